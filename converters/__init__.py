@@ -1,0 +1,1 @@
+"""Weights from any MiniMind format to any other."""

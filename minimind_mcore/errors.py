@@ -1,0 +1,23 @@
+"""The one exception for what a user can put right, and how a program ends on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user gave or owns is wrong.
+
+    The message names the thing, what was found, what was expected, and what to do. Programs print
+    it without a traceback and exit with status 1.
+    """
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program's `main`; a `UserError` becomes one message on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

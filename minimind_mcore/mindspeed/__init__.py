@@ -1,0 +1,1 @@
+"""The only place that touches MindSpeed, MindSpeed-LLM or MindSpeed-RL."""

@@ -1,0 +1,159 @@
+"""Files that are either whole or absent: atomic writes, checksummed directories.
+
+    with atomic_file(path) as f:          # f is a binary file; path appears when the block ends
+        f.write(b"...")
+
+    with atomic_directory(path) as tmp:   # tmp is a pathlib.Path beside `path`
+        (tmp / "weights.pt").write_bytes(...)
+
+A crash, a kill or a full disk inside the block leaves whatever stood at `path` before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from minimind_mcore.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the entries of a directory durable (a rename is durable only after this)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a `UserError` that names the file and the free space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(where).free / 2**20
+        raise UserError(
+            f"disk full while writing {path}: {free:.1f} MiB free at {where}; "
+            "nothing that was finished before is lost. Free some space and run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write `path` through a temporary file beside it: fsync, then rename.
+
+    Raises:
+        UserError: the disk is full (the temporary file is removed, the old `path` is untouched).
+    """
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(tmp, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+            fsync_directory(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small text file atomically (UTF-8)."""
+    with atomic_file(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a temporary directory beside `path`, then rename it to `path`, replacing what was there.
+
+    Raises:
+        UserError: the disk is full (the temporary directory is removed).
+    """
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        try:
+            yield tmp
+            publish_directory(tmp, path)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def publish_directory(tmp: Path, path: Path) -> None:
+    """Fsync every file below `tmp` and rename `tmp` to `path`, replacing a directory there."""
+    for file in sorted(p for p in tmp.rglob("*") if p.is_file()):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    fsync_directory(tmp)
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(tmp, path)
+    fsync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, files: list[Path] | None = None) -> None:
+    """Record name, size and SHA-256 of every file below `directory` in its `manifest.json`."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST) if files is None else files
+    entries = {
+        str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
+    }
+    atomic_write_text(directory / MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
+
+
+def check_manifest(directory: Path) -> list[str]:
+    """Compare a directory with its manifest.
+
+    Returns:
+        One line per problem (missing, wrong size, wrong digest); empty if all is well. A directory
+        without a manifest, as other programs write, has nothing to be compared with: empty too.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return []
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return [f"{manifest}: not a readable manifest"]
+    problems = []
+    for name, want in entries.items():
+        file = directory / name
+        if not file.is_file():
+            problems.append(f"{file}: missing")
+        elif file.stat().st_size != want["bytes"]:
+            problems.append(f"{file}: {file.stat().st_size} bytes, expected {want['bytes']}")
+        elif sha256(file) != want["sha256"]:
+            problems.append(f"{file}: content differs from its SHA-256 in {MANIFEST}")
+    return problems

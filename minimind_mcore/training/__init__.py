@@ -1,0 +1,1 @@
+"""The native training engine on megatron-core."""

@@ -1,0 +1,1 @@
+"""What MiniMind is: architecture presets, layer spec, weight rules, HF config."""

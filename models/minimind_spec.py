@@ -1,0 +1,1 @@
+"""The MiniMind layer spec (being written)."""

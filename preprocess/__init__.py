@@ -1,0 +1,1 @@
+"""Text and conversations to Megatron data files; tokenizer training; the sample corpus."""
