@@ -127,9 +127,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def write_manifest(directory: Path, files: list[Path] | None = None) -> None:
     """Record name, size and SHA-256 of every file below `directory` in its `manifest.json`."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST) if files is None else files
-    entries = {
-        str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
-    }
+    entries = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     atomic_write_text(directory / MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
 
 
