@@ -1,0 +1,280 @@
+"""One frozen description of a MiniMind architecture, and what follows from it.
+
+    >>> from minimind_mcore.models.presets import get_preset
+    >>> get_preset("minimind3").num_parameters()
+    63912192
+
+A `ModelConfig` covers every generation: MiniMind2 is a Llama, minimind-3 a Qwen3 (it adds the
+norms on queries and keys), and either may replace its MLP by a mixture of experts. It gives the
+megatron-core `TransformerConfig`, the Megatron flags and the transformers config, and can be read
+back from the last two. Importing this module imports neither torch nor megatron nor transformers,
+because the shell scripts call it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minimind_mcore.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from transformers import PretrainedConfig
+
+LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture of experts that replaces the MLP of every layer.
+
+    Scores are a softmax over all experts. Each token goes to its `topk` best experts, whose scores
+    are the weights of their outputs, divided by their sum if `norm_topk_prob`. No token is dropped.
+    A shared expert, if any, is added for every token with weight 1.
+
+    The auxiliary loss of a layer is `aux_loss_coeff * E * sum_i f_i P_i`: `f_i` the share of the
+    token-to-expert assignments that expert i got, `P_i` its mean score, both over the micro-batch
+    (`aux_loss`) or over each sequence and then averaged (`seq_aux_loss`). minimind-3 leaves `f_i`
+    undivided by `topk`; its coefficient, multiplied by `topk`, is the one here.
+    """
+
+    num_experts: int = 4
+    topk: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
+    norm_topk_prob: bool = True
+    load_balancing: str
+    aux_loss_coeff: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.topk <= self.num_experts:
+            raise UserError(f"experts per token: found {self.topk}, expected 1 to num_experts={self.num_experts}")
+        if self.load_balancing not in LOAD_BALANCING:
+            raise UserError(f"load balancing: found {self.load_balancing!r}, expected one of {LOAD_BALANCING}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A MiniMind decoder: pre-norm, RMSNorm, SwiGLU, RoPE (rotate-half), grouped queries, no biases.
+
+    Sizes are those of the whole model, whatever the parallel layout. `vocab_size` counts the rows
+    of the embedding. `rope_theta` is an integer because Megatron's `--rotary-base` takes no other.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    qk_layernorm: bool
+    norm_eps: float
+    rope_theta: int = 1_000_000
+    max_position_embeddings: int = 32768
+    tie_embeddings: bool = True
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "each key-value head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim: found {self.head_dim}, expected an even number (RoPE rotates pairs)")
+
+    # Sizes
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, a tied embedding counted once."""
+        experts = self.moe.num_experts if self.moe else 1
+        return self._embedding_parameters() + self._layer_parameters(experts)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: all of them, less the experts it is not sent to."""
+        return self._embedding_parameters() + self._layer_parameters(self.moe.topk if self.moe else 1)
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Floating-point operations of forward and backward for one token, for MFU.
+
+        `6 * (active matrix parameters + vocab * hidden) + 6 * layers * heads * head_dim * seq`: two
+        operations per multiply-add, the backward pass twice the forward. The second term is the
+        attention scores and their product with the values, halved as a causal mask needs only
+        half of them (PaLM, appendix B, counts them in full). Recomputation does not count.
+        """
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
+        matrices = self._layer_parameters(self.moe.topk if self.moe else 1)
+        matrices -= self.num_layers * norms + self.hidden_size
+        attention = self.num_layers * self.num_heads * self.head_dim * seq_length
+        return 6.0 * (matrices + self.vocab_size * self.hidden_size + attention)
+
+    def _embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+
+    def _layer_parameters(self, experts: int) -> int:
+        """Parameters outside the embeddings, with `experts` routed experts per layer."""
+        h, d = self.hidden_size, self.head_dim
+        attention = h * d * (2 * self.num_heads + 2 * self.num_kv_heads)
+        norms = 2 * h + (2 * d if self.qk_layernorm else 0)
+        if self.moe is None:
+            mlp = 3 * h * self.ffn_hidden_size
+        else:
+            mlp = 3 * h * (experts * self.moe.ffn_hidden_size + self.moe.shared_ffn_hidden_size)
+            mlp += h * self.moe.num_experts
+        return self.num_layers * (attention + norms + mlp) + h
+
+    # Megatron
+
+    def transformer_config(self, **overrides: Any) -> TransformerConfig:
+        """The megatron-core config (imports megatron-core). `overrides` name its fields and win."""
+        from minimind_mcore.models.megatron import transformer_config
+
+        return transformer_config(self, **overrides)
+
+    def megatron_flags(self) -> list[str]:
+        """The Megatron flags of this architecture, in the form of `sys.argv`.
+
+        All of them are flags of MindSpeed-LLM's training programs. They say nothing about the run
+        (layout, precision, batch, `--spec`).
+        """
+        flags: dict[str, object] = {
+            "--num-layers": self.num_layers,
+            "--hidden-size": self.hidden_size,
+            "--ffn-hidden-size": self.ffn_hidden_size,
+            "--num-attention-heads": self.num_heads,
+            "--group-query-attention": True,
+            "--num-query-groups": self.num_kv_heads,
+            "--kv-channels": self.head_dim,
+            "--qk-layernorm": self.qk_layernorm,
+            "--normalization": "RMSNorm",
+            "--norm-epsilon": self.norm_eps,
+            "--swiglu": True,
+            "--disable-bias-linear": True,
+            "--position-embedding-type": "rope",
+            "--use-rotary-position-embeddings": True,
+            "--rotary-base": self.rope_theta,
+            "--max-position-embeddings": self.max_position_embeddings,
+            # Megatron would pad the vocabulary to a multiple of 128 times the TP size.
+            "--padded-vocab-size": self.vocab_size,
+            "--make-vocab-size-divisible-by": 1,
+            "--untie-embeddings-and-output-weights": not self.tie_embeddings,
+            # Megatron's defaults are 0.1.
+            "--attention-dropout": 0.0,
+            "--hidden-dropout": 0.0,
+        }
+        if self.moe:
+            flags |= _moe_flags(self.moe)
+        return format_flags(flags)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ModelConfig:
+        """The architecture that parsed Megatron flags describe; the inverse of `megatron_flags`.
+
+        Raises:
+            UserError: a flag asks for what MiniMind's architecture does not have, or is missing.
+        """
+        for name, expected, flag in _FIXED_ARGS:
+            found = getattr(args, name)
+            if found != expected:
+                raise UserError(f"{flag}: this flag is needed, as MiniMind has {name}={expected}; found {found}")
+        missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if getattr(args, n) is None]
+        if missing:
+            raise UserError(f"missing model flags: {', '.join('--' + n.replace('_', '-') for n in missing)}")
+        heads = args.num_attention_heads
+        return cls(
+            vocab_size=_vocab_size(args),
+            hidden_size=args.hidden_size,
+            num_layers=args.num_layers,
+            num_heads=heads,
+            num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
+            head_dim=args.kv_channels or args.hidden_size // heads,
+            # Megatron's own default under --swiglu.
+            ffn_hidden_size=args.ffn_hidden_size or args.hidden_size * 8 // 3 // 64 * 64,
+            qk_layernorm=args.qk_layernorm,
+            norm_eps=args.norm_epsilon,
+            rope_theta=int(args.rotary_base),
+            max_position_embeddings=args.max_position_embeddings,
+            tie_embeddings=not args.untie_embeddings_and_output_weights,
+            moe=_moe_from_args(args) if args.num_experts else None,
+        )
+
+    # Hugging Face
+
+    def hf_config(self) -> PretrainedConfig:
+        """The transformers config of the model that computes the same (imports transformers)."""
+        from minimind_mcore.models.hf_config import to_hf_config
+
+        return to_hf_config(self)
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any] | str | Path) -> ModelConfig:
+        """Read a `config.json`, its directory, or its content: Llama, Qwen2-MoE, Qwen3(-MoE), MiniMind.
+
+        Raises:
+            UserError: the file is missing or not JSON, or describes something else.
+        """
+        from minimind_mcore.models.hf_config import read_hf_config
+
+        return read_hf_config(config)
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def format_flags(flags: Mapping[str, object]) -> list[str]:
+    """`{"--a": 1, "--b": True, "--c": False}` as `["--a", "1", "--b"]`."""
+    argv: list[str] = []
+    for flag, value in flags.items():
+        if value is True:
+            argv.append(flag)
+        elif value is not False:
+            argv += [flag, str(value)]
+    return argv
+
+
+_FIXED_ARGS = (
+    ("swiglu", True, "--swiglu"),
+    ("add_bias_linear", False, "--disable-bias-linear"),
+    ("normalization", "RMSNorm", "--normalization RMSNorm"),
+    ("position_embedding_type", "rope", "--position-embedding-type rope"),
+)
+
+
+def _vocab_size(args: argparse.Namespace) -> int:
+    if args.padded_vocab_size is None:
+        raise UserError("--padded-vocab-size is missing: expected the rows of the embedding, 6400 for MiniMind")
+    return int(args.padded_vocab_size)
+
+
+def _moe_flags(moe: MoEConfig) -> dict[str, object]:
+    return {
+        "--num-experts": moe.num_experts,
+        "--moe-ffn-hidden-size": moe.ffn_hidden_size,
+        "--moe-router-topk": moe.topk,
+        # Without pre-softmax, Megatron's softmax over the selected logits is the normalised form;
+        # it refuses that for a single expert, where `--norm-topk-prob` then normalises.
+        "--moe-router-pre-softmax": moe.topk == 1 or not moe.norm_topk_prob,
+        "--norm-topk-prob": moe.norm_topk_prob,
+        "--moe-router-load-balancing-type": moe.load_balancing,
+        "--moe-aux-loss-coeff": moe.aux_loss_coeff,
+        **({"--moe-shared-expert-intermediate-size": size} if (size := moe.shared_ffn_hidden_size) else {}),
+    }
+
+
+def _moe_from_args(args: argparse.Namespace) -> MoEConfig:
+    return MoEConfig(
+        num_experts=args.num_experts,
+        topk=args.moe_router_topk,
+        ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size or 0,
+        norm_topk_prob=args.norm_topk_prob or not args.moe_router_pre_softmax,
+        load_balancing=args.moe_router_load_balancing_type,
+        aux_loss_coeff=args.moe_aux_loss_coeff,
+    )
