@@ -133,7 +133,7 @@ class ModelConfig:
 
     def transformer_config(self, **overrides: Any) -> TransformerConfig:
         """The megatron-core config (imports megatron-core). `overrides` name its fields and win."""
-        from minimind_mcore.models.megatron import transformer_config
+        from minimind_mcore.models.core_config import transformer_config
 
         return transformer_config(self, **overrides)
 

@@ -1,1 +1,125 @@
-"""The MiniMind layer spec (being written)."""
+"""The one layer of every MiniMind, as a megatron-core spec.
+
+    --spec minimind_mcore.models.minimind_spec layer_spec
+
+Its slots are filled by small classes that decide from the `TransformerConfig` when the layer is
+built, qk-norm or none, dense or mixture of experts, shared expert or none. So it is one constant, it
+needs neither global arguments nor Transformer Engine, and it serves plain megatron-core (0.12.1,
+0.16.1), Megatron-LM and MindSpeed-LLM alike. Never import it from a package's `__init__`: MindSpeed
+patches megatron-core first. Under MindSpeed its norm, attention and router are MindSpeed's, so that
+the fused kernels run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig, transformer_block
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from minimind_mcore.mindspeed import layers as mindspeed
+from minimind_mcore.models.attention import SDPACoreAttention
+from minimind_mcore.models.moe import build_moe
+
+
+class RMSNorm(torch.nn.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32 and rounded once.
+
+    That is minimind-3's order. MiniMind2 rounds to half precision before it multiplies with the
+    weight; in float32 there is no difference.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each rank sees a part of the sequence: Megatron must add up the weight's gradients.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., hidden_size]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Norm:
+    """The norm of this platform."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        """Build it."""
+        if mindspeed.active():
+            return mindspeed.norm(config, hidden_size, eps)
+        return RMSNorm(config, hidden_size, eps)
+
+
+class QKNorm:
+    """The norm of each query and key head, or nothing."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        """Build it."""
+        return Norm(config, hidden_size, eps) if config.qk_layernorm else IdentityOp()
+
+
+class CoreAttention:
+    """torch's attention; MindSpeed's under MindSpeed; Transformer Engine's where asked for."""
+
+    def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
+        """Build it."""
+        if mindspeed.active():
+            return DotProductAttention(config=config, **kwargs)
+        if getattr(config, "transformer_impl", "local") == "transformer_engine":
+            from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+            return TEDotProductAttention(config=config, **kwargs)
+        return SDPACoreAttention(config=config, **kwargs)
+
+
+class FeedForward:
+    """The dense MLP, or the mixture of experts."""
+
+    def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
+        """Build it."""
+        if config.num_moe_experts:
+            return build_moe(config, own_router=not mindspeed.active())
+        if "ffn_hidden_size" in inspect.signature(MLP.__init__).parameters:
+            kwargs["ffn_hidden_size"] = config.ffn_hidden_size  # 0.16.1 warns of its own default
+        return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
+
+
+layer_spec = ModuleSpec(
+    module=TransformerLayer,
+    submodules=TransformerLayerSubmodules(
+        input_layernorm=Norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=CoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=QKNorm,
+                k_layernorm=QKNorm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=Norm,
+        mlp=FeedForward,
+        mlp_bda=get_bias_dropout_add,
+    ),
+)
+
+# The norm after the last layer is no part of a layer's spec: the block builds this class. What
+# megatron-core would take (torch's, without Transformer Engine) refuses sequence parallelism.
+if not mindspeed.active():
+    transformer_block.LayerNormImpl = Norm

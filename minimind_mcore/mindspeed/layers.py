@@ -1,0 +1,18 @@
+"""What the layer spec takes from MindSpeed where MindSpeed runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def active() -> bool:
+    """Whether MindSpeed has patched megatron-core in this process."""
+    return "mindspeed.megatron_adaptor" in sys.modules
+
+
+def norm(config: Any, hidden_size: int, eps: float) -> Any:
+    """MindSpeed-LLM's RMSNorm: it accepts sequence parallelism and runs the fused kernel."""
+    from mindspeed_llm.core.transformer.custom_layers.transformer_engine import PTNorm
+
+    return PTNorm(config=config, hidden_size=hidden_size, eps=eps)

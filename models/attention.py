@@ -1,0 +1,147 @@
+"""Core attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+The flash kernels of CPU and CUDA stand behind it: no scores of size sequence x sequence in memory,
+no mask for the causal case, and grouped key-value heads as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
+    """Drop-in for megatron-core's `DotProductAttention` (0.12 and 0.16), without its memory.
+
+    Raises:
+        UserError: on construction, for context parallelism or sliding windows, which it has not.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise UserError(
+                f"--context-parallel-size {config.context_parallel_size} is not supported by this attention; "
+                "use 1, or --transformer-impl transformer_engine on CUDA, or an NPU"
+            )
+        if getattr(config, "window_size", None) is not None:
+            raise UserError("sliding-window attention is not supported: MiniMind attends to the whole sequence")
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [sequence, batch, heads, head_dim], heads of this tensor-parallel rank; a packed
+                batch has no batch axis: [tokens, heads, head_dim].
+            key: as the query, with its own length and the fewer key-value heads.
+            value: as the key.
+            attention_mask: True where a query may not look, of a shape that broadcasts to
+                [batch, 1, query, key]; None: all, or under a causal type the past and itself. A
+                mask given with type `causal` is the whole truth, as in megatron-core.
+            attn_mask_type: overrides that of the constructor.
+            attention_bias: not supported.
+            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens.
+
+        Returns:
+            [sequence, batch, heads * head_dim], or [tokens, heads * head_dim].
+        """
+        if attention_bias is not None:
+            raise UserError("attention_bias is not supported: MiniMind has no biases")
+        mask_type = attn_mask_type or self.attn_mask_type
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params, mask_type)
+        # [s, b, n, d] -> [b, n, s, d]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask, is_causal = self._mask(query, key, attention_mask, mask_type)
+        out = self._attend(query, key, value, mask, is_causal)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        if mask is not None and key.shape[1] != query.shape[1]:
+            # CUDA's memory-efficient kernel, the one that takes masks, has no grouped heads.
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        dropout = self.dropout if self.training else 0.0
+        with self._rng(dropout):
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+
+    def _mask(
+        self, query: Tensor, key: Tensor, attention_mask: Tensor | None, mask_type: AttnMaskType
+    ) -> tuple[Tensor | None, bool]:
+        """The mask in torch's sense (True: may look), and whether it is the plain causal one."""
+        length, keys = query.shape[2], key.shape[2]
+        causal = mask_type in _CAUSAL and length > 1
+        if attention_mask is None:
+            if not causal or length == keys:
+                return None, causal
+            return _causal_mask(length, keys, query.device), False
+        allowed = ~attention_mask
+        if mask_type == AttnMaskType.padding_causal and length > 1:
+            allowed = allowed & _causal_mask(length, keys, query.device)
+        return allowed, False
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any, mask_type: AttnMaskType) -> Tensor:
+        """One call per sequence: each is as long as it is, and nothing crosses a boundary."""
+        out = []
+        for start, end in itertools.pairwise(packed.cu_seqlens_q.tolist()):
+            q, k, v = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
+            out.append(self._attend(q, k, v, None, mask_type in _CAUSAL).transpose(1, 2)[0].flatten(1))
+        return torch.cat(out)
+
+    def _rng(self, dropout: float) -> AbstractContextManager[None]:
+        """Under tensor parallelism, each rank drops in its own heads: another random stream."""
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        context: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+        return context
+
+
+def _causal_mask(length: int, keys: int, device: torch.device) -> Tensor:
+    """[length, keys]: the last query sees every key."""
+    return torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)

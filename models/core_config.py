@@ -1,0 +1,101 @@
+"""`ModelConfig` as megatron-core's `TransformerConfig`, and the `GPTModel` built from it.
+
+Imports megatron-core: call `minimind_mcore.device.setup()` first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from minimind_mcore.models.config import ModelConfig
+
+
+@dataclass
+class MiniMindTransformerConfig(TransformerConfig):  # type: ignore[misc]
+    """megatron-core's config, and the one thing that MiniMind needs and it lacks."""
+
+    norm_topk_prob: bool = True
+    """Divide the weights of a token's experts by their sum, also where there is one (MindSpeed-LLM's name)."""
+
+
+_FIELDS = {field.name for field in dataclasses.fields(MiniMindTransformerConfig)}
+
+
+def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransformerConfig:
+    """See `ModelConfig.transformer_config`."""
+    fields: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "qk_layernorm": config.qk_layernorm,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    if "transformer_impl" in _FIELDS:  # not in 0.12.1, which knows it as a flag only
+        fields["transformer_impl"] = "local"
+    if moe := config.moe:
+        fields |= {
+            "num_moe_experts": moe.num_experts,
+            "moe_ffn_hidden_size": moe.ffn_hidden_size,
+            "moe_router_topk": moe.topk,
+            "moe_router_pre_softmax": moe.topk == 1 or not moe.norm_topk_prob,
+            "norm_topk_prob": moe.norm_topk_prob,
+            "moe_router_load_balancing_type": moe.load_balancing,
+            "moe_aux_loss_coeff": moe.aux_loss_coeff,
+            "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return MiniMindTransformerConfig(**fields | overrides)
+
+
+def build_gpt_model(
+    config: ModelConfig,
+    core_config: TransformerConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    parallel_output: bool = True,
+) -> GPTModel:
+    """This rank's part of the model (one chunk of it under virtual pipeline stages).
+
+    Args:
+        config: the architecture.
+        core_config: from `config.transformer_config(...)`.
+        pre_process: the chunk holds the embedding.
+        post_process: the chunk holds the final norm and the output layer.
+        vp_stage: number of the chunk on this rank; megatron-core 0.12.1 reads it from its global state.
+        parallel_output: logits stay split over the vocabulary, as its loss wants them.
+    """
+    from minimind_mcore.models.minimind_spec import layer_spec
+
+    stage: dict[str, Any] = {}
+    if vp_stage is not None and hasattr(core_config, "pipeline_model_parallel_layout"):
+        stage["vp_stage"] = vp_stage
+    return GPTModel(
+        core_config,
+        layer_spec,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.rope_theta,
+        **stage,
+    )

@@ -1,0 +1,290 @@
+"""transformers configs and MiniMind's own `config.json`, to and from `ModelConfig`.
+
+| `ModelConfig`                         | transformers          | MiniMind's own (`model_type: minimind`) |
+|---------------------------------------|-----------------------|------------------------------------------|
+| no qk-norm (MiniMind2)                | Llama                 | keys `n_routed_experts`, `seq_aux`, ...  |
+| no qk-norm, experts and shared expert | Qwen2-MoE             | the same, `use_moe: true`                |
+| qk-norm (minimind-3)                  | Qwen3                 | keys `num_experts`, `head_dim`, ...      |
+| qk-norm, experts                      | Qwen3-MoE             | the same, `use_moe: true`                |
+
+Qwen2-MoE gates its shared expert and adds biases to q, k, v. A gate of zero halves the expert's
+output, so its `down_proj` is stored doubled; the biases are stored as zeros (`weights.py`).
+MiniMind writes the keys of its mixture of experts for dense models too: only `use_moe` tells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig, MoEConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_CLASSES = {
+    "llama": "LlamaConfig",
+    "qwen3": "Qwen3Config",
+    "qwen2_moe": "Qwen2MoeConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
+}
+
+
+def hf_model_type(config: ModelConfig) -> str:
+    """The transformers `model_type` that computes the same: a key of the table above.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    if config.moe is None:
+        return "qwen3" if config.qk_layernorm else "llama"
+    if config.qk_layernorm != bool(config.moe.shared_ffn_hidden_size):
+        return "qwen3_moe" if config.qk_layernorm else "qwen2_moe"
+    have = "both" if config.qk_layernorm else "neither"
+    raise UserError(
+        f"a mixture of experts with {have} of qk-norm and a shared expert has no transformers model: "
+        "expected qk-norm alone (Qwen3-MoE) or a shared expert alone (Qwen2-MoE)"
+    )
+
+
+def to_hf_config(config: ModelConfig) -> PretrainedConfig:
+    """See `ModelConfig.hf_config`."""
+    import transformers
+
+    model_type = hf_model_type(config)
+    fields = _common_fields(config)
+    # transformers 5 keeps it in `rope_parameters`, and accepts it here as 4 does.
+    fields["rope_theta"] = float(config.rope_theta)
+    if config.moe:
+        fields |= {
+            "num_experts": config.moe.num_experts,
+            "num_experts_per_tok": config.moe.topk,
+            "norm_topk_prob": config.moe.norm_topk_prob,
+            "moe_intermediate_size": config.moe.ffn_hidden_size,
+            "router_aux_loss_coef": config.moe.aux_loss_coeff,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    if model_type == "qwen2_moe":
+        assert config.moe is not None
+        # Before 4.50 or so the biases could not be switched off; zeros work in every version.
+        fields |= {"shared_expert_intermediate_size": config.moe.shared_ffn_hidden_size, "qkv_bias": True}
+    hf_config: PretrainedConfig = getattr(transformers, _CLASSES[model_type])(**fields)
+    return hf_config
+
+
+def to_native_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of MiniMind's own `config.json`.
+
+    Raises:
+        UserError: MiniMind's code cannot express this mixture of experts.
+    """
+    fields = _common_fields(config) | {
+        "model_type": "minimind",
+        "architectures": ["MiniMindForCausalLM"],
+        "rope_theta": float(config.rope_theta),
+        "use_moe": config.moe is not None,
+        "dropout": 0.0,
+        "flash_attn": True,
+        "inference_rope_scaling": False,
+    }
+    moe = config.moe
+    experts: dict[str, Any]
+    if config.qk_layernorm:
+        if moe and (moe.shared_ffn_hidden_size or moe.load_balancing == "seq_aux_loss"):
+            raise UserError("minimind-3 has neither shared experts nor a sequence-level auxiliary loss")
+        experts = {
+            "num_experts": moe.num_experts if moe else 4,
+            "num_experts_per_tok": moe.topk if moe else 1,
+            "moe_intermediate_size": moe.ffn_hidden_size if moe else config.ffn_hidden_size,
+            "norm_topk_prob": moe.norm_topk_prob if moe else True,
+            "router_aux_loss_coef": moe.aux_loss_coeff / moe.topk if moe else 5e-4,
+        }
+    else:
+        width = config.ffn_hidden_size
+        if moe and (moe.ffn_hidden_size != width or moe.shared_ffn_hidden_size % width):
+            raise UserError(f"every expert of a MiniMind2 is as wide as its MLP, {width}; found {moe}")
+        experts = {
+            "n_routed_experts": moe.num_experts if moe else 4,
+            "n_shared_experts": moe.shared_ffn_hidden_size // width if moe else 1,
+            "num_experts_per_tok": moe.topk if moe else 2,
+            "norm_topk_prob": moe.norm_topk_prob if moe else True,
+            "scoring_func": "softmax",
+            "aux_loss_alpha": moe.aux_loss_coeff if moe else 0.01,
+            "seq_aux": moe.load_balancing == "seq_aux_loss" if moe else True,
+        }
+    return fields | experts
+
+
+def _common_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_hidden_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def read_hf_config(source: Mapping[str, Any] | str | Path) -> ModelConfig:
+    """See `ModelConfig.from_hf_config`."""
+    raw, name = _load(source)
+    reader = _Reader(raw, name)
+    model_type = raw.get("model_type")
+    if model_type == "minimind":
+        return _read_native(reader)
+    if model_type not in _CLASSES:
+        known = ", ".join([*_CLASSES, "minimind"])
+        raise UserError(f"{name}: model_type: found {model_type!r}, expected one of {known}")
+    reader.expect("attention_bias", False)
+    reader.expect("mlp_bias", False)
+    reader.expect("use_sliding_window", False)
+    moe = None
+    if model_type.endswith("_moe"):
+        moe = _read_moe(reader, model_type)
+    return _read_common(reader, qk_layernorm=model_type.startswith("qwen3"), tied_default=False, moe=moe)
+
+
+class _Reader:
+    """Keys of a config, with errors that name the file, the key, what was found and expected."""
+
+    def __init__(self, raw: Mapping[str, Any], name: str) -> None:
+        self.raw, self.name = raw, name
+
+    def get(self, *keys: str) -> Any:
+        """The value of the first of these keys that is there."""
+        for key in keys:
+            if self.raw.get(key) is not None:
+                return self.raw[key]
+        raise UserError(f"{self.name}: {keys[0]} is missing")
+
+    def expect(self, key: str, expected: object) -> None:
+        """A key that may be absent, but if there must have this value."""
+        found = self.raw.get(key)
+        if found is not None and found != expected:
+            raise UserError(f"{self.name}: {key}: found {found!r}, expected {expected!r}; MiniMind has nothing else")
+
+    def rope_theta(self) -> int:
+        """The base of the rotary embedding, in the form of transformers 4 or 5."""
+        scaling = dict(self.raw.get("rope_scaling") or {})
+        parameters = {**scaling, **(self.raw.get("rope_parameters") or {})}
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise UserError(
+                f"{self.name}: rope scaling: found {kind!r}, expected none. "
+                "MiniMind scales for inference only; its weights are trained without"
+            )
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"{self.name}: partial_rotary_factor: expected 1.0")
+        theta = parameters.get("rope_theta") or self.get("rope_theta")
+        if theta != int(theta):
+            raise UserError(f"{self.name}: rope_theta: found {theta}, expected an integer (Megatron takes no other)")
+        return int(theta)
+
+
+def _read_common(reader: _Reader, *, qk_layernorm: bool, tied_default: bool, moe: MoEConfig | None) -> ModelConfig:
+    reader.expect("hidden_act", "silu")
+    raw, get = reader.raw, reader.get
+    heads, hidden = get("num_attention_heads"), get("hidden_size")
+    return ModelConfig(
+        vocab_size=get("vocab_size"),
+        hidden_size=hidden,
+        num_layers=get("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        ffn_hidden_size=get("intermediate_size"),
+        qk_layernorm=qk_layernorm,
+        norm_eps=get("rms_norm_eps"),
+        rope_theta=reader.rope_theta(),
+        max_position_embeddings=get("max_position_embeddings"),
+        tie_embeddings=raw.get("tie_word_embeddings", tied_default),
+        moe=moe,
+    )
+
+
+def _read_moe(reader: _Reader, model_type: str) -> MoEConfig:
+    reader.expect("decoder_sparse_step", 1)
+    reader.expect("mlp_only_layers", [])
+    shared = model_type == "qwen2_moe"
+    return MoEConfig(
+        num_experts=reader.get("num_experts", "num_local_experts"),
+        topk=reader.get("num_experts_per_tok"),
+        ffn_hidden_size=reader.get("moe_intermediate_size"),
+        shared_ffn_hidden_size=reader.get("shared_expert_intermediate_size") if shared else 0,
+        norm_topk_prob=reader.get("norm_topk_prob"),
+        # Not in the config: each is the one that MiniMind trains this architecture with.
+        load_balancing="seq_aux_loss" if shared else "aux_loss",
+        aux_loss_coeff=reader.get("router_aux_loss_coef"),
+    )
+
+
+def _read_native(reader: _Reader) -> ModelConfig:
+    if "n_layers" in reader.raw:
+        raise UserError(
+            f"{reader.name}: a MiniMind config from before 2025-04-26 (it has n_layers), whose rotary embedding "
+            "is interleaved; expected num_hidden_layers and so on"
+        )
+    reader.expect("dropout", 0.0)
+    reader.expect("scoring_func", "softmax")
+    second = "n_routed_experts" in reader.raw  # minimind-3 calls it num_experts, and has it when dense too
+    raw = dict(reader.raw)
+    if raw.get("intermediate_size") is None:
+        raw["intermediate_size"] = -(-int(reader.get("hidden_size") * 8 / 3) // 64) * 64
+    reader = _Reader(raw, reader.name)
+    moe = None
+    if raw.get("use_moe"):
+        moe = _read_moe2(reader) if second else _read_moe3(reader)
+    return _read_common(reader, qk_layernorm=not second, tied_default=True, moe=moe)
+
+
+def _read_moe2(reader: _Reader) -> MoEConfig:
+    width = reader.get("intermediate_size")
+    return MoEConfig(
+        num_experts=reader.get("n_routed_experts"),
+        topk=reader.get("num_experts_per_tok"),
+        ffn_hidden_size=width,
+        shared_ffn_hidden_size=width * reader.get("n_shared_experts"),
+        norm_topk_prob=reader.get("norm_topk_prob"),
+        load_balancing="seq_aux_loss" if reader.get("seq_aux") else "aux_loss",
+        aux_loss_coeff=reader.get("aux_loss_alpha"),
+    )
+
+
+def _read_moe3(reader: _Reader) -> MoEConfig:
+    topk = reader.get("num_experts_per_tok")
+    return MoEConfig(
+        num_experts=reader.get("num_experts"),
+        topk=topk,
+        ffn_hidden_size=reader.get("moe_intermediate_size"),
+        norm_topk_prob=reader.get("norm_topk_prob"),
+        load_balancing="aux_loss",
+        aux_loss_coeff=reader.get("router_aux_loss_coef") * topk,
+    )
+
+
+def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:
+    if isinstance(source, Mapping):
+        return source, "config"
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: expected the config.json of a Hugging Face model") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
+    return raw, str(path)

@@ -1,0 +1,63 @@
+"""MiniMind's mixture of experts on megatron-core.
+
+Its router differs from megatron-core's in one thing: minimind-3 sends a token to one expert and
+divides the weight by itself, so that it is exactly 1 (model_minimind.py, `norm_topk_prob`). Then
+only the auxiliary loss trains the router. The rest is megatron-core's own: the softmax, the
+auxiliary losses over micro-batches and sequences (under any layout, and in its log), the dispatch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+
+
+class MiniMindRouter(TopKRouter):  # type: ignore[misc]
+    """Top-k router that can normalise the weights after a softmax over all experts."""
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            logits: [sequence, batch, experts], of this rank's tokens.
+            args: a padding mask, in 0.16.1.
+            kwargs: the same.
+
+        Returns:
+            Weights [tokens, experts], zero for experts not chosen, and the choice as booleans.
+        """
+        probs, routing_map = super().routing(logits, *args, **kwargs)
+        # Without pre-softmax megatron-core's softmax over the chosen logits has normalised already.
+        if self.config.moe_router_pre_softmax and getattr(self.config, "norm_topk_prob", True):
+            # 1e-20 as upstream: it vanishes in float32, and no softmax's best k sum to zero.
+            probs = probs / (probs.sum(dim=-1, keepdim=True) + 1e-20)
+        return probs, routing_map
+
+
+def build_moe(config: TransformerConfig, *, own_router: bool) -> MoELayer:
+    """The mixture of experts of one layer, as `config` describes it.
+
+    Args:
+        config: with `num_moe_experts` and so on.
+        own_router: route with `MiniMindRouter`; False where the platform's router knows how.
+    """
+    spec = get_moe_module_spec(
+        use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    if not own_router:
+        return MoELayer(config, spec.submodules)
+    if config.moe_grouped_gemm:
+        raise UserError("--moe-grouped-gemm is not supported here: leave it out (on an NPU MindSpeed has it)")
+    if hasattr(spec.submodules, "router"):
+        spec.submodules.router = MiniMindRouter
+        return MoELayer(config, spec.submodules)
+    layer = MoELayer(config, spec.submodules)
+    layer.router = MiniMindRouter(config)  # 0.12.1 takes no router in its spec
+    return layer
