@@ -189,10 +189,13 @@ def set_rng_state(state: torch.Tensor) -> None:
 # The CPU as Megatron's accelerator. Functions are replaced one by one rather than through a
 # TorchFunctionMode: a mode costs microseconds on every torch call and is local to a thread.
 
+# fmt: off
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand "
-    "rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
-).split()
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "logspace",
+    "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm",
+    "scalar_tensor", "tensor", "zeros", "zeros_like",
+)
+# fmt: on
 _TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 

@@ -124,29 +124,29 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(directory: Path, files: list[Path] | None = None) -> None:
-    """Record name, size and SHA-256 of every file below `directory` in its `manifest.json`."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST) if files is None else files
-    entries = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def file_entry(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file, as a manifest records them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(directory: Path, entries: dict[str, dict[str, int | str]]) -> None:
+    """Record the files of a directory, by relative name, in its `manifest.json`."""
     atomic_write_text(directory / MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
 
 
-def check_manifest(directory: Path) -> list[str]:
-    """Compare a directory with its manifest.
+def check_manifest(directory: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Compare a directory's files with its manifest, or one of `shares` equal shares of them.
 
     Returns:
-        One line per problem (missing, wrong size, wrong digest); empty if all is well. A directory
-        without a manifest, as other programs write, has nothing to be compared with: empty too.
+        One line per problem (missing, wrong size, wrong digest); empty if all is well.
     """
     manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return []
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return [f"{manifest}: not a readable manifest"]
     problems = []
-    for name, want in entries.items():
+    for name, want in list(entries.items())[share::shares]:
         file = directory / name
         if not file.is_file():
             problems.append(f"{file}: missing")

@@ -1,0 +1,196 @@
+"""Megatron's flags are the interface.
+
+`flags.json` lists every flag of MindSpeed-LLM's programs with its type and default, so a script
+written for them is parsed here with the same meaning. What the native engine does with a flag is
+one of three things: it implements it, it has no effect here (a kernel of another device, say; these
+are named once in the log), or it is refused because ignoring it would change what is trained. An
+unknown flag is an error that suggests the nearest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import importlib.resources
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minimind_mcore.errors import UserError
+
+# dest names, grouped as Megatron groups its arguments
+IMPLEMENTED = frozenset(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups
+    max_position_embeddings position_embedding_type use_rotary_position_embeddings rotary_base
+    make_vocab_size_divisible_by padded_vocab_size vocab_size normalization norm_epsilon swiglu add_bias_linear
+    untie_embeddings_and_output_weights qk_layernorm attention_dropout hidden_dropout init_method_std spec
+    transformer_impl
+
+    num_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
+    n_shared_experts first_k_dense_replace moe_grouped_gemm moe_router_load_balancing_type moe_router_topk
+    moe_router_pre_softmax moe_router_score_function moe_aux_loss_coeff moe_z_loss_coeff moe_token_dispatcher_type
+    norm_topk_prob seq_aux
+
+    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
+    num_layers_per_virtual_pipeline_stage sequence_parallel use_distributed_optimizer overlap_grad_reduce
+    overlap_param_gather ddp_bucket_size distributed_timeout_minutes overlap_p2p_comm
+
+    micro_batch_size global_batch_size seq_length train_iters train_samples eval_iters eval_interval skip_train
+    seed bf16 fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
+    accumulate_allreduce_grads_in_fp32 calculate_per_token_loss
+    recompute_activations recompute_granularity recompute_method recompute_num_layers
+
+    optimizer lr min_lr lr_decay_style lr_decay_iters lr_warmup_fraction lr_warmup_iters lr_warmup_init
+    lr_wsd_decay_style lr_wsd_decay_iters weight_decay start_weight_decay end_weight_decay weight_decay_incr_style
+    clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum override_opt_param_scheduler
+    use_checkpoint_opt_param_scheduler
+
+    data_path train_data_path valid_data_path test_data_path split data_cache_path num_workers mmap_bin_files
+    reset_position_ids reset_attention_mask eod_mask_loss dataloader_type num_dataset_builder_threads
+    tokenizer_type tokenizer_name_or_path tokenizer_not_use_fast tokenizer_model
+
+    save save_interval no_save_optim no_save_rng load no_load_optim no_load_rng finetune ckpt_step ckpt_format
+    exit_on_missing_checkpoint exit_interval exit_duration_in_mins exit_signal_handler
+
+    log_interval log_throughput log_num_zeros_in_grad log_params_norm tensorboard_dir tensorboard_log_interval
+    wandb_project wandb_exp_name wandb_save_dir use_wandb
+    """.split()
+)
+
+# Accepted because leaving them out changes nothing that is trained here: kernels and memory tricks of an
+# NPU, fusions of a CUDA build, and switches for what the native engine does anyway.
+NO_EFFECT = frozenset(
+    """
+    use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb use_flash_attn use_fusion_attn_v2 shape_order
+    pre_tockens next_tockens sparse_mode use_fused_ring_attention_update use_fused_moe_token_permute_and_unpermute
+    moe_permutation_async_comm moe_alltoall_overlap_comm moe_allgather_overlap_comm moe_permute_fusion
+    moe_zero_memory swap_attention smart_swap swap_optimizer reuse_fp32_param optimizer_selection optimization_level
+    use_ascend_coc use_ascend_mc2 gemm_gradient_accumulation_fusion npu_deterministic
+    jit_compile hccl_group_buffer hccl_group_buffer_adaptive hccl_op_mode disable_gloo_group
+    recompute_activation_function recompute_norm optimize_send_recv_comm no_shared_storage ai_framework
+    context_parallel_algo attention_mask_type
+
+    attention_backend attention_softmax_in_fp32 masked_softmax_fusion bias_gelu_fusion
+    bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl
+    gradient_accumulation_fusion async_tensor_model_parallel_allreduce no_persist_layer_norm
+    align_grad_reduce align_param_gather scatter_gather_tensors_in_pipeline create_attention_mask_in_dataloader
+    distributed_backend local_rank lazy_mpu_init check_for_nan_in_loss_and_grad use_cpu_initialization
+    perform_initialization manual_gc manual_gc_interval manual_gc_eval deterministic_mode enable_gloo_process_groups
+    log_timers_to_tensorboard log_memory_to_tensorboard log_validation_ppl_to_tensorboard log_world_size_to_tensorboard
+    log_loss_scale_to_tensorboard timing_log_level timing_log_option tensorboard_queue_size log_progress
+    logging_level enable_one_logger ckpt_fully_parallel_save ckpt_fully_parallel_load
+    empty_unused_memory_level sample_rate
+    """.split()
+)
+
+TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "json": lambda text: json.loads(text),
+    "truth": lambda text: {"true": True, "false": False, "none": None}[text.lower()],
+}
+
+
+@functools.cache
+def flag_table(program: str = "training") -> dict[str, dict[str, Any]]:
+    """The flags of one of MindSpeed-LLM's programs: {"--num-layers": record}, in its own order.
+
+    Args:
+        program: "training", "preprocess_data.py", "convert_ckpt_v2.py" or "convert_ckpt.py".
+    """
+    text = importlib.resources.files("minimind_mcore").joinpath("flags.json").read_text(encoding="utf-8")
+    records = [record for record in json.loads(text)["flags"] if record["program"] == program]
+    return {flag: record for record in records for flag in record["flags"]}
+
+
+def _add_native_flags(parser: argparse.ArgumentParser) -> None:
+    """The few flags that neither Megatron nor MindSpeed-LLM has."""
+    group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument("--output-dir", help="metrics.jsonl, loss.png, report.html (default: beside --save)")
+    group.add_argument("--keep-last", type=int, metavar="N", help="keep only the N newest checkpoints")
+    group.add_argument(
+        "--minimind-init",
+        choices=("normal", "torch"),
+        help="MiniMind's initialisation instead of Megatron's: normal is minimind-3's, torch MiniMind2's",
+    )
+    group.add_argument("--decay-all", action="store_true", help="weight decay on norms too, as MiniMind does")
+    group.add_argument(
+        "--lr-at-iteration-end",
+        action="store_true",
+        help="use the schedule's value at the end of an iteration, as MiniMind does, not at its beginning",
+    )
+    group.add_argument("--swanlab-project", default="", help="log to this SwanLab project")
+    group.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, train nothing")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors that a `UserError` carries."""
+
+    def error(self, message: str) -> Any:
+        """Raise instead of exiting with status 2."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def build_parser(program: str = "training", prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that knows every flag of one of MindSpeed-LLM's programs, with its type and default."""
+    parser = _Parser(prog=prog, allow_abbrev=False, description=__doc__.split("\n")[0] if __doc__ else None)
+    groups: dict[str, Any] = {}
+    for record in {id(r): r for r in flag_table(program).values()}.values():
+        group = groups.get(record["source"]) or parser.add_argument_group(record["source"])
+        groups[record["source"]] = group
+        options: dict[str, Any] = {"dest": record["dest"]}
+        for key in ("nargs", "default", "choices", "action", "const"):
+            if key in record:
+                options[key] = record[key]
+        if "action" not in record and "type" in record:
+            options["type"] = TYPES[record["type"]]
+        group.add_argument(*record["flags"], **options)
+    return parser
+
+
+def given_flags(argv: Sequence[str]) -> list[str]:
+    """The flags on a command line, without their values, each once, in order."""
+    return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))
+
+
+def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a `UserError` that names each unknown flag and the nearest known one."""
+    unknown = [flag for flag in flags if flag not in known]
+    if not unknown:
+        return
+    lines = []
+    for flag in unknown:
+        near = difflib.get_close_matches(flag, known, n=1)
+        lines.append(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+    raise UserError("\n  ".join(lines))
+
+
+def parse(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> argparse.Namespace:
+    """Parse a training command line.
+
+    Returns:
+        A namespace with every flag of Megatron and MindSpeed-LLM (checkpoints carry it, as theirs do)
+        and ours; `no_effect` lists the given flags that do nothing here.
+
+    Raises:
+        UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
+    """
+    parser = build_parser(prog=prog)
+    _add_native_flags(parser)
+    flags = given_flags(argv)
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    refuse_unknown(flags, known)
+    args = parser.parse_args(list(argv))
+    table = flag_table()
+    refused = [f for f in flags if f in table and table[f]["dest"] not in IMPLEMENTED | NO_EFFECT]
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)}: known to {table[refused[0]]['source']}, not implemented by the native engine; "
+            "leave it out, or run it on an NPU with BACKEND=mindspeed-llm"
+        )
+    args.no_effect = [f for f in flags if f in table and table[f]["dest"] in NO_EFFECT]
+    return args

@@ -1,0 +1,108 @@
+"""`--ckpt-format torch_dist`: megatron-core's distributed checkpoint, which loads into any other layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.training.checkpoint_torch import common_state, model_keys, restore_rng, rng_states
+
+
+def _metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """How megatron-core 0.16.1 is to shard: the form that fits any number of ranks."""
+    from megatron.core import parallel_state as ps
+
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable" if args.use_distributed_optimizer else None,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    }
+
+
+def _sharded_state(args: argparse.Namespace, model: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
+    metadata = _metadata(args)
+    state = {
+        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(model_keys(model), model, strict=True)
+    }
+    wanted = not (args.finetune or args.no_load_optim) if loading else not args.no_save_optim
+    if wanted:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+    return state
+
+
+def _rng_object() -> Any:
+    """The random states as one object per (pipeline, tensor) rank."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    shape = (ps.get_pipeline_model_parallel_world_size(), ps.get_tensor_model_parallel_world_size())
+    place = (ps.get_pipeline_model_parallel_rank(), ps.get_tensor_model_parallel_rank())
+    replica = ps.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", rng_states(), shape, place, replica_id=replica)
+
+
+def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
+    """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
+    from megatron.core import dist_checkpointing
+
+    _require_support()
+    state = _sharded_state(args, model, optimizer, loading=False)
+    common = common_state(args, optimizer, scheduler)
+    common.pop("optimizer", None)
+    state |= common
+    if not args.no_save_rng:
+        state["rng_state"] = _rng_object()
+    kept = {k: v for k, v in _metadata(args).items() if k != "dp_cp_group"}
+    dist_checkpointing.save(state, str(directory), content_metadata=kept)
+    dist.barrier()
+    return sorted(p for p in directory.rglob("*") if p.is_file())[dist.get_rank() :: dist.get_world_size()]
+
+
+def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Load into whatever layout this run has; returns the saved dictionary."""
+    from megatron.core import dist_checkpointing
+
+    from minimind_mcore.training.checkpointing import check_model
+
+    _require_support()
+    saved = dist_checkpointing.load_common_state_dict(str(directory))
+    check_model(args, saved["args"], directory)
+    wants_optimizer = not (args.finetune or args.no_load_optim)
+    if wants_optimizer and saved["args"].use_distributed_optimizer != args.use_distributed_optimizer:
+        raise UserError(
+            f"{directory}: --use-distributed-optimizer was {saved['args'].use_distributed_optimizer} when it was saved "
+            f"and is {args.use_distributed_optimizer} now; give the same, or --no-load-optim for the weights alone"
+        )
+    state = _sharded_state(args, model, optimizer, loading=True)
+    same = all(
+        getattr(saved["args"], name) == getattr(args, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
+    )
+    wants_rng = same and not (args.finetune or args.no_load_rng)
+    if wants_rng:
+        state["rng_state"] = _rng_object()
+    state = dist_checkpointing.load(state, str(directory))
+    for key, chunk in zip(model_keys(model), model, strict=True):
+        chunk.load_state_dict(state[key], strict=True)
+    if wants_optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(saved["opt_param_scheduler"])
+    else:
+        optimizer.reload_model_params()
+    if wants_rng:
+        restore_rng(state["rng_state"])
+    return {**saved, **state}
+
+
+def _require_support() -> None:
+    """megatron-core 0.12.1's writer does not fit torch 2.13 (`_write_item` has another signature there)."""
+    from megatron.core.package_info import __version__ as version
+
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 13):
+        raise UserError(f"--ckpt-format torch_dist needs megatron-core 0.13 or newer, found {version}; use torch")

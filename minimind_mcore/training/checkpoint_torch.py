@@ -1,0 +1,139 @@
+"""`--ckpt-format torch`: one directory per model-parallel rank, in the layout of MindSpeed-LLM and Megatron.
+
+    iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt     args, model, optimizer, schedule, RNG
+                                       /distrib_optim.pt       with the distributed optimizer
+
+Source: Megatron-LM core_v0.12.1, megatron/training/checkpointing.py. It loads only where TP, PP and
+EP are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+
+NAME = "model_optim_rng.pt"
+OPTIMIZER_NAME = "distrib_optim.pt"
+
+
+def rank_directory(directory: Path) -> Path:
+    """Directory of this rank's part: `mp_rank_TT`, then `_PPP` if PP > 1, then `_EEE` if EP > 1."""
+    from megatron.core import parallel_state as ps
+
+    name = f"mp_rank_{ps.get_tensor_model_parallel_rank():02d}"
+    if ps.get_pipeline_model_parallel_world_size() > 1:
+        name += f"_{ps.get_pipeline_model_parallel_rank():03d}"
+    if ps.get_expert_model_parallel_world_size() > 1:
+        name += f"_{ps.get_expert_model_parallel_rank():03d}"
+    return directory / name
+
+
+def model_keys(model: list[Any]) -> list[str]:
+    """Keys of the chunks: "model", or "model0", "model1", ... with virtual pipeline stages."""
+    return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+
+
+def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
+    """Write this rank's files; returns them. Collective."""
+    from megatron.core import parallel_state as ps
+
+    folder, files = rank_directory(directory), []
+    if args.use_distributed_optimizer and not args.no_save_optim:
+        folder.mkdir(exist_ok=True)
+        optimizer.save_parameter_state(str(folder / OPTIMIZER_NAME))
+        files = [p for p in [folder / OPTIMIZER_NAME] if p.is_file() and ps.get_data_parallel_rank() == 0]
+    rng = rng_states()
+    if ps.get_expert_data_parallel_rank() != 0:
+        return files
+    state = common_state(args, optimizer, scheduler)
+    for key, chunk in zip(model_keys(model), model, strict=True):
+        state[key] = chunk.state_dict_for_save_checkpoint()
+    if not args.no_save_rng:
+        state["rng_state"] = rng
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / NAME)
+    return [*files, folder / NAME]
+
+
+def common_state(args: argparse.Namespace, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """What a checkpoint holds besides weights and random states."""
+    state: dict[str, Any] = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": args.iteration,
+        "num_floating_point_operations_so_far": 0,
+    }
+    if not args.no_save_optim:
+        state |= {"optimizer": optimizer.state_dict(), "opt_param_scheduler": scheduler.state_dict()}
+    return state
+
+
+def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Load this rank's part into the model and the rest; returns the saved dictionary."""
+    from minimind_mcore.training.checkpointing import check_model
+
+    folder = rank_directory(directory)
+    if not (folder / NAME).is_file():
+        found = ", ".join(sorted(p.name for p in directory.glob("mp_rank_*"))) or "none"
+        raise UserError(
+            f"{directory}: no {folder.name}, which this layout needs; it has {found}. A torch checkpoint loads into "
+            "the layout that saved it: convert it, or save with --ckpt-format torch_dist"
+        )
+    # Written by Megatron it holds an argparse.Namespace and enums: no `weights_only`. Load what you trust.
+    state: dict[str, Any] = torch.load(folder / NAME, map_location="cpu", weights_only=False)
+    check_model(args, state["args"], directory, ("tensor_model_parallel_size", "pipeline_model_parallel_size"))
+    for key, chunk in zip(model_keys(model), model, strict=True):
+        if key not in state:
+            raise UserError(f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages")
+        chunk.load_state_dict(state[key], strict=True)
+    if args.finetune or args.no_load_optim or "optimizer" not in state:
+        optimizer.reload_model_params()
+    else:
+        optimizer.load_state_dict(state["optimizer"])
+        if args.use_distributed_optimizer:
+            with torch.no_grad():  # megatron-core 0.12.1 copies into views of leaves that need gradients
+                optimizer.load_parameter_state(str(folder / OPTIMIZER_NAME))
+        scheduler.load_state_dict(state["opt_param_scheduler"])
+    if not (args.finetune or args.no_load_rng) and "rng_state" in state:
+        restore_rng(state["rng_state"])
+    return state
+
+
+def rng_states() -> list[dict[str, Any]]:
+    """The generators of every data-parallel rank, under Megatron's names. Collective."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    mine = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": device.rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+    gathered: list[Any] = [None] * ps.get_data_parallel_world_size()
+    dist.all_gather_object(gathered, mine, group=ps.get_data_parallel_group())
+    return gathered
+
+
+def restore_rng(states: list[dict[str, Any]]) -> None:
+    """Restore `rng_states`; Megatron itself saves one for all data-parallel ranks."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    rank = ps.get_data_parallel_rank()
+    state = states[rank] if len(states) == ps.get_data_parallel_world_size() else states[0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    device.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

@@ -1,0 +1,263 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoints/
+        latest_checkpointed_iteration.txt      written last
+        iter_0000100/
+            manifest.json                      size and SHA-256 of every file
+            mp_rank_00/model_optim_rng.pt ...  --ckpt-format torch: as MindSpeed-LLM reads and writes it
+            .metadata, __0_0.distcp ...        --ckpt-format torch_dist: loads into any other layout
+
+A save goes to a temporary directory, is synced, renamed, and only then named in the tracker file. A
+load compares the files with their manifest; where the newest checkpoint is damaged it says so and
+takes the newest whole one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import (
+    MANIFEST,
+    atomic_write_text,
+    check_manifest,
+    disk_errors,
+    file_entry,
+    publish_directory,
+    write_manifest,
+)
+from minimind_mcore.training import checkpoint_dist, checkpoint_torch, distributed
+from minimind_mcore.training.metrics import Progress
+
+TRACKER = "latest_checkpointed_iteration.txt"
+PREFIX = "iter_"
+# What must be equal in a checkpoint and on the command line, whatever the layout.
+MODEL_ARGS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "num_experts",
+    "padded_vocab_size",
+    "untie_embeddings_and_output_weights",
+    "qk_layernorm",
+)
+
+
+def directory_of(root: Path, iteration: int) -> Path:
+    """Directory of an iteration's checkpoint."""
+    return root / f"{PREFIX}{iteration:07d}"
+
+
+def iterations_in(root: Path) -> list[int]:
+    """Iterations that have a checkpoint directory, newest first."""
+    names = [p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*") if p.is_dir()]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def is_torch_dist(directory: Path) -> bool:
+    """True for a `torch_dist` checkpoint, False for a `torch` one."""
+    return (directory / "metadata.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------- save
+
+
+def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: Any, scheduler: Any) -> None:
+    """Write the checkpoint of this iteration. Collective.
+
+    Raises:
+        UserError: the disk is full, on any rank; what was saved before is untouched.
+    """
+    root = Path(args.save)
+    final = directory_of(root, progress.iteration)
+    tmp = root / f".{final.name}.tmp"
+    args.iteration = progress.iteration
+    args.consumed_train_samples = progress.consumed
+    args.skipped_train_samples = progress.skipped * args.global_batch_size
+    if distributed.is_main():
+        for stale in root.glob(f".{PREFIX}*.tmp"):
+            shutil.rmtree(stale)
+        tmp.mkdir(parents=True)
+    dist.barrier()
+    form = checkpoint_dist if args.ckpt_format == "torch_dist" else checkpoint_torch
+    entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
+    _together(lambda: _publish(root, tmp, final, entries, args) if distributed.is_main() else None, tmp)
+    if distributed.is_main():
+        print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
+
+
+def _write(
+    form: Any, args: argparse.Namespace, tmp: Path, model: Any, optimizer: Any, scheduler: Any
+) -> dict[str, Any]:
+    """This rank's files of the checkpoint; returns their manifest entries."""
+    with disk_errors(tmp):
+        files = form.write(args, tmp, model, optimizer, scheduler)
+        return {str(file.relative_to(tmp)): file_entry(file) for file in files}
+
+
+def _publish(root: Path, tmp: Path, final: Path, entries: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    with disk_errors(final):
+        write_manifest(tmp, {name: entry for part in entries for name, entry in part.items()})
+        publish_directory(tmp, final)
+        atomic_write_text(root / TRACKER, str(args.iteration))
+    if args.keep_last:
+        for iteration in iterations_in(root)[args.keep_last :]:
+            shutil.rmtree(directory_of(root, iteration))
+
+
+def _together(work: Any, tmp: Path) -> list[Any]:
+    """Run `work` on every rank and gather what it returns; if it fails on one, it fails on all.
+
+    Without this a rank whose disk is full would leave the others waiting for it.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (result, problem))
+    problems = [problem for _, problem in gathered if problem]
+    if problems:
+        if distributed.is_main():
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(problems[0])
+    return [result for result, _ in gathered]
+
+
+# ---------------------------------------------------------------------------------------------------- load
+
+
+def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -> Progress:
+    """Load `--load` into the model and, unless told otherwise, everything else. Collective.
+
+    Returns:
+        Where the saved run was; the beginning under `--finetune`, or if there is nothing to load.
+
+    Raises:
+        UserError: every checkpoint there is damaged, or belongs to another model or layout.
+    """
+    if not args.load:
+        return Progress()
+    root = Path(args.load)
+    directory = choose(root, args.ckpt_step)
+    if directory is None:
+        if args.exit_on_missing_checkpoint or args.ckpt_step or args.finetune:
+            raise UserError(f"--load {root}: found no checkpoint there")
+        _say(f"no checkpoint in {root}: starting from the beginning")
+        return Progress()
+    form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
+    saved = form.read(args, directory, model, optimizer, scheduler)
+    progress = _progress(args, saved)
+    _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
+    return progress
+
+
+def _progress(args: argparse.Namespace, saved: dict[str, Any]) -> Progress:
+    if args.finetune:
+        return Progress()
+    iteration = int(saved["iteration"])
+    # A converter's checkpoint has an iteration but no samples; MindSpeed-LLM counts them as consumed.
+    consumed = getattr(saved["args"], "consumed_train_samples", 0) or iteration * args.global_batch_size
+    skipped = getattr(saved["args"], "skipped_train_samples", 0) // args.global_batch_size
+    return Progress(iteration, consumed, skipped)
+
+
+def choose(root: Path, step: int | None = None) -> Path | None:
+    """The newest whole checkpoint below `root`, or that of `step`. Collective; None if there is none at all.
+
+    The tracker file is asked first; if it is empty or names something damaged, that is said and the
+    directories are tried from the newest on.
+    """
+    candidates = [directory_of(root, step)] if step else _candidates(root)
+    for directory in candidates:
+        problems = check(directory)
+        if not problems:
+            return directory
+        _say("\n  ".join([f"checkpoint {directory} is damaged; trying an older one:", *problems]), sys.stderr)
+    if candidates:
+        raise UserError(f"no whole checkpoint in {root}; tried {', '.join(d.name for d in candidates)}")
+    return None
+
+
+def _candidates(root: Path) -> list[Path]:
+    found = [directory_of(root, iteration) for iteration in iterations_in(root)]
+    tracker = root / TRACKER
+    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    if text == "release":
+        return [root / "release", *found]
+    if not text.isdigit():
+        if found:
+            _say(f"{tracker}: found {text!r}, expected an iteration; looking for the newest checkpoint", sys.stderr)
+        return found
+    named = directory_of(root, int(text))
+    return [named, *(d for d in found if d.name < named.name)]
+
+
+def check(directory: Path) -> list[str]:
+    """Problems of a checkpoint's files, the same list on every rank. Collective: each checks a share."""
+    mine = _check_share(directory, distributed.rank(), distributed.world_size())
+    if not dist.is_initialized():
+        return mine
+    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return list(dict.fromkeys(problem for problems in gathered for problem in problems))
+
+
+def _check_share(directory: Path, rank: int, ranks: int) -> list[str]:
+    if not directory.is_dir():
+        return [f"{directory}: missing"]
+    if (directory / MANIFEST).is_file():
+        return check_manifest(directory, rank, ranks)
+    # Written by another program: at least the archives must be complete.
+    files = sorted(directory.rglob("*.pt"))
+    if not files:
+        return [f"{directory}: no checkpoint files"]
+    return [f"{file}: truncated, or no torch file" for file in files[rank::ranks] if not zipfile.is_zipfile(file)]
+
+
+def check_model(args: argparse.Namespace, saved: Any, directory: Path, more: tuple[str, ...] = ()) -> None:
+    """Refuse a checkpoint whose model, or tokenizer, is another."""
+    absent = object()
+    for name in MODEL_ARGS + more:
+        found, expected = getattr(saved, name, absent), getattr(args, name)
+        if found is not absent and found is not None and found != expected:
+            raise UserError(
+                f"{directory}: {name} is {found} there and {expected} on the command line; "
+                + (
+                    "convert it, or save it with --ckpt-format torch_dist"
+                    if name in more
+                    else "give the same model flags"
+                )
+            )
+    found = getattr(saved, "tokenizer_fingerprint", None)
+    expected = getattr(args, "tokenizer_fingerprint", None)
+    if found and expected and found != expected:
+        raise UserError(
+            f"{directory}: trained with another tokenizer (fingerprint {found[:12]}, the given one is {expected[:12]}). "
+            "MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was trained with"
+        )
+
+
+def _say(text: str, file: Any = None) -> None:
+    if distributed.is_main():
+        print(text, file=file or sys.stdout, flush=True)
+
+
+def disk_usage(args: argparse.Namespace) -> int:
+    """Free bytes where `--save` is."""
+    where = Path(args.save).absolute()
+    while not where.exists():
+        where = where.parent
+    return shutil.disk_usage(os.fspath(where)).free

@@ -1,0 +1,166 @@
+"""Megatron's GPT dataset, in the order of its samples, from any of them on.
+
+A run reads samples 0, 1, 2, ... of a dataset that is shuffled once by `--seed`; the number of
+samples consumed so far is therefore the whole data position of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+
+
+class TokenizerInfo:
+    """What megatron-core's datasets ask of a tokenizer: its end-of-document id, and its name in cache keys."""
+
+    def __init__(self, path: str, vocab_size: int) -> None:
+        from transformers import AutoTokenizer
+
+        from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
+
+        if not (Path(path) / "tokenizer.json").is_file():
+            raise UserError(f"--tokenizer-name-or-path {path}: found no tokenizer.json there")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        self.fingerprint = tokenizer_fingerprint(path)
+        self.vocab_size = vocab_size
+        self.eod = tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1
+        self.unique_identifiers = OrderedDict(fingerprint=self.fingerprint)
+        if len(tokenizer) > vocab_size:
+            raise UserError(
+                f"the tokenizer at {path} has {len(tokenizer)} tokens, more than --padded-vocab-size {vocab_size}"
+            )
+
+
+class NumberedDataset(Dataset[dict[str, Any]]):
+    """A dataset whose samples also say their index, so that a message can name them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "index": index}
+
+
+class MicroBatchSampler:
+    """Indices of this data-parallel rank's micro-batches, starting after `consumed` samples.
+
+    A global batch is the next `global_batch_size` samples; micro-batch m of rank r has its samples
+    `m * dp * mbs + r * mbs` to `... + mbs - 1`. It ends with the last whole global batch.
+    """
+
+    def __init__(self, total: int, consumed: int, mbs: int, rank: int, dp: int) -> None:
+        self.starts = range(consumed + rank * mbs, total - (dp - 1 - rank) * mbs - mbs + 1, mbs * dp)
+        self.mbs = mbs
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, start + self.mbs))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def build_datasets(args: argparse.Namespace) -> list[Any]:
+    """Train, validation and test datasets (None where the split leaves nothing).
+
+    Raises:
+        UserError: no data, or data that is damaged or was made with another tokenizer.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    tokenizer = TokenizerInfo(tokenizer_path(args), args.padded_vocab_size)
+    check_prefixes(args, tokenizer.fingerprint)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        **_blend(args),
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # The attention is causal by itself; only documents that must not see each other need a mask.
+        create_attention_mask=args.reset_attention_mask,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+    )
+    sizes = _samples_needed(args)
+    return list(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build())
+
+
+def _samples_needed(args: argparse.Namespace) -> list[int]:
+    evaluations = (args.train_iters // args.eval_interval + 1) * args.eval_iters
+    batches = [args.train_iters, evaluations, args.eval_iters]
+    return [n * args.global_batch_size for n in batches]
+
+
+def _blend(args: argparse.Namespace) -> dict[str, Any]:
+    """`--data-path [weight] prefix ...` (or one per split) as megatron-core's blend arguments."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    if any(per_split):
+        return {"blend_per_split": [get_blend_from_list(paths) for paths in per_split]}
+    return {"blend": get_blend_from_list(args.data_path), "split": args.split or "969, 30, 1"}
+
+
+def tokenizer_path(args: argparse.Namespace) -> str:
+    """The directory of the run's tokenizer (two flags name it, by `--tokenizer-type`)."""
+    path = args.tokenizer_name_or_path or args.tokenizer_model
+    if not path:
+        raise UserError("--tokenizer-name-or-path is missing: the directory that has tokenizer.json")
+    return str(path)
+
+
+def prefixes(args: argparse.Namespace) -> list[str]:
+    """Every dataset prefix on the command line, weights left out."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    found: list[str] = []
+    for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
+        if paths:
+            found += get_blend_from_list(paths)[0]
+    if not found:
+        raise UserError("--data-path is missing: the prefix of a .bin/.idx pair (see preprocess_data.py)")
+    return found
+
+
+def check_prefixes(args: argparse.Namespace, fingerprint: str) -> None:
+    """Refuse datasets that are missing, truncated, or tokenized with another tokenizer."""
+    from minimind_mcore.preprocess.check import quick_check
+
+    for prefix in prefixes(args):
+        quick_check(prefix, fingerprint)
+
+
+def micro_batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's micro-batches on its device: tokens, labels, loss_mask, position_ids [mbs, seq], index [mbs]."""
+    from megatron.core import parallel_state
+
+    sampler = MicroBatchSampler(
+        len(dataset),
+        consumed,
+        args.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    pin = device.current().kind != "cpu"
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        NumberedDataset(dataset), batch_sampler=sampler, num_workers=args.num_workers, pin_memory=pin
+    )
+    for batch in loader:
+        yield {key: value.to(device.current().torch_device, non_blocking=pin) for key, value in batch.items()}

@@ -1,0 +1,64 @@
+"""Process groups and random seeds of a run."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minimind_mcore import device
+from minimind_mcore.training.layout import Layout
+
+
+def world_size() -> int:
+    """Number of processes, as torchrun tells them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(args: argparse.Namespace, layout: Layout) -> None:
+    """Join the process group, make Megatron's groups for `layout`, and seed every generator."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group(
+            device.current().backend, timeout=datetime.timedelta(minutes=args.distributed_timeout_minutes)
+        )
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    # Every pipeline stage draws other numbers (dropout), as in Megatron; weights have their own generators.
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def rank() -> int:
+    """Rank of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """True in the one process that writes logs and pictures."""
+    return rank() == 0
+
+
+def finish() -> None:
+    """Leave the process groups: ranks that exit without it can hang the others."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,208 @@
+"""What a run says about itself: Megatron's log line, metrics.jsonl, tensorboard, wandb, swanlab.
+
+Only rank 0 prints and writes; the reductions behind a line are collective, so every rank calls
+`Metrics.record` for every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore import device
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.storage import atomic_write_text
+from minimind_mcore.training import distributed, step
+from minimind_mcore.training.layout import Layout
+
+
+@dataclass
+class Progress:
+    """Where a run is. `iteration` steps are done, `consumed` samples read; both are in every checkpoint."""
+
+    iteration: int = 0
+    consumed: int = 0
+    skipped: int = 0
+
+
+def output_dir(args: argparse.Namespace) -> Path:
+    """Directory of metrics.jsonl, loss.png and report.html."""
+    return Path(args.output_dir or (Path(args.save).parent if args.save else "outputs"))
+
+
+class Metrics:
+    """Collects steps and reports every `--log-interval` of them."""
+
+    def __init__(self, args: argparse.Namespace, layout: Layout, progress: Progress) -> None:
+        self.args, self.layout = args, layout
+        self.model = ModelConfig.from_args(args)
+        self.steps: list[step.StepResult] = []
+        self.since = time.perf_counter()
+        self.speed: float | None = None
+        self.sinks: list[Any] = []
+        self.history: Path | None = None
+        if distributed.is_main():
+            self.history = output_dir(args) / "metrics.jsonl"
+            self.history.parent.mkdir(parents=True, exist_ok=True)
+            forget_after(self.history, progress.iteration)
+            self.sinks = _open_sinks(args, progress)
+
+    def record(self, progress: Progress, result: step.StepResult, lr: float) -> None:
+        """Take note of a finished step; report if a line is due."""
+        self.steps.append(result)
+        if progress.iteration % self.args.log_interval and progress.iteration != self.args.train_iters:
+            return
+        device.synchronize()
+        now = time.perf_counter()
+        seconds = (now - self.since) / len(self.steps)
+        row = self._row(progress, lr, seconds)
+        self.steps, self.since = [], time.perf_counter()
+        if distributed.is_main():
+            print(self._line(row), flush=True)
+            self._write(row)
+
+    def _row(self, progress: Progress, lr: float, seconds: float) -> dict[str, Any]:
+        args, last = self.args, self.steps[-1]
+        tokens_per_second = args.global_batch_size * args.seq_length / seconds
+        # The first line includes warm-up; the estimate of the remaining time forgets it quickly.
+        self.speed = seconds if self.speed is None else 0.5 * self.speed + 0.5 * seconds
+        row: dict[str, Any] = {
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed,
+            "consumed_tokens": progress.consumed * args.seq_length,
+            "learning_rate": lr,
+            "global_batch_size": args.global_batch_size,
+            "lm_loss": step.mean_loss(args, self.steps),
+            **self._aux_losses(progress.iteration),
+            "grad_norm": last.grad_norm,
+            "skipped_iterations": progress.skipped,
+            "seconds_per_iteration": seconds,
+            "tokens_per_second": tokens_per_second,
+            "eta_seconds": self.speed * (args.train_iters - progress.iteration),
+            "memory_bytes": device.peak_memory(),
+        }
+        if last.zeros is not None:
+            row["zero_gradients"] = last.zeros
+        tflops = self.model.flops_per_token(args.seq_length) * tokens_per_second / 1e12 / self.layout.world_size
+        row["tflops_per_device"] = tflops
+        if peak := device.current().peak_tflops:
+            row["mfu"] = tflops / peak
+        return row
+
+    def _aux_losses(self, iteration: int) -> dict[str, float]:
+        if not self.args.num_experts:
+            return {}
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        totals: dict[str, Any] = {}
+        scale = 1 / (self.args.num_microbatches * len(self.steps))
+        layers = {"num_layers": self.args.num_layers, "moe_layer_freq": 1}
+        track_moe_metrics(scale, iteration, writer=None, total_loss_dict=totals, **layers)
+        return {name.replace(" ", "_"): float(value) for name, value in totals.items()}
+
+    def _line(self, row: dict[str, Any]) -> str:
+        """Megatron's log line, with what people ask for after it."""
+        args = self.args
+        aux = [f"{n.replace('_', ' ')}: {v:.6E}" for n, v in row.items() if n.endswith("_loss") and n != "lm_loss"]
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        parts = [
+            f" [{stamp}] iteration {row['iteration']:8d}/{args.train_iters:8d}",
+            f"consumed samples: {row['consumed_samples']:12d}",
+            f"elapsed time per iteration (ms): {row['seconds_per_iteration'] * 1e3:.1f}",
+            f"learning rate: {row['learning_rate']:.6E}",
+            f"global batch size: {row['global_batch_size']:5d}",
+            f"lm loss: {row['lm_loss']:.6E}",
+            *aux,
+            f"grad norm: {row['grad_norm']:.3f}",
+            f"number of skipped iterations: {row['skipped_iterations']:3d}",
+            "number of nan iterations:   0",  # such an iteration stops the run
+            f"tokens/s: {row['tokens_per_second']:.0f}",
+            *([f"MFU: {row['mfu']:.1%}"] if "mfu" in row else []),
+            f"memory: {row['memory_bytes'] / 2**30:.2f} GiB",
+            f"ETA: {datetime.timedelta(seconds=round(row['eta_seconds']))}",
+        ]
+        return " | ".join(parts) + " |"
+
+    def record_evaluation(self, progress: Progress, loss: float) -> None:
+        """Report a validation loss (mean over tokens, nats)."""
+        self.since = time.perf_counter()
+        if distributed.is_main():
+            print(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |", flush=True)
+            self._write({"iteration": progress.iteration, "validation_loss": loss})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self.history is not None
+        with open(self.history, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        for sink in self.sinks:
+            sink(row)
+
+    def close(self) -> None:
+        """Flush what the sinks hold."""
+        for sink in self.sinks:
+            sink(None)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line cut off by a kill is dropped."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def forget_after(path: Path, iteration: int) -> None:
+    """Drop the rows that a resumed run is about to write again."""
+    rows = read_history(path)
+    kept = [row for row in rows if row["iteration"] <= iteration]
+    if kept != rows:
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _open_sinks(args: argparse.Namespace, progress: Progress) -> list[Any]:
+    """One callable per requested logger; it takes a row, or None to close."""
+    sinks: list[Any] = []
+    if args.tensorboard_dir:
+        sinks.append(_tensorboard(args.tensorboard_dir, progress))
+    if args.wandb_project:
+        import wandb
+
+        name = args.wandb_exp_name or None
+        run = wandb.init(project=args.wandb_project, name=name, dir=args.wandb_save_dir or None, config=_plain(args))
+        sinks.append(lambda row: run.finish() if row is None else run.log(row, step=row["iteration"]))
+    if args.swanlab_project:
+        import swanlab
+
+        board = swanlab.init(project=args.swanlab_project, config=_plain(args))
+        sinks.append(lambda row: board.finish() if row is None else board.log(row, step=row["iteration"]))
+    return sinks
+
+
+def _tensorboard(directory: str, progress: Progress) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Events past the checkpoint belong to steps that are done again.
+    writer = SummaryWriter(directory, purge_step=progress.iteration + 1)  # type: ignore[no-untyped-call]
+
+    def write(row: dict[str, Any] | None) -> None:
+        if row is None:
+            writer.close()  # type: ignore[no-untyped-call]
+            return
+        for name, value in row.items():
+            if name != "iteration":
+                writer.add_scalar(name.replace("_", " "), value, row["iteration"])  # type: ignore[no-untyped-call]
+
+    return write
+
+
+def _plain(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(args).items() if isinstance(value, str | int | float | bool | None)}

@@ -1,0 +1,106 @@
+"""This rank's part of the model, wrapped for mixed precision and data parallelism."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from minimind_mcore import device
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.training.layout import Layout
+
+
+def core_config(args: argparse.Namespace, layout: Layout) -> Any:
+    """megatron-core's `TransformerConfig` for a validated command line."""
+    overrides: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.tp,
+        "sequence_parallel": args.sequence_parallel,
+        "params_dtype": args.params_dtype,
+        "pipeline_dtype": args.params_dtype,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+        "attention_dropout": args.attention_dropout,
+        "hidden_dropout": args.hidden_dropout,
+        "init_method_std": args.init_method_std,
+        "calculate_per_token_loss": args.calculate_per_token_loss,
+        "overlap_p2p_comm": layout.vpp is not None and args.overlap_p2p_comm,
+        "batch_p2p_comm": not (layout.vpp is not None and args.overlap_p2p_comm),
+        # A stage frees its output once it is sent: its memory is not needed for the backward pass.
+        "deallocate_pipeline_outputs": True,
+        "recompute_granularity": args.recompute_granularity,
+        "recompute_method": args.recompute_method,
+        "recompute_num_layers": args.recompute_num_layers,
+        # Fusions that need Transformer Engine, Apex or a compiler; see megatron_fixes.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "use_cpu_initialization": False,
+        "perform_initialization": False,
+    }
+    if args.num_experts:
+        overrides |= {
+            "moe_grouped_gemm": args.moe_grouped_gemm,
+            "moe_z_loss_coeff": args.moe_z_loss_coeff,
+        }
+    return ModelConfig.from_args(args).transformer_config(**overrides)
+
+
+def build_model(args: argparse.Namespace, layout: Layout) -> list[torch.nn.Module]:
+    """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them).
+
+    The weights depend on `--seed` and their names only: every layout starts from the same model.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    from minimind_mcore.models.core_config import build_gpt_model
+    from minimind_mcore.models.init import initialize
+
+    model_config, config = ModelConfig.from_args(args), core_config(args, layout)
+    stages = layout.vpp or 1
+    first = parallel_state.get_pipeline_model_parallel_rank() == 0
+    last = parallel_state.get_pipeline_model_parallel_rank() == layout.pp - 1
+    chunks: list[Any] = []
+    for stage in range(stages):
+        if layout.vpp:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+        chunk = build_gpt_model(
+            model_config,
+            config,
+            pre_process=first and stage == 0,
+            post_process=last and stage == stages - 1,
+            vp_stage=stage if layout.vpp else None,
+        )
+        chunks.append(chunk.to(device.current().torch_device))
+    initialize(chunks, model_config, scheme=args.minimind_init or "megatron", seed=args.seed, std=args.init_method_std)
+    if args.params_dtype != torch.float32:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        bucket_size=args.ddp_bucket_size or max(40_000_000, 1_000_000 * layout.dp),
+    )
+    # Only the first chunk of a rank overlaps its reduction bucket by bucket, as Megatron does.
+    return [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0 or not args.overlap_grad_reduce)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def unwrap(chunk: Any) -> Any:
+    """The GPTModel inside data-parallel and precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -1,0 +1,76 @@
+"""Megatron's optimizer and learning-rate schedule, from flags."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import Any
+
+import torch
+
+
+def build_optimizer(args: argparse.Namespace, model: list[torch.nn.Module]) -> tuple[Any, Any]:
+    """The optimizer (distributed or not) and the schedule that sets its learning rate and weight decay."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer=args.optimizer,
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        sgd_momentum=args.sgd_momentum,
+        clip_grad=args.clip_grad,
+        params_dtype=args.params_dtype,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        loss_scale=args.loss_scale,
+        initial_loss_scale=args.initial_loss_scale,
+        min_loss_scale=args.min_loss_scale,
+        loss_scale_window=args.loss_scale_window,
+        hysteresis=args.hysteresis,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
+        log_num_zeros_in_grad=args.log_num_zeros_in_grad,
+    )
+    options: dict[str, Any] = {}
+    if args.decay_all:
+        # megatron-core spares vectors (norms) from weight decay unless told what to spare: nothing.
+        newer = "config_overrides" in inspect.signature(get_megatron_optimizer).parameters
+        options = {"config_overrides": {}} if newer else {"no_weight_decay_cond": lambda name, parameter: False}
+    optimizer = get_megatron_optimizer(config, model, **options)
+    return optimizer, _build_scheduler(args, optimizer)
+
+
+def _build_scheduler(args: argparse.Namespace, optimizer: Any) -> Any:
+    """Megatron's schedule; it counts samples, so that a change of batch size keeps its place."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    batch = args.global_batch_size
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=args.lr_warmup_init,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters * batch,
+        lr_decay_steps=args.lr_decay_iters * batch,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.start_weight_decay,
+        end_wd=args.end_weight_decay,
+        wd_incr_steps=args.train_iters * batch,
+        wd_incr_style=args.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=args.override_opt_param_scheduler,
+        wsd_decay_steps=args.lr_wsd_decay_iters * batch if args.lr_wsd_decay_iters else None,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+    if args.lr_at_iteration_end:
+        scheduler.step(increment=batch)
+    return scheduler
+
+
+def learning_rate(optimizer: Any) -> float:
+    """The learning rate of the next step."""
+    return next(float(group["lr"]) for group in optimizer.param_groups if not group.get("is_decoupled_lr"))

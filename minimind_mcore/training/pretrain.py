@@ -1,0 +1,100 @@
+"""Pretraining: the whole run, from top to bottom.
+
+torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (see examples/mcore/minimind)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from minimind_mcore import arguments, device
+from minimind_mcore.training import checkpointing, data, distributed, plan, report, step
+from minimind_mcore.training.layout import Layout, validate
+from minimind_mcore.training.metrics import Metrics, Progress, output_dir
+from minimind_mcore.training.model import build_model
+from minimind_mcore.training.optimizer import build_optimizer, learning_rate
+from minimind_mcore.training.stop import StopSignal
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, validate, train. `--dry-run` stops before anything is built."""
+    args = arguments.parse(sys.argv[1:] if argv is None else argv)
+    if args.dry_run:
+        plan.show(args)
+        return
+    layout = validate(args, distributed.world_size())
+    device.setup()
+    distributed.initialize(args, layout)
+    if distributed.is_main():
+        plan.announce(args, layout)
+    train(args, layout)
+    distributed.finish()
+
+
+def train(args: argparse.Namespace, layout: Layout) -> None:
+    """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
+    started = time.monotonic()
+    stop = StopSignal()
+    model = build_model(args, layout)
+    optimizer, scheduler = build_optimizer(args, model)
+    progress = checkpointing.load(args, model, optimizer, scheduler)
+    train_set, valid_set, _ = data.build_datasets(args)
+    batches = [data.micro_batches(args, train_set, progress.consumed) for _ in model]
+    metrics = Metrics(args, layout, progress)
+    saved = progress.iteration
+
+    for chunk in model:
+        chunk.train()
+    while progress.iteration < args.train_iters:
+        lr = learning_rate(optimizer)
+        result = step.train_step(args, model, optimizer, scheduler, batches)
+        progress.iteration += 1
+        progress.consumed += args.global_batch_size
+        progress.skipped += not result.updated
+        metrics.record(progress, result, lr)
+
+        if valid_set is not None and args.eval_iters and progress.iteration % args.eval_interval == 0:
+            metrics.record_evaluation(progress, evaluate(args, model, valid_set))
+        stopping = stop.agreed(also=_limit_reached(args, progress, started))
+        if args.save and (stopping or _is_due(progress.iteration, args.save_interval)):
+            checkpointing.save(args, progress, model, optimizer, scheduler)
+            saved = progress.iteration
+        if stopping:
+            break
+
+    if args.save and saved != progress.iteration:
+        checkpointing.save(args, progress, model, optimizer, scheduler)
+    metrics.close()
+    if distributed.is_main():
+        report.write_report(output_dir(args), f"MiniMind pretraining, {args.num_layers} x {args.hidden_size}")
+        plan.say_what_next(args, progress)
+
+
+def evaluate(args: argparse.Namespace, model: Any, dataset: Any) -> float:
+    """Mean token loss (nats) of the first `--eval-iters` global batches of the validation set."""
+    import torch
+
+    for chunk in model:
+        chunk.eval()
+    batches = [data.micro_batches(args, dataset, 0) for _ in model]
+    rounds = min(args.eval_iters, len(dataset) // args.global_batch_size)
+    with torch.no_grad():
+        results = [step.forward_backward(args, model, batches, forward_only=True) for _ in range(rounds)]
+    for chunk in model:
+        chunk.train()
+    return step.mean_loss(args, results)
+
+
+def _is_due(iteration: int, interval: int | None) -> bool:
+    return bool(interval) and iteration % (interval or 1) == 0
+
+
+def _limit_reached(args: argparse.Namespace, progress: Progress, started: float) -> bool:
+    minutes = (time.monotonic() - started) / 60
+    return _is_due(progress.iteration, args.exit_interval) or (
+        args.exit_duration_in_mins is not None and minutes > args.exit_duration_in_mins
+    )

@@ -1,0 +1,109 @@
+"""The curves of a run: loss.png, and report.html with all of them. Both are made from metrics.jsonl alone.
+
+python -m minimind_mcore.training.report OUTPUT_DIR
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore import errors
+from minimind_mcore.storage import atomic_file, atomic_write_text
+from minimind_mcore.training.metrics import read_history
+
+CURVES = {
+    "lm_loss": "training loss (nats per token)",
+    "validation_loss": "validation loss (nats per token)",
+    "load_balancing_loss": "MoE load-balancing loss",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+    "mfu": "MFU",
+    "memory_bytes": "peak memory per process (bytes)",
+}
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse }} td {{ padding: .1rem 1.5rem .1rem 0 }}
+svg {{ width: 100%; height: auto }}
+</style>
+<h1>{title}</h1>
+<table>{summary}</table>
+{figures}
+</html>
+"""
+
+
+def write_report(directory: Path, title: str) -> None:
+    """Draw `loss.png` and `report.html` into `directory` from its `metrics.jsonl`; nothing if that is empty."""
+    rows = read_history(directory / "metrics.jsonl")
+    if not rows:
+        return
+    with atomic_file(directory / "loss.png") as f:
+        f.write(draw(rows, ["lm_loss", "validation_loss"], title, "png"))
+    figures = [
+        draw(rows, [name], label, "svg").decode("utf-8").partition("<svg")[2]
+        for name, label in CURVES.items()
+        if any(name in row for row in rows)
+    ]
+    page = PAGE.format(
+        title=html.escape(title), summary=_summary(rows), figures="\n".join("<svg" + figure for figure in figures)
+    )
+    atomic_write_text(directory / "report.html", page)
+
+
+def draw(rows: list[dict[str, Any]], names: list[str], title: str, kind: str) -> bytes:
+    """One figure of the named columns over the iterations, as bytes of a "png" or an "svg"."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name in names:
+        points = [(row["iteration"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=CURVES[name], marker="o" if len(points) < 30 else None, ms=3)
+    axes.set_xlabel("iteration")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    training = [row for row in rows if "lm_loss" in row]
+    if not training:
+        return ""
+    first, last = training[0], training[-1]
+    facts = {
+        "iterations": last["iteration"],
+        "tokens": f"{last['consumed_tokens']:,}",
+        "first loss": f"{first['lm_loss']:.4f} (iteration {first['iteration']})",
+        "last loss": f"{last['lm_loss']:.4f}",
+        "tokens per second": f"{sorted(row['tokens_per_second'] for row in training)[len(training) // 2]:,.0f} (median)",
+    }
+    return "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in facts.items())
+
+
+def main() -> None:
+    """Draw the report of the directory given on the command line."""
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
+        raise errors.UserError("usage: python -m minimind_mcore.training.report DIRECTORY (one that has metrics.jsonl)")
+    directory = Path(sys.argv[1])
+    write_report(directory, f"MiniMind, {directory.name}")
+    print(directory / "loss.png", directory / "report.html", sep="\n")
+
+
+if __name__ == "__main__":
+    errors.run(main)
