@@ -1,0 +1,105 @@
+"""Fill live models, whatever their parallel layout, from whole tensors.
+
+Each parameter of a rank's model chunks is known by its name in the whole model: layers and experts
+numbered from 0, as in `weights.py`. Requires megatron-core's parallel state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import weights
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.init import initial_tensor
+
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def whole_model_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters by their names in the whole model.
+
+    Args:
+        chunks: the GPTModels of this rank, one per virtual pipeline stage; wrappers (mixed
+            precision, data parallel) may be around them.
+    """
+    for chunk in chunks:
+        model: Any = chunk
+        while hasattr(model, "module"):
+            model = model.module
+        for name, parameter in model.named_parameters():
+            yield _whole_name(model, name), parameter
+
+
+def _whole_name(model: Any, name: str) -> str:
+    match = _LAYER.match(name)
+    if match is None:
+        # The last pipeline stage of a tied model has a copy of the embedding.
+        tied = name == weights.OUTPUT and model.share_embeddings_and_output_weights
+        return weights.EMBEDDING if tied else name
+    layer = model.decoder.layers[int(match[1])]
+    name = f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+    if expert := _EXPERT.search(name):
+        index = layer.mlp.local_expert_indices[int(expert[1])]
+        name = name.replace(expert[0], f".local_experts.{index}.")
+    return name
+
+
+@torch.no_grad()
+def load_into(chunks: Sequence[torch.nn.Module], whole: Callable[[str], Tensor]) -> None:
+    """Set every parameter of this rank to its part of `whole(name)`, cast to the parameter's dtype.
+
+    Raises:
+        UserError: a part has another shape than the parameter.
+    """
+    for name, parameter in whole_model_parameters(chunks):
+        rank, size = _tensor_parallel(name)
+        part = weights.shard(name, whole(name), rank, size)
+        if part.shape != parameter.shape:
+            raise UserError(f"{name}: found {tuple(part.shape)} for this rank, expected {tuple(parameter.shape)}")
+        parameter.copy_(part)
+
+
+def _tensor_parallel(name: str) -> tuple[int, int]:
+    """Rank and size of the tensor parallelism that cuts this parameter: experts have their own."""
+    if _EXPERT.search(name):
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def load_hf_into(chunks: Sequence[torch.nn.Module], state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Fill this rank's model chunks, of any TP, PP, VPP and EP layout, from a whole HF state dict.
+
+    Raises:
+        UserError: see `weights.hf_to_mcore` and `load_into`.
+    """
+    load_into(chunks, weights.hf_to_mcore(state, config).__getitem__)
+
+
+def initialize(
+    chunks: Sequence[torch.nn.Module], config: ModelConfig, *, scheme: str, seed: int, std: float = 0.02
+) -> None:
+    """Set this rank's parameters to their part of the initial model, the same in every layout.
+
+    Args:
+        chunks: the model chunks of this rank.
+        config: the architecture.
+        scheme: see `init.py`.
+        seed: of the model.
+        std: Megatron's `--init-method-std`.
+
+    Raises:
+        UserError: no such scheme.
+    """
+    shapes = weights.mcore_shapes(config)
+    load_into(chunks, lambda name: initial_tensor(name, shapes[name], config, scheme=scheme, seed=seed, std=std))

@@ -1,0 +1,352 @@
+"""One table of weight rules, for both directions between transformers and megatron-core.
+
+    mcore = hf_to_mcore(hf_state, config)      # every tensor accounted for, or an error
+    hf_state = mcore_to_hf(mcore, config)
+
+A rule names tensors on both sides and knows how each becomes the other; `rules` lists those of a
+model. Everything here is the whole model: layers and experts numbered from 0, no tensor split.
+`shard` and `unshard` cut and join one tensor for tensor parallelism; `loading.py` fills live models.
+
+Three forms of the other side: `hf`, the files of transformers (Llama, Qwen3, Qwen2-MoE, Qwen3-MoE);
+`hf_fused`, the same as transformers 5 holds it in memory, experts stacked; `native`, MiniMind's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.models.hf_config import hf_model_type
+
+FORMS = ("hf", "hf_fused", "native")
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """`hf` tensors of these `shapes` are the `mcore` tensors. This one: the same tensor, renamed.
+
+    `required`: reading without them is an error; `written`: writing makes them.
+    """
+
+    mcore: tuple[str, ...]
+    hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    required: bool = True
+    written: bool = True
+
+    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The `mcore` tensors, from those of `hf`, in order."""
+        return list(tensors)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The `hf` tensors, from those of `mcore`, in order."""
+        return list(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKV(Rule):
+    """q, k and v in one matrix: for each key-value head, the query heads it serves, its k, its v."""
+
+    kv_heads: int
+
+    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Interleave."""
+        groups = [t.reshape(self.kv_heads, -1, t.shape[-1]) for t in tensors]
+        return [torch.cat(groups, dim=1).flatten(0, 1)]
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Pick apart."""
+        groups = tensors[0].reshape(self.kv_heads, -1, tensors[0].shape[-1])
+        rows = [shape[0] // self.kv_heads for shape in self.shapes]
+        return [part.flatten(0, 1) for part in torch.split(groups, rows, dim=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat(Rule):
+    """Several matrices one after the other along `axis`: gate and up; the inputs of several experts."""
+
+    axis: int
+
+    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Join."""
+        return [torch.cat(tuple(tensors), dim=self.axis)]
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Split."""
+        return list(torch.split(tensors[0], [shape[self.axis] for shape in self.shapes], dim=self.axis))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack(Rule):
+    """One tensor of transformers holds the experts along its first axis."""
+
+    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor an expert."""
+        return list(tensors[0].unbind(0))
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor for all."""
+        return [torch.stack(tuple(tensors))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubled(Rule):
+    """transformers multiplies the result by one half: a gate of sigmoid(0). A power of two is exact."""
+
+    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Halve."""
+        return [tensors[0] / 2]
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Double."""
+        return [tensors[0] * 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeros(Rule):
+    """A parameter that transformers has and MiniMind has not: it must be zero."""
+
+    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Nothing, if all are zero."""
+        if torch.count_nonzero(tensors[0]):
+            raise UserError(f"{self.hf[0]}: found values other than 0, expected zeros: MiniMind has no such parameter")
+        return []
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Zeros."""
+        return [torch.zeros(shape) for shape in self.shapes]
+
+
+def rules(config: ModelConfig, form: str = "hf") -> list[Rule]:
+    """The table of a model: every tensor of either side is in it.
+
+    Raises:
+        UserError: the form is none of `FORMS`, or cannot express this model.
+    """
+    if form not in FORMS:
+        raise UserError(f"weight form: found {form!r}, expected one of {FORMS}")
+    if form != "native":
+        hf_model_type(config)
+    h, vocab = config.hidden_size, (config.vocab_size, config.hidden_size)
+    table = [_same(EMBEDDING, "model.embed_tokens.weight", vocab)]
+    if config.tie_embeddings:
+        # A state dict lists the tied tensor twice, and so do MiniMind's .pth files; safetensors not.
+        table.append(
+            Rule(mcore=(EMBEDDING,), hf=("lm_head.weight",), shapes=(vocab,), required=False, written=form == "native")
+        )
+    else:
+        table.append(_same(OUTPUT, "lm_head.weight", vocab))
+    for layer in range(config.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        table += _attention_rules(config, ours, theirs)
+        table.append(_same(ours + "input_layernorm.weight", theirs + "input_layernorm.weight", (h,)))
+        table.append(_same(ours + "pre_mlp_layernorm.weight", theirs + "post_attention_layernorm.weight", (h,)))
+        if config.moe is None:
+            table += _mlp_rules(ours + "mlp", [theirs + "mlp"], h, config.ffn_hidden_size)
+        else:
+            table += _moe_rules(config.moe, h, ours + "mlp", theirs + "mlp", form)
+            if form != "native" and config.moe.shared_ffn_hidden_size:
+                table += _qwen2_moe_zeros(config, theirs)
+    table.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (h,)))
+    return table
+
+
+def _same(ours: str, theirs: str, shape: Shape) -> Rule:
+    return Rule(mcore=(ours,), hf=(theirs,), shapes=(shape,))
+
+
+def _attention_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
+    h, d = config.hidden_size, config.head_dim
+    q, kv = (config.num_heads * d, h), (config.num_kv_heads * d, h)
+    ours, theirs = ours + "self_attention.", theirs + "self_attn."
+    table: list[Rule] = [
+        QKV(
+            mcore=(ours + "linear_qkv.weight",),
+            hf=tuple(f"{theirs}{x}_proj.weight" for x in "qkv"),
+            shapes=(q, kv, kv),
+            kv_heads=config.num_kv_heads,
+        ),
+        _same(ours + "linear_proj.weight", theirs + "o_proj.weight", (h, q[0])),
+    ]
+    if config.qk_layernorm:
+        table += [_same(f"{ours}{x}_layernorm.weight", f"{theirs}{x}_norm.weight", (d,)) for x in "qk"]
+    return table
+
+
+def _mlp_rules(ours: str, theirs: Sequence[str], h: int, ffn: int) -> list[Rule]:
+    """One MLP, or several of the same input whose outputs add up: they are one that is wider."""
+    names = [f"{mlp}.{x}_proj.weight" for x in ("gate", "up") for mlp in theirs]
+    return [
+        Concat(mcore=(ours + ".linear_fc1.weight",), hf=tuple(names), shapes=((ffn, h),) * len(names), axis=0),
+        Concat(
+            mcore=(ours + ".linear_fc2.weight",),
+            hf=tuple(f"{mlp}.down_proj.weight" for mlp in theirs),
+            shapes=((h, ffn),) * len(theirs),
+            axis=1,
+        ),
+    ]
+
+
+def _moe_rules(moe: MoEConfig, h: int, ours: str, theirs: str, form: str) -> list[Rule]:
+    ffn, shared = moe.ffn_hidden_size, moe.shared_ffn_hidden_size
+    table = [_same(ours + ".router.weight", theirs + ".gate.weight", (moe.num_experts, h))]
+    experts = [f"{ours}.experts.local_experts.{e}" for e in range(moe.num_experts)]
+    if form == "hf_fused":
+        for fc, name, shape in (("fc1", "gate_up_proj", (2 * ffn, h)), ("fc2", "down_proj", (h, ffn))):
+            mcore = tuple(f"{expert}.linear_{fc}.weight" for expert in experts)
+            table.append(Stack(mcore=mcore, hf=(f"{theirs}.experts.{name}",), shapes=((moe.num_experts, *shape),)))
+    else:
+        for e, expert in enumerate(experts):
+            table += _mlp_rules(expert, [f"{theirs}.experts.{e}"], h, ffn)
+    if shared and form == "native":
+        count = shared // ffn
+        table += _mlp_rules(
+            ours + ".shared_experts", [f"{theirs}.shared_experts.{i}" for i in range(count)], h, shared // count
+        )
+    elif shared:
+        fc1, fc2 = _mlp_rules(ours + ".shared_experts", [theirs + ".shared_expert"], h, shared)
+        table += [fc1, Doubled(mcore=fc2.mcore, hf=fc2.hf, shapes=fc2.shapes)]
+    return table
+
+
+def _qwen2_moe_zeros(config: ModelConfig, theirs: str) -> list[Rule]:
+    rows = {"q": config.num_heads * config.head_dim, "k": config.num_kv_heads * config.head_dim}
+    rows["v"] = rows["k"]
+    shapes: dict[str, Shape] = {f"{theirs}self_attn.{x}_proj.bias": (n,) for x, n in rows.items()}
+    shapes[theirs + "mlp.shared_expert_gate.weight"] = (1, config.hidden_size)
+    return [Zeros(mcore=(), hf=(name,), shapes=(shape,), required=False) for name, shape in shapes.items()]
+
+
+def detect_form(names: Iterable[str]) -> str:
+    """The form of a state dict, from its names. Dense models have one form only."""
+    names = list(names)
+    if any(name.endswith("mlp.experts.gate_up_proj") for name in names):
+        return "hf_fused"
+    # Without a shared expert MiniMind's own names are those of Qwen3-MoE.
+    return "native" if any(".shared_experts." in name for name in names) else "hf"
+
+
+def hf_to_mcore(state: Mapping[str, Tensor], config: ModelConfig, form: str | None = None) -> dict[str, Tensor]:
+    """The whole megatron-core model, from a state dict of transformers or MiniMind.
+
+    Args:
+        state: tensors of any dtype by name; `form` is detected from the names unless given.
+        config: the architecture.
+        form: one of `FORMS`.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of a wrong shape, not zero where it must be, or
+            two that are tied differ.
+    """
+    table = rules(config, form or detect_form(state))
+    required = {name for rule in table if rule.required for name in rule.hf}
+    known = {name for rule in table for name in rule.hf}
+    _account(state, required, known)
+    mcore: dict[str, Tensor] = {}
+    for rule in table:
+        if any(name not in state for name in rule.hf):  # and not required
+            continue
+        for name, shape in zip(rule.hf, rule.shapes, strict=True):
+            _check_shape(name, state[name], shape)
+        tensors = [state[name] for name in rule.hf]
+        for name, tensor in zip(rule.mcore, rule.to_mcore(tensors), strict=True):
+            if name in mcore and not torch.equal(mcore[name], tensor):
+                raise UserError(f"{', '.join(rule.hf)}: differs from the tensor it is tied to, {name}")
+            mcore[name] = tensor
+    return mcore
+
+
+def mcore_to_hf(state: Mapping[str, Tensor], config: ModelConfig, form: str = "hf") -> dict[str, Tensor]:
+    """The state dict of transformers or MiniMind, from a whole megatron-core model.
+
+    The result may share memory with `state`. Errors as `hf_to_mcore`.
+    """
+    table = rules(config, form)
+    shapes = mcore_shapes(config)
+    _account(state, set(shapes), set(shapes))
+    for name, shape in shapes.items():
+        _check_shape(name, state[name], shape)
+    dtype = state[EMBEDDING].dtype
+    hf: dict[str, Tensor] = {}
+    for rule in table:
+        if not rule.written:
+            continue
+        tensors = rule.to_hf([state[name] for name in rule.mcore])
+        if isinstance(rule, Zeros):
+            tensors = [t.to(dtype) for t in tensors]
+        hf |= dict(zip(rule.hf, tensors, strict=True))
+    return hf
+
+
+def mcore_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Names and shapes of the whole megatron-core model."""
+    shapes: dict[str, Shape] = {}
+    for rule in rules(config, "native"):
+        meta = [torch.empty(shape, device="meta") for shape in rule.shapes]
+        shapes |= {n: tuple(t.shape) for n, t in zip(rule.mcore, rule.to_mcore(meta), strict=True)}
+    return shapes
+
+
+def _account(state: Mapping[str, Tensor], required: set[str], known: set[str]) -> None:
+    problems = [
+        f"{len(names)} {kind} tensors: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in (("missing", required - state.keys()), ("unknown", state.keys() - known))
+        if names
+    ]
+    if problems:
+        raise UserError(f"the weights do not fit the model config: {'; '.join(problems)}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Shape) -> None:
+    if tuple(tensor.shape) != expected:
+        raise UserError(f"{name}: found shape {tuple(tensor.shape)}, expected {expected} from the model config")
+
+
+# How tensor parallelism cuts a tensor: the axis, and the blocks along it that are each cut (the MLP's
+# first matrix is [gate; up], and every rank holds its part of both). Anything else every rank has.
+_SPLITS = {
+    "word_embeddings.weight": (0, 1),
+    "output_layer.weight": (0, 1),
+    "linear_qkv.weight": (0, 1),
+    "linear_proj.weight": (1, 1),
+    "linear_fc1.weight": (0, 2),
+    "linear_fc2.weight": (1, 1),
+}
+
+
+def _split(name: str) -> tuple[int, int] | None:
+    return _SPLITS.get(".".join(name.split(".")[-2:]))
+
+
+def shard(name: str, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """The part of a whole megatron-core tensor that a tensor-parallel rank holds (a view where possible).
+
+    Raises:
+        UserError: the tensor does not divide.
+    """
+    split = _split(name)
+    if split is None or tp_size == 1:
+        return tensor
+    axis, blocks = split
+    if tensor.shape[axis] % (blocks * tp_size):
+        raise UserError(f"{name}: axis {axis} of {tuple(tensor.shape)} does not divide by a TP size of {tp_size}")
+    parts = [block.chunk(tp_size, dim=axis)[tp_rank] for block in tensor.chunk(blocks, dim=axis)]
+    return parts[0] if blocks == 1 else torch.cat(parts, dim=axis)
+
+
+def unshard(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The whole tensor, from the parts of all ranks in order; the inverse of `shard`."""
+    split = _split(name)
+    if split is None or len(tensors) == 1:
+        return tensors[0]
+    axis, blocks = split
+    parts = [tensor.chunk(blocks, dim=axis) for tensor in tensors]
+    return torch.cat([part[block] for block in range(blocks) for part in parts], dim=axis)
