@@ -1,7 +1,7 @@
 """How the weights start, the same whatever the parallel layout.
 
 Each tensor of the whole model comes from a generator seeded by `seed` and the tensor's own name;
-`loading.initialize` gives every rank its part. Megatron's own initialisation instead depends on the
+`initialize` gives every rank its part. Megatron's own initialisation instead depends on the
 number of pipeline stages, and on a device on the tensor-parallel size.
 
 | scheme     | matrices and embedding                                                     |
@@ -18,15 +18,37 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.models.weights import EMBEDDING, Shape
+from minimind_mcore.models.weights import EMBEDDING, Shape, mcore_shapes
 
 SCHEMES = ("megatron", "normal", "torch")
+
+
+def initialize(
+    chunks: Sequence[torch.nn.Module], config: ModelConfig, *, scheme: str, seed: int, std: float = 0.02
+) -> None:
+    """Set this rank's parameters to their part of the initial model.
+
+    Args:
+        chunks: the GPTModels of this rank (megatron-core's parallel state knows the layout).
+        config: the architecture.
+        scheme: one of `SCHEMES`.
+        seed: of the model.
+        std: Megatron's `--init-method-std`; `torch` has none.
+
+    Raises:
+        UserError: no such scheme.
+    """
+    from minimind_mcore.models.loading import load_into  # imports megatron
+
+    shapes = mcore_shapes(config)
+    load_into(chunks, lambda name: initial_tensor(name, shapes[name], config, scheme=scheme, seed=seed, std=std))
 
 
 def initial_tensor(
@@ -38,12 +60,9 @@ def initial_tensor(
         name: as in `weights.mcore_shapes`.
         shape: as there: [outputs, inputs] of a matrix.
         config: the architecture.
-        scheme: one of `SCHEMES`.
-        seed: of the model.
-        std: Megatron's `--init-method-std`; `torch` has none.
-
-    Raises:
-        UserError: no such scheme.
+        scheme: see `initialize`, as for `seed`, `std` and errors.
+        seed: see there.
+        std: see there.
     """
     if scheme not in SCHEMES:
         raise UserError(f"initialisation: found {scheme!r}, expected one of {', '.join(SCHEMES)}")

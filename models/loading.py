@@ -17,7 +17,6 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.models.init import initial_tensor
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -84,22 +83,3 @@ def load_hf_into(chunks: Sequence[torch.nn.Module], state: Mapping[str, Tensor],
         UserError: see `weights.hf_to_mcore` and `load_into`.
     """
     load_into(chunks, weights.hf_to_mcore(state, config).__getitem__)
-
-
-def initialize(
-    chunks: Sequence[torch.nn.Module], config: ModelConfig, *, scheme: str, seed: int, std: float = 0.02
-) -> None:
-    """Set this rank's parameters to their part of the initial model, the same in every layout.
-
-    Args:
-        chunks: the model chunks of this rank.
-        config: the architecture.
-        scheme: see `init.py`.
-        seed: of the model.
-        std: Megatron's `--init-method-std`.
-
-    Raises:
-        UserError: no such scheme.
-    """
-    shapes = weights.mcore_shapes(config)
-    load_into(chunks, lambda name: initial_tensor(name, shapes[name], config, scheme=scheme, seed=seed, std=std))

@@ -135,6 +135,12 @@ def rules(config: ModelConfig, form: str = "hf") -> list[Rule]:
         raise UserError(f"weight form: found {form!r}, expected one of {FORMS}")
     if form != "native":
         hf_model_type(config)
+    elif config.moe and config.moe.shared_ffn_hidden_size % config.moe.ffn_hidden_size:
+        raise UserError("MiniMind's shared experts are as wide as the others; this model's is not a multiple")
+    return _table(config, form)
+
+
+def _table(config: ModelConfig, form: str) -> list[Rule]:
     h, vocab = config.hidden_size, (config.vocab_size, config.hidden_size)
     table = [_same(EMBEDDING, "model.embed_tokens.weight", vocab)]
     if config.tie_embeddings:
@@ -289,7 +295,9 @@ def mcore_to_hf(state: Mapping[str, Tensor], config: ModelConfig, form: str = "h
 def mcore_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Names and shapes of the whole megatron-core model."""
     shapes: dict[str, Shape] = {}
-    for rule in rules(config, "native"):
+    for rule in _table(config, "hf"):
+        if not rule.mcore:
+            continue
         meta = [torch.empty(shape, device="meta") for shape in rule.shapes]
         shapes |= {n: tuple(t.shape) for n, t in zip(rule.mcore, rule.to_mcore(meta), strict=True)}
     return shapes
