@@ -1,1 +1,9 @@
-"""Text and conversations to Megatron data files; tokenizer training; the sample corpus."""
+"""Text to token datasets: readers, tokenizers, the `.bin/.idx` format, the sample corpus.
+
+What other parts of the kit call:
+
+    from minimind_mcore.preprocess.pretrain import prepare              # raw files -> indexed prefix
+    from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
+    from minimind_mcore.preprocess.meta import read_meta
+    from minimind_mcore.preprocess.check import check_dataset, quick_check
+"""

@@ -1,0 +1,138 @@
+"""Verify an indexed dataset.
+
+    quick_check("data/pt_text_document", fingerprint)      # before training: files, sizes, tokenizer
+    problems = check_dataset("data/pt_text_document")      # everything, reading all of it
+
+megatron-core itself opens a truncated `.bin` without complaint and fails only at the sample that
+lies behind the cut, hours later.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from minimind_mcore.preprocess.indexed import Index, bin_path, idx_path, read_index
+from minimind_mcore.preprocess.meta import DatasetMeta, read_meta
+from minimind_mcore.preprocess.tokenize import TokenizerInfo
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import sha256
+
+CHUNK = 1 << 22
+Prefix = str | os.PathLike[str]
+
+
+def quick_check(prefix: Prefix, fingerprint: str | None = None) -> None:
+    """Refuse a dataset that cannot be trained on, reading only its index.
+
+    Args:
+        prefix: of the `.bin/.idx` pair.
+        fingerprint: `tokenizer_fingerprint` of the tokenizer in use; compared with the dataset's
+            record where it has one (data that another program wrote has none).
+
+    Raises:
+        UserError: a file is missing, truncated or no dataset, or the tokenizer is another one.
+    """
+    index = read_index(prefix)
+    problems = _size_problems(prefix, index)
+    meta = read_meta(prefix)
+    if meta is not None and fingerprint is not None:
+        problems += _tokenizer_problems(meta, fingerprint)
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+def check_dataset(prefix: Prefix, tokenizer: TokenizerInfo | None = None) -> list[str]:
+    """Verify everything that can be verified, reading every byte.
+
+    Args:
+        prefix: of the `.bin/.idx` pair.
+        tokenizer: whose vocabulary the ids must fit; by default the recorded one.
+
+    Returns:
+        One line per problem; empty if all is well.
+    """
+    try:
+        index = read_index(prefix)
+        meta = read_meta(prefix)
+    except UserError as error:
+        return [str(error)]
+    problems = _size_problems(prefix, index) + _index_problems(prefix, index)
+    if meta is not None:
+        problems += _record_problems(prefix, index, meta)
+        if tokenizer is not None:
+            problems += _tokenizer_problems(meta, tokenizer.fingerprint)
+    vocab = tokenizer.vocab_size if tokenizer else meta.tokenizer.vocab_size if meta else None
+    return problems + _token_problems(prefix, index, vocab)
+
+
+def _total(index: Index) -> int:
+    return int(index.lengths.sum(dtype=np.int64))
+
+
+def _size_problems(prefix: Prefix, index: Index) -> list[str]:
+    path, expected = bin_path(prefix), _total(index) * index.dtype.itemsize
+    if not path.is_file():
+        return [f"{path}: no such file, though its index is there: convert the data again"]
+    size = path.stat().st_size
+    if size == expected:
+        return []
+    state = "truncated" if size < expected else "longer than its index says"
+    return [f"{path}: {state}: {size} bytes, expected {expected}; convert the data again"]
+
+
+def _index_problems(prefix: Prefix, index: Index) -> list[str]:
+    path, problems = idx_path(prefix), []
+    position = 0
+    for start in range(0, index.sequences, CHUNK):
+        lengths = index.lengths[start : start + CHUNK]
+        if (lengths < 0).any():
+            problems.append(f"{path}: sequence {start + int(np.argmax(lengths < 0))} has a negative length")
+        ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize + position
+        wrong = index.pointers[start : start + CHUNK] != np.concatenate([[position], ends[:-1]])
+        if wrong.any():
+            problems.append(f"{path}: the pointer of sequence {start + int(np.argmax(wrong))} is not where it begins")
+        position = int(ends[-1])
+    documents = index.documents
+    if len(documents) == 0 or documents[0] != 0 or documents[-1] != index.sequences:
+        problems.append(f"{path}: the document indices do not run from 0 to {index.sequences}")
+    elif (np.diff(documents) < 0).any():
+        problems.append(f"{path}: document index {1 + int(np.argmax(np.diff(documents) < 0))} goes backwards")
+    return problems
+
+
+def _token_problems(prefix: Prefix, index: Index, vocab: int | None) -> list[str]:
+    path = bin_path(prefix)
+    if vocab is None or not path.is_file() or path.stat().st_size < index.dtype.itemsize:
+        return []
+    tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(path.stat().st_size // index.dtype.itemsize,))
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        outside = (chunk < 0) | (chunk >= vocab)
+        if outside.any():
+            at = int(np.argmax(outside))
+            return [f"{path}: token {start + at} is {chunk[at]}, outside of the vocabulary (0 to {vocab - 1})"]
+    return []
+
+
+def _record_problems(prefix: Prefix, index: Index, meta: DatasetMeta) -> list[str]:
+    written, problems = meta.written, []
+    found = {"documents": len(index.documents) - 1, "tokens": _total(index)}
+    for name, expected in (("documents", written.documents), ("tokens", written.tokens)):
+        if found[name] != expected:
+            problems.append(f"{idx_path(prefix)}: {found[name]} {name}, recorded {expected}")
+    for path, digest in ((bin_path(prefix), written.bin_sha256), (idx_path(prefix), written.idx_sha256)):
+        if path.is_file() and sha256(path) != digest:
+            problems.append(f"{path}: content differs from its recorded SHA-256")
+    return problems
+
+
+def _tokenizer_problems(meta: DatasetMeta, fingerprint: str) -> list[str]:
+    if fingerprint == meta.tokenizer.fingerprint:
+        return []
+    return [
+        f"tokenizer mismatch: the data was made with {meta.tokenizer.path} (fingerprint "
+        f"{meta.tokenizer.fingerprint[:12]}), the tokenizer given has {fingerprint[:12]}, so its ids mean other text: "
+        "give the tokenizer the data was made with, or convert the text again"
+    ]

@@ -1,0 +1,163 @@
+"""The command line of `preprocess_data.py`, with MindSpeed-LLM's flags.
+
+    python preprocess_data.py --input data/sample.jsonl --output-prefix data/sample \\
+        --tokenizer-name-or-path data/tokenizer --prepend-bos --append-eod --workers 2
+    python preprocess_data.py --check data/sample_text_document
+    prefix=$(python preprocess_data.py --input "$DATA_PATH" --cache-dir data/cache \\
+        --tokenizer-name-or-path data/tokenizer --prepend-bos --append-eod)
+
+Standard output holds the prefixes of the finished datasets, one a line, and nothing else; the rest
+goes to standard error. A request that was fulfilled before is recognised and costs nothing; an
+--input that is the prefix of an indexed dataset is checked and printed as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from minimind_mcore.preprocess.check import check_dataset, quick_check
+from minimind_mcore.preprocess.indexed import idx_path, read_index
+from minimind_mcore.preprocess.meta import read_meta
+from minimind_mcore.preprocess.pretrain import Options, convert
+from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_fingerprint, tokenizer_info
+
+from minimind_mcore.arguments import build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.errors import UserError
+
+PROGRAM = "preprocess_data.py"
+
+IMPLEMENTED = {
+    *("input", "handler_name", "json_keys", "seq_length", "output_prefix", "dataset_impl"),
+    *("tokenizer_type", "tokenizer_name_or_path", "append_eod"),
+    *("workers", "n_subs", "cache_dir", "overwrite_cache"),
+}
+# Reading always streams, the fast tokenizer gives the slow one's ids, progress is shown by time, and
+# nothing is padded or mixed here.
+NO_EFFECT = {
+    *("streaming", "tokenizer_not_use_fast", "log_interval"),
+    *("make_vocab_size_divisible_by", "pad_vocab_size_to", "seed"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser(PROGRAM, prog=PROGRAM)
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    # Theirs caches whole data sets in ~/tmp; ours keeps unfinished parts, by default beside the output.
+    parser.set_defaults(cache_dir=None)
+    group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="begin each document with the tokenizer's bos; with --append-eod, MiniMind's pretraining format",
+    )
+    group.add_argument("--dtype", choices=("int32", "uint16"), default="int32", help="uint16 halves the size")
+    group.add_argument("--tokenizer-backend", choices=BACKENDS, default="auto", help="all give the same tokens")
+    group.add_argument(
+        "--max-reject-rate",
+        type=float,
+        default=0.001,
+        help="share of unusable records above which the run fails and writes nothing (default 0.001)",
+    )
+    group.add_argument("--check", metavar="PREFIX", help="verify a dataset instead of making one")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        UserError: an unknown flag, one that is not implemented here, or a bad value.
+    """
+    parser, flags, table = _parser(), given_flags(argv), flag_table(PROGRAM)
+    refuse_unknown(flags, [flag for action in parser._actions for flag in action.option_strings])
+    refused = [flag for flag in flags if flag in table and table[flag]["dest"] not in IMPLEMENTED | NO_EFFECT]
+    if refused:
+        raise UserError(f"{', '.join(refused)}: known to MindSpeed-LLM, not implemented here for pretraining data")
+    ignored = [flag for flag in flags if flag in table and table[flag]["dest"] in NO_EFFECT]
+    if ignored:
+        print(f"no effect here: {', '.join(ignored)}", file=sys.stderr)
+    return parser.parse_args(list(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert or check, as the command line says.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    # Ending through an exception lets the workers be stopped and temporary files be removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if args.check is not None:
+            check(args.check, args.tokenizer_name_or_path)
+            return
+        for prefix in _convert(args):
+            print(prefix, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _convert(args: argparse.Namespace) -> list[str]:
+    for flag, value in (("--input", args.input), ("--tokenizer-name-or-path", args.tokenizer_name_or_path)):
+        if not value:
+            raise UserError(f"{flag} is missing; `{PROGRAM} --help` shows an example")
+    if args.tokenizer_type != "PretrainedFromHF":
+        raise UserError(f"--tokenizer-type {args.tokenizer_type}: not supported here; expected PretrainedFromHF")
+    if args.dataset_impl != "mmap":
+        raise UserError(f"--dataset-impl {args.dataset_impl}: megatron-core reads mmap only")
+    if args.output_prefix is None and idx_path(args.input).is_file():
+        quick_check(args.input, tokenizer_fingerprint(args.tokenizer_name_or_path))
+        return [args.input]
+    options = Options(
+        input=args.input,
+        tokenizer=args.tokenizer_name_or_path,
+        output_prefix=args.output_prefix,
+        cache_dir=args.cache_dir,
+        handler=args.handler_name or "GeneralPretrainHandler",
+        keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos,
+        dtype=args.dtype,
+        seq_length=args.seq_length,
+        backend=args.tokenizer_backend,
+        workers=args.workers,
+        n_subs=args.n_subs,
+        max_reject_rate=args.max_reject_rate,
+        overwrite=args.overwrite_cache,
+    )
+    return convert(options)
+
+
+def check(prefix: str, tokenizer: str | None) -> None:
+    """Verify a dataset and print what it holds.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    problems = check_dataset(prefix, tokenizer_info(tokenizer) if tokenizer else None)
+    if problems:
+        raise UserError(f"{prefix}: {len(problems)} problems\n  " + "\n  ".join(problems))
+    index, meta = read_index(prefix), read_meta(prefix)
+    rows = {
+        "dataset": prefix,
+        "documents": f"{len(index.documents) - 1:,}",
+        "tokens": f"{int(index.lengths.sum(dtype='int64')):,}",
+        "dtype": index.dtype.name,
+        "tokens per document": f"{index.lengths.mean():.1f} mean, {index.lengths.max():,} longest"
+        if index.sequences
+        else "-",
+        "tokenizer": f"{meta.tokenizer.path} ({meta.tokenizer.fingerprint[:12]})" if meta else "not recorded",
+        "left out": f"{meta.rejects:,} rejected, {meta.empty:,} empty, {meta.too_long:,} too long"
+        if meta
+        else "not recorded",
+        "verified": "sizes, pointers, "
+        + ("token range, digests" if meta else "token range" if tokenizer else "no tokens"),
+    }
+    for name, value in rows.items():
+        print(f"{name:20} {value}")

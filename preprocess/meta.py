@@ -1,0 +1,99 @@
+"""What is recorded beside a dataset: `<prefix>.meta.json`.
+
+    meta = read_meta("data/pt_text_document")          # None for data that another program wrote
+
+It is written last, so a dataset with a record is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_mcore.preprocess.indexed import Written, bin_path, idx_path
+from minimind_mcore.preprocess.tokenize import TokenizerInfo
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import atomic_write_text
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """An input file as it was: path, bytes, modification time."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class DatasetMeta:
+    """The record of a finished dataset.
+
+    Attributes:
+        request: SHA-256 over everything that decides the content; equal requests give equal files.
+        handler, key, dtype, append_eod, prepend_bos, seq_length: the options it was made with.
+        tokenizer: whose ids these are.
+        written: documents, tokens, sizes and digests of the pair of files.
+        records: input records that are no blank lines.
+        rejects: of these, unusable ones; they are in `<output prefix>.rejects.jsonl`.
+        empty: records without a token for this key; left out, as Megatron does.
+        too_long: documents left out by --seq-length.
+        sources: the input files.
+    """
+
+    request: str
+    handler: str
+    key: str
+    dtype: str
+    append_eod: bool
+    prepend_bos: bool
+    seq_length: int | None
+    tokenizer: TokenizerInfo
+    written: Written
+    records: int
+    rejects: int
+    empty: int
+    too_long: int
+    sources: list[SourceRecord]
+
+
+def meta_path(prefix: str | os.PathLike[str]) -> Path:
+    """Where the record of a dataset is."""
+    return Path(f"{os.fspath(prefix)}.meta.json")
+
+
+def write_meta(prefix: str | os.PathLike[str], meta: DatasetMeta) -> None:
+    """Write a dataset's record atomically."""
+    atomic_write_text(meta_path(prefix), json.dumps(dataclasses.asdict(meta), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_meta(prefix: str | os.PathLike[str]) -> DatasetMeta | None:
+    """Read a dataset's record.
+
+    Returns:
+        The record, or None where there is none (the data comes from another program).
+
+    Raises:
+        UserError: there is one, and it is damaged.
+    """
+    path = meta_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["tokenizer"] = TokenizerInfo(**fields["tokenizer"])
+        fields["written"] = Written(**fields["written"])
+        fields["sources"] = [SourceRecord(**source) for source in fields["sources"]]
+        return DatasetMeta(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable dataset record ({error}); convert the data again") from error
+
+
+def is_complete(prefix: str | os.PathLike[str], meta: DatasetMeta) -> bool:
+    """Whether both files of the dataset are there with the recorded sizes (digests: `check_dataset`)."""
+    sizes = ((bin_path(prefix), meta.written.bin_bytes), (idx_path(prefix), meta.written.idx_bytes))
+    return all(path.is_file() and path.stat().st_size == size for path, size in sizes)

@@ -1,0 +1,113 @@
+"""Worker processes that take tasks one at a time; a dead one is an error, never a wait without end.
+
+    for result in run_tasks(setup, state, tasks, workers=4, tick=bar.update):
+        ...                                    # in the order of completion
+
+Not `concurrent.futures`: its pool cannot be stopped at once on an interrupt, and reports a killed
+worker without its signal.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from minimind_mcore.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+State = TypeVar("State")
+
+TICK_SECONDS = 0.2
+
+
+def _serve(connection: Connection, setup: Callable[[State], Callable[[Task], Result]], state: State) -> None:
+    """A worker's life: prepare once, then answer each task with ("done", result) or the failure."""
+    # The terminal sends Ctrl-C to workers too; the parent is the one who ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        work = setup(state)
+        while True:
+            connection.send(("done", work(connection.recv())))
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone or has closed the pipe: nothing left to do
+    except UserError as error:
+        connection.send(("user error", str(error)))
+    except Exception:
+        connection.send(("failure", traceback.format_exc()))
+
+
+def _receive(connection: Connection, process: Any) -> Any:
+    try:
+        kind, value = connection.recv()
+    except (EOFError, OSError):
+        process.join()
+        code = process.exitcode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        raise UserError(
+            f"worker process {process.pid} was {how} (when the machine runs out of memory, its system does that: "
+            "try fewer --workers); what was finished is kept, the same command continues from there"
+        ) from None
+    if kind == "user error":
+        raise UserError(value)
+    if kind == "failure":
+        raise RuntimeError(f"in worker process {process.pid}:\n{value}")
+    return value
+
+
+def run_tasks(
+    setup: Callable[[State], Callable[[Task], Result]],
+    state: State,
+    tasks: Sequence[Task],
+    workers: int,
+    tick: Callable[[], None],
+) -> Iterator[Result]:
+    """Run tasks in worker processes.
+
+    Args:
+        setup: called once in each worker with `state`; returns the function that does a task. Both
+            it and `state` must be importable or picklable: workers are fresh interpreters.
+        state: what every worker needs.
+        tasks: handed out in this order.
+        workers: processes, at most one per task.
+        tick: called several times a second, and after each result.
+
+    Yields:
+        Results in the order of completion.
+
+    Raises:
+        UserError: from a task, or because a worker died.
+        RuntimeError: any other exception in a worker, with its traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    pending = deque(tasks)
+    crew: dict[Connection, Any] = {}
+    try:
+        for _ in range(min(workers, len(pending))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, setup, state), daemon=True)
+            process.start()
+            theirs.close()  # so that the death of the worker closes the pipe
+            crew[ours] = process
+            ours.send(pending.popleft())
+        busy = set(crew)
+        while busy:
+            for connection in wait(list(busy), TICK_SECONDS):
+                assert isinstance(connection, Connection)
+                result = _receive(connection, crew[connection])
+                if pending:
+                    connection.send(pending.popleft())
+                else:
+                    busy.remove(connection)
+                yield result
+            tick()
+    finally:
+        for connection, process in crew.items():
+            connection.close()
+            process.terminate()
+            process.join()

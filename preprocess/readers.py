@@ -1,0 +1,324 @@
+"""Reading raw corpora: which files, cut into shards how, and each record with its line.
+
+    sources = find_sources("data/a.jsonl,data/more/,data/*.parquet")
+    for shard in plan_shards(sources, subsets=1):
+        for line, record in ShardReader(shard, keys=["text"]):
+            ...                                    # a parsed JSON value, a `Reject`, or None
+
+| file | one record |
+|---|---|
+| .jsonl, .ndjson, .json (+ .gz, .zst) | a line holding a JSON object |
+| .json starting with `[` (+ .gz, .zst) | an element of that array, parsed piece by piece |
+| .txt, .text (+ .gz, .zst) | a line, as {"text": line} (as `datasets` and MindSpeed-LLM read it) |
+| .parquet | a row, of which only the wanted columns are read |
+
+Lines end at "\\n" (or "\\r\\n"); blank ones are skipped, they are no rejects. A byte-order mark at the
+start of a file is ignored. Nothing is read whole: memory is bounded by the longest record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+from minimind_mcore.preprocess.json_array import JsonArray
+
+from minimind_mcore.errors import UserError
+
+LINE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "txt", ".text": "txt"}
+COMPRESSIONS = (".gz", ".zst")
+# What this kit writes beside its datasets, and so may find again in an input directory.
+OWN_FILES = (".rejects.jsonl", ".meta.json")
+
+SHARD_BYTES = 16 << 20
+MAX_SHARDS = 4096
+MAX_RECORD_BYTES = 256 << 20
+READ_BYTES = 1 << 20
+PARQUET_ROWS = 512
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file.
+
+    Attributes:
+        path: absolute.
+        format: "jsonl", "array", "txt" or "parquet".
+        compression: "", ".gz" or ".zst".
+        size: bytes on the disk.
+        mtime_ns: modification time.
+    """
+
+    path: str
+    format: str
+    compression: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of one source, small enough to do again: a byte range, or a range of row groups."""
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        """Size on the disk; the exact share of a parquet file is not known without reading it."""
+        if self.source.format == "parquet":
+            return self.source.size * (self.stop - self.start) // max(1, _row_groups(self.source))
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A record that cannot be used.
+
+    Attributes:
+        reason: in a few words.
+        content: the raw record, undecodable bytes escaped.
+    """
+
+    reason: str
+    content: str
+
+
+def _format(path: Path) -> tuple[str, str] | None:
+    """(format, compression) by the file's name; None if it is of no kind we read."""
+    if path.name.endswith(OWN_FILES):
+        return None
+    if path.suffix == ".parquet":
+        return "parquet", ""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    kind = LINE_FORMATS.get(Path(path.name.removesuffix(compression)).suffix)
+    return (kind, compression) if kind else None
+
+
+def _expand(pattern: str) -> list[Path]:
+    """Files that one item of --input stands for, sorted; of a directory or a glob those we can read."""
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        if _format(path) is None:
+            known = ", ".join([*LINE_FORMATS, ".parquet"])
+            raise UserError(f"input {path}: unknown kind of file; expected {known} (text ones also as .gz or .zst)")
+        return [path]
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    else:
+        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        if not found:
+            raise UserError(f"input {pattern}: no such file or directory, and no file matches it as a pattern")
+        if any(p.is_dir() for p in found):
+            return [file for p in sorted(found) for file in _expand(str(p)) if p.is_dir() or _format(p)]
+    files = sorted(p for p in found if p.is_file() and _format(p))
+    if not files:
+        raise UserError(f"input {pattern}: no file to read there; expected .jsonl, .json, .txt or .parquet files")
+    return files
+
+
+def find_sources(spec: str) -> list[Source]:
+    """Resolve --input: files, directories (recursive) and globs, separated by commas.
+
+    Returns:
+        The files in the order given; those of a directory or glob sorted by path. In directories,
+        hidden files and files of unknown kind are passed over.
+
+    Raises:
+        UserError: nothing there, an unknown kind of file, or one file given twice.
+    """
+    items = [spec] if Path(spec).expanduser().exists() else [item.strip() for item in spec.split(",") if item.strip()]
+    if not items:
+        raise UserError("input: nothing given; expected files, directories or globs, separated by commas")
+    sources: dict[str, Source] = {}
+    for file in (file for item in items for file in _expand(item)):
+        path = str(file.resolve())
+        if path in sources:
+            raise UserError(f"input {file}: given twice (by {spec}); name each file once")
+        sources[path] = _source(path)
+    return list(sources.values())
+
+
+def _source(path: str) -> Source:
+    format_and_compression = _format(Path(path))
+    if format_and_compression is None:  # a link named data.jsonl that points to a file of another kind
+        raise UserError(f"input {path}: unknown kind of file")
+    kind, compression = format_and_compression
+    stat = os.stat(path)
+    source = Source(path, kind, compression, stat.st_size, stat.st_mtime_ns)
+    if kind == "json":
+        with open(path, "rb") as raw, _decompressed(source, raw) as stream:
+            head = stream.read(4096).removeprefix(BOM).lstrip()
+        return replace(source, format="array" if head.startswith(b"[") else "jsonl")
+    return source
+
+
+def plan_shards(sources: Sequence[Source], subsets: int) -> list[Shard]:
+    """Cut the input into pieces that can be done and redone on their own.
+
+    Args:
+        sources: from `find_sources`.
+        subsets: cut into at least about so many pieces (MindSpeed-LLM's --n-subs). Large inputs are
+            cut further, so that an interruption costs little; the pieces never change the result.
+
+    Returns:
+        Shards in input order. Compressed files and JSON arrays cannot be entered midway: one shard.
+    """
+    total = sum(source.size for source in sources)
+    target = min(max(SHARD_BYTES, -(-total // MAX_SHARDS)), max(1, -(-total // subsets)))
+    shards = []
+    for source in sources:
+        if source.format == "parquet":
+            groups = _row_groups(source)
+            step = max(1, groups * target // max(1, source.size))
+            shards += [Shard(source, i, min(i + step, groups)) for i in range(0, groups, step)]
+        elif source.compression or source.format == "array":
+            shards.append(Shard(source, 0, source.size))
+        else:
+            shards += [Shard(source, i, min(i + target, source.size)) for i in range(0, source.size, target)]
+    return shards
+
+
+def _row_groups(source: Source) -> int:
+    with _damage(source.path), pyarrow.parquet.ParquetFile(source.path) as file:
+        return int(file.metadata.num_row_groups)
+
+
+@contextlib.contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """Name the file when a decompressor or the parquet reader finds it broken."""
+    try:
+        yield
+    except (EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise UserError(f"input {path}: truncated or damaged ({error}); get the file again") from error
+    except OSError as error:
+        if error.errno is not None:  # a real error of the system, not pyarrow's or gzip's own
+            raise
+        raise UserError(f"input {path}: truncated or damaged ({error}); get the file again") from error
+
+
+def _decompressed(source: Source, raw: BinaryIO) -> BinaryIO:
+    """A buffered stream of what `raw`, the opened file, holds."""
+    if source.compression == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if source.compression == ".zst":
+        # Not the zstandard package: its reader takes a truncated file for a complete one.
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), READ_BYTES)
+    return raw
+
+
+def escape(raw: bytes | str) -> str:
+    """A rejected record as text that any program can read, cut to 4096 characters."""
+    data = raw[:4096].encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw[:4096]
+    return data.decode("utf-8", "backslashreplace").rstrip("\r\n")
+
+
+def _json_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Reject(f"invalid UTF-8 at byte {error.start + 1}", escape(line))
+    except json.JSONDecodeError as error:
+        return Reject(f"malformed JSON: {error.msg} at column {error.colno}", escape(line))
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, nesting of 10000 levels
+        return Reject(f"malformed JSON: {error}", escape(line))
+
+
+def _text_line(line: bytes) -> Any:
+    try:
+        return {"text": line.decode("utf-8").rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        return Reject(f"invalid UTF-8 at byte {error.start + 1}", escape(line))
+
+
+class ShardReader:
+    """Iterate over a shard's records, as (number, record).
+
+    The number is that of the line or row, counted from 1 at the shard's first. The record is the
+    parsed JSON value (of any type: the caller checks), a `Reject`, or None for a blank line.
+
+    Args:
+        shard: from `plan_shards`.
+        keys: the columns to read of a parquet file.
+
+    Raises:
+        UserError: the file is damaged in a way that hides the records behind the place.
+    """
+
+    def __init__(self, shard: Shard, keys: Sequence[str]) -> None:
+        self._shard = shard
+        self._keys = keys
+        self._raw: BinaryIO | None = None
+        self._row_share = 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """How many of the shard's bytes on the disk have been consumed."""
+        if self._raw is not None:
+            return min(self._raw.tell() - self._shard.start, self._shard.bytes)
+        return int(self._shard.bytes * self._row_share)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        source = self._shard.source
+        if source.format == "parquet":
+            yield from self._rows()
+            return
+        with open(source.path, "rb") as self._raw, _damage(source.path):
+            stream = _decompressed(source, self._raw)
+            if source.format == "array":
+                # surrogateescape: bytes that are no UTF-8 become lone surrogates in the element that holds them.
+                text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape")
+                yield from JsonArray(text, source.path, MAX_RECORD_BYTES)
+            else:
+                parse = _text_line if source.format == "txt" else _json_line
+                for number, line in self._lines(stream):
+                    yield number, None if line.isspace() else parse(line)
+
+    def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        """The lines that begin in the shard."""
+        shard = self._shard
+        position, number = shard.start, 0
+        if position:  # the line that reaches into the shard belongs to the shard before
+            stream.seek(position - 1)
+            position += len(stream.readline()) - 1
+        while shard.source.compression or position < shard.stop:
+            line = stream.readline(MAX_RECORD_BYTES)
+            if not line:
+                return
+            if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                limit = f"{MAX_RECORD_BYTES >> 20} MiB"
+                raise UserError(f"input {shard.source.path}: a line of more than {limit}; is this a text file?")
+            number += 1
+            yield number, line.removeprefix(BOM) if position == 0 else line
+            position += len(line)
+
+    def _rows(self) -> Iterator[tuple[int, Any]]:
+        """The rows of the shard's row groups."""
+        path = self._shard.source.path
+        # A bounded buffer streams the column pages instead of holding a whole row group.
+        with _damage(path), pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
+            columns = [name for name in self._keys if name in file.schema_arrow.names]
+            if not columns:
+                names = ", ".join(file.schema_arrow.names)
+                raise UserError(f"input {path}: no column {self._keys[0]!r}; it has {names} (choose with --json-keys)")
+            groups = list(range(self._shard.start, self._shard.stop))
+            total = sum(file.metadata.row_group(group).num_rows for group in groups)
+            row = 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=columns):
+                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    row += 1
+                    yield row, dict(zip(columns, values, strict=True))
+                self._row_share = row / total

@@ -1,0 +1,240 @@
+"""Tokenizers: where they are, what identifies them, and encoding whole batches.
+
+    encoder = load_encoder("tokenizer/", backend="auto")
+    tokens, lengths = encoder.encode(["first document", "second"])   # flat uint32 [sum], int64 [2]
+
+Two backends give the same tokens: `tokenizers` (Hugging Face's Rust library, always there) and
+`gigatoken` (optional, several times as fast). `auto` takes gigatoken when it is installed and
+agrees with `tokenizers` on a probe; workers encode single-threaded, `--workers` is the parallelism.
+
+`tokenizer_fingerprint` identifies what decides the ids. MiniMind's generations share a vocabulary
+size and almost no ids, so data of one trained with the other is silent garbage: the fingerprint is
+written beside the data and into checkpoints and compared wherever both meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from minimind_mcore.errors import UserError
+
+BACKENDS = ("auto", "gigatoken", "tokenizers")
+
+# Strings on which tokenizer implementations tend to part: empty, specials inside text, mixed
+# scripts, runs of white space, combining marks, astral characters, contractions, digits.
+PROBE = (
+    "",
+    " ",
+    "\n\n \t\r\n  x",
+    "Hello, world! It's 3.14; we'll see I'M",
+    "你好，世界！鸡兔同笼共１０头28脚。",
+    "<|im_start|>user\nhi<|im_end|>\n<think>\n\n</think> <|endoftext|><|im_end",
+    "e\u0301\u200b\ufeff\u00a0\u3000 \U0001f469\u200d\U0001f680 \u0915\u094d\u0937 \x00\x7f",
+    "def f(x):\n    return x**2  # 12345678901234567890",
+)
+
+
+def tokenizer_json(path: str | os.PathLike[str]) -> Path:
+    """The `tokenizer.json` of a tokenizer directory (or the file itself).
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(path).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(
+            f"tokenizer {path}: no tokenizer.json there; expected a local directory with tokenizer.json and "
+            "tokenizer_config.json (download a published one first, or train one with "
+            "python -m minimind_mcore.preprocess.train_tokenizer)"
+        )
+    return file
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); the tokenizer is damaged") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; the tokenizer is damaged")
+    return content
+
+
+def _inserted(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The post-processor if it can insert tokens; transformers 5 writes an empty one on saving."""
+    if post_processor is None or post_processor.get("type") == "ByteLevel":
+        return None
+    empty = post_processor.get("type") == "TemplateProcessing" and not post_processor.get("special_tokens")
+    return None if empty else post_processor
+
+
+def tokenizer_fingerprint(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) over what determines token ids, and nothing else.
+
+    In it: vocabulary, merges, further model settings, added tokens with their matching flags,
+    normalizer, pre-tokenizer, a post-processor that inserts tokens. Not in it: decoder, padding, truncation, chat
+    template, names of special tokens, key order, defaults written out or left out, merges as
+    "a b" or as ["a", "b"], so that saving a tokenizer anew with another library version keeps it.
+
+    Args:
+        path: tokenizer directory or `tokenizer.json`.
+
+    Raises:
+        UserError: no tokenizer there, or a damaged one.
+    """
+    content = _read_json(tokenizer_json(path))
+    model = dict(content.get("model") or {})
+    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model.pop("merges", None) or []]
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    added = sorted((t["id"], t["content"], [f for f in flags if t.get(f)]) for t in content.get("added_tokens") or [])
+    settings = [content.get("normalizer"), content.get("pre_tokenizer"), _inserted(content.get("post_processor"))]
+    vocab = model.pop("vocab", None) or {}
+    identity = [vocab, merges, {k: v for k, v in model.items() if v}, added, settings]
+    canonical = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a dataset must know of its tokenizer.
+
+    Attributes:
+        path: as the user gave it.
+        fingerprint: see `tokenizer_fingerprint`.
+        vocab_size: one more than the largest id.
+        bos_id, eos_id: from tokenizer_config.json; None where it names none.
+    """
+
+    path: str
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+
+def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
+    """Read a tokenizer's identity, vocabulary size and special ids.
+
+    Raises:
+        UserError: no tokenizer there, or a damaged one.
+    """
+    file = tokenizer_json(path)
+    tokenizer = _load(file)
+    config_file = file.with_name("tokenizer_config.json")
+    config = _read_json(config_file) if config_file.is_file() else {}
+
+    def special(name: str) -> int | None:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+    vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    return TokenizerInfo(
+        os.fspath(path), tokenizer_fingerprint(file), vocab_size, special("bos_token"), special("eos_token")
+    )
+
+
+class Encoder(Protocol):
+    """Turns texts into ids."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Encode a batch.
+
+        Args:
+            texts: documents without lone surrogates.
+
+        Returns:
+            All ids back to back, and the number of ids of each document.
+        """
+        ...
+
+
+def _load(file: Path) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(f"{file}: not a usable tokenizer ({error})") from error
+    # Both would drop tokens of long documents or invent padding.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class TokenizersEncoder:
+    """Hugging Face `tokenizers`; adds what the tokenizer's post-processor adds, as transformers does."""
+
+    name = "tokenizers"
+
+    def __init__(self, file: Path) -> None:
+        self._tokenizer = _load(file)
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See `Encoder`."""
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
+
+
+class GigatokenEncoder:
+    """The optional `gigatoken` library. Only its encoder: its file readers lose documents at bad lines."""
+
+    name = "gigatoken"
+
+    def __init__(self, file: Path) -> None:
+        import awkward  # type: ignore[import-untyped]
+        import gigatoken
+
+        self._awkward = awkward
+        self._tokenizer = gigatoken.Tokenizer(str(file))
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See `Encoder`."""
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False)
+        return np.asarray(self._awkward.flatten(rows)), np.asarray(self._awkward.num(rows))
+
+
+def _agree(first: Encoder, second: Encoder) -> bool:
+    (tokens, lengths), (other_tokens, other_lengths) = first.encode(PROBE), second.encode(PROBE)
+    return np.array_equal(tokens, other_tokens) and np.array_equal(lengths, other_lengths)
+
+
+def load_encoder(path: str | os.PathLike[str], backend: str = "auto") -> Encoder:
+    """Load a tokenizer for encoding.
+
+    Args:
+        path: tokenizer directory or `tokenizer.json`.
+        backend: "tokenizers", "gigatoken" (must be installed and support this tokenizer), or "auto".
+
+    Raises:
+        UserError: no usable tokenizer, or gigatoken was asked for and cannot serve.
+    """
+    file = tokenizer_json(path)
+    reference = TokenizersEncoder(file)
+    if backend == "tokenizers":
+        return reference
+    try:
+        fast = GigatokenEncoder(file)
+        why = None if _agree(fast, reference) else "its tokens differ from those of tokenizers"
+    except ImportError:
+        why = "it is not installed (pip install gigatoken)"
+    except Exception as error:  # a tokenizer it does not support: any error of the Rust side
+        why = f"it cannot load this tokenizer ({error})"
+    if why is None:
+        return fast
+    if backend == "gigatoken":
+        raise UserError(f"--tokenizer-backend gigatoken: {why}; use --tokenizer-backend auto")
+    return reference
