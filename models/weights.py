@@ -99,7 +99,10 @@ class Stack(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Doubled(Rule):
-    """transformers multiplies the result by one half: a gate of sigmoid(0). A power of two is exact."""
+    """transformers multiplies the result by one half: a gate of sigmoid(0).
+
+    Doubling and then halving is exact; halving first, all but the last bit of float16's subnormals.
+    """
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Halve."""

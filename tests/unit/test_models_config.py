@@ -1,0 +1,202 @@
+"""Presets have MiniMind's sizes, and every description of a model leads back to the same config."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import hf_config
+from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.models.presets import PRESETS, get_preset
+from minimind_mcore.models.recipes import RECIPES, get_recipe
+
+# jingyaogong/minimind, counted on its own models: all parameters, active ones.
+PARAMETERS = {
+    "minimind3": (63_912_192, 63_912_192),
+    "minimind3_moe": (198_416_640, 63_936_768),
+    "minimind2_small": (25_829_888, 25_829_888),
+    "minimind2": (104_030_976, 104_030_976),
+    "minimind2_moe": (145_029_760, 91_945_600),
+    "minimind2_moe_768": (406_070_016, 255_075_072),
+}
+
+
+def megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's parser, its model flags only: types and defaults of Megatron-LM core_v0.12.1."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ints = (
+        "num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels max-position-embeddings "
+        "padded-vocab-size num-experts moe-ffn-hidden-size moe-shared-expert-intermediate-size"
+    )
+    for name in ints.split():
+        parser.add_argument(f"--{name}", type=int)
+    for name, default in (("num-query-groups", 1), ("rotary-base", 10000), ("moe-router-topk", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    for name, value in (("norm-epsilon", 1e-5), ("attention-dropout", 0.1), ("hidden-dropout", 0.1)):
+        parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument("--moe-aux-loss-coeff", type=float, default=0.0)
+    parser.add_argument("--normalization", default="LayerNorm", choices=["LayerNorm", "RMSNorm"])
+    parser.add_argument("--position-embedding-type", default="learned_absolute")
+    parser.add_argument("--moe-router-load-balancing-type", default="aux_loss")
+    parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    switches = (
+        "group-query-attention qk-layernorm swiglu use-rotary-position-embeddings norm-topk-prob "
+        "untie-embeddings-and-output-weights moe-router-pre-softmax"
+    )
+    for name in switches.split():
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser
+
+
+VARIANTS = {
+    **PRESETS,
+    "untied": PRESETS["minimind3_tiny"].replace(tie_embeddings=False),
+    "unnormalised": PRESETS["minimind3_moe_tiny"].replace(
+        moe=MoEConfig(topk=2, ffn_hidden_size=64, norm_topk_prob=False, load_balancing="aux_loss", aux_loss_coeff=0.25)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    config = PRESETS[name]
+    assert (config.num_parameters(), config.num_active_parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_preset_has_a_tiny_variant_that_divides(name: str) -> None:
+    tiny = PRESETS[f"{name}_tiny"]
+    assert tiny.num_kv_heads % 2 == 0 and tiny.num_layers % 4 == 0
+    assert tiny.num_parameters() < 10_000_000
+    assert (tiny.moe is None) == (PRESETS[name].moe is None)
+    assert hf_config.hf_model_type(tiny) == hf_config.hf_model_type(PRESETS[name])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_megatron_flags_lead_back_to_the_config(name: str) -> None:
+    config = VARIANTS[name]
+    assert ModelConfig.from_args(megatron_parser().parse_args(config.megatron_flags())) == config
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transformers_config_leads_back_to_the_config(name: str, tmp_path: Path) -> None:
+    config = VARIANTS[name]
+    config.hf_config().save_pretrained(tmp_path)
+    assert ModelConfig.from_hf_config(tmp_path) == config
+    assert ModelConfig.from_hf_config(str(tmp_path / "config.json")) == config
+    assert ModelConfig.from_hf_config(config.hf_config().to_dict()) == config
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_minimind_config_leads_back_to_the_config(name: str) -> None:
+    native = json.loads(json.dumps(hf_config.to_native_config(VARIANTS[name])))
+    assert ModelConfig.from_hf_config(native) == VARIANTS[name]
+
+
+def test_transformers_4_config_is_read() -> None:
+    raw = {
+        "model_type": "qwen3_moe", "vocab_size": 6400, "hidden_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 448,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "float16",
+        "max_position_embeddings": 32768, "tie_word_embeddings": True, "sliding_window": None, "num_experts": 4,
+        "num_experts_per_tok": 1, "moe_intermediate_size": 448, "norm_topk_prob": True, "router_aux_loss_coef": 5e-4,
+    }  # fmt: skip
+    assert ModelConfig.from_hf_config(raw) == PRESETS["minimind3_moe_tiny"]
+
+
+def test_dense_minimind_config_that_lists_experts_is_dense() -> None:
+    native = hf_config.to_native_config(PRESETS["minimind3"])
+    assert native["num_experts"] == 4 and native["use_moe"] is False
+    assert ModelConfig.from_hf_config(native).moe is None
+
+
+def test_old_minimind2_config_without_intermediate_size_gets_its_formula() -> None:
+    native = hf_config.to_native_config(PRESETS["minimind2"]) | {"intermediate_size": None}
+    assert ModelConfig.from_hf_config(native) == PRESETS["minimind2"]
+
+
+def test_several_experts_per_token_of_minimind3_scale_the_aux_loss() -> None:
+    # Upstream's load has shape [k, experts] and its sum over k is not divided: k times the Switch loss.
+    native = hf_config.to_native_config(PRESETS["minimind3_moe"]) | {"num_experts_per_tok": 2}
+    moe = ModelConfig.from_hf_config(native).moe
+    assert moe is not None and moe.aux_loss_coeff == 2 * 5e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attention_bias": True}, "attention_bias: found True, expected False"),
+        ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope scaling: found 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope scaling: found 'linear'"),
+        ({"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta: found 10000.5"),
+        ({"model_type": "gemma3"}, "model_type: found 'gemma3'"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+    ],
+)
+def test_unsupported_hf_config_is_named(change: dict[str, object], says: str) -> None:
+    raw = PRESETS["minimind3_tiny"].hf_config().to_dict() | change
+    with pytest.raises(UserError, match=says.replace("(", r"\(")):
+        ModelConfig.from_hf_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [("--swiglu", "--swiglu"), ("--disable-bias-linear", "--disable-bias-linear"), ("--num-layers", "--num-layers")],
+)
+def test_missing_megatron_flag_is_named(flag: str, says: str) -> None:
+    words = PRESETS["minimind3"].megatron_flags()
+    start = words.index(flag)
+    del words[start : start + (2 if flag == "--num-layers" else 1)]
+    with pytest.raises(UserError, match=says):
+        ModelConfig.from_args(megatron_parser().parse_args(words))
+
+
+def test_broken_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        ModelConfig.from_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="is not JSON"):
+        ModelConfig.from_hf_config(tmp_path)
+
+
+def test_wrong_preset_name_suggests_the_nearest() -> None:
+    assert get_preset("MiniMind3-MoE") is PRESETS["minimind3_moe"]
+    with pytest.raises(UserError, match="Did you mean minimind2_moe"):
+        get_preset("minimind2_mo")
+    with pytest.raises(UserError, match="Did you mean minimind3_pretrain"):
+        get_recipe("minimind3_pretrian")
+
+
+def test_flops_follow_the_stated_formula() -> None:
+    config = PRESETS["minimind3"]
+    norms = 8 * (2 * 768 + 2 * 96) + 768
+    matrices = 63_912_192 - norms - 6400 * 768
+    assert config.flops_per_token(512) == 6 * (matrices + 6400 * 768) + 6 * 8 * 768 * 512
+
+
+def test_recipe_gives_megatron_minimind_hyper_parameters() -> None:
+    flags = RECIPES["minimind3_pretrain"].megatron_flags(data_parallel_size=2)
+    values = dict(itertools.pairwise(flags))
+    assert float(values["--lr"]) == 5e-4 and float(values["--min-lr"]) == 5e-5
+    assert values["--global-batch-size"] == "512" and values["--seq-length"] == "340"
+    assert "--decay-all" in flags and values["--minimind-init"] == "normal"
+
+
+def test_flags_are_printed_without_importing_torch() -> None:
+    program = (
+        "import sys; from minimind_mcore.models import presets, recipes; sys.argv[1:] = ['minimind3']; "
+        "presets.main(); assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.split() == PRESETS["minimind3"].megatron_flags()
