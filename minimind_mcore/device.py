@@ -21,7 +21,7 @@ import resource
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,9 +260,14 @@ class _Event:
         pass
 
 
-@contextlib.contextmanager
-def _no_context(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
+def _nothing() -> Callable[..., None]:
+    """A function that does nothing; a new one each time, as torch._dynamo refuses one under two names."""
+    return lambda *args, **kwargs: None
+
+
+def _no_context() -> Callable[..., Any]:
+    """A context manager that does nothing."""
+    return lambda *args, **kwargs: contextlib.nullcontext()
 
 
 def _replace_tensor_methods() -> None:
@@ -288,7 +293,6 @@ def _replace_tensor_methods() -> None:
 
 def _replace_cuda_functions() -> None:
     stream = _Stream()
-    nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
     properties = types.SimpleNamespace(
         name=_cpu_name(),
         major=0,
@@ -300,26 +304,26 @@ def _replace_cuda_functions() -> None:
         "Event": _Event,
         "Stream": _Stream,
         "_lazy_call": lambda call, **kwargs: call(),
-        "_lazy_init": nothing,
+        "_lazy_init": _nothing(),
         "current_device": lambda: 0,
         "current_stream": lambda device=None: stream,
         "default_generators": (torch.default_generator,),
         "default_stream": lambda device=None: stream,
-        "device": _no_context,
+        "device": _no_context(),
         "device_count": lambda: 1,
-        "empty_cache": nothing,
+        "empty_cache": _nothing(),
         "get_device_capability": lambda device=None: (0, 0),
         "get_device_properties": lambda device=None: properties,
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
-        "ipc_collect": nothing,
+        "ipc_collect": _nothing(),
         "is_available": lambda: False,
         "manual_seed": torch.default_generator.manual_seed,
-        "manual_seed_all": nothing,  # torch.manual_seed seeds the one generator, then calls this
-        "set_device": nothing,
+        "manual_seed_all": _nothing(),  # torch.manual_seed seeds the one generator, then calls this
+        "set_device": _nothing(),
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
-        "set_stream": nothing,
-        "stream": _no_context,
-        "synchronize": nothing,
+        "set_stream": _nothing(),
+        "stream": _no_context(),
+        "synchronize": _nothing(),
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)

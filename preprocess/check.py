@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 
 import numpy as np
+
+from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.indexed import Index, bin_path, idx_path, read_index
 from minimind_mcore.preprocess.meta import DatasetMeta, read_meta
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
-
-from minimind_mcore.errors import UserError
 from minimind_mcore.storage import sha256
 
 CHUNK = 1 << 22

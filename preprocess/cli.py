@@ -18,14 +18,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from minimind_mcore.arguments import build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import check_dataset, quick_check
 from minimind_mcore.preprocess.indexed import idx_path, read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.pretrain import Options, convert
 from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_fingerprint, tokenizer_info
-
-from minimind_mcore.arguments import build_parser, flag_table, given_flags, refuse_unknown
-from minimind_mcore.errors import UserError
 
 PROGRAM = "preprocess_data.py"
 

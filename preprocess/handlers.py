@@ -10,9 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from minimind_mcore.preprocess.readers import Reject, escape
-
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.readers import Reject, escape
 
 Handler = Callable[[Any, Sequence[str]], "dict[str, str] | Reject"]
 

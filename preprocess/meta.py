@@ -13,10 +13,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.indexed import Written, bin_path, idx_path
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
-
-from minimind_mcore.errors import UserError
 from minimind_mcore.storage import atomic_write_text
 
 

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.indexed import bin_path, idx_path, merge
@@ -46,8 +47,6 @@ from minimind_mcore.preprocess.shards import (
     rejects_path,
 )
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_fingerprint, tokenizer_info
-
-from minimind_mcore.errors import UserError
 from minimind_mcore.storage import atomic_file, disk_errors
 
 # Part of every request: raise it when the same request would give other files than before.

@@ -32,9 +32,9 @@ from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
-from minimind_mcore.preprocess.json_array import JsonArray
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.json_array import JsonArray
 
 LINE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "txt", ".text": "txt"}
 COMPRESSIONS = (".gz", ".zst")

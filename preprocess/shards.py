@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
+
+from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.readers import Reject, Shard, ShardReader
 from minimind_mcore.preprocess.tokenize import load_encoder
-from numpy.typing import NDArray
-
-from minimind_mcore.errors import UserError
 from minimind_mcore.storage import atomic_file, atomic_write_text
 
 # Large enough that the cost per call vanishes, small enough that a worker stays far below 1 GiB.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,28 +16,26 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.check import quick_check
+from minimind_mcore.preprocess.tokenize import tokenizer_info
 
 
-class TokenizerInfo:
+class DatasetTokenizer:
     """What megatron-core's datasets ask of a tokenizer: its end-of-document id, and its name in cache keys."""
 
     def __init__(self, path: str, vocab_size: int) -> None:
-        from transformers import AutoTokenizer
-
-        from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
-
-        if not (Path(path) / "tokenizer.json").is_file():
-            raise UserError(f"--tokenizer-name-or-path {path}: found no tokenizer.json there")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        self.fingerprint = tokenizer_fingerprint(path)
-        self.vocab_size = vocab_size
-        self.eod = tokenizer.eos_token_id
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1
-        self.unique_identifiers = OrderedDict(fingerprint=self.fingerprint)
-        if len(tokenizer) > vocab_size:
+        info = tokenizer_info(path)
+        if info.vocab_size > vocab_size:
             raise UserError(
-                f"the tokenizer at {path} has {len(tokenizer)} tokens, more than --padded-vocab-size {vocab_size}"
+                f"the tokenizer at {path} has {info.vocab_size} tokens, more than --padded-vocab-size {vocab_size}"
             )
+        if info.eos_id is None:
+            raise UserError(f"{path}: tokenizer_config.json names no eos_token, which ends a document")
+        self.fingerprint = info.fingerprint
+        self.vocab_size = vocab_size
+        self.eod = info.eos_id
+        self.pad = -1
+        self.unique_identifiers = OrderedDict(fingerprint=info.fingerprint)
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
@@ -82,7 +79,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    tokenizer = TokenizerInfo(tokenizer_path(args), args.padded_vocab_size)
+    tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
     check_prefixes(args, tokenizer.fingerprint)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -141,8 +138,6 @@ def prefixes(args: argparse.Namespace) -> list[str]:
 
 def check_prefixes(args: argparse.Namespace, fingerprint: str) -> None:
     """Refuse datasets that are missing, truncated, or tokenized with another tokenizer."""
-    from minimind_mcore.preprocess.check import quick_check
-
     for prefix in prefixes(args):
         quick_check(prefix, fingerprint)
 
