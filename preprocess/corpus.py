@@ -1,0 +1,198 @@
+"""The sample corpus: text that every machine with Python has, as pretraining data.
+
+    python -m minimind_mcore.preprocess.corpus --output data/sample.jsonl --seed 42
+
+Two parts, shuffled together: real prose, which is the docstrings of Python's standard library and
+the language documentation behind `help()`; and arithmetic word problems in Chinese and English,
+generated, which a very small model can visibly learn. The same Python and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import random
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minimind_mcore.errors import run
+from minimind_mcore.storage import atomic_file
+
+# Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip", "encodings", "__pycache__"}
+SHORTEST = 80
+TOTAL_BYTES = 4_000_000
+LEAST_PROBLEMS = 1_000_000
+
+
+def stdlib_prose() -> list[str]:
+    """Docstrings of the standard library and pydoc's topics, sorted, each once."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = set(_topics())
+    for file in root.rglob("*.py"):
+        if not SKIPPED.intersection(file.relative_to(root).parts):
+            texts.update(_docstrings(file))
+    whole = {text.encode("utf-8", "ignore").decode("utf-8") for text in texts}  # a docstring may hold a lone surrogate
+    return sorted(text for text in whole if len(text) >= SHORTEST)
+
+
+def _topics() -> Iterator[str]:
+    from pydoc_data import topics  # type: ignore[attr-defined, unused-ignore]
+
+    for text in topics.topics.values():
+        yield text.strip()
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    """A module's docstring by itself, and each class with its methods as one text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old modules hold invalid escapes
+            module = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # lib2to3 and such carry files that are no valid source
+        return
+    for node in (module, *module.body):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            parts = [_described(node)]
+            if isinstance(node, ast.ClassDef):
+                parts += [_described(f) for f in node.body if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)]
+            text = "\n\n".join(part for part in parts if part)
+            if text:
+                yield text
+
+
+def _described(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    docstring = inspect.cleandoc(ast.get_docstring(node) or "")
+    if not docstring or isinstance(node, ast.Module):
+        return docstring
+    signature = f"({ast.unparse(node.args)})" if not isinstance(node, ast.ClassDef) else ""
+    return f"{node.name}{signature}\n{docstring}"
+
+
+NAMES = ("小明", "小红", "李雷", "韩梅梅", "王芳", "张伟"), ("Tom", "Alice", "Ben", "Mary", "Jack", "Lucy")
+THINGS = (
+    ("个苹果", "apples"),
+    ("支铅笔", "pencils"),
+    ("本书", "books"),
+    ("颗糖果", "candies"),
+    ("张邮票", "stamps"),
+    ("个气球", "balloons"),
+    ("枚硬币", "coins"),
+    ("张卡片", "cards"),
+)
+
+
+def _addition(r: random.Random) -> tuple[str, str]:
+    a, b, (zh, en), i = r.randint(2, 99), r.randint(2, 99), r.choice(THINGS), r.randrange(6)
+    name, other = NAMES[0][i], NAMES[1][i]
+    return (
+        f"{name}有{a}{zh}，又得到{b}{zh}，现在一共有多少{zh}？\n解：{a}+{b}={a + b}。答：现在一共有{a + b}{zh}。",
+        f"{other} has {a} {en} and gets {b} more. How many {en} does {other} have now?\n"
+        f"{a} + {b} = {a + b}, so {other} has {a + b} {en}.",
+    )
+
+
+def _subtraction(r: random.Random) -> tuple[str, str]:
+    a, (zh, en), i = r.randint(10, 99), r.choice(THINGS), r.randrange(6)
+    b = r.randint(1, a - 1)
+    name, other = NAMES[0][i], NAMES[1][i]
+    return (
+        f"{name}原来有{a}{zh}，送给同学{b}{zh}，还剩多少{zh}？\n解：{a}-{b}={a - b}。答：还剩{a - b}{zh}。",
+        f"{other} had {a} {en} and gave away {b}. How many are left?\n{a} - {b} = {a - b}, so {a - b} {en} are left.",
+    )
+
+
+def _product(r: random.Random) -> tuple[str, str]:
+    a, b, (zh, en) = r.randint(2, 12), r.randint(2, 30), r.choice(THINGS)
+    return (
+        f"每盒装{b}{zh}，{a}盒一共有多少{zh}？\n解：{a}×{b}={a * b}。答：一共有{a * b}{zh}。",
+        f"A box holds {b} {en}. How many {en} are in {a} boxes?\n{a} × {b} = {a * b}, so there are {a * b} {en}.",
+    )
+
+
+def _share(r: random.Random) -> tuple[str, str]:
+    a, b, (zh, en) = r.randint(2, 12), r.randint(2, 30), r.choice(THINGS)
+    return (
+        f"把{a * b}{zh}平均分给{a}个人，每人分到多少{zh}？\n解：{a * b}÷{a}={b}。答：每人分到{b}{zh}。",
+        f"{a * b} {en} are shared equally among {a} people. How many does each get?\n"
+        f"{a * b} / {a} = {b}, so each gets {b} {en}.",
+    )
+
+
+def _cages(r: random.Random) -> tuple[str, str]:
+    rabbits, chickens = r.randint(1, 20), r.randint(1, 20)
+    heads, feet = rabbits + chickens, 4 * rabbits + 2 * chickens
+    return (
+        f"鸡兔同笼，共有{heads}个头、{feet}只脚，鸡和兔各有几只？\n"
+        f"解：设兔有x只，则4x+2({heads}-x)={feet}，x={rabbits}。答：兔{rabbits}只，鸡{chickens}只。",
+        f"A cage holds chickens and rabbits with {heads} heads and {feet} feet. How many of each are there?\n"
+        f"With x rabbits, 4x + 2({heads} - x) = {feet}, so x = {rabbits}: {rabbits} rabbits and {chickens} chickens.",
+    )
+
+
+def _trip(r: random.Random) -> tuple[str, str]:
+    speed, hours = r.randint(4, 90), r.randint(2, 9)
+    return (
+        f"一辆车每小时行{speed}千米，行了{hours}小时，一共行了多少千米？\n"
+        f"解：{speed}×{hours}={speed * hours}。答：一共行了{speed * hours}千米。",
+        f"A car travels at {speed} km per hour for {hours} hours. How far does it go?\n"
+        f"{speed} × {hours} = {speed * hours}, so it goes {speed * hours} km.",
+    )
+
+
+PROBLEMS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
+    _addition,
+    _subtraction,
+    _product,
+    _share,
+    _cages,
+    _trip,
+)
+
+
+def problems(seed: int, size: int) -> list[str]:
+    """Generated word problems, a few to a text, about half of them Chinese.
+
+    Args:
+        seed: of the generator.
+        size: UTF-8 bytes wanted, reached by at most one text too many.
+    """
+    generator = random.Random(seed)
+    texts, total = [], 0
+    while total < size:
+        language = generator.randrange(2)
+        chosen = [generator.choice(PROBLEMS)(generator)[language] for _ in range(generator.randint(2, 6))]
+        texts.append("\n\n".join(chosen))
+        total += len(texts[-1].encode())
+    return texts
+
+
+def build(seed: int) -> list[str]:
+    """The corpus: the prose, filled up to `TOTAL_BYTES` with problems."""
+    prose = stdlib_prose()
+    size = sum(len(text.encode()) for text in prose)
+    texts = prose + problems(seed, max(LEAST_PROBLEMS, TOTAL_BYTES - size))
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="the .jsonl file to write, one {'text': ...} a line")
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+    texts = build(args.seed)
+    with atomic_file(args.output) as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+    size = Path(args.output).stat().st_size
+    print(f"{args.output}: {len(texts):,} texts, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,163 @@
+"""Train a byte-level BPE tokenizer with MiniMind's special tokens.
+
+    python -m minimind_mcore.preprocess.train_tokenizer --input data/sample.jsonl --output data/tokenizer
+
+The result is a directory that `AutoTokenizer.from_pretrained` loads, with transformers 4 and 5: ids
+0 to 35 are the special tokens of MiniMind's third generation (jingyaogong/minimind,
+trainer/train_tokenizer.py), its pre-tokenizer and decoder, and a chat template that renders the same
+text. Training is deterministic: the same input gives the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from minimind_mcore.errors import UserError, run
+from minimind_mcore.preprocess.handlers import general_pretrain
+from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.storage import atomic_directory
+
+PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# Left out of decoded text: turn marks, and places for images, audio and speech.
+SPECIAL = (
+    *(PAD, BOS, EOS),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"),
+    *("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>"),
+)
+# One id each, yet part of the text: a model writes them and a program reads them.
+MARKERS = (
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *(f"<|buffer{number}|>" for number in range(1, 10)),
+)
+BYTES = 256
+MODEL_MAX_LENGTH = 131072
+
+
+def chat_template() -> str:
+    """The Jinja source of the chat template."""
+    return importlib.resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8")
+
+
+def texts(spec: str, key: str) -> Iterator[str]:
+    """The usable texts of raw files (see `readers`), in order.
+
+    Raises:
+        UserError: no file there, or a damaged one.
+    """
+    for shard in plan_shards(find_sources(spec), subsets=1):
+        for _, record in ShardReader(shard, [key]):
+            if record is not None and not isinstance(record, Reject):
+                fields = general_pretrain(record, [key])
+                if not isinstance(fields, Reject):
+                    yield fields[key]
+
+
+def train(corpus: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Train on texts.
+
+    Args:
+        corpus: the texts.
+        vocab_size: ids in all, special tokens and the 256 bytes included.
+
+    Raises:
+        UserError: the corpus is too small, or the vocabulary, for that.
+    """
+    least = len(SPECIAL) + len(MARKERS) + BYTES
+    if vocab_size < least:
+        raise UserError(f"--vocab-size {vocab_size}: special tokens and bytes alone need {least}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL + MARKERS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(
+            f"the input yields only {found} of the {vocab_size} tokens wanted: give more text or a smaller --vocab-size"
+        )
+    return _with_markers_as_text(tokenizer)
+
+
+def _with_markers_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Mark `MARKERS` as not special; the trainer marks all that it is given, and offers no way around."""
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MODEL_MAX_LENGTH,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": PAD,
+        "additional_special_tokens": [token for token in SPECIAL if token != PAD],
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": token in SPECIAL,
+            }
+            for token in SPECIAL + MARKERS
+        },
+        # In the config, where every version of transformers looks; chat_template.jinja came with 4.43.
+        "chat_template": chat_template(),
+    }
+
+
+def save(tokenizer: Tokenizer, directory: str) -> None:
+    """Write the tokenizer directory, whole or not at all.
+
+    Raises:
+        UserError: the disk is full, or `directory` holds something else.
+    """
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / "tokenizer.json").is_file())):
+        raise UserError(f"--output {directory}: exists and is no tokenizer directory; choose another place")
+    with atomic_directory(path) as tmp:
+        tokenizer.save(str(tmp / "tokenizer.json"))
+        text = json.dumps(config(tokenizer), ensure_ascii=False, indent=2) + "\n"
+        (tmp / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="files, directories, globs, separated by commas")
+    parser.add_argument("--output", required=True, help="the directory to write")
+    parser.add_argument("--vocab-size", type=int, default=6400)
+    parser.add_argument("--json-key", default="text", help="the field that holds the text")
+    args = parser.parse_args(argv)
+    tokenizer = train(texts(args.input, args.json_key), args.vocab_size)
+    save(tokenizer, args.output)
+    print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
+
+
+if __name__ == "__main__":
+    run(main)
