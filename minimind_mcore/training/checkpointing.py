@@ -36,6 +36,7 @@ from minimind_mcore.storage import (
 )
 from minimind_mcore.training import checkpoint_dist, checkpoint_torch, distributed
 from minimind_mcore.training.metrics import Progress
+from minimind_mcore.training.model import weights_gathered
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PREFIX = "iter_"
@@ -91,7 +92,8 @@ def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: An
         tmp.mkdir(parents=True)
     dist.barrier()
     form = checkpoint_dist if args.ckpt_format == "torch_dist" else checkpoint_torch
-    entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
+    with weights_gathered(args, model):
+        entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
     _together(lambda: _publish(root, tmp, final, entries, args) if distributed.is_main() else None, tmp)
     if distributed.is_main():
         print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
@@ -245,8 +247,9 @@ def check_model(args: argparse.Namespace, saved: Any, directory: Path, more: tup
     expected = getattr(args, "tokenizer_fingerprint", None)
     if found and expected and found != expected:
         raise UserError(
-            f"{directory}: trained with another tokenizer (fingerprint {found[:12]}, the given one is {expected[:12]}). "
-            "MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was trained with"
+            f"{directory}: trained with another tokenizer (fingerprint {found[:12]}, the given one's is "
+            f"{expected[:12]}). MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was "
+            "trained with"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,10 @@ import torch
 from minimind_mcore import device
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.training.layout import Layout
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def core_config(args: argparse.Namespace, layout: Layout) -> Any:
@@ -43,8 +49,9 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
-        "use_cpu_initialization": False,
-        "perform_initialization": False,
+        # `initialize` sets every weight; megatron-core's own pass marks what is split over ranks.
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
     }
     if args.num_experts:
         overrides |= {
@@ -54,7 +61,7 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
     return ModelConfig.from_args(args).transformer_config(**overrides)
 
 
-def build_model(args: argparse.Namespace, layout: Layout) -> list[torch.nn.Module]:
+def build_model(args: argparse.Namespace, layout: Layout) -> list[Any]:
     """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them).
 
     The weights depend on `--seed` and their names only: every layout starts from the same model.
@@ -97,6 +104,17 @@ def build_model(args: argparse.Namespace, layout: Layout) -> list[torch.nn.Modul
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0 or not args.overlap_grad_reduce)
         for i, chunk in enumerate(chunks)
     ]
+
+
+@contextlib.contextmanager
+def weights_gathered(args: argparse.Namespace, model: list[Any]) -> Iterator[None]:
+    """Inside, every rank holds all its weights: `--overlap-param-gather` otherwise gathers them in the next step."""
+    overlapped = model if args.overlap_param_gather else []
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()
 
 
 def unwrap(chunk: Any) -> Any:

@@ -6,10 +6,8 @@ import argparse
 import inspect
 from typing import Any
 
-import torch
 
-
-def build_optimizer(args: argparse.Namespace, model: list[torch.nn.Module]) -> tuple[Any, Any]:
+def build_optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
     """The optimizer (distributed or not) and the schedule that sets its learning rate and weight decay."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -41,7 +39,27 @@ def build_optimizer(args: argparse.Namespace, model: list[torch.nn.Module]) -> t
         newer = "config_overrides" in inspect.signature(get_megatron_optimizer).parameters
         options = {"config_overrides": {}} if newer else {"no_weight_decay_cond": lambda name, parameter: False}
     optimizer = get_megatron_optimizer(config, model, **options)
+    _connect(args, model, optimizer)
     return optimizer, _build_scheduler(args, optimizer)
+
+
+def _connect(args: argparse.Namespace, model: list[Any], optimizer: Any) -> None:
+    """Tell megatron-core's schedules how to scale the loss and when to reduce gradients and gather weights."""
+    from megatron.core.distributed import finalize_model_grads
+
+    config = model[0].config
+
+    def for_chunks(method: str) -> Any:
+        functions = [getattr(chunk, method) for chunk in model]
+        return functions if len(functions) > 1 else functions[0]
+
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        config.no_sync_func = for_chunks("no_sync")
+        config.grad_sync_func = for_chunks("start_grad_sync")
+    if args.overlap_param_gather:
+        config.param_sync_func = for_chunks("start_param_sync")
 
 
 def _build_scheduler(args: argparse.Namespace, optimizer: Any) -> Any:

@@ -11,11 +11,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from minimind_mcore import arguments, device
 from minimind_mcore.training import checkpointing, data, distributed, plan, report, step
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
-from minimind_mcore.training.model import build_model
+from minimind_mcore.training.model import build_model, weights_gathered
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
 from minimind_mcore.training.stop import StopSignal
 
@@ -76,13 +78,11 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
 
 def evaluate(args: argparse.Namespace, model: Any, dataset: Any) -> float:
     """Mean token loss (nats) of the first `--eval-iters` global batches of the validation set."""
-    import torch
-
     for chunk in model:
         chunk.eval()
     batches = [data.micro_batches(args, dataset, 0) for _ in model]
     rounds = min(args.eval_iters, len(dataset) // args.global_batch_size)
-    with torch.no_grad():
+    with torch.no_grad(), weights_gathered(args, model):
         results = [step.forward_backward(args, model, batches, forward_only=True) for _ in range(rounds)]
     for chunk in model:
         chunk.train()

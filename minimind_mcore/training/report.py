@@ -86,12 +86,13 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     if not training:
         return ""
     first, last = training[0], training[-1]
+    speeds = sorted(row["tokens_per_second"] for row in training)
     facts = {
         "iterations": last["iteration"],
         "tokens": f"{last['consumed_tokens']:,}",
         "first loss": f"{first['lm_loss']:.4f} (iteration {first['iteration']})",
         "last loss": f"{last['lm_loss']:.4f}",
-        "tokens per second": f"{sorted(row['tokens_per_second'] for row in training)[len(training) // 2]:,.0f} (median)",
+        "tokens per second": f"{speeds[len(speeds) // 2]:,.0f} (median)",
     }
     return "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in facts.items())
 

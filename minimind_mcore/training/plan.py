@@ -1,0 +1,122 @@
+"""What a run is going to do, before it does it, and what to do after it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.training import checkpointing, data, distributed
+from minimind_mcore.training.layout import Layout, validate
+from minimind_mcore.training.metrics import Progress, output_dir
+
+GIB = 2**30
+
+
+def rank_parameters(model: ModelConfig, layout: Layout) -> int:
+    """Parameters of the rank that has most: the stage with the embedding (and, tied, its copy on the last)."""
+    embedding = model.vocab_size * model.hidden_size
+    tables = 1 if model.tie_embeddings or layout.pp > 1 else 2
+    layers = model.num_parameters() - embedding * (1 if model.tie_embeddings else 2)
+    if model.moe is None:
+        return (layers // layout.pp + tables * embedding) // layout.tp
+    one_expert = model.num_layers * 3 * model.hidden_size * model.moe.ffn_hidden_size
+    experts = model.moe.num_experts * one_expert
+    return ((layers - experts) // layout.pp + tables * embedding + experts // (layout.pp * layout.ep)) // layout.tp
+
+
+def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float]:
+    """Bytes per rank, by what they are for.
+
+    Weights, gradients and Adam's moments are counted exactly but for alignment. Activations count,
+    per layer and token, what a backward pass keeps without recomputation (about 10 hidden vectors,
+    the projections of attention and 3 MLP widths) and, on the last stage, the logits in fp32.
+    """
+    model = ModelConfig.from_args(args)
+    parameters = rank_parameters(model, layout)
+    half = args.bf16 or args.fp16
+    width = 2 if half else 4
+    shards = layout.dp if args.use_distributed_optimizer else 1
+    tokens = args.seq_length * args.micro_batch_size
+    mlp = model.ffn_hidden_size
+    if model.moe:
+        mlp = model.moe.topk * model.moe.ffn_hidden_size + model.moe.shared_ffn_hidden_size
+    per_token = 10 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tp
+    per_token += 3 * mlp / layout.tp
+    layers = model.num_layers / layout.pp if args.recompute_granularity != "full" else 1
+    in_flight = min(layout.pp, args.num_microbatches)
+    return {
+        "weights": parameters * width,
+        "gradients": parameters * (4 if args.accumulate_allreduce_grads_in_fp32 else width),
+        "optimizer": parameters * (12 if half else 8) / shards,
+        "activations": tokens * layers * per_token * width * in_flight,
+        "logits": tokens * model.vocab_size / layout.tp * 4 * 3,
+    }
+
+
+def announce(args: argparse.Namespace, layout: Layout) -> None:
+    """Print device, layout, sizes, memory and the flags without effect."""
+    found, model = device.current(), ModelConfig.from_args(args)
+    total, active = model.num_parameters(), model.num_active_parameters()
+    sizes = f"{total / 1e6:.2f}M" + (f" ({active / 1e6:.2f}M active)" if active != total else "")
+    estimate = memory_estimate(args, layout)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.items())
+    precision = str(args.params_dtype).removeprefix("torch.")
+    rows = {
+        "device": f"{found.kind}: {found.name}, {found.count} {'cores' if found.kind == 'cpu' else 'on this host'}",
+        "layout": str(layout),
+        "model": f"{sizes} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {precision}",
+        "batch": f"{args.global_batch_size} samples of {args.seq_length} tokens in {args.num_microbatches} "
+        f"micro-batches of {args.micro_batch_size} per rank; {args.train_iters} iterations",
+        "memory": f"about {sum(estimate.values()) / GIB:.2f} GiB per rank ({parts}), beside the program itself",
+    }
+    if args.no_effect:
+        rows["no effect"] = " ".join(args.no_effect) + " (kernels or switches of another device)"
+    for name, text in rows.items():
+        print(f"{name + ':':<12}{text}", flush=True)
+
+
+def show(args: argparse.Namespace) -> None:
+    """`--dry-run`: validate everything that a run would need, and print the plan.
+
+    Raises:
+        UserError: what the run itself would raise.
+    """
+    layout = validate(args, distributed.world_size())
+    announce(args, layout)
+    tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
+    data.check_prefixes(args, tokenizer.fingerprint)
+    print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
+    print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
+    if args.load:
+        directory = checkpointing.choose(Path(args.load), args.ckpt_step)
+        print(f"{'load:':<12}{directory or f'nothing in {args.load}: starts from the beginning'}")
+    if args.save:
+        needed, free = _checkpoint_bytes(args), checkpointing.disk_usage(args)
+        print(f"{'save:':<12}{args.save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")
+        if needed > free:
+            raise UserError(f"--save {args.save}: a checkpoint needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free")
+    print("dry run: everything is valid, nothing was trained")
+
+
+def _checkpoint_bytes(args: argparse.Namespace) -> float:
+    width = 2 if args.bf16 or args.fp16 else 4
+    optimizer = 0 if args.no_save_optim else (12 if width == 2 else 8)
+    return ModelConfig.from_args(args).num_parameters() * (width + optimizer)
+
+
+def say_what_next(args: argparse.Namespace, progress: Progress) -> None:
+    """Print where everything is, and the commands that go on from here."""
+    out = output_dir(args)
+    done = progress.iteration >= args.train_iters
+    print(f"\n{'finished' if done else 'stopped'} at iteration {progress.iteration} of {args.train_iters}")
+    print(f"  curves      {out / 'loss.png'}  {out / 'report.html'}  {out / 'metrics.jsonl'}")
+    if args.tensorboard_dir:
+        print(f"  tensorboard tensorboard --logdir {args.tensorboard_dir}")
+    if args.save:
+        print(f"  checkpoint  {checkpointing.directory_of(Path(args.save), progress.iteration)}")
+        print(
+            f"  go on       the same command with CKPT_LOAD_DIR={args.save}" + (" and more TRAIN_ITERS" if done else "")
+        )
