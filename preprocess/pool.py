@@ -9,6 +9,7 @@ worker without its signal.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -28,8 +29,6 @@ TICK_SECONDS = 0.2
 
 def _serve(connection: Connection, setup: Callable[[State], Callable[[Task], Result]], state: State) -> None:
     """A worker's life: prepare once, then answer each task with ("done", result) or the failure."""
-    # The terminal sends Ctrl-C to workers too; the parent is the one who ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         work = setup(state)
         while True:
@@ -58,6 +57,17 @@ def _receive(connection: Connection, process: Any) -> Any:
     if kind == "failure":
         raise RuntimeError(f"in worker process {process.pid}:\n{value}")
     return value
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start workers with SIGINT blocked, for their whole life: a terminal sends Ctrl-C to them too, and
+    it is for the parent to end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_tasks(
@@ -91,7 +101,8 @@ def run_tasks(
         for _ in range(min(workers, len(pending))):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, setup, state), daemon=True)
-            process.start()
+            with _interrupts_held():
+                process.start()
             theirs.close()  # so that the death of the worker closes the pipe
             crew[ours] = process
             ours.send(pending.popleft())

@@ -220,7 +220,7 @@ def test_each_line_of_a_text_file_is_a_document(name: str, tokenizer: str, tmp_p
     texts = ['first "line"', "  第二行 ", "third\ttab \u2028 still third"]
     content = ("\ufeff" + texts[0] + "\n\n" + texts[1] + "\r\n" + texts[2]).encode()
     with pyarrow.output_stream(str(tmp_path / name)) as stream:  # compresses by the name
-        stream.write(content) if "." in name.removesuffix(".txt") else stream.write(content)
+        stream.write(content)
     expected = convert(Options(str(write_jsonl(tmp_path / "plain.jsonl", texts)), tokenizer, str(tmp_path / "plain")))
     found = convert(Options(str(tmp_path / name), tokenizer, str(tmp_path / "other")))
     assert files_of(found[0]) == files_of(expected[0])
@@ -237,12 +237,6 @@ def test_a_directory_is_read_in_the_order_of_its_paths(tokenizer: str, tmp_path:
     (folder / "d.txt").write_text("fourth\n")
     expected = write_jsonl(tmp_path / "all.jsonl", ["first", "second", "third", "fourth"])
     plain = files_of(convert(Options(str(expected), tokenizer, str(tmp_path / "plain")))[0])
-    assert [Path(s.path).name for s in readers.find_sources(str(folder))] == [
-        "a.jsonl",
-        "b.jsonl",
-        "d.txt",
-        "c.jsonl",
-    ] or True
     by_path = sorted(Path(s.path) for s in readers.find_sources(str(folder)))
     assert [Path(s.path) for s in readers.find_sources(str(folder))] == by_path
     mixed = f"{folder}/a.jsonl, {folder}/b*.jsonl,{folder}/deep,{folder}/*.txt"
@@ -294,7 +288,7 @@ def test_each_bad_line_is_located_and_costs_only_itself(tokenizer: str, tmp_path
     for n_subs in (1, 13):
         [prefix] = convert(replace(options, n_subs=n_subs, overwrite=True))
         found = rejects_of(tmp_path / "out")
-        assert [(entry["line"], True) for entry in found] == [(line, True) for line, _ in expected]
+        assert [entry["line"] for entry in found] == [line for line, _ in expected]
         for entry, (_, reason) in zip(found, expected, strict=True):
             assert reason in entry["reason"] and entry["file"] == str(path)
         assert found[0]["content"] == '{"text": "cut off'
@@ -328,7 +322,7 @@ def test_too_many_rejects_stop_the_run_and_leave_no_dataset(tokenizer: str, tmp_
 def test_a_wrong_file_is_given_up_early(tokenizer: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "other key"}\n' * 5000)
-    with pytest.raises(UserError, match="1000 of 1000 records in a row .* 'text' is missing"):
+    with pytest.raises(UserError, match=r"1000 of 1000 records in a row .* 'text' is missing"):
         convert(Options(str(path), tokenizer, str(tmp_path / "out")))
     assert not list(tmp_path.glob("out_*"))
 
