@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -61,3 +64,30 @@ def build_moe(config: TransformerConfig, *, own_router: bool) -> MoELayer:
     layer = MoELayer(config, spec.submodules)
     layer.router = MiniMindRouter(config)  # 0.12.1 takes no router in its spec
     return layer
+
+
+def collect_aux_losses(micro_batches: int) -> dict[str, float]:
+    """The auxiliary losses logged since the last call, which it forgets. All ranks must call it.
+
+    megatron-core's own `track_moe_metrics` needs a tensorboard writer to answer, and that of 0.12.1
+    reports one data-parallel rank's losses for all.
+
+    Args:
+        micro_batches: that each rank has run since the last call.
+
+    Returns:
+        By megatron-core's name ("load_balancing_loss", in 0.16.1 also "seq_load_balancing_loss"):
+        the mean over layers, micro-batches and data-parallel ranks, without the coefficient.
+    """
+    where: Any = moe_utils if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker") else parallel_state
+    losses = {}
+    for name, entry in where.get_moe_layer_wise_logging_tracker().items():
+        values: Tensor = entry["values"]  # [layers], zero for those of other pipeline stages
+        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+        if entry.get("reduce_group") is not None:  # the ranks that hold parts of the same sequences
+            dist.all_reduce(values, group=entry["reduce_group"])
+        replicas = parallel_state.get_data_parallel_group()
+        dist.all_reduce(values, group=replicas)
+        losses[name] = float(values.mean()) / micro_batches / dist.get_world_size(replicas)
+        values.zero_()
+    return losses

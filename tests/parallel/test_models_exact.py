@@ -1,0 +1,511 @@
+"""The megatron-core model computes what MiniMind computes: logits, losses, gradients, in every layout.
+
+The oracles are the transformers model with the same weights, and a MiniMind in plain torch, written
+below from its description. Each check runs in processes of its own (this file is also their program),
+with the installed megatron-core and, where MCORE_012_DIR names its directory, with 0.12.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_mcore.models import weights
+from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.models.presets import PRESETS
+
+CORES = {"installed": None, "0.12.1": os.environ.get("MCORE_012_DIR")}
+
+LOGITS = {name: config for name, config in PRESETS.items() if name.endswith("_tiny")}
+LOGITS["untied"] = PRESETS["minimind3_tiny"].replace(tie_embeddings=False)
+LOGITS["minimind3"] = PRESETS["minimind3"]
+
+_MOE3 = PRESETS["minimind3_moe_tiny"].replace(vocab_size=512)
+_TOP2 = MoEConfig(topk=2, ffn_hidden_size=64, norm_topk_prob=False, load_balancing="aux_loss", aux_loss_coeff=0.2)
+GRADIENTS = {
+    "minimind3": PRESETS["minimind3_tiny"].replace(vocab_size=512),
+    "minimind3_moe": _MOE3.replace(
+        moe=MoEConfig(topk=1, ffn_hidden_size=64, load_balancing="aux_loss", aux_loss_coeff=0.2)
+    ),
+    "minimind3_moe_top2": _MOE3.replace(moe=_TOP2),
+    "minimind2_moe": PRESETS["minimind2_moe_tiny"].replace(vocab_size=512),
+}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "single": {},
+    "tp2_sp": {"tp": 2},
+    "pp2": {"pp": 2},
+    "pp2_vpp2": {"pp": 2, "vpp": 2},
+    "dp2": {},
+    "ep2": {"ep": 2},
+}
+PROCESSES = {"single": 1, "tp2_sp": 2, "pp2": 2, "pp2_vpp2": 2, "dp2": 2, "ep2": 2}
+MICRO_BATCHES, BATCH, SEQUENCE = 4, 2, 24
+
+
+# The tests: each process count runs once per version of megatron-core, its results are shared.
+
+
+def results(core: str, processes: int) -> dict[str, Any]:
+    """What the program below found with so many processes."""
+    if core != "installed" and not CORES[core]:
+        pytest.skip("MCORE_012_DIR is not set: no megatron-core 0.12.1 to test against")
+    output, found = run(core, processes)
+    assert found is not None, output
+    return found
+
+
+@functools.cache
+def run(core: str, processes: int) -> tuple[str, dict[str, Any] | None]:
+    """What the program printed, and what it found unless it failed."""
+    directory = CORES[core]
+    environment = os.environ | {"OMP_NUM_THREADS": str(3 - processes), "DEVICE": "cpu"}
+    if directory:
+        environment["PYTHONPATH"] = os.pathsep.join([directory, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as work:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, __file__, work, str(rank), str(processes)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        file = Path(work) / "results.json"
+        finished = all(worker.returncode == 0 for worker in workers) and file.exists()
+        return "\n".join(outputs), json.loads(file.read_text(encoding="utf-8")) if finished else None
+
+
+def _wants_experts(layout: str) -> bool:
+    return layout == "ep2"
+
+
+@pytest.mark.parametrize("model", LOGITS)
+@pytest.mark.parametrize("core", CORES)
+def test_logits_equal_those_of_transformers(core: str, model: str) -> None:
+    found = results(core, 1)["logits"][model]
+    assert found["spread"] > 0.1, "logits of nearly nothing prove nothing"
+    assert found["difference"] <= 1e-4 and found["argmax_equal"]
+    assert found["masked_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [(m, lay) for m, c in GRADIENTS.items() for lay in LAYOUTS if c.moe or not _wants_experts(lay)],
+)
+@pytest.mark.parametrize("core", CORES)
+def test_loss_and_gradients_equal_plain_torch(core: str, model: str, layout: str) -> None:
+    found = results(core, PROCESSES[layout])["gradients"][f"{model} {layout}"]
+    assert found["loss"] == pytest.approx(found["expected_loss"], rel=1e-5)
+    assert found["worst_gradient"] <= 1e-4, found["worst_name"]
+    if GRADIENTS[model].moe:
+        assert found["aux_loss"] == pytest.approx(found["expected_aux_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_packed_sequences_do_not_see_each_other(core: str) -> None:
+    assert results(core, 1)["packed_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_every_layout_starts_from_the_same_weights(core: str) -> None:
+    assert results(core, 2)["initial_weights_equal"]
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_context_parallelism_is_refused_by_name(core: str) -> None:
+    assert "--context-parallel-size 2 is not supported" in results(core, 1)["context_parallel"]
+
+
+# MiniMind in plain torch: the functions of model_minimind.py, on a dict of its weights.
+
+
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Native weights with norms far from 1 and a router that decides."""
+    generator = torch.Generator().manual_seed(7)
+    state = {}
+    for rule in weights.rules(config, "native"):
+        for name, shape in zip(rule.hf, rule.shapes, strict=True):
+            noise = torch.randn(shape, generator=generator)
+            state[name] = 1 + 0.3 * noise if len(shape) == 1 else (0.3 if "mlp.gate." in name else 0.08) * noise
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
+def minimind_loss(w: dict[str, Tensor], config: ModelConfig, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and auxiliary loss of one micro-batch; ids and labels [batch, sequence]."""
+    x = w["model.embed_tokens.weight"][ids]
+    aux = x.new_zeros(())
+    for i in range(config.num_layers):
+        p = f"model.layers.{i}."
+        x = x + _attention(w, p + "self_attn.", config, _norm(x, w[p + "input_layernorm.weight"], config))
+        y = _norm(x, w[p + "post_attention_layernorm.weight"], config)
+        if config.moe is None:
+            x = x + _mlp(w, p + "mlp.", y)
+        else:
+            out, loss = _experts(w, p + "mlp.", config.moe, y)
+            x, aux = x + out, aux + loss
+    logits = _norm(x, w["model.norm.weight"], config) @ w["lm_head.weight"].T
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), aux
+
+
+def _norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.norm_eps)
+
+
+def _attention(w: dict[str, Tensor], p: str, config: ModelConfig, x: Tensor) -> Tensor:
+    b, s, _ = x.shape
+    d = config.head_dim
+    q, k, v = ((x @ w[f"{p}{n}_proj.weight"].T).view(b, s, -1, d) for n in "qkv")
+    if config.qk_layernorm:
+        q, k = _norm(q, w[p + "q_norm.weight"], config), _norm(k, w[p + "k_norm.weight"], config)
+    angles = torch.outer(torch.arange(s), 1.0 / config.rope_theta ** (torch.arange(0, d, 2) / d)).repeat(1, 2)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    q, k = (t * cos + torch.cat([-t[..., d // 2 :], t[..., : d // 2]], -1) * sin for t in (q, k))
+    groups = config.num_heads // config.num_kv_heads
+    k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) / d**0.5
+    scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), float("-inf"))
+    return torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v).flatten(2) @ w[p + "o_proj.weight"].T
+
+
+def _mlp(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+    gated = F.silu(x @ w[p + "gate_proj.weight"].T) * (x @ w[p + "up_proj.weight"].T)
+    return gated @ w[p + "down_proj.weight"].T
+
+
+def _experts(w: dict[str, Tensor], p: str, moe: MoEConfig, x: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (x @ w[p + "gate.weight"].T).softmax(-1)  # [b, s, E]
+    chosen, index = scores.topk(moe.topk, dim=-1)
+    if moe.norm_topk_prob:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    all_outputs = torch.stack([_mlp(w, f"{p}experts.{e}.", x) for e in range(moe.num_experts)], dim=2)
+    picked = all_outputs.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    out = (picked * chosen[..., None]).sum(2)
+    for i in range(moe.shared_ffn_hidden_size // moe.ffn_hidden_size):
+        out = out + _mlp(w, f"{p}shared_experts.{i}.", x)
+    hits = F.one_hot(index, moe.num_experts).float()  # [b, s, k, E]
+    if moe.load_balancing == "seq_aux_loss":
+        counts = hits.sum((1, 2)) * moe.num_experts / (x.shape[1] * moe.topk)
+        return out, moe.aux_loss_coeff * (counts * scores.mean(1)).sum(1).mean()
+    load = hits.flatten(0, 1).mean(0)  # [k, E], and so k times the Switch loss
+    aux = (load * scores.flatten(0, 1).mean(0)).sum() * moe.num_experts
+    return out, moe.aux_loss_coeff / moe.topk * aux
+
+
+# The program.
+
+
+def main(work: str, rank: int, processes: int) -> None:
+    """Run every check that takes so many processes; rank 0 writes the results."""
+    from minimind_mcore import device
+
+    device.setup()
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=processes)
+    found: dict[str, Any] = {"gradients": {}}
+    if processes == 1:
+        with model_parallel({}):
+            found["logits"] = {name: check_logits(config) for name, config in LOGITS.items()}
+            found["packed_difference"] = check_packed()
+            found["context_parallel"] = check_context_parallel()
+    else:
+        found["initial_weights_equal"] = check_initial_weights()
+    for layout in LAYOUTS:
+        for name, config in GRADIENTS.items():
+            if PROCESSES[layout] == processes and (config.moe or not _wants_experts(layout)):
+                found["gradients"][f"{name} {layout}"] = check_gradients(config, layout)
+    if rank == 0:
+        (Path(work) / "results.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class model_parallel:
+    """megatron-core's parallel state, for a while."""
+
+    def __init__(self, layout: dict[str, int]) -> None:
+        self.layout = layout
+
+    def __enter__(self) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.layout.get("tp", 1),
+            pipeline_model_parallel_size=self.layout.get("pp", 1),
+            virtual_pipeline_model_parallel_size=self.layout.get("vpp"),
+            expert_model_parallel_size=self.layout.get("ep", 1),
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        aux_loss_log().clear()
+
+    def __exit__(self, *exception: object) -> None:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        # 0.12.1 forgets to forget them, and would find itself in a group of the last layout.
+        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = parallel_state._EMBEDDING_GLOBAL_RANKS = None
+
+
+def aux_loss_log() -> dict[str, Any]:
+    """megatron-core's log of auxiliary losses."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import moe_utils
+
+    where: Any = moe_utils if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker") else parallel_state
+    log: dict[str, Any] = where.get_moe_layer_wise_logging_tracker()
+    return log
+
+
+def build(config: ModelConfig, layout: dict[str, int], parallel_output: bool = False, **overrides: Any) -> list[Any]:
+    """This rank's chunks, with weights not yet set."""
+    from megatron.core import parallel_state
+
+    from minimind_mcore.models.core_config import build_gpt_model
+
+    core_config = config.transformer_config(
+        tensor_model_parallel_size=layout.get("tp", 1),
+        pipeline_model_parallel_size=layout.get("pp", 1),
+        virtual_pipeline_model_parallel_size=layout.get("vpp"),
+        expert_model_parallel_size=layout.get("ep", 1),
+        sequence_parallel="tp" in layout,
+        pipeline_dtype=torch.float32,
+        # Interleaved on two ranks, the next and the previous are the same one: a batch of sends and
+        # receives would pair an activation with a gradient. Megatron's arguments insist on this too.
+        overlap_p2p_comm="vpp" in layout,
+        batch_p2p_comm="vpp" not in layout,
+        perform_initialization=False,
+        **overrides,
+    )
+    stages, rank = layout.get("vpp", 1), parallel_state.get_pipeline_model_parallel_rank()
+    chunks = []
+    for stage in range(stages):
+        if "vpp" in layout:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+        chunks.append(
+            build_gpt_model(
+                config,
+                core_config,
+                pre_process=rank == 0 and stage == 0,
+                post_process=rank == layout.get("pp", 1) - 1 and stage == stages - 1,
+                vp_stage=stage if "vpp" in layout else None,
+                parallel_output=parallel_output,
+            )
+        )
+    return chunks
+
+
+def check_logits(config: ModelConfig) -> dict[str, Any]:
+    """Logits of the mcore model against those of transformers, causal and with that mask spelled out."""
+    import transformers
+
+    from minimind_mcore.models.loading import load_hf_into
+
+    torch.manual_seed(3)
+    twin = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()
+    absent = {n for rule in weights.rules(config, "hf_fused") if isinstance(rule, weights.Zeros) for n in rule.hf}
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if parameter.dim() == 1 and name not in absent:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name in absent:
+                parameter.zero_()
+            else:
+                parameter.mul_(2)
+        (model,) = build(config, {})
+        load_hf_into([model], twin.state_dict(), config)
+        model.eval()
+        ids = torch.randint(0, config.vocab_size, (2, 48))
+        positions = torch.arange(48).expand(2, 48)
+        expected = twin(ids).logits
+        logits = model(ids, positions, None)
+        masked = model(ids, positions, torch.ones(1, 1, 48, 48).triu(1).bool())
+    return {
+        "difference": (logits - expected).abs().max().item(),
+        "masked_difference": (masked - expected).abs().max().item(),
+        "argmax_equal": bool((logits.argmax(-1) == expected.argmax(-1)).all()),
+        "spread": expected.std().item(),
+    }
+
+
+def check_packed() -> float:
+    """Two sequences packed into one batch against the same two by themselves."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from minimind_mcore.models.init import initialize
+
+    config = GRADIENTS["minimind3"]
+    (model,) = build(config, {})
+    initialize([model], config, scheme="torch", seed=1)
+    model.eval()
+    ids = torch.arange(30)[None] * 7 % config.vocab_size
+    ends = torch.tensor([0, 11, 30], dtype=torch.int32)
+    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=19, max_seqlen_kv=19)
+    with torch.no_grad():
+        found = model(ids, None, None, packed_seq_params=packed)
+        alone = torch.cat([model(part, None, None) for part in (ids[:, :11], ids[:, 11:])], dim=1)
+    return float((found - alone).abs().max())
+
+
+def check_context_parallel() -> str:
+    """What the attention says when it is asked for context parallelism."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from minimind_mcore.errors import UserError
+    from minimind_mcore.models.attention import SDPACoreAttention
+
+    config = GRADIENTS["minimind3"].transformer_config(context_parallel_size=2)
+    try:
+        SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def check_initial_weights() -> bool:
+    """Parameters after `initialize` in several layouts against those of the whole model."""
+    from minimind_mcore.models.init import initial_tensor, initialize
+
+    config = GRADIENTS["minimind2_moe"]
+    for layout in LAYOUTS.values():
+        with model_parallel(layout):
+            chunks = build(config, layout)
+            initialize(chunks, config, scheme="megatron", seed=5)
+            for name, parameter, part_of in parts(chunks):
+                whole = initial_tensor(name, weights.mcore_shapes(config)[name], config, scheme="megatron", seed=5)
+                if not torch.equal(parameter.detach(), part_of(whole)):
+                    return False
+    return True
+
+
+def parts(chunks: list[Any]) -> Iterator[tuple[str, Any, Callable[[Tensor], Tensor]]]:
+    """Name, parameter, and how this rank's part is cut out of the whole."""
+    from minimind_mcore.models import loading
+
+    for name, parameter in loading.whole_model_parameters(chunks):
+        rank, size = loading._tensor_parallel(name)
+        yield name, parameter, functools.partial(weights.shard, name, tp_rank=rank, tp_size=size)
+
+
+def check_gradients(config: ModelConfig, layout_name: str) -> dict[str, Any]:
+    """One step's loss, auxiliary loss and gradients in a layout, against plain torch."""
+    layout = LAYOUTS[layout_name]
+    with model_parallel(layout):
+        return _check_gradients(config, layout)
+
+
+def _check_gradients(config: ModelConfig, layout: dict[str, int]) -> dict[str, Any]:
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    from minimind_mcore.models.loading import load_into
+
+    native = random_weights(config)
+    mcore = weights.hf_to_mcore(native, config, "native")
+    generator = torch.Generator().manual_seed(11)
+    data = torch.randint(0, config.vocab_size, (MICRO_BATCHES, BATCH, SEQUENCE + 1), generator=generator)
+    expected_loss, expected_aux, expected = reference_gradients(native, config, data)
+
+    ddp = DistributedDataParallelConfig()
+    chunks = build(config, layout, parallel_output=True, finalize_model_grads_func=finalize_model_grads)
+    load_into(chunks, mcore.__getitem__)
+    chunks = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    losses = forward_backward(chunks, data[rank::ranks])
+    worst, worst_name = 0.0, ""
+    for name, parameter, part_of in parts(chunks):
+        whole = expected[name]
+        difference = (parameter.main_grad - part_of(whole)).abs().max() / whole.abs().max()
+        if difference.item() > worst:
+            worst, worst_name = difference.item(), name
+    return {
+        "loss": mean_everywhere(losses),
+        "expected_loss": expected_loss,
+        "aux_loss": logged_aux_loss(config, len(data) // ranks),
+        "expected_aux_loss": expected_aux,
+        "worst_gradient": max_everywhere(worst),
+        "worst_name": worst_name,
+    }
+
+
+def reference_gradients(
+    native: dict[str, Tensor], config: ModelConfig, data: Tensor
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Mean loss and auxiliary loss over the micro-batches, and gradients by megatron-core's names."""
+    leaves = {n: t.clone().requires_grad_() for n, t in native.items() if n != "lm_head.weight"}
+    tied = leaves if not config.tie_embeddings else leaves | {"lm_head.weight": leaves["model.embed_tokens.weight"]}
+    losses = [minimind_loss(tied, config, batch[:, :-1], batch[:, 1:]) for batch in data]
+    lm, aux = (torch.stack(part).mean() for part in zip(*losses, strict=True))
+    (lm + aux).backward()
+    gradients = {n: t.grad if t.grad is not None else torch.zeros_like(t) for n, t in leaves.items()}
+    # The table only moves numbers here, so it maps gradients as it maps weights.
+    return lm.item(), aux.item(), weights.hf_to_mcore(gradients, config, "native")
+
+
+def forward_backward(chunks: list[Any], data: Tensor) -> list[float]:
+    """One step through megatron-core's own schedule; the losses of the micro-batches, on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+        output = model(batch[:, :-1], positions, None, labels=batch[:, 1:].contiguous())
+        return output, lambda loss: (loss.float().mean(), {"lm": loss.detach().float().mean()})
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    reduced = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(data) for _ in chunks] if len(chunks) > 1 else iter(data),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(data),
+        seq_length=SEQUENCE,
+        micro_batch_size=BATCH,
+        forward_only=False,
+    )
+    return [entry["lm"].item() for entry in reduced]
+
+
+def logged_aux_loss(config: ModelConfig, micro_batches: int) -> float:
+    """The auxiliary loss that a training loop prints, times its coefficient, of all layers."""
+    from minimind_mcore.models.moe import collect_aux_losses
+
+    if config.moe is None:
+        return 0.0
+    (loss,) = collect_aux_losses(micro_batches).values()
+    assert set(collect_aux_losses(micro_batches).values()) == {0.0}, "they are forgotten once read"
+    return loss * config.num_layers * config.moe.aux_loss_coeff
+
+
+def mean_everywhere(values: list[float]) -> float:
+    """Mean of the values that all ranks hold (only last stages hold any)."""
+    total = torch.tensor([sum(values), len(values)], dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def max_everywhere(value: float) -> float:
+    """The largest of all ranks."""
+    largest = torch.tensor([value], dtype=torch.float64)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return float(largest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
