@@ -19,6 +19,9 @@ def apply() -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
     _without_jit_fuser()
     _router_without_transformer_engine()
+    _fused_adam()
+    _exact_gradient_norm()
+    _distributed_optimizer_without_fp8()
 
 
 def _without_jit_fuser() -> None:
@@ -40,3 +43,47 @@ def _router_without_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _fused_adam() -> None:
+    """All versions: the fallback for Apex's fused Adam is torch's slowest, one Python loop over parameters."""
+    import megatron.core.optimizer as optimizer
+
+    if optimizer.Adam is torch.optim.AdamW:
+        optimizer.Adam = functools.partial(torch.optim.AdamW, fused=True)
+
+
+def _exact_gradient_norm() -> None:
+    """All versions: the fallback norm adds up millions of squares in one fp32 sum, on a CPU wrong by up to 1e-3."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors together [1], as apex's multi_tensor_l2norm: rows first, then the norms of rows."""
+    rows = []
+    for tensor in tensor_lists[0]:
+        flat = tensor.detach().reshape(-1)
+        whole = flat.numel() // 1024 * 1024
+        rows += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), flat[whole:]]
+    norms = torch.cat([row.float() for row in rows])
+    whole = norms.numel() // 1024 * 1024
+    parts = [torch.linalg.vector_norm(norms[:whole].view(-1, 1024), dim=1), norms[whole:]]
+    return torch.linalg.vector_norm(torch.cat(parts)).reshape(1), None
+
+
+def _distributed_optimizer_without_fp8() -> None:
+    """0.12.1: copying weights back asks Transformer Engine to quantise the fp8 ones even where there are none."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    quantize = getattr(distrib_optimizer, "quantize_param_shard", None)
+    if quantize is not None:
+
+        def quantize_if_any(parameters: Any, *args: Any) -> None:
+            if parameters:
+                quantize(parameters, *args)
+
+        distrib_optimizer.quantize_param_shard = quantize_if_any

@@ -30,9 +30,10 @@ def build_optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, An
         loss_scale_window=args.loss_scale_window,
         hysteresis=args.hysteresis,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        overlap_param_gather=args.overlap_param_gather,
         log_num_zeros_in_grad=args.log_num_zeros_in_grad,
     )
+    if hasattr(config, "overlap_param_gather"):  # megatron-core 0.12.1 reads it from the data-parallel config alone
+        config.overlap_param_gather = args.overlap_param_gather
     options: dict[str, Any] = {}
     if args.decay_all:
         # megatron-core spares vectors (norms) from weight decay unless told what to spare: nothing.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,30 +31,17 @@ PARAMETERS = {
 
 
 def megatron_parser() -> argparse.ArgumentParser:
-    """Megatron's parser, its model flags only: types and defaults of Megatron-LM core_v0.12.1."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    ints = (
-        "num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels max-position-embeddings "
-        "padded-vocab-size num-experts moe-ffn-hidden-size moe-shared-expert-intermediate-size"
-    )
-    for name in ints.split():
-        parser.add_argument(f"--{name}", type=int)
-    for name, default in (("num-query-groups", 1), ("rotary-base", 10000), ("moe-router-topk", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
-    for name, value in (("norm-epsilon", 1e-5), ("attention-dropout", 0.1), ("hidden-dropout", 0.1)):
-        parser.add_argument(f"--{name}", type=float, default=value)
-    parser.add_argument("--moe-aux-loss-coeff", type=float, default=0.0)
-    parser.add_argument("--normalization", default="LayerNorm", choices=["LayerNorm", "RMSNorm"])
-    parser.add_argument("--position-embedding-type", default="learned_absolute")
-    parser.add_argument("--moe-router-load-balancing-type", default="aux_loss")
-    parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
-    switches = (
-        "group-query-attention qk-layernorm swiglu use-rotary-position-embeddings norm-topk-prob "
-        "untie-embeddings-and-output-weights moe-router-pre-softmax"
-    )
-    for name in switches.split():
-        parser.add_argument(f"--{name}", action="store_true")
+    """MindSpeed-LLM's own types and defaults for the flags that the presets use (no others are known)."""
+    text = importlib.resources.files("minimind_mcore").joinpath("flags.json").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    used = set("--num-query-groups --kv-channels --untie-embeddings-and-output-weights".split())
+    used |= {word for config in PRESETS.values() for word in config.megatron_flags() if word.startswith("--")}
+    for record in json.loads(text)["flags"]:
+        if record["program"] == "training" and used & set(record["flags"]):
+            options: dict[str, Any] = {k: record[k] for k in ("dest", "action", "default", "choices") if k in record}
+            if record.get("type") in ("int", "float"):
+                options["type"] = {"int": int, "float": float}[record["type"]]
+            parser.add_argument(*record["flags"], **options)
     return parser
 
 
