@@ -6,9 +6,9 @@
 Hyper-parameters: jingyaogong/minimind, trainer/train_pretrain.py and train_full_sft.py, of 2026-08
 (minimind-3) and of 2026-02 (MiniMind2). Its learning rate,
 `lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`, is Megatron's cosine from `lr` to `lr / 10` without
-warm-up, counted from t = 1. Two of its habits are not in Megatron and have flags of this kit:
-`--minimind-init` (see `minimind_mcore.models.init`), and `--decay-all`, weight decay for every
-parameter, the norms too.
+warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags of this kit:
+`--lr-at-iteration-end` (t = 1), `--minimind-init` (see `minimind_mcore.models.init`), and
+`--decay-all`, weight decay for every parameter, the norms too.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Recipe:
             "--min-lr": self.lr / 10,
             "--lr-decay-style": "cosine",
             "--lr-warmup-iters": 0,
+            "--lr-at-iteration-end": True,
             "--adam-beta1": 0.9,
             "--adam-beta2": 0.999,
             "--adam-eps": 1e-8,

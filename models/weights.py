@@ -101,7 +101,7 @@ class Stack(Rule):
 class Doubled(Rule):
     """transformers multiplies the result by one half: a gate of sigmoid(0).
 
-    Doubling and then halving is exact; halving first, all but the last bit of float16's subnormals.
+    Doubling and then halving is exact; halving first loses the last bit of float16's subnormals.
     """
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:

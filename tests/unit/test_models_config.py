@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from minimind_mcore.arguments import build_parser
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import hf_config
 from minimind_mcore.models.config import ModelConfig, MoEConfig
@@ -180,6 +181,13 @@ def test_recipe_gives_megatron_minimind_hyper_parameters() -> None:
     assert float(values["--lr"]) == 5e-4 and float(values["--min-lr"]) == 5e-5
     assert values["--global-batch-size"] == "512" and values["--seq-length"] == "340"
     assert "--decay-all" in flags and values["--minimind-init"] == "normal"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_flags_are_known_to_the_training_program(name: str) -> None:
+    words = PRESETS["minimind3"].megatron_flags() + RECIPES[name].megatron_flags()
+    args = build_parser().parse_args(words)
+    assert args.lr == RECIPES[name].lr and args.minimind_init == RECIPES[name].init
 
 
 def test_flags_are_printed_without_importing_torch() -> None:
