@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.resources
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from minimind_mcore.arguments import build_parser
+from minimind_mcore.arguments import build_parser, parse
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import hf_config
 from minimind_mcore.models.config import ModelConfig, MoEConfig
@@ -29,21 +26,6 @@ PARAMETERS = {
     "minimind2_moe": (145_029_760, 91_945_600),
     "minimind2_moe_768": (406_070_016, 255_075_072),
 }
-
-
-def megatron_parser() -> argparse.ArgumentParser:
-    """MindSpeed-LLM's own types and defaults for the flags that the presets use (no others are known)."""
-    text = importlib.resources.files("minimind_mcore").joinpath("flags.json").read_text(encoding="utf-8")
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    used = set("--num-query-groups --kv-channels --untie-embeddings-and-output-weights".split())
-    used |= {word for config in PRESETS.values() for word in config.megatron_flags() if word.startswith("--")}
-    for record in json.loads(text)["flags"]:
-        if record["program"] == "training" and used & set(record["flags"]):
-            options: dict[str, Any] = {k: record[k] for k in ("dest", "action", "default", "choices") if k in record}
-            if record.get("type") in ("int", "float"):
-                options["type"] = {"int": int, "float": float}[record["type"]]
-            parser.add_argument(*record["flags"], **options)
-    return parser
 
 
 VARIANTS = {
@@ -73,7 +55,7 @@ def test_every_preset_has_a_tiny_variant_that_divides(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_megatron_flags_lead_back_to_the_config(name: str) -> None:
     config = VARIANTS[name]
-    assert ModelConfig.from_args(megatron_parser().parse_args(config.megatron_flags())) == config
+    assert ModelConfig.from_args(build_parser().parse_args(config.megatron_flags())) == config
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -149,7 +131,7 @@ def test_missing_megatron_flag_is_named(flag: str, says: str) -> None:
     start = words.index(flag)
     del words[start : start + (2 if flag == "--num-layers" else 1)]
     with pytest.raises(UserError, match=says):
-        ModelConfig.from_args(megatron_parser().parse_args(words))
+        ModelConfig.from_args(build_parser().parse_args(words))
 
 
 def test_broken_config_file_is_named(tmp_path: Path) -> None:
@@ -186,7 +168,7 @@ def test_recipe_gives_megatron_minimind_hyper_parameters() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_flags_are_known_to_the_training_program(name: str) -> None:
     words = PRESETS["minimind3"].megatron_flags() + RECIPES[name].megatron_flags()
-    args = build_parser().parse_args(words)
+    args = parse(words)
     assert args.lr == RECIPES[name].lr and args.minimind_init == RECIPES[name].init
 
 
