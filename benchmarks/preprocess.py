@@ -165,7 +165,7 @@ def speed(directory: Path, tokenizer: Path, megabytes: float, workers: int, repe
 
 
 class PeakMemory:
-    """Highest resident memory of a process, of its largest child, and of all together; sampled every 20 ms."""
+    """Highest resident memory of a process's largest child, and of all together (libraries counted in each)."""
 
     def __init__(self, pid: int) -> None:
         self.worker = self.total = 0
@@ -176,9 +176,8 @@ class PeakMemory:
     def _sample(self) -> None:
         while self._process.is_running():
             try:
-                # Private and proportionally shared pages: summing RSS would count shared libraries twice.
-                sizes = [p.memory_full_info().uss for p in self._process.children(recursive=True)]
-                own = self._process.memory_full_info().uss
+                sizes = [p.memory_info().rss for p in self._process.children(recursive=True)]
+                own = self._process.memory_info().rss
             except psutil.Error:
                 continue
             self.worker = max(self.worker, *sizes, 0) if sizes else self.worker
@@ -199,7 +198,7 @@ def memory(directory: Path, tokenizer: Path, workers: int, backends: list[str]) 
             if process.wait():
                 sys.exit("the conversion failed")
         source.unlink()
-    print(f"\n{'backend':12}{'input':>10}{'per worker':>12}{'all':>10}   (MiB, private memory, {workers} workers)")
+    print(f"\n{'backend':12}{'input':>10}{'per worker':>12}{'all':>10}   (MiB resident, {workers} workers)")
     for (backend, megabytes), peak in peaks.items():
         print(f"{backend:12}{megabytes:7} MB{peak.worker / MIB:12.0f}{peak.total / MIB:10.0f}")
     good = True

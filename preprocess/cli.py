@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         for prefix in _convert(args):
             print(prefix, flush=True)
+    except OSError as error:  # no permission, no such directory: the system names the file
+        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

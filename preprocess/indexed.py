@@ -21,7 +21,7 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,7 +81,13 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     """
     path = idx_path(prefix)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; an indexed dataset is a pair of .bin and .idx files")
+        near = sorted(path.parent.glob(f"{path.stem}_*_document.idx"))
+        hint = (
+            f"did you mean {near[0].with_suffix('')}?"
+            if near
+            else "an indexed dataset is a pair of .bin and .idx files"
+        )
+        raise UserError(f"{path}: no such file; {hint}")
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(HEADER.size)
@@ -179,25 +185,30 @@ class IndexedWriter:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
-            _write_index(self._idx, self.dtype, [(lengths, np.arange(len(lengths) + 1, dtype=np.int64))])
+            ends = np.arange(len(lengths) + 1, dtype=np.int64)
+            _write_index(self._idx, self.dtype, lambda: iter([(lengths, ends)]))
         self._stack.__exit__(kind, error, trace)
 
 
-def _write_index(out: HashingFile, dtype: np.dtype[Any], parts: Sequence[tuple[Int32s, Int64s]]) -> None:
-    """Write the index of the concatenation of `parts`, each given as (lengths, document indices)."""
-    sequences = sum(len(lengths) for lengths, _ in parts)
-    documents = 1 + sum(len(ends) - 1 for _, ends in parts)
-    out.write(HEADER.pack(MAGIC, 1, CODES[dtype.name], sequences, documents))
-    for lengths, _ in parts:
+def _write_index(out: HashingFile, dtype: np.dtype[Any], parts: Callable[[], Iterator[tuple[Int32s, Int64s]]]) -> None:
+    """Write the index of the concatenation of parts, each a pair (lengths, document indices).
+
+    `parts` is called once for each of the file's sections, so that no more than one part's index
+    needs to be in memory.
+    """
+    counts = [(len(lengths), len(ends) - 1) for lengths, ends in parts()]
+    sequences, documents = (sum(count) for count in zip(*counts, strict=True))
+    out.write(HEADER.pack(MAGIC, 1, CODES[dtype.name], sequences, documents + 1))
+    for lengths, _ in parts():
         out.write_array(lengths)
     position = 0
-    for lengths, _ in parts:
+    for lengths, _ in parts():
         ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize + position
         out.write_array(ends - lengths * np.int64(dtype.itemsize))
         position = int(ends[-1]) if len(ends) else position
     out.write_array(np.zeros(1, np.int64))
     base = 0
-    for lengths, ends in parts:
+    for lengths, ends in parts():
         out.write_array(ends[1:] + base)
         base += len(lengths)
 
@@ -218,24 +229,35 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], target: str | os.PathLike[
     Raises:
         UserError: a part is damaged, the dtypes differ, or the disk is full.
     """
-    indices = [read_index(prefix) for prefix in prefixes]
-    dtypes = {index.dtype for index in indices}
+    summaries = [_summary(prefix) for prefix in prefixes]
+    dtypes = {dtype for dtype, _, _ in summaries}
     if len(dtypes) != 1:
-        raise UserError(f"cannot merge into {target}: the parts have dtypes {sorted(d.name for d in dtypes)}")
+        raise UserError(f"cannot merge into {target}: the parts have dtypes {sorted(dtype.name for dtype in dtypes)}")
     dtype = dtypes.pop()
+    documents, tokens = sum(count for _, count, _ in summaries), sum(count for _, _, count in summaries)
+
+    def parts() -> Iterator[tuple[Int32s, Int64s]]:
+        for prefix in prefixes:
+            index = read_index(prefix)
+            yield index.lengths, index.documents
+
     with atomic_file(idx_path(target)) as idx_file, atomic_file(bin_path(target)) as bin_file:
         data, index = HashingFile(bin_file), HashingFile(idx_file)
         for prefix in prefixes:
             for chunk in copy_chunks(bin_path(prefix)):
                 data.write(chunk)
-        parts = [(i.lengths, i.documents) for i in indices]
-        _write_index(index, dtype, parts)
-        expected = sum(int(lengths.sum(dtype=np.int64)) for lengths, _ in parts) * dtype.itemsize
-        if data.size != expected:
+        if data.size != tokens * dtype.itemsize:
             raise UserError(
-                f"cannot merge into {target}: the parts hold {data.size} bytes, their indices say {expected}"
+                f"cannot merge into {target}: the parts hold {data.size} bytes, their indices say "
+                f"{tokens * dtype.itemsize}; one is damaged"
             )
+        _write_index(index, dtype, parts)
         idx_file.flush()
         idx_path(target).unlink(missing_ok=True)
-    documents = sum(len(ends) - 1 for _, ends in parts)
-    return Written(documents, expected // dtype.itemsize, data.size, data.hexdigest(), index.size, index.hexdigest())
+    return Written(documents, tokens, data.size, data.hexdigest(), index.size, index.hexdigest())
+
+
+def _summary(prefix: str | os.PathLike[str]) -> tuple[np.dtype[Any], int, int]:
+    """(dtype, documents, tokens) of a dataset."""
+    index = read_index(prefix)
+    return index.dtype, len(index.documents) - 1, int(index.lengths.sum(dtype=np.int64))

@@ -35,7 +35,7 @@ def _serve(connection: Connection, setup: Callable[[State], Callable[[Task], Res
             connection.send(("done", work(connection.recv())))
     except (EOFError, BrokenPipeError):
         pass  # the parent is gone or has closed the pipe: nothing left to do
-    except UserError as error:
+    except (UserError, OSError) as error:  # the system names the file in its errors
         connection.send(("user error", str(error)))
     except Exception:
         connection.send(("failure", traceback.format_exc()))

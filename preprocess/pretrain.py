@@ -36,7 +36,7 @@ from minimind_mcore.preprocess.indexed import bin_path, idx_path, merge
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
 from minimind_mcore.preprocess.pool import run_tasks
 from minimind_mcore.preprocess.progress import Progress
-from minimind_mcore.preprocess.readers import Shard, Source, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import PARTS, Shard, Source, find_sources, plan_shards
 from minimind_mcore.preprocess.shards import (
     Job,
     Report,
@@ -145,7 +145,9 @@ def convert(options: Options) -> list[str]:
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(prefix):
         targets = {key: f"{prefix}_{key}_document" for key in options.keys}
-        if not options.overwrite and all(_up_to_date(target, request) for target in targets.values()):
+        if not options.overwrite and all(
+            _up_to_date(target, request, options.max_reject_rate) for target in targets.values()
+        ):
             _say(f"{prefix}: up to date, nothing to do")
         else:
             _Run(options, info, sources, request, prefix, targets).run()
@@ -194,9 +196,14 @@ def _output_prefix(options: Options, sources: Sequence[Source], request: str) ->
     return Path(options.cache_dir).expanduser() / f"{name}-{request[:12]}"
 
 
-def _up_to_date(target: str, request: str) -> bool:
-    meta = read_meta(target) if meta_path(target).is_file() else None
-    return meta is not None and meta.request == request and is_complete(target, meta)
+def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:
+    try:
+        meta = read_meta(target)
+    except UserError:  # a damaged record: make it anew
+        return False
+    if meta is None or meta.request != request or meta.rejects > max_reject_rate * meta.records:
+        return False
+    return is_complete(target, meta)
 
 
 @contextlib.contextmanager
@@ -238,8 +245,10 @@ class _Run:
         self._prefix = prefix
         self._targets = targets
         self._shards = plan_shards(sources, options.n_subs)
-        parts = Path(options.cache_dir).expanduser() / prefix.name if options.cache_dir else prefix
-        self._parts = parts.with_name(f"{parts.name}.parts")
+        self._parts = prefix.with_name(prefix.name + PARTS)
+        if options.cache_dir:  # where outputs of one name in different places must not meet
+            place = hashlib.sha256(os.fsencode(prefix.resolve())).hexdigest()[:8]
+            self._parts = Path(options.cache_dir).expanduser() / f"{prefix.name}-{place}{PARTS}"
 
     def run(self) -> None:
         """Shards to parts, parts to the final files."""

@@ -40,6 +40,7 @@ LINE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": 
 COMPRESSIONS = (".gz", ".zst")
 # What this kit writes beside its datasets, and so may find again in an input directory.
 OWN_FILES = (".rejects.jsonl", ".meta.json")
+PARTS = ".parts"
 
 SHARD_BYTES = 16 << 20
 MAX_SHARDS = 4096
@@ -70,18 +71,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of one source, small enough to do again: a byte range, or a range of row groups."""
+    """A part of one source, small enough to do again.
+
+    Attributes:
+        source: the file.
+        start, stop: a range of its bytes, or of the row groups of a parquet file.
+        bytes: its share of the file's size.
+    """
 
     source: Source
     start: int
     stop: int
-
-    @property
-    def bytes(self) -> int:
-        """Size on the disk; the exact share of a parquet file is not known without reading it."""
-        if self.source.format == "parquet":
-            return self.source.size * (self.stop - self.start) // max(1, _row_groups(self.source))
-        return self.stop - self.start
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,21 @@ def _expand(pattern: str) -> list[Path]:
             known = ", ".join([*LINE_FORMATS, ".parquet"])
             raise UserError(f"input {path}: unknown kind of file; expected {known} (text ones also as .gz or .zst)")
         return [path]
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        if not found:
-            raise UserError(f"input {pattern}: no such file or directory, and no file matches it as a pattern")
-        if any(p.is_dir() for p in found):
-            return [file for p in sorted(found) for file in _expand(str(p)) if p.is_dir() or _format(p)]
-    files = sorted(p for p in found if p.is_file() and _format(p))
+    found = [path] if path.is_dir() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+    if not found:
+        raise UserError(f"input {pattern}: no such file or directory, and no file matches it as a pattern")
+    files = {file for p in found for file in (_below(p) if p.is_dir() else [p]) if _format(file)}
     if not files:
         raise UserError(f"input {pattern}: no file to read there; expected .jsonl, .json, .txt or .parquet files")
-    return files
+    return sorted(files)
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """All files below a directory, but hidden ones and the parts of unfinished conversions."""
+    for path in directory.rglob("*"):
+        folders = path.relative_to(directory).parts
+        if path.is_file() and not any(name.startswith(".") or name.endswith(PARTS) for name in folders):
+            yield path
 
 
 def find_sources(spec: str) -> list[Source]:
@@ -184,11 +188,14 @@ def plan_shards(sources: Sequence[Source], subsets: int) -> list[Shard]:
         if source.format == "parquet":
             groups = _row_groups(source)
             step = max(1, groups * target // max(1, source.size))
-            shards += [Shard(source, i, min(i + step, groups)) for i in range(0, groups, step)]
+            ranges = [(i, min(i + step, groups)) for i in range(0, groups, step)]
+            # Row groups are alike in size; what each takes on the disk matters to the progress bar only.
+            shards += [Shard(source, i, j, source.size * (j - i) // groups) for i, j in ranges]
         elif source.compression or source.format == "array":
-            shards.append(Shard(source, 0, source.size))
+            shards.append(Shard(source, 0, source.size, source.size))
         else:
-            shards += [Shard(source, i, min(i + target, source.size)) for i in range(0, source.size, target)]
+            ranges = [(i, min(i + target, source.size)) for i in range(0, source.size, target)]
+            shards += [Shard(source, i, j, j - i) for i, j in ranges]
     return shards
 
 

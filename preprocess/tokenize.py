@@ -31,6 +31,9 @@ from minimind_mcore.errors import UserError
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 
+# gigatoken remembers every word it has met; a new instance every so often (15 ms) bounds its memory.
+RENEWAL_CHARS = 8 << 20
+
 # Strings on which tokenizer implementations tend to part: empty, specials inside text, mixed
 # scripts, runs of white space, combining marks, astral characters, contractions, digits.
 PROBE = (
@@ -199,10 +202,15 @@ class GigatokenEncoder:
         import gigatoken
 
         self._awkward = awkward
-        self._tokenizer = gigatoken.Tokenizer(str(file))
+        self._load = lambda: gigatoken.Tokenizer(str(file))
+        self._tokenizer = self._load()
+        self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """See `Encoder`."""
+        self._chars += sum(map(len, texts))
+        if self._chars > RENEWAL_CHARS:
+            self._tokenizer, self._chars = self._load(), 0
         rows = self._tokenizer.encode_batch(list(texts), parallel=False)
         return np.asarray(self._awkward.flatten(rows)), np.asarray(self._awkward.num(rows))
 

@@ -160,7 +160,7 @@ def test_every_shard_boundary_leaves_every_line_once(tokenizer: str, tmp_path: P
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "bb"}\r\n  \n{"text": "ccc"}\n{"text": "dddd"}')
     [source] = readers.find_sources(str(path))
     for start in range(source.size + 1):
-        shards = [readers.Shard(source, 0, start), readers.Shard(source, start, source.size)]
+        shards = [readers.Shard(source, i, j, j - i) for i, j in ((0, start), (start, source.size))]
         found = [
             [item for item in readers.ShardReader(shard, ["text"])] for shard in shards if shard.start < shard.stop
         ]
@@ -232,7 +232,8 @@ def test_a_directory_is_read_in_the_order_of_its_paths(tokenizer: str, tmp_path:
     texts = {"b.jsonl": "second", "deep/c.jsonl": "third", "a.jsonl": "first"}
     for name, text in texts.items():
         write_jsonl(folder / name, [text])
-    for ignored in ("README.md", ".hidden.jsonl", "x.rejects.jsonl", "x.meta.json"):
+    (folder / "x.parts" / "1234").mkdir(parents=True)
+    for ignored in ("README.md", ".hidden.jsonl", "x.rejects.jsonl", "x.meta.json", "x.parts/1234/00000.json"):
         (folder / ignored).write_text('{"text": "not this"}\n')
     (folder / "d.txt").write_text("fourth\n")
     expected = write_jsonl(tmp_path / "all.jsonl", ["first", "second", "third", "fourth"])
@@ -352,6 +353,21 @@ def test_a_damaged_result_is_made_again(tokenizer: str, tmp_path: Path) -> None:
     assert prepare(str(source), tokenizer, str(tmp_path / "cache")) == prefix
     assert files_of(prefix) == whole
     assert {p.name.split(".", 1)[1] for p in (tmp_path / "cache").iterdir()} == {"bin", "idx", "meta.json"}
+
+
+def test_a_stricter_reject_rate_is_not_met_by_an_earlier_result(tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\noops\n')
+    options = Options(str(tmp_path / "a.jsonl"), tokenizer, str(tmp_path / "out"), max_reject_rate=0.5)
+    [prefix] = convert(options)
+    with pytest.raises(UserError, match="cannot be used"):
+        convert(replace(options, max_reject_rate=0.1))
+    assert check_dataset(prefix) == []
+
+
+def test_a_prefix_without_its_key_is_completed_in_the_error(tokenizer: str, tmp_path: Path) -> None:
+    convert(Options(str(write_jsonl(tmp_path / "a.jsonl", ["x"])), tokenizer, str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"did you mean .*out_text_document"):
+        quick_check(tmp_path / "out")
 
 
 def test_indexed_data_of_another_tokenizer_is_refused(tokenizer: str, tmp_path: Path) -> None:
