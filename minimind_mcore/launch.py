@@ -1,6 +1,6 @@
 """torchrun, with a message in place of its traceback when a rank fails.
 
-    python -m minimind_mcore.launch --nproc-per-node 2 pretrain_gpt.py ...
+python -m minimind_mcore.launch --nproc-per-node 2 pretrain_gpt.py ...
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.training.checkpoint_torch import common_state, model_keys, restore_rng, rng_states
+from minimind_mcore.training.model import unwrap
 
 
 def _metadata(args: argparse.Namespace) -> dict[str, Any]:
@@ -27,9 +28,8 @@ def _metadata(args: argparse.Namespace) -> dict[str, Any]:
 
 def _sharded_state(args: argparse.Namespace, model: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
     metadata = _metadata(args)
-    state = {
-        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(model_keys(model), model, strict=True)
-    }
+    chunks = zip(model_keys(model), map(unwrap, model), strict=True)
+    state = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in chunks}
     wanted = not (args.finetune or args.no_load_optim) if loading else not args.no_save_optim
     if wanted:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
@@ -76,8 +76,9 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     wants_optimizer = not (args.finetune or args.no_load_optim)
     if wants_optimizer and saved["args"].use_distributed_optimizer != args.use_distributed_optimizer:
         raise UserError(
-            f"{directory}: --use-distributed-optimizer was {saved['args'].use_distributed_optimizer} when it was saved "
-            f"and is {args.use_distributed_optimizer} now; give the same, or --no-load-optim for the weights alone"
+            f"{directory}: saved {'with' if saved['args'].use_distributed_optimizer else 'without'} "
+            "--use-distributed-optimizer, which keeps its state in another form; do the same, or give "
+            "--no-load-optim to take the weights alone"
         )
     state = _sharded_state(args, model, optimizer, loading=True)
     same = all(
@@ -89,7 +90,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         state["rng_state"] = _rng_object()
     state = dist_checkpointing.load(state, str(directory))
     for key, chunk in zip(model_keys(model), model, strict=True):
-        chunk.load_state_dict(state[key], strict=True)
+        unwrap(chunk).load_state_dict(state[key], strict=True)
     if wants_optimizer:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(saved["opt_param_scheduler"])

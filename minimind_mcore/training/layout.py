@@ -91,6 +91,11 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
     if per_stage is None:
         return None
     require(pp > 1, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size 2 or more")
+    require(
+        args.overlap_p2p_comm or pp > 2,
+        "--no-overlap-p2p-communication with virtual stages and PP=2: megatron-core then mixes up activations and "
+        "gradients, as the next rank is the previous one; leave it out",
+    )
     layers = args.num_layers // pp
     require(
         layers % per_stage == 0,

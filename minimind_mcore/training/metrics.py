@@ -78,7 +78,7 @@ class Metrics:
             "learning_rate": lr,
             "global_batch_size": args.global_batch_size,
             "lm_loss": step.mean_loss(args, self.steps),
-            **self._aux_losses(progress.iteration),
+            **self._aux_losses(),
             "grad_norm": last.grad_norm,
             "skipped_iterations": progress.skipped,
             "seconds_per_iteration": seconds,
@@ -94,16 +94,12 @@ class Metrics:
             row["mfu"] = tflops / peak
         return row
 
-    def _aux_losses(self, iteration: int) -> dict[str, float]:
+    def _aux_losses(self) -> dict[str, float]:
         if not self.args.num_experts:
             return {}
-        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+        from minimind_mcore.models.moe import collect_aux_losses
 
-        totals: dict[str, Any] = {}
-        scale = 1 / (self.args.num_microbatches * len(self.steps))
-        layers = {"num_layers": self.args.num_layers, "moe_layer_freq": 1}
-        track_moe_metrics(scale, iteration, writer=None, total_loss_dict=totals, **layers)
-        return {name.replace(" ", "_"): float(value) for name, value in totals.items()}
+        return collect_aux_losses(self.args.num_microbatches * len(self.steps))
 
     def _line(self, row: dict[str, Any]) -> str:
         """Megatron's log line, with what people ask for after it."""
