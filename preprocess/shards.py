@@ -27,7 +27,7 @@ from minimind_mcore.preprocess.tokenize import load_encoder
 from minimind_mcore.storage import atomic_file, atomic_write_text
 
 # Large enough that the cost per call vanishes, small enough that a worker stays far below 1 GiB.
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 1 << 19
 
 # So many rejects, if they are most of what was read, mean the wrong file or key: no use reading on.
 HOPELESS_REJECTS = 1000

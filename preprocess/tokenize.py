@@ -201,16 +201,18 @@ class GigatokenEncoder:
         import awkward  # type: ignore[import-untyped]
         import gigatoken
 
-        self._awkward = awkward
-        self._load = lambda: gigatoken.Tokenizer(str(file))
-        self._tokenizer = self._load()
+        self._awkward: Any = awkward
+        self._load: Any = gigatoken.Tokenizer
+        self._file = str(file)
+        self._tokenizer = self._load(self._file)
         self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """See `Encoder`."""
         self._chars += sum(map(len, texts))
         if self._chars > RENEWAL_CHARS:
-            self._tokenizer, self._chars = self._load(), 0
+            self._tokenizer = None  # first, so that two never stand side by side
+            self._tokenizer, self._chars = self._load(self._file), 0
         rows = self._tokenizer.encode_batch(list(texts), parallel=False)
         return np.asarray(self._awkward.flatten(rows)), np.asarray(self._awkward.num(rows))
 
