@@ -2,9 +2,9 @@
 
 `flags.json` lists every flag of MindSpeed-LLM's programs with its type and default, so a script
 written for them is parsed here with the same meaning. What the native engine does with a flag is
-one of three things: it implements it, it has no effect here (a kernel of another device, say; these
-are named once in the log), or it is refused because ignoring it would change what is trained. An
-unknown flag is an error that suggests the nearest one.
+one of three things: it implements it (perhaps for some values only), it has no effect here (a kernel
+of another device, say; these are named once in the log), or it is refused because ignoring it would
+change what is trained. An unknown flag is an error that suggests the nearest one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ IMPLEMENTED = frozenset(
 
     num_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
     n_shared_experts first_k_dense_replace moe_grouped_gemm moe_router_load_balancing_type moe_router_topk
-    moe_router_pre_softmax moe_router_score_function moe_aux_loss_coeff moe_z_loss_coeff moe_token_dispatcher_type
-    norm_topk_prob seq_aux
+    moe_router_pre_softmax moe_router_score_function moe_aux_loss_coeff moe_z_loss_coeff norm_topk_prob
 
     tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
     num_layers_per_virtual_pipeline_stage sequence_parallel use_distributed_optimizer overlap_grad_reduce
     overlap_param_gather ddp_bucket_size distributed_timeout_minutes overlap_p2p_comm
 
-    micro_batch_size global_batch_size seq_length train_iters train_samples eval_iters eval_interval skip_train
+    micro_batch_size global_batch_size seq_length train_iters train_samples eval_iters eval_interval
     seed bf16 fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
     accumulate_allreduce_grads_in_fp32 calculate_per_token_loss
     recompute_activations recompute_granularity recompute_method recompute_num_layers
@@ -49,13 +48,14 @@ IMPLEMENTED = frozenset(
 
     data_path train_data_path valid_data_path test_data_path split data_cache_path num_workers mmap_bin_files
     reset_position_ids reset_attention_mask eod_mask_loss dataloader_type num_dataset_builder_threads
-    tokenizer_type tokenizer_name_or_path tokenizer_not_use_fast tokenizer_model
+    tokenizer_type tokenizer_name_or_path tokenizer_model
 
     save save_interval no_save_optim no_save_rng load no_load_optim no_load_rng finetune ckpt_step ckpt_format
-    exit_on_missing_checkpoint exit_interval exit_duration_in_mins exit_signal_handler
+    exit_on_missing_checkpoint exit_interval exit_duration_in_mins
 
-    log_interval log_throughput log_num_zeros_in_grad log_params_norm tensorboard_dir tensorboard_log_interval
-    wandb_project wandb_exp_name wandb_save_dir use_wandb
+    log_interval log_num_zeros_in_grad tensorboard_dir wandb_project wandb_exp_name wandb_save_dir use_wandb
+
+    pre_tockens next_tockens sparse_mode attention_mask_type optimizer_selection
     """.split()
 )
 
@@ -64,13 +64,13 @@ IMPLEMENTED = frozenset(
 NO_EFFECT = frozenset(
     """
     use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb use_flash_attn use_fusion_attn_v2 shape_order
-    pre_tockens next_tockens sparse_mode use_fused_ring_attention_update use_fused_moe_token_permute_and_unpermute
+    use_fused_ring_attention_update use_fused_moe_token_permute_and_unpermute moe_token_dispatcher_type
     moe_permutation_async_comm moe_alltoall_overlap_comm moe_allgather_overlap_comm moe_permute_fusion
-    moe_zero_memory swap_attention smart_swap swap_optimizer reuse_fp32_param optimizer_selection optimization_level
+    moe_zero_memory swap_attention smart_swap swap_optimizer reuse_fp32_param optimization_level
     use_ascend_coc use_ascend_mc2 gemm_gradient_accumulation_fusion npu_deterministic
     jit_compile hccl_group_buffer hccl_group_buffer_adaptive hccl_op_mode disable_gloo_group
     recompute_activation_function recompute_norm optimize_send_recv_comm no_shared_storage ai_framework
-    context_parallel_algo attention_mask_type
+    context_parallel_algo
 
     attention_backend attention_softmax_in_fp32 masked_softmax_fusion bias_gelu_fusion
     bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl
@@ -81,9 +81,27 @@ NO_EFFECT = frozenset(
     log_timers_to_tensorboard log_memory_to_tensorboard log_validation_ppl_to_tensorboard log_world_size_to_tensorboard
     log_loss_scale_to_tensorboard timing_log_level timing_log_option tensorboard_queue_size log_progress
     logging_level enable_one_logger ckpt_fully_parallel_save ckpt_fully_parallel_load
-    empty_unused_memory_level sample_rate
+    empty_unused_memory_level tokenizer_not_use_fast exit_signal_handler log_throughput log_params_norm
+    tensorboard_log_interval
     """.split()
 )
+
+# Of these flags the native engine has some values only; the others would train something else.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "spec": (None, ["minimind_mcore.models.minimind_spec", "layer_spec"]),
+    "dataloader_type": (None, "single"),
+    "tokenizer_type": (None, "PretrainedFromHF", "HuggingFaceTokenizer"),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "none"),
+    "moe_layer_freq": (1, -1),  # MindSpeed-LLM's -1, like its two below, means experts in every layer
+    "first_k_dense_replace": (None, 0, -1),
+    "sparse_mode": (0, 1, 2, 3),  # 4 and more are bands, and not causal attention
+    "pre_tockens": (1048576, 65536, 2147483647),
+    "next_tockens": (0,),
+    "attention_mask_type": ("causal", "general"),
+    "optimizer_selection": ("fused_adamw", "fused_torch_adamw"),
+    "ckpt_format": ("torch", "torch_dist"),
+}
 
 TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
@@ -124,7 +142,9 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
         help="use the schedule's value at the end of an iteration, as MiniMind does, not at its beginning",
     )
     group.add_argument("--swanlab-project", default="", help="log to this SwanLab project")
+    group.add_argument("--log-file", help="also write what is printed to this file")
     group.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, train nothing")
+    group.add_argument("--data-pending", action="store_true", help="with --dry-run: the data is yet to be converted")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,4 +213,30 @@ def parse(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> argparse.Namesp
             "leave it out, or run it on an NPU with BACKEND=mindspeed-llm"
         )
     args.no_effect = [f for f in flags if f in table and table[f]["dest"] in NO_EFFECT]
+    _refuse_values(args)
+    _fill_model(args)
+    if "--transformer-impl" not in flags:  # Megatron's default needs Transformer Engine
+        args.transformer_impl = "local"
     return args
+
+
+def _refuse_values(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a value that `VALUES` does not have."""
+    flags = {record["dest"]: flag for flag, record in flag_table().items()}
+    for dest, supported in VALUES.items():
+        found = getattr(args, dest)
+        if found not in supported:
+            choices = ", ".join(" ".join(v) if isinstance(v, list) else str(v) for v in supported if v is not None)
+            raise UserError(f"{flags[dest]}: found {found}, the native engine has {choices}")
+
+
+def _fill_model(args: argparse.Namespace) -> None:
+    """What some flags of the model say through others, as Megatron and MindSpeed-LLM read them."""
+    if args.use_rotary_position_embeddings:
+        args.position_embedding_type = "rope"
+    if args.vocab_size is not None and args.padded_vocab_size is None:
+        unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        args.padded_vocab_size = -(-args.vocab_size // unit) * unit
+    if args.n_shared_experts is not None and args.moe_shared_expert_intermediate_size is None:
+        width = args.moe_ffn_hidden_size or args.ffn_hidden_size
+        args.moe_shared_expert_intermediate_size = args.n_shared_experts * width

@@ -162,10 +162,27 @@ def _fill_schedule(args: argparse.Namespace) -> None:
         f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {args.lr_decay_iters} iterations",
     )
     require(not args.save_interval or bool(args.save), "--save-interval needs --save, the directory of checkpoints")
-    formats = ("torch", "torch_dist")
-    require(args.ckpt_format in formats, f"--ckpt-format {args.ckpt_format}: expected one of {', '.join(formats)}")
-    if args.start_weight_decay is None:
-        args.start_weight_decay = args.end_weight_decay = args.weight_decay
+    require(
+        args.lr_decay_style != "WSD" or bool(args.lr_wsd_decay_iters),
+        "--lr-decay-style WSD needs --lr-wsd-decay-iters, the length of its last phase",
+    )
+    require(
+        not (args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler),
+        "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler contradict each other: give one",
+    )
+    _fill_weight_decay(args)
+
+
+def _fill_weight_decay(args: argparse.Namespace) -> None:
+    start, end = args.start_weight_decay, args.end_weight_decay
+    require((start is None) == (end is None), "--start-weight-decay and --end-weight-decay: give both, or neither")
+    if args.weight_decay_incr_style == "constant":
+        require(start == end, "--start-weight-decay differs from --end-weight-decay: give --weight-decay-incr-style")
+        args.start_weight_decay = args.end_weight_decay = args.weight_decay if start is None else start
+    else:
+        require(
+            start is not None, f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay"
+        )
 
 
 def _fill_precision(args: argparse.Namespace) -> None:

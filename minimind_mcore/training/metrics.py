@@ -169,11 +169,12 @@ def _open_sinks(args: argparse.Namespace, progress: Progress) -> list[Any]:
     sinks: list[Any] = []
     if args.tensorboard_dir:
         sinks.append(_tensorboard(args.tensorboard_dir, progress))
-    if args.wandb_project:
+    if args.wandb_project or args.use_wandb:
         import wandb
 
         name = args.wandb_exp_name or None
-        run = wandb.init(project=args.wandb_project, name=name, dir=args.wandb_save_dir or None, config=_plain(args))
+        project, folder = args.wandb_project or "minimind", args.wandb_save_dir or None
+        run = wandb.init(project=project, name=name, dir=folder, config=_plain(args))
         sinks.append(lambda row: run.finish() if row is None else run.log(row, step=row["iteration"]))
     if args.swanlab_project:
         import swanlab

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from minimind_mcore import device
+from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.training.layout import Layout
 
@@ -53,12 +55,24 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
         "init_method": _leave,
         "output_layer_init_method": _leave,
     }
+    if args.transformer_impl == "transformer_engine":
+        overrides["transformer_impl"] = _transformer_engine()
     if args.num_experts:
         overrides |= {
             "moe_grouped_gemm": args.moe_grouped_gemm,
             "moe_z_loss_coeff": args.moe_z_loss_coeff,
         }
     return ModelConfig.from_args(args).transformer_config(**overrides)
+
+
+def _transformer_engine() -> str:
+    """The name of that implementation, where it can be had."""
+    if importlib.util.find_spec("transformer_engine") is None or device.current().kind != "cuda":
+        raise UserError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed, or has no device here; "
+            "use --transformer-impl local"
+        )
+    return "transformer_engine"
 
 
 def build_model(args: argparse.Namespace, layout: Layout) -> list[Any]:

@@ -73,7 +73,7 @@ def announce(args: argparse.Namespace, layout: Layout) -> None:
         "memory": f"about {sum(estimate.values()) / GIB:.2f} GiB per rank ({parts}), beside the program itself",
     }
     if args.no_effect:
-        rows["no effect"] = " ".join(args.no_effect) + " (kernels or switches of another device)"
+        rows["no effect"] = " ".join(args.no_effect) + " (kernels of another device, or done here anyway)"
     for name, text in rows.items():
         print(f"{name + ':':<12}{text}", flush=True)
 
@@ -84,12 +84,16 @@ def show(args: argparse.Namespace) -> None:
     Raises:
         UserError: what the run itself would raise.
     """
+    args.train_iters = args.train_iters or (1 if args.data_pending else None)
     layout = validate(args, distributed.world_size())
     announce(args, layout)
-    tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
-    data.check_prefixes(args, tokenizer.fingerprint)
-    print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
-    print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
+    if args.data_pending:
+        print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
+    else:
+        tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
+        data.check_prefixes(args, tokenizer.fingerprint)
+        print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
+        print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
     if args.load:
         directory = checkpointing.choose(Path(args.load), args.ckpt_step)
         print(f"{'load:':<12}{directory or f'nothing in {args.load}: starts from the beginning'}")

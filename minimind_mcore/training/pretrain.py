@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from minimind_mcore import arguments, device
+from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.training import checkpointing, data, distributed, plan, report, step
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
@@ -41,6 +42,7 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
     """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
     started = time.monotonic()
     stop = StopSignal()
+    args.tokenizer_fingerprint = tokenizer_info(data.tokenizer_path(args)).fingerprint
     model = build_model(args, layout)
     optimizer, scheduler = build_optimizer(args, model)
     progress = checkpointing.load(args, model, optimizer, scheduler)
