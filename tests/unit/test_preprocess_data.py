@@ -84,8 +84,7 @@ def megatron_builder() -> Any:
 
 @pytest.mark.parametrize("dtype", ["int32", "uint16"])
 def test_files_are_those_of_megatrons_builder(dtype: str, tmp_path: Path) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch")
     module = megatron_builder()
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 60, 500)

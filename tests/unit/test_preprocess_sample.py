@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def run_script(tmp_path: Path, *arguments: str, **environment: str) -> subproces
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "DATA_DIR": str(tmp_path / "data"), **environment},
+        env={**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(tmp_path / "data"), **environment},
         timeout=120,
         check=False,
     )
