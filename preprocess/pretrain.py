@@ -16,7 +16,6 @@ The final files appear at the end, by renaming: `.bin`, `.idx`, then the record 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -122,8 +121,16 @@ def prepare(
     if idx_path(data_path).is_file():
         quick_check(data_path, tokenizer_fingerprint(tokenizer))
         return data_path
-    options = Options(data_path, tokenizer, cache_dir=cache_dir, keys=(key,), append_eod=append_eod)
-    return convert(dataclasses.replace(options, prepend_bos=prepend_bos, workers=workers or os.cpu_count() or 1))[0]
+    options = Options(
+        input=data_path,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        keys=(key,),
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
+        workers=workers or os.cpu_count() or 1,
+    )
+    return convert(options)[0]
 
 
 def convert(options: Options) -> list[str]:
@@ -145,9 +152,8 @@ def convert(options: Options) -> list[str]:
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(prefix):
         targets = {key: f"{prefix}_{key}_document" for key in options.keys}
-        if not options.overwrite and all(
-            _up_to_date(target, request, options.max_reject_rate) for target in targets.values()
-        ):
+        done = all(_up_to_date(target, request, options.max_reject_rate) for target in targets.values())
+        if done and not options.overwrite:
             _say(f"{prefix}: up to date, nothing to do")
         else:
             _Run(options, info, sources, request, prefix, targets).run()
