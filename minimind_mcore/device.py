@@ -375,3 +375,15 @@ def _emulate_cuda_on_cpu() -> None:
     _replace_collectives()
     # Megatron's random tracker warns when "the CPU's" generator moves while "the device's" is in use.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Print the kind and the number of devices of this host, for the shell scripts."""
+    found = current()
+    print(found.kind, found.count)
+
+
+if __name__ == "__main__":
+    from minimind_mcore import errors
+
+    errors.run(main)

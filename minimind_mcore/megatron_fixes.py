@@ -15,6 +15,8 @@ def apply() -> None:
     # Transformer Engine and Apex are optional here, and their absence is not news on every rank.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
     warnings.filterwarnings("ignore", message="full scope is deprecated.*")
+    # The distributed optimizer looks for gradients on the fp32 parts of parameters that it made itself.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
     # torch 2.13 renamed collectives that megatron-core (0.12 to 0.16) calls by their old names.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
     _without_jit_fuser()

@@ -1,6 +1,7 @@
 """MiniMind's published models by name, and a tiny variant of each.
 
     python -m minimind_mcore.models.presets minimind3     # its Megatron flags, one word a line
+    python -m minimind_mcore.models.presets path/to/config.json
     python -m minimind_mcore.models.presets --list
 
 Sizes: jingyaogong/minimind, model/model_minimind.py, of 2026-08 (minimind-3) and of 2026-02
@@ -14,6 +15,7 @@ import argparse
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from minimind_mcore.errors import UserError, run
@@ -108,6 +110,11 @@ def get_preset(name: str) -> ModelConfig:
     return lookup("model preset", PRESETS, name)
 
 
+def find_model(name: str) -> ModelConfig:
+    """The preset of that name, or the model that an HF directory or `config.json` of that path describes."""
+    return ModelConfig.from_hf_config(name) if Path(name).exists() else get_preset(name)
+
+
 def table() -> str:
     """The presets as an aligned text table."""
     lines = [f"{'name':<24}{'parameters':>12}{'active':>12}{'layers':>8}{'hidden':>8}"]
@@ -120,12 +127,12 @@ def table() -> str:
 def main() -> None:
     """Print a preset's Megatron flags, one word a line, or the table."""
     parser = argparse.ArgumentParser(prog="minimind_mcore.models.presets", description=main.__doc__)
-    parser.add_argument("name", nargs="?", help="a preset")
+    parser.add_argument("name", nargs="?", help="a preset, or an HF directory or config.json")
     parser.add_argument("--list", action="store_true", help="print the table of presets")
     args = parser.parse_args()
     if args.name is None and not args.list:
         parser.error("give a preset's name, or --list")
-    print(table() if args.list else "\n".join(get_preset(args.name).megatron_flags()))
+    print(table() if args.list else "\n".join(find_model(args.name).megatron_flags()))
 
 
 if __name__ == "__main__":

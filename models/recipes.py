@@ -14,6 +14,7 @@ warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags o
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from minimind_mcore.errors import run
@@ -23,11 +24,7 @@ from minimind_mcore.models.presets import lookup
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training stage. Batches are per data-parallel rank, as MiniMind gives them.
-
-    `epochs` is what MiniMind trains; Megatron counts iterations, so the caller turns it into
-    `--train-iters` with the size of the data set.
-    """
+    """One training stage. Batches are per data-parallel rank, as MiniMind gives them."""
 
     epochs: int
     lr: float
@@ -36,12 +33,20 @@ class Recipe:
     accumulation: int
     init: str | None = None  # a scheme of minimind_mcore.models.init; None: starts from weights
 
-    def megatron_flags(self, data_parallel_size: int = 1) -> list[str]:
-        """The Megatron flags of this recipe, in the form of `sys.argv`."""
+    def global_batch_size(self, data_parallel_size: int) -> int:
+        """Samples of one update."""
+        return self.micro_batch_size * self.accumulation * data_parallel_size
+
+    def iterations(self, tokens: int, global_batch_size: int) -> int:
+        """Updates in `epochs` passes over packed data of that many tokens."""
+        return max(1, self.epochs * tokens // (self.seq_length * global_batch_size))
+
+    def megatron_flags(self, data_parallel_size: int = 1, global_batch_size: int | None = None) -> list[str]:
+        """The Megatron flags of this recipe, in the form of `sys.argv`; `--train-iters` depends on the data."""
         flags: dict[str, object] = {
             "--seq-length": self.seq_length,
             "--micro-batch-size": self.micro_batch_size,
-            "--global-batch-size": self.micro_batch_size * self.accumulation * data_parallel_size,
+            "--global-batch-size": global_batch_size or self.global_batch_size(data_parallel_size),
             "--lr": self.lr,
             "--min-lr": self.lr / 10,
             "--lr-decay-style": "cosine",
@@ -67,6 +72,8 @@ RECIPES: dict[str, Recipe] = {
     "minimind3_sft": _SFT,
     "minimind2_pretrain": replace(_PRETRAIN, epochs=1, init="torch"),
     "minimind2_sft": replace(_SFT, lr=1e-6, seq_length=340),
+    # Not MiniMind's: a tiny preset learns something visible from the sample corpus in two minutes of a laptop.
+    "tiny_pretrain": replace(_PRETRAIN, epochs=1, lr=4e-3, seq_length=256, micro_batch_size=8, accumulation=2),
 }
 
 
@@ -75,16 +82,40 @@ def get_recipe(name: str) -> Recipe:
     return lookup("recipe", RECIPES, name)
 
 
+def count_tokens(data: Sequence[str]) -> int:
+    """Tokens of indexed datasets, given as `--data-path` takes them: prefixes, or weights and prefixes."""
+    from minimind_mcore.preprocess.indexed import read_index
+
+    prefixes = data[1::2] if len(data) > 1 else data
+    return sum(int(read_index(prefix).lengths.sum(dtype="int64")) for prefix in prefixes)
+
+
 def main() -> None:
     """Print a recipe's Megatron flags, one word a line, or the names of all."""
     parser = argparse.ArgumentParser(prog="minimind_mcore.models.recipes", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="a recipe")
-    parser.add_argument("--data-parallel-size", type=int, default=1, help="scales the global batch")
     parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="scales the global batch")
+    parser.add_argument("--data", nargs="+", help="the dataset, as for --data-path: gives --train-iters")
+    parser.add_argument("--train-iters", type=int, help="in place of what follows from data and epochs")
+    parser.add_argument("--global-batch-size", type=int, help="in place of the recipe's")
+    for name, kind in (("epochs", int), ("lr", float), ("seq-length", int), ("micro-batch-size", int)):
+        parser.add_argument(f"--{name}", type=kind, help="in place of the recipe's")
     args = parser.parse_args()
-    if args.name is None and not args.list:
+    if args.list:
+        print("\n".join(RECIPES))
+        return
+    if args.name is None:
         parser.error("give a recipe's name, or --list")
-    words = list(RECIPES) if args.list else get_recipe(args.name).megatron_flags(args.data_parallel_size)
+    names = ("epochs", "lr", "seq_length", "micro_batch_size")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    recipe = replace(get_recipe(args.name), **changes)
+    batch = args.global_batch_size or recipe.global_batch_size(args.data_parallel_size)
+    words = recipe.megatron_flags(args.data_parallel_size, batch)
+    if args.train_iters:
+        words += ["--train-iters", str(args.train_iters)]
+    elif args.data:
+        words += ["--train-iters", str(recipe.iterations(count_tokens(args.data), batch))]
     print("\n".join(words))
 
 

@@ -6,6 +6,9 @@ import argparse
 import datetime
 import os
 import random
+import sys
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -53,6 +56,31 @@ def rank() -> int:
 def is_main() -> bool:
     """True in the one process that writes logs and pictures."""
     return rank() == 0
+
+
+class Tee:
+    """Standard output that goes to a file too."""
+
+    def __init__(self, stream: TextIO, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.stream, self.file = stream, open(path, "a", encoding="utf-8")
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        self.file.write(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush both."""
+        self.file.flush()
+        self.stream.flush()
+
+
+def log_to(path: str | None) -> None:
+    """Let what the main rank prints go to `path` too."""
+    if path and is_main():
+        tee: Any = Tee(sys.stdout, path)
+        sys.stdout = tee
 
 
 def finish() -> None:

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = validate(args, distributed.world_size())
     device.setup()
     distributed.initialize(args, layout)
+    distributed.log_to(args.log_file)
     if distributed.is_main():
         plan.announce(args, layout)
     train(args, layout)

@@ -1,0 +1,81 @@
+"""Start one of MindSpeed-LLM's own programs with the flags of this kit's scripts.
+
+    python -m minimind_mcore.mindspeed.launch --nproc-per-node 8 pretrain_gpt.py --num-layers 8 ...
+
+What comes before the program's name are torchrun's flags. The program runs unedited, in its own
+folder, with MiniMind as its layer spec.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import minimind_mcore
+from minimind_mcore.arguments import flag_table, given_flags
+from minimind_mcore.errors import UserError, run
+
+SPEC = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
+CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    """MindSpeed-LLM's folder: MINDSPEED_LLM_HOME, else beside this checkout, else /workspace/MindSpeed-LLM.
+
+    Raises:
+        UserError: it is in none of these places.
+    """
+    given = os.environ.get("MINDSPEED_LLM_HOME")
+    places = [Path(given)] if given else [CHECKOUT.parent / "MindSpeed-LLM", Path("/workspace/MindSpeed-LLM")]
+    for place in places:
+        if (place / "pretrain_gpt.py").is_file():
+            return place
+    raise UserError(
+        f"found no MindSpeed-LLM in {' or '.join(map(str, places))}; set MINDSPEED_LLM_HOME to its folder, or "
+        "BACKEND=native to run the kit's own engine"
+    )
+
+
+def program_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into what MindSpeed-LLM knows, and the names of this kit's flags that it does not."""
+    known = flag_table()
+    unknown = [flag for flag in given_flags(argv) if flag not in known]
+    kept: list[str] = []
+    keep = True
+    for word in argv:
+        if word.startswith("--"):
+            keep = word.split("=", 1)[0] in known
+        if keep:
+            kept.append(word)
+    return kept, unknown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Replace this process by torchrun and the program; under `--dry-run`, print the command instead.
+
+    Raises:
+        UserError: no program is named, or MindSpeed-LLM is not there.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if at is None:
+        raise UserError("no program is named; expected torchrun's flags, a program such as pretrain_gpt.py, its flags")
+    folder = home()
+    flags, ours = program_flags(words[at + 1 :])
+    dropped = [flag for flag in ours if flag != "--dry-run"]
+    if dropped:
+        print(f"MindSpeed-LLM has no {', '.join(dropped)}: left out", file=sys.stderr)
+    command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *flags]
+    if "--dry-run" in ours:
+        print(f"cd {folder} &&", " ".join(command))
+        return
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    os.chdir(folder)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Installs the kit into .venv, for the device that is here. Run again, it does only what has changed.
+#
+#   bash requirements/install.sh            # what training needs
+#   bash requirements/install.sh test       # and what the tests need
+#
+# PYTHON           the interpreter to make .venv with (3.10 to 3.13; default python3)
+# DEVICE           cpu or cuda, where the one found is not the one wanted
+# TORCH_INDEX_URL  where the CPU build of torch is, unless pip's own index has it
+#                  (default https://download.pytorch.org/whl/cpu)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { echo "install: $*" >&2; }
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+DEVICE=${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}
+case $DEVICE in
+    cpu | cuda) ;;
+    npu) fail "on an NPU the kit runs in the environment that has torch_npu: see requirements/ascend.txt" ;;
+    *) fail "DEVICE=$DEVICE: expected cpu or cuda" ;;
+esac
+FILES=("requirements/$DEVICE.txt" pyproject.toml setup.py)
+[ "${1:-}" = test ] && FILES+=(requirements/test.txt)
+
+# Finished installations say what they were made from.
+WANTED=$(cat "${FILES[@]}" | cksum)
+DONE=.venv/installed-${1:-train}
+[ "$(cat "$DONE" 2> /dev/null)" = "$WANTED" ] && exit 0
+
+if [ ! -x .venv/bin/python ]; then
+    PYTHON=${PYTHON:-python3}
+    command -v "$PYTHON" > /dev/null || fail "no $PYTHON on the PATH; install Python 3.10 to 3.13, or set PYTHON"
+    "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+        fail "$("$PYTHON" --version) is not supported; expected Python 3.10 to 3.13 (set PYTHON)"
+    say "making .venv with $("$PYTHON" --version)"
+    "$PYTHON" -m venv .venv || fail "could not make .venv (on Debian and Ubuntu: apt install python3-venv)"
+fi
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+
+if [ "$DEVICE" = cpu ] && [ "$(uname -s)" = Linux ]; then
+    # PyPI's torch for Linux brings gigabytes of CUDA. An index of yours may have the CPU build; else PyTorch's has.
+    TORCH=$(sed -n 's/^\(torch==.*\)$/\1+cpu/p' requirements/cpu.txt)
+    if ! .venv/bin/python -c 'import torch' 2> /dev/null; then
+        say "$TORCH"
+        pip install -qq --no-deps "$TORCH" 2> /dev/null ||
+            pip install -q --no-deps "$TORCH" --retries 2 \
+                --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" ||
+            fail "$TORCH could not be installed for $(.venv/bin/python --version); set TORCH_INDEX_URL to a mirror that has it"
+    fi
+fi
+for file in "${FILES[@]}"; do
+    case $file in
+        *.txt)
+            say "$file"
+            pip install -qq -r "$file"
+            ;;
+    esac
+done
+# Ten times faster data conversion, with the same tokens; not built for every platform, and not needed.
+pip install -qq --only-binary :all: "gigatoken==0.10.0" 2> /dev/null ||
+    say "gigatoken has no build for this platform: data conversion will use tokenizers"
+pip install -qq --no-deps -e .
+echo "$WANTED" > "$DONE"
+say "done"
