@@ -104,14 +104,14 @@ def current() -> Device:
     Raises:
         UserError: the environment's DEVICE is no device's name, or names one that is not usable.
     """
-    works = {"npu": _npu_works, "cuda": torch.cuda.is_available, "cpu": lambda: True}
+    works: dict[str, Callable[[], bool]] = {"npu": _npu_works, "cuda": torch.cuda.is_available, "cpu": lambda: True}
     asked = os.environ.get("DEVICE", "")
     if asked and asked not in KINDS:
         raise UserError(f"DEVICE={asked!r} is not a device; expected one of {', '.join(KINDS)}, or nothing")
     if asked and not works[asked]():
         raise UserError(
             f"DEVICE={asked} was asked for, but torch {torch.__version__} sees no {asked} device here; "
-            "unset DEVICE to use what there is, or see `minimind-mcore doctor`"
+            "unset DEVICE to use what there is"
         )
     kind = asked or next(kind for kind in KINDS if works[kind]())
     return _describe(kind)
@@ -120,7 +120,7 @@ def current() -> Device:
 def _describe(kind: str) -> Device:
     if kind == "cpu":
         return Device("cpu", _cpu_name(), usable_cores(), psutil.virtual_memory().total, None)
-    api = getattr(torch, kind)
+    api: Any = getattr(torch, kind)
     name = api.get_device_name(0)
     peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
     return Device(kind, name, api.device_count(), api.get_device_properties(0).total_memory, peak)
@@ -176,7 +176,7 @@ def peak_memory() -> int:
 def rng_state() -> torch.Tensor:
     """State of the device's random generator (uint8)."""
     kind = current().kind
-    return torch.get_rng_state() if kind == "cpu" else getattr(torch, kind).get_rng_state()  # type: ignore[no-any-return]
+    return torch.get_rng_state() if kind == "cpu" else getattr(torch, kind).get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
@@ -354,10 +354,11 @@ def _replace_collectives() -> None:
         output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
     ) -> Any:
         # The MoE dispatcher leaves its split sizes in tensors that it believes to be on the device.
-        sizes = [s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes)]
-        return all_to_all(output, input, *sizes, **kwargs)
+        out, into = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
+        return all_to_all(output, input, out, into, **kwargs)
 
-    for module in (dist, c10d):
+    modules: tuple[Any, ...] = (dist, c10d)
+    for module in modules:
         module.new_group = new_gloo_group
         module.isend = isend_copy
         module.all_to_all_single = all_to_all_ints

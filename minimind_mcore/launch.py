@@ -18,7 +18,7 @@ from minimind_mcore.device import usable_cores
 def main() -> None:
     """Run torchrun with the arguments of the command line; exit 1 if a rank fails."""
     arguments = sys.argv[1:]
-    processes = run.parse_args(arguments).nproc_per_node
+    processes = run.parse_args(arguments).nproc_per_node  # type: ignore[no-untyped-call]
     # torchrun would give every process one thread, whatever the machine.
     threads = usable_cores() // int(processes) if processes.isdigit() else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))

@@ -188,15 +188,15 @@ def _tensorboard(directory: str, progress: Progress) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # Events past the checkpoint belong to steps that are done again.
-    writer = SummaryWriter(directory, purge_step=progress.iteration + 1)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(directory, purge_step=progress.iteration + 1)
 
     def write(row: dict[str, Any] | None) -> None:
         if row is None:
-            writer.close()  # type: ignore[no-untyped-call]
+            writer.close()
             return
         for name, value in row.items():
             if name != "iteration":
-                writer.add_scalar(name.replace("_", " "), value, row["iteration"])  # type: ignore[no-untyped-call]
+                writer.add_scalar(name.replace("_", " "), value, row["iteration"])
 
     return write
 

@@ -62,7 +62,8 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
         progress.skipped += not result.updated
         metrics.record(progress, result, lr)
 
-        if valid_set is not None and args.eval_iters and progress.iteration % args.eval_interval == 0:
+        last = progress.iteration == args.train_iters
+        if valid_set is not None and args.eval_iters and (last or _is_due(progress.iteration, args.eval_interval)):
             metrics.record_evaluation(progress, evaluate(args, model, valid_set))
         stopping = stop.agreed(also=_limit_reached(args, progress, started))
         if args.save and (stopping or _is_due(progress.iteration, args.save_interval)):

@@ -1,0 +1,244 @@
+"""Training speed: the native engine against a plain PyTorch loop, in one run.
+
+    python benchmarks/train.py --model minimind2_small minimind3          # a CPU, fp32
+    python benchmarks/train.py --model minimind3 --dtype bf16 --batch 32  # a GPU: the loop uses autocast and compile
+
+The loop is MiniMind's way: modules of its own, scaled-dot-product attention, AdamW, gradient
+clipping; on a GPU autocast and torch.compile. Both sides see the same sizes, batches, precision and
+threads, each in a process of its own, in turn, several times; medians and their ratio are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_mcore import device
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.presets import get_preset
+
+Step = Callable[[], None]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.q = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
+        self.k = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        norm: Callable[[], nn.Module] = lambda: RMSNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else nn.Identity()  # noqa: E731
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, seq, _ = x.shape
+        q = rotate(self.q_norm(self.q(x).view(batch, seq, -1, self.c.head_dim)), cos, sin)
+        k = rotate(self.k_norm(self.k(x).view(batch, seq, -1, self.c.head_dim)), cos, sin)
+        v = self.v(x).view(batch, seq, -1, self.c.head_dim)
+        repeats = self.c.num_heads // self.c.num_kv_heads
+        k, v = (t.repeat_interleave(repeats, dim=2) for t in (k, v))
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        return self.o(out.transpose(1, 2).reshape(batch, seq, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.attention, self.norm1, self.norm2 = (
+            Attention(c),
+            RMSNorm(c.hidden_size, c.norm_eps),
+            RMSNorm(c.hidden_size, c.norm_eps),
+        )
+        self.gate = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=False)
+        self.up = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=False)
+        self.down = nn.Linear(c.ffn_hidden_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), cos, sin)
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class PlainModel(nn.Module):
+    """A dense MiniMind in plain PyTorch."""
+
+    def __init__(self, c: ModelConfig, seq: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+        frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+        angles = torch.outer(torch.arange(seq).float(), frequencies).repeat(1, 2)[:, None, :]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.reshape(-1))
+
+
+def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
+    """One update of the plain loop."""
+    kind = device.current().torch_device
+    model: Any = PlainModel(config, args.seq).to(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    gpu, half = kind.type != "cpu", args.dtype == "bf16"
+    if gpu:
+        model = torch.compile(model)
+    ids = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1), device=kind)
+
+    def step() -> None:
+        with torch.autocast(kind.type, torch.bfloat16, enabled=half):
+            loss = model(ids[:, :-1], ids[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
+    """One update of the native engine, as pretrain_gpt.py does it."""
+    from minimind_mcore import arguments
+    from minimind_mcore.training import distributed
+    from minimind_mcore.training import step as engine
+    from minimind_mcore.training.layout import validate
+    from minimind_mcore.training.model import build_model
+    from minimind_mcore.training.optimizer import build_optimizer
+
+    precision = ["--bf16"] if args.dtype == "bf16" else []
+    flags = ["--seq-length", args.seq, "--micro-batch-size", args.batch, "--lr", 5e-4, "--train-iters", 1000]
+    run = arguments.parse([*config.megatron_flags(), *map(str, flags), "--transformer-impl", "local", *precision])
+    layout = validate(run, 1)
+    distributed.initialize(run, layout)
+    model = build_model(run, layout)
+    optimizer, scheduler = build_optimizer(run, model)
+    kind = device.current().torch_device
+    ids = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1), device=kind)
+    batch = {
+        "tokens": ids[:, :-1].contiguous(),
+        "labels": ids[:, 1:].contiguous(),
+        "loss_mask": torch.ones(args.batch, args.seq, device=kind),
+        "position_ids": torch.arange(args.seq, device=kind).expand(args.batch, -1),
+        "index": torch.arange(args.batch),
+    }
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield batch
+
+    source = [batches()]
+    return lambda: engine.train_step(run, model, optimizer, scheduler, source) and None
+
+
+def measure(args: argparse.Namespace) -> None:
+    """The measured process: time each step of one side, print the median tokens/s and the peak memory."""
+    torch.set_num_threads(args.threads)
+    if args.side == "native":
+        device.setup()
+    step = {"native": native_step, "plain": plain_step}[args.side](get_preset(args.model[0]), args)
+    seconds = []
+    for _ in range(args.warmup + args.steps):
+        device.synchronize()
+        start = time.perf_counter()
+        step()
+        device.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rate = args.batch * args.seq / statistics.median(seconds[args.warmup :])
+    print(json.dumps({"tokens_per_second": rate, "memory": device.peak_memory()}))
+
+
+def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, float]:
+    """Run `measure` for one side in a process of its own."""
+    names = ("batch", "seq", "dtype", "threads", "steps", "warmup")
+    options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    command = [sys.executable, __file__, "--side", side, "--model", model, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def compare(model: str, args: argparse.Namespace) -> None:
+    """Both sides in turn, `--rounds` times; print a table row per side and the ratio."""
+    found, config = device.current(), get_preset(model)
+    runs: dict[str, list[dict[str, float]]] = {"native": [], "plain": []}
+    for number in range(args.rounds):
+        for side in sorted(runs, reverse=number % 2 == 1):
+            runs[side].append(run_side(side, model, args))
+            print(f"  round {number + 1} {side:<7}{runs[side][-1]['tokens_per_second']:>12,.0f} tokens/s", flush=True)
+    rates = {side: sorted(run["tokens_per_second"] for run in results) for side, results in runs.items()}
+    for side, values in rates.items():
+        middle = statistics.median(values)
+        tflops = config.flops_per_token(args.seq) * middle / 1e12
+        mfu = f", MFU {tflops / found.peak_tflops:.1%}" if found.peak_tflops else f", {tflops:.3f} TFLOP/s"
+        memory = max(run["memory"] for run in runs[side]) / 2**30
+        print(
+            f"{model:<18}{side:<8}{middle:>10,.0f} tokens/s ({values[0]:,.0f} to {values[-1]:,.0f}){mfu}, {memory:.2f} GiB"
+        )
+    pairs = [
+        n["tokens_per_second"] / p["tokens_per_second"] for n, p in zip(runs["native"], runs["plain"], strict=True)
+    ]
+    print(
+        f"{model:<18}ratio {statistics.median(rates['native']) / statistics.median(rates['plain']):.2f} of medians; "
+        f"by round {', '.join(f'{pair:.2f}' for pair in pairs)}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["minimind2_small", "minimind3"], help="dense presets")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=340)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=device.usable_cores())
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", choices=("native", "plain"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        measure(args)
+        return
+    found = device.current()
+    print(f"{found.kind}: {found.name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
+    print(f"batch {args.batch} x {args.seq}, {args.steps} steps a round after {args.warmup} of warm-up\n")
+    for model in args.model:
+        compare(model, args)
+
+
+if __name__ == "__main__":
+    main()

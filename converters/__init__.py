@@ -1,1 +1,0 @@
-"""Weights from any MiniMind format to any other."""

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them, with the linters first.
+#
+#   bash tests/run.sh                          # everything that is not slow
+#   bash tests/run.sh tests/unit -k presets    # arguments go to pytest
+#   bash tests/run.sh -m slow                  # what takes minutes
+#
+# MINIMIND_TOKENIZER_DIR   a folder with MiniMind's published tokenizers as v2/ and v3/; tests that need them skip without
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export DEVICE=cpu
+bash requirements/install.sh test
+PYTHON=$PWD/.venv/bin/python
+
+# The version that MindSpeed stands on, beside the installed one. It has builds for Python 3.10 and 3.11 only.
+export MCORE_012_DIR=$PWD/.venv/megatron-core-0.12.1
+if [ ! -d "$MCORE_012_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --only-binary :all: \
+    --target "$MCORE_012_DIR" megatron-core==0.12.1 2> /dev/null; then
+    echo "tests: megatron-core 0.12.1 has no build for $("$PYTHON" --version); its tests skip" >&2
+    unset MCORE_012_DIR
+fi
+
+if [ $# -eq 0 ]; then
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check --quiet . || {
+        echo "error: run .venv/bin/ruff format" >&2
+        exit 1
+    }
+    bash tests/typecheck.sh "$PYTHON"
+    set -- -m "not slow"
+fi
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# mypy on the package as it is when installed: models/ and preprocess/ inside minimind_mcore/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VIEW=.venv/typecheck
+mkdir -p "$VIEW/minimind_mcore"
+ln -sfn "$PWD"/minimind_mcore/* "$VIEW/minimind_mcore/"
+for room in models preprocess; do
+    ln -sfn "$PWD/$room" "$VIEW/minimind_mcore/$room"
+done
+cd "$VIEW"
+exec "${1:-../../.venv/bin/python}" -m mypy --config-file ../../pyproject.toml
