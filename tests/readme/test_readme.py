@@ -1,0 +1,101 @@
+"""Every command of the READMEs runs.
+
+Training commands run as dry runs here, so that one test covers all sizes; the first command runs
+for real, shortened, and in full under `-m slow`. Commands for other hardware or hosts are dry runs
+that only print. `tests/run.sh` is what runs these tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = "pretrain_minimind_ptd.sh"
+FIRST = f"bash examples/mcore/minimind/{TRAIN}"
+
+
+def commands(readme: str) -> list[str]:
+    """The commands of a README's bash blocks; lines that end in a backslash are joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def run(command: str, checkout: Path, timeout: float = 240) -> str:
+    """Run a command as a user would, in the checkout; returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH", "DATA_DIR")}
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=checkout,
+        env={**environment, "DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources with this environment as its .venv, after the first command, shortened."""
+    copy = tmp_path_factory.mktemp("readme") / "kit"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "data", "outputs", "build", "*.egg-info", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("the READMEs' commands use .venv, which tests/run.sh makes")
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    out = run(f"{FIRST} --train-iters 3 --eval-iters 1", copy)
+    assert "finished at iteration 3 of 3" in out
+    return copy
+
+
+def test_both_readmes_have_the_same_commands() -> None:
+    assert commands("README.md") == commands("README_zh.md")
+    assert commands("README.md")[:2] == [FIRST, "bash tests/run.sh"]
+
+
+def test_first_command_leaves_what_the_readme_lists(checkout: Path) -> None:
+    out = checkout / "outputs" / "minimind3_tiny"
+    for name in ("loss.png", "report.html", "metrics.jsonl", "logs/train.log"):
+        assert (out / name).stat().st_size > 0, name
+    assert list((out / "logs" / "tensorboard").glob("events.*"))
+    assert (out / "checkpoints" / "iter_0000003" / "mp_rank_01" / "model_optim_rng.pt").is_file()
+    assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+@pytest.mark.parametrize("command", commands("README.md")[2:])
+def test_command_runs(command: str, checkout: Path) -> None:
+    if "mindspeed-llm" in command:  # a host without it: the command says where it looked
+        home = checkout.parent / "MindSpeed-LLM"
+        home.mkdir(exist_ok=True)
+        (home / "pretrain_gpt.py").touch()
+        command = command.replace("MINDSPEED_LLM_HOME=/workspace/MindSpeed-LLM", f"MINDSPEED_LLM_HOME={home}")
+    if TRAIN in command:
+        out = run(command.removesuffix(" --dry-run") + " --dry-run", checkout)
+        assert "pretrain_gpt.py" in out
+        assert "mindspeed-llm" in command or "everything is valid" in out
+    else:
+        assert run(command, checkout).strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_first_command_on_an_empty_machine(tmp_path: Path) -> None:
+    """Installation included, in full: done in minutes, and the loss falls."""
+    clone = tmp_path / "kit"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    start = time.monotonic()
+    out = run(FIRST, clone, timeout=1500)
+    print(f"{time.monotonic() - start:.0f} s")
+    losses = [float(x) for x in re.findall(r"\| lm loss: (\S+)", out)]
+    assert losses[0] > 7 and losses[-1] < 5
