@@ -184,7 +184,7 @@ def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
         return
     lines = []
     for flag in unknown:
-        near = difflib.get_close_matches(flag, known, n=1)
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
         lines.append(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
     raise UserError("\n  ".join(lines))
 

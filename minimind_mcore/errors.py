@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -19,5 +22,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # Most errors are every rank's: the launcher then ends this one before it says what rank 0 has said.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

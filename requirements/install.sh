@@ -19,7 +19,8 @@ fail() {
 
 DEVICE=${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}
 case $DEVICE in
-    cpu | cuda) ;;
+    cpu) ;;
+    cuda) nvidia-smi -L > /dev/null 2>&1 || fail "DEVICE=cuda, but nvidia-smi finds no GPU here; unset DEVICE" ;;
     npu) fail "on an NPU the kit runs in the environment that has torch_npu: see requirements/ascend.txt" ;;
     *) fail "DEVICE=$DEVICE: expected cpu or cuda" ;;
 esac

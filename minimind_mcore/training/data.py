@@ -80,6 +80,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
+    args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
     check_prefixes(args, tokenizer.fingerprint)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -155,7 +156,12 @@ def micro_batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iter
     )
     pin = device.current().kind != "cpu"
     loader: DataLoader[dict[str, Any]] = DataLoader(
-        NumberedDataset(dataset), batch_sampler=sampler, num_workers=args.num_workers, pin_memory=pin
+        NumberedDataset(dataset),
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=pin,
+        # A loader draws a seed for its workers: from the generator of dropout, a resumed run would drop other values.
+        generator=torch.Generator().manual_seed(args.seed),
     )
     for batch in loader:
         yield {key: value.to(device.current().torch_device, non_blocking=pin) for key, value in batch.items()}

@@ -121,6 +121,6 @@ def say_what_next(args: argparse.Namespace, progress: Progress) -> None:
         print(f"  tensorboard tensorboard --logdir {args.tensorboard_dir}")
     if args.save:
         print(f"  checkpoint  {checkpointing.directory_of(Path(args.save), progress.iteration)}")
-        print(
-            f"  go on       the same command with CKPT_LOAD_DIR={args.save}" + (" and more TRAIN_ITERS" if done else "")
-        )
+        where = "" if args.load == args.save else f" with --load {args.save}"
+        more = " and more --train-iters (TRAIN_ITERS)" if done else ""
+        print(f"  go on       the same command{where}{more}")

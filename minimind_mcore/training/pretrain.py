@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from minimind_mcore import arguments, device
-from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.training import checkpointing, data, distributed, plan, report, step
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
@@ -43,11 +42,10 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
     """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
     started = time.monotonic()
     stop = StopSignal()
-    args.tokenizer_fingerprint = tokenizer_info(data.tokenizer_path(args)).fingerprint
+    train_set, valid_set, _ = data.build_datasets(args)
     model = build_model(args, layout)
     optimizer, scheduler = build_optimizer(args, model)
     progress = checkpointing.load(args, model, optimizer, scheduler)
-    train_set, valid_set, _ = data.build_datasets(args)
     batches = [data.micro_batches(args, train_set, progress.consumed) for _ in model]
     metrics = Metrics(args, layout, progress)
     saved = progress.iteration
