@@ -63,7 +63,7 @@ class Tee:
 
     def __init__(self, stream: TextIO, path: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.stream, self.file = stream, open(path, "a", encoding="utf-8")
+        self.stream, self.file = stream, open(path, "a", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
 
     def write(self, text: str) -> int:
         """Write to both."""

@@ -44,6 +44,8 @@ BACKEND=${BACKEND:-$([ "$DEVICE" = npu ] && echo mindspeed-llm || echo native)}
 
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
+[ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] ||
+    fail "NNODES=$NNODES needs MASTER_ADDR, the address of the host with NODE_RANK=0"
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 if [ "$DEVICE" = cpu ]; then
@@ -52,8 +54,6 @@ else
     NPUS_PER_NODE=${NPUS_PER_NODE:-$DEVICES}
 fi
 WORLD_SIZE=$((NNODES * NPUS_PER_NODE))
-[ "$NNODES" = 1 ] || [ "$MASTER_ADDR" != 127.0.0.1 ] ||
-    fail "NNODES=$NNODES needs MASTER_ADDR, the address of the host with NODE_RANK=0"
 
 DRY_RUN=
 for argument in "$@"; do
