@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore import device
+from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import atomic_write_text
 from minimind_mcore.training import distributed, step
@@ -170,18 +172,23 @@ def _open_sinks(args: argparse.Namespace, progress: Progress) -> list[Any]:
     if args.tensorboard_dir:
         sinks.append(_tensorboard(args.tensorboard_dir, progress))
     if args.wandb_project or args.use_wandb:
-        import wandb
-
+        wandb = _import("wandb", "--wandb-project")
         name = args.wandb_exp_name or None
         project, folder = args.wandb_project or "minimind", args.wandb_save_dir or None
         run = wandb.init(project=project, name=name, dir=folder, config=_plain(args))
         sinks.append(lambda row: run.finish() if row is None else run.log(row, step=row["iteration"]))
     if args.swanlab_project:
-        import swanlab
-
+        swanlab = _import("swanlab", "--swanlab-project")
         board = swanlab.init(project=args.swanlab_project, config=_plain(args))
         sinks.append(lambda row: board.finish() if row is None else board.log(row, step=row["iteration"]))
     return sinks
+
+
+def _import(name: str, flag: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{flag} needs the package {name}, which is not installed: pip install {name}") from error
 
 
 def _tensorboard(directory: str, progress: Progress) -> Any:

@@ -73,7 +73,8 @@ def draw(rows: list[dict[str, Any]], names: list[str], title: str, kind: str) ->
     axes.set_xlabel("iteration")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(names) > 1:
+        axes.legend()
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)

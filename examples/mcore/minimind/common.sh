@@ -70,6 +70,7 @@ show() {
 # prepare_data [flags of preprocess_data.py]: sets DATA_PREFIX and TOKENIZER_PATH from DATA_PATH and TOKENIZER_PATH.
 # Without DATA_PATH it makes the sample corpus and a tokenizer for it. What was made before is used again. In a dry
 # run nothing is made: DATA_PREFIX stays empty where there is something to convert first.
+# shellcheck disable=SC2034,SC2120  # the scripts that source this use DATA_PREFIX; some pass no flags
 prepare_data() {
     local raw=${DATA_PATH:-} format=(--prepend-bos --append-eod) output=(--cache-dir "$DATA_DIR/cache")
     DATA_PREFIX=

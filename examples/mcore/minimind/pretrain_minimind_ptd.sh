@@ -40,7 +40,7 @@ PRECISION=${PRECISION:-$([ "$DEVICE" = cpu ] && echo fp32 || echo bf16)}
 
 # One source of truth each: the presets for the model, the recipes for the hyper-parameters.
 MODEL_ARGS=$("$PYTHON" -m minimind_mcore.models.presets "$MODEL")
-prepare_data
+prepare_data # without "$@": those are flags of the training
 RECIPE_ARGS=$("$PYTHON" -m minimind_mcore.models.recipes "$RECIPE" --data-parallel-size "$DP" \
     ${DATA_PREFIX:+--data $DATA_PREFIX} ${MBS:+--micro-batch-size "$MBS"} ${GBS:+--global-batch-size "$GBS"} \
     ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} ${EPOCHS:+--epochs "$EPOCHS"} ${LR:+--lr "$LR"} \
