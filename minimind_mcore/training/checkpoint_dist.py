@@ -17,13 +17,15 @@ def _metadata(args: argparse.Namespace) -> dict[str, Any]:
     """How megatron-core 0.16.1 is to shard: the form that fits any number of ranks."""
     from megatron.core import parallel_state as ps
 
-    return {
+    metadata = {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": "fully_reshardable" if args.use_distributed_optimizer else None,
-        "distrib_optim_fully_reshardable_mem_efficient": False,
     }
+    if args.use_distributed_optimizer:  # the mere key, without it, would tie the file to the number of expert ranks
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+    return metadata
 
 
 def _sharded_state(args: argparse.Namespace, model: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
@@ -92,13 +94,49 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     for key, chunk in zip(model_keys(model), model, strict=True):
         unwrap(chunk).load_state_dict(state[key], strict=True)
     if wants_optimizer:
-        optimizer.load_state_dict(state["optimizer"])
+        fitted = fit_optimizers(state["optimizer"], saved["optimizer"], optimizer.chained_optimizers)
+        optimizer.load_state_dict(fitted)
         scheduler.load_state_dict(saved["opt_param_scheduler"])
     else:
         optimizer.reload_model_params()
     if wants_rng:
         restore_rng(state["rng_state"])
     return {**saved, **state}
+
+
+def fit_optimizers(loaded: dict[Any, Any], common: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
+    """What to load into this layout's optimizers: with EP > 1 the experts have one of their own, else there is one.
+
+    Args:
+        loaded: the optimizer's part of the loaded state, its tensors already sharded for this layout.
+        common: the same part of what the file holds once for all ranks: {0: ..., 1: ...} if saved with EP > 1.
+        optimizers: of this run.
+    """
+    if len(optimizers) == (2 if 0 in common else 1):
+        return loaded
+    saved = common.get(0, common)
+    step = _inner(saved)["param_groups"][0].get("step")
+    fitted = {}
+    for i, optimizer in enumerate(optimizers):
+        own = loaded[i] if len(optimizers) > 1 else {k: v for k, v in loaded.items() if not isinstance(k, int)}
+        fitted[i] = _merged(own, saved)
+        # The groups are this run's; learning rate and weight decay come from the schedule.
+        groups = _inner(optimizer.state_dict())["param_groups"]
+        _inner(fitted[i])["param_groups"] = [{**group, "step": step} for group in groups]
+    return fitted if len(optimizers) > 1 else fitted[0]
+
+
+def _inner(state: dict[Any, Any]) -> dict[Any, Any]:
+    """torch's part of the state of one of Megatron's optimizers."""
+    inner: dict[Any, Any] = state.get("optimizer", state)
+    return inner
+
+
+def _merged(first: Any, second: Any) -> Any:
+    """Two trees of dictionaries in one; what `first` has wins."""
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return first
+    return second | {key: _merged(value, second.get(key)) for key, value in first.items()}
 
 
 def _require_support() -> None:

@@ -50,7 +50,8 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     if args.use_distributed_optimizer and not args.no_save_optim:
         folder.mkdir(exist_ok=True)
         optimizer.save_parameter_state(str(folder / OPTIMIZER_NAME))
-        files = [p for p in [folder / OPTIMIZER_NAME] if p.is_file() and ps.get_data_parallel_rank() == 0]
+        # Experts have data-parallel groups of their own, and a file for each of their ranks.
+        files = [p for p in [folder / OPTIMIZER_NAME] if p.is_file() and ps.get_expert_data_parallel_rank() == 0]
     rng = rng_states()
     if ps.get_expert_data_parallel_rank() != 0:
         return files

@@ -12,7 +12,7 @@ from minimind_mcore.models.presets import PRESETS
 Layout = tuple[int, dict[str, Any]]  # processes, flags
 
 DENSE: dict[str, Layout] = {
-    "TP2": (2, layout(tp=2)),
+    "TP2": (2, layout(tp=2, micro_batch_size=8)),
     "TP2 SP": (2, layout(tp=2, sequence_parallel=True)),
     "PP2": (2, layout(pp=2)),
     "PP2 VPP2": (2, layout(pp=2, per_virtual_stage=1)),
