@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def _rng_object() -> Any:
 def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
     """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     _require_support()
+    # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
+    filesystem_async._results_queue = queue.Queue()
     state = _sharded_state(args, model, optimizer, loading=False)
     common = common_state(args, optimizer, scheduler)
     common.pop("optimizer", None)
