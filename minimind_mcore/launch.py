@@ -10,13 +10,17 @@ import os
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minimind_mcore.device import usable_cores
 
 
 def main() -> None:
-    """Run torchrun with the arguments of the command line; exit 1 if a rank fails."""
+    """Run torchrun with the arguments of the command line.
+
+    Exits with status 1 if a rank fails, and with 128 + the signal's number if one ended the job.
+    """
     arguments = sys.argv[1:]
     processes = run.parse_args(arguments).nproc_per_node  # type: ignore[no-untyped-call]
     # torchrun would give every process one thread, whatever the machine.
@@ -30,6 +34,9 @@ def main() -> None:
         how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else f"signal {failure.signal_name()}"
         print(f"error: rank {rank} ended with {how} (see above); the other ranks were stopped", file=sys.stderr)
         sys.exit(1)
+    except SignalException as error:  # it has passed the signal on, and waited for the ranks to save
+        print(f"stopped by {error.sigval.name}", file=sys.stderr)
+        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

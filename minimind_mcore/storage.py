@@ -37,18 +37,31 @@ def fsync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" into a `UserError` that names the file and the free space."""
+    """Turn "no space left" into a `UserError` that names the file and the free space.
+
+    Libraries wrap the system's error, or hide it (torch.save says "unexpected pos"): then a disk with
+    next to nothing left is the reason.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except UserError:
+        raise
+    except Exception as error:
         where = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(where).free / 2**20
-        raise UserError(
-            f"disk full while writing {path}: {free:.1f} MiB free at {where}; "
-            "nothing that was finished before is lost. Free some space and run the same command again."
-        ) from error
+        free = shutil.disk_usage(where).free
+        code = getattr(error, "errno", None)
+        hidden = not isinstance(error, OSError) and free < 1 << 20
+        if code not in (errno.ENOSPC, errno.EDQUOT) and not hidden:
+            raise
+        raise disk_full(path, free, where) from error
+
+
+def disk_full(path: Path, free: int, where: Path) -> UserError:
+    """The error that says so."""
+    return UserError(
+        f"disk full while writing {path}: {free / 2**20:.1f} MiB free at {where}; "
+        "nothing that was finished before is lost. Free some space and run the same command again."
+    )
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.training.checkpoint_torch import common_state, model_keys, restore_rng, rng_states
+from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
 from minimind_mcore.training.model import unwrap
 
 
@@ -65,7 +66,10 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     if not args.no_save_rng:
         state["rng_state"] = _rng_object()
     kept = {k: v for k, v in _metadata(args).items() if k != "dp_cp_group"}
-    dist_checkpointing.save(state, str(directory), content_metadata=kept)
+    try:
+        dist_checkpointing.save(state, str(directory), content_metadata=kept)
+    except CheckpointException as error:  # no Exception, but a BaseException
+        raise RuntimeError(str(error)) from error
     dist.barrier()
     return sorted(p for p in directory.rglob("*") if p.is_file())[dist.get_rank() :: dist.get_world_size()]
 
@@ -100,7 +104,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if wants_optimizer:
         fitted = fit_optimizers(state["optimizer"], saved["optimizer"], optimizer.chained_optimizers)
         optimizer.load_state_dict(fitted)
-        scheduler.load_state_dict(saved["opt_param_scheduler"])
+        load_schedule(scheduler, saved["opt_param_scheduler"], directory)
     else:
         optimizer.reload_model_params()
     if wants_rng:

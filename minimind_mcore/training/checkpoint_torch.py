@@ -103,10 +103,26 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         if args.use_distributed_optimizer:
             with torch.no_grad():  # megatron-core 0.12.1 copies into views of leaves that need gradients
                 optimizer.load_parameter_state(str(folder / OPTIMIZER_NAME))
-        scheduler.load_state_dict(state["opt_param_scheduler"])
+        load_schedule(scheduler, state["opt_param_scheduler"], directory)
     if not (args.finetune or args.no_load_rng) and "rng_state" in state:
         restore_rng(state["rng_state"])
     return state
+
+
+def load_schedule(scheduler: Any, state: dict[str, Any], directory: Path) -> None:
+    """Restore the place in the schedule.
+
+    Raises:
+        UserError: the command line's schedule is another (more iterations, say), and no flag says which counts.
+    """
+    try:
+        scheduler.load_state_dict(state)
+    except AssertionError as error:
+        raise UserError(
+            f"{directory}: its learning-rate schedule is not the command line's ({error}); give "
+            "--override-opt_param-scheduler to follow the command line, --use-checkpoint-opt_param-scheduler to follow "
+            "the checkpoint"
+        ) from error
 
 
 def rng_states() -> list[dict[str, Any]]:

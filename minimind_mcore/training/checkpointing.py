@@ -25,11 +25,13 @@ from typing import Any
 import torch.distributed as dist
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import (
     MANIFEST,
     atomic_write_text,
     check_manifest,
     disk_errors,
+    disk_full,
     file_entry,
     publish_directory,
     write_manifest,
@@ -90,13 +92,27 @@ def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: An
         for stale in root.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(stale)
         tmp.mkdir(parents=True)
-    dist.barrier()
+    _together(lambda: _require_space(args, tmp) if distributed.is_main() else None, tmp)
     form = checkpoint_dist if args.ckpt_format == "torch_dist" else checkpoint_torch
     with weights_gathered(args, model):
         entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
     _together(lambda: _publish(root, tmp, final, entries, args) if distributed.is_main() else None, tmp)
     if distributed.is_main():
         print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
+
+
+def expected_bytes(args: argparse.Namespace) -> int:
+    """What a checkpoint holds at least: weights, and in fp32 Adam's moments (and the weights of half precision)."""
+    width = 2 if args.bf16 or args.fp16 else 4
+    optimizer = 0 if args.no_save_optim else (12 if width == 2 else 8)
+    return ModelConfig.from_args(args).num_parameters() * (width + optimizer)
+
+
+def _require_space(args: argparse.Namespace, tmp: Path) -> None:
+    """Refuse a save that cannot fit before any rank has begun to write."""
+    free = disk_usage(args)
+    if free < expected_bytes(args):
+        raise disk_full(tmp, free, tmp)
 
 
 def _write(

@@ -98,17 +98,11 @@ def show(args: argparse.Namespace) -> None:
         directory = checkpointing.choose(Path(args.load), args.ckpt_step)
         print(f"{'load:':<12}{directory or f'nothing in {args.load}: starts from the beginning'}")
     if args.save:
-        needed, free = _checkpoint_bytes(args), checkpointing.disk_usage(args)
+        needed, free = checkpointing.expected_bytes(args), checkpointing.disk_usage(args)
         print(f"{'save:':<12}{args.save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")
         if needed > free:
             raise UserError(f"--save {args.save}: a checkpoint needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free")
     print("dry run: everything is valid, nothing was trained")
-
-
-def _checkpoint_bytes(args: argparse.Namespace) -> float:
-    width = 2 if args.bf16 or args.fp16 else 4
-    optimizer = 0 if args.no_save_optim else (12 if width == 2 else 8)
-    return ModelConfig.from_args(args).num_parameters() * (width + optimizer)
 
 
 def say_what_next(args: argparse.Namespace, progress: Progress) -> None:
@@ -122,5 +116,5 @@ def say_what_next(args: argparse.Namespace, progress: Progress) -> None:
     if args.save:
         print(f"  checkpoint  {checkpointing.directory_of(Path(args.save), progress.iteration)}")
         where = "" if args.load == args.save else f" with --load {args.save}"
-        more = " and more --train-iters (TRAIN_ITERS)" if done else ""
+        more = " and more --train-iters (TRAIN_ITERS), --override-opt_param-scheduler" if done else ""
         print(f"  go on       the same command{where}{more}")

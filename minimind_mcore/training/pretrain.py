@@ -54,7 +54,7 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
         chunk.train()
     while progress.iteration < args.train_iters:
         lr = learning_rate(optimizer)
-        result = step.train_step(args, model, optimizer, scheduler, batches)
+        result = step.train_step(args, model, optimizer, scheduler, batches, progress.iteration + 1)
         progress.iteration += 1
         progress.consumed += args.global_batch_size
         progress.skipped += not result.updated

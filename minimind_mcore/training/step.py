@@ -76,37 +76,43 @@ def forward_backward(args: argparse.Namespace, model: Any, batches: Batches, for
     return result
 
 
-def train_step(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any, batches: Batches) -> StepResult:
-    """One update of the weights.
+def train_step(
+    args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any, batches: Batches, iteration: int = 0
+) -> StepResult:
+    """One update of the weights; `iteration` is its number, for messages.
 
     Raises:
-        UserError: a loss or a gradient is not finite; nothing has been updated then.
+        UserError: a loss or the gradient norm is not finite; the run must end there.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     result = forward_backward(args, model, batches)
-    check_losses(result)
+    check_losses(result, iteration)
     result.updated, norm, result.zeros = optimizer.step()
     result.grad_norm = float(norm or 0.0)
     if not args.fp16 and not math.isfinite(result.grad_norm):
-        raise UserError(f"{_where(result.indices)}: the gradient norm is {result.grad_norm}")
+        raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
     if result.updated:
         scheduler.step(increment=args.global_batch_size)
     return result
 
 
-def check_losses(result: StepResult) -> None:
+def check_losses(result: StepResult, iteration: int) -> None:
     """Raise if a micro-batch has a loss that is not finite, naming its samples."""
     if not result.losses or bool(torch.isfinite(torch.stack(result.losses)).all()):
         return
     finite = [bool(torch.isfinite(loss).all()) for loss in result.losses]
     bad = [samples for samples, good in zip(result.indices, finite, strict=True) if not good]
-    raise UserError(f"{_where(bad)}: the loss is not finite")
+    raise UserError(
+        f"{_where(bad, iteration)}: the loss is not finite. Nothing of this iteration is saved; go on from the last "
+        "checkpoint with a lower --lr or other data"
+    )
 
 
-def _where(indices: list[list[int]]) -> str:
-    return f"rank {dist.get_rank()}, dataset indices {[i for batch in indices for i in batch]}"
+def _where(indices: list[list[int]], iteration: int) -> str:
+    samples = [i for batch in indices for i in batch]
+    return f"iteration {iteration}, rank {dist.get_rank()}, dataset indices {samples}"
 
 
 def mean_loss(args: argparse.Namespace, results: list[StepResult]) -> float:

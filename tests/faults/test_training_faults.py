@@ -1,0 +1,387 @@
+"""What goes wrong in training is said by name, costs no finished checkpoint, and never hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from engine import ROOT, Corpus, Run, Server, as_flags, layout
+
+from minimind_mcore.models.presets import PRESETS
+
+CONFIG = PRESETS["minimind2_small_tiny"]
+FORMATS = ("torch", "torch_dist")
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+# Hooks: what is broken, inside a rank, before its run.
+
+
+def kill_in_second_save() -> None:
+    """SIGKILL of every rank when the files of the second save are written, but not yet published."""
+    from minimind_mcore.training import checkpointing
+
+    publish = checkpointing._publish
+
+    def publish_or_die(*arguments: Any) -> None:
+        if "0000004" in str(arguments[2]):
+            os.killpg(os.getpgid(0), signal.SIGKILL) if os.environ.get("KILL_ALL") else os.kill(os.getpid(), 9)
+        publish(*arguments)
+
+    checkpointing._publish = publish_or_die
+
+
+def kill_half_written() -> None:
+    """SIGKILL while a file of the second save has half of its bytes."""
+    import torch
+
+    save = torch.save
+
+    def save_half(state: Any, file: Any, *arguments: Any, **options: Any) -> None:
+        save(state, file, *arguments, **options)
+        if isinstance(state, dict) and state.get("iteration") == 4:
+            with open(file, "r+b") as f:
+                f.truncate(Path(file).stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save_half
+
+
+def poison_third_step() -> None:
+    """On rank 1, a weight becomes NaN before the third step."""
+    from minimind_mcore.training import step
+
+    train_step, calls = step.train_step, []
+
+    def poisoned(args: Any, model: Any, *rest: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            next(iter(model[0].parameters())).data.fill_(float("nan"))
+        return train_step(args, model, *rest)
+
+    step.train_step = poisoned
+
+
+def believe_in_space() -> None:
+    """The check for free space before a save sees enough of it."""
+    from minimind_mcore.training import checkpointing
+
+    checkpointing._require_space = lambda *arguments: None
+
+
+def hook(function: Callable[[], None]) -> str:
+    """The hook's name for `Server.run`."""
+    return f"{__file__}:{function.__name__}"
+
+
+# Checkpoints
+
+
+def saved_run(server: Server, corpus: Corpus, folder: Path, form: str, **changes: Any) -> Run:
+    """Four steps, saved at 2 and 4."""
+    flags = {"train_iters": 4, "save": folder / "saved", "save_interval": 2, "ckpt_format": form} | changes
+    return server.run(corpus.flags(CONFIG, **flags), folder / "first")
+
+
+def go_on(server: Server, corpus: Corpus, folder: Path, form: str, check: bool = True) -> Run:
+    """Load what `saved_run` left, and train to 5."""
+    flags = {"train_iters": 5, "load": folder / "saved", "ckpt_format": form}
+    argv = [*corpus.flags(CONFIG, **flags), "--override-opt_param-scheduler"]
+    return server.run(argv, folder / "second", check=check)
+
+
+@pytest.fixture(params=FORMATS)
+def form(request: pytest.FixtureRequest) -> str:
+    """Both formats."""
+    return str(request.param)
+
+
+@pytest.mark.parametrize("killed", [kill_in_second_save, kill_half_written])
+def test_kill_during_a_save_costs_nothing_finished(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str, killed: Callable[[], None]
+) -> None:
+    flags = {"train_iters": 4, "save": tmp_path / "saved", "save_interval": 2, "ckpt_format": form}
+    run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "first", hook=hook(killed), check=False)
+    assert run.codes == [-signal.SIGKILL], run.output
+    names = {p.name for p in (tmp_path / "saved").iterdir()}
+    assert names == {TRACKER, "iter_0000002", ".iter_0000004.tmp"}
+    flags |= {"load": tmp_path / "saved"}
+    run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "second")
+    assert "iteration 2, 16 samples consumed" in run.output
+    assert [row["iteration"] for row in run.rows] == [3, 4]
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {TRACKER, "iter_0000002", "iter_0000004"}
+
+
+def truncate(directory: Path) -> str:
+    file = max(directory.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    os.truncate(file, file.stat().st_size // 2)
+    return rf"{re.escape(str(file))}: \d+ bytes, expected"
+
+
+def flip_a_byte(directory: Path) -> str:
+    file = max(directory.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    with open(file, "r+b") as f:
+        f.seek(file.stat().st_size // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 1]))
+    return re.escape(str(file)) + ": content differs"
+
+
+def delete_a_file(directory: Path) -> str:
+    file = next(p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != "manifest.json")
+    file.unlink()
+    return re.escape(str(file)) + ": missing"
+
+
+def empty_tracker(directory: Path) -> str:
+    (directory.parent / TRACKER).write_text("")
+    return f"{TRACKER}: found '', expected an iteration"
+
+
+def tracker_names_nothing(directory: Path) -> str:
+    (directory.parent / TRACKER).write_text("9")
+    return "iter_0000009 is damaged"
+
+
+def test_damaged_checkpoints_are_named_and_the_newest_whole_one_loaded(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str
+) -> None:
+    damages: list[tuple[Callable[[Path], str], int]] = [(empty_tracker, 4), (tracker_names_nothing, 4), (truncate, 2)]
+    if form == "torch_dist":
+        damages[-1] = (delete_a_file, 2)
+    saved_run(server, corpus, tmp_path, form)
+    for damage, expected in damages:
+        message = damage(tmp_path / "saved" / "iter_0000004")
+        run = go_on(server, corpus, tmp_path, form)
+        assert re.search(message, run.output), (message, run.output)
+        assert f"iteration {expected}, {expected * 8} samples" in run.output
+    message = flip_a_byte(tmp_path / "saved" / "iter_0000002")
+    run = go_on(server, corpus, tmp_path, form, check=False)
+    assert run.codes == [1] and re.search(message, run.output), run.output
+    assert "no whole checkpoint in" in run.output and "Traceback" not in run.output
+
+
+def test_another_schedule_than_the_checkpoints_is_a_choice(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    flags = {"train_iters": 2, "save": tmp_path / "saved", "ckpt_format": "torch"}
+    server.run(corpus.flags(CONFIG, **flags), tmp_path / "first")
+    argv = corpus.flags(CONFIG, train_iters=4, load=tmp_path / "saved")
+    run = server.run(argv, tmp_path / "second", check=False)
+    assert run.codes == [1] and "Traceback" not in run.output
+    assert "--override-opt_param-scheduler to follow the command line" in run.output, run.output
+    ours = server.run([*argv, "--override-opt_param-scheduler"], tmp_path / "second").column("learning_rate")
+    theirs = server.run([*argv, "--use-checkpoint-opt_param-scheduler"], tmp_path / "third").column("learning_rate")
+    assert ours[0] > theirs[0] and theirs == [1e-4, 1e-4]
+
+
+def test_missing_checkpoint_starts_anew_unless_told_otherwise(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    flags = {"train_iters": 1, "load": tmp_path / "nothing"}
+    run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "run")
+    assert f"no checkpoint in {tmp_path / 'nothing'}: starting from the beginning" in run.output
+    argv = corpus.flags(CONFIG, **flags, exit_on_missing_checkpoint=True)
+    run = server.run(argv, tmp_path / "run", check=False)
+    assert run.codes == [1] and "found no checkpoint there" in run.output
+
+
+def test_keep_last_keeps_the_newest(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    saved_run(server, corpus, tmp_path, "torch", train_iters=5, save_interval=1, keep_last=2)
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["iter_0000004", "iter_0000005", TRACKER]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """A tmpfs, where mounting one is permitted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip("no permission to mount a small tmpfs: " + (done.stderr.strip() if done else "not root"))
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("broken", [None, hook(believe_in_space)], ids=["before writing", "while writing"])
+def test_full_disk_ends_with_a_message_and_the_last_checkpoint_loads(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str, broken: str | None
+) -> None:
+    with small_disk(tmp_path / "saved", 5) as disk:  # a checkpoint takes between 2.6 and 3.5 MiB
+        flags = {"train_iters": 4, "save": disk, "save_interval": 2, "ckpt_format": form, "keep_last": 1}
+        argv = corpus.flags(CONFIG, **flags)
+        run = server.run([*argv, *as_flags(layout(tp=2))], tmp_path / "first", 2, broken, check=False)
+        assert 0 not in run.codes and run.seconds < 60
+        assert re.search(r"disk full while writing \S+/saved/\.iter_0000004\.tmp", run.output), run.output
+        assert "Traceback" not in run.output
+        assert {p.name for p in disk.iterdir()} == {TRACKER, "iter_0000002"}
+        flags |= {"exit_interval": 3, "load": disk, "save": None, "save_interval": None}
+        run = server.run([*corpus.flags(CONFIG, **flags), *as_flags(layout(tp=2))], tmp_path / "second", 2)
+        assert [row["iteration"] for row in run.rows] == [3]
+
+
+# Data and numbers
+
+
+def test_truncated_data_is_refused_by_name(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    for kind in (".bin", ".idx"):
+        content = corpus.prefix.with_suffix(kind).read_bytes()
+        (tmp_path / f"cut{kind}").write_bytes(content[: -100 if kind == ".bin" else None])
+    run = server.run(corpus.flags(CONFIG, data_path=tmp_path / "cut"), tmp_path / "run", check=False)
+    assert run.codes == [1] and f"{tmp_path / 'cut.bin'}: truncated" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_loss_that_is_not_finite_stops_with_iteration_rank_and_samples(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    flags = {"train_iters": 4, "save": tmp_path / "saved", "save_interval": 2, "ckpt_format": "torch"}
+    run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "run", 2, hook=hook(poison_third_step), check=False)
+    assert 0 not in run.codes and run.seconds < 60
+    assert "iteration 3, rank 1, dataset indices [20, 21, 22, 23]: the loss is not finite" in run.output, run.output
+    assert (tmp_path / "saved" / TRACKER).read_text() == "2"
+
+
+def test_overflowing_weights_stop_the_run(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    flags = {"train_iters": 9, "lr": 1e30, "min_lr": 0, "lr_decay_style": "constant"}
+    run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "run", check=False)
+    assert run.codes == [1] and re.search(r"iteration \d, rank 0, dataset indices \[.*\]: the", run.output), run.output
+
+
+def test_fp16_overflow_skips_the_step_and_halves_the_scale(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    flags = {"fp16": True, "initial_loss_scale": 2.0**40, "hysteresis": 1, "train_iters": 30}
+    run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "run")
+    skipped = run.column("skipped_iterations")
+    assert 5 < skipped[-1] < 30 and skipped[-1] == skipped[-2]
+    assert run.column("learning_rate")[0] == run.column("learning_rate")[5], "a skipped step does not move the schedule"
+
+
+# The launcher, with its own processes
+
+
+@contextlib.contextmanager
+def launched(argv: list[str], folder: Path, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """A real run under the launcher, in a session of its own that ends with the block."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable, "-m", "minimind_mcore.launch", "--nproc-per-node", str(processes), "--master-port", str(port),
+        str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        yield job
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+def wait_for_iteration(job: subprocess.Popen[str], number: int) -> str:
+    """Read the job's output until it has done so many iterations."""
+    lines = []
+    assert job.stdout
+    for line in job.stdout:
+        lines.append(line)
+        if re.search(rf"iteration +{number}/", line):
+            return "".join(lines)
+    raise AssertionError("it ended before that\n" + "".join(lines))
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks' processes, by rank."""
+    found = [p for p in psutil.Process(job.pid).children(recursive=True) if "pretrain_gpt.py" in " ".join(p.cmdline())]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+def test_killed_rank_takes_the_job_down_with_a_message(corpus: Corpus, tmp_path: Path) -> None:
+    flags = corpus.flags(CONFIG, train_iters=100000, **layout(tp=2))
+    with launched(flags, tmp_path) as job:
+        wait_for_iteration(job, 2)
+        ranks = ranks_of(job)
+        started = time.monotonic()
+        ranks[1].kill()
+        output, _ = job.communicate(timeout=60)
+        assert time.monotonic() - started < 60
+        assert job.returncode == 1
+        assert "rank 1 ended with signal SIGKILL" in output and "the other ranks were stopped" in output, output
+        psutil.wait_procs(ranks, timeout=5)
+        assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_in_order(corpus: Corpus, tmp_path: Path, number: signal.Signals) -> None:
+    flags = {"train_iters": 100000, "save": tmp_path / "saved", "ckpt_format": "torch", "data_path": corpus.prefix}
+    with launched(corpus.flags(CONFIG, **flags), tmp_path) as job:
+        wait_for_iteration(job, 2)
+        os.killpg(job.pid, number) if number == signal.SIGINT else job.send_signal(number)
+        output, _ = job.communicate(timeout=60)
+    found = re.search(r"saved checkpoint of iteration (\d+)", output)
+    assert found, output
+    assert (tmp_path / "saved" / TRACKER).read_text() == found[1]
+    assert f"stopped at iteration {found[1]} of 100000" in output and "Traceback" not in output, output
+    assert job.returncode == 128 + number and f"stopped by {number.name}" in output
+
+
+def stall_save() -> None:
+    """A save that takes forever."""
+    from minimind_mcore.training import checkpointing
+
+    def stall(*arguments: Any) -> None:
+        print("saving", flush=True)
+        time.sleep(1000)
+
+    checkpointing.save = stall
+
+
+def test_second_signal_exits_at_once(corpus: Corpus, tmp_path: Path) -> None:
+    flags = {"train_iters": 100000, "save": tmp_path / "saved", "ckpt_format": "torch"}
+    argv = [*corpus.flags(CONFIG, **flags), "--output-dir", str(tmp_path)]
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]; del sys.argv[1:3]\n"
+        "import test_training_faults\nfrom minimind_mcore.training import pretrain\n"
+        "test_training_faults.stall_save(); pretrain.main()"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(ROOT / "tests"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_iteration(job, 2)
+        job.send_signal(signal.SIGTERM)
+        assert job.stdout
+        for line in job.stdout:
+            if line == "saving\n":
+                break
+        job.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.wait(timeout=1)  # within moments it is the same request
+        time.sleep(2.5)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=2) == 128 + signal.SIGTERM
+    finally:
+        job.kill()
+        job.wait()
+
+
+def test_out_of_vocabulary_token_is_not_trained_on(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    from minimind_mcore.preprocess.indexed import IndexedWriter
+
+    with IndexedWriter(tmp_path / "bad") as writer:
+        writer.add(np.full(4000, corpus.vocab_size + 5), np.array([4000]))
+    run = server.run(corpus.flags(CONFIG, data_path=tmp_path / "bad", train_iters=1), tmp_path / "run", check=False)
+    assert run.codes == [1], run.output
