@@ -29,6 +29,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from minimind_mcore import cpu_matmul
 from minimind_mcore.errors import UserError
 
 KINDS = ("npu", "cuda", "cpu")
@@ -151,6 +152,7 @@ def setup() -> Device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap of gradients and matmuls
     if device.kind == "cpu":
         _emulate_cuda_on_cpu()
+        cpu_matmul.use_onednn()
     else:
         getattr(torch, device.kind).set_device(local_rank())
     from minimind_mcore import megatron_fixes

@@ -24,13 +24,16 @@ case $DEVICE in
     npu) fail "on an NPU the kit runs in the environment that has torch_npu: see requirements/ascend.txt" ;;
     *) fail "DEVICE=$DEVICE: expected cpu or cuda" ;;
 esac
-FILES=("requirements/$DEVICE.txt" pyproject.toml setup.py)
+FILES=("requirements/$DEVICE.txt" requirements/common.txt)
 [ "${1:-}" = test ] && FILES+=(requirements/test.txt)
 
-# Finished installations say what they were made from.
-WANTED=$(cat "${FILES[@]}" | cksum)
-DONE=.venv/installed-${1:-train}
-[ "$(cat "$DONE" 2> /dev/null)" = "$WANTED" ] && exit 0
+# A finished installation leaves a line for each file that went into it.
+DONE=.venv/installed
+MISSING=
+for file in "${FILES[@]}" pyproject.toml setup.py; do
+    grep -qxF "$(cksum "$file")" "$DONE" 2> /dev/null || MISSING=1
+done
+[ -n "$MISSING" ] || exit 0
 
 if [ ! -x .venv/bin/python ]; then
     PYTHON=${PYTHON:-python3}
@@ -54,16 +57,15 @@ if [ "$DEVICE" = cpu ] && [ "$(uname -s)" = Linux ]; then
     fi
 fi
 for file in "${FILES[@]}"; do
-    case $file in
-        *.txt)
-            say "$file"
-            pip install -qq -r "$file"
-            ;;
-    esac
+    [ "$file" = requirements/common.txt ] && continue # the device's file includes it
+    say "$file"
+    pip install -qq -r "$file"
 done
 # Ten times faster data conversion, with the same tokens; not built for every platform, and not needed.
 pip install -qq --only-binary :all: "gigatoken==0.10.0" 2> /dev/null ||
     say "gigatoken has no build for this platform: data conversion will use tokenizers"
 pip install -qq --no-deps -e .
-echo "$WANTED" > "$DONE"
+for file in "${FILES[@]}" pyproject.toml setup.py; do
+    cksum "$file"
+done >> "$DONE"
 say "done"

@@ -31,6 +31,8 @@ def commands(readme: str) -> list[str]:
 def run(command: str, checkout: Path, timeout: float = 240) -> str:
     """Run a command as a user would, in the checkout; returns what it printed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH", "DATA_DIR")}
+    if (checkout / ".venv").is_symlink():
+        environment["PYTHON"] = str(checkout / ".venv/bin/python")  # no installation into somebody's environment
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=checkout,
