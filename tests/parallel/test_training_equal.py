@@ -123,6 +123,7 @@ def oracle(
     """Losses and gradient norms of a plain torch training run."""
     import transformers
 
+    torch.set_num_threads(1)  # more only wait for each other on tensors so small
     twin = transformers.AutoModelForCausalLM.from_config(config.hf_config(), attn_implementation="eager")
     missing = twin.load_state_dict(state, strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
