@@ -29,14 +29,14 @@ IMPLEMENTED = frozenset(
     transformer_impl
 
     num_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
-    n_shared_experts first_k_dense_replace moe_grouped_gemm moe_router_load_balancing_type moe_router_topk
+    n_shared_experts first_k_dense_replace moe_router_load_balancing_type moe_router_topk
     moe_router_pre_softmax moe_router_score_function moe_aux_loss_coeff moe_z_loss_coeff norm_topk_prob
 
     tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
     num_layers_per_virtual_pipeline_stage sequence_parallel use_distributed_optimizer overlap_grad_reduce
     overlap_param_gather ddp_bucket_size distributed_timeout_minutes overlap_p2p_comm
 
-    micro_batch_size global_batch_size seq_length train_iters train_samples eval_iters eval_interval
+    deterministic_mode micro_batch_size global_batch_size seq_length train_iters train_samples eval_iters eval_interval
     seed bf16 fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
     accumulate_allreduce_grads_in_fp32 calculate_per_token_loss
     recompute_activations recompute_granularity recompute_method recompute_num_layers
@@ -69,7 +69,7 @@ NO_EFFECT = frozenset(
     moe_zero_memory swap_attention smart_swap swap_optimizer reuse_fp32_param optimization_level
     use_ascend_coc use_ascend_mc2 gemm_gradient_accumulation_fusion npu_deterministic
     jit_compile hccl_group_buffer hccl_group_buffer_adaptive hccl_op_mode disable_gloo_group
-    recompute_activation_function recompute_norm optimize_send_recv_comm no_shared_storage ai_framework
+    recompute_activation_function recompute_norm optimize_send_recv_comm ai_framework
     context_parallel_algo
 
     attention_backend attention_softmax_in_fp32 masked_softmax_fusion bias_gelu_fusion
@@ -77,7 +77,7 @@ NO_EFFECT = frozenset(
     gradient_accumulation_fusion async_tensor_model_parallel_allreduce no_persist_layer_norm
     align_grad_reduce align_param_gather scatter_gather_tensors_in_pipeline create_attention_mask_in_dataloader
     distributed_backend local_rank lazy_mpu_init check_for_nan_in_loss_and_grad use_cpu_initialization
-    perform_initialization manual_gc manual_gc_interval manual_gc_eval deterministic_mode enable_gloo_process_groups
+    perform_initialization manual_gc manual_gc_interval manual_gc_eval enable_gloo_process_groups
     log_timers_to_tensorboard log_memory_to_tensorboard log_validation_ppl_to_tensorboard log_world_size_to_tensorboard
     log_loss_scale_to_tensorboard timing_log_level timing_log_option tensorboard_queue_size log_progress
     logging_level enable_one_logger ckpt_fully_parallel_save ckpt_fully_parallel_load
@@ -103,13 +103,21 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "ckpt_format": ("torch", "torch_dist"),
 }
 
+
+def _truth(text: str) -> bool | None:
+    values = {"true": True, "false": False, "none": None}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
 TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "str": str,
     "bool": bool,
     "json": lambda text: json.loads(text),
-    "truth": lambda text: {"true": True, "false": False, "none": None}[text.lower()],
+    "truth": _truth,
 }
 
 

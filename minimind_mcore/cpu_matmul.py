@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+_backends: Any = torch.backends
 _library: Any = None  # the replacement lives as long as this
 
 
 def mkl_is_slow() -> bool:
     """Whether torch multiplies with MKL on a CPU that MKL treats as foreign."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkl.is_available():
+    if platform.machine() not in ("x86_64", "AMD64") or not _backends.mkl.is_available():
         return False
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -33,7 +34,7 @@ def use_onednn() -> None:
     """Let `torch.mm` of fp32 matrices on the CPU go to oneDNN, in forward and backward passes alike."""
     global _library
     get_kernel = getattr(torch.library, "get_kernel", None)  # torch 2.9 and later
-    if not mkl_is_slow() or get_kernel is None or not torch.backends.mkldnn.is_available():
+    if not mkl_is_slow() or get_kernel is None or not _backends.mkldnn.is_available():
         return
     mkl = get_kernel("aten::mm", "CPU")
     linear = torch.ops.mkldnn._linear_pointwise.default
@@ -44,7 +45,7 @@ def use_onednn() -> None:
             return linear(left, right.t(), None, "none", [], "")
         return mkl.call_boxed(keys, left, right)
 
-    _library = torch.library.Library("aten", "IMPL")
+    _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells that a kernel is replaced
         _library.impl("mm", mm, "CPU", with_keyset=True)

@@ -27,4 +27,6 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.stdout.flush()
+        # Among other ranks an orderly exit can wait for them for ever.
+        os._exit(1) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(1)

@@ -26,6 +26,8 @@ def main() -> None:
     # torchrun would give every process one thread, whatever the machine.
     threads = usable_cores() // int(processes) if processes.isdigit() else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    # A signal asks the ranks to save: a step on a CPU and a large checkpoint may take longer than torchrun's 30 s.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.main(arguments)

@@ -74,6 +74,8 @@ def _exact_gradient_norm() -> None:
 
 def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
     """Norm of all tensors together [1], as apex's multi_tensor_l2norm: rows first, then the norms of rows."""
+    if tensor_lists[0] and tensor_lists[0][0].device.type != "cpu":
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensor_lists[0]))).reshape(1), None
     rows = []
     for tensor in tensor_lists[0]:
         flat = tensor.detach().reshape(-1)

@@ -46,8 +46,8 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise UserError(
-                f"--context-parallel-size {config.context_parallel_size} is not supported by this attention; "
-                "use 1, or --transformer-impl transformer_engine on CUDA, or an NPU"
+                f"--context-parallel-size {config.context_parallel_size} is not supported by this attention, which "
+                "keeps a whole sequence on one rank; use 1, or MindSpeed's attention on an NPU"
             )
         if getattr(config, "window_size", None) is not None:
             raise UserError("sliding-window attention is not supported: MiniMind attends to the whole sequence")

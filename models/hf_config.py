@@ -15,6 +15,7 @@ MiniMind writes the keys of its mixture of experts for dense models too: only `u
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,8 @@ def _read_native(reader: _Reader) -> ModelConfig:
     second = "n_routed_experts" in reader.raw  # minimind-3 calls it num_experts, and has it when dense too
     raw = dict(reader.raw)
     if raw.get("intermediate_size") is None:
-        raw["intermediate_size"] = -(-int(reader.get("hidden_size") * 8 / 3) // 64) * 64
+        ratio = 8 / 3 if second else math.pi
+        raw["intermediate_size"] = math.ceil(reader.get("hidden_size") * ratio / 64) * 64
     reader = _Reader(raw, reader.name)
     moe = None
     if raw.get("use_moe"):

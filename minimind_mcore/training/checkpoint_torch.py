@@ -116,6 +116,7 @@ def load_schedule(scheduler: Any, state: dict[str, Any], directory: Path) -> Non
         UserError: the command line's schedule is another (more iterations, say), and no flag says which counts.
     """
     try:
+        scheduler.num_steps = 0  # its load adds to what it has counted so far (one step under --lr-at-iteration-end)
         scheduler.load_state_dict(state)
     except AssertionError as error:
         raise UserError(

@@ -101,6 +101,31 @@ def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: An
         print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
 
 
+def require_shared_directory(path: Path) -> None:
+    """Refuse a directory that cannot be written, or that is not the same one on every host. Collective."""
+    probe = path / ".shared-probe"
+
+    def write() -> str:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe.write_text("", encoding="utf-8")
+        except OSError as error:
+            return f"{path}: cannot be written ({error.strerror}); give a directory of yours"
+        return ""
+
+    problem = distributed.from_main(write)
+    if not problem and not probe.exists():
+        problem = f"{path}: rank {distributed.rank()} does not see what rank 0 wrote there; hosts must share it"
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if distributed.is_main():
+        probe.unlink(missing_ok=True)
+    for problem in filter(None, problems):
+        raise UserError(problem)
+
+
 def expected_bytes(args: argparse.Namespace) -> int:
     """What a checkpoint holds at least: weights, and in fp32 Adam's moments (and the weights of half precision)."""
     width = 2 if args.bf16 or args.fp16 else 4
@@ -110,7 +135,7 @@ def expected_bytes(args: argparse.Namespace) -> int:
 
 def _require_space(args: argparse.Namespace, tmp: Path) -> None:
     """Refuse a save that cannot fit before any rank has begun to write."""
-    free = disk_usage(args)
+    free = free_bytes(args)
     if free < expected_bytes(args):
         raise disk_full(tmp, free, tmp)
 
@@ -130,7 +155,9 @@ def _publish(root: Path, tmp: Path, final: Path, entries: list[dict[str, Any]], 
         publish_directory(tmp, final)
         atomic_write_text(root / TRACKER, str(args.iteration))
     if args.keep_last:
-        for iteration in iterations_in(root)[args.keep_last :]:
+        # A later one can only be damaged, or the run went back behind it: it does not count.
+        older = [iteration for iteration in iterations_in(root) if iteration <= args.iteration]
+        for iteration in older[args.keep_last :]:
             shutil.rmtree(directory_of(root, iteration))
 
 
@@ -198,7 +225,8 @@ def choose(root: Path, step: int | None = None) -> Path | None:
     The tracker file is asked first; if it is empty or names something damaged, that is said and the
     directories are tried from the newest on.
     """
-    candidates = [directory_of(root, step)] if step else _candidates(root)
+    # One rank looks, so that all try the same.
+    candidates = distributed.from_main(lambda: [directory_of(root, step)] if step else _candidates(root))
     for directory in candidates:
         problems = check(directory)
         if not problems:
@@ -225,9 +253,9 @@ def _candidates(root: Path) -> list[Path]:
 
 def check(directory: Path) -> list[str]:
     """Problems of a checkpoint's files, the same list on every rank. Collective: each checks a share."""
-    mine = _check_share(directory, distributed.rank(), distributed.world_size())
     if not dist.is_initialized():
-        return mine
+        return _check_share(directory, 0, 1)
+    mine = _check_share(directory, dist.get_rank(), dist.get_world_size())
     gathered: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return list(dict.fromkeys(problem for problems in gathered for problem in problems))
@@ -274,7 +302,7 @@ def _say(text: str, file: Any = None) -> None:
         print(text, file=file or sys.stdout, flush=True)
 
 
-def disk_usage(args: argparse.Namespace) -> int:
+def free_bytes(args: argparse.Namespace) -> int:
     """Free bytes where `--save` is."""
     where = Path(args.save).absolute()
     while not where.exists():

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import quick_check
+from minimind_mcore.preprocess.indexed import idx_path
 from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.storage import sha256
 
 
 class DatasetTokenizer:
@@ -35,7 +38,7 @@ class DatasetTokenizer:
         self.vocab_size = vocab_size
         self.eod = info.eos_id
         self.pad = -1
-        self.unique_identifiers = OrderedDict(fingerprint=info.fingerprint)
+        self.unique_identifiers: OrderedDict[str, Any] = OrderedDict(fingerprint=info.fingerprint)
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
@@ -82,6 +85,9 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
     args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
     check_prefixes(args, tokenizer.fingerprint)
+    # megatron-core keys its cached sample order by path; the same path may hold other data by now.
+    tokenizer.unique_identifiers["indices"] = [sha256(idx_path(prefix)) for prefix in prefixes(args)]
+    _require_same_everywhere(args, tokenizer)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -98,6 +104,20 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     )
     sizes = _samples_needed(args)
     return list(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build())
+
+
+def _require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
+    """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
+    names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
+    mine = {name: getattr(args, name) for name in names} | dict(tokenizer.unique_identifiers)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    for rank, other in enumerate(everywhere):
+        differing = [name for name in mine if other[name] != everywhere[0][name]]
+        if differing:
+            raise UserError(
+                f"rank {rank} has another {', '.join(differing)} than rank 0: give every host the same data and flags"
+            )
 
 
 def _samples_needed(args: argparse.Namespace) -> list[int]:
@@ -143,8 +163,14 @@ def check_prefixes(args: argparse.Namespace, fingerprint: str) -> None:
         quick_check(prefix, fingerprint)
 
 
-def micro_batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches on its device: tokens, labels, loss_mask, position_ids [mbs, seq], index [mbs]."""
+def micro_batches(
+    args: argparse.Namespace, dataset: Any, consumed: int, workers: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's micro-batches: tokens, labels, loss_mask, position_ids [mbs, seq] on its device; index [mbs] not.
+
+    Raises:
+        UserError: at the end of the data.
+    """
     from megatron.core import parallel_state
 
     sampler = MicroBatchSampler(
@@ -158,10 +184,16 @@ def micro_batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iter
     loader: DataLoader[dict[str, Any]] = DataLoader(
         NumberedDataset(dataset),
         batch_sampler=sampler,
-        num_workers=args.num_workers,
+        num_workers=args.num_workers if workers is None else workers,
         pin_memory=pin,
         # A loader draws a seed for its workers: from the generator of dropout, a resumed run would drop other values.
         generator=torch.Generator().manual_seed(args.seed),
     )
+    place = device.current().torch_device
     for batch in loader:
-        yield {key: value.to(device.current().torch_device, non_blocking=pin) for key, value in batch.items()}
+        index = batch.pop("index")  # for messages alone: asking the device for it would stop the step
+        yield {key: value.to(place, non_blocking=pin) for key, value in batch.items()} | {"index": index}
+    raise UserError(
+        f"the data ends after {len(dataset)} samples, of which {consumed} were consumed before this run: "
+        "give the --global-batch-size and --train-iters that the run began with"
+    )

@@ -7,8 +7,9 @@ import datetime
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +59,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
+T = TypeVar("T")
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main rank, on every rank. Collective; without process groups a plain call."""
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [work() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[no-any-return]
+
+
 class Tee:
     """Standard output that goes to a file too."""
 
@@ -74,6 +87,9 @@ class Tee:
         """Flush both."""
         self.file.flush()
         self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def log_to(path: str | None) -> None:

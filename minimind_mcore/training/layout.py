@@ -41,6 +41,9 @@ def validate(args: argparse.Namespace, world_size: int) -> Layout:
         UserError: values that contradict each other, the model, or the number of processes.
     """
     model = ModelConfig.from_args(args)
+    for name in ("log_interval", "save_interval", "eval_interval", "num_layers_per_virtual_pipeline_stage"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
     layout = _layout(args, world_size)
     _check_model(model, layout, args)
     _fill_batch(args, layout)

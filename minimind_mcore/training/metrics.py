@@ -7,10 +7,13 @@ Only rank 0 prints and writes; the reductions behind a line are collective, so e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,8 @@ class Metrics:
         if distributed.is_main():
             self.history = output_dir(args) / "metrics.jsonl"
             self.history.parent.mkdir(parents=True, exist_ok=True)
+            if progress.iteration == 0:
+                set_aside(self.history)
             forget_after(self.history, progress.iteration)
             self.sinks = _open_sinks(args, progress)
 
@@ -126,9 +131,15 @@ class Metrics:
         ]
         return " | ".join(parts) + " |"
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, time does not count as training: an evaluation, a save."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
     def record_evaluation(self, progress: Progress, loss: float) -> None:
         """Report a validation loss (mean over tokens, nats)."""
-        self.since = time.perf_counter()
         if distributed.is_main():
             print(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |", flush=True)
             self._write({"iteration": progress.iteration, "validation_loss": loss})
@@ -156,6 +167,13 @@ def read_history(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
+
+
+def set_aside(path: Path) -> None:
+    """Rename the metrics of a former run, which a run from the beginning would otherwise drop."""
+    if path.exists():
+        numbers = itertools.count(1)
+        path.rename(next(p for n in numbers if not (p := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists()))
 
 
 def forget_after(path: Path, iteration: int) -> None:

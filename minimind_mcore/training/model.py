@@ -59,7 +59,6 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
         overrides["transformer_impl"] = _transformer_engine()
     if args.num_experts:
         overrides |= {
-            "moe_grouped_gemm": args.moe_grouped_gemm,
             "moe_z_loss_coeff": args.moe_z_loss_coeff,
         }
     return ModelConfig.from_args(args).transformer_config(**overrides)

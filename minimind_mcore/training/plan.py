@@ -22,9 +22,16 @@ def rank_parameters(model: ModelConfig, layout: Layout) -> int:
     layers = model.num_parameters() - embedding * (1 if model.tie_embeddings else 2)
     if model.moe is None:
         return (layers // layout.pp + tables * embedding) // layout.tp
-    one_expert = model.num_layers * 3 * model.hidden_size * model.moe.ffn_hidden_size
-    experts = model.moe.num_experts * one_expert
-    return ((layers - experts) // layout.pp + tables * embedding + experts // (layout.pp * layout.ep)) // layout.tp
+    experts = model.moe.num_experts * model.num_layers * 3 * model.hidden_size * model.moe.ffn_hidden_size
+    return ((layers - experts) // layout.pp + tables * embedding) // layout.tp + expert_parameters(model, layout)
+
+
+def expert_parameters(model: ModelConfig, layout: Layout) -> int:
+    """Those of `rank_parameters` that are routed experts: their optimizer is sharded over fewer ranks."""
+    if model.moe is None:
+        return 0
+    one = model.num_layers * 3 * model.hidden_size * model.moe.ffn_hidden_size
+    return model.moe.num_experts * one // (layout.pp * layout.ep * layout.tp)
 
 
 def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float]:
@@ -38,7 +45,8 @@ def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float
     parameters = rank_parameters(model, layout)
     half = args.bf16 or args.fp16
     width = 2 if half else 4
-    shards = layout.dp if args.use_distributed_optimizer else 1
+    experts = expert_parameters(model, layout)
+    shards, expert_shards = (layout.dp, layout.dp // layout.ep) if args.use_distributed_optimizer else (1, 1)
     tokens = args.seq_length * args.micro_batch_size
     mlp = model.ffn_hidden_size
     if model.moe:
@@ -50,7 +58,7 @@ def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float
     return {
         "weights": parameters * width,
         "gradients": parameters * (4 if args.accumulate_allreduce_grads_in_fp32 else width),
-        "optimizer": parameters * (12 if half else 8) / shards,
+        "optimizer": ((parameters - experts) / shards + experts / expert_shards) * (12 if half else 8),
         "activations": tokens * layers * per_token * width * in_flight,
         "logits": tokens * model.vocab_size / layout.tp * 4 * 3,
     }
@@ -98,7 +106,7 @@ def show(args: argparse.Namespace) -> None:
         directory = checkpointing.choose(Path(args.load), args.ckpt_step)
         print(f"{'load:':<12}{directory or f'nothing in {args.load}: starts from the beginning'}")
     if args.save:
-        needed, free = checkpointing.expected_bytes(args), checkpointing.disk_usage(args)
+        needed, free = checkpointing.expected_bytes(args), checkpointing.free_bytes(args)
         print(f"{'save:':<12}{args.save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")
         if needed > free:
             raise UserError(f"--save {args.save}: a checkpoint needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free")

@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     layout = validate(args, distributed.world_size())
     device.setup()
+    if args.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
     distributed.initialize(args, layout)
     distributed.log_to(args.log_file)
     if distributed.is_main():
@@ -42,6 +45,8 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
     """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
     started = time.monotonic()
     stop = StopSignal()
+    if args.save:
+        checkpointing.require_shared_directory(Path(args.save))
     train_set, valid_set, _ = data.build_datasets(args)
     model = build_model(args, layout)
     optimizer, scheduler = build_optimizer(args, model)
@@ -62,10 +67,13 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
 
         last = progress.iteration == args.train_iters
         if valid_set is not None and args.eval_iters and (last or _is_due(progress.iteration, args.eval_interval)):
-            metrics.record_evaluation(progress, evaluate(args, model, valid_set))
+            with metrics.pause():
+                loss = evaluate(args, model, valid_set)
+            metrics.record_evaluation(progress, loss)
         stopping = stop.agreed(also=_limit_reached(args, progress, started))
         if args.save and (stopping or _is_due(progress.iteration, args.save_interval)):
-            checkpointing.save(args, progress, model, optimizer, scheduler)
+            with metrics.pause():
+                checkpointing.save(args, progress, model, optimizer, scheduler)
             saved = progress.iteration
         if stopping:
             break
@@ -82,7 +90,8 @@ def evaluate(args: argparse.Namespace, model: Any, dataset: Any) -> float:
     """Mean token loss (nats) of the first `--eval-iters` global batches of the validation set."""
     for chunk in model:
         chunk.eval()
-    batches = [data.micro_batches(args, dataset, 0) for _ in model]
+    # Started anew each time: worker processes would cost more than the few batches.
+    batches = [data.micro_batches(args, dataset, 0, workers=0) for _ in model]
     rounds = min(args.eval_iters, len(dataset) // args.global_batch_size)
     with torch.no_grad(), weights_gathered(args, model):
         results = [step.forward_backward(args, model, batches, forward_only=True) for _ in range(rounds)]

@@ -18,12 +18,12 @@ _SAME_REQUEST_SECONDS = 3.0
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a request that all ranks agree on."""
+    """Turns SIGTERM, SIGINT and SIGHUP into a request that all ranks agree on."""
 
     def __init__(self) -> None:
         self.at: float | None = None
         self.name = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
