@@ -18,10 +18,15 @@ TORCH = {"ckpt_format": "torch"}
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 EVALUATION = {"split": "80,20,0", "eval_iters": 2, "eval_interval": 4}
 SHARDED = {"use_distributed_optimizer": True}
+MINIMIND = {"lr_at_iteration_end": True, "decay_all": True}
 
 # name: processes, model, flags
 SAME: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "torch TP2 SP, dropout": (2, "minimind3_tiny", layout(tp=2, sequence_parallel=True, **TORCH, **DROPOUT)),
+    "torch TP2 SP, dropout": (
+        2,
+        "minimind3_tiny",
+        layout(tp=2, sequence_parallel=True, **TORCH, **DROPOUT, **MINIMIND),
+    ),
     "torch DP2 distributed optimizer bf16": (2, "minimind3_tiny", layout(**SHARDED, bf16=True, **TORCH)),
     "torch DP2 distributed optimizer fp32": (2, "minimind2_tiny", layout(**SHARDED, **TORCH, **EVALUATION)),
     "torch PP2 VPP2 fp16": (
@@ -31,7 +36,7 @@ SAME: dict[str, tuple[int, str, dict[str, Any]]] = {
     ),
     "torch EP2": (2, "minimind3_moe_tiny", layout(ep=2, **TORCH)),
     "torch EP2 distributed optimizer": (2, "minimind2_moe_tiny", layout(ep=2, **SHARDED, **TORCH)),
-    "torch_dist TP2, dropout": (2, "minimind3_tiny", layout(tp=2, **DIST, **DROPOUT, **EVALUATION)),
+    "torch_dist TP2, dropout": (2, "minimind3_tiny", layout(tp=2, **DIST, **DROPOUT, **EVALUATION, **MINIMIND)),
     "torch_dist DP2 distributed optimizer bf16": (2, "minimind3_tiny", layout(**SHARDED, bf16=True, **DIST)),
 }
 OLD_CORE = ("torch TP2 SP, dropout", "torch DP2 distributed optimizer bf16", "torch EP2 distributed optimizer")
