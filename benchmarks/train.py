@@ -7,6 +7,8 @@ The loop is MiniMind's way: modules of its own, scaled-dot-product attention, Ad
 clipping; on a GPU autocast and torch.compile. Both sides see the same sizes, batches, precision and
 threads, each in a process of its own, in turn, several times; medians and their ratio are printed.
 Tokens per CPU second stand beside those per second: other programs on the machine disturb them less.
+On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu_matmul.py), to
+show how much of the difference they are.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_mcore import device
+from minimind_mcore import cpu_matmul, device
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 
@@ -170,7 +172,10 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if args.side == "native":
         device.setup()
-    step = {"native": native_step, "plain": plain_step}[args.side](get_preset(args.model[0]), args)
+    elif args.side == "onednn":
+        cpu_matmul.use_onednn()
+    build = native_step if args.side == "native" else plain_step
+    step = build(get_preset(args.model[0]), args)
     wall, cpu = [], []
     for _ in range(args.warmup + args.steps):
         device.synchronize()
@@ -198,9 +203,10 @@ def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, float
 def compare(model: str, args: argparse.Namespace) -> None:
     """Both sides in turn, `--rounds` times; print a table row per side and the ratio."""
     found, config = device.current(), get_preset(model)
-    runs: dict[str, list[dict[str, float]]] = {"native": [], "plain": []}
+    sides = ["native", "plain", *(["onednn"] if found.kind == "cpu" and cpu_matmul.mkl_is_slow() else [])]
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(args.rounds):
-        for side in sorted(runs, reverse=number % 2 == 1):
+        for side in sides[:: -1 if number % 2 else 1]:
             runs[side].append(run_side(side, model, args))
             print(f"  round {number + 1} {side:<7}{runs[side][-1]['wall']:>12,.0f} tokens/s", flush=True)
     medians: dict[tuple[str, str], float] = {}
@@ -215,9 +221,12 @@ def compare(model: str, args: argparse.Namespace) -> None:
             f"{model:<16}{side:<8}{middle:>9,.0f} tokens/s ({wall[0]:,.0f} to {wall[-1]:,.0f}), "
             f"{medians[side, 'cpu']:,.0f} per CPU second, {share}, {memory / 2**30:.2f} GiB"
         )
-    clock, busy = (medians["native", kind] / medians["plain", kind] for kind in ("wall", "cpu"))
-    pairs = ", ".join(f"{n['wall'] / p['wall']:.2f}" for n, p in zip(runs["native"], runs["plain"], strict=True))
-    print(f"{model:<16}ratio {clock:.2f} by the clock (rounds {pairs}), {busy:.2f} by CPU seconds\n")
+    for other in sides[1:]:
+        clock, busy = (medians["native", kind] / medians[other, kind] for kind in ("wall", "cpu"))
+        pairs = ", ".join(f"{n['wall'] / p['wall']:.2f}" for n, p in zip(runs["native"], runs[other], strict=True))
+        name = "plain loop" if other == "plain" else "plain loop with oneDNN"
+        print(f"{model:<16}native to {name}: {clock:.2f} by the clock (rounds {pairs}), {busy:.2f} by CPU seconds")
+    print()
 
 
 def main() -> None:
@@ -230,7 +239,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=("native", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("native", "plain", "onednn"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         measure(args)
