@@ -52,12 +52,12 @@ def megatron_lr(step: int) -> float:
 
 RECIPES: dict[str, tuple[Hyper, dict[str, Any]]] = {
     "minimind": (
-        Hyper(minimind_lr, 0.01, (0.9, 0.999), lambda p: True),
-        {"lr_at_iteration_end": True, "decay_all": True, "weight_decay": 0.01, "minimind_init": "normal"},
+        Hyper(minimind_lr, 1.0, (0.9, 0.999), lambda p: True),  # enough decay to see what decays
+        {"lr_at_iteration_end": True, "decay_all": True, "weight_decay": 1.0, "minimind_init": "normal"},
     ),
     "megatron": (
-        Hyper(megatron_lr, 0.1, (0.9, 0.95), lambda p: p.dim() > 1),
-        {"lr_warmup_iters": 4, "weight_decay": 0.1, "adam_beta2": 0.95, "init_method_std": 0.05},
+        Hyper(megatron_lr, 1.0, (0.9, 0.95), lambda p: p.dim() > 1),
+        {"lr_warmup_iters": 4, "weight_decay": 1.0, "adam_beta2": 0.95, "init_method_std": 0.05},
     ),
 }
 
