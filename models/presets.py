@@ -112,7 +112,11 @@ def get_preset(name: str) -> ModelConfig:
 
 def find_model(name: str) -> ModelConfig:
     """The preset of that name, or the model that an HF directory or `config.json` of that path describes."""
-    return ModelConfig.from_hf_config(name) if Path(name).exists() else get_preset(name)
+    if name.lower().replace("-", "_") in PRESETS:  # even where a directory has that name
+        return get_preset(name)
+    path = Path(name)
+    is_path = path.suffix == ".json" or len(path.parts) > 1 or path.exists()
+    return ModelConfig.from_hf_config(name) if is_path else get_preset(name)
 
 
 def table() -> str:

@@ -1,6 +1,7 @@
 """MiniMind's training recipes as Megatron flags.
 
     python -m minimind_mcore.models.recipes minimind3_pretrain     # one word a line
+    python -m minimind_mcore.models.recipes --model minimind3      # the one that suits the model
     python -m minimind_mcore.models.recipes --list
 
 Hyper-parameters: jingyaogong/minimind, trainer/train_pretrain.py and train_full_sft.py, of 2026-08
@@ -14,12 +15,13 @@ warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags o
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from minimind_mcore.errors import run
+from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import format_flags
-from minimind_mcore.models.presets import lookup
+from minimind_mcore.models.presets import PRESETS, find_model, lookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +84,47 @@ def get_recipe(name: str) -> Recipe:
     return lookup("recipe", RECIPES, name)
 
 
+def recipe_for(model: str) -> str:
+    """The name of the pretraining recipe that suits a model: a preset, or an HF directory or config.json."""
+    name = model.lower().replace("-", "_")
+    if name in PRESETS and name.endswith("_tiny"):
+        return "tiny_pretrain"
+    return "minimind3_pretrain" if find_model(model).qk_layernorm else "minimind2_pretrain"
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def count_tokens(data: Sequence[str]) -> int:
     """Tokens of indexed datasets, given as `--data-path` takes them: prefixes, or weights and prefixes."""
     from minimind_mcore.preprocess.indexed import read_index
 
-    prefixes = data[1::2] if len(data) > 1 else data
-    return sum(int(read_index(prefix).lengths.sum(dtype="int64")) for prefix in prefixes)
+    weighted = len(data) % 2 == 0 and all(map(_is_number, data[::2]))  # as megatron-core tells them apart
+    return sum(int(read_index(prefix).lengths.sum(dtype="int64")) for prefix in (data[1::2] if weighted else data))
+
+
+def training_share(split: str) -> float:
+    """The part of the data that a `--split` such as "99,1,0" trains on."""
+    parts = [float(part) for part in re.findall(r"[.0-9]+", split)]
+    if not parts or not sum(parts):
+        raise UserError(f"--split {split}: expected the weights of training, validation and test, such as 99,1,0")
+    return parts[0] / sum(parts)
 
 
 def main() -> None:
     """Print a recipe's Megatron flags, one word a line, or the names of all."""
     parser = argparse.ArgumentParser(prog="minimind_mcore.models.recipes", description=main.__doc__)
-    parser.add_argument("name", nargs="?", help="a recipe")
+    parser.add_argument("name", nargs="?", help="a recipe (default: the one that suits --model)")
     parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--model", help="a preset, or an HF directory or config.json")
     parser.add_argument("--data-parallel-size", type=int, default=1, help="scales the global batch")
     parser.add_argument("--data", nargs="+", help="the dataset, as for --data-path: gives --train-iters")
+    parser.add_argument("--split", default="1", help="as for Megatron: an epoch is a pass over the training part")
     parser.add_argument("--train-iters", type=int, help="in place of what follows from data and epochs")
     parser.add_argument("--global-batch-size", type=int, help="in place of the recipe's")
     for name, kind in (("epochs", int), ("lr", float), ("seq-length", int), ("micro-batch-size", int)):
@@ -105,17 +133,25 @@ def main() -> None:
     if args.list:
         print("\n".join(RECIPES))
         return
-    if args.name is None:
-        parser.error("give a recipe's name, or --list")
-    names = ("epochs", "lr", "seq_length", "micro_batch_size")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    recipe = replace(get_recipe(args.name), **changes)
+    if args.name is None and args.model is None:
+        parser.error("give a recipe's name, or --model, or --list")
+    recipe = get_recipe(args.name or recipe_for(args.model))
+    # From the recipe as it stands: another micro-batch changes the memory, not what is learned.
     batch = args.global_batch_size or recipe.global_batch_size(args.data_parallel_size)
+    names = ("epochs", "lr", "seq_length", "micro_batch_size")
+    recipe = replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    at_once = recipe.micro_batch_size * args.data_parallel_size
+    if batch % at_once:
+        raise UserError(
+            f"a global batch of {batch} does not divide into micro-batches of {recipe.micro_batch_size} on "
+            f"{args.data_parallel_size} data-parallel ranks: set MBS or GBS (--micro-batch-size, --global-batch-size)"
+        )
     words = recipe.megatron_flags(args.data_parallel_size, batch)
     if args.train_iters:
         words += ["--train-iters", str(args.train_iters)]
     elif args.data:
-        words += ["--train-iters", str(recipe.iterations(count_tokens(args.data), batch))]
+        tokens = int(count_tokens(args.data) * training_share(args.split))
+        words += ["--train-iters", str(recipe.iterations(tokens, batch))]
     print("\n".join(words))
 
 

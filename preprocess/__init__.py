@@ -2,7 +2,7 @@
 
 What other parts of the kit call:
 
-    from minimind_mcore.preprocess.pretrain import prepare              # raw files -> indexed prefix
+    from minimind_mcore.preprocess.pretrain import Options, convert     # raw files -> indexed prefixes
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
     from minimind_mcore.preprocess.meta import read_meta
     from minimind_mcore.preprocess.check import check_dataset, quick_check

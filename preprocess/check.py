@@ -23,13 +23,15 @@ CHUNK = 1 << 22
 Prefix = str | os.PathLike[str]
 
 
-def quick_check(prefix: Prefix, fingerprint: str | None = None) -> None:
-    """Refuse a dataset that cannot be trained on, reading only its index.
+def quick_check(prefix: Prefix, fingerprint: str | None = None, vocab_size: int | None = None) -> None:
+    """Refuse a dataset that cannot be trained on, reading its index and at most its beginning.
 
     Args:
         prefix: of the `.bin/.idx` pair.
         fingerprint: `tokenizer_fingerprint` of the tokenizer in use; compared with the dataset's
             record where it has one (data that another program wrote has none).
+        vocab_size: of that tokenizer; without a record, the first few million ids must fit it.
+            (Under tensor parallelism ids beyond it train on zeros, without an error.)
 
     Raises:
         UserError: a file is missing, truncated or no dataset, or the tokenizer is another one.
@@ -39,6 +41,8 @@ def quick_check(prefix: Prefix, fingerprint: str | None = None) -> None:
     meta = read_meta(prefix)
     if meta is not None and fingerprint is not None:
         problems += _tokenizer_problems(meta, fingerprint)
+    if meta is None and not problems:
+        problems += _token_problems(prefix, index, vocab_size, CHUNK)
     if problems:
         raise UserError("\n  ".join(problems))
 
@@ -102,17 +106,19 @@ def _index_problems(prefix: Prefix, index: Index) -> list[str]:
     return problems
 
 
-def _token_problems(prefix: Prefix, index: Index, vocab: int | None) -> list[str]:
+def _token_problems(prefix: Prefix, index: Index, vocab: int | None, limit: int | None = None) -> list[str]:
     path = bin_path(prefix)
     if vocab is None or not path.is_file() or path.stat().st_size < index.dtype.itemsize:
         return []
     tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(path.stat().st_size // index.dtype.itemsize,))
-    for start in range(0, len(tokens), CHUNK):
+    for start in range(0, min(len(tokens), limit or len(tokens)), CHUNK):
         chunk = tokens[start : start + CHUNK]
         outside = (chunk < 0) | (chunk >= vocab)
         if outside.any():
             at = int(np.argmax(outside))
-            return [f"{path}: token {start + at} is {chunk[at]}, outside of the vocabulary (0 to {vocab - 1})"]
+            return [
+                f"{path}: token {start + at} is {chunk[at]}, outside of the tokenizer's vocabulary (0 to {vocab - 1})"
+            ]
     return []
 
 

@@ -23,8 +23,8 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import check_dataset, quick_check
 from minimind_mcore.preprocess.indexed import idx_path, read_index
 from minimind_mcore.preprocess.meta import read_meta
-from minimind_mcore.preprocess.pretrain import Options, convert
-from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_fingerprint, tokenizer_info
+from minimind_mcore.preprocess.pretrain import Options, convert, preview
+from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_info
 
 PROGRAM = "preprocess_data.py"
 
@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.001,
         help="share of unusable records above which the run fails and writes nothing (default 0.001)",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check input, keys, handler and tokenizer, and convert nothing; prints the prefixes if all is done",
     )
     group.add_argument("--check", metavar="PREFIX", help="verify a dataset instead of making one")
     return parser
@@ -113,7 +118,8 @@ def _convert(args: argparse.Namespace) -> list[str]:
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: megatron-core reads mmap only")
     if args.output_prefix is None and idx_path(args.input).is_file():
-        quick_check(args.input, tokenizer_fingerprint(args.tokenizer_name_or_path))
+        info = tokenizer_info(args.tokenizer_name_or_path)
+        quick_check(args.input, info.fingerprint, info.vocab_size)
         return [args.input]
     options = Options(
         input=args.input,
@@ -132,7 +138,7 @@ def _convert(args: argparse.Namespace) -> list[str]:
         max_reject_rate=args.max_reject_rate,
         overwrite=args.overwrite_cache,
     )
-    return convert(options)
+    return preview(options) if args.dry_run else convert(options)
 
 
 def check(prefix: str, tokenizer: str | None) -> None:

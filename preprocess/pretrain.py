@@ -5,7 +5,7 @@
 
 or from a program, with a name chosen from the content, done once and found again afterwards:
 
-    prefix = prepare("data/sample.jsonl", "data/tokenizer", cache_dir="data/cache")
+    [prefix] = convert(Options("data/sample.jsonl", "data/tokenizer", cache_dir="data/cache"))
 
 The input is cut into shards. Worker processes turn each into part files, which are then concatenated
 in input order, so the result does not depend on `workers`, `n_subs` or the tokenizer backend. What an
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,13 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.handlers import find_handler
-from minimind_mcore.preprocess.indexed import bin_path, idx_path, merge
+from minimind_mcore.preprocess.indexed import bin_path, merge
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
 from minimind_mcore.preprocess.pool import run_tasks
 from minimind_mcore.preprocess.progress import Progress
-from minimind_mcore.preprocess.readers import PARTS, Shard, Source, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import PARTS, Reject, Shard, ShardReader, Source, find_sources, plan_shards
 from minimind_mcore.preprocess.shards import (
     Job,
     Report,
@@ -45,12 +45,13 @@ from minimind_mcore.preprocess.shards import (
     part_prefix,
     rejects_path,
 )
-from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_fingerprint, tokenizer_info
+from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_info
 from minimind_mcore.storage import atomic_file, disk_errors
 
 # Part of every request: raise it when the same request would give other files than before.
 FORMAT = 1
 SHOWN_REJECTS = 5
+PREVIEWED = 1000
 
 
 @dataclass(frozen=True)
@@ -92,47 +93,6 @@ class Options:
     overwrite: bool = False
 
 
-def prepare(
-    data_path: str,
-    tokenizer: str,
-    cache_dir: str = "data/cache",
-    *,
-    key: str = "text",
-    workers: int | None = None,
-    append_eod: bool = True,
-    prepend_bos: bool = True,
-) -> str:
-    """The indexed dataset behind a DATA_PATH, converting raw text once.
-
-    Args:
-        data_path: prefix of a `.bin/.idx` pair (returned as it is), or raw files, directories, globs.
-        tokenizer: directory with tokenizer.json.
-        cache_dir: where converted data is kept; reused while input, tokenizer and options are the same.
-        key: field that holds the text.
-        workers: processes; one per CPU by default.
-        append_eod, prepend_bos: see `Options`; on by default, as MiniMind pretrains.
-
-    Returns:
-        The prefix for --data-path.
-
-    Raises:
-        UserError: unusable input, or an indexed dataset of another tokenizer.
-    """
-    if idx_path(data_path).is_file():
-        quick_check(data_path, tokenizer_fingerprint(tokenizer))
-        return data_path
-    options = Options(
-        input=data_path,
-        tokenizer=tokenizer,
-        cache_dir=cache_dir,
-        keys=(key,),
-        append_eod=append_eod,
-        prepend_bos=prepend_bos,
-        workers=workers or os.cpu_count() or 1,
-    )
-    return convert(options)[0]
-
-
 def convert(options: Options) -> list[str]:
     """Convert raw text, or find that it has been converted already.
 
@@ -148,16 +108,64 @@ def convert(options: Options) -> list[str]:
     _validate(options, info)
     request = request_fingerprint(options, info, sources)
     prefix = _output_prefix(options, sources, request)
+    targets = _targets(options, prefix)
     with disk_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(prefix):
-        targets = {key: f"{prefix}_{key}_document" for key in options.keys}
-        done = all(_up_to_date(target, request, options.max_reject_rate) for target in targets.values())
-        if done and not options.overwrite:
+        if _done(options, targets, request):
             _say(f"{prefix}: up to date, nothing to do")
         else:
             _Run(options, info, sources, request, prefix, targets).run()
     return list(targets.values())
+
+
+def preview(options: Options) -> list[str]:
+    """Check all that can be checked without converting, and say what would be converted.
+
+    Returns:
+        The prefixes if `convert` would find everything done, else an empty list.
+
+    Raises:
+        UserError: what `convert` would raise at once, or none of the first records is usable.
+    """
+    sources = find_sources(options.input)
+    info = tokenizer_info(options.tokenizer)
+    _validate(options, info)
+    load_encoder(options.tokenizer, options.backend)
+    request = request_fingerprint(options, info, sources)
+    prefix = _output_prefix(options, sources, request)
+    targets = _targets(options, prefix)
+    if _done(options, targets, request):
+        _say(f"{prefix}: up to date, nothing to do")
+        return list(targets.values())
+    _try_first_records(options, sources)
+    size = sum(source.size for source in sources) / 1e6
+    _say(f"would convert {len(sources)} files, {size:.1f} MB, to {', '.join(targets.values())}")
+    return []
+
+
+def _try_first_records(options: Options, sources: Sequence[Source]) -> None:
+    """See that the first file has records under these keys."""
+    handler = find_handler(options.handler)
+    reader = ShardReader(plan_shards(sources, 1)[0], options.keys)
+    reason = "it has no records"
+    for number, record in itertools.islice(reader, PREVIEWED):
+        if record is None:  # a blank line
+            continue
+        found = record if isinstance(record, Reject) else handler(record, options.keys)
+        if not isinstance(found, Reject):
+            return
+        reason = f"record {number}: {found.reason}"
+    raise UserError(f"input {sources[0].path}: no usable record at its beginning; {reason}")
+
+
+def _targets(options: Options, prefix: Path) -> dict[str, str]:
+    return {key: f"{prefix}_{key}_document" for key in options.keys}
+
+
+def _done(options: Options, targets: dict[str, str], request: str) -> bool:
+    found = all(_up_to_date(target, request, options.max_reject_rate) for target in targets.values())
+    return found and not options.overwrite
 
 
 def _say(message: str) -> None:

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VIEW=.venv/typecheck
+rm -rf "$VIEW/minimind_mcore" # links of modules that are gone
 mkdir -p "$VIEW/minimind_mcore"
 ln -sfn "$PWD"/minimind_mcore/* "$VIEW/minimind_mcore/"
 for room in models preprocess; do

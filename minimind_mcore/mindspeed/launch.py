@@ -9,6 +9,7 @@ folder, with MiniMind as its layer spec.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"MindSpeed-LLM has no {', '.join(dropped)}: left out", file=sys.stderr)
     command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *flags]
     if "--dry-run" in ours:
-        print(f"cd {folder} &&", " ".join(command))
+        print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}")
         return
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

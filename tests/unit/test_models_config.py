@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minimind_mcore.arguments import build_parser, parse
 from minimind_mcore.errors import UserError
-from minimind_mcore.models import hf_config
+from minimind_mcore.models import hf_config, recipes
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.presets import PRESETS, get_preset
 from minimind_mcore.models.recipes import RECIPES, get_recipe
+from minimind_mcore.preprocess.indexed import IndexedWriter
 
 # jingyaogong/minimind, counted on its own models: all parameters, active ones.
 PARAMETERS = {
@@ -179,3 +181,46 @@ def test_flags_are_printed_without_importing_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.split() == PRESETS["minimind3"].megatron_flags()
+
+
+def printed_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    monkeypatch.setattr(sys, "argv", ["recipes", *words])
+    recipes.main()
+    return dict(itertools.pairwise(capsys.readouterr().out.split("\n")))
+
+
+def test_micro_batch_leaves_the_global_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = printed_recipe(monkeypatch, capsys, "--model", "minimind3", "--micro-batch-size", "4")
+    assert (flags["--micro-batch-size"], flags["--global-batch-size"]) == ("4", "256")
+    with pytest.raises(UserError, match=r"a global batch of 256 .* micro-batches of 7"):
+        printed_recipe(monkeypatch, capsys, "minimind3_pretrain", "--micro-batch-size", "7")
+
+
+def test_iterations_are_epochs_of_the_training_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for prefix, tokens in ((a, 256_000), (b, 512_000)):
+        with IndexedWriter(prefix) as writer:
+            writer.add(np.zeros(tokens, np.uint32), np.array([tokens]))
+    assert recipes.count_tokens([a, b]) == recipes.count_tokens(["0.3", a, "7", b]) == 768_000
+    assert recipes.count_tokens([a]) == 256_000
+    flags = printed_recipe(
+        monkeypatch, capsys, "--model", "minimind3_tiny", "--split", "90,10,0", "--data", a, "--epochs", "2"
+    )
+    assert flags["--train-iters"] == str(2 * 900 // 16)
+
+
+def test_the_recipe_suits_the_model(tmp_path: Path) -> None:
+    for model, recipe in (
+        ("MiniMind3-MoE-Tiny", "tiny_pretrain"),
+        ("minimind2-small", "minimind2_pretrain"),
+        ("minimind3_moe", "minimind3_pretrain"),
+    ):
+        assert recipes.recipe_for(model) == recipe
+    PRESETS["minimind2"].hf_config().save_pretrained(tmp_path)
+    assert recipes.recipe_for(str(tmp_path)) == "minimind2_pretrain"
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        recipes.recipe_for(str(tmp_path / "no" / "config.json"))

@@ -21,7 +21,7 @@ from minimind_mcore.preprocess import cli, readers, train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
 from minimind_mcore.preprocess.indexed import IndexedWriter, merge, read_index
 from minimind_mcore.preprocess.meta import read_meta
-from minimind_mcore.preprocess.pretrain import Options, convert, prepare
+from minimind_mcore.preprocess.pretrain import Options, convert, preview
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
 
 PAIR = (".bin", ".idx")
@@ -59,6 +59,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def write_jsonl(path: Path, texts: list[str], ascii_only: bool = False) -> Path:
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=ascii_only) + "\n" for t in texts), encoding="utf-8")
     return path
+
+
+def prepare(source: str, tokenizer: str, cache: str, append_eod: bool = True, workers: int = 1) -> str:
+    """The converted prefix, under a name by content."""
+    options = Options(source, tokenizer, None, cache, append_eod=append_eod, prepend_bos=True, workers=workers)
+    return convert(options)[0]
 
 
 def files_of(prefix: str) -> tuple[bytes, ...]:
@@ -338,10 +344,27 @@ def test_the_same_request_is_recognised_and_another_is_not(tokenizer: str, tmp_p
     capfd.readouterr()
     assert prepare(str(source), tokenizer, cache, workers=2) == first
     assert Path(first + ".bin").stat().st_mtime_ns == stamp and "up to date" in capfd.readouterr().err
-    assert prepare(first, tokenizer, cache) == first
+    cli.main(["--input", first, "--tokenizer-name-or-path", tokenizer])
+    assert capfd.readouterr().out == first + "\n"
     assert prepare(str(source), tokenizer, cache, append_eod=False) != first
     write_jsonl(source, some_texts(21))
     assert prepare(str(source), tokenizer, cache) != first
+
+
+def test_a_dry_run_checks_and_converts_nothing(tokenizer: str, tmp_path: Path, capfd: Any) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(20))
+    options = Options(str(source), tokenizer, str(tmp_path / "out"))
+    assert preview(options) == []
+    assert "would convert 1 files" in capfd.readouterr().err and not list(tmp_path.glob("*out*"))
+    with pytest.raises(UserError, match=r"no usable record.*field 'txt' is missing"):
+        preview(replace(options, keys=("txt",)))
+    words = ["--input", str(source), "--tokenizer-name-or-path", tokenizer, "--output-prefix", str(tmp_path / "out")]
+    cli.main(words)
+    done = capfd.readouterr().out
+    cli.main([*words, "--dry-run"])
+    assert capfd.readouterr().out == done
+    with pytest.raises(UserError, match="no such file"):
+        cli.main([*words, "--dry-run", "--input", str(tmp_path / "typo.jsonl")])
 
 
 def test_a_damaged_result_is_made_again(tokenizer: str, tmp_path: Path) -> None:
@@ -376,7 +399,7 @@ def test_indexed_data_of_another_tokenizer_is_refused(tokenizer: str, tmp_path: 
     content["model"]["merges"].pop()
     (tmp_path / "tk" / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="tokenizer mismatch"):
-        prepare(prefix, str(tmp_path / "tk"), str(tmp_path / "cache"))
+        cli.main(["--input", prefix, "--tokenizer-name-or-path", str(tmp_path / "tk")])
     with pytest.raises(UserError, match="tokenizer mismatch"):
         quick_check(prefix, tokenizer_fingerprint(tmp_path / "tk"))
     assert any("tokenizer mismatch" in p for p in check_dataset(prefix, tokenizer_info(tmp_path / "tk")))
@@ -423,6 +446,9 @@ def test_the_check_finds_ids_outside_of_the_vocabulary(tokenizer: str, tmp_path:
         writer.add(np.array([1, 5, 320], np.uint32), np.array([3]))
     assert check_dataset(tmp_path / "x") == []  # nothing is recorded to compare with
     assert "token 2 is 320" in check_dataset(tmp_path / "x", tokenizer_info(tokenizer))[0]
+    quick_check(tmp_path / "x", vocab_size=321)
+    with pytest.raises(UserError, match="token 2 is 320"):
+        quick_check(tmp_path / "x", vocab_size=320)
 
 
 # ------------------------------------------------------------------ what users get wrong
