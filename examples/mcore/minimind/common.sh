@@ -6,17 +6,29 @@
 #   BACKEND          native, or mindspeed-llm (default: mindspeed-llm on an NPU, native elsewhere)
 #   NPUS_PER_NODE    processes on this host, one per device (default: all devices; on a CPU 2)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the same script on each host, with its own NODE_RANK
+#                    (MASTER_PORT: default 29500; on a single host a free one)
 #   DATA_DIR         where data that is made here goes (default: data/ in the repository)
 set -euo pipefail
-
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-DATA_DIR=${DATA_DIR:-$ROOT/data}
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 fail() {
     echo "error: $*" >&2
     exit 1
 }
+
+# A path for programs that run in a directory of their own, as MindSpeed-LLM's do.
+absolute() {
+    case $1 in
+        /*) printf '%s\n' "$1" ;;
+        \~/*) printf '%s\n' "$HOME/${1#??}" ;;
+        *) printf '%s\n' "$PWD/$1" ;;
+    esac
+}
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+source "$ROOT/requirements/lock.sh"
+DATA_DIR=$(absolute "${DATA_DIR:-$ROOT/data}")
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron's overlap of communication relies on this order of kernels
 
 has_what_it_needs() {
     "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "megatron", "transformers"))))' \
@@ -47,11 +59,18 @@ NODE_RANK=${NODE_RANK:-0}
 [ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] ||
     fail "NNODES=$NNODES needs MASTER_ADDR, the address of the host with NODE_RANK=0"
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-MASTER_PORT=${MASTER_PORT:-29500}
+if [ -z "${MASTER_PORT:-}" ]; then
+    MASTER_PORT=29500
+    # so that two runs on a host do not meet
+    [ "$NNODES" != 1 ] ||
+        MASTER_PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+fi
 if [ "$DEVICE" = cpu ]; then
     NPUS_PER_NODE=${NPUS_PER_NODE:-$((DEVICES > 1 ? 2 : 1))}
 else
     NPUS_PER_NODE=${NPUS_PER_NODE:-$DEVICES}
+    [ "$NPUS_PER_NODE" -le "$DEVICES" ] ||
+        fail "NPUS_PER_NODE=$NPUS_PER_NODE, but this host has $DEVICES $DEVICE devices; each process needs its own"
 fi
 WORLD_SIZE=$((NNODES * NPUS_PER_NODE))
 
@@ -67,13 +86,24 @@ show() {
     printf '\n'
 }
 
-# prepare_data [flags of preprocess_data.py]: sets DATA_PREFIX and TOKENIZER_PATH from DATA_PATH and TOKENIZER_PATH.
-# Without DATA_PATH it makes the sample corpus and a tokenizer for it. What was made before is used again. In a dry
-# run nothing is made: DATA_PREFIX stays empty where there is something to convert first.
-# shellcheck disable=SC2034,SC2120  # the scripts that source this use DATA_PREFIX; some pass no flags
+# read_lines ARRAY: the lines of standard input as that array's elements. (macOS's bash has no mapfile.)
+read_lines() {
+    local line
+    eval "$1=()"
+    while IFS= read -r line; do
+        [ -z "$line" ] || eval "$1+=(\"\$line\")"
+    done
+}
+
+# prepare_data [flags of preprocess_data.py]: sets DATA_PREFIXES (the words of --data-path) and TOKENIZER_PATH, from
+# DATA_PATH and TOKENIZER_PATH. Without DATA_PATH it makes the sample corpus and a tokenizer for it. What was made
+# before is used again. In a dry run the input is checked and nothing made: DATA_PREFIXES stays empty where there is
+# something to convert first.
+# shellcheck disable=SC2120  # some of the scripts that source this pass no flags
 prepare_data() {
-    local raw=${DATA_PATH:-} format=(--prepend-bos --append-eod) output=(--cache-dir "$DATA_DIR/cache")
-    DATA_PREFIX=
+    local raw=${DATA_PATH:-} output=(--cache-dir "$DATA_DIR/cache") words=() keys=() word prefixes
+    DATA_PREFIXES=()
+    [ -z "${TOKENIZER_PATH:-}" ] || TOKENIZER_PATH=$(absolute "$TOKENIZER_PATH")
     if [ -z "$raw" ]; then
         raw=$DATA_DIR/sample.jsonl
         make_sample "$raw"
@@ -81,30 +111,53 @@ prepare_data() {
         fail "TOKENIZER_PATH is not set: give the directory of MiniMind's published tokenizer, or train one with
   $PYTHON -m minimind_mcore.preprocess.train_tokenizer --input '$raw' --output tokenizer"
     fi
-    if [[ $raw == *[[:space:]]* || -f $raw.idx ]]; then # a blend "0.3 one 0.7 two", or a finished dataset
-        DATA_PREFIX=$raw
+    if [ -f "$(absolute "$raw").idx" ]; then # a finished dataset
+        DATA_PREFIXES=("$(absolute "$raw")")
         return
     fi
-    [ -n "${OUTPUT_PREFIX:-}" ] && output=(--output-prefix "$OUTPUT_PREFIX")
-    # shellcheck disable=SC2206  # JSON_KEYS is a list of words
-    local keys=(${JSON_KEYS:-text})
+    # A blend "0.3 one 0.7 two" begins with a number or a dataset; other white space is part of a path.
+    read -r -a words <<< "$raw"
+    if [ ! -e "$raw" ] && [ "${#words[@]}" -gt 1 ] && { is_number "${words[0]}" || [ -f "${words[0]}.idx" ]; }; then
+        for word in "${words[@]}"; do
+            is_number "$word" || word=$(absolute "$word")
+            DATA_PREFIXES+=("$word")
+        done
+        return
+    fi
+    [ -z "${OUTPUT_PREFIX:-}" ] || output=(--output-prefix "$(absolute "$OUTPUT_PREFIX")")
+    read -r -a keys <<< "${JSON_KEYS:-text}"
     local command=("$PYTHON" "$ROOT/preprocess_data.py" --input "$raw" --json-keys "${keys[@]}"
         --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_PATH"
-        --handler-name "${HANDLER_NAME:-GeneralPretrainHandler}" --workers "${WORKERS:-$(getconf _NPROCESSORS_ONLN)}"
-        "${format[@]}" "${output[@]}" "$@")
+        --handler-name "${HANDLER_NAME:-GeneralPretrainHandler}" --workers "${WORKERS:-$(cores)}"
+        --prepend-bos --append-eod "${output[@]}" "$@")
     if [ -n "$DRY_RUN" ]; then
         show "${command[@]}"
-    else
-        DATA_PREFIX=$("${command[@]}")
+        # what a dry run of this script does not make cannot be checked
+        [ -e "$raw" ] || [ -n "${DATA_PATH:-}" ] || return 0
+        [ -e "$TOKENIZER_PATH" ] || [ -n "${DATA_PATH:-}" ] || return 0
+        command+=(--dry-run)
     fi
+    prefixes=$("${command[@]}") # not in the next line, where its failure would go unnoticed
+    read_lines DATA_PREFIXES <<< "$prefixes"
+}
+
+is_number() { [[ $1 =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ ]]; }
+
+# The CPU cores that this process may use.
+cores() {
+    if [ "$DEVICE" = cpu ]; then echo "$DEVICES"; else getconf _NPROCESSORS_ONLN; fi
 }
 
 make_sample() {
     local tokenizer=$DATA_DIR/tokenizer
     local corpus=("$PYTHON" -m minimind_mcore.preprocess.corpus --output "$1" --seed 42)
     local train=("$PYTHON" -m minimind_mcore.preprocess.train_tokenizer --input "$1" --output "$tokenizer")
-    [ -f "$1" ] || run_or_show "${corpus[@]}"
-    [ -n "${TOKENIZER_PATH:-}" ] || [ -f "$tokenizer/tokenizer.json" ] || run_or_show "${train[@]}"
+    if [ ! -f "$1" ] || { [ -z "${TOKENIZER_PATH:-}" ] && [ ! -f "$tokenizer/tokenizer.json" ]; }; then
+        [ -n "$DRY_RUN" ] || lock "$DATA_DIR/sample.lock"
+        [ -f "$1" ] || run_or_show "${corpus[@]}"
+        [ -n "${TOKENIZER_PATH:-}" ] || [ -f "$tokenizer/tokenizer.json" ] || run_or_show "${train[@]}"
+        [ -n "$DRY_RUN" ] || unlock
+    fi
     TOKENIZER_PATH=${TOKENIZER_PATH:-$tokenizer}
 }
 

@@ -4,6 +4,7 @@
 #   bash examples/mcore/minimind/data_convert_minimind_pretrain.sh                    # the sample corpus
 #   DATA_PATH=pretrain_t2t_mini.jsonl TOKENIZER_PATH=tokenizer \
 #       bash examples/mcore/minimind/data_convert_minimind_pretrain.sh --dtype uint16 # yours; flags pass through
+#   ... --dry-run                                                                   # check, convert nothing
 #
 # DATA_PATH        files, directories or globs of .jsonl, .json, .parquet, .txt (.gz, .zst), separated by commas
 # TOKENIZER_PATH   directory with tokenizer.json; the sample corpus gets one trained on it
@@ -12,4 +13,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 prepare_data "$@"
-echo "$DATA_PREFIX"
+[ "${#DATA_PREFIXES[@]}" = 0 ] || printf '%s\n' "${DATA_PREFIXES[@]}"
