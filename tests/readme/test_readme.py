@@ -48,7 +48,7 @@ def run(command: str, checkout: Path, timeout: float = 240) -> str:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources with this environment as its .venv, after the first command, shortened."""
-    copy = tmp_path_factory.mktemp("readme") / "kit"
+    copy = tmp_path_factory.mktemp("readme") / "my kit"  # white space in paths must not matter
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "data", "outputs", "build", "*.egg-info", "__pycache__", ".*_cache"
     )
