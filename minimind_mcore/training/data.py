@@ -84,7 +84,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
 
     tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
     args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
-    check_prefixes(args, tokenizer.fingerprint)
+    check_prefixes(args, tokenizer)
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
     tokenizer.unique_identifiers["indices"] = [sha256(idx_path(prefix)) for prefix in prefixes(args)]
     _require_same_everywhere(args, tokenizer)
@@ -157,10 +157,10 @@ def prefixes(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def check_prefixes(args: argparse.Namespace, fingerprint: str) -> None:
-    """Refuse datasets that are missing, truncated, or tokenized with another tokenizer."""
+def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
+    """Refuse datasets that are missing, truncated, tokenized with another tokenizer, or have ids that it has not."""
     for prefix in prefixes(args):
-        quick_check(prefix, fingerprint)
+        quick_check(prefix, tokenizer.fingerprint, tokenizer.vocab_size)
 
 
 def micro_batches(

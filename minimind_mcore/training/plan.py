@@ -92,14 +92,15 @@ def show(args: argparse.Namespace) -> None:
     Raises:
         UserError: what the run itself would raise.
     """
-    args.train_iters = args.train_iters or (1 if args.data_pending else None)
+    if args.data_pending and not args.train_samples:
+        args.train_iters = args.train_iters or 1
     layout = validate(args, distributed.world_size())
     announce(args, layout)
     if args.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
         tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
-        data.check_prefixes(args, tokenizer.fingerprint)
+        data.check_prefixes(args, tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
     if args.load:
