@@ -42,6 +42,7 @@ from minimind_mcore.preprocess.shards import (
     ShardConverter,
     Task,
     finished,
+    lines_before_each,
     part_prefix,
     rejects_path,
 )
@@ -347,7 +348,7 @@ class _Run:
                 raise UserError(f"input {self._options.input}: no text under {key!r} in {records} records")
 
     def _collect_rejects(self, directory: Path, reports: Sequence[Report], path: Path) -> None:
-        lines_before = _lines_before(self._shards, reports)
+        lines_before = lines_before_each(self._shards, reports)
         shown = 0
         with atomic_file(path) as out:
             for report, offset in zip(reports, lines_before, strict=True):
@@ -388,14 +389,3 @@ class _Run:
             f"{(written.bin_bytes + written.idx_bytes) / 1e6:.1f} MB; left out: {meta.rejects:,} rejected, "
             f"{meta.empty:,} empty, {meta.too_long:,} too long"
         )
-
-
-def _lines_before(shards: Sequence[Shard], reports: Sequence[Report]) -> list[int]:
-    """How many lines of the same file come before each shard."""
-    offsets, path, lines = [], "", 0
-    for shard, report in zip(shards, reports, strict=True):
-        lines = lines if shard.source.path == path else 0
-        path = shard.source.path
-        offsets.append(lines)
-        lines += report.lines
-    return offsets

@@ -227,3 +227,14 @@ class ShardConverter:
         counters[2 * task.number + 1] = sum(report.tokens.values())
         if os.getppid() != self._parent:  # it was killed; the next run must not race with us
             raise EOFError("the parent process is gone")
+
+
+def lines_before_each(shards: Sequence[Shard], reports: Sequence[Report]) -> list[int]:
+    """How many lines of the same file come before each shard."""
+    offsets, path, lines = [], "", 0
+    for shard, report in zip(shards, reports, strict=True):
+        lines = lines if shard.source.path == path else 0
+        path = shard.source.path
+        offsets.append(lines)
+        lines += report.lines
+    return offsets
