@@ -35,7 +35,7 @@ from minimind_mcore.preprocess.indexed import bin_path, merge
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
 from minimind_mcore.preprocess.pool import run_tasks
 from minimind_mcore.preprocess.progress import Progress
-from minimind_mcore.preprocess.readers import PARTS, Reject, Shard, ShardReader, Source, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import PARTS, Reject, ShardReader, Source, find_sources, plan_shards
 from minimind_mcore.preprocess.shards import (
     Job,
     Report,
