@@ -86,7 +86,7 @@ def test_the_script_takes_the_users_data_and_flags(tmp_path: Path) -> None:
     (tokenizer / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
     settings = {"DATA_PATH": "mine.jsonl", "TOKENIZER_PATH": "tk", "OUTPUT_PREFIX": "out/x", "JSON_KEYS": "content"}
     done = run_script(tmp_path, "--dtype", "uint16", **settings)
-    assert done.stdout.strip() == "out/x_content_document", done.stderr
+    assert done.stdout.strip() == str(tmp_path / "out/x_content_document"), done.stderr
     tokens = (tmp_path / "out" / "x_content_document.bin").read_bytes()
     assert tokens == bytes([0, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 3, 0, 1, 0])
     assert check_dataset(tmp_path / "out" / "x_content_document") == []
