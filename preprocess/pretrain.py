@@ -148,7 +148,7 @@ def preview(options: Options) -> list[str]:
 def _try_first_records(options: Options, sources: Sequence[Source]) -> None:
     """See that the first file has records under these keys."""
     handler = find_handler(options.handler)
-    reader = ShardReader(plan_shards(sources, 1)[0], options.keys)
+    reader = ShardReader(plan_shards(sources, 1)[0], handler.columns(options.keys))
     reason = "it has no records"
     for number, record in itertools.islice(reader, PREVIEWED):
         if record is None:  # a blank line

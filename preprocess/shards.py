@@ -170,7 +170,7 @@ class ShardConverter:
         return report
 
     def _read(self, task: Task, report: Report, writers: Mapping[str, IndexedWriter], rejects: BinaryIO) -> None:
-        reader = ShardReader(task.shard, self._job.keys)
+        reader = ShardReader(task.shard, self._handler.columns(self._job.keys))
         batch: list[dict[str, str]] = []
         chars = 0
         for line, record in reader:

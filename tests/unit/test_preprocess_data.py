@@ -19,6 +19,7 @@ import pytest
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import cli, readers, train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
+from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.indexed import IndexedWriter, merge, read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.pretrain import Options, convert, preview
@@ -247,6 +248,58 @@ def test_a_directory_is_read_in_the_order_of_its_paths(tokenizer: str, tmp_path:
     assert [Path(s.path) for s in readers.find_sources(str(folder))] == by_path
     mixed = f"{folder}/a.jsonl, {folder}/b*.jsonl,{folder}/deep,{folder}/*.txt"
     assert files_of(convert(Options(mixed, tokenizer, str(tmp_path / "mixed")))[0]) == plain
+
+
+ALPACA_HEAD = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.USER: Below is an instruction that describes a task. Write a response "
+    "that appropriately completes the request.\n\n### Instruction:\n"
+)
+# (handler, keys, record, its text under MindSpeed-LLM, data_handler.py)
+HANDLED: list[tuple[str, str, dict[str, Any], str]] = [
+    (
+        "AlpacaPretrainHandler", "text", {"instruction": "Add.", "input": "1 2", "output": "3"},
+        ALPACA_HEAD + "Add.\n\n### Input:\n1 2\n\n### Response: ASSISTANT: 3",
+    ),
+    (
+        "AlpacaPretrainHandler", "text", {"instruction": "问好", "input": "", "output": "你好"},
+        ALPACA_HEAD + "问好\n\n###None\n\n### Response: ASSISTANT: 你好",
+    ),
+    (
+        "SharegptPretrainHandler", "conversations",
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"role": "assistant", "content": "2"}]}, "1+1?2",
+    ),
+]  # fmt: skip
+UNUSABLE: list[tuple[str, str, dict[str, Any], str]] = [
+    ("AlpacaPretrainHandler", "text", {"instruction": "Add."}, "field 'output' is missing"),
+    ("AlpacaPretrainHandler", "text", {"instruction": "a", "input": 1, "output": "b"}, "not a string but a number"),
+    ("SharegptPretrainHandler", "text", {"text": "hello"}, "not a list of turns but a string"),
+    ("SharegptPretrainHandler", "c", {"c": [{"value": "a"}, {"from": "gpt"}]}, "turn 2 has no string"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(("handler", "key", "record", "text"), HANDLED)
+def test_handlers_give_mindspeed_llms_text(
+    handler: str, key: str, record: dict[str, Any], text: str, suffix: str, tokenizer: str, tmp_path: Path
+) -> None:
+    source, plain = tmp_path / f"in{suffix}", write_jsonl(tmp_path / "plain.jsonl", [text])
+    if suffix == ".jsonl":
+        source.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), source)
+    options = Options(str(source), tokenizer, str(tmp_path / "out"), handler=handler, keys=(key,), append_eod=True)
+    [found] = convert(options)
+    [expected] = convert(Options(str(plain), tokenizer, str(tmp_path / "plain"), append_eod=True))
+    assert found == f"{tmp_path}/out_{key}_document"
+    for part in PAIR:
+        assert Path(found + part).read_bytes() == Path(expected + part).read_bytes()
+
+
+@pytest.mark.parametrize(("handler", "key", "record", "reason"), UNUSABLE)
+def test_handlers_reject_what_they_cannot_use(handler: str, key: str, record: dict[str, Any], reason: str) -> None:
+    rejected = find_handler(handler)(record, [key])
+    assert isinstance(rejected, readers.Reject) and reason in rejected.reason
 
 
 def test_several_keys_become_several_datasets(tokenizer: str, tmp_path: Path) -> None:
