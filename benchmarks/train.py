@@ -7,7 +7,7 @@ The loop is MiniMind's way: modules of its own, scaled-dot-product attention, Ad
 clipping; on a GPU autocast and torch.compile. Both sides see the same sizes, batches, precision and
 threads, each in a process of its own, in turn, several times; medians and their ratio are printed.
 Tokens per CPU second stand beside those per second: other programs on the machine disturb them less.
-On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu_matmul.py), to
+On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu.py), to
 show how much of the difference they are.
 """
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_mcore import cpu_matmul, device
+from minimind_mcore import cpu, device
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 
@@ -99,6 +99,10 @@ class PlainModel(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.head.weight = self.embedding.weight
+        # Not torch's N(0, 1): logits of that size leave most softmax probabilities denormal, and a CPU multiplies
+        # matrices of such numbers at a third of its speed.
+        for parameter in (p for p in self.parameters() if p.dim() > 1):
+            nn.init.normal_(parameter, std=0.02)
         frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
         angles = torch.outer(torch.arange(seq).float(), frequencies).repeat(1, 2)[:, None, :]
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -112,6 +116,14 @@ class PlainModel(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.reshape(-1))
 
 
+def batches(config: ModelConfig, args: argparse.Namespace) -> Iterator[Tensor]:
+    """Random token ids [batch, seq + 1] on the device, new ones each time, the same for both sides."""
+    numbers = torch.Generator().manual_seed(0)
+    while True:
+        ids = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1), generator=numbers)
+        yield ids.to(device.current().torch_device)
+
+
 def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     """One update of the plain loop."""
     kind = device.current().torch_device
@@ -120,9 +132,10 @@ def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     gpu, half = kind.type != "cpu", args.dtype == "bf16"
     if gpu:
         model = torch.compile(model)
-    ids = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1), device=kind)
+    data = batches(config, args)
 
     def step() -> None:
+        ids = next(data)
         with torch.autocast(kind.type, torch.bfloat16, enabled=half):
             loss = model(ids[:, :-1], ids[:, 1:].contiguous())
         loss.backward()
@@ -150,20 +163,17 @@ def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     model = build_model(run, layout)
     optimizer, scheduler = build_optimizer(run, model)
     kind = device.current().torch_device
-    ids = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1), device=kind)
-    batch = {
-        "tokens": ids[:, :-1].contiguous(),
-        "labels": ids[:, 1:].contiguous(),
+    same = {
         "loss_mask": torch.ones(args.batch, args.seq, device=kind),
         "position_ids": torch.arange(args.seq, device=kind).expand(args.batch, -1),
         "index": torch.arange(args.batch),
     }
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        while True:
-            yield batch
-
-    source = [batches()]
+    source: engine.Batches = [
+        (
+            same | {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+            for ids in batches(config, args)
+        )
+    ]
     return lambda: engine.train_step(run, model, optimizer, scheduler, source) and None
 
 
@@ -173,19 +183,19 @@ def measure(args: argparse.Namespace) -> None:
     if args.side == "native":
         device.setup()
     elif args.side == "onednn":
-        cpu_matmul.use_onednn()
+        cpu.use_onednn()
     build = native_step if args.side == "native" else plain_step
     step = build(get_preset(args.model[0]), args)
-    wall, cpu = [], []
+    wall, busy = [], []
     for _ in range(args.warmup + args.steps):
         device.synchronize()
-        start, busy = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         step()
         device.synchronize()
         wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - busy)
+        busy.append(time.process_time() - cpu_start)
     tokens = args.batch * args.seq
-    rates = [tokens / statistics.median(seconds[args.warmup :]) for seconds in (wall, cpu)]
+    rates = [tokens / statistics.median(seconds[args.warmup :]) for seconds in (wall, busy)]
     print(json.dumps(dict(zip(("wall", "cpu", "memory"), [*rates, device.peak_memory()], strict=True))))
 
 
@@ -203,7 +213,7 @@ def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, float
 def compare(model: str, args: argparse.Namespace) -> None:
     """Both sides in turn, `--rounds` times; print a table row per side and the ratio."""
     found, config = device.current(), get_preset(model)
-    sides = ["native", "plain", *(["onednn"] if found.kind == "cpu" and cpu_matmul.mkl_is_slow() else [])]
+    sides = ["native", "plain", *(["onednn"] if found.kind == "cpu" and cpu.mkl_is_slow() else [])]
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(args.rounds):
         for side in sides[:: -1 if number % 2 else 1]:

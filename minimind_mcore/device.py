@@ -29,7 +29,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import cpu_matmul
+from minimind_mcore import cpu
 from minimind_mcore.errors import UserError
 
 KINDS = ("npu", "cuda", "cpu")
@@ -152,12 +152,14 @@ def setup() -> Device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap of gradients and matmuls
     if device.kind == "cpu":
         _emulate_cuda_on_cpu()
-        cpu_matmul.use_onednn()
+        cpu.tune()
     else:
         getattr(torch, device.kind).set_device(local_rank())
     from minimind_mcore import megatron_fixes
+    from minimind_mcore.fused.install import install
 
     megatron_fixes.apply()
+    install()
     return device
 
 

@@ -21,7 +21,6 @@ def apply() -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
     _without_jit_fuser()
     _router_without_transformer_engine()
-    _fused_adam()
     _exact_gradient_norm()
     _distributed_optimizer_without_fp8()
 
@@ -45,22 +44,6 @@ def _router_without_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-
-
-def _fused_adam() -> None:
-    """All versions: where Apex and TE are missing, torch's AdamW takes their place: a Python loop over parameters,
-    with a `step` per parameter on which the distributed optimizer fails when it saves or loads (`KeyError: 'step'`)."""
-    import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    from minimind_mcore.fused_adam import FusedAdam
-
-    if optimizer.Adam is torch.optim.AdamW:
-        optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        # 0.16.1 asks in these ways which one it has
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _exact_gradient_norm() -> None:

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.fused.attention import SHORT, causal_attention
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -87,11 +88,18 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params, mask_type)
+        if attention_mask is None and mask_type in _CAUSAL and self._short_on_cpu(query, key):
+            return causal_attention(query, key, value, self.scale).flatten(2)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask, is_causal = self._mask(query, key, attention_mask, mask_type)
         out = self._attend(query, key, value, mask, is_causal)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _short_on_cpu(self, query: Tensor, key: Tensor) -> bool:
+        dropout = self.dropout if self.training else 0.0
+        plain = query.dtype == torch.float32 and dropout == 0.0 and query.shape[0] == key.shape[0]
+        return plain and query.device.type == "cpu" and 1 < query.shape[0] <= SHORT
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         if mask is not None and key.shape[1] != query.shape[1]:

@@ -29,6 +29,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from minimind_mcore.fused.elementwise import rms_norm
 from minimind_mcore.mindspeed import layers as mindspeed
 from minimind_mcore.models.attention import SDPACoreAttention
 from minimind_mcore.models.moe import build_moe
@@ -50,6 +51,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., hidden_size]."""
+        if x.device.type == "cpu" and x.dtype == torch.float32:  # other devices have a kernel
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -44,10 +44,11 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
         "recompute_granularity": args.recompute_granularity,
         "recompute_method": args.recompute_method,
         "recompute_num_layers": args.recompute_num_layers,
-        # Fusions that need Transformer Engine, Apex or a compiler; see megatron_fixes.
-        "gradient_accumulation_fusion": False,
+        # Where Apex is missing, by minimind_mcore.fused.
+        "gradient_accumulation_fusion": True,
+        "bias_activation_fusion": True,
+        # Fusions that need Transformer Engine or a compiler.
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,

@@ -22,6 +22,7 @@ UPSTREAM_NAMES = {
     "minimind_mcore/arguments.py": (
         "npu_deterministic", "hccl_group_buffer", "hccl_group_buffer_adaptive", "hccl_op_mode",
     ),
+    "minimind_mcore/fused/install.py": ("fused_weight_gradient_mlp_cuda",),
     "models/attention.py": ("get_cuda_rng_tracker",),
     "minimind_mcore/training/checkpoint_torch.py": ("cuda_rng_state", "get_cuda_rng_tracker"),
     "minimind_mcore/training/distributed.py": ("model_parallel_cuda_manual_seed",),

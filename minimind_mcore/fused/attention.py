@@ -1,0 +1,95 @@
+"""Causal attention over short sequences on a CPU: matrix products over blocks of queries.
+
+At MiniMind's lengths torch's own kernel takes 1.5 times as long, most of it in its backward pass; from
+about 2000 positions on it is as fast (docs/benchmarks.md), and needs no memory for the softmax. Here
+the backward pass finds it kept, less the half above the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SHORT = 512  # positions up to which this is worth its memory
+BLOCK = 64  # queries; small enough that scores stay in the cache and little above the diagonal is computed
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`softmax(scale q k^T) v`, each position looking at itself and those before it.
+
+    Args:
+        query: [sequence, batch, heads, head_dim].
+        key: [sequence, batch, kv_heads, head_dim]; each serves heads / kv_heads consecutive query heads.
+        value: as the key.
+        scale: of the scores.
+
+    Returns:
+        [sequence, batch, heads, head_dim].
+    """
+    out: Tensor = _CausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.shape, ctx.groups, ctx.scale = query.shape, query.shape[2] // key.shape[2], scale
+        query, key, value = _by_head(query, ctx.groups), _by_head(key, 1), _by_head(value, 1)
+        out, weights = torch.empty_like(query), []
+        for rows, end in _blocks(key.shape[1], ctx.groups):
+            weights.append(torch.softmax(_scores(query[:, rows], key[:, :end], scale, ctx.groups), -1))
+            out[:, rows] = torch.bmm(weights[-1], value[:, :end])
+        ctx.save_for_backward(query, key, value, out, *weights)
+        return _by_position(out, ctx.shape, ctx.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, *weights = ctx.saved_tensors
+        grad = _by_head(grad, ctx.groups)
+        # Row sums of weights times their gradients: the softmax's derivative takes them away.
+        inner = (grad * out).sum(-1, keepdim=True)
+        query_grad, key_grad, value_grad = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (rows, end), shares in zip(_blocks(key.shape[1], ctx.groups), weights, strict=True):
+            value_grad[:, :end] += torch.bmm(shares.mT, grad[:, rows])
+            scores_grad = torch.bmm(grad[:, rows], value[:, :end].mT).sub_(inner[:, rows]).mul_(shares)
+            query_grad[:, rows] = torch.bmm(scores_grad, key[:, :end])
+            key_grad[:, :end] += torch.bmm(scores_grad.mT, query[:, rows])
+        kv_shape = (*ctx.shape[:2], -1, ctx.shape[3])
+        return (
+            _by_position(query_grad.mul_(ctx.scale), ctx.shape, ctx.groups),
+            _by_position(key_grad.mul_(ctx.scale), kv_shape, 1),
+            _by_position(value_grad, kv_shape, 1),
+            None,
+        )
+
+
+def _by_head(x: Tensor, groups: int) -> Tensor:
+    """[sequence, batch, kv_heads * groups, d] to [batch * kv_heads, sequence * groups, d]."""
+    seq, batch, heads, d = x.shape
+    return x.reshape(seq, batch * heads // groups, groups, d).transpose(0, 1).reshape(-1, seq * groups, d)
+
+
+def _by_position(x: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+    """The inverse of `_by_head`."""
+    return x.view(x.shape[0], -1, groups, x.shape[2]).transpose(0, 1).reshape(shape)
+
+
+def _blocks(sequence: int, groups: int) -> Iterator[tuple[slice, int]]:
+    """The rows of a block of queries, and how many keys its last query sees."""
+    for start in range(0, sequence, BLOCK):
+        end = min(start + BLOCK, sequence)
+        yield slice(start * groups, end * groups), end
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, groups: int) -> Tensor:
+    """Scaled scores [batch * kv_heads, rows, keys] of a block whose last query sees every key; -inf for later keys."""
+    scores = torch.baddbmm(query.new_empty(1), query, key.mT, beta=0, alpha=scale)
+    length = query.shape[1] // groups
+    later = torch.ones(length, length, dtype=torch.bool).triu_(1).repeat_interleave(groups, 0)
+    scores[:, :, key.shape[1] - length :].masked_fill_(later, float("-inf"))
+    return scores
