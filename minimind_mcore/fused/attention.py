@@ -7,6 +7,7 @@ the backward pass finds it kept, less the half above the diagonal.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,11 @@ def _scores(query: Tensor, key: Tensor, scale: float, groups: int) -> Tensor:
     """Scaled scores [batch * kv_heads, rows, keys] of a block whose last query sees every key; -inf for later keys."""
     scores = torch.baddbmm(query.new_empty(1), query, key.mT, beta=0, alpha=scale)
     length = query.shape[1] // groups
-    later = torch.ones(length, length, dtype=torch.bool).triu_(1).repeat_interleave(groups, 0)
-    scores[:, :, key.shape[1] - length :].masked_fill_(later, float("-inf"))
+    scores[:, :, key.shape[1] - length :].masked_fill_(_later(length, groups), float("-inf"))
     return scores
+
+
+@functools.cache
+def _later(length: int, groups: int) -> Tensor:
+    """[length * groups, length]: the keys that come after the query of a row, both of one block."""
+    return torch.ones(length, length, dtype=torch.bool).triu_(1).repeat_interleave(groups, 0)

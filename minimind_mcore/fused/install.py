@@ -18,6 +18,7 @@ def install() -> None:
     _swiglu()
     _rotary()
     _weight_gradient()
+    _clipping()
 
 
 def _adam() -> None:
@@ -79,3 +80,17 @@ def add_weight_gradient(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None
         main_grad.addmm_(grad.t(), inputs)
     else:  # gradients of half-precision weights are summed in fp32
         main_grad.add_(grad.t() @ inputs)
+
+
+def _clipping() -> None:
+    """All versions: without Apex, clipping makes a scaled copy of every gradient and copies it back."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _scale(chunk_size: int, overflow: Any, tensor_lists: Any, scale: float) -> None:
+    """Multiply gradients, which are both the first and the second of `tensor_lists`, as apex's multi_tensor_scale."""
+    torch._foreach_mul_(tensor_lists[1], scale)
