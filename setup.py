@@ -1,4 +1,4 @@
-"""Packaging: `models/` and `preprocess/` are subpackages of `minimind_mcore`.
+"""Packaging: `models/`, `preprocess/` and `converters/` are subpackages of `minimind_mcore`.
 
 The rest of the metadata is in pyproject.toml. Import only `minimind_mcore.*`; the joining of the
 folders in a checkout that is not installed is in `minimind_mcore/__init__.py`.
@@ -6,7 +6,7 @@ folders in a checkout that is not installed is in `minimind_mcore/__init__.py`.
 
 from setuptools import find_packages, setup
 
-ROOMS = ("models", "preprocess")
+ROOMS = ("models", "preprocess", "converters")
 
 packages = find_packages(include=["minimind_mcore", "minimind_mcore.*"])
 package_dir = {"minimind_mcore": "minimind_mcore"}

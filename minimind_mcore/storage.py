@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 from minimind_mcore.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -100,7 +102,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the disk is full (the temporary directory is removed).
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    tmp = temporary_beside(path)
     with disk_errors(path):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -109,6 +111,20 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             publish_directory(tmp, path)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where this process makes what becomes `path`: on the same filesystem, hidden, and nobody else's."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes of this host left of `path`, unfinished."""
+    prefix = temporary_beside(path).name.removesuffix(str(os.getpid()))
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        owner = left.name.removeprefix(prefix)
+        if left.name.startswith(prefix) and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def publish_directory(tmp: Path, path: Path) -> None:
@@ -142,9 +158,9 @@ def file_entry(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def write_manifest(directory: Path, entries: dict[str, dict[str, int | str]]) -> None:
-    """Record the files of a directory, by relative name, in its `manifest.json`."""
-    atomic_write_text(directory / MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
+def write_manifest(directory: Path, entries: dict[str, dict[str, int | str]], **about: object) -> None:
+    """Record the files of a directory, by relative name, in its `manifest.json`; and more, by keyword."""
+    atomic_write_text(directory / MANIFEST, json.dumps({"files": entries, **about}, indent=1) + "\n")
 
 
 def check_manifest(directory: Path, share: int = 0, shares: int = 1) -> list[str]:

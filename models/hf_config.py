@@ -233,10 +233,7 @@ def _read_moe(reader: _Reader, model_type: str) -> MoEConfig:
 
 def _read_native(reader: _Reader) -> ModelConfig:
     if "n_layers" in reader.raw:
-        raise UserError(
-            f"{reader.name}: a MiniMind config from before 2025-04-26 (it has n_layers), whose rotary embedding "
-            "is interleaved; expected num_hidden_layers and so on"
-        )
+        reader = _Reader(_legacy_as_native(reader), reader.name)
     reader.expect("dropout", 0.0)
     reader.expect("scoring_func", "softmax")
     second = "n_routed_experts" in reader.raw  # minimind-3 calls it num_experts, and has it when dense too
@@ -249,6 +246,30 @@ def _read_native(reader: _Reader) -> ModelConfig:
     if raw.get("use_moe"):
         moe = _read_moe2(reader) if second else _read_moe3(reader)
     return _read_common(reader, qk_layernorm=not second, tied_default=True, moe=moe)
+
+
+def _legacy_as_native(reader: _Reader) -> dict[str, Any]:
+    """The config of v1 and the first MiniMind2 (before 2025-04-26) under the names of MiniMind2.
+
+    Their weights rotate neighbouring rows of a head (`weights.py`, form `legacy`); the model is the same.
+    """
+    raw, get = dict(reader.raw), reader.get
+    width, unit = raw.get("hidden_dim"), raw.get("multiple_of") or 64
+    raw |= {
+        "hidden_size": get("dim"),
+        "num_hidden_layers": get("n_layers"),
+        "num_attention_heads": get("n_heads"),
+        "num_key_value_heads": raw.get("n_kv_heads") or get("n_heads"),
+        "intermediate_size": width or math.ceil(int(8 * get("dim") / 3) / unit) * unit,
+        "rms_norm_eps": get("norm_eps"),
+        "max_position_embeddings": get("max_seq_len"),
+        "rope_theta": raw.get("rope_theta") or 1e4,  # v1 has no such key
+        "n_shared_experts": int(bool(raw.get("n_shared_experts"))),
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "n_routed_experts": raw.get("n_routed_experts", 4),
+    }
+    return raw
 
 
 def _read_moe2(reader: _Reader) -> MoEConfig:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.models.weights import EMBEDDING, Shape, mcore_shapes
+from minimind_mcore.models.rules import Shape
+from minimind_mcore.models.weights import EMBEDDING, mcore_shapes
 
 SCHEMES = ("megatron", "normal", "torch")
 

@@ -3,18 +3,21 @@
     mcore = hf_to_mcore(hf_state, config)      # every tensor accounted for, or an error
     hf_state = mcore_to_hf(mcore, config)
 
-A rule names tensors on both sides and knows how each becomes the other; `rules` lists those of a
-model. Everything here is the whole model: layers and experts numbered from 0, no tensor split.
+A rule (`rules.py`) names tensors on both sides and knows how each becomes the other; `rules` lists those
+of a model. Everything here is the whole model: layers and experts numbered from 0, no tensor split.
 `shard` and `unshard` cut and join one tensor for tensor parallelism; `loading.py` fills live models.
 
-Three forms of the other side: `hf`, the files of transformers (Llama, Qwen3, Qwen2-MoE, Qwen3-MoE);
-`hf_fused`, the same as transformers 5 holds it in memory, experts stacked; `native`, MiniMind's own.
+Four forms of the other side: `hf`, the files of transformers (Llama, Qwen3, Qwen2-MoE, Qwen3-MoE);
+`hf_fused`, the same as transformers 5 holds it in memory, experts stacked; `native`, MiniMind's own;
+`legacy`, MiniMind's before 2025-04-26 (v1, and the first MiniMind2).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,110 +25,11 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.hf_config import hf_model_type
+from minimind_mcore.models.rules import QKV, Concat, Doubled, InterleavedQKV, Rule, Shape, Stack, Zeros
 
-FORMS = ("hf", "hf_fused", "native")
+FORMS = ("hf", "hf_fused", "native", "legacy")
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """`hf` tensors of these `shapes` are the `mcore` tensors. This one: the same tensor, renamed.
-
-    `required`: reading without them is an error; `written`: writing makes them.
-    """
-
-    mcore: tuple[str, ...]
-    hf: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    required: bool = True
-    written: bool = True
-
-    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The `mcore` tensors, from those of `hf`, in order."""
-        return list(tensors)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The `hf` tensors, from those of `mcore`, in order."""
-        return list(tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QKV(Rule):
-    """q, k and v in one matrix: for each key-value head, the query heads it serves, its k, its v."""
-
-    kv_heads: int
-
-    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Interleave."""
-        groups = [t.reshape(self.kv_heads, -1, t.shape[-1]) for t in tensors]
-        return [torch.cat(groups, dim=1).flatten(0, 1)]
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Pick apart."""
-        groups = tensors[0].reshape(self.kv_heads, -1, tensors[0].shape[-1])
-        rows = [shape[0] // self.kv_heads for shape in self.shapes]
-        return [part.flatten(0, 1) for part in torch.split(groups, rows, dim=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Concat(Rule):
-    """Several matrices one after the other along `axis`: gate and up; the inputs of several experts."""
-
-    axis: int
-
-    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Join."""
-        return [torch.cat(tuple(tensors), dim=self.axis)]
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Split."""
-        return list(torch.split(tensors[0], [shape[self.axis] for shape in self.shapes], dim=self.axis))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack(Rule):
-    """One tensor of transformers holds the experts along its first axis."""
-
-    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor an expert."""
-        return list(tensors[0].unbind(0))
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor for all."""
-        return [torch.stack(tuple(tensors))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doubled(Rule):
-    """transformers multiplies the result by one half: a gate of sigmoid(0).
-
-    Doubling and then halving is exact; halving first loses the last bit of float16's subnormals.
-    """
-
-    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Halve."""
-        return [tensors[0] / 2]
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Double."""
-        return [tensors[0] * 2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Zeros(Rule):
-    """A parameter that transformers has and MiniMind has not: it must be zero."""
-
-    def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Nothing, if all are zero."""
-        if torch.count_nonzero(tensors[0]):
-            raise UserError(f"{self.hf[0]}: found values other than 0, expected zeros: MiniMind has no such parameter")
-        return []
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Zeros."""
-        return [torch.zeros(shape) for shape in self.shapes]
 
 
 def rules(config: ModelConfig, form: str = "hf") -> list[Rule]:
@@ -136,11 +40,42 @@ def rules(config: ModelConfig, form: str = "hf") -> list[Rule]:
     """
     if form not in FORMS:
         raise UserError(f"weight form: found {form!r}, expected one of {FORMS}")
-    if form != "native":
+    if form in ("hf", "hf_fused"):
         hf_model_type(config)
     elif config.moe and config.moe.shared_ffn_hidden_size % config.moe.ffn_hidden_size:
         raise UserError("MiniMind's shared experts are as wide as the others; this model's is not a multiple")
+    if form == "legacy":
+        return [_legacy(rule) for rule in _table(config, "native")]
     return _table(config, form)
+
+
+# From MiniMind's names of today to those before 2025-04-26 (commit 274483c renamed them).
+_LEGACY_NAMES = (
+    (r"^model\.embed_tokens\.", "tok_embeddings."),
+    (r"^lm_head\.", "output."),
+    (r"^model\.", ""),
+    (r"\.self_attn\.([qkvo])_proj\.", r".attention.w\1."),
+    (r"\.input_layernorm\.", ".attention_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.mlp\.", ".feed_forward."),
+    (r"\.shared_experts\.0\.", ".shared_experts."),
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.down_proj\.", ".w2."),
+    (r"\.up_proj\.", ".w3."),
+)
+
+
+def legacy_name(name: str) -> str:
+    """What MiniMind called one of its tensors before 2025-04-26."""
+    for pattern, replacement in _LEGACY_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _legacy(rule: Rule) -> Rule:
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    fields["hf"] = tuple(map(legacy_name, rule.hf))
+    return (InterleavedQKV if isinstance(rule, QKV) else type(rule))(**fields)
 
 
 def _table(config: ModelConfig, form: str) -> list[Rule]:
@@ -239,6 +174,8 @@ def detect_form(names: Iterable[str]) -> str:
     names = list(names)
     if any(name.endswith("mlp.experts.gate_up_proj") for name in names):
         return "hf_fused"
+    if any(".attention.wq." in name for name in names):
+        return "legacy"
     # Without a shared expert MiniMind's own names are those of Qwen3-MoE.
     return "native" if any(".shared_experts." in name for name in names) else "hf"
 
@@ -258,13 +195,13 @@ def hf_to_mcore(state: Mapping[str, Tensor], config: ModelConfig, form: str | No
     table = rules(config, form or detect_form(state))
     required = {name for rule in table if rule.required for name in rule.hf}
     known = {name for rule in table for name in rule.hf}
-    _account(state, required, known)
+    account(state, required, known)
     mcore: dict[str, Tensor] = {}
     for rule in table:
         if any(name not in state for name in rule.hf):  # and not required
             continue
         for name, shape in zip(rule.hf, rule.shapes, strict=True):
-            _check_shape(name, state[name], shape)
+            check_shape(name, state[name], shape)
         tensors = [state[name] for name in rule.hf]
         for name, tensor in zip(rule.mcore, rule.to_mcore(tensors), strict=True):
             if name in mcore and not torch.equal(mcore[name], tensor):
@@ -280,9 +217,9 @@ def mcore_to_hf(state: Mapping[str, Tensor], config: ModelConfig, form: str = "h
     """
     table = rules(config, form)
     shapes = mcore_shapes(config)
-    _account(state, set(shapes), set(shapes))
+    account(state, set(shapes), set(shapes))
     for name, shape in shapes.items():
-        _check_shape(name, state[name], shape)
+        check_shape(name, state[name], shape)
     dtype = state[EMBEDDING].dtype
     hf: dict[str, Tensor] = {}
     for rule in table:
@@ -306,7 +243,8 @@ def mcore_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _account(state: Mapping[str, Tensor], required: set[str], known: set[str]) -> None:
+def account(state: Mapping[str, object], required: set[str], known: set[str]) -> None:
+    """Raise a `UserError` that names what is missing from, or unknown in, a table of tensors by name."""
     problems = [
         f"{len(names)} {kind} tensors: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
         for kind, names in (("missing", required - state.keys()), ("unknown", state.keys() - known))
@@ -316,7 +254,8 @@ def _account(state: Mapping[str, Tensor], required: set[str], known: set[str]) -
         raise UserError(f"the weights do not fit the model config: {'; '.join(problems)}")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: Shape) -> None:
+def check_shape(name: str, tensor: HasShape, expected: Shape) -> None:
+    """Raise a `UserError` unless the tensor has that shape."""
     if tuple(tensor.shape) != expected:
         raise UserError(f"{name}: found shape {tuple(tensor.shape)}, expected {expected} from the model config")
 
@@ -331,6 +270,19 @@ _SPLITS = {
     "linear_fc1.weight": (0, 2),
     "linear_fc2.weight": (1, 1),
 }
+
+
+class HasShape(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+
+
+def is_split(name: str) -> bool:
+    """Whether tensor parallelism cuts a tensor of this name; every rank has a copy of the others."""
+    return _split(name) is not None
 
 
 def _split(name: str) -> tuple[int, int] | None:

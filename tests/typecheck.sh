@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# mypy on the package as it is when installed: models/ and preprocess/ inside minimind_mcore/.
+# mypy on the package as it is when installed: models/, preprocess/ and converters/ inside minimind_mcore/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,7 +7,7 @@ VIEW=.venv/typecheck
 rm -rf "$VIEW/minimind_mcore" # links of modules that are gone
 mkdir -p "$VIEW/minimind_mcore"
 ln -sfn "$PWD"/minimind_mcore/* "$VIEW/minimind_mcore/"
-for room in models preprocess; do
+for room in models preprocess converters; do
     ln -sfn "$PWD/$room" "$VIEW/minimind_mcore/$room"
 done
 cd "$VIEW"

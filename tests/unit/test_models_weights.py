@@ -32,8 +32,9 @@ def random_state(config: ModelConfig, form: str) -> dict[str, Tensor]:
             for name, shape in zip(rule.hf, rule.shapes, strict=True):
                 zero = isinstance(rule, weights.Zeros)
                 state[name] = torch.zeros(shape) if zero else torch.randn(shape, generator=generator)
-    if config.tie_embeddings and "lm_head.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    for output, embedding in (("lm_head", "model.embed_tokens"), ("output", "tok_embeddings")):
+        if config.tie_embeddings and f"{output}.weight" in state:
+            state[f"{output}.weight"] = state[f"{embedding}.weight"]
     return state
 
 

@@ -1,0 +1,173 @@
+"""The command lines of convert_ckpt_v2.py and convert_ckpt.py: MindSpeed-LLM's flags, and a few of ours.
+
+python convert_ckpt_v2.py --load-model-type hf --save-model-type mg --load-dir minimind-3 --save-dir mcore \\
+    --target-tensor-parallel-size 2 --model-type-hf qwen3
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore import arguments
+from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
+from minimind_mcore.converters.sharding import Sharding, parse_numbers
+from minimind_mcore.errors import UserError
+
+V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
+
+# Flags of other architectures, of schedules that MiniMind has not, or that would convert less than everything.
+_REFUSED = {
+    V2: (
+        "--mtp-num-layers --moe-tp-extend-ep --mla-mm-split --schedules-method --mamba-state-dim --mamba-num-groups "
+        "--mamba-head-dim --input-tp-rank --input-pp-rank"
+    ).split(),
+    V1: (
+        "--load-checkpoint-loosely --w-pack --add-dense-bias --post-norm --moe-tp-extend-ep --embed-layernorm "
+        "--add-output-layer-bias"
+    ).split(),
+}
+# Accepted: what they ask for is always so here, or says nothing to this converter.
+_NO_EFFECT = {
+    V2: ["--save-layer-by-layer"],
+    V1: (
+        "--loader --saver --max-queue-size --no-checking --spec --ckpt-cfg-path --vocab-file --megatron-path "
+        "--add-qkv-bias --load-hf-from-config"
+    ).split(),
+}
+_LEGACY = (
+    "a Megatron-legacy model: only mcore models are supported, as MindSpeed-LLM itself has no other any more; give "
+    "--use-mcore-models and leave out --load-from-legacy and --save-to-legacy"
+)
+
+
+def main_v2(argv: Sequence[str] | None = None) -> None:
+    """The program convert_ckpt_v2.py."""
+    args, given = _parse(V2, sys.argv[1:] if argv is None else argv)
+    if args.transformer_impl != "local":
+        raise UserError(
+            "--transformer-impl transformer_engine: its names for norms are not MiniMind's spec's; use local"
+        )
+    run_job(
+        Job(
+            **_common(args, given),
+            save_dir=Path(args.save_dir),
+            hf_cfg_dir=_first_path(args.hf_cfg_dir, args.hf_dir),
+            stated={
+                "num_layers": args.num_layers,
+                "hidden_size": args.hidden_size if "--hidden-size" in given else None,
+            },
+        )
+    )
+
+
+def main_v1(argv: Sequence[str] | None = None) -> None:
+    """The program convert_ckpt.py."""
+    args, given = _parse(V1, sys.argv[1:] if argv is None else argv)
+    if not args.use_mcore_models or args.load_from_legacy or args.save_to_legacy:
+        raise UserError(_LEGACY)
+    if args.model_type != "GPT":
+        raise UserError(f"--model-type {args.model_type}: expected GPT")
+    save_dir, hf_cfg_dir = Path(args.save_dir), _first_path(args.hf_cfg_dir, args.hf_dir)
+    tokenizer = Path(args.tokenizer_model)
+    if args.save_model_type == "hf":  # --save-dir is the original model, whose config and tokenizer are the output's
+        if hf_cfg_dir is None and (save_dir / "config.json").is_file():
+            hf_cfg_dir = save_dir
+        save_dir = save_dir / "mg2hf"
+    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(
+        tokenizer.parent if tokenizer.is_file() else tokenizer
+    )
+    run_job(Job(**_common(args, given), save_dir=save_dir, hf_cfg_dir=hf_cfg_dir))
+
+
+def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command line of one of the programs; returns also which flags it has."""
+    parser = arguments.build_parser(program, prog=program)
+    for action in parser._actions:
+        if action.dest in ("model_type_hf", "params_dtype", "ckpt_format", "lora_r", "lora_alpha"):
+            # ours has other models, and takes from the source what is not given
+            action.choices, action.default = None, None
+    _add_own_flags(parser)
+    given = arguments.given_flags(argv)
+    arguments.refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
+    if refused := [flag for flag in given if flag in _REFUSED[program]]:
+        raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
+    args = parser.parse_args(list(argv))
+    if ignored := [flag for flag in given if flag in _NO_EFFECT[program]]:
+        print(f"without effect here: {', '.join(ignored)}", flush=True)
+    return args, given
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of this kit, where MindSpeed-LLM's program has none of that name."""
+    group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
+    known = {flag for action in parser._actions for flag in action.option_strings}
+
+    def add(flag: str, **options: Any) -> None:
+        if flag not in known:
+            group.add_argument(flag, **options)
+
+    add("--params-dtype", help="fp32, bf16 or fp16 (default: the source's)")
+    add("--ckpt-format", help="of a Megatron checkpoint: torch (default) or torch_dist")
+    add("--hf-cfg-dir", help="directory with the model's config.json and tokenizer")
+    add("--hf-dir", help="the same, as older guides call it")
+    add("--tokenizer-name-or-path", help="directory of the tokenizer (default: --hf-cfg-dir, or the source's)")
+    add("--true-vocab-size", type=int, help="rows of the embedding to keep in a Hugging Face model")
+    add("--make-vocab-size-divisible-by", type=int, default=1, help="pad the vocabulary of a Megatron checkpoint")
+    add("--padded-vocab-size", type=int, help="pad it to this many rows")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="hf",
+        help="minimind: MiniMind's own; a --save-dir ending in .pth is a file",
+    )
+    add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
+    add("--max-shard-size", type=float, default=4.0, metavar="GIB", help="of one safetensors file")
+
+
+def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    """What both programs have."""
+    list_ = parse_numbers("num_layer_list", args.num_layer_list or "")
+    tp = args.target_tensor_parallel_size
+    etp = getattr(args, "expert_tensor_parallel_size", None)
+    if etp not in (None, tp):
+        raise UserError(f"--expert-tensor-parallel-size {etp}: experts are split like the rest here; expected {tp}")
+    dense = getattr(args, "first_k_dense_replace", None)
+    if dense not in (None, 0, -1):
+        raise UserError(f"--first-k-dense-replace {dense}: every layer of a MiniMind is alike; expected 0")
+    return {
+        "load_dir": Path(args.load_dir),
+        "load_type": args.load_model_type if "--load-model-type" in given else None,
+        "save_type": "hf" if args.save_model_type == "hf" else "mg",
+        "sharding": Sharding(
+            tp=tp,
+            pp=args.target_pipeline_parallel_size,
+            ep=args.target_expert_parallel_size,
+            layers_per_virtual_stage=args.num_layers_per_virtual_pipeline_stage,
+            layers_per_stage=list_ or None,
+            noop_layers=parse_numbers("noop_layers", args.noop_layers or ""),
+            grouped_experts=args.moe_grouped_gemm,
+        ),
+        "ckpt_format": args.ckpt_format or "torch",
+        "model_type": args.model_type_hf,
+        "dtype": args.params_dtype,
+        "format": args.format,
+        "tokenizer": _first_path(args.tokenizer_name_or_path),
+        "true_vocab_size": args.true_vocab_size,
+        "padded_vocab_size": args.padded_vocab_size,
+        "vocab_divisible_by": args.make_vocab_size_divisible_by,
+        "verify": args.verify,
+        "shard_bytes": int(args.max_shard_size * (1 << 30)),
+        "lora_load": _first_path(args.lora_load),
+        "lora_r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "lora_modules": tuple(args.lora_target_modules),
+        "lora_only": args.save_lora_to_hf,
+    }
+
+
+def _first_path(*values: str | None) -> Path | None:
+    return next((Path(value) for value in values if value), None)

@@ -1,0 +1,287 @@
+"""A conversion, top to bottom.
+
+    result = convert(open_source(path), HFTarget(source, native=False, folder=None), Path("out"))
+
+Each tensor of the whole megatron-core model is read once, looked at, and handed to the target. Then what was
+written is opened as anybody would, and must give the same tensors: the same digest, computed on both sides.
+Only then does the output appear, as a whole. The threads hash and sync, which Python's lock does not hold up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.converters.files import TensorWriter, as_bytes
+from minimind_mcore.converters.progress import Progress
+from minimind_mcore.converters.source import Lazy, Source
+from minimind_mcore.converters.target import Target
+from minimind_mcore.device import usable_cores
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import (
+    MANIFEST,
+    check_manifest,
+    disk_errors,
+    file_entry,
+    fsync_directory,
+    publish_directory,
+    remove_abandoned,
+    temporary_beside,
+)
+
+# What a small file, a header or a directory may need besides the tensors.
+SLACK_BYTES = 16 << 20
+Digests = dict[str, str]
+Entries = dict[str, dict[str, int | str]]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did.
+
+    Attributes:
+        path: of the output.
+        tensors: of the whole megatron-core model.
+        nbytes: that were written.
+        seconds: it took.
+        digest: SHA-256 of the weights, whatever the format: equal weights have an equal one.
+    """
+
+    path: Path
+    tensors: int
+    nbytes: int
+    seconds: float
+    digest: str
+
+
+def convert(
+    source: Source,
+    target: Target,
+    output: Path,
+    *,
+    file_name: str | None = None,
+    probe: Callable[[Mapping[str, Lazy], Path], None] | None = None,
+) -> Result:
+    """Convert, check, publish.
+
+    Args:
+        source: what to read.
+        target: what to write.
+        output: the directory to make, or the one to put `file_name` in.
+        file_name: where the output is a single file.
+        probe: a further check of what was written: its tensors, and the directory it is in.
+
+    Raises:
+        UserError: whatever is wrong with the source, the target or the disk; then there is no output.
+    """
+    started = time.monotonic()
+    final = output / file_name if file_name else output
+    require_free(final)
+    require_space(final, target.nbytes)
+    with staging(output) as tmp, Pool() as pool, disk_errors(output):
+        damaged = pool.submit(damaged_files, source)
+        digests, files = stream(source, target, tmp, pool)
+        problems = damaged.result()
+        if problems:
+            raise UserError("\n  ".join(["the source is damaged; get it again:", *problems]))
+        digest = total(digests)
+        target.finish(files, {"weights": {"sha256": digest, "tensors": len(digests)}})
+        written = verify(source, target, tmp, digests, pool)
+        if probe:
+            probe(written, tmp)
+        publish(tmp, output, file_name)
+    return Result(final, len(digests), target.nbytes, time.monotonic() - started, digest)
+
+
+# ------------------------------------------------------------------------------------------------------- pass
+
+
+def stream(source: Source, target: Target, root: Path, pool: Pool) -> tuple[Digests, Entries]:
+    """Read every tensor once and write what comes of it.
+
+    Returns:
+        Digests of the tensors by name, and manifest entries of the files.
+    """
+    for check in source.checks:
+        check()
+    target.create(root)
+    files: dict[str, Future[dict[str, int | str]]] = {}
+    looked_at: dict[str, Future[str]] = {}
+    try:
+        with Progress("converting", source.nbytes) as progress:
+            for name, lazy in source.tensors.items():
+                tensor = lazy.read()
+                looked_at[name] = pool.submit_bounded(look_at, name, lazy, tensor)
+                target.write(name, tensor)
+                progress.add(lazy.nbytes)
+                for writer in target.completed():
+                    files[str(writer.path.relative_to(root))] = pool.submit(seal, writer)
+        digests = {name: future.result() for name, future in looked_at.items()}
+        entries = {name: future.result() for name, future in files.items()}
+    finally:
+        pool.drain()
+        target.abandon()
+    _require_nothing("not read, or read twice, in the source", source.unread())
+    _require_nothing("not written, or written twice", target.unwritten())
+    return digests, entries
+
+
+def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes.
+
+    Raises:
+        UserError: it has another shape or dtype than was said, or a value that is not finite.
+    """
+    if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise UserError(f"{name}: found {found}, expected {expected.shape} {expected.dtype}")
+    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN goes through both
+        raise UserError(f"{name}: NaN or infinity among its values (in {tensor.dtype}): not usable weights")
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def total(digests: Mapping[str, str]) -> str:
+    """One digest of all."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def seal(writer: TensorWriter) -> dict[str, int | str]:
+    """Make a complete file durable; returns its manifest entry."""
+    writer.close()
+    return file_entry(writer.path)
+
+
+def damaged_files(source: Source) -> list[str]:
+    """Files of the source that are not what its manifest says, if it has one."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    return check_manifest(folder) if source.path.is_dir() and (folder / MANIFEST).is_file() else []
+
+
+# ----------------------------------------------------------------------------------------------------- verify
+
+
+def verify(source: Source, target: Target, root: Path, digests: Mapping[str, str], pool: Pool) -> Mapping[str, Lazy]:
+    """Open what was written, and compare; returns its tensors.
+
+    Raises:
+        UserError: a tensor is missing, or reads back otherwise.
+    """
+    written = target.reopen(root)
+    _require_nothing("written and not read back", [name for name in digests if name not in written])
+    found: dict[str, Future[str]] = {}
+    with Progress("checking", source.nbytes) as progress:
+        for name, lazy in written.items():
+            found[name] = pool.submit_bounded(look_at, name, source.tensors[name], lazy.read())
+            progress.add(lazy.nbytes)
+    differ = [name for name, future in found.items() if future.result() != digests[name]]
+    _require_nothing("not the same when read back", differ)
+    return written
+
+
+def _require_nothing(what: str, names: list[str]) -> None:
+    if names:
+        more = ", ..." if len(names) > 4 else ""
+        raise UserError(f"self-check: {len(names)} tensors {what}: {', '.join(names[:4])}{more}; nothing is written")
+
+
+# ---------------------------------------------------------------------------------------------------- publish
+
+
+def require_free(output: Path) -> None:
+    """Refuse to replace anything."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output} exists already: give another --save-dir, or remove it")
+
+
+def require_space(output: Path, nbytes: int) -> None:
+    """Refuse what cannot fit, before anything is read."""
+    where = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(where).free
+    if free < nbytes + SLACK_BYTES:
+        raise UserError(
+            f"{output}: {(nbytes + SLACK_BYTES) / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free; "
+            "free some space or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A directory beside the output, gone at the end whatever happens; what killed runs left there goes too."""
+    remove_abandoned(output)
+    tmp = temporary_beside(output)
+    try:
+        tmp.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror})") from error
+    try:
+        yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def publish(tmp: Path, output: Path, file_name: str | None) -> None:
+    """Let the output appear."""
+    if file_name is None:
+        publish_directory(tmp, output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    os.replace(tmp / file_name, output / file_name)
+    fsync_directory(output)
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+class Pool:
+    """Threads that work while the next tensors are read; tensors never queue up, however slow the threads are."""
+
+    def __init__(self) -> None:
+        self._workers = max(2, min(4, usable_cores()))
+        self._executor = ThreadPoolExecutor(self._workers)
+        self._bounded: deque[Future[Any]] = deque()
+        self._all: list[Future[Any]] = []
+
+    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start work that holds no tensor."""
+        future = self._executor.submit(work, *args, **kwargs)
+        self._all.append(future)
+        return future
+
+    def submit_bounded(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start work that holds a tensor, once less than one a thread is under way.
+
+        Raises:
+            UserError: that of earlier work.
+        """
+        while len(self._bounded) >= self._workers:
+            self._bounded.popleft().result()
+        future = self.submit(work, *args, **kwargs)
+        self._bounded.append(future)
+        return future
+
+    def drain(self) -> None:
+        """Wait for all that was started, whatever becomes of it."""
+        wait(self._all)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,220 @@
+"""Files of tensors: mapped for reading, laid out in advance for writing, every byte counted.
+
+file = open_tensors(path)                      # .safetensors, or what torch.save writes
+tensor = file.read("model.norm.weight")        # maps just these bytes
+file.unread()                                  # names of which not every byte was read once
+
+with TensorWriter(path, slots, offsets) as writer:
+    writer.write("model.norm.weight", tensor)
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import disk_errors
+
+Shape = tuple[int, ...]
+
+# https://github.com/huggingface/safetensors: the dtypes that weights come in
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Shape and dtype of a tensor, its bytes in the order of the first axis."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Entry(Slot):
+    """Where a tensor lies in a file; `crc` is the CRC-32 of its bytes, where the file records one."""
+
+    offset: int
+    crc: int | None = None
+
+
+class TensorFile:
+    """A file of tensors by name. Each read maps its own bytes, so that memory holds what is in use only."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self.path, self.entries = path, dict(entries)
+        self._read: Counter[str] = Counter()
+        size = path.stat().st_size
+        end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
+        if end > size:
+            raise UserError(f"{path}: truncated: {size:,} bytes, its tensors need {end:,}; get the file again")
+
+    def read(self, name: str, block: int = 0, blocks: int = 1) -> Tensor:
+        """A tensor, or one of `blocks` equal parts of its bytes, flat. Writing to it does not change the file.
+
+        Raises:
+            UserError: the bytes do not have the CRC-32 that the file records.
+        """
+        entry = self.entries[name]
+        nbytes = entry.nbytes // blocks
+        self._read[name] += nbytes
+        if nbytes == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        offset = entry.offset + block * nbytes
+        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as f:
+            mapped = mmap.mmap(f.fileno(), offset - start + nbytes, access=mmap.ACCESS_COPY, offset=start)
+        count = nbytes // entry.dtype.itemsize
+        tensor = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=offset - start)
+        if blocks > 1:
+            return tensor
+        if entry.crc is not None and zlib.crc32(as_bytes(tensor)) != entry.crc:
+            raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: damaged; get it again")
+        return tensor.view(entry.shape)
+
+    def unread(self) -> list[str]:
+        """Tensors of which some byte was not read, or was read twice."""
+        return [name for name, entry in self.entries.items() if self._read[name] != entry.nbytes]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    values = tensor.contiguous().view(-1).view(torch.uint8)
+    return values.numpy().data  # numpy has no bfloat16
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    """Open a safetensors file.
+
+    Raises:
+        UserError: no such file, truncated, or with a tensor of another dtype.
+    """
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length)) if length <= path.stat().st_size else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: truncated, or no safetensors file; get it again")
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, record in header.items():
+        if record["dtype"] not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} has dtype {record['dtype']}, expected one of {[*SAFETENSORS_DTYPES]}")
+        dtype = SAFETENSORS_DTYPES[record["dtype"]]
+        entries[name] = Entry(tuple(record["shape"]), dtype, 8 + length + record["data_offsets"][0])
+    return TensorFile(path, entries)
+
+
+class TensorWriter:
+    """A file that is filled in tensor by tensor, each at its place; its whole size is reserved at once.
+
+    Args:
+        path: exists already where `offset`s lie behind something that is kept.
+        entries: where each tensor goes.
+        size: of the file.
+
+    Raises:
+        UserError: the disk has no room.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], size: int) -> None:
+        self.path, self.entries = path, dict(entries)
+        self.crcs: dict[str, int] = {}
+        self._written: Counter[str] = Counter()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with disk_errors(path):
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, size)
+            else:
+                os.ftruncate(self._fd, size)
+
+    def write(self, name: str, tensor: Tensor, block: int = 0, blocks: int = 1) -> None:
+        """Write a tensor, or one of `blocks` equal parts of its bytes, in order.
+
+        Raises:
+            UserError: it has another dtype or size than its place, or the disk is full.
+        """
+        entry = self.entries[name]
+        nbytes = entry.nbytes // blocks
+        if (tensor.dtype, tensor.nbytes) != (entry.dtype, nbytes):
+            found = f"{tensor.dtype} of {tensor.nbytes} bytes"
+            raise UserError(f"{self.path.name}: {name}: found {found}, expected {entry.dtype} of {nbytes}")
+        data = as_bytes(tensor)
+        self.crcs[name] = zlib.crc32(data, self.crcs.get(name, 0))
+        with disk_errors(self.path):
+            done = 0
+            while done < nbytes:
+                done += os.pwrite(self._fd, data[done:], entry.offset + block * nbytes + done)
+        self._written[name] += nbytes
+
+    def unwritten(self) -> list[str]:
+        """Tensors of which some byte was not written, or was written twice."""
+        return [name for name, entry in self.entries.items() if self._written[name] != entry.nbytes]
+
+    def close(self) -> None:
+        """Make the bytes durable."""
+        with disk_errors(self.path):
+            os.fsync(self._fd)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without syncing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+
+def lay_out(slots: Mapping[str, Slot], start: int) -> Iterator[tuple[str, Entry]]:
+    """Entries of tensors one after the other from `start` on."""
+    for name, slot in slots.items():
+        yield name, Entry(slot.shape, slot.dtype, start)
+        start += slot.nbytes
+
+
+def create_safetensors(path: Path, slots: Mapping[str, Slot]) -> TensorWriter:
+    """A safetensors file with a place for each of these tensors, its header written.
+
+    Raises:
+        UserError: the disk has no room.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, entry in lay_out(slots, 0):
+        header[name] = {
+            "dtype": names[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [entry.offset, entry.offset + entry.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
+    start = 8 + len(text)
+    with disk_errors(path):
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return TensorWriter(path, dict(lay_out(slots, start)), start + sum(slot.nbytes for slot in slots.values()))

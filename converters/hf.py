@@ -1,0 +1,297 @@
+"""Directories of transformers (Llama, Qwen3, Qwen3-MoE, Qwen2-MoE) and of MiniMind in that form.
+
+Weights are one file or several with an index, safetensors or `torch.save` files; the names are those of
+`models/weights.py`, experts one by one or, as transformers 5 stacks them, in one tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.converters import hf_files
+from minimind_mcore.converters.files import Shape, Slot, TensorFile, create_safetensors, open_safetensors
+from minimind_mcore.converters.source import Lazy, Source, Training
+from minimind_mcore.converters.target import Target
+from minimind_mcore.converters.torch_zip import create_torch, read_archive
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import weights
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.hf_config import hf_model_type
+from minimind_mcore.models.rules import Rule, Stack, Zeros
+from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
+from minimind_mcore.storage import file_entry, write_manifest
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Stored(Slot):
+    """A tensor of a file."""
+
+    file: TensorFile
+    name: str
+
+    def read(self, block: int = 0, blocks: int = 1) -> Tensor:
+        """See `TensorFile.read`."""
+        return self.file.read(self.name, block, blocks)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def is_hf(path: Path) -> bool:
+    """Whether it is a directory of transformers, or meant to be one."""
+    return (path / "config.json").is_file()
+
+
+def open_hf(path: Path) -> Source:
+    """Open a directory.
+
+    Raises:
+        UserError: a file is missing or damaged, or its tensors are not those of the config.
+    """
+    config = ModelConfig.from_hf_config(path)
+    files = [open_tensors(file) for file in weight_files(path)]
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    kind = f"Hugging Face {raw['model_type']}, {path.name}"
+    source = assemble(path, kind, config, files).replace(folder=path)
+    if not (path / "tokenizer.json").is_file():
+        return source
+    return source.replace(training=Training(tokenizer=str(path.absolute()), fingerprint=tokenizer_fingerprint(path)))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of its tensors.
+
+    Raises:
+        UserError: there are none, or one that its index names is missing.
+    """
+    for name in WEIGHTS:
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [name for name in names if not (path / name).is_file()]
+            if missing:
+                raise UserError(f"{path}: {index.name} names {', '.join(missing)}, which is missing; get it again")
+            return [path / name for name in names]
+        if (path / name).is_file():
+            return [path / name]
+    raise UserError(f"{path}: found a config.json and no weights; expected one of {', '.join(WEIGHTS)}, or an index")
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a file of safetensors or of `torch.save`."""
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    archive = read_archive(path)
+    if not isinstance(archive.content, dict):
+        raise UserError(f"{path}: found no state dict in it")
+    return archive.tensors(archive.content)
+
+
+def assemble(
+    path: Path, kind: str, config: ModelConfig, files: list[TensorFile], names: Callable[[str], str] = lambda name: name
+) -> Source:
+    """The whole megatron-core model from state dicts of transformers or MiniMind.
+
+    Args:
+        path: what was opened.
+        kind: see `Source`.
+        config: the architecture.
+        files: with all its tensors.
+        names: from a name in a file to a name of the table.
+
+    Raises:
+        UserError: a tensor is missing, unknown, in two files, or of a wrong shape.
+    """
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, entry in file.entries.items():
+            if names(name) in stored:
+                raise UserError(f"{file.path}: {name} is in {stored[names(name)].file.path.name} too; expected one")
+            stored[names(name)] = Stored(entry.shape, entry.dtype, file, name)
+    table = weights.rules(config, weights.detect_form(stored))
+    if config.tie_embeddings and table[0].hf[0] not in stored and table[1].hf[0] in stored:
+        stored[table[0].hf[0]] = stored.pop(table[1].hf[0])  # safetensors keep one of the two, and any
+    weights.account(stored, {n for r in table if r.required for n in r.hf}, {n for r in table for n in r.hf})
+    tensors: dict[str, Lazy] = {}
+    checks: list[Callable[[], object]] = []
+    for rule in table:
+        if any(name not in stored for name in rule.hf):  # and not required
+            continue
+        for name, shape in zip(rule.hf, rule.shapes, strict=True):
+            weights.check_shape(name, stored[name], shape)
+        inputs = [stored[name] for name in rule.hf]
+        if not rule.mcore:
+            checks.append(functools.partial(_apply, rule, inputs))
+            continue
+        for name, lazy in zip(rule.mcore, _outputs(rule, inputs), strict=True):
+            tensors[name] = _same(tensors[name], lazy, rule.hf) if name in tensors else lazy
+    tensors = {name: tensors[name] for name in weights.mcore_shapes(config)}
+    return Source(path=path, kind=kind, config=config, tensors=tensors, files=tuple(files), checks=tuple(checks))
+
+
+def _outputs(rule: Rule, inputs: list[Stored]) -> list[Lazy]:
+    """The megatron-core tensors of a rule."""
+    if len({tensor.dtype for tensor in inputs}) > 1:
+        found = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in inputs)
+        raise UserError(f"expected one dtype, found {found}; give --params-dtype after making them equal")
+    dtype = inputs[0].dtype
+    if isinstance(rule, Stack):
+        shape, blocks = rule.shapes[0][1:], len(rule.mcore)
+        stacked = inputs[0]
+        return [Lazy(shape, dtype, functools.partial(_block, stacked, e, blocks, shape)) for e in range(blocks)]
+    shapes = [tuple(t.shape) for t in rule.to_mcore([torch.empty(t.shape, device="meta") for t in inputs])]
+    (shape,) = shapes  # only `Stack` makes several
+    return [Lazy(shape, dtype, lambda: _apply(rule, inputs)[0])]
+
+
+def _block(stacked: Stored, block: int, blocks: int, shape: Shape) -> Tensor:
+    return stacked.read(block, blocks).view(shape)
+
+
+def _apply(rule: Rule, inputs: list[Stored]) -> list[Tensor]:
+    return rule.to_mcore([tensor.read() for tensor in inputs])
+
+
+def _same(first: Lazy, second: Lazy, names: tuple[str, ...]) -> Lazy:
+    """A tensor that is there twice."""
+
+    def read() -> Tensor:
+        tensor = first.read()
+        if not torch.equal(tensor, second.read()):
+            raise UserError(f"{', '.join(names)}: differs from the tensor it is tied to, by the config")
+        return tensor
+
+    return Lazy(first.shape, first.dtype, read)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+class StateTarget(Target):
+    """A state dict of transformers or MiniMind, in whatever files.
+
+    Args:
+        source: what is converted.
+        form: one of `weights.FORMS`.
+    """
+
+    def __init__(self, source: Source, form: str) -> None:
+        super().__init__()
+        self.source, self.form = source, form
+        self._zeros: list[Rule] = []
+        self._rules: dict[str, list[Rule]] = {}
+        self.slots: dict[str, Slot] = {}
+        for rule in weights.rules(source.config, form):
+            if not rule.written:
+                continue
+            if isinstance(rule, Zeros):
+                self._zeros.append(rule)
+            for name in rule.mcore:
+                self._rules.setdefault(name, []).append(rule)
+            dtype = source.tensors[rule.mcore[0]].dtype if rule.mcore else source.dtype
+            self.slots |= {name: Slot(shape, dtype) for name, shape in zip(rule.hf, rule.shapes, strict=True)}
+
+    @property
+    def nbytes(self) -> int:
+        """See `Target`."""
+        return sum(slot.nbytes for slot in self.slots.values())
+
+    def write(self, name: str, whole: Tensor) -> None:
+        """See `Target`."""
+        for rule in self._rules[name]:
+            for hf_name, tensor in zip(rule.hf, rule.to_hf([whole]), strict=True):
+                self._write(hf_name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        next(writer for writer in self.writers if name in writer.entries).write(name, tensor)
+
+    def _write_zeros(self) -> None:
+        for rule in self._zeros:
+            for name, tensor in zip(rule.hf, rule.to_hf([]), strict=True):
+                self._write(name, tensor.to(self.slots[name].dtype))
+
+
+class HFTarget(StateTarget):
+    """A directory of transformers: safetensors, config, generation config, tokenizer.
+
+    Args:
+        source: what is converted.
+        native: in MiniMind's own form.
+        folder: where config and tokenizer come from, if not the source's.
+        shard_bytes: largest size of a file, unless one tensor is larger.
+    """
+
+    def __init__(self, source: Source, *, native: bool, folder: Path | None, shard_bytes: int = SHARD_BYTES) -> None:
+        super().__init__(source, "native" if native else "hf")
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._root = Path()
+
+    @property
+    def kind(self) -> str:
+        """See `Target`."""
+        what = "MiniMind's own form" if self.form == "native" else hf_model_type(self.source.config)
+        return f"Hugging Face directory, {what}"
+
+    def create(self, root: Path) -> None:
+        """See `Target`."""
+        self._root = root
+        shards: list[dict[str, Slot]] = [{}]
+        for name, slot in self.slots.items():
+            if shards[-1] and sum(s.nbytes for s in shards[-1].values()) + slot.nbytes > self.shard_bytes:
+                shards.append({})
+            shards[-1][name] = slot
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = names if len(shards) > 1 else [WEIGHTS[0]]
+        self.writers = [create_safetensors(root / n, slots) for n, slots in zip(names, shards, strict=True)]
+        if len(shards) > 1:
+            index = {name: file for file, slots in zip(names, shards, strict=True) for name in slots}
+            text = json.dumps({"metadata": {"total_size": self.nbytes}, "weight_map": index}, indent=1)
+            (root / f"{WEIGHTS[0]}.index.json").write_text(text + "\n", encoding="utf-8")
+        self._write_zeros()
+
+    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """See `Target`."""
+        hf_files.write(self._root, self.source, native=self.form == "native", folder=self.folder)
+        small = {p.name: file_entry(p) for p in sorted(self._root.iterdir()) if p.name not in manifest}
+        write_manifest(self._root, {**manifest, **small}, **about)
+
+
+class PthTarget(StateTarget):
+    """A `.pth` of MiniMind's trainer: one state dict of today's names.
+
+    Args:
+        source: what is converted.
+        name: of the file.
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        super().__init__(source, "native")
+        self.name = name
+
+    @property
+    def kind(self) -> str:
+        """See `Target`."""
+        return "MiniMind .pth"
+
+    def create(self, root: Path) -> None:
+        """See `Target`."""
+        self.writers = [create_torch(root / self.name, {}, {"": self.slots})]
+
+    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """See `Target`."""
+
+    def reopen(self, root: Path) -> Mapping[str, Lazy]:
+        """See `Target`. The architecture is given: a file of weights does not tell all of it."""
+        from minimind_mcore.converters.minimind import open_pth
+
+        return open_pth(root / self.name, self.source.config).tensors

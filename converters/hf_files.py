@@ -1,0 +1,136 @@
+"""What a directory of transformers holds besides tensors: configs and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_mcore.converters.source import Source
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.hf_config import hf_model_type, to_native_config
+from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
+from minimind_mcore.preprocess.train_tokenizer import SPECIAL, chat_template
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+# What `to_dict` writes too: of no causal language model, or of this installation.
+_NOT_THE_MODEL = (
+    *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "output_hidden_states", "output_attentions"),
+    *("return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
+)
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+
+def write(root: Path, source: Source, *, native: bool, folder: Path | None) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files.
+
+    Args:
+        root: the directory.
+        source: what is converted.
+        native: MiniMind's own config, and its modelling code where `folder` has it.
+        folder: a directory with a tokenizer; otherwise the source's, or that of its training.
+
+    Raises:
+        UserError: the tokenizer is not the one that the model was trained with.
+    """
+    tokenizer = find_tokenizer(source, folder)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # MiniMind's, of every generation
+    if tokenizer is not None:
+        ids |= copy_tokenizer(tokenizer, root)
+    config = native_config(source, folder, root) if native else hf_config(source.config)
+    _write_json(root / "config.json", config | ids | dtype_fields(source.dtype))
+    _write_json(root / "generation_config.json", ids)
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5, vLLM and MindSpeed-LLM all read."""
+    fields: dict[str, Any] = config.hf_config().to_dict()
+    for key in _NOT_THE_MODEL:
+        fields.pop(key, None)
+    fields["architectures"] = [_CLASSES[hf_model_type(config)]]
+    # transformers 5 has them in `rope_parameters`, and other names for the counts; the others know only these.
+    # Not `rope_scaling`: where it is there, if only as null, transformers 5 does not look at `rope_parameters`.
+    fields |= {"rope_theta": float(config.rope_theta), "tie_word_embeddings": config.tie_embeddings}
+    fields.pop("rope_scaling", None)
+    if config.moe:
+        fields["num_experts"] = config.moe.num_experts
+    return fields
+
+
+def native_config(source: Source, folder: Path | None, root: Path) -> dict[str, Any]:
+    """MiniMind's own config.json; where its modelling code is at hand, that too, so that transformers finds it."""
+    fields = to_native_config(source.config)
+    for place in filter(None, (folder, source.folder)):
+        code = place / "model_minimind.py"
+        if code.is_file():
+            shutil.copy(code, root / code.name)
+            classes = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
+            return fields | {"auto_map": {auto: f"model_minimind.{name}" for auto, name in classes.items()}}
+    return fields
+
+
+def dtype_fields(dtype: torch.dtype) -> dict[str, str]:
+    """The dtype under the name of transformers 4, which 5 reads too, as does MindSpeed-LLM (it knows no other)."""
+    return {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def find_tokenizer(source: Source, folder: Path | None) -> Path | None:
+    """The directory of the model's tokenizer, or None; says so if there is none."""
+    trained = Path(source.training.tokenizer) if source.training.tokenizer else None
+    for place in filter(None, (folder, source.folder, trained)):
+        if (place / "tokenizer.json").is_file():
+            fingerprint = tokenizer_fingerprint(place)
+            if source.training.fingerprint and fingerprint != source.training.fingerprint:
+                raise UserError(
+                    f"{place}: not the tokenizer that the model was trained with (fingerprint {fingerprint[:12]}, "
+                    f"expected {source.training.fingerprint[:12]}); give its directory as --hf-cfg-dir"
+                )
+            return place
+    print(
+        "no tokenizer was given (--hf-cfg-dir, or --tokenizer-name-or-path): the output has weights and configs, "
+        "and needs its tokenizer's files",
+        file=sys.stderr,
+    )
+    return None
+
+
+def copy_tokenizer(tokenizer: Path, root: Path) -> dict[str, int]:
+    """Copy a tokenizer's files, and see that they hold a chat template; returns its special ids by config key."""
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, root / name)
+    config_file = root / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    content = json.loads((root / "tokenizer.json").read_text(encoding="utf-8"))
+    names = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    has_template = bool(config.get("chat_template")) or (root / "chat_template.jinja").is_file()
+    if not has_template and set(SPECIAL[:3]) <= names.keys():
+        _write_json(config_file, config | {"chat_template": chat_template()})
+    info = tokenizer_info(root)
+    pad = config.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    ids = {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": names.get(pad)}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,237 @@
+"""What a command line asks for, and the source, the target and the checks that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_mcore.converters import lora, peft
+from minimind_mcore.converters.convert import Result, convert
+from minimind_mcore.converters.hf import SHARD_BYTES, HFTarget, PthTarget
+from minimind_mcore.converters.megatron import MegatronTarget, iteration_directory, open_adapters
+from minimind_mcore.converters.opening import open_source
+from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.converters.source import Source, cast, resize_vocabulary
+from minimind_mcore.converters.target import Target
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.hf_config import hf_model_type
+from minimind_mcore.models.presets import PRESETS, get_preset
+
+FORMATS = ("hf", "minimind")
+VERIFY = ("weights", "logits")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+# MindSpeed-LLM's names of the model types, and transformers'
+MODEL_TYPES = {"llama2": "llama", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "qwen2-moe": "qwen2_moe"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A conversion as it is asked for; the fields are the flags, None where a flag was not given."""
+
+    load_dir: Path
+    save_dir: Path
+    save_type: str
+    sharding: Sharding
+    load_type: str | None = None
+    ckpt_format: str = "torch"
+    model_type: str | None = None
+    dtype: str | None = None
+    format: str = "hf"
+    hf_cfg_dir: Path | None = None
+    tokenizer: Path | None = None
+    true_vocab_size: int | None = None
+    padded_vocab_size: int | None = None
+    vocab_divisible_by: int = 1
+    verify: str = "weights"
+    shard_bytes: int = SHARD_BYTES
+    lora_load: Path | None = None
+    lora_r: int | None = None
+    lora_alpha: float | None = None
+    lora_modules: tuple[str, ...] = ()
+    lora_only: bool = False
+    stated: Mapping[str, int | None] = field(default_factory=dict)
+
+
+def run_job(job: Job) -> Result:
+    """Convert, and say what was done.
+
+    Raises:
+        UserError: see the functions below, and `convert`.
+    """
+    source = prepare(job, open_model(job))
+    target = make_target(job, source)
+    print(f"from  {job.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB", flush=True)
+    print(f"to    {job.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB", flush=True)
+    if source.dtype == torch.float16:
+        print(
+            "note  fp16 weights: MiniMind's own tools save fp16 whatever a model was trained in; "
+            "convert from the trainer's checkpoint where more precision matters",
+            flush=True,
+        )
+    probe = None
+    if job.verify == "logits" and not job.lora_only:
+        from minimind_mcore.converters.probe import compare_logits
+
+        probe = partial(compare_logits, source, target)
+    if job.save_dir.suffix == ".pth":
+        result = convert(source, target, job.save_dir.parent, file_name=job.save_dir.name, probe=probe)
+    else:
+        result = convert(source, target, job.save_dir, probe=probe)
+    print(f"check {result.tensors} tensors read back, equal; SHA-256 of the weights {result.digest}", flush=True)
+    rate = result.nbytes / 1e9 / result.seconds
+    print(f"done  {result.path} in {result.seconds:.1f} s ({rate:.2f} GB/s)", flush=True)
+    return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return DTYPE_NAMES.get(str(dtype).removeprefix("torch."), str(dtype))
+
+
+# ------------------------------------------------------------------------------------------------------ source
+
+
+def open_model(job: Job) -> Source:
+    """The source, and whether it is what the flags say.
+
+    Raises:
+        UserError: it is not, or is damaged.
+    """
+    source = open_source(job.load_dir, _given_config(job.hf_cfg_dir))
+    found = "mg" if source.kind.startswith("Megatron") else "hf"
+    if job.load_type not in (None, found):
+        raise UserError(f"--load-model-type {job.load_type}: found {source.kind} in {job.load_dir}; say {found}")
+    check_model_type(job.model_type, source.config)
+    for name, value in job.stated.items():
+        actual = getattr(source.config, name)
+        if value not in (None, actual):
+            raise UserError(f"--{name.replace('_', '-')} {value}: the model has {actual}")
+    if job.lora_load:
+        if job.lora_load.is_file():
+            adapters, file = lora.open_minimind_adapter(job.lora_load, source)
+            rank = min(tensor.shape[0] for name, tensor in adapters.items() if ".lora_A." in name)
+            training = source.training.replace(lora_alpha=float(rank))  # it adds B A as it is
+            source = source.replace(adapters=adapters, files=(*source.files, file), training=training)
+        else:
+            source = open_adapters(_iteration(job.lora_load), source)
+    return source
+
+
+def _given_config(folder: Path | None) -> ModelConfig | None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--hf-cfg-dir {folder}: no such directory")
+    has_config = folder is not None and (folder / "config.json").is_file()
+    return ModelConfig.from_hf_config(folder) if folder and has_config else None
+
+
+def _iteration(path: Path) -> Path:
+    directory = iteration_directory(path) if path.is_dir() else None
+    if directory is None:
+        raise UserError(f"--lora-load {path}: expected a Megatron checkpoint with adapters, or MiniMind's LoRA .pth")
+    return directory
+
+
+def check_model_type(name: str | None, config: ModelConfig) -> None:
+    """Compare `--model-type-hf`, MindSpeed-LLM's name or MiniMind's, with the architecture.
+
+    Raises:
+        UserError: they differ, or no MiniMind is called so.
+    """
+    if name is None:
+        return
+    found = hf_model_type(config)
+    key = name.lower().replace("_", "-")
+    if key == "minimind":
+        return
+    if key in MODEL_TYPES:
+        expected = MODEL_TYPES[key]
+    elif key.replace("-", "_") in PRESETS or key.startswith("minimind"):
+        expected = hf_model_type(get_preset(name))
+    else:
+        known = ", ".join([*MODEL_TYPES, "minimind", *(n for n in PRESETS if not n.endswith("_tiny"))])
+        raise UserError(f"--model-type-hf {name}: not an architecture of MiniMind; expected one of {known}")
+    if expected != found:
+        raise UserError(f"--model-type-hf {name}: that is {expected}, but the model is {found}")
+
+
+def prepare(job: Job, source: Source) -> Source:
+    """The source with what the flags change: adapters merged, dtype, vocabulary.
+
+    Raises:
+        UserError: a flag asks for what cannot be.
+    """
+    if source.adapters and not job.lora_only:
+        source = lora.merge(lora.require_modules(source, job.lora_modules), job.lora_r, job.lora_alpha)
+    elif job.lora_only or job.lora_r is not None or job.lora_alpha is not None:
+        if not source.adapters:
+            raise UserError(f"{job.load_dir}: found no LoRA adapters there; expected linear_*.lora_A.default.weight")
+        source = lora.require_modules(source, job.lora_modules)
+    source = resize_vocabulary(source, _rows(job, source))
+    if job.dtype is not None:
+        name = DTYPE_NAMES.get(job.dtype, job.dtype)
+        if name not in DTYPES:
+            raise UserError(f"--params-dtype {job.dtype}: expected one of {', '.join(DTYPES)}")
+        source = cast(source, DTYPES[name])
+    return source
+
+
+def _rows(job: Job, source: Source) -> int:
+    """Rows of the embedding in the output."""
+    rows = source.config.vocab_size
+    true = job.true_vocab_size
+    if true is None and job.save_type == "hf" and (given := _given_config(job.hf_cfg_dir)):
+        true = given.vocab_size
+    if true is not None:
+        if true > rows:
+            raise UserError(f"a vocabulary of {true} is asked for, but the weights have {rows} rows")
+        rows = true
+    if job.save_type == "hf":
+        return rows
+    unit = job.vocab_divisible_by * job.sharding.tp if job.vocab_divisible_by > 1 else 1
+    padded = job.padded_vocab_size or -(-rows // unit) * unit
+    if padded < rows:
+        raise UserError(f"--padded-vocab-size {padded}: the vocabulary has {rows} rows already")
+    return padded
+
+
+# ------------------------------------------------------------------------------------------------------ target
+
+
+def make_target(job: Job, source: Source) -> Target:
+    """What to write.
+
+    Raises:
+        UserError: the model cannot be written so.
+    """
+    folder = job.tokenizer or job.hf_cfg_dir
+    if job.lora_only:
+        adapters = peft.adapter_source(source)
+        return peft.PeftTarget(adapters, job.lora_r, job.lora_alpha, job.hf_cfg_dir)
+    if job.save_type == "hf":
+        if job.save_dir.suffix == ".pth":
+            return PthTarget(source, job.save_dir.name)
+        return HFTarget(source, native=job.format == "minimind", folder=folder, shard_bytes=job.shard_bytes)
+    source = _with_tokenizer(source, folder)
+    if job.ckpt_format == "torch":
+        return MegatronTarget(source, job.sharding)
+    if job.ckpt_format == "torch_dist":
+        from minimind_mcore.converters.megatron_dist import MegatronDistTarget
+
+        return MegatronDistTarget(source, job.sharding)
+    raise UserError(f"--ckpt-format {job.ckpt_format}: expected torch or torch_dist")
+
+
+def _with_tokenizer(source: Source, folder: Path | None) -> Source:
+    """A Megatron checkpoint remembers its tokenizer, so that a mix-up is noticed."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return source
+    from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
+
+    fields: dict[str, Any] = {"tokenizer": str(folder.absolute()), "fingerprint": tokenizer_fingerprint(folder)}
+    return source.replace(training=source.training.replace(**fields))

@@ -1,0 +1,42 @@
+"""Open whatever it is: the format is told from what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minimind_mcore.converters.hf import is_hf, open_hf
+from minimind_mcore.converters.megatron import iteration_directory, open_megatron
+from minimind_mcore.converters.minimind import is_pth, open_pth
+from minimind_mcore.converters.source import Source
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+
+
+def open_source(path: Path, config: ModelConfig | None = None) -> Source:
+    """Open a model: a directory of transformers or MiniMind, a `.pth`, a Megatron checkpoint.
+
+    Args:
+        path: file or directory.
+        config: the architecture, for formats that do not tell all of it.
+
+    Raises:
+        UserError: there is nothing, or something else, or it is damaged.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: does not exist; expected a model: a directory or a .pth file")
+    if is_pth(path):
+        return open_pth(path, config)
+    if is_hf(path):
+        return open_hf(path)
+    directory = iteration_directory(path)
+    if directory is None:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"{path}: found {found}; expected a Hugging Face directory (config.json), a Megatron checkpoint "
+            "(latest_checkpointed_iteration.txt, or mp_rank_*), or a .pth file of MiniMind"
+        )
+    if (directory / "metadata.json").is_file():
+        from minimind_mcore.converters.megatron_dist import open_megatron_dist
+
+        return open_megatron_dist(directory, config)
+    return open_megatron(directory, config)

@@ -1,0 +1,123 @@
+"""`--verify logits`: run the model that was read and the one that was written, and compare.
+
+Each runs where it belongs: weights of Hugging Face or MiniMind in transformers, those of Megatron in
+megatron-core (one process, on the CPU). Both in fp32, so that what is compared is the weights and not the
+rounding of an attention kernel. The whole model is in memory, twice at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.converters.hf import HFTarget
+from minimind_mcore.converters.source import Lazy, Source
+from minimind_mcore.converters.target import Target
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import weights
+from minimind_mcore.models.config import ModelConfig
+
+BATCH, SEQUENCE, SEED = 2, 64, 20240828
+TOLERANCE = 1e-4  # of the largest logit, or of 1 if that is less
+
+
+def compare_logits(source: Source, target: Target, written: Mapping[str, Lazy], root: Path) -> None:
+    """Print the largest difference.
+
+    Raises:
+        UserError: it is more than rounding.
+    """
+    config = source.config
+    ids = torch.randint(0, config.vocab_size, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(SEED))
+
+    def of_source() -> Tensor:
+        run = megatron_logits if source.kind.startswith("Megatron") else transformers_logits
+        return run(config, source.tensors, ids)
+
+    def of_target() -> Tensor:
+        if isinstance(target, HFTarget) and target.form == "hf":
+            return directory_logits(root, ids)
+        run = megatron_logits if target.kind.startswith("Megatron") else transformers_logits
+        return run(config, written, ids)
+
+    with torch.no_grad():
+        # First what needs transformers: once the CPU is Megatron's device, it leaves buffers unset that it loads.
+        if source.kind.startswith("Megatron"):
+            found, expected = of_target(), of_source()
+        else:
+            expected, found = of_source(), of_target()
+    difference = (found - expected).abs().max().item()
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    limit = TOLERANCE * max(1.0, expected.abs().max().item())
+    print(f"logits of {ids.numel()} tokens: largest difference {difference:.3g}, argmax equal in {100 * same:.1f} %")
+    if not difference <= limit:
+        raise UserError(
+            f"--verify logits: they differ by {difference:.3g}, expected at most {limit:.3g}; nothing is written"
+        )
+
+
+def transformers_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: Tensor) -> Tensor:
+    """Of the transformers model with these weights."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(config.hf_config()).float().eval()
+    whole = {name: lazy.read().float() for name, lazy in tensors.items()}
+    form = weights.detect_form(model.state_dict())
+    state = weights.mcore_to_hf(whole, config, form)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise UserError(
+            f"transformers {transformers.__version__} has other tensors for this model: {missing} {unexpected}"
+        )
+    logits: Tensor = model(ids).logits
+    return logits
+
+
+def directory_logits(root: Path, ids: Tensor) -> Tensor:
+    """Of the model that transformers loads from a directory."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(root)).float().eval()
+    logits: Tensor = model(ids).logits
+    return logits
+
+
+def megatron_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: Tensor) -> Tensor:
+    """Of the megatron-core model with these weights."""
+    from minimind_mcore import device
+
+    device.setup()
+    from minimind_mcore.models.core_config import build_gpt_model
+    from minimind_mcore.models.loading import load_into
+
+    with _single_process():
+        core = config.transformer_config(perform_initialization=False)
+        model: Any = build_gpt_model(config, core, parallel_output=False).eval()
+        load_into([model], lambda name: tensors[name].read().float())
+        positions = torch.arange(ids.shape[1]).expand(*ids.shape)
+        logits: Tensor = model(ids, positions, None)
+    return logits
+
+
+@contextlib.contextmanager
+def _single_process() -> Iterator[None]:
+    """megatron-core's parallel state, of this process alone."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(SEED)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

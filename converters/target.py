@@ -1,0 +1,69 @@
+"""What a conversion writes to: files whose every byte has its place before the first is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from minimind_mcore.converters.files import TensorWriter
+from minimind_mcore.converters.source import Lazy
+
+
+class Target(ABC):
+    """Files to fill. They are made by `create`, filled by `write`, and accompanied by small ones in `finish`."""
+
+    def __init__(self) -> None:
+        self.writers: list[TensorWriter] = []
+        self._handed_out: set[Path] = set()
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """For people: what is written."""
+
+    @abstractmethod
+    def create(self, root: Path) -> None:
+        """Make the files in an empty directory, at their full sizes."""
+
+    @abstractmethod
+    def write(self, name: str, whole: Tensor) -> None:
+        """Write all that comes of one tensor of the whole megatron-core model."""
+
+    @abstractmethod
+    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """Write what is not tensors.
+
+        Args:
+            manifest: size and digest of every tensor file, by its path below the root.
+            about: what else the manifest says.
+        """
+
+    def reopen(self, root: Path) -> Mapping[str, Lazy]:
+        """The tensors of the whole megatron-core model, as they are read from what was written."""
+        from minimind_mcore.converters.opening import open_source
+
+        return open_source(root).tensors
+
+    def completed(self) -> Iterator[TensorWriter]:
+        """Files whose last byte was written since the last call."""
+        for writer in self.writers:
+            if writer.path not in self._handed_out and not writer.unwritten():
+                self._handed_out.add(writer.path)
+                yield writer
+
+    def unwritten(self) -> list[str]:
+        """Places for tensors of which a byte was not written, or was written twice."""
+        return [f"{writer.path.name}: {name}" for writer in self.writers for name in writer.unwritten()]
+
+    def abandon(self) -> None:
+        """Close all files."""
+        for writer in self.writers:
+            writer.abandon()

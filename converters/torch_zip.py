@@ -1,0 +1,270 @@
+"""The format of `torch.save`: read without executing what is in it, written with room for the tensors.
+
+It is a zip archive, nothing compressed: `data.pkl`, a pickle in which a tensor is a call of a function
+of torch with a reference to `data/N`, its bytes. Only tensors, containers, numbers and namespaces are
+made of that pickle; any other class that it names becomes an `Opaque` that holds nothing and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.serialization import skip_data
+
+from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import disk_errors
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that was not loaded: `storage` is the number of its record, `start` counts elements in it."""
+
+    shape: Shape
+    strides: Shape
+    dtype: torch.dtype
+    storage: str
+    start: int
+    elements: int
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its values lie one after the other."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+class Opaque:
+    """Stands for an object of a class that is not loaded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes anything."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps nothing."""
+
+    # a pickle may fill a subclass of dict or list
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keeps nothing."""
+
+    def append(self, value: Any) -> None:
+        """Keeps nothing."""
+
+    def extend(self, values: Any) -> None:
+        """Keeps nothing."""
+
+
+def _tensor(storage: Any, start: int, shape: Shape, strides: Shape, *_: Any) -> Any:
+    dtype, key, elements = storage
+    return StoredTensor(tuple(shape), tuple(strides), dtype, key, start, elements)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+# pickled references to bytes name a class of torch for their dtype
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("collections", "OrderedDict"): dict,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("torch", "Size"): tuple,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "dict"): dict,
+    ("builtins", "list"): list,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what `_ALLOWED` lists, and `Opaque`s."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch":
+            value = _STORAGES.get(name) or getattr(torch, name, None)
+            if isinstance(value, torch.dtype):
+                return value
+        return type(name, (Opaque,), {"__module__": module})
+
+    def persistent_load(self, saved: Any) -> Any:
+        _, dtype, key, _, elements = saved
+        return dtype if isinstance(dtype, torch.dtype) else torch.uint8, key, elements
+
+
+@dataclass(frozen=True)
+class Record:
+    """A file of the archive: where its bytes begin, how many they are, their CRC-32 (0: not recorded)."""
+
+    offset: int
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What a file of `torch.save` holds: the object, `StoredTensor`s in place of tensors, and its records."""
+
+    path: Path
+    content: Any
+    records: Mapping[str, Record]
+
+    def entry(self, tensor: StoredTensor, name: str) -> Entry:
+        """Where the bytes of one of its tensors lie.
+
+        Raises:
+            UserError: they do not lie one after the other, or are not all there.
+        """
+        record = self.records[tensor.storage]
+        offset = record.offset + tensor.start * tensor.dtype.itemsize
+        whole = tensor.shape and torch.Size(tensor.shape).numel() * tensor.dtype.itemsize == record.size
+        entry = Entry(tensor.shape, tensor.dtype, offset, (record.crc or None) if whole else None)
+        if not tensor.contiguous or offset + entry.nbytes > record.offset + record.size:
+            raise UserError(f"{self.path}: {name} is not stored in one piece; save it again with .contiguous()")
+        return entry
+
+    def tensors(self, state: Mapping[str, Any]) -> TensorFile:
+        """The tensors of a state dict that is (part of) the content."""
+        return TensorFile(self.path, {n: self.entry(t, n) for n, t in state.items() if isinstance(t, StoredTensor)})
+
+
+def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archive:
+    """Read the structure of a file of `torch.save`, or of one that lies within another file; no tensor is read.
+
+    Raises:
+        UserError: no such file, truncated, or something else.
+    """
+    try:
+        with open(path, "rb") as f:
+            part: IO[bytes] = f if size is None else _Part(f, offset, size)  # type: ignore[assignment]
+            with zipfile.ZipFile(part) as archive:
+                infos = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+                content = _Unpickler(archive.open(infos["data.pkl"])).load()
+                records = {
+                    name.removeprefix("data/"): Record(offset + _data_offset(part, info), info.file_size, info.CRC)
+                    for name, info in infos.items()
+                    if name.startswith("data/")
+                }
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, struct.error) as error:
+        raise UserError(f"{path}: truncated, or not what torch.save writes ({error}); get it again") from error
+    return Archive(path, content, records)
+
+
+class _Part:
+    """A region of an open file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, to: int, whence: int = 0) -> int:
+        self._at = to + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        count = left if count < 0 else min(count, left)
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(count)
+        self._at += len(data)
+        return data
+
+
+def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin: behind its local header, whose padding aligns them."""
+    file.seek(info.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+    return int(info.header_offset + 30 + name + extra)
+
+
+class TorchWriter(TensorWriter):
+    """A file that `torch.load` reads; tensors are written to their places, checksums when it is closed."""
+
+    def __init__(self, path: Path, archive: Archive, entries: Mapping[str, Entry], storages: Mapping[str, str]) -> None:
+        super().__init__(path, entries, path.stat().st_size)
+        self._archive, self._storages = archive, storages
+
+    def close(self) -> None:
+        """Write the checksums of the records, and make the bytes durable."""
+        crcs = {f"data/{self._storages[name]}": crc for name, crc in self.crcs.items()}
+        with disk_errors(self.path), open(self.path, "r+b") as f:
+            _patch_checksums(f, crcs)
+        super().close()
+
+
+def _patch_checksums(file: IO[bytes], crcs: Mapping[str, int]) -> None:
+    """Set the CRC-32 of records in the archive's directory, where readers look (APPNOTE.TXT, 4.3.12)."""
+    with zipfile.ZipFile(file, "r") as archive:
+        at, count = archive.start_dir, len(archive.infolist())
+    for _ in range(count):
+        file.seek(at)
+        header = file.read(46)
+        name, extra, comment = struct.unpack("<HHH", header[28:34])
+        record = file.read(name).decode().split("/", 1)[-1]
+        if record in crcs:
+            file.seek(at + 16)
+            file.write(struct.pack("<I", crcs[record]))
+        at += 46 + name + extra + comment
+
+
+def create_torch(path: Path, content: Mapping[str, Any], states: Mapping[str, Mapping[str, Slot]]) -> TorchWriter:
+    """A file of `torch.save` with a place for each tensor.
+
+    Args:
+        path: the file.
+        content: what the object holds besides tensors.
+        states: state dicts by their key in the object; the key "" is the object itself.
+
+    Returns:
+        A writer that knows a tensor of `states[key]` as "key/name", or as "name" if the key is "".
+    """
+    whole: dict[str, Any] = dict(content)
+    for key, slots in states.items():
+        # Memory that is never touched: only its size is written, as a hole.
+        tensors = {name: torch.empty(slot.shape, dtype=slot.dtype) for name, slot in slots.items()}
+        whole |= {key: tensors} if key else tensors
+    with disk_errors(path), skip_data():
+        torch.save(whole, path)
+    archive = read_archive(path)
+    entries, storages = {}, {}
+    for key in states:
+        for name, tensor in (archive.content[key] if key else archive.content).items():
+            if isinstance(tensor, StoredTensor):
+                full = f"{key}/{name}" if key else name
+                entries[full], storages[full] = archive.entry(tensor, name), tensor.storage
+    return TorchWriter(path, archive, entries, storages)
