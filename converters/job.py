@@ -223,7 +223,7 @@ def make_target(job: Job, source: Source) -> Target:
     if job.ckpt_format == "torch_dist":
         from minimind_mcore.converters.megatron_dist import MegatronDistTarget
 
-        return MegatronDistTarget(source, job.sharding)
+        return MegatronDistTarget(source)
     raise UserError(f"--ckpt-format {job.ckpt_format}: expected torch or torch_dist")
 
 

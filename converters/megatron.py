@@ -73,7 +73,8 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
     sharding = Sharding.from_args(args)
     archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, sharding)}
     files = {folder: _tensors(archive) for folder, archive in archives.items()}
-    model = model_config(directory, args, sharding, files, config)
+    found = {lora.without_base_layer(n): e.shape for file in files.values() for n, e in file.entries.items()}
+    model = model_config(directory, args, sharding, found, config)
     sharding.check(model)
     parts = sharding.parts(model)
     adapters = lora.adapter_parts(sharding, model, files)
@@ -86,7 +87,7 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
         tensors={name: _whole(name, shapes[name], parts[name], files, sharding.tp) for name in shapes},
         files=tuple(files.values()),
         sharding=sharding,
-        training=_training(args, archives[first.parent.name].content),
+        training=training_of(args, archives[first.parent.name].content),
         adapters={name: lora.whole(name, found, files, sharding.tp) for name, found in adapters.items()},
     )
 
@@ -110,7 +111,7 @@ def open_adapters(directory: Path, base: Source) -> Source:
     return base.replace(
         adapters={name: lora.whole(name, found, files, sharding.tp) for name, found in adapters.items()},
         files=(*base.files, *files.values()),
-        training=base.training.replace(lora_alpha=_training(args, content.content).lora_alpha),
+        training=base.training.replace(lora_alpha=training_of(args, content.content).lora_alpha),
     )
 
 
@@ -216,7 +217,9 @@ def _stored_name(files: Files, part: Part) -> str:
     return name if name in files[part.folder].entries else lora.with_base_layer(name)
 
 
-def _training(args: argparse.Namespace, content: Mapping[str, Any]) -> Training:
+def training_of(args: argparse.Namespace, content: Mapping[str, Any]) -> Training:
+    """What a checkpoint with these arguments says of its training."""
+
     def text(name: str) -> str | None:
         value = getattr(args, name, None)
         return value if isinstance(value, str) else None

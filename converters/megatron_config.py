@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore.converters.files import TensorFile
-from minimind_mcore.converters.lora import without_base_layer
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
@@ -29,7 +27,7 @@ def model_config(
     directory: Path,
     args: argparse.Namespace,
     sharding: Sharding,
-    files: Mapping[str, TensorFile],
+    shapes: Shapes,
     given: ModelConfig | None,
 ) -> ModelConfig:
     """The architecture.
@@ -38,13 +36,12 @@ def model_config(
         directory: for messages.
         args: of the checkpoint.
         sharding: its layout.
-        files: of its tensors, by folder.
+        shapes: of tensors of its files, by name.
         given: where the arguments may be incomplete, the architecture that they belong to.
 
     Raises:
         UserError: something is neither in the arguments nor given, or they contradict each other.
     """
-    shapes = {without_base_layer(n): e.shape for file in files.values() for n, e in file.entries.items()}
     rows = _size(directory, shapes, weights.EMBEDDING, 0) * sharding.tp
     if given is not None:
         _compare(directory, args, sharding, given)

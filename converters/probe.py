@@ -7,9 +7,7 @@ rounding of an attention kernel. The whole model is in memory, twice at most.
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,33 +89,18 @@ def directory_logits(root: Path, ids: Tensor) -> Tensor:
 
 def megatron_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: Tensor) -> Tensor:
     """Of the megatron-core model with these weights."""
-    from minimind_mcore import device
+    from minimind_mcore.converters.megatron_dist import single_process
 
-    device.setup()
-    from minimind_mcore.models.core_config import build_gpt_model
-    from minimind_mcore.models.loading import load_into
+    with single_process():
+        from megatron.core import tensor_parallel
 
-    with _single_process():
+        from minimind_mcore.models.core_config import build_gpt_model
+        from minimind_mcore.models.loading import load_into
+
+        tensor_parallel.model_parallel_cuda_manual_seed(SEED)
         core = config.transformer_config(perform_initialization=False)
         model: Any = build_gpt_model(config, core, parallel_output=False).eval()
         load_into([model], lambda name: tensors[name].read().float())
         positions = torch.arange(ids.shape[1]).expand(*ids.shape)
         logits: Tensor = model(ids, positions, None)
     return logits
-
-
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """megatron-core's parallel state, of this process alone."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state, tensor_parallel
-
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(SEED)
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()

@@ -24,6 +24,7 @@ UPSTREAM_NAMES = {
     ),
     "minimind_mcore/fused/install.py": ("fused_weight_gradient_mlp_cuda",),
     "models/attention.py": ("get_cuda_rng_tracker",),
+    "converters/probe.py": ("model_parallel_cuda_manual_seed",),
     "minimind_mcore/training/checkpoint_torch.py": ("cuda_rng_state", "get_cuda_rng_tracker"),
     "minimind_mcore/training/distributed.py": ("model_parallel_cuda_manual_seed",),
     "minimind_mcore/training/model.py": ("cuda",),  # Transformer Engine exists for nothing else
