@@ -125,6 +125,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="minimind: MiniMind's own; a --save-dir ending in .pth is a file",
     )
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
+    add("--dry-run", action="store_true", help="check everything, write nothing")
     add("--max-shard-size", type=float, default=4.0, metavar="GIB", help="of one safetensors file")
 
 
@@ -160,6 +161,7 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "padded_vocab_size": args.padded_vocab_size,
         "vocab_divisible_by": args.make_vocab_size_divisible_by,
         "verify": args.verify,
+        "dry_run": args.dry_run,
         "shard_bytes": int(args.max_shard_size * (1 << 30)),
         "lora_load": _first_path(args.lora_load),
         "lora_r": args.lora_r,

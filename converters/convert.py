@@ -149,11 +149,16 @@ def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
     if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise UserError(f"{name}: found {found}, expected {expected.shape} {expected.dtype}")
-    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN goes through both
-        raise UserError(f"{name}: NaN or infinity among its values (in {tensor.dtype}): not usable weights")
+    require_finite(name, tensor)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(as_bytes(tensor))
     return digest.hexdigest()
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise a `UserError` if a value is NaN or infinite."""
+    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN goes through both
+        raise UserError(f"{name}: NaN or infinity among its values (in {tensor.dtype}): not usable weights")
 
 
 def total(digests: Mapping[str, str]) -> str:

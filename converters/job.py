@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minimind_mcore.converters import lora, peft
-from minimind_mcore.converters.convert import Result, convert
+from minimind_mcore.converters.convert import Result, convert, require_free, require_space
 from minimind_mcore.converters.hf import SHARD_BYTES, HFTarget, PthTarget
 from minimind_mcore.converters.megatron import MegatronTarget, iteration_directory, open_adapters
 from minimind_mcore.converters.opening import open_source
@@ -50,6 +50,7 @@ class Job:
     padded_vocab_size: int | None = None
     vocab_divisible_by: int = 1
     verify: str = "weights"
+    dry_run: bool = False
     shard_bytes: int = SHARD_BYTES
     lora_load: Path | None = None
     lora_r: int | None = None
@@ -59,8 +60,8 @@ class Job:
     stated: Mapping[str, int | None] = field(default_factory=dict)
 
 
-def run_job(job: Job) -> Result:
-    """Convert, and say what was done.
+def run_job(job: Job) -> Result | None:
+    """Convert, and say what was done. A dry run returns None before anything is read or written.
 
     Raises:
         UserError: see the functions below, and `convert`.
@@ -75,6 +76,11 @@ def run_job(job: Job) -> Result:
             "convert from the trainer's checkpoint where more precision matters",
             flush=True,
         )
+    if job.dry_run:
+        require_free(job.save_dir)
+        require_space(job.save_dir, target.nbytes)
+        print("a dry run: everything is valid, nothing was written", flush=True)
+        return None
     probe = None
     if job.verify == "logits" and not job.lora_only:
         from minimind_mcore.converters.probe import compare_logits

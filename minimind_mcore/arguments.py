@@ -143,6 +143,11 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
         choices=("normal", "torch"),
         help="MiniMind's initialisation instead of Megatron's: normal is minimind-3's, torch MiniMind2's",
     )
+    group.add_argument(
+        "--reshard",
+        action="store_true",
+        help="load a torch checkpoint of another layout: its weights and place in the schedule, not its optimizer",
+    )
     group.add_argument("--decay-all", action="store_true", help="weight decay on norms too, as MiniMind does")
     group.add_argument(
         "--lr-at-iteration-end",

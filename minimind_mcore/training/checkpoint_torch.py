@@ -87,14 +87,18 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         found = ", ".join(sorted(p.name for p in directory.glob("mp_rank_*"))) or "none"
         raise UserError(
             f"{directory}: no {folder.name}, which this layout needs; it has {found}. A torch checkpoint loads into "
-            "the layout that saved it: convert it, or save with --ckpt-format torch_dist"
+            "the layout that saved it: give --reshard to take its weights into this one, or convert it "
+            "(convert_ckpt_v2.py), or save with --ckpt-format torch_dist"
         )
     # Written by Megatron it holds an argparse.Namespace and enums: no `weights_only`. Load what you trust.
     state: dict[str, Any] = torch.load(folder / NAME, map_location="cpu", weights_only=False)
     check_model(args, state["args"], directory, ("tensor_model_parallel_size", "pipeline_model_parallel_size"))
     for key, chunk in zip(model_keys(model), model, strict=True):
         if key not in state:
-            raise UserError(f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages")
+            raise UserError(
+                f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages; give --reshard to "
+                "take its weights into this layout"
+            )
         chunk.load_state_dict(state[key], strict=True)
     if args.finetune or args.no_load_optim or "optimizer" not in state:
         optimizer.reload_model_params()

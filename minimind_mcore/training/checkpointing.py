@@ -36,7 +36,7 @@ from minimind_mcore.storage import (
     publish_directory,
     write_manifest,
 )
-from minimind_mcore.training import checkpoint_dist, checkpoint_torch, distributed
+from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
 
@@ -196,14 +196,22 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     if not args.load:
         return Progress()
     root = Path(args.load)
+    if checkpoint_weights.is_model(root):
+        source = checkpoint_weights.read_model(args, root, model, optimizer)
+        _say(f"loaded weights of {root}: {source.kind}; training starts at the beginning")
+        return Progress()
     directory = choose(root, args.ckpt_step)
     if directory is None:
         if args.exit_on_missing_checkpoint or args.ckpt_step or args.finetune:
             raise UserError(f"--load {root}: found no checkpoint there")
         _say(f"no checkpoint in {root}: starting from the beginning")
         return Progress()
-    form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
-    saved = form.read(args, directory, model, optimizer, scheduler)
+    if args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory):
+        saved = checkpoint_weights.reshard(args, directory, model, optimizer, scheduler)
+        _say(f"resharded {directory} from {checkpoint_weights.saved_sharding(directory)}: its optimizer starts anew")
+    else:
+        form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
+        saved = form.read(args, directory, model, optimizer, scheduler)
     progress = _progress(args, saved)
     _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
     return progress
@@ -282,7 +290,8 @@ def check_model(args: argparse.Namespace, saved: Any, directory: Path, more: tup
             raise UserError(
                 f"{directory}: {name} is {found} there and {expected} on the command line; "
                 + (
-                    "convert it, or save it with --ckpt-format torch_dist"
+                    "give --reshard to take its weights into this layout, or convert it (convert_ckpt_v2.py), or save "
+                    "with --ckpt-format torch_dist"
                     if name in more
                     else "give the same model flags"
                 )

@@ -165,6 +165,39 @@ run_or_show() {
     if [ -n "$DRY_RUN" ]; then show "$@"; else "$@" >&2; fi
 }
 
+# convert_checkpoint FROM TO DEFAULT FLAGS...: convert LOAD_DIR, an hf or mg model, to SAVE_DIR, another, named after
+# LOAD_DIR with DEFAULT behind it unless it is given.
+convert_checkpoint() {
+    local from=$1 to=$2 suffix=$3 name
+    shift 3
+    [ -n "${LOAD_DIR:-}" ] || fail "LOAD_DIR is not set: give the model to convert"
+    LOAD_DIR=$(absolute "$LOAD_DIR")
+    name=$(basename "$LOAD_DIR" .pth)
+    [ "$name" != checkpoints ] || name=$(basename "$(dirname "$LOAD_DIR")") # outputs/MODEL/checkpoints
+    SAVE_DIR=$(absolute "${SAVE_DIR:-$ROOT/outputs/$name$suffix}")
+    local command=("$PYTHON" "$ROOT/convert_ckpt_v2.py" --load-model-type "$from" --save-model-type "$to"
+        --load-dir "$LOAD_DIR" --save-dir "$SAVE_DIR"
+        ${MODEL_TYPE_HF:+--model-type-hf "$MODEL_TYPE_HF"} ${HF_CFG_DIR:+--hf-cfg-dir "$HF_CFG_DIR"}
+        ${TOKENIZER_PATH:+--tokenizer-name-or-path "$TOKENIZER_PATH"} ${PRECISION:+--params-dtype "$PRECISION"}
+        ${VERIFY:+--verify "$VERIFY"} "$@")
+    show "${command[@]}"
+    exec "${command[@]}"
+}
+
+# layout_flags: sets LAYOUT_ARGS, the flags of the layout that TP, PP, VPP, EP, NUM_LAYER_LIST and NOOP_LAYERS ask for.
+layout_flags() {
+    LAYOUT_ARGS=(
+        --target-tensor-parallel-size "${TP:-1}"
+        --target-pipeline-parallel-size "${PP:-1}"
+        --target-expert-parallel-size "${EP:-1}"
+        ${VPP:+--num-layers-per-virtual-pipeline-stage "$VPP"}
+        ${NUM_LAYER_LIST:+--num-layer-list "$NUM_LAYER_LIST"}
+        ${NOOP_LAYERS:+--noop-layers "$NOOP_LAYERS"}
+        ${CKPT_FORMAT:+--ckpt-format "$CKPT_FORMAT"}
+    )
+    LAYOUT_NAME="-tp${TP:-1}-pp${PP:-1}$([ "${EP:-1}" = 1 ] || echo "-ep$EP")"
+}
+
 # run_program PROGRAM FLAGS...: start one of the kit's programs on every device of this host, or show how (dry run).
 # Under BACKEND=mindspeed-llm it is MindSpeed-LLM's program of that name, with the same flags.
 run_program() {

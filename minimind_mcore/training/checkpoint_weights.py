@@ -1,0 +1,77 @@
+"""Weights alone, into whatever layout this run has: of Hugging Face or MiniMind, or a `torch` checkpoint resharded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minimind_mcore.converters.convert import require_finite
+from minimind_mcore.converters.megatron import NAME
+from minimind_mcore.converters.opening import open_source
+from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.converters.source import Source
+from minimind_mcore.converters.torch_zip import read_archive
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.loading import load_into
+from minimind_mcore.training.checkpoint_torch import load_schedule
+
+
+def is_model(path: Path) -> bool:
+    """Whether it is weights of Hugging Face or MiniMind, and no directory of checkpoints."""
+    return path.is_file() or (path / "config.json").is_file()
+
+
+def is_resharded(args: argparse.Namespace, directory: Path) -> bool:
+    """Whether a `torch` checkpoint was saved in another layout than this run's."""
+    return saved_sharding(directory) != Sharding.from_args(args)
+
+
+def saved_sharding(directory: Path) -> Sharding:
+    """The layout of a `torch` checkpoint."""
+    return Sharding.from_args(_content(directory)["args"])
+
+
+def _content(directory: Path) -> Any:
+    return read_archive(sorted(directory.glob("mp_rank_*"))[0] / NAME).content
+
+
+def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer: Any) -> Source:
+    """Fill this rank's chunks from a model in files; the optimizer starts anew.
+
+    Raises:
+        UserError: it is another model, or damaged.
+    """
+    source = open_source(path)
+    config = ModelConfig.from_args(args)
+    for field in dataclasses.fields(ModelConfig):
+        found, expected = getattr(source.config, field.name), getattr(config, field.name)
+        # a longer context needs no other weights, and how experts are balanced is the training's
+        if field.name not in ("max_position_embeddings", "moe") and found != expected:
+            raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
+    for check in source.checks:
+        check()
+
+    def whole(name: str) -> Tensor:
+        tensor = source.tensors[name].read()
+        require_finite(name, tensor)
+        return tensor
+
+    load_into(model, whole)
+    optimizer.reload_model_params()
+    return source
+
+
+def reshard(
+    args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any
+) -> dict[str, Any]:
+    """Fill this rank's chunks from a `torch` checkpoint of another layout; returns the saved dictionary."""
+    read_model(args, directory, model, optimizer)
+    content: dict[str, Any] = _content(directory)
+    if not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in content:
+        load_schedule(scheduler, content["opt_param_scheduler"], directory)
+    return content
