@@ -224,7 +224,8 @@ def training_of(args: argparse.Namespace, content: Mapping[str, Any]) -> Trainin
         value = getattr(args, name, None)
         return value if isinstance(value, str) else None
 
-    alpha = getattr(args, "lora_alpha", None)
+    # every command line has an alpha; it was used where modules are named
+    alpha = getattr(args, "lora_alpha", None) if getattr(args, "lora_target_modules", None) else None
     return Training(
         iteration=content["iteration"] if isinstance(content.get("iteration"), int) else 1,
         consumed_samples=getattr(args, "consumed_train_samples", 0) or 0,

@@ -53,6 +53,10 @@ class Opaque:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes anything."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
+        """What stands for a function gives what stands for its result."""
+        return Opaque()
+
     def __setstate__(self, state: Any) -> None:
         """Keeps nothing."""
 
@@ -101,6 +105,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): dict,
     ("builtins", "list"): list,
 }
+
+
+_DAMAGED = (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, struct.error)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -175,7 +182,7 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
                 }
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
-    except (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, struct.error) as error:
+    except (*_DAMAGED, AttributeError, TypeError, ValueError) as error:  # a pickle that makes no sense
         raise UserError(f"{path}: truncated, or not what torch.save writes ({error}); get it again") from error
     return Archive(path, content, records)
 

@@ -102,9 +102,7 @@ def test_tensor_parallel_dense(tmp_path: Path) -> None:
             assert torch.equal(model[prefix + "mlp.linear_fc1.weight"], torch.cat([gate, up]))
             assert torch.equal(model[prefix + "mlp.linear_fc2.weight"], layer(state, n, "mlp.down_proj")[:, half])
             assert torch.equal(model[prefix + "pre_mlp_layernorm.weight"], layer(state, n, "post_attention_layernorm"))
-            assert torch.equal(
-                model[prefix + "self_attention.k_layernorm.weight"], layer(state, n, "self_attn.k_norm")
-            )
+            assert torch.equal(model[prefix + "self_attention.k_layernorm.weight"], layer(state, n, "self_attn.k_norm"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
