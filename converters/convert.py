@@ -72,8 +72,6 @@ def convert(
     source: Source,
     target: Target,
     output: Path,
-    *,
-    file_name: str | None = None,
     probe: Callable[[Mapping[str, Lazy], Path], None] | None = None,
 ) -> Result:
     """Convert, check, publish.
@@ -81,17 +79,15 @@ def convert(
     Args:
         source: what to read.
         target: what to write.
-        output: the directory to make, or the one to put `file_name` in.
-        file_name: where the output is a single file.
+        output: the directory or file to make.
         probe: a further check of what was written: its tensors, and the directory it is in.
 
     Raises:
         UserError: whatever is wrong with the source, the target or the disk; then there is no output.
     """
     started = time.monotonic()
-    final = output / file_name if file_name else output
-    require_free(final)
-    require_space(final, target.nbytes)
+    require_free(output)
+    require_space(output, target.nbytes)
     with staging(output) as tmp, Pool() as pool, disk_errors(output):
         damaged = pool.submit(damaged_files, source)
         digests, files = stream(source, target, tmp, pool)
@@ -103,8 +99,8 @@ def convert(
         written = verify(source, target, tmp, digests, pool)
         if probe:
             probe(written, tmp)
-        publish(tmp, output, file_name)
-    return Result(final, len(digests), target.nbytes, time.monotonic() - started, digest)
+        publish(tmp, output, target.single_file)
+    return Result(output, len(digests), target.nbytes, time.monotonic() - started, digest)
 
 
 # ------------------------------------------------------------------------------------------------------- pass
@@ -231,6 +227,7 @@ def staging(output: Path) -> Iterator[Path]:
     """A directory beside the output, gone at the end whatever happens; what killed runs left there goes too."""
     remove_abandoned(output)
     tmp = temporary_beside(output)
+    missing = [p for p in tmp.absolute().parents if not p.exists()]
     try:
         tmp.mkdir(parents=True)
     except OSError as error:
@@ -239,16 +236,18 @@ def staging(output: Path) -> Iterator[Path]:
         yield tmp
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):  # they hold the output now
+            for parent in missing:
+                parent.rmdir()
 
 
-def publish(tmp: Path, output: Path, file_name: str | None) -> None:
+def publish(tmp: Path, output: Path, single_file: str | None) -> None:
     """Let the output appear."""
-    if file_name is None:
+    if single_file is None:
         publish_directory(tmp, output)
         return
-    output.mkdir(parents=True, exist_ok=True)
-    os.replace(tmp / file_name, output / file_name)
-    fsync_directory(output)
+    os.replace(tmp / single_file, output)
+    fsync_directory(output.parent)
 
 
 # ---------------------------------------------------------------------------------------------------- threads

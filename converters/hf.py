@@ -271,12 +271,12 @@ class PthTarget(StateTarget):
 
     Args:
         source: what is converted.
-        name: of the file.
     """
 
-    def __init__(self, source: Source, name: str) -> None:
+    single_file = "weights.pth"
+
+    def __init__(self, source: Source) -> None:
         super().__init__(source, "native")
-        self.name = name
 
     @property
     def kind(self) -> str:
@@ -285,7 +285,7 @@ class PthTarget(StateTarget):
 
     def create(self, root: Path) -> None:
         """See `Target`."""
-        self.writers = [create_torch(root / self.name, {}, {"": self.slots})]
+        self.writers = [create_torch(root / self.single_file, {}, {"": self.slots})]
 
     def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
         """See `Target`."""
@@ -294,4 +294,4 @@ class PthTarget(StateTarget):
         """See `Target`. The architecture is given: a file of weights does not tell all of it."""
         from minimind_mcore.converters.minimind import open_pth
 
-        return open_pth(root / self.name, self.source.config).tensors
+        return open_pth(root / self.single_file, self.source.config).tensors

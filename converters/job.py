@@ -86,10 +86,7 @@ def run_job(job: Job) -> Result | None:
         from minimind_mcore.converters.probe import compare_logits
 
         probe = partial(compare_logits, source, target)
-    if job.save_dir.suffix == ".pth":
-        result = convert(source, target, job.save_dir.parent, file_name=job.save_dir.name, probe=probe)
-    else:
-        result = convert(source, target, job.save_dir, probe=probe)
+    result = convert(source, target, job.save_dir, probe)
     print(f"check {result.tensors} tensors read back, equal; SHA-256 of the weights {result.digest}", flush=True)
     rate = result.nbytes / 1e9 / result.seconds
     print(f"done  {result.path} in {result.seconds:.1f} s ({rate:.2f} GB/s)", flush=True)
@@ -221,7 +218,7 @@ def make_target(job: Job, source: Source) -> Target:
         return peft.PeftTarget(adapters, job.lora_r, job.lora_alpha, job.hf_cfg_dir)
     if job.save_type == "hf":
         if job.save_dir.suffix == ".pth":
-            return PthTarget(source, job.save_dir.name)
+            return PthTarget(source)
         return HFTarget(source, native=job.format == "minimind", folder=folder, shard_bytes=job.shard_bytes)
     source = _with_tokenizer(source, folder)
     if job.ckpt_format == "torch":

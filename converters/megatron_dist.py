@@ -230,11 +230,15 @@ def _save(directory: Path, state: dict[str, Any]) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from torch.distributed.checkpoint.api import CheckpointException
 
     # Its writers report over a queue of another process; this save waits for them here (see checkpoint_dist).
     filesystem_async._results_queue = queue.Queue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(directory), strategy)
+    try:
+        dist_checkpointing.save(state, str(directory), strategy)
+    except CheckpointException as error:  # no Exception, but a BaseException
+        raise RuntimeError(str(error)) from error
 
 
 @contextlib.contextmanager

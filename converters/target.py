@@ -15,6 +15,8 @@ from minimind_mcore.converters.source import Lazy
 class Target(ABC):
     """Files to fill. They are made by `create`, filled by `write`, and accompanied by small ones in `finish`."""
 
+    single_file: str | None = None  # its name, where the output is no directory
+
     def __init__(self) -> None:
         self.writers: list[TensorWriter] = []
         self._handed_out: set[Path] = set()

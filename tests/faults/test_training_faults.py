@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from disks import small_disk
 from engine import ROOT, Corpus, Run, Server, as_flags, layout
 
 from minimind_mcore.models.presets import PRESETS
@@ -198,20 +199,6 @@ def test_missing_checkpoint_starts_anew_unless_told_otherwise(server: Server, co
 def test_keep_last_keeps_the_newest(server: Server, corpus: Corpus, tmp_path: Path) -> None:
     saved_run(server, corpus, tmp_path, "torch", train_iters=5, save_interval=1, keep_last=2)
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["iter_0000004", "iter_0000005", TRACKER]
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
-    """A tmpfs, where mounting one is permitted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        pytest.skip("no permission to mount a small tmpfs: " + (done.stderr.strip() if done else "not root"))
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("broken", [None, hook(believe_in_space)], ids=["before writing", "while writing"])

@@ -58,7 +58,7 @@ def test_a_pth_tells_its_architecture(name: str, dtype: torch.dtype, tmp_path: P
     state = state_dict(config, "native", dtype)
     source = open_source(save_pth(tmp_path / "full_sft_128.pth", state))
     assert source.config == config and source.dtype == dtype
-    back = convert(source, PthTarget(source, "back.pth"), tmp_path, file_name="back.pth").path
+    back = convert(source, PthTarget(source), tmp_path / "back.pth").path
     assert_same_bits(torch.load(back), state)
 
 
@@ -67,7 +67,7 @@ def test_weights_before_2025_04_26_become_todays(config: ModelConfig, tmp_path: 
     state = state_dict(config, "legacy")
     source = open_source(save_pth(tmp_path / "pretrain_512.pth", state))
     assert source.config == config
-    back = convert(source, PthTarget(source, "today.pth"), tmp_path, file_name="today.pth").path
+    back = convert(source, PthTarget(source), tmp_path / "today.pth").path
     today = torch.load(back)
     assert torch.equal(today["model.layers.0.self_attn.v_proj.weight"], state["layers.0.attention.wv.weight"])
     q, old = today["model.layers.0.self_attn.q_proj.weight"], state["layers.0.attention.wq.weight"]
@@ -81,7 +81,7 @@ def test_the_interleaved_rotation_computes_the_same(tmp_path: Path) -> None:
     config = V1
     state = state_dict(config, "legacy")
     source = open_source(save_pth(tmp_path / "old.pth", state))
-    today = torch.load(convert(source, PthTarget(source, "new.pth"), tmp_path, file_name="new.pth").path)
+    today = torch.load(convert(source, PthTarget(source), tmp_path / "new.pth").path)
     x = torch.randn(12, config.hidden_size)
     d = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, d, 2) / d)
@@ -269,7 +269,7 @@ def test_the_ungated_shared_expert_becomes_a_gated_one_and_comes_back(tmp_path: 
         )
         assert not any(found[f"{p}self_attn.{x}_proj.bias"].any() for x in "qkv")
     again = open_source(hf)
-    back = convert(again, PthTarget(again, "back.pth"), tmp_path, file_name="back.pth").path
+    back = convert(again, PthTarget(again), tmp_path / "back.pth").path
     assert_same_bits(torch.load(back), state)
 
 
