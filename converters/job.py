@@ -174,8 +174,9 @@ def prepare(job: Job, source: Source) -> Source:
     elif job.lora_only or job.lora_r is not None or job.lora_alpha is not None:
         if not source.adapters:
             raise UserError(f"{job.load_dir}: found no LoRA adapters there; expected linear_*.lora_A.default.weight")
-        source = lora.require_modules(source, job.lora_modules)
-    source = resize_vocabulary(source, _rows(job, source))
+        source = peft.adapter_source(lora.require_modules(source, job.lora_modules))
+    if not job.lora_only:
+        source = resize_vocabulary(source, _rows(job, source))
     if job.dtype is not None:
         name = DTYPE_NAMES.get(job.dtype, job.dtype)
         if name not in DTYPES:
@@ -214,8 +215,7 @@ def make_target(job: Job, source: Source) -> Target:
     """
     folder = job.tokenizer or job.hf_cfg_dir
     if job.lora_only:
-        adapters = peft.adapter_source(source)
-        return peft.PeftTarget(adapters, job.lora_r, job.lora_alpha, job.hf_cfg_dir)
+        return peft.PeftTarget(source, job.lora_r, job.lora_alpha, job.hf_cfg_dir)
     if job.save_type == "hf":
         if job.save_dir.suffix == ".pth":
             return PthTarget(source)

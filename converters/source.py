@@ -81,8 +81,8 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, which is that of (nearly) all."""
-        return self.tensors[weights.EMBEDDING].dtype
+        """The dtype of the first tensor, the embedding; it is that of (nearly) all."""
+        return next(iter(self.tensors.values())).dtype
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +104,8 @@ def cast(source: Source, dtype: torch.dtype) -> Source:
     def to(tensor: Lazy) -> Lazy:
         return Lazy(tensor.shape, dtype, lambda: tensor.read().to(dtype))
 
-    return source.replace(tensors={name: to(tensor) for name, tensor in source.tensors.items()})
+    tensors, adapters = ({n: to(t) for n, t in table.items()} for table in (source.tensors, source.adapters))
+    return source.replace(tensors=tensors, adapters=adapters)
 
 
 def resize_vocabulary(source: Source, rows: int) -> Source:

@@ -128,14 +128,16 @@ def _attention_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
 def _mlp_rules(ours: str, theirs: Sequence[str], h: int, ffn: int) -> list[Rule]:
     """One MLP, or several of the same input whose outputs add up: they are one that is wider."""
     names = [f"{mlp}.{x}_proj.weight" for x in ("gate", "up") for mlp in theirs]
+    outputs = Rule(
+        mcore=(ours + ".linear_fc2.weight",),
+        hf=tuple(f"{mlp}.down_proj.weight" for mlp in theirs),
+        shapes=((h, ffn),) * len(theirs),
+    )
+    if len(theirs) > 1:
+        outputs = Concat(mcore=outputs.mcore, hf=outputs.hf, shapes=outputs.shapes, axis=1)
     return [
         Concat(mcore=(ours + ".linear_fc1.weight",), hf=tuple(names), shapes=((ffn, h),) * len(names), axis=0),
-        Concat(
-            mcore=(ours + ".linear_fc2.weight",),
-            hf=tuple(f"{mlp}.down_proj.weight" for mlp in theirs),
-            shapes=((h, ffn),) * len(theirs),
-            axis=1,
-        ),
+        outputs,
     ]
 
 
