@@ -133,7 +133,7 @@ def check(
     """Run with these flags, and compare; returns what was printed."""
     folder.mkdir()
     torch.save(ids, folder / "ids.pt")
-    argv = [*corpus.flags(config, micro_batch_size=2, global_batch_size=8, seq_length=16, lr=1e-4), *as_flags(flags)]
+    argv = [*corpus.flags(config, micro_batch_size=2, global_batch_size=8, seq_length=16), *as_flags(flags)]
     environment = {RESULT: str(folder), "TRAIN": "1" if flags.get("train_iters") else ""}
     run = server.run(argv, folder, processes, HOOK, environment)
     found = torch.load(folder / "logits.pt")
@@ -210,7 +210,11 @@ def test_a_checkpoint_of_another_layout_is_resharded_on_request(
 ) -> None:
     config = model_of("minimind3_moe", corpus)
     trained, flags = tmp_path / "trained", {"save": tmp_path / "trained", "save_interval": 3, "ckpt_format": "torch"}
-    server.run(corpus.flags(config, train_iters=3, **flags, **layout(ep=2)), tmp_path / "first", 2)
+    server.run(
+        corpus.flags(config, train_iters=5, exit_interval=3, seq_length=16, **flags, **layout(ep=2)),
+        tmp_path / "first",
+        2,
+    )
     hf = convert(trained, tmp_path / "hf", "--load-model-type", "mg", to="hf")
     assert read_hf(hf).keys() == state_dict(config, "hf").keys()
 
@@ -220,7 +224,6 @@ def test_a_checkpoint_of_another_layout_is_resharded_on_request(
     printed = check(
         server, corpus, config, hf, ids, tmp_path / "resharded", 4,
         load=trained, reshard=True, train_iters=5, **layout(tp=2, pp=2), sequence_parallel=True,
-        override_opt_param_scheduler=True,
     )  # fmt: skip
     assert "its optimizer starts anew" in printed and "finished at iteration 5 of 5" in printed
     rows = [json.loads(line) for line in (tmp_path / "resharded" / "metrics.jsonl").read_text().splitlines()]
