@@ -87,7 +87,7 @@ def run_job(job: Job) -> Result | None:
 
         probe = partial(compare_logits, source, target)
     result = convert(source, target, job.save_dir, probe)
-    print(f"check {result.tensors} tensors read back, equal; SHA-256 of the weights {result.digest}", flush=True)
+    print(f"check {result.tensors} tensors read back, equal; digest of the weights {result.digest}", flush=True)
     rate = result.nbytes / 1e9 / result.seconds
     print(f"done  {result.path} in {result.seconds:.1f} s ({rate:.2f} GB/s)", flush=True)
     return result

@@ -12,6 +12,7 @@ import collections
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch.serialization import skip_data
 
-from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter
+from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter, as_bytes
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import disk_errors
 
@@ -222,13 +223,14 @@ def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
 class TorchWriter(TensorWriter):
     """A file that `torch.load` reads; tensors are written to their places, checksums when it is closed."""
 
-    def __init__(self, path: Path, archive: Archive, entries: Mapping[str, Entry], storages: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry], storages: Mapping[str, str]) -> None:
         super().__init__(path, entries, path.stat().st_size)
-        self._archive, self._storages = archive, storages
+        self._storages = storages
 
     def close(self) -> None:
         """Write the checksums of the records, and make the bytes durable."""
-        crcs = {f"data/{self._storages[name]}": crc for name, crc in self.crcs.items()}
+        file = TensorFile(self.path, self.entries)
+        crcs = {f"data/{self._storages[name]}": zlib.crc32(as_bytes(file.read(name))) for name in self.entries}
         with disk_errors(self.path), open(self.path, "r+b") as f:
             _patch_checksums(f, crcs)
         super().close()
@@ -273,5 +275,7 @@ def create_torch(path: Path, content: Mapping[str, Any], states: Mapping[str, Ma
         for name, tensor in (archive.content[key] if key else archive.content).items():
             if isinstance(tensor, StoredTensor):
                 full = f"{key}/{name}" if key else name
-                entries[full], storages[full] = archive.entry(tensor, name), tensor.storage
-    return TorchWriter(path, archive, entries, storages)
+                entry = archive.entry(tensor, name)
+                # without the checksum that it does not have yet
+                entries[full], storages[full] = Entry(entry.shape, entry.dtype, entry.offset), tensor.storage
+    return TorchWriter(path, entries, storages)

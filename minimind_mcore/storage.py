@@ -146,10 +146,10 @@ def publish_directory(tmp: Path, path: Path) -> None:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))  # small enough to stay in a core's cache
+    with open(path, "rb", buffering=0) as f:
+        while count := f.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
