@@ -126,7 +126,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
     add("--dry-run", action="store_true", help="check everything, write nothing")
-    add("--max-shard-size", type=float, default=4.0, metavar="GIB", help="of one safetensors file")
+    add("--max-shard-size", type=float, default=2.0, metavar="GIB", help="of one safetensors file")
 
 
 def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from minimind_mcore.storage import (
 # What a small file, a header or a directory may need besides the tensors.
 SLACK_BYTES = 16 << 20
 Digests = dict[str, str]
-Entries = dict[str, dict[str, int | str]]
+FileEntry = dict[str, int | str]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -90,15 +90,16 @@ def convert(
     started = time.monotonic()
     require_free(output)
     require_space(output, target.nbytes)
-    with staging(output) as tmp, Pool() as pool, disk_errors(output):
+    with staging(output) as tmp, target, Pool() as pool, disk_errors(output):
         damaged = pool.submit(damaged_files, source)
-        digests, files = stream(source, target, tmp, pool)
-        problems = damaged.result()
-        if problems:
+        digests, sealing = stream(source, target, tmp, pool)
+        target.finish()
+        written = verify(source, target, tmp, digests, pool)  # while files are hashed and synced
+        if problems := damaged.result():
             raise UserError("\n  ".join(["the source is damaged; get it again:", *problems]))
         digest = combined(digests)
-        target.finish(files, {"weights": {"digest": digest, "tensors": len(digests)}})
-        written = verify(source, target, tmp, digests, pool)
+        entries = {name: future.result() for name, future in sealing.items()}
+        target.record(entries, {"weights": {"digest": digest, "tensors": len(digests)}})
         if probe:
             probe(written, tmp)
         publish(tmp, output, target.single_file)
@@ -108,11 +109,11 @@ def convert(
 # ------------------------------------------------------------------------------------------------------- pass
 
 
-def stream(source: Source, target: Target, root: Path, pool: Pool) -> tuple[Digests, Entries]:
+def stream(source: Source, target: Target, root: Path, pool: Pool) -> tuple[Digests, dict[str, Future[FileEntry]]]:
     """Read every tensor once and write what comes of it.
 
     Returns:
-        Digests of the tensors by name, and manifest entries of the files.
+        Digests of the tensors by name, and manifest entries of the files to come.
     """
 
     def pass_on(name: str) -> str:
@@ -125,22 +126,17 @@ def stream(source: Source, target: Target, root: Path, pool: Pool) -> tuple[Dige
     for check in source.checks:
         check()
     target.create(root)
-    files: dict[str, Future[dict[str, int | str]]] = {}
+    sealing: dict[str, Future[FileEntry]] = {}
     digests: Digests = {}
-    try:
-        with Progress("converting", source.nbytes) as progress:
-            for name, digest in pool.map(pass_on, source.tensors):
-                digests[name] = digest
-                progress.add(source.tensors[name].nbytes)
-                for writer in target.completed():
-                    files[str(writer.path.relative_to(root))] = pool.submit(seal, writer)
-        entries = {name: future.result() for name, future in files.items()}
-    finally:
-        pool.drain()
-        target.abandon()
+    with Progress("converting", source.nbytes) as progress:
+        for name, digest in pool.map(pass_on, source.tensors):
+            digests[name] = digest
+            progress.add(source.tensors[name].nbytes)
+            for writer in target.completed():
+                sealing[str(writer.path.relative_to(root))] = pool.submit(seal, writer)
     _require_nothing("not read, or read twice, in the source", source.unread())
     _require_nothing("not written, or written twice", target.unwritten())
-    return digests, entries
+    return digests, sealing
 
 
 def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
@@ -172,7 +168,7 @@ def combined(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:32]
 
 
-def seal(writer: TensorWriter) -> dict[str, int | str]:
+def seal(writer: TensorWriter) -> FileEntry:
     """Make a complete file durable; returns its manifest entry."""
     writer.close()
     return file_entry(writer.path)
@@ -268,13 +264,10 @@ class Pool:
         self._workers = max(2, min(4, usable_cores()))
         # one core each, and not a team of them
         self._executor = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
-        self._started: list[Future[Any]] = []
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start work."""
-        future = self._executor.submit(work, *args, **kwargs)
-        self._started.append(future)
-        return future
+        return self._executor.submit(work, *args, **kwargs)
 
     def map(self, work: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
         """(name, result) in order; no more is begun than there are threads, so that few tensors are in memory.
@@ -290,10 +283,6 @@ class Pool:
             running.append((name, self.submit(work, name)))
         for name, future in running:
             yield name, future.result()
-
-    def drain(self) -> None:
-        """Wait for all that was started, whatever becomes of it."""
-        wait(self._started)
 
     def __enter__(self) -> Pool:
         return self

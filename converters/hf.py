@@ -29,7 +29,7 @@ from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
 from minimind_mcore.storage import file_entry, write_manifest
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,12 @@ class HFTarget(StateTarget):
             (root / f"{WEIGHTS[0]}.index.json").write_text(text + "\n", encoding="utf-8")
         self._write_zeros()
 
-    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def finish(self) -> None:
         """See `Target`."""
         hf_files.write(self._root, self.source, native=self.form == "native", folder=self.folder)
+
+    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """See `Target`."""
         small = {p.name: file_entry(p) for p in sorted(self._root.iterdir()) if p.name not in manifest}
         write_manifest(self._root, {**manifest, **small}, **about)
 
@@ -287,8 +290,11 @@ class PthTarget(StateTarget):
         """See `Target`."""
         self.writers = [create_torch(root / self.single_file, {}, {"": self.slots})]
 
-    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
-        """See `Target`."""
+    def finish(self) -> None:
+        """See `Target`: nothing."""
+
+    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """See `Target`: a single file has no manifest."""
 
     def reopen(self, root: Path) -> Mapping[str, Lazy]:
         """See `Target`. The architecture is given: a file of weights does not tell all of it."""

@@ -297,7 +297,10 @@ class MegatronTarget(Target):
             tensor = part.cut(name, whole, self.sharding.tp)
             writers[part.folder].write(f"{part.chunk}/{part.name}", tensor, part.block, part.blocks)
 
-    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def finish(self) -> None:
+        """See `Target`: nothing."""
+
+    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
         """See `Target`. The tracker is written last."""
         directory = self._root / f"iter_{self.iteration:07d}"
         entries = {str(Path(name).relative_to(directory.name)): entry for name, entry in manifest.items()}

@@ -189,23 +189,28 @@ class MegatronDistTarget(Target):
         """See `Target`."""
         return [name for name in self.source.tensors if name not in self._tensors]
 
-    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    @property
+    def _directory(self) -> Path:
+        return self._root / f"iter_{self.source.training.iteration:07d}"
+
+    def finish(self) -> None:
         """See `Target`."""
-        iteration = self.source.training.iteration
-        directory = self._root / f"iter_{iteration:07d}"
-        directory.mkdir(parents=True)
+        self._directory.mkdir(parents=True)
         state: dict[str, Any] = {
             "args": checkpoint_args(self.source, Sharding()),
             "checkpoint_version": 3.0,
-            "iteration": iteration,
+            "iteration": self.source.training.iteration,
             "num_floating_point_operations_so_far": 0,
         }
         with single_process():
-            _save(directory, state | {"model": self._sharded()})
+            _save(self._directory, state | {"model": self._sharded()})
         self._tensors.clear()
-        entries = {p.name: file_entry(p) for p in sorted(directory.iterdir())}
-        write_manifest(directory, entries, **about)
-        atomic_write_text(self._root / TRACKER, str(iteration))
+
+    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """See `Target`."""
+        entries = {p.name: file_entry(p) for p in sorted(self._directory.iterdir())}
+        write_manifest(self._directory, entries, **about)
+        atomic_write_text(self._root / TRACKER, str(self.source.training.iteration))
 
     def _sharded(self) -> dict[str, Any]:
         """The tensors as megatron-core takes them, and the empty states that its linear layers have."""

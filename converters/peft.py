@@ -100,7 +100,7 @@ class PeftTarget(Target):
             if _kind(module) not in self._left_out:
                 self.writers[0].write(_key(module, letter), part)
 
-    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def finish(self) -> None:
         """See `Target`."""
         modules = sorted({_kind(name.split(".lora_")[0]) for name in self._slots})
         config = {
@@ -116,6 +116,9 @@ class PeftTarget(Target):
             "inference_mode": True,
         }
         (self._root / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """See `Target`."""
         write_manifest(self._root, {**manifest, CONFIG: file_entry(self._root / CONFIG)}, **about)
 
     def reopen(self, root: Path) -> Mapping[str, Lazy]:

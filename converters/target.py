@@ -13,7 +13,7 @@ from minimind_mcore.converters.source import Lazy
 
 
 class Target(ABC):
-    """Files to fill. They are made by `create`, filled by `write`, and accompanied by small ones in `finish`."""
+    """Files to fill. `create` makes them, `write` fills them, `finish` adds small ones, `record` the manifest."""
 
     single_file: str | None = None  # its name, where the output is no directory
 
@@ -40,8 +40,12 @@ class Target(ABC):
         """Write all that comes of one tensor of the whole megatron-core model."""
 
     @abstractmethod
-    def finish(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
-        """Write what is not tensors.
+    def finish(self) -> None:
+        """Write what is not tensors; then it can be opened."""
+
+    @abstractmethod
+    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+        """Write the manifest, and what must come last.
 
         Args:
             manifest: size and digest of every tensor file, by its path below the root.
@@ -65,7 +69,9 @@ class Target(ABC):
         """Places for tensors of which a byte was not written, or was written twice."""
         return [f"{writer.path.name}: {name}" for writer in self.writers for name in writer.unwritten()]
 
-    def abandon(self) -> None:
-        """Close all files."""
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for writer in self.writers:
             writer.abandon()
