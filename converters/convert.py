@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -91,13 +92,12 @@ def convert(
     require_free(output)
     require_space(output, target.nbytes)
     with staging(output) as tmp, target, Pool() as pool, disk_errors(output):
-        damaged = pool.submit(damaged_files, source)
+        require_whole(source)
         digests, sealing = stream(source, target, tmp, pool)
         target.finish()
         written = verify(source, target, tmp, digests, pool)  # while files are hashed and synced
-        if problems := damaged.result():
-            raise UserError("\n  ".join(["the source is damaged; get it again:", *problems]))
         digest = combined(digests)
+        require_digest(source, digest)
         entries = {name: future.result() for name, future in sealing.items()}
         target.record(entries, {"weights": {"digest": digest, "tensors": len(digests)}})
         if probe:
@@ -174,10 +174,44 @@ def seal(writer: TensorWriter) -> FileEntry:
     return file_entry(writer.path)
 
 
-def damaged_files(source: Source) -> list[str]:
-    """Files of the source that are not what its manifest says, if it has one."""
-    folder = source.path if source.path.is_dir() else source.path.parent
-    return check_manifest(folder) if source.path.is_dir() and (folder / MANIFEST).is_file() else []
+def require_whole(source: Source) -> None:
+    """Compare the source's files with its manifest, if it has one.
+
+    Files of torch have checksums that are compared as they are read, and a converter's manifest has the digest of the
+    weights: only without both are whole files hashed.
+
+    Raises:
+        UserError: names the files that differ.
+    """
+    if (source.path / MANIFEST).is_file():
+        by_itself = recorded_digest(source) or all(file.has_checksums for file in source.files)
+        _require_undamaged(check_manifest(source.path, contents=not by_itself))
+
+
+def require_digest(source: Source, digest: str) -> None:
+    """Compare the weights that were read with the manifest, if it has their digest.
+
+    Raises:
+        UserError: names the files that differ.
+    """
+    recorded = recorded_digest(source)
+    if recorded not in (None, digest):
+        problem = f"{source.path}: the weights have digest {digest}, {MANIFEST} says {recorded}"
+        _require_undamaged(check_manifest(source.path) or [problem])
+
+
+def recorded_digest(source: Source) -> str | None:
+    """The digest of its tensors in its manifest, unless they are not those of the files any more."""
+    if not source.as_stored or not (source.path / MANIFEST).is_file():
+        return None
+    manifest = json.loads((source.path / MANIFEST).read_text(encoding="utf-8"))
+    digest: str | None = manifest.get("weights", {}).get("digest")
+    return digest
+
+
+def _require_undamaged(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n  ".join(["the source is damaged; get it again:", *problems]))
 
 
 # ----------------------------------------------------------------------------------------------------- verify

@@ -78,17 +78,23 @@ class TensorFile:
             self._read[name] += nbytes
         if nbytes == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        offset = entry.offset + block * nbytes
+        if entry.crc is not None and block == 0:
+            whole = self._map(entry.dtype, entry.offset, entry.nbytes)
+            if zlib.crc32(as_bytes(whole)) != entry.crc:
+                raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: damaged")
+        tensor = self._map(entry.dtype, entry.offset + block * nbytes, nbytes)
+        return tensor if blocks > 1 else tensor.view(entry.shape)
+
+    def _map(self, dtype: torch.dtype, offset: int, nbytes: int) -> Tensor:
         start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as f:
             mapped = mmap.mmap(f.fileno(), offset - start + nbytes, access=mmap.ACCESS_COPY, offset=start)
-        count = nbytes // entry.dtype.itemsize
-        tensor = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=offset - start)
-        if blocks > 1:
-            return tensor
-        if entry.crc is not None and zlib.crc32(as_bytes(tensor)) != entry.crc:
-            raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: damaged; get it again")
-        return tensor.view(entry.shape)
+        return torch.frombuffer(mapped, dtype=dtype, count=nbytes // dtype.itemsize, offset=offset - start)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether every tensor is compared with a checksum when it is read."""
+        return all(entry.crc is not None for entry in self.entries.values())
 
     def unread(self) -> list[str]:
         """Tensors of which some byte was not read, or was read twice."""

@@ -248,7 +248,7 @@ def merge(source: Source, rank: int | None, alpha: float | None) -> Source:
         if (adapter.b.shape[0], adapter.a.shape[1]) != tensor.shape:
             raise UserError(f"{name}: B {adapter.b.shape} x A {adapter.a.shape} does not fit {tensor.shape}")
         merged[name] = Lazy(tensor.shape, tensor.dtype, _sum(tensor, adapter, alpha / rank))
-    return source.replace(tensors={**source.tensors, **merged}, adapters={})
+    return source.replace(tensors={**source.tensors, **merged}, adapters={}, as_stored=False)
 
 
 def _sum(tensor: Lazy, adapter: Adapter, scale: float) -> Callable[[], Tensor]:

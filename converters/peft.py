@@ -23,7 +23,7 @@ NAME, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def adapter_source(source: Source) -> Source:
     """A source whose tensors are the adapters: the base weights are not touched."""
-    return source.replace(tensors=source.adapters, files=(), checks=())
+    return source.replace(tensors=source.adapters, files=(), checks=(), as_stored=False)
 
 
 class PeftTarget(Target):

@@ -66,6 +66,7 @@ class Source:
         training: what it knows of its training.
         folder: where its config and tokenizer may lie.
         adapters: tensors of LoRA adapters by whole name, not yet part of the weights.
+        as_stored: whether the tensors are those of the files, and not cast, merged or resized.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Source:
     training: Training = Training()
     folder: Path | None = None
     adapters: Mapping[str, Lazy] = field(default_factory=dict)
+    as_stored: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,7 +107,7 @@ def cast(source: Source, dtype: torch.dtype) -> Source:
         return Lazy(tensor.shape, dtype, lambda: tensor.read().to(dtype))
 
     tensors, adapters = ({n: to(t) for n, t in table.items()} for table in (source.tensors, source.adapters))
-    return source.replace(tensors=tensors, adapters=adapters)
+    return source.replace(tensors=tensors, adapters=adapters, as_stored=False)
 
 
 def resize_vocabulary(source: Source, rows: int) -> Source:
@@ -114,6 +116,8 @@ def resize_vocabulary(source: Source, rows: int) -> Source:
     Raises:
         UserError: `rows` is not a positive number.
     """
+    if rows == source.config.vocab_size:
+        return source
     if rows < 1:
         raise UserError(f"vocabulary: found {rows} rows, expected 1 or more")
 
@@ -126,4 +130,5 @@ def resize_vocabulary(source: Source, rows: int) -> Source:
         for name, tensor in source.tensors.items()
         if name in (weights.EMBEDDING, weights.OUTPUT)
     }
-    return source.replace(config=source.config.replace(vocab_size=rows), tensors={**source.tensors, **changed})
+    tensors = {**source.tensors, **changed}
+    return source.replace(config=source.config.replace(vocab_size=rows), tensors=tensors, as_stored=False)

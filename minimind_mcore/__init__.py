@@ -1,6 +1,6 @@
 """MiniMind language models on Megatron-Core: one kit for CPU, CUDA and Ascend.
 
-Run from a checkout that is not installed, `models/` and `preprocess/` lie beside
+Run from a checkout that is not installed, `models/`, `preprocess/` and `converters/` lie beside
 this package rather than in it; the lines below join them to it, so that
 `import minimind_mcore.models` means the same thing everywhere.
 """
