@@ -173,7 +173,7 @@ def speed(work: Path, rounds: int) -> None:
 def memory(work: Path) -> None:
     """Print the peak memory of both directions."""
     hf, mcore = work / "hf", work / "mcore"
-    make(hf, 2 * MODEL.num_layers + 1)
+    make(hf, 2 * MODEL.num_layers)
     for name, source, output in (("to_mcore", hf, mcore), ("to_hf", mcore, work / "out")):
         found = measure(name, source, output)
         largest = max(p.stat().st_size for p in output.rglob("*") if p.is_file())
