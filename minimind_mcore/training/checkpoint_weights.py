@@ -17,7 +17,6 @@ from minimind_mcore.converters.source import Source
 from minimind_mcore.converters.torch_zip import read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.models.loading import load_into
 from minimind_mcore.training.checkpoint_torch import load_schedule
 
 
@@ -46,6 +45,8 @@ def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer
     Raises:
         UserError: it is another model, or damaged.
     """
+    from minimind_mcore.models.loading import load_into  # imports megatron
+
     source = open_source(path)
     config = ModelConfig.from_args(args)
     for field in dataclasses.fields(ModelConfig):

@@ -43,8 +43,9 @@ EXPERTS: dict[str, Layout] = {
     "EP2 distributed optimizer": (2, layout(ep=2, use_distributed_optimizer=True)),
     "TP2 SP": (2, layout(tp=2, sequence_parallel=True)),
     "PP2 EP2": (4, layout(pp=2, ep=2)),
+    "TP2 SP EP2": (4, layout(tp=2, ep=2, sequence_parallel=True)),
 }
-OLD_CORE = ("TP2 SP", "PP2 VPP2", "DP2 distributed optimizer", "DP2 overlapped", "EP2")
+OLD_CORE = ("TP2 SP", "PP2 VPP2", "DP2 distributed optimizer", "DP2 overlapped", "EP2", "TP2 SP EP2")
 MODELS = ("minimind3_tiny", "minimind3_moe_tiny", "minimind2_moe_tiny")
 CASES = [(model, name) for model in MODELS for name in (EXPERTS if "moe" in model else DENSE)]
 _runs: dict[Any, Run] = {}

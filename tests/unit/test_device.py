@@ -60,6 +60,14 @@ sizes = torch.tensor([1, 2])
 output = torch.empty(2 * (rank + 1))
 dist.all_to_all_single(output, torch.arange(3.0) + 10 * rank, torch.tensor([rank + 1, rank + 1]), sizes, group=group)
 found["exchanged"] = output.tolist()
+parts = [torch.empty(1), torch.empty(2)]
+dist.all_gather(parts, torch.arange(rank + 1.0) + 10 * rank, group=group)
+found["gathered"] = [part.tolist() for part in parts]
+share = torch.empty(rank + 1)
+dist.reduce_scatter(share, [torch.ones(1), torch.full((2,), 2.0 + rank)], group=group)
+found["reduced"] = share.tolist()
+with torch.device("meta"):
+    found["on meta"] = [str(torch.empty(1).device), str(torch.arange(2).device)]
 if rank == 1:
     print(json.dumps(found))
 dist.barrier()
@@ -111,6 +119,15 @@ def test_send_owns_a_copy_of_what_it_sends(found: dict[str, Any]) -> None:
 def test_all_to_all_takes_sizes_as_tensors(found: dict[str, Any]) -> None:
     assert found["backend"] == "gloo"
     assert found["exchanged"] == [1.0, 2.0, 11.0, 12.0]
+
+
+def test_unequal_shares_are_gathered_and_reduced(found: dict[str, Any]) -> None:
+    assert found["gathered"] == [[0.0], [10.0, 11.0]]
+    assert found["reduced"] == [5.0, 5.0]
+
+
+def test_a_device_context_steers_the_factories(found: dict[str, Any]) -> None:
+    assert found["on meta"] == ["meta", "meta"]
 
 
 def current(asked: str, work: Path) -> subprocess.CompletedProcess[str]:

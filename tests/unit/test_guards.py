@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ PACKAGES = ("minimind_mcore", "models", "preprocess", "converters")
 FILES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
 DEVICE_WORDS = re.compile(r"cuda|npu(?![t])|nccl|hccl", re.IGNORECASE)
 # Who names devices: the device layer, and what touches MindSpeed.
-DEVICE_FILES = ("minimind_mcore/device.py", "minimind_mcore/mindspeed/")
+DEVICE_FILES = ("minimind_mcore/device.py", "minimind_mcore/cpu_as_cuda.py", "minimind_mcore/mindspeed/")
 # Names that upstream gave: Megatron's functions and keys of its files, flags without effect here, one preset of theirs.
 UPSTREAM_NAMES = {
     "minimind_mcore/arguments.py": (
@@ -73,6 +75,16 @@ def test_mindspeed_is_imported_in_one_place(file: Path) -> None:
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         roots = {name.split(".")[0] for name in names}
         assert not roots & {"mindspeed", "mindspeed_llm", "mindspeed_rl"}, f"{relative(file)}:{node.lineno}"
+
+
+PROGRAMS = sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "setup")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_import_megatron_after_the_device_is_ready(program: str) -> None:
+    code = f"import sys, {program}; print(*(m for m in sys.modules if m.startswith('megatron.core')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
