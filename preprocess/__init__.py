@@ -2,7 +2,8 @@
 
 What other parts of the kit call:
 
-    from minimind_mcore.preprocess.pretrain import Options, convert     # raw files -> indexed prefixes
+    from minimind_mcore.preprocess.convert import convert               # raw files -> indexed prefixes
+    from minimind_mcore.preprocess.options import ChatOptions, Options
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
     from minimind_mcore.preprocess.meta import read_meta
     from minimind_mcore.preprocess.check import check_dataset, quick_check

@@ -2,6 +2,7 @@
 
     quick_check("data/pt_text_document", fingerprint)      # before training: files, sizes, tokenizer
     problems = check_dataset("data/pt_text_document")      # everything, reading all of it
+    datasets_at("data/sft")                                # of conversations: every dataset under the prefix
 
 megatron-core itself opens a truncated `.bin` without complaint and fails only at the sample that
 lies behind the cut, hours later.
@@ -9,17 +10,22 @@ lies behind the cut, hours later.
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.indexed import Index, bin_path, idx_path, read_index
+from minimind_mcore.preprocess.chat import IGNORED
+from minimind_mcore.preprocess.indexed import Index, bin_path, copy_chunks, idx_path, read_index
 from minimind_mcore.preprocess.meta import DatasetMeta, read_meta
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import sha256
 
 CHUNK = 1 << 22
+LABELS, MASKS = "labels_document", "attention_mask_document"
 Prefix = str | os.PathLike[str]
 
 
@@ -71,6 +77,42 @@ def check_dataset(prefix: Prefix, tokenizer: TokenizerInfo | None = None) -> lis
     return problems + _token_problems(prefix, index, vocab)
 
 
+def datasets_at(prefix: Prefix) -> list[str]:
+    """The datasets that a prefix stands for: itself, or those of conversations that begin with it; none if none is."""
+    if idx_path(prefix).is_file():
+        return [os.fspath(prefix)]
+    path = Path(prefix)
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}_packed_*_document.idx"))
+    return [str(file.with_suffix("")) for file in found]
+
+
+def check_together(prefixes: Sequence[str]) -> list[str]:
+    """Verify that datasets of the same conversations hold as many sequences, each as long in all of one side.
+
+    Returns:
+        One line per problem; empty if all is well.
+    """
+    if len(prefixes) < 2:
+        return []
+    indices = {prefix: read_index(prefix) for prefix in prefixes}
+    counts = {prefix: index.sequences for prefix, index in indices.items()}
+    if len(set(counts.values())) > 1:
+        return ["they do not belong together: " + ", ".join(f"{p} has {n:,} sequences" for p, n in counts.items())]
+    problems = []
+    for prefix, index in indices.items():
+        ids = prefix.replace(LABELS, "input_ids_document").replace(MASKS, "input_ids_document")
+        if ids in indices and not np.array_equal(index.lengths, indices[ids].lengths):
+            problems.append(f"{prefix}: its sequences are not as long as those of {ids}")
+    beside = Path(f"{prefixes[0].rpartition('_packed_')[0]}_packed_prompts.jsonl")
+    if beside.is_file() and (lines := _lines(beside)) != counts[prefixes[0]]:
+        problems.append(f"{beside}: {lines:,} lines for {counts[prefixes[0]]:,} tasks")
+    return problems
+
+
+def _lines(path: Path) -> int:
+    return sum(chunk.count(b"\n") for chunk in copy_chunks(path))
+
+
 def _total(index: Index) -> int:
     return int(index.lengths.sum(dtype=np.int64))
 
@@ -107,13 +149,17 @@ def _index_problems(prefix: Prefix, index: Index) -> list[str]:
 
 
 def _token_problems(prefix: Prefix, index: Index, vocab: int | None, limit: int | None = None) -> list[str]:
-    path = bin_path(prefix)
+    path, name = bin_path(prefix), os.fspath(prefix)
+    if name.endswith(MASKS):
+        return []
     if vocab is None or not path.is_file() or path.stat().st_size < index.dtype.itemsize:
         return []
     tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(path.stat().st_size // index.dtype.itemsize,))
     for start in range(0, min(len(tokens), limit or len(tokens)), CHUNK):
         chunk = tokens[start : start + CHUNK]
         outside = (chunk < 0) | (chunk >= vocab)
+        if name.endswith(LABELS):
+            outside &= chunk != IGNORED
         if outside.any():
             at = int(np.argmax(outside))
             return [

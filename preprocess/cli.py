@@ -6,9 +6,14 @@
     prefix=$(python preprocess_data.py --input "$DATA_PATH" --cache-dir data/cache \\
         --tokenizer-name-or-path data/tokenizer --prepend-bos --append-eod)
 
-Standard output holds the prefixes of the finished datasets, one a line, and nothing else; the rest
-goes to standard error. A request that was fulfilled before is recognised and costs nothing; an
---input that is the prefix of an indexed dataset is checked and printed as it is.
+    python preprocess_data.py --input sft.jsonl --output-prefix data/sft --seq-length 768 \\
+        --tokenizer-name-or-path data/tokenizer --handler-name MiniMindInstructionHandler --workers 2
+    python preprocess_data.py --config configs/datasets/minimind_sft.yaml --seq-length 512
+
+Standard output holds what --data-path takes, one a line, and nothing else: the prefixes of the finished
+datasets, or of conversations the beginning that their datasets share. The rest goes to standard error. A
+request that was fulfilled before is recognised and costs nothing; an --input that is the prefix of indexed
+datasets is checked and printed as it is.
 """
 
 from __future__ import annotations
@@ -20,10 +25,12 @@ from collections.abc import Sequence
 
 from minimind_mcore.arguments import build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.check import check_dataset, quick_check
-from minimind_mcore.preprocess.indexed import idx_path, read_index
+from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
+from minimind_mcore.preprocess.config import from_dataset_info, with_config
+from minimind_mcore.preprocess.convert import convert, preview
+from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.meta import read_meta
-from minimind_mcore.preprocess.pretrain import Options, convert, preview
+from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_info
 
 PROGRAM = "preprocess_data.py"
@@ -31,13 +38,14 @@ PROGRAM = "preprocess_data.py"
 IMPLEMENTED = {
     *("input", "handler_name", "json_keys", "seq_length", "output_prefix", "dataset_impl"),
     *("tokenizer_type", "tokenizer_name_or_path", "append_eod"),
-    *("workers", "n_subs", "cache_dir", "overwrite_cache"),
+    *("workers", "n_subs", "cache_dir", "overwrite_cache", "dataset_dir"),
+    *("map_keys", "prompt_type", "prompt_type_path", "enable_thinking", "seed", "pack", "neat_pack"),
 }
 # Reading always streams, the fast tokenizer gives the slow one's ids, progress is shown by time, and
 # nothing is padded or mixed here.
 NO_EFFECT = {
     *("streaming", "tokenizer_not_use_fast", "log_interval"),
-    *("make_vocab_size_divisible_by", "pad_vocab_size_to", "seed"),
+    *("make_vocab_size_divisible_by", "pad_vocab_size_to"),
 }
 
 
@@ -53,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="begin each document with the tokenizer's bos; with --append-eod, MiniMind's pretraining format",
     )
+    for name, what in (
+        ("system", "conversations that get one of MiniMind's system prompts (default: 0.2 of MiniMind's own formats)"),
+        ("empty-think", "texts that keep their empty thoughts (default: 0.2 of MiniMind's own formats, else 1)"),
+        ("thinking", "tasks that let the model think (default: 0.9, agents 0.1)"),
+    ):
+        group.add_argument(f"--{name}-ratio", type=float, help=f"share of {what}; drawn by --seed")
+    group.add_argument("--config", metavar="YAML", help="a file of flags: `input: data.jsonl`, `pack: true`, ...")
     group.add_argument("--dtype", choices=("int32", "uint16"), default="int32", help="uint16 halves the size")
     group.add_argument("--tokenizer-backend", choices=BACKENDS, default="auto", help="all give the same tokens")
     group.add_argument(
@@ -76,11 +91,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, one that is not implemented here, or a bad value.
     """
-    parser, flags, table = _parser(), given_flags(argv), flag_table(PROGRAM)
+    parser, table = _parser(), flag_table(PROGRAM)
+    argv = with_config(argv)
+    flags = given_flags(argv)
     refuse_unknown(flags, [flag for action in parser._actions for flag in action.option_strings])
     refused = [flag for flag in flags if flag in table and table[flag]["dest"] not in IMPLEMENTED | NO_EFFECT]
     if refused:
-        raise UserError(f"{', '.join(refused)}: known to MindSpeed-LLM, not implemented here for pretraining data")
+        raise UserError(f"{', '.join(refused)}: known to MindSpeed-LLM, not implemented here")
     ignored = [flag for flag in flags if flag in table and table[flag]["dest"] in NO_EFFECT]
     if ignored:
         print(f"no effect here: {', '.join(ignored)}", file=sys.stderr)
@@ -117,10 +134,29 @@ def _convert(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--tokenizer-type {args.tokenizer_type}: not supported here; expected PretrainedFromHF")
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: megatron-core reads mmap only")
-    if args.output_prefix is None and idx_path(args.input).is_file():
+    if args.output_prefix is None and (prefixes := datasets_at(args.input)):
         info = tokenizer_info(args.tokenizer_name_or_path)
-        quick_check(args.input, info.fingerprint, info.vocab_size)
+        for prefix in prefixes:
+            quick_check(prefix, info.fingerprint, info.vocab_size)
         return [args.input]
+    options = _options(args)
+    return preview(options) if args.dry_run else convert(options)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if args.neat_pack and not args.pack:
+        raise UserError("--neat-pack needs --pack")
+    chat = ChatOptions(
+        map_keys=args.map_keys,
+        prompt_type=args.prompt_type,
+        prompt_type_path=args.prompt_type_path,
+        enable_thinking=args.enable_thinking,
+        seed=args.seed,
+        system_ratio=args.system_ratio,
+        empty_think_ratio=args.empty_think_ratio,
+        thinking_ratio=args.thinking_ratio,
+        pack="neat-pack" if args.neat_pack else "pack" if args.pack else "",
+    )
     options = Options(
         input=args.input,
         tokenizer=args.tokenizer_name_or_path,
@@ -137,34 +173,48 @@ def _convert(args: argparse.Namespace) -> list[str]:
         n_subs=args.n_subs,
         max_reject_rate=args.max_reject_rate,
         overwrite=args.overwrite_cache,
+        chat=chat,
     )
-    return preview(options) if args.dry_run else convert(options)
+    if args.handler_name == "LlamaFactoryInstructionHandler":
+        return from_dataset_info(options, args.dataset_dir)
+    return options
 
 
 def check(prefix: str, tokenizer: str | None) -> None:
-    """Verify a dataset and print what it holds.
+    """Verify a dataset, or all of conversations, and print what it holds.
 
     Raises:
         UserError: with every problem found.
     """
-    problems = check_dataset(prefix, tokenizer_info(tokenizer) if tokenizer else None)
+    info = tokenizer_info(tokenizer) if tokenizer else None
+    prefixes = datasets_at(prefix) or [prefix]
+    problems = [problem for found in prefixes for problem in check_dataset(found, info)]
+    problems += [] if problems else check_together(prefixes)
     if problems:
         raise UserError(f"{prefix}: {len(problems)} problems\n  " + "\n  ".join(problems))
+    for number, found in enumerate(prefixes):
+        if number:
+            print()
+        _describe(found, tokenizer is not None)
+
+
+def _describe(prefix: str, vocabulary_known: bool) -> None:
     index, meta = read_index(prefix), read_meta(prefix)
+    longest = f"{index.lengths.mean():.1f} mean, {index.lengths.max():,} longest" if index.sequences else "-"
     rows = {
         "dataset": prefix,
         "documents": f"{len(index.documents) - 1:,}",
         "tokens": f"{int(index.lengths.sum(dtype='int64')):,}",
         "dtype": index.dtype.name,
-        "tokens per document": f"{index.lengths.mean():.1f} mean, {index.lengths.max():,} longest"
-        if index.sequences
-        else "-",
+        "tokens per document": longest,
         "tokenizer": f"{meta.tokenizer.path} ({meta.tokenizer.fingerprint[:12]})" if meta else "not recorded",
         "left out": f"{meta.rejects:,} rejected, {meta.empty:,} empty, {meta.too_long:,} too long"
         if meta
         else "not recorded",
         "verified": "sizes, pointers, "
-        + ("token range, digests" if meta else "token range" if tokenizer else "no tokens"),
+        + ("token range, digests" if meta else "token range" if vocabulary_known else "no tokens"),
     }
+    if meta and meta.chat:
+        rows["samples"] = f"{meta.samples:,} ({meta.chat['pack'] or 'not packed'}), {meta.truncated:,} cut"
     for name, value in rows.items():
         print(f"{name:20} {value}")

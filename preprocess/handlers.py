@@ -1,23 +1,24 @@
-"""How a record becomes text: the table behind --handler-name.
+"""What a record becomes: the tables behind --handler-name.
 
-A handler turns a parsed record and the wanted keys into one text per key, or a `Reject`. The
-instruction handlers of MindSpeed-LLM, which also build labels, have their own module.
+A handler of pretraining turns a parsed record and the wanted keys into one text per key. One of
+fine-tuning turns it into conversations (`conversations`). Either may answer with a `Reject`.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.readers import Reject, escape
+from minimind_mcore.preprocess import conversations as c
+from minimind_mcore.preprocess.readers import Reject, kind_of, rejected
 
 
 @dataclass(frozen=True)
 class Handler:
-    """What a name of --handler-name does.
+    """What a name of --handler-name does in pretraining.
 
     Attributes:
         text: of a record's fields and one key, or why there is none.
@@ -34,7 +35,7 @@ class Handler:
     def __call__(self, record: Any, keys: Sequence[str]) -> dict[str, str] | Reject:
         """The text under each key; a record that cannot be used is rejected whole."""
         if not isinstance(record, dict):
-            return _reject(f"not an object but {_kind(record)}", record)
+            return rejected(f"not an object but {kind_of(record)}", record)
         texts = {}
         for key in keys:
             text = self.text(record, key)
@@ -43,7 +44,7 @@ class Handler:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                return _reject(
+                return rejected(
                     f"field {key!r} has a lone surrogate or invalid UTF-8 at character {error.start + 1}", record
                 )
             texts[key] = text
@@ -54,9 +55,9 @@ def _field(record: dict[str, Any], key: str) -> str | Reject:
     """The string under a key, as it stands."""
     text = record.get(key)
     if text is None:
-        return _reject(f"field {key!r} {'is null' if key in record else 'is missing'}", record)
+        return rejected(f"field {key!r} {'is null' if key in record else 'is missing'}", record)
     if not isinstance(text, str):
-        return _reject(f"field {key!r} is not a string but {_kind(text)}", record)
+        return rejected(f"field {key!r} is not a string but {kind_of(text)}", record)
     return text
 
 
@@ -86,29 +87,13 @@ def _sharegpt(record: dict[str, Any], key: str) -> str | Reject:
     """The turns of a conversation (`value`, or `content`), one after the other with nothing between."""
     turns = record.get(key)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return _reject(f"field {key!r} is not a list of turns but {_kind(turns)}", record)
+        return rejected(f"field {key!r} is not a list of turns but {kind_of(turns)}", record)
     # A parquet file has both columns for every turn, one of them null.
     texts = [turn.get("content") if turn.get("value") is None else turn["value"] for turn in turns]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            return _reject(f"field {key!r}: turn {number} has no string under 'value' or 'content'", record)
+            return rejected(f"field {key!r}: turn {number} has no string under 'value' or 'content'", record)
     return "".join(texts)
-
-
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), "null" if value is None else type(value).__name__)
-
-
-def _reject(reason: str, record: Any) -> Reject:
-    return Reject(reason, escape(json.dumps(record, ensure_ascii=False, default=repr)))
 
 
 HANDLERS: Mapping[str, Handler] = {
@@ -118,13 +103,103 @@ HANDLERS: Mapping[str, Handler] = {
 }
 
 
-def find_handler(name: str) -> Handler:
+@dataclass(frozen=True)
+class ChatHandler:
+    """What a name of --handler-name does in fine-tuning.
+
+    Attributes:
+        read: the conversations of a record's fields, by the beginning of their datasets' names.
+        columns: which field holds what; --map-keys changes it.
+        outputs: the datasets, named as by MindSpeed-LLM: `<prefix>_packed_<output>_document`.
+        minimind: MiniMind's own format, whose random changes and whose loss on every answer apply.
+        thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
+    """
+
+    read: Callable[[Mapping[str, Any], c.Columns], dict[str, c.Conversation]]
+    columns: c.Columns
+    outputs: tuple[str, ...] = ("input_ids", "attention_mask", "labels")
+    minimind: bool = False
+    thinking_ratio: float | None = None
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether a record holds two answers to choose from."""
+        return len(self.outputs) == 4
+
+    @property
+    def prompts(self) -> bool:
+        """Whether a record is a task: a prompt without its answer."""
+        return "labels" not in self.outputs and not self.pairwise
+
+    @property
+    def fields(self) -> list[str] | None:
+        """The columns to read of a parquet file; None for all: what goes beside a prompt is the user's."""
+        tags = c.TAGS.keys()
+        return None if self.prompts else [field for name, field in self.columns.items() if field and name not in tags]
+
+    def __call__(self, record: Any) -> dict[str, c.Conversation] | Reject:
+        """The conversations of a record."""
+        try:
+            if not isinstance(record, dict):
+                raise c.Unusable(f"not an object but {kind_of(record)}")
+            return self.read(record, self.columns)
+        except c.Unusable as reason:
+            return rejected(str(reason), record)
+
+    def mapped(self, name: str, map_keys: Mapping[str, Any] | None) -> ChatHandler:
+        """This handler with the columns of --map-keys, as MindSpeed-LLM reads it: {column: the record's field}.
+
+        A column may be "" for none. `tags` holds the names that ShareGPT's turns use; those not given
+        keep their default (MindSpeed-LLM drops them).
+
+        Raises:
+            UserError: a column that the format does not have.
+        """
+        given = dict(map_keys or {})
+        if any(tag in self.columns for tag in c.TAGS):
+            given |= given.pop("tags", None) or {}
+        unknown = [key for key in given if key not in self.columns]
+        if unknown:
+            columns = [
+                *(key for key in self.columns if key not in c.TAGS),
+                *(["tags"] if "role_tag" in self.columns else []),
+            ]
+            tags = f"; in tags: {', '.join(c.TAGS)}" if "role_tag" in self.columns else ""
+            raise UserError(f"--map-keys: {unknown[0]!r} is no column of {name}; it has {', '.join(columns)}{tags}")
+        wrong = [key for key, field in given.items() if field is not None and not isinstance(field, str)]
+        if wrong:
+            raise UserError(
+                f'--map-keys: {wrong[0]!r} is {given[wrong[0]]!r}; expected the name of a field, or "" for none'
+            )
+        return dataclasses.replace(self, columns={**self.columns, **{key: field or "" for key, field in given.items()}})
+
+
+_PAIR_OUTPUTS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+_PROMPT_OUTPUTS = ("input_ids", "attention_mask")
+_ALPACA_PAIR = {**{key: field for key, field in c.ALPACA.items() if key != "response"}, **c.PAIR}
+
+CHAT_HANDLERS: Mapping[str, ChatHandler] = {
+    "AlpacaStyleInstructionHandler": ChatHandler(c.read_alpaca, c.ALPACA),
+    "SharegptStyleInstructionHandler": ChatHandler(c.read_sharegpt, c.SHAREGPT),
+    "OpenAIInstructionHandler": ChatHandler(c.read_openai, c.OPENAI),
+    "AlpacaStylePairwiseHandler": ChatHandler(c.read_alpaca_pair, _ALPACA_PAIR, _PAIR_OUTPUTS),
+    "SharegptStylePairwiseHandler": ChatHandler(c.read_sharegpt_pair, {**c.SHAREGPT, **c.PAIR}, _PAIR_OUTPUTS),
+    # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
+    "MiniMindInstructionHandler": ChatHandler(c.read_minimind, c.MINIMIND, minimind=True),
+    "MiniMindPairwiseHandler": ChatHandler(c.read_minimind_pair, c.PAIR, _PAIR_OUTPUTS, minimind=True),
+    "MiniMindPromptHandler": ChatHandler(c.read_prompt, c.MINIMIND, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.9),
+    "MiniMindAgentHandler": ChatHandler(c.read_prompt, c.AGENT, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.1),
+}
+
+
+def find_handler(name: str) -> Handler | ChatHandler:
     """Look up a handler.
 
     Raises:
         UserError: unknown. (MindSpeed-LLM takes an unknown name for GeneralPretrainHandler, so that
             a misspelt instruction handler yields data of the wrong kind.)
     """
-    if name not in HANDLERS:
-        raise UserError(f"--handler-name {name}: unknown; this version knows {', '.join(HANDLERS)}")
-    return HANDLERS[name]
+    handler = HANDLERS.get(name) or CHAT_HANDLERS.get(name)
+    if handler is None:
+        raise UserError(f"--handler-name {name}: unknown; this version knows {', '.join([*HANDLERS, *CHAT_HANDLERS])}")
+    return handler

@@ -155,8 +155,10 @@ class Written:
 class IndexedWriter:
     """Write one dataset of single-sequence documents; the pair appears when the block ends, or not at all.
 
-    Memory: 4 bytes per document, besides the batch at hand.
+    Memory: 4 bytes per document, besides the batch at hand. After the block `written` says what it held.
     """
+
+    written: Written
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: str = "int32") -> None:
         self.prefix = prefix
@@ -187,6 +189,9 @@ class IndexedWriter:
             lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
             ends = np.arange(len(lengths) + 1, dtype=np.int64)
             _write_index(self._idx, self.dtype, lambda: iter([(lengths, ends)]))
+            data, index = self._bin, self._idx
+            digests = data.hexdigest(), index.hexdigest()
+            self.written = Written(len(lengths), self.tokens, data.size, digests[0], index.size, digests[1])
         self._stack.__exit__(kind, error, trace)
 
 

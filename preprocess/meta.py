@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.indexed import Written, bin_path, idx_path
@@ -42,6 +43,9 @@ class DatasetMeta:
         empty: records without a token for this key; left out, as Megatron does.
         too_long: documents left out by --seq-length.
         sources: the input files.
+        truncated: samples cut short by --seq-length.
+        samples: of conversations: how many there are; packed ones share sequences.
+        chat: of conversations: how they were made, and `template`, which identifies the chat template.
     """
 
     request: str
@@ -58,6 +62,9 @@ class DatasetMeta:
     empty: int
     too_long: int
     sources: list[SourceRecord]
+    truncated: int = 0
+    samples: int | None = None
+    chat: dict[str, Any] | None = None
 
 
 def meta_path(prefix: str | os.PathLike[str]) -> Path:

@@ -233,6 +233,24 @@ def escape(raw: bytes | str) -> str:
     return data.decode("utf-8", "backslashreplace").rstrip("\r\n")
 
 
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for a message."""
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def rejected(reason: str, record: Any) -> Reject:
+    """A parsed record that cannot be used."""
+    return Reject(reason, escape(json.dumps(record, ensure_ascii=False, default=repr)))
+
+
 def _json_line(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
@@ -259,13 +277,13 @@ class ShardReader:
 
     Args:
         shard: from `plan_shards`.
-        keys: the columns to read of a parquet file.
+        keys: the columns to read of a parquet file; None for all.
 
     Raises:
         UserError: the file is damaged in a way that hides the records behind the place.
     """
 
-    def __init__(self, shard: Shard, keys: Sequence[str]) -> None:
+    def __init__(self, shard: Shard, keys: Sequence[str] | None) -> None:
         self._shard = shard
         self._keys = keys
         self._raw: BinaryIO | None = None
@@ -317,10 +335,11 @@ class ShardReader:
         path = self._shard.source.path
         # A bounded buffer streams the column pages instead of holding a whole row group.
         with _damage(path), pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
-            columns = [name for name in self._keys if name in file.schema_arrow.names]
-            if not columns:
-                names = ", ".join(file.schema_arrow.names)
-                raise UserError(f"input {path}: no column {self._keys[0]!r}; it has {names} (choose with --json-keys)")
+            present = file.schema_arrow.names
+            columns = present if self._keys is None else [name for name in self._keys if name in present]
+            if self._keys and not columns:
+                names, hint = ", ".join(present), "choose with --json-keys or --map-keys"
+                raise UserError(f"input {path}: no column {self._keys[0]!r}; it has {names} ({hint})")
             groups = list(range(self._shard.start, self._shard.stop))
             total = sum(file.metadata.row_group(group).num_rows for group in groups)
             row = 0

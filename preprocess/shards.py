@@ -1,7 +1,8 @@
 """Converting one shard of the input into part files, inside a worker process.
 
-A part is `<directory>/<shard>.<key>.bin/.idx`, its rejects, and last `<shard>.json`, the report:
-a shard with a report is finished, whatever happened to the run afterwards.
+A part is `<directory>/<shard>.<key>.bin/.idx`, its rejects, what goes beside its tasks, and last
+`<shard>.json`, the report: a shard with a report is finished, whatever happened to the run afterwards.
+What becomes of a record, the stage decides (`stages`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.indexed import IndexedWriter
-from minimind_mcore.preprocess.readers import Reject, Shard, ShardReader
-from minimind_mcore.preprocess.tokenize import load_encoder
+from minimind_mcore.preprocess.options import Options
+from minimind_mcore.preprocess.readers import Reject, Shard, ShardReader, rejected
+from minimind_mcore.preprocess.stages import Prepared, make_stage
+from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder
 from minimind_mcore.storage import atomic_file, atomic_write_text
 
 # Large enough that the cost per call vanishes, small enough that a worker stays far below 1 GiB.
@@ -39,26 +38,17 @@ class Job:
 
     Attributes:
         directory: for the part files.
-        tokenizer: path.
+        options: of the conversion.
+        info: of its tokenizer.
         backend: "tokenizers" or "gigatoken".
-        handler, keys, dtype: as in `pretrain.Options`.
-        bos_id, eos_id: put before and behind each document, unless None.
-        seq_length: documents of so many tokens or more are left out, unless None.
-        max_reject_rate: share of unusable records that is tolerated.
         progress: shared memory, two counters per shard: bytes read, tokens written. A worker writes
             only its own shard's, so they need no lock that a killed worker could keep.
     """
 
     directory: Path
-    tokenizer: str
+    options: Options
+    info: TokenizerInfo
     backend: str
-    handler: str
-    keys: tuple[str, ...]
-    dtype: str
-    bos_id: int | None
-    eos_id: int | None
-    seq_length: int | None
-    max_reject_rate: float
     progress: Any
 
 
@@ -80,6 +70,7 @@ class Report:
         lines: lines or rows read, so that the next shard's lines can be numbered.
         records: of these, not blank.
         rejects, too_long: records left out.
+        truncated: records cut short.
         empty: by key, records without a token.
         tokens: by key.
     """
@@ -90,6 +81,7 @@ class Report:
     records: int = 0
     rejects: int = 0
     too_long: int = 0
+    truncated: int = 0
     empty: dict[str, int] = dataclasses.field(default_factory=dict)
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -104,6 +96,11 @@ def rejects_path(directory: Path, number: int) -> Path:
     return directory / f"{number:05d}.rejects.jsonl"
 
 
+def beside_path(directory: Path, number: int) -> Path:
+    """What goes beside the tasks of a shard, a line for each."""
+    return directory / f"{number:05d}.prompts.jsonl"
+
+
 def report_path(directory: Path, number: int) -> Path:
     """The report of a finished shard."""
     return directory / f"{number:05d}.json"
@@ -115,31 +112,13 @@ def finished(directory: Path, count: int) -> dict[int, Report]:
     return {number: Report(**json.loads(path.read_text())) for number, path in paths.items() if path.is_file()}
 
 
-def frame(
-    tokens: NDArray[np.uint32], lengths: NDArray[np.int64], bos_id: int | None, eos_id: int | None
-) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Put begin and end tokens around each document that has tokens; the others stay empty.
+@dataclass(frozen=True)
+class _Part:
+    """The files of a shard while they are written."""
 
-    Args:
-        tokens: [sum(lengths)] ids.
-        lengths: [documents].
-        bos_id, eos_id: what to add; None adds nothing.
-
-    Returns:
-        The new ids and lengths.
-    """
-    added = (bos_id is not None) + (eos_id is not None)
-    framed = lengths + added * (lengths > 0)
-    ends = np.cumsum(framed)[lengths > 0]
-    starts = ends - framed[lengths > 0]
-    out = np.empty(int(framed.sum()), np.uint32)
-    body = np.ones(len(out), bool)
-    if bos_id is not None:
-        out[starts], body[starts] = bos_id, False
-    if eos_id is not None:
-        out[ends - 1], body[ends - 1] = eos_id, False
-    out[body] = tokens
-    return out, framed
+    writers: Mapping[str, IndexedWriter]
+    rejects: BinaryIO
+    beside: BinaryIO
 
 
 class ShardConverter:
@@ -147,8 +126,7 @@ class ShardConverter:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._encoder = load_encoder(job.tokenizer, job.backend)
-        self._handler = find_handler(job.handler)
+        self._stage = make_stage(job.options, job.info, load_encoder(job.options.tokenizer, job.backend))
         self._parent = os.getppid()
 
     def __call__(self, task: Task) -> Report:
@@ -157,64 +135,66 @@ class ShardConverter:
         Raises:
             UserError: unreadable input, a full disk, or nearly nothing but rejects.
         """
-        job, report = self._job, Report(task.number, task.shard.bytes)
-        report.empty, report.tokens = dict.fromkeys(job.keys, 0), dict.fromkeys(job.keys, 0)
+        directory, keys = self._job.directory, self._stage.keys
+        report = Report(task.number, task.shard.bytes)
+        report.empty, report.tokens = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
         with contextlib.ExitStack() as stack:
-            writers = {
-                key: stack.enter_context(IndexedWriter(part_prefix(job.directory, task.number, key), job.dtype))
-                for key in job.keys
-            }
-            rejects = stack.enter_context(atomic_file(rejects_path(job.directory, task.number)))
-            self._read(task, report, writers, rejects)
-        atomic_write_text(report_path(job.directory, task.number), json.dumps(dataclasses.asdict(report)))
+            part = _Part(
+                {
+                    key: stack.enter_context(
+                        IndexedWriter(part_prefix(directory, task.number, key), self._job.options.dtype)
+                    )
+                    for key in keys
+                },
+                stack.enter_context(atomic_file(rejects_path(directory, task.number))),
+                stack.enter_context(atomic_file(beside_path(directory, task.number))),
+            )
+            self._read(task, report, part)
+        atomic_write_text(report_path(directory, task.number), json.dumps(dataclasses.asdict(report)))
         return report
 
-    def _read(self, task: Task, report: Report, writers: Mapping[str, IndexedWriter], rejects: BinaryIO) -> None:
-        reader = ShardReader(task.shard, self._handler.columns(self._job.keys))
-        batch: list[dict[str, str]] = []
+    def _read(self, task: Task, report: Report, part: _Part) -> None:
+        reader = ShardReader(task.shard, self._stage.columns)
+        batch: list[tuple[int, Any, Prepared]] = []
         chars = 0
         for line, record in reader:
             report.lines = line
             if record is None:
                 continue
             report.records += 1
-            texts = record if isinstance(record, Reject) else self._handler(record, self._job.keys)
-            if isinstance(texts, Reject):
-                self._reject(task, report, texts, rejects)
+            prepared = record if isinstance(record, Reject) else self._stage.prepare(record)
+            if isinstance(prepared, Reject):
+                self._reject(task, report, line, prepared, part)
                 continue
-            batch.append(texts)
-            chars += sum(map(len, texts.values()))
+            batch.append((line, record, prepared))
+            chars += sum(map(len, prepared.texts))
             if chars >= BATCH_CHARS:
-                self._write(batch, report, writers)
+                self._write(task, batch, report, part)
                 self._count(task, reader.bytes_read, report)
                 batch, chars = [], 0
-        self._write(batch, report, writers)
+        self._write(task, batch, report, part)
         self._count(task, task.shard.bytes, report)
 
-    def _write(self, batch: Sequence[dict[str, str]], report: Report, writers: Mapping[str, IndexedWriter]) -> None:
+    def _write(self, task: Task, batch: Sequence[tuple[int, Any, Prepared]], report: Report, part: _Part) -> None:
         """Encode a batch and append it to the part of each key."""
-        job = self._job
-        framed = {}
-        for key in job.keys:
-            tokens, lengths = self._encoder.encode([texts[key] for texts in batch])
-            framed[key] = frame(tokens, lengths, job.bos_id, job.eos_id)
-        keep = np.ones(len(batch), bool)
-        if job.seq_length is not None:
-            keep = np.all([lengths < job.seq_length for _, lengths in framed.values()], axis=0)
-            report.too_long += int((~keep).sum())
-        for key, (tokens, lengths) in framed.items():
+        encoded = self._stage.encode([prepared for _, _, prepared in batch])
+        report.too_long += encoded.too_long
+        report.truncated += encoded.truncated
+        for key, (tokens, lengths) in encoded.sequences.items():
             report.empty[key] += int((lengths == 0).sum())
-            if not keep.all():
-                tokens, lengths = tokens[np.repeat(keep, lengths)], lengths[keep]
-            writers[key].add(tokens, lengths[lengths > 0])
+            part.writers[key].add(tokens, lengths[lengths > 0])
             report.tokens[key] += len(tokens)
+        part.beside.writelines(encoded.beside)
+        for position, reason in encoded.unusable:
+            line, record, _ = batch[position]
+            self._reject(task, report, line, rejected(reason, record), part)
 
-    def _reject(self, task: Task, report: Report, reject: Reject, rejects: BinaryIO) -> None:
+    def _reject(self, task: Task, report: Report, line: int, reject: Reject, part: _Part) -> None:
         path = task.shard.source.path
-        entry = {"file": path, "line": report.lines, "reason": reject.reason, "content": reject.content}
-        rejects.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        entry = {"file": path, "line": line, "reason": reject.reason, "content": reject.content}
+        part.rejects.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         report.rejects += 1
-        tolerated = max(0.5, self._job.max_reject_rate)
+        tolerated = max(0.5, self._job.options.max_reject_rate)
         if report.rejects >= HOPELESS_REJECTS and report.rejects > tolerated * report.records:
             raise UserError(
                 f"input {path}: {report.rejects} of {report.records} records in a row cannot be used, the last "

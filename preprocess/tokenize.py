@@ -117,7 +117,8 @@ class TokenizerInfo:
         path: as the user gave it.
         fingerprint: see `tokenizer_fingerprint`.
         vocab_size: one more than the largest id.
-        bos_id, eos_id: from tokenizer_config.json; None where it names none.
+        bos_id, eos_id, pad_id: from tokenizer_config.json; None where it names none.
+        thinks: whether <think> is one token, as in MiniMind's third generation.
     """
 
     path: str
@@ -125,6 +126,8 @@ class TokenizerInfo:
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    pad_id: int | None = None
+    thinks: bool = False
 
 
 def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
@@ -145,8 +148,19 @@ def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
 
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     return TokenizerInfo(
-        os.fspath(path), tokenizer_fingerprint(file), vocab_size, special("bos_token"), special("eos_token")
+        os.fspath(path),
+        tokenizer_fingerprint(file),
+        vocab_size,
+        special("bos_token"),
+        special("eos_token"),
+        special("pad_token"),
+        thinks=tokenizer.token_to_id("<think>") is not None,
     )
+
+
+def token_text(path: str | os.PathLike[str], token: int | None) -> str:
+    """The text of a token; empty for none."""
+    return "" if token is None else _load(tokenizer_json(path)).id_to_token(token) or ""
 
 
 class Encoder(Protocol):

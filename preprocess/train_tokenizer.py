@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.preprocess.handlers import find_handler
+from minimind_mcore.preprocess.handlers import HANDLERS
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.storage import atomic_directory
 
@@ -54,7 +54,7 @@ def texts(spec: str, key: str) -> Iterator[str]:
     Raises:
         UserError: no file there, or a damaged one.
     """
-    text = find_handler("GeneralPretrainHandler")
+    text = HANDLERS["GeneralPretrainHandler"]
     for shard in plan_shards(find_sources(spec), subsets=1):
         for _, record in ShardReader(shard, [key]):
             if record is not None and not isinstance(record, Reject):

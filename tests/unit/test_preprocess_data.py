@@ -19,10 +19,11 @@ import pytest
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import cli, readers, train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
+from minimind_mcore.preprocess.convert import convert, preview
 from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.indexed import IndexedWriter, merge, read_index
 from minimind_mcore.preprocess.meta import read_meta
-from minimind_mcore.preprocess.pretrain import Options, convert, preview
+from minimind_mcore.preprocess.options import Options
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
 
 PAIR = (".bin", ".idx")
@@ -545,10 +546,11 @@ def test_wrong_options_are_named(tokenizer: str, tmp_path: Path) -> None:
     source = str(write_jsonl(tmp_path / "a.jsonl", ["x"]))
     base = ["--input", source, "--tokenizer-name-or-path", tokenizer, "--output-prefix", str(tmp_path / "out")]
     expected = {
-        ("--handler-name", "AlpacaStyleInstructionHandler"): "this version knows GeneralPretrainHandler",
+        ("--handler-name", "AlpacaStyleInstructionHandlr"): "this version knows GeneralPretrainHandler, .*MiniMind",
         ("--tokenizer-type", "GPT2BPETokenizer"): "expected PretrainedFromHF",
         ("--apend-eod",): "unknown flag --apend-eod; did you mean --append-eod",
-        ("--pack",): "not implemented here",
+        ("--pack",): "for conversations",
+        ("--split-sentences",): "not implemented here",
         ("--tokenizer-name-or-path", str(tmp_path)): r"no tokenizer\.json",
         ("--workers", "0"): "at least 1",
         ("--json-keys", "text", "text"): "given twice",

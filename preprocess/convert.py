@@ -1,4 +1,4 @@
-"""Raw text to indexed datasets for pretraining: `<prefix>_<key>_document.bin/.idx/.meta.json`.
+"""Raw files to indexed datasets: `<prefix>_<key>_document.bin/.idx/.meta.json`.
 
     python preprocess_data.py --input data/sample.jsonl --output-prefix data/sample \\
         --tokenizer-name-or-path data/tokenizer --prepend-bos --append-eod --workers 2
@@ -7,8 +7,11 @@ or from a program, with a name chosen from the content, done once and found agai
 
     [prefix] = convert(Options("data/sample.jsonl", "data/tokenizer", cache_dir="data/cache"))
 
+Conversations become several datasets with `_packed` in their names, as MindSpeed-LLM calls them:
+`data/sft_packed_input_ids_document`, `..._attention_mask_...`, `..._labels_...`.
+
 The input is cut into shards. Worker processes turn each into part files, which are then concatenated
-in input order, so the result does not depend on `workers`, `n_subs` or the tokenizer backend. What an
+in input order or packed, so the result does not depend on `workers`, `n_subs` or the tokenizer backend. What an
 interrupted run finished lies in `<prefix>.parts/` and is used by the next one with the same request.
 The final files appear at the end, by renaming: `.bin`, `.idx`, then the record `.meta.json`.
 """
@@ -16,23 +19,35 @@ The final files appear at the end, by renaming: `.bin`, `.idx`, then the record 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.handlers import find_handler
-from minimind_mcore.preprocess.indexed import bin_path, merge
+from minimind_mcore.preprocess.handlers import ChatHandler
+from minimind_mcore.preprocess.indexed import Written, bin_path, copy_chunks, merge
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
+from minimind_mcore.preprocess.options import (
+    Options,
+    beside_file,
+    data_paths,
+    dataset_prefixes,
+    output_prefix,
+    request_fingerprint,
+    template_digest,
+    validate,
+)
+from minimind_mcore.preprocess.packing import Filling, Plan, Samples, plan_packs, write_packed
 from minimind_mcore.preprocess.pool import run_tasks
 from minimind_mcore.preprocess.progress import Progress
 from minimind_mcore.preprocess.readers import PARTS, Reject, ShardReader, Source, find_sources, plan_shards
@@ -41,64 +56,25 @@ from minimind_mcore.preprocess.shards import (
     Report,
     ShardConverter,
     Task,
+    beside_path,
     finished,
     lines_before_each,
     part_prefix,
     rejects_path,
 )
+from minimind_mcore.preprocess.stages import make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_info
 from minimind_mcore.storage import atomic_file, disk_errors
 
-# Part of every request: raise it when the same request would give other files than before.
-FORMAT = 1
 SHOWN_REJECTS = 5
 PREVIEWED = 1000
 
 
-@dataclass(frozen=True)
-class Options:
-    """One conversion.
-
-    Attributes:
-        input: files, directories, globs, separated by commas.
-        tokenizer: directory with tokenizer.json.
-        output_prefix: of the files to write; None chooses a name in `cache_dir` by content.
-        cache_dir: where unfinished parts go (default: beside the output), and see `output_prefix`.
-        handler: name from `handlers.HANDLERS`.
-        keys: fields to convert, each into a dataset of its own.
-        append_eod: end each document with the tokenizer's eos.
-        prepend_bos: begin each document with its bos. Both together are MiniMind's pretraining format.
-        dtype: "int32" as MindSpeed-LLM expects, or "uint16", half the size.
-        seq_length: leave out documents of so many tokens or more; None keeps all.
-        backend: "auto", "gigatoken" or "tokenizers".
-        workers: processes.
-        n_subs: cut the input into at least so many shards.
-        max_reject_rate: share of unusable records above which nothing is written.
-        overwrite: convert even if the result is there and parts exist.
-    """
-
-    input: str
-    tokenizer: str
-    output_prefix: str | None = None
-    cache_dir: str | None = None
-    handler: str = "GeneralPretrainHandler"
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    prepend_bos: bool = False
-    dtype: str = "int32"
-    seq_length: int | None = None
-    backend: str = "auto"
-    workers: int = 1
-    n_subs: int = 1
-    max_reject_rate: float = 0.001
-    overwrite: bool = False
-
-
 def convert(options: Options) -> list[str]:
-    """Convert raw text, or find that it has been converted already.
+    """Convert raw files, or find that it has been done already.
 
     Returns:
-        The prefix of the dataset of each key.
+        What --data-path takes: the prefix of each key's dataset, or the common one of conversations.
 
     Raises:
         UserError: bad options, unusable input, too many rejects, a full disk, a dead worker.
@@ -106,109 +82,68 @@ def convert(options: Options) -> list[str]:
     """
     sources = find_sources(options.input)
     info = tokenizer_info(options.tokenizer)
-    _validate(options, info)
+    validate(options, info)
     request = request_fingerprint(options, info, sources)
-    prefix = _output_prefix(options, sources, request)
-    targets = _targets(options, prefix)
+    prefix = output_prefix(options, sources, request)
     with disk_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(prefix):
-        if _done(options, targets, request):
+        if _done(options, prefix, request):
             _say(f"{prefix}: up to date, nothing to do")
         else:
-            _Run(options, info, sources, request, prefix, targets).run()
-    return list(targets.values())
+            _Run(options, info, sources, request, prefix).run()
+    return data_paths(options, prefix)
 
 
 def preview(options: Options) -> list[str]:
     """Check all that can be checked without converting, and say what would be converted.
 
     Returns:
-        The prefixes if `convert` would find everything done, else an empty list.
+        What `convert` returns if it would find everything done, else an empty list.
 
     Raises:
         UserError: what `convert` would raise at once, or none of the first records is usable.
     """
     sources = find_sources(options.input)
     info = tokenizer_info(options.tokenizer)
-    _validate(options, info)
-    load_encoder(options.tokenizer, options.backend)
+    validate(options, info)
     request = request_fingerprint(options, info, sources)
-    prefix = _output_prefix(options, sources, request)
-    targets = _targets(options, prefix)
-    if _done(options, targets, request):
+    prefix = output_prefix(options, sources, request)
+    if _done(options, prefix, request):
         _say(f"{prefix}: up to date, nothing to do")
-        return list(targets.values())
-    _try_first_records(options, sources)
+        return data_paths(options, prefix)
+    _try_first_records(options, info, sources)
     size = sum(source.size for source in sources) / 1e6
-    _say(f"would convert {len(sources)} files, {size:.1f} MB, to {', '.join(targets.values())}")
+    _say(f"would convert {len(sources)} files, {size:.1f} MB, to {', '.join(data_paths(options, prefix))}")
     return []
 
 
-def _try_first_records(options: Options, sources: Sequence[Source]) -> None:
-    """See that the first file has records under these keys."""
-    handler = find_handler(options.handler)
-    reader = ShardReader(plan_shards(sources, 1)[0], handler.columns(options.keys))
+def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> None:
+    """See that the first file has records that this handler can use."""
+    stage = make_stage(options, info, load_encoder(options.tokenizer, options.backend))
     reason = "it has no records"
-    for number, record in itertools.islice(reader, PREVIEWED):
+    for number, record in itertools.islice(ShardReader(plan_shards(sources, 1)[0], stage.columns), PREVIEWED):
         if record is None:  # a blank line
             continue
-        found = record if isinstance(record, Reject) else handler(record, options.keys)
+        found = record if isinstance(record, Reject) else stage.prepare(record)
         if not isinstance(found, Reject):
-            return
+            unusable = stage.encode([found]).unusable
+            if not unusable:
+                return
+            found = Reject(unusable[0][1], "")
         reason = f"record {number}: {found.reason}"
     raise UserError(f"input {sources[0].path}: no usable record at its beginning; {reason}")
 
 
-def _targets(options: Options, prefix: Path) -> dict[str, str]:
-    return {key: f"{prefix}_{key}_document" for key in options.keys}
-
-
-def _done(options: Options, targets: dict[str, str], request: str) -> bool:
-    found = all(_up_to_date(target, request, options.max_reject_rate) for target in targets.values())
-    return found and not options.overwrite
+def _done(options: Options, prefix: Path, request: str) -> bool:
+    beside = beside_file(options, prefix)
+    targets = dataset_prefixes(options, prefix).values()
+    found = all(_up_to_date(target, request, options.max_reject_rate) for target in targets)
+    return found and (beside is None or beside.is_file()) and not options.overwrite
 
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _validate(options: Options, info: TokenizerInfo) -> None:
-    find_handler(options.handler)
-    if len(set(options.keys)) < len(options.keys):
-        raise UserError(f"--json-keys {' '.join(options.keys)}: a key is given twice")
-    for wanted, token, name in ((options.append_eod, info.eos_id, "eos"), (options.prepend_bos, info.bos_id, "bos")):
-        if wanted and token is None:
-            raise UserError(
-                f"tokenizer {info.path}: its tokenizer_config.json names no {name}_token that is in the vocabulary; "
-                f"{'--append-eod' if name == 'eos' else '--prepend-bos'} needs one"
-            )
-    if options.dtype == "uint16" and info.vocab_size > 1 << 16:
-        raise UserError(f"--dtype uint16: the tokenizer has {info.vocab_size} ids, uint16 holds 65536; use int32")
-    if min(options.workers, options.n_subs) < 1:
-        raise UserError(f"--workers {options.workers} --n-subs {options.n_subs}: both must be at least 1")
-
-
-def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> str:
-    """SHA-256 over everything that decides the content of the result, and nothing else."""
-    content = {
-        "format": FORMAT,
-        "sources": [[source.path, source.size, source.mtime_ns] for source in sources],
-        "tokenizer": [info.fingerprint, info.bos_id, info.eos_id],
-        "options": [getattr(options, name) for name in ("handler", "append_eod", "prepend_bos", "dtype", "seq_length")],
-        "keys": options.keys,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _output_prefix(options: Options, sources: Sequence[Source], request: str) -> Path:
-    if options.output_prefix is not None:
-        return Path(options.output_prefix).expanduser()
-    if options.cache_dir is None:
-        raise UserError("--output-prefix is missing (with --cache-dir instead, a name is chosen there)")
-    first = Path(sources[0].path)
-    name = first.name.split(".")[0] if len(sources) == 1 else first.parent.name
-    return Path(options.cache_dir).expanduser() / f"{name}-{request[:12]}"
 
 
 def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:
@@ -251,14 +186,13 @@ class _Run:
         sources: Sequence[Source],
         request: str,
         prefix: Path,
-        targets: dict[str, str],
     ) -> None:
         self._options = options
         self._info = info
         self._sources = sources
         self._request = request
         self._prefix = prefix
-        self._targets = targets
+        self._targets = dataset_prefixes(options, prefix)
         self._shards = plan_shards(sources, options.n_subs)
         self._parts = prefix.with_name(prefix.name + PARTS)
         if options.cache_dir:  # where outputs of one name in different places must not meet
@@ -271,8 +205,10 @@ class _Run:
         directory = self._part_directory()
         reports = self._convert_shards(directory)
         self._check_rejects(directory, reports)
+        self._publish_beside(directory, reports)
+        plan = self._plan(directory, reports)
         for key, target in self._targets.items():
-            self._publish(directory, reports, key, target)
+            self._publish(directory, reports, key, target, plan)
         shutil.rmtree(self._parts)
         read, seconds = sum(shard.bytes for shard in self._shards), time.monotonic() - start
         _say(f"done in {seconds:.1f} s ({read / 1e6 / seconds:.1f} MB/s)")
@@ -304,19 +240,7 @@ class _Run:
             + f", {min(options.workers, len(todo))} workers, tokenizer backend {backend}"
         )
         progress = multiprocessing.get_context("spawn").RawArray("q", 2 * max(1, len(shards)))
-        job = Job(
-            directory,
-            options.tokenizer,
-            backend,
-            options.handler,
-            options.keys,
-            options.dtype,
-            info.bos_id if options.prepend_bos else None,
-            info.eos_id if options.append_eod else None,
-            options.seq_length,
-            options.max_reject_rate,
-            progress,
-        )
+        job = Job(directory, options, info, backend, progress)
         done_before = sum(report.bytes for report in reports.values())
         display = Progress(sum(shard.bytes for shard in shards), done_before)
         with contextlib.closing(display):
@@ -343,7 +267,7 @@ class _Run:
                 f"{self._options.max_reject_rate:g} allows; nothing was written. They are listed in {path}: repair the "
                 "input, or raise the rate"
             )
-        for key in self._options.keys:
+        for key in self._targets:
             if not sum(report.tokens[key] for report in reports):
                 raise UserError(f"input {self._options.input}: no text under {key!r} in {records} records")
 
@@ -353,21 +277,54 @@ class _Run:
         with atomic_file(path) as out:
             for report, offset in zip(reports, lines_before, strict=True):
                 with open(rejects_path(directory, report.number), encoding="utf-8") as file:
-                    for line in file:
-                        entry = json.loads(line)
+                    for entry in sorted(map(json.loads, file), key=operator.itemgetter("line")):
                         entry["line"] += offset
                         out.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
                         if shown < SHOWN_REJECTS:
                             shown += 1
                             _say(f"rejected: {entry['file']}, line {entry['line']}: {entry['reason']}")
 
-    def _publish(self, directory: Path, reports: Sequence[Report], key: str, target: str) -> None:
+    def _plan(self, directory: Path, reports: Sequence[Report]) -> Plan | None:
+        """Which samples are to share a sequence, if they are to be packed."""
+        if not self._options.chat.pack:
+            return None
+        samples = Samples([part_prefix(directory, report.number, "input_ids") for report in reports])
+        return plan_packs(samples.lengths, (self._options.seq_length or 0) - 1)
+
+    def _publish_beside(self, directory: Path, reports: Sequence[Report]) -> None:
+        """Put in place what goes beside the tasks."""
+        path = beside_file(self._options, self._prefix)
+        if path is not None:
+            with atomic_file(path) as out:
+                for report in reports:
+                    out.writelines(copy_chunks(beside_path(directory, report.number)))
+
+    def _publish(self, directory: Path, reports: Sequence[Report], key: str, target: str, plan: Plan | None) -> None:
         """Put one key's dataset in place, its record last."""
+        parts = [part_prefix(directory, report.number, key) for report in reports]
         with disk_errors(bin_path(target)):
             meta_path(target).unlink(missing_ok=True)
-            written = merge([part_prefix(directory, report.number, key) for report in reports], target)
-        options = self._options
-        meta = DatasetMeta(
+            if plan is None:
+                written = merge(parts, target)
+            else:
+                options, pad = self._options, self._info.pad_id or 0
+                filling = Filling(options.seq_length or 0, pad, options.chat.pack == "neat-pack")
+                written = write_packed(parts, key, plan, target, filling)
+        meta = self._meta(reports, key, written, plan)
+        write_meta(target, meta)
+        packed = f" of {meta.samples:,} samples" if plan is not None else ""
+        _say(
+            f"{target}: {written.documents:,} documents{packed}, {written.tokens:,} tokens, "
+            f"{(written.bin_bytes + written.idx_bytes) / 1e6:.1f} MB; left out: {meta.rejects:,} rejected, "
+            f"{meta.empty:,} empty, {meta.too_long:,} too long; cut: {meta.truncated:,}"
+        )
+
+    def _meta(self, reports: Sequence[Report], key: str, written: Written, plan: Plan | None) -> DatasetMeta:
+        options, chat = self._options, None
+        if isinstance(handler := options.find_handler(), ChatHandler):
+            chat = dataclasses.asdict(options.chat.resolved(handler, self._info))
+            chat["template"] = template_digest(options)
+        return DatasetMeta(
             request=self._request,
             handler=options.handler,
             key=key,
@@ -382,10 +339,7 @@ class _Run:
             empty=sum(report.empty[key] for report in reports),
             too_long=sum(report.too_long for report in reports),
             sources=[SourceRecord(source.path, source.size, source.mtime_ns) for source in self._sources],
-        )
-        write_meta(target, meta)
-        _say(
-            f"{target}: {written.documents:,} documents, {written.tokens:,} tokens, "
-            f"{(written.bin_bytes + written.idx_bytes) / 1e6:.1f} MB; left out: {meta.rejects:,} rejected, "
-            f"{meta.empty:,} empty, {meta.too_long:,} too long"
+            truncated=sum(report.truncated for report in reports),
+            samples=written.documents if plan is None else len(plan.order),
+            chat=chat,
         )

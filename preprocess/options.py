@@ -1,0 +1,241 @@
+"""What a conversion is asked for, and what identifies the request."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.chat import template_source
+from minimind_mcore.preprocess.handlers import ChatHandler, Handler, find_handler
+from minimind_mcore.preprocess.readers import Source
+from minimind_mcore.preprocess.templates import template_entry
+from minimind_mcore.preprocess.tokenize import TokenizerInfo
+
+# Part of every request: raise it when the same request would give other files than before.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How conversations become samples.
+
+    Attributes:
+        map_keys: --map-keys: {column of the format: field of the records}.
+        prompt_type: a template of MindSpeed-LLM's format; None: the tokenizer's own chat template.
+        prompt_type_path: the JSON file it is in; None: `templates.json` of this kit.
+        enable_thinking: of templates that know it; of tasks: whether the model is to think.
+        seed: of MiniMind's random changes (`augment`).
+        system_ratio: share of conversations that get a system prompt; None: MiniMind's for its own
+            formats (0.2), none for others.
+        empty_think_ratio: share of texts that keep their empty thoughts; None: MiniMind's for its own
+            formats (0.2; 0.05 in MiniMind2's tokenizer, where <think> is no token), all for others.
+        thinking_ratio: share of tasks that let the model think; None: as MiniMind's trainers.
+        pack: "", "pack" or "neat-pack": put samples together to sequences of `seq_length`.
+    """
+
+    map_keys: dict[str, Any] | None = None
+    prompt_type: str | None = None
+    prompt_type_path: str | None = None
+    enable_thinking: bool | None = None
+    seed: int = 1234
+    system_ratio: float | None = None
+    empty_think_ratio: float | None = None
+    thinking_ratio: float | None = None
+    pack: str = ""
+
+    def resolved(self, handler: ChatHandler, info: TokenizerInfo) -> ChatOptions:
+        """The ratios with their defaults, which the handler and the tokenizer's generation decide."""
+        own = handler.minimind and not handler.pairwise
+        thinking = handler.thinking_ratio if self.enable_thinking is None else float(self.enable_thinking)
+        kept = (0.2 if info.thinks else 0.05) if handler.minimind and not handler.prompts else 1.0
+        return dataclasses.replace(
+            self,
+            system_ratio=(0.2 if own and "gt" not in handler.columns else 0.0)
+            if self.system_ratio is None
+            else self.system_ratio,
+            empty_think_ratio=kept if self.empty_think_ratio is None else self.empty_think_ratio,
+            thinking_ratio=thinking if self.thinking_ratio is None else self.thinking_ratio,
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """One conversion.
+
+    Attributes:
+        input: files, directories, globs, separated by commas.
+        tokenizer: directory with tokenizer.json.
+        output_prefix: of the files to write; None chooses a name in `cache_dir` by content.
+        cache_dir: where unfinished parts go (default: beside the output), and see `output_prefix`.
+        handler: name from `handlers.HANDLERS` or `handlers.CHAT_HANDLERS`.
+        keys: of pretraining: fields to convert, each into a dataset of its own.
+        append_eod: end each document with the tokenizer's eos.
+        prepend_bos: begin each document with its bos. Both together are MiniMind's pretraining format.
+        dtype: "int32" as MindSpeed-LLM expects, or "uint16", half the size (pretraining only).
+        seq_length: of pretraining: leave out documents of so many tokens or more; of conversations: the
+            most tokens of a sample, see `stages`. None keeps all.
+        backend: "auto", "gigatoken" or "tokenizers".
+        workers: processes.
+        n_subs: cut the input into at least so many shards.
+        max_reject_rate: share of unusable records above which nothing is written.
+        overwrite: convert even if the result is there and parts exist.
+        chat: of conversations only.
+    """
+
+    input: str
+    tokenizer: str
+    output_prefix: str | None = None
+    cache_dir: str | None = None
+    handler: str = "GeneralPretrainHandler"
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    prepend_bos: bool = False
+    dtype: str = "int32"
+    seq_length: int | None = None
+    backend: str = "auto"
+    workers: int = 1
+    n_subs: int = 1
+    max_reject_rate: float = 0.001
+    overwrite: bool = False
+    chat: ChatOptions = ChatOptions()
+
+    def find_handler(self) -> Handler | ChatHandler:
+        """The handler, with the columns of --map-keys.
+
+        Raises:
+            UserError: unknown, or a column it does not have.
+        """
+        handler = find_handler(self.handler)
+        return handler.mapped(self.handler, self.chat.map_keys) if isinstance(handler, ChatHandler) else handler
+
+
+def dataset_prefixes(options: Options, prefix: Path) -> dict[str, str]:
+    """The prefix of each dataset, by its key; conversations' are named as MindSpeed-LLM names them, packed or not."""
+    handler = options.find_handler()
+    if isinstance(handler, ChatHandler):
+        return {output: f"{prefix}_packed_{output}_document" for output in handler.outputs}
+    return {key: f"{prefix}_{key}_document" for key in options.keys}
+
+
+def data_paths(options: Options, prefix: Path) -> list[str]:
+    """What --data-path of the training programs takes: of conversations, the beginning of all their datasets."""
+    if isinstance(options.find_handler(), ChatHandler):
+        return [str(prefix)]
+    return list(dataset_prefixes(options, prefix).values())
+
+
+def beside_file(options: Options, prefix: Path) -> Path | None:
+    """The file that goes beside tasks, a line of JSON for each; None for other data."""
+    handler = options.find_handler()
+    return Path(f"{prefix}_packed_prompts.jsonl") if isinstance(handler, ChatHandler) and handler.prompts else None
+
+
+def validate(options: Options, info: TokenizerInfo) -> None:
+    """Refuse what contradicts itself or the tokenizer.
+
+    Raises:
+        UserError: says what.
+    """
+    handler = options.find_handler()
+    if isinstance(handler, ChatHandler):
+        _validate_chat(options, handler, info)
+    else:
+        if len(set(options.keys)) < len(options.keys):
+            raise UserError(f"--json-keys {' '.join(options.keys)}: a key is given twice")
+        if options.chat != ChatOptions(seed=options.chat.seed):
+            raise UserError(
+                f"--handler-name {options.handler}: packing, templates and --map-keys are for conversations"
+            )
+    for wanted, token, name in ((options.append_eod, info.eos_id, "eos"), (options.prepend_bos, info.bos_id, "bos")):
+        if wanted and token is None:
+            raise UserError(
+                f"tokenizer {info.path}: its tokenizer_config.json names no {name}_token that is in the vocabulary; "
+                f"{'--append-eod' if name == 'eos' else '--prepend-bos'} needs one"
+            )
+    if options.dtype == "uint16" and info.vocab_size > 1 << 16:
+        raise UserError(f"--dtype uint16: the tokenizer has {info.vocab_size} ids, uint16 holds 65536; use int32")
+    if min(options.workers, options.n_subs) < 1:
+        raise UserError(f"--workers {options.workers} --n-subs {options.n_subs}: both must be at least 1")
+
+
+def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) -> None:
+    chat = options.chat
+    if options.prepend_bos or options.dtype != "int32":
+        raise UserError(f"--handler-name {options.handler}: --prepend-bos and --dtype are for pretraining data")
+    if info.bos_id is None or info.eos_id is None:
+        raise UserError(
+            f"tokenizer {info.path}: conversations need its bos_token and eos_token in tokenizer_config.json"
+        )
+    if chat.prompt_type is None:
+        template_source(info.path)
+        if options.append_eod:
+            raise UserError("--append-eod: the tokenizer's own chat template ends the conversation itself")
+    else:
+        template_entry(chat.prompt_type, chat.prompt_type_path)
+        if handler.prompts:
+            raise UserError(f"--prompt-type: {options.handler} writes tasks with the tokenizer's own chat template")
+    if chat.prompt_type is None and chat.enable_thinking is not None and not handler.prompts:
+        raise UserError(
+            "--enable-thinking: the tokenizer's own chat template decides that; name one that has a choice, "
+            "such as --prompt-type qwen3"
+        )
+    if chat.pack and (options.seq_length is None or options.seq_length < 2):
+        raise UserError("--pack needs --seq-length, the length of the sequences to fill")
+    if chat.pack and (handler.pairwise or handler.prompts):
+        raise UserError(f"--pack: for instruction data only; {options.handler} makes no such data")
+    if chat.pack and info.pad_id is None:
+        raise UserError(f"tokenizer {info.path}: --pack needs its pad_token in tokenizer_config.json")
+    for name in ("system_ratio", "empty_think_ratio", "thinking_ratio"):
+        ratio = getattr(chat, name)
+        if ratio is not None and not 0 <= ratio <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {ratio:g}: expected a share from 0 to 1")
+
+
+def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> str:
+    """SHA-256 over everything that decides the content of the result, and nothing else."""
+    content = {
+        "format": FORMAT,
+        "sources": [[source.path, source.size, source.mtime_ns] for source in sources],
+        "tokenizer": [info.fingerprint, info.bos_id, info.eos_id],
+        "options": [getattr(options, name) for name in ("handler", "append_eod", "prepend_bos", "dtype", "seq_length")],
+        "keys": options.keys,
+    }
+    if isinstance(handler := options.find_handler(), ChatHandler):
+        content["keys"] = handler.columns
+        content["chat"] = [
+            dataclasses.asdict(options.chat.resolved(handler, info)),
+            template_digest(options),
+            info.pad_id,
+        ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def template_digest(options: Options) -> str:
+    """What identifies the template of a conversion: 16 hex digits of its source's SHA-256."""
+    chat = options.chat
+    if chat.prompt_type is None:
+        source = template_source(options.tokenizer)
+    else:
+        source = json.dumps(template_entry(chat.prompt_type, chat.prompt_type_path), sort_keys=True)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def output_prefix(options: Options, sources: Sequence[Source], request: str) -> Path:
+    """The prefix that was asked for, or a name by content.
+
+    Raises:
+        UserError: neither a prefix nor a directory was given.
+    """
+    if options.output_prefix is not None:
+        return Path(options.output_prefix).expanduser()
+    if options.cache_dir is None:
+        raise UserError("--output-prefix is missing (with --cache-dir instead, a name is chosen there)")
+    first = Path(sources[0].path)
+    name = first.name.split(".")[0] if len(sources) == 1 else first.parent.name
+    return Path(options.cache_dir).expanduser() / f"{name}-{request[:12]}"

@@ -1,0 +1,262 @@
+"""What becomes of a record, in two steps: the texts to encode, then sequences of ids.
+
+| stage | a record becomes | too long for --seq-length L |
+|---|---|---|
+| `Documents` (pretraining) | for each of --json-keys the document's ids | L or more: left out, counted |
+| `Samples` (conversations) | input_ids, attention_mask, labels; pairs and tasks see `handlers` | see below |
+
+Of samples: by the tokenizer's own template they are cut to L, as MiniMind does; a template of --prompt-type
+shortens question and answer, as MindSpeed-LLM does, and what still has L or more is left out. To be packed,
+what has L or more is left out; under --neat-pack cut to L - 1 (one place is kept free, as there). What is
+cut and what is left out is counted. Where a cut leaves no label, the sample is left out too; a task is
+never cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_mcore.preprocess.augment import Draw, add_system_prompt, draw, drop_empty_thoughts
+from minimind_mcore.preprocess.chat import IGNORED, ChatTemplate, Ids, TokenizerTemplate, Turns, checked
+from minimind_mcore.preprocess.conversations import Conversation, Unusable
+from minimind_mcore.preprocess.handlers import ChatHandler, Handler
+from minimind_mcore.preprocess.options import Options
+from minimind_mcore.preprocess.readers import Reject, rejected
+from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
+from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, token_text
+
+Sequences = tuple[NDArray[Any], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A record's texts, and what its stage must know to put their ids together."""
+
+    texts: list[str]
+    detail: Any = None
+
+
+@dataclass
+class Encoded:
+    """The sequences of a batch of records.
+
+    Attributes:
+        sequences: by key: ids back to back, and the number of ids of each sequence; 0 for an empty one.
+        too_long: records left out for their length.
+        truncated: records cut short.
+        unusable: (place in the batch, reason) of records that showed only now to be unusable.
+        beside: a line of JSON for each task, to be kept beside its ids.
+    """
+
+    sequences: dict[str, Sequences]
+    too_long: int = 0
+    truncated: int = 0
+    unusable: list[tuple[int, str]] = field(default_factory=list)
+    beside: list[bytes] = field(default_factory=list)
+
+
+class Stage(Protocol):
+    """Turns records into sequences.
+
+    Attributes:
+        keys: of the datasets.
+        columns: to read of a parquet file; None for all.
+    """
+
+    keys: tuple[str, ...]
+    columns: Sequence[str] | None
+
+    def prepare(self, record: Any) -> Prepared | Reject:
+        """The texts of a record."""
+        ...
+
+    def encode(self, batch: Sequence[Prepared]) -> Encoded:
+        """The sequences of prepared records."""
+        ...
+
+
+def make_stage(options: Options, info: TokenizerInfo, encoder: Encoder) -> Stage:
+    """The stage that the handler's name asks for."""
+    handler = options.find_handler()
+    if isinstance(handler, ChatHandler):
+        return Samples(options, info, encoder, handler)
+    return Documents(options, info, encoder, handler)
+
+
+class Documents:
+    """Pretraining: a document for each key."""
+
+    def __init__(self, options: Options, info: TokenizerInfo, encoder: Encoder, handler: Handler) -> None:
+        self.keys = options.keys
+        self.columns: Sequence[str] | None = handler.columns(options.keys)
+        self._handler = handler
+        self._encoder = encoder
+        self._bos = info.bos_id if options.prepend_bos else None
+        self._eos = info.eos_id if options.append_eod else None
+        self._limit = options.seq_length
+
+    def prepare(self, record: Any) -> Prepared | Reject:
+        """See `Stage`: one text for each key."""
+        texts = self._handler(record, self.keys)
+        return texts if isinstance(texts, Reject) else Prepared(list(texts.values()))
+
+    def encode(self, batch: Sequence[Prepared]) -> Encoded:
+        """See `Stage`."""
+        framed = []
+        for number in range(len(self.keys)):
+            tokens, lengths = self._encoder.encode([prepared.texts[number] for prepared in batch])
+            framed.append(frame(tokens, lengths, self._bos, self._eos))
+        keep = np.ones(len(batch), bool)
+        if self._limit is not None:
+            keep = np.all([lengths < self._limit for _, lengths in framed], axis=0)
+        kept = [(tokens[np.repeat(keep, lengths)], lengths[keep]) for tokens, lengths in framed]
+        return Encoded(dict(zip(self.keys, kept, strict=True)), too_long=int((~keep).sum()))
+
+
+def frame(
+    tokens: NDArray[np.uint32], lengths: NDArray[np.int64], bos_id: int | None, eos_id: int | None
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Put begin and end tokens around each document that has tokens; the others stay empty.
+
+    Args:
+        tokens: [sum(lengths)] ids.
+        lengths: [documents].
+        bos_id, eos_id: what to add; None adds nothing.
+
+    Returns:
+        The new ids and lengths.
+    """
+    added = (bos_id is not None) + (eos_id is not None)
+    framed = lengths + added * (lengths > 0)
+    ends = np.cumsum(framed)[lengths > 0]
+    starts = ends - framed[lengths > 0]
+    out = np.empty(int(framed.sum()), np.uint32)
+    body = np.ones(len(out), bool)
+    if bos_id is not None:
+        out[starts], body[starts] = bos_id, False
+    if eos_id is not None:
+        out[ends - 1], body[ends - 1] = eos_id, False
+    out[body] = tokens
+    return out, framed
+
+
+class Samples:
+    """Conversations: ids and labels, or the ids of a prompt."""
+
+    def __init__(self, options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> None:
+        self.keys = handler.outputs
+        self.columns: Sequence[str] | None = handler.fields
+        self._handler = handler
+        self._chat = options.chat.resolved(handler, info)
+        self._encoder = encoder
+        self._eos = [info.eos_id] if options.append_eod and info.eos_id is not None else []
+        self._template = make_template(options, info, encoder, handler)
+        self._most = options.seq_length
+        if self._most is not None and not handler.prompts:
+            cut_before = isinstance(self._template, TokenizerTemplate) and not self._chat.pack
+            self._most = None if cut_before else self._most - 1
+
+    def prepare(self, record: Any) -> Prepared | Reject:
+        """See `Stage`: the pieces of every turn of every side."""
+        sides = self._handler(record)
+        if isinstance(sides, Reject):
+            return sides
+        try:
+            asked = [self._change(conversation) for conversation in sides.values()]
+            rendered = [self._render(*side) for side in asked]
+        except Unusable as reason:
+            return rejected(str(reason), record)
+        texts = [piece for turns in rendered for pieces in turns for piece in pieces]
+        shape = [[len(pieces) for pieces in turns] for turns in rendered]
+        return Prepared(texts, (shape, self._beside(record, *asked[0][:2], texts) if self._handler.prompts else None))
+
+    def _change(self, conversation: Conversation) -> tuple[Conversation, bool | None, Draw]:
+        """The conversation with what is drawn for it, whether the model is to think if it is asked, the draw."""
+        chat, drawn = self._chat, draw(self._chat.seed, conversation)
+        thinking = drawn.thinking < chat.thinking_ratio if chat.thinking_ratio is not None else None
+        return add_system_prompt(conversation, drawn, chat.system_ratio or 0.0), thinking, drawn
+
+    def _render(self, conversation: Conversation, thinking: bool | None, drawn: Draw) -> Turns:
+        turns = self._template.render(conversation, thinking)
+        ratio = self._chat.empty_think_ratio
+        if ratio is not None:
+            turns = [[drop_empty_thoughts(piece, drawn, ratio) for piece in pieces] for pieces in turns]
+        return checked(turns)
+
+    def _beside(
+        self, record: Mapping[str, Any], asked: Conversation, thinking: bool | None, texts: Sequence[str]
+    ) -> bytes:
+        """A task as a line: what the environment or the reward needs and ids do not tell."""
+        own = {"prompt": texts[0], "messages": asked.messages, "tools": asked.tools, "open_thinking": thinking}
+        others = {key: value for key, value in record.items() if key != self._handler.columns["messages"]}
+        return json.dumps({**others, **own}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+    def encode(self, batch: Sequence[Prepared]) -> Encoded:
+        """See `Stage`."""
+        found: dict[str, list[Ids]] = {key: [] for key in self.keys}
+        encoded = Encoded({})
+        for place, (prepared, sides) in enumerate(zip(batch, self._turns_of(batch), strict=True)):
+            samples = [self._limited(*self._template.label(turns)) for turns in sides]
+            cut = any(cut for _, _, cut in samples)
+            if not all(len(ids) and (self._handler.prompts or (labels != IGNORED).any()) for ids, labels, _ in samples):
+                encoded.too_long += cut
+                encoded.unusable += [] if cut else [(place, "it has no answer of the assistant to learn")]
+                continue
+            encoded.truncated += cut
+            for key, values in zip(self.keys, self._outputs(samples), strict=True):
+                found[key].append(values)
+            if self._handler.prompts:
+                encoded.beside.append(prepared.detail[1])
+        for key, arrays in found.items():
+            lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+            encoded.sequences[key] = (np.concatenate([np.empty(0, np.int32), *arrays]), lengths)
+        return encoded
+
+    def _limited(self, ids: Ids, labels: Ids, cut: bool) -> tuple[Ids, Ids, bool]:
+        """A sample as it is kept, and whether it is shorter than it was; nothing is left of one too long."""
+        ids, labels = (np.append(part, self._eos).astype(np.int32) for part in (ids, labels))
+        if self._most is None or len(ids) <= self._most:
+            return ids, labels, cut
+        kept = self._most if self._chat.pack == "neat-pack" else 0
+        return ids[:kept], labels[:kept], True
+
+    def _outputs(self, samples: Sequence[tuple[Ids, Ids, bool]]) -> list[Ids]:
+        """What `keys` name."""
+        if self._handler.pairwise:
+            return [part for ids, labels, _ in samples for part in (ids, labels)]
+        [(ids, labels, _)] = samples
+        return [ids, np.ones(len(ids), np.int32), labels][: len(self.keys)]
+
+    def _turns_of(self, batch: Sequence[Prepared]) -> Iterator[list[list[Ids]]]:
+        """Each record's sides' turns' ids, in the order of the batch; all pieces are encoded at once."""
+        tokens, lengths = self._encoder.encode([text for prepared in batch for text in prepared.texts])
+        ids = tokens.astype(np.int32)
+        ends = [0, *np.cumsum(lengths).tolist()]
+        piece = 0
+        for prepared in batch:
+            sides = []
+            for counts in prepared.detail[0]:
+                turns = []
+                for count in counts:
+                    turns.append(ids[ends[piece] : ends[piece + count]])
+                    piece += count
+                sides.append(turns)
+            yield sides
+
+
+def make_template(options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> ChatTemplate:
+    """The tokenizer's own chat template, or that of --prompt-type."""
+    chat, last_only = options.chat, handler.pairwise and not handler.minimind
+    if chat.prompt_type is None:
+        cut = None if chat.pack or handler.prompts else options.seq_length
+        return TokenizerTemplate(info, encoder, cut, last_only)
+    entry = template_entry(chat.prompt_type, chat.prompt_type_path)
+    bos, eos = (token_text(info.path, token) for token in (info.bos_id, info.eos_id))
+    settings = Settings(bos, eos, chat.enable_thinking, options.seq_length, chat.pack == "neat-pack", last_only)
+    return SlotTemplate(entry, settings)

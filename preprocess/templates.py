@@ -1,0 +1,271 @@
+"""MindSpeed-LLM's templates: --prompt-type NAME, from a JSON file in its format.
+
+    template = find_template("qwen3", None, thinking=True, ...)
+
+`templates.json` beside this file holds three, under names that MindSpeed-LLM's --prompt-type allows, so that
+its own programs can read them too (--prompt-type-path):
+
+| name | with | writes what |
+|---|---|---|
+| qwen3 | --enable-thinking true | minimind-3's chat template writes, ids and labels |
+| chatml | | MiniMind2's |
+| chatml_de | | minimind-3's less the thought blocks |
+
+A template writes the turns of a conversation piece by piece, and each piece is encoded by itself. Odd
+turns (user, tool result) have no loss, even ones (assistant) have. Long conversations are cut so that
+question and answer share what room there is (mindspeed_llm/tasks/preprocess/templates.py).
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.chat import IGNORED, Ids, Turns
+from minimind_mcore.preprocess.conversations import Conversation, Message, Unusable
+
+CLASSES = ("Template", "LFDefaultTemplate", "ReasoningTemplate")
+TOOL_FORMATS = ("qwen", "qwen3")
+TOOLS = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n'
+    "</tool_call>"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen beside the template.
+
+    Attributes:
+        bos, eos: the tokenizer's.
+        thinking: --enable-thinking.
+        seq_length, neat_pack: as the flags.
+        last_only: of pairs: the loss is on the last answer, and only that one shows its thoughts.
+    """
+
+    bos: str
+    eos: str
+    thinking: bool | None = None
+    seq_length: int | None = None
+    neat_pack: bool = False
+    last_only: bool = False
+
+
+def read_templates(path: str | None) -> dict[str, dict[str, Any]]:
+    """The templates of a JSON file, or of ours, by name.
+
+    Raises:
+        UserError: no such file, or not in MindSpeed-LLM's format.
+    """
+    file = Path(path).expanduser() if path else importlib.resources.files(__package__).joinpath("templates.json")
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return {entry["name"]: entry for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--prompt-type-path {path}: not a readable list of templates ({error!r})") from error
+
+
+def template_entry(name: str, path: str | None) -> dict[str, Any]:
+    """A template's JSON.
+
+    Raises:
+        UserError: unknown, or of a class that is not implemented here.
+    """
+    entries = read_templates(path)
+    if name not in entries:
+        place = path or "the templates that come with this kit (--prompt-type-path names another file)"
+        raise UserError(f"--prompt-type {name}: not in {place}, which has {', '.join(entries)}")
+    entry = entries[name]
+    if entry.get("efficient_eos"):
+        raise UserError(
+            f"--prompt-type {name}: efficient_eos is not implemented here; write the eos in format_assistant"
+        )
+    if entry.get("template_class", "Template") not in CLASSES:
+        raise UserError(
+            f"--prompt-type {name}: template_class {entry['template_class']} is not implemented here; "
+            f"expected {', '.join(CLASSES)}"
+        )
+    return entry
+
+
+class SlotTemplate:
+    """A template of MindSpeed-LLM's format."""
+
+    def __init__(self, entry: Mapping[str, Any], settings: Settings) -> None:
+        self._entry = entry
+        self._settings = settings
+        self._class = entry.get("template_class") or "Template"
+        stop_words = entry.get("stop_words") or []
+        self._eos = stop_words[0] if entry.get("replace_eos") and stop_words else settings.eos
+        self._thought = tuple(entry.get("thought_words") or ("<think>\n", "\n</think>\n\n"))
+
+    def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
+        """See `ChatTemplate`: a list of pieces for each turn, a question's and an answer's by turns."""
+        messages = list(conversation.messages)
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+        self._check_order(messages)
+        head = self._pieces("format_prefix")
+        system = system or self._entry.get("default_system") or ""
+        system = "".join(system) if isinstance(system, list) else system
+        if system or conversation.tools:
+            head += self._pieces("format_system", system + self._tools(conversation.tools))
+        turns = []
+        for number, message in enumerate(messages):
+            pieces = head if number == 0 else []
+            if number and number % 2 == 0 and self._class != "LFDefaultTemplate":
+                pieces = self._pieces("format_separator")
+            turns.append(pieces + self._turn(message, number, last=number == len(messages) - 1))
+        if self._class == "ReasoningTemplate":
+            self._place_thoughts(messages, turns)
+        return turns
+
+    def _check_order(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages):
+            if (message["role"] == "assistant") != bool(number % 2):
+                raise Unusable(
+                    f"message {number + 1} after the system's is of role {message['role']!r}: templates of "
+                    "--prompt-type need questions and answers by turns (the tokenizer's own template does not)"
+                )
+        if len(messages) % 2 or not messages:
+            raise Unusable("the last message is not the assistant's")
+
+    def _turn(self, message: Message, number: int, last: bool) -> list[str]:
+        """The pieces of one message."""
+        content = message["content"]
+        if message["role"] == "assistant":
+            if message.get("reasoning_content") is not None:
+                content = message["reasoning_content"].join(self._thought) + content
+            hidden = self._settings.thinking is False or (self._settings.last_only and not last)
+            if self._class == "ReasoningTemplate" and hidden:
+                content = self._without_thoughts(content)
+            if message.get("tool_calls"):
+                return self._pieces("format_function", self._calls(content, message["tool_calls"]))
+            return self._pieces("format_assistant", content)
+        name = (
+            "format_observation" if message["role"] == "tool" and "format_observation" in self._entry else "format_user"
+        )
+        return self._pieces(name, content, idx=str(number // 2))
+
+    def _pieces(self, name: str, content: str = "", **values: str) -> list[str]:
+        """A format's slots, filled in."""
+        slots = (self._entry.get(name) or {}).get("slots")
+        if slots is None:  # MindSpeed-LLM's defaults
+            if name in ("format_prefix", "format_separator"):
+                return []
+            ended = name in ("format_assistant", "format_function")
+            slots = ["{{content}}", ["eos_token"]] if ended else ["{{content}}"]
+        pieces = []
+        for slot in slots:
+            if isinstance(slot, str):
+                for key, value in {"content": content, **values}.items():
+                    slot = slot.replace("{{" + key + "}}", value, 1)
+            elif isinstance(slot, dict):
+                slot = slot["token"]
+            else:
+                slot = self._settings.bos if "bos_token" in slot else self._eos
+            pieces += [slot] if slot else []
+        return pieces
+
+    def _tool_format(self, name: str) -> None:
+        found = (self._entry.get(name) or {}).get("tool_format") or "none"
+        found = found if isinstance(found, str) else "".join(found)
+        if found not in TOOL_FORMATS:
+            raise Unusable(
+                f"it has tools, and --prompt-type {self._entry['name']} has no way to write them "
+                f"({name}: {found}; expected {' or '.join(TOOL_FORMATS)})"
+            )
+
+    def _tools(self, tools: list[Any] | None) -> str:
+        if not tools:
+            return ""
+        self._tool_format("format_tools")
+        whole = [tool if tool.get("type") == "function" else {"type": "function", "function": tool} for tool in tools]
+        return TOOLS.format(tools="".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in whole))
+
+    def _calls(self, content: str, calls: Sequence[Mapping[str, Any]]) -> str:
+        self._tool_format("format_function")
+        texts = []
+        for call in calls:
+            function = call.get("function") or call
+            arguments = function["arguments"]
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            name = json.dumps(function["name"], ensure_ascii=False)
+            texts.append(f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>')
+        answer = content.rpartition("</think>")[2].strip("\n")
+        return content + ("\n" if answer else "") + "\n".join(texts)
+
+    def _without_thoughts(self, content: str) -> str:
+        start, end = map(re.escape, self._thought)
+        return re.sub(f"{start}(.*?){end}", "", content, flags=re.DOTALL).lstrip("\n")
+
+    def _place_thoughts(self, messages: Sequence[Message], turns: Turns) -> None:
+        """An answer without thoughts gets empty ones: with loss where thinking is on, else without."""
+        empty = "".join(self._thought)
+        for number in range(len(messages) - 1 if self._settings.last_only else 1, len(messages), 2):
+            text = "".join(turns[number])
+            if self._thought[0] not in text and self._thought[1] not in text:
+                if self._settings.thinking:
+                    turns[number].insert(0, empty)
+                else:
+                    turns[number - 1].append(empty)
+
+    def label(self, turns: Sequence[Ids]) -> tuple[Ids, Ids, bool]:
+        """See `ChatTemplate`; a pair is never cut, as in MindSpeed-LLM."""
+        size = sum(map(len, turns))
+        pairs = list(zip(turns[::2], turns[1::2], strict=True))
+        if self._settings.seq_length is not None and not self._settings.last_only:
+            pairs = self._cut(pairs, self._settings.seq_length)
+        ids: list[Ids] = []
+        labels: list[Ids] = []
+        for number, (source, target) in enumerate(pairs):
+            hidden = self._settings.last_only and number < len(pairs) - 1
+            ids += [source, target]
+            labels += [np.full(len(source), IGNORED), np.full(len(target), IGNORED) if hidden else target]
+        found = np.concatenate(ids)
+        return found, np.concatenate(labels), len(found) < size
+
+    def _cut(self, pairs: list[tuple[Ids, Ids]], limit: int) -> list[tuple[Ids, Ids]]:
+        """Shorten questions and answers in turn until `limit` is reached."""
+        room = limit if self._class == "Template" else limit - 1
+        kept = []
+        for source, target in pairs:
+            if room <= 0:
+                break
+            share = _share_at_least_one if self._class == "Template" else _share
+            sizes = share(len(source), len(target), room)
+            source, target = source[: sizes[0]], target[: sizes[1]]
+            room -= len(source) + len(target)
+            if self._settings.neat_pack:
+                sizes = _share(len(source), len(target), limit - 1)
+                source, target = source[: sizes[0]], target[: sizes[1]]
+            kept.append((source, target))
+        return kept
+
+
+def _share(source: int, target: int, room: int) -> tuple[int, int]:
+    """What is kept of a question and its answer: the shorter one whole if it takes less than half the room."""
+    if 2 * target < room:
+        most = room
+    elif 2 * source < room:
+        most = room - source
+    else:
+        most = int(room * (target / (source + target)))
+    kept = min(most, target)
+    return min(max(room - kept, 0), source), kept
+
+
+def _share_at_least_one(source: int, target: int, room: int) -> tuple[int, int]:
+    """What is kept of a question and its answer: in proportion to their lengths."""
+    most = max(int(room * (target / (source + target))) if source + target else 0, 1)
+    return room - min(most, target), most
