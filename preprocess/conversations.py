@@ -213,7 +213,9 @@ def _sharegpt_message(turn: Mapping[str, Any], number: int, columns: Columns) ->
     if not isinstance(content, str):
         raise Unusable(f"turn {number} has no string under {columns['content_tag']!r} but {kind_of(content)}")
     if expected[role] == "calls":
-        thought, end, rest = content.rpartition("</think>")
+        thought, end, rest = (
+            content.partition("</think>") if content.lstrip().startswith("<think>") else ("", "", content)
+        )
         calls = _calls(rest, f"turn {number}")
         return {"role": "assistant", "content": thought + end, "tool_calls": calls}
     return {"role": expected[role], "content": content}

@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.handlers import ChatHandler
 from minimind_mcore.preprocess.indexed import Written, bin_path, copy_chunks, merge
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
@@ -91,6 +92,7 @@ def convert(options: Options) -> list[str]:
         if _done(options, prefix, request):
             _say(f"{prefix}: up to date, nothing to do")
         else:
+            _refuse_others(options, prefix)
             _Run(options, info, sources, request, prefix).run()
     return data_paths(options, prefix)
 
@@ -140,6 +142,17 @@ def _done(options: Options, prefix: Path, request: str) -> bool:
     targets = dataset_prefixes(options, prefix).values()
     found = all(_up_to_date(target, request, options.max_reject_rate) for target in targets)
     return found and (beside is None or beside.is_file()) and not options.overwrite
+
+
+def _refuse_others(options: Options, prefix: Path) -> None:
+    """What reads conversations takes all datasets of a prefix for the same ones.
+
+    Raises:
+        UserError: there are datasets that this conversion would not replace.
+    """
+    others = set(datasets_at(prefix)) - set(dataset_prefixes(options, prefix).values()) - {str(prefix)}
+    if isinstance(options.find_handler(), ChatHandler) and others:
+        raise UserError(f"--output-prefix {prefix}: it holds other datasets ({min(others)}); choose another prefix")
 
 
 def _say(message: str) -> None:
