@@ -1,6 +1,7 @@
 """The sample corpus: text that every machine with Python has, as pretraining data.
 
     python -m minimind_mcore.preprocess.corpus --output data/sample.jsonl --seed 42
+    python -m minimind_mcore.preprocess.corpus --kind sft --output data/dialogues.jsonl     # see `dialogues`
 
 Two parts, shuffled together: real prose, which is the docstrings of Python's standard library and
 the language documentation behind `help()`; and arithmetic word problems in Chinese and English,
@@ -16,10 +17,12 @@ import json
 import random
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from minimind_mcore.errors import run
+from minimind_mcore.errors import UserError, run
+from minimind_mcore.preprocess.dialogues import dialogues, held_out, preferences
 from minimind_mcore.storage import atomic_file
 
 # Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
@@ -183,15 +186,33 @@ def build(seed: int) -> list[str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="the .jsonl file to write, one {'text': ...} a line")
+    parser.add_argument("--output", required=True, help="the .jsonl file to write")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--kind",
+        choices=("text", "sft", "dpo"),
+        default="text",
+        help="text for pretraining, dialogues for fine-tuning, preferences between two answers",
+    )
+    parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft: questions that no dialogue answers")
     args = parser.parse_args()
-    texts = build(args.seed)
-    with atomic_file(args.output) as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
-    size = Path(args.output).stat().st_size
-    print(f"{args.output}: {len(texts):,} texts, {size / 1e6:.1f} MB")
+    if args.held_out and args.kind != "sft":
+        raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with --kind sft")
+    makers: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+        "text": lambda seed: [{"text": text} for text in build(seed)],
+        "sft": dialogues,
+        "dpo": preferences,
+    }
+    _write(args.output, makers[args.kind](args.seed))
+    if args.held_out:
+        _write(args.held_out, held_out(args.seed))
+
+
+def _write(path: str, records: Sequence[dict[str, Any]]) -> None:
+    with atomic_file(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    print(f"{path}: {len(records):,} records, {Path(path).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

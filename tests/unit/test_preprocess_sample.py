@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess import cli, train_tokenizer
+from minimind_mcore.preprocess import corpus as corpus_program
 from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.corpus import build, problems
+from minimind_mcore.preprocess.dialogues import KEYS, dialogues, held_out, preferences
+from minimind_mcore.preprocess.handlers import find_handler
+from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "examples" / "mcore" / "minimind" / "data_convert_minimind_pretrain.sh"
+SCRIPTS = REPOSITORY / "examples" / "mcore" / "minimind"
+SCRIPT = SCRIPTS / "data_convert_minimind_pretrain.sh"
+CONFIGS = sorted((REPOSITORY / "configs" / "datasets").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +58,11 @@ def test_the_arithmetic_is_right() -> None:
     assert checked > 1000
 
 
-def run_script(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    tmp_path: Path, *arguments: str, script: Path = SCRIPT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SCRIPT), *arguments],
+        ["bash", str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -90,3 +100,108 @@ def test_the_script_takes_the_users_data_and_flags(tmp_path: Path) -> None:
     tokens = (tmp_path / "out" / "x_content_document.bin").read_bytes()
     assert tokens == bytes([0, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 3, 0, 1, 0])
     assert check_dataset(tmp_path / "out" / "x_content_document") == []
+
+
+# ------------------------------------------------------------------ dialogues
+
+
+def answer_of(question: str, table: dict[str, str]) -> str | None:
+    """What a program that reads the question answers; None for small talk."""
+    table |= dict(re.findall(r"([A-Z]{2})=(\d+)", question))
+    if total := re.match(r"(\d+)\+(\d+)(=\?|等于多少？)$", question):
+        return str(int(total[1]) + int(total[2]))
+    asked = re.search(r"(?:What is )?([A-Z]{2})(?:\?|是多少？)$", question)
+    return table[asked[1]] if asked else None
+
+
+def marked(conversation: list[dict[str, str]]) -> list[bool]:
+    """Whether each answer is right."""
+    table: dict[str, str] = {}
+    answers = [answer_of(turn["content"], table) for turn in conversation[::2]]
+    return [a is None or a == turn["content"] for a, turn in zip(answers, conversation[1::2], strict=True)]
+
+
+def test_answers_are_right_and_both_languages_are_asked() -> None:
+    records = dialogues(1, 3000)
+    assert all(all(marked(record["conversations"])) for record in records)
+    chinese = sum("是多少" in str(record) or "等于" in str(record) for record in records)
+    assert 0.3 < chinese / 3000 < 0.7
+    assert any(len(record["conversations"]) == 4 for record in records)
+    assert records == dialogues(1, 3000) != dialogues(2, 3000)
+
+
+def test_what_is_held_out_is_in_no_dialogue() -> None:
+    seen = str(dialogues(1)) + str(preferences(1))
+    seen_keys, seen_sums = set(re.findall(r"[A-Z]{2}", seen)), set(re.findall(r"\d+\+\d+", seen))
+    questions = held_out(3)
+    assert seen_keys == set(KEYS[0]) and len(KEYS[1]) == 38
+    for task, pattern, found in (("lookup", r"[A-Z]{2}", seen_keys), ("addition", r"\d+\+\d+", seen_sums)):
+        asked = [record for record in questions if record["task"] == task]
+        assert len(asked) == 200
+        assert all(set(re.findall(pattern, str(record["conversations"]))).isdisjoint(found) for record in asked)
+        assert all(record["conversations"][-1]["content"] == record["answer"] for record in asked)
+        assert all(all(marked(record["conversations"])) for record in asked)
+
+
+def test_of_a_pair_only_the_chosen_answer_is_right() -> None:
+    for pair in preferences(1):
+        assert all(marked(pair["chosen"])) and not marked(pair["rejected"])[-1]
+        assert pair["chosen"][:-1] == pair["rejected"][:-1]
+
+
+def test_only_dialogues_hold_something_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["corpus", "--kind", "dpo", "--output", str(tmp_path / "a"), "--held-out", str(tmp_path / "b")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="nothing to hold out"):
+        corpus_program.main()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = str(tmp_path_factory.mktemp("tokenizer") / "tk")
+    train_tokenizer.save(train_tokenizer.train(iter(["assistant user system 是多少 Table: " * 9]), 310), directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "count"), [("instruction", "labels", 20_000), ("pairwise", "chosen_labels", 500)]
+)
+def test_the_scripts_make_the_sample_conversations(
+    kind: str, output: str, count: int, tokenizer: str, tmp_path: Path
+) -> None:
+    script, settings = SCRIPTS / f"data_convert_minimind_{kind}.sh", {"TOKENIZER_PATH": tokenizer, "SEQ_LENGTH": "512"}
+    dry = run_script(tmp_path, "--dry-run", script=script, **settings)
+    assert dry.returncode == 0 and "--handler-name MiniMind" in dry.stdout and not (tmp_path / "data").exists()
+    done = run_script(tmp_path, script=script, **settings)
+    assert done.returncode == 0, done.stderr
+    prefix = done.stdout.strip()
+    meta = read_meta(f"{prefix}_packed_{output}_document")
+    assert meta is not None and (meta.samples, meta.too_long, meta.truncated) == (count, 0, 0)
+    assert check_dataset(f"{prefix}_packed_{output}_document") == []
+    again = run_script(tmp_path, script=script, **settings, DATA_PATH=prefix)
+    assert again.stdout.strip() == prefix
+    if kind == "instruction":
+        assert len((tmp_path / "data" / "sample_questions.jsonl").read_text().splitlines()) == 400
+
+
+# ------------------------------------------------------------------ datasets by name
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_described_datasets_use_what_there_is(config: Path) -> None:
+    args = cli.parse(["--config", str(config)])
+    assert find_handler(args.handler_name) and args.input and args.output_prefix and args.tokenizer_name_or_path
+    assert Path(args.output_prefix).name == config.stem
+
+
+def test_a_dataset_is_converted_by_its_name(tokenizer: str, tmp_path: Path) -> None:
+    script = REPOSITORY / "examples" / "data" / "preprocess_data.sh"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample_dpo.jsonl").write_text("".join(json.dumps(r) + "\n" for r in preferences(1, 5)))
+    (tmp_path / "data" / "tokenizer").symlink_to(tokenizer)
+    done = run_script(tmp_path, "sample_dpo", "--seq-length", "300", script=script)
+    assert done.stdout.strip() == "data/sample_dpo", done.stderr
+    meta = read_meta(tmp_path / "data" / "sample_dpo_packed_rejected_labels_document")
+    assert meta is not None and (meta.samples, meta.seq_length) == (5, 300)
+    unknown = run_script(tmp_path, "sample_dop", script=script)
+    assert unknown.returncode == 1 and "no dataset sample_dop" in unknown.stderr and "sample_dpo.yaml" in unknown.stderr

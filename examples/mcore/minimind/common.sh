@@ -96,28 +96,29 @@ read_lines() {
 }
 
 # prepare_data [flags of preprocess_data.py]: sets DATA_PREFIXES (the words of --data-path) and TOKENIZER_PATH, from
-# DATA_PATH and TOKENIZER_PATH. Without DATA_PATH it makes the sample corpus and a tokenizer for it. What was made
+# DATA_PATH and TOKENIZER_PATH. Without DATA_PATH it makes the sample data and a tokenizer for it. What was made
 # before is used again. In a dry run the input is checked and nothing made: DATA_PREFIXES stays empty where there is
 # something to convert first.
+# DATA_KIND says what is prepared: text (the default), sft or dpo.
 # shellcheck disable=SC2120  # some of the scripts that source this pass no flags
 prepare_data() {
-    local raw=${DATA_PATH:-} output=(--cache-dir "$DATA_DIR/cache") words=() keys=() word prefixes
+    local raw=${DATA_PATH:-} output=(--cache-dir "$DATA_DIR/cache") words=() word prefixes
     DATA_PREFIXES=()
     [ -z "${TOKENIZER_PATH:-}" ] || TOKENIZER_PATH=$(absolute "$TOKENIZER_PATH")
     if [ -z "$raw" ]; then
-        raw=$DATA_DIR/sample.jsonl
-        make_sample "$raw"
+        make_sample
+        raw=$SAMPLE
     elif [ -z "${TOKENIZER_PATH:-}" ]; then
         fail "TOKENIZER_PATH is not set: give the directory of MiniMind's published tokenizer, or train one with
   $PYTHON -m minimind_mcore.preprocess.train_tokenizer --input '$raw' --output tokenizer"
     fi
-    if [ -f "$(absolute "$raw").idx" ]; then # a finished dataset
+    if is_dataset "$(absolute "$raw")"; then
         DATA_PREFIXES=("$(absolute "$raw")")
         return
     fi
     # A blend "0.3 one 0.7 two" begins with a number or a dataset; other white space is part of a path.
     read -r -a words <<< "$raw"
-    if [ ! -e "$raw" ] && [ "${#words[@]}" -gt 1 ] && { is_number "${words[0]}" || [ -f "${words[0]}.idx" ]; }; then
+    if [ ! -e "$raw" ] && [ "${#words[@]}" -gt 1 ] && { is_number "${words[0]}" || is_dataset "${words[0]}"; }; then
         for word in "${words[@]}"; do
             is_number "$word" || word=$(absolute "$word")
             DATA_PREFIXES+=("$word")
@@ -125,11 +126,10 @@ prepare_data() {
         return
     fi
     [ -z "${OUTPUT_PREFIX:-}" ] || output=(--output-prefix "$(absolute "$OUTPUT_PREFIX")")
-    read -r -a keys <<< "${JSON_KEYS:-text}"
-    local command=("$PYTHON" "$ROOT/preprocess_data.py" --input "$raw" --json-keys "${keys[@]}"
+    data_flags
+    local command=("$PYTHON" "$ROOT/preprocess_data.py" --input "$raw"
         --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_PATH"
-        --handler-name "${HANDLER_NAME:-GeneralPretrainHandler}" --workers "${WORKERS:-$(cores)}"
-        --prepend-bos --append-eod "${output[@]}" "$@")
+        --workers "${WORKERS:-$(cores)}" "${DATA_FLAGS[@]}" "${output[@]}" "$@")
     if [ -n "$DRY_RUN" ]; then
         show "${command[@]}"
         # what a dry run of this script does not make cannot be checked
@@ -141,6 +141,33 @@ prepare_data() {
     read_lines DATA_PREFIXES <<< "$prefixes"
 }
 
+# Whether a prefix is that of a finished dataset: of text, instructions, pairs.
+is_dataset() {
+    [ -f "$1.idx" ] || [ -f "$1_packed_input_ids_document.idx" ] || [ -f "$1_packed_chosen_input_ids_document.idx" ]
+}
+
+# Sets DATA_FLAGS, what preprocess_data.py must know of this kind of data.
+data_flags() {
+    local keys=()
+    case ${DATA_KIND:-text} in
+        text)
+            read -r -a keys <<< "${JSON_KEYS:-text}"
+            DATA_FLAGS=(--handler-name "${HANDLER_NAME:-GeneralPretrainHandler}" --json-keys "${keys[@]}"
+                --prepend-bos --append-eod)
+            ;;
+        sft) DATA_FLAGS=(--handler-name "${HANDLER_NAME:-MiniMindInstructionHandler}") ;;
+        dpo) DATA_FLAGS=(--handler-name "${HANDLER_NAME:-MiniMindPairwiseHandler}") ;;
+        *) fail "DATA_KIND=$DATA_KIND: expected text, sft or dpo" ;;
+    esac
+    if [ "${DATA_KIND:-text}" != text ]; then
+        DATA_FLAGS+=(
+            ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"}
+            ${PROMPT_TYPE:+--prompt-type "$PROMPT_TYPE"}
+            ${MAP_KEYS:+--map-keys "$MAP_KEYS"}
+        )
+    fi
+}
+
 is_number() { [[ $1 =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ ]]; }
 
 # The CPU cores that this process may use.
@@ -148,14 +175,23 @@ cores() {
     if [ "$DEVICE" = cpu ]; then echo "$DEVICES"; else getconf _NPROCESSORS_ONLN; fi
 }
 
+# Makes the sample data of this kind and a tokenizer for it, unless they are there; sets SAMPLE and TOKENIZER_PATH.
 make_sample() {
-    local tokenizer=$DATA_DIR/tokenizer
-    local corpus=("$PYTHON" -m minimind_mcore.preprocess.corpus --output "$1" --seed 42)
-    local train=("$PYTHON" -m minimind_mcore.preprocess.train_tokenizer --input "$1" --output "$tokenizer")
-    if [ ! -f "$1" ] || { [ -z "${TOKENIZER_PATH:-}" ] && [ ! -f "$tokenizer/tokenizer.json" ]; }; then
+    local tokenizer=$DATA_DIR/tokenizer text=$DATA_DIR/sample.jsonl kind=${DATA_KIND:-text}
+    local corpus=("$PYTHON" -m minimind_mcore.preprocess.corpus --output "$text" --seed 42)
+    local train=("$PYTHON" -m minimind_mcore.preprocess.train_tokenizer --input "$text" --output "$tokenizer")
+    local dialogues=("$PYTHON" -m minimind_mcore.preprocess.corpus --kind "$kind" --seed 42)
+    SAMPLE=$text
+    [ "$kind" = text ] || SAMPLE=$DATA_DIR/sample_$kind.jsonl
+    dialogues+=(--output "$SAMPLE")
+    [ "$kind" != sft ] || dialogues+=(--held-out "$DATA_DIR/sample_questions.jsonl")
+    if [ ! -f "$SAMPLE" ] || { [ -z "${TOKENIZER_PATH:-}" ] && [ ! -f "$tokenizer/tokenizer.json" ]; }; then
         [ -n "$DRY_RUN" ] || lock "$DATA_DIR/sample.lock"
-        [ -f "$1" ] || run_or_show "${corpus[@]}"
+        if [ -z "${TOKENIZER_PATH:-}" ] || [ "$kind" = text ]; then
+            [ -f "$text" ] || run_or_show "${corpus[@]}"
+        fi
         [ -n "${TOKENIZER_PATH:-}" ] || [ -f "$tokenizer/tokenizer.json" ] || run_or_show "${train[@]}"
+        [ "$kind" = text ] || [ -f "$SAMPLE" ] || run_or_show "${dialogues[@]}"
         [ -n "$DRY_RUN" ] || unlock
     fi
     TOKENIZER_PATH=${TOKENIZER_PATH:-$tokenizer}

@@ -1,0 +1,120 @@
+"""Sample dialogues for fine-tuning, in MiniMind's format, whose answers a program can mark.
+
+    python -m minimind_mcore.preprocess.corpus --kind sft --output data/dialogues.jsonl --held-out data/questions.jsonl
+    python -m minimind_mcore.preprocess.corpus --kind dpo --output data/preferences.jsonl
+
+Two tasks, in Chinese and English, and a little small talk:
+
+| task | question | answer |
+|---|---|---|
+| lookup | Table: KD=37, QX=52, MB=18. What is QX? | 52 |
+| addition | 17+25=? | 42 |
+
+One key and one pair of numbers in ten are held out: they occur in no dialogue, neither asked for nor in a
+table. `held_out` asks for them: a lookup shows all its keys for the first time, so an answer must come
+from the table. This is a task for tiny models, and says nothing about what a model knows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
+LARGEST = 49
+TABLE = 3, 5
+HELD_OUT_SHARE = 10
+DIALOGUES, PAIRS, QUESTIONS = 20_000, 500, 200
+
+Message = dict[str, str]
+# The questions of one conversation with their answers.
+Task = Callable[[random.Random, bool], list[tuple[str, str]]]
+
+
+def _split(items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """(in dialogues, held out): the same whatever the seed of a sample."""
+    shuffled = random.Random(0).sample(items, len(items))
+    count = len(items) // HELD_OUT_SHARE
+    return shuffled[count:], shuffled[:count]
+
+
+KEYS = _split([first + second for first, second in itertools.permutations(LETTERS, 2)])
+SUMMANDS = _split([(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)])
+
+TALK = (
+    ("你好", "你好！有什么可以帮你？"),
+    ("你会做什么？", "我会查表，也会做加法。"),
+    ("谢谢", "不客气！"),
+    ("再见", "再见！"),
+    ("Hello", "Hello! How can I help?"),
+    ("What can you do?", "I can look things up in a table and add numbers."),
+    ("Thank you", "You are welcome!"),
+    ("Goodbye", "Goodbye!"),
+)
+
+
+def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
+    """A table, and one or two questions about it."""
+    chinese = r.randrange(2)
+    keys = r.sample(KEYS[unseen], r.randint(*TABLE))
+    values = r.sample(range(10, 100), len(keys))
+    rows = (f"{key}={value}" for key, value in zip(keys, values, strict=True))
+    table = f"表：{'，'.join(rows)}。" if chinese else f"Table: {', '.join(rows)}. "
+    asked = r.sample(range(len(keys)), 1 if unseen else r.randint(1, 2))
+    questions = [f"{keys[i]}是多少？" if chinese else f"What is {keys[i]}?" for i in asked]
+    questions[0] = table + questions[0]
+    return [(question, str(values[i])) for question, i in zip(questions, asked, strict=True)]
+
+
+def addition(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
+    """A sum."""
+    a, b = r.choice(SUMMANDS[unseen])
+    return [((f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"), str(a + b))]
+
+
+def _talk(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
+    return [r.choice(TALK)]
+
+
+TASKS: tuple[tuple[Task, int], ...] = ((lookup, 6), (addition, 3), (_talk, 1))
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:
+    pairs = (({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in turns)
+    return list(itertools.chain.from_iterable(pairs))
+
+
+def dialogues(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
+    """Records for supervised fine-tuning: {"conversations": [...]}."""
+    r = random.Random(seed)
+    tasks, weights = zip(*TASKS, strict=True)
+    return [{"conversations": _messages(r.choices(tasks, weights)[0](r, False))} for _ in range(count)]
+
+
+def held_out(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
+    """Questions about what no dialogue holds, `count` of each task.
+
+    Returns:
+        {"task": "lookup" or "addition", "conversations": [question, answer], "answer": str}.
+    """
+    r = random.Random(seed)
+    records = []
+    for task in (lookup, addition):
+        for _ in range(count):
+            turns = task(r, True)
+            records.append({"task": task.__name__, "conversations": _messages(turns), "answer": turns[-1][1]})
+    return records
+
+
+def preferences(seed: int, count: int = PAIRS) -> list[dict[str, Any]]:
+    """Records for DPO: the right answer is chosen, another number rejected."""
+    r = random.Random(seed)
+    records = []
+    for _ in range(count):
+        [*before, (question, answer)] = r.choice((lookup, addition))(r, False)
+        wrong = r.choice([number for number in range(2, 100) if str(number) != answer])
+        sides = {"chosen": answer, "rejected": str(wrong)}
+        records.append({side: _messages([*before, (question, text)]) for side, text in sides.items()})
+    return records
