@@ -1,4 +1,4 @@
-"""Text to token datasets: readers, tokenizers, the `.bin/.idx` format, the sample corpus.
+"""Text and conversations to token datasets: readers, tokenizers, the `.bin/.idx` format, the sample corpus.
 
 What other parts of the kit call:
 
@@ -6,5 +6,5 @@ What other parts of the kit call:
     from minimind_mcore.preprocess.options import ChatOptions, Options
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
     from minimind_mcore.preprocess.meta import read_meta
-    from minimind_mcore.preprocess.check import check_dataset, quick_check
+    from minimind_mcore.preprocess.check import check_dataset, datasets_at, quick_check
 """

@@ -83,6 +83,7 @@ class TokenizerTemplate:
     def __init__(
         self, info: TokenizerInfo, encoder: Encoder, seq_length: int | None = None, last_only: bool = False
     ) -> None:
+        from jinja2 import TemplateError
         from transformers import AutoTokenizer
 
         template_source(info.path)
@@ -90,15 +91,19 @@ class TokenizerTemplate:
         opening, closing = f"{self._tokenizer.bos_token}assistant\n", f"{self._tokenizer.eos_token}\n"
         (tokens, (size, _)) = encoder.encode([opening, closing])
         self._opening, self._closing = tokens[:size].tolist(), tokens[size:].tolist()
+        self._refusal = TemplateError
         self._limit = seq_length
         self._first = -1 if last_only else 0
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
         """See `ChatTemplate`: one text."""
         options = {} if thinking is None else {"add_generation_prompt": True, "open_thinking": thinking}
-        text = self._tokenizer.apply_chat_template(
-            list(conversation.messages), tools=conversation.tools, tokenize=False, **options
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(conversation.messages), tools=conversation.tools, tokenize=False, **options
+            )
+        except self._refusal as error:
+            raise Unusable(f"the tokenizer's chat template refuses it: {error}") from error
         return [[text]]
 
     def label(self, turns: Sequence[Ids]) -> tuple[Ids, Ids, bool]:

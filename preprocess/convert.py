@@ -282,7 +282,9 @@ class _Run:
             )
         for key in self._targets:
             if not sum(report.tokens[key] for report in reports):
-                raise UserError(f"input {self._options.input}: no text under {key!r} in {records} records")
+                long = sum(report.too_long for report in reports)
+                why = f" ({long} are too long for --seq-length {self._options.seq_length})" if long else ""
+                raise UserError(f"input {self._options.input}: no text under {key!r} in {records} records{why}")
 
     def _collect_rejects(self, directory: Path, reports: Sequence[Report], path: Path) -> None:
         lines_before = lines_before_each(self._shards, reports)

@@ -3,9 +3,9 @@
 | stage | a record becomes | too long for --seq-length L |
 |---|---|---|
 | `Documents` (pretraining) | for each of --json-keys the document's ids | L or more: left out, counted |
-| `Samples` (conversations) | input_ids, attention_mask, labels; pairs and tasks see `handlers` | see below |
+| `Conversations` | input_ids, attention_mask, labels; pairs and tasks see `handlers` | see below |
 
-Of samples: by the tokenizer's own template they are cut to L, as MiniMind does; a template of --prompt-type
+Of conversations: by the tokenizer's own template they are cut to L, as MiniMind does; a template of --prompt-type
 shortens question and answer, as MindSpeed-LLM does, and what still has L or more is left out. To be packed,
 what has L or more is left out; under --neat-pack cut to L - 1 (one place is kept free, as there). What is
 cut and what is left out is counted. Where a cut leaves no label, the sample is left out too; a task is
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.augment import Draw, add_system_prompt, draw, drop_empty_thoughts
 from minimind_mcore.preprocess.chat import IGNORED, ChatTemplate, Ids, TokenizerTemplate, Turns, checked
 from minimind_mcore.preprocess.conversations import Conversation, Unusable
@@ -85,7 +86,7 @@ def make_stage(options: Options, info: TokenizerInfo, encoder: Encoder) -> Stage
     """The stage that the handler's name asks for."""
     handler = options.find_handler()
     if isinstance(handler, ChatHandler):
-        return Samples(options, info, encoder, handler)
+        return Conversations(options, info, encoder, handler)
     return Documents(options, info, encoder, handler)
 
 
@@ -146,7 +147,7 @@ def frame(
     return out, framed
 
 
-class Samples:
+class Conversations:
     """Conversations: ids and labels, or the ids of a prompt."""
 
     def __init__(self, options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> None:
@@ -156,6 +157,10 @@ class Samples:
         self._chat = options.chat.resolved(handler, info)
         self._encoder = encoder
         self._eos = [info.eos_id] if options.append_eod and info.eos_id is not None else []
+        if len(encoder.encode([""])[0]):
+            raise UserError(
+                f"tokenizer {info.path}: it adds tokens to every text by itself; conversations need one that does not"
+            )
         self._template = make_template(options, info, encoder, handler)
         self._most = options.seq_length
         if self._most is not None and not handler.prompts:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from minimind_mcore.errors import UserError
@@ -88,7 +90,9 @@ def test_files_are_those_that_mindspeed_llm_reads(plain: Options, tokenizer: str
 
 def test_samples_depend_on_the_seed_and_not_on_workers_or_shards(plain: Options, tmp_path: Path) -> None:
     expected = all_files(str(plain.output_prefix))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(dialogues(120)), tmp_path / "a.parquet", row_group_size=20)
     other = replace(plain, output_prefix=str(tmp_path / "other"), workers=2, n_subs=7, backend="tokenizers")
+    other = replace(other, input=str(tmp_path / "a.parquet"))
     convert(other)
     assert all_files(str(other.output_prefix)) == expected
     seeded = replace(other, output_prefix=str(tmp_path / "seeded"), chat=ChatOptions(seed=5), workers=1, n_subs=1)
