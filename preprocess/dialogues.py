@@ -7,8 +7,8 @@ Two tasks, in Chinese and English, and a little small talk:
 
 | task | question | answer |
 |---|---|---|
-| lookup | Table: KD=37, QX=52, MB=18. What is QX? | 52 |
-| addition | 17+25=? | 42 |
+| lookup | Table: KD=37, QX=52, MB=18. What is QX? | QX=52 |
+| addition | 17+25=? | 17+25=42 |
 
 One key and one pair of numbers in ten are held out: they occur in no dialogue, neither asked for nor in a
 table. `held_out` asks for them: a lookup shows all its keys for the first time, so an answer must come
@@ -56,22 +56,22 @@ TALK = (
 
 
 def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
-    """A table, and one or two questions about it."""
+    """A table, and one to three questions about it."""
     chinese = r.randrange(2)
     keys = r.sample(KEYS[unseen], r.randint(*TABLE))
     values = r.sample(range(10, 100), len(keys))
     rows = (f"{key}={value}" for key, value in zip(keys, values, strict=True))
     table = f"表：{'，'.join(rows)}。" if chinese else f"Table: {', '.join(rows)}. "
-    asked = r.sample(range(len(keys)), 1 if unseen else r.randint(1, 2))
+    asked = r.sample(range(len(keys)), 1 if unseen else r.randint(1, 3))
     questions = [f"{keys[i]}是多少？" if chinese else f"What is {keys[i]}?" for i in asked]
     questions[0] = table + questions[0]
-    return [(question, str(values[i])) for question, i in zip(questions, asked, strict=True)]
+    return [(question, f"{keys[i]}={values[i]}") for question, i in zip(questions, asked, strict=True)]
 
 
 def addition(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     """A sum."""
     a, b = r.choice(SUMMANDS[unseen])
-    return [((f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"), str(a + b))]
+    return [((f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"), f"{a}+{b}={a + b}")]
 
 
 def _talk(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
@@ -114,7 +114,8 @@ def preferences(seed: int, count: int = PAIRS) -> list[dict[str, Any]]:
     records = []
     for _ in range(count):
         [*before, (question, answer)] = r.choice((lookup, addition))(r, False)
-        wrong = r.choice([number for number in range(2, 100) if str(number) != answer])
-        sides = {"chosen": answer, "rejected": str(wrong)}
+        asked, right = answer.split("=")
+        wrong = r.choice([number for number in range(2, 100) if number != int(right)])
+        sides = {"chosen": answer, "rejected": f"{asked}={wrong}"}
         records.append({side: _messages([*before, (question, text)]) for side, text in sides.items()})
     return records

@@ -49,9 +49,13 @@ def run(command: str, checkout: Path, timeout: float = 240) -> str:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources with this environment as its .venv, after the first command, shortened."""
     copy = tmp_path_factory.mktemp("readme") / "my kit"  # white space in paths must not matter
-    ignored = shutil.ignore_patterns(
+    left_behind = shutil.ignore_patterns(
         ".git", ".venv", "data", "outputs", "build", "*.egg-info", "__pycache__", ".*_cache"
     )
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return left_behind(folder, names) - (set() if Path(folder) == ROOT else {"data"})  # examples/data is a source
+
     shutil.copytree(ROOT, copy, ignore=ignored)
     if not (ROOT / ".venv").is_dir():
         pytest.skip("the READMEs' commands use .venv, which tests/run.sh makes")

@@ -109,9 +109,9 @@ def answer_of(question: str, table: dict[str, str]) -> str | None:
     """What a program that reads the question answers; None for small talk."""
     table |= dict(re.findall(r"([A-Z]{2})=(\d+)", question))
     if total := re.match(r"(\d+)\+(\d+)(=\?|等于多少？)$", question):
-        return str(int(total[1]) + int(total[2]))
+        return f"{total[1]}+{total[2]}={int(total[1]) + int(total[2])}"
     asked = re.search(r"(?:What is )?([A-Z]{2})(?:\?|是多少？)$", question)
-    return table[asked[1]] if asked else None
+    return f"{asked[1]}={table[asked[1]]}" if asked else None
 
 
 def marked(conversation: list[dict[str, str]]) -> list[bool]:
@@ -147,6 +147,8 @@ def test_of_a_pair_only_the_chosen_answer_is_right() -> None:
     for pair in preferences(1):
         assert all(marked(pair["chosen"])) and not marked(pair["rejected"])[-1]
         assert pair["chosen"][:-1] == pair["rejected"][:-1]
+        asked = {pair[side][-1]["content"].split("=")[0] for side in pair}
+        assert len(asked) == 1
 
 
 def test_only_dialogues_hold_something_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
