@@ -8,7 +8,9 @@ or from a program, with a name chosen from the content, done once and found agai
     [prefix] = convert(Options("data/sample.jsonl", "data/tokenizer", cache_dir="data/cache"))
 
 Conversations become several datasets with `_packed` in their names, as MindSpeed-LLM calls them:
-`data/sft_packed_input_ids_document`, `..._attention_mask_...`, `..._labels_...`.
+`data/sft_packed_input_ids_document`, `..._attention_mask_...`, `..._labels_...`. Tasks for reinforcement
+learning become the ids of their prompt, and beside them `data/rl_packed_prompts.jsonl`: for each, in the
+same order, a line with `prompt`, `messages`, `tools`, `open_thinking` and the record's other fields (`gt`).
 
 The input is cut into shards. Worker processes turn each into part files, which are then concatenated
 in input order or packed, so the result does not depend on `workers`, `n_subs` or the tokenizer backend. What an

@@ -152,10 +152,8 @@ class SlotTemplate:
             if message.get("tool_calls"):
                 return self._pieces("format_function", self._calls(content, message["tool_calls"]))
             return self._pieces("format_assistant", content)
-        name = (
-            "format_observation" if message["role"] == "tool" and "format_observation" in self._entry else "format_user"
-        )
-        return self._pieces(name, content, idx=str(number // 2))
+        observed = message["role"] == "tool" and "format_observation" in self._entry
+        return self._pieces("format_observation" if observed else "format_user", content, idx=str(number // 2))
 
     def _pieces(self, name: str, content: str = "", **values: str) -> list[str]:
         """A format's slots, filled in."""
@@ -177,7 +175,7 @@ class SlotTemplate:
             pieces += [slot] if slot else []
         return pieces
 
-    def _tool_format(self, name: str) -> None:
+    def _require_tool_format(self, name: str) -> None:
         found = (self._entry.get(name) or {}).get("tool_format") or "none"
         found = found if isinstance(found, str) else "".join(found)
         if found not in TOOL_FORMATS:
@@ -189,12 +187,12 @@ class SlotTemplate:
     def _tools(self, tools: list[Any] | None) -> str:
         if not tools:
             return ""
-        self._tool_format("format_tools")
+        self._require_tool_format("format_tools")
         whole = [tool if tool.get("type") == "function" else {"type": "function", "function": tool} for tool in tools]
         return TOOLS.format(tools="".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in whole))
 
     def _calls(self, content: str, calls: Sequence[Mapping[str, Any]]) -> str:
-        self._tool_format("format_function")
+        self._require_tool_format("format_function")
         texts = []
         for call in calls:
             function = call.get("function") or call

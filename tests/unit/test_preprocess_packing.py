@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,20 @@ def test_a_prefix_holds_one_kind_of_dataset(plain: Options, tmp_path: Path) -> N
     other = replace(plain, input=str(source), handler="MiniMindPairwiseHandler")
     with pytest.raises(UserError, match=r"holds other datasets .*_packed_attention_mask_document"):
         convert(other)
+
+
+def test_an_interrupted_conversion_goes_on_from_its_parts(
+    plain: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(plain, output_prefix=str(tmp_path / "out"), n_subs=3)
+    with monkeypatch.context() as patched:
+        patched.setattr("minimind_mcore.preprocess.convert.write_meta", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            convert(options)
+    assert read_meta(tmp_path / "out_packed_input_ids_document") is None
+    convert(options)
+    assert "(3 done before)" in capfd.readouterr().err
+    assert all_files(str(tmp_path / "out")) == all_files(str(plain.output_prefix))
 
 
 def test_bad_records_are_located(tokenizer: str, tmp_path: Path) -> None:
