@@ -12,7 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess import conversations as c
+from minimind_mcore.preprocess.conversations import (
+    AGENT,
+    ALPACA,
+    MINIMIND,
+    OPENAI,
+    PAIR,
+    SHAREGPT,
+    TAGS,
+    Columns,
+    Conversation,
+    Unusable,
+    read_alpaca,
+    read_alpaca_pair,
+    read_minimind,
+    read_minimind_pair,
+    read_openai,
+    read_prompt,
+    read_sharegpt,
+    read_sharegpt_pair,
+)
 from minimind_mcore.preprocess.readers import Reject, kind_of, rejected
 
 
@@ -115,8 +134,8 @@ class ChatHandler:
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
     """
 
-    read: Callable[[Mapping[str, Any], c.Columns], dict[str, c.Conversation]]
-    columns: c.Columns
+    read: Callable[[Mapping[str, Any], Columns], dict[str, Conversation]]
+    columns: Columns
     outputs: tuple[str, ...] = ("input_ids", "attention_mask", "labels")
     minimind: bool = False
     thinking_ratio: float | None = None
@@ -134,16 +153,16 @@ class ChatHandler:
     @property
     def fields(self) -> list[str] | None:
         """The columns to read of a parquet file; None for all: what goes beside a prompt is the user's."""
-        tags = c.TAGS.keys()
+        tags = TAGS.keys()
         return None if self.prompts else [field for name, field in self.columns.items() if field and name not in tags]
 
-    def __call__(self, record: Any) -> dict[str, c.Conversation] | Reject:
+    def __call__(self, record: Any) -> dict[str, Conversation] | Reject:
         """The conversations of a record."""
         try:
             if not isinstance(record, dict):
-                raise c.Unusable(f"not an object but {kind_of(record)}")
+                raise Unusable(f"not an object but {kind_of(record)}")
             return self.read(record, self.columns)
-        except c.Unusable as reason:
+        except Unusable as reason:
             return rejected(str(reason), record)
 
     def mapped(self, name: str, map_keys: Mapping[str, Any] | None) -> ChatHandler:
@@ -155,16 +174,19 @@ class ChatHandler:
         Raises:
             UserError: a column that the format does not have.
         """
-        given = dict(map_keys or {})
-        if any(tag in self.columns for tag in c.TAGS):
+        given = map_keys or {}
+        if not isinstance(given, dict) or not isinstance(given.get("tags") or {}, dict):
+            raise UserError(f'--map-keys {map_keys}: expected an object like {{"prompt": "question"}}, and one in tags')
+        given = dict(given)
+        if any(tag in self.columns for tag in TAGS):
             given |= given.pop("tags", None) or {}
         unknown = [key for key in given if key not in self.columns]
         if unknown:
             columns = [
-                *(key for key in self.columns if key not in c.TAGS),
+                *(key for key in self.columns if key not in TAGS),
                 *(["tags"] if "role_tag" in self.columns else []),
             ]
-            tags = f"; in tags: {', '.join(c.TAGS)}" if "role_tag" in self.columns else ""
+            tags = f"; in tags: {', '.join(TAGS)}" if "role_tag" in self.columns else ""
             raise UserError(f"--map-keys: {unknown[0]!r} is no column of {name}; it has {', '.join(columns)}{tags}")
         wrong = [key for key, field in given.items() if field is not None and not isinstance(field, str)]
         if wrong:
@@ -176,19 +198,19 @@ class ChatHandler:
 
 _PAIR_OUTPUTS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 _PROMPT_OUTPUTS = ("input_ids", "attention_mask")
-_ALPACA_PAIR = {**{key: field for key, field in c.ALPACA.items() if key != "response"}, **c.PAIR}
+_ALPACA_PAIR = {**{key: field for key, field in ALPACA.items() if key != "response"}, **PAIR}
 
 CHAT_HANDLERS: Mapping[str, ChatHandler] = {
-    "AlpacaStyleInstructionHandler": ChatHandler(c.read_alpaca, c.ALPACA),
-    "SharegptStyleInstructionHandler": ChatHandler(c.read_sharegpt, c.SHAREGPT),
-    "OpenAIInstructionHandler": ChatHandler(c.read_openai, c.OPENAI),
-    "AlpacaStylePairwiseHandler": ChatHandler(c.read_alpaca_pair, _ALPACA_PAIR, _PAIR_OUTPUTS),
-    "SharegptStylePairwiseHandler": ChatHandler(c.read_sharegpt_pair, {**c.SHAREGPT, **c.PAIR}, _PAIR_OUTPUTS),
+    "AlpacaStyleInstructionHandler": ChatHandler(read_alpaca, ALPACA),
+    "SharegptStyleInstructionHandler": ChatHandler(read_sharegpt, SHAREGPT),
+    "OpenAIInstructionHandler": ChatHandler(read_openai, OPENAI),
+    "AlpacaStylePairwiseHandler": ChatHandler(read_alpaca_pair, _ALPACA_PAIR, _PAIR_OUTPUTS),
+    "SharegptStylePairwiseHandler": ChatHandler(read_sharegpt_pair, {**SHAREGPT, **PAIR}, _PAIR_OUTPUTS),
     # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
-    "MiniMindInstructionHandler": ChatHandler(c.read_minimind, c.MINIMIND, minimind=True),
-    "MiniMindPairwiseHandler": ChatHandler(c.read_minimind_pair, c.PAIR, _PAIR_OUTPUTS, minimind=True),
-    "MiniMindPromptHandler": ChatHandler(c.read_prompt, c.MINIMIND, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.9),
-    "MiniMindAgentHandler": ChatHandler(c.read_prompt, c.AGENT, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.1),
+    "MiniMindInstructionHandler": ChatHandler(read_minimind, MINIMIND, minimind=True),
+    "MiniMindPairwiseHandler": ChatHandler(read_minimind_pair, PAIR, _PAIR_OUTPUTS, minimind=True),
+    "MiniMindPromptHandler": ChatHandler(read_prompt, MINIMIND, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.9),
+    "MiniMindAgentHandler": ChatHandler(read_prompt, AGENT, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.1),
 }
 
 

@@ -208,7 +208,10 @@ class SlotTemplate:
         return re.sub(f"{start}(.*?){end}", "", content, flags=re.DOTALL).lstrip("\n")
 
     def _place_thoughts(self, messages: Sequence[Message], turns: Turns) -> None:
-        """An answer without thoughts gets empty ones: with loss where thinking is on, else without."""
+        """An answer without thoughts gets empty ones: with loss where thinking is on, else without.
+
+        (Of a pair MindSpeed-LLM puts the chosen answer's before the rejected one too, whether or not that has its own.)
+        """
         empty = "".join(self._thought)
         for number in range(len(messages) - 1 if self._settings.last_only else 1, len(messages), 2):
             text = "".join(turns[number])

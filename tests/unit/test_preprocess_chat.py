@@ -429,6 +429,7 @@ WRONG: list[tuple[str, ChatOptions, dict[str, Any], str]] = [
     ("AlpacaStyleInstructionHandler", ChatOptions(map_keys={"promt": "q"}), {}, "no column .* has prompt, query, resp"),
     ("SharegptStyleInstructionHandler", ChatOptions(map_keys={"tags": {"a": "b"}}), {}, "in tags: role_tag"),
     ("OpenAIInstructionHandler", ChatOptions(map_keys={"tags": {}}), {}, "'tags' is no column"),
+    ("SharegptStyleInstructionHandler", ChatOptions(map_keys={"tags": "from"}), {}, "expected an object"),
     ("AlpacaStyleInstructionHandler", ChatOptions(prompt_type="llama3"), {}, "which has qwen3, chatml, chatml_de"),
     ("AlpacaStyleInstructionHandler", ChatOptions(enable_thinking=True), {}, "--prompt-type qwen3"),
     ("MiniMindPromptHandler", ChatOptions(prompt_type="qwen3"), {}, "own chat template"),
