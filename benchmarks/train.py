@@ -151,6 +151,7 @@ def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     from minimind_mcore import arguments
     from minimind_mcore.training import distributed
     from minimind_mcore.training import step as engine
+    from minimind_mcore.training.job import Job
     from minimind_mcore.training.layout import validate
     from minimind_mcore.training.model import build_model
     from minimind_mcore.training.optimizer import build_optimizer
@@ -158,9 +159,9 @@ def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     precision = ["--bf16"] if args.dtype == "bf16" else []
     flags = ["--seq-length", args.seq, "--micro-batch-size", args.batch, "--lr", 5e-4, "--train-iters", 1000]
     run = arguments.parse([*config.megatron_flags(), *map(str, flags), "--transformer-impl", "local", *precision])
-    layout = validate(run, 1)
+    job, layout = Job(run), validate(run, 1)
     distributed.initialize(run, layout)
-    model = build_model(run, layout)
+    model = build_model(run, layout, job)
     optimizer, scheduler = build_optimizer(run, model)
     kind = device.current().torch_device
     same = {
@@ -174,7 +175,7 @@ def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
             for ids in batches(config, args)
         )
     ]
-    return lambda: engine.train_step(run, model, optimizer, scheduler, source) and None
+    return lambda: engine.train_step(run, job, model, optimizer, scheduler, source) and None
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import idx_path
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.storage import sha256
+
+if TYPE_CHECKING:
+    from minimind_mcore.training.job import Job
 
 
 class DatasetTokenizer:
@@ -42,7 +45,7 @@ class DatasetTokenizer:
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
-    """A dataset whose samples also say their index, so that a message can name them."""
+    """A dataset whose samples also say their index (if not of themselves), so that a message can name them."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -51,7 +54,7 @@ class NumberedDataset(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "index": index}
+        return {"index": index, **self.dataset[index]}
 
 
 class MicroBatchSampler:
@@ -164,9 +167,9 @@ def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> Non
 
 
 def micro_batches(
-    args: argparse.Namespace, dataset: Any, consumed: int, workers: int | None = None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches: tokens, labels, loss_mask, position_ids [mbs, seq] on its device; index [mbs] not.
+    args: argparse.Namespace, job: Job, dataset: Any, consumed: int, workers: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches, as the job collates them, on its device; the samples' index [mbs] is not.
 
     Raises:
         UserError: at the end of the data.
@@ -184,6 +187,7 @@ def micro_batches(
     loader: DataLoader[dict[str, Any]] = DataLoader(
         NumberedDataset(dataset),
         batch_sampler=sampler,
+        collate_fn=job.collate,
         num_workers=args.num_workers if workers is None else workers,
         pin_memory=pin,
         # A loader draws a seed for its workers: from the generator of dropout, a resumed run would drop other values.
@@ -192,7 +196,8 @@ def micro_batches(
     place = device.current().torch_device
     for batch in loader:
         index = batch.pop("index")  # for messages alone: asking the device for it would stop the step
-        yield {key: value.to(place, non_blocking=pin) for key, value in batch.items()} | {"index": index}
+        moved = {k: v.to(place, non_blocking=pin) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        yield moved | {"index": index}
     raise UserError(
         f"the data ends after {len(dataset)} samples, of which {consumed} were consumed before this run: "
         "give the --global-batch-size and --train-iters that the run began with"

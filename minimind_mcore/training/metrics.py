@@ -23,6 +23,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import atomic_write_text
 from minimind_mcore.training import distributed, step
+from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout
 
 
@@ -43,8 +44,8 @@ def output_dir(args: argparse.Namespace) -> Path:
 class Metrics:
     """Collects steps and reports every `--log-interval` of them."""
 
-    def __init__(self, args: argparse.Namespace, layout: Layout, progress: Progress) -> None:
-        self.args, self.layout = args, layout
+    def __init__(self, args: argparse.Namespace, job: Job, layout: Layout, progress: Progress) -> None:
+        self.args, self.job, self.layout = args, job, layout
         self.model = ModelConfig.from_args(args)
         self.steps: list[step.StepResult] = []
         self.since = time.perf_counter()
@@ -75,16 +76,17 @@ class Metrics:
 
     def _row(self, progress: Progress, lr: float, seconds: float) -> dict[str, Any]:
         args, last = self.args, self.steps[-1]
-        tokens_per_second = args.global_batch_size * args.seq_length / seconds
+        (loss, *metrics), positions = step.averages(args, self.job, self.steps)
+        tokens_per_second = positions / (seconds * len(self.steps))
         # The first line includes warm-up; the estimate of the remaining time forgets it quickly.
         self.speed = seconds if self.speed is None else 0.5 * self.speed + 0.5 * seconds
         row: dict[str, Any] = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed,
-            "consumed_tokens": progress.consumed * args.seq_length,
             "learning_rate": lr,
             "global_batch_size": args.global_batch_size,
-            "lm_loss": step.mean_loss(args, self.steps),
+            "lm_loss": loss,
+            **dict(zip(self.job.metrics, metrics, strict=True)),
             **self._aux_losses(),
             "grad_norm": last.grad_norm,
             "skipped_iterations": progress.skipped,
@@ -93,6 +95,8 @@ class Metrics:
             "eta_seconds": self.speed * (args.train_iters - progress.iteration),
             "memory_bytes": device.peak_memory(),
         }
+        if not args.variable_seq_lengths:
+            row["consumed_tokens"] = progress.consumed * args.seq_length
         if last.zeros is not None:
             row["zero_gradients"] = last.zeros
         tflops = self.model.flops_per_token(args.seq_length) * tokens_per_second / 1e12 / self.layout.world_size
@@ -111,7 +115,7 @@ class Metrics:
     def _line(self, row: dict[str, Any]) -> str:
         """Megatron's log line, with what people ask for after it."""
         args = self.args
-        aux = [f"{n.replace('_', ' ')}: {v:.6E}" for n, v in row.items() if n.endswith("_loss") and n != "lm_loss"]
+        names = [n for n in row if n in self.job.metrics or (n.endswith("_loss") and n != "lm_loss")]
         stamp = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         parts = [
             f" [{stamp}] iteration {row['iteration']:8d}/{args.train_iters:8d}",
@@ -120,7 +124,7 @@ class Metrics:
             f"learning rate: {row['learning_rate']:.6E}",
             f"global batch size: {row['global_batch_size']:5d}",
             f"lm loss: {row['lm_loss']:.6E}",
-            *aux,
+            *(f"{name.replace('_', ' ')}: {row[name]:.6E}" for name in names),
             f"grad norm: {row['grad_norm']:.3f}",
             f"number of skipped iterations: {row['skipped_iterations']:3d}",
             "number of nan iterations:   0",  # such an iteration stops the run

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.training.layout import Layout
+
+if TYPE_CHECKING:
+    from minimind_mcore.training.job import Job
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,6 +39,7 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
         "attention_dropout": args.attention_dropout,
         "hidden_dropout": args.hidden_dropout,
         "init_method_std": args.init_method_std,
+        "variable_seq_lengths": args.variable_seq_lengths,
         "calculate_per_token_loss": args.calculate_per_token_loss,
         "overlap_p2p_comm": layout.vpp is not None and args.overlap_p2p_comm,
         "batch_p2p_comm": not (layout.vpp is not None and args.overlap_p2p_comm),
@@ -75,10 +79,11 @@ def _transformer_engine() -> str:
     return "transformer_engine"
 
 
-def build_model(args: argparse.Namespace, layout: Layout) -> list[Any]:
+def build_model(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]:
     """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them).
 
-    The weights depend on `--seed` and their names only: every layout starts from the same model.
+    The weights depend on `--seed` and their names only: every layout starts from the same model. The
+    job may change it before it is wrapped.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -104,6 +109,7 @@ def build_model(args: argparse.Namespace, layout: Layout) -> list[Any]:
         )
         chunks.append(chunk.to(device.current().torch_device))
     initialize(chunks, model_config, scheme=args.minimind_init or "megatron", seed=args.seed, std=args.init_method_std)
+    job.prepare_model(chunks, layout)
     if args.params_dtype != torch.float32:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     ddp = DistributedDataParallelConfig(

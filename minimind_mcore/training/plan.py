@@ -9,6 +9,7 @@ from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.training import checkpointing, data, distributed
+from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Progress, output_dir
 
@@ -86,7 +87,7 @@ def announce(args: argparse.Namespace, layout: Layout) -> None:
         print(f"{name + ':':<12}{text}", flush=True)
 
 
-def show(args: argparse.Namespace) -> None:
+def show(args: argparse.Namespace, job: Job) -> None:
     """`--dry-run`: validate everything that a run would need, and print the plan.
 
     Raises:
@@ -100,7 +101,7 @@ def show(args: argparse.Namespace) -> None:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
         tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
-        data.check_prefixes(args, tokenizer)
+        job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
     if args.load:

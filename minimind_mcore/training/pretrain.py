@@ -1,4 +1,4 @@
-"""Pretraining: the whole run, from top to bottom.
+"""Training: the whole run, from top to bottom. By itself it pretrains; post-training gives it another job.
 
 torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (see examples/mcore/minimind)
 """
@@ -16,6 +16,7 @@ import torch
 
 from minimind_mcore import arguments, device
 from minimind_mcore.training import checkpointing, data, distributed, plan, report, step
+from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
 from minimind_mcore.training.model import build_model, weights_gathered
@@ -24,10 +25,16 @@ from minimind_mcore.training.stop import StopSignal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, validate, train. `--dry-run` stops before anything is built."""
-    args = arguments.parse(sys.argv[1:] if argv is None else argv)
+    """Pretrain, by the flags of a command line."""
+    run(Job(arguments.parse(sys.argv[1:] if argv is None else argv)))
+
+
+def run(job: Job) -> None:
+    """Validate, train. `--dry-run` stops before anything is built."""
+    args = job.args
+    job.check()
     if args.dry_run:
-        plan.show(args)
+        plan.show(args, job)
         return
     layout = validate(args, distributed.world_size())
     device.setup()
@@ -37,29 +44,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.log_to(args.log_file)
     if distributed.is_main():
         plan.announce(args, layout)
-    train(args, layout)
+    train(args, job, layout)
     distributed.finish()
 
 
-def train(args: argparse.Namespace, layout: Layout) -> None:
+def train(args: argparse.Namespace, job: Job, layout: Layout) -> None:
     """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
     started = time.monotonic()
     stop = StopSignal()
     if args.save:
         checkpointing.require_shared_directory(Path(args.save))
-    train_set, valid_set, _ = data.build_datasets(args)
-    model = build_model(args, layout)
+    train_set, valid_set, _ = job.build_datasets()
+    model = build_model(args, layout, job)
     optimizer, scheduler = build_optimizer(args, model)
+    job.begin(layout, model, train_set)
     progress = checkpointing.load(args, model, optimizer, scheduler)
-    batches = [data.micro_batches(args, train_set, progress.consumed) for _ in model]
-    metrics = Metrics(args, layout, progress)
+    batches = [data.micro_batches(args, job, train_set, progress.consumed) for _ in model]
+    metrics = Metrics(args, job, layout, progress)
     saved = progress.iteration
 
     for chunk in model:
         chunk.train()
     while progress.iteration < args.train_iters:
         lr = learning_rate(optimizer)
-        result = step.train_step(args, model, optimizer, scheduler, batches, progress.iteration + 1)
+        result = step.train_step(args, job, model, optimizer, scheduler, batches, progress.iteration + 1)
         progress.iteration += 1
         progress.consumed += args.global_batch_size
         progress.skipped += not result.updated
@@ -68,7 +76,7 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
         last = progress.iteration == args.train_iters
         if valid_set is not None and args.eval_iters and (last or _is_due(progress.iteration, args.eval_interval)):
             with metrics.pause():
-                loss = evaluate(args, model, valid_set)
+                loss = evaluate(args, job, model, valid_set)
             metrics.record_evaluation(progress, loss)
         stopping = stop.agreed(also=_limit_reached(args, progress, started))
         if args.save and (stopping or _is_due(progress.iteration, args.save_interval)):
@@ -82,22 +90,22 @@ def train(args: argparse.Namespace, layout: Layout) -> None:
         checkpointing.save(args, progress, model, optimizer, scheduler)
     metrics.close()
     if distributed.is_main():
-        report.write_report(output_dir(args), f"MiniMind pretraining, {args.num_layers} x {args.hidden_size}")
+        report.write_report(output_dir(args), f"MiniMind {job.title}, {args.num_layers} x {args.hidden_size}")
         plan.say_what_next(args, progress)
 
 
-def evaluate(args: argparse.Namespace, model: Any, dataset: Any) -> float:
-    """Mean token loss (nats) of the first `--eval-iters` global batches of the validation set."""
+def evaluate(args: argparse.Namespace, job: Job, model: Any, dataset: Any) -> float:
+    """Mean loss (pretraining: nats per token) of the first `--eval-iters` global batches of the validation set."""
     for chunk in model:
         chunk.eval()
     # Started anew each time: worker processes would cost more than the few batches.
-    batches = [data.micro_batches(args, dataset, 0, workers=0) for _ in model]
+    batches = [data.micro_batches(args, job, dataset, 0, workers=0) for _ in model]
     rounds = min(args.eval_iters, len(dataset) // args.global_batch_size)
     with torch.no_grad(), weights_gathered(args, model):
-        results = [step.forward_backward(args, model, batches, forward_only=True) for _ in range(rounds)]
+        results = [step.forward_backward(args, job, model, batches, forward_only=True) for _ in range(rounds)]
     for chunk in model:
         chunk.train()
-    return step.mean_loss(args, results)
+    return step.averages(args, job, results)[0][0]
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:

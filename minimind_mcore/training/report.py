@@ -90,7 +90,7 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     speeds = sorted(row["tokens_per_second"] for row in training)
     facts = {
         "iterations": last["iteration"],
-        "tokens": f"{last['consumed_tokens']:,}",
+        **({"tokens": f"{last['consumed_tokens']:,}"} if "consumed_tokens" in last else {}),
         "first loss": f"{first['lm_loss']:.4f} (iteration {first['iteration']})",
         "last loss": f"{last['lm_loss']:.4f}",
         "tokens per second": f"{speeds[len(speeds) // 2]:,.0f} (median)",

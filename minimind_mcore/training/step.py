@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.training.job import Job
 from minimind_mcore.training.model import unwrap
 
-Batches = list[Iterator[dict[str, torch.Tensor]]]
+Batches = list[Iterator[dict[str, Any]]]
 
 
 @dataclass
@@ -24,8 +25,10 @@ class StepResult:
     """What one step did, as this rank knows it.
 
     Attributes:
-        losses: per micro-batch, [sum of the token losses, number of tokens]; empty before the last stage.
+        losses: per micro-batch, what the job's loss function logs: [summed loss, number, sum of each metric];
+            empty before the last stage.
         indices: per micro-batch, the dataset indices of its samples.
+        positions: tokens that went through the model, padding included.
         updated: False if fp16 gradients overflowed and the step was skipped.
         grad_norm: global gradient norm before clipping.
         zeros: gradients that are zero, if `--log-num-zeros-in-grad`.
@@ -33,51 +36,42 @@ class StepResult:
 
     losses: list[torch.Tensor] = field(default_factory=list)
     indices: list[list[int]] = field(default_factory=list)
+    positions: int = 0
     updated: bool = True
     grad_norm: float = 0.0
     zeros: int | None = None
 
 
-def loss_function(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Sum of the masked token losses [mbs, seq], their number, and both for the log.
-
-    megatron-core divides by the number per micro-batch, or once per step under
-    `--calculate-per-token-loss`.
-    """
-    mask = loss_mask.reshape(-1).float()
-    total = (losses.reshape(-1).float() * mask).sum()
-    tokens = mask.sum().to(torch.int)
-    return total, tokens, torch.stack([total.detach(), tokens.float()])
-
-
-def forward_step(indices: list[list[int]], batches: Iterator[dict[str, torch.Tensor]], model: Any) -> Any:
+def _forward_step(job: Job, result: StepResult, batches: Iterator[dict[str, Any]], model: Any) -> Any:
     """megatron-core's forward-step function: the model's output and what turns it into a loss."""
     batch = next(batches)
     if unwrap(model).post_process:  # the chunk that has the loss
-        indices.append(batch["index"].tolist())
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
-    return output, functools.partial(loss_function, batch["loss_mask"])
+        result.indices.append(batch["index"].tolist())
+        result.positions += batch["tokens"].numel()
+    return job.forward_step(batch, model)
 
 
-def forward_backward(args: argparse.Namespace, model: Any, batches: Batches, forward_only: bool = False) -> StepResult:
+def forward_backward(
+    args: argparse.Namespace, job: Job, model: Any, batches: Batches, forward_only: bool = False
+) -> StepResult:
     """Run the pipeline schedule over the micro-batches of one global batch."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     result = StepResult()
     result.losses = get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, result.indices),
+        forward_step_func=functools.partial(_forward_step, job, result),
         data_iterator=batches if len(model) > 1 else batches[0],
         model=model,
         num_microbatches=args.num_microbatches,
         seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size * job.sequences,
         forward_only=forward_only,
     )
     return result
 
 
 def train_step(
-    args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any, batches: Batches, iteration: int = 0
+    args: argparse.Namespace, job: Job, model: Any, optimizer: Any, scheduler: Any, batches: Batches, iteration: int = 0
 ) -> StepResult:
     """One update of the weights; `iteration` is its number, for messages.
 
@@ -87,7 +81,7 @@ def train_step(
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    result = forward_backward(args, model, batches)
+    result = forward_backward(args, job, model, batches)
     check_losses(result, iteration)
     result.updated, norm, result.zeros = optimizer.step()
     result.grad_norm = float(norm or 0.0)
@@ -115,25 +109,27 @@ def _where(indices: list[list[int]], iteration: int) -> str:
     return f"iteration {iteration}, rank {dist.get_rank()}, dataset indices {samples}"
 
 
-def mean_loss(args: argparse.Namespace, results: list[StepResult]) -> float:
-    """Loss of a run of steps, the same on every rank.
+def averages(args: argparse.Namespace, job: Job, results: list[StepResult]) -> tuple[list[float], float]:
+    """Over a run of steps and all data-parallel ranks, the same on every rank: [loss, metrics of the job], positions.
 
-    The mean over micro-batches (and data-parallel ranks) of their mean token losses, as Megatron
-    reports it; over all tokens under `--calculate-per-token-loss`.
+    The mean over micro-batches of their means over tokens (or pairs), as Megatron reports it; over all
+    tokens under `--calculate-per-token-loss`.
     """
     from megatron.core import parallel_state
 
+    place = device.current().torch_device
+    # the summed means, the number of micro-batches (or of tokens), the positions
+    total = torch.zeros(len(job.metrics) + 3, dtype=torch.double, device=place)
     losses = [loss for result in results for loss in result.losses]
     if losses:
         stacked = torch.stack(losses).double()
+        number, sums = stacked[:, 1:2], torch.cat([stacked[:, :1], stacked[:, 2:]], dim=1)
         if args.calculate_per_token_loss:
-            total = stacked.sum(0)
+            total[:-2], total[-2] = sums.sum(0), number.sum()
         else:
-            means = stacked[:, 0] / stacked[:, 1].clamp(min=1)
-            total = torch.stack([means.sum(), torch.tensor(float(len(means)), dtype=torch.double, device=means.device)])
+            total[:-2], total[-2] = (sums / number.clamp(min=1)).sum(0), len(losses)
+        total[-1] = sum(result.positions for result in results)
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    else:
-        total = torch.zeros(2, dtype=torch.double, device=device.current().torch_device)
     # The last rank is in the last pipeline stage, where the losses are.
     dist.broadcast(total, src=dist.get_world_size() - 1)
-    return float(total[0] / total[1].clamp(min=1))
+    return (total[:-2] / total[-2].clamp(min=1)).tolist(), float(total[-1])

@@ -66,11 +66,11 @@ def poison_third_step() -> None:
 
     train_step, calls = step.train_step, []
 
-    def poisoned(args: Any, model: Any, *rest: Any) -> Any:
+    def poisoned(args: Any, job: Any, model: Any, *rest: Any) -> Any:
         calls.append(0)
         if len(calls) == 3 and os.environ["RANK"] == "1":
             next(iter(model[0].parameters())).data.fill_(float("nan"))
-        return train_step(args, model, *rest)
+        return train_step(args, job, model, *rest)
 
     step.train_step = poisoned
 

@@ -1,0 +1,78 @@
+"""What a stage of training has of its own: data, loss, what it does to the model. The rest is everyone's."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from minimind_mcore.training import data
+from minimind_mcore.training.layout import Layout
+
+# What megatron-core makes of a model's output: the summed loss, what to divide it by, and what to log.
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def averaged(total: Tensor, number: Tensor, *metrics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of a `LossFunction`: sums over a micro-batch, and the number of things summed (tokens, pairs).
+
+    megatron-core divides the loss by the number per micro-batch, or once per step under
+    `--calculate-per-token-loss`; `step.averages` does the same with all of them for the log.
+    """
+    sums = [total.detach(), number.float(), *(metric.detach() for metric in metrics)]
+    return total, number.to(torch.int), torch.stack(sums)
+
+
+def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the token losses [mbs, seq] where the mask [mbs, seq] is 1."""
+    mask = loss_mask.reshape(-1).float()
+    return averaged((losses.reshape(-1).float() * mask).sum(), mask.sum())
+
+
+class Job:
+    """Pretraining. Another stage derives from it and overrides where it differs.
+
+    Attributes:
+        title: for reports.
+        metrics: names of what the loss function logs beside the loss.
+        sequences: that a sample has; 2 for a pair.
+    """
+
+    title = "pretraining"
+    metrics: tuple[str, ...] = ()
+    sequences = 1
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    def check(self) -> None:
+        """Refuse flags that this stage cannot follow, and fill in what follows from them."""
+
+    def check_data(self, tokenizer: data.DatasetTokenizer) -> None:
+        """Refuse data that is missing, damaged, or not for this stage."""
+        data.check_prefixes(self.args, tokenizer)
+
+    def build_datasets(self) -> list[Any]:
+        """Training, validation and test set; None where there is none. Collective."""
+        return data.build_datasets(self.args)
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A micro-batch: tokens, labels, loss_mask, position_ids [sequences, length], and what else the job needs."""
+        batch: dict[str, Any] = default_collate(samples)
+        return batch
+
+    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+        """Change this rank's GPTModels, initialised but not yet wrapped."""
+
+    def begin(self, layout: Layout, model: list[Any], train_set: Any) -> None:
+        """What must be there before the first step; checkpoints are loaded after it. Collective."""
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """The output of one chunk of the model for a micro-batch, and what makes a loss of the last one's."""
+        output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+        return output, functools.partial(token_loss, batch["loss_mask"])
