@@ -56,6 +56,20 @@ IMPLEMENTED = frozenset(
     log_interval log_num_zeros_in_grad tensorboard_dir wandb_project wandb_exp_name wandb_save_dir use_wandb
 
     pre_tockens next_tockens sparse_mode attention_mask_type optimizer_selection
+
+    pretrained_checkpoint
+    """.split()
+)
+
+# Of these posttrain_gpt.py knows the meaning, and pretrain_gpt.py has no use.
+POSTTRAIN = frozenset(
+    """
+    stage is_instruction_dataset is_pairwise_dataset no_shuffle no_pad_to_seq_lengths variable_seq_lengths
+    pad_to_multiple_of neat_pack
+
+    lora_target_modules lora_r lora_alpha lora_load
+
+    dpo_beta dpo_loss_type dpo_label_smoothing pref_ftx ref_model
     """.split()
 )
 
@@ -86,6 +100,14 @@ NO_EFFECT = frozenset(
     """.split()
 )
 
+# Of post-training: how raw data is converted, which is done before; how LoRA is computed and saved.
+POSTTRAIN_NO_EFFECT = frozenset(
+    """
+    handler_name prompt_type prompt_type_path enable_thinking cut_max_seqlen
+    lora_fusion lora_ckpt_filter lora_register_forward_hook
+    """.split()
+)
+
 # Of these flags the native engine has some values only; the others would train something else.
 VALUES: dict[str, tuple[Any, ...]] = {
     "spec": (None, ["minimind_mcore.models.minimind_spec", "layer_spec"]),
@@ -110,6 +132,9 @@ def _truth(text: str) -> bool | None:
         raise ValueError(text)
     return values[text.lower()]
 
+
+STAGES = ("sft", "dpo", "reason", "distill")
+DPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
 TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
@@ -160,6 +185,20 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data-pending", action="store_true", help="with --dry-run: the data is yet to be converted")
 
 
+def _add_posttrain_flags(parser: argparse.ArgumentParser) -> None:
+    """What posttrain_gpt.py has beyond MindSpeed-LLM's: stages and losses of MiniMind, and their settings."""
+    for dest, choices in (("stage", STAGES), ("dpo_loss_type", DPO_LOSSES)):
+        next(action for action in parser._actions if action.dest == dest).choices = choices
+    group = parser.add_argument_group("post-training", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument("--reference-live", action="store_true", help="run --ref-model in every step, cache nothing")
+    group.add_argument(
+        "--gamma-beta-ratio", type=float, default=1.4, help="SimPO's target margin, as a multiple of 1 / beta"
+    )
+    group.add_argument("--teacher-model", help="to distil: an HF directory or a directory of checkpoints")
+    group.add_argument("--distill-alpha", type=float, default=0.5, help="weight of the labels' loss; the rest is KL")
+    group.add_argument("--distill-temperature", type=float, default=1.5, help="of both distributions in the KL")
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with errors that a `UserError` carries."""
 
@@ -202,8 +241,8 @@ def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
     raise UserError("\n  ".join(lines))
 
 
-def parse(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> argparse.Namespace:
-    """Parse a training command line.
+def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
+    """Parse a command line of pretrain_gpt.py, or of posttrain_gpt.py.
 
     Returns:
         A namespace with every flag of Megatron and MindSpeed-LLM (checkpoints carry it, as theirs do)
@@ -212,20 +251,26 @@ def parse(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> argparse.Namesp
     Raises:
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
     """
-    parser = build_parser(prog=prog)
+    parser = build_parser(prog="posttrain_gpt.py" if posttrain else "pretrain_gpt.py")
     _add_native_flags(parser)
+    if posttrain:
+        _add_posttrain_flags(parser)
     flags = given_flags(argv)
     known = [flag for action in parser._actions for flag in action.option_strings]
     refuse_unknown(flags, known)
     args = parser.parse_args(list(argv))
     table = flag_table()
-    refused = [f for f in flags if f in table and table[f]["dest"] not in IMPLEMENTED | NO_EFFECT]
+    implemented = IMPLEMENTED | POSTTRAIN if posttrain else IMPLEMENTED
+    no_effect = NO_EFFECT | POSTTRAIN_NO_EFFECT if posttrain else NO_EFFECT
+    refused = [f for f in flags if f in table and table[f]["dest"] not in implemented | no_effect]
+    if refused and all(table[f]["dest"] in POSTTRAIN | POSTTRAIN_NO_EFFECT for f in refused):
+        raise UserError(f"{', '.join(refused)}: for posttrain_gpt.py, not for pretraining")
     if refused:
         raise UserError(
             f"{', '.join(refused)}: known to {table[refused[0]]['source']}, not implemented by the native engine; "
             "leave it out, or run it on an NPU with BACKEND=mindspeed-llm"
         )
-    args.no_effect = [f for f in flags if f in table and table[f]["dest"] in NO_EFFECT]
+    args.no_effect = [f for f in flags if f in table and table[f]["dest"] in no_effect]
     _refuse_values(args)
     _fill_model(args)
     if "--transformer-impl" not in flags:  # Megatron's default needs Transformer Engine

@@ -44,6 +44,8 @@ def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransfo
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        # Megatron's default refuses sequences of any length, even in a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
     }
     if "transformer_impl" in _FIELDS:  # not in 0.12.1, which knows it as a flag only
         fields["transformer_impl"] = "local"
@@ -57,7 +59,6 @@ def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransfo
             "moe_router_load_balancing_type": moe.load_balancing,
             "moe_aux_loss_coeff": moe.aux_loss_coeff,
             "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
-            "moe_token_dispatcher_type": "alltoall",
         }
     return MiniMindTransformerConfig(**fields | overrides)
 

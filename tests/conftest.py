@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import engine
@@ -56,3 +57,43 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> engine.Corpus:
     with IndexedWriter(folder / "data_text_document") as writer:
         writer.add(tokens, lengths)
     return engine.Corpus(folder / "tokenizer", folder / "data_text_document", size)
+
+
+@pytest.fixture(scope="session")
+def dialogues(corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -> engine.Corpus:
+    """Conversations as the instruction and pairwise handlers write them: prefixes `chat`, `packed` and `pairs`."""
+    from minimind_mcore.preprocess.indexed import IndexedWriter
+
+    folder, numbers = tmp_path_factory.mktemp("dialogues"), np.random.default_rng(2)
+
+    def answer(length: int, step: int) -> list[int]:
+        return ((int(numbers.integers(400)) + step * np.arange(length)) % 460 + 40).tolist()
+
+    def conversation(prompt: list[int], step: int) -> tuple[list[int], list[int]]:
+        """Two turns; the labels are the answers."""
+        first, more, second = answer(int(numbers.integers(3, 9)), step), answer(4, 3), answer(5, step)
+        tokens = prompt + first + more + second
+        return tokens, [-100] * len(prompt) + first + [-100] * len(more) + second
+
+    def joined(rows: Iterable[list[int]]) -> list[int]:
+        return list(itertools.chain.from_iterable(rows))
+
+    chats = [conversation(answer(int(numbers.integers(2, 20)), 7), 1) for _ in range(24)]
+    packs = [[chats[int(i)] for i in numbers.integers(24, size=int(numbers.integers(1, 4)))] for _ in range(24)]
+    prompts = [answer(int(numbers.integers(2, 12)), 7) for _ in range(24)]
+    sides = {"chosen": [conversation(p, 1) for p in prompts], "rejected": [conversation(p, 5) for p in prompts]}
+    columns: dict[str, list[list[int]]] = {
+        "chat_packed_input_ids": [tokens for tokens, _ in chats],
+        "chat_packed_attention_mask": [[1] * len(tokens) for tokens, _ in chats],
+        "chat_packed_labels": [labels for _, labels in chats],
+        "packed_packed_input_ids": [joined(tokens for tokens, _ in pack) for pack in packs],
+        "packed_packed_attention_mask": [joined([i + 1] * len(t) for i, (t, _) in enumerate(pack)) for pack in packs],
+        "packed_packed_labels": [joined(labels for _, labels in pack) for pack in packs],
+    }
+    for side, samples in sides.items():
+        columns[f"pairs_packed_{side}_input_ids"] = [tokens for tokens, _ in samples]
+        columns[f"pairs_packed_{side}_labels"] = [labels for _, labels in samples]
+    for name, rows in columns.items():
+        with IndexedWriter(folder / f"{name}_document") as writer:
+            writer.add(np.array(joined(rows)), np.array([len(row) for row in rows]))
+    return engine.Corpus(corpus.tokenizer, folder / "chat", corpus.vocab_size)

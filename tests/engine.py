@@ -1,13 +1,14 @@
 """Runs of the native training engine for tests: real processes, without the seconds of importing torch in each.
 
 A server process (this file is its program) imports everything once, then forks the ranks of one run
-after another; each rank calls `pretrain.main` as pretrain_gpt.py does. There is one server per
-version of megatron-core.
+after another; each rank calls `pretrain.main` as pretrain_gpt.py does, or the `main` of post-training. There is one
+server per version of megatron-core.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -77,8 +78,9 @@ class Server:
         hook: str | None = None,
         environment: dict[str, str] | None = None,
         check: bool = True,
+        posttrain: bool = False,
     ) -> Run:
-        """Run `pretrain.main(argv)` in so many processes; its metrics go to `folder`.
+        """Run pretrain_gpt.py in so many processes; its metrics go to `folder`.
 
         Args:
             argv: flags.
@@ -87,6 +89,7 @@ class Server:
             hook: "path.py:function", called in every rank before the run, to break something.
             environment: variables for the ranks.
             check: fail unless every rank exits with status 0.
+            posttrain: run posttrain_gpt.py instead.
         """
         folder.mkdir(parents=True, exist_ok=True)
         job = {
@@ -95,6 +98,7 @@ class Server:
             "processes": processes,
             "hook": hook,
             "environment": environment or {},
+            "module": "minimind_mcore.posttrain.main" if posttrain else "minimind_mcore.training.pretrain",
         }
         assert self.process.stdin and self.process.stdout
         started = time.monotonic()
@@ -224,11 +228,11 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
             MASTER_PORT=str(port), **job["environment"],
         )  # fmt: skip
         from minimind_mcore import errors
-        from minimind_mcore.training import pretrain
 
+        program = importlib.import_module(job["module"])
         if job["hook"]:
             load_hook(job["hook"])()
-        errors.run(lambda: pretrain.main(job["argv"]))
+        errors.run(lambda: program.main(job["argv"]))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -271,7 +275,7 @@ def serve() -> None:
     import torch
 
     import minimind_mcore.models.minimind_spec
-    import minimind_mcore.training.pretrain  # noqa: F401
+    import minimind_mcore.posttrain.main  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -193,6 +193,9 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     Raises:
         UserError: every checkpoint there is damaged, or belongs to another model or layout.
     """
+    if args.pretrained_checkpoint and not (args.load and iterations_in(Path(args.load))):
+        # As Megatron does: a run that has not begun takes its weights from there.
+        args = argparse.Namespace(**vars(args) | {"load": args.pretrained_checkpoint, "finetune": True})
     if not args.load:
         return Progress()
     root = Path(args.load)

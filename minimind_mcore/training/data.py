@@ -90,7 +90,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     check_prefixes(args, tokenizer)
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
     tokenizer.unique_identifiers["indices"] = [sha256(idx_path(prefix)) for prefix in prefixes(args)]
-    _require_same_everywhere(args, tokenizer)
+    require_same_everywhere(args, tokenizer)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -105,11 +105,11 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
         create_attention_mask=args.reset_attention_mask,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
     )
-    sizes = _samples_needed(args)
+    sizes = samples_needed(args)
     return list(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build())
 
 
-def _require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
+def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
     """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
     names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
     mine = {name: getattr(args, name) for name in names} | dict(tokenizer.unique_identifiers)
@@ -123,7 +123,8 @@ def _require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokeniz
             )
 
 
-def _samples_needed(args: argparse.Namespace) -> list[int]:
+def samples_needed(args: argparse.Namespace) -> list[int]:
+    """Samples that a run reads for training, validation and test."""
     evaluations = (args.train_iters // args.eval_interval + 1) * args.eval_iters
     batches = [args.train_iters, evaluations, args.eval_iters]
     return [n * args.global_batch_size for n in batches]

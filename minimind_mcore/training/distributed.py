@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_mcore import device
+from minimind_mcore.errors import UserError
 from minimind_mcore.training.layout import Layout
 
 
@@ -69,6 +70,20 @@ def from_main(work: Callable[[], T]) -> T:
     box: list[Any] = [work() if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[no-any-return]
+
+
+def check_on_main(check: Callable[[], None]) -> None:
+    """Run a check on the main rank alone; what it refuses, every rank refuses. Collective, as `from_main`."""
+
+    def problem() -> str:
+        try:
+            check()
+        except UserError as error:
+            return str(error)
+        return ""
+
+    if found := from_main(problem):
+        raise UserError(found)
 
 
 class Tee:

@@ -8,8 +8,6 @@ learning rates from their formulas. Only the initial weights come through the ki
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,13 @@ import torch
 import torch.nn.functional as F
 from engine import Corpus, Server, layout, worst_difference
 from torch import Tensor
+from twin import Hyper, initial_weights, load_twin, train
 
-from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 
 STEPS, SEQUENCE, MICRO_BATCH, BATCH, SEED = 20, 32, 4, 8, 1234
 MODELS = ("minimind3_tiny", "minimind2_tiny", "minimind3_moe_tiny", "minimind2_moe_tiny")
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """How the oracle trains: `lr(step)` for steps from 0, and which parameters decay."""
-
-    lr: Callable[[int], float]
-    weight_decay: float
-    betas: tuple[float, float]
-    decays: Callable[[Tensor], bool]
 
 
 def minimind_lr(step: int) -> float:
@@ -75,7 +63,9 @@ def test_losses_equal_plain_torch(server: Server, corpus: Corpus, tmp_path: Path
     found = server.run(corpus.flags(PRESETS[model], **parallel, **shared), tmp_path / "run", processes)
 
     config = PRESETS[model].replace(vocab_size=corpus.vocab_size)
-    losses, norms = oracle(config, initial_weights(tmp_path / "initial", config), batches(corpus), hyper)
+    steps = [batch.long().split(MICRO_BATCH) for batch in batches(corpus).split(BATCH)]
+    twin = load_twin(config, initial_weights(tmp_path / "initial", config))
+    losses, norms = train(twin, config, steps, lambda micro: _loss(twin, config, micro), hyper)
     assert found.column("learning_rate") == pytest.approx([hyper.lr(step) for step in range(STEPS)], rel=1e-12)
     assert losses[-1] < losses[0] - 0.2, "it must learn something"
     differences = worst_difference(found.column(), losses), worst_difference(found.column("grad_norm"), norms)
@@ -84,14 +74,6 @@ def test_losses_equal_plain_torch(server: Server, corpus: Corpus, tmp_path: Path
     # Rounding flips a router's choice between two nearly equal experts sooner or later.
     assert worst_difference(found.column("grad_norm")[:5], norms[:5]) <= 1e-4
     assert differences[1] <= 1e-2
-
-
-def initial_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The saved weights under transformers' names."""
-    file = folder / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
-    state = torch.load(file, map_location="cpu", weights_only=False)["model"]
-    whole = {name: tensor for name, tensor in state.items() if tensor is not None and "_extra_state" not in name}
-    return weights.mcore_to_hf(whole, config, "hf_fused")
 
 
 def batches(corpus: Corpus) -> Tensor:
@@ -115,56 +97,6 @@ def batches(corpus: Corpus) -> Tensor:
     order = np.arange(samples)
     numbers.shuffle(order)
     return torch.from_numpy(np.stack([line[s * SEQUENCE : (s + 1) * SEQUENCE + 1] for s in order[:wanted]]))
-
-
-def oracle(
-    config: ModelConfig, state: dict[str, Tensor], data: Tensor, hyper: Hyper
-) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of a plain torch training run."""
-    import transformers
-
-    torch.set_num_threads(1)  # more only wait for each other on tensors so small
-    twin = transformers.AutoModelForCausalLM.from_config(config.hf_config(), attn_implementation="eager")
-    missing = twin.load_state_dict(state, strict=False)
-    assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
-    twin.tie_weights()
-    trained = _trained_parameters(twin, config)
-    groups = [{"params": [p for p in trained if hyper.decays(p)], "weight_decay": hyper.weight_decay}]
-    groups.append({"params": [p for p in trained if not hyper.decays(p)], "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=hyper.betas, eps=1e-8)
-    losses, norms = [], []
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = hyper.lr(step)
-        batch = data[step * BATCH : (step + 1) * BATCH].long()
-        parts = []
-        for micro in batch.split(MICRO_BATCH):
-            loss, aux = _loss(twin, config, micro)
-            ((loss + aux) * MICRO_BATCH / BATCH).backward()
-            parts.append(loss.item())
-        losses.append(sum(parts) / len(parts))
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, norms
-
-
-class _AlwaysOn(torch.nn.Module):
-    """A gate whose sigmoid is 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_full((*x.shape[:-1], 1), torch.inf)
-
-
-def _trained_parameters(twin: Any, config: ModelConfig) -> list[Tensor]:
-    """The twin's parameters less those that MiniMind does not have (the zero biases and gates of Qwen2-MoE)."""
-    if config.moe and config.moe.shared_ffn_hidden_size:
-        # A zero gate halves a doubled weight: the same function, but not for Adam, whose steps have one size.
-        for layer in twin.model.layers:
-            layer.mlp.shared_expert.down_proj.weight.data /= 2
-            layer.mlp.shared_expert_gate = _AlwaysOn()
-    absent = {n for rule in weights.rules(config, "hf_fused") if isinstance(rule, weights.Zeros) for n in rule.hf}
-    return [parameter for name, parameter in twin.named_parameters() if name not in absent]
 
 
 def _loss(twin: Any, config: ModelConfig, micro: Tensor) -> tuple[Tensor, Tensor]:

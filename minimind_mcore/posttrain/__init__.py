@@ -1,0 +1,1 @@
+"""Post-training: supervised fine-tuning, LoRA, DPO, distillation. Each is a `training.job.Job`."""

@@ -1,0 +1,38 @@
+"""posttrain_gpt.py: the training loop of pretraining, with the job that `--stage` names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from minimind_mcore import arguments
+from minimind_mcore.errors import UserError
+from minimind_mcore.posttrain.sft import SFT, PostTraining
+from minimind_mcore.training import pretrain
+
+STAGES: dict[str, type[PostTraining]] = {"sft": SFT}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Post-train, by the flags of a command line."""
+    args = arguments.parse(sys.argv[1:] if argv is None else argv, posttrain=True)
+    pretrain.run(STAGES[stage_of(args)](args))
+
+
+def stage_of(args: argparse.Namespace) -> str:
+    """`--stage`, or what follows from the kind of data.
+
+    Raises:
+        UserError: neither is given, or they contradict each other.
+    """
+    given = [flag for flag in ("is_instruction_dataset", "is_pairwise_dataset") if getattr(args, flag)]
+    stages = {"is_instruction_dataset": "sft", "is_pairwise_dataset": "dpo"}
+    if not args.stage and len(given) != 1:
+        raise UserError(f"--stage is missing: expected one of {', '.join(STAGES)}")
+    stage = args.stage or stages[given[0]]
+    expected = "is_pairwise_dataset" if stage == "dpo" else "is_instruction_dataset"
+    if wrong := [flag for flag in given if flag != expected]:
+        flag = "--" + wrong[0].replace("_", "-")
+        raise UserError(f"--stage {stage} with {flag}: it reads --{expected.replace('_', '-')} data")
+    return str(stage)

@@ -1,0 +1,119 @@
+"""Supervised fine-tuning, and what every stage of post-training shares."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.posttrain import data
+from minimind_mcore.preprocess.indexed import idx_path
+from minimind_mcore.storage import sha256
+from minimind_mcore.training import data as training_data
+from minimind_mcore.training import distributed
+from minimind_mcore.training.job import Job, LossFunction, token_loss
+from minimind_mcore.training.layout import require
+
+
+class PostTraining(Job):
+    """A stage whose samples come one to a row, from converted conversations.
+
+    Attributes:
+        columns: the files it reads.
+    """
+
+    columns: tuple[str, ...] = data.INSTRUCTION
+
+    def check(self) -> None:
+        """See `Job`."""
+        args = self.args
+        require(
+            not args.variable_seq_lengths or not args.neat_pack,
+            "--variable-seq-lengths: packed samples have one length; leave it out",
+        )
+        args.no_pad_to_seq_lengths = args.no_pad_to_seq_lengths or args.variable_seq_lengths
+        require(
+            args.pad_to_multiple_of >= 1, f"--pad-to-multiple-of: found {args.pad_to_multiple_of}, expected 1 or more"
+        )
+        require(
+            args.reset_attention_mask == args.neat_pack,
+            "--neat-pack and --reset-attention-mask belong together: alone, the first would let packed samples see "
+            "each other, the second would part an answer from its question",
+        )
+        # Pipeline stages then tell each other the shape of what they send.
+        args.variable_seq_lengths = args.no_pad_to_seq_lengths or args.neat_pack
+
+    def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
+        """See `Job`."""
+        args, prefix = self.args, data.data_prefix(self.args)
+        data.check_files(prefix, self.columns, tokenizer)
+        # Reads all of it: once is enough.
+        distributed.check_on_main(
+            lambda: data.check_labels(prefix, self.columns, args.seq_length, tokenizer.vocab_size, args.neat_pack)
+        )
+
+    def build_datasets(self) -> list[Any]:
+        """See `Job`."""
+        args, prefix = self.args, data.data_prefix(self.args)
+        tokenizer = training_data.DatasetTokenizer(training_data.tokenizer_path(args), args.padded_vocab_size)
+        args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
+        self.check_data(tokenizer)
+        tokenizer.unique_identifiers["indices"] = self.data_digests()
+        training_data.require_same_everywhere(args, tokenizer)
+        first = data.Column(prefix, self.columns[0])
+        ranges = data.split_ranges(args.split, len(first))
+        if not ranges[0]:
+            raise UserError(
+                f"--split {args.split}: nothing is left to train on of the {len(first)} samples of {prefix}"
+            )
+        return [
+            data.Samples(
+                prefix, self.columns, data.sample_order(part, samples, args.seed, not args.no_shuffle), args.seq_length
+            )
+            if part and samples
+            else None
+            for part, samples in zip(ranges, training_data.samples_needed(args), strict=True)
+        ]
+
+    def data_digests(self) -> list[str]:
+        """Of the index of every file."""
+        prefix = data.data_prefix(self.args)
+        return [sha256(idx_path(data.file_prefix(prefix, name))) for name in self.columns]
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """See `Job`; packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
+        tokens, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
+        length = data.padded_length(max(map(len, tokens)), self.args)
+        batch = data.batch_of(tokens, labels, length)
+        if self.args.neat_pack:
+            batch = data.flatten_packed(batch, data.pad([s["attention_mask"] for s in samples], length, 0))
+        return batch | {"index": torch.tensor([s["index"] for s in samples])}
+
+
+class SFT(PostTraining):
+    """The loss of pretraining, on the tokens that have a label."""
+
+    title = "supervised fine-tuning"
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+        return run_model(model, batch, labels=batch["labels"]), functools.partial(token_loss, batch["loss_mask"])
+
+
+def run_model(model: Any, batch: dict[str, Any], labels: Tensor | None = None) -> Tensor:
+    """One chunk of the model on a micro-batch; from the last one the losses [rows, length] of the labels.
+
+    The loss of a label is minus its log-probability, over all tensor-parallel shards of the vocabulary.
+    Without labels the last chunk gives this rank's shard of the logits [rows, length, vocabulary / TP].
+    """
+    packed = None
+    if "cu_seqlens" in batch:
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        ends, longest = batch["cu_seqlens"], batch["longest"]
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+    output: Tensor = model(batch["tokens"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
+    return output
