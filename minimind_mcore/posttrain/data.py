@@ -65,6 +65,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __init__(self, prefix: str, columns: tuple[str, ...], order: NDArray[np.int64], seq_length: int) -> None:
         self.columns = {name: Column(prefix, name) for name in columns}
         self.order, self.seq_length = order, seq_length
+        self.extra: dict[str, NDArray[Any]] = {}  # more about each document, by its number
 
     def __len__(self) -> int:
         return len(self.order)
@@ -72,7 +73,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         document = int(self.order[i])
         parts = {name: column[document][: self.seq_length] for name, column in self.columns.items()}
-        return {**parts, "index": document}
+        return {**parts, **{name: values[document] for name, values in self.extra.items()}, "index": document}
 
 
 def file_prefix(prefix: str, name: str) -> str:

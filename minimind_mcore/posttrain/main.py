@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError
+from minimind_mcore.posttrain.dpo import DPO
 from minimind_mcore.posttrain.sft import SFT, PostTraining
 from minimind_mcore.training import pretrain
 
-STAGES: dict[str, type[PostTraining]] = {"sft": SFT}
+STAGES: dict[str, type[PostTraining]] = {"sft": SFT, "dpo": DPO}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -220,6 +220,23 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     return progress
 
 
+class _NoOptimizer:
+    """In the place of an optimizer that does not learn of the weights that are loaded."""
+
+    def reload_model_params(self) -> None:
+        """Nothing."""
+
+
+def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None:
+    """The weights below `path` into the model, wrapped or not, and nothing else. Collective.
+
+    Raises:
+        UserError: as `load`.
+    """
+    changes = {"load": str(path), "finetune": True, "pretrained_checkpoint": None, "ckpt_step": None}
+    load(argparse.Namespace(**vars(args) | changes), model, _NoOptimizer(), None)
+
+
 def _progress(args: argparse.Namespace, saved: dict[str, Any]) -> Progress:
     if args.finetune:
         return Progress()

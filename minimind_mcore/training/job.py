@@ -69,7 +69,7 @@ class Job:
     def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
         """Change this rank's GPTModels, initialised but not yet wrapped."""
 
-    def begin(self, layout: Layout, model: list[Any], train_set: Any) -> None:
+    def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
         """What must be there before the first step; checkpoints are loaded after it. Collective."""
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:

@@ -54,10 +54,10 @@ def train(args: argparse.Namespace, job: Job, layout: Layout) -> None:
     stop = StopSignal()
     if args.save:
         checkpointing.require_shared_directory(Path(args.save))
-    train_set, valid_set, _ = job.build_datasets()
+    datasets = train_set, valid_set, _ = job.build_datasets()
     model = build_model(args, layout, job)
     optimizer, scheduler = build_optimizer(args, model)
-    job.begin(layout, model, train_set)
+    job.begin(layout, model, datasets)
     progress = checkpointing.load(args, model, optimizer, scheduler)
     batches = [data.micro_batches(args, job, train_set, progress.consumed) for _ in model]
     metrics = Metrics(args, job, layout, progress)

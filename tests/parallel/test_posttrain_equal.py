@@ -153,3 +153,92 @@ def expected_sft(
         known[data, whole] = train(twin, config, steps, lambda micro: sft_loss(twin, micro), HYPER)
         assert known[data, whole][0][-1] < known[data, whole][0][0] - 0.05, "it must learn something"
     return known[data, whole]
+
+
+def pair_log_probs(twin: Any, micro: list[Sample]) -> tuple[Tensor, Tensor]:
+    """[2, pairs]: summed log-probabilities of chosen and rejected, and the number of their labels."""
+    sums, counts = [], []
+    for side in ("chosen", "rejected"):
+        for sample in micro:
+            tokens, labels = sample[f"{side}_input_ids"], sample[f"{side}_labels"][1:]
+            log_probs = logits_of(twin, tokens)[:-1].log_softmax(-1)
+            picked = log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            sums.append(picked[labels != -100].sum())
+            counts.append((labels != -100).sum())
+    return torch.stack(sums).view(2, -1), torch.stack(counts).view(2, -1)
+
+
+def dpo_loss(kind: str, log_ratio: Tensor, beta: float, smoothing: float) -> Tensor:
+    """Of each pair, from the difference of its two sides."""
+    if kind == "ipo":
+        return (log_ratio - 0.5 / beta).square()
+    if kind == "hinge":
+        return (1 - beta * log_ratio).clamp(min=0)
+    scaled = beta * (log_ratio - 1.4) if kind == "simpo" else beta * log_ratio
+    return (1 - smoothing) * torch.log1p(torch.exp(-scaled)) + smoothing * torch.log1p(torch.exp(scaled))
+
+
+BETA, SMOOTHING, FTX = 0.3, 0.1, 0.2
+DPO: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sigmoid": ("sigmoid", "one", {}),
+    "sigmoid TP2 SP": ("sigmoid", "TP2 SP", DYNAMIC),
+    "sigmoid TP2": ("sigmoid", "TP2", {}),
+    "sigmoid PP2": ("sigmoid", "PP2", {}),
+    "sigmoid DP2": ("sigmoid", "DP2", {"calculate_per_token_loss": True}),
+    "ipo PP2": ("ipo", "PP2", DYNAMIC),
+    "simpo TP2": ("simpo", "TP2", {}),
+    "hinge": ("hinge", "one", DYNAMIC),
+}
+
+
+@pytest.mark.parametrize("name", DPO)
+def test_dpo_equals_plain_torch(server: Server, dialogues: Corpus, start: Path, tmp_path: Path, name: str) -> None:
+    kind, place, flags = DPO[name]
+    smoothing = SMOOTHING if kind in ("sigmoid", "simpo") else 0.0
+    loss = {"dpo_beta": BETA, "dpo_loss_type": kind, "dpo_label_smoothing": smoothing, "pref_ftx": FTX}
+    processes, parallel = LAYOUTS[place]
+    prefix = dialogues.prefix.with_name("pairs")
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, **parallel | flags | loss, data_path=prefix, stage="dpo")
+    found = server.run(argv, tmp_path / "run", processes, posttrain=True)
+    compare(found, expected_dpo(dialogues, start, kind, smoothing, metrics := []))
+    assert found.rows[-1]["rewards/margins"] > found.rows[0]["rewards/margins"], "it must learn something"
+    for i, column in enumerate(("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")):
+        expected = [sum(micro[i] for micro in step) / len(step) for step in metrics]
+        assert found.column(column) == pytest.approx(expected, rel=1e-4, abs=2e-5), column
+
+
+def expected_dpo(
+    dialogues: Corpus,
+    start: Path,
+    kind: str,
+    smoothing: float,
+    metrics: list[Any],
+    known: dict[Any, Any] = {},  # noqa: B006
+) -> tuple[list[float], list[float]]:
+    """Losses and norms of the oracle; `metrics` gets, for each step, those of its micro-batches."""
+    if kind not in known:
+        config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
+        twin, frozen = (load_twin(config, initial_weights(start, config)) for _ in range(2))
+        names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("input_ids", "labels")]
+        rows: list[list[float]] = []
+
+        def loss(micro: list[Sample]) -> tuple[Tensor, Tensor]:
+            gained, counts = pair_log_probs(twin, micro)
+            likelihood = gained[0] / counts[0]
+            if kind != "simpo":
+                with torch.no_grad():
+                    reference = pair_log_probs(frozen, micro)[0]
+                gained = gained - reference
+            if kind in ("ipo", "simpo"):
+                gained = gained / counts
+            losses = dpo_loss(kind, gained[0] - gained[1], BETA, smoothing) - FTX * likelihood
+            rewards = BETA * gained.detach()
+            right = (rewards[0] > rewards[1]).float()
+            rows.append([x.mean().item() for x in (rewards[0], rewards[1], right, rewards[0] - rewards[1])])
+            return losses.mean(), torch.zeros(())
+
+        steps = in_steps(samples_in_order(dialogues.prefix.with_name("pairs"), *names))
+        curves = train(twin, config, steps, loss, HYPER)
+        known[kind] = curves, [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    metrics += known[kind][1]
+    return known[kind][0]  # type: ignore[no-any-return]

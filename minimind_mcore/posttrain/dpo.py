@@ -1,0 +1,115 @@
+"""Direct preference optimisation: pairs of a chosen and a rejected answer, against a frozen reference.
+
+With `log p` the summed log-probability of an answer's labels and `m` the policy's margin over the reference,
+`(log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))`:
+
+| --dpo-loss-type | loss of a pair                                                        | source                |
+|-----------------|-----------------------------------------------------------------------|-----------------------|
+| sigmoid         | -log sigmoid(beta m), smoothed by --dpo-label-smoothing                | DPO, arXiv 2305.18290 |
+| hinge           | max(0, 1 - beta m)                                                     | SLiC, 2305.10425      |
+| ipo             | (m - 1 / (2 beta))^2, log p a mean over the labels                     | IPO, 2310.12036       |
+| simpo           | -log sigmoid(beta (m - gamma / beta)), mean log p and no reference     | SimPO, 2405.14734     |
+
+`--pref-ftx` adds so much of the chosen answer's mean negative log-probability.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_mcore.posttrain import data, reference
+from minimind_mcore.posttrain.sft import PostTraining, run_model
+from minimind_mcore.training.job import LossFunction, averaged
+from minimind_mcore.training.layout import Layout, require
+
+
+class DPO(PostTraining):
+    """A sample is a pair; its rows are all chosen answers of the micro-batch, then all rejected ones."""
+
+    title = "preference optimisation"
+    metrics = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    sequences = 2
+    columns = data.PAIRWISE
+
+    def check(self) -> None:
+        """See `Job`."""
+        super().check()
+        args = self.args
+        require(not args.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
+        require(args.dpo_beta > 0, f"--dpo-beta: found {args.dpo_beta}, expected more than 0")
+        require(
+            0 <= args.dpo_label_smoothing < 0.5,
+            f"--dpo-label-smoothing: found {args.dpo_label_smoothing}, expected 0 to less than 0.5, the share of "
+            "pairs whose preference is believed to be the other way round",
+        )
+
+    def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
+        """See `Job`: the reference's log-probabilities of every pair that the run reads."""
+        if self.args.dpo_loss_type != "simpo":
+            reference.attach(Reference(self.args), model, datasets)
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """See `Job`; `reference` [pairs, 2] are its summed log-probabilities of chosen and rejected."""
+        sides = ("chosen", "rejected")
+        tokens = [sample[f"{side}_input_ids"] for side in sides for sample in samples]
+        labels = [sample[f"{side}_labels"] for side in sides for sample in samples]
+        batch = data.batch_of(tokens, labels, data.padded_length(max(map(len, tokens)), self.args))
+        if "reference" in samples[0]:
+            batch["reference"] = torch.from_numpy(np.stack([sample["reference"] for sample in samples]))
+        return batch | {"index": torch.tensor([sample["index"] for sample in samples])}
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+        return run_model(model, batch, labels=batch["labels"]), functools.partial(pair_loss, self.args, batch)
+
+
+class Reference(DPO):
+    """Logs the log-probabilities [2, pairs], and has no loss."""
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+
+        def measure(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            log_probs = pair_log_probs(batch["loss_mask"], losses)
+            return log_probs.sum(), torch.ones((), dtype=torch.int), log_probs
+
+        return run_model(model, batch, labels=batch["labels"]), measure
+
+
+def pair_log_probs(loss_mask: Tensor, losses: Tensor) -> Tensor:
+    """[2, pairs] summed log-probabilities of chosen and rejected, from the label losses [2 * pairs, length]."""
+    return -(losses.float() * loss_mask).sum(1).view(2, -1)
+
+
+def pair_loss(args: argparse.Namespace, batch: dict[str, Any], losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A `LossFunction`: mean over the pairs of a micro-batch; rewards are beta (log p - log p_ref)."""
+    mask = batch["loss_mask"]
+    log_probs, lengths = pair_log_probs(mask, losses), mask.sum(1).view(2, -1)
+    reference_log_probs = batch["reference"].t() if "reference" in batch else torch.zeros_like(log_probs)
+    gained = log_probs - reference_log_probs
+    if args.dpo_loss_type in ("ipo", "simpo"):
+        gained = gained / lengths
+    total = (preference_losses(args, gained[0] - gained[1]) - args.pref_ftx * log_probs[0] / lengths[0]).sum()
+    rewards = args.dpo_beta * gained.detach()
+    margins = rewards[0] - rewards[1]
+    pairs = torch.tensor(len(margins), device=losses.device)
+    return averaged(total, pairs, rewards[0].sum(), rewards[1].sum(), (margins > 0).float().sum(), margins.sum())
+
+
+def preference_losses(args: argparse.Namespace, margins: Tensor) -> Tensor:
+    """[pairs] the table above, from m [pairs]."""
+    beta, smoothing = float(args.dpo_beta), float(args.dpo_label_smoothing)
+    if args.dpo_loss_type == "hinge":
+        return torch.relu(1 - beta * margins)
+    if args.dpo_loss_type == "ipo":
+        return (margins - 1 / (2 * beta)).square()
+    if args.dpo_loss_type == "simpo":
+        margins = margins - args.gamma_beta_ratio
+    return -(1 - smoothing) * F.logsigmoid(beta * margins) - smoothing * F.logsigmoid(-beta * margins)

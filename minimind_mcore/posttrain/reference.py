@@ -1,0 +1,156 @@
+"""The reference's log-probabilities of every pair, computed once and kept beside `--save`.
+
+    reference-<digest>.npy      [pairs of the data, 2] float32; NaN where no run has needed it yet
+
+The digest is over the data, the reference's weights, `--seq-length` and the precision: whatever would
+change a number changes the name. The policy's own model computes them before training, with the
+reference's weights in it, so that any layout will do and no second model is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+from minimind_mcore.posttrain import data
+from minimind_mcore.posttrain.sft import PostTraining
+from minimind_mcore.preprocess.indexed import bin_path
+from minimind_mcore.storage import MANIFEST, atomic_file, sha256
+from minimind_mcore.training import checkpointing, distributed, step
+from minimind_mcore.training import data as training_data
+
+LogProbs = NDArray[np.float32]
+
+
+def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
+    """Give every dataset the reference's log-probabilities of its pairs. Collective.
+
+    Args:
+        job: whose loss function logs the log-probabilities [2, pairs] of a micro-batch.
+        model: this rank's chunks.
+        datasets: None among them is left out.
+
+    Raises:
+        UserError: it is not known which weights are the reference, or there are none.
+    """
+    args, used = job.args, [dataset for dataset in datasets if dataset is not None]
+    source = reference_path(args)
+    count = len(data.Column(data.data_prefix(args), job.columns[0]))
+    needed = np.unique(np.concatenate([dataset.order for dataset in used]))
+    cache = distributed.from_main(lambda: _cache_path(job, source))
+    known: LogProbs = distributed.from_main(lambda: _read(cache, count))
+    missing = needed[np.isnan(known[needed, 0])]
+    if len(missing):
+        if distributed.is_main():
+            print(
+                f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the weights at hand'}",
+                flush=True,
+            )
+        with _weights_of(args, source, model):
+            known[missing] = _measure(job, model, missing)[missing]
+        if distributed.is_main() and cache:
+            with atomic_file(cache) as f:
+                np.save(f, known)
+    for dataset in used:
+        dataset.extra["reference"] = known
+
+
+def reference_path(args: argparse.Namespace) -> str | None:
+    """Whose weights are the reference: `--ref-model`, else what the policy starts from; None: its initial weights."""
+    if args.ref_model or args.pretrained_checkpoint:
+        return str(args.ref_model or args.pretrained_checkpoint)
+    if not args.load or (not args.finetune and not checkpointing.iterations_in(Path(args.load))):
+        return None
+    if args.finetune:
+        return str(args.load)
+    raise UserError(
+        f"--load {args.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the weights that it "
+        "began with, which are the reference; or --finetune to begin with these"
+    )
+
+
+def _cache_path(job: PostTraining, source: str | None) -> Path | None:
+    """Where the log-probabilities are kept; None without `--save`."""
+    args = job.args
+    if not args.save:
+        return None
+    prefix = data.data_prefix(args)
+    facts = {
+        "data": [*job.data_digests(), *(sha256(bin_path(data.file_prefix(prefix, name))) for name in job.columns)],
+        "weights": _weights_digest(Path(source)) if source else [args.seed, args.minimind_init, args.init_method_std],
+        "model": [getattr(args, name) for name in checkpointing.MODEL_ARGS],
+        "seq_length": args.seq_length,
+        "precision": [args.bf16, args.fp16],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Path(args.save).parent / f"reference-{digest[:16]}.npy"
+
+
+def _weights_digest(path: Path) -> list[str]:
+    """Of a directory of checkpoints, its newest; of anything else, its files."""
+    iterations = checkpointing.iterations_in(path)
+    folder = checkpointing.directory_of(path, iterations[0]) if iterations else path
+    if (folder / MANIFEST).is_file():  # it has the digests of the others
+        return [sha256(folder / MANIFEST)]
+    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    return [sha256(file) for file in files]
+
+
+def _read(cache: Path | None, count: int) -> LogProbs:
+    if cache is not None and cache.is_file():
+        known: LogProbs = np.load(cache)
+        if known.shape == (count, 2):
+            return known
+    return np.full((count, 2), np.nan, dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _weights_of(args: argparse.Namespace, source: str | None, model: list[Any]) -> Iterator[None]:
+    """Inside, the model has the reference's weights; the optimizer does not see them."""
+    if source is None:
+        yield
+        return
+    own = [{k: v.clone() for k, v in chunk.state_dict().items() if v is not None} for chunk in model]
+    checkpointing.load_weights(args, Path(source), model)
+    yield
+    for chunk, state in zip(model, own, strict=True):
+        chunk.load_state_dict(state, strict=False)  # the rest is not tensors
+
+
+def _measure(job: PostTraining, model: list[Any], documents: NDArray[np.int64]) -> LogProbs:
+    """[pairs of the data, 2], filled in for `documents`; the same on every rank. Collective."""
+    from megatron.core import parallel_state
+
+    args, prefix = job.args, data.data_prefix(job.args)
+    total = len(data.Column(prefix, job.columns[0]))
+    rounds = -(-len(documents) // args.global_batch_size)
+    order = np.resize(documents, rounds * args.global_batch_size)  # the last round repeats the first pairs
+    samples = data.Samples(prefix, job.columns, order, args.seq_length)
+    batches = [training_data.micro_batches(args, job, samples, 0, workers=0) for _ in model]
+    found = torch.zeros(total, 2, dtype=torch.float32, device=device.current().torch_device)
+    for chunk in model:
+        chunk.eval()
+    for _ in range(rounds):
+        with torch.no_grad():
+            result = step.forward_backward(args, job, model, batches, forward_only=True)
+        step.check_losses(result, 0)
+        for indices, log_probs in zip(result.indices, result.losses, strict=True):
+            found[indices] = log_probs.t()
+    for chunk in model:
+        chunk.train()
+    # Each data-parallel rank of the last stage has its share; a pair that was read twice is the same twice.
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
+    dist.broadcast(found, src=dist.get_world_size() - 1)
+    return found.cpu().numpy()
