@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_mcore.posttrain import data, reference
+from minimind_mcore.posttrain.frozen import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.layout import Layout, require
+from minimind_mcore.training.model import unwrap
 
 
 class DPO(PostTraining):
@@ -44,6 +46,11 @@ class DPO(PostTraining):
         args = self.args
         require(not args.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
         require(args.dpo_beta > 0, f"--dpo-beta: found {args.dpo_beta}, expected more than 0")
+        require(not args.reference_live or bool(args.ref_model), "--reference-live needs --ref-model, its weights")
+        require(
+            not args.reference_live or args.dpo_loss_type != "simpo",
+            "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
+        )
         require(
             0 <= args.dpo_label_smoothing < 0.5,
             f"--dpo-label-smoothing: found {args.dpo_label_smoothing}, expected 0 to less than 0.5, the share of "
@@ -52,7 +59,9 @@ class DPO(PostTraining):
 
     def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
         """See `Job`: the reference's log-probabilities of every pair that the run reads."""
-        if self.args.dpo_loss_type != "simpo":
+        if self.args.reference_live:
+            self.reference = FrozenModel(self.args, layout, self.args.ref_model)
+        elif self.args.dpo_loss_type != "simpo":
             reference.attach(Reference(self.args), model, datasets)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,6 +76,9 @@ class DPO(PostTraining):
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
+        if self.args.reference_live and unwrap(model).post_process:
+            losses = self.reference(batch, batch["labels"])
+            batch["reference"] = pair_log_probs(batch["loss_mask"], losses).t()
         return run_model(model, batch, labels=batch["labels"]), functools.partial(pair_loss, self.args, batch)
 
 

@@ -23,8 +23,8 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def core_config(args: argparse.Namespace, layout: Layout) -> Any:
-    """megatron-core's `TransformerConfig` for a validated command line."""
+def core_config(args: argparse.Namespace, layout: Layout, model: ModelConfig | None = None) -> Any:
+    """megatron-core's `TransformerConfig` for a validated command line; of another `model` in place of its own."""
     overrides: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -66,7 +66,7 @@ def core_config(args: argparse.Namespace, layout: Layout) -> Any:
         overrides |= {
             "moe_z_loss_coeff": args.moe_z_loss_coeff,
         }
-    return ModelConfig.from_args(args).transformer_config(**overrides)
+    return (model or ModelConfig.from_args(args)).transformer_config(**overrides)
 
 
 def _transformer_engine() -> str:

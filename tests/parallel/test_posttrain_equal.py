@@ -242,3 +242,97 @@ def expected_dpo(
         known[kind] = curves, [rows[i : i + 2] for i in range(0, len(rows), 2)]
     metrics += known[kind][1]
     return known[kind][0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("place", ["one", "TP2", "PP2"])
+def test_reason_equals_plain_torch(server: Server, dialogues: Corpus, start: Path, tmp_path: Path, place: str) -> None:
+    import tokenizers
+
+    processes, parallel = LAYOUTS[place]
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, **parallel, stage="reason")
+    found = server.run(argv, tmp_path / "run", processes, posttrain=True)
+    vocabulary = tokenizers.Tokenizer.from_file(str(dialogues.tokenizer / "tokenizer.json"))
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    pieces = torch.tensor([i for tag in tags for i in vocabulary.encode(tag, add_special_tokens=False).ids])
+
+    def weights_of(labels: Tensor) -> Tensor:
+        return torch.where(torch.isin(labels, pieces), 10.0, 1.0)
+
+    samples = samples_in_order(dialogues.prefix, "input_ids", "attention_mask", "labels")
+    assert any((weights_of(sample["labels"]) > 1).any() for sample in samples)
+    config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
+    twin = load_twin(config, initial_weights(start, config))
+    compare(found, train(twin, config, in_steps(samples), lambda micro: sft_loss(twin, micro, weights_of), HYPER))
+
+
+TEACHER = PRESETS[MODEL].replace(hidden_size=96, num_layers=2, ffn_hidden_size=256)
+ALPHA, TEMPERATURE = 0.4, 1.5
+
+
+@pytest.fixture(scope="session")
+def teacher(server: Server, dialogues: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `hf` and, of the same weights, `checkpoints` of TP2 PP1: a smaller model, of other weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    flags = FLAGS | {"train_iters": 1, "ckpt_format": "torch", "save": folder / "checkpoints", "seed": 7}
+    flags |= {"init_method_std": 0.3, "is_instruction_dataset": True}
+    server.run(dialogues.flags(TEACHER, **flags, **layout(tp=2)), folder / "run", 2, posttrain=True)
+    from minimind_mcore.models import weights
+
+    config = TEACHER.replace(vocab_size=dialogues.vocab_size)
+    files = sorted((folder / "checkpoints/iter_0000001").glob("mp_rank_*/model_optim_rng.pt"))
+    ranks = [torch.load(file, weights_only=False)["model"] for file in files]
+    whole = {n: weights.unshard(n, [rank[n] for rank in ranks]) for n, t in ranks[0].items() if isinstance(t, Tensor)}
+    twin = load_twin(config, weights.mcore_to_hf(whole, config, "hf_fused"))
+    twin.save_pretrained(folder / "hf")
+    return folder
+
+
+DISTILL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "HF": ("hf", "one", {}),
+    "checkpoint TP2": ("checkpoints", "TP2", DYNAMIC),
+    "HF TP2 SP": ("hf", "TP2 SP", {"calculate_per_token_loss": False}),
+    "checkpoint PP2": ("checkpoints", "PP2", {}),
+}
+
+
+@pytest.mark.parametrize("name", DISTILL)
+def test_distillation_equals_plain_torch(
+    server: Server, dialogues: Corpus, start: Path, teacher: Path, tmp_path: Path, name: str
+) -> None:
+    form, place, flags = DISTILL[name]
+    processes, parallel = LAYOUTS[place]
+    mixing = {"distill_alpha": ALPHA, "distill_temperature": TEMPERATURE, "teacher_model": teacher / form}
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, **parallel | flags | mixing, stage="distill")
+    found = server.run(argv, tmp_path / "run", processes, posttrain=True)
+    compare(found, expected_distillation(dialogues, start, teacher))
+    mixed = [ALPHA * row["ce_loss"] + (1 - ALPHA) * row["kl_loss"] for row in found.rows]
+    assert found.column() == pytest.approx(mixed, rel=1e-5) and min(found.column("kl_loss")) > 0.1
+
+
+def expected_distillation(
+    dialogues: Corpus,
+    start: Path,
+    teacher: Path,
+    known: list[Any] = [],  # noqa: B006
+) -> tuple[list[float], list[float]]:
+    """Losses and norms of the oracle."""
+    if not known:
+        import transformers
+
+        config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
+        twin = load_twin(config, initial_weights(start, config))
+        wise = transformers.AutoModelForCausalLM.from_pretrained(teacher / "hf").eval()
+
+        def loss(micro: list[Sample]) -> tuple[Tensor, Tensor]:
+            kl, count = torch.zeros(()), 0
+            for tokens, labels in parts_of(micro):
+                has_label = labels[1:] != -100
+                with torch.no_grad():
+                    p = (logits_of(wise, tokens)[:-1][has_label] / TEMPERATURE).softmax(-1)
+                q = (logits_of(twin, tokens)[:-1][has_label] / TEMPERATURE).softmax(-1)
+                kl, count = kl + (p * (p / q).log()).sum(), count + len(p)
+            return ALPHA * sft_loss(twin, micro)[0] + (1 - ALPHA) * TEMPERATURE**2 * kl / count, torch.zeros(())
+
+        samples = samples_in_order(dialogues.prefix, "input_ids", "attention_mask", "labels")
+        known.append(train(twin, config, in_steps(samples), loss, HYPER))
+    return known[0]  # type: ignore[no-any-return]

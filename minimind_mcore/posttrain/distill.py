@@ -1,0 +1,104 @@
+"""Knowledge distillation (MiniMind, trainer/train_distillation.py): the labels, and a larger model's distribution.
+
+loss = alpha * CE(labels) + (1 - alpha) * T^2 * KL(teacher || student), both distributions at temperature T,
+mean over the tokens that have a label.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minimind_mcore.posttrain.frozen import FrozenModel
+from minimind_mcore.posttrain.sft import SFT, run_model
+from minimind_mcore.training.job import LossFunction, averaged
+from minimind_mcore.training.layout import Layout, require
+from minimind_mcore.training.model import unwrap
+
+
+class Distill(SFT):
+    """SFT with a teacher."""
+
+    title = "distillation"
+    metrics = ("ce_loss", "kl_loss")
+
+    def check(self) -> None:
+        """See `Job`."""
+        super().check()
+        args = self.args
+        require(bool(args.teacher_model), "--teacher-model is missing: an HF directory, or a directory of checkpoints")
+        require(0 <= args.distill_alpha <= 1, f"--distill-alpha: found {args.distill_alpha}, expected 0 to 1")
+        require(
+            args.distill_temperature > 0, f"--distill-temperature: found {args.distill_temperature}, expected above 0"
+        )
+
+    def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
+        """See `Job`."""
+        self.teacher = FrozenModel(self.args, layout, self.args.teacher_model)
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+        taught: Any = self.teacher(batch) if unwrap(model).post_process else None  # other chunks have no loss
+        return run_model(model, batch), functools.partial(distillation_loss, self.args, batch, taught)
+
+
+def distillation_loss(
+    args: argparse.Namespace, batch: dict[str, Any], taught: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A `LossFunction`, of this rank's shards of the logits of teacher and student [rows, length, vocabulary / TP]."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    mask, temperature = batch["loss_mask"], float(args.distill_temperature)
+    kl = vocab_parallel_kl(logits, taught, temperature, get_tensor_model_parallel_group())
+    # Last: megatron-core computes in the memory of the logits.
+    ce = vocab_parallel_cross_entropy(logits.float(), batch["labels"])
+    kl_total, ce_total = temperature**2 * (kl * mask).sum(), (ce * mask).sum()
+    total = args.distill_alpha * ce_total + (1 - args.distill_alpha) * kl_total
+    return averaged(total, mask.sum(), ce_total, kl_total)
+
+
+def vocab_parallel_kl(student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
+    """KL(teacher || student) of each position over the whole vocabulary, in fp32.
+
+    Args:
+        student: this rank's shard of the logits [..., vocabulary / TP].
+        teacher: likewise; gets no gradient.
+        temperature: divides both.
+        group: the ranks that hold the shards.
+    """
+    kl: Tensor = _VocabParallelKL.apply(student, teacher, temperature, group)  # type: ignore[no-untyped-call]
+    return kl
+
+
+class _VocabParallelKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
+        log_p = _log_softmax(teacher.float() / temperature, group)
+        log_q = _log_softmax(student.float() / temperature, group)
+        p = log_p.exp()
+        kl = (p * (log_p - log_q)).sum(-1)
+        dist.all_reduce(kl, group=group)
+        ctx.save_for_backward(p, log_q)
+        ctx.temperature, ctx.dtype = temperature, student.dtype
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        p, log_q = ctx.saved_tensors
+        return ((log_q.exp() - p) * (grad / ctx.temperature)[..., None]).to(ctx.dtype), None, None, None
+
+
+def _log_softmax(logits: Tensor, group: Any) -> Tensor:
+    """This rank's shard of the log-softmax over the shards of all ranks."""
+    largest = logits.amax(-1, keepdim=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    shifted = logits - largest
+    total = shifted.exp().sum(-1, keepdim=True)
+    dist.all_reduce(total, group=group)
+    return shifted - total.log()
