@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from typing import Any
 
@@ -23,6 +24,7 @@ def apply() -> None:
     _router_without_transformer_engine()
     _exact_gradient_norm()
     _distributed_optimizer_without_fp8()
+    _frozen_embedding()
 
 
 def _without_jit_fuser() -> None:
@@ -82,3 +84,18 @@ def _distributed_optimizer_without_fp8() -> None:
                 quantize(parameters, *args)
 
         distrib_optimizer.quantize_param_shard = quantize_if_any
+
+
+def _frozen_embedding() -> None:
+    """0.12.1: adds up the gradients of a tied embedding over the first and last stage even where it has none (LoRA)."""
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    if hasattr(module, "_allreduce_embedding_grad"):  # newer
+        return
+    all_reduce = module._allreduce_word_embedding_grads
+
+    def all_reduce_if_any(model: Any, config: Any) -> None:
+        named = (pair for chunk in model for pair in chunk.named_parameters())
+        if any(p.requires_grad for name, p in named if "embedding" in name or "output_layer" in name):
+            all_reduce(model, config)
+
+    module._allreduce_word_embedding_grads = all_reduce_if_any

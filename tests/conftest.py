@@ -10,6 +10,7 @@ from pathlib import Path
 
 import engine
 import numpy as np
+import posttrain_oracle
 import pytest
 
 
@@ -97,3 +98,16 @@ def dialogues(corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -
         with IndexedWriter(folder / f"{name}_document") as writer:
             writer.add(np.array(joined(rows)), np.array([len(row) for row in rows]))
     return engine.Corpus(corpus.tokenizer, folder / "chat", corpus.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def start(server: engine.Server, corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `torch` checkpoint of the weights that runs of post-training start from; `dist` beside it is `torch_dist`."""
+    from minimind_mcore.models.presets import PRESETS
+
+    folder = tmp_path_factory.mktemp("start")
+    still = posttrain_oracle.FLAGS | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "seq_length": 32}
+    for form, name in (("torch", "checkpoints"), ("torch_dist", "dist")):
+        flags = still | {"ckpt_format": form, "save": folder / name}
+        server.run(corpus.flags(PRESETS[posttrain_oracle.MODEL], **flags), folder / "run")
+    return folder / "checkpoints"

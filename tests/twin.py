@@ -54,6 +54,7 @@ def train(
     steps: Sequence[Sequence[Any]],
     loss: Callable[[Any], tuple[Tensor, Tensor]],
     hyper: Hyper,
+    trained: list[Tensor] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a training run.
 
@@ -63,8 +64,9 @@ def train(
         steps: the micro-batches of each step.
         loss: of a micro-batch: what to report, and what to train on beside it.
         hyper: see there.
+        trained: what to train in place of the model's parameters.
     """
-    trained = _trained_parameters(twin, config)
+    trained = trained or _trained_parameters(twin, config)
     groups = [{"params": [p for p in trained if hyper.decays(p)], "weight_decay": hyper.weight_decay}]
     groups.append({"params": [p for p in trained if not hyper.decays(p)], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=hyper.betas, eps=1e-8)

@@ -48,6 +48,10 @@ class DPO(PostTraining):
         require(args.dpo_beta > 0, f"--dpo-beta: found {args.dpo_beta}, expected more than 0")
         require(not args.reference_live or bool(args.ref_model), "--reference-live needs --ref-model, its weights")
         require(
+            args.reference_live or not (args.ref_model and args.lora_target_modules),
+            "--ref-model with --lora-target-modules: the reference is the base; leave it out, or give --reference-live",
+        )
+        require(
             not args.reference_live or args.dpo_loss_type != "simpo",
             "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
         )

@@ -58,7 +58,8 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
                 f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the weights at hand'}",
                 flush=True,
             )
-        with _weights_of(args, source, model):
+        # The adapters of LoRA are not loaded yet, and zero: the model is its base.
+        with _weights_of(args, None if args.lora_target_modules else source, model):
             known[missing] = _measure(job, model, missing)[missing]
         if distributed.is_main() and cache:
             with atomic_file(cache) as f:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.posttrain import data
+from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.indexed import idx_path
 from minimind_mcore.storage import sha256
+from minimind_mcore.training import checkpointing, distributed
 from minimind_mcore.training import data as training_data
-from minimind_mcore.training import distributed
 from minimind_mcore.training.job import Job, LossFunction, token_loss
-from minimind_mcore.training.layout import require
+from minimind_mcore.training.layout import Layout, require
 
 
 class PostTraining(Job):
@@ -45,6 +46,14 @@ class PostTraining(Job):
         )
         # Pipeline stages then tell each other the shape of what they send.
         args.variable_seq_lengths = args.no_pad_to_seq_lengths or args.neat_pack
+        if args.lora_target_modules:
+            lora.check(args)
+
+    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+        """See `Job`."""
+        if self.args.lora_target_modules:
+            checkpointing.load_weights(self.args, Path(self.args.pretrained_checkpoint), chunks)
+            lora.adapt(self.args, chunks)
 
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
         """See `Job`."""

@@ -58,6 +58,8 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     state = common_state(args, optimizer, scheduler)
     for key, chunk in zip(model_keys(model), model, strict=True):
         state[key] = chunk.state_dict_for_save_checkpoint()
+        if args.lora_target_modules:  # the weights below the adapters are where they came from
+            state[key] = _adapters(state[key])
     if not args.no_save_rng:
         state["rng_state"] = rng
     folder.mkdir(exist_ok=True)
@@ -99,7 +101,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
                 f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages; give --reshard to "
                 "take its weights into this layout"
             )
-        chunk.load_state_dict(state[key], strict=True)
+        _load_chunk(args, chunk, state, key, directory)
     if args.finetune or args.no_load_optim or "optimizer" not in state:
         optimizer.reload_model_params()
     else:
@@ -111,6 +113,31 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if not (args.finetune or args.no_load_rng) and "rng_state" in state:
         restore_rng(state["rng_state"])
     return state
+
+
+def _adapters(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in state.items() if ".lora_" in name and isinstance(tensor, torch.Tensor)}
+
+
+def _load_chunk(args: argparse.Namespace, chunk: Any, state: dict[str, Any], key: str, directory: Path) -> None:
+    """The weights of one chunk; of a LoRA run the adapters, whose base is there already."""
+    adapters, wants = _adapters(state[key]), bool(args.lora_target_modules)
+    if bool(adapters) != wants:
+        raise UserError(
+            f"{directory}: found no LoRA adapters, expected those of --lora-target-modules; its own weights go to "
+            "--pretrained-checkpoint"
+            if wants
+            else f"{directory}: holds LoRA adapters: merge them into their base first, or give --lora-target-modules"
+        )
+    if wants:
+        for name in ("lora_r", "lora_alpha"):
+            found, expected = getattr(state["args"], name), getattr(args, name)
+            if found != expected:
+                raise UserError(f"{directory}: {name} is {found} there and {expected} on the command line")
+        if adapters.keys() != _adapters(chunk.state_dict()).keys():
+            found = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapters})
+            raise UserError(f"{directory}: its adapters are those of --lora-target-modules {' '.join(found)}")
+    chunk.load_state_dict(adapters if wants else state[key], strict=not wants)
 
 
 def load_schedule(scheduler: Any, state: dict[str, Any], directory: Path) -> None:

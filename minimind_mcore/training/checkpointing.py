@@ -193,7 +193,11 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     Raises:
         UserError: every checkpoint there is damaged, or belongs to another model or layout.
     """
-    if args.pretrained_checkpoint and not (args.load and iterations_in(Path(args.load))):
+    if (
+        args.pretrained_checkpoint
+        and not args.lora_target_modules
+        and not (args.load and iterations_in(Path(args.load)))
+    ):
         # As Megatron does: a run that has not begun takes its weights from there.
         args = argparse.Namespace(**vars(args) | {"load": args.pretrained_checkpoint, "finetune": True})
     if not args.load:
@@ -233,7 +237,8 @@ def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None
     Raises:
         UserError: as `load`.
     """
-    changes = {"load": str(path), "finetune": True, "pretrained_checkpoint": None, "ckpt_step": None}
+    changes: dict[str, Any] = {"load": str(path), "finetune": True, "ckpt_step": None}
+    changes |= {"pretrained_checkpoint": None, "lora_target_modules": []}
     load(argparse.Namespace(**vars(args) | changes), model, _NoOptimizer(), None)
 
 

@@ -1,0 +1,115 @@
+"""LoRA through peft on Megatron's parallel linear layers: the base is frozen, checkpoints hold the adapters alone.
+
+    linear_qkv.base_layer.weight [out, in]     linear_qkv.lora_A.default.weight [r, in]     ...lora_B... [out, r]
+
+The names are those of MindSpeed-LLM. Tensor parallelism cuts B where it cuts the rows of the weight, A where it
+cuts the columns; the other of the two is the same on every rank.
+
+    --pretrained-checkpoint BASE --load ADAPTERS     a run that can be resumed by the same command
+    --load BASE [--lora-load ADAPTERS]               as MindSpeed-LLM has it
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.init import initial_tensor
+from minimind_mcore.models.loading import whole_model_parameters
+
+
+class ParallelLora(LoraParallelLinear):
+    """peft's layer, for Megatron's linear layers as they are.
+
+    peft's own (0.17 to 0.21) takes what a parallel layer returns for a tensor, but it is a pair (output, bias); it
+    changes the dtype in a config that it shares with the whole model; it initialises each rank's part by itself; and
+    it does not know that under sequence parallelism a rank sees only a part of the tokens.
+    """
+
+    def __init__(self, base_layer: Any, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+        own = copy.copy(base_layer.config)
+        super().__init__(base_layer, adapter_name, config, tensor_parallel, megatron_config=own, **options)
+        whole: Any = (self.lora_B if self.is_parallel_a else self.lora_A)[adapter_name]
+        # Megatron then adds up the gradients of all ranks.
+        whole.weight.sequence_parallel = own.sequence_parallel
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[sequence, batch, in / TP or in] to [sequence, batch, out or out / TP], and the base's bias."""
+        result, bias = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            first: Any = self.lora_A[name]
+            change = _output(self.lora_B[name](_output(first(x.to(first.weight.dtype)))))
+            result = result + (change * self.scaling[name]).to(result.dtype)
+        return result, bias
+
+
+def _output(returned: Any) -> Tensor:
+    output: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return output
+
+
+def adapt(args: argparse.Namespace, chunks: list[Any]) -> None:
+    """Freeze this rank's GPTModels and give their target layers adapters, the same whatever the layout."""
+    config = LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules, init_lora_weights=False
+    )
+    parallel = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+    config._register_custom_module({kind: ParallelLora for kind in parallel})
+    for chunk in chunks:
+        inject_adapter_in_model(config, chunk)
+        if args.recompute_granularity == "full" and chunk.pre_process:
+            # What is computed again gets gradients only if its input does; that of the first layer is frozen.
+            chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    _initialize(args, chunks)
+
+
+@torch.no_grad()
+def _initialize(args: argparse.Namespace, chunks: list[Any]) -> None:
+    """A as torch initialises a linear layer, from `--seed` and its name; B is zero."""
+    model = ModelConfig.from_args(args)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in whole_model_parameters(chunks):
+        if ".lora_A." in name:
+            is_cut = getattr(parameter, "tensor_model_parallel", False)
+            shape = (parameter.shape[0], parameter.shape[1] * (size if is_cut else 1))
+            whole = initial_tensor(name, shape, model, scheme="torch", seed=args.seed)
+            parameter.copy_(whole.chunk(size, dim=1)[rank] if is_cut else whole)
+        elif ".lora_B." in name:
+            parameter.zero_()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what LoRA cannot do, and tell base and adapters apart: `--pretrained-checkpoint` and `--load`.
+
+    Raises:
+        UserError: see there.
+    """
+    known = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    if unknown := [name for name in args.lora_target_modules if name not in known]:
+        raise UserError(f"--lora-target-modules {unknown[0]}: expected some of {', '.join(known)}")
+    if args.lora_r < 1:
+        raise UserError(f"--lora-r: found {args.lora_r}, expected 1 or more")
+    layout = args.tensor_model_parallel_size * args.expert_model_parallel_size
+    if args.num_experts and layout > 1 and {"linear_fc1", "linear_fc2"} & set(args.lora_target_modules):
+        raise UserError(
+            "--lora-target-modules linear_fc1, linear_fc2: adapters of experts need TP=1 and EP=1; leave them out, or "
+            "change the layout"
+        )
+    if args.ckpt_format != "torch":
+        raise UserError(f"--ckpt-format {args.ckpt_format}: adapters are saved with --ckpt-format torch")
+    adapters = args.lora_load or (args.load if args.pretrained_checkpoint else None)
+    args.pretrained_checkpoint, args.load = args.pretrained_checkpoint or args.load, adapters
+    if not args.pretrained_checkpoint or not Path(args.pretrained_checkpoint).exists():
+        raise UserError(
+            f"--pretrained-checkpoint: found {args.pretrained_checkpoint or 'none'}, expected the model to adapt"
+        )

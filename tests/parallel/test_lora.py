@@ -1,0 +1,125 @@
+"""LoRA trains as plain torch would, in every layout; nothing but adapters changes; merged, it is the same model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import Corpus, Run, Server
+from posttrain_oracle import (
+    DYNAMIC,
+    FLAGS,
+    HYPER,
+    LAYOUTS,
+    MODEL,
+    PACKED,
+    compare,
+    in_steps,
+    samples_in_order,
+    sft_loss,
+)  # fmt: skip
+from torch import Tensor
+from twin import load_twin, train
+
+from minimind_mcore.models import weights
+from minimind_mcore.models.init import initial_tensor
+from minimind_mcore.models.presets import PRESETS
+
+RANK, ALPHA = 4, 24
+TARGETS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+LORA = {"lora_r": RANK, "lora_alpha": ALPHA, "ckpt_format": "torch"}
+TARGET_FLAGS = ["--lora-target-modules", *(target.split(".")[1] for target in TARGETS)]
+
+
+def run_lora(server: Server, dialogues: Corpus, start: Path, folder: Path, place: str = "one", **flags: Any) -> Run:
+    """A run on the weights of `start` with adapters on every target."""
+    processes, parallel = LAYOUTS[place]
+    hook = flags.pop("hook", None)
+    data = dialogues.prefix.with_name(flags.pop("data", "chat"))
+    options = (
+        FLAGS
+        | parallel
+        | LORA
+        | {"stage": "sft", "pretrained_checkpoint": start.with_name("dist"), "data_path": data}
+        | flags
+    )
+    argv = [*dialogues.flags(PRESETS[MODEL], **options), *TARGET_FLAGS]
+    return server.run(argv, folder, processes, posttrain=True, hook=hook)
+
+
+def whole(checkpoint: Path, config: Any) -> dict[str, Tensor]:
+    """All tensors of a checkpoint of any TP, whole: B is cut as the rows of the weight, A as its columns."""
+    ranks = [torch.load(file, weights_only=False)["model"] for file in sorted(checkpoint.glob("mp_rank_*/*.pt"))]
+    found = {}
+    for name in (name for name, tensor in ranks[0].items() if isinstance(tensor, Tensor)):
+        parts, target = [rank[name] for rank in ranks], name.split(".lora_")[0]
+        cut = ".lora_" not in name or (".lora_B." in name) == target.endswith(("linear_qkv", "linear_fc1"))
+        rule = f"{target}.weight" if ".lora_" in name else name
+        found[name] = weights.unshard(rule, parts) if cut else parts[0]
+        assert cut or all(torch.equal(parts[0], part) for part in parts), name
+    return found
+
+
+def merged(base: dict[str, Tensor], adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + alpha / r B A."""
+    changed = dict(base)
+    for name in (name for name in adapters if ".lora_A." in name):
+        weight = name.replace(".lora_A.default", "")
+        changed[weight] = base[weight] + ALPHA / RANK * adapters[name.replace("lora_A", "lora_B")] @ adapters[name]
+    return changed
+
+
+class LiveTwin:
+    """The transformers model, whose weights are merged anew in every forward pass."""
+
+    def __init__(self, config: Any, base: dict[str, Tensor], adapters: dict[str, Tensor]) -> None:
+        self.config, self.base, self.adapters = config, base, adapters
+        self.twin = load_twin(config, weights.mcore_to_hf(base, config, "hf_fused"))
+
+    def __call__(self, tokens: Tensor, use_cache: bool) -> Any:
+        state = weights.mcore_to_hf(merged(self.base, self.adapters), self.config, "hf_fused")
+        return torch.func.functional_call(self.twin, state, (tokens,), {"use_cache": use_cache})
+
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "one": ("chat", "one", {"recompute_granularity": "full", "recompute_method": "uniform"}),
+    "TP2": ("chat", "TP2", DYNAMIC),
+    "TP2 SP packed": ("packed", "TP2 SP", PACKED),
+    "PP2": ("chat", "PP2", DYNAMIC),
+    "DP2": ("chat", "DP2", {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lora_equals_plain_torch(server: Server, dialogues: Corpus, start: Path, tmp_path: Path, name: str) -> None:
+    data, place, flags = CASES[name]
+    found = run_lora(server, dialogues, start, tmp_path / "run", place, data=data, **flags)
+    compare(found, expected(dialogues, start, data))
+
+
+def expected(
+    dialogues: Corpus,
+    start: Path,
+    data: str,
+    known: dict[str, Any] = {},  # noqa: B006
+) -> tuple[list[float], list[float]]:
+    """Losses and norms of plain torch."""
+    if data not in known:
+        config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
+        base, adapters = whole(start / "iter_0000001", config), {}
+        for layer, target in itertools.product(range(config.num_layers), TARGETS):
+            name = f"decoder.layers.{layer}.{target}"
+            rows, columns = base[f"{name}.weight"].shape
+            a = f"{name}.lora_A.default.weight"
+            adapters[a] = initial_tensor(a, (RANK, columns), config, scheme="torch", seed=FLAGS["seed"])
+            adapters[f"{name}.lora_B.default.weight"] = torch.zeros(rows, RANK)
+        for tensor in adapters.values():
+            tensor.requires_grad_()
+        twin = LiveTwin(config, base, adapters)
+        samples = samples_in_order(dialogues.prefix.with_name(data), "input_ids", "attention_mask", "labels")
+        steps = in_steps(samples)
+        known[data] = train(twin, config, steps, lambda m: sft_loss(twin, m), HYPER, list(adapters.values()))
+    return known[data]  # type: ignore[no-any-return]
