@@ -7,6 +7,7 @@ server per version of megatron-core.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import importlib.util
@@ -24,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+TRACKER = "latest_checkpointed_iteration.txt"
+KEPT = ("iteration", "consumed_samples", "learning_rate", "lm_loss", "validation_loss", "load_balancing_loss",
+        "seq_load_balancing_loss", "rewards/margins", "grad_norm", "skipped_iterations")  # fmt: skip
 TIMEOUT = 90.0  # seconds for one run; the slowest takes about ten
 
 
@@ -177,6 +181,33 @@ def worst_difference(found: Sequence[float], expected: Sequence[float]) -> float
     """Largest relative difference of two curves."""
     assert len(found) == len(expected) and len(found) > 0
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def facts(run: Run) -> list[dict[str, Any]]:
+    """The rows of a run, without what depends on the clock or the machine."""
+    return [{key: value for key, value in row.items() if key in KEPT} for row in read_rows(run.folder)]
+
+
+def load(file: Path) -> Any:
+    """A checkpoint file."""
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=False)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the last bit; the namespaces of arguments, which name directories, are not compared."""
+    import torch
+
+    if isinstance(a, argparse.Namespace):
+        return True
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 
 # The server.

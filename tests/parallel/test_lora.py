@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Corpus, Run, Server
+from engine import TRACKER, Corpus, Run, Server, facts, load, same
 from posttrain_oracle import (
     DYNAMIC,
     FLAGS,
@@ -37,7 +37,7 @@ TARGET_FLAGS = ["--lora-target-modules", *(target.split(".")[1] for target in TA
 def run_lora(server: Server, dialogues: Corpus, start: Path, folder: Path, place: str = "one", **flags: Any) -> Run:
     """A run on the weights of `start` with adapters on every target."""
     processes, parallel = LAYOUTS[place]
-    hook = flags.pop("hook", None)
+    how = {name: flags.pop(name) for name in ("hook", "environment", "check") if name in flags}
     data = dialogues.prefix.with_name(flags.pop("data", "chat"))
     options = (
         FLAGS
@@ -47,7 +47,7 @@ def run_lora(server: Server, dialogues: Corpus, start: Path, folder: Path, place
         | flags
     )
     argv = [*dialogues.flags(PRESETS[MODEL], **options), *TARGET_FLAGS]
-    return server.run(argv, folder, processes, posttrain=True, hook=hook)
+    return server.run(argv, folder, processes, posttrain=True, **how)
 
 
 def whole(checkpoint: Path, config: Any) -> dict[str, Tensor]:
@@ -123,3 +123,74 @@ def expected(
         steps = in_steps(samples)
         known[data] = train(twin, config, steps, lambda m: sft_loss(twin, m), HYPER, list(adapters.values()))
     return known[data]  # type: ignore[no-any-return]
+
+
+def dump_logits() -> None:
+    """In every rank: the first micro-batch's tokens and this rank's shard of the logits go to $DUMP."""
+    import os
+
+    from minimind_mcore.posttrain import sft
+
+    forward_step = sft.SFT.forward_step
+
+    def dumping(self: Any, batch: dict[str, Any], model: Any) -> Any:
+        with torch.no_grad():
+            logits = sft.run_model(model, batch)
+        torch.save((batch["tokens"], logits), Path(os.environ["DUMP"]) / f"{os.environ['RANK']}.pt")
+        return forward_step(self, batch, model)
+
+    sft.SFT.forward_step = dumping  # type: ignore[method-assign]
+
+
+def test_adapters_alone_are_saved_resume_exactly_and_merge(
+    server: Server, dialogues: Corpus, start: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    straight = run_lora(server, dialogues, start, tmp_path / "straight", "TP2 SP", save=one, save_interval=5)
+    (one / TRACKER).write_text("5")
+    resumed = run_lora(server, dialogues, start, tmp_path / "resumed", "TP2 SP", load=one, save=two)
+    assert facts(resumed) == facts(straight)[5:] and len(facts(resumed)) == 5
+    last = "iter_0000010"
+    for file in ("mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"):
+        assert same(load(one / last / file), load(two / last / file))
+        assert all(".lora_" in name for name in load(one / last / file)["model"])
+
+    config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
+    base, adapters = whole(start / "iter_0000001", config), whole(one / last, config)
+    assert len(adapters) == 2 * len(TARGETS) * config.num_layers
+    assert all(tensor.abs().max() > 0 for tensor in adapters.values())
+    again = FLAGS | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "finetune": True, "micro_batch_size": 4}
+    hook, where = f"{__file__}:dump_logits", {"DUMP": str(tmp_path)}
+    run_lora(server, dialogues, start, tmp_path / "live", "TP2", **again, load=two, hook=hook, environment=where)
+    dumped = [load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    live = torch.cat([logits for _, logits in dumped], dim=-1)
+    # The base is that of before the training: had it changed, the two would differ.
+    twin = load_twin(config, weights.mcore_to_hf(merged(base, adapters), config, "hf_fused"))
+    with torch.no_grad():
+        difference = (twin(dumped[0][0], use_cache=False).logits - live).abs().max().item()
+        unadapted = load_twin(config, weights.mcore_to_hf(base, config, "hf_fused"))(dumped[0][0]).logits
+    print("largest difference of logits:", difference)
+    assert difference <= 1e-5 < (unadapted - live).abs().max()
+
+
+def test_lora_on_core_012(server_012: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:
+    processes, parallel = LAYOUTS["PP2"]
+    still = FLAGS | parallel | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "ckpt_format": "torch", "stage": "sft"}
+    argv = dialogues.flags(PRESETS[MODEL], **still, save=tmp_path / "dist")
+    server_012.run(argv, tmp_path / "still", processes, posttrain=True)
+    found = run_lora(server_012, dialogues, tmp_path / "start", tmp_path / "run", "PP2")
+    compare(found, expected(dialogues, start, "chat"))
+
+
+def test_what_lora_cannot_load_is_said(server: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:
+    run_lora(server, dialogues, start, tmp_path / "run", train_iters=1, save=tmp_path / "adapters")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"load": tmp_path / "adapters", "lora_r": 8}, "lora_r is 4 there and 8 on the command line"),
+        ({"load": start}, "found no LoRA adapters"),
+        ({"pretrained_checkpoint": tmp_path / "adapters"}, "holds LoRA adapters: merge them"),
+        ({"pretrained_checkpoint": tmp_path / "nothing"}, "expected the model to adapt"),
+        ({"ckpt_format": "torch_dist"}, "adapters are saved with --ckpt-format torch"),
+    ]
+    for flags, message in cases:
+        run = run_lora(server, dialogues, start, tmp_path / "refused", check=False, train_iters=2, **flags)
+        assert run.codes == [1] and message in run.output and "Traceback" not in run.output, run.output

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Corpus, Run, Server, as_flags, layout, read_rows, worst_difference
+from engine import TRACKER, Corpus, Server, as_flags, facts, layout, load, same, worst_difference
 
 from minimind_mcore.models.presets import PRESETS
 
@@ -59,34 +59,6 @@ def check_resumed(server: Server, corpus: Corpus, folder: Path, name: str) -> No
     assert files
     for file in files:
         assert same(load(folder / "a" / last / file), load(folder / "b" / last / file)), file
-
-
-def facts(run: Run) -> list[dict[str, Any]]:
-    """The rows of a run, without what depends on the clock or the machine."""
-    return [{key: value for key, value in row.items() if key in KEPT} for row in read_rows(run.folder)]
-
-
-TRACKER = "latest_checkpointed_iteration.txt"
-KEPT = ("iteration", "consumed_samples", "learning_rate", "lm_loss", "validation_loss", "load_balancing_loss",
-        "seq_load_balancing_loss", "grad_norm", "skipped_iterations")  # fmt: skip
-
-
-def load(file: Path) -> Any:
-    """A checkpoint file."""
-    return torch.load(file, map_location="cpu", weights_only=False)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit; the namespaces of arguments, which name directories, are not compared."""
-    if isinstance(a, argparse.Namespace):
-        return True
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 
 @pytest.mark.parametrize("name", SAME)
