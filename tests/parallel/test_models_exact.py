@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -345,22 +346,30 @@ def check_logits(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_packed() -> float:
-    """Two sequences packed into one batch against the same two by themselves."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
+    """Samples packed into the rows of a micro-batch of post-training against each by itself."""
     from minimind_mcore.models.init import initialize
+    from minimind_mcore.posttrain import data
+    from minimind_mcore.posttrain.sft import run_model
 
     config = GRADIENTS["minimind3"]
     (model,) = build(config, {})
     initialize([model], config, scheme="torch", seed=1)
     model.eval()
-    ids = torch.arange(30)[None] * 7 % config.vocab_size
-    ends = torch.tensor([0, 11, 30], dtype=torch.int32)
-    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=19, max_seqlen_kv=19)
+    rows = [[11, 19], [1, 7, 13, 4]]  # lengths of the samples in each; the second row is padded
+    tokens = [np.arange(sum(row), dtype=np.int32) * 7 % config.vocab_size for row in rows]
+    numbers = [np.repeat(np.arange(1, len(row) + 1, dtype=np.int32), row) for row in rows]
+    batch = data.flatten_packed(data.batch_of(tokens, tokens, 32), data.pad(numbers, 32, 0))
+    # A sample's last token predicts nothing.
+    assert batch["loss_mask"].sum() == sum(n - 1 for row in rows for n in row)
     with torch.no_grad():
-        found = model(ids, None, None, packed_seq_params=packed)
-        alone = torch.cat([model(part, None, None) for part in (ids[:, :11], ids[:, 11:])], dim=1)
-    return float((found - alone).abs().max())
+        found = run_model(model, batch)[0].split(32)
+        pairs = [
+            (packed, model(torch.from_numpy(part)[None].long(), None, None)[0])
+            for row, ids, logits in zip(rows, tokens, found, strict=True)
+            for packed, part in zip(logits[: sum(row)].split(row), np.split(ids, np.cumsum(row)[:-1]), strict=True)
+        ]
+    assert [len(alone) for _, alone in pairs] == [11, 19, 1, 7, 13, 4]
+    return max(float((packed - alone).abs().max()) for packed, alone in pairs)
 
 
 def check_context_parallel() -> str:

@@ -256,3 +256,38 @@ def expected_distillation(
         samples = samples_in_order(dialogues.prefix, "input_ids", "attention_mask", "labels")
         known.append(train(twin, config, in_steps(samples), loss, HYPER))
     return known[0]  # type: ignore[no-any-return]
+
+
+OLD_CORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sft": ("TP2 SP", "packed", PACKED),
+    "dpo": ("PP2", "pairs", DYNAMIC | {"dpo_beta": BETA, "dpo_label_smoothing": SMOOTHING, "pref_ftx": FTX}),
+    "distill": ("TP2", "chat", {"distill_alpha": ALPHA, "distill_temperature": TEMPERATURE}),
+}
+
+
+@pytest.mark.parametrize("stage", OLD_CORE)
+def test_stages_equal_plain_torch_on_core_012(
+    server_012: Server, dialogues: Corpus, start: Path, teacher: Path, tmp_path: Path, stage: str
+) -> None:
+    place, data, flags = OLD_CORE[stage]
+    processes, parallel = LAYOUTS[place]
+    flags = flags | {"stage": stage, "data_path": dialogues.prefix.with_name(data)}
+    flags |= {"teacher_model": teacher / "hf"} if stage == "distill" else {}
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, **parallel | flags)
+    found = server_012.run(argv, tmp_path / "run", processes, posttrain=True)
+    expected = {
+        "sft": lambda: expected_sft(dialogues, start, "packed"),
+        "dpo": lambda: expected_dpo(dialogues, start, "sigmoid", SMOOTHING, []),
+        "distill": lambda: expected_distillation(dialogues, start, teacher),
+    }
+    compare(found, expected[stage]())
+
+
+def test_experts_learn_the_same_in_every_layout(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
+    model, flags = PRESETS["minimind3_moe_tiny"], FLAGS | {"stage": "sft", "micro_batch_size": 1}
+    packed = PACKED | {"data_path": dialogues.prefix.with_name("packed"), "moe_aux_loss_coeff": 0.0}
+    one = server.run(dialogues.flags(model, **flags, **packed), tmp_path / "one", posttrain=True)
+    for name, parallel in (("EP2", layout(ep=2)), ("TP2", layout(tp=2, sequence_parallel=True))):
+        argv = dialogues.flags(model, **flags, **packed, **parallel)
+        found = server.run(argv, tmp_path / name, 2, posttrain=True)
+        compare(found, (one.column(), one.column("grad_norm")))

@@ -1,0 +1,126 @@
+"""What is wrong with data or flags of post-training is said before anything is trained, by name, with what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import Corpus, Server
+from posttrain_oracle import DYNAMIC, FLAGS, MODEL
+
+from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.preprocess.indexed import IndexedWriter
+
+
+@pytest.fixture
+def copied(dialogues: Corpus, tmp_path: Path) -> Path:
+    """The folder of conversations, to be damaged."""
+    shutil.copytree(dialogues.prefix.parent, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def rewrite(folder: Path, name: str, rows: list[list[int]]) -> None:
+    """One pair of files anew."""
+    with IndexedWriter(folder / f"{name}_document") as writer:
+        writer.add(np.array([number for row in rows for number in row]), np.array([len(row) for row in rows]))
+
+
+def refused(
+    server: Server, dialogues: Corpus, folder: Path, processes: int = 1, posttrain: bool = True, **flags: Any
+) -> str:
+    """What a run says that must end at once with an error, without a traceback."""
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS | DYNAMIC | flags if posttrain else FLAGS | flags)
+    run = server.run(argv, folder / "run", processes, check=False, posttrain=posttrain)
+    assert run.codes == [1] * processes and "Traceback" not in run.output, run.output
+    return run.output
+
+
+def test_missing_files_are_named(server: Server, dialogues: Corpus, copied: Path, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        (copied / f"chat_packed_labels_document{suffix}").unlink()
+    out = refused(server, dialogues, tmp_path, 2, stage="sft", data_path=copied / "chat")
+    assert "chat_packed_labels_document.idx: no such file; convert the data again" in out
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=copied / "chat_packed_input_ids_document")
+    assert f"--data-path takes the bare prefix, {copied / 'chat'}" in out
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=copied / "talk.jsonl")
+    assert "run preprocess_data.py first" in out
+
+
+def test_data_of_another_kind_is_named(server: Server, dialogues: Corpus, corpus: Corpus, tmp_path: Path) -> None:
+    pairs = dialogues.prefix.with_name("pairs")
+    assert "is pairwise data, for --stage dpo" in refused(server, dialogues, tmp_path, stage="sft", data_path=pairs)
+    out = refused(server, dialogues, tmp_path, is_pairwise_dataset=True)
+    assert "is instruction data, for --stage sft, reason or distill" in out
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=corpus.prefix.with_name("data"))
+    assert "is pretraining data, for pretrain_gpt.py" in out
+    out = refused(server, dialogues, tmp_path, stage="dpo", is_instruction_dataset=True)
+    assert "--stage dpo with --is-instruction-dataset: it reads --is-pairwise-dataset data" in out
+    assert "--stage is missing: expected one of sft, dpo, reason, distill" in refused(server, dialogues, tmp_path)
+    out = refused(server, dialogues, tmp_path, posttrain=False, stage="sft")
+    assert "--stage: for posttrain_gpt.py, not for pretraining" in out
+
+
+def test_samples_that_train_nothing_are_counted(
+    server: Server, dialogues: Corpus, copied: Path, tmp_path: Path
+) -> None:
+    lengths = [8, 9, 10, 11]
+    rows = [list(range(40, 40 + n)) for n in lengths]
+    rewrite(copied, "bad_packed_input_ids", rows)
+    rewrite(copied, "bad_packed_attention_mask", [[1] * n for n in lengths])
+    # The first position's label is never predicted; that of the third lies behind --seq-length 9.
+    labels = [[-100] * 7 + [47], [40] + [-100] * 8, [-100] * 9 + [49], [-100] * 5 + [45] * 6]
+    rewrite(copied, "bad_packed_labels", labels)
+    out = refused(server, dialogues, tmp_path, 2, stage="sft", data_path=copied / "bad", seq_length=9)
+    assert "2 of 4 samples have no token with loss in the first 9 (--seq-length), the first of them sample 1" in out
+
+
+def test_numbers_that_are_no_tokens_are_named(server: Server, dialogues: Corpus, copied: Path, tmp_path: Path) -> None:
+    rewrite(copied, "bad_packed_attention_mask", [[1] * 8] * 2)
+    for name in ("input_ids", "labels"):
+        rewrite(copied, f"bad_packed_{name}", [[50] * 8, [50] * 4 + [999] * 4])
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=copied / "bad")
+    assert "token 12 is 999, outside of the tokenizer's vocabulary" in out
+    rewrite(copied, "bad_packed_input_ids", [[50] * 8, [50] * 8])
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=copied / "bad")
+    assert "sample 1 has a label that is neither -100 nor a token of the vocabulary" in out
+    rewrite(copied, "bad_packed_labels", [[50] * 8, [50] * 7])
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=copied / "bad")
+    assert "its samples are not as long as those of" in out
+
+
+def test_packing_that_would_leak_is_refused(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
+    packed = dialogues.prefix.with_name("packed")
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=packed)
+    assert "is packed" in out and "give --reset-attention-mask --neat-pack" in out
+    out = refused(server, dialogues, tmp_path, stage="sft", data_path=packed, reset_attention_mask=True)
+    assert "--neat-pack and --reset-attention-mask belong together" in out
+
+
+def test_a_teacher_that_does_not_fit_is_refused(server: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:
+    assert "--teacher-model is missing" in refused(server, dialogues, tmp_path, stage="distill")
+    out = refused(server, dialogues, tmp_path, stage="distill", teacher_model=tmp_path / "nothing")
+    assert "found neither config.json of a Hugging Face model nor checkpoints" in out
+    other = tmp_path / "hf"
+    other.mkdir()
+    PRESETS[MODEL].hf_config().save_pretrained(other)
+    assert "no .safetensors" in refused(server, dialogues, tmp_path, stage="distill", teacher_model=other)
+
+
+def test_a_reference_that_is_not_known_is_asked_for(
+    server: Server, dialogues: Corpus, start: Path, tmp_path: Path
+) -> None:
+    pairs = {"stage": "dpo", "data_path": dialogues.prefix.with_name("pairs")}
+    out = refused(server, dialogues, tmp_path, **pairs, load=start, ckpt_format="torch")
+    assert "goes on with a run: give --ref-model (or --pretrained-checkpoint)" in out
+    assert "--reference-live needs --ref-model" in refused(server, dialogues, tmp_path, **pairs, reference_live=True)
+
+
+def test_a_dry_run_checks_the_data(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, is_instruction_dataset=True, dry_run=True)
+    run = server.run(argv, tmp_path, posttrain=True)
+    assert "everything is valid" in run.output and not (tmp_path / "metrics.jsonl").exists()
+    assert json.dumps(str(dialogues.prefix))[1:-1] in run.output
