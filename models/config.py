@@ -229,13 +229,13 @@ class ModelConfig:
 
 
 def format_flags(flags: Mapping[str, object]) -> list[str]:
-    """`{"--a": 1, "--b": True, "--c": False}` as `["--a", "1", "--b"]`."""
+    """`{"--a": 1, "--b": True, "--c": False, "--d": (2, 3)}` as `["--a", "1", "--b", "--d", "2", "3"]`."""
     argv: list[str] = []
     for flag, value in flags.items():
         if value is True:
             argv.append(flag)
         elif value is not False:
-            argv += [flag, str(value)]
+            argv += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return argv
 
 

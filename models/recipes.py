@@ -1,11 +1,11 @@
 """MiniMind's training recipes as Megatron flags.
 
     python -m minimind_mcore.models.recipes minimind3_pretrain     # one word a line
-    python -m minimind_mcore.models.recipes --model minimind3      # the one that suits the model
+    python -m minimind_mcore.models.recipes --model minimind3 --stage dpo      # the one that suits the model
     python -m minimind_mcore.models.recipes --list
 
-Hyper-parameters: jingyaogong/minimind, trainer/train_pretrain.py and train_full_sft.py, of 2026-08
-(minimind-3) and of 2026-02 (MiniMind2). Its learning rate,
+Hyper-parameters: jingyaogong/minimind, trainer/train_*.py, of 2026-08 (minimind-3) and of 2026-02 (MiniMind2).
+Its learning rate,
 `lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`, is Megatron's cosine from `lr` to `lr / 10` without
 warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags of this kit:
 `--lr-at-iteration-end` (t = 1), `--minimind-init` (see `minimind_mcore.models.init`), and
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import format_flags
@@ -34,14 +34,15 @@ class Recipe:
     micro_batch_size: int
     accumulation: int
     init: str | None = None  # a scheme of minimind_mcore.models.init; None: starts from weights
+    flags: Mapping[str, object] = field(default_factory=dict)  # further ones, of the stage
 
     def global_batch_size(self, data_parallel_size: int) -> int:
         """Samples of one update."""
         return self.micro_batch_size * self.accumulation * data_parallel_size
 
-    def iterations(self, tokens: int, global_batch_size: int) -> int:
-        """Updates in `epochs` passes over packed data of that many tokens."""
-        return max(1, self.epochs * tokens // (self.seq_length * global_batch_size))
+    def iterations(self, samples: float, global_batch_size: int) -> int:
+        """Updates in `epochs` passes over so many samples of `seq_length` tokens, or conversations, or pairs."""
+        return max(1, int(self.epochs * samples / global_batch_size))
 
     def megatron_flags(self, data_parallel_size: int = 1, global_batch_size: int | None = None) -> list[str]:
         """The Megatron flags of this recipe, in the form of `sys.argv`; `--train-iters` depends on the data."""
@@ -63,19 +64,52 @@ class Recipe:
         }
         if self.init:
             flags["--minimind-init"] = self.init
-        return format_flags(flags)
+        return format_flags(flags | dict(self.flags))
 
 
 _PRETRAIN = Recipe(epochs=2, lr=5e-4, seq_length=340, micro_batch_size=32, accumulation=8, init="normal")
 _SFT = Recipe(epochs=2, lr=1e-5, seq_length=768, micro_batch_size=16, accumulation=1)
+# MiniMind adapts the square matrices q_proj and o_proj, and adds B A as it is: alpha is the rank.
+_LORA = replace(
+    _SFT,
+    epochs=10,
+    lr=1e-4,
+    seq_length=340,
+    micro_batch_size=32,
+    flags={"--lora-r": 16, "--lora-alpha": 16, "--lora-target-modules": ("linear_qkv", "linear_proj")},
+)
+_DPO = replace(_SFT, epochs=1, lr=4e-8, seq_length=1024, micro_batch_size=4, flags={"--dpo-beta": 0.15})
+_DISTILL = replace(
+    _SFT,
+    epochs=6,
+    lr=5e-6,
+    seq_length=340,
+    micro_batch_size=32,
+    flags={"--distill-alpha": 0.5, "--distill-temperature": 1.5},
+)
+_REASON = replace(_SFT, epochs=1, lr=1e-6, seq_length=720, micro_batch_size=8)
+_TINY = replace(_PRETRAIN, epochs=1, lr=4e-3, seq_length=256, micro_batch_size=8, accumulation=2)
+_TINY_SFT = replace(_TINY, epochs=2, lr=1e-3, accumulation=1, init=None)
 
 RECIPES: dict[str, Recipe] = {
     "minimind3_pretrain": _PRETRAIN,
     "minimind3_sft": _SFT,
+    "minimind3_lora": _LORA,
+    "minimind3_dpo": _DPO,
+    "minimind3_distill": _DISTILL,  # minimind-3 has no stage of reasoning: its SFT data has thoughts
     "minimind2_pretrain": replace(_PRETRAIN, epochs=1, init="torch"),
     "minimind2_sft": replace(_SFT, lr=1e-6, seq_length=340),
-    # Not MiniMind's: a tiny preset learns something visible from the sample corpus in two minutes of a laptop.
-    "tiny_pretrain": replace(_PRETRAIN, epochs=1, lr=4e-3, seq_length=256, micro_batch_size=8, accumulation=2),
+    "minimind2_lora": replace(_LORA, epochs=50, flags={**_LORA.flags, "--lora-r": 8, "--lora-alpha": 8}),
+    "minimind2_dpo": replace(_DPO, flags={"--dpo-beta": 0.1}),
+    "minimind2_distill": _DISTILL,
+    "minimind2_reason": _REASON,
+    # Not MiniMind's: a tiny preset learns something visible from the sample data in minutes of a laptop.
+    "tiny_pretrain": _TINY,
+    "tiny_sft": _TINY_SFT,
+    "tiny_lora": replace(_TINY_SFT, lr=4e-3, flags=_LORA.flags),
+    "tiny_dpo": replace(_TINY_SFT, lr=1e-5, micro_batch_size=4, flags={"--dpo-beta": 0.1}),
+    "tiny_distill": replace(_TINY_SFT, flags=_DISTILL.flags),
+    "tiny_reason": _TINY_SFT,
 }
 
 
@@ -84,12 +118,12 @@ def get_recipe(name: str) -> Recipe:
     return lookup("recipe", RECIPES, name)
 
 
-def recipe_for(model: str) -> str:
-    """The name of the pretraining recipe that suits a model: a preset, or an HF directory or config.json."""
+def recipe_for(model: str, stage: str = "pretrain") -> str:
+    """The name of the recipe that suits a model, a preset or an HF directory or config.json, and a stage."""
     name = model.lower().replace("-", "_")
     if name in PRESETS and name.endswith("_tiny"):
-        return "tiny_pretrain"
-    return "minimind3_pretrain" if find_model(model).qk_layernorm else "minimind2_pretrain"
+        return f"tiny_{stage}"
+    return f"minimind3_{stage}" if find_model(model).qk_layernorm else f"minimind2_{stage}"
 
 
 def _is_number(word: str) -> bool:
@@ -100,12 +134,23 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def count_tokens(data: Sequence[str]) -> int:
-    """Tokens of indexed datasets, given as `--data-path` takes them: prefixes, or weights and prefixes."""
-    from minimind_mcore.preprocess.indexed import read_index
+def count_samples(data: Sequence[str], seq_length: int) -> float:
+    """Samples in datasets, given as `--data-path` takes them: prefixes, or weights and prefixes.
+
+    Text is cut into samples of `seq_length` tokens; a conversation is one, a pair too.
+    """
+    from minimind_mcore.preprocess.indexed import idx_path, read_index
 
     weighted = len(data) % 2 == 0 and all(map(_is_number, data[::2]))  # as megatron-core tells them apart
-    return sum(int(read_index(prefix).lengths.sum(dtype="int64")) for prefix in (data[1::2] if weighted else data))
+    total = 0.0
+    for prefix in data[1::2] if weighted else data:
+        columns = [f"{prefix}_packed_{name}_document" for name in ("input_ids", "chosen_input_ids")]
+        found = [column for column in columns if idx_path(column).is_file()]
+        if found:
+            total += read_index(found[0]).sequences
+        else:
+            total += int(read_index(prefix).lengths.sum(dtype="int64")) / seq_length
+    return total
 
 
 def training_share(split: str) -> float:
@@ -122,6 +167,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="a recipe (default: the one that suits --model)")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--model", help="a preset, or an HF directory or config.json")
+    parser.add_argument("--stage", default="pretrain", help="with --model: pretrain, sft, lora, dpo, distill or reason")
     parser.add_argument("--data-parallel-size", type=int, default=1, help="scales the global batch")
     parser.add_argument("--data", nargs="+", help="the dataset, as for --data-path: gives --train-iters")
     parser.add_argument("--split", default="1", help="as for Megatron: an epoch is a pass over the training part")
@@ -135,7 +181,7 @@ def main() -> None:
         return
     if args.name is None and args.model is None:
         parser.error("give a recipe's name, or --model, or --list")
-    recipe = get_recipe(args.name or recipe_for(args.model))
+    recipe = get_recipe(args.name or recipe_for(args.model, args.stage))
     # From the recipe as it stands: another micro-batch changes the memory, not what is learned.
     batch = args.global_batch_size or recipe.global_batch_size(args.data_parallel_size)
     names = ("epochs", "lr", "seq_length", "micro_batch_size")
@@ -150,8 +196,8 @@ def main() -> None:
     if args.train_iters:
         words += ["--train-iters", str(args.train_iters)]
     elif args.data:
-        tokens = int(count_tokens(args.data) * training_share(args.split))
-        words += ["--train-iters", str(recipe.iterations(tokens, batch))]
+        samples = count_samples(args.data, recipe.seq_length) * training_share(args.split)
+        words += ["--train-iters", str(recipe.iterations(samples, batch))]
     print("\n".join(words))
 
 

@@ -12,54 +12,22 @@ cuts the columns; the other of the two is the same on every rank.
 from __future__ import annotations
 
 import argparse
-import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.tp_layer import LoraParallelLinear
-from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.init import initial_tensor
-from minimind_mcore.models.loading import whole_model_parameters
-
-
-class ParallelLora(LoraParallelLinear):
-    """peft's layer, for Megatron's linear layers as they are.
-
-    peft's own (0.17 to 0.21) takes what a parallel layer returns for a tensor, but it is a pair (output, bias); it
-    changes the dtype in a config that it shares with the whole model; it initialises each rank's part by itself; and
-    it does not know that under sequence parallelism a rank sees only a part of the tokens.
-    """
-
-    def __init__(self, base_layer: Any, adapter_name: str, config: LoraConfig, **options: Any) -> None:
-        own = copy.copy(base_layer.config)
-        super().__init__(base_layer, adapter_name, config, tensor_parallel, megatron_config=own, **options)
-        whole: Any = (self.lora_B if self.is_parallel_a else self.lora_A)[adapter_name]
-        # Megatron then adds up the gradients of all ranks.
-        whole.weight.sequence_parallel = own.sequence_parallel
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """[sequence, batch, in / TP or in] to [sequence, batch, out or out / TP], and the base's bias."""
-        result, bias = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            first: Any = self.lora_A[name]
-            change = _output(self.lora_B[name](_output(first(x.to(first.weight.dtype)))))
-            result = result + (change * self.scaling[name]).to(result.dtype)
-        return result, bias
-
-
-def _output(returned: Any) -> Tensor:
-    output: Tensor = returned[0] if isinstance(returned, tuple) else returned
-    return output
 
 
 def adapt(args: argparse.Namespace, chunks: list[Any]) -> None:
     """Freeze this rank's GPTModels and give their target layers adapters, the same whatever the layout."""
+    from megatron.core import tensor_parallel
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from minimind_mcore.posttrain.lora_layer import ParallelLora
+
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules, init_lora_weights=False
     )
@@ -76,6 +44,10 @@ def adapt(args: argparse.Namespace, chunks: list[Any]) -> None:
 @torch.no_grad()
 def _initialize(args: argparse.Namespace, chunks: list[Any]) -> None:
     """A as torch initialises a linear layer, from `--seed` and its name; B is zero."""
+    from megatron.core import parallel_state
+
+    from minimind_mcore.models.loading import whole_model_parameters
+
     model = ModelConfig.from_args(args)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in whole_model_parameters(chunks):
@@ -109,7 +81,5 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--ckpt-format {args.ckpt_format}: adapters are saved with --ckpt-format torch")
     adapters = args.lora_load or (args.load if args.pretrained_checkpoint else None)
     args.pretrained_checkpoint, args.load = args.pretrained_checkpoint or args.load, adapters
-    if not args.pretrained_checkpoint or not Path(args.pretrained_checkpoint).exists():
-        raise UserError(
-            f"--pretrained-checkpoint: found {args.pretrained_checkpoint or 'none'}, expected the model to adapt"
-        )
+    if not args.pretrained_checkpoint:
+        raise UserError("--pretrained-checkpoint is missing (or --load): the model to adapt")

@@ -29,13 +29,13 @@ def stage_of(args: argparse.Namespace) -> str:
     Raises:
         UserError: neither is given, or they contradict each other.
     """
-    given = [flag for flag in ("is_instruction_dataset", "is_pairwise_dataset") if getattr(args, flag)]
-    stages = {"is_instruction_dataset": "sft", "is_pairwise_dataset": "dpo"}
+    stages = {"--is-instruction-dataset": "sft", "--is-pairwise-dataset": "dpo"}
+    flags = zip(stages, (args.is_instruction_dataset, args.is_pairwise_dataset), strict=True)
+    given = [flag for flag, is_given in flags if is_given]
     if not args.stage and len(given) != 1:
         raise UserError(f"--stage is missing: expected one of {', '.join(STAGES)}")
-    stage = args.stage or stages[given[0]]
-    expected = "is_pairwise_dataset" if stage == "dpo" else "is_instruction_dataset"
+    stage = str(args.stage or stages[given[0]])
+    expected = "--is-pairwise-dataset" if stage == "dpo" else "--is-instruction-dataset"
     if wrong := [flag for flag in given if flag != expected]:
-        flag = "--" + wrong[0].replace("_", "-")
-        raise UserError(f"--stage {stage} with {flag}: it reads --{expected.replace('_', '-')} data")
-    return str(stage)
+        raise UserError(f"--stage {stage} with {wrong[0]}: it reads {expected} data")
+    return stage

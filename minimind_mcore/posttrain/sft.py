@@ -48,6 +48,11 @@ class PostTraining(Job):
         args.variable_seq_lengths = args.no_pad_to_seq_lengths or args.neat_pack
         if args.lora_target_modules:
             lora.check(args)
+        begin = args.pretrained_checkpoint
+        require(
+            begin is None or Path(begin).exists(),
+            f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
+        )
 
     def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
         """See `Job`."""

@@ -104,6 +104,8 @@ def show(args: argparse.Namespace, job: Job) -> None:
         job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
+    if args.pretrained_checkpoint:
+        print(f"{'begin with:':<12}{args.pretrained_checkpoint}")
     if args.load:
         directory = checkpointing.choose(Path(args.load), args.ckpt_step)
         print(f"{'load:':<12}{directory or f'nothing in {args.load}: starts from the beginning'}")

@@ -11,7 +11,16 @@ import pytest
 from engine import ROOT, as_flags
 
 from minimind_mcore import arguments
-from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, VALUES, build_parser, flag_table, parse
+from minimind_mcore.arguments import (
+    IMPLEMENTED,
+    NO_EFFECT,
+    POSTTRAIN,
+    POSTTRAIN_NO_EFFECT,
+    VALUES,
+    build_parser,
+    flag_table,
+    parse,
+)  # fmt: skip
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
@@ -83,8 +92,9 @@ def test_flags_without_effect_are_listed() -> None:
 
 
 def test_support_of_a_flag_is_said_once() -> None:
-    assert not IMPLEMENTED & NO_EFFECT
-    assert BY_DEST.keys() >= IMPLEMENTED | NO_EFFECT
+    sets = (IMPLEMENTED, NO_EFFECT, POSTTRAIN, POSTTRAIN_NO_EFFECT)
+    assert len(frozenset().union(*sets)) == sum(map(len, sets))
+    assert BY_DEST.keys() >= frozenset().union(*sets)
     assert VALUES.keys() <= IMPLEMENTED
 
 
@@ -93,8 +103,10 @@ def test_every_implemented_flag_is_read_somewhere() -> None:
     for folder in (ROOT / "minimind_mcore", ROOT / "models"):
         for file in folder.rglob("*.py"):
             read |= names_read(file)
-    assert not IMPLEMENTED - read, "in IMPLEMENTED, but nothing looks at it"
-    assert not (NO_EFFECT & read) - {"distributed_backend"}, "in NO_EFFECT, but something looks at it"
+    assert not (IMPLEMENTED | POSTTRAIN) - read, "in IMPLEMENTED, but nothing looks at it"
+    assert not ((NO_EFFECT | POSTTRAIN_NO_EFFECT) & read) - {"distributed_backend"}, (
+        "in NO_EFFECT, but something looks at it"
+    )
 
 
 def names_read(file: Path) -> set[str]:
@@ -120,9 +132,9 @@ def test_presets_give_implemented_flags_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_give_implemented_flags_only(name: str) -> None:
-    ours = {"--lr-at-iteration-end", "--decay-all", "--minimind-init"}
+    ours = {"--lr-at-iteration-end", "--decay-all", "--minimind-init", "--distill-alpha", "--distill-temperature"}
     flags = [word for word in RECIPES[name].megatron_flags() if word.startswith("--") and word not in ours]
-    assert {TABLE[flag]["dest"] for flag in flags} <= IMPLEMENTED
+    assert {TABLE[flag]["dest"] for flag in flags} <= IMPLEMENTED | POSTTRAIN
 
 
 VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [

@@ -170,7 +170,7 @@ def test_recipe_gives_megatron_minimind_hyper_parameters() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_flags_are_known_to_the_training_program(name: str) -> None:
     words = PRESETS["minimind3"].megatron_flags() + RECIPES[name].megatron_flags()
-    args = parse(words)
+    args = parse(words, posttrain=not name.endswith("pretrain"))
     assert args.lr == RECIPES[name].lr and args.minimind_init == RECIPES[name].init
 
 
@@ -205,8 +205,11 @@ def test_iterations_are_epochs_of_the_training_part(
     for prefix, tokens in ((a, 256_000), (b, 512_000)):
         with IndexedWriter(prefix) as writer:
             writer.add(np.zeros(tokens, np.uint32), np.array([tokens]))
-    assert recipes.count_tokens([a, b]) == recipes.count_tokens(["0.3", a, "7", b]) == 768_000
-    assert recipes.count_tokens([a]) == 256_000
+    assert recipes.count_samples([a, b], 256) == recipes.count_samples(["0.3", a, "7", b], 256) == 3000
+    assert recipes.count_samples([a], 256) == 1000
+    with IndexedWriter(f"{b}_packed_chosen_input_ids_document") as writer:
+        writer.add(np.zeros(90), np.full(30, 3))
+    assert recipes.count_samples([b], 256) == 30
     flags = printed_recipe(
         monkeypatch, capsys, "--model", "minimind3_tiny", "--split", "90,10,0", "--data", a, "--epochs", "2"
     )
@@ -220,6 +223,7 @@ def test_the_recipe_suits_the_model(tmp_path: Path) -> None:
         ("minimind3_moe", "minimind3_pretrain"),
     ):
         assert recipes.recipe_for(model) == recipe
+    assert recipes.recipe_for("minimind2", "lora") == "minimind2_lora"
     PRESETS["minimind2"].hf_config().save_pretrained(tmp_path)
     assert recipes.recipe_for(str(tmp_path)) == "minimind2_pretrain"
     with pytest.raises(UserError, match=r"config\.json does not exist"):

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Fine-tune all weights of a MiniMind model on conversations.
+#
+#   bash examples/mcore/minimind/tune_minimind_full_ptd.sh                # after pretrain_minimind_ptd.sh
+#   DATA_PATH=sft_t2t_mini.jsonl TOKENIZER_PATH=tokenizer MODEL=minimind3 CKPT_LOAD_DIR=pretrained \
+#       bash examples/mcore/minimind/tune_minimind_full_ptd.sh            # real input
+#   STAGE=reason ...                                                      # MiniMind2's reasoning distillation
+#   STAGE=distill TEACHER=minimind2-hf ...                                # a teacher: HF directory or checkpoints
+#   ... --dry-run                                                         # check everything, train nothing
+#
+# CKPT_LOAD_DIR    the weights to begin with (default: what the stage before left in outputs/MODEL)
+# PACK             1: the data is packed (`--pack --neat-pack` when converted)
+# train.sh has the settings of every training.
+STAGE=${STAGE:-sft}
+DATA_KIND=sft
+source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
+
+length_flags
+case $STAGE in
+    sft)
+        BEGIN=$MODEL_DIR/checkpoints
+        STAGE_ARGS=(--stage sft --is-instruction-dataset)
+        ;;
+    reason)
+        BEGIN=$MODEL_DIR/dpo/checkpoints
+        STAGE_ARGS=(--stage reason)
+        ;;
+    distill)
+        [ -n "${TEACHER:-}" ] || fail "TEACHER is not set: give the model to learn from, an HF directory or checkpoints"
+        BEGIN=$MODEL_DIR/sft/checkpoints
+        STAGE_ARGS=(--stage distill --teacher-model "$(absolute "$TEACHER")")
+        ;;
+    *) fail "STAGE=$STAGE: expected sft, reason or distill" ;;
+esac
+[ "$BACKEND" = native ] || [ "$STAGE" = sft ] || fail "STAGE=$STAGE: MindSpeed-LLM has no such stage; use BACKEND=native"
+post_train "$BEGIN" "${STAGE_ARGS[@]}" "${LENGTH_ARGS[@]}"

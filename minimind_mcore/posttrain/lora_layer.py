@@ -1,0 +1,41 @@
+"""The LoRA layer of peft around Megatron's parallel linear layers. Imports megatron-core and peft."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core import tensor_parallel
+from peft import LoraConfig
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from torch import Tensor
+
+
+class ParallelLora(LoraParallelLinear):
+    """peft's layer, for Megatron's linear layers as they are.
+
+    peft's own (0.17 to 0.21) takes what a parallel layer returns for a tensor, but it is a pair (output, bias); it
+    changes the dtype in a config that it shares with the whole model; it initialises each rank's part by itself; and
+    it does not know that under sequence parallelism a rank sees only a part of the tokens.
+    """
+
+    def __init__(self, base_layer: Any, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+        own = copy.copy(base_layer.config)
+        super().__init__(base_layer, adapter_name, config, tensor_parallel, megatron_config=own, **options)
+        whole: Any = (self.lora_B if self.is_parallel_a else self.lora_A)[adapter_name]
+        # Megatron then adds up the gradients of all ranks.
+        whole.weight.sequence_parallel = own.sequence_parallel
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[sequence, batch, in / TP or in] to [sequence, batch, out or out / TP], and the base's bias."""
+        result, bias = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            first: Any = self.lora_A[name]
+            change = _output(self.lora_B[name](_output(first(x.to(first.weight.dtype)))))
+            result = result + (change * self.scaling[name]).to(result.dtype)
+        return result, bias
+
+
+def _output(returned: Any) -> Tensor:
+    output: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return output
