@@ -12,6 +12,7 @@ cuts the columns; the other of the two is the same on every rank.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: see there.
     """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("--lora-target-modules needs the package peft, which is not installed: pip install peft")
     known = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     if unknown := [name for name in args.lora_target_modules if name not in known]:
         raise UserError(f"--lora-target-modules {unknown[0]}: expected some of {', '.join(known)}")

@@ -52,7 +52,10 @@ def run_lora(server: Server, dialogues: Corpus, start: Path, folder: Path, place
 
 def whole(checkpoint: Path, config: Any) -> dict[str, Tensor]:
     """All tensors of a checkpoint of any TP, whole: B is cut as the rows of the weight, A as its columns."""
-    ranks = [torch.load(file, weights_only=False)["model"] for file in sorted(checkpoint.glob("mp_rank_*/*.pt"))]
+    ranks = [
+        torch.load(file, weights_only=False)["model"]
+        for file in sorted(checkpoint.glob("mp_rank_*/model_optim_rng.pt"))
+    ]
     found = {}
     for name in (name for name, tensor in ranks[0].items() if isinstance(tensor, Tensor)):
         parts, target = [rank[name] for rank in ranks], name.split(".lora_")[0]
