@@ -102,12 +102,11 @@ def dialogues(corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def start(server: engine.Server, corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `torch` checkpoint of the weights that runs of post-training start from; `dist` beside it is `torch_dist`."""
+    """A `torch` checkpoint of the weights that runs of post-training start from."""
     from minimind_mcore.models.presets import PRESETS
 
     folder = tmp_path_factory.mktemp("start")
-    still = posttrain_oracle.FLAGS | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "seq_length": 32}
-    for form, name in (("torch", "checkpoints"), ("torch_dist", "dist")):
-        flags = still | {"ckpt_format": form, "save": folder / name}
-        server.run(corpus.flags(PRESETS[posttrain_oracle.MODEL], **flags), folder / "run")
+    still = {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "seq_length": 32, "ckpt_format": "torch"}
+    flags = posttrain_oracle.FLAGS | still | {"save": folder / "checkpoints"}
+    server.run(corpus.flags(PRESETS[posttrain_oracle.MODEL], **flags), folder / "run")
     return folder / "checkpoints"

@@ -28,7 +28,7 @@ from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining
 from minimind_mcore.preprocess.indexed import bin_path
 from minimind_mcore.storage import MANIFEST, atomic_file, sha256
-from minimind_mcore.training import checkpointing, distributed, step
+from minimind_mcore.training import checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
 
 LogProbs = NDArray[np.float32]
@@ -72,10 +72,10 @@ def reference_path(args: argparse.Namespace) -> str | None:
     """Whose weights are the reference: `--ref-model`, else what the policy starts from; None: its initial weights."""
     if args.ref_model or args.pretrained_checkpoint:
         return str(args.ref_model or args.pretrained_checkpoint)
-    if not args.load or (not args.finetune and not checkpointing.iterations_in(Path(args.load))):
-        return None
-    if args.finetune:
+    if args.load and (args.finetune or checkpoint_weights.is_model(Path(args.load))):
         return str(args.load)
+    if not args.load or not checkpointing.iterations_in(Path(args.load)):
+        return None
     raise UserError(
         f"--load {args.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the weights that it "
         "began with, which are the reference; or --finetune to begin with these"

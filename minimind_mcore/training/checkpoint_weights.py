@@ -47,24 +47,39 @@ def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer
     """
     from minimind_mcore.models.loading import load_into  # imports megatron
 
-    source = open_source(path)
-    config = ModelConfig.from_args(args)
+    source, config = open_weights(args, path), ModelConfig.from_args(args)
     for field in dataclasses.fields(ModelConfig):
         found, expected = getattr(source.config, field.name), getattr(config, field.name)
         # a longer context needs no other weights, and how experts are balanced is the training's
         if field.name not in ("max_position_embeddings", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
-    for check in source.checks:
-        check()
-
-    def whole(name: str) -> Tensor:
-        tensor = source.tensors[name].read()
-        require_finite(name, tensor)
-        return tensor
-
-    load_into(model, whole)
+    load_into(model, lambda name: read_tensor(source, name))
     optimizer.reload_model_params()
     return source
+
+
+def open_weights(args: argparse.Namespace, path: Path) -> Source:
+    """A model in files, of any size, that was trained with the run's tokenizer.
+
+    Raises:
+        UserError: another tokenizer, adapters that are not merged, or damaged.
+    """
+    from minimind_mcore.training.checkpointing import check_tokenizer
+
+    source = open_source(path)
+    check_tokenizer(args, source.training.fingerprint, path)
+    if source.adapters:
+        raise UserError(f"{path}: holds LoRA adapters: merge them into their base first (convert_ckpt_v2.py)")
+    for check in source.checks:
+        check()
+    return source
+
+
+def read_tensor(source: Source, name: str) -> Tensor:
+    """One tensor of the whole megatron-core model; a number that is not finite is a `UserError`."""
+    tensor = source.tensors[name].read()
+    require_finite(name, tensor)
+    return tensor
 
 
 def reshard(

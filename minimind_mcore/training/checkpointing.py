@@ -199,7 +199,8 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
         and not (args.load and iterations_in(Path(args.load)))
     ):
         # As Megatron does: a run that has not begun takes its weights from there.
-        args = argparse.Namespace(**vars(args) | {"load": args.pretrained_checkpoint, "finetune": True})
+        changes = {"load": args.pretrained_checkpoint, "finetune": True, "reshard": True}
+        args = argparse.Namespace(**vars(args) | changes)
     if not args.load:
         return Progress()
     root = Path(args.load)
@@ -237,7 +238,7 @@ def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None
     Raises:
         UserError: as `load`.
     """
-    changes: dict[str, Any] = {"load": str(path), "finetune": True, "ckpt_step": None}
+    changes: dict[str, Any] = {"load": str(path), "finetune": True, "reshard": True, "ckpt_step": None}
     changes |= {"pretrained_checkpoint": None, "lora_target_modules": []}
     load(argparse.Namespace(**vars(args) | changes), model, _NoOptimizer(), None)
 
@@ -321,13 +322,16 @@ def check_model(args: argparse.Namespace, saved: Any, directory: Path, more: tup
                     else "give the same model flags"
                 )
             )
-    found = getattr(saved, "tokenizer_fingerprint", None)
+    check_tokenizer(args, getattr(saved, "tokenizer_fingerprint", None), directory)
+
+
+def check_tokenizer(args: argparse.Namespace, found: str | None, path: Path) -> None:
+    """Refuse weights that were trained with another tokenizer, where that is known."""
     expected = getattr(args, "tokenizer_fingerprint", None)
     if found and expected and found != expected:
         raise UserError(
-            f"{directory}: trained with another tokenizer (fingerprint {found[:12]}, the given one's is "
-            f"{expected[:12]}). MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was "
-            "trained with"
+            f"{path}: trained with another tokenizer (fingerprint {found[:12]}, the given one's is {expected[:12]}). "
+            "MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was trained with"
         )
 
 

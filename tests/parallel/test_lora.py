@@ -39,13 +39,7 @@ def run_lora(server: Server, dialogues: Corpus, start: Path, folder: Path, place
     processes, parallel = LAYOUTS[place]
     how = {name: flags.pop(name) for name in ("hook", "environment", "check") if name in flags}
     data = dialogues.prefix.with_name(flags.pop("data", "chat"))
-    options = (
-        FLAGS
-        | parallel
-        | LORA
-        | {"stage": "sft", "pretrained_checkpoint": start.with_name("dist"), "data_path": data}
-        | flags
-    )
+    options = FLAGS | parallel | LORA | {"stage": "sft", "pretrained_checkpoint": start, "data_path": data} | flags
     argv = [*dialogues.flags(PRESETS[MODEL], **options), *TARGET_FLAGS]
     return server.run(argv, folder, processes, posttrain=True, **how)
 
@@ -177,12 +171,7 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge(
 
 
 def test_lora_on_core_012(server_012: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:
-    processes, parallel = LAYOUTS["PP2"]
-    still = FLAGS | parallel | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "ckpt_format": "torch", "stage": "sft"}
-    argv = dialogues.flags(PRESETS[MODEL], **still, save=tmp_path / "dist")
-    server_012.run(argv, tmp_path / "still", processes, posttrain=True)
-    found = run_lora(server_012, dialogues, tmp_path / "start", tmp_path / "run", "PP2")
-    compare(found, expected(dialogues, start, "chat"))
+    compare(run_lora(server_012, dialogues, start, tmp_path / "run", "PP2"), expected(dialogues, start, "chat"))
 
 
 def test_what_lora_cannot_load_is_said(server: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:

@@ -37,11 +37,10 @@ from minimind_mcore.models.presets import PRESETS
 SFT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fixed length": ("chat", "one", {}),
     "longest of micro-batch": ("chat", "one", DYNAMIC),
-    "packed": ("packed", "one", PACKED),
     "TP2 longest": ("chat", "TP2", DYNAMIC),
     "TP2 SP longest, odd multiple": ("chat", "TP2 SP", DYNAMIC | {"pad_to_multiple_of": 3}),
     "TP2 SP packed": ("packed", "TP2 SP", PACKED),
-    "PP2 fixed": ("chat", "PP2", {}),
+    "PP2 fixed, from a checkpoint of PP1": ("chat", "PP2", {"init_method_std": 0.01}),
     "PP2 packed": ("packed", "PP2", PACKED | DYNAMIC),
     "PP2 VPP2 longest": ("chat", "PP2", DYNAMIC | {"num_layers_per_virtual_pipeline_stage": 1}),
     "DP2 longest": ("chat", "DP2", DYNAMIC),
@@ -52,7 +51,10 @@ SFT: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_sft_equals_plain_torch(server: Server, dialogues: Corpus, start: Path, tmp_path: Path, name: str) -> None:
     data, place, flags = SFT[name]
     prefix, (processes, parallel) = dialogues.prefix.with_name(data), LAYOUTS[place]
-    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, **parallel | flags, data_path=prefix, is_instruction_dataset=True)
+    flags = flags | {"data_path": prefix, "is_instruction_dataset": True}
+    if "checkpoint" in name:
+        flags |= {"pretrained_checkpoint": start, "ckpt_format": "torch"}
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS | parallel | flags)
     found = server.run(argv, tmp_path / "run", processes, posttrain=True)
     compare(found, expected_sft(dialogues, start, data))
 
@@ -164,7 +166,7 @@ def expected_dpo(
     return known[kind][0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("place", ["one", "TP2", "PP2"])
+@pytest.mark.parametrize("place", ["TP2", "PP2"])
 def test_reason_equals_plain_torch(server: Server, dialogues: Corpus, start: Path, tmp_path: Path, place: str) -> None:
     import tokenizers
 
@@ -283,11 +285,9 @@ def test_stages_equal_plain_torch_on_core_012(
     compare(found, expected[stage]())
 
 
-def test_experts_learn_the_same_in_every_layout(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
+def test_experts_learn_the_same_on_two_ranks(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
     model, flags = PRESETS["minimind3_moe_tiny"], FLAGS | {"stage": "sft", "micro_batch_size": 1}
     packed = PACKED | {"data_path": dialogues.prefix.with_name("packed"), "moe_aux_loss_coeff": 0.0}
     one = server.run(dialogues.flags(model, **flags, **packed), tmp_path / "one", posttrain=True)
-    for name, parallel in (("EP2", layout(ep=2)), ("TP2", layout(tp=2, sequence_parallel=True))):
-        argv = dialogues.flags(model, **flags, **packed, **parallel)
-        found = server.run(argv, tmp_path / name, 2, posttrain=True)
-        compare(found, (one.column(), one.column("grad_norm")))
+    argv = dialogues.flags(model, **flags, **packed, **layout(ep=2))
+    compare(server.run(argv, tmp_path / "two", 2, posttrain=True), (one.column(), one.column("grad_norm")))
