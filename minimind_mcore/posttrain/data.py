@@ -40,7 +40,7 @@ class Column:
     """One of the files: a run of int32 numbers for each sample."""
 
     def __init__(self, prefix: str, name: str) -> None:
-        self.prefix = file_prefix(prefix, name)
+        self.source, self.prefix = (prefix, name), file_prefix(prefix, name)
         self.index: Index = read_index(self.prefix)
         self.data: Tokens = np.memmap(bin_path(self.prefix), dtype=self.index.dtype, mode="r")
 
@@ -50,6 +50,9 @@ class Column:
     def __getitem__(self, i: int) -> Tokens:
         start = int(self.index.pointers[i]) // self.index.dtype.itemsize
         return self.data[start : start + int(self.index.lengths[i])]
+
+    def __reduce__(self) -> Any:
+        return Column, self.source  # a worker process opens the files again
 
 
 class Samples(Dataset[dict[str, Any]]):

@@ -30,6 +30,7 @@ from minimind_mcore.preprocess.indexed import bin_path
 from minimind_mcore.storage import MANIFEST, atomic_file, sha256
 from minimind_mcore.training import checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
+from minimind_mcore.training.model import weights_gathered
 
 LogProbs = NDArray[np.float32]
 
@@ -143,12 +144,12 @@ def _measure(job: PostTraining, model: list[Any], documents: NDArray[np.int64]) 
     found = torch.zeros(total, 2, dtype=torch.float32, device=device.current().torch_device)
     for chunk in model:
         chunk.eval()
-    for _ in range(rounds):
-        with torch.no_grad():
+    with torch.no_grad(), weights_gathered(args, model):
+        for _ in range(rounds):
             result = step.forward_backward(args, job, model, batches, forward_only=True)
-        step.check_losses(result, 0)
-        for indices, log_probs in zip(result.indices, result.losses, strict=True):
-            found[indices] = log_probs.t()
+            step.check_losses(result, 0)
+            for indices, log_probs in zip(result.indices, result.losses, strict=True):
+                found[indices] = log_probs.t()
     for chunk in model:
         chunk.train()
     # Each data-parallel rank of the last stage has its share; a pair that was read twice is the same twice.

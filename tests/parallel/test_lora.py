@@ -21,9 +21,11 @@ from posttrain_oracle import (
     samples_in_order,
     sft_loss,
 )  # fmt: skip
+from safetensors.torch import load_file
 from torch import Tensor
 from twin import load_twin, train
 
+from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.models import weights
 from minimind_mcore.models.init import initial_tensor
 from minimind_mcore.models.presets import PRESETS
@@ -139,7 +141,7 @@ def dump_logits() -> None:
     sft.SFT.forward_step = dumping  # type: ignore[method-assign]
 
 
-def test_adapters_alone_are_saved_resume_exactly_and_merge(
+def test_adapters_alone_are_saved_resume_exactly_and_merge_to_the_same_model(
     server: Server, dialogues: Corpus, start: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -168,6 +170,12 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge(
         unadapted = load_twin(config, weights.mcore_to_hf(base, config, "hf_fused"))(dumped[0][0]).logits
     print("largest difference of logits:", difference)
     assert difference <= 1e-5 < (unadapted - live).abs().max()
+
+    main_v2([*"--load-model-type mg --save-model-type hf".split(), "--load-dir", str(start), "--lora-load", str(two),
+             "--save-dir", str(tmp_path / "hf")])  # fmt: skip
+    by_hand = weights.mcore_to_hf(merged(base, adapters), config, "hf")
+    converted = load_file(tmp_path / "hf" / "model.safetensors")
+    assert max((by_hand[name] - tensor).abs().max() for name, tensor in converted.items()) <= 1e-7
 
 
 def test_lora_on_core_012(server_012: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:

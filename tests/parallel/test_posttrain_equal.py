@@ -106,7 +106,7 @@ DPO: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sigmoid TP2 SP": ("sigmoid", "TP2 SP", DYNAMIC),
     "sigmoid TP2": ("sigmoid", "TP2", {}),
     "sigmoid PP2": ("sigmoid", "PP2", {}),
-    "sigmoid DP2": ("sigmoid", "DP2", {"calculate_per_token_loss": True}),
+    "sigmoid DP2": ("sigmoid", "DP2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "ipo PP2": ("ipo", "PP2", DYNAMIC),
     "simpo TP2": ("simpo", "TP2", {}),
     "hinge": ("hinge", "one", DYNAMIC),
