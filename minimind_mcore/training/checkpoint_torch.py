@@ -23,6 +23,7 @@ from minimind_mcore.errors import UserError
 
 NAME = "model_optim_rng.pt"
 OPTIMIZER_NAME = "distrib_optim.pt"
+LAYOUT_ARGS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
 
 def rank_directory(directory: Path) -> Path:
@@ -94,7 +95,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         )
     # Written by Megatron it holds an argparse.Namespace and enums: no `weights_only`. Load what you trust.
     state: dict[str, Any] = torch.load(folder / NAME, map_location="cpu", weights_only=False)
-    check_model(args, state["args"], directory, ("tensor_model_parallel_size", "pipeline_model_parallel_size"))
+    check_model(args, state["args"], directory, LAYOUT_ARGS)
     for key, chunk in zip(model_keys(model), model, strict=True):
         if key not in state:
             raise UserError(

@@ -32,11 +32,19 @@ def is_resharded(args: argparse.Namespace, directory: Path) -> bool:
 
 def saved_sharding(directory: Path) -> Sharding:
     """The layout of a `torch` checkpoint."""
-    return Sharding.from_args(_content(directory)["args"])
+    return Sharding.from_args(saved_args(directory))
+
+
+def saved_args(directory: Path) -> argparse.Namespace:
+    """The arguments that a checkpoint of either format carries."""
+    args: argparse.Namespace = _content(directory)["args"]
+    return args
 
 
 def _content(directory: Path) -> Any:
-    return read_archive(sorted(directory.glob("mp_rank_*"))[0] / NAME).content
+    """What a checkpoint holds beside tensors."""
+    common = directory / "common.pt"  # of torch_dist
+    return read_archive(common if common.is_file() else sorted(directory.glob("mp_rank_*"))[0] / NAME).content
 
 
 def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer: Any) -> Source:
@@ -47,14 +55,24 @@ def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer
     """
     from minimind_mcore.models.loading import load_into  # imports megatron
 
+    source = open_model(args, path)
+    load_into(model, lambda name: read_tensor(source, name))
+    optimizer.reload_model_params()
+    return source
+
+
+def open_model(args: argparse.Namespace, path: Path) -> Source:
+    """The run's own model in files; no weight is read yet.
+
+    Raises:
+        UserError: it is another model, or `open_weights` refuses it.
+    """
     source, config = open_weights(args, path), ModelConfig.from_args(args)
     for field in dataclasses.fields(ModelConfig):
         found, expected = getattr(source.config, field.name), getattr(config, field.name)
         # a longer context needs no other weights, and how experts are balanced is the training's
         if field.name not in ("max_position_embeddings", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
-    load_into(model, lambda name: read_tensor(source, name))
-    optimizer.reload_model_params()
     return source
 
 

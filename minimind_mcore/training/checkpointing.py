@@ -243,6 +243,23 @@ def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None
     load(argparse.Namespace(**vars(args) | changes), model, _NoOptimizer(), None)
 
 
+def preview(args: argparse.Namespace) -> str:
+    """What `load` would take, checked as far as that goes without reading weights into a model.
+
+    Raises:
+        UserError: what `load` would raise.
+    """
+    root = Path(args.load)
+    if checkpoint_weights.is_model(root):
+        return f"weights of {root}: {checkpoint_weights.open_model(args, root).kind}"
+    directory = choose(root, args.ckpt_step)
+    if directory is None:
+        return f"nothing in {root}: starts from the beginning"
+    fixed = () if args.reshard or is_torch_dist(directory) else checkpoint_torch.LAYOUT_ARGS
+    check_model(args, checkpoint_weights.saved_args(directory), directory, fixed)
+    return str(directory)
+
+
 def _progress(args: argparse.Namespace, saved: dict[str, Any]) -> Progress:
     if args.finetune:
         return Progress()

@@ -101,14 +101,14 @@ def show(args: argparse.Namespace, job: Job) -> None:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
         tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
+        args.tokenizer_fingerprint = tokenizer.fingerprint
         job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
     if args.pretrained_checkpoint:
         print(f"{'begin with:':<12}{args.pretrained_checkpoint}")
     if args.load:
-        directory = checkpointing.choose(Path(args.load), args.ckpt_step)
-        print(f"{'load:':<12}{directory or f'nothing in {args.load}: starts from the beginning'}")
+        print(f"{'load:':<12}{checkpointing.preview(args)}")
     if args.save:
         needed, free = checkpointing.expected_bytes(args), checkpointing.free_bytes(args)
         print(f"{'save:':<12}{args.save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")

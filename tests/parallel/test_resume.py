@@ -177,3 +177,28 @@ def test_what_does_not_fit_a_checkpoint_is_refused_by_name(server: Server, corpu
             assert 0 not in run.codes and "Traceback" not in run.output, run.output
             for message in messages:
                 assert message in run.output, run.output
+
+
+@pytest.mark.parametrize("form", [TORCH, DIST], ids=["torch", "torch_dist"])
+def test_a_dry_run_compares_the_checkpoint_with_the_command_line(
+    server: Server, corpus: Corpus, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    def flags(model: str = "minimind3_tiny", **changes: Any) -> list[str]:
+        return corpus.flags(PRESETS[model], **{"train_iters": 2, **form, **changes})
+
+    server.run(flags(save=tmp_path / "saved", save_interval=2), tmp_path / "one")
+    dry = {"load": tmp_path / "saved", "dry_run": True}
+
+    def show(*argv: str, processes: int = 1) -> tuple[int, str]:
+        run = server.run(argv, tmp_path / "dry", processes, check=False)
+        return run.codes[0], run.output
+
+    code, output = show(*flags(**dry))
+    assert code == 0 and f"load:       {tmp_path}/saved/iter_0000002" in output
+    code, output = show(*flags("minimind2_tiny", **dry))
+    assert code == 1 and "num_attention_heads is 4 there and 8 on the command line" in output
+    code, output = show(*flags(**dry, **layout(tp=2)), processes=2)
+    if form is TORCH:
+        assert code == 1 and "tensor_model_parallel_size is 1 there and 2 on the command line; give --reshard" in output
+        code, output = show(*flags(**dry, **layout(tp=2), reshard=True), processes=2)
+    assert code == 0
