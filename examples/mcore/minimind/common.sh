@@ -251,3 +251,35 @@ run_program() {
     fi
     exec "${command[@]}"
 }
+
+# model_flags: sets MODEL_ARGS, what inference.py and evaluation.py load, from LOAD_DIR and what goes with it.
+model_flags() {
+    [ -n "${LOAD_DIR:-}" ] ||
+        fail "LOAD_DIR is not set: give the model, a Megatron checkpoint, a Hugging Face directory or a .pth"
+    MODEL_ARGS=(
+        --load "$(absolute "$LOAD_DIR")"
+        ${TOKENIZER_PATH:+--tokenizer-name-or-path "$(absolute "$TOKENIZER_PATH")"}
+        ${HF_CFG_DIR:+--hf-cfg-dir "$(absolute "$HF_CFG_DIR")"}
+        ${LORA_DIR:+--lora-load "$(absolute "$LORA_DIR")"}
+        ${LORA_ALPHA:+--lora-alpha "$LORA_ALPHA"}
+        ${PRECISION:+--params-dtype "$PRECISION"}
+    )
+}
+
+# sampling_flags: sets SAMPLING_ARGS, how inference.py chooses tokens.
+sampling_flags() {
+    SAMPLING_ARGS=(
+        ${MAX_NEW_TOKENS:+--max-new-tokens "$MAX_NEW_TOKENS"}
+        ${TEMPERATURE:+--temperature "$TEMPERATURE"}
+        ${TOP_K:+--top-k "$TOP_K"}
+        ${TOP_P:+--top-p "$TOP_P"}
+        ${SEED:+--seed "$SEED"}
+    )
+}
+
+# run_here PROGRAM FLAGS...: run one of the kit's programs in a single process: a MiniMind fits on any device.
+run_here() {
+    local command=("$PYTHON" "$ROOT/$1" "${@:2}")
+    [ -z "$DRY_RUN" ] || show "${command[@]}"
+    exec "${command[@]}"
+}

@@ -1,0 +1,1 @@
+"""Generate, chat, evaluate: any MiniMind, whatever its files, as a transformers model."""

@@ -1,0 +1,138 @@
+"""Chat: several turns, as they are written, with thoughts and tool calls set apart.
+
+Reads a terminal or a pipe; commands are `/new` (forget the conversation), `/quit`, and MindSpeed-LLM's words for
+the same. On a terminal thoughts are dim; elsewhere they stand between [thinking] and [/thinking]. A tool is not run:
+its call is printed, and a line that begins with `/tool ` gives the model its result.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from minimind_mcore.inference.answers import Part, calls, detokenize, parts
+from minimind_mcore.inference.generation import Generator
+from minimind_mcore.inference.prompts import Encoder, Message, Prompt
+
+QUIT = ("/quit", "/exit", "q", "quit", "exit")
+NEW = ("/new", "/clear", "clear", "new")
+TOOL = "/tool "
+HELP = "/new begins a new conversation, /quit ends; a line /tool RESULT answers a tool call"
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+@dataclass
+class Session:
+    """A conversation so far.
+
+    Attributes:
+        turns: how many earlier questions, with what followed each, the model is shown.
+        system: a system prompt.
+        tools: definitions, for the chat template.
+        messages: of the conversation, the system prompt not among them.
+    """
+
+    turns: int
+    system: str | None = None
+    tools: list[Any] | None = None
+    messages: list[Message] = field(default_factory=list)
+
+    def prompt(self) -> Prompt:
+        """What the model is shown: the last question and what led to it."""
+        questions = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        first = questions[-(self.turns + 1) :][0] if questions else 0
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        return Prompt([*opening, *self.messages[first:]], self.tools)
+
+
+def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO | None = None) -> None:
+    """Answer lines until they end, or `/quit`.
+
+    Args:
+        generator: of the answers.
+        encoder: of the prompts.
+        session: holds the conversation.
+        lines: where to read; stdin if None.
+
+    Raises:
+        UserError: the conversation is longer than the model's positions.
+    """
+    lines = lines or sys.stdin
+    if lines.isatty():
+        print(HELP, file=sys.stderr)
+    for line in _read(lines):
+        text = line.strip()
+        if text in QUIT:
+            return
+        if text in NEW:
+            session.messages.clear()
+            print("a new conversation", flush=True)
+        elif text:
+            role = "tool" if text.startswith(TOOL) else "user"
+            session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
+            session.messages.append(answer(generator, encoder, session.prompt()))
+
+
+def _read(lines: TextIO) -> Iterator[str]:
+    """Lines, with something to type behind on a terminal."""
+    while True:
+        if lines.isatty():
+            print("\nyou> ", end="", flush=True)
+        line = lines.readline()
+        if not line:
+            return
+        if not lines.isatty():
+            print(f"you> {line.rstrip()}", flush=True)
+        yield line
+
+
+def answer(generator: Generator, encoder: Encoder, prompt: Prompt) -> Message:
+    """Write an answer as it comes; returns the message that the conversation goes on with."""
+    began, count = time.perf_counter(), 0
+
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in generator.stream(encoder(prompt)):
+            count += 1
+            yield token
+
+    opened = encoder.text(prompt).rstrip().endswith("<think>")
+    written: list[Part] = []
+    for part in parts(detokenize(counted(), encoder.tokenizer), thinking=opened):
+        _show(part, written[-1].kind if written else None)
+        written.append(part)
+    _show(Part("answer", "\n"), written[-1].kind if written else None)
+    for call in calls(written):
+        if call.name is None:
+            print(f"[tool call, not valid] {call.text.strip()}", flush=True)
+        else:
+            print(f"[tool call] {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)
+    print(f"{count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr, flush=True)
+    return _message(written)
+
+
+def _show(part: Part, before: str | None) -> None:
+    """Print a part; calls are printed when they are whole."""
+    opening, closing = (DIM, PLAIN) if sys.stdout.isatty() else ("[thinking] ", " [/thinking]\n")
+    if part.kind == "thinking" and before != "thinking":
+        print(opening, end="")
+    if part.kind != "thinking" and before == "thinking":
+        print(closing, end="")
+    if part.kind != "call":
+        print(part.text, end="", flush=True)
+
+
+def _message(written: list[Part]) -> Message:
+    """An answer as the chat template takes it."""
+    text = {kind: "".join(part.text for part in written if part.kind == kind) for kind in ("thinking", "answer")}
+    message: Message = {"role": "assistant", "content": text["answer"].strip("\n")}
+    if text["thinking"].strip():
+        message["reasoning_content"] = text["thinking"].strip("\n")
+    called = [call for call in calls(written) if call.name is not None]
+    if called:
+        message["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in called]
+    return message

@@ -1,0 +1,191 @@
+"""The blocks of a transformers model, run with less around them than its own `forward` puts there.
+
+    decoder = Decoder(model)
+    cache = Cache(batch=2, padding=[0, 3])
+    logits = decoder(ids, cache)            # [2, vocabulary], of the last position
+    logits = decoder(next_ids, cache)       # one token further
+
+At MiniMind's sizes a token costs a few milliseconds, so what surrounds the matrix products counts. The same
+weights here make one product of q, k and v, and one of gate and up; the cache has its room in advance
+instead of being concatenated at each step; a norm is one call; one set of key-value heads serves the query
+heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE and Qwen3-MoE, whose modules have the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOM = 128  # positions that a cache grows by at least
+
+
+class Cache:
+    """Keys and values of the positions so far.
+
+    Args:
+        batch: number of sequences.
+        padding: positions at the left of each sequence that are none of it.
+    """
+
+    def __init__(self, batch: int, padding: Sequence[int] | None = None) -> None:
+        self.batch = batch
+        self.length = 0
+        self.padding = list(padding) if padding and any(padding) else None
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.visible: Tensor | None = None  # [batch, 1, 1, room], where there is padding
+        self.cos = self.sin = torch.empty(0)
+
+    @property
+    def room(self) -> int:
+        """Positions that there is memory for."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+
+class Decoder:
+    """Runs a model one step after another.
+
+    Args:
+        model: of transformers. Its weights are shared, not copied: q, k, v, gate and up become views of what
+            is used here.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+
+    def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits [batch, vocabulary] of the token behind `ids` [batch, tokens], which the cache then has."""
+        self._reserve(cache, ids.shape[1])
+        start, stop = cache.length, cache.length + ids.shape[1]
+        cos, sin = (table[:, start:stop, None] for table in (cache.cos, cache.sin))
+        mask = self._mask(cache, start, stop)
+        x = self.model.model.embed_tokens(ids)
+        for number, layer in enumerate(self.layers):
+            x = x + layer.project(self._attend(layer, layer.norm1(x), cos, sin, mask, cache, number))
+            x = x + layer.mlp(layer.norm2(x))
+        cache.length = stop
+        norm = self.model.model.norm
+        logits: Tensor = self.model.lm_head(_norm(x[:, -1], norm.weight, norm.variance_epsilon))
+        return logits
+
+    def _attend(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, number: int
+    ) -> Tensor:
+        """What the heads of a layer read, [batch, tokens, heads * head_dim]."""
+        batch, tokens, _ = x.shape
+        start, stop, both = cache.length, cache.length + tokens, self.heads + self.kv_heads
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(batch, tokens, -1, self.head_dim)
+        qk = layer.norm_heads(qkv[:, :, :both], self.heads)
+        left, right = qk.chunk(2, dim=-1)
+        qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
+        keys, values = cache.keys[number], cache.values[number]
+        keys[:, :, start:stop] = qk[:, :, self.heads :].transpose(1, 2)
+        values[:, :, start:stop] = qkv[:, :, both:].transpose(1, 2)
+        keys, values = keys[:, :, :stop], values[:, :, :stop]
+        if tokens == 1:  # the query heads of a key-value head are as many queries to it
+            q = qk[:, 0, : self.heads].view(batch, self.kv_heads, -1, self.head_dim)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(batch, 1, -1)
+        q = qk[:, :, : self.heads].transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return out.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _mask(self, cache: Cache, start: int, stop: int) -> Tensor | None:
+        """Which positions may be read, [batch or 1, 1, tokens, stop]; None where plain causality says it."""
+        tokens = stop - start
+        if tokens == 1 or (start == 0 and cache.visible is None):
+            return None if cache.visible is None else cache.visible[..., :stop]
+        here = torch.arange(stop, device=self.model.device)
+        causal = here <= here[start:, None]
+        if cache.visible is None:
+            return causal[None, None]
+        # Padding reads itself alone: a softmax over nothing would be no number.
+        return (causal & cache.visible[..., :stop]) | (here == here[start:, None])
+
+    def _reserve(self, cache: Cache, tokens: int) -> None:
+        """Give a cache room for more positions."""
+        if cache.length + tokens <= cache.room:
+            return
+        room = max(2 * cache.room, cache.length + tokens + ROOM)
+        like = self.model.model.embed_tokens.weight
+        shape = (cache.batch, self.kv_heads, room, self.head_dim)
+        for tables in (cache.keys, cache.values):
+            grown = [like.new_empty(shape) for _ in self.layers]
+            for old, new in zip(tables, grown, strict=False):
+                new[:, :, : cache.length] = old[:, :, : cache.length]
+            tables[:] = grown
+        positions = torch.arange(room, device=like.device)[None]
+        if cache.padding is not None:
+            padding = torch.tensor(cache.padding, device=like.device)[:, None]
+            cache.visible = (positions >= padding)[:, None, None]
+            positions = (positions - padding).clamp(min=0)
+        cache.cos, cache.sin = self.model.model.rotary_emb(like, positions)
+
+
+class _Layer:
+    """One block's weights as they are used here."""
+
+    def __init__(self, layer: Any) -> None:
+        attention = layer.self_attn
+        self.norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.qkv, self.qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.q_norm, self.k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self.project = attention.o_proj
+        self.experts = None if hasattr(layer.mlp, "gate_proj") else layer.mlp
+        if self.experts is None:
+            self.gate_up, _ = _joined(layer.mlp.gate_proj, layer.mlp.up_proj)
+            self.down = layer.mlp.down_proj
+
+    def norm1(self, x: Tensor) -> Tensor:
+        """Before the attention."""
+        return _norm(x, *self.norms[0])
+
+    def norm2(self, x: Tensor) -> Tensor:
+        """Before the MLP."""
+        return _norm(x, *self.norms[1])
+
+    def norm_heads(self, qk: Tensor, heads: int) -> Tensor:
+        """The norms of queries and keys, where the model has them."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        q = _norm(qk[:, :, :heads], self.q_norm.weight, self.q_norm.variance_epsilon)
+        k = _norm(qk[:, :, heads:], self.k_norm.weight, self.k_norm.variance_epsilon)
+        return torch.cat((q, k), dim=2)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """SwiGLU, or the experts."""
+        if self.experts is not None:
+            out = self.experts(x)
+            routed: Tensor = out[0] if isinstance(out, tuple) else out  # transformers 4 adds the router's logits
+            return routed
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        product: Tensor = self.down(F.silu(gate) * up)
+        return product
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _joined(*layers: Any) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of linear layers of one input, one below the other; the layers then share them."""
+    joined: list[Tensor | None] = []
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        whole = None if parts[0] is None else torch.cat([part.data for part in parts])
+        if whole is not None:
+            for part, block in zip(parts, torch.split(whole, [len(p) for p in parts]), strict=True):
+                part.data = block
+        joined.append(whole)
+    weight, bias = joined
+    assert weight is not None
+    return weight, bias

@@ -1,0 +1,135 @@
+"""The command lines of inference.py and evaluation.py: MindSpeed-LLM's flags, and a few of ours.
+
+What the checkpoint itself tells need not be given. A flag of the model is compared with it where it is; those
+of the layout and of training say nothing here and are named once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minimind_mcore import arguments
+from minimind_mcore.converters.job import Job
+from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+
+USED = frozenset(
+    """
+    load hf_cfg_dir tokenizer_type tokenizer_name_or_path tokenizer_model bf16 fp16 seed seq_length
+    lora_load lora_r lora_alpha lora_target_modules
+    """.split()
+)
+# By the flag's dest; what they say is compared with the model.
+CHECKED = frozenset(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels
+    qk_layernorm normalization norm_epsilon swiglu add_bias_linear position_embedding_type
+    use_rotary_position_embeddings rotary_base untie_embeddings_and_output_weights padded_vocab_size num_experts
+    moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size
+    """.split()
+)
+# Of MindSpeed-LLM's inference: a cache of keys and values is always used, mcore models are all there is.
+NO_EFFECT = arguments.IMPLEMENTED | arguments.NO_EFFECT | {"use_kv_cache", "deprecated_use_mcore_models"}
+
+
+def parse(
+    argv: Sequence[str], program: str, used: frozenset[str], add_own: Callable[[argparse.ArgumentParser], None]
+) -> argparse.Namespace:
+    """Parse a command line of one of the programs.
+
+    Args:
+        argv: the words.
+        program: its name, for messages.
+        used: dests of MindSpeed-LLM's flags that it uses beside those of loading.
+        add_own: adds the flags of this kit.
+
+    Returns:
+        A namespace; `given` lists the flags on the command line.
+
+    Raises:
+        UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
+    """
+    parser = arguments.build_parser(prog=program)
+    for action in parser._actions:
+        if action.dest in ("lora_r", "lora_alpha"):
+            action.default = None  # taken from the checkpoint
+    _add_loading_flags(parser)
+    add_own(parser)
+    given = arguments.given_flags(argv)
+    arguments.refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
+    args = parser.parse_args(list(argv))
+    args.given = given
+    table, mine = arguments.flag_table(), USED | CHECKED | used
+    refused = [f for f in given if f in table and table[f]["dest"] not in mine | NO_EFFECT]
+    if refused:
+        raise UserError(f"{', '.join(refused)}: not implemented by {program} of this kit; leave it out")
+    args.no_effect = [f for f in given if f in table and table[f]["dest"] not in mine]
+    if args.load is None:
+        raise UserError(
+            "--load is missing: the model, a Megatron checkpoint, a Hugging Face directory or a .pth of MiniMind"
+        )
+    return args
+
+
+def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument(
+        "--params-dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="compute in it, as --bf16 and --fp16 do (default: fp32 on a CPU, elsewhere the model's own)",
+    )
+    group.add_argument("--dry-run", action="store_true", help="check everything, run nothing")
+
+
+def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
+    """What to read.
+
+    Raises:
+        UserError: two dtypes are asked for.
+    """
+    asked = {name for name in ("bf16", "fp16") if getattr(args, name)} | ({args.params_dtype} - {None})
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(sorted(asked))} are asked for; expected one dtype")
+    return Job(
+        load_dir=Path(args.load),
+        save_dir=Path(),  # nothing is written
+        save_type="hf",
+        sharding=Sharding(),
+        dtype=asked.pop() if asked else default_dtype,
+        hf_cfg_dir=Path(args.hf_cfg_dir) if args.hf_cfg_dir else None,
+        lora_load=Path(args.lora_load) if args.lora_load else None,
+        lora_r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_modules=tuple(args.lora_target_modules),
+    )
+
+
+def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Compare the flags of the model that are given with the model.
+
+    Raises:
+        UserError: one says something else.
+    """
+    expected = arguments.build_parser().parse_args(config.megatron_flags())
+    table = arguments.flag_table()
+    for flag in args.given:
+        dest = table[flag]["dest"] if flag in table else None
+        if dest in CHECKED and getattr(args, dest) != getattr(expected, dest):
+            found = getattr(args, dest)
+            raise UserError(f"{flag}: says {found}, but the model in {args.load} has {getattr(expected, dest)}")
+
+
+def tokenizer_flag(args: argparse.Namespace) -> str | None:
+    """The directory of the tokenizer, where a flag names it."""
+    found: str | None = args.tokenizer_name_or_path or args.tokenizer_model
+    return found
+
+
+def positive(text: str) -> int:
+    """The type of a flag that counts something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)

@@ -1,0 +1,140 @@
+"""A model in memory for inference, from any format that the converters read; nothing is written.
+
+loaded = load(Job(load_dir=Path("outputs/minimind3/checkpoints"), ...), tokenizer=None)
+loaded.model                            # a transformers model: Llama, Qwen3, Qwen2-MoE or Qwen3-MoE
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_mcore import device
+from minimind_mcore.converters.job import DTYPE_NAMES, Job, open_model, prepare
+from minimind_mcore.converters.source import Source
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import weights
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.preprocess.tokenize import TokenizerInfo, tokenizer_info
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, and its tokenizer.
+
+    Attributes:
+        model: of transformers, on the device, in evaluation mode.
+        tokenizer: of transformers.
+        info: identity of the tokenizer.
+        config: the architecture.
+        kind: what was read, for people.
+    """
+
+    model: Any
+    tokenizer: Any
+    info: TokenizerInfo
+    config: ModelConfig
+    kind: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = self.model.device
+        return found
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: fp32, bf16 or fp16."""
+        return DTYPE_NAMES[str(self.model.dtype).removeprefix("torch.")]
+
+
+def load(job: Job, tokenizer: str | None) -> Loaded:
+    """Read a model and its tokenizer.
+
+    Args:
+        job: what to read, and its adapters and dtype; see `converters/job.py`.
+        tokenizer: its directory; None for the one that the source names or carries.
+
+    Raises:
+        UserError: the source is damaged or of another architecture, or the tokenizer is missing or not its own.
+    """
+    source = prepare(job, open_model(job))
+    info = find_tokenizer(source, tokenizer)
+    model = build_model(source).to(device.current().torch_device)
+    return Loaded(model, _load_tokenizer(info), info, source.config, source.kind)
+
+
+def default_dtype() -> str | None:
+    """A CPU computes in fp32: halves are slower there. Elsewhere the dtype is the source's (None)."""
+    return "fp32" if device.current().kind == "cpu" else None
+
+
+def build_model(source: Source) -> Any:
+    """The transformers model with the weights of a source, on the CPU.
+
+    Raises:
+        UserError: transformers' model has other tensors.
+    """
+    import transformers
+
+    hf_config = source.config.hf_config()
+    with torch.device("meta"):  # neither memory nor time for weights that are replaced
+        model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    form = weights.detect_form(model.state_dict())
+    whole = {name: lazy.read() for name, lazy in source.tensors.items()}
+    state = weights.mcore_to_hf(whole, source.config, form)
+    if source.config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"transformers {transformers.__version__} has other tensors for this model: {error}") from error
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=hf_config)  # its buffers are in no state dict
+    return model.requires_grad_(False).eval()
+
+
+def find_tokenizer(source: Source, given: str | None) -> TokenizerInfo:
+    """The tokenizer of a model.
+
+    Args:
+        source: the model.
+        given: `--tokenizer-name-or-path`.
+
+    Raises:
+        UserError: there is none, it is not the one that the model was trained with, or has more ids than the model.
+    """
+    beside = source.folder if source.folder and (source.folder / "tokenizer.json").is_file() else None
+    path = given or source.training.tokenizer or beside
+    if path is None:
+        raise UserError(f"{source.path}: names no tokenizer and has none; give its directory, --tokenizer-name-or-path")
+    if given is None and not Path(path).exists():
+        raise UserError(
+            f"{source.path}: its tokenizer, {path}, is no longer there; give its directory, --tokenizer-name-or-path"
+        )
+    info = tokenizer_info(path)
+    expected = source.training.fingerprint
+    if expected not in (None, info.fingerprint):
+        raise UserError(
+            f"the tokenizer {path} has fingerprint {info.fingerprint[:12]}, the model was trained with "
+            f"{expected[:12]}: MiniMind's tokenizers share a vocabulary size and almost no ids; give the one that it "
+            "was trained with"
+        )
+    if info.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"the tokenizer {path} has {info.vocab_size} ids, the model {source.config.vocab_size}: it is not its own"
+        )
+    return info
+
+
+def _load_tokenizer(info: TokenizerInfo) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = Path(info.path)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else folder.parent), local_files_only=True)
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {info.path}: its tokenizer_config.json names no bos_token or no eos_token")
+    return tokenizer

@@ -1,0 +1,187 @@
+"""inference.py: greedy decoding, sampling, beam search and chat, with MindSpeed-LLM's flags.
+
+python inference.py --load outputs/minimind3/checkpoints --prompt "1 + 1 =" --raw
+python inference.py --load minimind-3 --task do_sample --hf-chat-template --prompt-file prompts.jsonl --output out.jsonl
+python inference.py --load out/full_sft_768.pth --tokenizer-name-or-path tokenizer --task chat
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from minimind_mcore import cpu_matmul, device
+from minimind_mcore.converters.job import open_model, prepare
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import chat, flags
+from minimind_mcore.inference.generation import Generator
+from minimind_mcore.inference.loading import Loaded, default_dtype, find_tokenizer, load
+from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts, read_tools
+from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.storage import atomic_file
+
+PROGRAM = "inference.py"
+TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+BEAMS = 2  # MindSpeed-LLM's
+USED = frozenset(
+    "task max_new_tokens temperature top_k top_p history_turns hf_chat_template add_eos_token enable_thinking".split()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program inference.py."""
+    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags)
+    tasks = _tasks(args)
+    settings = {task: sampling(args, task) for task in tasks}
+    if args.no_effect:
+        print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+    raw = args.raw or not (args.hf_chat_template or "chat" in tasks)
+    tools = read_tools(args.tools)
+    if args.dry_run:
+        dry_run(args)
+        return
+    prompts = [] if tasks == ["chat"] else read_prompts(args.prompt, args.prompt_file, args.system, tools)
+    loaded = start(args)
+    encoder, stop = Encoder(loaded.tokenizer, raw, args.enable_thinking), stop_ids(loaded, args.add_eos_token)
+    with _output(args.output) as output:
+        for task in tasks:
+            generator = Generator(loaded, settings[task], stop)
+            if task == "chat":
+                # What a pretrained model has seen are single texts.
+                chat.run(generator, encoder, chat.Session(0 if raw else args.history_turns, args.system, tools))
+            else:
+                generate(generator, encoder, prompts, args.prompt_batch_size, task, output)
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again and again")
+    group.add_argument("--prompt-file", help="prompts, one a line; or jsonl with prompt, messages or conversations")
+    group.add_argument("--output", help="write prompts and completions to this jsonl file")
+    group.add_argument("--raw", action="store_true", help="bos and the prompt, for a model that is only pretrained")
+    group.add_argument("--system", help="a system prompt")
+    group.add_argument("--tools", help="JSON file with definitions of tools, for the chat template")
+    group.add_argument("--prompt-batch-size", type=flags.positive, default=16, help="prompts at a time")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="more than 1: repeat less")
+
+
+def _tasks(args: argparse.Namespace) -> list[str]:
+    """The tasks that are asked for.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    tasks: list[str] = args.task or ["greedy"]
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(TASKS)}")
+    return tasks
+
+
+def sampling(args: argparse.Namespace, task: str) -> Sampling:
+    """The settings of a task.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=task in ("do_sample", "beam_search_with_sampling", "chat"),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        num_beams=BEAMS if task.startswith("beam_search") else 1,
+        seed=args.seed,
+    )
+
+
+def start(args: argparse.Namespace) -> Loaded:
+    """Load the model that a command line names, and say what it is.
+
+    Raises:
+        UserError: see `load` and `flags.check_model`.
+    """
+    if device.current().kind == "cpu":
+        cpu_matmul.use_onednn()
+    began = time.perf_counter()
+    loaded = load(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
+    flags.check_model(args, loaded.config)
+    print(
+        f"model      {args.load}: {loaded.kind}, {loaded.config.num_parameters() / 1e6:.1f}M parameters, "
+        f"{loaded.dtype} on {device.current().kind}, loaded in {time.perf_counter() - began:.1f} s\n"
+        f"tokenizer  {loaded.info.path} (fingerprint {loaded.info.fingerprint[:12]})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return loaded
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Check what can be checked without reading the weights.
+
+    Raises:
+        UserError: something is wrong.
+    """
+    job = flags.loading_job(args, default_dtype())
+    source = prepare(job, open_model(job))
+    flags.check_model(args, source.config)
+    info = find_tokenizer(source, flags.tokenizer_flag(args))
+    print(f"model      {args.load}: {source.kind}, {source.config.num_parameters() / 1e6:.1f}M parameters")
+    print(f"tokenizer  {info.path} (fingerprint {info.fingerprint[:12]})")
+    print("a dry run: everything is valid, nothing was generated", flush=True)
+
+
+def stop_ids(loaded: Loaded, words: Sequence[str]) -> list[int]:
+    """The ids of `--add-eos-token`.
+
+    Raises:
+        UserError: a word is not one token.
+    """
+    found = []
+    for word in words:
+        ids = loaded.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"--add-eos-token {word}: the tokenizer makes {len(ids)} tokens of it, expected one")
+        found += ids
+    return found
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[Any]:
+    """The file of `--output`, which appears whole or not at all; None without one."""
+    if path is None:
+        yield None
+        return
+    with atomic_file(path) as file:
+        yield file
+
+
+def generate(
+    generator: Generator, encoder: Encoder, prompts: Sequence[Prompt], batch_size: int, task: str, output: Any
+) -> None:
+    """Complete all prompts; text goes to stdout and to `output`, the speed to stderr."""
+    began, new_tokens = time.perf_counter(), 0
+    encoded = [encoder(prompt) for prompt in prompts]
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        completions = generator.complete(encoded[first : first + batch_size])
+        for prompt, completion in zip(batch, completions, strict=True):
+            text = encoder.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            print(f"[{task}] {prompt.text}\n{text}\n", flush=True)
+            new_tokens += len(completion.ids) + completion.finished
+            if output is not None:
+                row = {"task": task, "messages": prompt.messages, "completion": text}
+                row |= {"tokens": len(completion.ids), "finished": completion.finished}
+                output.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    seconds = time.perf_counter() - began
+    print(
+        f"{task}: {len(prompts)} prompts, {new_tokens} tokens in {seconds:.2f} s, {new_tokens / seconds:,.1f} tokens/s",
+        file=sys.stderr,
+        flush=True,
+    )

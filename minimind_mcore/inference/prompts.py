@@ -1,0 +1,150 @@
+"""Prompts: where they come from, and the ids that a model gets.
+
+A prompt is a conversation; a line of text is one with a single message of the user. A model that has had
+supervised fine-tuning gets it through the tokenizer's chat template. One that is only pretrained has seen bos
+and text, and gets that (`raw`), as in MiniMind's eval_llm.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+
+Message = dict[str, Any]
+KEYS = ("prompt", "text", "messages", "conversations")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that the assistant is to continue.
+
+    Attributes:
+        messages: {"role": ..., "content": ...}, the last one not the assistant's.
+        tools: definitions, in OpenAI's form.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """What the user said last."""
+        return str(self.messages[-1].get("content", ""))
+
+
+def from_text(text: str, system: str | None = None, tools: list[Any] | None = None) -> Prompt:
+    """A prompt that is one line of the user."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return Prompt([*opening, {"role": "user", "content": text}], tools)
+
+
+def read_prompts(
+    texts: Sequence[str], file: str | None, system: str | None = None, tools: list[Any] | None = None
+) -> list[Prompt]:
+    """The prompts of `--prompt` and `--prompt-file`; where neither is given, of stdin, one a line.
+
+    Raises:
+        UserError: none at all, or a file that is no such thing.
+    """
+    prompts = [from_text(text, system, tools) for text in texts]
+    if file is not None:
+        prompts += _of_file(file, system, tools)
+    if not texts and file is None:
+        if sys.stdin.isatty():
+            raise UserError("no prompt: give --prompt TEXT (again and again), --prompt-file FILE, or lines on stdin")
+        prompts += [from_text(line.rstrip("\n"), system, tools) for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UserError(f"no prompt in {file or 'stdin'}: expected at least one line")
+    return prompts
+
+
+def _of_file(spec: str, system: str | None, tools: list[Any] | None) -> Iterator[Prompt]:
+    for shard in plan_shards(find_sources(spec), subsets=1):
+        for line, record in ShardReader(shard, KEYS):
+            where = f"{shard.source.path}, record {line}"
+            if isinstance(record, Reject):
+                raise UserError(f"{where}: {record.reason}")
+            if record is not None:
+                yield _of_record(record, where, system, tools)
+
+
+def _of_record(record: Any, where: str, system: str | None, tools: list[Any] | None) -> Prompt:
+    """A prompt of a jsonl record: {"prompt": TEXT}, {"text": TEXT}, or a conversation in MiniMind's form or OpenAI's.
+
+    An answer at the end is the reference, and left out.
+    """
+    key = next((key for key in KEYS if isinstance(record, dict) and record.get(key)), None)
+    if key is None:
+        raise UserError(f"{where}: expected an object with one of {', '.join(KEYS)}")
+    value = record[key]
+    if isinstance(value, str):
+        return from_text(value, system, tools)
+    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        raise UserError(f"{where}: {key}: expected a text, or a list of objects with role and content")
+    messages = list(value)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f"{where}: {key}: no message before the assistant's")
+    given = record.get("tools") or next((m["tools"] for m in messages if m.get("tools")), None)
+    return Prompt(messages, json.loads(given) if isinstance(given, str) else given or tools)
+
+
+def read_tools(path: str | None) -> list[Any] | None:
+    """Definitions of tools from a JSON file: a list, each in OpenAI's form or the function alone.
+
+    Raises:
+        UserError: there is no such file, or something else in it.
+    """
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tools {path}: not a readable JSON file ({error})") from error
+    entries = content if isinstance(content, list) else [content]
+    tools = [entry if "function" in entry else {"type": "function", "function": entry} for entry in entries]
+    if not tools or not all(isinstance(tool["function"].get("name"), str) for tool in tools):
+        raise UserError(f'--tools {path}: expected a list of {{"type": "function", "function": {{"name": ...}}}}')
+    return tools
+
+
+class Encoder:
+    """Turns prompts into ids.
+
+    Args:
+        tokenizer: of transformers.
+        raw: bos and text; else the chat template.
+        thinking: whether to let the model think; None leaves that to the template.
+
+    Raises:
+        UserError: the tokenizer has no chat template, and one is needed.
+    """
+
+    def __init__(self, tokenizer: Any, raw: bool, thinking: bool | None = None) -> None:
+        if not raw and not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template: give --raw, or a tokenizer that has one")
+        self.tokenizer, self.raw = tokenizer, raw
+        # MiniMind's name of the switch, and Qwen3's
+        self.switches = {} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking}
+
+    def text(self, prompt: Prompt) -> str:
+        """What the model reads."""
+        if self.raw:
+            return str(self.tokenizer.bos_token) + "".join(str(m.get("content", "")) for m in prompt.messages)
+        text: str = self.tokenizer.apply_chat_template(
+            prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **self.switches
+        )
+        return text
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt."""
+        ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=False)["input_ids"]
+        return ids

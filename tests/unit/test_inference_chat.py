@@ -1,0 +1,146 @@
+"""Chat through a pipe: history, thoughts, tool calls; and what an answer's text is taken apart into."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import Corpus
+from inference_models import open_model, write_model
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import main
+from minimind_mcore.inference.answers import Call, Part, calls, detokenize, parts
+from minimind_mcore.inference.chat import Session, run
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.prompts import Encoder, read_tools
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Loaded:
+    return open_model(write_model(tmp_path_factory.mktemp("chat") / "model", "minimind3", corpus))
+
+
+class Script:
+    """Stands for a generator: gives answers that are written here, and keeps the prompts that it gets."""
+
+    def __init__(self, tokenizer: Any, answers: Sequence[str]) -> None:
+        self.tokenizer, self.answers, self.prompts = tokenizer, iter(answers), []
+
+    def stream(self, prompt: Sequence[int]) -> Iterator[int]:
+        self.prompts.append(self.tokenizer.decode(prompt))
+        yield from self.tokenizer(next(self.answers))["input_ids"]
+
+
+def chat(loaded: Loaded, session: Session, lines: str, *answers: str, thinking: bool | None = None) -> list[str]:
+    """The prompts that the model sees while these lines are typed."""
+    script = Script(loaded.tokenizer, answers)
+    run(script, Encoder(loaded.tokenizer, raw=False, thinking=thinking), session, io.StringIO(lines))
+    return script.prompts
+
+
+def test_a_pipe_keeps_the_history(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = chat(
+        loaded, Session(turns=1, system="be kind"), "a1\nb2\n\nc3\n/new\nd4\n/quit\ne5\n", "A", "B", "C", "D"
+    )
+    user, said = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n{}"
+    system, end = "<|im_start|>system\nbe kind<|im_end|>\n", "<|im_end|>\n"
+    assert prompts == [
+        system + user.format("a1") + said.format(""),
+        system + user.format("a1") + said.format("A") + end + user.format("b2") + said.format(""),
+        system + user.format("b2") + said.format("B") + end + user.format("c3") + said.format(""),  # one turn back
+        system + user.format("d4") + said.format(""),
+    ]
+    assert "you> a1\nA\nyou> b2\nB\n" in capsys.readouterr().out
+
+
+def test_thoughts_are_set_apart(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(turns=3)
+    prompts = chat(loaded, session, "ab\ncd\n", "hm\n</think>\n\nyes", "</think>no", thinking=True)
+    assert prompts[0].endswith("<|im_start|>assistant\n<think>\n")  # the template has opened the thought
+    assert "<think>\nhm\n</think>\n\nyes<|im_end|>" in prompts[1]
+    assert "[thinking] hm\n [/thinking]\n\n\nyes\n" in capsys.readouterr().out
+    assert session.messages[1] == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+
+
+def test_tool_calls_are_printed_and_answered(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    session = Session(turns=3, tools=[TOOL])
+    prompts = chat(loaded, session, "1+2?\n/tool 3\n", "wait " + call + "<tool_call>nonsense</tool_call>", "3")
+    assert json.dumps(TOOL["function"]) in prompts[0]
+    assert call + "<|im_end|>\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>" in prompts[1]
+    out = capsys.readouterr().out
+    assert '[tool call] add({"a": 1, "b": 2})\n[tool call, not valid] nonsense\n' in out
+    assert "wait \n" in out and "<tool_call>" not in out
+
+
+def test_a_chat_of_the_program_answers_each_line(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same question twice: greedy answers differ because the second has seen the first."""
+    model = write_model(tmp_path / "model", "minimind3", corpus)
+    flags = ["--load", str(model), "--task", "chat", "--max-new-tokens", "12", "--top-k", "1"]
+
+    def answers(*more: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("abc\nabc\n"))
+        main.main([*flags, *more])
+        return [turn.strip() for turn in capsys.readouterr().out.split("you> abc\n")[1:]]
+
+    first, second = answers()
+    assert first and first != second
+    assert answers("--history-turns", "0") == [first, first]
+    assert first not in answers("--raw")  # no template
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_an_answer_is_taken_apart_wherever_it_is_cut(size: int) -> None:
+    text = "<think>a < b</think>so<tool_call>{}</tool_call><tool_call>[]</tool_call>the end <thin"
+    found = list(parts(text[i : i + size] for i in range(0, len(text), size)))
+    joined: list[Part] = []
+    for part in found:
+        same = joined and joined[-1].kind == part.kind
+        joined = [*joined[:-1], Part(part.kind, joined[-1].text + part.text)] if same else [*joined, part]
+    assert [p.text for p in joined if p.kind == "thinking"] == ["a < b"]
+    assert [p.text for p in joined if p.kind == "answer"] == ["so", "the end <thin"]
+    assert [p.text for p in found if p.kind == "call"] == ["{}", "[]"]
+
+
+def test_calls_are_read_and_never_run() -> None:
+    texts = [
+        '{"name": "f", "arguments": {"x": [1]}}',
+        '{"name": "g", "arguments": "{\\"y\\": 2}"}',
+        "f(1)",
+        '{"name": "h"}',
+    ]
+    answer = "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+    found = [Call(call.name, call.arguments, call.text.strip()) for call in calls(parts(answer))]
+    assert found == [
+        Call("f", {"x": [1]}, texts[0]),
+        Call("g", {"y": 2}, texts[1]),
+        Call(None, None, texts[2]),
+        Call(None, None, texts[3]),
+    ]
+
+
+def test_characters_come_whole(loaded: Loaded) -> None:
+    """No tokenizer of 512 ids has these characters: each is several tokens."""
+    text = "光合作用 \U0001f469 é abc"
+    pieces = list(detokenize(loaded.tokenizer(text)["input_ids"], loaded.tokenizer))
+    assert "".join(pieces) == text
+    assert "光" in pieces and not any("�" in piece for piece in pieces)
+
+
+def test_tools_are_read_in_both_forms(tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([TOOL, TOOL["function"]]))
+    assert read_tools(str(file)) == [TOOL, TOOL]
+    for content in ("{", "[]", '[{"function": {}}]'):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"--tools .*tools.json: "):
+            read_tools(str(file))

@@ -1,0 +1,261 @@
+"""What inference.py writes is what transformers would write, whatever the files that the weights come from."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import Corpus
+from inference_models import config_of, open_model, run_inference, twin, write_model, write_pth
+from weights_on_disk import SMALL, state_dict, write_hf
+
+from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import main
+from minimind_mcore.inference.decoder import Cache, Decoder
+from minimind_mcore.inference.generation import Completion, Generator
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
+from minimind_mcore.inference.sampling import Sampling
+
+PROMPTS = [[1, 70, 81, 92], [1, 300], [1, 44, 45, 46, 47, 48, 49, 50, 51]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> dict[str, Path]:
+    """A directory of each architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_model(folder / name, name, corpus) for name in SMALL}
+
+
+@pytest.fixture(scope="module")
+def loaded(models: dict[str, Path]) -> dict[str, Loaded]:
+    return {name: open_model(path) for name, path in models.items()}
+
+
+def theirs(model: Any, prompt: list[int], tokens: int, **how: Any) -> list[int]:
+    """What transformers' own generate adds to a prompt."""
+    ids = torch.tensor([prompt])
+    how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | how
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **how)
+    return out[0, len(prompt) :].tolist()
+
+
+def endless(loaded: Loaded, **how: Any) -> Generator:
+    """A generator that nothing stops before its tokens are used up."""
+    generator = Generator(loaded, Sampling(**how))
+    generator.stop = []
+    return generator
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_greedy_tokens_equal_those_of_transformers(
+    name: str, models: dict[str, Path], loaded: dict[str, Loaded]
+) -> None:
+    model = twin(models[name])
+    expected = [Completion(theirs(model, prompt, 24), False) for prompt in PROMPTS]
+    generator = endless(loaded[name], max_new_tokens=24)
+    assert generator.complete(PROMPTS) == expected  # a padded batch
+    assert [generator.complete([prompt])[0] for prompt in PROMPTS] == expected  # one by one
+    assert list(generator.stream(PROMPTS[0])) == expected[0].ids
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_equal_those_of_transformers(name: str, models: dict[str, Path], loaded: dict[str, Loaded]) -> None:
+    """In steps of several tokens and of one, with and without padding, over a growing cache."""
+    ids = torch.randint(1, 500, (2, 300), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model = twin(models[name])
+        expected = torch.stack(
+            [model(ids).logits[0], torch.nn.functional.pad(model(ids[1:, 7:]).logits[0], (0, 0, 7, 0))]
+        )
+        decoder, cache = Decoder(loaded[name].model), Cache(2, [0, 7])
+        for start, stop in ((0, 20), (20, 21), (21, 150), (150, 300)):
+            found = decoder(ids[:, start:stop], cache)
+            torch.testing.assert_close(found, expected[:, stop - 1], atol=1e-4, rtol=1e-4)
+        # the model itself still works: it shares its weights with the decoder
+        torch.testing.assert_close(loaded[name].model(ids[:1]).logits[0], expected[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["minimind3", "minimind2_moe"])
+def test_text_is_the_same_from_every_format(name: str, models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
+    common = ["--load-dir", str(models[name]), "--load-model-type", "hf", "--save-model-type", "mg"]
+    layout = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2"]
+    layout += ["--target-expert-parallel-size", "2"] if "moe" in name else []
+    tokenizer = ["--tokenizer-name-or-path", str(corpus.tokenizer)]
+    main_v2([*common, *layout, *tokenizer, "--save-dir", str(tmp_path / "mcore")])
+    write_pth(tmp_path / "weights.pth", config_of(name, corpus))
+    flags = ["--raw", "--max-new-tokens", "12", "--prompt", "abcd", "--prompt", "hgf abc dd"]
+    flags += config_of(name, corpus).megatron_flags()  # checked, and right
+    expected = run_inference(models[name], tmp_path / "hf.jsonl", *flags)
+    assert len(expected) == 2 and all(row["tokens"] for row in expected)
+    assert run_inference(tmp_path / "mcore", tmp_path / "mcore.jsonl", *flags) == expected
+    assert run_inference(tmp_path / "weights.pth", tmp_path / "pth.jsonl", *flags, *tokenizer) == expected
+
+
+def test_adapters_are_merged(corpus: Corpus, tmp_path: Path) -> None:
+    """MiniMind's own LoRA file, which adds B A to the q and o of each layer."""
+    config = config_of("minimind3", corpus)
+    base, state = write_model(tmp_path / "base", "minimind3", corpus), state_dict(config, "hf")
+    adapters, random = {}, torch.Generator().manual_seed(4)
+    for name in [n for n in state if n.endswith(("q_proj.weight", "o_proj.weight"))]:
+        rows, columns = state[name].shape
+        a, b = 0.2 * torch.randn(4, columns, generator=random), 0.2 * torch.randn(rows, 4, generator=random)
+        stem = name.removesuffix(".weight")
+        adapters |= {f"{stem}.lora.A.weight": a, f"{stem}.lora.B.weight": b}
+        state[name] = state[name] + b @ a
+    torch.save(adapters, tmp_path / "lora.pth")
+    merged = write_hf(tmp_path / "merged", config, state)
+    flags = ["--raw", "--max-new-tokens", "12", "--prompt", "abcd", "--tokenizer-name-or-path", str(corpus.tokenizer)]
+    expected = run_inference(merged, tmp_path / "merged.jsonl", *flags)
+    assert run_inference(base, tmp_path / "lora.jsonl", *flags, "--lora-load", str(tmp_path / "lora.pth")) == expected
+    assert run_inference(base, tmp_path / "base.jsonl", *flags) != expected
+
+
+def test_a_completion_ends_at_eos(loaded: dict[str, Loaded]) -> None:
+    whole = endless(loaded["minimind3"], max_new_tokens=24).complete([PROMPTS[0]])[0].ids
+    generator = endless(loaded["minimind3"], max_new_tokens=24)
+    generator.stop = [whole[5]]
+    first = whole.index(whole[5])
+    assert generator.complete([PROMPTS[0]]) == [Completion(whole[:first], True)]
+    both = generator.complete(PROMPTS[:2])  # the other goes on
+    assert both[0] == Completion(whole[:first], True)
+    assert list(generator.stream(PROMPTS[0])) == whole[:first]
+
+
+def test_penalty_for_repetition_is_that_of_transformers(models: dict[str, Path], loaded: dict[str, Loaded]) -> None:
+    model = twin(models["minimind3"])
+    expected = [theirs(model, prompt, 24, repetition_penalty=1.3) for prompt in PROMPTS]
+    generator = endless(loaded["minimind3"], max_new_tokens=24, repetition_penalty=1.3)
+    assert [completion.ids for completion in generator.complete(PROMPTS)] == expected
+    assert expected != [completion.ids for completion in endless(loaded["minimind3"]).complete(PROMPTS)]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 50, 0.95), (1.3, 0, 0.8), (1.0, 5, 1.0)])
+def test_draws_follow_the_distribution_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    draws = 20000
+    logits = 2 * torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    warped = TemperatureLogitsWarper(temperature)(None, logits)
+    warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
+    expected = TopPLogitsWarper(top_p)(None, warped).softmax(-1)[0]
+    how = Sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    chosen = how.choose(logits.expand(draws, -1), None, torch.Generator().manual_seed(2))
+    found = torch.bincount(chosen, minlength=64) / draws
+    assert (found[expected == 0] == 0).all()
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
+
+
+def test_a_seed_decides_the_draws(models: dict[str, Path], tmp_path: Path) -> None:
+    def texts(name: str, seed: int) -> list[str]:
+        flags = ["--raw", "--prompt", "abcd", "--task", "do_sample", "beam_search_with_sampling", "--seed", str(seed)]
+        return [row["completion"] for row in run_inference(models["minimind3"], tmp_path / name, *flags)]
+
+    assert texts("a", 5) == texts("b", 5) != texts("c", 6)
+
+
+def test_beam_search_is_that_of_transformers(models: dict[str, Path], loaded: dict[str, Loaded]) -> None:
+    model = twin(models["minimind3"])
+    expected = [theirs(model, prompt, 12, num_beams=2, eos_token_id=[2], pad_token_id=2) for prompt in PROMPTS]
+    found = Generator(loaded["minimind3"], Sampling(max_new_tokens=12, num_beams=2)).complete(PROMPTS)
+    assert [c.ids for c in found] == [ids[: ids.index(2)] if 2 in ids else ids for ids in expected]
+
+
+def test_ids_beyond_the_tokenizer_are_never_written(corpus: Corpus, tmp_path: Path) -> None:
+    config = config_of("minimind3", corpus).replace(vocab_size=corpus.vocab_size + 64)
+    model = write_hf(tmp_path / "padded", config, state_dict(config, "hf"))
+    padded = open_model(model, corpus.tokenizer)
+    for how in ({"do_sample": True, "temperature": 50.0, "top_k": 0, "top_p": 1.0}, {"num_beams": 2}):
+        for completion in endless(padded, max_new_tokens=40, **how).complete(PROMPTS):
+            assert max(completion.ids) < corpus.vocab_size
+
+
+def test_a_prompt_is_bos_and_text_or_the_chat_template(loaded: dict[str, Loaded]) -> None:
+    tokenizer = loaded["minimind3"].tokenizer
+    prompt = Prompt([{"role": "user", "content": "abc"}])
+    assert Encoder(tokenizer, raw=True).text(prompt) == "<|im_start|>abc"
+    opening = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert Encoder(tokenizer, raw=False).text(prompt) == opening + "\n</think>\n\n"
+    assert Encoder(tokenizer, raw=False, thinking=True).text(prompt) == opening
+
+
+def test_prompts_come_from_flags_files_and_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompts.jsonl"
+    talk = [
+        {"role": "system", "content": "s", "tools": '[{"function": {"name": "f"}}]'},
+        {"role": "user", "content": "c"},
+    ]
+    rows = [{"prompt": "b"}, {"conversations": [*talk, {"role": "assistant", "content": "reference"}]}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = read_prompts(["a"], str(file), system="be brief")
+    assert [prompt.text for prompt in found] == ["a", "b", "c"]
+    assert found[0].messages[0] == {"role": "system", "content": "be brief"}
+    assert (found[2].messages, found[2].tools) == (talk, [{"function": {"name": "f"}}])
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    assert [prompt.text for prompt in read_prompts([], None)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "gready"], "--task gready: expected greedy, do_sample"),
+        (["--task", "do_sample", "--temperature", "0"], "--temperature 0.0: expected more than 0"),
+        (["--top-p", "1.5"], "--top-p 1.5: expected more than 0, at most 1"),
+        (["--hidden-size", "64"], "--hidden-size: says 64, but the model in .* has 32"),
+        (["--temprature", "1"], "unknown flag --temprature; did you mean --temperature"),
+        (["--max-length", "10"], "--max-length: not implemented by inference.py"),
+        (["--bf16", "--params-dtype", "fp16"], "bf16 and fp16 are asked for; expected one dtype"),
+        (["--tokenizer-name-or-path", "/nowhere"], "tokenizer /nowhere: no tokenizer.json there"),
+        (["--add-eos-token", "a b c"], "--add-eos-token a b c: the tokenizer makes"),
+        (["--prompt-file", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--tools", "/nowhere.json"], "--tools /nowhere.json: not a readable JSON file"),
+        (["--lora-r", "3"], "found no LoRA adapters there"),
+    ],
+)
+def test_faults_are_named(flags: list[str], message: str, models: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=message):
+        main.main(["--load", str(models["minimind3"]), "--prompt", "a", *flags])
+
+
+def test_a_missing_or_foreign_tokenizer_is_named(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
+    write_pth(tmp_path / "weights.pth", config_of("minimind3", corpus))
+    with pytest.raises(UserError, match="names no tokenizer and has none; give its directory"):
+        open_model(tmp_path / "weights.pth")
+    other = tmp_path / "other"
+    other.mkdir()
+    content = json.loads((corpus.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"has fingerprint .*, the model was trained with"):
+        open_model(models["minimind3"], other)
+    config = config_of("minimind3", corpus).replace(vocab_size=100)
+    with pytest.raises(UserError, match="has 512 ids, the model 100"):
+        open_model(write_hf(tmp_path / "few", config, state_dict(config, "hf")), corpus.tokenizer)
+
+
+def test_prompts_that_cannot_be_are_named(loaded: dict[str, Loaded], tmp_path: Path) -> None:
+    generator = Generator(loaded["minimind3"], Sampling())
+    with pytest.raises(UserError, match="a prompt is empty"):
+        generator.complete([[1], []])
+    with pytest.raises(UserError, match="a prompt has 32768 tokens, the model 32768 positions"):
+        generator.complete([[1] * 32768])
+    for content, message in (
+        ("", "no prompt in .*: expected at least one line"),
+        ('{"prompt": "a"}\n{"prompt": \n', "record 2: malformed JSON"),
+        ('{"question": "a"}', "record 1: expected an object with one of prompt, text"),
+        ('{"messages": ["a"]}', "record 1: messages: expected a text, or a list of objects"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "record 1: messages: no message before"),
+    ):
+        (tmp_path / "prompts.jsonl").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts([], str(tmp_path / "prompts.jsonl"))
+
+
+def test_a_dry_run_reads_no_weights(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main.main(["--load", str(models["minimind3"]), "--dry-run"])
+    assert "everything is valid" in capsys.readouterr().out
