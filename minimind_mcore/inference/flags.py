@@ -36,7 +36,11 @@ NO_EFFECT = arguments.IMPLEMENTED | arguments.NO_EFFECT | {"use_kv_cache", "depr
 
 
 def parse(
-    argv: Sequence[str], program: str, used: frozenset[str], add_own: Callable[[argparse.ArgumentParser], None]
+    argv: Sequence[str],
+    program: str,
+    used: frozenset[str],
+    add_own: Callable[[argparse.ArgumentParser], None],
+    ignored: frozenset[str] = frozenset(),
 ) -> argparse.Namespace:
     """Parse a command line of one of the programs.
 
@@ -45,6 +49,7 @@ def parse(
         program: its name, for messages.
         used: dests of MindSpeed-LLM's flags that it uses beside those of loading.
         add_own: adds the flags of this kit.
+        ignored: dests of MindSpeed-LLM's flags that have no effect in it.
 
     Returns:
         A namespace; `given` lists the flags on the command line.
@@ -63,7 +68,7 @@ def parse(
     args = parser.parse_args(list(argv))
     args.given = given
     table, mine = arguments.flag_table(), USED | CHECKED | used
-    refused = [f for f in given if f in table and table[f]["dest"] not in mine | NO_EFFECT]
+    refused = [f for f in given if f in table and table[f]["dest"] not in mine | NO_EFFECT | ignored]
     if refused:
         raise UserError(f"{', '.join(refused)}: not implemented by {program} of this kit; leave it out")
     args.no_effect = [f for f in given if f in table and table[f]["dest"] not in mine]

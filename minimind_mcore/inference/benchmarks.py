@@ -1,0 +1,215 @@
+"""Multiple-choice benchmarks from local files, in the forms in which they are published.
+
+| benchmark | its own files | on the Hugging Face hub |
+|---|---|---|
+| C-Eval | `dev/SUBJECT_dev.csv`, `val/SUBJECT_val.csv` | `SUBJECT/dev-*.parquet`, `SUBJECT/val-*.parquet` |
+| CMMLU | `dev/SUBJECT.csv`, `test/SUBJECT.csv` | `SUBJECT/dev-*.parquet`, `SUBJECT/test-*.parquet` |
+| MMLU | `dev/SUBJECT_dev.csv`, `test/SUBJECT_test.csv`, no header | `SUBJECT/dev-*.parquet`, `SUBJECT/test-*.parquet` |
+| OpenBookQA | `Main/train.jsonl`, `Main/test.jsonl` | `main/train-*.parquet`, `main/test-*.parquet` |
+
+Questions are written as lm-evaluation-harness writes them, except that subjects of C-Eval and CMMLU keep their
+English names. What is scored is the letter behind "Answer:" or its Chinese word; for OpenBookQA the text of the choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+
+LETTERS = "ABCD"
+SUFFIXES = (".csv", ".parquet", ".jsonl")
+REPEATED = ("all", "additional")  # folders of the hub's MMLU and OpenBookQA that have every question once more
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and which of them is right (counted from 0)."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The questions of a subject, and those with known answers that may be shown before (`shots`)."""
+
+    name: str
+    questions: list[Question]
+    shots: list[Question]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is stored and written.
+
+    Attributes:
+        splits: folder or file of the questions, and of the shots.
+        read: a question from a record; `header` names the columns of a CSV file without any.
+        introduction: what comes first; {subject} is its name.
+        answer_word: what comes before the answer; None where the texts of the choices are scored.
+        header: see `read`.
+    """
+
+    splits: tuple[str, str]
+    read: Callable[[Mapping[str, Any]], Question]
+    introduction: str = ""
+    answer_word: str | None = None
+    header: tuple[str, ...] | None = None
+
+    def context(self, question: Question) -> str:
+        """What the model reads of a question."""
+        if self.answer_word is None:
+            return question.text
+        choices = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True))
+        return f"{question.text.strip()}{choices}\n{self.answer_word}"
+
+    def continuations(self, question: Question) -> list[str]:
+        """What it may go on with: the letters, or the texts."""
+        texts = question.choices if self.answer_word is None else LETTERS[: len(question.choices)]
+        return [f" {text}" for text in texts]
+
+    def prompt(self, subject: Subject, question: Question, shots: int) -> str:
+        """Introduction, so many shots with their answers, and the question."""
+        shown = [self.context(s) + self.continuations(s)[s.answer] + "\n\n" for s in subject.shots[:shots]]
+        introduction = self.introduction.format(subject=subject.name.replace("_", " "))
+        return introduction + "".join(shown) + self.context(question)
+
+
+def _lettered(record: Mapping[str, Any]) -> Question:
+    """A row of C-Eval, CMMLU or MMLU: columns of that name in capitals or not, or `choices` and a number."""
+    row = {str(key).lower(): value for key, value in record.items()}
+    text = row["question"]
+    if "choices" in row:
+        choices, answer = tuple(row["choices"]), int(row["answer"])
+    else:
+        choices, answer = tuple(row[letter] for letter in "abcd"), LETTERS.index(str(row["answer"]).strip())
+    if len(choices) != len(LETTERS) or not 0 <= answer < len(LETTERS):
+        raise ValueError(f"{len(choices)} choices, answer {answer}")
+    return Question(str(text), tuple(map(str, choices)), answer)
+
+
+def _openbook(record: Mapping[str, Any]) -> Question:
+    """A row of OpenBookQA, with the question in an object of its own or not."""
+    inner = record["question"] if isinstance(record.get("question"), Mapping) else record
+    choices = inner["choices"]
+    if isinstance(choices, Mapping):
+        texts, labels = choices["text"], choices["label"]
+    else:
+        texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
+    stem = inner["stem"] if "stem" in inner else inner["question_stem"]
+    return Question(str(stem), tuple(map(str, texts)), list(labels).index(str(record["answerKey"]).strip()))
+
+
+BENCHMARKS = {
+    "ceval": Benchmark(
+        ("val", "dev"), _lettered, "以下是中国关于{subject}的单项选择题，请选出其中的正确答案。\n\n", "答案："
+    ),
+    "cmmlu": Benchmark(
+        ("test", "dev"), _lettered, "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "答案："
+    ),
+    "mmlu": Benchmark(
+        ("test", "dev"),
+        _lettered,
+        "The following are multiple choice questions (with answers) about {subject}.\n\n",
+        "Answer:",
+        ("question", "A", "B", "C", "D", "answer"),
+    ),
+    "openbookqa": Benchmark(("test", "train"), _openbook),
+}
+
+
+def load_benchmark(name: str, path: Path, shots: int) -> list[Subject]:
+    """The subjects of a benchmark, by name.
+
+    Args:
+        name: a key of `BENCHMARKS`.
+        path: its folder, or that of its questions, as MindSpeed-LLM's --task-data-path has it.
+        shots: how many solved questions each subject must have.
+
+    Raises:
+        UserError: nothing there, a file without questions, a row that is none, or too few shots.
+    """
+    benchmark = BENCHMARKS[name]
+    if not path.is_dir():
+        raise UserError(f"--task-data-path {path}: no such directory; expected the files of {name}")
+    split, shots_split = benchmark.splits
+    root = path.parent if path.name == split else path
+    files, solved = _files(root, split), _files(root, shots_split) if shots else {}
+    if not files:
+        raise UserError(
+            f"--task-data-path {path}: found no {split} split of {name} there; expected {split}/SUBJECT.csv or "
+            f"SUBJECT/{split}-*.parquet, as it is published (see inference/benchmarks.py)"
+        )
+    subjects = []
+    for subject, sources in sorted(files.items()):
+        known = [q for file in solved.get(subject, []) for q in _questions(file, benchmark)]
+        if len(known) < shots:
+            raise UserError(f"{name}, {subject}: --num-fewshot {shots}, but its {shots_split} split has {len(known)}")
+        subjects.append(Subject(subject, [q for file in sources for q in _questions(file, benchmark)], known))
+    return subjects
+
+
+def _files(folder: Path, split: str) -> dict[str, list[Path]]:
+    """The files of a split, by subject: `val/SUBJECT_val.csv`, `SUBJECT/val-00000-of-00001.parquet`, `Main/test.jsonl`.
+
+    Raises:
+        UserError: a subject is there in two forms.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
+        if re.fullmatch(rf"{split}(-\d+-of-\d+)?", file.stem):
+            subject = file.parent.name
+        elif file.parent.name == split or file.stem.endswith(f"_{split}"):
+            subject = file.stem.removesuffix(f"_{split}")
+        else:
+            continue
+        if subject.lower() not in REPEATED:
+            found.setdefault(subject, []).append(file)
+    for subject, files in found.items():
+        if len({(file.parent, file.suffix) for file in files}) > 1:
+            raise UserError(f"{folder}: {subject} is there more than once: {', '.join(map(str, files))}; keep one form")
+    return found
+
+
+def _questions(file: Path, benchmark: Benchmark) -> list[Question]:
+    """The questions of a file.
+
+    Raises:
+        UserError: it has none, or a row that is no question.
+    """
+    questions = []
+    for where, record in _records(file, benchmark.header):
+        try:
+            questions.append(benchmark.read(record))
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{where}: not a question of this benchmark ({error!r}); it has {dict(record)}") from error
+    if not questions:
+        raise UserError(f"{file}: no questions in it")
+    return questions
+
+
+def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if file.suffix == ".csv":
+        with open(file, encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f, header)
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: expected {len(reader.fieldnames or ())} columns, found another number")
+                yield where, row
+        return
+    for shard in plan_shards(find_sources(str(file)), subsets=1):
+        keys = ("question", "question_stem", "choices", "answer", "answerKey", "id", *LETTERS, "Question", "Answer")
+        for line, record in ShardReader(shard, keys):
+            if isinstance(record, Reject) or (record is not None and not isinstance(record, dict)):
+                raise UserError(f"{file}, record {line}: {getattr(record, 'reason', 'not an object')}")
+            if record is not None:
+                yield f"{file}, record {line}", record

@@ -1,0 +1,112 @@
+"""evaluation.py: benchmarks from local files, perplexity and bits per byte, with MindSpeed-LLM's flags.
+
+    python evaluation.py --load minimind-3 --task ceval cmmlu --task-data-path data/ceval data/cmmlu --num-fewshot 5
+    python evaluation.py --load outputs/minimind3/checkpoints --task perplexity --task-data-path held_out.jsonl
+
+A benchmark is scored by log-probabilities (see `benchmarks.py`), so no answer is ever generated or parsed. A bad file
+or a question that cannot be scored ends the program with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import flags
+from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
+from minimind_mcore.inference.harness import require_harness, run_harness
+from minimind_mcore.inference.heldout import Document, documents
+from minimind_mcore.inference.main import dry_run, start
+from minimind_mcore.inference.scores import Scores
+from minimind_mcore.inference.scoring import Accuracy, Scorer
+
+PROGRAM = "evaluation.py"
+PERPLEXITY = "perplexity"
+LENGTH = 2048
+USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples".split())
+# Of answers that are generated and parsed: none is.
+IGNORED = frozenset("no_chat_template max_new_tokens temperature top_k top_p greedy eval_language".split())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program evaluation.py."""
+    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags, IGNORED)
+    if args.no_effect:
+        print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+    if args.harness:
+        require_harness()
+    tasks = _tasks(args)
+    # All files are read before the model is: what is wrong with them shows at once.
+    subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
+    if args.dry_run:
+        dry_run(args)
+        return
+    loaded = start(args)
+    scorer = Scorer(loaded, args.evaluation_batch_size)
+    about = {"model": str(args.load), "kind": loaded.kind, "dtype": loaded.dtype, "num_fewshot": args.num_fewshot}
+    scores = Scores(about | {"tokenizer_fingerprint": loaded.info.fingerprint})
+    for name, path in tasks:
+        if name in BENCHMARKS:
+            scores.accuracies[name] = _run(scorer, name, subjects[name], args.num_fewshot)
+        else:
+            length = args.seq_length or min(LENGTH, loaded.config.max_position_embeddings - 1)
+            scores.perplexities[path] = scorer.perplexity(_shown(documents(path, loaded)), length)
+    if args.harness:
+        batch, limit = args.evaluation_batch_size, args.max_eval_samples
+        scores.harness = run_harness(loaded, args.harness, args.num_fewshot, batch, limit)
+    print(scores.table(), flush=True)
+    if args.output_dir:
+        scores.write(Path(args.output_dir))
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    next(a for a in parser._actions if a.dest == "evaluation_batch_size").default = 16  # the result is the same
+    group = parser.add_argument_group("evaluation", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="solved questions shown before each")
+    group.add_argument("--harness", nargs="+", default=[], metavar="TASK", help="run these by lm-evaluation-harness")
+    group.add_argument("--output-dir", help="write scores.json and scores.png there")
+
+
+def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The tasks, each with its path.
+
+    Raises:
+        UserError: none, an unknown one, or not a path for each.
+    """
+    names, paths = args.task or [], args.task_data_path
+    known = [*BENCHMARKS, PERPLEXITY]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(known)}")
+    if not names and not args.harness:
+        raise UserError(f"--task is missing: expected {', '.join(known)}; or --harness")
+    if len(names) != len(paths):
+        raise UserError(f"--task has {len(names)} names, --task-data-path {len(paths)} paths; expected one for each")
+    if args.num_fewshot < 0 or args.evaluation_batch_size < 1:
+        raise UserError("--num-fewshot: expected 0 or more; --evaluation-batch-size: expected 1 or more")
+    return list(zip(names, paths, strict=True))
+
+
+def _subjects(args: argparse.Namespace, name: str, path: str) -> list[Subject]:
+    subjects = load_benchmark(name, Path(path), args.num_fewshot)
+    limit = args.max_eval_samples
+    return [replace(subject, questions=subject.questions[:limit]) for subject in subjects]
+
+
+def _run(scorer: Scorer, name: str, subjects: Sequence[Subject], shots: int) -> dict[str, Accuracy]:
+    """The accuracies of a benchmark, by subject."""
+    found = {}
+    with tqdm(total=sum(len(s.questions) for s in subjects), desc=name, unit="question", disable=None) as bar:
+        for subject in subjects:
+            found[subject.name] = scorer.accuracy(BENCHMARKS[name], subject, shots)
+            bar.update(len(subject.questions))
+    return found
+
+
+def _shown(held_out: Iterator[Document]) -> Iterator[Document]:
+    yield from tqdm(held_out, desc=PERPLEXITY, unit="document", disable=None)

@@ -1,0 +1,104 @@
+"""Results of an evaluation: a table, scores.json and scores.png."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.inference.scoring import Accuracy, Perplexity
+from minimind_mcore.storage import atomic_file, atomic_write_text
+
+JSON, PICTURE = "scores.json", "scores.png"
+CHANCE = 0.25
+
+
+@dataclass
+class Scores:
+    """What was found.
+
+    Attributes:
+        about: the model, the settings.
+        accuracies: of each benchmark, by subject.
+        perplexities: of each held-out text.
+        harness: what lm-evaluation-harness says, by task.
+    """
+
+    about: dict[str, Any]
+    accuracies: dict[str, dict[str, Accuracy]] = field(default_factory=dict)
+    perplexities: dict[str, Perplexity] = field(default_factory=dict)
+    harness: dict[str, Any] = field(default_factory=dict)
+
+    def total(self, benchmark: str) -> Accuracy:
+        """Of all questions of a benchmark, whatever their subject."""
+        return sum(self.accuracies[benchmark].values(), Accuracy(0, 0, 0))
+
+    def table(self) -> str:
+        """Lines for people."""
+        lines = []
+        for name, subjects in self.accuracies.items():
+            rows = {**subjects, **({"all": self.total(name)} if len(subjects) > 1 else {})}
+            width = max(len("subject"), *map(len, rows))
+            lines.append(
+                f"{name:<12}{'subject':<{width}}{'questions':>11}{'accuracy':>10}{'± error':>9}{'by length':>11}"
+            )
+            for subject, row in rows.items():
+                error = "" if math.isnan(row.error) else f"{row.error:.2%}"
+                lines.append(
+                    f"{'':<12}{subject:<{width}}{row.questions:>11,}{row.value:>10.2%}{error:>9}{row.by_length:>11.2%}"
+                )
+        for name, text in self.perplexities.items():
+            lines.append(
+                f"perplexity  {name}: {text.value:.4f} over {text.tokens:,} tokens; "
+                f"{text.bits_per_byte:.4f} bits per byte over {text.bytes:,} bytes"
+            )
+        lines += [f"harness     {task}: {json.dumps(result)}" for task, result in self.harness.items()]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """Write scores.json and scores.png."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {**self.about, "accuracy": {}, "perplexity": {}, "harness": self.harness}
+        for name, subjects in self.accuracies.items():
+            rows = {subject: _row(accuracy) for subject, accuracy in subjects.items()}
+            content["accuracy"][name] = {"all": _row(self.total(name)), "subjects": rows}
+        for name, text in self.perplexities.items():
+            values = {"perplexity": text.value, "bits_per_byte": text.bits_per_byte}
+            content["perplexity"][name] = values | {"tokens": text.tokens, "bytes": text.bytes, "nats": text.nats}
+        atomic_write_text(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if self.accuracies:
+            with atomic_file(folder / PICTURE) as file:
+                file.write(self._draw())
+
+    def _draw(self) -> bytes:
+        """A bar for each subject, and for all of a benchmark."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib.figure import Figure
+
+        bars = []
+        for name, subjects in self.accuracies.items():
+            bars += [(f"{name}: {subject}", row, "tab:blue") for subject, row in subjects.items()]
+            bars.append((name, self.total(name), "tab:orange"))
+        figure = Figure(figsize=(8, 1 + 0.28 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        errors = [0 if math.isnan(row.error) else row.error for _, row, _ in bars]
+        axes.barh(range(len(bars)), [row.value for _, row, _ in bars], xerr=errors, color=[c for *_, c in bars])
+        axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
+        axes.invert_yaxis()
+        axes.axvline(CHANCE, color="gray", linestyle="--", label="chance")
+        axes.set(xlim=(0, 1), xlabel="accuracy, with its standard error", title=str(self.about["model"]))
+        axes.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def _row(accuracy: Accuracy) -> dict[str, float | int | None]:
+    error = None if math.isnan(accuracy.error) else accuracy.error
+    values = {"questions": accuracy.questions, "accuracy": accuracy.value, "standard_error": error}
+    return {**values, "accuracy_by_length": accuracy.by_length}

@@ -1,0 +1,190 @@
+"""Log-probabilities of continuations, and what follows from them: accuracies, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.benchmarks import Benchmark, Subject
+from minimind_mcore.inference.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many questions were answered rightly.
+
+    Attributes:
+        questions: how many there are.
+        right: where the likeliest continuation is the right one.
+        right_by_length: the same, of log-probabilities divided by the length of the choice in characters.
+    """
+
+    questions: int
+    right: int
+    right_by_length: int
+
+    @property
+    def value(self) -> float:
+        """The share of right answers."""
+        return self.right / self.questions
+
+    @property
+    def by_length(self) -> float:
+        """The same by length."""
+        return self.right_by_length / self.questions
+
+    @property
+    def error(self) -> float:
+        """Standard error of `value`: sample deviation over the root of the number; nan of a single question."""
+        if self.questions < 2:
+            return math.nan
+        return math.sqrt(self.value * (1 - self.value) / (self.questions - 1))
+
+    def __add__(self, other: Accuracy) -> Accuracy:
+        return Accuracy(
+            self.questions + other.questions, self.right + other.right, self.right_by_length + other.right_by_length
+        )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a text is predicted.
+
+    Attributes:
+        nats: negative log-likelihood of all tokens.
+        tokens: how many were predicted: all but the first of each document, its eos among them.
+        bytes: of the text, as UTF-8.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def value(self) -> float:
+        """Perplexity per token: it depends on the tokenizer."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of all tokens by bytes of text: of models with different tokenizers alike."""
+        return self.nats / math.log(2) / self.bytes
+
+
+class Scorer:
+    """Log-probabilities under a model.
+
+    Args:
+        loaded: the model.
+        batch: rows at a time.
+    """
+
+    def __init__(self, loaded: Loaded, batch: int) -> None:
+        self.loaded, self.batch = loaded, batch
+
+    def encode(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Ids of both together, and how many are the continuation's; as lm-evaluation-harness splits them."""
+        tokenizer: Any = self.loaded.tokenizer
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        whole = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+        count = len(whole) - len(tokenizer(context, add_special_tokens=False)["input_ids"])
+        if count < 1 or count == len(whole):
+            raise UserError(f"cannot score {continuation!r} behind {context[-40:]!r}: no token of one of them")
+        if len(whole) > self.loaded.config.max_position_embeddings:
+            raise UserError(f"a question has {len(whole)} tokens, more than the model's positions; give fewer shots")
+        return whole, count
+
+    def scores(self, requests: Sequence[tuple[list[int], int]]) -> Iterator[tuple[int, float]]:
+        """(number of the request, log-probability of the last `count` of its ids), in any order.
+
+        Continuations of one token behind the same context share a row.
+        """
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for number, (ids, _) in enumerate(requests):
+            rows.setdefault(tuple(ids[:-1]), []).append(number)
+        ordered = sorted(rows, key=len, reverse=True)
+        for first in range(0, len(ordered), self.batch):
+            batch = ordered[first : first + self.batch]
+            wanted = [(row, number) for row, ids in enumerate(batch) for number in rows[ids]]
+            yield from self._of_batch(batch, [(row, number, *requests[number]) for row, number in wanted])
+
+    @torch.inference_mode()
+    def _of_batch(
+        self, rows: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, int, list[int], int]]
+    ) -> list[tuple[int, float]]:
+        """The scores of (row, request, its ids, how many of them) in one batch."""
+        hidden = self._hidden(rows)
+        result = []
+        for row, number, ids, count in wanted:
+            last = hidden[row, len(ids) - 1 - count : len(ids) - 1]
+            result.append((number, self._log_probabilities(last, ids[-count:]).sum().item()))
+        return result
+
+    def _hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Of the last layer, [rows, longest, hidden]; padded at the right, where causality hides it."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.loaded.device)
+        hidden: Tensor = self.loaded.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def _log_probabilities(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
+        """Of each of the ids, given the hidden state before it: [len(ids)] in fp32."""
+        logits = self.loaded.model.lm_head(hidden).float()
+        targets = torch.tensor(ids, device=logits.device)
+        found: Tensor = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        return found
+
+    def accuracy(self, benchmark: Benchmark, subject: Subject, shots: int) -> Accuracy:
+        """Answer the questions of a subject by the likeliest continuation."""
+        requests, places = [], []
+        for number, question in enumerate(subject.questions):
+            context = benchmark.prompt(subject, question, shots)
+            for choice, continuation in enumerate(benchmark.continuations(question)):
+                requests.append(self.encode(context, continuation))
+                places.append((number, choice, len(continuation) - 1))
+        found: list[list[tuple[float, float]]] = [[(0.0, 0.0)] * len(q.choices) for q in subject.questions]
+        for request, score in self.scores(requests):
+            number, choice, length = places[request]
+            found[number][choice] = (score, score / max(length, 1))
+        right = [0, 0]
+        for question, pairs in zip(subject.questions, found, strict=True):
+            for kind in (0, 1):
+                best = max(range(len(pairs)), key=lambda choice: pairs[choice][kind])
+                right[kind] += best == question.answer
+        return Accuracy(len(subject.questions), *right)
+
+    def perplexity(self, documents: Iterable[tuple[Sequence[int], int]], length: int) -> Perplexity:
+        """Of documents, each as its ids and the bytes of its text; long ones in pieces of `length` tokens.
+
+        Raises:
+            UserError: nothing to predict.
+        """
+        nats, tokens, size = 0.0, 0, 0
+        pieces: list[Sequence[int]] = []
+
+        def flush() -> None:
+            nonlocal nats, tokens
+            if pieces:
+                requests = [(list(piece), len(piece) - 1) for piece in pieces]
+                nats -= sum(score for _, score in self.scores(requests))
+                tokens += sum(count for _, count in requests)
+                pieces.clear()
+
+        for ids, count in documents:
+            size += count
+            # A piece begins with the last token of the one before: every token but the first is predicted once.
+            pieces += [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+            if len(pieces) >= 4 * self.batch:
+                flush()
+        flush()
+        if tokens == 0 or size == 0:
+            raise UserError("the held-out text has no tokens to predict")
+        return Perplexity(nats, tokens, size)

@@ -1,0 +1,325 @@
+"""Benchmarks in the forms in which they are published, and scores that equal those computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from engine import Corpus
+from inference_models import open_model, twin, write_model
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import evaluation
+from minimind_mcore.inference.benchmarks import BENCHMARKS, Question, Subject, load_benchmark
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.scoring import Accuracy, Scorer
+from minimind_mcore.preprocess.indexed import IndexedWriter
+
+# (question, choices, answer); with a comma, quotes and a line break, as real files have
+ROWS = [
+    ("aab, bc?", ["ab", "cd", 'e "f"', "gh"], 2),
+    ("hgfe\nabcd", ["a", "bb", "ccc", "dddd"], 0),
+    ("光合作用", ["abc", "bca", "cab", "光"], 3),
+]
+SHOTS = [("ff", ["a", "b", "c", "d"], 1), ("gg", ["d", "c", "b", "a"], 3)]
+Rows = list[tuple[str, list[str], int]]
+
+
+def write_csv(file: Path, header: list[str] | None, rows: list[list[Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([*([header] if header else []), *rows])
+
+
+def write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def ceval_csv(root: Path, split: str, subject: str, rows: Rows) -> None:
+    explained = split == "dev"
+    header = ["id", "question", "A", "B", "C", "D", "answer", *(["explanation"] if explained else [])]
+    table = [[i, q, *c, "ABCD"[a], *(["because"] if explained else [])] for i, (q, c, a) in enumerate(rows)]
+    write_csv(root / split / f"{subject}_{split}.csv", header, table)
+
+
+def ceval_hub(root: Path, split: str, subject: str, rows: Rows) -> None:
+    table = [
+        {"id": i, "question": q, **dict(zip("ABCD", c, strict=True)), "answer": "ABCD"[a], "explanation": ""}
+        for i, (q, c, a) in enumerate(rows)
+    ]
+    write_parquet(root / subject / f"{split}-00000-of-00001.parquet", table)
+
+
+def cmmlu_csv(root: Path, split: str, subject: str, rows: Rows) -> None:
+    table = [[i, q, *c, "ABCD"[a]] for i, (q, c, a) in enumerate(rows)]
+    write_csv(
+        root / {"val": "test"}.get(split, split) / f"{subject}.csv",
+        ["", "Question", "A", "B", "C", "D", "Answer"],
+        table,
+    )
+
+
+def mmlu_csv(root: Path, split: str, subject: str, rows: Rows) -> None:
+    split = {"val": "test"}.get(split, split)
+    write_csv(root / split / f"{subject}_{split}.csv", None, [[q, *c, "ABCD"[a]] for q, c, a in rows])
+
+
+def mmlu_hub(root: Path, split: str, subject: str, rows: Rows) -> None:
+    split = {"val": "test"}.get(split, split)
+    table = [{"question": q, "subject": subject, "choices": c, "answer": a} for q, c, a in rows]
+    for folder in (subject, "all"):
+        write_parquet(root / folder / f"{split}-00000-of-00001.parquet", table)
+
+
+def openbook_jsonl(root: Path, split: str, subject: str, rows: Rows) -> None:
+    table = [
+        {
+            "id": str(i),
+            "question": {"stem": q, "choices": [{"text": t, "label": n} for t, n in zip(c, "ABCD", strict=True)]},
+            "answerKey": "ABCD"[a],
+        }
+        for i, (q, c, a) in enumerate(rows)
+    ]
+    write_jsonl(root / "Main" / f"{ {'val': 'test', 'dev': 'train'}[split] }.jsonl", table)
+
+
+def openbook_hub(root: Path, split: str, subject: str, rows: Rows) -> None:
+    table = [
+        {"id": str(i), "question_stem": q, "choices": {"text": c, "label": list("ABCD")}, "answerKey": "ABCD"[a]}
+        for i, (q, c, a) in enumerate(rows)
+    ]
+    for folder in ("main", "additional"):
+        write_parquet(root / folder / f"{ {'val': 'test', 'dev': 'train'}[split] }-00000-of-00001.parquet", table)
+
+
+FORMS: dict[str, tuple[str, Callable[[Path, str, str, Rows], None]]] = {
+    "ceval csv": ("ceval", ceval_csv),
+    "ceval hub": ("ceval", ceval_hub),
+    "cmmlu csv": ("cmmlu", cmmlu_csv),
+    "mmlu csv": ("mmlu", mmlu_csv),
+    "mmlu hub": ("mmlu", mmlu_hub),
+    "openbookqa jsonl": ("openbookqa", openbook_jsonl),
+    "openbookqa hub": ("openbookqa", openbook_hub),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Path:
+    return write_model(tmp_path_factory.mktemp("evaluate") / "model", "minimind3", corpus)
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> Loaded:
+    return open_model(model)
+
+
+def by_hand(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    """Log-probability of a continuation, by transformers, one token after another."""
+    ids = tokenizer(context + continuation)["input_ids"]
+    first = len(tokenizer(context)["input_ids"])
+    with torch.no_grad():
+        probabilities = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(probabilities[place - 1, ids[place]].item() for place in range(first, len(ids)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_published_forms_are_read(form: str, tmp_path: Path) -> None:
+    name, write = FORMS[form]
+    subjects = ["main"] if name == "openbookqa" else ["art_studies", "law"]
+    for subject in subjects:
+        write(tmp_path, "val", subject, ROWS)
+        write(tmp_path, "dev", subject, SHOTS)
+    found = load_benchmark(name, tmp_path, shots=2)
+    assert [subject.name.lower() for subject in found] == subjects
+    for subject in found:
+        assert subject.questions == [Question(q, tuple(c), a) for q, c, a in ROWS]
+        assert subject.shots == [Question(q, tuple(c), a) for q, c, a in SHOTS]
+    split = tmp_path / BENCHMARKS[name].splits[0]
+    if split.is_dir():  # as MindSpeed-LLM's flag names it
+        assert load_benchmark(name, split, shots=2) == found
+
+
+def test_prompts_are_those_of_the_harness() -> None:
+    subject = Subject(
+        "art_studies", [Question(" q? ", ("1", "2", "3", "4"), 0)], [Question("s", ("5", "6", "7", "8"), 3)]
+    )
+    assert BENCHMARKS["mmlu"].prompt(subject, subject.questions[0], 1) == (
+        "The following are multiple choice questions (with answers) about art studies.\n\n"
+        "s\nA. 5\nB. 6\nC. 7\nD. 8\nAnswer: D\n\n"
+        "q?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    )
+    assert BENCHMARKS["ceval"].prompt(subject, subject.questions[0], 0).endswith("\nD. 4\n答案：")
+    assert BENCHMARKS["openbookqa"].prompt(subject, subject.questions[0], 1) == "s 8\n\n q? "
+    assert BENCHMARKS["openbookqa"].continuations(subject.questions[0]) == [" 1", " 2", " 3", " 4"]
+
+
+@pytest.mark.parametrize(("name", "shots"), [("mmlu", 0), ("ceval", 2), ("openbookqa", 1)])
+def test_accuracies_equal_those_computed_by_hand(name: str, shots: int, model: Path, loaded: Loaded) -> None:
+    questions = [Question(q * n, tuple(c), (a + n) % 4) for n in range(1, 8) for q, c, a in ROWS]
+    subject = Subject("law", questions, [Question(q, tuple(c), a) for q, c, a in SHOTS])
+    benchmark, reference = BENCHMARKS[name], twin(model)
+    right = by_length = 0
+    for question in questions:
+        context = benchmark.prompt(subject, question, shots)
+        continuations = benchmark.continuations(question)
+        scores = [by_hand(reference, loaded.tokenizer, context, text) for text in continuations]
+        right += max(range(4), key=scores.__getitem__) == question.answer
+        long = [score / (len(text) - 1) for score, text in zip(scores, continuations, strict=True)]
+        by_length += max(range(4), key=long.__getitem__) == question.answer
+    found = Scorer(loaded, batch=5).accuracy(benchmark, subject, shots)
+    assert found == Accuracy(len(questions), right, by_length)
+    assert 0 < right < len(questions)
+
+
+def test_log_probabilities_equal_those_computed_by_hand(model: Path, loaded: Loaded) -> None:
+    scorer, reference = Scorer(loaded, batch=2), twin(model)
+    pairs = [("abcd", " A"), ("abcd", " B"), ("hgf abc ", "dd e"), ("a", " abcd hgfe")]
+    found = dict(scorer.scores([scorer.encode(*pair) for pair in pairs]))
+    expected = {
+        n: by_hand(reference, loaded.tokenizer, c.rstrip(), " " * (len(c) - len(c.rstrip())) + t)
+        for n, (c, t) in enumerate(pairs)
+    }
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_standard_error_is_that_of_a_mean() -> None:
+    answers = [1.0] * 3 + [0.0] * 7
+    deviation = torch.tensor(answers).std(unbiased=True).item()
+    assert Accuracy(10, 3, 0).error == pytest.approx(deviation / math.sqrt(10))
+    assert math.isnan(Accuracy(1, 1, 1).error)
+    assert Accuracy(10, 3, 0) + Accuracy(5, 1, 2) == Accuracy(15, 4, 2)
+
+
+@pytest.mark.parametrize("length", ["4", "64"])
+def test_perplexity_equals_a_direct_computation(
+    length: str, model: Path, loaded: Loaded, corpus: Corpus, tmp_path: Path
+) -> None:
+    texts = ["abcd hgfe abba", "光合作用 abc", "a", "gfed " * 9]
+    rows = [[1, *loaded.tokenizer(text)["input_ids"], 2] for text in texts]
+    write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    with IndexedWriter(tmp_path / "data_text_document") as writer:
+        for row in rows:
+            writer.add(torch.tensor(row).numpy(), torch.tensor([len(row)]).numpy())
+    nats, reference = 0.0, twin(model)
+    for row in rows:
+        for start in range(0, len(row) - 1, int(length)):  # a window knows nothing of what lies before it
+            piece = torch.tensor([row[start : start + int(length) + 1]])
+            with torch.no_grad():
+                logits = reference(piece[:, :-1]).logits[0].double()
+            nats += torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+    tokens, size = sum(len(row) - 1 for row in rows), sum(len(text.encode()) for text in texts)
+    for data in ("text.jsonl", "data_text_document"):
+        flags = ["--task", "perplexity", "--task-data-path", str(tmp_path / data), "--seq-length", length]
+        evaluation.main(["--load", str(model), *flags, "--output-dir", str(tmp_path / "out")])
+        found = json.loads((tmp_path / "out" / "scores.json").read_text())["perplexity"][str(tmp_path / data)]
+        assert (found["tokens"], found["bytes"]) == (tokens, size)
+        assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_results_are_a_table_a_file_and_a_picture(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for subject, rows in (("law", ROWS), ("art", ROWS[:2])):
+        mmlu_csv(tmp_path / "mmlu", "test", subject, rows)
+    openbook_jsonl(tmp_path / "obqa", "val", "main", ROWS)
+    flags = ["--task", "mmlu", "openbookqa", "--task-data-path", str(tmp_path / "mmlu"), str(tmp_path / "obqa")]
+    evaluation.main(["--load", str(model), *flags, "--output-dir", str(tmp_path / "out"), "--max-eval-samples", "2"])
+    out, scores = capsys.readouterr().out, json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["accuracy"]["mmlu"]["all"]["questions"] == 4
+    assert set(scores["accuracy"]["mmlu"]["subjects"]) == {"law", "art"}
+    assert [line.split()[0] for line in out.splitlines()] == ["mmlu", "art", "law", "all", "openbookqa", "Main"]
+    assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_harness_gets_the_model(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a stand-in for lm-evaluation-harness: it is not among what the tests install."""
+    seen: dict[str, Any] = {}
+
+    def simple_evaluate(**options: Any) -> dict[str, Any]:
+        seen.update(options)
+        return {"results": {"piqa": {"acc,none": 0.5}}}
+
+    package, inner, file = (types.ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
+    package.simple_evaluate, file.HFLM = simple_evaluate, lambda **options: options
+    package.__spec__ = types.SimpleNamespace()
+    for module in (package, inner, file):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    evaluation.main(["--load", str(model), "--harness", "piqa", "--num-fewshot", "3", "--output-dir", str(tmp_path)])
+    assert (seen["tasks"], seen["num_fewshot"]) == (["piqa"], 3)
+    assert type(seen["model"]["pretrained"]).__name__ == "Qwen3ForCausalLM"
+    assert json.loads((tmp_path / "scores.json").read_text())["harness"] == {"piqa": {"acc,none": 0.5}}
+
+
+def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="lm-evaluation-harness is not installed"):
+        evaluation.main(["--load", str(model), "--harness", "piqa"])
+
+
+def broken(tmp_path: Path, content: str) -> Path:
+    file = tmp_path / "test" / "law_test.csv"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"law_test.csv: no questions in it"),
+        ("q,a,b,c,d,A\nq,a,b,c,A\n", r"law_test.csv, line 2: expected 6 columns"),
+        ("q,a,b,c,d,A\nq,a,b,c,d,A,x\n", r"law_test.csv, line 2: expected 6 columns"),
+        ("q,a,b,c,d,E\n", r"law_test.csv, line 1: not a question of this benchmark"),
+    ],
+)
+def test_a_bad_file_is_an_error(content: str, message: str, model: Path, tmp_path: Path) -> None:
+    path = broken(tmp_path, content)
+    with pytest.raises(UserError, match=message):
+        evaluation.main(["--load", str(model), "--task", "mmlu", "--task-data-path", str(path)])
+
+
+def test_faults_are_named(model: Path, tmp_path: Path) -> None:
+    path = str(broken(tmp_path, "q,a,b,c,d,A\n"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
+    (tmp_path / "nothing.jsonl").write_text("")
+    for flags, message in (
+        (
+            ["--task", "mmul", "--task-data-path", path],
+            "--task mmul: expected ceval, cmmlu, mmlu, openbookqa, perplexity",
+        ),
+        (["--task", "mmlu"], "--task has 1 names, --task-data-path 0 paths"),
+        ([], "--task is missing"),
+        (["--task", "mmlu", "--task-data-path", "/nowhere"], "/nowhere: no such directory"),
+        (["--task", "mmlu", "--task-data-path", str(tmp_path / "empty")], "found no test split of mmlu there"),
+        (["--task", "mmlu", "--task-data-path", path, "--num-fewshot", "5"], "mmlu, law: --num-fewshot 5, but its dev"),
+        (["--task", "perplexity", "--task-data-path", str(tmp_path / "text.jsonl")], "text.jsonl, record 2: expected"),
+        (["--task", "perplexity", "--task-data-path", str(tmp_path / "nothing.jsonl")], "no tokens to predict"),
+        (["--task", "perplexity", "--task-data-path", "/nowhere.jsonl"], "/nowhere.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation.main(["--load", str(model), *flags])
+
+
+def test_a_question_in_two_forms_counts_once(tmp_path: Path) -> None:
+    mmlu_csv(tmp_path, "val", "law", ROWS)
+    mmlu_hub(tmp_path, "val", "law", ROWS)
+    with pytest.raises(UserError, match="law is there more than once"):
+        load_benchmark("mmlu", tmp_path, 0)
