@@ -12,6 +12,13 @@ medians of the rounds and their ratio are printed, and how a batch does against 
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind_mcore import cpu_matmul, device
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.presets import get_preset
 
 Cache = list[tuple[Tensor, Tensor]]
 TEMPERATURE, TOP_K, TOP_P = 0.85, 50, 0.95
@@ -123,3 +132,118 @@ def sample(logits: Tensor) -> Tensor:
     drop[..., 1:], drop[..., 0] = drop[..., :-1].clone(), 0
     logits[drop.scatter(1, order, drop)] = -float("inf")
     return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
+
+
+Run = Callable[[Tensor], None]
+
+
+def plain_run(config: ModelConfig, args: argparse.Namespace) -> Run:
+    """The plain loop."""
+    model: Any = PlainModel(config).to(device.current().torch_device, DTYPES[args.dtype])
+    return lambda ids: model.generate(ids, args.tokens) and None
+
+
+def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
+    """What inference.py runs, with nothing to stop it."""
+    import transformers
+
+    from minimind_mcore.inference.generation import Generator
+    from minimind_mcore.inference.loading import Loaded
+    from minimind_mcore.inference.sampling import Sampling
+    from minimind_mcore.preprocess.tokenize import TokenizerInfo
+
+    model: Any = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()
+    info = TokenizerInfo("", "", config.vocab_size, None, None)
+    loaded = Loaded(model.to(device.current().torch_device, DTYPES[args.dtype]), NoTokenizer(), info, config, "")
+    how = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
+    generator = Generator(loaded, Sampling(max_new_tokens=args.tokens, **how))
+    generator.stop = []
+    return lambda ids: generator.complete(ids.tolist()) and None
+
+
+class NoTokenizer:
+    """Random weights write no text."""
+
+    eos_token_id = 2
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """The measured process: tokens/s of one side, by batch size, by the clock and by CPU seconds."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    if args.side != "plain" and device.current().kind == "cpu":
+        cpu_matmul.use_onednn()
+    config = get_preset(args.model[0])
+    run = (plain_run if args.side == "plain" else kit_run)(config, args)
+    rates: dict[str, dict[str, float]] = {}
+    for name, batch, calls in (("1", 1, 1), ("16", 16, 1), ("16 x 1", 1, 16)):
+        prompts = torch.randint(3, config.vocab_size, (batch, args.prompt), device=device.current().torch_device)
+        if name != "16 x 1":
+            run(prompts)
+        start, busy = time.perf_counter(), time.process_time()
+        for _ in range(calls):
+            run(prompts)
+        device.synchronize()
+        tokens = batch * calls * args.tokens
+        wall, cpu = time.perf_counter() - start, time.process_time() - busy
+        rates[name] = {"wall": tokens / wall, "cpu": tokens / cpu}
+    print(json.dumps(rates))
+
+
+def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run `measure` for one side in a process of its own."""
+    options = [
+        word for name in ("tokens", "prompt", "dtype", "threads") for word in (f"--{name}", str(getattr(args, name)))
+    ]
+    command = [sys.executable, __file__, "--side", side, "--model", model, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def compare(model: str, args: argparse.Namespace) -> None:
+    """Both sides in turn, `--rounds` times; print tokens/s by batch size, and the ratios."""
+    runs: dict[str, list[dict[str, dict[str, float]]]] = {"kit": [], "plain": []}
+    for number in range(args.rounds):
+        for side in list(runs)[:: -1 if number % 2 else 1]:
+            runs[side].append(run_side(side, model, args))
+            shown = ", ".join(f"batch {b} {rate['wall']:,.1f}" for b, rate in runs[side][-1].items())
+            print(f"  round {number + 1} {side:<6} {shown} tokens/s", flush=True)
+
+    def ratio(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
+        by = {kind: statistics.median(a[kind] / b[kind] for a, b in pairs) for kind in ("wall", "cpu")}
+        return f"{by['wall']:.2f} by the clock, {by['cpu']:.2f} by CPU seconds (medians of the rounds)"
+
+    for batch in ("1", "16"):
+        kit, plain = (statistics.median(run[batch]["wall"] for run in runs[side]) for side in runs)
+        pairs = [(k[batch], p[batch]) for k, p in zip(runs["kit"], runs["plain"], strict=True)]
+        print(f"{model:<16} batch {batch:<3} kit {kit:,.1f}, plain {plain:,.1f} tokens/s: {ratio(pairs)}")
+    print(f"{model:<16} batch 16 to 16 calls, kit: {ratio([(k['16'], k['16 x 1']) for k in runs['kit']])}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["minimind2_small", "minimind3"], help="dense presets")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--threads", type=int, default=device.usable_cores())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", choices=("kit", "plain"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        measure(args)
+        return
+    found = device.current()
+    print(f"{found.kind}: {found.name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
+    print(f"prompts of {args.prompt} tokens, {args.tokens} new ones\n")
+    for model in args.model:
+        compare(model, args)
+
+
+if __name__ == "__main__":
+    main()
