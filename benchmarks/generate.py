@@ -134,13 +134,13 @@ def sample(logits: Tensor) -> Tensor:
     return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
 
 
-Run = Callable[[Tensor], None]
+Run = Callable[[Tensor], object]
 
 
 def plain_run(config: ModelConfig, args: argparse.Namespace) -> Run:
     """The plain loop."""
     model: Any = PlainModel(config).to(device.current().torch_device, DTYPES[args.dtype])
-    return lambda ids: model.generate(ids, args.tokens) and None
+    return lambda ids: model.generate(ids, args.tokens)
 
 
 def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
@@ -158,7 +158,7 @@ def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
     how = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
     generator = Generator(loaded, Sampling(max_new_tokens=args.tokens, **how))
     generator.stop = []
-    return lambda ids: generator.complete(ids.tolist()) and None
+    return lambda ids: generator.complete(ids.tolist())
 
 
 class NoTokenizer:

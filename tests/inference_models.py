@@ -14,7 +14,7 @@ from weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.converters.job import Job
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.inference import main
-from minimind_mcore.inference.loading import Loaded, load
+from minimind_mcore.inference.loading import Loaded, load, open_both
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 
@@ -42,7 +42,7 @@ def write_pth(file: Path, config: ModelConfig) -> None:
 def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     """Load a model as the programs do."""
     job = Job(load_dir=path, save_dir=Path(), save_type="hf", sharding=Sharding(), dtype="fp32")
-    return load(job, str(tokenizer) if tokenizer else None)
+    return load(*open_both(job, str(tokenizer) if tokenizer else None))
 
 
 def twin(path: Path) -> Any:

@@ -22,9 +22,9 @@ from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
 from minimind_mcore.inference.harness import require_harness, run_harness
 from minimind_mcore.inference.heldout import Document, documents
-from minimind_mcore.inference.main import dry_run, start
 from minimind_mcore.inference.scores import Scores
 from minimind_mcore.inference.scoring import Accuracy, Scorer
+from minimind_mcore.inference.starting import opened, start
 
 PROGRAM = "evaluation.py"
 PERPLEXITY = "perplexity"
@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = _tasks(args)
     # All files are read before the model is: what is wrong with them shows at once.
     subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
+    source, info = opened(args)
     if args.dry_run:
-        dry_run(args)
+        print("a dry run: everything is valid, nothing was evaluated", flush=True)
         return
-    loaded = start(args)
+    loaded = start(source, info)
     scorer = Scorer(loaded, args.evaluation_batch_size)
     about = {"model": str(args.load), "kind": loaded.kind, "dtype": loaded.dtype, "num_fewshot": args.num_fewshot}
     scores = Scores(about | {"tokenizer_fingerprint": loaded.info.fingerprint})

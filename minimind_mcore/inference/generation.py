@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.decoder import Cache, Decoder
+from minimind_mcore.inference.decoder import Cache
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.sampling import Sampling
 
@@ -47,7 +47,6 @@ class Generator:
     def __init__(self, loaded: Loaded, sampling: Sampling, stop: Sequence[int] = ()) -> None:
         self.loaded, self.sampling = loaded, sampling
         self.stop = sorted({loaded.tokenizer.eos_token_id, *stop})
-        self.decoder = Decoder(loaded.model)
         self.random = torch.Generator(loaded.device).manual_seed(sampling.seed)
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
@@ -100,7 +99,7 @@ class Generator:
         known = self.loaded.info.vocab_size
         for _ in range(room):
             # Rows behind the tokenizer's ids are padding of the vocabulary.
-            logits = self.decoder(ids, cache)[:, :known]
+            logits = self.loaded.decoder(ids, cache)[:, :known]
             chosen = self.sampling.choose(logits, seen if penalty else None, self.random)
             tokens = chosen.tolist()
             yield tokens

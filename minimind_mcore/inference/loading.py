@@ -6,6 +6,7 @@ loaded.model                            # a transformers model: Llama, Qwen3, Qw
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from minimind_mcore import device
 from minimind_mcore.converters.job import DTYPE_NAMES, Job, open_model, prepare
 from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
+from minimind_mcore.inference.decoder import Decoder
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, tokenizer_info
@@ -45,14 +47,19 @@ class Loaded:
         found: torch.device = self.model.device
         return found
 
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Runs the model step by step; made once, as it rearranges the weights."""
+        return Decoder(self.model)
+
     @property
     def dtype(self) -> str:
         """Of the weights: fp32, bf16 or fp16."""
         return DTYPE_NAMES[str(self.model.dtype).removeprefix("torch.")]
 
 
-def load(job: Job, tokenizer: str | None) -> Loaded:
-    """Read a model and its tokenizer.
+def open_both(job: Job, tokenizer: str | None) -> tuple[Source, TokenizerInfo]:
+    """A model that is not yet read, and its tokenizer.
 
     Args:
         job: what to read, and its adapters and dtype; see `converters/job.py`.
@@ -62,9 +69,17 @@ def load(job: Job, tokenizer: str | None) -> Loaded:
         UserError: the source is damaged or of another architecture, or the tokenizer is missing or not its own.
     """
     source = prepare(job, open_model(job))
-    info = find_tokenizer(source, tokenizer)
+    return source, find_tokenizer(source, tokenizer)
+
+
+def load(source: Source, info: TokenizerInfo) -> Loaded:
+    """Read the weights onto the device.
+
+    Raises:
+        UserError: they are damaged.
+    """
     model = build_model(source).to(device.current().torch_device)
-    return Loaded(model, _load_tokenizer(info), info, source.config, source.kind)
+    return Loaded(model, load_tokenizer(info), info, source.config, source.kind)
 
 
 def default_dtype() -> str | None:
@@ -130,7 +145,12 @@ def find_tokenizer(source: Source, given: str | None) -> TokenizerInfo:
     return info
 
 
-def _load_tokenizer(info: TokenizerInfo) -> Any:
+def load_tokenizer(info: TokenizerInfo) -> Any:
+    """The tokenizer, by transformers.
+
+    Raises:
+        UserError: it names no bos or eos.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(info.path)

@@ -12,17 +12,20 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from minimind_mcore import cpu_matmul, device
-from minimind_mcore.converters.job import open_model, prepare
+from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import chat, flags
 from minimind_mcore.inference.generation import Generator
-from minimind_mcore.inference.loading import Loaded, default_dtype, find_tokenizer, load
+from minimind_mcore.inference.loading import load_tokenizer
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts, read_tools
 from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.starting import opened, start
+from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
+from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_file
 
 PROGRAM = "inference.py"
@@ -42,20 +45,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
     raw = args.raw or not (args.hf_chat_template or "chat" in tasks)
     tools = read_tools(args.tools)
+    if args.engine == "vllm":
+        require_vllm(tasks)
+    prompts = (
+        [] if args.dry_run or tasks == ["chat"] else read_prompts(args.prompt, args.prompt_file, args.system, tools)
+    )
+    source, info = opened(args)
+    tokenizer = load_tokenizer(info)
+    encoder, stop = Encoder(tokenizer, raw, args.enable_thinking), stop_ids(tokenizer, args.add_eos_token)
     if args.dry_run:
-        dry_run(args)
+        print("a dry run: everything is valid, nothing was generated", flush=True)
         return
-    prompts = [] if tasks == ["chat"] else read_prompts(args.prompt, args.prompt_file, args.system, tools)
-    loaded = start(args)
-    encoder, stop = Encoder(loaded.tokenizer, raw, args.enable_thinking), stop_ids(loaded, args.add_eos_token)
-    with _output(args.output) as output:
+    with _output(args.output) as output, _engine(args.engine, source, info) as engine:
         for task in tasks:
-            generator = Generator(loaded, settings[task], stop)
+            generator = engine(settings[task], stop)
             if task == "chat":
                 # What a pretrained model has seen are single texts.
                 chat.run(generator, encoder, chat.Session(0 if raw else args.history_turns, args.system, tools))
             else:
                 generate(generator, encoder, prompts, args.prompt_batch_size, task, output)
+
+
+@contextlib.contextmanager
+def _engine(name: str, source: Source, info: TokenizerInfo) -> Iterator[Callable[[Sampling, Sequence[int]], Any]]:
+    """Makes generators from settings and stop ids, all with one model."""
+    if name == "vllm":
+        with start_vllm(source, Path(info.path)) as engine:
+            yield lambda how, stop: VLLMGenerator(engine, how, stop)
+    else:
+        loaded = start(source, info)
+        yield lambda how, stop: Generator(loaded, how, stop)
 
 
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +86,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", help="a system prompt")
     group.add_argument("--tools", help="JSON file with definitions of tools, for the chat template")
     group.add_argument("--prompt-batch-size", type=flags.positive, default=16, help="prompts at a time")
+    group.add_argument("--engine", choices=("native", "vllm"), default="native", help="vllm: where it is installed")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="more than 1: repeat less")
 
 
@@ -101,51 +121,15 @@ def sampling(args: argparse.Namespace, task: str) -> Sampling:
     )
 
 
-def start(args: argparse.Namespace) -> Loaded:
-    """Load the model that a command line names, and say what it is.
-
-    Raises:
-        UserError: see `load` and `flags.check_model`.
-    """
-    if device.current().kind == "cpu":
-        cpu_matmul.use_onednn()
-    began = time.perf_counter()
-    loaded = load(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
-    flags.check_model(args, loaded.config)
-    print(
-        f"model      {args.load}: {loaded.kind}, {loaded.config.num_parameters() / 1e6:.1f}M parameters, "
-        f"{loaded.dtype} on {device.current().kind}, loaded in {time.perf_counter() - began:.1f} s\n"
-        f"tokenizer  {loaded.info.path} (fingerprint {loaded.info.fingerprint[:12]})",
-        file=sys.stderr,
-        flush=True,
-    )
-    return loaded
-
-
-def dry_run(args: argparse.Namespace) -> None:
-    """Check what can be checked without reading the weights.
-
-    Raises:
-        UserError: something is wrong.
-    """
-    job = flags.loading_job(args, default_dtype())
-    source = prepare(job, open_model(job))
-    flags.check_model(args, source.config)
-    info = find_tokenizer(source, flags.tokenizer_flag(args))
-    print(f"model      {args.load}: {source.kind}, {source.config.num_parameters() / 1e6:.1f}M parameters")
-    print(f"tokenizer  {info.path} (fingerprint {info.fingerprint[:12]})")
-    print("a dry run: everything is valid, nothing was generated", flush=True)
-
-
-def stop_ids(loaded: Loaded, words: Sequence[str]) -> list[int]:
-    """The ids of `--add-eos-token`.
+def stop_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The ids that end a completion: eos, and those of `--add-eos-token`.
 
     Raises:
         UserError: a word is not one token.
     """
-    found = []
+    found = [tokenizer.eos_token_id]
     for word in words:
-        ids = loaded.tokenizer(word, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise UserError(f"--add-eos-token {word}: the tokenizer makes {len(ids)} tokens of it, expected one")
         found += ids
@@ -163,7 +147,12 @@ def _output(path: str | None) -> Iterator[Any]:
 
 
 def generate(
-    generator: Generator, encoder: Encoder, prompts: Sequence[Prompt], batch_size: int, task: str, output: Any
+    generator: Generator | VLLMGenerator,
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    task: str,
+    output: Any,
 ) -> None:
     """Complete all prompts; text goes to stdout and to `output`, the speed to stderr."""
     began, new_tokens = time.perf_counter(), 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,37 @@ def test_prompts_that_cannot_be_are_named(loaded: dict[str, Loaded], tmp_path: P
             read_prompts([], str(tmp_path / "prompts.jsonl"))
 
 
-def test_a_dry_run_reads_no_weights(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_vllm_gets_the_weights_and_the_settings(
+    models: dict[str, Path], loaded: dict[str, Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for vLLM, which runs transformers: the real one needs a GPU."""
+
+    class LLM:
+        def __init__(self, model: str, tokenizer: str) -> None:
+            self.model, self.tokenizer = twin(Path(model)), tokenizer
+
+        def generate(self, prompts: list[dict[str, list[int]]], how: types.SimpleNamespace) -> list[Any]:
+            assert how.temperature == 0 and how.stop_token_ids == [2]
+            found = [theirs(self.model, prompt["prompt_token_ids"], how.max_tokens) for prompt in prompts]
+            outputs = [types.SimpleNamespace(token_ids=ids, finish_reason="length") for ids in found]
+            return [types.SimpleNamespace(outputs=[output]) for output in outputs]
+
+    vllm = types.ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams, vllm.__spec__ = LLM, types.SimpleNamespace, types.SimpleNamespace()
+    flags = ["--raw", "--prompt", "abcd", "--max-new-tokens", "6"]
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="--engine vllm: vLLM is not installed"):
+        run_inference(models["minimind3"], tmp_path / "none.jsonl", *flags, "--engine", "vllm")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    with pytest.raises(UserError, match="--engine vllm: has greedy and do_sample; for chat leave it out"):
+        run_inference(models["minimind3"], tmp_path / "none.jsonl", *flags, "--engine", "vllm", "--task", "chat")
+    found = run_inference(models["minimind3"], tmp_path / "vllm.jsonl", *flags, "--engine", "vllm")
+    assert found == run_inference(models["minimind3"], tmp_path / "native.jsonl", *flags)
+
+
+def test_a_dry_run_reads_no_weights(
+    models: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "start", None)
     main.main(["--load", str(models["minimind3"]), "--dry-run"])
     assert "everything is valid" in capsys.readouterr().out

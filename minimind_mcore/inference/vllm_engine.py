@@ -1,0 +1,75 @@
+"""vLLM in place of this kit's own decoding, where it is installed: `--engine vllm`.
+
+vLLM reads directories of transformers alone; a model in any other form is converted to a temporary one first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.converters.convert import convert
+from minimind_mcore.converters.hf import HFTarget
+from minimind_mcore.converters.source import Source
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.generation import Completion
+from minimind_mcore.inference.sampling import Sampling
+
+
+def require_vllm(tasks: Sequence[str]) -> None:
+    """Raise a `UserError` unless vLLM is installed and has these tasks."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("--engine vllm: vLLM is not installed (pip install vllm, for a GPU or an NPU); leave it out")
+    others = [task for task in tasks if task not in ("greedy", "do_sample")]
+    if others:
+        raise UserError(f"--engine vllm: has greedy and do_sample; for {', '.join(others)} leave it out")
+
+
+@contextlib.contextmanager
+def start_vllm(source: Source, tokenizer: Path) -> Iterator[Any]:
+    """vLLM's engine with the weights of a source; the files that it reads are gone afterwards."""
+    import vllm
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        convert(source, HFTarget(source, native=False, folder=tokenizer), directory)
+        yield vllm.LLM(model=str(directory), tokenizer=str(tokenizer))
+
+
+class VLLMGenerator:
+    """Completes prompts as `Generator` does.
+
+    Args:
+        engine: see `start_vllm`.
+        sampling: how.
+        stop: ids that end a completion.
+    """
+
+    def __init__(self, engine: Any, sampling: Sampling, stop: Sequence[int]) -> None:
+        import vllm
+
+        self.engine = engine
+        self.parameters = vllm.SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature if sampling.do_sample else 0.0,
+            top_k=sampling.top_k if sampling.do_sample and sampling.top_k else -1,
+            top_p=sampling.top_p if sampling.do_sample else 1.0,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            stop_token_ids=list(stop),
+        )
+
+    def complete(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
+        """See `Generator.complete`."""
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.engine.generate(inputs, self.parameters)
+        completions = []
+        for output in outputs:
+            ids, finished = list(output.outputs[0].token_ids), output.outputs[0].finish_reason == "stop"
+            ended = bool(ids) and ids[-1] in self.parameters.stop_token_ids
+            completions.append(Completion(ids[:-1] if ended else ids, finished))
+        return completions
