@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_mcore import cpu_matmul, device
+from minimind_mcore import cpu, device
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 
@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     if args.side != "plain" and device.current().kind == "cpu":
-        cpu_matmul.use_onednn()
+        cpu.tune()
     config = get_preset(args.model[0])
     run = (plain_run if args.side == "plain" else kit_run)(config, args)
     rates: dict[str, dict[str, float]] = {}
@@ -188,8 +188,8 @@ def measure(args: argparse.Namespace) -> None:
             run(prompts)
         device.synchronize()
         tokens = batch * calls * args.tokens
-        wall, cpu = time.perf_counter() - start, time.process_time() - busy
-        rates[name] = {"wall": tokens / wall, "cpu": tokens / cpu}
+        wall, seconds = time.perf_counter() - start, time.process_time() - busy
+        rates[name] = {"wall": tokens / wall, "cpu": tokens / seconds}
     print(json.dumps(rates))
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from minimind_mcore import cpu_matmul, device
+from minimind_mcore import cpu, device
 from minimind_mcore.converters.source import Source
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import Loaded, default_dtype, load, open_both
@@ -34,7 +34,7 @@ def start(source: Source, info: TokenizerInfo) -> Loaded:
         UserError: see `load`.
     """
     if device.current().kind == "cpu":
-        cpu_matmul.use_onednn()
+        cpu.tune()
     began = time.perf_counter()
     loaded = load(source, info)
     seconds = time.perf_counter() - began
