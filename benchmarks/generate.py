@@ -1,13 +1,14 @@
 """Generation against a plain PyTorch loop.
 
     python benchmarks/generate.py                                   # minimind2_small and minimind3, fp32
-    python benchmarks/generate.py --model minimind2_small --rounds 5
+    python benchmarks/generate.py --model minimind2_small --rounds 32
 
 The plain loop is MiniMind's own way of generating: modules of its own, a key-value cache that is concatenated
 every step, attention by two matrix products, top-k and top-p on all logits. The other side is what
 `inference.py` runs. Both have random weights of the same sizes and sample 50 of the likeliest tokens at
-temperature 0.85, never stopping. Each side has the machine to itself, in a process of its own, in turn;
-medians of the rounds and their ratio are printed, and how a batch does against its prompts one after the other.
+temperature 0.85, never stopping. Each side is a process of its own; they are called in turn, so that what else
+the machine does disturbs both alike, and the median of the pairs' ratios is printed; also how a batch does
+against its prompts one after the other.
 """
 
 from __future__ import annotations
@@ -170,59 +171,79 @@ class NoTokenizer:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def measure(args: argparse.Namespace) -> None:
-    """The measured process: tokens/s of one side, by batch size, by the clock and by CPU seconds."""
+def serve(args: argparse.Namespace) -> None:
+    """The measured process: for each line "BATCH CALLS" generate, and print seconds by the clock and of the CPU."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     if args.side != "plain" and device.current().kind == "cpu":
         cpu.tune()
     config = get_preset(args.model[0])
     run = (plain_run if args.side == "plain" else kit_run)(config, args)
-    rates: dict[str, dict[str, float]] = {}
-    for name, batch, calls in (("1", 1, 1), ("16", 16, 1), ("16 x 1", 1, 16)):
+    for line in sys.stdin:
+        batch, calls = map(int, line.split())
         prompts = torch.randint(3, config.vocab_size, (batch, args.prompt), device=device.current().torch_device)
-        if name != "16 x 1":
-            run(prompts)
         start, busy = time.perf_counter(), time.process_time()
         for _ in range(calls):
             run(prompts)
         device.synchronize()
-        tokens = batch * calls * args.tokens
-        wall, seconds = time.perf_counter() - start, time.process_time() - busy
-        rates[name] = {"wall": tokens / wall, "cpu": tokens / seconds}
-    print(json.dumps(rates))
+        print(json.dumps([time.perf_counter() - start, time.process_time() - busy]), flush=True)
 
 
-def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run `measure` for one side in a process of its own."""
-    options = [
-        word for name in ("tokens", "prompt", "dtype", "threads") for word in (f"--{name}", str(getattr(args, name)))
-    ]
-    command = [sys.executable, __file__, "--side", side, "--model", model, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    result: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])
-    return result
+class Side:
+    """A measured process, and what it took."""
+
+    def __init__(self, side: str, model: str, args: argparse.Namespace) -> None:
+        options = [f"--{name}={getattr(args, name)}" for name in ("tokens", "prompt", "dtype", "threads")]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--side", side, "--model", model, *options],
+            env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def seconds(self, batch: int, calls: int = 1) -> tuple[float, float]:
+        """Of so many calls with so many prompts: by the clock, and of the CPU."""
+        assert self.process.stdin and self.process.stdout
+        print(batch, calls, file=self.process.stdin, flush=True)
+        wall, busy = json.loads(self.process.stdout.readline())
+        return wall, busy
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    """Both sides in turn, `--rounds` times; print tokens/s by batch size, and the ratios."""
-    runs: dict[str, list[dict[str, dict[str, float]]]] = {"kit": [], "plain": []}
-    for number in range(args.rounds):
-        for side in list(runs)[:: -1 if number % 2 else 1]:
-            runs[side].append(run_side(side, model, args))
-            shown = ", ".join(f"batch {b} {rate['wall']:,.1f}" for b, rate in runs[side][-1].items())
-            print(f"  round {number + 1} {side:<6} {shown} tokens/s", flush=True)
+    """Both sides call by call in turn, `--rounds` times; print tokens/s and the medians of the pairs' ratios."""
+    kit, plain = Side("kit", model, args), Side("plain", model, args)
+    for batch in (1, 16):
+        for side in (kit, plain):
+            side.seconds(batch)  # the first call sets up
+        pairs = []
+        for number in range(args.rounds):
+            sides = [kit, plain][:: -1 if number % 2 else 1]
+            found = {side: side.seconds(batch) for side in sides}
+            pairs.append((found[kit], found[plain]))
+        rates = [f"{batch * args.tokens / min(pair[i][0] for pair in pairs):,.1f}" for i in (0, 1)]
+        print(
+            f"{model:<16} batch {batch:<3} best: kit {rates[0]}, plain {rates[1]} tokens/s; kit to plain {ratio(pairs)}"
+        )
+    pairs = [(kit.seconds(16), kit.seconds(1, calls=16)) for _ in range(max(1, args.rounds // 4))]
+    print(f"{model:<16} one batch of 16 to 16 calls, kit: {ratio(pairs)}\n", flush=True)
+    kit.close()
+    plain.close()
 
-    def ratio(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
-        by = {kind: statistics.median(a[kind] / b[kind] for a, b in pairs) for kind in ("wall", "cpu")}
-        return f"{by['wall']:.2f} by the clock, {by['cpu']:.2f} by CPU seconds (medians of the rounds)"
 
-    for batch in ("1", "16"):
-        kit, plain = (statistics.median(run[batch]["wall"] for run in runs[side]) for side in runs)
-        pairs = [(k[batch], p[batch]) for k, p in zip(runs["kit"], runs["plain"], strict=True)]
-        print(f"{model:<16} batch {batch:<3} kit {kit:,.1f}, plain {plain:,.1f} tokens/s: {ratio(pairs)}")
-    print(f"{model:<16} batch 16 to 16 calls, kit: {ratio([(k['16'], k['16 x 1']) for k in runs['kit']])}\n")
+def ratio(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> str:
+    """How many times as fast the first is: median of the pairs, and the middle half of them."""
+    texts = []
+    for place, name in enumerate(("by the clock", "by CPU seconds")):
+        ratios = sorted(second[place] / first[place] for first, second in pairs)
+        middle = ratios[len(ratios) // 4 : len(ratios) - len(ratios) // 4]
+        texts.append(f"{statistics.median(ratios):.2f} {name} ({middle[0]:.2f} to {middle[-1]:.2f})")
+    return ", ".join(texts)
 
 
 def main() -> None:
@@ -232,11 +253,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=device.usable_cores())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--side", choices=("kit", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        measure(args)
+        serve(args)
         return
     found = device.current()
     print(f"{found.kind}: {found.name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")

@@ -7,6 +7,7 @@ its call is printed, and a line that begins with `/tool ` gives the model its re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -64,17 +65,18 @@ def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO 
     lines = lines or sys.stdin
     if lines.isatty():
         print(HELP, file=sys.stderr)
-    for line in _read(lines):
-        text = line.strip()
-        if text in QUIT:
-            return
-        if text in NEW:
-            session.messages.clear()
-            print("a new conversation", flush=True)
-        elif text:
-            role = "tool" if text.startswith(TOOL) else "user"
-            session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
-            session.messages.append(answer(generator, encoder, session.prompt()))
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends a conversation as /quit does
+        for line in _read(lines):
+            text = line.strip()
+            if text in QUIT:
+                return
+            if text in NEW:
+                session.messages.clear()
+                print("a new conversation", flush=True)
+            elif text:
+                role = "tool" if text.startswith(TOOL) else "user"
+                session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
+                session.messages.append(answer(generator, encoder, session.prompt()))
 
 
 def _read(lines: TextIO) -> Iterator[str]:

@@ -29,7 +29,7 @@ from minimind_mcore.inference.starting import opened, start
 PROGRAM = "evaluation.py"
 PERPLEXITY = "perplexity"
 LENGTH = 2048
-USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples".split())
+USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples seq_length".split())
 # Of answers that are generated and parsed: none is.
 IGNORED = frozenset("no_chat_template max_new_tokens temperature top_k top_p greedy eval_language".split())
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.harness:
         require_harness()
     tasks = _tasks(args)
-    # All files are read before the model is: what is wrong with them shows at once.
+    # Read before the model is: what is wrong with the files shows at once.
     subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
     source, info = opened(args)
     if args.dry_run:

@@ -18,7 +18,7 @@ from minimind_mcore.models.config import ModelConfig
 
 USED = frozenset(
     """
-    load hf_cfg_dir tokenizer_type tokenizer_name_or_path tokenizer_model bf16 fp16 seed seq_length
+    load ckpt_step hf_cfg_dir tokenizer_type tokenizer_name_or_path tokenizer_model bf16 fp16 seed
     lora_load lora_r lora_alpha lora_target_modules
     """.split()
 )
@@ -31,8 +31,9 @@ CHECKED = frozenset(
     moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size
     """.split()
 )
-# Of MindSpeed-LLM's inference: a cache of keys and values is always used, mcore models are all there is.
-NO_EFFECT = arguments.IMPLEMENTED | arguments.NO_EFFECT | {"use_kv_cache", "deprecated_use_mcore_models"}
+# Of MindSpeed-LLM's inference: what is always so here, and how it computes with adapters, which are merged here.
+NO_EFFECT = arguments.IMPLEMENTED | arguments.NO_EFFECT
+NO_EFFECT |= {"use_kv_cache", "deprecated_use_mcore_models", "lora_fusion", "lora_register_forward_hook"}
 
 
 def parse(
@@ -99,7 +100,7 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
     if len(asked) > 1:
         raise UserError(f"{' and '.join(sorted(asked))} are asked for; expected one dtype")
     return Job(
-        load_dir=Path(args.load),
+        load_dir=_checkpoint(args),
         save_dir=Path(),  # nothing is written
         save_type="hf",
         sharding=Sharding(),
@@ -110,6 +111,20 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
         lora_alpha=args.lora_alpha,
         lora_modules=tuple(args.lora_target_modules),
     )
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    """`--load`, or the iteration of it that `--ckpt-step` names.
+
+    Raises:
+        UserError: there is no such iteration.
+    """
+    if args.ckpt_step is None:
+        return Path(args.load)
+    found = Path(args.load) / f"iter_{args.ckpt_step:07d}"
+    if not found.is_dir():
+        raise UserError(f"--ckpt-step {args.ckpt_step}: {args.load} has no {found.name}")
+    return found
 
 
 def check_model(args: argparse.Namespace, config: ModelConfig) -> None:

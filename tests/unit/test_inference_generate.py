@@ -95,6 +95,7 @@ def test_text_is_the_same_from_every_format(name: str, models: dict[str, Path], 
     flags += config_of(name, corpus).megatron_flags()  # checked, and right
     expected = run_inference(models[name], tmp_path / "hf.jsonl", *flags)
     assert len(expected) == 2 and all(row["tokens"] for row in expected)
+    assert run_inference(tmp_path / "mcore", tmp_path / "mcore.jsonl", *flags, "--ckpt-step", "1") == expected
     assert run_inference(tmp_path / "mcore", tmp_path / "mcore.jsonl", *flags) == expected
     assert run_inference(tmp_path / "weights.pth", tmp_path / "pth.jsonl", *flags, *tokenizer) == expected
 
@@ -216,6 +217,7 @@ def test_prompts_come_from_flags_files_and_stdin(tmp_path: Path, monkeypatch: py
         (["--add-eos-token", "a b c"], "--add-eos-token a b c: the tokenizer makes"),
         (["--prompt-file", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--tools", "/nowhere.json"], "--tools /nowhere.json: not a readable JSON file"),
+        (["--ckpt-step", "7"], "--ckpt-step 7: .* has no iter_0000007"),
         (["--lora-r", "3"], "found no LoRA adapters there"),
     ],
 )
