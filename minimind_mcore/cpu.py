@@ -14,7 +14,7 @@ _backends: Any = torch.backends
 _library: Any = None  # the replacement lives as long as this
 
 # Names of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def tune() -> None:
@@ -36,6 +36,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_ARENA_MAX, 1)  # the arenas of threads give their memory back all the same
 
 
 def mkl_is_slow() -> bool:
