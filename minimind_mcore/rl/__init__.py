@@ -1,0 +1,1 @@
+"""Reinforcement learning: algorithms and rewards as plain functions, and the Ray trainer that runs them."""

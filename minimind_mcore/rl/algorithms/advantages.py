@@ -1,0 +1,99 @@
+"""How much better an answer was than expected: the weight of its tokens in the policy loss.
+
+| advantage | expectation                                   | source                                    |
+|-----------|-----------------------------------------------|-------------------------------------------|
+| group     | mean of the prompt's other samples            | GRPO, arXiv 2402.03300; Dr.GRPO 2503.20783 |
+| gae       | a critic's value of each prefix               | PPO, 1707.06347; GAE, 1506.02438          |
+| baseline  | a running mean over prompts (`spo.Baseline`)  | MiniMind-Ascend's train_spo.py            |
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.rl.algorithms.masked import whiten
+
+Spread = Literal["unbiased", "biased", "none"]
+# The deviation's correction (degrees of freedom) and what is added to it; None does not divide.
+_SPREADS: dict[Spread, tuple[int, float] | None] = {"unbiased": (1, 1e-6), "biased": (0, 1e-4), "none": None}
+
+
+def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, spread: Spread = "unbiased") -> Tensor:
+    """GRPO: A = (r - mean) / (std + eps) within the samples of a prompt, the same for every token.
+
+    A group whose answers all score alike has nothing to teach: its advantages are 0 (see `groups`).
+
+    Args:
+        rewards: [B], the `n_samples` of one prompt next to each other.
+        mask: [B, T].
+        n_samples: samples of a prompt, B is a multiple of it.
+        spread: "unbiased" (MindSpeed-RL: sample deviation, eps 1e-6), "biased" (MiniMind: population deviation,
+            eps 1e-4) or "none" (Dr.GRPO: not divided, so that easy and hard prompts count alike).
+
+    Returns:
+        [B, T] in float32, 0 outside the mask. Computed in float64.
+    """
+    scores = rewards.double().view(-1, n_samples)
+    centred = scores - scores.mean(dim=1, keepdim=True)
+    division = _SPREADS[spread]
+    # One sample has no sample deviation, and no advantage either.
+    if division is not None and n_samples > 1:
+        correction, eps = division
+        centred = centred / (scores.std(dim=1, correction=correction, keepdim=True) + eps)
+    return per_token(centred.view(-1), mask)
+
+
+def dr_grpo(rewards: Tensor, mask: Tensor, n_samples: int) -> Tensor:
+    """Dr.GRPO: A = r - mean within the samples of a prompt. See `group_norm`."""
+    return group_norm(rewards, mask, n_samples, "none")
+
+
+def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B] advantages of whole answers as [B, T] of their tokens, float32."""
+    return advantages.float().unsqueeze(1) * mask
+
+
+def at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[B] rewards of whole answers as [B, T]: on the last token that counts, 0 elsewhere."""
+    counts = mask.long().cumsum(dim=1)
+    last = (counts == counts[:, -1:]) & mask.bool()
+    return last * rewards.float().unsqueeze(1)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95, whitened: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, from the last token to the first:
+
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lam A_{t+1}
+
+    Tokens that do not count (a tool's answer between two of the model's turns) are stepped over.
+
+    Args:
+        rewards: [B, T], of each token (`at_last_token`, less the penalty of `kl.in_reward`).
+        values: [B, T], the critic's, of the state before each token.
+        mask: [B, T].
+        gamma: discount of what comes later.
+        lam: 0 trusts the critic, 1 the rewards.
+        whitened: advantages of the batch with mean 0 and variance 1, as MindSpeed-RL always does.
+
+    Returns:
+        Advantages [B, T] and returns [B, T] (what the critic should have said), both 0 outside the mask.
+    """
+    mask = mask.to(values.dtype)
+    advantage = torch.zeros_like(values[:, 0])
+    following = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        inside = mask[:, t]
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = torch.where(inside.bool(), delta + gamma * lam * advantage, advantage)
+        following = torch.where(inside.bool(), values[:, t], following)
+        advantages[:, t] = advantage * inside
+    returns = torch.where(mask.bool(), advantages + values, torch.zeros_like(values))
+    return (whiten(advantages, mask) if whitened else advantages), returns

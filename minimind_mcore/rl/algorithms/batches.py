@@ -1,0 +1,40 @@
+"""Epochs and mini-batches of one step's experience."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+
+
+def mini_batches(
+    prompts: int, n_samples: int, mini_batch_size: int, epochs: int = 1, shuffle: bool = False, seed: int = 0
+) -> Iterator[Tensor]:
+    """Row numbers of each mini-batch, one optimizer step each; each epoch sees every response once.
+
+    Args:
+        prompts: prompts of the step (`global_batch_size`).
+        n_samples: responses of a prompt (`n_samples_per_prompt`), neighbours in the batch.
+        mini_batch_size: prompts of a mini-batch, as MindSpeed-RL means it: it holds so many times n_samples rows.
+        epochs: passes over the experience.
+        shuffle: responses in a new order each epoch (`shuffle_mini_batch`), the same on every rank.
+        seed: of that order; give another one each step.
+
+    Yields:
+        [mini_batch_size * n_samples] int64.
+
+    Raises:
+        UserError: `prompts` is not a multiple of `mini_batch_size`.
+    """
+    if mini_batch_size <= 0 or prompts % mini_batch_size:
+        raise UserError(
+            f"mini_batch_size: found {mini_batch_size}, expected a divisor of global_batch_size {prompts} "
+            "(both count prompts, not responses)"
+        )
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        rows = torch.randperm(prompts * n_samples, generator=order) if shuffle else torch.arange(prompts * n_samples)
+        yield from rows.split(mini_batch_size * n_samples)

@@ -1,0 +1,93 @@
+"""How far the policy has moved from the reference model, and what that costs.
+
+With d = log pi(token) - log pi_ref(token), of a token that pi drew (Schulman, "Approximating KL divergence", 2020):
+
+| kind       | estimate of the divergence    | aliases        |                                                     |
+|------------|-------------------------------|----------------|-----------------------------------------------------|
+| k1         | d                             | kl             | unbiased, can be negative; as a loss its gradient   |
+|            |                               |                | is 0 on average: use it in the reward               |
+| k2         | d^2 / 2                       | mse            | biased, low variance                                |
+| k3         | exp(-d) + d - 1               | low_var_kl     | unbiased, never negative; clamped as MindSpeed-RL   |
+|            |                               |                | does: -d to +-20, the result to +-10                |
+| abs        | abs(d)                        |                |                                                     |
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.algorithms.masked import masked_mean
+
+ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+KINDS = ("k1", "k2", "k3", "abs")
+
+
+def kind_of(name: str) -> str:
+    """The kind of that name or alias; `UserError` with the nearest name where there is none."""
+    kind = ALIASES.get(name, name)
+    if kind not in KINDS:
+        known = [*KINDS, *ALIASES]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
+        raise UserError(f"kl_penalty: found {name!r}. {hint}")
+    return kind
+
+
+def kl(logp: Tensor, ref_logp: Tensor, kind: str = "low_var_kl") -> Tensor:
+    """Estimate of the divergence from the reference, of each token; shapes [B, T]. Names: see the module's table."""
+    match kind_of(kind):
+        case "k1":
+            return logp - ref_logp
+        case "k2":
+            return 0.5 * (logp - ref_logp).square()
+        case "k3":
+            back = (ref_logp - logp).clamp(-20, 20)
+            return (back.exp() - back - 1).clamp(-10, 10)
+        case _:
+            return (logp - ref_logp).abs()
+
+
+def in_reward(rewards: Tensor, divergence: Tensor, mask: Tensor, coefficient: float) -> tuple[Tensor, float]:
+    """PPO with the penalty in the reward: r_t - coefficient KL_t; all [B, T].
+
+    Returns:
+        The rewards, and the batch's divergence for `Controller.update`: mean over tokens, then over responses.
+    """
+    penalised = rewards - coefficient * torch.where(mask.bool(), divergence, torch.zeros_like(divergence))
+    return penalised, masked_mean(divergence, mask, dim=-1).mean().item()
+
+
+@dataclass
+class Controller:
+    """The penalty's coefficient: fixed, or moved so that the divergence stays near a target (arXiv 1909.08593).
+
+        coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon
+
+    Attributes:
+        value: the coefficient now (`init_kl_coef`).
+        target: divergence to keep (`kl_target`); None leaves the coefficient fixed (`kl_ctrl_type: fixed`).
+        horizon: responses over which the coefficient can change by its own size (`kl_horizon`).
+    """
+
+    value: float
+    target: float | None = None
+    horizon: float = 1000
+
+    def update(self, divergence: float, n: int) -> None:
+        """Move the coefficient after `n` responses with a mean divergence of `divergence`."""
+        if self.target is not None:
+            error = min(max(divergence / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * n / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.value = state["value"]

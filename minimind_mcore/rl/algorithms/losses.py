@@ -1,0 +1,131 @@
+"""Policy and value losses, per token, and how tokens are averaged.
+
+With the ratio rho = exp(logp - old_logp) and the advantage A of each token:
+
+| kind      | loss of a token                                        | source                                       |
+|-----------|--------------------------------------------------------|----------------------------------------------|
+| clip      | max(-A rho, -A clip(rho, 1 - low, 1 + high))           | PPO, 1707.06347; low != high: DAPO, 2503.14476 |
+| cispo     | -stop(min(rho, high)) A logp                           | MiniMax-M1, 2506.13585; MiniMind's default   |
+| reinforce | -A logp                                                | SPO as MiniMind-Ascend runs it: one update   |
+
+| aggregation             | loss of a batch                                               | used by             |
+|-------------------------|---------------------------------------------------------------|---------------------|
+| token-mean              | mean over all tokens: long answers weigh more                 | MindSpeed-RL, DAPO  |
+| seq-mean-token-mean     | mean over answers of their token means: all answers weigh alike | GRPO, MiniMind    |
+| seq-mean-token-sum      | mean over answers of their token sums                         |                     |
+| seq-mean-token-sum-norm | the same divided by a constant length: all tokens weigh alike | Dr.GRPO, 2503.20783 |
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.rl.algorithms.masked import masked_mean, masked_sum
+
+Kind = Literal["clip", "cispo", "reinforce"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Stats = dict[str, Tensor]
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    kind: Kind = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    rollout_logp: Tensor | None = None,
+    tis_cap: float | None = None,
+) -> tuple[Tensor, Stats]:
+    """Loss of each token [B, T]; see the module's table. Its mean is `aggregate`'s.
+
+    Args:
+        logp: [B, T], of the policy being trained, with gradient.
+        old_logp: [B, T], of the policy before this step's updates. None: it is `logp` itself (the first and only
+            update: rho is 1, its gradient that of logp).
+        advantages: [B, T].
+        mask: [B, T].
+        kind: a row of the table.
+        clip_low: how far the ratio may fall below 1 where that lowers the loss (clip).
+        clip_high: how far it may rise above 1 (clip); the greatest ratio itself (cispo, MiniMind's 5).
+        rollout_logp: [B, T], of the engine that wrote the answers. Where its arithmetic differs from the trainer's
+            the answers are off policy; with `tis_cap` each token is weighted by the truncated importance ratio
+            min(exp(old_logp - rollout_logp), tis_cap) (Yao et al. 2025, "Your efficient RL framework secretly
+            brings you off-policy RL training").
+        tis_cap: 2 is usual; None leaves the weights at 1.
+
+    Returns:
+        The losses, undefined outside the mask, and detached means over the mask: `actor/pg_clipfrac` (tokens whose
+        ratio is cut), `actor/ppo_kl` (mean of old_logp - logp) and, with a cap, `actor/tis_*`.
+    """
+    old = logp.detach() if old_logp is None else old_logp
+    ratio = (logp - old).exp()
+    plain = -advantages * ratio
+    if kind == "clip":
+        clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+        loss, cut = torch.maximum(plain, clipped), clipped > plain
+    elif kind == "cispo":
+        loss, cut = -advantages * ratio.detach().clamp(max=clip_high) * logp, ratio > clip_high
+    else:
+        loss, cut = -advantages * logp, torch.zeros_like(ratio, dtype=torch.bool)
+    stats = {"actor/pg_clipfrac": cut.float(), "actor/ppo_kl": old - logp}
+    if tis_cap is not None and rollout_logp is not None:
+        weight = (old - rollout_logp).detach().exp()
+        loss = loss * weight.clamp(max=tis_cap)
+        stats |= {"actor/tis_weight": weight, "actor/tis_clipfrac": (weight > tis_cap).float()}
+    return loss, {name: masked_mean(value.detach(), mask) for name, value in stats.items()}
+
+
+def denominator(mask: Tensor, how: Aggregation) -> Tensor:
+    """What `aggregate` divides by, of this part of a batch: tokens (token-mean) or answers. Sums over parts."""
+    return mask.sum() if how == "token-mean" else torch.tensor(float(mask.shape[0]), device=mask.device)
+
+
+def aggregate(
+    loss: Tensor,
+    mask: Tensor,
+    how: Aggregation = "token-mean",
+    *,
+    length: int | None = None,
+    total: Tensor | float | None = None,
+) -> Tensor:
+    """The loss of a batch, a scalar, from that of its tokens [B, T]; see the module's table.
+
+    Args:
+        loss: [B, T].
+        mask: [B, T]; an answer without any token counts as 0.
+        how: a row of the table.
+        length: the constant of seq-mean-token-sum-norm, the longest answer allowed; T where it is None.
+        total: the whole mini-batch's `denominator`, where this is a part of it (a micro-batch, a data-parallel
+            rank): the parts then sum to the loss of the whole, however they were cut. None: of this part alone,
+            which is what MindSpeed-RL averages over micro-batches.
+    """
+    count = (denominator(mask, how) if total is None else torch.as_tensor(total, device=mask.device)).clamp(min=1)
+    if how == "token-mean":
+        return masked_sum(loss, mask) / count
+    answers = masked_mean(loss, mask, dim=1) if how == "seq-mean-token-mean" else masked_sum(loss, mask, dim=1)
+    if how == "seq-mean-token-sum-norm":
+        answers = answers / (length or mask.shape[1])
+    return answers.sum() / count
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.5
+) -> tuple[Tensor, Stats]:
+    """PPO's critic: max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2 of each token; shapes [B, T].
+
+    Returns:
+        The losses (mean: `aggregate`), and `critic/vf_clipfrac`, the share of tokens whose value is cut.
+    """
+    plain = (values - returns).square()
+    if clip is None:
+        return plain / 2, {"critic/vf_clipfrac": torch.zeros((), device=values.device)}
+    near = torch.clamp(values, old_values - clip, old_values + clip)
+    clipped = (near - returns).square()
+    cut = masked_mean((clipped > plain).float(), mask)
+    return torch.maximum(plain, clipped) / 2, {"critic/vf_clipfrac": cut.detach()}

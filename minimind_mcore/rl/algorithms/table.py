@@ -1,0 +1,76 @@
+"""Every algorithm as its choice among the parts; a run's own values replace what it sets (`dataclasses.replace`).
+
+| name    | advantage             | loss      | mean over          | reference        | source                      |
+|---------|-----------------------|-----------|--------------------|------------------|-----------------------------|
+| grpo    | group, sample std     | clip      | tokens             | k3 in the loss   | 2402.03300; MindSpeed-RL    |
+| dr_grpo | group, not divided    | clip      | answers, by length | none             | 2503.20783                  |
+| dapo    | group, sample std     | clip      | tokens             | none             | 2503.14476                  |
+| cispo   | group, population std | cispo     | answers            | k3 in the loss   | 2506.13585; MiniMind        |
+| ppo     | critic (GAE)          | clip      | tokens             | k1 in the reward | 1707.06347; MindSpeed-RL    |
+| spo     | running baseline      | reinforce | answers            | k3 in the loss   | 2509.13232; MiniMind-Ascend |
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.algorithms.advantages import Spread
+from minimind_mcore.rl.algorithms.losses import Aggregation, Kind
+
+Advantage = Literal["group", "gae", "baseline"]
+Placement = Literal["loss", "reward", "none"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What an algorithm is made of; defaults are MindSpeed-RL's GRPO.
+
+    Attributes:
+        advantage: "group" (`group_norm`), "gae" (a critic) or "baseline" (`spo.Baseline`).
+        spread: what a group's advantages are divided by (`group_norm`).
+        loss: `policy_loss`'s kind.
+        clip_low: see `policy_loss`.
+        clip_high: see `policy_loss`.
+        aggregation: `aggregate`'s how.
+        kl: where the distance to the reference goes; "none" needs no reference model.
+        kl_kind: see `kl.kl`.
+        kl_coef: its coefficient.
+        dynamic_sampling: train only on groups that differ (`groups.select`).
+        overlong: rewards are lowered towards the end of the room (`rewards.overlong`).
+    """
+
+    advantage: Advantage = "group"
+    spread: Spread = "unbiased"
+    loss: Kind = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: Aggregation = "token-mean"
+    kl: Placement = "loss"
+    kl_kind: str = "low_var_kl"
+    kl_coef: float = 0.01
+    dynamic_sampling: bool = False
+    overlong: bool = False
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "grpo": Algorithm(),
+    "dr_grpo": Algorithm(spread="none", aggregation="seq-mean-token-sum-norm", kl="none"),
+    "dapo": Algorithm(clip_high=0.28, kl="none", dynamic_sampling=True, overlong=True),
+    "cispo": Algorithm(
+        spread="biased", loss="cispo", clip_high=5.0, aggregation="seq-mean-token-mean", kl_coef=0.1
+    ),
+    "ppo": Algorithm(advantage="gae", kl="reward", kl_kind="kl"),
+    "spo": Algorithm(advantage="baseline", loss="reinforce", aggregation="seq-mean-token-mean", kl_coef=0.02),
+}  # fmt: skip
+
+
+def algorithm(name: str) -> Algorithm:
+    """The algorithm of that name, or a `UserError` that suggests the nearest."""
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(ALGORITHMS)}."
+        raise UserError(f"algorithm: found {name!r}. {hint}")
+    return ALGORITHMS[name]
