@@ -25,6 +25,7 @@ UPSTREAM_NAMES = {
         "npu_deterministic", "hccl_group_buffer", "hccl_group_buffer_adaptive", "hccl_op_mode",
     ),
     "minimind_mcore/fused/install.py": ("fused_weight_gradient_mlp_cuda",),
+    "minimind_mcore/rl/config.py": ("num_npus",),
     "models/attention.py": ("get_cuda_rng_tracker",),
     "converters/probe.py": ("model_parallel_cuda_manual_seed",),
     "minimind_mcore/training/checkpoint_torch.py": ("cuda_rng_state", "get_cuda_rng_tracker"),

@@ -1,0 +1,268 @@
+"""A run of reinforcement learning, described by MindSpeed-RL's YAML: read, merged, resolved.
+
+    config = from_command(["--config-name", "grpo_minimind_tiny", "actor_config.lr=1e-5"])
+    config.actor.seq_length, config.rl.clip_ratio, config.generate.sampling_config.temperature
+    config.minimind.algorithm
+
+    megatron_flags(config.actor)        # for minimind_mcore.arguments.parse
+
+The sections mean what they mean in MindSpeed-RL (its cli/train_grpo.py and mindspeed_rl/config_cls): an actor's
+keys are those of its model, then megatron_training, then actor_config; what is not given has MindSpeed-RL's
+default. One section, `minimind`, is ours (`settings`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, flag_table
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, OTHER_SECTIONS, SECTIONS, defaults
+from minimind_mcore.rl.settings import Settings, nearest, settings
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "rlxf"
+
+
+class Section(SimpleNamespace):
+    """Keys of a section as attributes, not to be changed; a name that there is not suggests the nearest."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"no key {name}{nearest(name, vars(self))}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: a configuration is not changed after it is resolved")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration. It can be pickled, and needs neither hydra nor ray.
+
+    Attributes:
+        model: name of the actor's model in `model/*.yaml`.
+        actor: MegatronConfig's keys of the actor.
+        ref: of the reference; the actor's own where one worker is both (`rl.use_integrated_worker`).
+        reward: of a reward model that Megatron runs, or None.
+        critic: of PPO's critic, or None.
+        rl: RLConfig's keys. As in MindSpeed-RL's object `mini_batch_size` counts sequences: the YAML's
+            number of prompts times `n_samples_per_prompt`.
+        generate: GenerateConfig's keys; `sampling_config` is a section of its own.
+        minimind: our own section.
+        tree: what all this was resolved from, as plain dicts and lists.
+    """
+
+    model: str
+    actor: Section
+    ref: Section
+    reward: Section | None
+    critic: Section | None
+    rl: Section
+    generate: Section
+    minimind: Settings
+    tree: Mapping[str, Any]
+
+
+def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
+    """The configuration that a composed YAML means.
+
+    Raises:
+        UserError: a section or key that there is not (with the nearest name), a model that is not defined.
+    """
+    plain = _plain(tree)
+    for name in plain:
+        if name not in SECTIONS and name not in OTHER_SECTIONS:
+            raise UserError(f"{name}: unknown section{nearest(name, [*SECTIONS, *OTHER_SECTIONS])}")
+    for name in ("megatron_training", "actor_config", "rl_config", "generate_config"):
+        if not isinstance(plain.get(name), Mapping):
+            raise UserError(f"{name}: this section is missing")
+    ours = settings(plain.get("minimind"))
+    rl = _rl(plain["rl_config"])
+    megatron = {name: _megatron(plain, name, ours) for name in MEGATRON_SECTIONS[1:] if name in plain}
+    generate = _merged("GenerateConfig", plain["generate_config"], "generate_config")
+    sampling = defaults("GenerateConfig")["sampling_config"]
+    given = plain["generate_config"].get("sampling_config") or {}
+    _refuse_unknown(given, sampling, "generate_config.sampling_config")
+    generate |= {"sampling_config": Section(**{**sampling, **given})}
+    if ours.precision != "bf16":
+        generate["dtype"] = {"fp32": "float32", "fp16": "float16"}[ours.precision]
+    return Config(
+        model=str(plain["actor_config"].get("model") or plain["megatron_training"].get("model")),
+        actor=megatron["actor_config"],
+        ref=megatron["actor_config"]
+        if rl.use_integrated_worker
+        else megatron.get("ref_config", megatron["actor_config"]),
+        reward=megatron.get("reward_config"),
+        critic=megatron.get("critic_config"),
+        rl=rl,
+        generate=Section(**generate),
+        minimind=ours,
+        tree=plain,
+    )
+
+
+def _plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """The tree as dicts and lists."""
+    if isinstance(tree, dict):
+        return tree
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"{where}.{key}: unknown key{nearest(key, known)} (minimind-mcore rl lint --fix knows older names)"
+            )
+
+
+def _merged(reader: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A class's defaults with what is given; `-` in a key is `_`, as in MindSpeed-RL."""
+    known = defaults(reader)
+    given = {key.replace("-", "_"): value for key, value in given.items() if key != "model"}
+    _refuse_unknown(given, known, where)
+    return {**known, **given}
+
+
+def model_keys(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The keys of the model of that name, from the group `model`.
+
+    Raises:
+        UserError: the group has no such model.
+    """
+    models = tree.get("model") or {}
+    if name not in models:
+        raise UserError(
+            f"model {name!r} is not defined: found {', '.join(models) or 'none'}. `defaults: - model: [{name}]` loads "
+            f"model/{name}.yaml, whose top key must be {name}"
+        )
+    return dict(models[name])
+
+
+def _megatron(tree: Mapping[str, Any], section: str, ours: Settings) -> Section:
+    """A model's keys, then megatron_training's, then the section's own; the precision is that of `minimind`."""
+    given = {**tree["megatron_training"], **tree[section]}
+    model = model_keys(tree, str(given["model"])) if "model" in given else {}
+    merged = _merged("MegatronConfig", {**model, **given}, section)
+    merged["bf16"] = merged["bf16"] and ours.precision == "bf16"
+    merged["pad_to_multiple_of"] = merged["tensor_model_parallel_size"] * merged["context_parallel_size"]
+    return Section(**merged)
+
+
+def _rl(given: Mapping[str, Any]) -> Section:
+    merged = _merged("RLConfig", given, "rl_config")
+    merged["mini_batch_size"] = merged["mini_batch_size"] * merged["n_samples_per_prompt"]
+    for name in [key for key in merged if key.endswith("_resource") and merged[key] is not None]:
+        _refuse_unknown(merged[name], {"num_npus": None}, f"rl_config.{name}")
+        merged[name] = Section(**merged[name])
+    return Section(**merged)
+
+
+# Megatron's flags
+
+# Keys that this kit's trainer of reinforcement learning reads itself, or does anyway.
+OF_THE_TRAINER = frozenset(
+    """
+    use_mcore_models
+    stage algorithm data_path split dataset_additional_keys is_instruction_dataset is_pairwise_dataset prompt_type
+    prompt_type_path no_shuffle full_shuffle_instruction_dataset no_shared_storage tokenizer_padding_side
+    variable_seq_lengths no_pad_to_seq_lengths pad_to_multiple_of reset_position_ids reset_attention_mask
+    do_sample use_kv_cache load_checkpoint_loosely
+    """.split()
+)
+
+
+def megatron_flags(section: Section) -> list[str]:
+    """The section as a command line that `minimind_mcore.arguments.parse` accepts.
+
+    As MindSpeed-RL does for MindSpeed-LLM's parser: a list becomes several words, True the flag alone, and
+    None and False nothing. Left out are what the trainer of reinforcement learning reads itself, and what
+    the native engine does not have if it stands at MindSpeed-RL's default.
+
+    Raises:
+        UserError: a key that is set to what the native engine does not have.
+    """
+    table, known, flags = flag_table(), defaults("MegatronConfig", NEWEST), []
+    for key, value in vars(section).items():
+        flag = "--" + key.replace("_", "-")
+        if key in OF_THE_TRAINER or value is None or value is False:
+            continue
+        if flag not in table or table[flag]["dest"] not in IMPLEMENTED | NO_EFFECT:
+            if value == known[key]:
+                continue
+            raise UserError(f"{key}: {value!r}: the native engine does not have this; leave it out, or run on an NPU")
+        flags += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+# Reading the files
+
+
+def compose(
+    name: str, overrides: Sequence[str] = (), directory: str | Path | None = None, device: str | None = None
+) -> DictConfig:
+    """The YAML of that name with its groups, what its device differs in, and the overrides, which win.
+
+    Args:
+        name: of a file in `directory`, with or without `.yaml`.
+        overrides: hydra's: "rl_config.clip_ratio=0.1", "+rl_config.gamma=0.9".
+        directory: of the YAML files (default: the kit's configs/rlxf).
+        device: the file of `device/` to take, if it is there (default: the device found).
+
+    Raises:
+        UserError: no such file, or what hydra says of it.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from minimind_mcore import device as devices
+
+    where = Path(directory or CONFIGS).expanduser().resolve()
+    name = name.removesuffix(".yaml")
+    if not (where / f"{name}.yaml").is_file():
+        found = sorted(file.stem for file in where.glob("*.yaml")) if where.is_dir() else []
+        raise UserError(f"{where} has no {name}.yaml{nearest(name, found)} (it has {', '.join(found) or 'none'})")
+    kind = device or devices.current().kind
+    here = [f"+device={kind}"] if (where / "device" / f"{kind}.yaml").is_file() else []
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(config_dir=str(where), version_base=None):
+            return hydra.compose(config_name=name, overrides=[*here, *map(_settable, overrides)])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{where / name}.yaml: {str(error).strip()}") from error
+
+
+def _settable(override: str) -> str:
+    """`section.key=value` as hydra wants it whether the YAML has the key or not; `resolve` refuses unknown ones."""
+    ours = override.split(".")[0] in (*SECTIONS, "minimind") and "." in override.split("=")[0]
+    return f"++{override}" if ours else override
+
+
+def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with hydra's own flags; what is left over on the command line are overrides."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", required=True, help="a YAML of configs/rlxf, or of --config-dir")
+    parser.add_argument("--config-dir", "-cd", help="directory of the YAML files (default: the kit's configs/rlxf)")
+    parser.add_argument("--device", help="file of device/ to take (default: that of the device found)")
+    parser.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
+    return parser
+
+
+def from_command(argv: Sequence[str], prog: str = "train_grpo.py", description: str = "") -> Config:
+    """The configuration that a command line of train_grpo.py asks for."""
+    args = command_parser(prog, description).parse_args(list(argv))
+    return resolve(compose(args.config_name, args.overrides, args.config_dir, args.device))

@@ -1,0 +1,58 @@
+"""The presets as MindSpeed-RL's `model/*.yaml`.
+
+    python -m minimind_mcore.rl.models --output configs/rlxf/model      # writes every preset's file
+
+A test holds the files to the presets.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minimind_mcore.errors import run
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.rl.schema import value_type
+from minimind_mcore.storage import atomic_write_text
+
+
+def model_section(config: ModelConfig) -> dict[str, Any]:
+    """The architecture as keys of MegatronConfig."""
+    keys: dict[str, Any] = {"use_mcore_models": True}
+    words = config.megatron_flags()
+    for place, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        key = word[2:].replace("-", "_")
+        if key == "moe_router_pre_softmax":  # MindSpeed-RL has no such key: norm_topk_prob alone says it
+            continue
+        if key == "moe_shared_expert_intermediate_size":
+            keys["n_shared_experts"] = int(words[place + 1]) // keys["moe_ffn_hidden_size"]
+            continue
+        kind = value_type("MegatronConfig", key)
+        keys[key] = True if kind is bool else kind(words[place + 1])
+    return keys
+
+
+def model_yaml(name: str) -> str:
+    """The file `model/NAME.yaml`: the name, and under it the keys."""
+    text = yaml.safe_dump({name: model_section(PRESETS[name])}, sort_keys=False)
+    return f"# Written by `python -m minimind_mcore.rl.models`, from models/presets.py.\n{text}"
+
+
+def main() -> None:
+    """Write the file of every preset."""
+    parser = argparse.ArgumentParser(prog="minimind_mcore.rl.models", description=main.__doc__)
+    parser.add_argument("--output", required=True, type=Path, help="directory: configs/rlxf/model")
+    args = parser.parse_args()
+    for name in PRESETS:
+        atomic_write_text(args.output / f"{name}.yaml", model_yaml(name))
+        print(args.output / f"{name}.yaml")
+
+
+if __name__ == "__main__":
+    run(main)
