@@ -1,0 +1,57 @@
+"""minimind-mcore COMMAND ...: the tools that come with the kit, under one name.
+
+    minimind-mcore --help
+    minimind-mcore rl lint my.yaml
+    python -m minimind_mcore.cli rl lint my.yaml      # from a checkout that is not installed
+
+Each command is a module with `main(argv)`; it is imported only when it is asked for, so that none of them
+waits for another's libraries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from minimind_mcore import errors
+from minimind_mcore.errors import UserError
+
+# command: (its module, what it is for)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "rl": ("minimind_mcore.rl.cli", "check a configuration of reinforcement learning, or write it for another trainer"),
+}
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(["usage: minimind-mcore COMMAND ...", "", *lines, "", "`COMMAND --help` says more."])
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one command; returns the status to exit with.
+
+    Raises:
+        UserError: there is no such command, or what the command itself raises.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 1
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"minimind-mcore has no command {argv[0]!r}{hint or ";"} it has {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    return int(module.main(list(argv[1:])) or 0)
+
+
+def main() -> None:
+    """The program: an error is one message, and exit status 1."""
+    errors.run(lambda: sys.exit(dispatch(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()
