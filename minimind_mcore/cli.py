@@ -42,8 +42,8 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0 if argv else 1
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"minimind-mcore has no command {argv[0]!r}{hint or ";"} it has {', '.join(COMMANDS)}")
+        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(COMMANDS)}"
+        raise UserError(f"minimind-mcore has no command {argv[0]!r}{hint}")
     module = importlib.import_module(COMMANDS[argv[0]][0])
     return int(module.main(list(argv[1:])) or 0)
 
