@@ -37,4 +37,4 @@ def mini_batches(
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         rows = torch.randperm(prompts * n_samples, generator=order) if shuffle else torch.arange(prompts * n_samples)
-        yield from rows.split(mini_batch_size * n_samples)
+        yield from torch.split(rows, mini_batch_size * n_samples)

@@ -22,7 +22,10 @@ def token_logps(logits: Tensor, tokens: Tensor, temperature: float = 1.0, chunk:
         [B, T] in float32.
     """
     rows, picks = logits.flatten(0, 1), tokens.reshape(-1)
-    parts = [_logps(part, pick, temperature) for part, pick in zip(rows.split(chunk), picks.split(chunk), strict=True)]
+    parts = [
+        _logps(part, pick, temperature)
+        for part, pick in zip(torch.split(rows, chunk), torch.split(picks, chunk), strict=True)
+    ]
     return torch.cat(parts).view(tokens.shape)
 
 
@@ -34,7 +37,7 @@ def _logps(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 def entropy(logits: Tensor, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
     """H = -sum p log p of each position, in nats: [B, T] in float32 from logits [B, T, V]."""
     parts = []
-    for part in logits.flatten(0, 1).split(chunk):
+    for part in torch.split(logits.flatten(0, 1), chunk):
         logp = (part.float() / temperature).log_softmax(dim=-1)
         parts.append(-(logp.exp() * logp).sum(dim=-1))
     return torch.cat(parts).view(logits.shape[:-1])

@@ -1,0 +1,160 @@
+"""Whether two pieces of mathematics are the same: as text, as numbers, part by part, or for sympy.
+
+The steps are those of MindSpeed-RL's `math_equal` (after Qwen2.5-Math and ToRA). Text that a model wrote reaches
+sympy's parser, which evaluates Python: what could name anything but mathematics is not parsed (`_harmless`). Sympy can
+take minutes over a line, so callers run this in `workers.Workers`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from math import isclose
+from typing import Any
+
+from latex2sympy2_extended import latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy import N, simplify
+from sympy.parsing.sympy_parser import parse_expr
+
+Symbolic = Callable[[str, str], bool]
+_MATRIX = re.compile(r"\\begin\{[pb]matrix\}.*\\end\{[pb]matrix\}", re.DOTALL)
+_PLAIN = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+_NOT_MATHEMATICS = ({*dir(builtins), *keyword.kwlist} - {"abs", "min", "max", "round", "pow", "sum"}) | {"self"}
+
+
+def equal(answer: str, label: str, symbolic: Symbolic | None = None) -> bool:
+    """Whether `answer` (tidied, see `extraction`) is `label`.
+
+    Args:
+        answer: what was found in the response.
+        label: the truth.
+        symbolic: decides what text and numbers cannot; `symbolically_equal` where it is None.
+    """
+    symbolic = symbolic or symbolically_equal
+    if answer.strip().lower() == label.strip().lower():
+        return True
+    if label in list("ABCDE") and _choice(answer) == label:
+        return True
+    numbers = _number(answer), _number(label)
+    if numbers[0] is not None and numbers[1] is not None:
+        return any(_close(numbers[0], numbers[1] * scale) for scale in (0.01, 1, 100))
+    if not answer:
+        return False
+    answer, label = answer.strip(), label.strip()
+    if "pmatrix" in answer and "pmatrix" not in label:
+        label = _as_matrix(label)
+    if _same_text(answer, label) or _same_parts(answer, label, symbolic):
+        return True
+    return _same_equation(answer, label, symbolic) or symbolic(answer, label)
+
+
+def _choice(answer: str) -> str:
+    """The last letter of A to E that stands alone, or the answer itself."""
+    answer = answer.strip("\n").rstrip(".").rstrip("/").strip(" ").lstrip(":")
+    letters = re.findall(r"\b([ABCDE])\b", answer.upper())
+    return str(letters[-1]) if letters else answer.strip().strip(".").rstrip(".").rstrip("/")
+
+
+def _number(text: str) -> float | None:
+    """A number with commas, or a percentage."""
+    text = text.replace(",", "")
+    with suppress(ValueError):
+        return float(text)
+    if text.endswith("%"):
+        with suppress(ValueError):
+            return float(text.removesuffix("%").removesuffix("\\")) / 100
+    return None
+
+
+def _close(a: float, b: float) -> bool:
+    return isclose(a, b, rel_tol=1e-4)
+
+
+def _as_matrix(label: str) -> str:
+    r"""{a,b} as a matrix of rows, which a comma ends (one backslash, as MindSpeed-RL writes it)."""
+    rows = [found.strip("{}").replace(",", "\\") for found in re.findall(r"\{.*,.*\}", label.strip())]
+    return ", ".join(f"\\begin{{pmatrix}}{row}\\end{{pmatrix}}" for row in rows)
+
+
+def _same_text(answer: str, label: str) -> bool:
+    """The same but for brackets and capitals."""
+    square = answer.startswith("[") and answer.endswith("]") and not label.startswith("(")
+    round_ = answer.startswith("(") and answer.endswith(")") and not label.startswith("[")
+    if square or round_:
+        answer, label = answer.strip("[]()"), label.strip("[]()")
+    bare = str.maketrans("", "", "{}()")
+    return answer.translate(bare).lower() == label.translate(bare).lower()
+
+
+def _same_parts(answer: str, label: str, symbolic: Symbolic) -> bool:
+    """Points and intervals coordinate by coordinate, matrices entry by entry."""
+
+    def alike(left: str, right: str, by: str) -> bool:
+        pair = left.split(by), right.split(by)
+        return len(pair[0]) == len(pair[1]) and all(equal(a, b, symbolic) for a, b in zip(*pair, strict=True))
+
+    tuples = [re.match(r"[(\[].+[)\]]", text) for text in (answer, label)]
+    if all(tuples) and alike(answer[1:-1], label[1:-1], ","):
+        return True
+    if not (_MATRIX.fullmatch(answer) and _MATRIX.fullmatch(label)):
+        return False
+    cut = len("\\begin{pmatrix}"), -len("\\end{pmatrix}")
+    rows = [[row.strip() for row in text[slice(*cut)].split("\\\\") if row.strip()] for text in (answer, label)]
+    return len(rows[0]) == len(rows[1]) and all(alike(a, b, "&") for a, b in zip(*rows, strict=True))
+
+
+def _same_equation(answer: str, label: str, symbolic: Symbolic) -> bool:
+    """Equations as the difference of their sides; "x = 3" as 3."""
+    if answer.count("=") == 1 and label.count("=") == 1:
+        left, right = ("{} - ({})".format(*(side.strip() for side in text.split("="))) for text in (answer, label))
+        return symbolic(left, right) or symbolic(f"-({left})", right)
+    for named, value, swapped in ((answer, label, False), (label, answer, True)):
+        if named.count("=") == 1 and "=" not in value and len(named.split("=")[0].strip()) <= 2:
+            side = named.split("=")[1]
+            return equal(value, side, symbolic) if swapped else equal(side, value, symbolic)
+    return False
+
+
+def symbolically_equal(answer: str, label: str) -> bool:
+    """Whether sympy takes them for the same; what it cannot read is compared as text."""
+    a, b = _parse(answer), _parse(label)
+    tests: list[Callable[[], Any]] = [
+        lambda: str(a) == str(b) or a == b,
+        lambda: a.equals(b) or simplify(a - b) == 0,
+        lambda: abs(a.lhs - a.rhs).equals(abs(b.lhs - b.rhs)),
+        lambda: _close(float(N(b)), float(N(a))),
+        lambda: a.shape == b.shape and _rounded(a).equals(_rounded(b)),
+    ]
+    for test in tests:
+        # Sympy raises whatever comes to hand where an operation means nothing: then this test says nothing.
+        with suppress(Exception):
+            if test():
+                return True
+    return False
+
+
+def _rounded(matrix: Any) -> Any:
+    return matrix.applyfunc(lambda x: round(x, 3))
+
+
+def _parse(text: str) -> Any:
+    """A sympy object from Python's or LaTeX's notation, or the text itself."""
+    for spelling in (text.replace("\\\\", "\\"), text):
+        if _harmless(spelling):
+            with suppress(Exception):
+                return parse_expr(spelling)
+    for spelling in (text.replace("\\\\", "\\"), text):
+        with suppress(Exception):
+            return latex2sympy(spelling, conversion_config=_PLAIN)
+    return text
+
+
+def _harmless(text: str) -> bool:
+    """Whether Python may evaluate it: no strings, attributes or names of the language."""
+    if re.search(r"""["'`:;@\\]|__|\.\s*[^\W\d]|\d{40}""", text):
+        return False
+    return not _NOT_MATHEMATICS.intersection(re.findall(r"[^\W\d]\w*", text))

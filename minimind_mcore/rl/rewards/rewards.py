@@ -1,0 +1,232 @@
+"""Scores of a batch of answers: `Rewards(["acc", "format"], [1.0, 0.5]).score(responses, labels).total`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.rewards.length import overlong
+from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
+from minimind_mcore.rl.rewards.workers import Workers, resolve
+
+_SAMPLES = 3  # failures shown of a batch
+_WINDOW = 256  # responses over which failures are judged
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """Penalty of answers near the end of their room; see `length.overlong`."""
+
+    room: int
+    buffer: int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A response that could not be scored."""
+
+    verifier: str
+    reason: str
+    response: str
+    label: str
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        return f"{self.verifier}: {self.reason}; label {self.label[:80]!r}, response {self.response[-200:]!r}"
+
+
+@dataclass
+class Scores:
+    """What a batch scored.
+
+    Attributes:
+        total: [B] float32, the weighed sum.
+        by_verifier: [B] float32 of each, before its weight.
+        failures: responses that each verifier could not score; they count as wrong.
+        samples: a few of them, for the log.
+    """
+
+    total: Tensor
+    by_verifier: dict[str, Tensor]
+    failures: Counter[str] = field(default_factory=Counter)
+    samples: list[Failure] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Means by MindSpeed-RL's names, and the failures."""
+        named = {f"{name}_rewards/mean": values.mean().item() for name, values in self.by_verifier.items()}
+        return named | {f"{name}_rewards/failures": float(count) for name, count in self.failures.items()}
+
+
+class Rewards:
+    """Verifiers, their weights, and the processes that run the slow ones."""
+
+    def __init__(
+        self,
+        names: list[str],
+        weights: list[float],
+        *,
+        timeout: float = 30,
+        parallel: int = 1,
+        max_failures: float = 0.2,
+        overlong: Overlong | None = None,
+    ) -> None:
+        """Prepare to score; close when done (it is a context manager).
+
+        Args:
+            names: keys of `VERIFIERS`, or import paths `package.module:function` of your own functions
+                `(response: str, label: str, **context) -> float` (`verifier_function`). One of your own scores a
+                failure as its attribute `wrong`, or as the least it has given, at most 0.
+            weights: of each (`verifier_weight`).
+            timeout: seconds that one response may take one verifier (`verifier_timeout`).
+            parallel: worker processes (`verifier_parallel`).
+            max_failures: share of recent responses that may fail before `score` raises.
+            overlong: DAPO's penalty, added to the total.
+
+        Raises:
+            UserError: an unknown name (with the nearest), a function that cannot be imported or called so, lists of
+                different lengths.
+        """
+        if len(names) != len(weights):
+            raise UserError(
+                f"verifier_weight: found {len(weights)} weights, expected {len(names)}, one for each of "
+                f"verifier_function: {', '.join(names)}"
+            )
+        self.verifiers = {name: _verifier(name) for name in names}
+        self.weights = dict(zip(names, weights, strict=True))
+        self.max_failures = max_failures
+        self.overlong = overlong
+        self.workers = Workers(parallel, timeout)
+        self._least: dict[str, float] = {}
+        self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_WINDOW) for name in names}
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.workers.close()
+
+    def score(
+        self,
+        responses: list[str],
+        labels: list[str],
+        *,
+        categories: list[Any] | None = None,
+        tool_calls: list[int] | None = None,
+        lengths: Tensor | None = None,
+        prompts: list[Any] | None = None,
+    ) -> Scores:
+        """Score each response against its label.
+
+        Args:
+            responses: B texts, special tokens left out.
+            labels: B texts, the right answers.
+            categories: B values; where one is 0 (or false) rules do not apply, and the response scores 0.
+            tool_calls: B counts (retool_reward).
+            lengths: [B] tokens of each response; needed where there is a penalty of overlong ones.
+            prompts: B of whatever your own functions want of the questions.
+
+        Raises:
+            UserError: more responses failed than `max_failures` allows.
+        """
+        columns = {"category": categories, "tool_calls": tool_calls, "prompt": prompts}
+        columns["length"] = None if lengths is None else lengths.tolist()
+        given = {name: values for name, values in columns.items() if values is not None}
+        contexts = [{name: values[row] for name, values in given.items()} for row in range(len(responses))]
+        rows = [row for row in range(len(responses)) if categories is None or bool(categories[row])]
+        scores = Scores(torch.zeros(len(responses)), {})
+        for name in self.verifiers:
+            values = self._apply(name, rows, responses, labels, contexts, scores)
+            scores.by_verifier[name] = values
+            scores.total += self.weights[name] * values
+        if self.overlong is not None:
+            if lengths is None:
+                raise UserError("overlong: the penalty needs the lengths of the responses")
+            scores.by_verifier["overlong"] = overlong(
+                lengths.cpu(), self.overlong.room, self.overlong.buffer, self.overlong.factor
+            )
+            scores.total += scores.by_verifier["overlong"]
+        self._judge(scores)
+        return scores
+
+    def _apply(
+        self,
+        name: str,
+        rows: list[int],
+        responses: list[str],
+        labels: list[str],
+        contexts: list[dict[str, Any]],
+        scores: Scores,
+    ) -> Tensor:
+        """[B] scores of one verifier; its failures go into `scores`."""
+        results: dict[int, float | str] = {}
+        for row in rows:
+            quick = _quickly(self.verifiers[name], responses[row], labels[row], contexts[row])
+            if quick is not None:
+                results[row] = quick
+        slow = [row for row in rows if row not in results]
+        tasks = [(name, responses[row], labels[row], contexts[row]) for row in slow]
+        results |= dict(zip(slow, self.workers.map(tasks), strict=True))
+        failed = {row: why for row, why in results.items() if isinstance(why, str)}
+        found = [value for value in results.values() if not isinstance(value, str)]
+        self._least[name] = min([self._least.get(name, 0.0), *found])
+        wrong = self.verifiers[name].wrong
+        values = torch.zeros(len(responses))
+        for row, value in results.items():
+            values[row] = (self._least[name] if math.isnan(wrong) else wrong) if isinstance(value, str) else value
+        self._recent[name].extend(row in failed for row in rows)
+        if failed:
+            scores.failures[name] = len(failed)
+            scores.samples += [
+                Failure(name, why, responses[row], labels[row]) for row, why in list(failed.items())[:_SAMPLES]
+            ]
+        return values
+
+    def _judge(self, scores: Scores) -> None:
+        """Raise where so many failed that the rewards would teach the wrong thing."""
+        for name, count in scores.failures.items():
+            recent = self._recent[name]
+            if sum(recent) > self.max_failures * len(recent):
+                shown = "\n  ".join(str(sample) for sample in scores.samples if sample.verifier == name)
+                raise UserError(
+                    f"{name}: could not score {sum(recent)} of the last {len(recent)} responses ({count} of this "
+                    f"batch), more than the {self.max_failures:.0%} allowed. Put the verifier right, raise "
+                    f"verifier_timeout or verifier_parallel, or allow more. For example:\n  {shown}"
+                )
+
+
+def _verifier(name: str) -> Verifier:
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, VERIFIERS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(VERIFIERS)},"
+        raise UserError(f"verifier_function: found {name!r}. {hint} or package.module:function of your own")
+    function = resolve(name)
+    try:
+        inspect.signature(function).bind("", "", category=1, tool_calls=0, length=0, prompt="")
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name}: {error}. Expected a function (response: str, label: str, **context) -> float"
+        ) from error
+    return Verifier(function, float(getattr(function, "wrong", math.nan)), lambda *_, **__: None)
+
+
+def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | str | None:
+    """A score that takes no time, why there is none, or None where a worker must find it."""
+    try:
+        return (verifier.quick or verifier.score)(response, label, **context)
+    except Exception as error:  # whatever the verifier raised
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,87 @@
+"""Processes that score what may take for ever; one that hangs or dies is replaced, and its response alone suffers."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as Expired
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from minimind_mcore.errors import UserError
+
+# Of one worker: sympy can ask for all memory of the machine over a tower of powers.
+_MEMORY = 4 << 30
+
+
+class Workers:
+    """A pool of processes, begun at the first task.
+
+    They start from a small server process that holds no model and no device, so that a new one costs little.
+    """
+
+    def __init__(self, parallel: int, timeout: float) -> None:
+        """Keep `parallel` processes; a task may take `timeout` seconds."""
+        self.parallel = parallel
+        self.timeout = timeout
+        self._pool: ProcessPool | None = None
+
+    def map(self, tasks: list[tuple[str, str, str, dict[str, Any]]]) -> list[float | str]:
+        """Score each `(name, response, label, context)`: a number, or why there is none."""
+        if not tasks:
+            return []
+        if self._pool is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["minimind_mcore.rl.rewards.verifiers", "math_verify", "mathruler.grader"])
+            self._pool = ProcessPool(self.parallel, initializer=_begin, context=context)
+        futures = [self._pool.schedule(_score, args=task, timeout=self.timeout) for task in tasks]
+        return [self._result(future) for future in futures]
+
+    def _result(self, future: Any) -> float | str:
+        try:
+            return float(future.result())
+        except Expired:
+            return f"took longer than {self.timeout:g} s"
+        except ProcessExpired as error:
+            return f"its process died: {error}"
+        except Exception as error:  # whatever the verifier raised
+            return f"{type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+
+def resolve(name: str) -> Callable[..., float]:
+    """The function of a verifier's name or of an import path `package.module:function`."""
+    from minimind_mcore.rl.rewards.verifiers import VERIFIERS
+
+    if name in VERIFIERS:
+        return VERIFIERS[name].score
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"verifier_function: cannot import {name!r}: {error}. Expected package.module:function, "
+            "importable from the run's directory or PYTHONPATH"
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+def _begin() -> None:
+    import resource
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own deadlines are off
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, hard))
+
+
+def _score(name: str, response: str, label: str, context: dict[str, Any]) -> float:
+    return float(resolve(name)(response, label, **context))
