@@ -99,7 +99,10 @@ def check_together(prefixes: Sequence[str]) -> list[str]:
     if len(set(counts.values())) > 1:
         return ["they do not belong together: " + ", ".join(f"{p} has {n:,} sequences" for p, n in counts.items())]
     problems = []
+    answers = _answers(prefixes)
     for prefix, index in indices.items():
+        if prefix in answers:
+            continue
         ids = prefix.replace(LABELS, "input_ids_document").replace(MASKS, "input_ids_document")
         if ids in indices and not np.array_equal(index.lengths, indices[ids].lengths):
             problems.append(f"{prefix}: its sequences are not as long as those of {ids}")
@@ -107,6 +110,17 @@ def check_together(prefixes: Sequence[str]) -> list[str]:
     if beside.is_file() and (lines := _lines(beside)) != counts[prefixes[0]]:
         problems.append(f"{beside}: {lines:,} lines for {counts[prefixes[0]]:,} tasks")
     return problems
+
+
+def _answers(prefixes: Sequence[str]) -> list[str]:
+    """The labels that are no labels of ids but right answers of tasks: none of them is `IGNORED`."""
+    found = []
+    for prefix in prefixes:
+        size = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else 0
+        if size and prefix.endswith("_packed_labels_document"):
+            tokens = np.memmap(bin_path(prefix), read_index(prefix).dtype, "r")
+            found += [] if (tokens[:CHUNK] == IGNORED).any() else [prefix]
+    return found
 
 
 def _lines(path: Path) -> int:

@@ -40,6 +40,7 @@ IMPLEMENTED = {
     *("tokenizer_type", "tokenizer_name_or_path", "append_eod"),
     *("workers", "n_subs", "cache_dir", "overwrite_cache", "dataset_dir"),
     *("map_keys", "prompt_type", "prompt_type_path", "enable_thinking", "seed", "pack", "neat_pack"),
+    "dataset_additional_keys",
 }
 # Reading always streams, the fast tokenizer gives the slow one's ids, progress is shown by time, and
 # nothing is padded or mixed here.
@@ -55,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # Theirs caches whole data sets in ~/tmp; ours keeps unfinished parts, by default beside the output.
     parser.set_defaults(cache_dir=None)
+    for action in parser._actions:
+        if action.dest == "prompt_type":  # any name that --prompt-type-path, or the kit's own file, has
+            action.choices = None
+        if action.dest == "tokenizer_type":  # MindSpeed-RL's word for the same
+            action.choices = [*(action.choices or ()), "HuggingFaceTokenizer"]
     group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
     group.add_argument(
         "--prepend-bos",
@@ -130,7 +136,7 @@ def _convert(args: argparse.Namespace) -> list[str]:
     for flag, value in (("--input", args.input), ("--tokenizer-name-or-path", args.tokenizer_name_or_path)):
         if not value:
             raise UserError(f"{flag} is missing; `{PROGRAM} --help` shows an example")
-    if args.tokenizer_type != "PretrainedFromHF":
+    if args.tokenizer_type not in ("PretrainedFromHF", "HuggingFaceTokenizer"):
         raise UserError(f"--tokenizer-type {args.tokenizer_type}: not supported here; expected PretrainedFromHF")
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: megatron-core reads mmap only")
@@ -156,6 +162,7 @@ def _options(args: argparse.Namespace) -> Options:
         empty_think_ratio=args.empty_think_ratio,
         thinking_ratio=args.thinking_ratio,
         pack="neat-pack" if args.neat_pack else "pack" if args.pack else "",
+        additional_keys=tuple(args.dataset_additional_keys),
     )
     options = Options(
         input=args.input,

@@ -176,7 +176,8 @@ def _tools(record: Mapping[str, Any], field: str) -> list[Any] | None:
     return _json_list(record[field], f"field {field!r}") or None if field and record.get(field) else None
 
 
-def _alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:
+def alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:
+    """Alpaca's question with what comes before it: system prompt and history."""
     messages = _system(optional(record, columns["system"]))
     history = record.get(columns["history"]) if columns["history"] else None
     for pair in history or []:
@@ -190,12 +191,12 @@ def _alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]
 def read_alpaca(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """Alpaca: instruction and input are one message, a line break between them."""
     answer = {"role": "assistant", "content": text_of(record, columns["response"])}
-    return {"": Conversation([*_alpaca_prompt(record, columns), answer])}
+    return {"": Conversation([*alpaca_prompt(record, columns), answer])}
 
 
 def read_alpaca_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """Alpaca with two answers."""
-    prompt = _alpaca_prompt(record, columns)
+    prompt = alpaca_prompt(record, columns)
     return {
         f"{side}_": Conversation([*prompt, {"role": "assistant", "content": text_of(record, columns[side])}])
         for side in ("chosen", "rejected")

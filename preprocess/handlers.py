@@ -31,8 +31,23 @@ from minimind_mcore.preprocess.conversations import (
     read_prompt,
     read_sharegpt,
     read_sharegpt_pair,
+    text_of,
 )
 from minimind_mcore.preprocess.readers import Reject, kind_of, rejected
+from minimind_mcore.preprocess.tasks import (
+    MATH17K,
+    ORZ,
+    answer_of_alpaca,
+    answer_of_gt,
+    answer_of_math17k,
+    answer_of_orz,
+    answer_of_sharegpt,
+    read_alpaca_prompt,
+    read_math,
+    read_math17k,
+    read_orz,
+    read_sharegpt_prompt,
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,10 @@ class ChatHandler:
         columns: which field holds what; --map-keys changes it.
         outputs: the datasets, named as by MindSpeed-LLM: `<prefix>_packed_<output>_document`.
         minimind: MiniMind's own format, whose random changes and whose loss on every answer apply.
+        prompts: a record is a task for reinforcement learning: a prompt without its answer. Its datasets
+            after the first two are texts that go with it, each encoded: `labels`, the right answer, and fields
+            of the record.
+        answer: of tasks: the right answer.
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
     """
 
@@ -138,17 +157,14 @@ class ChatHandler:
     columns: Columns
     outputs: tuple[str, ...] = ("input_ids", "attention_mask", "labels")
     minimind: bool = False
+    prompts: bool = False
+    answer: Callable[[Mapping[str, Any], Columns], str] | None = None
     thinking_ratio: float | None = None
 
     @property
     def pairwise(self) -> bool:
         """Whether a record holds two answers to choose from."""
-        return len(self.outputs) == 4
-
-    @property
-    def prompts(self) -> bool:
-        """Whether a record is a task: a prompt without its answer."""
-        return "labels" not in self.outputs and not self.pairwise
+        return "chosen_input_ids" in self.outputs
 
     @property
     def fields(self) -> list[str] | None:
@@ -164,6 +180,36 @@ class ChatHandler:
             return self.read(record, self.columns)
         except Unusable as reason:
             return rejected(str(reason), record)
+
+    def extras(self, record: Mapping[str, Any]) -> list[str]:
+        """Of a task: the texts of its datasets after the first two.
+
+        Raises:
+            Unusable: one is missing or empty.
+        """
+        texts = [
+            self.answer(record, self.columns) if name == "labels" and self.answer else text_of(record, name)
+            for name in self.outputs[2:]
+        ]
+        for name, text in zip(self.outputs[2:], texts, strict=True):
+            if not text:
+                raise Unusable(f"its {'answer' if name == 'labels' else name} is empty")
+        return texts
+
+    def with_keys(self, name: str, keys: Sequence[str]) -> ChatHandler:
+        """This handler with the datasets of --dataset-additional-keys in place of its own after the first two.
+
+        Raises:
+            UserError: it is no handler of tasks, or has no answer to write under `labels`.
+        """
+        if not keys:
+            return self
+        if not self.prompts or ("labels" in keys and self.answer is None):
+            raise UserError(
+                f"--dataset-additional-keys {' '.join(keys)}: {name} "
+                + ("has no answer for labels" if self.prompts else "writes no tasks for reinforcement learning")
+            )
+        return dataclasses.replace(self, outputs=(*_PROMPT_OUTPUTS, *keys))
 
     def mapped(self, name: str, map_keys: Mapping[str, Any] | None) -> ChatHandler:
         """This handler with the columns of --map-keys, as MindSpeed-LLM reads it: {column: the record's field}.
@@ -198,6 +244,17 @@ class ChatHandler:
 
 _PAIR_OUTPUTS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 _PROMPT_OUTPUTS = ("input_ids", "attention_mask")
+
+
+def _task(
+    read: Callable[[Mapping[str, Any], Columns], dict[str, Conversation]],
+    columns: Columns,
+    answer: Callable[[Mapping[str, Any], Columns], str],
+) -> ChatHandler:
+    """A handler of tasks with an answer."""
+    return ChatHandler(read, columns, (*_PROMPT_OUTPUTS, "labels"), prompts=True, answer=answer, thinking_ratio=0.0)
+
+
 _ALPACA_PAIR = {**{key: field for key, field in ALPACA.items() if key != "response"}, **PAIR}
 
 CHAT_HANDLERS: Mapping[str, ChatHandler] = {
@@ -209,8 +266,23 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
     "MiniMindInstructionHandler": ChatHandler(read_minimind, MINIMIND, minimind=True),
     "MiniMindPairwiseHandler": ChatHandler(read_minimind_pair, PAIR, _PAIR_OUTPUTS, minimind=True),
-    "MiniMindPromptHandler": ChatHandler(read_prompt, MINIMIND, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.9),
-    "MiniMindAgentHandler": ChatHandler(read_prompt, AGENT, _PROMPT_OUTPUTS, minimind=True, thinking_ratio=0.1),
+    "MiniMindPromptHandler": ChatHandler(
+        read_prompt, MINIMIND, _PROMPT_OUTPUTS, minimind=True, prompts=True, thinking_ratio=0.9
+    ),
+    "MiniMindAgentHandler": ChatHandler(
+        read_prompt, AGENT, _PROMPT_OUTPUTS, minimind=True, prompts=True, thinking_ratio=0.1
+    ),
+    # agent_rl_math with its answers, its tools left out
+    "MiniMindMathHandler": _task(read_math, AGENT, answer_of_gt),
+    # MindSpeed-LLM's and MindSpeed-RL's
+    "R1AlpacaStyleInstructionHandler": _task(read_alpaca_prompt, ALPACA, answer_of_alpaca),
+    "R1SharegptStyleInstructionHandler": _task(read_sharegpt_prompt, SHAREGPT, answer_of_sharegpt),
+    "Math17kAlpacaStyleInstructionHandler": _task(read_math17k, MATH17K, answer_of_math17k),
+    "PPOAlpacaStyleInstructionHandler": ChatHandler(
+        read_alpaca_prompt, ALPACA, _PROMPT_OUTPUTS, prompts=True, thinking_ratio=0.0
+    ),
+    # Open-Reasoner-Zero's own file: a list of two turns to a record
+    "OrzMathHandler": _task(read_orz, ORZ, answer_of_orz),
 }
 
 

@@ -37,6 +37,8 @@ class ChatOptions:
             formats (0.2; 0.05 in MiniMind2's tokenizer, where <think> is no token), all for others.
         thinking_ratio: share of tasks that let the model think; None: as MiniMind's trainers.
         pack: "", "pack" or "neat-pack": put samples together to sequences of `seq_length`.
+        additional_keys: of tasks: the datasets beside ids and mask, `labels` and fields of the record; none:
+            the handler's own.
     """
 
     map_keys: dict[str, Any] | None = None
@@ -48,10 +50,12 @@ class ChatOptions:
     empty_think_ratio: float | None = None
     thinking_ratio: float | None = None
     pack: str = ""
+    additional_keys: tuple[str, ...] = ()
 
     def resolved(self, handler: ChatHandler, info: TokenizerInfo) -> ChatOptions:
         """The ratios with their defaults, which the handler and the tokenizer's generation decide."""
         own = handler.minimind and not handler.pairwise
+        own = own and not (handler.prompts and self.prompt_type)  # such a template has its own system prompt
         thinking = handler.thinking_ratio if self.enable_thinking is None else float(self.enable_thinking)
         kept = (0.2 if info.thinks else 0.05) if handler.minimind and not handler.prompts else 1.0
         return dataclasses.replace(
@@ -112,7 +116,10 @@ class Options:
             UserError: unknown, or a column it does not have.
         """
         handler = find_handler(self.handler)
-        return handler.mapped(self.handler, self.chat.map_keys) if isinstance(handler, ChatHandler) else handler
+        if not isinstance(handler, ChatHandler):
+            return handler
+        mapped = handler.mapped(self.handler, self.chat.map_keys)
+        return mapped.with_keys(self.handler, self.chat.additional_keys)
 
 
 def dataset_prefixes(options: Options, prefix: Path) -> dict[str, str]:
@@ -178,8 +185,6 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
             raise UserError("--append-eod: the tokenizer's own chat template ends the conversation itself")
     else:
         template_entry(chat.prompt_type, chat.prompt_type_path)
-        if handler.prompts:
-            raise UserError(f"--prompt-type: {options.handler} writes tasks with the tokenizer's own chat template")
     if chat.prompt_type is None and chat.enable_thinking is not None and not handler.prompts:
         raise UserError(
             "--enable-thinking: the tokenizer's own chat template decides that; name one that has a choice, "

@@ -8,8 +8,8 @@
 Of conversations: by the tokenizer's own template they are cut to L, as MiniMind does; a template of --prompt-type
 shortens question and answer, as MindSpeed-LLM does, and what still has L or more is left out. To be packed,
 what has L or more is left out; under --neat-pack cut to L - 1 (one place is kept free, as there). What is
-cut and what is left out is counted. Where a cut leaves no label, the sample is left out too; a task is
-never cut.
+cut and what is left out is counted. Where a cut leaves no label, the sample is left out too. A task is
+never cut: MiniMind's is left out if its prompt has more than L, MindSpeed's if that or its answer has L or more.
 """
 
 from __future__ import annotations
@@ -156,35 +156,43 @@ class Conversations:
         self._handler = handler
         self._chat = options.chat.resolved(handler, info)
         self._encoder = encoder
-        self._eos = [info.eos_id] if options.append_eod and info.eos_id is not None else []
+        eod = options.append_eod and not handler.prompts
+        self._eos = [info.eos_id] if eod and info.eos_id is not None else []
         if len(encoder.encode([""])[0]):
             raise UserError(
                 f"tokenizer {info.path}: it adds tokens to every text by itself; conversations need one that does not"
             )
         self._template = make_template(options, info, encoder, handler)
         self._most = options.seq_length
-        if self._most is not None and not handler.prompts:
-            cut_before = isinstance(self._template, TokenizerTemplate) and not self._chat.pack
+        if self._most is not None and not (handler.prompts and handler.minimind):
+            cut_before = isinstance(self._template, TokenizerTemplate) and not self._chat.pack and not handler.prompts
             self._most = None if cut_before else self._most - 1
 
     def prepare(self, record: Any) -> Prepared | Reject:
-        """See `Stage`: the pieces of every turn of every side."""
+        """See `Stage`: the pieces of every turn of every side, and of a task the texts that go with it."""
+        if self._handler.prompts and isinstance(record, list):  # the turns themselves
+            record = {self._handler.columns.get("messages", ""): record}
         sides = self._handler(record)
         if isinstance(sides, Reject):
             return sides
         try:
             asked = [self._change(conversation) for conversation in sides.values()]
             rendered = [self._render(*side) for side in asked]
+            beside = None
+            if self._handler.prompts:
+                beside = self._beside(record, *asked[0][:2], rendered[0])
+                rendered += [checked([[text]]) for text in self._handler.extras(record)]
         except Unusable as reason:
             return rejected(str(reason), record)
         texts = [piece for turns in rendered for pieces in turns for piece in pieces]
         shape = [[len(pieces) for pieces in turns] for turns in rendered]
-        return Prepared(texts, (shape, self._beside(record, *asked[0][:2], texts) if self._handler.prompts else None))
+        return Prepared(texts, (shape, beside))
 
     def _change(self, conversation: Conversation) -> tuple[Conversation, bool | None, Draw]:
         """The conversation with what is drawn for it, whether the model is to think if it is asked, the draw."""
         chat, drawn = self._chat, draw(self._chat.seed, conversation)
-        thinking = drawn.thinking < chat.thinking_ratio if chat.thinking_ratio is not None else None
+        ratio = chat.thinking_ratio if self._handler.prompts else None
+        thinking = drawn.thinking < ratio if ratio is not None else None
         return add_system_prompt(conversation, drawn, chat.system_ratio or 0.0), thinking, drawn
 
     def _render(self, conversation: Conversation, thinking: bool | None, drawn: Draw) -> Turns:
@@ -194,12 +202,11 @@ class Conversations:
             turns = [[drop_empty_thoughts(piece, drawn, ratio) for piece in pieces] for pieces in turns]
         return checked(turns)
 
-    def _beside(
-        self, record: Mapping[str, Any], asked: Conversation, thinking: bool | None, texts: Sequence[str]
-    ) -> bytes:
+    def _beside(self, record: Mapping[str, Any], asked: Conversation, thinking: bool | None, turns: Turns) -> bytes:
         """A task as a line: what the environment or the reward needs and ids do not tell."""
-        own = {"prompt": texts[0], "messages": asked.messages, "tools": asked.tools, "open_thinking": thinking}
-        others = {key: value for key, value in record.items() if key != self._handler.columns["messages"]}
+        prompt = "".join(piece for pieces in turns for piece in pieces)
+        own = {"prompt": prompt, "messages": asked.messages, "tools": asked.tools, "open_thinking": thinking}
+        others = {key: value for key, value in record.items() if key != self._handler.columns.get("messages")}
         return json.dumps({**others, **own}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
     def encode(self, batch: Sequence[Prepared]) -> Encoded:
@@ -207,21 +214,34 @@ class Conversations:
         found: dict[str, list[Ids]] = {key: [] for key in self.keys}
         encoded = Encoded({})
         for place, (prepared, sides) in enumerate(zip(batch, self._turns_of(batch), strict=True)):
+            if self._handler.prompts:
+                self._encode_task(prepared, sides, found, encoded)
+                continue
             samples = [self._limited(*self._template.label(turns)) for turns in sides]
             cut = any(cut for _, _, cut in samples)
-            if not all(len(ids) and (self._handler.prompts or (labels != IGNORED).any()) for ids, labels, _ in samples):
+            if not all(len(ids) and (labels != IGNORED).any() for ids, labels, _ in samples):
                 encoded.too_long += cut
                 encoded.unusable += [] if cut else [(place, "it has no answer of the assistant to learn")]
                 continue
             encoded.truncated += cut
             for key, values in zip(self.keys, self._outputs(samples), strict=True):
                 found[key].append(values)
-            if self._handler.prompts:
-                encoded.beside.append(prepared.detail[1])
         for key, arrays in found.items():
             lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
             encoded.sequences[key] = (np.concatenate([np.empty(0, np.int32), *arrays]), lengths)
         return encoded
+
+    def _encode_task(
+        self, prepared: Prepared, sides: Sequence[Sequence[Ids]], found: Mapping[str, list[Ids]], encoded: Encoded
+    ) -> None:
+        """A prompt and its mask, and the texts that go with it; left out whole if one of them is too long."""
+        prompt, *extras = (np.concatenate(turns).astype(np.int32) for turns in sides)
+        if self._most is not None and max(map(len, (prompt, *extras))) > self._most:
+            encoded.too_long += 1
+            return
+        for key, values in zip(self.keys, (prompt, np.ones(len(prompt), np.int32), *extras), strict=True):
+            found[key].append(values)
+        encoded.beside.append(prepared.detail[1])
 
     def _limited(self, ids: Ids, labels: Ids, cut: bool) -> tuple[Ids, Ids, bool]:
         """A sample as it is kept, and whether it is shorter than it was; nothing is left of one too long."""
@@ -236,7 +256,7 @@ class Conversations:
         if self._handler.pairwise:
             return [part for ids, labels, _ in samples for part in (ids, labels)]
         [(ids, labels, _)] = samples
-        return [ids, np.ones(len(ids), np.int32), labels][: len(self.keys)]
+        return [ids, np.ones(len(ids), np.int32), labels]
 
     def _turns_of(self, batch: Sequence[Prepared]) -> Iterator[list[list[Ids]]]:
         """Each record's sides' turns' ids, in the order of the batch; all pieces are encoded at once."""

@@ -2,14 +2,17 @@
 
     template = find_template("qwen3", None, thinking=True, ...)
 
-`templates.json` beside this file holds three, under names that MindSpeed-LLM's --prompt-type allows, so that
-its own programs can read them too (--prompt-type-path):
+`templates.json` beside this file holds some, the first four under names that MindSpeed-LLM's --prompt-type allows,
+so that its own programs can read them too (--prompt-type-path):
 
 | name | with | writes what |
 |---|---|---|
 | qwen3 | --enable-thinking true | minimind-3's chat template writes, ids and labels |
 | chatml | | MiniMind2's |
 | chatml_de | | minimind-3's less the thought blocks |
+| empty | | the messages alone |
+| qwen_r1 | | DeepSeek-R1's instruction (arXiv 2501.12948), as in MindSpeed-RL: 157 tokens in minimind-3's tokenizer |
+| minimind_r1 | | the same in 40: the response must begin with <think>, which the prompt does not write |
 
 A template writes the turns of a conversation piece by piece, and each piece is encoded by itself. Odd
 turns (user, tool result) have no loss, even ones (assistant) have. Long conversations are cut so that
@@ -111,10 +114,14 @@ class SlotTemplate:
         self._thought = tuple(entry.get("thought_words") or ("<think>\n", "\n</think>\n\n"))
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """See `ChatTemplate`: a list of pieces for each turn, a question's and an answer's by turns."""
+        """See `ChatTemplate`: a list of pieces for each turn, a question's and an answer's by turns.
+
+        The formats of questions open the answer. A template with thoughts then adds empty ones unless the model
+        is to think; the others leave it to the prompt.
+        """
         messages = list(conversation.messages)
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        self._check_order(messages)
+        self._check_order(messages, opened=thinking is not None)
         head = self._pieces("format_prefix")
         system = system or self._entry.get("default_system") or ""
         system = "".join(system) if isinstance(system, list) else system
@@ -128,17 +135,19 @@ class SlotTemplate:
             turns.append(pieces + self._turn(message, number, last=number == len(messages) - 1))
         if self._class == "ReasoningTemplate":
             self._place_thoughts(messages, turns)
+            if thinking is False:
+                turns[-1] = [*turns[-1], "".join(self._thought)]
         return turns
 
-    def _check_order(self, messages: Sequence[Message]) -> None:
+    def _check_order(self, messages: Sequence[Message], opened: bool) -> None:
         for number, message in enumerate(messages):
             if (message["role"] == "assistant") != bool(number % 2):
                 raise Unusable(
                     f"message {number + 1} after the system's is of role {message['role']!r}: templates of "
                     "--prompt-type need questions and answers by turns (the tokenizer's own template does not)"
                 )
-        if len(messages) % 2 or not messages:
-            raise Unusable("the last message is not the assistant's")
+        if not messages or len(messages) % 2 != opened:
+            raise Unusable(f"the last message is not {'a question' if opened else 'the assistant' + chr(39) + 's'}")
 
     def _turn(self, message: Message, number: int, last: bool) -> list[str]:
         """The pieces of one message."""

@@ -1,0 +1,204 @@
+"""Prompts for reinforcement learning, as preprocess_data.py and MindSpeed-RL write them.
+
+    prompts = PromptDataset("data/grpo_minimind_math", max_prompt_length=512, seed=1234)
+    for batch in prompts.batches(64, start=consumed):       # lists of 64 `Prompt`, without end
+        batch[0].ids, batch[0].columns["labels"], batch[0].record
+
+The files of a prefix (contract: MindSpeed-RL's R1AlpacaStyleInstructionHandler):
+
+    PREFIX_packed_input_ids_document.bin/.idx       the prompt, ids
+    PREFIX_packed_labels_document.bin/.idx          the right answer as text, its ids; any other column likewise
+    PREFIX_packed_prompts.jsonl                     beside them, from this kit: the record, a line of JSON each
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.check import datasets_at, quick_check
+from minimind_mcore.preprocess.indexed import Index, bin_path, read_index
+
+Ids = NDArray[np.int32]
+IDS, MASK = "input_ids", "attention_mask"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task.
+
+    Attributes:
+        index: of the document in the files.
+        ids: [tokens] int32, the prompt as the model gets it.
+        columns: ids of the other columns by name: `labels`, the right answer, and what else was asked for.
+        record: what stands beside it (messages, tools, gt ...); empty where another program made the files.
+    """
+
+    index: int
+    ids: Ids
+    columns: Mapping[str, Ids]
+    record: Mapping[str, Any]
+
+
+class PromptDataset:
+    """The prompts of a prefix that are not too long, in an order that the seed decides.
+
+    Args:
+        prefix: `data_path`.
+        columns: that every prompt must have (`dataset_additional_keys`); None: whichever there are.
+        max_prompt_length: longer prompts are left out, and counted.
+        seed: of the order, another one in each epoch.
+        shuffle: False: the order of the files, in every epoch.
+        split: Megatron's, shares of train, valid and test in the order of the files: "100,0,0".
+        part: which of the three.
+        tokenizer: its fingerprint, to refuse data of another one where the data says whose it is.
+
+    Attributes:
+        too_long: prompts left out.
+
+    Raises:
+        UserError: no such prefix, a missing column, damaged files, or no prompt left.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        columns: Sequence[str] | None = ("labels",),
+        max_prompt_length: int | None = None,
+        seed: int = 1234,
+        shuffle: bool = True,
+        split: str | None = None,
+        part: int = 0,
+        tokenizer: str | None = None,
+    ) -> None:
+        self.prefix = os.fspath(prefix)
+        self.seed, self.shuffle = seed, shuffle
+        self._columns = {name: _Column(path, tokenizer) for name, path in _find(self.prefix, columns).items()}
+        counts = {name: column.index.sequences for name, column in self._columns.items()}
+        if len(set(counts.values())) > 1:
+            raise UserError(f"{self.prefix}: its columns do not belong together: {counts}; convert the data again")
+        first, stop = _share(counts[IDS], split, part)
+        lengths = self._columns[IDS].index.lengths[first:stop]
+        keep = np.ones(len(lengths), bool) if max_prompt_length is None else lengths <= max_prompt_length
+        self._kept = np.flatnonzero(keep) + first
+        self.too_long = int((~keep).sum())
+        if not len(self._kept):
+            raise UserError(
+                f"{self.prefix}: no prompt is left of {len(lengths)}: {self.too_long} are longer than "
+                f"max_prompt_length {max_prompt_length}; split is {split or '100,0,0'}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, place: int) -> Prompt:
+        index = int(self._kept[place])
+        columns = {name: column[index] for name, column in self._columns.items()}
+        ids = columns.pop(IDS)
+        columns.pop(MASK, None)
+        return Prompt(index, ids, columns, self._records[index] if self._records else {})
+
+    @cached_property
+    def _records(self) -> _Lines | None:
+        path = Path(f"{self.prefix}_packed_prompts.jsonl")
+        if not path.is_file():
+            return None
+        lines = _Lines(path)
+        if len(lines) != self._columns[IDS].index.sequences:
+            raise UserError(f"{path}: {len(lines)} lines for {self._columns[IDS].index.sequences} prompts")
+        return lines
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """[len(self)] places in the order in which an epoch takes them."""
+        if not self.shuffle:
+            return np.arange(len(self), dtype=np.int64)
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self))
+
+    def batches(self, size: int, start: int = 0) -> Iterator[list[Prompt]]:
+        """Batches without end: one epoch goes into the next, and no prompt is skipped.
+
+        Args:
+            size: prompts of a batch (`global_batch_size`).
+            start: prompts that earlier batches, of any size, have taken: where a resumed run goes on.
+        """
+        epoch, place = divmod(start, len(self))
+        order = self.order(epoch)
+        while True:
+            batch = []
+            while len(batch) < size:
+                if place == len(self):
+                    epoch, place = epoch + 1, 0
+                    order = self.order(epoch)
+                batch.append(self[int(order[place])])
+                place += 1
+            yield batch
+
+
+def _find(prefix: str, columns: Sequence[str] | None) -> dict[str, str]:
+    """The dataset of each column of a prefix."""
+    start, end = f"{prefix}_packed_", "_document"
+    found = {path[len(start) : -len(end)]: path for path in datasets_at(prefix) if path.startswith(start)}
+    if IDS not in found:
+        raise UserError(
+            f"data_path {prefix}: no prompts there ({start}{IDS}{end}.idx); make them with "
+            "`bash examples/data/preprocess_data.sh grpo_minimind_math`"
+        )
+    missing = [name for name in columns or () if name not in found]
+    if missing:
+        raise UserError(
+            f"data_path {prefix}: no column {', '.join(missing)}, which dataset_additional_keys asks for; it has "
+            f"{', '.join(found)}. Convert the data with a handler that writes it (R1AlpacaStyleInstructionHandler)"
+        )
+    return found if columns is None else {name: found[name] for name in (IDS, *columns)}
+
+
+def _share(count: int, split: str | None, part: int) -> tuple[int, int]:
+    """First and last but one document of a part of Megatron's split."""
+    if split is None:
+        return 0, count
+    try:
+        weights = ([float(word) for word in split.split(",")] + [0.0] * 3)[:3]
+        bounds = [0, *(round(float(share) * count) for share in np.cumsum(weights) / sum(weights))]
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"split: found {split!r}, expected three shares such as 98,1,1") from error
+    return bounds[part], bounds[part + 1]
+
+
+class _Column:
+    """One dataset, by document."""
+
+    def __init__(self, prefix: str, tokenizer: str | None) -> None:
+        quick_check(prefix, tokenizer)
+        self.index: Index = read_index(prefix)
+        self._tokens = np.memmap(bin_path(prefix), self.index.dtype, "r") if self.index.sequences else np.empty(0)
+
+    def __getitem__(self, document: int) -> Ids:
+        start = int(self.index.pointers[document]) // self.index.dtype.itemsize
+        return np.array(self._tokens[start : start + int(self.index.lengths[document])], dtype=np.int32)
+
+
+class _Lines:
+    """The lines of a JSON-lines file by number; only where they begin is in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        ends = np.flatnonzero(np.memmap(path, np.uint8, "r") == ord("\n")) + 1
+        self._starts = np.concatenate([[0], ends])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        with open(self._path, "rb") as file:
+            file.seek(int(self._starts[number]))
+            found: dict[str, Any] = json.loads(file.read(int(self._starts[number + 1] - self._starts[number])))
+            return found
