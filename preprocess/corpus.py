@@ -23,6 +23,8 @@ from typing import Any
 
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.preprocess.dialogues import dialogues, held_out, preferences
+from minimind_mcore.preprocess.math_problems import problems as math_problems
+from minimind_mcore.preprocess.math_problems import solved, unseen_problems
 from minimind_mcore.storage import atomic_file
 
 # Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
@@ -190,22 +192,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--kind",
-        choices=("text", "sft", "dpo"),
+        choices=("text", "sft", "dpo", "math", "math-sft"),
         default="text",
-        help="text for pretraining, dialogues for fine-tuning, preferences between two answers",
+        help="text for pretraining, dialogues for fine-tuning, preferences between two answers, math problems for "
+        "reinforcement learning, dialogues that solve such",
     )
-    parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft: questions that no dialogue answers")
+    parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft or math: questions that are in neither")
     args = parser.parse_args()
-    if args.held_out and args.kind != "sft":
-        raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with --kind sft")
+    unseen = {"sft": held_out, "math": unseen_problems}
+    if args.held_out and args.kind not in unseen:
+        raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with {' or '.join(unseen)}")
     makers: dict[str, Callable[[int], list[dict[str, Any]]]] = {
         "text": lambda seed: [{"text": text} for text in build(seed)],
         "sft": dialogues,
         "dpo": preferences,
+        "math": math_problems,
+        "math-sft": solved,
     }
     _write(args.output, makers[args.kind](args.seed))
     if args.held_out:
-        _write(args.held_out, held_out(args.seed))
+        _write(args.held_out, unseen[args.kind](args.seed))
 
 
 def _write(path: str, records: Sequence[dict[str, Any]]) -> None:

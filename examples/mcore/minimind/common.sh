@@ -99,7 +99,7 @@ read_lines() {
 # DATA_PATH and TOKENIZER_PATH. Without DATA_PATH it makes the sample data and a tokenizer for it. What was made
 # before is used again. In a dry run the input is checked and nothing made: DATA_PREFIXES stays empty where there is
 # something to convert first.
-# DATA_KIND says what is prepared: text (the default), sft or dpo.
+# DATA_KIND says what is prepared: text (the default), sft or dpo. (make_sample also knows math and math-sft.)
 # shellcheck disable=SC2120  # some of the scripts that source this pass no flags
 prepare_data() {
     local raw=${DATA_PATH:-} output=(--cache-dir "$DATA_DIR/cache") words=() word prefixes
@@ -182,9 +182,12 @@ make_sample() {
     local train=("$PYTHON" -m minimind_mcore.preprocess.train_tokenizer --input "$text" --output "$tokenizer")
     local dialogues=("$PYTHON" -m minimind_mcore.preprocess.corpus --kind "$kind" --seed 42)
     SAMPLE=$text
-    [ "$kind" = text ] || SAMPLE=$DATA_DIR/sample_$kind.jsonl
+    [ "$kind" = text ] || SAMPLE=$DATA_DIR/sample_${kind/-/_}.jsonl
     dialogues+=(--output "$SAMPLE")
-    [ "$kind" != sft ] || dialogues+=(--held-out "$DATA_DIR/sample_questions.jsonl")
+    case $kind in
+        sft) dialogues+=(--held-out "$DATA_DIR/sample_questions.jsonl") ;;
+        math) dialogues+=(--held-out "$DATA_DIR/sample_math_unseen.jsonl") ;;
+    esac
     if [ ! -f "$SAMPLE" ] || { [ -z "${TOKENIZER_PATH:-}" ] && [ ! -f "$tokenizer/tokenizer.json" ]; }; then
         [ -n "$DRY_RUN" ] || lock "$DATA_DIR/sample.lock"
         if [ -z "${TOKENIZER_PATH:-}" ] || [ "$kind" = text ]; then
