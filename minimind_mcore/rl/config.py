@@ -14,6 +14,7 @@ default. One section, `minimind`, is ours (`settings`).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, flag_table
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, OTHER_SECTIONS, SECTIONS, defaults
 from minimind_mcore.rl.settings import Settings, nearest, settings
 
@@ -94,6 +96,9 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
     generate |= {"sampling_config": Section(**{**sampling, **given})}
     if ours.precision != "bf16":
         generate["dtype"] = {"fp32": "float32", "fp16": "float16"}[ours.precision]
+    unseen = f"{megatron['actor_config'].data_path}_unseen"
+    if ours.eval_data is None and datasets_at(unseen):
+        ours = dataclasses.replace(ours, eval_data=unseen)
     return Config(
         model=str(plain["actor_config"].get("model") or plain["megatron_training"].get("model")),
         actor=megatron["actor_config"],
@@ -237,7 +242,10 @@ def compose(
         found = sorted(file.stem for file in where.glob("*.yaml")) if where.is_dir() else []
         raise UserError(f"{where} has no {name}.yaml{nearest(name, found)} (it has {', '.join(found) or 'none'})")
     kind = device or devices.current().kind
-    here = [f"+device={kind}"] if (where / "device" / f"{kind}.yaml").is_file() else []
+    known = any((folder / "device" / f"{kind}.yaml").is_file() for folder in (where, CONFIGS))
+    here = [f"+device={kind}"] if known else []
+    if where != CONFIGS:  # whose models and devices serve other directories too
+        here.append(f"hydra.searchpath=[file://{CONFIGS}]")
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(config_dir=str(where), version_base=None):

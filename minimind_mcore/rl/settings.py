@@ -52,7 +52,8 @@ class Settings:
         reward_model_weight: its score is added with this weight.
         reward_model_range: its score is cut to plus or minus this.
         reward_failure_limit: share of a step's verdicts that may fail (exception, timeout) before the run stops.
-        eval_data: prefix of held-out prompts, whose accuracy is measured before, during and after.
+        eval_data: prefix of held-out prompts, whose accuracy is measured before, during and after; None: the
+            prompts at data_path with `_unseen` behind it, if there are any.
         eval_interval: every so many steps; 0: only before and after.
         eval_prompts: of them, the first so many.
         output_dir: logs, metrics, curves, samples.
