@@ -59,14 +59,14 @@ def load_into(chunks: Sequence[torch.nn.Module], whole: Callable[[str], Tensor])
         UserError: a part has another shape than the parameter.
     """
     for name, parameter in whole_model_parameters(chunks):
-        rank, size = _tensor_parallel(name)
+        rank, size = tensor_parallel_place(name)
         part = weights.shard(name, whole(name), rank, size)
         if part.shape != parameter.shape:
             raise UserError(f"{name}: found {tuple(part.shape)} for this rank, expected {tuple(parameter.shape)}")
         parameter.copy_(part)
 
 
-def _tensor_parallel(name: str) -> tuple[int, int]:
+def tensor_parallel_place(name: str) -> tuple[int, int]:
     """Rank and size of the tensor parallelism that cuts this parameter: experts have their own."""
     if _EXPERT.search(name):
         return (

@@ -80,13 +80,31 @@ def _transformer_engine() -> str:
 
 
 def build_model(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]:
-    """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them).
+    """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them), for training.
 
     The weights depend on `--seed` and their names only: every layout starts from the same model. The
     job may change it before it is wrapped.
     """
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    chunks = build_chunks(args, layout, job)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        bucket_size=args.ddp_bucket_size or max(40_000_000, 1_000_000 * layout.dp),
+    )
+    # Only the first chunk of a rank overlaps its reduction bucket by bucket, as Megatron does.
+    return [
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0 or not args.overlap_grad_reduce)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def build_chunks(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]:
+    """The chunks of this rank, initialised, in the run's precision; not wrapped for data parallelism."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
 
     from minimind_mcore.models.core_config import build_gpt_model
@@ -112,18 +130,7 @@ def build_model(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]
     job.prepare_model(chunks, layout)
     if args.params_dtype != torch.float32:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=args.overlap_grad_reduce,
-        overlap_param_gather=args.overlap_param_gather,
-        use_distributed_optimizer=args.use_distributed_optimizer,
-        bucket_size=args.ddp_bucket_size or max(40_000_000, 1_000_000 * layout.dp),
-    )
-    # Only the first chunk of a rank overlaps its reduction bucket by bucket, as Megatron does.
-    return [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0 or not args.overlap_grad_reduce)
-        for i, chunk in enumerate(chunks)
-    ]
+    return chunks
 
 
 @contextlib.contextmanager

@@ -85,8 +85,7 @@ def train_step(
     check_losses(result, iteration)
     result.updated, norm, result.zeros = optimizer.step()
     result.grad_norm = float(norm or 0.0)
-    if not args.fp16 and not math.isfinite(result.grad_norm):
-        raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
+    check_norm(args, result, iteration)
     if result.updated:
         scheduler.step(increment=args.global_batch_size)
     return result
@@ -102,6 +101,12 @@ def check_losses(result: StepResult, iteration: int) -> None:
         f"{_where(bad, iteration)}: the loss is not finite. Nothing of this iteration is saved; go on from the last "
         "checkpoint with a lower --lr or other data"
     )
+
+
+def check_norm(args: argparse.Namespace, result: StepResult, iteration: int) -> None:
+    """Raise if the gradient norm is not finite; under fp16 that is an overflow, and the step was skipped."""
+    if not args.fp16 and not math.isfinite(result.grad_norm):
+        raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
 
 
 def _where(indices: list[list[int]], iteration: int) -> str:

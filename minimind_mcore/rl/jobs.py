@@ -1,0 +1,235 @@
+"""What the ranks compute with a model: log-probabilities, the actor's loss, values and the critic's loss.
+
+Each is a `Job` of the training package: megatron-core's schedules run it in any layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.rl.algorithms.actor import actor_loss
+from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
+from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.training.job import Job, LossFunction, averaged
+from minimind_mcore.training.layout import Layout
+from minimind_mcore.training.model import unwrap
+
+
+def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:
+    """What the schedules pass on for some rows; their length is made a multiple of `unit`."""
+    length = -(-rows.tokens.shape[1] // unit) * unit
+    rows = rows.cut(length)
+    positions = torch.arange(length, device=rows.tokens.device).expand(len(rows), -1)
+    return {"rows": rows, "tokens": rows.tokens, "position_ids": positions, "index": rows.prompt_ids}
+
+
+@contextlib.contextmanager
+def _only(places: Tensor, layer: Any, picks: bool) -> Iterator[None]:
+    """Inside, an output layer sees only some of the positions: those of [rows * length] that `places` lists."""
+
+    def pick(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        # megatron-core has [length, rows, hidden]
+        flat = inputs[0].transpose(0, 1).flatten(0, 1)
+        return (flat.index_select(0, places).unsqueeze(1), *inputs[1:])
+
+    handle = layer.register_forward_pre_hook(pick) if picks else None
+    yield
+    if handle is not None:
+        handle.remove()
+
+
+class ResponseJob(Job):
+    """Runs the model on prompts and responses, and takes what it says before each token of the responses."""
+
+    def __init__(self, args: argparse.Namespace, temperature: float = 1.0) -> None:
+        super().__init__(args)
+        self.temperature = temperature
+
+    def run(self, micro: dict[str, Any], model: Any) -> Tensor:
+        """The output of one chunk; of the last one [tokens of the responses, outputs]."""
+        chunk, rows = unwrap(model), micro["rows"]
+        if not chunk.post_process:
+            output: Tensor = model(micro["tokens"], micro["position_ids"], None)
+            return output
+        # Sequence parallelism has cut the positions over the ranks: the layer gathers them first.
+        early = not self.args.sequence_parallel
+        with _only(self.places(rows), chunk.output_layer, early):
+            output = model(micro["tokens"], micro["position_ids"], None)
+        return output.flatten(0, 1) if early else output.flatten(0, 1).index_select(0, self.places(rows))
+
+    def places(self, rows: Batch) -> Tensor:
+        """Positions in [rows * length] before each token of the responses, of all rows in order."""
+        starts = torch.arange(len(rows), device=rows.tokens.device) * rows.tokens.shape[1]
+        return (starts[:, None] + rows.places - 1)[rows.mask.bool()]
+
+    def log_probs(self, rows: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and entropy [rows, T] of the responses, 0 behind their end, from logits [tokens, vocabulary / TP]."""
+        from megatron.core import parallel_state
+
+        split = parallel_state.get_tensor_model_parallel_world_size() > 1
+        group = parallel_state.get_tensor_model_parallel_group() if split else None
+        inside = rows.mask.bool()
+        found = log_probs_and_entropy(logits, rows.responses[inside], self.temperature, group)
+        logp, entropy = (torch.zeros_like(rows.mask).masked_scatter(inside, values) for values in found)
+        return logp, entropy
+
+
+class LogProbs(ResponseJob):
+    """Logs log-probabilities and entropies [2, rows, T], and has no loss."""
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+
+        def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            found = torch.stack(self.log_probs(batch["rows"], logits))
+            return found.sum(), torch.ones((), dtype=torch.int), found
+
+        return self.run(batch, model), measure
+
+
+# Of these the parts of a mini-batch sum to the whole; of the other statistics each part has its own mean.
+SUMS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy")
+
+
+class Actor(ResponseJob):
+    """The policy's loss.
+
+    The losses of all micro-batches and data-parallel ranks add up to that of the mini-batch, however it is cut:
+    each is divided by `total`, the mini-batch's denominator.
+
+    Args:
+        args: of the run.
+        algorithm: what is optimised.
+        temperature: of the sampling.
+        entropy_coef: weight of the entropy.
+        tis_cap: see `policy_loss`.
+        length: the longest response allowed.
+    """
+
+    title = "policy"
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        algorithm: Algorithm,
+        temperature: float,
+        entropy_coef: float = 0.0,
+        tis_cap: float | None = None,
+        length: int | None = None,
+    ) -> None:
+        super().__init__(args, temperature)
+        self.algorithm, self.entropy_coef, self.tis_cap, self.length = algorithm, entropy_coef, tis_cap, length
+        self.kl_coef = algorithm.kl_coef
+        self.total: Tensor | None = None
+        self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy")
+        if algorithm.kl == "loss":
+            self.metrics += ("actor/kl_loss",)
+        if tis_cap is not None:
+            self.metrics += ("actor/tis_weight", "actor/tis_clipfrac")
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+        return self.run(batch, model), functools.partial(self.loss, batch["rows"])
+
+    def loss(self, rows: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A `LossFunction`."""
+        logp, entropy = self.log_probs(rows, logits)
+        assert rows.advantages is not None
+        loss, stats = actor_loss(
+            self.algorithm,
+            logp,
+            rows.advantages,
+            rows.mask,
+            old_logp=rows.old_logp,
+            ref_logp=rows.ref_logp,
+            rollout_logp=rows.rollout_logp,
+            entropy=entropy if self.entropy_coef else entropy.detach(),
+            kl_coef=self.kl_coef,
+            entropy_coef=self.entropy_coef,
+            tis_cap=self.tis_cap,
+            length=self.length,
+            total=self.total,
+        )
+        # megatron-core takes the mean over micro-batches and data-parallel ranks.
+        parts = self.args.num_microbatches * self.args.data_parallel_size
+        scaled = [stats[name] * (parts if name in SUMS else 1) for name in self.metrics]
+        return averaged(loss * parts, torch.ones((), device=loss.device), *scaled)
+
+
+class Values(ResponseJob):
+    """The critic: a model whose output is one number, the value of what comes before each token."""
+
+    title = "critic"
+
+    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+        """See `Job`: a value head in place of the output layer."""
+        for chunk in chunks:
+            if chunk.post_process:
+                chunk.output_layer = ValueHead(chunk.config)
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`: logs the values [rows, T]."""
+
+        def measure(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            values = self.values(batch["rows"], output)
+            return values.sum(), torch.ones((), dtype=torch.int), values
+
+        return self.run(batch, model), measure
+
+    def values(self, rows: Batch, output: Tensor) -> Tensor:
+        """[rows, T], 0 behind the responses' end."""
+        return torch.zeros_like(rows.mask).masked_scatter(rows.mask.bool(), output.float().squeeze(-1))
+
+
+class Critic(Values):
+    """The critic's loss."""
+
+    metrics = ("critic/vf_loss", "critic/vf_clipfrac")
+
+    def __init__(self, args: argparse.Namespace, clip: float) -> None:
+        super().__init__(args)
+        self.clip = clip
+        self.total: Tensor | None = None
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+        return self.run(batch, model), functools.partial(self.loss, batch["rows"])
+
+    def loss(self, rows: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A `LossFunction`."""
+        assert rows.values is not None and rows.returns is not None
+        tokens, stats = value_loss(self.values(rows, output), rows.values, rows.returns, rows.mask, self.clip)
+        loss = aggregate(tokens, rows.mask, total=self.total)
+        parts = self.args.num_microbatches * self.args.data_parallel_size
+        return averaged(
+            loss * parts, torch.ones((), device=loss.device), loss * parts, stats["critic/vf_clipfrac"]
+        )
+
+
+class ValueHead(torch.nn.Module):
+    """One number for each position, in place of megatron-core's output layer; whole on every tensor-parallel rank."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.sequence_parallel = config.sequence_parallel
+        # A value of 0 everywhere to begin with: the first advantages are the rewards.
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=torch.float32))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor, weight: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """[length, rows, 1] from [length (/ TP), rows, hidden]."""
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        values = torch.nn.functional.linear(hidden.float(), self.weight.float())
+        if self.sequence_parallel:
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None

@@ -1,0 +1,359 @@
+"""One rank of a model that is trained, or only asked: the actor, the reference, the critic.
+
+It knows megatron-core and nothing of Ray: `workers/train.py` makes an actor of it, tests a plain process. Methods
+are collective: every rank of the model calls them with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minimind_mcore import arguments, device
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.rl import sync
+from minimind_mcore.rl.algorithms.batches import mini_batches
+from minimind_mcore.rl.algorithms.losses import denominator
+from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.config import Config, Section, megatron_flags
+from minimind_mcore.rl.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
+from minimind_mcore.rl.objective import objective
+from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
+from minimind_mcore.training.layout import validate
+from minimind_mcore.training.metrics import Progress
+from minimind_mcore.training.model import build_chunks, build_model, weights_gathered
+from minimind_mcore.training.optimizer import build_optimizer, learning_rate
+
+Role = Literal["actor", "reference", "critic"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank computed: columns of some rows.
+
+    Attributes:
+        rows: their numbers in the batch.
+        columns: by name, [rows, T].
+    """
+
+    rows: list[int]
+    columns: dict[str, Tensor]
+
+
+def command_line(config: Config, role: Role, world_size: int) -> argparse.Namespace:
+    """The role's section as the training package's arguments.
+
+    The learning-rate schedule counts responses: a step of the run is `updates` of `mini_batch_size` each.
+
+    Raises:
+        UserError: values that contradict each other or the number of ranks.
+    """
+    section = section_of(config, role)
+    args = arguments.parse(megatron_flags(section))
+    args.variable_seq_lengths = True
+    mini = config.rl.mini_batch_size
+    dp = max(1, world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size))
+    rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
+    if rows % mini:
+        raise UserError(f"mini_batch_size: {mini} responses do not divide the {rows} of a step")
+    if mini % (section.micro_batch_size * dp):
+        raise UserError(
+            f"mini_batch_size: {mini} responses (x n_samples_per_prompt) are not a multiple of micro_batch_size "
+            f"{section.micro_batch_size} x {dp} data-parallel ranks"
+        )
+    args.global_batch_size = mini
+    args.rl_iters = args.train_iters
+    args.train_iters = args.train_iters * (rows // mini) * config.rl.epochs
+    args.save_interval = None
+    args.keep_last = config.minimind.keep_last
+    return args
+
+
+def section_of(config: Config, role: Role) -> Section:
+    """The section of the YAML that describes a role."""
+    if role == "critic":
+        return config.critic or config.actor
+    return config.ref if role == "reference" else config.actor
+
+
+class Rank:
+    """This process's part of a model; call `distributed`'s environment variables (RANK, ...) must be set.
+
+    Args:
+        config: of the run.
+        role: what the model is for.
+        reference: also hold the reference's weights, for `log_probs(reference=True)`.
+    """
+
+    def __init__(self, config: Config, role: Role, reference: bool = False) -> None:
+        self.config, self.role = config, role
+        world = distributed.world_size()
+        self.args = command_line(config, role, world)
+        if role == "critic":
+            self.args.untie_embeddings_and_output_weights = True
+            self.args.save = str(Path(self.args.save) / "critic") if self.args.save else None
+        self.layout = validate(self.args, world)
+        device.setup()
+        distributed.initialize(self.args, self.layout)
+        self.args.tokenizer_fingerprint = data.DatasetTokenizer(
+            data.tokenizer_path(self.args), self.args.padded_vocab_size
+        ).fingerprint
+        self.job, self.ask = self._jobs(objective(config))
+        self.algorithm = objective(config)
+        self.model: list[Any] = []
+        self.frozen: list[Any] = []
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.progress = Progress()
+        self.wants_reference = reference
+
+    def _jobs(self, algorithm: Algorithm) -> tuple[Any, ResponseJob]:
+        """What trains the model, and what only asks it."""
+        config = self.config
+        if self.role == "critic":
+            return Critic(self.args, config.rl.cliprange_value), Values(self.args)
+        temperature = float(config.generate.sampling_config.temperature)
+        ours = config.minimind
+        actor = Actor(
+            self.args,
+            algorithm,
+            temperature,
+            entropy_coef=config.rl.entropy_coeff,
+            tis_cap=ours.rollout_correction_cap if ours.rollout_correction == "tis" else None,
+            length=config.generate.sampling_config.max_tokens,
+        )
+        return actor, LogProbs(self.args, temperature)
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def load(self) -> dict[str, Any]:
+        """Build the model and read its weights.
+
+        A run goes on from the newest checkpoint of `save`; where there is none it begins with the weights of
+        `load`, or with random ones.
+
+        Returns:
+            `iteration` and `state` of the checkpoint; 0 and None at the beginning.
+        """
+        if self.role == "reference":
+            self.frozen = self._frozen()
+            return {"iteration": 0, "state": None}
+        self.model = build_model(self.args, self.layout, self.job)
+        self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
+        resumed = bool(self.args.save) and bool(checkpointing.iterations_in(Path(self.args.save)))
+        if self.args.save:
+            checkpointing.require_shared_directory(Path(self.args.save))
+        state = self._resume() if resumed else self._begin()
+        if self.wants_reference:
+            self.frozen = self._frozen()
+        return {"iteration": self.progress.iteration, "state": state}
+
+    def _resume(self) -> dict[str, Any] | None:
+        changes = {"load": self.args.save, "pretrained_checkpoint": None, "finetune": False, "ckpt_step": None}
+        args = argparse.Namespace(**vars(self.args) | changes)
+        self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
+        chosen = checkpointing.directory_of(Path(self.args.save), self.progress.iteration)
+        saved = distributed.from_main(lambda: getattr(checkpoint_weights.saved_args(chosen), "rl_state", None))
+        return saved
+
+    def _begin(self) -> None:
+        self.progress = Progress()
+        if not self.args.load:
+            return
+        if self.role == "critic":
+            self._load_trunk(Path(self.args.load))
+        else:
+            self._load_weights(Path(self.args.load), self.model)
+        self.optimizer.reload_model_params()
+
+    def _load_weights(self, path: Path, model: list[Any]) -> None:
+        if not path.exists():
+            raise UserError(f"load: {path} does not exist; expected the weights to begin with")
+        checkpointing.load_weights(self.args, path, model)
+
+    def _load_trunk(self, path: Path) -> None:
+        """A critic begins as the policy, with a head of its own."""
+        from minimind_mcore.models.loading import load_into, whole_model_parameters
+        from minimind_mcore.models.weights import OUTPUT
+
+        source = checkpoint_weights.open_weights(self.args, path)
+        own = {name: p.detach().clone() for name, p in whole_model_parameters(self.model) if name == OUTPUT}
+        load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))
+
+    def _frozen(self) -> list[Any]:
+        """The reference model, in this layout; it takes no part in the training."""
+        chunks = build_chunks(self.args, self.layout, self.ask)
+        path = self._reference_path()
+        if path is not None:
+            self._load_weights(path, chunks)
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+        return chunks
+
+    def _reference_path(self) -> Path | None:
+        """Whose weights are the reference: what the run began with."""
+        mode = self.config.rl.integrated_mode_config or {}
+        path = (mode.get("ref_model_load_path") if self.role != "reference" else None) or self.args.load
+        if path and self.progress.iteration and self.args.save and Path(path).resolve() == Path(self.args.save).resolve():
+            raise UserError(
+                f"load and save are both {path}: the weights that the run began with, which are the reference, are not "
+                "known; give rl_config.integrated_mode_config.ref_model_load_path"
+            )
+        return Path(path) if path else None
+
+    def shards(self) -> list[sync.Shard]:
+        """This rank's part of the weights."""
+        with weights_gathered(self.args, self.model):
+            return sync.shards(self.model)
+
+    def model_config(self) -> ModelConfig:
+        """The architecture."""
+        return ModelConfig.from_args(self.args)
+
+    def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint that `load` goes on from; `state` is the driver's."""
+        self.progress = Progress(iteration, consumed, self.progress.skipped)
+        self.args.rl_state = state
+        checkpointing.save(self.args, self.progress, self.model, self.optimizer, self.scheduler)
+
+    # ------------------------------------------------------------------------------------------ computing
+
+    def measure(self, batch: Batch, reference: bool = False) -> Share | None:
+        """Log-probabilities and entropies of the responses, or a critic's values, of this rank's share of the rows.
+
+        Rows of a similar length go together, so that little padding is computed.
+
+        Returns:
+            `logp` and `entropy`, or `values`; None on the ranks that another one answers for.
+        """
+        rows = self._order(batch)
+        size = self.forward_size
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        model = self.frozen if reference or self.role == "reference" else self.model
+        result = self._forward(model, batch, parts)
+        if not result.losses or self._is_copy():
+            return None
+        found = [part.unsqueeze(0) if self.role == "critic" else part for part in result.losses]
+        width = batch.width
+        columns = torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in found], dim=1).cpu()
+        keep = [i for i, row in enumerate(rows) if row >= 0]
+        names = ["values"] if self.role == "critic" else ["logp", "entropy"]
+        return Share([rows[i] for i in keep], {n: c[keep] for n, c in zip(names, columns, strict=True)})
+
+    @property
+    def forward_size(self) -> int:
+        """Rows of a micro-batch that is not trained on."""
+        rl = self.config.rl
+        wanted = rl.ref_forward_micro_batch_size if self.role == "reference" else rl.actor_forward_micro_batch_size
+        return int(wanted or self.args.micro_batch_size)
+
+    def _order(self, batch: Batch) -> list[int]:
+        """This rank's rows, sorted by length; -1 (a copy of row 0) fills up what the ranks must have in common."""
+        from megatron.core import parallel_state
+
+        rank, dp = parallel_state.get_data_parallel_rank(), self.layout.dp
+        ordered = sorted(range(len(batch)), key=lambda row: int(batch.lengths[row]))
+        unit = dp * self.forward_size * (self.layout.pp if self.layout.vpp else 1)
+        ordered = [-1] * (-len(ordered) % unit) + ordered
+        return ordered[rank::dp]
+
+    def _forward(self, model: list[Any], batch: Batch, parts: list[list[int]]) -> step.StepResult:
+        micro = [micro_batch(batch.select(torch.tensor(part).clamp(min=0)), self.unit) for part in parts]
+        for chunk in model:
+            chunk.eval()
+        with torch.no_grad(), weights_gathered(self.args, model if model is self.model else []):
+            return self._schedule(self.ask, model, micro, forward_only=True)
+
+    def _schedule(
+        self, job: ResponseJob, model: list[Any], micro: list[dict[str, Any]], forward_only: bool
+    ) -> step.StepResult:
+        self.args.num_microbatches = len(micro)
+        place = device.current().torch_device
+
+        def stream() -> Iterator[dict[str, Any]]:
+            for one in micro:
+                yield micro_batch(one["rows"].to(place), self.unit)
+
+        return step.forward_backward(self.args, job, model, [stream() for _ in model], forward_only=forward_only)
+
+    @property
+    def unit(self) -> int:
+        """What lengths are a multiple of."""
+        return self.layout.tp if self.args.sequence_parallel else 1
+
+    def _is_copy(self) -> bool:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_tensor_model_parallel_rank() != 0
+
+    def update(self, batch: Batch, iteration: int, kl_coef: float | None = None) -> dict[str, float]:
+        """Train on a batch: `epochs` passes, one optimizer step for each mini-batch.
+
+        Args:
+            batch: with advantages and, where there are several updates, `old_logp`.
+            iteration: number of the step, for messages and the order of mini-batches.
+            kl_coef: of the reference's term, where it changes.
+
+        Returns:
+            Metrics, means over the updates; the same on every rank.
+
+        Raises:
+            UserError: a loss or the gradient norm is not finite.
+        """
+        rl = self.config.rl
+        if kl_coef is not None and isinstance(self.job, Actor):
+            self.job.kl_coef = kl_coef
+        for chunk in self.model:
+            chunk.train()
+        prompts, n = len(batch) // rl.n_samples_per_prompt, rl.n_samples_per_prompt
+        orders = mini_batches(
+            prompts, n, rl.mini_batch_size // n, rl.epochs, rl.shuffle_mini_batch, self.args.seed + iteration
+        )
+        lr = learning_rate(self.optimizer)
+        rows = [self._update_once(batch.select(order), iteration) for order in orders]
+        self.progress.skipped += sum(row.pop("skipped") for row in rows) > 0
+        role = "critic" if self.role == "critic" else "actor"
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        return {**means, f"{role}/lr": lr}
+
+    def _update_once(self, mini: Batch, iteration: int) -> dict[str, float]:
+        micro = [micro_batch(mini.select(torch.tensor(part)), self.unit) for part in self._parts(mini)]
+        self.job.total = denominator(mini.mask, self.algorithm.aggregation if self.role == "actor" else "token-mean")
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        result = self._schedule(self.job, self.model, micro, forward_only=False)
+        step.check_losses(result, iteration)
+        result.updated, norm, _ = self.optimizer.step()
+        result.grad_norm = float(norm or 0.0)
+        step.check_norm(self.args, result, iteration)
+        if result.updated:
+            self.scheduler.step(increment=len(mini))
+        (_, *metrics), _ = step.averages(self.args, self.job, [result])
+        role = "critic" if self.role == "critic" else "actor"
+        named = dict(zip(self.job.metrics, metrics, strict=True))
+        return {**named, f"{role}/grad_norm": result.grad_norm, "skipped": float(not result.updated)}
+
+    def _parts(self, mini: Batch) -> list[list[int]]:
+        """This rank's micro-batches of a mini-batch: rows of a similar length together."""
+        from megatron.core import parallel_state
+
+        rank, dp, size = parallel_state.get_data_parallel_rank(), self.layout.dp, self.args.micro_batch_size
+        ordered = sorted(range(len(mini)), key=lambda row: int(mini.lengths[row]))
+        parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        return parts[rank::dp]
+
+
+def close() -> None:
+    """Leave the process groups."""
+    if os.environ.get("RANK"):
+        distributed.finish()
