@@ -83,6 +83,7 @@ class Server:
         environment: dict[str, str] | None = None,
         check: bool = True,
         posttrain: bool = False,
+        module: str | None = None,
     ) -> Run:
         """Run pretrain_gpt.py in so many processes; its metrics go to `folder`.
 
@@ -94,6 +95,7 @@ class Server:
             environment: variables for the ranks.
             check: fail unless every rank exits with status 0.
             posttrain: run posttrain_gpt.py instead.
+            module: run the `main` of this module instead.
         """
         folder.mkdir(parents=True, exist_ok=True)
         job = {
@@ -102,7 +104,8 @@ class Server:
             "processes": processes,
             "hook": hook,
             "environment": environment or {},
-            "module": "minimind_mcore.posttrain.main" if posttrain else "minimind_mcore.training.pretrain",
+            "module": module
+            or ("minimind_mcore.posttrain.main" if posttrain else "minimind_mcore.training.pretrain"),
         }
         assert self.process.stdin and self.process.stdout
         started = time.monotonic()

@@ -45,6 +45,17 @@ class Cache:
         """Positions that there is memory for."""
         return self.keys[0].shape[2] if self.keys else 0
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the sequences, or several times with one: `rows` [sequences] are their numbers."""
+        self.batch = len(rows)
+        for tables in (self.keys, self.values):
+            tables[:] = [table.index_select(0, rows) for table in tables]
+        if self.visible is None or self.padding is None:
+            return
+        self.padding = [self.padding[row] for row in rows.tolist()]
+        self.visible = self.visible.index_select(0, rows)
+        self.cos, self.sin = (table.index_select(0, rows) for table in (self.cos, self.sin))
+
 
 class Decoder:
     """Runs a model one step after another.

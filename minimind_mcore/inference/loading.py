@@ -93,22 +93,37 @@ def build_model(source: Source) -> Any:
     Raises:
         UserError: transformers' model has other tensors.
     """
+    model = empty_model(source.config)
+    whole = {name: lazy.read() for name, lazy in source.tensors.items()}
+    state = weights.mcore_to_hf(whole, source.config, weights.detect_form(model.state_dict()))
+    return fill_model(model, state, source.config)
+
+
+def empty_model(config: ModelConfig) -> Any:
+    """The transformers model of an architecture; its weights, which are to be replaced, take no memory."""
     import transformers
 
-    hf_config = source.config.hf_config()
-    with torch.device("meta"):  # neither memory nor time for weights that are replaced
-        model = transformers.AutoModelForCausalLM.from_config(hf_config)
-    form = weights.detect_form(model.state_dict())
-    whole = {name: lazy.read() for name, lazy in source.tensors.items()}
-    state = weights.mcore_to_hf(whole, source.config, form)
-    if source.config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config.hf_config())
+
+
+def fill_model(model: Any, state: dict[str, torch.Tensor], config: ModelConfig) -> Any:
+    """The `empty_model` with these weights, ready to run; they are not copied.
+
+    Raises:
+        UserError: transformers' model has other tensors.
+    """
+    import transformers
+
+    if config.tie_embeddings:
+        state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(f"transformers {transformers.__version__} has other tensors for this model: {error}") from error
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=hf_config)  # its buffers are in no state dict
+    # its buffers are in no state dict
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config.hf_config())
     return model.requires_grad_(False).eval()
 
 

@@ -34,17 +34,23 @@ def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _only(places: Tensor, layer: Any, picks: bool) -> Iterator[None]:
-    """Inside, an output layer sees only some of the positions: those of [rows * length] that `places` lists."""
+    """Inside, an output layer sees only some of the positions: those of [length * rows] that `places` lists."""
 
     def pick(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         # megatron-core has [length, rows, hidden]
-        flat = inputs[0].transpose(0, 1).flatten(0, 1)
-        return (flat.index_select(0, places).unsqueeze(1), *inputs[1:])
+        return (inputs[0].flatten(0, 1).index_select(0, places).unsqueeze(1), *inputs[1:])
 
     handle = layer.register_forward_pre_hook(pick) if picks else None
     yield
     if handle is not None:
         handle.remove()
+
+
+def predicting(rows: Batch) -> tuple[Tensor, Tensor]:
+    """Row and position of what predicts each token of the responses, [tokens of all responses] each."""
+    row = torch.arange(len(rows), device=rows.tokens.device)[:, None].expand(-1, rows.width)
+    inside = rows.mask.bool()
+    return row[inside], rows.places[inside] - 1
 
 
 class ResponseJob(Job):
@@ -62,14 +68,10 @@ class ResponseJob(Job):
             return output
         # Sequence parallelism has cut the positions over the ranks: the layer gathers them first.
         early = not self.args.sequence_parallel
-        with _only(self.places(rows), chunk.output_layer, early):
+        row, place = predicting(rows)
+        with _only(place * len(rows) + row, chunk.output_layer, early):
             output = model(micro["tokens"], micro["position_ids"], None)
-        return output.flatten(0, 1) if early else output.flatten(0, 1).index_select(0, self.places(rows))
-
-    def places(self, rows: Batch) -> Tensor:
-        """Positions in [rows * length] before each token of the responses, of all rows in order."""
-        starts = torch.arange(len(rows), device=rows.tokens.device) * rows.tokens.shape[1]
-        return (starts[:, None] + rows.places - 1)[rows.mask.bool()]
+        return output.flatten(0, 1) if early else output[row, place]
 
     def log_probs(self, rows: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
         """log p and entropy [rows, T] of the responses, 0 behind their end, from logits [tokens, vocabulary / TP]."""

@@ -1,0 +1,153 @@
+"""The engine of the embedded trainer: the transformers model of the weights, run by this kit's decoding loop.
+
+What makes it fast where a token costs little: a prompt is read once for all its responses; a response that has
+ended leaves the batch; a token is drawn with one number from the cumulative probabilities, without a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore import device
+from minimind_mcore.inference.decoder import Cache, Decoder
+from minimind_mcore.inference.loading import empty_model, fill_model
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.weights import detect_form, mcore_to_hf
+from minimind_mcore.rl.rollout.engine import Draw, Response, uniforms
+
+SHRINK = 0.75  # responses that have ended leave the batch when so few of it are left
+
+
+class DecoderEngine:
+    """See `Engine`.
+
+    Args:
+        config: the architecture.
+        known: ids that the tokenizer has; rows of the vocabulary behind them are padding and never drawn.
+        dtype: of the arithmetic.
+        batch: responses at a time.
+    """
+
+    def __init__(self, config: ModelConfig, known: int, dtype: torch.dtype, batch: int) -> None:
+        self.config, self.known, self.dtype, self.batch = config, known, dtype, max(1, batch)
+        self.model: Any = None
+        self.decoder: Any = None
+        self.form = "hf"
+
+    def load_weights(self, whole: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        if self.model is None:
+            model = empty_model(self.config)
+            self.form = detect_form(model.state_dict())
+            state = {k: v.to(self.dtype, copy=True) for k, v in mcore_to_hf(whole, self.config, self.form).items()}
+            self.model = fill_model(model, state, self.config).to(device.current().torch_device)
+            self.decoder = Decoder(self.model)
+            return
+        # The decoder's own matrices are what the model's parameters are views of: filled in place, both have it.
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, tensor in mcore_to_hf(whole, self.config, self.form).items():
+                own[name].copy_(tensor)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def perturb(self) -> None:
+        """See `Engine`."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(float("nan"))
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
+        """See `Engine`."""
+        at_a_time = max(1, self.batch // n)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+        found: list[Response] = [Response([], [], False)] * (len(prompts) * n)
+        for start in range(0, len(order), at_a_time):
+            some = order[start : start + at_a_time]
+            rows = [i * n + k for i in some for k in range(n)]
+            responses = self._generate([prompts[i] for i in some], n, draw, [seeds[row] for row in rows])
+            for row, response in zip(rows, responses, strict=True):
+                found[row] = response
+        return found
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]
+    ) -> list[Response]:
+        """One batch of responses."""
+        place, rows = self.model.device, len(prompts) * n
+        longest = max(map(len, prompts))
+        room = min(draw.max_tokens, self.config.max_position_embeddings - longest)
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[*[p[0]] * pad, *p] for p, pad in zip(prompts, padding, strict=True)], device=place)
+        numbers = torch.from_numpy(uniforms(seeds, room)).to(place)
+        stop = torch.tensor(draw.stop, device=place)
+        cache = Cache(len(prompts), padding)
+        logits = self.decoder(ids, cache).repeat_interleave(n, dim=0)
+        cache.select(torch.arange(len(prompts), device=place).repeat_interleave(n))
+        written = torch.zeros(rows, room, dtype=torch.long, device=place)
+        logp = torch.zeros(rows, room, device=place)
+        lengths = torch.full((rows,), room, device=place)
+        running = torch.arange(rows, device=place)  # rows that are still in the batch
+        going = torch.ones(rows, dtype=torch.bool, device=place)
+        for at in range(room):
+            tokens, found = choose(logits, self.known, draw, numbers[running, at])
+            written[running, at], logp[running, at] = tokens, found
+            ended = torch.isin(tokens, stop) & going[running]
+            lengths[running[ended]] = at + 1
+            going[running[ended]] = False
+            alive = going[running]
+            left = int(alive.sum())
+            if left == 0 or at + 1 == room:
+                break
+            if left < SHRINK * len(running):
+                cache.select(alive.nonzero().flatten())
+                running, tokens = running[alive], tokens[alive]
+            logits = self.decoder(tokens[:, None], cache)
+        return _responses(written, logp, lengths, going)
+
+
+def _responses(written: Tensor, logp: Tensor, lengths: Tensor, going: Tensor) -> list[Response]:
+    columns = (written.tolist(), logp.tolist(), lengths.tolist(), going.tolist())
+    return [
+        Response(ids[:length], values[:length], not unfinished)
+        for ids, values, length, unfinished in zip(*columns, strict=True)
+    ]
+
+
+def choose(logits: Tensor, known: int, draw: Draw, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row, and its log-probability.
+
+    Args:
+        logits: [rows, vocabulary].
+        known: ids from here on are never drawn.
+        draw: how.
+        numbers: [rows] in [0, 1): which token, on the scale of the cumulative probabilities.
+
+    Returns:
+        Ids [rows], and log softmax(logits / temperature) of them over the whole vocabulary [rows].
+    """
+    scaled = logits.float() / draw.temperature
+    allowed = scaled[:, :known]
+    if draw.top_k > 0 or draw.top_p < 1 or draw.min_p > 0:
+        k = min(draw.top_k, known) if draw.top_k > 0 else known
+        values, order = allowed.topk(k, dim=-1)
+        p = values.softmax(-1)
+        before = p.cumsum(-1) - p
+        p = p.masked_fill((before >= draw.top_p) | (p < draw.min_p * p[:, :1]), 0.0)
+    else:
+        order, p = None, allowed.softmax(-1)
+    steps = p.cumsum(-1)
+    # The first token whose share reaches beyond the number; one of share 0 never does, nor does rounding pass the end.
+    total = steps[:, -1]
+    numbers = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
+    places = torch.searchsorted(steps, numbers[:, None], right=True)
+    tokens = places if order is None else order.gather(1, places)
+    logp = scaled.gather(1, tokens).squeeze(1) - scaled.logsumexp(-1)
+    return tokens.squeeze(1), logp

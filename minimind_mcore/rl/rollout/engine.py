@@ -1,0 +1,89 @@
+"""What the trainer asks of an engine that writes responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How tokens are drawn; the names are those of vLLM and of `generate_config.sampling_config`.
+
+    Attributes:
+        max_tokens: of a response, at most.
+        temperature: divides the logits; more than 0, as the policy that is trained is softmax(logits / temperature).
+        top_k: draw from so many of the likeliest; 0 or less for all.
+        top_p: and of these from the likeliest that together reach this probability.
+        min_p: and of these from those at least so likely, as a share of the likeliest.
+        stop: ids that end a response; the one that does is part of it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature > 0, "more than 0: the log-probabilities of training are divided by it"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "0 to less than 1"),
+        ):
+            if not valid:
+                raise UserError(f"sampling_config.{name}: found {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What an engine wrote.
+
+    Attributes:
+        ids: of its tokens; of a finished one the last ended it.
+        logp: of each token under softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p
+            left to draw from: what the trainer computes of the same tokens.
+        finished: an end token was drawn ("stop"); else the room was used up ("length").
+    """
+
+    ids: list[int]
+    logp: list[float]
+    finished: bool
+
+
+class Engine(Protocol):
+    """Writes responses with weights that the trainer hands over."""
+
+    def load_weights(self, whole: Mapping[str, Tensor]) -> None:
+        """Take the weights of the whole megatron-core model, by its names; in place from the second time on."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the tensors that it computes with, by its own names."""
+
+    def perturb(self) -> None:
+        """Spoil every weight: the next `load_weights` must put all of them right."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
+        """`n` responses to each prompt, neighbours in the result.
+
+        Args:
+            prompts: ids.
+            n: of each.
+            draw: how.
+            seeds: one for each response: the same seed and weights write the same response, whoever runs it.
+        """
+
+
+def uniforms(seeds: Sequence[int], count: int) -> NDArray[np.float32]:
+    """[responses, count] numbers in [0, 1) that each response draws its tokens with."""
+    rows = [np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32) for seed in seeds]
+    return np.stack(rows)
