@@ -162,6 +162,20 @@ def setup() -> Device:
     return device
 
 
+def use_interface(address: str) -> None:
+    """Let collectives go over the interface that has `address`, by which this host is known to others.
+
+    Left to themselves the backends take the interface of the host's name, which need not be reachable.
+    """
+    owners = [
+        name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)
+    ]
+    if not owners:
+        return
+    for backend in ("GLOO", "NCCL", "HCCL"):
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", owners[0])
+
+
 def synchronize() -> None:
     """Wait until the device has done all that was asked of it."""
     if current().kind != "cpu":

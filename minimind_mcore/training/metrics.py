@@ -13,7 +13,7 @@ import importlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Metrics:
             if progress.iteration == 0:
                 set_aside(self.history)
             forget_after(self.history, progress.iteration)
-            self.sinks = _open_sinks(args, progress)
+            self.sinks = open_sinks(args, progress)
 
     def record(self, progress: Progress, result: step.StepResult, lr: float) -> None:
         """Take note of a finished step; report if a line is due."""
@@ -188,11 +188,13 @@ def forget_after(path: Path, iteration: int) -> None:
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _open_sinks(args: argparse.Namespace, progress: Progress) -> list[Any]:
-    """One callable per requested logger; it takes a row, or None to close."""
+def open_sinks(
+    args: argparse.Namespace, progress: Progress, tag: Callable[[str], str] = lambda name: name.replace("_", " ")
+) -> list[Any]:
+    """One callable per requested logger; it takes a row, or None to close. `tag` names columns in tensorboard."""
     sinks: list[Any] = []
     if args.tensorboard_dir:
-        sinks.append(_tensorboard(args.tensorboard_dir, progress))
+        sinks.append(_tensorboard(args.tensorboard_dir, progress, tag))
     if args.wandb_project or args.use_wandb:
         wandb = _import("wandb", "--wandb-project")
         name = args.wandb_exp_name or None
@@ -213,7 +215,7 @@ def _import(name: str, flag: str) -> Any:
         raise UserError(f"{flag} needs the package {name}, which is not installed: pip install {name}") from error
 
 
-def _tensorboard(directory: str, progress: Progress) -> Any:
+def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # Events past the checkpoint belong to steps that are done again.
@@ -225,7 +227,7 @@ def _tensorboard(directory: str, progress: Progress) -> Any:
             return
         for name, value in row.items():
             if name != "iteration":
-                writer.add_scalar(name.replace("_", " "), value, row["iteration"])
+                writer.add_scalar(tag(name), value, row["iteration"])
 
     return write
 

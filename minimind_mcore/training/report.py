@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ CURVES = {
     "rewards/rejected": "DPO: reward of the rejected answers",
     "rewards/accuracies": "DPO: pairs whose chosen answer has the higher reward",
     "rewards/margins": "DPO: margin of the rewards",
+    "grpo/score/mean": "mean reward of the responses",
+    "eval/accuracy": "accuracy on held-out questions",
+    "rollout/logp_diff": "trainer against rollout: mean difference of log-probabilities",
+    "response_length/mean": "mean length of the responses (tokens)",
+    "group/zero_std": "share of prompts whose responses all scored alike",
+    "actor/entropy": "entropy of the policy (nats per token)",
+    "actor/kl_loss": "distance to the reference (KL)",
+    "actor/grad_norm": "gradient norm",
+    "actor/lr": "learning rate",
+    "timing/all": "seconds of a step",
+    "e2e_tps": "tokens per second and device, of the whole step",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
@@ -46,13 +58,19 @@ svg {{ width: 100%; height: auto }}
 """
 
 
-def write_report(directory: Path, title: str) -> None:
-    """Draw `loss.png` and `report.html` into `directory` from its `metrics.jsonl`; nothing if that is empty."""
+LOSSES = ("lm_loss", "validation_loss")
+
+
+def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, picture: str = "loss.png") -> None:
+    """Draw `picture`, of the named columns, and `report.html` into `directory` from its `metrics.jsonl`.
+
+    Nothing if that is empty.
+    """
     rows = read_history(directory / "metrics.jsonl")
     if not rows:
         return
-    with atomic_file(directory / "loss.png") as f:
-        f.write(draw(rows, ["lm_loss", "validation_loss"], title, "png"))
+    with atomic_file(directory / picture) as f:
+        f.write(draw(rows, names, title, "png"))
     figures = [
         draw(rows, [name], label, "svg").decode("utf-8").partition("<svg")[2]
         for name, label in CURVES.items()
@@ -64,7 +82,7 @@ def write_report(directory: Path, title: str) -> None:
     atomic_write_text(directory / "report.html", page)
 
 
-def draw(rows: list[dict[str, Any]], names: list[str], title: str, kind: str) -> bytes:
+def draw(rows: list[dict[str, Any]], names: Sequence[str], title: str, kind: str) -> bytes:
     """One figure of the named columns over the iterations, as bytes of a "png" or an "svg"."""
     import matplotlib
 

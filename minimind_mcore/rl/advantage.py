@@ -1,0 +1,88 @@
+"""From rewards to advantages: the algorithm's, with the state that it keeps between steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minimind_mcore.rl.algorithms.advantages import at_last_token, gae, group_norm
+from minimind_mcore.rl.algorithms.kl import Controller, in_reward, kl
+from minimind_mcore.rl.algorithms.masked import masked_mean
+from minimind_mcore.rl.algorithms.spo import Baseline
+from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.metrics import Row
+
+
+class Advantages:
+    """Fills in a batch's advantages.
+
+    Args:
+        config: of the run.
+        algorithm: what is optimised.
+    """
+
+    def __init__(self, config: Config, algorithm: Algorithm) -> None:
+        self.rl, self.algorithm = config.rl, algorithm
+        adaptive = config.rl.kl_ctrl_type == "adaptive"
+        self.controller = Controller(
+            algorithm.kl_coef, config.rl.kl_target if adaptive else None, float(config.rl.kl_horizon)
+        )
+        low, high = config.minimind.spo_rho
+        self.baseline = Baseline(half_life=config.minimind.spo_half_life, low=low, high=high)
+
+    @property
+    def kl_coef(self) -> float:
+        """The coefficient of the distance to the reference now."""
+        return self.controller.value
+
+    def fill(self, batch: Batch) -> Row:
+        """Set `advantages` (and `returns`) from `rewards` and what else the algorithm needs; returns metrics."""
+        assert batch.rewards is not None
+        mask, metrics = batch.mask, dict[str, float]()
+        logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
+        divergence = None
+        if self.algorithm.kl == "reward":
+            assert batch.ref_logp is not None and logp is not None
+            divergence = kl(logp, batch.ref_logp, self.algorithm.kl_kind)
+        if self.algorithm.advantage == "gae":
+            metrics |= self._gae(batch, divergence)
+        elif self.algorithm.advantage == "baseline":
+            assert logp is not None
+            metrics["spo/baseline"] = self.baseline.value
+            batch.advantages = self.baseline.advantages(batch.rewards, mask)
+            metrics["spo/rho"] = self.baseline.update(batch.rewards.mean().item(), masked_mean(logp, mask).item())
+        else:
+            rewards = batch.rewards
+            if divergence is not None:
+                rewards = rewards - self.kl_coef * (divergence * mask).sum(1)
+            batch.advantages = group_norm(rewards, mask, self.rl.n_samples_per_prompt, self.algorithm.spread)
+        if divergence is not None:
+            metrics["actor/reward_kl"] = masked_mean(divergence, mask).item()
+            self.controller.update(masked_mean(divergence, mask, dim=1).mean().item(), len(batch))
+        return metrics
+
+    def _gae(self, batch: Batch, divergence: torch.Tensor | None) -> Row:
+        assert batch.rewards is not None and batch.values is not None
+        mask = batch.mask
+        rewards = at_last_token(batch.rewards, mask)
+        if divergence is not None:
+            rewards, _ = in_reward(rewards, divergence, mask, self.kl_coef)
+        rl = self.rl
+        batch.advantages, batch.returns = gae(rewards, batch.values, mask, rl.gamma, rl.lam, rl.advantage_whiten)
+        return {
+            "critic/values/mean": masked_mean(batch.values, mask).item(),
+            "critic/returns/mean": masked_mean(batch.returns, mask).item(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"controller": self.controller.state_dict(), "baseline": self.baseline.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; an empty one changes nothing."""
+        if state:
+            self.controller.load_state_dict(state["controller"])
+            self.baseline.load_state_dict(state["baseline"])

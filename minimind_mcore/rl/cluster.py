@@ -1,0 +1,158 @@
+"""The Ray cluster: join it or start one, wait for what the run needs, and place the actors.
+
+`ray start --head` on one host and `ray start --address` on others make a cluster; a run joins the one that
+RAY_ADDRESS names, or that was started on this host. Where there is none it starts its own for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
+SAY_EVERY_SECONDS = 10.0
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Cluster:
+    """A cluster in use.
+
+    Attributes:
+        own: it was started here and ends with the run.
+        say: where progress is told.
+        groups: placement groups to give back.
+    """
+
+    own: bool
+    say: Say
+    groups: list[Any] = field(default_factory=list)
+
+    def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Place]:
+        """So many places of the same resources, on as few hosts as possible; those of a host are neighbours.
+
+        Raises:
+            UserError: the cluster does not have them within `patience` seconds.
+        """
+        group = placement_group([dict(bundle)] * count, strategy="PACK")
+        self.groups.append(group)
+        self._wait(group, count, bundle, patience, what)
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        order = sorted(range(count), key=lambda i: (list(dict.fromkeys(nodes.values())).index(nodes[i]), i))
+        return [Place(group, i, nodes[i]) for i in order]
+
+    def _wait(self, group: Any, count: int, bundle: dict[str, float], patience: float, what: str) -> None:
+        started, said = time.monotonic(), 0.0
+        while True:
+            try:
+                ray.get(group.ready(), timeout=1.0)
+                return
+            except GetTimeoutError:
+                waited = time.monotonic() - started
+            if waited > patience:
+                raise UserError(f"after {patience:g} s: {self._missing(count, bundle, what)}")
+            if waited - said >= SAY_EVERY_SECONDS or not said:
+                said = waited
+                self.say(f"waiting for the cluster ({waited:.0f} of {patience:g} s): {self._missing(count, bundle, what)}")
+
+    def wait_for_nodes(self, places: list[Place], patience: float) -> None:
+        """Wait until the hosts of all places are there again, after one was lost.
+
+        Raises:
+            UserError: they are not within `patience` seconds.
+        """
+        for group in {id(place.group): place.group for place in places}.values():
+            self._wait(group, group.bundle_count, group.bundle_specs[0], patience, "the run")
+
+    def _missing(self, count: int, bundle: dict[str, float], what: str) -> str:
+        """What there is, and what is needed."""
+        total, free = ray.cluster_resources(), ray.available_resources()
+        wanted = {name: amount * count for name, amount in bundle.items()}
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        facts = ", ".join(
+            f"{name}: {amount:g} wanted, {total.get(name, 0):g} there, {free.get(name, 0):g} of them free"
+            for name, amount in wanted.items()
+        )
+        return (
+            f"{what} needs {count} x {bundle}; {facts}, on {len(nodes)} host{'s' * (len(nodes) != 1)}. Start Ray on more "
+            "hosts (`ray start --address=HEAD:PORT`), or ask for less (rl_config.actor_resource)"
+        )
+
+    def close(self) -> None:
+        """Give back what was reserved; a cluster of one's own ends."""
+        for group in self.groups:
+            remove_placement_group(group)
+        self.groups = []
+        if self.own:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor runs: a bundle of a placement group, and its host."""
+
+    group: Any
+    index: int
+    node: str
+
+    def options(self, **resources: float) -> dict[str, Any]:
+        """Ray's options of an actor there."""
+        strategy = PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=self.index, placement_group_capture_child_tasks=False
+        )
+        return {"scheduling_strategy": strategy, "num_cpus": 0, **resources}
+
+
+def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) -> Cluster:
+    """Join the cluster of this host or of RAY_ADDRESS, or start one here.
+
+    Args:
+        say: where progress is told.
+        environment: variables of every actor.
+        cpus: that a cluster started here has at least, whatever the host has.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    common: dict[str, Any] = {
+        "runtime_env": {"env_vars": variables | (environment or {})},
+        "log_to_driver": True,
+        "logging_level": logging.WARNING,
+    }
+    if ray.is_initialized():
+        return Cluster(False, say)
+    asked = os.environ.get("RAY_ADDRESS")
+    if asked != "local":
+        try:
+            ray.init(address=asked or "auto", **common)
+            say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+            return Cluster(False, say)
+        except ConnectionError as error:
+            if asked:
+                raise UserError(f"RAY_ADDRESS={asked}: no Ray cluster answers there; start it, or unset it") from error
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, device.usable_cores()),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=os.environ.get("RAY_TMPDIR"),
+        **common,
+    )
+    return Cluster(True, say)

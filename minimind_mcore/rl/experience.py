@@ -1,0 +1,252 @@
+"""Prompts in, scored responses out: what a step of training learns from.
+
+Saved rollouts (`minimind.save_rollouts`) are one file a step; `minimind.replay_rollouts` reads them in place of
+generating, so that a step can be done again with other code, or in another layout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl import batch as batches
+from minimind_mcore.rl.algorithms.groups import select, statistics
+from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.data import Prompt, PromptDataset
+from minimind_mcore.rl.metrics import Row, say
+from minimind_mcore.rl.rollout.engine import Draw
+from minimind_mcore.rl.workers.group import Pool
+from minimind_mcore.rl.workers.rollout import RolloutGroup
+from minimind_mcore.storage import atomic_file
+
+
+@dataclass
+class Experience:
+    """The responses of a step.
+
+    Attributes:
+        batch: with rewards.
+        texts: prompts, responses and labels, for people.
+        consumed: prompts taken from the data so far, these among them.
+        metrics: of rewards and groups.
+        failures: a few responses that a verifier could not score.
+    """
+
+    batch: Batch
+    texts: list[dict[str, str]]
+    consumed: int
+    metrics: Row = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Source:
+    """Writes and scores responses.
+
+    Args:
+        config: of the run.
+        algorithm: what is optimised.
+        prompts: to take, in their order.
+        tokenizer: of transformers.
+        stop: ids that end a response.
+        rollout: the engines.
+        rewards: who scores.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        prompts: PromptDataset,
+        tokenizer: Any,
+        stop: int,
+        rollout: RolloutGroup,
+        rewards: Pool,
+    ) -> None:
+        self.config, self.algorithm, self.prompts, self.tokenizer = config, algorithm, prompts, tokenizer
+        self.rollout, self.rewards = rollout, rewards
+        self.n = config.rl.n_samples_per_prompt
+        sampling = config.generate.sampling_config
+        self.draw = Draw(
+            max_tokens=sampling.max_tokens,
+            temperature=float(sampling.temperature),
+            top_k=sampling.top_k,
+            top_p=float(sampling.top_p),
+            min_p=float(sampling.min_p),
+            stop=(stop,),
+        )
+        self.consumed = 0
+        self.stream: Iterator[list[Prompt]] = iter(())
+        self.pending: Callable[[], Experience] | None = None
+
+    def go_to(self, consumed: int) -> None:
+        """The next prompts are those behind the first `consumed`."""
+        self.consumed, self.pending = consumed, None
+        self.stream = self.prompts.batches(self.config.actor.global_batch_size, start=consumed)
+
+    def begin(self) -> None:
+        """Let the engines write the responses to the next prompts, with the weights that they have."""
+        if self.pending is None:
+            self.pending = self._write(next(self.stream))
+
+    def take(self) -> Experience:
+        """The responses that were begun, not yet scored."""
+        self.begin()
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending()
+
+    def _write(self, prompts: list[Prompt]) -> Callable[[], Experience]:
+        first, seed = self.consumed, self.config.actor.seed
+        self.consumed += len(prompts)
+        consumed = self.consumed
+        seeds = [(seed << 64) + (first + i) * self.n + k for i in range(len(prompts)) for k in range(self.n)]
+        ids = [prompt.ids.tolist() for prompt in prompts]
+        finish = self.rollout.generate(ids, self.n, self.draw, seeds)
+
+        def experience() -> Experience:
+            found = finish()
+            batch = batches.make(
+                [prompt for prompt in ids for _ in range(self.n)],
+                [response.ids for response in found],
+                [response.logp for response in found],
+                [response.finished for response in found],
+                [prompt.index for prompt in prompts for _ in range(self.n)],
+            )
+            return Experience(batch, self._texts(prompts, batch), consumed)
+
+        return experience
+
+    def _texts(self, prompts: list[Prompt], batch: Batch) -> list[dict[str, str]]:
+        responses = self.tokenizer.batch_decode(batch.response_ids(), skip_special_tokens=True)
+        asked = self.tokenizer.batch_decode([prompt.ids.tolist() for prompt in prompts])
+        labels = self.tokenizer.batch_decode(
+            [prompt.columns["labels"].tolist() for prompt in prompts], skip_special_tokens=True
+        )
+        return [
+            {"prompt": asked[row // self.n], "response": response, "label": labels[row // self.n].strip()}
+            for row, response in enumerate(responses)
+        ]
+
+    def score(self, experience: Experience) -> Callable[[], None]:
+        """Begin to score; what is returned waits, and fills in rewards and metrics."""
+        texts, lengths = experience.texts, experience.batch.response_lengths
+        columns = {"lengths": lengths, "prompts": [text["prompt"] for text in texts]}
+        parts = [([text["response"] for text in texts], [text["label"] for text in texts], columns)]
+        task = self.rewards.submit("score", parts)
+
+        def fill() -> None:
+            (scores,) = task.result()
+            experience.batch.rewards = scores.total
+            experience.scores = scores.by_verifier
+            experience.metrics = {**scores.metrics(), **statistics(scores.total, self.n)}
+            experience.failures = [str(failure) for failure in scores.samples]
+
+        return fill
+
+    # -------------------------------------------------------------------------------------- dynamic sampling
+
+    def take_differing(self) -> Experience:
+        """Scored responses of groups whose scores differ: prompts are drawn until there are enough (DAPO).
+
+        After `filter_groups_max_batches` batches the step is filled up with groups that do not.
+        """
+        rl, wanted = self.config.rl, self.config.actor.global_batch_size
+        kept: list[Experience] = []
+        spare: list[Experience] = []
+        dropped: Counter[str] = Counter()
+        count = 0
+        for generated in range(1, rl.filter_groups_max_batches + 1):
+            experience = self.take()
+            self.score(experience)()
+            groups = select(self._metric(experience), self.n)
+            dropped += groups.reasons
+            rows = groups.rows(self.n)
+            kept.append(_rows(experience, rows))
+            spare.append(_rows(experience, ~rows))
+            count += int(groups.keep.sum())
+            if count >= wanted:
+                break
+        whole = _joined([*kept, *reversed(spare)] if count < wanted else kept, wanted * self.n)
+        if count < wanted:
+            say(
+                f"dynamic sampling: {count} of {wanted} groups differ after {generated} batches "
+                f"(filter_groups_max_batches); the others of the step teach nothing"
+            )
+        named = {f"group/dropped/{reason}": float(number) for reason, number in dropped.items()}
+        whole.metrics = {**kept[-1].metrics, **named, "train/num_gen_batches": float(generated)}
+        return whole
+
+    def _metric(self, experience: Experience) -> torch.Tensor:
+        name = self.config.rl.filter_groups_metric
+        assert experience.batch.rewards is not None
+        return experience.scores.get(name, experience.batch.rewards)
+
+    # ------------------------------------------------------------------------------------------- held-out data
+
+    def accuracy(self, prompts: PromptDataset, count: int) -> float:
+        """Share of held-out questions whose likeliest response the first verifier accepts."""
+        asked = [prompts[i] for i in range(min(count, len(prompts)))]
+        greedy = Draw(max_tokens=self.draw.max_tokens, temperature=self.draw.temperature, top_k=1, stop=self.draw.stop)
+        found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
+        texts = self.tokenizer.batch_decode([response.ids for response in found], skip_special_tokens=True)
+        labels = self.tokenizer.batch_decode(
+            [prompt.columns["labels"].tolist() for prompt in asked], skip_special_tokens=True
+        )
+        lengths = torch.tensor([len(response.ids) for response in found])
+        columns = {"lengths": lengths, "prompts": [""] * len(asked)}
+        (scores,) = self.rewards.run("score", [(texts, [label.strip() for label in labels], columns)])
+        first = next(iter(scores.by_verifier.values()))
+        return float((first >= 1).float().mean())
+
+
+def _rows(experience: Experience, rows: torch.Tensor) -> Experience:
+    """Some of the rows [rows of the batch] bool."""
+    texts = [text for text, keep in zip(experience.texts, rows.tolist(), strict=True) if keep]
+    return Experience(experience.batch.select(rows), texts, experience.consumed, experience.metrics, experience.failures)
+
+
+def _joined(parts: list[Experience], rows: int) -> Experience:
+    """The first so many rows of several."""
+    parts = [part for part in parts if len(part.batch)]
+    batch = batches.concat([part.batch for part in parts]).select(torch.arange(rows))
+    texts = [text for part in parts for text in part.texts][:rows]
+    return Experience(batch, texts, max(part.consumed for part in parts), failures=parts[0].failures)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def save(experience: Experience, folder: Path, iteration: int) -> None:
+    """Write a step's experience, for `replayed`."""
+    with atomic_file(folder / f"rollouts-{iteration:07d}.pt") as file:
+        torch.save(
+            {
+                "batch": experience.batch.state_dict(),
+                "texts": experience.texts,
+                "consumed": experience.consumed,
+                "metrics": experience.metrics,
+            },
+            file,
+        )
+
+
+def replayed(folder: Path, iteration: int) -> Experience:
+    """A step's experience from its file.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / f"rollouts-{iteration:07d}.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is not there; minimind.replay_rollouts expects a file of every step")
+    found = torch.load(path, weights_only=True)
+    return Experience(Batch(**found["batch"]), found["texts"], found["consumed"], found["metrics"])

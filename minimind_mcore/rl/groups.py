@@ -1,0 +1,122 @@
+"""Who does what, and where: the training ranks, the rollout engines and the rewards of a run, on the cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.cluster import Cluster, Place, connect
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.metrics import say
+from minimind_mcore.rl.rank import command_line
+from minimind_mcore.rl.workers.group import Pool, Restarts
+from minimind_mcore.rl.workers.reward import reward_pool
+from minimind_mcore.rl.workers.rollout import RolloutGroup
+from minimind_mcore.rl.workers.train import TrainGroup
+
+
+class Groups:
+    """The actors of a run.
+
+    The ranks of the actor and the rollout engines share devices, and work in turn; a reference is kept by the
+    actor's ranks, or with `use_integrated_worker: false` has ranks and devices of its own.
+
+    Args:
+        config: of the run.
+        algorithm: what is optimised.
+        known: ids that the tokenizer has.
+
+    Raises:
+        UserError: the cluster does not have what the run needs.
+    """
+
+    def __init__(self, config: Config, algorithm: Algorithm, known: int) -> None:
+        rl, ours = config.rl, config.minimind
+        apart = algorithm.kl != "none" and not rl.use_integrated_worker
+        critic = algorithm.advantage == "gae"
+        self.patience = ours.cluster_wait_s
+        world = devices(rl, "actor")
+        command_line(config, "actor", world)  # what is wrong with the flags is said before anything is started
+        self.cluster: Cluster = connect(say, cpus=world + (devices(rl, "reference") if apart else 0))
+        try:
+            self._place(config, algorithm, known, world, apart, critic)
+        except BaseException:
+            self.cluster.close()
+            raise
+
+    def _place(
+        self, config: Config, algorithm: Algorithm, known: int, world: int, apart: bool, critic: bool
+    ) -> None:
+        rl, ours = config.rl, config.minimind
+        bundle = self._bundle(config)
+        self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")
+        kept = algorithm.kl != "none" and not apart
+        share = 0.3 if critic else 0.5
+        self.actor = TrainGroup(config, "actor", self.places, share, reference=kept)
+        self.reference: TrainGroup | None = None
+        if apart:
+            own = self.cluster.reserve(devices(rl, "reference"), bundle, self.patience, "the reference")
+            self.reference = TrainGroup(config, "reference", own, 1.0)
+        self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
+        engines = self._engines(config, world)
+        self.restarts = Restarts("training ranks", ours.max_restarts, say)
+        model = ModelConfig.from_args(command_line(config, "actor", world))
+        self.rollout = RolloutGroup(
+            config, model, known, engines, 0.4, Restarts("rollout actors", ours.max_restarts, say)
+        )
+        self.rewards: Pool = reward_pool(config, Restarts("reward actors", ours.max_restarts, say))
+
+    def _bundle(self, config: Config) -> dict[str, float]:
+        cpus = float(config.rl.num_cpus_for_placement_group)
+        return {"CPU": cpus} if device.current().kind == "cpu" else {"GPU": 1.0, "CPU": cpus}
+
+    def _engines(self, config: Config, world: int) -> list[Place]:
+        """Where the rollout engines are: one for each device, or `data_parallel_size`."""
+        generate = config.generate
+        if generate.infer_tensor_parallel_size != 1:
+            raise UserError(
+                f"generate_config.infer_tensor_parallel_size: found {generate.infer_tensor_parallel_size}, expected 1: "
+                "a MiniMind fits on one device, and more engines are faster than wider ones"
+            )
+        count = generate.data_parallel_size or world
+        if count > world:
+            raise UserError(f"generate_config.data_parallel_size: found {count}, the actor has {world} devices")
+        return self.places[:count]
+
+    def start(self) -> dict[str, Any]:
+        """Start (again) all training ranks; returns where the actor's checkpoint is: see `Rank.load`."""
+        self.cluster.wait_for_nodes(self.places, self.patience)
+        found = self.actor.start()
+        for group in (self.reference, self.critic):
+            if group is not None:
+                group.start()
+        return found
+
+    def training(self) -> list[TrainGroup]:
+        """The groups that learn."""
+        return [group for group in (self.actor, self.critic) if group is not None]
+
+    def close(self) -> None:
+        """End everything that this run started."""
+        for group in (self.actor, self.reference, self.critic):
+            if group is not None:
+                group.stop()
+        self.rollout.pool.close()
+        self.rewards.close()
+        self.cluster.close()
+
+
+def devices(rl: Any, role: str) -> int:
+    """Devices that `actor_resource` and the like ask for.
+
+    Raises:
+        UserError: they do not say how many.
+    """
+    section = getattr(rl, f"{role}_resource")
+    count = getattr(section, "num_npus", None) if section is not None else None
+    if not count or count < 1:
+        raise UserError(f"rl_config.{role}_resource.num_npus: found {count}, expected a number of devices")
+    return int(count)

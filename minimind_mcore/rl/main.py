@@ -1,0 +1,56 @@
+"""train_grpo.py and train_ppo.py: a configuration, and the backend that runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.config import Config, from_command
+
+BACKENDS = ("embedded", "mindspeed-rl")
+
+
+def grpo(argv: Sequence[str] | None = None) -> None:
+    """Train without a critic: grpo, dr_grpo, dapo, cispo, spo."""
+    _run("train_grpo.py", sys.argv[1:] if argv is None else argv)
+
+
+def ppo(argv: Sequence[str] | None = None) -> None:
+    """Train with a critic: ppo."""
+    _run("train_ppo.py", sys.argv[1:] if argv is None else argv)
+
+
+def _run(program: str, argv: Sequence[str]) -> None:
+    if backend() == "mindspeed-rl":
+        from minimind_mcore.mindspeed.rl import launch
+
+        launch(program, argv)
+        return
+    config = from_command(argv, program)
+    _check(program, config)
+    from minimind_mcore.rl.trainer import train
+
+    train(config)
+
+
+def backend() -> str:
+    """Who trains: BACKEND of the environment; MindSpeed-RL on an NPU, this kit elsewhere.
+
+    Raises:
+        UserError: BACKEND is neither.
+    """
+    name = os.environ.get("BACKEND") or ("mindspeed-rl" if device.current().kind == "npu" else "embedded")
+    if name not in BACKENDS:
+        raise UserError(f"BACKEND={name}: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _check(program: str, config: Config) -> None:
+    """Refuse an algorithm that the other program runs."""
+    name = config.minimind.algorithm
+    if (name == "ppo") != (program == "train_ppo.py"):
+        other = "train_ppo.py" if name == "ppo" else "train_grpo.py"
+        raise UserError(f"minimind.algorithm: {name} is run by {other}")

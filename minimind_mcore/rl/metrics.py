@@ -1,0 +1,189 @@
+"""What a run says about itself: MindSpeed-RL's names and line, metrics.jsonl, tensorboard, wandb, swanlab.
+
+    [2026-01-01 12:00:00] iteration: 3 / 60 | timing/all : 2.1034 | ... | grpo/score/mean : 0.4219 | ...
+
+Names that MindSpeed-RL's documents use and its code does not emit stand beside the others in metrics.jsonl
+(`ALIASES`). `rollout/logp_diff` is the mean difference between the trainer's and the rollout engine's
+log-probabilities of the same tokens: what it should be is 0, up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.config import Config
+from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, set_aside
+
+ALIASES = {
+    "grpo/rewards/mean": "grpo/score/mean",
+    "grpo/rewards/max": "grpo/score/max",
+    "grpo/rewards/min": "grpo/score/min",
+    "tokens/p/s": "e2e_tps",
+}
+Row = dict[str, float]
+
+
+class Clock:
+    """Seconds of a step by phase: MindSpeed-RL's `timing/...`."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Inside, time counts as this phase's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def row(self) -> Row:
+        """All phases, and the whole step as `timing/all`."""
+        phases = {f"timing/{name}": seconds for name, seconds in self.seconds.items()}
+        return {"timing/all": time.perf_counter() - self.began, **phases}
+
+
+def data_metrics(family: str, batch: Batch) -> Row:
+    """Scores and lengths of a step's responses; `family` is "grpo", "dapo" or "ppo"."""
+    assert batch.rewards is not None
+    columns = {
+        f"{family}/score": batch.rewards,
+        "response_length": batch.response_lengths,
+        "prompt_length": batch.prompt_lengths,
+    }
+    found: Row = {}
+    for name, values in columns.items():
+        x = values.float()
+        found |= {f"{name}/mean": x.mean().item(), f"{name}/max": x.max().item(), f"{name}/min": x.min().item()}
+    return {**found, "response_length/truncated": (~batch.finished).float().mean().item()}
+
+
+def throughput(batch: Batch, timing: Row, devices: int, longest: bool) -> Row:
+    """Tokens per second and device, by MindSpeed-RL's formula.
+
+    Args:
+        batch: of the step.
+        timing: `Clock.row`.
+        devices: that train.
+        longest: count every response as long as the longest, as MindSpeed-RL does under `log_max_throughput`.
+    """
+    lengths = batch.lengths.float()
+    tokens = float(lengths.max() * len(batch)) if longest else float(lengths.sum())
+    phases = {"e2e_tps": "timing/all", "update_tps": "timing/update", "vllm_tps": "timing/rollout"}
+    return {name: tokens / devices / timing[key] for name, key in phases.items() if timing.get(key)}
+
+
+def difference(batch: Batch, logp: Tensor) -> Row:
+    """How far the trainer's log-probabilities [rows, T] are from the rollout engine's of the same tokens."""
+    assert batch.rollout_logp is not None
+    apart = (logp - batch.rollout_logp)[batch.mask.bool()].abs()
+    return {"rollout/logp_diff": apart.mean().item(), "rollout/logp_diff_max": apart.max().item()}
+
+
+class Log:
+    """Where a run's metrics go.
+
+    Args:
+        config: of the run.
+        iteration: that it goes on from; later rows of a former run are dropped.
+    """
+
+    def __init__(self, config: Config, iteration: int) -> None:
+        rl, self.folder = config.rl, Path(config.minimind.output_dir)
+        self.steps = config.actor.train_iters
+        self.history = self.folder / "metrics.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if iteration == 0:
+            set_aside(self.history)
+        forget_after(self.history, iteration)
+        places = argparse.Namespace(
+            tensorboard_dir=str(self.folder / "tensorboard") if rl.use_tensorboard else None,
+            use_wandb=rl.use_wandb,
+            wandb_project=rl.wandb_project if rl.use_wandb else "",
+            wandb_exp_name=rl.wandb_exp_name,
+            wandb_save_dir=rl.wandb_save_dir or str(self.folder),
+            swanlab_project=(rl.swanlab_project or "minimind") if rl.use_swanlab else "",
+        )
+        self.sinks = open_sinks(places, Progress(iteration), lambda name: f"train/{name}")
+
+    def step(self, iteration: int, row: Row, shown: bool = True) -> None:
+        """Write a step's row, and print it as MindSpeed-RL does."""
+        if shown:
+            print(line(iteration, self.steps, row), flush=True)
+        aliases = {alias: row[name] for alias, name in ALIASES.items() if name in row}
+        whole = {"iteration": iteration, **row, **aliases}
+        with open(self.history, "a", encoding="utf-8") as file:
+            file.write(json.dumps(whole) + "\n")
+        for sink in self.sinks:
+            sink(whole)
+
+    def close(self) -> None:
+        """Flush what the sinks hold."""
+        for sink in self.sinks:
+            sink(None)
+
+
+def say(text: str) -> None:
+    """Something that is no metric."""
+    print(f"[{_now()}] INFO {text}", flush=True)
+
+
+def line(iteration: int, steps: int, row: Mapping[str, float]) -> str:
+    """A row as MindSpeed-RL prints it."""
+    words = [f"{key} : {value:e}" if "lr" in key.split("/")[-1] else f"{key} : {value:.4f}" for key, value in row.items()]
+    return f"[{_now()}] iteration: {iteration} / {steps} | {' | '.join(words)}"
+
+
+def _now() -> str:
+    return str(datetime.now(tz=timezone.utc)).split(".")[0]
+
+
+def table(rows: Sequence[Mapping[str, Any]], widths: Mapping[str, int]) -> str:
+    """Rows as a readable table; a column that is too long for its width is cut in its middle."""
+    head = "  ".join(_fit(name, width) for name, width in widths.items())
+    lines = ["  ".join(_fit(str(row[name]), width) for name, width in widths.items()) for row in rows]
+    return "\n".join(text.rstrip() for text in [head, "-" * _columns(head), *lines])
+
+
+def _fit(text: str, width: int) -> str:
+    text = text.replace("\n", "\\n")
+    if _columns(text) > width:
+        start, end = _taken(text, width * 2 // 3), _taken(text[::-1], width - width * 2 // 3 - 3)[::-1]
+        text = f"{start}...{end}"
+    return text + " " * (width - _columns(text))
+
+
+def _taken(text: str, width: int) -> str:
+    taken = ""
+    for letter in text:
+        if _columns(taken + letter) > width:
+            break
+        taken += letter
+    return taken
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def mean(values: Tensor, mask: Tensor) -> float:
+    """Of [rows, T] where the mask is 1."""
+    return float((values * mask).sum() / mask.sum().clamp(min=1))
+
+
+def finite(row: Row) -> Row:
+    """Without what is no number."""
+    return {name: value for name, value in row.items() if torch.isfinite(torch.tensor(value))}

@@ -1,0 +1,94 @@
+"""Waiting for Ray actors without ever hanging: a deadline, a look at who is alive, and errors that say who is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from minimind_mcore.errors import UserError
+
+POLL_SECONDS = 1.0
+# When a rank dies its neighbours often fail first, in a collective: so long the news of the death may take.
+GRACE_SECONDS = 15.0
+
+
+class Lost(Exception):
+    """Actors that died, or did not answer in time.
+
+    Attributes:
+        names: of them.
+    """
+
+    def __init__(self, names: Sequence[str], why: str) -> None:
+        super().__init__(f"{', '.join(names)}: {why}")
+        self.names = list(names)
+
+
+def collect(refs: Sequence[Any], names: Sequence[str], what: str, timeout: float) -> list[Any]:
+    """What the calls return, in their order.
+
+    Args:
+        refs: of one call to each actor.
+        names: of the actors.
+        what: they do, for messages.
+        timeout: seconds that all of it may take.
+
+    Raises:
+        Lost: an actor died, or does not answer by the deadline.
+        UserError: as the actor raised it.
+        RuntimeError: another error in an actor; its traceback is in the message.
+    """
+    place = {ref: i for i, ref in enumerate(refs)}
+    found: list[Any] = [None] * len(refs)
+    waiting, deadline = list(refs), time.monotonic() + timeout
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+        for ref in done:
+            found[place[ref]] = _result(ref, names[place[ref]], waiting, place, names, what, deadline)
+        if waiting and time.monotonic() > deadline:
+            late = [names[place[ref]] for ref in waiting]
+            raise Lost(late, f"no answer within {timeout:g} s ({what})")
+    return found
+
+
+def _result(
+    ref: Any, name: str, waiting: list[Any], place: dict[Any, int], names: Sequence[str], what: str, deadline: float
+) -> Any:
+    try:
+        return ray.get(ref, timeout=max(POLL_SECONDS, deadline - time.monotonic()))
+    except GetTimeoutError as error:
+        raise Lost([name], f"its answer did not arrive in time ({what})") from error
+    except RayTaskError as error:
+        dead = _dead(waiting, place, names)
+        if dead:
+            raise Lost(dead, f"died ({what})") from error
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise RuntimeError(f"{name} failed ({what}):\n{error}") from error
+    except RayError as error:  # the actor, its process or its node is gone
+        raise Lost([name], f"died ({what}): {str(error).splitlines()[0]}") from error
+
+
+def _dead(waiting: list[Any], place: dict[Any, int], names: Sequence[str]) -> list[str]:
+    """Actors that are known to have died within the next seconds."""
+    end = time.monotonic() + GRACE_SECONDS
+    while waiting and time.monotonic() < end:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+        for ref in done:
+            try:
+                ray.get(ref, timeout=POLL_SECONDS)
+            except RayActorError:
+                return [names[place[ref]]]
+            except RayError:
+                continue
+    return []
+
+
+def stop(actors: Sequence[Any]) -> None:
+    """End actors that this run started, dead or alive."""
+    for actor in actors:
+        ray.kill(actor, no_restart=True)

@@ -1,0 +1,193 @@
+"""Reinforcement learning from rewards, from top to bottom.
+
+python train_grpo.py --config-name grpo_minimind_tiny
+
+The actor's ranks hold the weights. A step lets the engines write responses with them, scores these, compares them
+with what was expected, trains on the difference, and hands the new weights to the engines. Synchronous by default;
+with `rl_config.blocking: false` the engines write the next step's responses meanwhile, with weights one step old.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.loading import load_tokenizer
+from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.rl import experience as experiences
+from minimind_mcore.rl.advantage import Advantages
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.data import PromptDataset
+from minimind_mcore.rl.experience import Experience, Source
+from minimind_mcore.rl.groups import Groups, devices
+from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference, mean, say, table, throughput
+from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.supervise import Lost
+from minimind_mcore.training.report import write_report
+
+
+def train(config: Config) -> None:
+    """Run a configuration.
+
+    Raises:
+        UserError: something that the user can put right; checkpoints are whole, and the same command goes on.
+    """
+    trainer = Trainer(config)
+    try:
+        trainer.run()
+    finally:
+        trainer.groups.close()
+
+
+class Trainer:
+    """The driver of a run. It holds no model: actors do."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.ours, self.rl = config, config.minimind, config.rl
+        self.algorithm = objective(config)
+        info = tokenizer_info(config.actor.tokenizer_name_or_path)
+        if info.eos_id is None:
+            raise UserError(f"{info.path}: tokenizer_config.json names no eos_token, which ends a response")
+        prompts = self._prompts(config.actor.data_path)
+        self.held_out = self._prompts(self.ours.eval_data) if self.ours.eval_data else None
+        self.advantages = Advantages(config, self.algorithm)
+        self.groups = Groups(config, self.algorithm, info.vocab_size)
+        self.source = Source(
+            config, self.algorithm, prompts, load_tokenizer(info), info.eos_id, self.groups.rollout, self.groups.rewards
+        )
+        self.steps = config.actor.train_iters
+        self.done = self.saved = 0
+        updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
+        # With a single update the policy is still the one that wrote the responses: the ratio is 1.
+        self.needs_old = updates * self.rl.epochs > 1 or self.ours.rollout_correction != "none"
+        self.ahead = not self.rl.blocking
+
+    def _prompts(self, prefix: Any) -> PromptDataset:
+        actor = self.config.actor
+        return PromptDataset(
+            prefix[0] if isinstance(prefix, list) else prefix,
+            max_prompt_length=self.rl.max_prompt_length,
+            seed=actor.seed,
+            shuffle=not actor.no_shuffle,
+        )
+
+    def run(self) -> None:
+        """All steps; after the loss of a training rank, from the last checkpoint on."""
+        self.begin()
+        self.log = Log(self.config, self.done)
+        if self.done == 0:
+            self.evaluate()
+        while self.done < self.steps:
+            try:
+                self.step(self.done + 1)
+            except Lost as error:
+                self.groups.restarts.another(error)
+                self.begin()
+        if self.saved != self.done:
+            self.save()
+        self.log.close()
+        title = f"MiniMind {self.ours.algorithm}, {self.config.model}"
+        write_report(Path(self.ours.output_dir), title, ("grpo/score/mean", "eval/accuracy"), "reward.png")
+
+    def begin(self) -> None:
+        """Start the training ranks from the last checkpoint, or the weights to begin with; the engines get them."""
+        found = self.groups.start()
+        state = found["state"] or {}
+        self.done = self.saved = found["iteration"]
+        self.advantages.load_state_dict(state.get("advantages", {}))
+        self.source.go_to(state.get("consumed", 0))
+        self.loading = self.groups.rollout.load(self.groups.actor.weights())
+        self.loading.result()
+        say(f"{self.config.model}: {self.ours.algorithm}, step {self.done} of {self.steps} is done")
+
+    def step(self, number: int) -> None:
+        """One step."""
+        clock = Clock()
+        with clock("rollout"):
+            experience = self.rollouts(number)
+        batch, metrics = experience.batch, dict[str, float]()
+        scored = self.source.score(experience) if batch.rewards is None else None
+        if self.algorithm.kl != "none":
+            with clock("reference_model"):
+                reference = self.groups.reference or self.groups.actor
+                batch.ref_logp = reference.measure(batch, reference=True)["logp"]
+        if self.ahead:
+            batch.old_logp = batch.rollout_logp
+        elif self.needs_old:
+            with clock("old_log_p"):
+                batch.old_logp = self.groups.actor.measure(batch)["logp"]
+                metrics |= difference(batch, batch.old_logp)
+        if self.groups.critic:
+            with clock("critic_values"):
+                batch.values = self.groups.critic.measure(batch)["values"]
+        with clock("rule_reward"):
+            if scored is not None:
+                scored()
+        with clock("adv"):
+            metrics |= self.advantages.fill(batch)
+        with clock("update"):
+            for group in self.groups.training():
+                metrics |= group.update(batch, number, self.advantages.kl_coef)
+        with clock("resharding_to_infer"):
+            self.sync(number)
+        self.done, self.consumed = number, experience.consumed
+        self.report(experience, {**clock.row(), **metrics})
+        if number == self.steps or (self.ours.eval_interval and number % self.ours.eval_interval == 0):
+            self.evaluate()
+        if self.config.actor.save_interval and number % self.config.actor.save_interval == 0:
+            self.save()
+
+    def rollouts(self, number: int) -> Experience:
+        """The step's responses; one step ahead the engines then go on with the next prompts."""
+        if self.ours.replay_rollouts:
+            return experiences.replayed(Path(self.ours.replay_rollouts), number)
+        if self.algorithm.dynamic_sampling:
+            return self.source.take_differing()
+        experience = self.source.take()
+        if self.ahead and number < self.steps:
+            self.source.begin()
+        return experience
+
+    def sync(self, number: int) -> None:
+        """Hand the weights to the engines; every so many steps check that they then have them."""
+        self.loading.result()
+        self.loading = self.groups.rollout.load(self.groups.actor.weights())
+        if not self.ahead:
+            self.loading.result()
+        if self.ours.weight_check_interval and number % self.ours.weight_check_interval == 0:
+            if wrong := self.groups.rollout.check():
+                raise RuntimeError(f"weight sync: {len(wrong)} tensors are not restored: {', '.join(wrong[:4])}")
+            say(f"weights of the rollout engines checked at step {number}: spoilt, sent again, equal")
+
+    def report(self, experience: Experience, row: Row) -> None:
+        """Metrics and samples of a step."""
+        family = {"dapo": "dapo", "ppo": "ppo"}.get(self.ours.algorithm, "grpo")
+        batch = experience.batch
+        row |= {**data_metrics(family, batch), **experience.metrics}
+        if family != "grpo":
+            row |= data_metrics("grpo", batch)
+        row |= throughput(batch, row, devices(self.rl, "actor"), self.rl.log_max_throughput)
+        self.log.step(self.done, row)
+        for failure in experience.failures:
+            say(f"a response could not be scored: {failure}")
+        if self.ours.save_rollouts:
+            experiences.save(experience, Path(self.ours.save_rollouts), self.done)
+        if self.ours.sample_interval and self.done % self.ours.sample_interval == 0:
+            assert batch.rewards is not None
+            shown = [{**text, "reward": f"{r:.2f}"} for text, r in zip(experience.texts[:4], batch.rewards.tolist(), strict=False)]
+            print(table(shown, {"reward": 6, "label": 10, "prompt": 40, "response": 60}), flush=True)
+
+    def evaluate(self) -> None:
+        """Accuracy on held-out questions."""
+        if self.held_out is not None:
+            self.loading.result()
+            accuracy = self.source.accuracy(self.held_out, self.ours.eval_prompts)
+            self.log.step(self.done, {"eval/accuracy": accuracy})
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        state = {"consumed": self.consumed, "advantages": self.advantages.state_dict()}
+        for group in self.groups.training():
+            group.save(self.done, self.consumed, state)
+        self.saved = self.done

@@ -1,0 +1,1 @@
+"""Ray actors, and the groups of them that the trainer talks to."""

@@ -1,0 +1,56 @@
+"""Rewards as a Ray actor, with its own pool of processes for what may take for ever."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rewards.rewards import Overlong, Rewards, Scores
+from minimind_mcore.rl.workers.group import Pool, Restarts
+
+
+class RewardWorker:
+    """Scores responses."""
+
+    def __init__(self, config: Config) -> None:
+        self.rewards = build(config)
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+    def score(self, responses: list[str], labels: list[str], **columns: Any) -> Scores:
+        """See `Rewards`."""
+        return self.rewards.score(responses, labels, **columns)
+
+
+def build(config: Config) -> Rewards:
+    """The rewards that the YAML names.
+
+    Raises:
+        UserError: an unknown verifier, or one that cannot be imported.
+    """
+    rl, ours = config.rl, config.minimind
+    names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
+    weights = [*rl.verifier_weight, *(reward.weight for reward in ours.rewards)]
+    penalty = None
+    if objective(config).overlong and rl.overlong_buffer:
+        penalty = Overlong(rl.rollout_max_tokens, rl.overlong_buffer, rl.overlong_buffer_penalty_factor)
+    return Rewards(
+        names,
+        weights,
+        timeout=rl.verifier_timeout,
+        parallel=rl.verifier_parallel,
+        max_failures=ours.reward_failure_limit,
+        overlong=penalty,
+    )
+
+
+def reward_pool(config: Config, restarts: Restarts) -> Pool:
+    """One actor, on whichever host; `verifier_parallel` is the number of its processes."""
+    remote = ray.remote(RewardWorker).options(num_cpus=0)
+    return Pool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)

@@ -1,0 +1,123 @@
+"""Rollout engines as Ray actors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from minimind_mcore import cpu, device
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.rl import sync
+from minimind_mcore.rl.cluster import Place
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.rollout.engine import Draw, Engine, Response
+from minimind_mcore.rl.sync import Shard
+from minimind_mcore.rl.workers.group import Pool, Restarts, Task
+
+
+class RolloutWorker:
+    """One engine."""
+
+    def __init__(self, config: Config, model: ModelConfig, known: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        if device.current().kind == "cpu":
+            cpu.tune()
+        self.engine = build_engine(config, model, known)
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+    def load(self, *parts: list[Shard]) -> None:
+        """Take weights: the shards of every training rank."""
+        self.engine.load_weights(sync.join(parts))
+
+    def check(self, *parts: list[Shard]) -> list[str]:
+        """Snapshot, spoil every weight, load, compare; returns the names that are not what they were."""
+        before = self.engine.weights()
+        self.engine.perturb()
+        self.load(*parts)
+        after = self.engine.weights()
+        return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+
+    def generate(self, prompts: list[list[int]], n: int, draw: Draw, seeds: list[int]) -> list[Response]:
+        """See `Engine`."""
+        return self.engine.generate(prompts, n, draw, seeds)
+
+
+def build_engine(config: Config, model: ModelConfig, known: int) -> Engine:
+    """The engine of `minimind.rollout_engine`."""
+    if config.minimind.rollout_engine == "vllm":
+        from minimind_mcore.rl.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(config, model)
+    from minimind_mcore.rl.rollout.decoder import DecoderEngine
+
+    dtype = getattr(torch, config.generate.dtype)
+    return DecoderEngine(model, known, dtype, config.generate.max_num_seqs)
+
+
+class RolloutGroup:
+    """All engines: prompts are split over them; one that dies is replaced, given the weights, and asked again.
+
+    Args:
+        config: of the run.
+        model: the architecture.
+        known: ids that the tokenizer has.
+        places: one for each engine.
+        share: of a device that an engine takes.
+        restarts: see `Restarts`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        known: int,
+        places: Sequence[Place],
+        share: float,
+        restarts: Restarts,
+    ) -> None:
+        gpus = {"num_gpus": share} if device.current().kind != "cpu" else {}
+        beside = [sum(other.node == place.node for other in places) for place in places]
+        self.shards: list[Any] = []
+
+        def start(number: int) -> Any:
+            place, threads = places[number], max(1, device.usable_cores() // beside[number])
+            actor = ray.remote(RolloutWorker).options(**place.options(**gpus)).remote(config, model, known, threads)
+            if self.shards:
+                actor.load.remote(*self.shards)  # answered before whatever it is asked next
+            return actor
+
+        self.pool = Pool("rollout", start, len(places), config.minimind.actor_timeout_s, restarts)
+
+    def load(self, shards: list[Any]) -> Task:
+        """Begin to hand over weights (references of every rank's shards); asked now or later, all use them."""
+        self.shards = shards
+        return self.pool.submit("load", [tuple(shards)] * len(self.pool))
+
+    def check(self) -> list[str]:
+        """Spoil and restore the weights of every engine; returns the names that differ afterwards."""
+        return [name for names in self.pool.everywhere("check", *self.shards) for name in names]
+
+    def generate(
+        self, prompts: Sequence[list[int]], n: int, draw: Draw, seeds: Sequence[int]
+    ) -> Callable[[], list[Response]]:
+        """Begin to write `n` responses to each prompt; what is returned waits for them, in the prompts' order."""
+        shares = [list(range(i, len(prompts), len(self.pool))) for i in range(len(self.pool))]
+        shares = [share for share in shares if share]
+        parts = [([prompts[i] for i in s], n, draw, [seeds[i * n + k] for i in s for k in range(n)]) for s in shares]
+        task = self.pool.submit("generate", parts)
+
+        def finish() -> list[Response]:
+            found: dict[int, Response] = {}
+            for share, responses in zip(shares, task.result(), strict=True):
+                rows = [i * n + k for i in share for k in range(n)]
+                found |= dict(zip(rows, responses, strict=True))
+            return [found[row] for row in range(len(prompts) * n)]
+
+        return finish

@@ -1,0 +1,139 @@
+"""Ranks of a trained model as Ray actors, and the group of them: if one dies, all begin anew."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from minimind_mcore import device
+from minimind_mcore.rl import supervise
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.cluster import Place
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.supervise import collect
+
+
+class TrainWorker:
+    """One rank. It first says where it is; then it joins the others, and answers calls of `Rank`'s methods."""
+
+    def where(self) -> tuple[str, int]:
+        """Address of this host, and a free port of it."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, int(probe.getsockname()[1])
+
+    def start(
+        self, config: Config, role: Any, reference: bool, place: tuple[int, int], rendezvous: tuple[str, int], threads: int
+    ) -> int:
+        """Join the group as rank `place[0]` of `place[1]`; returns this process's id."""
+        rank, world = place
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK="0",  # Ray shows an actor its own device alone
+            MASTER_ADDR=rendezvous[0],
+            MASTER_PORT=str(rendezvous[1]),
+        )
+        device.use_interface(ray.util.get_node_ip_address())
+        torch.set_num_threads(threads)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        from minimind_mcore.rl.rank import Rank
+
+        self.rank = Rank(config, role, reference)
+        return os.getpid()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """A method of the rank."""
+        return getattr(self.rank, method)(*arguments)
+
+
+class TrainGroup:
+    """All ranks of one model.
+
+    Args:
+        config: of the run.
+        role: "actor", "reference" or "critic".
+        places: one for each rank.
+        share: of a device that a rank takes.
+        reference: hold the reference's weights too.
+    """
+
+    def __init__(self, config: Config, role: str, places: Sequence[Place], share: float, reference: bool = False) -> None:
+        self.config, self.role, self.places, self.reference = config, role, list(places), reference
+        self.timeout = config.minimind.actor_timeout_s
+        self.share = share
+        self.names = [f"{role} rank {rank}" for rank in range(len(self.places))]
+        self.actors: list[Any] = []
+        self.pids: list[int] = []
+
+    def start(self) -> dict[str, Any]:
+        """Start the ranks and load their weights; returns what `Rank.load` does."""
+        self.stop()
+        gpus = {"num_gpus": self.share} if device.current().kind != "cpu" else {}
+        remote = ray.remote(TrainWorker)
+        self.actors = [remote.options(**place.options(**gpus)).remote() for place in self.places]
+        rendezvous = collect([self.actors[0].where.remote()], self.names[:1], "start", self.timeout)[0]
+        world = len(self.actors)
+        refs = [
+            actor.start.remote(self.config, self.role, self.reference, (rank, world), rendezvous, self._threads(rank))
+            for rank, actor in enumerate(self.actors)
+        ]
+        self.pids = collect(refs, self.names, "start", self.timeout)
+        found: dict[str, Any] = self.call("load")[0]
+        return found
+
+    def _threads(self, rank: int) -> int:
+        """Threads of a rank: the cores of its host, shared with the ranks beside it."""
+        beside = sum(place.node == self.places[rank].node for place in self.places)
+        return max(1, device.usable_cores() // beside)
+
+    def submit(self, method: str, *arguments: Any) -> list[Any]:
+        """Begin a call of `Rank`'s method on every rank; returns the references of what they return."""
+        return [actor.call.remote(method, *arguments) for actor in self.actors]
+
+    def finish(self, refs: list[Any], method: str) -> list[Any]:
+        """What the ranks return.
+
+        Raises:
+            Lost: a rank died, or does not answer: `start` again.
+            UserError: as a rank raised it.
+        """
+        return collect(refs, self.names, f"{self.role}: {method}", self.timeout)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call `Rank`'s method on every rank and wait."""
+        return self.finish(self.submit(method, *arguments), method)
+
+    def measure(self, batch: Batch, reference: bool = False) -> dict[str, torch.Tensor]:
+        """Columns [rows, T] of a batch: see `Rank.measure`."""
+        columns: dict[str, torch.Tensor] = {}
+        for share in self.call("measure", ray.put(batch), reference):
+            for name, values in share.columns.items() if share else ():
+                whole = columns.setdefault(name, torch.zeros(len(batch), batch.width))
+                whole[share.rows] = values
+        return columns
+
+    def update(self, batch: Batch, iteration: int, kl_coef: float | None = None) -> dict[str, float]:
+        """Train on a batch: see `Rank.update`."""
+        found: dict[str, float] = self.call("update", ray.put(batch), iteration, kl_coef)[0]
+        return found
+
+    def weights(self) -> list[Any]:
+        """References of the shards of every rank, which stay where they are."""
+        return self.submit("shards")
+
+    def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint: see `Rank.save`."""
+        self.call("save", iteration, consumed, state)
+
+    def stop(self) -> None:
+        """End the ranks."""
+        supervise.stop(self.actors)
+        self.actors = []
