@@ -1,7 +1,7 @@
-"""A rank of a reinforcement-learning step, as a program for `engine.Server`: no Ray, saved rollouts.
+"""A rank of a reinforcement-learning step, as a program for `engine.Server`: no Ray.
 
-It is given `--task FILE` (a torch file: the YAML tree and a batch) and writes `rank0.pt`: log-probabilities of the
-actor and the reference, metrics of an update, log-probabilities after it, and every rank's shards.
+It is given `--task FILE` (a torch file with the YAML tree and a batch, or prompts to write one for) and writes
+`found.pt`: what the ranks say of the batch before and after some updates, and the weights.
 """
 
 from __future__ import annotations
@@ -13,31 +13,40 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from minimind_mcore.rl import batch as batches
+from minimind_mcore.rl import sync
+from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.config import resolve
+from minimind_mcore.rl.rank import Rank, Share
+from minimind_mcore.rl.rollout.decoder import DecoderEngine
+from minimind_mcore.rl.rollout.engine import Draw
+from minimind_mcore.training import distributed
+
+N = 4  # responses to a prompt
+DRAW = Draw(max_tokens=8, temperature=0.8, top_k=50, top_p=0.95)
 
 
 def main(argv: Sequence[str]) -> None:
-    from minimind_mcore.rl.batch import Batch
-    from minimind_mcore.rl.config import resolve
-    from minimind_mcore.rl.rank import Rank
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--task")
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args(argv)
     task = torch.load(args.task, weights_only=False)
-    rank = Rank(resolve(task["tree"]), task.get("role", "actor"), reference=task.get("reference", True))
+    rank = Rank(resolve(task["tree"]), task.get("role", "actor"), reference=True)
     rank.load()
-    batch = Batch(**task["batch"])
-    found: dict[str, Any] = {"before": gathered(rank.measure(batch)), "shards_before": gathered(rank.shards())}
-    if rank.frozen:
-        found["reference"] = gathered(rank.measure(batch, reference=True))
-    found["metrics"] = [rank.update(batch, step) for step in range(1, task.get("updates", 1) + 1)]
-    found["after"] = gathered(rank.measure(batch))
-    found["shards"] = gathered(rank.shards())
+    weights = whole(rank)
+    batch = Batch(**task["batch"]) if "batch" in task else write(rank, weights, task["prompts"])
+    found: dict[str, Any] = {"batch": batch.state_dict(), "weights": weights}
+    found["before"] = columns(rank.measure(batch), batch)
+    found["reference"] = columns(rank.measure(batch, reference=True), batch)
+    batch = batch.with_columns(ref_logp=found["reference"]["logp"])
+    found["metrics"] = [rank.update(batch, step) for step in range(1, task.get("updates", 0) + 1)]
+    found["after"] = columns(rank.measure(batch), batch)
+    found["weights_after"] = whole(rank)
     if dist.get_rank() == 0:
         torch.save(found, args.output_dir / "found.pt")
-    from minimind_mcore.training import distributed
-
     distributed.finish()
 
 
@@ -46,3 +55,40 @@ def gathered(value: Any) -> list[Any]:
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, value)
     return everywhere
+
+
+def whole(rank: Rank) -> dict[str, Tensor]:
+    """The weights, joined as a rollout engine joins them."""
+    return {name: tensor.clone() for name, tensor in sync.join(gathered(rank.shards())).items()}
+
+
+def columns(share: Share | None, batch: Batch) -> dict[str, Tensor]:
+    """What all ranks say together."""
+    found: dict[str, Tensor] = {}
+    for part in gathered(share):
+        for name, values in part.columns.items() if part else ():
+            found.setdefault(name, torch.full((len(batch), batch.width), torch.nan))[part.rows] = values
+    return found
+
+
+def engine_with(rank_config: Any, weights: dict[str, Tensor]) -> DecoderEngine:
+    engine = DecoderEngine(rank_config, rank_config.vocab_size, torch.float32, batch=64)
+    engine.load_weights(weights)
+    return engine
+
+
+def write(rank: Rank, weights: dict[str, Tensor], prompts: list[list[int]]) -> Batch:
+    """Responses of the rollout engine, with advantages of chance."""
+    engine = engine_with(rank.model_config(), weights)
+    found = engine.generate(prompts, N, DRAW, list(range(len(prompts) * N)))
+    lengths = torch.Generator().manual_seed(0)
+    keep = torch.randint(2, 9, (len(found),), generator=lengths).tolist()  # as if ends had been drawn
+    batch = batches.make(
+        [prompt for prompt in prompts for _ in range(N)],
+        [response.ids[:k] for response, k in zip(found, keep, strict=True)],
+        [response.logp[:k] for response, k in zip(found, keep, strict=True)],
+        [True] * len(found),
+        [row // N for row in range(len(found))],
+    )
+    advantages = torch.randn(len(found), 1, generator=lengths) * batch.mask
+    return batch.with_columns(rewards=torch.rand(len(found), generator=lengths), advantages=advantages)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
+from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
@@ -132,7 +133,7 @@ class Actor(ResponseJob):
         self.algorithm, self.entropy_coef, self.tis_cap, self.length = algorithm, entropy_coef, tis_cap, length
         self.kl_coef = algorithm.kl_coef
         self.total: Tensor | None = None
-        self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy")
+        self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "rollout/logp_diff")
         if algorithm.kl == "loss":
             self.metrics += ("actor/kl_loss",)
         if tis_cap is not None:
@@ -161,6 +162,8 @@ class Actor(ResponseJob):
             length=self.length,
             total=self.total,
         )
+        apart = torch.zeros_like(logp) if rows.rollout_logp is None else (logp.detach() - rows.rollout_logp).abs()
+        stats["rollout/logp_diff"] = masked_mean(apart, rows.mask)
         # megatron-core takes the mean over micro-batches and data-parallel ranks.
         parts = self.args.num_microbatches * self.args.data_parallel_size
         scaled = [stats[name] * (parts if name in SUMS else 1) for name in self.metrics]

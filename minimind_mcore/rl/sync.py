@@ -6,6 +6,7 @@ it through the table of `models/weights.py`, as the converters do. No rank ever 
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,10 @@ class Shard:
     @property
     def tensor(self) -> Tensor:
         """The part; it shares the memory of `data`, and is not to be written to."""
-        flat = torch.frombuffer(memoryview(self.data), dtype=getattr(torch, self.dtype))  # type: ignore[call-overload]
-        return flat.view(self.shape)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has no tensors that are not to be written to
+            flat = torch.from_numpy(self.data)
+        return flat.view(getattr(torch, self.dtype)).view(self.shape)
 
 
 def shards(chunks: Sequence[Any]) -> list[Shard]:

@@ -117,7 +117,6 @@ class Trainer:
         elif self.needs_old:
             with clock("old_log_p"):
                 batch.old_logp = self.groups.actor.measure(batch)["logp"]
-                metrics |= difference(batch, batch.old_logp)
         if self.groups.critic:
             with clock("critic_values"):
                 batch.values = self.groups.critic.measure(batch)["values"]
@@ -129,6 +128,8 @@ class Trainer:
         with clock("update"):
             for group in self.groups.training():
                 metrics |= group.update(batch, number, self.advantages.kl_coef)
+        if batch.old_logp is not None and not self.ahead:
+            metrics |= difference(batch, batch.old_logp)
         with clock("resharding_to_infer"):
             self.sync(number)
         self.done, self.consumed = number, experience.consumed

@@ -23,7 +23,7 @@ class RewardWorker:
         """Of this process."""
         return os.getpid()
 
-    def score(self, responses: list[str], labels: list[str], **columns: Any) -> Scores:
+    def score(self, responses: list[str], labels: list[str], columns: dict[str, Any]) -> Scores:
         """See `Rewards`."""
         return self.rewards.score(responses, labels, **columns)
 
