@@ -20,7 +20,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from minimind_mcore.preprocess.dialogues import SUMMANDS, addition, lookup
+from minimind_mcore.preprocess.dialogues import SUMMANDS, Task, addition, lookup
 
 PROBLEMS, DIALOGUES, QUESTIONS = 4_000, 20_000, 200
 NAMES = (("小明", "Tom"), ("小红", "Alice"), ("王芳", "Mary"), ("李雷", "Ben"))
@@ -35,7 +35,7 @@ def story(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     return [(chinese if r.randrange(2) else english, f"{a}+{b}={a + b}")]
 
 
-TASKS = ((lookup, 6), (addition, 3), (story, 1))
+TASKS: tuple[tuple[Task, int], ...] = ((lookup, 6), (addition, 3), (story, 1))
 
 
 def _problem(r: random.Random, task: Any, unseen: bool) -> tuple[str, str, str]:

@@ -104,8 +104,7 @@ class Server:
             "processes": processes,
             "hook": hook,
             "environment": environment or {},
-            "module": module
-            or ("minimind_mcore.posttrain.main" if posttrain else "minimind_mcore.training.pretrain"),
+            "module": module or ("minimind_mcore.posttrain.main" if posttrain else "minimind_mcore.training.pretrain"),
         }
         assert self.process.stdin and self.process.stdout
         started = time.monotonic()

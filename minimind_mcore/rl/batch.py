@@ -106,7 +106,7 @@ class Batch:
         """The same on a device."""
         return dataclasses.replace(self, **{name: value.to(place) for name, value in self._tensors()})
 
-    def with_columns(self, **columns: Tensor | None) -> Batch:
+    def with_columns(self, **columns: Tensor) -> Batch:
         """The same with more known, or something else."""
         return dataclasses.replace(self, **columns)
 

@@ -68,7 +68,9 @@ class Cluster:
                 raise UserError(f"after {patience:g} s: {self._missing(count, bundle, what)}")
             if waited - said >= SAY_EVERY_SECONDS or not said:
                 said = waited
-                self.say(f"waiting for the cluster ({waited:.0f} of {patience:g} s): {self._missing(count, bundle, what)}")
+                self.say(
+                    f"waiting for the cluster ({waited:.0f} of {patience:g} s): {self._missing(count, bundle, what)}"
+                )
 
     def wait_for_nodes(self, places: list[Place], patience: float) -> None:
         """Wait until the hosts of all places are there again, after one was lost.
@@ -81,16 +83,17 @@ class Cluster:
 
     def _missing(self, count: int, bundle: dict[str, float], what: str) -> str:
         """What there is, and what is needed."""
-        total, free = ray.cluster_resources(), ray.available_resources()
+        api: Any = ray
+        total, free = api.cluster_resources(), api.available_resources()
         wanted = {name: amount * count for name, amount in bundle.items()}
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node for node in api.nodes() if node["Alive"]]
         facts = ", ".join(
             f"{name}: {amount:g} wanted, {total.get(name, 0):g} there, {free.get(name, 0):g} of them free"
             for name, amount in wanted.items()
         )
         return (
-            f"{what} needs {count} x {bundle}; {facts}, on {len(nodes)} host{'s' * (len(nodes) != 1)}. Start Ray on more "
-            "hosts (`ray start --address=HEAD:PORT`), or ask for less (rl_config.actor_resource)"
+            f"{what} needs {count} x {bundle}; {facts}, on {len(nodes)} host{'s' * (len(nodes) != 1)}. Start Ray on "
+            "more hosts (`ray start --address=HEAD:PORT`), or ask for less (rl_config.actor_resource)"
         )
 
     def close(self) -> None:

@@ -133,7 +133,7 @@ class PromptDataset:
         epoch, place = divmod(start, len(self))
         order = self.order(epoch)
         while True:
-            batch = []
+            batch: list[Prompt] = []
             while len(batch) < size:
                 if place == len(self):
                     epoch, place = epoch + 1, 0

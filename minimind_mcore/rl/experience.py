@@ -163,8 +163,9 @@ class Source:
         kept: list[Experience] = []
         spare: list[Experience] = []
         dropped: Counter[str] = Counter()
-        count = 0
-        for generated in range(1, rl.filter_groups_max_batches + 1):
+        count = generated = 0
+        while count < wanted and generated < rl.filter_groups_max_batches:
+            generated += 1
             experience = self.take()
             self.score(experience)()
             groups = select(self._metric(experience), self.n)
@@ -173,8 +174,6 @@ class Source:
             kept.append(_rows(experience, rows))
             spare.append(_rows(experience, ~rows))
             count += int(groups.keep.sum())
-            if count >= wanted:
-                break
         whole = _joined([*kept, *reversed(spare)] if count < wanted else kept, wanted * self.n)
         if count < wanted:
             say(
@@ -211,7 +210,9 @@ class Source:
 def _rows(experience: Experience, rows: torch.Tensor) -> Experience:
     """Some of the rows [rows of the batch] bool."""
     texts = [text for text, keep in zip(experience.texts, rows.tolist(), strict=True) if keep]
-    return Experience(experience.batch.select(rows), texts, experience.consumed, experience.metrics, experience.failures)
+    return Experience(
+        experience.batch.select(rows), texts, experience.consumed, experience.metrics, experience.failures
+    )
 
 
 def _joined(parts: list[Experience], rows: int) -> Experience:

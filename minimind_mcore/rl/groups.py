@@ -47,9 +47,7 @@ class Groups:
             self.cluster.close()
             raise
 
-    def _place(
-        self, config: Config, algorithm: Algorithm, known: int, world: int, apart: bool, critic: bool
-    ) -> None:
+    def _place(self, config: Config, algorithm: Algorithm, known: int, world: int, apart: bool, critic: bool) -> None:
         rl, ours = config.rl, config.minimind
         bundle = self._bundle(config)
         self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")

@@ -215,9 +215,7 @@ class Critic(Values):
         tokens, stats = value_loss(self.values(rows, output), rows.values, rows.returns, rows.mask, self.clip)
         loss = aggregate(tokens, rows.mask, total=self.total)
         parts = self.args.num_microbatches * self.args.data_parallel_size
-        return averaged(
-            loss * parts, torch.ones((), device=loss.device), loss * parts, stats["critic/vf_clipfrac"]
-        )
+        return averaged(loss * parts, torch.ones((), device=loss.device), loss * parts, stats["critic/vf_clipfrac"])
 
 
 class ValueHead(torch.nn.Module):

@@ -25,10 +25,7 @@ def ppo(argv: Sequence[str] | None = None) -> None:
 
 def _run(program: str, argv: Sequence[str]) -> None:
     if backend() == "mindspeed-rl":
-        from minimind_mcore.mindspeed.rl import launch
-
-        launch(program, argv)
-        return
+        raise UserError("BACKEND=mindspeed-rl: this kit has no launcher of MindSpeed-RL yet; use BACKEND=embedded")
     config = from_command(argv, program)
     _check(program, config)
     from minimind_mcore.rl.trainer import train

@@ -142,7 +142,9 @@ def say(text: str) -> None:
 
 def line(iteration: int, steps: int, row: Mapping[str, float]) -> str:
     """A row as MindSpeed-RL prints it."""
-    words = [f"{key} : {value:e}" if "lr" in key.split("/")[-1] else f"{key} : {value:.4f}" for key, value in row.items()]
+    words = [
+        f"{key} : {value:e}" if "lr" in key.split("/")[-1] else f"{key} : {value:.4f}" for key, value in row.items()
+    ]
     return f"[{_now()}] iteration: {iteration} / {steps} | {' | '.join(words)}"
 
 

@@ -152,7 +152,11 @@ class Rank:
         resumed = bool(self.args.save) and bool(checkpointing.iterations_in(Path(self.args.save)))
         if self.args.save:
             checkpointing.require_shared_directory(Path(self.args.save))
-        state = self._resume() if resumed else self._begin()
+        state = None
+        if resumed:
+            state = self._resume()
+        else:
+            self._begin()
         if self.wants_reference:
             self.frozen = self._frozen()
         return {"iteration": self.progress.iteration, "state": state}
@@ -203,7 +207,12 @@ class Rank:
         """Whose weights are the reference: what the run began with."""
         mode = self.config.rl.integrated_mode_config or {}
         path = (mode.get("ref_model_load_path") if self.role != "reference" else None) or self.args.load
-        if path and self.progress.iteration and self.args.save and Path(path).resolve() == Path(self.args.save).resolve():
+        if (
+            path
+            and self.progress.iteration
+            and self.args.save
+            and Path(path).resolve() == Path(self.args.save).resolve()
+        ):
             raise UserError(
                 f"load and save are both {path}: the weights that the run began with, which are the reference, are not "
                 "known; give rl_config.integrated_mode_config.ref_model_load_path"
@@ -293,7 +302,7 @@ class Rank:
     def _is_copy(self) -> bool:
         from megatron.core import parallel_state
 
-        return parallel_state.get_tensor_model_parallel_rank() != 0
+        return int(parallel_state.get_tensor_model_parallel_rank()) != 0
 
     def update(self, batch: Batch, iteration: int, kl_coef: float | None = None) -> dict[str, float]:
         """Train on a batch: `epochs` passes, one optimizer step for each mini-batch.

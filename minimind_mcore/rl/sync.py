@@ -82,6 +82,4 @@ def join(parts: Iterable[Sequence[Shard]]) -> dict[str, Tensor]:
         size = next(iter(ranks.values())).size
         if sorted(ranks) != list(range(size)):
             raise RuntimeError(f"weight sync: {name} has parts {sorted(ranks)} of {size}")
-    return {
-        name: unshard(name, [ranks[rank].tensor for rank in sorted(ranks)]) for name, ranks in by_name.items()
-    }
+    return {name: unshard(name, [ranks[rank].tensor for rank in sorted(ranks)]) for name, ranks in by_name.items()}

@@ -21,7 +21,7 @@ from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.groups import Groups, devices
-from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference, mean, say, table, throughput
+from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference, say, table, throughput
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.training.report import write_report
@@ -176,7 +176,10 @@ class Trainer:
             experiences.save(experience, Path(self.ours.save_rollouts), self.done)
         if self.ours.sample_interval and self.done % self.ours.sample_interval == 0:
             assert batch.rewards is not None
-            shown = [{**text, "reward": f"{r:.2f}"} for text, r in zip(experience.texts[:4], batch.rewards.tolist(), strict=False)]
+            shown = [
+                {**text, "reward": f"{r:.2f}"}
+                for text, r in zip(experience.texts[:4], batch.rewards.tolist(), strict=False)
+            ]
             print(table(shown, {"reward": 6, "label": 10, "prompt": 40, "response": 60}), flush=True)
 
     def evaluate(self) -> None:

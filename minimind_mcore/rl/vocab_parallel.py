@@ -13,9 +13,7 @@ class _LogProbs(torch.autograd.Function):
     """(log p of the target, entropy) with one exponential; both with a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, group: Any
-    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, group: Any) -> tuple[Tensor, Tensor]:
         size = dist.get_world_size(group) if group is not None else 1
         width = logits.shape[-1]
         offset = dist.get_rank(group) * width if size > 1 else 0
@@ -42,7 +40,7 @@ class _LogProbs(torch.autograd.Function):
         return chosen - log_total, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
         scaled, weights, total, log_total, entropy, here, own = ctx.saved_tensors
         p = weights / total.unsqueeze(-1)
         if d_logp is None:

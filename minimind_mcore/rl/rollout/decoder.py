@@ -77,9 +77,7 @@ class DecoderEngine:
                 found[row] = response
         return found
 
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]
-    ) -> list[Response]:
+    def _generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
         """One batch of responses."""
         place, rows = self.model.device, len(prompts) * n
         longest = max(map(len, prompts))

@@ -43,9 +43,7 @@ class Pool:
         restarts: see `Restarts`.
     """
 
-    def __init__(
-        self, kind: str, start: Callable[[int], Any], count: int, timeout: float, restarts: Restarts
-    ) -> None:
+    def __init__(self, kind: str, start: Callable[[int], Any], count: int, timeout: float, restarts: Restarts) -> None:
         self.kind, self.start, self.timeout, self.restarts = kind, start, timeout, restarts
         self.actors = [start(i) for i in range(count)]
 
@@ -108,8 +106,8 @@ class Task:
                 except Lost as error:
                     lost.setdefault(owner, error)
             missing = [part for part in missing if part % len(self.pool) in lost and found[part] is None]
-            for owner, error in lost.items():
-                self.pool.restarts.another(error)
+            for owner, loss in lost.items():
+                self.pool.restarts.another(loss)
                 self.pool.replace(owner)
             for part in missing:
                 self.refs[part] = self._call(part)

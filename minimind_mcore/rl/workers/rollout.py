@@ -88,7 +88,8 @@ class RolloutGroup:
 
         def start(number: int) -> Any:
             place, threads = places[number], max(1, device.usable_cores() // beside[number])
-            actor = ray.remote(RolloutWorker).options(**place.options(**gpus)).remote(config, model, known, threads)
+            remote: Any = ray.remote(RolloutWorker)
+            actor = remote.options(**place.options(**gpus)).remote(config, model, known, threads)
             if self.shards:
                 actor.load.remote(*self.shards)  # answered before whatever it is asked next
             return actor

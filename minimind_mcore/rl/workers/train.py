@@ -19,18 +19,30 @@ from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.supervise import collect
 
 
+def own_address() -> str:
+    """By which the cluster knows this host."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
 class TrainWorker:
     """One rank. It first says where it is; then it joins the others, and answers calls of `Rank`'s methods."""
 
     def where(self) -> tuple[str, int]:
         """Address of this host, and a free port of it."""
-        address = ray.util.get_node_ip_address()
+        address = own_address()
         with socket.socket() as probe:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
 
     def start(
-        self, config: Config, role: Any, reference: bool, place: tuple[int, int], rendezvous: tuple[str, int], threads: int
+        self,
+        config: Config,
+        role: Any,
+        reference: bool,
+        place: tuple[int, int],
+        rendezvous: tuple[str, int],
+        threads: int,
     ) -> int:
         """Join the group as rank `place[0]` of `place[1]`; returns this process's id."""
         rank, world = place
@@ -41,7 +53,7 @@ class TrainWorker:
             MASTER_ADDR=rendezvous[0],
             MASTER_PORT=str(rendezvous[1]),
         )
-        device.use_interface(ray.util.get_node_ip_address())
+        device.use_interface(own_address())
         torch.set_num_threads(threads)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         from minimind_mcore.rl.rank import Rank
@@ -65,7 +77,9 @@ class TrainGroup:
         reference: hold the reference's weights too.
     """
 
-    def __init__(self, config: Config, role: str, places: Sequence[Place], share: float, reference: bool = False) -> None:
+    def __init__(
+        self, config: Config, role: str, places: Sequence[Place], share: float, reference: bool = False
+    ) -> None:
         self.config, self.role, self.places, self.reference = config, role, list(places), reference
         self.timeout = config.minimind.actor_timeout_s
         self.share = share
