@@ -74,6 +74,11 @@ class Device:
         return BACKENDS[self.kind]
 
     @property
+    def is_ascend(self) -> bool:
+        """Whether it is one that MindSpeed is for."""
+        return self.kind == "npu"
+
+    @property
     def torch_device(self) -> torch.device:
         """This process's device, for `tensor.to`."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, local_rank())

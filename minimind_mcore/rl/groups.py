@@ -114,7 +114,7 @@ def devices(rl: Any, role: str) -> int:
         UserError: they do not say how many.
     """
     section = getattr(rl, f"{role}_resource")
-    count = getattr(section, "num_npus", None) if section is not None else None
+    count = section.num_npus if section is not None else None
     if not count or count < 1:
         raise UserError(f"rl_config.{role}_resource.num_npus: found {count}, expected a number of devices")
     return int(count)

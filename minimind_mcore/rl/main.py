@@ -39,7 +39,7 @@ def backend() -> str:
     Raises:
         UserError: BACKEND is neither.
     """
-    name = os.environ.get("BACKEND") or ("mindspeed-rl" if device.current().kind == "npu" else "embedded")
+    name = os.environ.get("BACKEND") or ("mindspeed-rl" if device.current().is_ascend else "embedded")
     if name not in BACKENDS:
         raise UserError(f"BACKEND={name}: expected one of {', '.join(BACKENDS)}")
     return name

@@ -26,6 +26,7 @@ UPSTREAM_NAMES = {
     ),
     "minimind_mcore/fused/install.py": ("fused_weight_gradient_mlp_cuda",),
     "minimind_mcore/rl/config.py": ("num_npus",),
+    "minimind_mcore/rl/groups.py": ("num_npus",),
     "models/attention.py": ("get_cuda_rng_tracker",),
     "converters/probe.py": ("model_parallel_cuda_manual_seed",),
     "minimind_mcore/training/checkpoint_torch.py": ("cuda_rng_state", "get_cuda_rng_tracker"),
