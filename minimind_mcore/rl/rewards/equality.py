@@ -17,12 +17,17 @@ from typing import Any
 
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-from sympy import N, simplify
+from latex2sympy2_extended.math_normalization import NormalizationConfig
+from sympy import Expr, MatrixBase, N, simplify
+from sympy.core.relational import Relational
 from sympy.parsing.sympy_parser import parse_expr
 
 Symbolic = Callable[[str, str], bool]
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}.*\\end\{[pb]matrix\}", re.DOTALL)
-_PLAIN = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+# As the older latex2sympy2 that MindSpeed-RL has: "x = 3" is 3, letters are real and keep their case. (That one takes
+# the mixed number 2\frac{1}{2} for a product, and remembers from one response to the next that x is 3: not copied.)
+_PLAIN = ConversionConfig(interpret_simple_eq_as_assignment=True, lowercase_symbols=False)
+_AS_IT_IS = NormalizationConfig(basic_latex=True, boxed="none")
 _NOT_MATHEMATICS = ({*dir(builtins), *keyword.kwlist} - {"abs", "min", "max", "round", "pow", "sum"}) | {"self"}
 
 
@@ -149,7 +154,9 @@ def _parse(text: str) -> Any:
                 return parse_expr(spelling)
     for spelling in (text.replace("\\\\", "\\"), text):
         with suppress(Exception):
-            return latex2sympy(spelling, conversion_config=_PLAIN)
+            found = latex2sympy(spelling, None, True, normalization_config=_AS_IT_IS, conversion_config=_PLAIN)
+            if isinstance(found, Expr | MatrixBase | Relational):  # it could not read sets
+                return found
     return text
 
 
