@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from minimind_mcore.rl.algorithms.kl import kl
-from minimind_mcore.rl.algorithms.losses import Stats, aggregate, policy_loss
+from minimind_mcore.rl.algorithms.losses import Stats, aggregate, denominator, policy_loss
+from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.table import Algorithm
 
 
@@ -25,7 +26,7 @@ def actor_loss(
     length: int | None = None,
     total: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """L = mean of the policy's loss + kl_coef * mean KL - entropy_coef * mean entropy.
+    """L = mean of the policy's loss + kl_coef * mean KL - entropy_coef * mean entropy of a token.
 
     Args:
         algorithm: a row of `table.ALGORITHMS`.
@@ -40,7 +41,7 @@ def actor_loss(
         entropy_coef: weight of the entropy.
         tis_cap: see `policy_loss`.
         length: see `aggregate`.
-        total: see `aggregate`; the statistics are this part's.
+        total: see `aggregate`; the losses, the divergence and the entropy are then this part's share.
 
     Returns:
         The loss, a scalar, and detached scalars by MindSpeed-RL's names: `actor/pg_loss` (of the policy alone),
@@ -61,7 +62,9 @@ def actor_loss(
         loss = loss + (algorithm.kl_coef if kl_coef is None else kl_coef) * divergence
         stats["actor/kl_loss"] = divergence.detach()
     if entropy is not None:
-        spread = mean(entropy)
-        loss = loss - entropy_coef * spread
-        stats["actor/entropy"] = spread.detach()
+        # A mean over tokens whatever the policy's loss is, as in MindSpeed-RL and TRL.
+        share = 1.0 if total is None else denominator(mask, algorithm.aggregation) / total
+        bonus = masked_mean(entropy, mask) * share
+        loss = loss - entropy_coef * bonus
+        stats["actor/entropy"] = bonus.detach()
     return loss, stats
