@@ -11,7 +11,7 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -26,7 +26,7 @@ PACKAGES = ("", ".models", ".models.loss", ".utils", ".trainer", ".trainer.utils
 class StandIn(types.ModuleType):
     """Whatever is asked of it is a class that can be subscripted, called and used as a decorator."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

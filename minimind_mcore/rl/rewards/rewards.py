@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.rewards.length import overlong
+from minimind_mcore.rl.rewards.reward_model import Message, RewardModel
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
 from minimind_mcore.rl.rewards.workers import Workers, resolve
 
@@ -78,6 +79,8 @@ class Rewards:
         parallel: int = 1,
         max_failures: float = 0.2,
         overlong: Overlong | None = None,
+        model: RewardModel | None = None,
+        model_weight: float = 1.0,
     ) -> None:
         """Prepare to score; close when done (it is a context manager).
 
@@ -90,6 +93,8 @@ class Rewards:
             parallel: worker processes (`verifier_parallel`).
             max_failures: share of recent responses that may fail before `score` raises.
             overlong: DAPO's penalty, added to the total.
+            model: a reward model, whose score is added as `reward_model`.
+            model_weight: its weight.
 
         Raises:
             UserError: an unknown name (with the nearest), a function that cannot be imported or called so, lists of
@@ -104,7 +109,9 @@ class Rewards:
         self.weights = dict(zip(names, weights, strict=True))
         self.max_failures = max_failures
         self.overlong = overlong
-        self.workers = Workers(parallel, timeout)
+        self.model = model
+        self.model_weight = model_weight
+        self.workers = Workers(names, parallel, timeout)
         self._least: dict[str, float] = {}
         self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_WINDOW) for name in names}
 
@@ -126,7 +133,7 @@ class Rewards:
         categories: list[Any] | None = None,
         tool_calls: list[int] | None = None,
         lengths: Tensor | None = None,
-        prompts: list[Any] | None = None,
+        prompts: list[list[Message]] | None = None,
     ) -> Scores:
         """Score each response against its label.
 
@@ -136,7 +143,8 @@ class Rewards:
             categories: B values; where one is 0 (or false) rules do not apply, and the response scores 0.
             tool_calls: B counts (retool_reward).
             lengths: [B] tokens of each response; needed where there is a penalty of overlong ones.
-            prompts: B of whatever your own functions want of the questions.
+            prompts: B conversations before the responses, messages with `role` and `content`; for the reward model and
+                for your own functions.
 
         Raises:
             UserError: more responses failed than `max_failures` allows.
@@ -158,6 +166,11 @@ class Rewards:
                 lengths.cpu(), self.overlong.room, self.overlong.buffer, self.overlong.factor
             )
             scores.total += scores.by_verifier["overlong"]
+        if self.model is not None:
+            if prompts is None:
+                raise UserError("reward model: it needs the prompts of the responses")
+            scores.by_verifier["reward_model"] = self.model.score(prompts, responses)
+            scores.total += self.model_weight * scores.by_verifier["reward_model"]
         self._judge(scores)
         return scores
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as Expired
@@ -23,8 +24,9 @@ class Workers:
     They start from a small server process that holds no model and no device, so that a new one costs little.
     """
 
-    def __init__(self, parallel: int, timeout: float) -> None:
-        """Keep `parallel` processes; a task may take `timeout` seconds."""
+    def __init__(self, names: list[str], parallel: int, timeout: float) -> None:
+        """Keep `parallel` processes that are ready for the verifiers `names`; a task may take `timeout` seconds."""
+        self.names = names
         self.parallel = parallel
         self.timeout = timeout
         self._pool: ProcessPool | None = None
@@ -36,13 +38,14 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["minimind_mcore.rl.rewards.verifiers", "math_verify", "mathruler.grader"])
-            self._pool = ProcessPool(self.parallel, initializer=_begin, context=context)
+            self._pool = ProcessPool(self.parallel, initializer=_begin, initargs=(self.names,), context=context)
         futures = [self._pool.schedule(_score, args=task, timeout=self.timeout) for task in tasks]
         return [self._result(future) for future in futures]
 
     def _result(self, future: Any) -> float | str:
         try:
-            return float(future.result())
+            score = float(future.result())
+            return score if math.isfinite(score) else f"gave {score}"
         except Expired:
             return f"took longer than {self.timeout:g} s"
         except ProcessExpired as error:
@@ -75,12 +78,15 @@ def resolve(name: str) -> Callable[..., float]:
     return found  # type: ignore[no-any-return]
 
 
-def _begin() -> None:
+def _begin(names: list[str]) -> None:
+    """Limit the memory, and import what the verifiers need before any deadline runs."""
     import resource
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own deadlines are off
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, hard))
+    for name in names:
+        resolve(name)
 
 
 def _score(name: str, response: str, label: str, context: dict[str, Any]) -> float:

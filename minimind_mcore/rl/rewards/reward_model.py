@@ -1,0 +1,98 @@
+"""Scores by a model: any sequence classifier of transformers, or one with `get_score` such as InternLM2's.
+
+MiniMind's recipe (trainer/trainer_utils.py: `LMForRewardModel`; trainer/train_grpo.py): earlier turns are folded into
+the question, what follows a thought is scored, and the score is cut to +-3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.errors import UserError
+
+Message = dict[str, str]
+
+
+class RewardModel:
+    """A frozen model that says how good an answer is."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        limit: float = 3.0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load it.
+
+        Args:
+            path: a directory in Hugging Face's format.
+            device: where it runs.
+            dtype: of its weights.
+            limit: scores are cut to +-limit.
+            trust_remote_code: run the code in the directory, as InternLM2's reward model needs.
+
+        Raises:
+            UserError: it cannot be loaded, has several outputs, or its tokenizer has no chat template.
+        """
+        from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            classifier = any("SequenceClassification" in name for name in config.architectures or [])
+            kind = AutoModelForSequenceClassification if classifier else AutoModel
+            self.model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"reward model {path}: cannot be loaded: {error}") from error
+        self.model.to(device).eval().requires_grad_(False)
+        self.limit = limit
+        outputs = getattr(config, "num_labels", 1) if classifier else 1
+        if not classifier and not hasattr(self.model, "get_score"):
+            raise UserError(
+                f"reward model {path}: found {type(self.model).__name__}, expected a model for sequence classification "
+                "or one with get_score (with trust_remote_code where its code is in the directory)"
+            )
+        if outputs != 1:
+            raise UserError(f"reward model {path}: found {outputs} outputs (num_labels), expected 1, the score")
+        if classifier and self.tokenizer.chat_template is None:
+            raise UserError(f"reward model {path}: its tokenizer has no chat_template to write a conversation with")
+
+    @torch.no_grad()
+    def score(self, prompts: list[list[Message]], responses: list[str]) -> Tensor:
+        """[B] float32 scores, at most `limit` from 0.
+
+        Args:
+            prompts: the conversation before each response, messages with `role` and `content`.
+            responses: what the model answered.
+        """
+        scores = [self._one(folded(prompt, answer(text))) for prompt, text in zip(prompts, responses, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32).clamp(-self.limit, self.limit)
+
+    def _one(self, messages: list[Message]) -> float:
+        if hasattr(self.model, "get_score"):
+            return float(self.model.get_score(self.tokenizer, messages))
+        tokens: Any = self.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        output = self.model(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device))
+        return float(output.logits[0, 0])
+
+
+def answer(response: str) -> str:
+    """What follows the first end of a thought; all of it where there is none."""
+    _, end, rest = response.partition("</think>")
+    return rest.strip() if end else response
+
+
+def folded(prompt: list[Message], response: str) -> list[Message]:
+    """One question and its answer; earlier turns are quoted in the question, in MiniMind's words."""
+    *history, last = prompt or [{"role": "user", "content": ""}]
+    question = last["content"]
+    if history:
+        told = "\n".join(f"{message['role']}: {message['content']}" for message in history)
+        question = f"{told}\n以上是对话历史。我的新问题是：\n{question}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]

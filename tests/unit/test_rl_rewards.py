@@ -1,0 +1,196 @@
+"""Rewards: sums, failures that never pay, deadlines that hold, functions of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.rewards import equality, shaping
+from minimind_mcore.rl.rewards.length import overlong
+from minimind_mcore.rl.rewards.rewards import Overlong, Rewards
+from minimind_mcore.rl.rewards.verifiers import VERIFIERS
+
+MINE = """
+import os, time
+
+def length(response, label, **context):
+    return len(response) + context.get("tool_calls", 0)
+
+def temper(response, label, **context):
+    if response == "raise": raise ValueError("no")
+    if response == "hang":
+        while True: time.sleep(60)
+    if response == "die": os._exit(9)
+    if response == "text": return "many"
+    if response == "nan": return float("nan")
+    return float(response)
+
+def strict(response, label, **context):
+    raise RuntimeError("always")
+strict.wrong = -2.0
+
+def few(response): return 0.0
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_rewards.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_rewards"
+
+
+@pytest.fixture
+def rewards() -> Iterator[Rewards]:
+    with Rewards(["acc", "format"], [1.0, 0.5], parallel=1) as rewards:
+        yield rewards
+
+
+def test_total_is_the_weighed_sum(rewards: Rewards) -> None:
+    responses = [r"<think>a</think><answer>\boxed{\sqrt{8}}</answer>", r"\boxed{3}", "none"]
+    scores = rewards.score(responses, [r"2\sqrt{2}", "4", "5"])
+    assert scores.by_verifier["acc"].tolist() == [1.0, -0.5, -1.0]
+    assert scores.by_verifier["format"].tolist() == [1.0, 0.0, 0.0]
+    assert scores.total.tolist() == [1.5, -0.5, -1.0]
+    assert scores.metrics() == {
+        "acc_rewards/mean": pytest.approx(-0.5 / 3), "format_rewards/mean": pytest.approx(1 / 3),
+    }  # fmt: skip
+    assert not scores.failures
+
+
+def test_categories_gate_the_rules(rewards: Rewards) -> None:
+    scores = rewards.score(["none", "none"], ["1", "1"], categories=[1, 0])
+    assert scores.total.tolist() == [-1.0, 0.0]
+
+
+def test_numbers_and_text_need_no_process(rewards: Rewards) -> None:
+    rewards.score([r"\boxed{12}", r"\boxed{13}", r"\boxed{yes}"], ["12", "12", "yes"])
+    assert rewards.workers._pool is None
+
+
+def test_own_functions_are_given_the_context(mine: str) -> None:
+    with Rewards([f"{mine}:length"], [2.0]) as rewards:
+        scores = rewards.score(["ab", "abc"], ["", ""], tool_calls=[10, 20])
+    assert scores.total.tolist() == [24.0, 46.0]
+
+
+def test_a_failure_never_beats_a_wrong_answer(mine: str) -> None:
+    """What raises, hangs, dies or gives no number costs the least that was given; the others are scored."""
+    responses = ["1", "raise", "-3", "hang", "die", "text", "nan", "2"]
+    with Rewards([f"{mine}:temper"], [1.0], timeout=5, parallel=2, max_failures=0.9) as rewards:
+        scores = rewards.score(responses, [""] * len(responses))
+        again = rewards.score(["5"], [""])  # the processes were replaced
+    assert scores.total.tolist() == [1.0, -3.0, -3.0, -3.0, -3.0, -3.0, -3.0, 2.0]
+    assert again.total.tolist() == [5.0]
+    assert scores.failures == {f"{mine}:temper": 5}
+    reasons = " ".join(str(sample) for sample in scores.samples)
+    assert "ValueError: no" in reasons
+    assert "took longer than 5 s" in reasons
+
+
+def test_too_many_failures_end_the_run(mine: str) -> None:
+    with Rewards([f"{mine}:strict"], [1.0]) as rewards, pytest.raises(UserError) as error:
+        rewards.score(["a", "b"], ["1", "1"])
+    assert "could not score 2 of the last 2 responses" in str(error.value)
+    assert "RuntimeError: always" in str(error.value)
+    with Rewards([f"{mine}:strict"], [1.0], max_failures=1.0) as rewards:
+        assert rewards.score(["a"], ["1"]).total.tolist() == [-2.0]  # its own `wrong`
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("base_ac", "Did you mean base_acc?"),
+        ("nothing_like_it", "Expected one of acc, format"),
+        ("my_rewards:lenght", "cannot import 'my_rewards:lenght'"),
+        ("absent_module:f", "cannot import 'absent_module:f'"),
+        ("my_rewards:few", r"Expected a function \(response: str, label: str, \*\*context\) -> float"),
+        ("my_rewards:number", r"Expected a function \(response"),
+    ],
+)
+def test_what_cannot_be_called_is_named(mine: str, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Rewards([name], [1.0])
+
+
+def test_a_weight_for_each() -> None:
+    with pytest.raises(UserError, match="found 1 weights, expected 2"):
+        Rewards(["acc", "format"], [1.0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('touch {}')",
+        "open(chr(47)+chr(116))",
+        "exec(x)",
+        "(lambda: 0)()",
+        "x.__class__",
+        "[c for c in x.mro()]",
+        "x if exit() else y",
+        "f'{x}'",
+    ],
+)
+def test_a_response_is_not_run_as_python(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("reached the parser that evaluates")
+
+    monkeypatch.setattr(equality, "parse_expr", refuse)
+    assert not equality._harmless(text)
+    assert equality.equal(text.replace("{}", str(tmp_path / "made")), "12") is False
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tower_of_powers_costs_its_response_only() -> None:
+    with Rewards(["acc"], [1.0], timeout=8, max_failures=1.0) as rewards:
+        scores = rewards.score([r"\boxed{9**9**9**9}", r"\boxed{\sqrt{8}}"], ["12", r"2\sqrt{2}"])
+    assert scores.total.tolist() == [-0.5, 1.0]
+
+
+def test_overlong_penalty() -> None:
+    lengths = torch.tensor([10, 80, 90, 100, 120])
+    assert overlong(lengths, 100, 20, 2.0).tolist() == [0, 0, -1, -2, -2]
+    with Rewards(["format"], [1.0], overlong=Overlong(100, 20, 2.0)) as rewards:
+        scores = rewards.score(["", ""], ["", ""], lengths=torch.tensor([90, 10]))
+        assert scores.total.tolist() == [-1.0, 0.0]
+        with pytest.raises(UserError, match="lengths"):
+            rewards.score([""], [""])
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("short", -0.5),
+        ("a" * 20, 0.5),
+        ("a" * 801, -0.5),
+        ("t" * 20 + "</think> the answer", 0.5 + 1 + 0.25),
+        ("t" * 19 + "</think> the answer", 0.5 - 0.5 + 0.25),
+        ("t" * 301 + "</think> the answer", 0.5 - 0.5 + 0.25),
+        ("t" * 20 + "</think> the </think> answer", 0.5 + 1 - 0.25),
+        ("one two three " * 5, 0.5 - 0.5),  # 13 triples, 3 different: 10 / 13, capped
+        ("a b c d a b c e f g h", 0.5 - 1 / 9),  # 9 triples, 8 different
+    ],
+)
+def test_minimind_shape(response: str, score: float) -> None:
+    assert shaping.minimind_shape(response) == pytest.approx(score)
+    assert VERIFIERS["minimind_shape"].score(response, "") == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("<think>\na\n</think>\n<answer>\nb\n</answer>", 1.5),
+        ("<think>\na\n</think>\n\n<answer>\nb\n</answer>", 1.5),
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("<think><think>a</think>", 0.25),
+        ("", 0.0),
+    ],
+)
+def test_minimind_reason(response: str, score: float) -> None:
+    assert shaping.minimind_reason(response) == score
