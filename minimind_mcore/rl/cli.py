@@ -1,21 +1,46 @@
-"""`minimind-mcore rl ...`: what goes with the YAML of a run of reinforcement learning."""
+"""`minimind-mcore rl ...`: what goes with the YAML of a run of reinforcement learning.
+
+minimind-mcore rl show --config-name grpo_minimind3 rl_config.epochs=2      # as it is after groups and overrides
+minimind-mcore rl lint my.yaml --target mindspeed-rl-master --output new.yaml
+minimind-mcore rl export-verl grpo_minimind3 --output verl/
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config import command_parser, compose, resolve
+from minimind_mcore.rl.lint import TARGETS, dump, find, lint, read
+from minimind_mcore.rl.migrate import migrate
+from minimind_mcore.storage import atomic_write_text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minimind-mcore rl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shown = command_parser("minimind-mcore rl show", "")
+    commands.add_parser("show", parents=[shown], add_help=False, help="print a configuration after overrides")
+    checked = commands.add_parser("lint", help="check a configuration; rewrite what older guides show")
+    checked.add_argument("config", help="a YAML file, or a name of configs/rlxf")
+    checked.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
+    checked.add_argument("--target", choices=TARGETS, default="embedded", help="what is to read it (default: embedded)")
+    checked.add_argument("--device", help="of the embedded trainer (default: the one found)")
+    where = checked.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="write the rewritten file there")
+    where.add_argument("--fix", action="store_true", help="rewrite the file itself (the old one becomes FILE.orig)")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Dispatch to a subcommand."""
-    parser = argparse.ArgumentParser(prog="minimind-mcore rl", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = command_parser("minimind-mcore rl show", "Print a configuration with its groups and overrides.")
-    commands.add_parser("show", parents=[show], add_help=False, help="print a configuration as it is after overrides")
-    args = parser.parse_args(argv)
-    _show(args)
+    args = _parser().parse_args(argv)
+    {"show": _show, "lint": _lint}[args.command](args)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -24,3 +49,30 @@ def _show(args: argparse.Namespace) -> None:
     tree = compose(args.config_name, args.overrides, args.config_dir, args.device)
     resolve(tree)
     print(OmegaConf.to_yaml(tree), end="")
+
+
+def _lint(args: argparse.Namespace) -> None:
+    """Print the findings; exit with 1 if there are errors.
+
+    Raises:
+        UserError: there are, after they are printed.
+    """
+    findings, _, changes = lint(args.config, args.target, args.overrides, args.device)
+    file = find(args.config)
+    if args.fix or args.output:
+        _rewrite(file, args.output or file, TARGETS[args.target], changes)
+    for finding in findings:
+        print(finding)
+    errors = sum(finding.level == "error" for finding in findings)
+    if errors:
+        raise UserError(f"{file}: {errors} error{'s' if errors > 1 else ''} for {args.target}")
+    print(f"{file}: fit for {args.target}")
+
+
+def _rewrite(file: Path, output: Path, version: str, changes: Sequence[str]) -> None:
+    if not changes and output == file:
+        return
+    if output == file:
+        file.with_suffix(f"{file.suffix}.orig").write_bytes(file.read_bytes())
+    atomic_write_text(output, dump(migrate(read(file), version)[0]))
+    print(f"{output}: written, {len(changes)} changes (comments are lost)", file=sys.stderr)

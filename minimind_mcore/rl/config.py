@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,11 @@ def megatron_flags(section: Section) -> list[str]:
 
 
 def compose(
-    name: str, overrides: Sequence[str] = (), directory: str | Path | None = None, device: str | None = None
+    name: str,
+    overrides: Sequence[str] = (),
+    directory: str | Path | None = None,
+    device: str | None = None,
+    beside: Path | None = None,
 ) -> DictConfig:
     """The YAML of that name with its groups, what its device differs in, and the overrides, which win.
 
@@ -225,6 +230,7 @@ def compose(
         overrides: hydra's: "rl_config.clip_ratio=0.1", "+rl_config.gamma=0.9".
         directory: of the YAML files (default: the kit's configs/rlxf).
         device: the file of `device/` to take, if it is there (default: the device found).
+        beside: another directory with groups.
 
     Raises:
         UserError: no such file, or what hydra says of it.
@@ -242,13 +248,15 @@ def compose(
         found = sorted(file.stem for file in where.glob("*.yaml")) if where.is_dir() else []
         raise UserError(f"{where} has no {name}.yaml{nearest(name, found)} (it has {', '.join(found) or 'none'})")
     kind = device or devices.current().kind
-    known = any((folder / "device" / f"{kind}.yaml").is_file() for folder in (where, CONFIGS))
+    # The kit's models and devices serve other directories too.
+    others = [folder for folder in (beside, CONFIGS) if folder is not None and folder != where]
+    known = any((folder / "device" / f"{kind}.yaml").is_file() for folder in (where, *others))
     here = [f"+device={kind}"] if known else []
-    if where != CONFIGS:  # whose models and devices serve other directories too
-        here.append(f"hydra.searchpath=[file://{CONFIGS}]")
+    here += [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in others)}]"] if others else []
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(config_dir=str(where), version_base=None):
+        with warnings.catch_warnings(), hydra.initialize_config_dir(config_dir=str(where), version_base=None):
+            warnings.filterwarnings("ignore", "In .*: Defaults list is missing `_self_`")  # as in MindSpeed-RL's files
             return hydra.compose(config_name=name, overrides=[*here, *map(_settable, overrides)])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{where / name}.yaml: {str(error).strip()}") from error

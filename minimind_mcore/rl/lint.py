@@ -1,0 +1,310 @@
+"""The linter: `minimind-mcore rl lint CONFIG --target embedded|mindspeed-rl-2.2.0|mindspeed-rl-master`.
+
+    findings, tree, changes = lint("configs/rlxf/grpo_minimind3.yaml", "mindspeed-rl-master")
+
+It migrates what is older (`migrate`), then looks at keys and types, at the rules of sizes and modes (`rules`), and
+for MindSpeed-RL at what goes wrong there without an error (TRAPS) and at what of our own section it cannot honour.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.config import CONFIGS, Config, compose, resolve
+from minimind_mcore.rl.migrate import migrate
+from minimind_mcore.rl.rules import RULES
+from minimind_mcore.rl.schema import OTHER_SECTIONS, SECTIONS, defaults, value_type
+from minimind_mcore.rl.settings import nearest
+
+TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
+LEVELS = ("error", "warning", "note")
+
+# Keys of our own section that BACKEND=mindspeed-rl honours, and the values that it can have there (None: any).
+HONOURED: dict[str, tuple[Any, ...] | None] = {
+    "algorithm": ("grpo", "ppo", "dapo"),
+    "precision": ("bf16",),
+    "rollout_engine": ("vllm",),
+    "rollout_correction": ("none",),
+    "weight_check_interval": (0,),
+    "rewards": None,
+    "output_dir": None,
+}
+STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
+VERIFIERS = {
+    *("acc", "format", "step", "strict_format", "base_acc", "math_17k_acc"),
+    *("acc_for_dapo", "acc_for_ppo", "math_verify_reward"),
+}
+NEW_VERIFIERS = {"retool_reward"}  # of master
+THINKERS = {"base_acc", "format", "strict_format", "math_verify_reward"}  # the response must begin with <think>
+HOOK = "minimind_mcore.mindspeed.rl_hook.setup"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a key: an error, a warning, or a note."""
+
+    level: str
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level:8}{self.key}: {self.message}"
+
+
+def lint(
+    path: str, target: str, overrides: Sequence[str] = (), device: str | None = None
+) -> tuple[list[Finding], dict[str, Any], list[str]]:
+    """Check a YAML file, or one of the kit's by name.
+
+    Args:
+        path: of the file, or a name in configs/rlxf.
+        target: what is to read it.
+        overrides: hydra's.
+        device: of the embedded trainer (default: the one found).
+
+    Returns:
+        What was found, the composed configuration after migration, and what the migration changed in the file.
+
+    Raises:
+        UserError: no such file, or it cannot be composed.
+    """
+    if target not in TARGETS:
+        raise UserError(f"--target {target}: expected {', '.join(TARGETS)}")
+    file, version = find(path), TARGETS[target]
+    raw, changes = migrate(read(file), version)
+    tree = _composed(raw, file, overrides, (device or None) if target == "embedded" else "npu")
+    tree, more = migrate(tree, version)  # what comes from the files that it is made of
+    findings = [Finding("warning", *change.split(" ", 1)) for change in [*changes, *more]]
+    findings += keys(tree, version)
+    if not any(finding.level == "error" for finding in findings):
+        config = resolve(migrate(tree, "master")[0])
+        findings += [Finding("error", key, message) for rule in RULES for key, message in rule(config)]
+        findings += list(traps(config, tree, target))
+    return sorted(findings, key=lambda f: LEVELS.index(f.level)), tree, changes
+
+
+def find(path: str) -> Path:
+    """The file that a path or a name of configs/rlxf means."""
+    for file in (Path(path).expanduser(), CONFIGS / f"{path.removesuffix('.yaml')}.yaml"):
+        if file.is_file():
+            return file.resolve()
+    raise UserError(
+        f"{path}: no such file, and configs/rlxf has {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}"
+    )
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A YAML file as it stands; numbers such as 1e-6 are numbers, as hydra reads them."""
+    from omegaconf import OmegaConf
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file}: found {type(loaded).__name__}, expected sections such as megatron_training:")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _composed(raw: Mapping[str, Any], file: Path, overrides: Sequence[str], device: str | None) -> dict[str, Any]:
+    """The migrated file with its groups, which are looked for beside it and in configs/rlxf."""
+    from omegaconf import OmegaConf
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).with_suffix(".yaml").write_text(dump(raw), encoding="utf-8")
+        tree = compose(file.stem, overrides, folder, device, beside=file.parent)
+    container = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def dump(tree: Mapping[str, Any]) -> str:
+    """A tree as YAML, sections in their order."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)
+
+
+def keys(tree: Mapping[str, Any], version: str) -> list[Finding]:
+    """Unknown sections and keys, and values of the wrong type."""
+    found = []
+    for name, section in tree.items():
+        if name in OTHER_SECTIONS:
+            continue
+        if name not in SECTIONS:
+            found.append(Finding("error", name, f"unknown section{nearest(name, [*SECTIONS, *OTHER_SECTIONS])}"))
+        elif not isinstance(section, Mapping):
+            found.append(Finding("error", name, f"found {section!r}, expected a mapping of keys"))
+        else:
+            found += _section_keys(name, section, SECTIONS[name], version)
+    for model, section in (tree.get("model") or {}).items():
+        found += _section_keys(f"model.{model}", section, "MegatronConfig", version)
+    found += [
+        Finding("error", name, "this section is missing")
+        for name in ("megatron_training", "actor_config", "rl_config", "generate_config")
+        if name not in tree
+    ]
+    return found
+
+
+def _section_keys(where: str, section: Mapping[str, Any], reader: str, version: str) -> Iterator[Finding]:
+    known = defaults(reader, version)
+    for given, value in section.items():
+        key = str(given).replace("-", "_")
+        if key == "model" and reader == "MegatronConfig":
+            continue
+        if key not in known:
+            yield Finding("error", f"{where}.{key}", f"unknown to MindSpeed-RL {version}{nearest(key, known)}")
+        elif not fits(value, value_type(reader, key, version)):
+            kind = value_type(reader, key, version).__name__
+            yield Finding("error", f"{where}.{key}", f"found {value!r}, expected {kind}")
+        elif key == "sampling_config":
+            for name in value:
+                if name not in known[key]:
+                    yield Finding("error", f"{where}.{key}.{name}", f"unknown key{nearest(name, known[key])}")
+
+
+def fits(value: Any, kind: type) -> bool:
+    """Whether a value can stand for a type: integers for floats, whole floats for integers, words for lists."""
+    if value is None:
+        return True
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return (isinstance(value, int) or (isinstance(value, float) and value.is_integer())) and not isinstance(
+            value, bool
+        )
+    if kind is list:
+        return isinstance(value, list | str)
+    if kind is str:
+        return isinstance(value, str | int | float | list) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Finding]:
+    """What runs and is wrong, or waits for ever."""
+    yield from _rewards(config, target)
+    if target == "embedded":
+        return
+    hooked = _hooked(config)
+    repaired = ("note", "; the setup hook repairs it") if hooked else ("warning", "")
+    rl = config.rl
+    if target == "mindspeed-rl-master" and not rl.async_engine:
+        yield Finding(
+            repaired[0],
+            "rl_config.async_engine",
+            "false: vLLM gets prompts that were decoded without <|im_start|> and <|im_end|>, training the original "
+            f"ones; set it to true{repaired[1]}",
+        )
+    yield Finding(
+        repaired[0],
+        "tokenizer",
+        "MiniMind's pad id is 0, which MindSpeed-RL takes for none: rows without an end keep their padding as "
+        f"tokens{repaired[1]}",
+    )
+    if rl.shuffle_mini_batch:
+        yield Finding(
+            repaired[0],
+            "rl_config.shuffle_mini_batch",
+            f"true also shuffles the passes for old and reference log-probabilities, whose order is lost{repaired[1]}",
+        )
+    if not hooked:
+        yield Finding(
+            "warning",
+            "rl_config.runtime_env_path",
+            f"its worker_process_setup_hook is not {HOOK}, which teaches MindSpeed-RL MiniMind's weights and repairs "
+            "what is named here",
+        )
+    wanted = rl.num_cpus_for_placement_group * (rl.actor_resource.num_npus or 0)
+    yield Finding(
+        "note",
+        "rl_config.num_cpus_for_placement_group",
+        f"Ray waits for ever unless the hosts have {wanted} CPU cores together, {rl.num_cpus_for_placement_group} an NPU",
+    )
+    yield from _ours(tree, config)
+    yield from _models(config, target)
+
+
+def _hooked(config: Config) -> bool:
+    """Whether the workers begin with our setup hook."""
+    for folder in (Path(), CONFIGS.parents[1], Path(os.environ.get("MINDSPEED_RL_HOME", ""))):
+        file = folder / config.rl.runtime_env_path
+        if file.is_file():
+            environment = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            return environment.get("worker_process_setup_hook") == HOOK
+    return False
+
+
+def _rewards(config: Config, target: str) -> Iterator[Finding]:
+    known = VERIFIERS | (NEW_VERIFIERS if target != "mindspeed-rl-2.2.0" else set())
+    names = config.rl.verifier_function
+    for name in names:
+        if name not in known:
+            yield Finding(
+                "error",
+                "rl_config.verifier_function",
+                f"{name} is unknown{nearest(name, known)} (known: {', '.join(sorted(known))})",
+            )
+    beside = Path(f"{config.actor.data_path}_packed_prompts.jsonl")
+    thinkers = THINKERS.intersection(names)
+    if thinkers and beside.is_file():
+        with open(beside, encoding="utf-8") as lines:
+            prompt = json.loads(next(lines, "{}")).get("prompt", "")
+        if prompt.rstrip().endswith(("<think>", "</think>")):
+            yield Finding(
+                "error",
+                "rl_config.verifier_function",
+                f"{', '.join(sorted(thinkers))} want a response that begins with <think>, and the prompts of "
+                f"{config.actor.data_path} write it already: no response can pass. Use math_17k_acc, or prompts of "
+                "--prompt-type minimind_r1",
+            )
+
+
+def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Finding]:
+    for key, value in (tree.get("minimind") or {}).items():
+        allowed = HONOURED.get(key, ())
+        if allowed is not None and value not in allowed:
+            why = (
+                f"MindSpeed-RL can have {', '.join(map(str, allowed))}" if allowed else "MindSpeed-RL has no such thing"
+            )
+            yield Finding("error", f"minimind.{key}", f"{value!r} cannot be honoured: {why}")
+    stage = STAGES.get(config.minimind.algorithm)
+    if stage and stage != config.actor.stage:
+        yield Finding(
+            "error",
+            "megatron_training.stage",
+            f"{config.actor.stage} does not fit algorithm {config.minimind.algorithm}: {stage}",
+        )
+
+
+def _models(config: Config, target: str) -> Iterator[Finding]:
+    """What MindSpeed-RL does not have for a model, with the hook and without."""
+    actor = config.actor
+    if not config.tree["megatron_training"].get("bf16", True):
+        yield Finding("error", "megatron_training.bf16", "MindSpeed-RL trains in bf16 only")
+    if actor.num_experts and actor.n_shared_experts:
+        yield Finding(
+            "error",
+            "actor_config.model",
+            "a mixture with a shared expert has no class in vLLM and no weight adaptor in MindSpeed-RL; train it with "
+            "the embedded trainer",
+        )
+    if actor.num_experts and actor.expert_model_parallel_size > 1 and not actor.moe_tp_extend_ep:
+        yield Finding("error", "actor_config.expert_model_parallel_size", "above 1 needs moe_tp_extend_ep: true")
+    if actor.padded_vocab_size != 6400 or actor.make_vocab_size_divisible_by != 1:
+        yield Finding("note", f"model.{config.model}", "MiniMind's vocabulary has 6400 rows; vLLM's must be equal")
+    folder = Path(actor.tokenizer_name_or_path or "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        yield Finding(
+            "error",
+            "megatron_training.tokenizer_name_or_path",
+            f"{folder} is a tokenizer alone: vLLM builds its model from this directory; convert the weights with "
+            "ckpt_convert_minimind_mcore2hf.sh",
+        )

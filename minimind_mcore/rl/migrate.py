@@ -1,0 +1,158 @@
+"""Older keys of MindSpeed-RL's YAML, as guides still show them, rewritten for a version.
+
+    tree, changes = migrate(yaml.safe_load(text), "master")      # changes: a line for each, what and why
+
+| found | becomes |
+|---|---|
+| rl_config.shuffle_minibatch | shuffle_mini_batch |
+| colocate_actor_ref, colocate_all_models | nothing: one worker is both where use_integrated_worker is true, the default |
+| ref_config, reward_config or reference_resource without the switch | use_integrated_worker: false, what is missing added |
+| mini_batch_size that counts sequences (global_batch_size times n_samples_per_prompt) | that counts prompts |
+| model names that differ from the defined ones in - and _ | the defined ones |
+| keys that the other version calls otherwise (RENAMED) | this version's |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minimind_mcore.rl.schema import MEGATRON_SECTIONS, SECTIONS, defaults
+
+Tree = dict[str, Any]
+
+# MindSpeed-RL 2.2.0: master
+RENAMED = {
+    "rope_scaling_beta_fast": "beta_fast",
+    "rope_scaling_beta_slow": "beta_slow",
+    "multi_head_latent_attention": "multi_latent_attention",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "qk_nope_head_dim": "qk_head_dim",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "n_group": "moe_router_num_groups",
+    "topk_group": "moe_router_group_topk",
+    "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    "use_deter_comp": "npu_deterministic",
+    "cp_attention_mask_type": "attention_mask_type",
+}
+RESOURCES = ("reference_resource", "reward_resource")
+
+
+def migrate(tree: Mapping[str, Any], version: str) -> tuple[Tree, list[str]]:
+    """The tree as that version reads it, and what was changed. Unknown keys are left for the linter.
+
+    Args:
+        tree: the YAML, composed or one file of it.
+        version: of `schema.VERSIONS`.
+    """
+    new, changes = copy.deepcopy(dict(tree)), list[str]()
+    for step in (_shuffle, _colocate, _separate, _mini_batch, _model_names):
+        changes += step(new)
+    changes += _renamed(new, version)
+    return new, changes
+
+
+def _section(tree: Tree, name: str) -> Tree:
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _shuffle(tree: Tree) -> list[str]:
+    rl = _section(tree, "rl_config")
+    if "shuffle_minibatch" not in rl:
+        return []
+    value = rl.pop("shuffle_minibatch")
+    rl.setdefault("shuffle_mini_batch", value)
+    return ["rl_config.shuffle_minibatch is called shuffle_mini_batch"]
+
+
+def _colocate(tree: Tree) -> list[str]:
+    rl, changes = _section(tree, "rl_config"), []
+    for key in ("colocate_actor_ref", "colocate_all_models"):
+        if key in rl:
+            value = rl.pop(key)
+            if value:
+                rl.setdefault("use_integrated_worker", True)
+            changes.append(f"rl_config.{key} is gone: use_integrated_worker says whether one worker is both")
+    return changes
+
+
+def _separate(tree: Tree) -> list[str]:
+    """Sections of workers apart need the switch, and then both sections and the resource."""
+    rl = _section(tree, "rl_config")
+    apart = [name for name in ("ref_config", "reward_config") if name in tree]
+    apart += [f"rl_config.{name}" for name in RESOURCES if rl.get(name) is not None]
+    if not apart:
+        return []
+    changes = []
+    if rl.get("use_integrated_worker", True):
+        rl["use_integrated_worker"] = False
+        changes.append(f"{apart[0]} is for workers apart: use_integrated_worker: false, as true is the default now")
+    for name, other in (("ref_config", "actor_config"), ("reward_config", "ref_config")):
+        if name not in tree and other in tree:
+            tree[name] = {key: value for key, value in tree[other].items() if key != "save"}
+            changes.append(f"{name} is mandatory with use_integrated_worker: false: copied from {other}")
+    if rl.get("reference_resource") is None and rl.get("actor_resource"):
+        rl["reference_resource"] = copy.deepcopy(rl["actor_resource"])
+        changes.append("rl_config.reference_resource is mandatory with use_integrated_worker: false: as actor_resource")
+    return changes
+
+
+def _mini_batch(tree: Tree) -> list[str]:
+    """The number of sequences that older versions took is a multiple of the step's."""
+    rl, megatron = _section(tree, "rl_config"), _section(tree, "megatron_training")
+    size, samples, prompts = (
+        rl.get("mini_batch_size"),
+        rl.get("n_samples_per_prompt", 1),
+        megatron.get("global_batch_size"),
+    )
+    if not all(isinstance(value, int) for value in (size, samples, prompts)) or size <= prompts or size % samples:
+        return []
+    rl["mini_batch_size"] = size // samples
+    return [
+        f"rl_config.mini_batch_size counts prompts now, and is multiplied by n_samples_per_prompt {samples}: "
+        f"{size} sequences are {size // samples}"
+    ]
+
+
+def _model_names(tree: Tree) -> list[str]:
+    changes, models = [], _section(tree, "model")
+    plain: Callable[[str], str] = lambda name: name.replace("-", "").replace("_", "").lower()  # noqa: E731
+    defined = {plain(name): name for name in models}
+    for group in [entry for entry in tree.get("defaults") or [] if isinstance(entry, dict) and "model" in entry]:
+        names = group["model"] if isinstance(group["model"], list) else [group["model"]]
+        defined |= {plain(str(name)): str(name) for name in names}
+    for section in MEGATRON_SECTIONS:
+        name = _section(tree, section).get("model")
+        if isinstance(name, str) and defined.get(plain(name), name) != name:
+            tree[section]["model"] = defined[plain(name)]
+            changes.append(f"{section}.model: {name} is defined as {defined[plain(name)]}")
+    return changes
+
+
+def _renamed(tree: Tree, version: str) -> list[str]:
+    names = {new: old for old, new in RENAMED.items()} if version == "2.2.0" else RENAMED
+    known, changes = defaults("MegatronConfig", version), []
+    places = [(name, _section(tree, name)) for name in MEGATRON_SECTIONS]
+    places += [(f"model.{name}", _section(_section(tree, "model"), name)) for name in _section(tree, "model")]
+    for where, section in places:
+        for key in list(section):
+            if key not in known and names.get(key) in known:
+                section[names[key]] = section.pop(key)
+                changes.append(f"{where}.{key} is called {names[key]} in MindSpeed-RL {version}")
+    return changes + _absent(tree, version)
+
+
+def _absent(tree: Tree, version: str) -> list[str]:
+    """What only the other version has, and stands at its default there, is left out."""
+    other = "master" if version == "2.2.0" else "2.2.0"
+    changes = []
+    for name, reader in SECTIONS.items():
+        known, others = defaults(reader, version), defaults(reader, other)
+        section = _section(tree, name)
+        for key in list(section):
+            if key not in known and key in others and section[key] == others[key]:
+                del section[key]
+                changes.append(f"{name}.{key} is not in MindSpeed-RL {version}; it stood at its default")
+    return changes

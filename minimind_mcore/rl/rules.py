@@ -1,0 +1,192 @@
+"""What a configuration must fulfil: sizes that divide each other, modes that exclude each other.
+
+Each rule looks at a resolved configuration and yields (key, what is wrong). They are those of MindSpeed-RL's
+mindspeed_rl/config_cls/validate_config.py, and of its programs; the native trainer keeps to them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from minimind_mcore.rl.config import Config, Section
+
+Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A model that Megatron runs: its keys, and the devices it has."""
+
+    name: str
+    keys: Section
+    devices: int
+
+    @property
+    def model_parallel(self) -> int:
+        """Devices of one replica."""
+        keys = self.keys
+        return int(keys.tensor_model_parallel_size * keys.pipeline_model_parallel_size * keys.context_parallel_size)
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas; at least 1, so that the other rules can go on."""
+        return max(1, self.devices // self.model_parallel)
+
+
+def workers(config: Config) -> list[Worker]:
+    """Actor, and where they are apart or used reference, reward model and critic."""
+    rl = config.rl
+    found = [("actor_config", config.actor, rl.actor_resource)]
+    if not rl.use_integrated_worker:
+        found.append(("ref_config", config.ref, rl.reference_resource))
+        found += [("reward_config", config.reward, rl.reward_resource)] if rl.reward_resource and config.reward else []
+    found += [("critic_config", config.critic, rl.critic_resource)] if config.critic and rl.critic_resource else []
+    return [Worker(name, keys, int(resource.num_npus or 0)) for name, keys, resource in found if resource is not None]
+
+
+def sections(config: Config) -> Iterator[Problem]:
+    """Which sections and resources go together."""
+    tree, rl = config.tree, config.rl
+    if rl.use_integrated_worker:
+        for name in ("ref_config", "reward_config"):
+            if name in tree:
+                yield name, "use_integrated_worker is true: the actor's worker is the reference too; set it to false"
+        for name in ("reference_resource", "reward_resource"):
+            if getattr(rl, name) is not None:
+                yield f"rl_config.{name}", "only with use_integrated_worker: false"
+    else:
+        for name in ("ref_config", "reward_config"):
+            if name not in tree:
+                yield name, "missing: mandatory with use_integrated_worker: false"
+        if rl.reference_resource is None:
+            yield "rl_config.reference_resource", "missing: mandatory with use_integrated_worker: false"
+        if rl.integrated_mode_config is not None:
+            yield "rl_config.integrated_mode_config", "only with use_integrated_worker: true"
+    if rl.actor_resource.num_npus is None:
+        yield "rl_config.actor_resource.num_npus", "missing: the number of devices of the actor"
+    if config.actor.stage == "ray_ppo" and (config.critic is None or rl.critic_resource is None):
+        yield "critic_config", "stage ray_ppo needs critic_config and rl_config.critic_resource"
+
+
+def devices(config: Config) -> Iterator[Problem]:
+    """Devices divide into replicas, prompts among replicas, responses into micro-batches."""
+    samples = config.rl.n_samples_per_prompt
+    for worker in workers(config):
+        keys, prompts, micro = worker.keys, worker.keys.global_batch_size, worker.keys.micro_batch_size
+        if worker.devices % worker.model_parallel:
+            yield worker.name, f"{worker.devices} devices are not a multiple of TP x PP x CP = {worker.model_parallel}"
+        if not prompts or not micro:
+            yield worker.name, f"global_batch_size {prompts} and micro_batch_size {micro}: both are needed"
+            continue
+        if prompts % worker.data_parallel:
+            yield (
+                "megatron_training.global_batch_size",
+                f"{prompts} prompts are not a multiple of the {worker.data_parallel} replicas of {worker.name}",
+            )
+        elif prompts // worker.data_parallel * samples % micro:
+            yield (
+                f"{worker.name}.micro_batch_size",
+                f"the {prompts // worker.data_parallel} x {samples} responses of a replica are not a multiple of {micro}",
+            )
+        layers = keys.num_layers
+        if layers and layers % keys.pipeline_model_parallel_size:
+            yield f"{worker.name}.pipeline_model_parallel_size", f"{layers} layers are not a multiple of it"
+        if keys.num_attention_heads and keys.num_query_groups % keys.tensor_model_parallel_size:
+            yield (
+                f"{worker.name}.tensor_model_parallel_size",
+                f"{keys.num_query_groups} key-value heads are not a multiple of {keys.tensor_model_parallel_size}",
+            )
+
+
+def batches(config: Config) -> Iterator[Problem]:
+    """Mini-batches, and what is dispatched at once."""
+    rl, prompts, samples = config.rl, config.actor.global_batch_size or 0, config.rl.n_samples_per_prompt
+    if rl.mini_batch_size > prompts * samples or (prompts * samples) % rl.mini_batch_size:
+        yield (
+            "rl_config.mini_batch_size",
+            f"{rl.mini_batch_size // samples} prompts do not divide global_batch_size {prompts} (it counts prompts, not "
+            "responses: MindSpeed-RL multiplies it by n_samples_per_prompt)",
+        )
+    for key in [key for key in vars(rl) if key.endswith("_dispatch_size") and getattr(rl, key)]:
+        if (prompts * samples) % getattr(rl, key):
+            yield f"rl_config.{key}", f"{prompts} x {samples} responses are not a multiple of {getattr(rl, key)}"
+    if rl.filter_groups_enable:
+        if rl.filter_groups_metric not in rl.verifier_function:
+            yield "rl_config.filter_groups_metric", f"{rl.filter_groups_metric} is not in verifier_function"
+        replicas = workers(config)[0].data_parallel
+        if rl.filter_groups_train_batch_size % replicas:
+            yield "rl_config.filter_groups_train_batch_size", f"not a multiple of the {replicas} replicas"
+
+
+def lengths(config: Config) -> Iterator[Problem]:
+    """Prompt, response and what fits."""
+    rl, generate, actor = config.rl, config.generate, config.actor
+    answer = generate.sampling_config.max_tokens
+    if actor.seq_length is None:
+        yield "megatron_training.seq_length", "missing"
+        return
+    if generate.max_model_len < actor.seq_length:
+        yield "generate_config.max_model_len", f"{generate.max_model_len} is less than seq_length {actor.seq_length}"
+    if rl.max_prompt_length + answer > actor.seq_length:
+        yield (
+            "megatron_training.seq_length",
+            f"max_prompt_length {rl.max_prompt_length} and max_tokens {answer} do not fit in {actor.seq_length}",
+        )
+    if rl.overlong_buffer_enable:
+        if rl.overlong_buffer >= answer:
+            yield "rl_config.overlong_buffer", f"{rl.overlong_buffer} is not less than max_tokens {answer}"
+        if rl.rollout_max_tokens != answer:
+            yield "rl_config.rollout_max_tokens", f"{rl.rollout_max_tokens} differs from max_tokens {answer}"
+
+
+def rewards(config: Config) -> Iterator[Problem]:
+    """Verifiers and what they need."""
+    rl = config.rl
+    if len(rl.verifier_function) != len(rl.verifier_weight):
+        yield (
+            "rl_config.verifier_weight",
+            f"{len(rl.verifier_weight)} weights for {len(rl.verifier_function)} functions of verifier_function",
+        )
+    if rl.rule_reward and rl.verifier_function and "labels" not in config.actor.dataset_additional_keys:
+        yield "megatron_training.dataset_additional_keys", "verifiers need the right answers: add labels"
+    if rl.clip_higher_enable and rl.clip_ratio_low > rl.clip_ratio_high:
+        yield "rl_config.clip_ratio_low", f"{rl.clip_ratio_low} is above clip_ratio_high {rl.clip_ratio_high}"
+
+
+def modes(config: Config) -> Iterator[Problem]:
+    """Switches that exclude or need each other."""
+    rl, generate, actor = config.rl, config.generate, config.actor
+    if generate.infer_pipeline_parallel_size > 1:
+        yield "generate_config.infer_pipeline_parallel_size", "only 1 is supported"
+    infer, heads = generate.infer_tensor_parallel_size, actor.num_query_groups
+    if rl.actor_resource.num_npus and rl.actor_resource.num_npus % infer:
+        yield (
+            "generate_config.infer_tensor_parallel_size",
+            f"{rl.actor_resource.num_npus} devices are not a multiple of {infer} (MindSpeed-RL's default is 8)",
+        )
+    elif heads % infer:
+        yield "generate_config.infer_tensor_parallel_size", f"{heads} key-value heads are not a multiple of {infer}"
+    if rl.partial_rollout_max_split > 1 and rl.guarantee_order:
+        yield "rl_config.guarantee_order", "must be false with partial_rollout_max_split above 1"
+    if rl.multi_turn_enable and not rl.async_engine:
+        yield "rl_config.async_engine", "multi_turn_enable needs it"
+    if rl.share_backbone and (not actor.lora_target_modules or actor.stage == "ray_dapo"):
+        yield "rl_config.share_backbone", "only for LoRA, and not for DAPO"
+    if rl.use_remove_padding and not actor.reset_attention_mask:
+        yield "rl_config.use_remove_padding", "needs megatron_training.reset_attention_mask: true"
+    if generate.sampling_config.temperature <= 0:
+        yield (
+            "generate_config.sampling_config.temperature",
+            "log-probabilities are divided by it: expected more than 0 (for greedy rollouts there is nothing to learn from)",
+        )
+
+
+RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    sections,
+    devices,
+    batches,
+    lengths,
+    rewards,
+    modes,
+)
