@@ -226,7 +226,7 @@ def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Find
     yield Finding(
         "note",
         "rl_config.num_cpus_for_placement_group",
-        f"Ray waits for ever unless the hosts have {wanted} CPU cores together, {rl.num_cpus_for_placement_group} an NPU",
+        f"Ray waits for ever unless the hosts have {wanted} CPU cores, {rl.num_cpus_for_placement_group} for each NPU",
     )
     yield from _ours(tree, config)
     yield from _models(config, target)
@@ -246,6 +246,8 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
     known = VERIFIERS | (NEW_VERIFIERS if target != "mindspeed-rl-2.2.0" else set())
     names = config.rl.verifier_function
     for name in names:
+        if ":" in name and (target == "embedded" or _hooked(config)):  # package.module:function
+            continue
         if name not in known:
             yield Finding(
                 "error",

@@ -5,8 +5,8 @@
 | found | becomes |
 |---|---|
 | rl_config.shuffle_minibatch | shuffle_mini_batch |
-| colocate_actor_ref, colocate_all_models | nothing: one worker is both where use_integrated_worker is true, the default |
-| ref_config, reward_config or reference_resource without the switch | use_integrated_worker: false, what is missing added |
+| colocate_actor_ref, colocate_all_models | nothing: use_integrated_worker, true by default, says it |
+| ref_config, reward_config, reference_resource without the switch | use_integrated_worker: false, and what is missing |
 | mini_batch_size that counts sequences (global_batch_size times n_samples_per_prompt) | that counts prompts |
 | model names that differ from the defined ones in - and _ | the defined ones |
 | keys that the other version calls otherwise (RENAMED) | this version's |

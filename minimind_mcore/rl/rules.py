@@ -87,7 +87,7 @@ def devices(config: Config) -> Iterator[Problem]:
         elif prompts // worker.data_parallel * samples % micro:
             yield (
                 f"{worker.name}.micro_batch_size",
-                f"the {prompts // worker.data_parallel} x {samples} responses of a replica are not a multiple of {micro}",
+                f"{prompts // worker.data_parallel} x {samples} responses of a replica are not a multiple of {micro}",
             )
         layers = keys.num_layers
         if layers and layers % keys.pipeline_model_parallel_size:
@@ -105,8 +105,8 @@ def batches(config: Config) -> Iterator[Problem]:
     if rl.mini_batch_size > prompts * samples or (prompts * samples) % rl.mini_batch_size:
         yield (
             "rl_config.mini_batch_size",
-            f"{rl.mini_batch_size // samples} prompts do not divide global_batch_size {prompts} (it counts prompts, not "
-            "responses: MindSpeed-RL multiplies it by n_samples_per_prompt)",
+            f"{rl.mini_batch_size // samples} prompts do not divide global_batch_size {prompts} (it counts prompts, "
+            "not responses: MindSpeed-RL multiplies it by n_samples_per_prompt)",
         )
     for key in [key for key in vars(rl) if key.endswith("_dispatch_size") and getattr(rl, key)]:
         if (prompts * samples) % getattr(rl, key):
@@ -178,7 +178,7 @@ def modes(config: Config) -> Iterator[Problem]:
     if generate.sampling_config.temperature <= 0:
         yield (
             "generate_config.sampling_config.temperature",
-            "log-probabilities are divided by it: expected more than 0 (for greedy rollouts there is nothing to learn from)",
+            "log-probabilities are divided by it: expected more than 0",
         )
 
 

@@ -1,0 +1,157 @@
+"""BACKEND=mindspeed-rl: MindSpeed-RL's own programs with the kit's YAML, unedited.
+
+    MINDSPEED_RL_HOME=/workspace/MindSpeed-RL BACKEND=mindspeed-rl python train_grpo.py --config-name grpo_minimind3
+
+What the YAML means is checked (`rl.lint`) and written out, without groups and with absolute paths, in the keys of
+the version that is there, beside a runtime environment whose setup hook teaches every worker MiniMind (`rl_hook`).
+The command is printed; `--dry-run` stops there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import minimind_mcore
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.config import CONFIGS, command_parser
+from minimind_mcore.rl.lint import STAGES, dump, lint
+from minimind_mcore.rl.schema import MEGATRON_SECTIONS
+from minimind_mcore.storage import atomic_write_text
+
+CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
+RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
+PROGRAMS = {"ray_grpo": "train_grpo.py", "ray_dapo": "train_dapo.py", "ray_ppo": "train_ppo.py"}
+PATHS = ("data_path", "tokenizer_name_or_path", "load", "save", "prompt_type_path", "pretrained_checkpoint")
+# Where the packages are that MindSpeed-RL imports, if they are not installed.
+HOMES = ("MINDSPEED_LLM_HOME", "MINDSPEED_HOME", "MEGATRON_HOME")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        command: the words.
+        folder: to run it in, MindSpeed-RL's.
+        config: the YAML that was written.
+        environment: what is set beside the present one.
+    """
+
+    command: Sequence[str]
+    folder: Path
+    config: Path
+    environment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        words = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        return f"cd {shlex.quote(str(self.folder))} && {' '.join([*words, shlex.join(self.command)])}"
+
+
+def home() -> Path:
+    """MindSpeed-RL's folder: MINDSPEED_RL_HOME, else beside this checkout, else /workspace/MindSpeed-RL.
+
+    Raises:
+        UserError: it is in none of these places.
+    """
+    given = os.environ.get("MINDSPEED_RL_HOME")
+    places = [Path(given)] if given else [CHECKOUT.parent / "MindSpeed-RL", Path("/workspace/MindSpeed-RL")]
+    for place in places:
+        if (place / "cli" / "train_grpo.py").is_file():
+            return place.resolve()
+    raise UserError(
+        f"found no MindSpeed-RL in {' or '.join(map(str, places))}; set MINDSPEED_RL_HOME to its folder, or "
+        "BACKEND=embedded to train on this kit's own trainer"
+    )
+
+
+def version(folder: Path) -> str:
+    """Of `lint.TARGETS`: told by a key that the two versions call otherwise."""
+    text = (folder / "mindspeed_rl" / "config_cls" / "megatron_config.py").read_text(encoding="utf-8")
+    return "mindspeed-rl-2.2.0" if "self.moe_intermediate_size" in text else "mindspeed-rl-master"
+
+
+def prepare(program: str, name: str, overrides: Sequence[str], directory: str | None = None) -> Job:
+    """Check and write what MindSpeed-RL reads.
+
+    Args:
+        program: "train_grpo.py" or "train_ppo.py", the kit's.
+        name: of the configuration.
+        overrides: hydra's.
+        directory: of the YAML files (default: the kit's).
+
+    Raises:
+        UserError: MindSpeed-RL is not there, or the configuration is not fit for it; with all findings.
+    """
+    folder = home()
+    target = version(folder)
+    file = Path(directory or CONFIGS) / f"{name.removesuffix('.yaml')}.yaml"
+    findings, tree, _ = lint(str(file), target, overrides)
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    if any(finding.level == "error" for finding in findings):
+        raise UserError(f"{file}: not fit for {target} in {folder}; see the errors above")
+    stage = tree["megatron_training"].get("stage") or STAGES["ppo" if program == "train_ppo.py" else "grpo"]
+    if (stage == "ray_ppo") != (program == "train_ppo.py"):
+        raise UserError(f"megatron_training.stage: {stage} is run by {PROGRAMS[stage]}, not by {program}")
+    output = Path((tree.get("minimind") or {}).get("output_dir", "outputs/rl")).expanduser().resolve()
+    written = output / "mindspeed_rl"
+    atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment()))
+    config = written / f"{file.stem}.yaml"
+    atomic_write_text(config, dump(_for_mindspeed_rl(tree, written / "runtime_env.yaml")))
+    command = [sys.executable, f"cli/{PROGRAMS[stage]}", "--config-dir", str(written), "--config-name", file.stem]
+    return Job([*command, f"hydra.run.dir={output / 'hydra'}"], folder, config, {"PYTHONPATH": _python_path(folder)})
+
+
+def _python_path(folder: Path) -> str:
+    paths = [str(CHECKOUT), str(folder), *(os.environ[name] for name in HOMES if os.environ.get(name))]
+    return os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def runtime_environment() -> dict[str, Any]:
+    """The kit's runtime environment with where the packages are."""
+    environment: dict[str, Any] = yaml.safe_load(RUNTIME_ENV.read_text(encoding="utf-8"))
+    environment["env_vars"]["PYTHONPATH"] = _python_path(home())
+    return environment
+
+
+def _for_mindspeed_rl(tree: Mapping[str, Any], environment: Path) -> dict[str, Any]:
+    """The composed tree with absolute paths, user rewards among the verifiers, and no section of ours."""
+    new = copy.deepcopy({key: value for key, value in tree.items() if key != "minimind"})
+    for section in [new[name] for name in MEGATRON_SECTIONS if name in new]:
+        for key in PATHS:
+            if section.get(key):
+                section[key] = str(Path(section[key]).expanduser().resolve())
+    rl = new["rl_config"]
+    rl["runtime_env_path"] = str(environment)
+    for reward in (tree.get("minimind") or {}).get("rewards") or []:
+        reward = {"path": reward} if isinstance(reward, str) else reward
+        rl["verifier_function"] = [*rl["verifier_function"], reward["path"]]
+        rl["verifier_weight"] = [*rl["verifier_weight"], reward.get("weight", 1.0)]
+    return new
+
+
+def run(program: str, argv: Sequence[str]) -> None:
+    """Become MindSpeed-RL's program, or with `--dry-run` say how.
+
+    Raises:
+        UserError: see `prepare`.
+    """
+    parser = command_parser(program, "Train on MindSpeed-RL.")
+    parser.add_argument("--dry-run", action="store_true", help="check and write, print the command, run nothing")
+    args = parser.parse_args(list(argv))
+    job = prepare(program, args.config_name, args.overrides, args.config_dir)
+    print(f"+ {job}", file=sys.stderr, flush=True)
+    if args.dry_run:
+        return
+    os.environ.update(job.environment)
+    os.chdir(job.folder)
+    os.execv(job.command[0], list(job.command))
