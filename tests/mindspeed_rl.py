@@ -17,10 +17,13 @@ import pytest
 
 ABSENT = (
     "torch_npu", "acl", "vllm", "vllm_ascend", "mindspeed", "mindspeed_llm", "megatron", "torchvision", "zmq", "mstx",
-    "codetiming", "tensordict",
+    "codetiming", "tensordict", "latex2sympy2",
 )  # fmt: skip
 # Their `__init__` imports everything: the packages are made here, and their modules found by path.
-PACKAGES = ("", ".models", ".models.loss", ".utils", ".trainer", ".trainer.utils", ".config_cls", ".workers")
+PACKAGES = (
+    "", ".models", ".models.base", ".models.loss", ".models.rollout", ".models.rollout.vllm_adapter", ".utils",
+    ".trainer", ".trainer.utils", ".config_cls", ".datasets", ".workers", ".workers.resharding",
+)  # fmt: skip
 
 
 class StandIn(types.ModuleType):
