@@ -25,7 +25,10 @@ def ppo(argv: Sequence[str] | None = None) -> None:
 
 def _run(program: str, argv: Sequence[str]) -> None:
     if backend() == "mindspeed-rl":
-        raise UserError("BACKEND=mindspeed-rl: this kit has no launcher of MindSpeed-RL yet; use BACKEND=embedded")
+        from minimind_mcore.mindspeed import rl_launch
+
+        rl_launch.run(program, argv)
+        return
     config = from_command(argv, program)
     _check(program, config)
     from minimind_mcore.rl.trainer import train
