@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rl_trees import N
 from torch import Tensor
 
 from minimind_mcore.rl import batch as batches
@@ -24,7 +25,6 @@ from minimind_mcore.rl.rollout.decoder import DecoderEngine
 from minimind_mcore.rl.rollout.engine import Draw
 from minimind_mcore.training import distributed
 
-N = 4  # responses to a prompt
 DRAW = Draw(max_tokens=8, temperature=0.8, top_k=50, top_p=0.95)
 
 

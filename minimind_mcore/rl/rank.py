@@ -75,6 +75,7 @@ def command_line(config: Config, role: Role, world_size: int) -> argparse.Namesp
     args.train_iters = args.train_iters * (rows // mini) * config.rl.epochs
     args.save_interval = None
     args.keep_last = config.minimind.keep_last
+    args.ckpt_format = "torch"  # as MindSpeed-RL writes it, and this kit's scripts
     return args
 
 

@@ -10,10 +10,10 @@ import engine
 import pytest
 import rl_rank
 import torch
+from rl_trees import tree
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.models import model_section
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
@@ -21,25 +21,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
 }
-
-
-def tree(corpus: engine.Corpus, model: str = "minimind3_tiny", **actor: Any) -> dict[str, Any]:
-    """A configuration of four prompts with four responses each."""
-    config = PRESETS[model].replace(vocab_size=corpus.vocab_size)
-    return {
-        "model": {model: model_section(config)},
-        "megatron_training": {
-            "model": model, "global_batch_size": 4, "seq_length": 64, "train_iters": 10, "seed": 3,
-            "tokenizer_name_or_path": str(corpus.tokenizer), "tokenizer_type": "PretrainedFromHF",
-        },
-        "actor_config": {"model": model, "micro_batch_size": 4, "lr": 1e-3, "lr_decay_style": "constant", **actor},
-        "rl_config": {
-            "actor_resource": {"num_npus": 1}, "n_samples_per_prompt": rl_rank.N, "mini_batch_size": 4,
-            "init_kl_coef": 0.1, "entropy_coeff": 0.01,
-        },
-        "generate_config": {"infer_tensor_parallel_size": 1, "sampling_config": {"temperature": 0.8}},
-        "minimind": {"precision": "fp32"},
-    }  # fmt: skip
 
 
 def run(server: engine.Server, folder: Path, task: dict[str, Any], processes: int = 1) -> dict[str, Any]:

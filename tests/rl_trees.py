@@ -1,0 +1,68 @@
+"""Configurations of reinforcement learning for tests: a tiny model on a tiny tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import engine
+import numpy as np
+
+from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.preprocess.indexed import IndexedWriter
+from minimind_mcore.rl.models import model_section
+
+N = 4  # responses to a prompt
+
+
+def tree(corpus: engine.Corpus, model: str = "minimind3_tiny", **actor: Any) -> dict[str, Any]:
+    """A configuration of four prompts with four responses each; what is given goes into `actor_config`."""
+    config = PRESETS[model].replace(vocab_size=corpus.vocab_size)
+    return {
+        "model": {model: model_section(config)},
+        "megatron_training": {
+            "model": model, "global_batch_size": 4, "seq_length": 64, "train_iters": 10, "seed": 3,
+            "tokenizer_name_or_path": str(corpus.tokenizer), "tokenizer_type": "PretrainedFromHF",
+        },
+        "actor_config": {"model": model, "micro_batch_size": 4, "lr": 1e-3, "lr_decay_style": "constant", **actor},
+        "rl_config": {
+            "actor_resource": {"num_npus": 1}, "n_samples_per_prompt": N, "mini_batch_size": 4,
+            "init_kl_coef": 0.1, "entropy_coeff": 0.01,
+        },
+        "generate_config": {"infer_tensor_parallel_size": 1, "sampling_config": {"temperature": 0.8}},
+        "minimind": {"precision": "fp32"},
+    }  # fmt: skip
+
+
+def run_tree(corpus: engine.Corpus, prompts: Path, folder: Path, **actor: Any) -> dict[str, Any]:
+    """A configuration of a whole run of a few steps, whose reward is the share of even ids (`rewarded`)."""
+    found = tree(corpus, save=str(folder / "checkpoints"), **actor)
+    found["megatron_training"] |= {"train_iters": 4, "data_path": str(prompts), "save_interval": 2}
+    found["rl_config"] |= {
+        "verifier_function": ["rl_trees:rewarded"], "verifier_weight": [1.0], "num_cpus_for_placement_group": 1,
+        "actor_resource": {"num_npus": 1},
+    }  # fmt: skip
+    found["generate_config"] |= {
+        "max_num_seqs": 16, "dtype": "float32",
+        "sampling_config": {"temperature": 0.8, "max_tokens": 8, "top_k": 50, "top_p": 0.95},
+    }  # fmt: skip
+    found["minimind"] |= {
+        "output_dir": str(folder), "actor_timeout_s": 60.0, "cluster_wait_s": 60.0, "sample_interval": 0,
+    }  # fmt: skip
+    return found
+
+
+def rewarded(response: str, label: str, **context: Any) -> float:
+    """Share of letters of the first half of the tests' alphabet."""
+    letters = [letter for letter in response if letter in "abcdefgh"]
+    return sum(letter in "abcd" for letter in letters) / max(1, len(letters))
+
+
+def write_prompts(prefix: Path, count: int = 12) -> Path:
+    """Prompts and answers at a prefix."""
+    numbers = np.random.default_rng(5)
+    for name, longest in (("input_ids", 12), ("labels", 3)):
+        lengths = numbers.integers(1, longest + 1, size=count)
+        with IndexedWriter(f"{prefix}_packed_{name}_document") as writer:
+            writer.add(numbers.integers(40, 500, size=lengths.sum()), lengths)
+    return prefix
