@@ -66,3 +66,8 @@ def write_prompts(prefix: Path, count: int = 12) -> Path:
         with IndexedWriter(f"{prefix}_packed_{name}_document") as writer:
             writer.add(numbers.integers(40, 500, size=lengths.sum()), lengths)
     return prefix
+
+
+def spotty(response: str, label: str, **context: Any) -> float:
+    """1 or 0, and the same for all responses to most prompts."""
+    return float("a" in response) if len(context["prompt"]) % 3 == 0 else 0.0

@@ -6,6 +6,7 @@ generating, so that a step can be done again with other code, or in another layo
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Experience:
     Attributes:
         batch: with rewards.
         texts: prompts, responses and labels, for people.
+        messages: the conversation before each response, where the data has it.
         consumed: prompts taken from the data so far, these among them.
         metrics: of rewards and groups.
         failures: a few responses that a verifier could not score.
@@ -42,6 +44,7 @@ class Experience:
 
     batch: Batch
     texts: list[dict[str, str]]
+    messages: list[list[dict[str, str]]]
     consumed: int
     metrics: Row = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -121,7 +124,8 @@ class Source:
                 [response.finished for response in found],
                 [prompt.index for prompt in prompts for _ in range(self.n)],
             )
-            return Experience(batch, self._texts(prompts, batch), consumed)
+            messages = [_messages(prompt) for prompt in prompts for _ in range(self.n)]
+            return Experience(batch, self._texts(prompts, batch), messages, consumed)
 
         return experience
 
@@ -140,8 +144,8 @@ class Source:
         """Begin to score; what is returned waits, and fills in rewards and metrics."""
         texts, lengths = experience.texts, experience.batch.response_lengths
         columns = {"lengths": lengths, "prompts": [text["prompt"] for text in texts]}
-        parts = [([text["response"] for text in texts], [text["label"] for text in texts], columns)]
-        task = self.rewards.submit("score", parts)
+        responses, labels = ([text[name] for text in texts] for name in ("response", "label"))
+        task = self.rewards.submit("score", [(responses, labels, experience.messages, columns)])
 
         def fill() -> None:
             (scores,) = task.result()
@@ -202,25 +206,34 @@ class Source:
         )
         lengths = torch.tensor([len(response.ids) for response in found])
         columns = {"lengths": lengths, "prompts": [""] * len(asked)}
-        (scores,) = self.rewards.run("score", [(texts, [label.strip() for label in labels], columns)])
+        messages = [_messages(prompt) for prompt in asked]
+        (scores,) = self.rewards.run("score", [(texts, [label.strip() for label in labels], messages, columns)])
         first = next(iter(scores.by_verifier.values()))
         return float((first >= 1).float().mean())
 
 
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = prompt.record.get("messages") or []
+    return found
+
+
 def _rows(experience: Experience, rows: torch.Tensor) -> Experience:
     """Some of the rows [rows of the batch] bool."""
-    texts = [text for text, keep in zip(experience.texts, rows.tolist(), strict=True) if keep]
-    return Experience(
-        experience.batch.select(rows), texts, experience.consumed, experience.metrics, experience.failures
+    numbers = rows.nonzero().flatten().tolist()
+    return dataclasses.replace(
+        experience,
+        batch=experience.batch.select(rows) if numbers else experience.batch,
+        texts=[experience.texts[row] for row in numbers],
+        messages=[experience.messages[row] for row in numbers],
     )
 
 
 def _joined(parts: list[Experience], rows: int) -> Experience:
     """The first so many rows of several."""
-    parts = [part for part in parts if len(part.batch)]
+    parts = [part for part in parts if part.texts]
     batch = batches.concat([part.batch for part in parts]).select(torch.arange(rows))
     texts = [text for part in parts for text in part.texts][:rows]
-    return Experience(batch, texts, max(part.consumed for part in parts), failures=parts[0].failures)
+    return Experience(batch, texts, [], max(part.consumed for part in parts), failures=parts[0].failures)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -250,4 +263,4 @@ def replayed(folder: Path, iteration: int) -> Experience:
     if not path.is_file():
         raise UserError(f"{path} is not there; minimind.replay_rollouts expects a file of every step")
     found = torch.load(path, weights_only=True)
-    return Experience(Batch(**found["batch"]), found["texts"], found["consumed"], found["metrics"])
+    return Experience(Batch(**found["batch"]), found["texts"], [], found["consumed"], found["metrics"])

@@ -9,6 +9,7 @@ import ray
 
 from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rewards.reward_model import RewardModel
 from minimind_mcore.rl.rewards.rewards import Overlong, Rewards, Scores
 from minimind_mcore.rl.workers.group import Pool, Restarts
 
@@ -17,15 +18,26 @@ class RewardWorker:
     """Scores responses."""
 
     def __init__(self, config: Config) -> None:
+        ours = config.minimind
         self.rewards = build(config)
+        self.model_weight = ours.reward_model_weight
+        self.model: RewardModel | None = None
+        if ours.reward_model:
+            self.model = RewardModel(ours.reward_model, limit=ours.reward_model_range)
 
     def pid(self) -> int:
         """Of this process."""
         return os.getpid()
 
-    def score(self, responses: list[str], labels: list[str], columns: dict[str, Any]) -> Scores:
-        """See `Rewards`."""
-        return self.rewards.score(responses, labels, **columns)
+    def score(
+        self, responses: list[str], labels: list[str], messages: list[list[dict[str, str]]], columns: dict[str, Any]
+    ) -> Scores:
+        """See `Rewards`; a reward model, which reads the `messages` before each response, adds to the total."""
+        scores = self.rewards.score(responses, labels, **columns)
+        if self.model is not None:
+            scores.by_verifier["reward_model"] = self.model.score(messages, responses)
+            scores.total += self.model_weight * scores.by_verifier["reward_model"]
+        return scores
 
 
 def build(config: Config) -> Rewards:

@@ -1,0 +1,100 @@
+"""Each algorithm, and each way to place the work, through the Ray trainer: a few steps on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import engine
+import pytest
+import rl_ray
+import rl_trees
+
+DEADLINE = 400.0
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
+    """A configuration of each."""
+    prompts = rl_trees.write_prompts(folder / "prompts")
+
+    def variant(name: str, rl: dict[str, Any], ours: dict[str, Any], **more: Any) -> dict[str, Any]:
+        found = rl_trees.run_tree(corpus, prompts, folder / name)
+        found["megatron_training"] |= {"train_iters": 2, "save_interval": None}
+        found["rl_config"] |= rl
+        found["minimind"] |= ours
+        return found | more
+
+    resources = {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
+    kept = {"save_rollouts": str(folder / "rollouts")}
+    dapo = {"filter_groups_enable": True, "filter_groups_max_batches": 3, "filter_groups_metric": "rl_trees:spotty"}
+    rewards = {"verifier_function": ["rl_trees:rewarded", "rl_trees:spotty"], "verifier_weight": [1.0, 1.0]}
+    return {
+        "grpo": variant("grpo", {}, kept | {"weight_check_interval": 1}),
+        "apart": variant("apart", resources, {}, ref_config={"model": "minimind3_tiny", "micro_batch_size": 4}),
+        "replay": variant("replay", {"mini_batch_size": 2, "epochs": 2}, {"replay_rollouts": str(folder / "rollouts")}),
+        "ahead": variant("ahead", {"blocking": False}, {}),
+        "dapo": variant("dapo", dapo | rewards, {"algorithm": "dapo"}),
+        "spo": variant("spo", {"n_samples_per_prompt": 1}, {"algorithm": "spo"}),
+        "cispo": variant("cispo", {}, {"algorithm": "cispo"}),
+        "dr_grpo": variant("dr_grpo", {}, {"algorithm": "dr_grpo"}),
+        "ppo": variant("ppo", {"adv_estimator": "gae"}, {"algorithm": "ppo"}),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The steps of each run."""
+    folder = tmp_path_factory.mktemp("algorithms")
+    trees = variants(corpus, folder)
+    output = rl_ray.run(folder, [{"name": name, "tree": tree} for name, tree in trees.items()], DEADLINE)
+    assert "spoilt, sent again, equal" in output
+    return {name: rl_ray.rows(folder / name) for name in trees}
+
+
+@pytest.mark.timeout(DEADLINE + 30)
+def test_every_algorithm_trains(runs: Rows) -> None:
+    for name, rows in runs.items():
+        assert [row["iteration"] for row in rows] == [1, 2], name
+        assert all(row["actor/grad_norm"] > 0 for row in rows), name
+
+
+def test_the_engine_s_log_probabilities_are_the_trainer_s(runs: Rows) -> None:
+    for name in ("grpo", "apart", "dapo", "cispo", "dr_grpo", "spo", "ppo"):
+        assert all(row["rollout/logp_diff"] < 1e-4 for row in runs[name]), name
+
+
+def test_a_reference_apart_says_the_same(runs: Rows) -> None:
+    for mine, expected in zip(runs["apart"], runs["grpo"], strict=True):
+        for key in ("actor/kl_loss", "actor/pg_loss", "actor/grad_norm", "grpo/score/mean"):
+            assert mine[key] == expected[key], key
+    assert runs["grpo"][1]["actor/kl_loss"] > 0
+
+
+def test_saved_rollouts_train_again_with_other_mini_batches(runs: Rows) -> None:
+    assert runs["replay"][0]["grpo/score/mean"] == runs["grpo"][0]["grpo/score/mean"]
+    assert runs["replay"][0]["actor/ppo_kl"] != 0  # the second update is off the policy that wrote
+    assert runs["replay"][0]["rollout/logp_diff_max"] < 1e-4
+
+
+def test_one_step_ahead_responses_come_from_the_weights_before(runs: Rows) -> None:
+    first, second = runs["ahead"]
+    assert first["grpo/score/mean"] == runs["grpo"][0]["grpo/score/mean"]
+    assert abs(first["actor/ppo_kl"]) < 1e-5
+    assert second["rollout/logp_diff"] > 1e-3
+
+
+def test_dynamic_sampling_draws_until_the_groups_differ(runs: Rows) -> None:
+    assert any(row["train/num_gen_batches"] > 1 for row in runs["dapo"])
+    assert any(name.startswith("group/dropped/") for row in runs["dapo"] for name in row)
+
+
+def test_ppo_s_critic_learns_what_to_expect(runs: Rows) -> None:
+    first, second = runs["ppo"]
+    assert first["critic/values/mean"] == 0 and second["critic/values/mean"] != 0
+    assert second["critic/vf_loss"] < first["critic/vf_loss"]
+
+
+def test_spo_s_baseline_moves_towards_the_rewards(runs: Rows) -> None:
+    first, second = runs["spo"]
+    assert first["spo/baseline"] == 0 and 0 < second["spo/baseline"] < 1

@@ -1,0 +1,195 @@
+"""Parts of the trainer of reinforcement learning that need neither Ray nor a process group."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import engine
+import numpy as np
+import pytest
+import rl_trees
+import torch
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.rl import batch as batches
+from minimind_mcore.rl import sync
+from minimind_mcore.rl.config import resolve
+from minimind_mcore.rl.experience import Experience, replayed, save
+from minimind_mcore.rl.metrics import line, table
+from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
+from minimind_mcore.rl.rollout.engine import Draw, uniforms
+from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
+
+
+def example() -> batches.Batch:
+    """Prompts of 2 and 4 tokens, with responses of 3 and 1."""
+    return batches.make([[5, 6], [5, 6, 7, 8]], [[1, 2, 3], [9]], [[-0.1, -0.2, -0.3], [-0.9]], [True, False], [0, 1])
+
+
+def test_a_batch_finds_the_responses_wherever_they_begin() -> None:
+    batch = example()
+    assert batch.tokens.tolist() == [[5, 6, 1, 2, 3], [5, 6, 7, 8, 9]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.responses[batch.mask.bool()].tolist() == [1, 2, 3, 9]
+    assert batch.response_ids() == [[1, 2, 3], [9]]
+
+
+def test_parts_of_a_batch_lose_padding_and_join_to_the_same() -> None:
+    batch = example()
+    second = batch.select(torch.tensor([1]))
+    assert second.width == 1 and second.rollout_logp is not None and second.rollout_logp.shape == (1, 1)
+    whole = batches.concat([batch.select(torch.tensor([True, False])), second])
+    for name, tensor in batch.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_and_entropy_equal_torch_s_with_their_gradients(temperature: float) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(6, 11, generator=numbers)).double().float().requires_grad_()
+    targets, up = torch.randint(11, (6,), generator=numbers), torch.randn(2, 6, generator=numbers)
+    expected = torch.log_softmax(logits / temperature, -1)
+    logp, entropy = expected.gather(1, targets[:, None]).squeeze(1), -(expected.exp() * expected).sum(-1)
+    (grad,) = torch.autograd.grad((up[0] * logp + up[1] * entropy).sum(), logits)
+    found = log_probs_and_entropy(logits, targets, temperature)
+    (mine,) = torch.autograd.grad((up[0] * found[0] + up[1] * found[1]).sum(), logits)
+    assert torch.allclose(found[0], logp, atol=1e-5) and torch.allclose(found[1], entropy, atol=1e-5)
+    assert torch.allclose(mine, grad, atol=1e-5)
+
+
+def test_tokens_are_drawn_as_likely_as_they_are() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 5.0]])
+    draw = Draw(max_tokens=1, temperature=0.5)
+    numbers = torch.from_numpy(uniforms(range(20_000), 1))[:, 0]
+    tokens, logp = choose(logits.expand(len(numbers), -1), 4, draw, numbers)  # the fifth is no token
+    p = (logits[0, :4] / 0.5).softmax(0)
+    counts = torch.bincount(tokens, minlength=4)
+    expected = p * len(numbers)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 11.3  # chi squared, 3 degrees of freedom, 1 %
+    assert torch.allclose(logp, (logits[0] / 0.5).log_softmax(0)[tokens])
+
+
+@pytest.mark.parametrize(
+    ("draw", "allowed"),
+    [
+        (Draw(max_tokens=1, top_k=2), {0, 2}),
+        (Draw(max_tokens=1, top_p=0.6), {0}),
+        (Draw(max_tokens=1, top_p=0.7), {0, 2}),
+        (Draw(max_tokens=1, min_p=0.3), {0, 2}),
+        (Draw(max_tokens=1, min_p=0.5), {0}),
+    ],
+)
+def test_top_k_top_p_and_min_p_leave_what_they_say(draw: Draw, allowed: set[int]) -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])  # probabilities 0.64, 0.09, 0.24, 0.03
+    numbers = torch.linspace(0, 1, 500)
+    tokens, _ = choose(logits.expand(500, -1), 4, draw, numbers)
+    assert set(tokens.tolist()) == allowed
+
+
+@pytest.fixture(scope="module")
+def rollout() -> DecoderEngine:
+    """An engine with weights of chance."""
+    from minimind_mcore.models.weights import mcore_shapes
+
+    config = PRESETS["minimind3_tiny"].replace(vocab_size=64)
+    numbers = torch.Generator().manual_seed(0)
+    made = DecoderEngine(config, 60, torch.float32, batch=5)
+    made.load_weights({n: torch.randn(s, generator=numbers) * 0.1 for n, s in mcore_shapes(config).items()})
+    return made
+
+
+PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11, 12], [13]]
+
+
+def test_responses_do_not_depend_on_the_batch_they_are_written_in(rollout: DecoderEngine) -> None:
+    draw, seeds = Draw(max_tokens=150, stop=(7, 8, 9)), list(range(8))  # the cache grows; some end early
+    together = rollout.generate(PROMPTS, 2, draw, seeds)
+    alone = [rollout.generate([PROMPTS[i // 2]], 1, draw, [seeds[i]])[0] for i in range(8)]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert any(r.finished for r in together) and len({len(r.ids) for r in together}) > 2
+    for response in together:
+        assert response.finished == (response.ids[-1] in draw.stop)
+        assert not set(response.ids[:-1]) & set(draw.stop)
+
+
+def test_log_probabilities_are_those_of_transformers(rollout: DecoderEngine) -> None:
+    draw = Draw(max_tokens=12, temperature=0.7, top_k=10, stop=(7,))
+    for row, response in enumerate(rollout.generate(PROMPTS, 2, draw, list(range(8)))):
+        ids = torch.tensor([[*PROMPTS[row // 2], *response.ids]])
+        logp = (rollout.model(ids).logits[0] / 0.7).log_softmax(-1)[len(PROMPTS[row // 2]) - 1 : -1]
+        expected = logp.gather(1, torch.tensor(response.ids)[:, None]).squeeze(1)
+        assert np.allclose(response.logp, expected, atol=1e-4)
+
+
+def test_a_spoilt_engine_is_restored_by_a_sync(rollout: DecoderEngine) -> None:
+    before = rollout.weights()
+    from minimind_mcore.models.weights import hf_to_mcore
+
+    weights = hf_to_mcore({k: v for k, v in before.items() if k != "lm_head.weight"}, rollout.config)
+    rollout.perturb()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in rollout.weights().items())
+    rollout.load_weights(weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in rollout.weights().items())
+
+
+def shard(name: str, rank: int, size: int, tensor: torch.Tensor) -> sync.Shard:
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return sync.Shard(name, rank, size, data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def test_shards_join_in_any_order_and_a_missing_one_is_an_error() -> None:
+    name, whole = "decoder.layers.0.mlp.linear_fc1.weight", torch.randn(8, 3).to(torch.bfloat16)
+    gate, up = whole.chunk(2)  # each rank has its part of both
+    parts = [shard(name, r, 2, torch.cat([gate.chunk(2)[r], up.chunk(2)[r]])) for r in (1, 0)]
+    assert torch.equal(sync.join([[part] for part in parts])[name], whole)
+    with pytest.raises(RuntimeError, match="parts .1. of 2"):
+        sync.join([parts[:1]])
+
+
+def test_keys_of_the_yaml_replace_what_the_algorithm_says(corpus: engine.Corpus) -> None:
+    tree = rl_trees.tree(corpus)
+    del tree["rl_config"]["init_kl_coef"]
+    assert objective(resolve(tree)).kl_coef == 0.01
+    for algorithm, keys, expected in (
+        ("grpo", {"clip_ratio": 0.1}, {"clip_low": 0.1, "clip_high": 0.1}),
+        ("dapo", {}, {"clip_low": 0.2, "clip_high": 0.28, "kl": "none", "dynamic_sampling": True}),
+        ("dapo", {"filter_groups_enable": False}, {"dynamic_sampling": False}),
+        ("cispo", {"clip_ratio": 0.1}, {"clip_high": 5.0}),
+        ("grpo", {"init_kl_coef": 0}, {"kl": "none"}),
+        ("grpo", {"token_level_loss": False}, {"aggregation": "seq-mean-token-mean"}),
+    ):
+        changed = copy.deepcopy(tree)
+        changed["minimind"]["algorithm"] = algorithm
+        changed["rl_config"] |= keys
+        found = objective(resolve(changed))
+        assert {name: getattr(found, name) for name in expected} == expected, (algorithm, keys)
+
+
+def test_a_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(UserError, match=r"temperature.*more than 0"):
+        Draw(max_tokens=1, temperature=0.0)
+
+
+def test_saved_rollouts_are_read_again(tmp_path: Path) -> None:
+    experience = Experience(example().with_columns(rewards=torch.tensor([1.0, 0.0])), [{"prompt": "x"}], [], 7)
+    save(experience, tmp_path, 3)
+    found = replayed(tmp_path, 3)
+    assert found.consumed == 7 and found.texts == experience.texts
+    assert all(torch.equal(found.batch.state_dict()[n], t) for n, t in experience.batch.state_dict().items())
+    with pytest.raises(UserError, match="rollouts-0000004"):
+        replayed(tmp_path, 4)
+
+
+def test_a_step_is_printed_as_mindspeed_rl_prints_it() -> None:
+    text = line(3, 60, {"timing/all": 2.5, "actor/lr": 1e-6})
+    assert text.endswith("] iteration: 3 / 60 | timing/all : 2.5000 | actor/lr : 1.000000e-06")
+
+
+def test_samples_are_a_table_that_fits() -> None:
+    rows = [{"reward": 1, "response": "答案是\n四十二" * 20}, {"reward": 0, "response": "short"}]
+    lines = table(rows, {"reward": 6, "response": 30}).splitlines()
+    assert lines[0].startswith("reward  response") and "\\n" in lines[2] and "..." in lines[2]
+    assert lines[3] == "0       short"
