@@ -8,6 +8,7 @@ python -m minimind_mcore.rl.hosts follow                          # until it is 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import time
@@ -57,7 +58,7 @@ def wait(address: str, nodes: int, seconds: float) -> None:
     reach(address, seconds)
     import ray
 
-    ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     api: Any = ray
     began, said = time.monotonic(), 0.0
     try:

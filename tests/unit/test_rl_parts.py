@@ -145,7 +145,7 @@ def test_shards_join_in_any_order_and_a_missing_one_is_an_error() -> None:
     gate, up = whole.chunk(2)  # each rank has its part of both
     parts = [shard(name, r, 2, torch.cat([gate.chunk(2)[r], up.chunk(2)[r]])) for r in (1, 0)]
     assert torch.equal(sync.join([[part] for part in parts])[name], whole)
-    with pytest.raises(RuntimeError, match="parts .1. of 2"):
+    with pytest.raises(RuntimeError, match=r"parts .1. of 2"):
         sync.join([parts[:1]])
 
 
