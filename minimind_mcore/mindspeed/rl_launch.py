@@ -147,7 +147,7 @@ def run(program: str, argv: Sequence[str]) -> None:
     """
     parser = command_parser(program, "Train on MindSpeed-RL.")
     parser.add_argument("--dry-run", action="store_true", help="check and write, print the command, run nothing")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_intermixed_args(list(argv))
     job = prepare(program, args.config_name, args.overrides, args.config_dir)
     print(f"+ {job}", file=sys.stderr, flush=True)
     if args.dry_run:

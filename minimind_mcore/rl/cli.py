@@ -34,13 +34,24 @@ def _parser() -> argparse.ArgumentParser:
     where = checked.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="write the rewritten file there")
     where.add_argument("--fix", action="store_true", help="rewrite the file itself (the old one becomes FILE.orig)")
+    exported = commands.add_parser("export-verl", help="write model, data, rewards and script for verl")
+    exported.add_argument("config", help="a YAML file, or a name of configs/rlxf")
+    exported.add_argument("overrides", nargs="*", help="such as actor_config.load=my/checkpoints")
+    exported.add_argument("--output", type=Path, required=True, help="the directory to write")
+    exported.add_argument(
+        "--device", default="none", help="file of device/ to take (default: none, the YAML's own values)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Dispatch to a subcommand."""
-    args = _parser().parse_args(argv)
-    {"show": _show, "lint": _lint}[args.command](args)
+    parser = _parser()
+    args, words = parser.parse_known_args(argv)
+    if flags := [word for word in words if word.startswith("-")]:
+        parser.error(f"unknown flag {flags[0]}")
+    args.overrides += words  # those behind a flag
+    {"show": _show, "lint": _lint, "export-verl": _export_verl}[args.command](args)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -67,6 +78,15 @@ def _lint(args: argparse.Namespace) -> None:
     if errors:
         raise UserError(f"{file}: {errors} error{'s' if errors > 1 else ''} for {args.target}")
     print(f"{file}: fit for {args.target}")
+
+
+def _export_verl(args: argparse.Namespace) -> None:
+    from minimind_mcore.rl.export_verl import export
+
+    file = find(args.config)
+    config = resolve(compose(file.stem, args.overrides, file.parent, args.device))
+    export(config, file.stem, args.output)
+    print(f"{args.output}: written; `bash {args.output}/run.sh` where verl is installed")
 
 
 def _rewrite(file: Path, output: Path, version: str, changes: Sequence[str]) -> None:

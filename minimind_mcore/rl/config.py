@@ -229,7 +229,8 @@ def compose(
         name: of a file in `directory`, with or without `.yaml`.
         overrides: hydra's: "rl_config.clip_ratio=0.1", "+rl_config.gamma=0.9".
         directory: of the YAML files (default: the kit's configs/rlxf).
-        device: the file of `device/` to take, if it is there (default: the device found).
+        device: the file of `device/` to take, if it is there (default: the device found); "none": the values
+            of the YAML itself, which are those of an Ascend 910B.
         beside: another directory with groups.
 
     Raises:
@@ -280,5 +281,5 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def from_command(argv: Sequence[str], prog: str = "train_grpo.py", description: str = "") -> Config:
     """The configuration that a command line of train_grpo.py asks for."""
-    args = command_parser(prog, description).parse_args(list(argv))
+    args = command_parser(prog, description).parse_intermixed_args(list(argv))
     return resolve(compose(args.config_name, args.overrides, args.config_dir, args.device))

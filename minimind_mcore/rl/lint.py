@@ -81,7 +81,7 @@ def lint(
         raise UserError(f"--target {target}: expected {', '.join(TARGETS)}")
     file, version = find(path), TARGETS[target]
     raw, changes = migrate(read(file), version)
-    tree = _composed(raw, file, overrides, (device or None) if target == "embedded" else "npu")
+    tree = _composed(raw, file, overrides, device if target == "embedded" else "none")
     tree, more = migrate(tree, version)  # what comes from the files that it is made of
     findings = [Finding("warning", *change.split(" ", 1)) for change in [*changes, *more]]
     findings += keys(tree, version)

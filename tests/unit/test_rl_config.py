@@ -1,0 +1,236 @@
+"""Configurations of reinforcement learning: what they mean, what the linter finds, what MindSpeed-RL gets."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minimind_mcore.arguments import parse
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.rl.cli import main
+from minimind_mcore.rl.config import CONFIGS, Config, compose, from_command, megatron_flags, resolve
+from minimind_mcore.rl.lint import TARGETS, fits, lint
+from minimind_mcore.rl.migrate import RENAMED, migrate
+from minimind_mcore.rl.models import model_yaml
+from minimind_mcore.rl.schema import VERSIONS, defaults, value_type
+
+NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def config(*overrides: str, name: str = "grpo_minimind3", device: str = "none") -> Config:
+    return resolve(compose(name, overrides, device=device))
+
+
+# What the files say
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_model_files_are_the_presets(name: str) -> None:
+    assert (CONFIGS / "model" / f"{name}.yaml").read_text() == model_yaml(name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_native_parser_reads_the_model_of_every_configuration(name: str, device: str) -> None:
+    found = config(name=name, device=device)
+    for section in filter(None, (found.actor, found.ref, found.critic, found.reward)):
+        args = parse(megatron_flags(section))
+        assert ModelConfig.from_args(args) == PRESETS[found.model]
+        assert args.bf16 == (device != "cpu") and args.lr == section.lr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_is_fit_for_every_target(name: str, target: str) -> None:
+    findings, _, changes = lint(name, target, device="cpu")
+    assert not changes and not [str(finding) for finding in findings if finding.level == "error"]
+
+
+def test_the_device_found_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_mcore import device
+
+    monkeypatch.setenv("DEVICE", "cpu")
+    device.current.cache_clear()
+    found = from_command(["--config-name", "grpo_minimind3"])
+    assert (found.minimind.precision, found.generate.dtype, found.actor.bf16) == ("fp32", "float32", False)
+
+
+# What they mean
+
+
+def test_a_section_is_its_model_then_megatron_training_then_itself() -> None:
+    found = config("megatron_training.weight_decay=0.5", "actor_config.clip_grad=2", "megatron_training.clip_grad=3")
+    assert (found.actor.num_layers, found.actor.weight_decay, found.actor.clip_grad) == (8, 0.01, 2)
+    assert found.ref is found.actor and found.actor.add_qkv_bias is False
+    apart = config(name="grpo_minimind3_separate")
+    assert apart.ref is not apart.actor and apart.rl.reference_resource.num_npus == apart.rl.actor_resource.num_npus
+
+
+def test_mini_batches_count_sequences_as_in_mindspeed_rl() -> None:
+    assert config("rl_config.mini_batch_size=16").rl.mini_batch_size == 16 * 8
+
+
+def test_a_configuration_travels_and_is_not_changed() -> None:
+    found = config()
+    assert pickle.loads(pickle.dumps(found)) == found
+    with pytest.raises(AttributeError, match="not changed"):
+        found.rl.epochs = 2
+    with pytest.raises(AttributeError, match="did you mean tensor_model_parallel_size"):
+        _ = found.actor.tensor_parallel_size
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl_config.clip_rato=0.1", "rl_config.clip_rato: unknown key; did you mean clip_ratio"),
+        ("generate_config.sampling_config.temprature=1", "did you mean temperature"),
+        ("rl_config.actor_resource.gpus=1", "actor_resource.gpus: unknown"),
+        ("minimind.algoritm=grpo", "minimind.algoritm: unknown key; did you mean algorithm"),
+        ("minimind.algorithm=gpro", "found 'gpro', expected one of grpo, dr_grpo"),
+        ("minimind.sample_interval=often", "found 'often', expected int"),
+        ("minimind.spo_rho=[0.5]", "found 1 values, expected 2"),
+        ("minimind.rewards=[{weight: 1}]", "rewards\\[0\\].path is missing"),
+        ("actor_config.model=minimind4", "model 'minimind4' is not defined"),
+        ("+rlconfig.epochs=1", "rlconfig: unknown section; did you mean rl_config"),
+        ("rl_config.epochs=[", "grpo_minimind3.yaml"),
+    ],
+)
+def test_what_there_is_not_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(override)
+
+
+def test_a_missing_file_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean grpo_minimind3"):
+        compose("grpo_minimnd3")
+
+
+def test_settings_become_what_their_annotations_say() -> None:
+    found = config("minimind.rewards=[my.module:f, {path: other:g, weight: 2}]", "minimind.spo_rho=[0.1, 1]").minimind
+    assert [(reward.path, reward.weight) for reward in found.rewards] == [("my.module:f", 1.0), ("other:g", 2.0)]
+    assert found.spo_rho == (0.1, 1.0)
+
+
+def test_flags_the_native_engine_lacks_are_refused_unless_at_their_default() -> None:
+    assert "--use-ascend-coc" not in megatron_flags(config().actor)
+    with pytest.raises(UserError, match="lora_r: 16"):
+        megatron_flags(config("actor_config.lora_r=16").actor)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("reader", ["MegatronConfig", "RLConfig", "GenerateConfig"])
+def test_every_default_is_of_its_type(reader: str, version: str) -> None:
+    assert all(fits(value, value_type(reader, key, version)) for key, value in defaults(reader, version).items())
+
+
+# What older guides show
+
+GUIDE: dict[str, Any] = {
+    "defaults": [{"model": ["minimind3"]}],
+    "megatron_training": {"model": "minimind-3", "global_batch_size": 64, "seq_length": 1024, "stage": "ray_grpo"},
+    "actor_config": {"model": "minimind3", "micro_batch_size": 4, "save": "out", "moe_intermediate_size": 8},
+    "ref_config": {"model": "minimind3", "micro_batch_size": 4},
+    "rl_config": {
+        **{"shuffle_minibatch": False, "colocate_actor_ref": False, "colocate_all_models": True},
+        **{"n_samples_per_prompt": 8, "mini_batch_size": 512, "actor_resource": {"num_npus": 4}},
+    },
+}
+
+
+def test_what_older_guides_show_becomes_what_is_read_now() -> None:
+    new, changes = migrate(GUIDE, "master")
+    rl = new["rl_config"]
+    assert rl == {
+        **{"n_samples_per_prompt": 8, "mini_batch_size": 64, "actor_resource": {"num_npus": 4}},
+        **{"shuffle_mini_batch": False, "use_integrated_worker": False, "reference_resource": {"num_npus": 4}},
+    }
+    assert new["reward_config"] == GUIDE["ref_config"] and new["megatron_training"]["model"] == "minimind3"
+    assert new["actor_config"]["moe_ffn_hidden_size"] == 8
+    assert len(changes) == 9 and migrate(new, "master") == (new, [])
+
+
+def test_keys_go_to_the_other_version_and_back() -> None:
+    tree = {"actor_config": {**dict.fromkeys(RENAMED.values(), 1), "lora_r": 8, "lora_alpha": 3}}
+    older, _ = migrate(tree, "2.2.0")
+    assert set(RENAMED) <= set(older["actor_config"]) and "lora_r" not in older["actor_config"]
+    assert older["actor_config"]["lora_alpha"] == 3  # not at its default: for the linter to name
+    newer, _ = migrate(older, "master")
+    assert set(RENAMED.values()) <= set(newer["actor_config"])
+
+
+# What the linter finds
+
+BROKEN = [
+    ("rl_config.actor_resource.num_npus=6", "embedded", "global_batch_size"),
+    ("actor_config.tensor_model_parallel_size=3", "embedded", "actor_config"),
+    ("actor_config.micro_batch_size=7", "embedded", "actor_config.micro_batch_size"),
+    ("actor_config.pipeline_model_parallel_size=3", "embedded", "actor_config.pipeline_model_parallel_size"),
+    ("rl_config.mini_batch_size=48", "embedded", "rl_config.mini_batch_size"),
+    ("rl_config.adv_dispatch_size=100", "embedded", "rl_config.adv_dispatch_size"),
+    ("generate_config.max_model_len=512", "embedded", "generate_config.max_model_len"),
+    ("rl_config.max_prompt_length=1024", "embedded", "megatron_training.seq_length"),
+    ("rl_config.verifier_weight=[1.0, 2.0]", "embedded", "rl_config.verifier_weight"),
+    ("rl_config.verifier_function=[math_17k_ac]", "embedded", "rl_config.verifier_function"),
+    ("rl_config.verifier_function=[retool_reward]", "mindspeed-rl-2.2.0", "rl_config.verifier_function"),
+    ("megatron_training.dataset_additional_keys=[]", "embedded", "megatron_training.dataset_additional_keys"),
+    ("generate_config.sampling_config.temperature=0", "embedded", "generate_config.sampling_config.temperature"),
+    ("generate_config.infer_tensor_parallel_size=8", "embedded", "generate_config.infer_tensor_parallel_size"),
+    ("generate_config.infer_pipeline_parallel_size=2", "embedded", "generate_config.infer_pipeline_parallel_size"),
+    ("rl_config.integrated_mode_config={a: 1} rl_config.use_integrated_worker=false", "embedded", "ref_config"),
+    ("rl_config.clip_higher_enable=true rl_config.clip_ratio_low=0.3", "embedded", "rl_config.clip_ratio_low"),
+    ("rl_config.overlong_buffer_enable=true", "embedded", "rl_config.rollout_max_tokens"),
+    ("rl_config.epochs=twice", "embedded", "rl_config.epochs"),
+    ("rl_config.multi_turn_enable=true", "mindspeed-rl-2.2.0", "rl_config.multi_turn_enable"),
+    ("minimind.algorithm=cispo", "mindspeed-rl-master", "minimind.algorithm"),
+    ("minimind.algorithm=dapo", "mindspeed-rl-master", "megatron_training.stage"),
+    ("minimind.save_rollouts=x", "mindspeed-rl-master", "minimind.save_rollouts"),
+    ("minimind.rollout_engine=transformers", "mindspeed-rl-master", "minimind.rollout_engine"),
+    ("actor_config.n_shared_experts=1 actor_config.num_experts=4", "mindspeed-rl-master", "actor_config.model"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "target", "key"), BROKEN, ids=[case[0] for case in BROKEN])
+def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str) -> None:
+    device = "none" if "num_npus" in overrides or "infer" in overrides else "cpu"
+    words = re.split(r" (?=rl_config|actor_config)", overrides)
+    findings, _, _ = lint("grpo_minimind3", target, words, device=device)
+    assert key.split(".")[-1] in {f.key.split(".")[-1] for f in findings if f.level == "error"}
+
+
+def test_traps_are_repaired_by_the_hook_or_named(tmp_path: Path) -> None:
+    overrides = ["rl_config.async_engine=false", "rl_config.shuffle_mini_batch=true"]
+    keys = {"rl_config.async_engine", "rl_config.shuffle_mini_batch", "tokenizer"}
+    for environment, level in ((None, "note"), (tmp_path / "env.yaml", "warning")):
+        words = [*overrides, *([f"rl_config.runtime_env_path={environment}"] if environment else [])]
+        findings, _, _ = lint("grpo_minimind3", "mindspeed-rl-master", words)
+        assert {f.key for f in findings if f.level == level} >= keys
+
+
+def test_prompts_that_write_the_thought_themselves_do_not_go_with_format_rewards(tmp_path: Path) -> None:
+    for end, errors in (("<think>\n", 1), ("assistant\n", 0)):
+        (tmp_path / "x_packed_prompts.jsonl").write_text(f'{{"prompt": "hi{end.encode("unicode_escape").decode()}"}}\n')
+        words = [f"megatron_training.data_path={tmp_path}/x", "rl_config.verifier_function=[format]"]
+        findings, _, _ = lint("grpo_minimind3", "embedded", words, device="cpu")
+        assert sum(f.level == "error" for f in findings) == errors
+
+
+def test_lint_rewrites_a_file_that_is_then_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate = {"infer_tensor_parallel_size": 1, "max_model_len": 2048, "sampling_config": {"max_tokens": 256}}
+    tree = {**GUIDE, "actor_config": {"model": "minimind3", "micro_batch_size": 4}, "generate_config": generate}
+    tree["megatron_training"] = {**tree["megatron_training"], "dataset_additional_keys": ["labels"], "data_path": "x"}
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    main(["lint", str(file), "--device", "none", "--fix"])
+    assert "shuffle_minibatch: is called shuffle_mini_batch" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "old.yaml.orig").read_text()) == tree
+    main(["lint", str(file), "--device", "none"])
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 error for embedded"):
+        main(["lint", str(file), "--device", "none", "rl_config.epochs=twice"])

@@ -1,0 +1,180 @@
+"""MindSpeed-RL's launcher and setup hook, with a checkout made here. (tests/contract has the real one.)"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from engine import ROOT
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.mindspeed import patching, rl_hook, rl_launch
+
+MODULES = {
+    "workers/resharding/weight_adaptor.py": """
+class QwenMVWeightAdaptor: ...
+class Qwen3MoeMVWeightAdaptor: ...
+WEIGHT_ADAPTOR_REGISTRY = {"Qwen3MoeForCausalLM": "its own"}
+""",
+    "utils/tokenizer.py": """
+class _HuggingFaceTokenizer:
+    def __init__(self, pad): self._pad = pad
+    pad = property(lambda self: self._pad, lambda self, value: setattr(self, "_pad", value))
+""",
+    "models/rollout/vllm_engine.py": """
+class VLLMInferEngine:
+    def generate_sequences(self, idx_list, **kwargs):
+        return self.llm.generate(prompts=[str(ids) for ids in idx_list], sampling_params=kwargs)
+""",
+    "models/base/base_training_engine.py": """
+class BaseTrainingEngine:
+    shuffle_mini_batch, temperature = True, 1.0
+    def _forward_backward_batch(self, batch, forward_only=False): return self.shuffle_mini_batch
+""",
+    "models/rule_verifier.py": """
+def verifier(responses, data, config, **kwargs):
+    return [0.0] * len(responses), {f"{name}_rewards/mean": 0 for name in config.verifier_function if name == "acc"}
+""",
+    "config_cls/megatron_config.py": "self.moe_intermediate_size = None",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A checkout of MindSpeed-RL 2.2.0 with what the hook and the launcher look at, importable."""
+    for name, text in MODULES.items():
+        file = tmp_path / "mindspeed_rl" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for folder in (tmp_path / "mindspeed_rl", *(tmp_path / "mindspeed_rl").rglob("*/")):
+        (folder / "__init__.py").write_text("")
+    others = {name: found for name, found in sys.modules.items() if name.partition(".")[0] == "mindspeed_rl"}
+    for name in others:
+        del sys.modules[name]
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "train_grpo.py").write_text("")
+    monkeypatch.setenv("MINDSPEED_RL_HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(patching, "_FINDER", patching._Finder())
+    yield tmp_path
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, patching._Finder)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mindspeed_rl"]:
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"mindspeed_rl.{name}")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["hook-first", "module-first"])
+def test_a_module_is_changed_whenever_it_is_imported(first: bool, home: Path) -> None:
+    if not first:
+        module("workers.resharding.weight_adaptor")
+    rl_hook.setup()
+    registry = module("workers.resharding.weight_adaptor").WEIGHT_ADAPTOR_REGISTRY
+    assert registry["LlamaForCausalLM"].__name__ == "QwenMVWeightAdaptor"
+    assert registry["Qwen3MoeForCausalLM"] == "its own"
+
+
+def test_the_hook_imports_nothing(home: Path) -> None:
+    rl_hook.setup()
+    assert not [name for name in sys.modules if name.startswith("mindspeed_rl")]
+
+
+def test_a_pad_id_of_zero_counts(home: Path) -> None:
+    rl_hook.setup()
+    tokenizer = module("utils.tokenizer")._HuggingFaceTokenizer
+    assert (tokenizer(0).pad or 2) == 0 and (tokenizer(None).pad or 2) == 2
+    changed = tokenizer(0)
+    changed.pad = 7
+    assert changed.pad == 7
+
+
+def test_rollouts_get_ids(home: Path) -> None:
+    rl_hook.setup()
+    engine = module("models.rollout.vllm_engine").VLLMInferEngine()
+    generate = lambda prompts, sampling_params: prompts  # noqa: E731
+    engine.llm = SimpleNamespace(generate=generate)
+    assert engine.generate_sequences([[1, 2]]) == [{"prompt_token_ids": [1, 2]}]
+    assert engine.llm.generate is generate
+
+
+def test_only_updates_are_shuffled(home: Path) -> None:
+    rl_hook.setup()
+    engine = module("models.base.base_training_engine").BaseTrainingEngine()
+    passes = [engine._forward_backward_batch({}, forward_only=only) for only in (True, False)]
+    assert passes == [False, True] and engine.shuffle_mini_batch
+    engine.temperature = 0.0
+    with pytest.raises(UserError, match="temperature"):
+        engine._forward_backward_batch({})
+
+
+def length(response: str, label: str, weights: str = "") -> float:
+    """A user's reward, with a column of the data."""
+    return len(response) * float(weights or 1)
+
+
+def test_rewards_may_be_import_paths_and_must_exist(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rl_hook.setup()
+    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(length=length))
+    verifier = module("models.rule_verifier").verifier
+    config = SimpleNamespace(verifier_function=["acc", "my_rewards:length"], verifier_weight=[1.0, 0.5])
+    rewards, metrics = verifier(["ab", "abcd"], {"labels": ["", ""], "weights": ["1", "2"]}, config)
+    assert rewards == [1.0, 4.0] and metrics["my_rewards:length_rewards/mean"] == [2.0, 8.0]
+    config.verifier_function = ["acc", "retool_reward"]
+    with pytest.raises(UserError, match="retool_reward: unknown to this MindSpeed-RL"):
+        verifier(["a"], {"labels": [""]}, config)
+
+
+def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(home: Path, tmp_path: Path) -> None:
+    overrides = [f"minimind.output_dir={tmp_path}/out", "minimind.rewards=[my.module:f]", "rl_config.epochs=3"]
+    job = rl_launch.prepare("train_grpo.py", "grpo_minimind3_moe", overrides)
+    tree = yaml.safe_load(job.config.read_text())
+    assert set(tree) == {"model", "megatron_training", "actor_config", "rl_config", "generate_config"}
+    assert "moe_intermediate_size" in tree["model"]["minimind3_moe"] and tree["rl_config"]["epochs"] == 3
+    paths = [tree["megatron_training"][key] for key in ("data_path", "tokenizer_name_or_path")]
+    paths += [tree["actor_config"]["load"], tree["actor_config"]["save"], tree["rl_config"]["runtime_env_path"]]
+    assert all(Path(path).is_absolute() for path in paths)
+    assert tree["rl_config"]["verifier_function"] == ["math_17k_acc", "my.module:f"]
+    assert tree["rl_config"]["verifier_weight"] == [1.0, 1.0]
+    environment = yaml.safe_load(Path(tree["rl_config"]["runtime_env_path"]).read_text())
+    hook, _, function = environment["worker_process_setup_hook"].rpartition(".")
+    assert getattr(importlib.import_module(hook), function) is rl_hook.setup
+    assert str(ROOT) in environment["env_vars"]["PYTHONPATH"].split(":")
+    assert job.folder == home and job.command[1:] == [
+        *("cli/train_grpo.py", "--config-dir", str(job.config.parent), "--config-name", "grpo_minimind3_moe"),
+        f"hydra.run.dir={tmp_path}/out/hydra",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "override", "message"),
+    [
+        ("train_grpo.py", "grpo_minimind3", "minimind.algorithm=cispo", "not fit for mindspeed-rl-2.2.0"),
+        (
+            "train_ppo.py",
+            "grpo_minimind3",
+            "rl_config.epochs=1",
+            "ray_grpo is run by train_grpo.py, not by train_ppo.py",
+        ),
+    ],
+)
+def test_what_mindspeed_rl_cannot_do_is_not_launched(
+    program: str, name: str, override: str, message: str, home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        rl_launch.prepare(program, name, [override, f"minimind.output_dir={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINDSPEED_RL_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"found no MindSpeed-RL in .*nowhere; set MINDSPEED_RL_HOME"):
+        rl_launch.home()
