@@ -155,7 +155,7 @@ def call_user_rewards(module: ModuleType) -> None:
                 raise UserError(f"verifier_function {name}: unknown to this MindSpeed-RL (known: {known})")
         return total, metrics
 
-    module.verifier = verifier
+    module.verifier = verifier  # type: ignore[attr-defined]
     _log("verifiers may be import paths, and unknown ones are errors")
 
 

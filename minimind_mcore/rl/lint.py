@@ -129,7 +129,8 @@ def _composed(raw: Mapping[str, Any], file: Path, overrides: Sequence[str], devi
 
 def dump(tree: Mapping[str, Any]) -> str:
     """A tree as YAML, sections in their order."""
-    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)
+    text: str = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)
+    return text
 
 
 def keys(tree: Mapping[str, Any], version: str) -> list[Finding]:

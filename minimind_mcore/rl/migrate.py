@@ -81,7 +81,7 @@ def _colocate(tree: Tree) -> list[str]:
 def _separate(tree: Tree) -> list[str]:
     """Sections of workers apart need the switch, and then both sections and the resource."""
     rl = _section(tree, "rl_config")
-    apart = [name for name in ("ref_config", "reward_config") if name in tree]
+    apart: list[str] = [name for name in ("ref_config", "reward_config") if name in tree]
     apart += [f"rl_config.{name}" for name in RESOURCES if rl.get(name) is not None]
     if not apart:
         return []
@@ -102,12 +102,11 @@ def _separate(tree: Tree) -> list[str]:
 def _mini_batch(tree: Tree) -> list[str]:
     """The number of sequences that older versions took is a multiple of the step's."""
     rl, megatron = _section(tree, "rl_config"), _section(tree, "megatron_training")
-    size, samples, prompts = (
-        rl.get("mini_batch_size"),
-        rl.get("n_samples_per_prompt", 1),
-        megatron.get("global_batch_size"),
-    )
-    if not all(isinstance(value, int) for value in (size, samples, prompts)) or size <= prompts or size % samples:
+    found = (rl.get("mini_batch_size"), rl.get("n_samples_per_prompt", 1), megatron.get("global_batch_size"))
+    if not all(isinstance(value, int) for value in found):
+        return []
+    size, samples, prompts = (int(value or 0) for value in found)
+    if size <= prompts or size % samples:
         return []
     rl["mini_batch_size"] = size // samples
     return [
