@@ -165,8 +165,16 @@ def modes(config: Config) -> Iterator[Problem]:
             "generate_config.infer_tensor_parallel_size",
             f"{rl.actor_resource.num_npus} devices are not a multiple of {infer} (MindSpeed-RL's default is 8)",
         )
+    elif rl.actor_resource.num_npus and (actor.global_batch_size or 0) % (rl.actor_resource.num_npus // infer):
+        yield (
+            "megatron_training.global_batch_size",
+            f"{actor.global_batch_size} is not a multiple of the {rl.actor_resource.num_npus // infer} rollout engines",
+        )
     elif heads % infer:
         yield "generate_config.infer_tensor_parallel_size", f"{heads} key-value heads are not a multiple of {infer}"
+    algorithms = ("ulysses_cp_algo", "megatron_cp_algo")
+    if actor.context_parallel_size > 1 and actor.context_parallel_algo not in algorithms:
+        yield "megatron_training.context_parallel_algo", f"expected {' or '.join(algorithms)}"
     if rl.partial_rollout_max_split > 1 and rl.guarantee_order:
         yield "rl_config.guarantee_order", "must be false with partial_rollout_max_split above 1"
     if rl.multi_turn_enable and not rl.async_engine:
