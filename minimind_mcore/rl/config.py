@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +254,8 @@ def compose(
     others = [folder for folder in (beside, CONFIGS) if folder is not None and folder != where]
     known = any((folder / "device" / f"{kind}.yaml").is_file() for folder in (where, *others))
     here = [f"+device={kind}"] if known else []
-    here += [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in others)}]"] if others else []
+    quoted = [json.dumps(f"file://{folder}", ensure_ascii=False) for folder in others]  # white space in paths
+    here += [f"hydra.searchpath=[{','.join(quoted)}]"] if others else []
     GlobalHydra.instance().clear()
     try:
         with warnings.catch_warnings(), hydra.initialize_config_dir(config_dir=str(where), version_base=None):

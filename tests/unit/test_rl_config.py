@@ -225,11 +225,12 @@ def test_lint_rewrites_a_file_that_is_then_fit(tmp_path: Path, capsys: pytest.Ca
     generate = {"infer_tensor_parallel_size": 1, "max_model_len": 2048, "sampling_config": {"max_tokens": 256}}
     tree = {**GUIDE, "actor_config": {"model": "minimind3", "micro_batch_size": 4}, "generate_config": generate}
     tree["megatron_training"] = {**tree["megatron_training"], "dataset_additional_keys": ["labels"], "data_path": "x"}
-    file = tmp_path / "old.yaml"
+    file = tmp_path / "a kit" / "old.yaml"
+    file.parent.mkdir()
     file.write_text(yaml.safe_dump(tree))
     main(["lint", str(file), "--device", "none", "--fix"])
     assert "shuffle_minibatch: is called shuffle_mini_batch" in capsys.readouterr().out
-    assert yaml.safe_load((tmp_path / "old.yaml.orig").read_text()) == tree
+    assert yaml.safe_load((file.parent / "old.yaml.orig").read_text()) == tree
     main(["lint", str(file), "--device", "none"])
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(UserError, match="1 error for embedded"):
