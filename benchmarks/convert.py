@@ -33,6 +33,7 @@ from minimind_mcore.converters.hf_files import hf_config
 from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import sha256
@@ -109,6 +110,8 @@ def run_one(name: str, source: Path, output: Path) -> None:
     """Print seconds, CPU seconds and peak memory."""
     import transformers  # noqa: F401
 
+    if name.startswith("to_"):
+        keep_freed_memory()  # as the programs do
     before = resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
     WORK[name](source, output)

@@ -15,6 +15,7 @@ from typing import Any
 from minimind_mcore import arguments
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.converters.sharding import Sharding, parse_numbers
+from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.errors import UserError
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
@@ -46,6 +47,7 @@ _LEGACY = (
 
 def main_v2(argv: Sequence[str] | None = None) -> None:
     """The program convert_ckpt_v2.py."""
+    keep_freed_memory()  # of one tensor for the next
     args, given = _parse(V2, sys.argv[1:] if argv is None else argv)
     if args.transformer_impl != "local":
         raise UserError(
@@ -66,6 +68,7 @@ def main_v2(argv: Sequence[str] | None = None) -> None:
 
 def main_v1(argv: Sequence[str] | None = None) -> None:
     """The program convert_ckpt.py."""
+    keep_freed_memory()
     args, given = _parse(V1, sys.argv[1:] if argv is None else argv)
     if not args.use_mcore_models or args.load_from_legacy or args.save_to_legacy:
         raise UserError(_LEGACY)

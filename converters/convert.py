@@ -2,9 +2,9 @@
 
     result = convert(open_source(path), HFTarget(source, native=False, folder=None), Path("out"))
 
-Each tensor of the whole megatron-core model is read once, looked at, and handed to the target. Then what was
-written is opened as anybody would, and must give the same tensors: the same digest, computed on both sides.
-Only then does the output appear, as a whole.
+Each tensor of the whole megatron-core model is read once, looked at, and handed to the target, whose files are
+hashed as they fill. Then what was written is opened as anybody would, and must give the same tensors: the same
+digest, computed on both sides. Only then does the output appear, as a whole.
 """
 
 from __future__ import annotations
@@ -15,30 +15,27 @@ import json
 import os
 import shutil
 import time
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from minimind_mcore.converters.files import TensorWriter, as_bytes
+from minimind_mcore.converters.files import as_bytes
 from minimind_mcore.converters.progress import Progress
+from minimind_mcore.converters.sealing import Sealing
 from minimind_mcore.converters.source import Lazy, Source
 from minimind_mcore.converters.target import Target
-from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import (
     MANIFEST,
     check_manifest,
     disk_errors,
-    file_entry,
     fsync_directory,
     publish_directory,
     remove_abandoned,
@@ -47,9 +44,8 @@ from minimind_mcore.storage import (
 
 # What a small file, a header or a directory may need besides the tensors.
 SLACK_BYTES = 16 << 20
+DIGEST = "xxh3_128"  # in the manifest
 Digests = dict[str, str]
-FileEntry = dict[str, int | str]
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -90,18 +86,21 @@ def convert(
         UserError: whatever is wrong with the source, the target or the disk; then there is no output.
     """
     started = time.monotonic()
-    keep_freed_memory()  # else every tensor's memory is faulted in anew, a third of all time
     require_free(output)
     require_space(output, target.nbytes)
     with staging(output) as tmp, target, Pool() as pool, disk_errors(output):
         require_whole(source)
-        digests, sealing = stream(source, target, tmp, pool)
-        target.finish()
-        written = verify(source, target, tmp, digests, pool)  # while files are hashed and synced
-        digest = combined(digests)
-        require_digest(source, digest)
-        entries = {name: future.result() for name, future in sealing.items()}
-        target.record(entries, {"weights": {"digest": digest, "tensors": len(digests)}})
+        target.create(tmp)
+        with Sealing(target.writers) as sealing:
+            digests = stream(source, target, sealing, pool)
+            target.finish()
+            written = target.reopen(tmp)
+            sealing.finish()
+            verify(source, written, digests, pool)  # meanwhile
+            digest = combined(digests)
+            require_digest(source, digest)
+            entries = sealing.entries(tmp)
+        target.record(entries, {"weights": {DIGEST: digest, "tensors": len(digests)}})
         if probe:
             probe(written, tmp)
         publish(tmp, output, target.single_file)
@@ -111,12 +110,8 @@ def convert(
 # ------------------------------------------------------------------------------------------------------- pass
 
 
-def stream(source: Source, target: Target, root: Path, pool: Pool) -> tuple[Digests, dict[str, Future[FileEntry]]]:
-    """Read every tensor once and write what comes of it.
-
-    Returns:
-        Digests of the tensors by name, and manifest entries of the files to come.
-    """
+def stream(source: Source, target: Target, sealing: Sealing, pool: Pool) -> Digests:
+    """Read every tensor once and write what comes of it; returns digests of the tensors by name."""
 
     def pass_on(name: str) -> str:
         tensor = source.tensors[name].read()
@@ -127,22 +122,19 @@ def stream(source: Source, target: Target, root: Path, pool: Pool) -> tuple[Dige
 
     for check in source.checks:
         check()
-    target.create(root)
-    sealing: dict[str, Future[FileEntry]] = {}
     digests: Digests = {}
     with Progress("converting", source.nbytes) as progress:
         for name, digest in pool.map(pass_on, source.tensors):
             digests[name] = digest
             progress.add(source.tensors[name].nbytes)
-            for writer in target.completed():
-                sealing[str(writer.path.relative_to(root))] = pool.submit(seal, writer)
+            sealing.advance()
     _require_nothing("not read, or read twice, in the source", source.unread())
     _require_nothing("not written, or written twice", target.unwritten())
-    return digests, sealing
+    return digests
 
 
 def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
-    """A digest of a tensor: dtype, shape, CRC-32 and 64-bit sum of its bytes.
+    """A digest of a tensor: dtype, shape, XXH3 of 128 bits of its bytes.
 
     It tells apart what goes wrong by itself, at the speed of memory; nobody forges weights here, and the files
     have SHA-256 in their manifest.
@@ -153,9 +145,7 @@ def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
     if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise UserError(f"{name}: found {found}, expected {expected.shape} {expected.dtype}")
-    data = as_bytes(tensor)
-    total = np.frombuffer(data, np.uint64, len(data) // 8).sum(dtype=np.uint64)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(data):08x} {int(total):016x}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(as_bytes(tensor))}"
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -168,12 +158,6 @@ def combined(digests: Mapping[str, str]) -> str:
     """One digest of all."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]
-
-
-def seal(writer: TensorWriter) -> FileEntry:
-    """Make a complete file durable; returns its manifest entry."""
-    writer.close()
-    return file_entry(writer.path)
 
 
 def require_whole(source: Source) -> None:
@@ -207,7 +191,7 @@ def recorded_digest(source: Source) -> str | None:
     if not source.as_stored or not (source.path / MANIFEST).is_file():
         return None
     manifest = json.loads((source.path / MANIFEST).read_text(encoding="utf-8"))
-    digest: str | None = manifest.get("weights", {}).get("digest")
+    digest: str | None = manifest.get("weights", {}).get(DIGEST)
     return digest
 
 
@@ -219,13 +203,12 @@ def _require_undamaged(problems: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------- verify
 
 
-def verify(source: Source, target: Target, root: Path, digests: Mapping[str, str], pool: Pool) -> Mapping[str, Lazy]:
-    """Open what was written, and compare; returns its tensors.
+def verify(source: Source, written: Mapping[str, Lazy], digests: Mapping[str, str], pool: Pool) -> None:
+    """Read what was written, and compare.
 
     Raises:
         UserError: a tensor is missing, or reads back otherwise.
     """
-    written = target.reopen(root)
     _require_nothing("written and not read back", [name for name in digests if name not in written])
     differ = []
     with Progress("checking", source.nbytes) as progress:
@@ -233,7 +216,6 @@ def verify(source: Source, target: Target, root: Path, digests: Mapping[str, str
             differ += [name] if found != digests[name] else []
             progress.add(written[name].nbytes)
     _require_nothing("not the same when read back", differ)
-    return written
 
 
 def _require_nothing(what: str, names: list[str]) -> None:
@@ -301,24 +283,23 @@ class Pool:
         # one core each, and not a team of them
         self._executor = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
 
-    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Start work."""
-        return self._executor.submit(work, *args, **kwargs)
-
     def map(self, work: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
-        """(name, result) in order; no more is begun than there are threads, so that few tensors are in memory.
+        """(name, result), as they are ready; no more is begun than there are threads, so that memory holds few tensors.
 
         Raises:
             UserError: that of the work.
         """
-        running: deque[tuple[str, Future[T]]] = deque()
+        running: dict[Future[T], str] = {}
         for name in names:
             if len(running) == self._workers:
-                first, future = running.popleft()
-                yield first, future.result()
-            running.append((name, self.submit(work, name)))
-        for name, future in running:
-            yield name, future.result()
+                yield from self._ready(running)
+            running[self._executor.submit(work, name)] = name
+        while running:
+            yield from self._ready(running)
+
+    def _ready(self, running: dict[Future[T], str]) -> Iterator[tuple[str, T]]:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
 
     def __enter__(self) -> Pool:
         return self

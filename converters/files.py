@@ -4,18 +4,21 @@ file = open_tensors(path)                      # .safetensors, or what torch.sav
 tensor = file.read("model.norm.weight")        # maps just these bytes
 file.unread()                                  # names of which not every byte was read once
 
-with TensorWriter(path, slots, offsets) as writer:
+with create_safetensors(path, slots) as writer:
     writer.write("model.norm.weight", tensor)
+    writer.hash_written()                      # whenever one likes: what is complete from the beginning on
+    writer.close()                             # {"bytes": ..., "sha256": ...}
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
 import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +28,13 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.storage import disk_errors
+from minimind_mcore.storage import FileEntry, disk_errors
 
 Shape = tuple[int, ...]
+HASHED_AT_ONCE = 1 << 19  # small enough to stay in a core's cache
+# A larger write has Linux look for as large a piece of free memory to put it in, which on virtual machines is
+# mostly what the host has taken back: ten times the CPU time.
+WRITTEN_AT_ONCE = 1 << 16
 
 # https://github.com/huggingface/safetensors: the dtypes that weights come in
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -134,7 +141,7 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 class TensorWriter:
-    """A file that is filled in tensor by tensor, each at its place.
+    """A file that is filled in tensor by tensor, each at its place, and hashed as it fills.
 
     Args:
         path: exists already where `offset`s lie behind something that is kept.
@@ -148,7 +155,9 @@ class TensorWriter:
     def __init__(self, path: Path, entries: Mapping[str, Entry], size: int) -> None:
         self.path, self.entries = path, dict(entries)
         self._written: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock, self._hash_lock = threading.Lock(), threading.Lock()
+        self._size, self._hashed, self._sha256 = size, 0, hashlib.sha256()
+        self._to_hash = deque(sorted(entries, key=lambda name: entries[name].offset))
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with disk_errors(path):
             os.ftruncate(self._fd, size)  # not fallocate: writing to what it reserves takes twice the time on ext4
@@ -168,19 +177,60 @@ class TensorWriter:
         with disk_errors(self.path):
             done = 0
             while done < nbytes:
-                done += os.pwrite(self._fd, data[done:], entry.offset + block * nbytes + done)
+                piece = data[done : done + WRITTEN_AT_ONCE]
+                done += os.pwrite(self._fd, piece, entry.offset + block * nbytes + done)
         with self._lock:
             self._written[name] += nbytes
 
     def unwritten(self) -> list[str]:
         """Tensors of which some byte was not written, or was written twice."""
-        return [name for name, entry in self.entries.items() if self._written[name] != entry.nbytes]
+        return [name for name in self.entries if not self._is_written(name)]
 
-    def close(self) -> None:
-        """Make the bytes durable."""
+    def _is_written(self, name: str) -> bool:
+        return self._written[name] == self.entries[name].nbytes
+
+    @property
+    def can_hash(self) -> bool:
+        """Whether `hash_written` has something to do."""
+        return bool(self._to_hash) and self._is_written(self._to_hash[0])
+
+    def hash_written(self) -> None:
+        """Read and hash the file, from where the last call ended to the first tensor that is not there yet."""
+        with self._hash_lock:
+            while self.can_hash:
+                name = self._to_hash[0]
+                entry = self.entries[name]
+                self._hash(entry.offset)  # what lies before it
+                self._hash(entry.offset + entry.nbytes, name)
+                self._to_hash.popleft()
+
+    def _hash(self, end: int, name: str | None = None) -> None:
+        """Hash up to there; the bytes are those of that tensor."""
+        buffer = memoryview(bytearray(min(HASHED_AT_ONCE, end - self._hashed)))
+        while self._hashed < end:
+            count = os.preadv(self._fd, [buffer[: end - self._hashed]], self._hashed)
+            if count == 0:
+                raise UserError(f"{self.path}: became shorter while it was written; expected {self._size:,} bytes")
+            self._hashed += count
+            self._sha256.update(buffer[:count])
+            if name is not None:
+                self._passed(name, buffer[:count])
+
+    def _passed(self, name: str, data: memoryview) -> None:
+        """Called with all bytes of each tensor, in order, as they are read back."""
+
+    def _complete(self) -> None:
+        """Write what depends on all tensors; it lies behind them."""
+
+    def close(self) -> FileEntry:
+        """Hash the rest and make all bytes durable; returns size and SHA-256."""
         with disk_errors(self.path):
+            self.hash_written()
+            self._complete()
+            self._hash(self._size)
             os.fsync(self._fd)
         self.abandon()
+        return {"bytes": self._size, "sha256": self._sha256.hexdigest()}
 
     def abandon(self) -> None:
         """Close without syncing."""

@@ -26,7 +26,7 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type
 from minimind_mcore.models.rules import Rule, Stack, Zeros
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
-from minimind_mcore.storage import file_entry, write_manifest
+from minimind_mcore.storage import FileEntry, file_entry, write_manifest
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SHARD_BYTES = 2 << 30
@@ -145,12 +145,10 @@ def _outputs(rule: Rule, inputs: list[Stored]) -> list[Lazy]:
         found = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in inputs)
         raise UserError(f"expected one dtype, found {found}; give --params-dtype after making them equal")
     dtype = inputs[0].dtype
-    if isinstance(rule, Stack):
-        shape, blocks = rule.shapes[0][1:], len(rule.mcore)
-        stacked = inputs[0]
+    shape = rule.mcore_shapes[0]
+    if isinstance(rule, Stack):  # no other makes several
+        stacked, blocks = inputs[0], len(rule.mcore)
         return [Lazy(shape, dtype, functools.partial(_block, stacked, e, blocks, shape)) for e in range(blocks)]
-    shapes = [tuple(t.shape) for t in rule.to_mcore([torch.empty(t.shape, device="meta") for t in inputs])]
-    (shape,) = shapes  # only `Stack` makes several
     return [Lazy(shape, dtype, lambda: _apply(rule, inputs)[0])]
 
 
@@ -263,7 +261,7 @@ class HFTarget(StateTarget):
         """See `Target`."""
         hf_files.write(self._root, self.source, native=self.form == "native", folder=self.folder)
 
-    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`."""
         small = {p.name: file_entry(p) for p in sorted(self._root.iterdir()) if p.name not in manifest}
         write_manifest(self._root, {**manifest, **small}, **about)
@@ -293,7 +291,7 @@ class PthTarget(StateTarget):
     def finish(self) -> None:
         """See `Target`: nothing."""
 
-    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`: a single file has no manifest."""
 
     def reopen(self, root: Path) -> Mapping[str, Lazy]:

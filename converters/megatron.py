@@ -26,7 +26,7 @@ from minimind_mcore.converters.torch_zip import Archive, StoredTensor, create_to
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.storage import atomic_write_text, write_manifest
+from minimind_mcore.storage import FileEntry, atomic_write_text, write_manifest
 
 NAME = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -177,11 +177,9 @@ def _whole(name: str, shape: tuple[int, ...], parts: list[Part], files: Files, t
         raise UserError(f"{name}: its parts have dtypes {', '.join(map(str, dtypes))}, expected one")
 
     def read() -> Tensor:
-        meta = torch.empty(shape, device="meta")
         by_rank: dict[int, list[Tensor]] = defaultdict(list)
         for part in parts:
-            expected = tuple(part.cut(name, meta, tp).shape)
-            tensor = read_part(files, part, expected)
+            tensor = read_part(files, part, part.shape(name, shape, tp))
             by_rank[part.rank if weights.is_split(name) else 0].append(tensor.t() if part.grouped else tensor)
         for copies in by_rank.values():
             if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
@@ -258,9 +256,8 @@ class MegatronTarget(Target):
         # all values of a tensor that several ranks have are counted for each
         self._slots: dict[str, dict[str, dict[str, Slot]]] = defaultdict(lambda: defaultdict(dict))
         for name, tensor in source.tensors.items():
-            meta = torch.empty(tensor.shape, device="meta")
             for part in self._parts[name]:
-                shape = _joined_shape(part, tuple(part.cut(name, meta, sharding.tp).shape))
+                shape = _joined_shape(part, part.shape(name, tensor.shape, sharding.tp))
                 self._slots[part.folder][part.chunk][part.name] = Slot(shape, tensor.dtype)
 
     @property
@@ -300,7 +297,7 @@ class MegatronTarget(Target):
     def finish(self) -> None:
         """See `Target`: nothing."""
 
-    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`. The tracker is written last."""
         directory = self._root / f"iter_{self.iteration:07d}"
         entries = {str(Path(name).relative_to(directory.name)): entry for name, entry in manifest.items()}

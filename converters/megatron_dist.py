@@ -29,7 +29,7 @@ from minimind_mcore.converters.torch_zip import StoredTensor, read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.storage import atomic_write_text, file_entry, write_manifest
+from minimind_mcore.storage import FileEntry, atomic_write_text, file_entry, write_manifest
 
 _EXPERT = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
@@ -206,7 +206,7 @@ class MegatronDistTarget(Target):
             _save(self._directory, state | {"model": self._sharded()})
         self._tensors.clear()
 
-    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`."""
         entries = {p.name: file_entry(p) for p in sorted(self._directory.iterdir())}
         write_manifest(self._directory, entries, **about)

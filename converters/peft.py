@@ -16,7 +16,7 @@ from minimind_mcore.converters.target import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.rules import Rule
-from minimind_mcore.storage import file_entry, write_manifest
+from minimind_mcore.storage import FileEntry, file_entry, write_manifest
 
 NAME, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -117,7 +117,7 @@ class PeftTarget(Target):
         }
         (self._root / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`."""
         write_manifest(self._root, {**manifest, CONFIG: file_entry(self._root / CONFIG)}, **about)
 

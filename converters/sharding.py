@@ -22,6 +22,7 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig, format_flags
+from minimind_mcore.models.rules import Shape
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.linear_(fc[12])\.weight$")
@@ -53,6 +54,11 @@ class Part:
         """This part of the whole tensor of that name, as the file has it."""
         part = weights.shard(name, whole, self.rank, tp)
         return part.t() if self.grouped else part
+
+    def shape(self, name: str, whole: Shape, tp: int) -> Shape:
+        """The shape of what `cut` gives."""
+        shape = weights.shard_shape(name, whole, tp)
+        return shape[::-1] if self.grouped else shape
 
 
 @dataclass(frozen=True, kw_only=True)

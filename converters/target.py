@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from minimind_mcore.converters.files import TensorWriter
 from minimind_mcore.converters.source import Lazy
+from minimind_mcore.storage import FileEntry
 
 
 class Target(ABC):
@@ -19,7 +20,6 @@ class Target(ABC):
 
     def __init__(self) -> None:
         self.writers: list[TensorWriter] = []
-        self._handed_out: set[Path] = set()
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class Target(ABC):
         """Write what is not tensors; then it can be opened."""
 
     @abstractmethod
-    def record(self, manifest: Mapping[str, dict[str, int | str]], about: Mapping[str, object]) -> None:
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """Write the manifest, and what must come last.
 
         Args:
@@ -57,13 +57,6 @@ class Target(ABC):
         from minimind_mcore.converters.opening import open_source
 
         return open_source(root).tensors
-
-    def completed(self) -> Iterator[TensorWriter]:
-        """Files whose last byte was written since the last call."""
-        for writer in self.writers:
-            if writer.path not in self._handed_out and not writer.unwritten():
-                self._handed_out.add(writer.path)
-                yield writer
 
     def unwritten(self) -> list[str]:
         """Places for tensors of which a byte was not written, or was written twice."""

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch.serialization import skip_data
 
-from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter, as_bytes
+from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import disk_errors
 
@@ -221,19 +221,19 @@ def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
 
 
 class TorchWriter(TensorWriter):
-    """A file that `torch.load` reads; tensors are written to their places, checksums when it is closed."""
+    """A file that `torch.load` reads; tensors are written to their places, their checksums at the end."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], storages: Mapping[str, str]) -> None:
         super().__init__(path, entries, path.stat().st_size)
         self._storages = storages
+        self._crcs = dict.fromkeys(entries, 0)
 
-    def close(self) -> None:
-        """Write the checksums of the records, and make the bytes durable."""
-        file = TensorFile(self.path, self.entries)
-        crcs = {f"data/{self._storages[name]}": zlib.crc32(as_bytes(file.read(name))) for name in self.entries}
-        with disk_errors(self.path), open(self.path, "r+b") as f:
-            _patch_checksums(f, crcs)
-        super().close()
+    def _passed(self, name: str, data: memoryview) -> None:
+        self._crcs[name] = zlib.crc32(data, self._crcs[name])
+
+    def _complete(self) -> None:
+        with open(self.path, "r+b") as f:
+            _patch_checksums(f, {f"data/{self._storages[name]}": crc for name, crc in self._crcs.items()})
 
 
 def _patch_checksums(file: IO[bytes], crcs: Mapping[str, int]) -> None:

@@ -26,6 +26,7 @@ import psutil
 from minimind_mcore.errors import UserError
 
 MANIFEST = "manifest.json"
+FileEntry = dict[str, int | str]  # of a file in a manifest: "bytes" and "sha256"
 
 
 def fsync_directory(path: Path) -> None:
@@ -153,12 +154,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, int | str]:
+def file_entry(path: Path) -> FileEntry:
     """Size and SHA-256 of a file, as a manifest records them."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def write_manifest(directory: Path, entries: dict[str, dict[str, int | str]], **about: object) -> None:
+def write_manifest(directory: Path, entries: dict[str, FileEntry], **about: object) -> None:
     """Record the files of a directory, by relative name, in its `manifest.json`; and more, by keyword."""
     atomic_write_text(directory / MANIFEST, json.dumps({"files": entries, **about}, indent=1) + "\n")
 

@@ -13,6 +13,12 @@ from minimind_mcore.errors import UserError
 Shape = tuple[int, ...]
 
 
+def _joined(shapes: Sequence[Shape], axis: int) -> Shape:
+    """The shape of tensors that are put one behind the other."""
+    first = shapes[0]
+    return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """`hf` tensors of these `shapes` are the `mcore` tensors. This one: the same tensor, renamed.
@@ -25,6 +31,11 @@ class Rule:
     shapes: tuple[Shape, ...]
     required: bool = True
     written: bool = True
+
+    @property
+    def mcore_shapes(self) -> tuple[Shape, ...]:
+        """Of the `mcore` tensors, in order."""
+        return self.shapes
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The `mcore` tensors, from those of `hf`, in order."""
@@ -40,6 +51,11 @@ class QKV(Rule):
     """q, k and v in one matrix: for each key-value head, the query heads it serves, its k, its v."""
 
     kv_heads: int
+
+    @property
+    def mcore_shapes(self) -> tuple[Shape, ...]:
+        """All rows in one."""
+        return (_joined(self.shapes, 0),)
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Interleave."""
@@ -83,6 +99,11 @@ class Concat(Rule):
 
     axis: int
 
+    @property
+    def mcore_shapes(self) -> tuple[Shape, ...]:
+        """One."""
+        return (_joined(self.shapes, self.axis),)
+
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Join."""
         return [torch.cat(tuple(tensors), dim=self.axis)]
@@ -95,6 +116,12 @@ class Concat(Rule):
 @dataclass(frozen=True, kw_only=True)
 class Stack(Rule):
     """One tensor of transformers holds the experts along its first axis."""
+
+    @property
+    def mcore_shapes(self) -> tuple[Shape, ...]:
+        """One an expert."""
+        ((experts, *shape),) = self.shapes
+        return (tuple(shape),) * experts
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One tensor an expert."""
@@ -119,7 +146,7 @@ class Doubled(Rule):
             UserError: a subnormal loses its last bit, so that the way back would not lead to the same weights.
         """
         half = tensors[0] / 2
-        if not half.is_meta and not torch.equal(half * 2, tensors[0]):
+        if not torch.equal(half * 2, tensors[0]):
             raise UserError(
                 f"{self.hf[0]}: halving it in {half.dtype} is not exact, as some values are odd multiples of the "
                 "smallest there is; convert with --params-dtype fp32"
@@ -134,6 +161,11 @@ class Doubled(Rule):
 @dataclass(frozen=True, kw_only=True)
 class Zeros(Rule):
     """A parameter that transformers has and MiniMind has not: it must be zero."""
+
+    @property
+    def mcore_shapes(self) -> tuple[Shape, ...]:
+        """None."""
+        return ()
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Nothing, if all are zero."""

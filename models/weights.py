@@ -238,10 +238,7 @@ def mcore_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Names and shapes of the whole megatron-core model."""
     shapes: dict[str, Shape] = {}
     for rule in _table(config, "hf"):
-        if not rule.mcore:
-            continue
-        meta = [torch.empty(shape, device="meta") for shape in rule.shapes]
-        shapes |= {n: tuple(t.shape) for n, t in zip(rule.mcore, rule.to_mcore(meta), strict=True)}
+        shapes |= dict(zip(rule.mcore, rule.mcore_shapes, strict=True))
     return shapes
 
 
@@ -300,11 +297,21 @@ def shard(name: str, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
     split = _split(name)
     if split is None or tp_size == 1:
         return tensor
+    shard_shape(name, tuple(tensor.shape), tp_size)
     axis, blocks = split
-    if tensor.shape[axis] % (blocks * tp_size):
-        raise UserError(f"{name}: axis {axis} of {tuple(tensor.shape)} does not divide by a TP size of {tp_size}")
     parts = [block.chunk(tp_size, dim=axis)[tp_rank] for block in tensor.chunk(blocks, dim=axis)]
     return parts[0] if blocks == 1 else torch.cat(parts, dim=axis)
+
+
+def shard_shape(name: str, shape: Shape, tp_size: int) -> Shape:
+    """The shape of what `shard` gives; raises as it does."""
+    split = _split(name)
+    if split is None or tp_size == 1:
+        return shape
+    axis, blocks = split
+    if shape[axis] % (blocks * tp_size):
+        raise UserError(f"{name}: axis {axis} of {shape} does not divide by a TP size of {tp_size}")
+    return (*shape[:axis], shape[axis] // tp_size, *shape[axis + 1 :])
 
 
 def unshard(name: str, tensors: Sequence[Tensor]) -> Tensor:
