@@ -7,6 +7,7 @@ and must give the logits that the installed transformers gives with the weights 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_transformers_4_loads_what_is_written(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["minimind3", "minimind3_moe"])
 def test_eval_llm_of_minimind_loads_what_is_written(name: str, file: bool, tmp_path: Path) -> None:
     directory = directory_of("MINIMIND_DIR", "checkout of MiniMind")
+    transformers_4 = directory_of("TRANSFORMERS_4_DIR", "transformers 4, which MiniMind requires,")
     code = directory / "model"  # with its tokenizer; a path with this word is what eval_llm.py takes for a .pth
     folder = tmp_path.parent / f"eval-{name}-{file}".replace("model", "")
     folder.mkdir()
@@ -101,7 +103,7 @@ def test_eval_llm_of_minimind_loads_what_is_written(name: str, file: bool, tmp_p
         hidden_size=64,
         num_kv_heads=4,
         ffn_hidden_size=256,
-        moe=moe and moe.replace(ffn_hidden_size=256),
+        moe=moe and dataclasses.replace(moe, ffn_hidden_size=256),
     )
     ids = torch.randint(0, config.vocab_size, (2, 24))
     mcore, expected = make(folder, config, ids)
@@ -112,5 +114,5 @@ def test_eval_llm_of_minimind_loads_what_is_written(name: str, file: bool, tmp_p
         convert(source, HFTarget(source, native=True, folder=code), folder / "native")
     load_from = str(code) if file else str(folder / "native")
     size = ["64", str(config.num_layers), str(int(moe is not None))]
-    run(MINIMIND, load_from, "full_sft", *size, "logits", folder=folder, PYTHONPATH="")
+    run(MINIMIND, load_from, "full_sft", *size, "logits", folder=folder, PYTHONPATH=str(transformers_4))
     torch.testing.assert_close(torch.load(folder / "logits"), expected, atol=1e-5, rtol=0)
