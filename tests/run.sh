@@ -6,6 +6,7 @@
 #   bash tests/run.sh -m slow                  # what takes minutes
 #
 # MINIMIND_TOKENIZER_DIR   a folder with MiniMind's published tokenizers as v2/ and v3/; tests that need them skip without
+# MINIMIND_DIR             a checkout of MiniMind, whose eval_llm.py loads what the converters write
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,6 +20,13 @@ if [ ! -d "$MCORE_012_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --only-
     --target "$MCORE_012_DIR" megatron-core==0.12.1 2> /dev/null; then
     echo "tests: megatron-core 0.12.1 has no build for $("$PYTHON" --version); its tests skip" >&2
     unset MCORE_012_DIR
+fi
+# The version that MiniMind stands on.
+export TRANSFORMERS_4_DIR=$PWD/.venv/transformers-4
+if [ ! -d "$TRANSFORMERS_4_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --only-binary :all: \
+    --target "$TRANSFORMERS_4_DIR" transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.1 2> /dev/null; then
+    echo "tests: transformers 4 cannot be installed; its tests skip" >&2
+    unset TRANSFORMERS_4_DIR
 fi
 
 if [ $# -eq 0 ]; then
