@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ def read_mcore(folder: Path) -> dict[str, Tensor]:
     """All tensors of a Megatron checkpoint, by torch; "mp_rank_00_001/model/NAME"."""
     tensors = {}
     for file in sorted(folder.glob("iter_*/mp_rank_*/model_optim_rng.pt")):
+        with zipfile.ZipFile(file) as archive:
+            assert archive.testzip() is None, f"{file}: a record has another CRC-32"
         content = torch.load(file, weights_only=False)
         for chunk in (key for key in content if key.startswith("model")):
             tensors |= {f"{file.parent.name}/{chunk}/{name}": t for name, t in content[chunk].items()}
