@@ -31,7 +31,7 @@ from minimind_mcore.storage import MANIFEST, atomic_directory
 
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ESTIMATORS = {"group_norm": "grpo", "gae": "gae"}
-KL = {"low_var_kl": "low_var_kl", "kl": "kl", "abs": "abs", "mse": "mse"}
+KL = ("low_var_kl", "kl", "abs", "mse")
 ALGORITHMS = ("grpo", "dr_grpo", "cispo", "ppo")
 
 REWARD = '''"""Rewards of this run, for verl's custom_reward_function: the kit must be installed beside verl."""
@@ -184,13 +184,10 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
     Raises:
         UserError: an algorithm that verl's main_ppo does not have.
     """
-    rl, actor, generate, ours = config.rl, config.actor, config.generate, config.minimind
+    rl, actor, ours = config.rl, config.actor, config.minimind
     if ours.algorithm not in ALGORITHMS:
-        raise UserError(
-            f"minimind.algorithm: {ours.algorithm} is not in verl's main_ppo; it has {', '.join(ALGORITHMS)}"
-        )
-    sampling, samples = generate.sampling_config, rl.n_samples_per_prompt
-    policy, rollout, reference = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
+        known = ", ".join(ALGORITHMS)
+        raise UserError(f"minimind.algorithm: {ours.algorithm} is not in verl's main_ppo; it has {known}")
     values: dict[str, Any] = {
         "algorithm.adv_estimator": ESTIMATORS.get(rl.adv_estimator, "grpo"),
         "algorithm.norm_adv_by_std_in_grpo": ours.algorithm != "dr_grpo",
@@ -200,33 +197,12 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         "algorithm.kl_ctrl.kl_coef": rl.init_kl_coef,
         "data.train_batch_size": actor.global_batch_size,
         "data.max_prompt_length": rl.max_prompt_length,
-        "data.max_response_length": sampling.max_tokens,
+        "data.max_response_length": config.generate.sampling_config.max_tokens,
         "data.shuffle": not actor.no_shuffle,
-        f"{policy}.optim.lr": actor.lr,
-        f"{policy}.optim.weight_decay": actor.weight_decay,
-        f"{policy}.grad_clip": actor.clip_grad,
-        f"{policy}.ppo_mini_batch_size": rl.mini_batch_size // samples,
-        f"{policy}.ppo_micro_batch_size_per_gpu": actor.micro_batch_size,
-        f"{policy}.ppo_epochs": rl.epochs,
-        f"{policy}.clip_ratio": rl.clip_ratio,
-        f"{policy}.clip_ratio_low": rl.clip_ratio_low if rl.clip_higher_enable else rl.clip_ratio,
-        f"{policy}.clip_ratio_high": rl.clip_ratio_high if rl.clip_higher_enable else rl.clip_ratio,
-        f"{policy}.entropy_coeff": rl.entropy_coeff,
-        f"{policy}.loss_agg_mode": "token-mean" if rl.token_level_loss else "seq-mean-token-mean",
-        f"{policy}.use_kl_loss": not rl.use_kl_in_reward and rl.init_kl_coef > 0,
-        f"{policy}.kl_loss_coef": rl.init_kl_coef,
-        f"{policy}.kl_loss_type": KL.get(rl.kl_penalty, "low_var_kl"),
-        f"{policy}.shuffle": rl.shuffle_mini_batch,
-        f"{rollout}.name": "vllm",
-        f"{rollout}.n": samples,
-        f"{rollout}.temperature": sampling.temperature,
-        f"{rollout}.top_p": sampling.top_p,
-        f"{rollout}.top_k": sampling.top_k,
-        f"{rollout}.tensor_model_parallel_size": generate.infer_tensor_parallel_size,
-        f"{rollout}.gpu_memory_utilization": generate.gpu_memory_utilization,
-        f"{rollout}.max_num_seqs": generate.max_num_seqs,
-        f"{rollout}.log_prob_micro_batch_size_per_gpu": rl.actor_forward_micro_batch_size or actor.micro_batch_size,
-        f"{reference}.log_prob_micro_batch_size_per_gpu": rl.ref_forward_micro_batch_size or actor.micro_batch_size,
+        **{f"actor_rollout_ref.actor.{key}": value for key, value in _actor(config).items()},
+        **{f"actor_rollout_ref.rollout.{key}": value for key, value in _rollout(config).items()},
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": rl.ref_forward_micro_batch_size
+        or actor.micro_batch_size,
         "trainer.n_gpus_per_node": rl.actor_resource.num_npus,
         "trainer.nnodes": 1,
         "trainer.total_training_steps": actor.train_iters,
@@ -237,9 +213,6 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         "trainer.logger": '["console","tensorboard"]',
         "custom_reward_function.name": "compute_score",
     }
-    if ours.algorithm == "cispo":
-        values[f"{policy}.policy_loss.loss_mode"] = "cispo"
-        values[f"{policy}.clip_ratio_low"], values[f"{policy}.clip_ratio_high"] = 1.0, ours.cispo_clip - 1.0
     if ours.algorithm == "ppo":
         values["critic.optim.lr"] = config.critic.lr if config.critic else actor.lr
         values["critic.cliprange_value"] = rl.cliprange_value
@@ -248,3 +221,45 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         values["algorithm.rollout_correction.rollout_is"] = "token"
         values["algorithm.rollout_correction.rollout_is_threshold"] = ours.rollout_correction_cap
     return values
+
+
+def _actor(config: Config) -> dict[str, Any]:
+    """Optimizer, mini-batches and loss."""
+    rl, actor, ours = config.rl, config.actor, config.minimind
+    low, high = (rl.clip_ratio_low, rl.clip_ratio_high) if rl.clip_higher_enable else (rl.clip_ratio, rl.clip_ratio)
+    if ours.algorithm == "cispo":
+        low, high = 1.0, ours.cispo_clip - 1.0
+    return {
+        "optim.lr": actor.lr,
+        "optim.weight_decay": actor.weight_decay,
+        "grad_clip": actor.clip_grad,
+        "ppo_mini_batch_size": rl.mini_batch_size // rl.n_samples_per_prompt,
+        "ppo_micro_batch_size_per_gpu": actor.micro_batch_size,
+        "ppo_epochs": rl.epochs,
+        "shuffle": rl.shuffle_mini_batch,
+        "policy_loss.loss_mode": "cispo" if ours.algorithm == "cispo" else "vanilla",
+        "clip_ratio": rl.clip_ratio,
+        "clip_ratio_low": low,
+        "clip_ratio_high": high,
+        "entropy_coeff": rl.entropy_coeff,
+        "loss_agg_mode": "token-mean" if rl.token_level_loss else "seq-mean-token-mean",
+        "use_kl_loss": not rl.use_kl_in_reward and rl.init_kl_coef > 0,
+        "kl_loss_coef": rl.init_kl_coef,
+        "kl_loss_type": rl.kl_penalty if rl.kl_penalty in KL else "low_var_kl",
+    }
+
+
+def _rollout(config: Config) -> dict[str, Any]:
+    """vLLM and sampling."""
+    generate, sampling = config.generate, config.generate.sampling_config
+    return {
+        "name": "vllm",
+        "n": config.rl.n_samples_per_prompt,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "tensor_model_parallel_size": generate.infer_tensor_parallel_size,
+        "gpu_memory_utilization": generate.gpu_memory_utilization,
+        "max_num_seqs": generate.max_num_seqs,
+        "log_prob_micro_batch_size_per_gpu": config.rl.actor_forward_micro_batch_size or config.actor.micro_batch_size,
+    }
