@@ -8,7 +8,7 @@
 #   NUM_CPUS       that Ray gives away on this host (default: all cores)
 #   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: Ray's own, /tmp/ray)
 #   WAIT_SECONDS   how long to wait for the head or for hosts (default 600)
-# Arguments are hydra overrides, such as actor_config.lr=1e-6. Paths in the YAML are relative to the repository.
+# Arguments are hydra overrides, such as actor_config.lr=1e-6; --dry-run checks everything and trains nothing. Paths in the YAML are relative to the repository.
 # common.sh has the settings of Python, device and data.
 RL_BACKEND=${BACKEND:-}
 BACKEND=native
@@ -48,18 +48,22 @@ stop_ray() {
 prepare_tiny() {
     local data=$DATA_DIR/grpo_minimind_math begin=$ROOT/outputs/minimind3_tiny/math_sft
     [[ $CONFIG == *_tiny ]] || return 0
-    [ -f "${data}_packed_input_ids_document.idx" ] || bash "$ROOT/examples/data/preprocess_data.sh" grpo_minimind_math
-    if [ ! -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ]; then
-        MODEL=minimind3_tiny DATA_PATH=$DATA_DIR/sample_math_sft.jsonl TOKENIZER_PATH=$DATA_DIR/tokenizer \
-            PROMPT_TYPE=chatml_de OUTPUT_DIR=$begin CKPT_LOAD_DIR=$ROOT/outputs/minimind3_tiny/none BACKEND=native \
-            bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh"
-    fi
     OVERRIDES=(
         "megatron_training.tokenizer_name_or_path=$DATA_DIR/tokenizer"
         "megatron_training.data_path=$data"
         "minimind.eval_data=${data}_unseen"
         "actor_config.load=$begin/checkpoints"
     )
+    if [ -n "$DRY_RUN" ]; then
+        [ -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ] || OVERRIDES+=(--data-pending)
+        return
+    fi
+    [ -f "${data}_packed_input_ids_document.idx" ] || bash "$ROOT/examples/data/preprocess_data.sh" grpo_minimind_math
+    if [ ! -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ]; then
+        MODEL=minimind3_tiny DATA_PATH=$DATA_DIR/sample_math_sft.jsonl TOKENIZER_PATH=$DATA_DIR/tokenizer \
+            PROMPT_TYPE=chatml_de OUTPUT_DIR=$begin CKPT_LOAD_DIR=$ROOT/outputs/minimind3_tiny/none BACKEND=native \
+            bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh"
+    fi
 }
 
 # run_training OVERRIDES...: train_grpo.py, or the program of the configuration's algorithm.

@@ -72,14 +72,22 @@ class Cluster:
                     f"waiting for the cluster ({waited:.0f} of {patience:g} s): {self._missing(count, bundle, what)}"
                 )
 
-    def wait_for_nodes(self, places: list[Place], patience: float) -> None:
-        """Wait until the hosts of all places are there again, after one was lost.
+    def wait_for_hosts(self, patience: float) -> None:
+        """Wait until all places are there again, after a host was lost.
 
         Raises:
             UserError: they are not within `patience` seconds.
         """
-        for group in {id(place.group): place.group for place in places}.values():
-            self._wait(group, group.bundle_count, group.bundle_specs[0], patience, "the run")
+        started, said = time.monotonic(), 0.0
+        while lost := [g for g in self.groups if placement_group_table(g)["state"] != "CREATED"]:
+            waited = time.monotonic() - started
+            facts = self._missing(lost[0].bundle_count, lost[0].bundle_specs[0], "a host was lost; the run")
+            if waited > patience:
+                raise UserError(f"after {patience:g} s: {facts}. Checkpoints are whole: the same command goes on")
+            if waited >= said:
+                said = waited + SAY_EVERY_SECONDS
+                self.say(f"waiting for the cluster ({waited:.0f} of {patience:g} s): {facts}")
+            time.sleep(1.0)
 
     def _missing(self, count: int, bundle: dict[str, float], what: str) -> str:
         """What there is, and what is needed."""

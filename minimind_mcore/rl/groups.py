@@ -60,12 +60,15 @@ class Groups:
             self.reference = TrainGroup(config, "reference", own, 1.0)
         self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
         engines = self._engines(config, world)
-        self.restarts = Restarts("training ranks", ours.max_restarts, say)
+        self.restarts = self._restarts("training ranks", ours.max_restarts)
         model = ModelConfig.from_args(command_line(config, "actor", world))
         self.rollout = RolloutGroup(
-            config, model, known, engines, 0.4, Restarts("rollout actors", ours.max_restarts, say)
+            config, model, known, engines, 0.4, self._restarts("rollout actors", ours.max_restarts)
         )
-        self.rewards: Pool = reward_pool(config, Restarts("reward actors", ours.max_restarts, say))
+        self.rewards: Pool = reward_pool(config, self._restarts("reward actors", ours.max_restarts))
+
+    def _restarts(self, kind: str, most: int) -> Restarts:
+        return Restarts(kind, most, say, lambda: self.cluster.wait_for_hosts(self.patience))
 
     def _bundle(self, config: Config) -> dict[str, float]:
         cpus = float(config.rl.num_cpus_for_placement_group)
@@ -86,7 +89,7 @@ class Groups:
 
     def start(self) -> dict[str, Any]:
         """Start (again) all training ranks; returns where the actor's checkpoint is: see `Rank.load`."""
-        self.cluster.wait_for_nodes(self.places, self.patience)
+        self.cluster.wait_for_hosts(self.patience)
         found = self.actor.start()
         for group in (self.reference, self.critic):
             if group is not None:

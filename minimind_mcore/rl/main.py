@@ -29,8 +29,14 @@ def _run(program: str, argv: Sequence[str]) -> None:
 
         rl_launch.run(program, argv)
         return
-    config = from_command(argv, program)
+    flags = [word for word in argv if word in ("--dry-run", "--data-pending")]
+    config = from_command([word for word in argv if word not in flags], program)
     _check(program, config)
+    if "--dry-run" in flags:
+        from minimind_mcore.rl import plan
+
+        plan.show(config, "--data-pending" in flags)
+        return
     from minimind_mcore.rl.trainer import train
 
     train(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from minimind_mcore.errors import UserError
 
 POLL_SECONDS = 1.0
+SAY_EVERY_SECONDS = 10.0
 # When a rank dies its neighbours often fail first, in a collective: so long the news of the death may take.
 GRACE_SECONDS = 15.0
 
@@ -28,7 +29,9 @@ class Lost(Exception):
         self.names = list(names)
 
 
-def collect(refs: Sequence[Any], names: Sequence[str], what: str, timeout: float) -> list[Any]:
+def collect(
+    refs: Sequence[Any], names: Sequence[str], what: str, timeout: float, say: Callable[[str], None] | None = None
+) -> list[Any]:
     """What the calls return, in their order.
 
     Args:
@@ -36,6 +39,7 @@ def collect(refs: Sequence[Any], names: Sequence[str], what: str, timeout: float
         names: of the actors.
         what: they do, for messages.
         timeout: seconds that all of it may take.
+        say: where to tell, every so often, who is waited for.
 
     Raises:
         Lost: an actor died, or does not answer by the deadline.
@@ -44,12 +48,18 @@ def collect(refs: Sequence[Any], names: Sequence[str], what: str, timeout: float
     """
     place = {ref: i for i, ref in enumerate(refs)}
     found: list[Any] = [None] * len(refs)
-    waiting, deadline = list(refs), time.monotonic() + timeout
+    began = said = time.monotonic()
+    waiting, deadline = list(refs), began + timeout
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
         for ref in done:
             found[place[ref]] = _result(ref, names[place[ref]], waiting, place, names, what, deadline)
-        if waiting and time.monotonic() > deadline:
+        now = time.monotonic()
+        if waiting and say is not None and now - said > SAY_EVERY_SECONDS:
+            said = now
+            late = ", ".join(names[place[ref]] for ref in waiting)
+            say(f"waiting for {late} ({what}, {now - began:.0f} of {timeout:g} s)")
+        if waiting and now > deadline:
             late = [names[place[ref]] for ref in waiting]
             raise Lost(late, f"no answer within {timeout:g} s ({what})")
     return found

@@ -40,6 +40,17 @@ def train(config: Config) -> None:
         trainer.groups.close()
 
 
+def prompt_dataset(config: Config, prefix: Any) -> PromptDataset:
+    """The prompts of a prefix, as the configuration reads them."""
+    return PromptDataset(
+        prefix[0] if isinstance(prefix, list) else prefix,
+        max_prompt_length=config.rl.max_prompt_length,
+        seed=config.actor.seed,
+        shuffle=not config.actor.no_shuffle,
+        tokenizer=tokenizer_info(config.actor.tokenizer_name_or_path).fingerprint,
+    )
+
+
 class Trainer:
     """The driver of a run. It holds no model: actors do."""
 
@@ -49,32 +60,23 @@ class Trainer:
         info = tokenizer_info(config.actor.tokenizer_name_or_path)
         if info.eos_id is None:
             raise UserError(f"{info.path}: tokenizer_config.json names no eos_token, which ends a response")
-        prompts = self._prompts(config.actor.data_path)
-        self.held_out = self._prompts(self.ours.eval_data) if self.ours.eval_data else None
+        prompts = prompt_dataset(config, config.actor.data_path)
+        self.held_out = prompt_dataset(config, self.ours.eval_data) if self.ours.eval_data else None
         self.advantages = Advantages(config, self.algorithm)
         self.groups = Groups(config, self.algorithm, info.vocab_size)
         self.source = Source(
             config, self.algorithm, prompts, load_tokenizer(info), info.eos_id, self.groups.rollout, self.groups.rewards
         )
         self.steps = config.actor.train_iters
-        self.done = self.saved = 0
+        self.done = 0
         updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
         self.needs_old = updates * self.rl.epochs > 1 or self.ours.rollout_correction != "none"
         self.ahead = not self.rl.blocking
 
-    def _prompts(self, prefix: Any) -> PromptDataset:
-        actor = self.config.actor
-        return PromptDataset(
-            prefix[0] if isinstance(prefix, list) else prefix,
-            max_prompt_length=self.rl.max_prompt_length,
-            seed=actor.seed,
-            shuffle=not actor.no_shuffle,
-        )
-
     def run(self) -> None:
         """All steps; after the loss of a training rank, from the last checkpoint on."""
-        self.begin()
+        self.recover()
         self.log = Log(self.config, self.done)
         if self.done == 0:
             self.evaluate()
@@ -82,19 +84,27 @@ class Trainer:
             try:
                 self.step(self.done + 1)
             except Lost as error:
-                self.groups.restarts.another(error)
-                self.begin()
-        if self.saved != self.done:
-            self.save()
+                self.recover(error)
         self.log.close()
         title = f"MiniMind {self.ours.algorithm}, {self.config.model}"
         write_report(Path(self.ours.output_dir), title, ("grpo/score/mean", "eval/accuracy"), "reward.png")
+
+    def recover(self, loss: Lost | None = None) -> None:
+        """`begin`, until it works; a loss of training ranks is counted."""
+        while True:
+            try:
+                if loss is not None:
+                    self.groups.restarts.another(loss)
+                self.begin()
+                return
+            except Lost as error:
+                loss = error
 
     def begin(self) -> None:
         """Start the training ranks from the last checkpoint, or the weights to begin with; the engines get them."""
         found = self.groups.start()
         state = found["state"] or {}
-        self.done = self.saved = found["iteration"]
+        self.done = found["iteration"]
         self.advantages.load_state_dict(state.get("advantages", {}))
         self.source.go_to(state.get("consumed", 0))
         self.loading = self.groups.rollout.load(self.groups.actor.weights())
@@ -136,7 +146,8 @@ class Trainer:
         self.report(experience, {**clock.row(), **metrics})
         if number == self.steps or (self.ours.eval_interval and number % self.ours.eval_interval == 0):
             self.evaluate()
-        if self.config.actor.save_interval and number % self.config.actor.save_interval == 0:
+        interval = self.config.actor.save_interval
+        if self.config.actor.save and (number == self.steps or (interval and number % interval == 0)):
             self.save()
 
     def rollouts(self, number: int) -> Experience:
@@ -194,4 +205,3 @@ class Trainer:
         state = {"consumed": self.consumed, "advantages": self.advantages.state_dict()}
         for group in self.groups.training():
             group.save(self.done, self.consumed, state)
-        self.saved = self.done

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINS = re.compile(r"(pretrain|tune|dpo)_minimind_\w*ptd\.sh")
+TRAINS = re.compile(r"(pretrain|tune|dpo)_minimind_\w*ptd\.sh|grpo_minimind_single\.sh")
 FIRST = "bash examples/mcore/minimind/pretrain_minimind_ptd.sh"
 
 
@@ -88,7 +88,7 @@ def test_command_runs(command: str, checkout: Path) -> None:
         command = command.replace("MINDSPEED_LLM_HOME=/workspace/MindSpeed-LLM", f"MINDSPEED_LLM_HOME={home}")
     if TRAINS.search(command):
         out = run(command.removesuffix(" --dry-run") + " --dry-run", checkout)
-        assert re.search(r"(pre|post)train_gpt\.py", out)
+        assert re.search(r"(pre|post)train_gpt\.py|train_grpo\.py", out)
         assert "mindspeed-llm" in command or "everything is valid" in out
     else:
         assert run(command, checkout).strip()

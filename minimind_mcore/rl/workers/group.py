@@ -12,10 +12,17 @@ from minimind_mcore.rl.supervise import Lost, collect
 
 
 class Restarts:
-    """How often the actors of a kind may be replaced before the run gives up."""
+    """How often the actors of a kind may be replaced before the run gives up.
 
-    def __init__(self, kind: str, most: int, say: Callable[[str], None]) -> None:
-        self.kind, self.most, self.say, self.count = kind, most, say, 0
+    Args:
+        kind: of actors, for messages.
+        most: how often.
+        say: where it is told.
+        wait: until there is a place for another.
+    """
+
+    def __init__(self, kind: str, most: int, say: Callable[[str], None], wait: Callable[[], None]) -> None:
+        self.kind, self.most, self.say, self.wait, self.count = kind, most, say, wait, 0
 
     def another(self, error: Lost) -> None:
         """Count one.
@@ -30,6 +37,7 @@ class Restarts:
                 "checkpoints are whole, the same command goes on from the last"
             ) from error
         self.say(f"{self.kind}: {error}; replacing it ({self.count} of {self.most})")
+        self.wait()
 
 
 class Pool:

@@ -16,6 +16,7 @@ from minimind_mcore.rl import supervise
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.cluster import Place
 from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.metrics import say
 from minimind_mcore.rl.supervise import collect
 
 
@@ -93,7 +94,9 @@ class TrainGroup:
         gpus = {"num_gpus": self.share} if device.current().kind != "cpu" else {}
         remote = ray.remote(TrainWorker)
         self.actors = [remote.options(**place.options(**gpus)).remote() for place in self.places]
-        rendezvous = collect([self.actors[0].where.remote()], self.names[:1], "start", self.timeout)[0]
+        # A place may have been lost and not yet be known to be: an actor then waits for it.
+        patience = self.config.minimind.cluster_wait_s
+        rendezvous = collect([a.where.remote() for a in self.actors], self.names, "to start", patience, say)[0]
         world = len(self.actors)
         refs = [
             actor.start.remote(self.config, self.role, self.reference, (rank, world), rendezvous, self._threads(rank))

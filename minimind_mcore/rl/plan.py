@@ -1,0 +1,59 @@
+"""`--dry-run`: what a configuration would do, checked as far as that goes without Ray and without reading weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from minimind_mcore import device
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.groups import devices
+from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rank import command_line
+from minimind_mcore.rl.trainer import prompt_dataset
+from minimind_mcore.rl.workers.reward import build
+from minimind_mcore.training import checkpointing
+from minimind_mcore.training.layout import validate
+
+
+def show(config: Config, pending: bool) -> None:
+    """Print the plan.
+
+    Args:
+        config: of the run.
+        pending: data, tokenizer and weights are yet to be made.
+
+    Raises:
+        UserError: what a run would raise before its first step.
+    """
+    world, algorithm = devices(config.rl, "actor"), objective(config)
+    args = command_line(config, "actor", world)
+    layout = validate(args, world)
+    model = ModelConfig.from_args(args)
+    build(config).close()
+    rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
+    print(f"model       {config.model}: {model.num_parameters() / 1e6:.1f}M parameters, {config.minimind.precision}")
+    print(f"device      {device.current().kind}: {layout}")
+    print(f"algorithm   {config.minimind.algorithm}: {algorithm}")
+    print(f"step        {rows} responses to {config.actor.global_batch_size} prompts, {config.actor.train_iters} steps")
+    print(f"rewards     {', '.join(config.rl.verifier_function)}")
+    if pending:
+        print("data        yet to be made")
+    else:
+        tokenizer_info(config.actor.tokenizer_name_or_path)
+        print(f"data        {len(prompt_dataset(config, config.actor.data_path))} prompts of {config.actor.data_path}")
+        print(f"begins      {_begins(config)}")
+    print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
+    print("everything is valid; nothing was trained")
+
+
+def _begins(config: Config) -> str:
+    save, load = config.actor.save, config.actor.load
+    if save and checkpointing.iterations_in(Path(save)):
+        return f"from the last checkpoint of {save}"
+    if load and not Path(load).exists():
+        raise UserError(f"load: {load} does not exist; expected the weights to begin with")
+    return f"with the weights of {load}" if load else "with random weights"
