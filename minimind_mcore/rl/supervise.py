@@ -57,8 +57,8 @@ def collect(
         now = time.monotonic()
         if waiting and say is not None and now - said > SAY_EVERY_SECONDS:
             said = now
-            late = ", ".join(names[place[ref]] for ref in waiting)
-            say(f"waiting for {late} ({what}, {now - began:.0f} of {timeout:g} s)")
+            slow = ", ".join(names[place[ref]] for ref in waiting)
+            say(f"waiting for {slow} ({what}, {now - began:.0f} of {timeout:g} s)")
         if waiting and now > deadline:
             late = [names[place[ref]] for ref in waiting]
             raise Lost(late, f"no answer within {timeout:g} s ({what})")
