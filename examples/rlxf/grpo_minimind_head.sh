@@ -1,18 +1,14 @@
 #!/usr/bin/env bash
 # Reinforcement learning of a MiniMind on several hosts: this one leads, grpo_minimind_worker.sh runs on the others.
 #
-#   NNODES=2 bash examples/rlxf/grpo_minimind_head.sh                                # here
-#   HEAD_ADDR=10.0.0.1 bash examples/rlxf/grpo_minimind_worker.sh                    # on the other
+#   NNODES=2 bash examples/rlxf/grpo_minimind_head.sh                                # here; it says what to run there:
+#   MASTER_ADDR=10.0.0.1 bash examples/rlxf/grpo_minimind_worker.sh                  # on the other
 #
 # NNODES       hosts to wait for, this one among them (default 1)
-# HEAD_ADDR    this host's address, by which the others reach it (default: the one that Ray finds)
-# The hosts must share the repository's folder (checkpoints, data). rlxf.sh has the other settings.
-NODES=${NNODES:-1}
-NNODES=1 # common.sh's is torchrun's
+# MASTER_ADDR  this host's address, by which the others reach it (default: that of SOCKET_IFNAME, or of the way out)
+# rlxf.sh has the other settings. docs/rl_cluster.md says what the hosts must share, and what messages mean.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 
-start_ray --head --port "$RAY_PORT" --include-dashboard=false ${HEAD_ADDR:+--node-ip-address "$HEAD_ADDR"} \
-    ${RAY_TMPDIR:+--temp-dir "$RAY_TMPDIR"}
-export RAY_ADDRESS=${HEAD_ADDR:-127.0.0.1}:$RAY_PORT
-"$PYTHON" -m minimind_mcore.rl.hosts wait --nodes "$NODES" --seconds "$WAIT_SECONDS"
-run_training "$@"
+prepare
+lead
+run_training

@@ -4,9 +4,13 @@
 #   bash examples/rlxf/grpo_minimind_single.sh                             # a tiny model learns to add, on a CPU
 #   CONFIG=grpo_minimind3 bash examples/rlxf/grpo_minimind_single.sh actor_config.lr=1e-6
 #
-# Ray is started for the run and ends with it; RAY_ADDRESS names a cluster to use instead.
+# Ray is started for the run and ends with it; RAY_ADDRESS=HOST:PORT names a cluster to use instead.
 # rlxf.sh has the settings.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 
+prepare
+if [ "$BACKEND" = mindspeed-rl ] && [ -z "${RAY_ADDRESS:-}" ]; then
+    lead # MindSpeed-RL is told of its NPUs by the cluster
+fi
 export RAY_ADDRESS=${RAY_ADDRESS:-local}
-run_training "$@"
+run_training

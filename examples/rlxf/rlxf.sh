@@ -2,41 +2,103 @@
 # shellcheck shell=bash
 #
 # Settings, from the environment:
-#   CONFIG         a YAML of configs/rlxf (default: on a CPU grpo_minimind_tiny, elsewhere grpo_minimind3)
+#   CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU grpo_minimind_tiny, elsewhere
+#                  grpo_minimind3)
 #   BACKEND        embedded, or mindspeed-rl (default: mindspeed-rl on an NPU, embedded elsewhere)
-#   RAY_PORT       of the head (default 6766)
+#   MASTER_PORT    Ray's port on the head (default 6766, as in MindSpeed-RL's scripts; its older guides have 6344)
+#   SOCKET_IFNAME  interface by which this host talks to the others (default: that of the way to the head)
 #   NUM_CPUS       that Ray gives away on this host (default: all cores)
-#   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: Ray's own, /tmp/ray)
+#   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: /tmp/minimind-ray-MASTER_PORT)
+#   RAY_FLAGS      more flags of `ray start`, such as "--min-worker-port 20000 --max-worker-port 20999"
 #   WAIT_SECONDS   how long to wait for the head or for hosts (default 600)
-# Arguments are hydra overrides, such as actor_config.lr=1e-6; --dry-run checks everything and trains nothing. Paths in the YAML are relative to the repository.
+# Arguments are hydra overrides, such as actor_config.lr=1e-6; paths in the YAML and in them are relative to the
+# repository. --dry-run checks everything, shows what would be run, and starts nothing.
 # common.sh has the settings of Python, device and data.
-RL_BACKEND=${BACKEND:-}
-BACKEND=native
+RL_BACKEND=${BACKEND:-} LEADER=${MASTER_ADDR:-} NODES=${NNODES:-1}
+BACKEND=native NNODES=1 # common.sh's are those of torchrun
+MASTER_PORT=${MASTER_PORT:-6766}
+export -n MASTER_ADDR MASTER_PORT NNODES # nor are they for the actors, who agree on their own
 source "$(dirname "${BASH_SOURCE[0]}")/../mcore/minimind/common.sh"
+
+CONFIG=${CONFIG:-$([ "$DEVICE" = cpu ] && echo grpo_minimind_tiny || echo grpo_minimind3)}
+[ ! -f "$CONFIG" ] || CONFIG=$(absolute "$CONFIG")
 cd "$ROOT" || fail "$ROOT is gone"
 
-case ${RL_BACKEND:=$([ "$DEVICE" = npu ] && echo mindspeed-rl || echo embedded)} in
-    embedded | mindspeed-rl) export BACKEND=$RL_BACKEND ;;
-    *) fail "BACKEND=$RL_BACKEND: expected embedded or mindspeed-rl" ;;
-esac
-CONFIG=${CONFIG:-$([ "$DEVICE" = cpu ] && echo grpo_minimind_tiny || echo grpo_minimind3)}
-CONFIG=${CONFIG%.yaml}
-RAY_PORT=${RAY_PORT:-6766}
+BACKEND=${RL_BACKEND:-$([ "$DEVICE" = npu ] && echo mindspeed-rl || echo embedded)}
+[ "$BACKEND" = embedded ] || [ "$BACKEND" = mindspeed-rl ] || fail "BACKEND=$BACKEND: expected embedded or mindspeed-rl"
+export BACKEND
 WAIT_SECONDS=${WAIT_SECONDS:-600}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} # hosts share no secret; give RAY_AUTH_MODE=token where they do
-RAY_PID=
+RAY_PID="" TRAINING_PID=""
 
-# start_ray FLAGS...: a Ray node of this host, which ends with this script and touches no other.
+OVERRIDES=() PREPARED=() PENDING=""
+for argument in "$@"; do
+    [ "$argument" = --dry-run ] || OVERRIDES+=("$argument")
+done
+
+hosts() { "$PYTHON" -m minimind_mcore.rl.hosts "$@"; }
+
+# lead: start the head of a cluster on this host and wait until the others are there.
+lead() {
+    LEADER=${LEADER:-$(hosts address ${SOCKET_IFNAME:+--interface "$SOCKET_IFNAME"})}
+    export RAY_ADDRESS=$LEADER:$MASTER_PORT
+    [ -n "$DRY_RUN" ] || hosts free "$RAY_ADDRESS"
+    start_ray head --head --port "$MASTER_PORT" --node-ip-address "$LEADER" --include-dashboard=false
+    if [ "$NODES" -gt 1 ]; then
+        echo "on each of the other $((NODES - 1)) hosts: MASTER_ADDR=$LEADER MASTER_PORT=$MASTER_PORT" \
+            "bash examples/rlxf/grpo_minimind_worker.sh"
+    fi
+    [ -n "$DRY_RUN" ] || hosts wait "$RAY_ADDRESS" --nodes "$NODES" --seconds "$WAIT_SECONDS" --process "$RAY_PID" || {
+        tell_log head
+        exit 1
+    }
+}
+
+# follow: lend this host to the cluster of the head, until that is gone.
+follow() {
+    local address=$LEADER:$MASTER_PORT
+    [ -n "$DRY_RUN" ] || hosts reach "$address" --seconds "$WAIT_SECONDS"
+    local own=${NODE_ADDR:-$(hosts address --towards "$address" ${SOCKET_IFNAME:+--interface "$SOCKET_IFNAME"})}
+    start_ray "worker-$own" --address "$address" --node-ip-address "$own"
+    [ -n "$DRY_RUN" ] || hosts follow "$address" --process "$RAY_PID" || {
+        tell_log "worker-$own"
+        exit 1
+    }
+}
+
+# start_ray NAME FLAGS...: a Ray node on this host, which ends with this script and touches no other.
 start_ray() {
-    local node=(--block --num-cpus "${NUM_CPUS:-$(cores)}" --disable-usage-stats "$@")
-    [ "$DEVICE" != npu ] || node+=(--resources "{\"NPU\": $NPUS_PER_NODE}")
-    [ "$DEVICE" != cuda ] || node+=(--num-gpus "$NPUS_PER_NODE")
-    [ "$DEVICE" != cpu ] || node+=(--num-gpus 0)
-    "$PYTHON" -m ray.scripts.scripts start "${node[@]}" &
-    RAY_PID=$!
+    RAY_TMPDIR=${RAY_TMPDIR:-/tmp/minimind-ray-$MASTER_PORT}
+    # Below it go 65 more letters, and the path of a socket has at most 107.
+    [ "${#RAY_TMPDIR}" -le 40 ] || fail "RAY_TMPDIR=$RAY_TMPDIR is too long for the paths of sockets: at most 40 letters"
+    RAY_LOG=$RAY_TMPDIR/$1.log
+    shift
+    local node=(--block --num-cpus "${NUM_CPUS:-$(cores)}" --disable-usage-stats --temp-dir "$RAY_TMPDIR" "$@") flags=()
+    read -r -a flags <<< "${RAY_FLAGS:-}"
+    case $DEVICE in
+        npu) node+=(--resources "{\"NPU\": $NPUS_PER_NODE}") ;;
+        cuda) node+=(--num-gpus "$NPUS_PER_NODE") ;;
+        *) node+=(--num-gpus 0) ;;
+    esac
+    if [ -n "${SOCKET_IFNAME:-}" ]; then
+        export GLOO_SOCKET_IFNAME=$SOCKET_IFNAME NCCL_SOCKET_IFNAME=$SOCKET_IFNAME HCCL_SOCKET_IFNAME=$SOCKET_IFNAME
+        export TP_SOCKET_IFNAME=$SOCKET_IFNAME
+    fi
+    show ray start "${node[@]}" ${flags[@]+"${flags[@]}"}
+    [ -z "$DRY_RUN" ] || return 0
+    mkdir -p "$RAY_TMPDIR"
+    trap 'ask_to_end 130' INT
+    trap 'ask_to_end 143' TERM
     trap stop_ray EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
+    "$PYTHON" -m ray.scripts.scripts start "${node[@]}" ${flags[@]+"${flags[@]}"} > "$RAY_LOG" 2>&1 &
+    RAY_PID=$!
+}
+
+# ask_to_end STATUS: a run is asked to save, and waited for; Ray ends behind it.
+# shellcheck disable=SC2317,SC2329  # called by the trap
+ask_to_end() {
+    [ -n "$TRAINING_PID" ] || exit "$1"
+    kill -TERM "$TRAINING_PID" 2> /dev/null || true # what is started with & does not always hear SIGINT
 }
 
 # shellcheck disable=SC2317,SC2329  # called by the trap
@@ -44,34 +106,53 @@ stop_ray() {
     [ -z "$RAY_PID" ] || ! kill -TERM "$RAY_PID" 2> /dev/null || wait "$RAY_PID" 2> /dev/null || true
 }
 
-# prepare_tiny: the sample problems, and a model that has seen their form, for the tiny configurations.
-prepare_tiny() {
-    local data=$DATA_DIR/grpo_minimind_math begin=$ROOT/outputs/minimind3_tiny/math_sft
+tell_log() {
+    echo "the end of $RAY_LOG:" >&2
+    tail -n 15 "$RAY_LOG" >&2 || true
+}
+
+# prepare: the sample problems, and a model that has seen their form, for the kit's tiny configurations. Sets
+# PREPARED, the overrides that name them. Before Ray is started: other hosts wait for that, not for this.
+prepare() {
+    local data=$DATA_DIR/grpo_minimind_math begin=$ROOT/outputs/minimind3_tiny/math_sft step
     [[ $CONFIG == *_tiny ]] || return 0
-    OVERRIDES=(
-        "megatron_training.tokenizer_name_or_path=$DATA_DIR/tokenizer"
-        "megatron_training.data_path=$data"
-        "minimind.eval_data=${data}_unseen"
-        "actor_config.load=$begin/checkpoints"
-    )
-    if [ -n "$DRY_RUN" ]; then
-        [ -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ] || OVERRIDES+=(--data-pending)
-        return
+    if [[ " ${OVERRIDES[*]-} " != *".data_path="* ]]; then
+        step=(env BACKEND=native bash "$ROOT/examples/data/preprocess_data.sh" grpo_minimind_math)
+        [ -f "${data}_packed_input_ids_document.idx" ] || make "${step[@]}"
+        PREPARED+=("megatron_training.data_path=$data" "minimind.eval_data=${data}_unseen"
+            "megatron_training.tokenizer_name_or_path=$DATA_DIR/tokenizer")
     fi
-    [ -f "${data}_packed_input_ids_document.idx" ] || bash "$ROOT/examples/data/preprocess_data.sh" grpo_minimind_math
-    if [ ! -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ]; then
-        MODEL=minimind3_tiny DATA_PATH=$DATA_DIR/sample_math_sft.jsonl TOKENIZER_PATH=$DATA_DIR/tokenizer \
-            PROMPT_TYPE=chatml_de OUTPUT_DIR=$begin CKPT_LOAD_DIR=$ROOT/outputs/minimind3_tiny/none BACKEND=native \
-            bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh"
+    if [[ " ${OVERRIDES[*]-} " != *" actor_config.load="* ]]; then
+        step=(env MODEL=minimind3_tiny "DATA_PATH=$DATA_DIR/sample_math_sft.jsonl" "TOKENIZER_PATH=$DATA_DIR/tokenizer"
+            PROMPT_TYPE=chatml_de "OUTPUT_DIR=$begin" "CKPT_LOAD_DIR=$ROOT/outputs/minimind3_tiny/none" BACKEND=native
+            bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh")
+        [ -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ] || make "${step[@]}"
+        PREPARED+=("actor_config.load=$begin/checkpoints")
     fi
 }
 
-# run_training OVERRIDES...: train_grpo.py, or the program of the configuration's algorithm.
+make() {
+    PENDING=$DRY_RUN
+    run_or_show "$@"
+}
+
+# run_training: train_grpo.py, or the program of the configuration's algorithm, with the overrides; returns its status.
 run_training() {
-    local program=train_grpo.py
-    [[ $CONFIG != ppo_* ]] || program=train_ppo.py
-    OVERRIDES=()
-    prepare_tiny
-    show "$PYTHON" "$ROOT/$program" --config-name "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@"
-    "$PYTHON" "$ROOT/$program" --config-name "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@"
+    local program=train_grpo.py where=(--config-name "$(basename "$CONFIG" .yaml)") status=0
+    [[ $(basename "$CONFIG") != ppo_* ]] || program=train_ppo.py
+    [ ! -f "$CONFIG" ] || where+=(--config-dir "$(dirname "$CONFIG")")
+    local command=("$PYTHON" "$ROOT/$program" "${where[@]}" ${PREPARED[@]+"${PREPARED[@]}"}
+        ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+    show "${command[@]}"
+    [ -z "$DRY_RUN" ] || exec "${command[@]}" --dry-run ${PENDING:+--data-pending}
+    "${command[@]}" &
+    TRAINING_PID=$!
+    trap 'ask_to_end 130' INT
+    trap 'ask_to_end 143' TERM
+    # `wait` ends when a signal is passed on, and is then to be repeated.
+    while kill -0 "$TRAINING_PID" 2> /dev/null; do
+        status=0
+        wait "$TRAINING_PID" || status=$?
+    done
+    return "$status"
 }

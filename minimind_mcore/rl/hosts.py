@@ -1,18 +1,22 @@
-"""Hosts of a Ray cluster, for the scripts of examples/rlxf; RAY_ADDRESS names the head, HOST:PORT.
+"""Hosts of a Ray cluster, for the scripts of examples/rlxf. ADDRESS is the head's, HOST:PORT.
 
-python -m minimind_mcore.rl.hosts wait --nodes 2 --seconds 600    # until it has so many hosts
-python -m minimind_mcore.rl.hosts reach --seconds 600             # until it answers
-python -m minimind_mcore.rl.hosts follow                          # until it is gone
+python -m minimind_mcore.rl.hosts address --towards ADDRESS        # of this host, as the head sees it
+python -m minimind_mcore.rl.hosts free ADDRESS                     # nothing listens there yet
+python -m minimind_mcore.rl.hosts wait ADDRESS --nodes 2           # until the cluster has so many hosts
+python -m minimind_mcore.rl.hosts reach ADDRESS --seconds 600      # until it answers
+python -m minimind_mcore.rl.hosts follow ADDRESS --process PID     # until it is gone
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-import os
 import socket
 import time
 from typing import Any
+
+import psutil
 
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.rl.metrics import say
@@ -20,70 +24,162 @@ from minimind_mcore.rl.metrics import say
 POLL_SECONDS = 2.0
 SAY_EVERY_SECONDS = 10.0
 GONE_AFTER = 5  # failures to reach the head in a row
+ANYWHERE = "192.0.2.1:9"  # of the range for documents (RFC 5737): a packet there takes the way out, and none is sent
+
+
+def own_address(towards: str | None, interface: str | None) -> str:
+    """By which this host is reached.
+
+    Args:
+        towards: HOST:PORT of the one that is to reach it (default: any on the network).
+        interface: whose address it is.
+
+    Raises:
+        UserError: there is no such interface, it has no address, or there is no way to `towards`.
+    """
+    if interface:
+        there = psutil.net_if_addrs()
+        if interface not in there:
+            raise UserError(f"SOCKET_IFNAME={interface}: no such interface; found {', '.join(there)}")
+        found = [entry.address for entry in there[interface] if entry.family == socket.AF_INET]
+        if not found:
+            raise UserError(f"SOCKET_IFNAME={interface}: this interface has no IPv4 address")
+        return found[0]
+    host, port = split(towards or ANYWHERE)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))
+        except OSError as error:
+            if towards:
+                raise UserError(f"no way to {towards}: {error}; is the head's address right?") from error
+            raise UserError(
+                "this host has no way out by which to tell its address: give MASTER_ADDR, or SOCKET_IFNAME, one of "
+                f"{', '.join(psutil.net_if_addrs())}"
+            ) from error
+        return str(probe.getsockname()[0])
+
+
+def split(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT.
+
+    Raises:
+        UserError: it is not that.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{address!r}: expected HOST:PORT")
+    return host, int(port)
 
 
 def answers(address: str) -> bool:
     """Whether something listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=POLL_SECONDS):
+        with socket.create_connection(split(address), timeout=POLL_SECONDS):
             return True
     except OSError:
         return False
 
 
-def reach(address: str, seconds: float) -> None:
-    """Wait until the head answers.
+def require_free(address: str) -> None:
+    """Refuse a port that is in use.
 
     Raises:
-        UserError: it does not within so many seconds.
+        UserError: something listens there.
     """
-    began, said = time.monotonic(), 0.0
-    while not answers(address):
-        waited = time.monotonic() - began
-        if waited > seconds:
-            raise UserError(f"no Ray head at {address} after {seconds:g} s: is grpo_minimind_head.sh running there?")
-        if waited >= said:
-            say(f"waiting for the head at {address} ({waited:.0f} of {seconds:g} s)")
-            said = waited + SAY_EVERY_SECONDS
+    if answers(address):
+        raise UserError(
+            f"something listens at {address} already: another run's head? Give this one a MASTER_PORT of its own, or "
+            f"use that cluster: RAY_ADDRESS={address} bash examples/rlxf/grpo_minimind_single.sh"
+        )
+
+
+class Patience:
+    """A wait that tells its progress and ends.
+
+    Args:
+        seconds: it may take.
+        process: id of the process of Ray that it waits for; when that has ended there is no more to wait for.
+    """
+
+    def __init__(self, seconds: float, process: int | None) -> None:
+        self.seconds, self.process = seconds, process
+        self.began, self.said = time.monotonic(), 0.0
+
+    def more(self, what: str, advice: str) -> None:
+        """Wait a little.
+
+        Raises:
+            UserError: it has taken too long, or the process has ended.
+        """
+        waited = time.monotonic() - self.began
+        if self.process is not None and not runs(self.process):
+            raise UserError(f"Ray has ended on this host: {what}")
+        if waited > self.seconds:
+            raise UserError(f"after {self.seconds:g} s: {what}; {advice}")
+        if waited >= self.said:
+            say(f"{what} (waiting, {waited:.0f} of {self.seconds:g} s)")
+            self.said = waited + SAY_EVERY_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-def wait(address: str, nodes: int, seconds: float) -> None:
+def runs(process: int) -> bool:
+    """Whether a process is there, and not only its exit status."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def reach(address: str, patience: Patience) -> None:
+    """Wait until the head answers.
+
+    Raises:
+        UserError: it does not in time.
+    """
+    while not answers(address):
+        patience.more(f"no Ray head at {address} yet", "is grpo_minimind_head.sh running there, is the port open?")
+
+
+def wait(address: str, nodes: int, patience: Patience) -> None:
     """Wait until the cluster has so many hosts.
 
     Raises:
-        UserError: it does not within so many seconds; it says which are there.
+        UserError: it does not in time; it says which are there.
     """
-    reach(address, seconds)
+    reach(address, patience)
     import ray
 
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     api: Any = ray
-    began, said = time.monotonic(), 0.0
     try:
         while True:
-            there = [node["NodeManagerAddress"] for node in api.nodes() if node["Alive"]]
-            waited = time.monotonic() - began
-            found = f"{len(there)} of {nodes} hosts are there: {', '.join(there)}"
+            there = [node for node in api.nodes() if node["Alive"]]
+            named = ", ".join(f"{node['NodeManagerAddress']} ({_amounts(node)})" for node in there)
+            found = f"{len(there)} of {nodes} hosts are there: {named}"
             if len(there) >= nodes:
                 say(found)
                 return
-            if waited > seconds:
-                raise UserError(f"after {seconds:g} s {found}; start grpo_minimind_worker.sh on the others")
-            if waited >= said:
-                say(f"{found} (waiting, {waited:.0f} of {seconds:g} s)")
-                said = waited + SAY_EVERY_SECONDS
-            time.sleep(POLL_SECONDS)
+            patience.more(found, "start grpo_minimind_worker.sh on the others")
     finally:
         ray.shutdown()
 
 
-def follow(address: str) -> None:
-    """Return when the head no longer answers."""
+def _amounts(node: dict[str, Any]) -> str:
+    """Devices and cores of a host."""
+    kinds = {name: amount for name, amount in node["Resources"].items() if name.isupper()}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(kinds.items()))
+
+
+def follow(address: str, process: int | None) -> None:
+    """Return when the head no longer answers.
+
+    Raises:
+        UserError: this host's part of the cluster has ended before.
+    """
     say(f"this host belongs to the cluster of {address} until that ends")
     failures = 0
     while failures < GONE_AFTER:
+        if process is not None and not runs(process) and answers(address):
+            raise UserError("Ray has ended on this host, and the head is there still: run this script again")
         failures = 0 if answers(address) else failures + 1
         time.sleep(POLL_SECONDS)
     say(f"the head at {address} is gone: leaving")
@@ -91,20 +187,30 @@ def follow(address: str) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="minimind_mcore.rl.hosts", description=__doc__)
-    parser.add_argument("what", choices=("wait", "reach", "follow"))
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser = argparse.ArgumentParser(
+        prog="minimind_mcore.rl.hosts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("address", "free", "wait", "reach", "follow"))
+    parser.add_argument("address", nargs="?", default="", help="of the head, HOST:PORT")
+    parser.add_argument("--nodes", type=int, default=1, help="hosts to wait for")
+    parser.add_argument("--seconds", type=float, default=600.0, help="to wait at most")
+    parser.add_argument("--process", type=int, help="id of the process that is Ray on this host")
+    parser.add_argument("--towards", help="HOST:PORT that is to reach this host")
+    parser.add_argument("--interface", help="whose address this host has")
     args = parser.parse_args()
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address.rpartition(":")[2].isdigit():
-        raise UserError(f"RAY_ADDRESS={address!r}: expected HOST:PORT of the head")
-    if args.what == "wait":
-        wait(address, args.nodes, args.seconds)
+    if args.what == "address":
+        print(own_address(args.towards, args.interface))
+        return
+    split(args.address)
+    patience = Patience(args.seconds, args.process)
+    if args.what == "free":
+        require_free(args.address)
+    elif args.what == "wait":
+        wait(args.address, args.nodes, patience)
     elif args.what == "reach":
-        reach(address, args.seconds)
+        reach(args.address, patience)
     else:
-        follow(address)
+        follow(args.address, args.process)
 
 
 if __name__ == "__main__":
