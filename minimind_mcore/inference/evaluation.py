@@ -1,10 +1,10 @@
-"""evaluation.py: benchmarks from local files, perplexity and bits per byte, with MindSpeed-LLM's flags.
+"""evaluation.py: benchmarks from local files, exact answers, perplexity and bits per byte, with MindSpeed-LLM's flags.
 
     python evaluation.py --load minimind-3 --task ceval cmmlu --task-data-path data/ceval data/cmmlu --num-fewshot 5
     python evaluation.py --load outputs/minimind3/checkpoints --task perplexity --task-data-path held_out.jsonl
 
-A benchmark is scored by log-probabilities (see `benchmarks.py`), so no answer is ever generated or parsed. A bad file
-or a question that cannot be scored ends the program with an error.
+A benchmark is scored by log-probabilities (see `benchmarks.py`), so no answer is ever parsed. A bad file or a question
+that cannot be scored ends the program with an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
+from minimind_mcore.inference.exact_match import Question, ask, read_questions
 from minimind_mcore.inference.harness import require_harness, run_harness
 from minimind_mcore.inference.heldout import Document, documents
 from minimind_mcore.inference.scores import Scores
@@ -27,7 +28,7 @@ from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.inference.starting import opened, start
 
 PROGRAM = "evaluation.py"
-PERPLEXITY = "perplexity"
+EXACT_MATCH, PERPLEXITY = "exact_match", "perplexity"
 LENGTH = 2048
 USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples seq_length".split())
 # Of answers that are generated and parsed: none is.
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = _tasks(args)
     # Read before the model is: what is wrong with the files shows at once.
     subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
+    questions = {path: _questions(args, path) for name, path in tasks if name == EXACT_MATCH}
     source, info = opened(args)
     if args.dry_run:
         print("a dry run: everything is valid, nothing was evaluated", flush=True)
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, path in tasks:
         if name in BENCHMARKS:
             scores.accuracies[name] = _run(scorer, name, subjects[name], args.num_fewshot)
+        elif name == EXACT_MATCH:
+            scores.add_answers(name, ask(loaded, questions[path], args.evaluation_batch_size))
         else:
             length = args.seq_length or min(LENGTH, loaded.config.max_position_embeddings - 1)
             scores.perplexities[path] = scorer.perplexity(_shown(documents(path, loaded)), length)
@@ -81,7 +85,7 @@ def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
         UserError: none, an unknown one, or not a path for each.
     """
     names, paths = args.task or [], args.task_data_path
-    known = [*BENCHMARKS, PERPLEXITY]
+    known = [*BENCHMARKS, EXACT_MATCH, PERPLEXITY]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(known)}")
     if not names and not args.harness:
@@ -97,6 +101,10 @@ def _subjects(args: argparse.Namespace, name: str, path: str) -> list[Subject]:
     subjects = load_benchmark(name, Path(path), args.num_fewshot)
     limit = args.max_eval_samples
     return [replace(subject, questions=subject.questions[:limit]) for subject in subjects]
+
+
+def _questions(args: argparse.Namespace, path: str) -> list[Question]:
+    return read_questions(path)[: args.max_eval_samples]
 
 
 def _run(scorer: Scorer, name: str, subjects: Sequence[Subject], shots: int) -> dict[str, Accuracy]:

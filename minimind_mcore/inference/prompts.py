@@ -55,7 +55,7 @@ def read_prompts(
     """
     prompts = [from_text(text, system, tools) for text in texts]
     if file is not None:
-        prompts += _of_file(file, system, tools)
+        prompts += [prompt for _, _, prompt in records(file, system, tools)]
     if not texts and file is None:
         if sys.stdin.isatty():
             raise UserError("no prompt: give --prompt TEXT (again and again), --prompt-file FILE, or lines on stdin")
@@ -65,14 +65,19 @@ def read_prompts(
     return prompts
 
 
-def _of_file(spec: str, system: str | None, tools: list[Any] | None) -> Iterator[Prompt]:
+def records(spec: str, system: str | None = None, tools: list[Any] | None = None) -> Iterator[tuple[str, Any, Prompt]]:
+    """Where each record of files of prompts is, the record, and the prompt that it holds.
+
+    Raises:
+        UserError: no file there, or a record that holds none.
+    """
     for shard in plan_shards(find_sources(spec), subsets=1):
         for line, record in ShardReader(shard, KEYS):
             where = f"{shard.source.path}, record {line}"
             if isinstance(record, Reject):
                 raise UserError(f"{where}: {record.reason}")
             if record is not None:
-                yield _of_record(record, where, system, tools)
+                yield where, record, _of_record(record, where, system, tools)
 
 
 def _of_record(record: Any, where: str, system: str | None, tools: list[Any] | None) -> Prompt:

@@ -1,19 +1,22 @@
-"""Results of an evaluation: a table, scores.json and scores.png."""
+"""Results of an evaluation: a table, scores.json and scores.png, and the answers where some were written."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minimind_mcore.inference.exact_match import Answered
 from minimind_mcore.inference.scoring import Accuracy, Perplexity
 from minimind_mcore.storage import atomic_file, atomic_write_text
 
-JSON, PICTURE = "scores.json", "scores.png"
-CHANCE = 0.25
+JSON, PICTURE, ANSWERS = "scores.json", "scores.png", "answers.jsonl"
+CHANCE = 0.25  # of benchmarks
+SHOWN = 3
 
 
 @dataclass
@@ -23,18 +26,30 @@ class Scores:
     Attributes:
         about: the model, the settings.
         accuracies: of each benchmark, by subject.
+        answers: what the model said, of exact_match.
         perplexities: of each held-out text.
         harness: what lm-evaluation-harness says, by task.
     """
 
     about: dict[str, Any]
     accuracies: dict[str, dict[str, Accuracy]] = field(default_factory=dict)
+    answers: list[Answered] = field(default_factory=list)
     perplexities: dict[str, Perplexity] = field(default_factory=dict)
     harness: dict[str, Any] = field(default_factory=dict)
 
     def total(self, benchmark: str) -> Accuracy:
         """Of all questions of a benchmark, whatever their subject."""
-        return sum(self.accuracies[benchmark].values(), Accuracy(0, 0, 0))
+        first, *others = self.accuracies[benchmark].values()
+        return sum(others, first)
+
+    def add_answers(self, benchmark: str, answers: Sequence[Answered]) -> None:
+        """Count the right ones of each task."""
+        self.answers += answers
+        tasks: dict[str, list[bool]] = {}
+        for answer in answers:
+            tasks.setdefault(answer.question.task, []).append(answer.right)
+        counted = {task: Accuracy(len(right), sum(right)) for task, right in tasks.items()}
+        self.accuracies[benchmark] = self.accuracies.get(benchmark, {}) | counted
 
     def table(self) -> str:
         """Lines for people."""
@@ -42,14 +57,15 @@ class Scores:
         for name, subjects in self.accuracies.items():
             rows = {**subjects, **({"all": self.total(name)} if len(subjects) > 1 else {})}
             width = max(len("subject"), *map(len, rows))
-            lines.append(
-                f"{name:<12}{'subject':<{width}}{'questions':>11}{'accuracy':>10}{'± error':>9}{'by length':>11}"
-            )
+            heads = f"{name:<12}{'subject':<{width}}{'questions':>11}{'accuracy':>10}{'± error':>9}"
+            lines.append(heads + ("" if self.total(name).by_length is None else f"{'by length':>11}"))
             for subject, row in rows.items():
                 error = "" if math.isnan(row.error) else f"{row.error:.2%}"
                 lines.append(
-                    f"{'':<12}{subject:<{width}}{row.questions:>11,}{row.value:>10.2%}{error:>9}{row.by_length:>11.2%}"
+                    f"{'':<12}{subject:<{width}}{row.questions:>11,}{row.value:>10.2%}{error:>9}"
+                    + ("" if row.by_length is None else f"{row.by_length:>11.2%}")
                 )
+        lines += self._examples()
         for name, text in self.perplexities.items():
             lines.append(
                 f"perplexity  {name}: {text.value:.4f} over {text.tokens:,} tokens; "
@@ -58,8 +74,18 @@ class Scores:
         lines += [f"harness     {task}: {json.dumps(result)}" for task, result in self.harness.items()]
         return "\n".join(lines)
 
+    def _examples(self) -> list[str]:
+        """A few answers of each task, right ones and wrong ones."""
+        lines = []
+        for (task, right), group in _grouped(self.answers).items():
+            for answer in group[:SHOWN]:
+                question, said = answer.question.prompt.text, answer.completion.strip().replace("\n", "\\n")
+                correct = "" if right else f"   expected: {answer.question.answer}"
+                lines.append(f"{'':<12}{task}, {'right' if right else 'wrong'}: {question}   {said}{correct}")
+        return lines
+
     def write(self, folder: Path) -> None:
-        """Write scores.json and scores.png."""
+        """Write scores.json and scores.png, and answers.jsonl where there are any."""
         folder.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {**self.about, "accuracy": {}, "perplexity": {}, "harness": self.harness}
         for name, subjects in self.accuracies.items():
@@ -69,6 +95,9 @@ class Scores:
             values = {"perplexity": text.value, "bits_per_byte": text.bits_per_byte}
             content["perplexity"][name] = values | {"tokens": text.tokens, "bytes": text.bytes, "nats": text.nats}
         atomic_write_text(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if self.answers:
+            rows = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in self.answers)
+            atomic_write_text(folder / ANSWERS, "".join(rows))
         if self.accuracies:
             with atomic_file(folder / PICTURE) as file:
                 file.write(self._draw())
@@ -90,15 +119,24 @@ class Scores:
         axes.barh(range(len(bars)), [row.value for _, row, _ in bars], xerr=errors, color=[c for *_, c in bars])
         axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
         axes.invert_yaxis()
-        axes.axvline(CHANCE, color="gray", linestyle="--", label="chance")
+        if any(row.by_length is not None for _, row, _ in bars):
+            axes.axvline(CHANCE, color="gray", linestyle="--", label="chance")
+            axes.legend()
         axes.set(xlim=(0, 1), xlabel="accuracy, with its standard error", title=str(self.about["model"]))
-        axes.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         return buffer.getvalue()
 
 
+def _grouped(answers: Sequence[Answered]) -> dict[tuple[str, bool], list[Answered]]:
+    """By task, and whether they are right."""
+    groups: dict[tuple[str, bool], list[Answered]] = {}
+    for answer in answers:
+        groups.setdefault((answer.question.task, answer.right), []).append(answer)
+    return dict(sorted(groups.items(), key=lambda group: (group[0][0], not group[0][1])))
+
+
 def _row(accuracy: Accuracy) -> dict[str, float | int | None]:
     error = None if math.isnan(accuracy.error) else accuracy.error
     values = {"questions": accuracy.questions, "accuracy": accuracy.value, "standard_error": error}
-    return {**values, "accuracy_by_length": accuracy.by_length}
+    return {**values, **({} if accuracy.by_length is None else {"accuracy_by_length": accuracy.by_length})}

@@ -21,13 +21,13 @@ class Accuracy:
 
     Attributes:
         questions: how many there are.
-        right: where the likeliest continuation is the right one.
-        right_by_length: the same, of log-probabilities divided by the length of the choice in characters.
+        right: where the likeliest continuation is the right one, or the answer.
+        right_by_length: of choices the same, by log-probabilities divided by the choice's length in characters.
     """
 
     questions: int
     right: int
-    right_by_length: int
+    right_by_length: int | None = None
 
     @property
     def value(self) -> float:
@@ -35,9 +35,9 @@ class Accuracy:
         return self.right / self.questions
 
     @property
-    def by_length(self) -> float:
+    def by_length(self) -> float | None:
         """The same by length."""
-        return self.right_by_length / self.questions
+        return None if self.right_by_length is None else self.right_by_length / self.questions
 
     @property
     def error(self) -> float:
@@ -47,9 +47,9 @@ class Accuracy:
         return math.sqrt(self.value * (1 - self.value) / (self.questions - 1))
 
     def __add__(self, other: Accuracy) -> Accuracy:
-        return Accuracy(
-            self.questions + other.questions, self.right + other.right, self.right_by_length + other.right_by_length
-        )
+        both = (self.right_by_length, other.right_by_length)
+        by_length = None if None in both else sum(number for number in both if number is not None)
+        return Accuracy(self.questions + other.questions, self.right + other.right, by_length)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from engine import Corpus
-from inference_models import open_model, twin, write_model
+from inference_models import open_model, run_inference, twin, write_model
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import evaluation
@@ -267,6 +267,40 @@ def test_the_harness_gets_the_model(model: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads((tmp_path / "scores.json").read_text())["harness"] == {"piqa": {"acc,none": 0.5}}
 
 
+def test_exact_match_counts_what_generation_gives(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Questions whose answer is what inference.py makes of them are right, others wrong; by task."""
+    questions = [{"role": "user", "content": text} for text in ("abc", "hello there", "光合", "def", "1+1")]
+    prompts = tmp_path / "prompts.jsonl"
+    write_jsonl(prompts, [{"messages": [question]} for question in questions])
+    said = run_inference(model, tmp_path / "said.jsonl", "--hf-chat-template", "--prompt-file", str(prompts),
+                         "--max-new-tokens", "64")  # fmt: skip
+    right = [True, False, True, True, False]
+    rows = [
+        {
+            "messages": [question, {"role": "assistant", "content": "the reference is not shown"}],
+            "answer": row["completion"] if is_right else row["completion"] + "?",
+            "task": "one" if number < 3 else "two",
+        }
+        for number, (question, row, is_right) in enumerate(zip(questions, said, right, strict=True))
+    ]
+    file = tmp_path / "questions.jsonl"
+    write_jsonl(file, rows)
+    capsys.readouterr()
+    words = ["--task", "exact_match", "--task-data-path", str(file), "--output-dir", str(tmp_path / "out")]
+    evaluation.main(["--load", str(model), *words, "--evaluation-batch-size", "2"])
+    printed = capsys.readouterr().out
+    assert "66.67%" in printed and "50.00%" in printed and "by length" not in printed
+    assert printed.count("one, right") == 2 and printed.count("two, wrong") == 1
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["accuracy"]["exact_match"]
+    assert {name: row["accuracy"] for name, row in scores["subjects"].items()} == {"one": 2 / 3, "two": 0.5}
+    written = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row["right"] for row in written] == right
+    assert [row["completion"] for row in written] == [row["completion"] for row in said]
+    assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+
+
 def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="lm-evaluation-harness is not installed"):
@@ -303,7 +337,7 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
     for flags, message in (
         (
             ["--task", "mmul", "--task-data-path", path],
-            "--task mmul: expected ceval, cmmlu, mmlu, openbookqa, perplexity",
+            "--task mmul: expected ceval, cmmlu, mmlu, openbookqa, exact_match, perplexity",
         ),
         (["--task", "mmlu"], "--task has 1 names, --task-data-path 0 paths"),
         ([], "--task is missing"),
@@ -313,6 +347,8 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
         (["--task", "perplexity", "--task-data-path", str(tmp_path / "text.jsonl")], "text.jsonl, record 2: expected"),
         (["--task", "perplexity", "--task-data-path", str(tmp_path / "nothing.jsonl")], "no tokens to predict"),
         (["--task", "perplexity", "--task-data-path", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--task", "exact_match", "--task-data-path", str(tmp_path / "text.jsonl")], "record 1: expected an 'answer'"),
+        (["--task", "exact_match", "--task-data-path", str(tmp_path / "nothing.jsonl")], "no question there"),
     ):
         with pytest.raises(UserError, match=message):
             evaluation.main(["--load", str(model), *flags])

@@ -8,8 +8,9 @@
 #
 # LOAD_DIR         the model
 # TOKENIZER_PATH   directory of its tokenizer (default: the one that it names or carries)
-# TASK             ceval, cmmlu, mmlu, openbookqa, perplexity; several are done in turn
-# TASK_DATA_PATH   for each of them its folder as published; for perplexity a .jsonl, .txt or .parquet, or a dataset's
+# TASK             ceval, cmmlu, mmlu, openbookqa, exact_match, perplexity; several are done in turn
+# TASK_DATA_PATH   for each of them its folder as published; for exact_match a .jsonl of questions with an answer; for
+#                  perplexity a .jsonl, .txt or .parquet, or a dataset's
 #                  prefix. Paths with white space: give --task-data-path instead
 # NUM_FEWSHOT      solved questions shown before each (default 0)
 # BATCH            rows at a time (default 16)

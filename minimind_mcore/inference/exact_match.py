@@ -1,0 +1,83 @@
+"""Questions whose answer is one text: the model answers in the chat template, greedily, and every character counts.
+
+{"conversations": [{"role": "user", "content": "17+25=?"}, ...], "answer": "17+25=42", "task": "addition"}
+
+`messages` may stand for `conversations`; an answer of the assistant at the end is left out; without `task` all
+questions are of one. `python -m minimind_mcore.preprocess.corpus --kind sft --held-out` makes such files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.generation import Generator
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.prompts import Encoder, Prompt, records
+from minimind_mcore.inference.sampling import Sampling
+
+LONGEST = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its only answer; `task` is its kind."""
+
+    task: str
+    prompt: Prompt
+    answer: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question and what the model said."""
+
+    question: Question
+    completion: str
+
+    @property
+    def right(self) -> bool:
+        """White space around an answer does not count."""
+        return self.completion.strip() == self.question.answer.strip()
+
+    def row(self) -> dict[str, Any]:
+        """For a file."""
+        shown = {"task": self.question.task, "messages": self.question.prompt.messages}
+        return {**shown, "answer": self.question.answer, "completion": self.completion, "right": self.right}
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a jsonl file.
+
+    Raises:
+        UserError: no such file, or a record without question or answer.
+    """
+    questions = []
+    for where, record, prompt in records(path):
+        answer, task = record.get("answer"), record.get("task", Path(path).stem)
+        if not isinstance(answer, str) or not isinstance(task, str):
+            raise UserError(f"{where}: expected an 'answer' that is a text, and a 'task' that is one or absent")
+        questions.append(Question(task, prompt, answer))
+    if not questions:
+        raise UserError(f"{path}: no question there")
+    return questions
+
+
+def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int) -> list[Answered]:
+    """Let the model answer all questions."""
+    generator, encoder = Generator(loaded, Sampling(max_new_tokens=LONGEST)), Encoder(loaded.tokenizer, raw=False)
+    answered = []
+    with tqdm(total=len(questions), desc="exact_match", unit="question", disable=None) as bar:
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            completions = generator.complete([encoder(question.prompt) for question in batch])
+            for question, completion in zip(batch, completions, strict=True):
+                text = loaded.tokenizer.decode(completion.ids, skip_special_tokens=True)
+                answered.append(Answered(question, text))
+            bar.update(len(batch))
+    return answered
