@@ -1,7 +1,7 @@
 """Knowledge distillation (MiniMind, trainer/train_distillation.py): the labels, and a larger model's distribution.
 
 loss = alpha * CE(labels) + (1 - alpha) * T^2 * KL(teacher || student), both distributions at temperature T,
-mean over the tokens that have a label.
+mean over the tokens that have a label. Of a mixture of experts, alpha also weighs the load-balancing loss.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ class Distill(SFT):
         require(
             args.distill_temperature > 0, f"--distill-temperature: found {args.distill_temperature}, expected above 0"
         )
+
+    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+        """See `Job`."""
+        super().prepare_model(chunks, layout)
+        if self.args.num_experts:
+            for config in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
+                config.moe_aux_loss_coeff *= self.args.distill_alpha
 
     def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
         """See `Job`."""

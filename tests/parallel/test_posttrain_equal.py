@@ -291,3 +291,25 @@ def test_experts_learn_the_same_on_two_ranks(server: Server, dialogues: Corpus, 
     one = server.run(dialogues.flags(model, **flags, **packed), tmp_path / "one", posttrain=True)
     argv = dialogues.flags(model, **flags, **packed, **layout(ep=2))
     compare(server.run(argv, tmp_path / "two", 2, posttrain=True), (one.column(), one.column("grad_norm")))
+
+
+def test_the_load_balancing_loss_is_part_of_what_alpha_weighs(
+    server: Server, dialogues: Corpus, teacher: Path, tmp_path: Path
+) -> None:
+    """With alpha 0 it changes nothing, with alpha 1 distillation is SFT."""
+    runs = {}
+    for name, stage, alpha, coefficient in (
+        ("none", "distill", 0.0, 0.0),
+        ("ignored", "distill", 0.0, 5.0),
+        ("whole", "distill", 1.0, 5.0),
+        ("sft", "sft", None, 5.0),
+        ("sft without", "sft", None, 0.0),
+    ):
+        flags = FLAGS | {"train_iters": 3, "stage": stage, "moe_aux_loss_coeff": coefficient}
+        if stage == "distill":
+            flags |= {"distill_alpha": alpha, "teacher_model": teacher / "hf"}
+        argv = dialogues.flags(PRESETS["minimind3_moe_tiny"], **flags)
+        runs[name] = server.run(argv, tmp_path / name, posttrain=True).column("grad_norm")
+    assert runs["ignored"] == pytest.approx(runs["none"], rel=1e-6)
+    assert runs["whole"] == pytest.approx(runs["sft"], rel=1e-5)
+    assert runs["sft"] != pytest.approx(runs["sft without"], rel=1e-2)
