@@ -2,6 +2,7 @@
 
     python -m minimind_mcore.preprocess.corpus --output data/sample.jsonl --seed 42
     python -m minimind_mcore.preprocess.corpus --kind sft --output data/dialogues.jsonl     # see `dialogues`
+    python -m minimind_mcore.preprocess.corpus --kind drills --output data/drills.jsonl     # see `drills`
 
 Two parts, shuffled together: real prose, which is the docstrings of Python's standard library and
 the language documentation behind `help()`; and arithmetic word problems in Chinese and English,
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.preprocess.dialogues import dialogues, held_out, preferences
+from minimind_mcore.preprocess.dialogues import SUMMANDS, dialogues, held_out, preferences
+from minimind_mcore.preprocess.drills import drills
 from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.preprocess.math_problems import solved, unseen_problems
 from minimind_mcore.storage import atomic_file
@@ -91,8 +93,18 @@ THINGS = (
 )
 
 
+HELD_OUT = frozenset(SUMMANDS[1])
+
+
+def _summands(r: random.Random, largest: int) -> tuple[int, int]:
+    """Two numbers whose sum no question asks for that is held out."""
+    while (pair := (r.randint(1, largest), r.randint(1, largest))) in HELD_OUT:
+        pass
+    return pair
+
+
 def _addition(r: random.Random) -> tuple[str, str]:
-    a, b, (zh, en), i = r.randint(2, 99), r.randint(2, 99), r.choice(THINGS), r.randrange(6)
+    (a, b), (zh, en), i = _summands(r, 99), r.choice(THINGS), r.randrange(6)
     name, other = NAMES[0][i], NAMES[1][i]
     return (
         f"{name}有{a}{zh}，又得到{b}{zh}，现在一共有多少{zh}？\n解：{a}+{b}={a + b}。答：现在一共有{a + b}{zh}。",
@@ -102,8 +114,8 @@ def _addition(r: random.Random) -> tuple[str, str]:
 
 
 def _subtraction(r: random.Random) -> tuple[str, str]:
-    a, (zh, en), i = r.randint(10, 99), r.choice(THINGS), r.randrange(6)
-    b = r.randint(1, a - 1)
+    (b, left), (zh, en), i = _summands(r, 49), r.choice(THINGS), r.randrange(6)
+    a = b + left
     name, other = NAMES[0][i], NAMES[1][i]
     return (
         f"{name}原来有{a}{zh}，送给同学{b}{zh}，还剩多少{zh}？\n解：{a}-{b}={a - b}。答：还剩{a - b}{zh}。",
@@ -192,10 +204,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--kind",
-        choices=("text", "sft", "dpo", "math", "math-sft"),
+        choices=("text", "drills", "sft", "dpo", "math", "math-sft"),
         default="text",
-        help="text for pretraining, dialogues for fine-tuning, preferences between two answers, math problems for "
-        "reinforcement learning, dialogues that solve such",
+        help="text for pretraining, only sums and tables, dialogues for fine-tuning, preferences between two answers, "
+        "math problems for reinforcement learning, dialogues that solve such",
     )
     parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft or math: questions that are in neither")
     args = parser.parse_args()
@@ -204,6 +216,7 @@ def main() -> None:
         raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with {' or '.join(unseen)}")
     makers: dict[str, Callable[[int], list[dict[str, Any]]]] = {
         "text": lambda seed: [{"text": text} for text in build(seed)],
+        "drills": lambda seed: [{"text": text} for text in drills(seed)],
         "sft": dialogues,
         "dpo": preferences,
         "math": math_problems,

@@ -7,12 +7,13 @@ Two tasks, in Chinese and English, and a little small talk:
 
 | task | question | answer |
 |---|---|---|
-| lookup | Table: KD=37, QX=52, MB=18. What is QX? | QX=52 |
-| addition | 17+25=? | 17+25=42 |
+| lookup | Table: KD=37, QX=52, MB=18. What is QX? | 52 |
+| addition | 17+25=? | 42 |
 
-One key and one pair of numbers in ten are held out: they occur in no dialogue, neither asked for nor in a
-table. `held_out` asks for them: a lookup shows all its keys for the first time, so an answer must come
-from the table. This is a task for tiny models, and says nothing about what a model knows.
+One key and one pair of numbers in ten are held out, the pairs in both orders: they occur in no dialogue,
+neither asked for nor in a table, and in no text that `corpus` and `drills` make up. `held_out` asks for
+them: a lookup shows all its keys for the first time, so an answer must come from the table. These are
+tasks for tiny models, and say nothing about what a model knows.
 """
 
 from __future__ import annotations
@@ -40,8 +41,15 @@ def _split(items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return shuffled[count:], shuffled[:count]
 
 
+def _both_orders(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return sorted({*pairs, *((b, a) for a, b in pairs)})
+
+
 KEYS = _split([first + second for first, second in itertools.permutations(LETTERS, 2)])
-SUMMANDS = _split([(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)])
+# 17+25 is held out together with 25+17.
+SUMMANDS = tuple(
+    map(_both_orders, _split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2))))
+)
 
 TALK = (
     ("你好", "你好！有什么可以帮你？"),
@@ -65,20 +73,20 @@ def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     asked = r.sample(range(len(keys)), 1 if unseen else r.randint(1, 3))
     questions = [f"{keys[i]}是多少？" if chinese else f"What is {keys[i]}?" for i in asked]
     questions[0] = table + questions[0]
-    return [(question, f"{keys[i]}={values[i]}") for question, i in zip(questions, asked, strict=True)]
+    return [(question, str(values[i])) for question, i in zip(questions, asked, strict=True)]
 
 
 def addition(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     """A sum."""
     a, b = r.choice(SUMMANDS[unseen])
-    return [((f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"), f"{a}+{b}={a + b}")]
+    return [((f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"), str(a + b))]
 
 
 def _talk(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     return [r.choice(TALK)]
 
 
-TASKS: tuple[tuple[Task, int], ...] = ((lookup, 6), (addition, 3), (_talk, 1))
+TASKS: tuple[tuple[Task, int], ...] = ((lookup, 1), (addition, 8), (_talk, 1))
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:
@@ -114,8 +122,7 @@ def preferences(seed: int, count: int = PAIRS) -> list[dict[str, Any]]:
     records = []
     for _ in range(count):
         [*before, (question, answer)] = r.choice((lookup, addition))(r, False)
-        asked, right = answer.split("=")
-        wrong = r.choice([number for number in range(2, 100) if number != int(right)])
-        sides = {"chosen": answer, "rejected": f"{asked}={wrong}"}
+        wrong = r.choice([number for number in range(2, 100) if number != int(answer)])
+        sides = {"chosen": answer, "rejected": str(wrong)}
         records.append({side: _messages([*before, (question, text)]) for side, text in sides.items()})
     return records

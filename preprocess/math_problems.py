@@ -17,6 +17,7 @@ verifiers read. Keys and pairs of numbers are those of `dialogues`, and so are t
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +36,15 @@ def story(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     return [(chinese if r.randrange(2) else english, f"{a}+{b}={a + b}")]
 
 
+ASKED = re.compile(r"\d+\+\d+|[A-Z]{2}")  # the sum, or the key, which comes last
 TASKS: tuple[tuple[Task, int], ...] = ((lookup, 6), (addition, 3), (story, 1))
 
 
 def _problem(r: random.Random, task: Any, unseen: bool) -> tuple[str, str, str]:
     """Question, what stands before the result, result. Of several questions about a table the first."""
     question, answer = task(r, unseen)[0]
-    asked, result = answer.split("=")
-    return question, asked, result
+    before, _, result = answer.rpartition("=")
+    return question, before or ASKED.findall(question)[-1], result
 
 
 def _problems(seed: int, count: int) -> Sequence[tuple[str, tuple[str, str, str]]]:

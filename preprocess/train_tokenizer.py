@@ -63,12 +63,13 @@ def texts(spec: str, key: str) -> Iterator[str]:
                     yield fields[key]
 
 
-def train(corpus: Iterator[str], vocab_size: int) -> Tokenizer:
+def train(corpus: Iterator[str], vocab_size: int, split_digits: bool = False) -> Tokenizer:
     """Train on texts.
 
     Args:
         corpus: the texts.
         vocab_size: ids in all, special tokens and the 256 bytes included.
+        split_digits: each digit is a token, as Llama and Qwen have it; MiniMind's tokenizers join some.
 
     Raises:
         UserError: the corpus is too small, or the vocabulary, for that.
@@ -77,7 +78,9 @@ def train(corpus: Iterator[str], vocab_size: int) -> Tokenizer:
     if vocab_size < least:
         raise UserError(f"--vocab-size {vocab_size}: special tokens and bytes alone need {least}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -154,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="the directory to write")
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--json-key", default="text", help="the field that holds the text")
+    parser.add_argument("--split-digits", action="store_true", help="each digit is a token; sums are easier to learn")
     args = parser.parse_args(argv)
-    tokenizer = train(texts(args.input, args.json_key), args.vocab_size)
+    tokenizer = train(texts(args.input, args.json_key), args.vocab_size, args.split_digits)
     save(tokenizer, args.output)
     print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
 

@@ -17,6 +17,7 @@ from minimind_mcore.preprocess import corpus as corpus_program
 from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.corpus import build, problems
 from minimind_mcore.preprocess.dialogues import KEYS, dialogues, held_out, preferences
+from minimind_mcore.preprocess.drills import drills
 from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.tokenize import tokenizer_info
@@ -109,9 +110,9 @@ def answer_of(question: str, table: dict[str, str]) -> str | None:
     """What a program that reads the question answers; None for small talk."""
     table |= dict(re.findall(r"([A-Z]{2})=(\d+)", question))
     if total := re.match(r"(\d+)\+(\d+)(=\?|等于多少？)$", question):
-        return f"{total[1]}+{total[2]}={int(total[1]) + int(total[2])}"
+        return str(int(total[1]) + int(total[2]))
     asked = re.search(r"(?:What is )?([A-Z]{2})(?:\?|是多少？)$", question)
-    return f"{asked[1]}={table[asked[1]]}" if asked else None
+    return table[asked[1]] if asked else None
 
 
 def marked(conversation: list[dict[str, str]]) -> list[bool]:
@@ -130,10 +131,29 @@ def test_answers_are_right_and_both_languages_are_asked() -> None:
     assert records == dialogues(1, 3000) != dialogues(2, 3000)
 
 
-def test_what_is_held_out_is_in_no_dialogue() -> None:
-    seen = str(dialogues(1)) + str(preferences(1))
-    seen_keys, seen_sums = set(re.findall(r"[A-Z]{2}", seen)), set(re.findall(r"\d+\+\d+", seen))
+def sums_in(text: str) -> set[str]:
+    """a+b, in both orders."""
+    found = re.findall(r"(\d+) ?\+ ?(\d+)", text)
+    return {f"{a}+{b}" for a, b in found} | {f"{b}+{a}" for a, b in found}
+
+
+def test_drills_are_right_and_of_both_kinds() -> None:
+    texts = list(drills(1, 300))
+    assert texts == list(drills(1, 300)) != list(drills(2, 300))
+    sums = [line for text in texts for line in text.split("\n") if "+" in line]
+    assert len(sums) > 500 and all(eval(line.replace("=", "==")) for line in sums)
+    tables = [line for text in texts for line in text.split("\n") if "+" not in line]
+    assert len(tables) > 100
+    for table in tables:
+        first, again = re.findall(r"[A-Z]{2}=\d+", re.split("[。.]", table)[0]), re.split("[。.]", table)[1]
+        assert sorted(first) == sorted(re.findall(r"[A-Z]{2}=\d+", again)), table
+
+
+def test_what_is_held_out_is_in_nothing_else() -> None:
+    seen = str(dialogues(1)) + str(preferences(1)) + "\n".join(drills(1, 20_000))
+    seen_keys, seen_sums = set(re.findall(r"[A-Z]{2}", seen)), sums_in(seen)
     questions = held_out(3)
+    assert sums_in("\n".join(problems(1, 1_000_000))).isdisjoint(sums_in(str(questions)))
     assert seen_keys == set(KEYS[0]) and len(KEYS[1]) == 38
     for task, pattern, found in (("lookup", r"[A-Z]{2}", seen_keys), ("addition", r"\d+\+\d+", seen_sums)):
         asked = [record for record in questions if record["task"] == task]
@@ -147,8 +167,6 @@ def test_of_a_pair_only_the_chosen_answer_is_right() -> None:
     for pair in preferences(1):
         assert all(marked(pair["chosen"])) and not marked(pair["rejected"])[-1]
         assert pair["chosen"][:-1] == pair["rejected"][:-1]
-        asked = {pair[side][-1]["content"].split("=")[0] for side in pair}
-        assert len(asked) == 1
 
 
 def test_only_dialogues_hold_something_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,18 @@ def test_same_vocabulary_layout_as_the_published_one(tokenizer: Path, published_
     assert ours["model"] == theirs["model"]
 
 
+def test_digits_can_be_tokens_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"text": f"{n}+{n}={2 * n}"}) + "\n" for n in range(200)))
+    words = ["--input", str(tmp_path / "sums.jsonl"), "--vocab-size", "340"]
+    train_tokenizer.main([*words, "--output", str(tmp_path / "joined")])
+    with pytest.raises(UserError, match="give more text"):  # there is nothing to join
+        train_tokenizer.main([*words, "--output", str(tmp_path / "apart"), "--split-digits"])
+    train_tokenizer.main([*words[:2], "--vocab-size", "292", "--output", str(tmp_path / "apart"), "--split-digits"])
+    joined, apart = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("joined", "apart"))
+    assert len(joined("150+150").input_ids) < len(apart("150+150").input_ids) == 7
+    assert apart.decode(apart("150+150").input_ids) == "150+150"
+
+
 def test_too_little_text_for_the_vocabulary_is_an_error(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give more text"):
         train_tokenizer.main(["--input", str(corpus), "--output", str(tmp_path / "t"), "--vocab-size", "6400"])
