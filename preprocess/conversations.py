@@ -8,6 +8,8 @@
 | alpaca: instruction, input, output, and by --map-keys history, system | AlpacaStyle... |
 | sharegpt: conversations of {from, value}, roles human, gpt, function_call, observation, system | SharegptStyle... |
 | openai: messages of {role, content, tool_calls}, tools | OpenAI... |
+| general: instruction, input, output; belle: instruction of Human: and Assistant:, output | General..., Belle... |
+| leetcode: code_with_problem, code_only, explanation_only | LeetcodePython... |
 | minimind: conversations of {role, content, reasoning_content, tools, tool_calls}, the last two as JSON | MiniMind... |
 
 The columns and their defaults are MindSpeed-LLM's (tasks/preprocess/utils.py), MiniMind's those of its
@@ -37,6 +39,9 @@ OPENAI = {"messages": "messages", "system": "", "tools": "tools"}
 MINIMIND = {"messages": "conversations"}
 AGENT = {**MINIMIND, "gt": "gt"}
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
+GENERAL = {"prompt": "instruction", "query": "input", "response": "output"}
+BELLE = {"prompt": "instruction", "response": "output"}
+LEETCODE = {"problem": "code_with_problem", "code": "code_only", "explanation": "explanation_only"}
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -252,3 +257,40 @@ def read_sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> dict[str,
         answer = _sharegpt_message(answer, count + 1, columns)
         sides[f"{side}_"] = Conversation([*system, *messages, answer], _tools(record, columns["tools"]))
     return sides
+
+
+# ------------------------------------------------------------------------------------------------ fixed prompts
+
+
+def _exchange(question: str, answer: str) -> dict[str, Conversation]:
+    return {"": Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])}
+
+
+def read_general(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
+    """Instruction and input are one message, a line break between them even if the input is empty."""
+    asked, given = text_of(record, columns["prompt"]), optional(record, columns["query"])
+    return _exchange(f"{asked}\n{given}", text_of(record, columns["response"]))
+
+
+def read_belle(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
+    """Belle's dialogues: the instruction has all turns as one text, and ends where the output is to follow.
+
+    What is behind a second "Assistant:" of one turn is left out, and a turn without any is the assistant's.
+    """
+    messages: list[Message] = []
+    for turn in text_of(record, columns["prompt"]).split("Human:"):
+        said = [part.strip() for part in turn.split("Assistant:")]
+        if turn and len(said) > 1:
+            messages.append({"role": "user", "content": said[0]})
+        if turn:
+            messages.append({"role": "assistant", "content": said[min(1, len(said) - 1)]})
+    if not messages:
+        raise Unusable(f"field {columns['prompt']!r} has no turn of Human:")
+    answer = {"role": "assistant", "content": text_of(record, columns["response"]).strip()}
+    return {"": Conversation([*messages[:-1], answer])}
+
+
+def read_leetcode(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
+    """The problem without its code; the answer is code and explanation."""
+    problem = text_of(record, columns["problem"]).partition("```")[0].strip()
+    return _exchange(problem, f"{text_of(record, columns['code'])}\n{text_of(record, columns['explanation'])}")

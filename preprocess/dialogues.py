@@ -47,9 +47,7 @@ def _both_orders(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 KEYS = _split([first + second for first, second in itertools.permutations(LETTERS, 2)])
 # 17+25 is held out together with 25+17.
-SUMMANDS = tuple(
-    map(_both_orders, _split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2))))
-)
+SUMMANDS = tuple(map(_both_orders, _split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2)))))
 
 TALK = (
     ("你好", "你好！有什么可以帮你？"),

@@ -15,6 +15,9 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.conversations import (
     AGENT,
     ALPACA,
+    BELLE,
+    GENERAL,
+    LEETCODE,
     MINIMIND,
     OPENAI,
     PAIR,
@@ -25,6 +28,9 @@ from minimind_mcore.preprocess.conversations import (
     Unusable,
     read_alpaca,
     read_alpaca_pair,
+    read_belle,
+    read_general,
+    read_leetcode,
     read_minimind,
     read_minimind_pair,
     read_openai,
@@ -150,6 +156,7 @@ class ChatHandler:
             after the first two are texts that go with it, each encoded: `labels`, the right answer, and fields
             of the record.
         answer: of tasks: the right answer.
+        fixed_prompt: the text is that of `prompter`, not of a chat template.
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
     """
 
@@ -159,6 +166,7 @@ class ChatHandler:
     minimind: bool = False
     prompts: bool = False
     answer: Callable[[Mapping[str, Any], Columns], str] | None = None
+    fixed_prompt: bool = False
     thinking_ratio: float | None = None
 
     @property
@@ -263,6 +271,9 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     "OpenAIInstructionHandler": ChatHandler(read_openai, OPENAI),
     "AlpacaStylePairwiseHandler": ChatHandler(read_alpaca_pair, _ALPACA_PAIR, _PAIR_OUTPUTS),
     "SharegptStylePairwiseHandler": ChatHandler(read_sharegpt_pair, {**SHAREGPT, **PAIR}, _PAIR_OUTPUTS),
+    "GeneralInstructionHandler": ChatHandler(read_general, GENERAL, fixed_prompt=True),
+    "BelleMultiTurnInstructionHandler": ChatHandler(read_belle, BELLE, fixed_prompt=True),
+    "LeetcodePythonInstructionHandler": ChatHandler(read_leetcode, LEETCODE, fixed_prompt=True),
     # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
     "MiniMindInstructionHandler": ChatHandler(read_minimind, MINIMIND, minimind=True),
     "MiniMindPairwiseHandler": ChatHandler(read_minimind_pair, PAIR, _PAIR_OUTPUTS, minimind=True),
@@ -286,6 +297,18 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
 }
 
 
+# Of MindSpeed-LLM, and not here.
+REFUSED: Mapping[str, str] = {
+    "HunyuanInstructionHandler": "its loss is found by <|extra_0|> and <|eos|>, tokens of HunyuanLarge",
+    "MOSSMultiTurnHandler": "it writes ids 195 and 196, which are turns in Baichuan's vocabulary alone",
+    "MOSSInstructionHandler": "its data repeats each dialogue once for every turn; convert it to messages and take "
+    "OpenAIInstructionHandler",
+    "LlamaFactoryInstructionHandler": "it reads a registry of datasets; take AlpacaStyleInstructionHandler or "
+    "SharegptStyleInstructionHandler with --map-keys, which it ends up in",
+    "StackOverflowPythonPretrainHandler": "in MindSpeed-LLM itself it returns nothing and fails on the first record",
+}
+
+
 def find_handler(name: str) -> Handler | ChatHandler:
     """Look up a handler.
 
@@ -294,6 +317,8 @@ def find_handler(name: str) -> Handler | ChatHandler:
             a misspelt instruction handler yields data of the wrong kind.)
     """
     handler = HANDLERS.get(name) or CHAT_HANDLERS.get(name)
+    if name in REFUSED:
+        raise UserError(f"--handler-name {name}: not in this kit: {REFUSED[name]}")
     if handler is None:
         raise UserError(f"--handler-name {name}: unknown; this version knows {', '.join([*HANDLERS, *CHAT_HANDLERS])}")
     return handler

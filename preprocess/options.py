@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess import prompter
 from minimind_mcore.preprocess.chat import template_source
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler, find_handler
 from minimind_mcore.preprocess.readers import Source
@@ -179,7 +180,10 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
         raise UserError(
             f"tokenizer {info.path}: conversations need its bos_token and eos_token in tokenizer_config.json"
         )
-    if chat.prompt_type is None:
+    if handler.fixed_prompt:
+        if chat.prompt_type is not None or chat.enable_thinking is not None:
+            raise UserError(f"--prompt-type, --enable-thinking: {options.handler} has one prompt of its own")
+    elif chat.prompt_type is None:
         template_source(info.path)
         if options.append_eod:
             raise UserError("--append-eod: the tokenizer's own chat template ends the conversation itself")
@@ -224,7 +228,10 @@ def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence
 def template_digest(options: Options) -> str:
     """What identifies the template of a conversion: 16 hex digits of its source's SHA-256."""
     chat = options.chat
-    if chat.prompt_type is None:
+    handler = options.find_handler()
+    if isinstance(handler, ChatHandler) and handler.fixed_prompt:
+        source = prompter.HEAD
+    elif chat.prompt_type is None:
         source = template_source(options.tokenizer)
     else:
         source = json.dumps(template_entry(chat.prompt_type, chat.prompt_type_path), sort_keys=True)

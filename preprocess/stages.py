@@ -28,6 +28,7 @@ from minimind_mcore.preprocess.chat import IGNORED, ChatTemplate, Ids, Tokenizer
 from minimind_mcore.preprocess.conversations import Conversation, Unusable
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler
 from minimind_mcore.preprocess.options import Options
+from minimind_mcore.preprocess.prompter import Prompter
 from minimind_mcore.preprocess.readers import Reject, rejected
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, token_text
@@ -276,7 +277,9 @@ class Conversations:
 
 
 def make_template(options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> ChatTemplate:
-    """The tokenizer's own chat template, or that of --prompt-type."""
+    """The tokenizer's own chat template, or that of --prompt-type, or the handler's fixed prompt."""
+    if handler.fixed_prompt:
+        return Prompter()
     chat, last_only = options.chat, handler.pairwise and not handler.minimind
     if chat.prompt_type is None:
         cut = None if chat.pack or handler.prompts else options.seq_length

@@ -139,6 +139,11 @@ class SlotTemplate:
                 turns[-1] = [*turns[-1], "".join(self._thought)]
         return turns
 
+    @property
+    def stop_words(self) -> list[str]:
+        """What ends an answer, besides the tokenizer's eos."""
+        return list(self._entry.get("stop_words") or [])
+
     def _check_order(self, messages: Sequence[Message], opened: bool) -> None:
         for number, message in enumerate(messages):
             if (message["role"] == "assistant") != bool(number % 2):

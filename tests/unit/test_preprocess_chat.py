@@ -6,11 +6,13 @@ transformers renders and encodes, and the loss is found in the text, by characte
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import AutoTokenizer
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import augment, train_tokenizer
 from minimind_mcore.preprocess.conversations import Conversation
-from minimind_mcore.preprocess.handlers import CHAT_HANDLERS
+from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, find_handler
 from minimind_mcore.preprocess.options import ChatOptions, Options, validate
 from minimind_mcore.preprocess.readers import Reject
 from minimind_mcore.preprocess.stages import Encoded, make_stage
@@ -253,6 +255,83 @@ def test_their_pairs_have_loss_on_the_last_answer_only(handler: str, tokenizer: 
         ids, labels = expected(tokenizer, text_of(tokenizer, [*turns, assistant(answer)]))
         first_end = next(i for i, label in enumerate(labels) if label != -100 and labels[i + 1] == -100) + 1
         assert pair_of(found, f"{side}_") == (ids, [-100] * first_end + labels[first_end:])
+
+
+BELLE = "Human: 你好\nAssistant: 你好！\nHuman:What is 1+1? \nAssistant:"
+FIXED: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
+    (
+        "GeneralInstructionHandler", {"instruction": "Translate.", "input": "早上好", "output": "Good morning."},
+        [("Instruction", "Translate.\n早上好"), ("Response", "Good morning.")],
+    ),
+    (
+        "GeneralInstructionHandler", {"instruction": "1+1=?", "input": "", "output": "2"},
+        [("Instruction", "1+1=?\n"), ("Response", "2")],
+    ),
+    (
+        "BelleMultiTurnInstructionHandler", {"instruction": BELLE, "output": " two\n"},
+        [("Instruction", "你好"), ("Response", "你好！"), ("Instruction", "What is 1+1?"), ("Response", "two")],
+    ),
+    (
+        "LeetcodePythonInstructionHandler",
+        {"code_with_problem": " Two sum. \n```python\npass```", "code_only": "def f(): ...", "explanation_only": "So."},
+        [("Instruction", "Two sum."), ("Response", "def f(): ...\nSo.")],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(FIXED)))
+def test_fixed_prompts_have_loss_on_the_last_answer(number: int, tokenizer: str) -> None:
+    handler, record, turns = FIXED[number]
+    text = (
+        "\nBelow is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request. Please note that you need to think through your response "
+        "logically and step by step.\n" + "".join(f"### {head}:\n{content}\n" for head, content in turns)
+    )
+    reference = AutoTokenizer.from_pretrained(tokenizer)
+    ids = reference(text, add_special_tokens=False).input_ids
+    start = len(reference(text[: text.rindex("Response:\n") + len("Response:\n")], add_special_tokens=False).input_ids)
+    assert pair_of(sample(handler, record, tokenizer, chat=ChatOptions())) == (ids, [-100] * start + ids[start:])
+
+
+def upstream_handler(home: Path, name: str, tokenizer: Any) -> Any:
+    """MindSpeed-LLM's own class of that name, taken out of its file; only its base is ours."""
+    classes = {}
+    for file in ("templates.py", "data_handler.py"):
+        source = (home / "mindspeed_llm/tasks/preprocess" / file).read_text(encoding="utf-8")
+        classes |= {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+    class BaseDatasetHandler:
+        def __init__(self, args: Any, *others: Any) -> None:
+            self.args, self.tokenizer = args, None
+
+        def _tokenize(self, prompt: str) -> dict[str, list[int]]:
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+    names: dict[str, Any] = {"BaseDatasetHandler": BaseDatasetHandler, "List": list, "dataclass": dataclass}
+    for wanted in dict.fromkeys(["AlpacaTemplate", "Prompter", "GeneralInstructionHandler", name]):
+        module = ast.Module([classes[wanted]], type_ignores=[])
+        exec(compile(module, str(home), "exec"), names)
+    args = argparse.Namespace(output_prefix="", append_eod=False, json_keys=[])
+    return names[name](args, None, tokenizer, None)
+
+
+@pytest.mark.parametrize("number", range(len(FIXED)))
+def test_fixed_prompts_equal_mindspeed_llm_s_code(number: int, tokenizer: str) -> None:
+    home = Path(os.environ.get("MINDSPEED_LLM_HOME", "/nowhere"))
+    if not (home / "mindspeed_llm" / "tasks" / "preprocess" / "data_handler.py").is_file():
+        pytest.skip("MINDSPEED_LLM_HOME is not a checkout of MindSpeed-LLM")
+    handler, record, _ = FIXED[number]
+    theirs = upstream_handler(home, handler, AutoTokenizer.from_pretrained(tokenizer))._filter(dict(record))
+    found = pair_of(sample(handler, record, tokenizer, chat=ChatOptions()))
+    assert found == (theirs["input_ids"][0], theirs["labels"][0])
+
+
+def test_what_a_fixed_prompt_refuses(tokenizer: str) -> None:
+    with pytest.raises(UserError, match="GeneralInstructionHandler has one prompt of its own"):
+        sample("GeneralInstructionHandler", FIXED[0][1], tokenizer, chat=ChatOptions(prompt_type="qwen3"))
+    with pytest.raises(UserError, match="MOSSMultiTurnHandler: not in this kit: it writes ids 195 and 196"):
+        find_handler("MOSSMultiTurnHandler")
 
 
 # ------------------------------------------------------------------ templates of --prompt-type

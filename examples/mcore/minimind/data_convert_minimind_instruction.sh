@@ -10,7 +10,8 @@
 # TOKENIZER_PATH   directory with tokenizer.json and a chat template; the sample gets one trained on the sample corpus
 # SEQ_LENGTH       the most tokens of a sample (default: no limit); what is cut or left out is counted
 # HANDLER_NAME     MiniMindInstructionHandler (default: sft, reason, tool calls), AlpacaStyleInstructionHandler,
-#                  SharegptStyleInstructionHandler, OpenAIInstructionHandler; MiniMindPromptHandler, MiniMindAgentHandler
+#                  SharegptStyleInstructionHandler, OpenAIInstructionHandler; MiniMindPromptHandler, MiniMindAgentHandler;
+#                  General-, BelleMultiTurn-, LeetcodePythonInstructionHandler, which have one fixed prompt
 # PROMPT_TYPE, MAP_KEYS   as MindSpeed-LLM's --prompt-type and --map-keys; by default the tokenizer's own chat template
 # OUTPUT_PREFIX    where to write (default: a name by content in DATA_DIR/cache)
 # WORKERS          processes
