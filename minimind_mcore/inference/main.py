@@ -25,6 +25,7 @@ from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts, read
 from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.inference.starting import opened, start
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
+from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_file
 
@@ -32,7 +33,8 @@ PROGRAM = "inference.py"
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
 BEAMS = 2  # MindSpeed-LLM's
 USED = frozenset(
-    "task max_new_tokens temperature top_k top_p history_turns hf_chat_template add_eos_token enable_thinking".split()
+    "task max_new_tokens temperature top_k top_p history_turns hf_chat_template add_eos_token enable_thinking "
+    "prompt_type prompt_type_path".split()
 )
 
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {task: sampling(args, task) for task in tasks}
     if args.no_effect:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
-    raw = args.raw or not (args.hf_chat_template or "chat" in tasks)
+    raw = _is_raw(args, tasks)
     tools = read_tools(args.tools)
     if args.engine == "vllm":
         require_vllm(tasks)
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     source, info = opened(args)
     tokenizer = load_tokenizer(info)
-    encoder, stop = Encoder(tokenizer, raw, args.enable_thinking), stop_ids(tokenizer, args.add_eos_token)
+    template = _template(args, tokenizer)
+    encoder = Encoder(tokenizer, raw, args.enable_thinking, template)
+    stop = stop_ids(tokenizer, [*args.add_eos_token, *(template.stop_words if template else [])])
     if args.dry_run:
         print("a dry run: everything is valid, nothing was generated", flush=True)
         return
@@ -101,6 +105,32 @@ def _tasks(args: argparse.Namespace) -> list[str]:
     if unknown:
         raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(TASKS)}")
     return tasks
+
+
+def _is_raw(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
+    """Whether prompts are given as they are.
+
+    Raises:
+        UserError: more than one way to write them is asked for.
+    """
+    ways = {"--raw": args.raw, "--hf-chat-template": args.hf_chat_template, "--prompt-type": args.prompt_type}
+    chosen = [flag for flag, is_given in ways.items() if is_given]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: each says how prompts are written; give one")
+    return args.raw or not (chosen or "chat" in tasks)
+
+
+def _template(args: argparse.Namespace, tokenizer: Any) -> SlotTemplate | None:
+    """The template of `--prompt-type`, as preprocess_data.py uses it.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if args.prompt_type is None:
+        return None
+    entry = template_entry(args.prompt_type.strip(), args.prompt_type_path)
+    settings = Settings(tokenizer.bos_token, tokenizer.eos_token, thinking=args.enable_thinking)
+    return SlotTemplate(entry, settings)
 
 
 def sampling(args: argparse.Namespace, task: str) -> Sampling:

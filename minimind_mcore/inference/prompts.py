@@ -7,6 +7,7 @@ and text, and gets that (`raw`), as in MiniMind's eval_llm.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.conversations import Conversation, Unusable
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.preprocess.templates import SlotTemplate
 
 Message = dict[str, Any]
 KEYS = ("prompt", "text", "messages", "conversations")
@@ -128,20 +131,44 @@ class Encoder:
         tokenizer: of transformers.
         raw: bos and text; else the chat template.
         thinking: whether to let the model think; None leaves that to the template.
+        template: of --prompt-type, in place of the tokenizer's own.
 
     Raises:
         UserError: the tokenizer has no chat template, and one is needed.
     """
 
-    def __init__(self, tokenizer: Any, raw: bool, thinking: bool | None = None) -> None:
-        if not raw and not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template: give --raw, or a tokenizer that has one")
-        self.tokenizer, self.raw = tokenizer, raw
+    def __init__(
+        self, tokenizer: Any, raw: bool, thinking: bool | None = None, template: SlotTemplate | None = None
+    ) -> None:
+        if not raw and template is None and not tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer has no chat template: give --raw, --prompt-type, or a tokenizer that has one"
+            )
+        self.tokenizer, self.raw, self.template = tokenizer, raw, template
         # MiniMind's name of the switch, and Qwen3's
         self.switches = {} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking}
 
     def text(self, prompt: Prompt) -> str:
         """What the model reads."""
+        return "".join(self._pieces(prompt))
+
+    def _pieces(self, prompt: Prompt) -> list[str]:
+        """The same, in the parts that are encoded one by one."""
+        return self._of_template(prompt, self.template) if self.template else [self._text(prompt)]
+
+    def _of_template(self, prompt: Prompt, template: SlotTemplate) -> list[str]:
+        """What the template writes before an answer.
+
+        Raises:
+            UserError: it cannot write this conversation.
+        """
+        answered = Conversation([*prompt.messages, {"role": "assistant", "content": ""}], prompt.tools)
+        try:
+            return list(itertools.chain.from_iterable(template.render(answered)[:-1]))
+        except Unusable as reason:
+            raise UserError(f"--prompt-type: a prompt that it cannot write: {reason}") from reason
+
+    def _text(self, prompt: Prompt) -> str:
         if self.raw:
             return str(self.tokenizer.bos_token) + "".join(str(m.get("content", "")) for m in prompt.messages)
         text: str = self.tokenizer.apply_chat_template(
@@ -151,5 +178,5 @@ class Encoder:
 
     def __call__(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt."""
-        ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=False)["input_ids"]
-        return ids
+        pieces = self.tokenizer(self._pieces(prompt), add_special_tokens=False)["input_ids"]
+        return list(itertools.chain.from_iterable(pieces))

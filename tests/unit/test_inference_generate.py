@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine import Corpus
@@ -23,6 +24,9 @@ from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
 from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.preprocess.conversations import Conversation
+from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
+from minimind_mcore.preprocess.tokenize import load_encoder
 
 PROMPTS = [[1, 70, 81, 92], [1, 300], [1, 44, 45, 46, 47, 48, 49, 50, 51]]
 
@@ -185,6 +189,46 @@ def test_a_prompt_is_bos_and_text_or_the_chat_template(loaded: dict[str, Loaded]
     opening = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert Encoder(tokenizer, raw=False).text(prompt) == opening + "\n</think>\n\n"
     assert Encoder(tokenizer, raw=False, thinking=True).text(prompt) == opening
+
+
+@pytest.mark.parametrize(("name", "thinking"), [("qwen3", True), ("qwen3", False), ("chatml", None)])
+def test_a_prompt_in_a_template_is_what_training_has_before_the_answer(
+    loaded: dict[str, Loaded], name: str, thinking: bool | None
+) -> None:
+    """The ids of converted data up to the last answer's labels, history and system prompt among them."""
+    tokenizer, info = loaded["minimind3"].tokenizer, loaded["minimind3"].info
+    template = SlotTemplate(
+        template_entry(name, None), Settings(tokenizer.bos_token, tokenizer.eos_token, thinking=thinking)
+    )
+    turns = [("user", "1+1?"), ("assistant", "two"), ("user", "and the next"), ("assistant", "three")]
+    messages = [{"role": "system", "content": "be brief"}, *({"role": r, "content": c} for r, c in turns)]
+    encoder, parts = load_encoder(info.path, "tokenizers"), []
+    for pieces in template.render(Conversation(messages)):
+        parts.append(np.concatenate([encoder.encode([piece])[0] for piece in pieces]).astype(np.int32))
+    ids, labels, _ = template.label(parts)
+    last = int(np.flatnonzero(labels == -100).max()) + 1
+    assert Encoder(tokenizer, raw=False, template=template)(Prompt(messages[:-1])) == ids[:last].tolist()
+
+
+def test_prompt_type_goes_from_the_flag_to_the_prompt(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["minimind3"]
+    seen: list[list[int]] = []
+    complete = Generator.complete
+    monkeypatch.setattr(Generator, "complete", lambda self, prompts: (seen.extend(prompts), complete(self, prompts))[1])
+    run_inference(model, tmp_path / "out", "--prompt-type", "chatml", "--prompt", "abc", "--max-new-tokens", "2")
+    text = open_model(model).tokenizer.decode(seen[0])
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nabc<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    for flags, message in (
+        (["--prompt-type", "chatml", "--raw"], "--raw and --prompt-type: each says how prompts are written"),
+        (["--prompt-type", "gemma"], "--prompt-type gemma: not in the templates that come with this kit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_inference(model, tmp_path / "out", *flags, "--prompt", "abc")
 
 
 def test_prompts_come_from_flags_files_and_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

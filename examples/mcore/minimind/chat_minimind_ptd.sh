@@ -10,6 +10,7 @@
 # TOOLS            JSON file with definitions of tools; calls are printed, not run
 # THINKING         true or false (default: as the chat template has it)
 # HISTORY_TURNS    earlier questions that the model is shown (default 3)
+# PROMPT_TYPE      a template as in preprocessing, in place of the tokenizer's own
 # RAW              1: bos and each line by itself, for a model that is only pretrained
 # MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P SEED   as the flags
 # LORA_DIR         adapters to merge; LORA_ALPHA where they do not say theirs
@@ -22,6 +23,7 @@ model_flags
 sampling_flags
 CHAT_ARGS=(
     --history-turns "${HISTORY_TURNS:-3}"
+    ${PROMPT_TYPE:+--prompt-type "$PROMPT_TYPE"}
     ${SYSTEM:+--system "$SYSTEM"}
     ${TOOLS:+--tools "$(absolute "$TOOLS")"}
     ${THINKING:+--enable-thinking "$THINKING"}

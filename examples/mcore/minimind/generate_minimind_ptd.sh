@@ -8,6 +8,7 @@
 # TOKENIZER_PATH   directory of its tokenizer (default: the one that it names or carries)
 # TASK             greedy (default), do_sample, beam_search, beam_search_with_sampling; several are done in turn
 # RAW              1: bos and the prompt, for a model that is only pretrained (default: the chat template)
+# PROMPT_TYPE      a template as in preprocessing, in place of the tokenizer's own
 # MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P SEED   as the flags
 # LORA_DIR         adapters to merge; LORA_ALPHA where they do not say theirs
 # PRECISION        bf16, fp16 or fp32 (default: fp32 on a CPU, elsewhere the model's)
@@ -18,6 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read -r -a TASKS <<< "${TASK:-greedy}"
 model_flags
 sampling_flags
-TEMPLATE=--hf-chat-template
-[ "${RAW:-0}" = 0 ] || TEMPLATE=--raw
-run_here inference.py "${MODEL_ARGS[@]}" --task "${TASKS[@]}" "$TEMPLATE" ${SAMPLING_ARGS[@]+"${SAMPLING_ARGS[@]}"} "$@"
+TEMPLATE=(--hf-chat-template)
+[ -z "${PROMPT_TYPE:-}" ] || TEMPLATE=(--prompt-type "$PROMPT_TYPE")
+[ "${RAW:-0}" = 0 ] || TEMPLATE=(--raw)
+run_here inference.py "${MODEL_ARGS[@]}" --task "${TASKS[@]}" "${TEMPLATE[@]}" ${SAMPLING_ARGS[@]+"${SAMPLING_ARGS[@]}"} "$@"
