@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from plain_model import PlainModel
+from torch import Tensor
 
 from minimind_mcore import cpu, device
 from minimind_mcore.models.config import ModelConfig
@@ -34,85 +35,11 @@ from minimind_mcore.models.presets import get_preset
 Step = Callable[[], None]
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
+class Trained(PlainModel):
+    """The loss of a micro-batch."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).type_as(x)
-
-
-class Attention(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.c = c
-        self.q = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
-        self.k = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.v = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
-        norm: Callable[[], nn.Module] = lambda: RMSNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else nn.Identity()  # noqa: E731
-        self.q_norm, self.k_norm = norm(), norm()
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, seq, _ = x.shape
-        q = rotate(self.q_norm(self.q(x).view(batch, seq, -1, self.c.head_dim)), cos, sin)
-        k = rotate(self.k_norm(self.k(x).view(batch, seq, -1, self.c.head_dim)), cos, sin)
-        v = self.v(x).view(batch, seq, -1, self.c.head_dim)
-        repeats = self.c.num_heads // self.c.num_kv_heads
-        k, v = (t.repeat_interleave(repeats, dim=2) for t in (k, v))
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-        return self.o(out.transpose(1, 2).reshape(batch, seq, -1))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
-
-
-class Layer(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.attention, self.norm1, self.norm2 = (
-            Attention(c),
-            RMSNorm(c.hidden_size, c.norm_eps),
-            RMSNorm(c.hidden_size, c.norm_eps),
-        )
-        self.gate = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=False)
-        self.up = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=False)
-        self.down = nn.Linear(c.ffn_hidden_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), cos, sin)
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-class PlainModel(nn.Module):
-    """A dense MiniMind in plain PyTorch."""
-
-    def __init__(self, c: ModelConfig, seq: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.head.weight = self.embedding.weight
-        # Not torch's N(0, 1): logits of that size leave most softmax probabilities denormal, and a CPU multiplies
-        # matrices of such numbers at a third of its speed.
-        for parameter in (p for p in self.parameters() if p.dim() > 1):
-            nn.init.normal_(parameter, std=0.02)
-        frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-        angles = torch.outer(torch.arange(seq).float(), frequencies).repeat(1, 2)[:, None, :]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
-        logits = self.head(self.norm(x))
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        logits, _ = super().forward(ids)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.reshape(-1))
 
 
@@ -127,7 +54,7 @@ def batches(config: ModelConfig, args: argparse.Namespace) -> Iterator[Tensor]:
 def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     """One update of the plain loop."""
     kind = device.current().torch_device
-    model: Any = PlainModel(config, args.seq).to(kind)
+    model: Any = Trained(config, args.seq).to(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     gpu, half = kind.type != "cpu", args.dtype == "bf16"
     if gpu:
