@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,27 @@ class ModelConfig:
         """Parameters of the model, a tied embedding counted once."""
         experts = self.moe.num_experts if self.moe else 1
         return self._embedding_parameters() + self._layer_parameters(experts)
+
+    def num_adapter_parameters(self, rank: int, targets: Sequence[str], tp: int = 1, pp: int = 1) -> int:
+        """Parameters of LoRA adapters of that rank on megatron-core's layers of these names.
+
+        With `tp` and `pp` those of one rank of such a layout: B is cut where the weight's rows are, A where its
+        columns are.
+        """
+        heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        widths = [self.ffn_hidden_size]
+        if self.moe:
+            widths = [self.moe.ffn_hidden_size] * self.moe.num_experts
+            widths += [self.moe.shared_ffn_hidden_size] if self.moe.shared_ffn_hidden_size else []
+        by_rows = {"linear_qkv": [(self.hidden_size, heads + 2 * groups)]}
+        by_rows["linear_fc1"] = [(self.hidden_size, 2 * width) for width in widths]
+        by_columns = {"linear_proj": [(heads, self.hidden_size)]}
+        by_columns["linear_fc2"] = [(width, self.hidden_size) for width in widths]
+        per_layer = 0
+        for target in targets:
+            per_layer += sum(rank * (columns + rows // tp) for columns, rows in by_rows.get(target, []))
+            per_layer += sum(rank * (columns // tp + rows) for columns, rows in by_columns.get(target, []))
+        return per_layer * self.num_layers // pp
 
     def num_active_parameters(self) -> int:
         """Parameters that one token uses: all of them, less the experts it is not sent to."""

@@ -127,10 +127,15 @@ def require_shared_directory(path: Path) -> None:
 
 
 def expected_bytes(args: argparse.Namespace) -> int:
-    """What a checkpoint holds at least: weights, and in fp32 Adam's moments (and the weights of half precision)."""
+    """What a checkpoint holds at least: weights, and in fp32 Adam's moments (and the weights of half precision).
+
+    Under LoRA of the adapters alone.
+    """
     width = 2 if args.bf16 or args.fp16 else 4
     optimizer = 0 if args.no_save_optim else (12 if width == 2 else 8)
-    return ModelConfig.from_args(args).num_parameters() * (width + optimizer)
+    model, targets = ModelConfig.from_args(args), args.lora_target_modules
+    saved = model.num_adapter_parameters(args.lora_r, targets) if targets else model.num_parameters()
+    return saved * (width + optimizer)
 
 
 def _require_space(args: argparse.Namespace, tmp: Path) -> None:

@@ -35,8 +35,13 @@ def expert_parameters(model: ModelConfig, layout: Layout) -> int:
     return model.moe.num_experts * one // (layout.pp * layout.ep * layout.tp)
 
 
-def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float]:
-    """Bytes per rank, by what they are for.
+def memory_estimate(args: argparse.Namespace, layout: Layout, sequences: int = 1) -> dict[str, float]:
+    """Bytes per rank, by what they are for. A teacher, or a reference that is run in every step, comes on top.
+
+    Args:
+        args: of the run.
+        layout: of the run.
+        sequences: that a sample has; 2 for a pair.
 
     Weights, gradients and Adam's moments are counted exactly but for alignment. Activations count,
     per layer and token, what a backward pass keeps without recomputation (about 10 hidden vectors,
@@ -48,7 +53,11 @@ def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float
     width = 2 if half else 4
     experts = expert_parameters(model, layout)
     shards, expert_shards = (layout.dp, layout.dp // layout.ep) if args.use_distributed_optimizer else (1, 1)
-    tokens = args.seq_length * args.micro_batch_size
+    trained = parameters
+    if args.lora_target_modules:  # the base has neither gradients nor moments
+        trained = model.num_adapter_parameters(args.lora_r, args.lora_target_modules, layout.tp, layout.pp)
+        parameters, experts = parameters + trained, 0
+    tokens = args.seq_length * args.micro_batch_size * sequences
     mlp = model.ffn_hidden_size
     if model.moe:
         mlp = model.moe.topk * model.moe.ffn_hidden_size + model.moe.shared_ffn_hidden_size
@@ -58,27 +67,27 @@ def memory_estimate(args: argparse.Namespace, layout: Layout) -> dict[str, float
     in_flight = min(layout.pp, args.num_microbatches)
     return {
         "weights": parameters * width,
-        "gradients": parameters * (4 if args.accumulate_allreduce_grads_in_fp32 else width),
-        "optimizer": ((parameters - experts) / shards + experts / expert_shards) * (12 if half else 8),
+        "gradients": trained * (4 if args.accumulate_allreduce_grads_in_fp32 else width),
+        "optimizer": ((trained - experts) / shards + experts / expert_shards) * (12 if half else 8),
         "activations": tokens * layers * per_token * width * in_flight,
         "logits": tokens * model.vocab_size / layout.tp * 4 * 3,
     }
 
 
-def announce(args: argparse.Namespace, layout: Layout) -> None:
+def announce(args: argparse.Namespace, layout: Layout, sequences: int = 1) -> None:
     """Print device, layout, sizes, memory and the flags without effect."""
     found, model = device.current(), ModelConfig.from_args(args)
     total, active = model.num_parameters(), model.num_active_parameters()
     sizes = f"{total / 1e6:.2f}M" + (f" ({active / 1e6:.2f}M active)" if active != total else "")
-    estimate = memory_estimate(args, layout)
+    estimate = memory_estimate(args, layout, sequences)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.items())
     precision = str(args.params_dtype).removeprefix("torch.")
     rows = {
         "device": f"{found.kind}: {found.name}, {found.count} {'cores' if found.kind == 'cpu' else 'on this host'}",
         "layout": str(layout),
         "model": f"{sizes} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {precision}",
-        "batch": f"{args.global_batch_size} samples of {args.seq_length} tokens in {args.num_microbatches} "
-        f"micro-batches of {args.micro_batch_size} per rank; {args.train_iters} iterations",
+        "batch": f"{args.global_batch_size} {'pairs' if sequences == 2 else 'samples'} of {args.seq_length} tokens in "
+        f"{args.num_microbatches} micro-batches of {args.micro_batch_size} per rank; {args.train_iters} iterations",
         "memory": f"about {sum(estimate.values()) / GIB:.2f} GiB per rank ({parts}), beside the program itself",
     }
     if args.no_effect:
@@ -96,7 +105,7 @@ def show(args: argparse.Namespace, job: Job) -> None:
     if args.data_pending and not args.train_samples:
         args.train_iters = args.train_iters or 1
     layout = validate(args, distributed.world_size())
-    announce(args, layout)
+    announce(args, layout, job.sequences)
     if args.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:

@@ -43,7 +43,7 @@ def run(job: Job) -> None:
     distributed.initialize(args, layout)
     distributed.log_to(args.log_file)
     if distributed.is_main():
-        plan.announce(args, layout)
+        plan.announce(args, layout, job.sequences)
     train(args, job, layout)
     distributed.finish()
 
