@@ -60,7 +60,9 @@ Run = Callable[[Tensor], object]
 
 def plain_run(config: ModelConfig, args: argparse.Namespace) -> Run:
     """The plain loop."""
-    model: Any = Generating(config, config.max_position_embeddings).to(device.current().torch_device, DTYPES[args.dtype])
+    model: Any = Generating(config, config.max_position_embeddings).to(
+        device.current().torch_device, DTYPES[args.dtype]
+    )
     return lambda ids: model.generate(ids, args.tokens)
 
 

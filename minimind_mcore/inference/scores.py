@@ -96,8 +96,8 @@ class Scores:
             content["perplexity"][name] = values | {"tokens": text.tokens, "bytes": text.bytes, "nats": text.nats}
         atomic_write_text(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         if self.answers:
-            rows = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in self.answers)
-            atomic_write_text(folder / ANSWERS, "".join(rows))
+            lines = [json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in self.answers]
+            atomic_write_text(folder / ANSWERS, "".join(lines))
         if self.accuracies:
             with atomic_file(folder / PICTURE) as file:
                 file.write(self._draw())
