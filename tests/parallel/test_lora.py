@@ -26,6 +26,9 @@ from torch import Tensor
 from twin import load_twin, train
 
 from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.job import Job
+from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.inference import loading
 from minimind_mcore.models import weights
 from minimind_mcore.models.init import initial_tensor
 from minimind_mcore.models.presets import PRESETS
@@ -157,6 +160,10 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge_to_the_same_model(
     config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
     base, adapters = whole(start / "iter_0000001", config), whole(one / last, config)
     assert len(adapters) == 2 * len(TARGETS) * config.num_layers
+    sizes = [sum(t.numel() for t in load(two / last / f"mp_rank_0{rank}/model_optim_rng.pt")["model"].values())
+             for rank in range(2)]  # fmt: skip
+    assert sizes == [config.num_adapter_parameters(RANK, TARGET_FLAGS[1:], tp=2)] * 2
+    assert sum(t.numel() for t in adapters.values()) == config.num_adapter_parameters(RANK, TARGET_FLAGS[1:])
     assert all(tensor.abs().max() > 0 for tensor in adapters.values())
     again = FLAGS | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "finetune": True, "micro_batch_size": 4}
     hook, where = f"{__file__}:dump_logits", {"DUMP": str(tmp_path)}
@@ -170,6 +177,12 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge_to_the_same_model(
         unadapted = load_twin(config, weights.mcore_to_hf(base, config, "hf_fused"))(dumped[0][0]).logits
     print("largest difference of logits:", difference)
     assert difference <= 1e-5 < (unadapted - live).abs().max()
+
+    # Inference from the two directories of checkpoints.
+    job = Job(load_dir=start, save_dir=Path(), save_type="hf", sharding=Sharding(), dtype="fp32", lora_load=two)
+    loaded = loading.load(*loading.open_both(job, str(dialogues.tokenizer)))
+    with torch.no_grad():
+        assert (loaded.model(dumped[0][0], use_cache=False).logits - live).abs().max() <= 1e-5
 
     main_v2([*"--load-model-type mg --save-model-type hf".split(), "--load-dir", str(start), "--lora-load", str(two),
              "--save-dir", str(tmp_path / "hf")])  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Corpus, Server, layout
+from engine import Corpus, Server, layout, worst_difference
 from posttrain_oracle import (
     BATCH,
     DYNAMIC,
@@ -313,3 +313,20 @@ def test_the_load_balancing_loss_is_part_of_what_alpha_weighs(
     assert runs["ignored"] == pytest.approx(runs["none"], rel=1e-6)
     assert runs["whole"] == pytest.approx(runs["sft"], rel=1e-5)
     assert runs["sft"] != pytest.approx(runs["sft without"], rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_bf16_stays_close_to_fp32(server: Server, dialogues: Corpus, start: Path, tmp_path: Path, stage: str) -> None:
+    flags: dict[str, Any] = {"stage": "sft"}
+    if stage == "dpo":
+        flags = {"stage": "dpo", "dpo_beta": BETA, "dpo_label_smoothing": SMOOTHING, "pref_ftx": FTX}
+        flags |= {"data_path": dialogues.prefix.with_name("pairs")}
+    processes, parallel = LAYOUTS["DP2"]
+    argv = dialogues.flags(PRESETS[MODEL], **FLAGS, **parallel | flags, bf16=True)
+    found = server.run(argv, tmp_path / "run", processes, posttrain=True)
+    if stage == "sft":
+        losses, _ = expected_sft(dialogues, start, "chat")
+    else:
+        losses, _ = expected_dpo(dialogues, start, "sigmoid", SMOOTHING, [])
+    print("largest relative difference of losses:", worst_difference(found.column(), losses))
+    assert 0 < worst_difference(found.column(), losses) <= 0.02
