@@ -16,7 +16,7 @@
 # common.sh has the settings of device and processes; here DEVICE is cpu unless it is given.
 export DEVICE=${DEVICE:-cpu}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export DATA_DIR=${DATA_DIR:-$HERE/../data/quickstart}
+export DATA_DIR=${DATA_DIR:-$(dirname "$HERE")/data/quickstart}
 source "$HERE/mcore/minimind/common.sh"
 
 export PYTHON NPUS_PER_NODE MODEL=minimind3_tiny TP=1 TOKENIZER_PATH=$DATA_DIR/tokenizer

@@ -1,0 +1,53 @@
+"""The quickstart in full: minutes of two cores, after which a model answers what it has never seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Path) -> None:
+    settings = {"PYTHON": sys.executable, "OUTPUT_DIR": str(tmp_path / "out"), "DATA_DIR": str(tmp_path / "data")}
+
+    def run(**more: str) -> subprocess.CompletedProcess[str]:
+        began = time.monotonic()
+        done = subprocess.run(
+            ["bash", str(ROOT / "examples" / "quickstart.sh")],
+            env={**os.environ, **settings, **more},
+            capture_output=True,
+            text=True,
+            timeout=3600,
+            check=False,
+        )
+        print(f"{time.monotonic() - began:.0f} s\n{done.stdout[-3000:]}")
+        return done
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-4000:]
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["accuracy"]["exact_match"]["subjects"]
+    assert scores["addition"]["questions"] == 200 and scores["addition"]["accuracy"] >= 0.8
+
+    # The marks are of what the model wrote, and nothing it was asked is in what it has read.
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    read = (tmp_path / "data" / "drills.jsonl").read_text() + (tmp_path / "data" / "dialogues.jsonl").read_text()
+    known = set(re.findall(r"(\d+)\+(\d+)", read))
+    sums = [row for row in answers if row["task"] == "addition"]
+    for row in sums:
+        [(a, b)] = re.findall(r"(\d+)\+(\d+)", row["messages"][-1]["content"])
+        assert (a, b) not in known and (b, a) not in known
+        assert row["right"] == (row["completion"].strip() == str(int(a) + int(b)))
+    assert sum(row["right"] for row in sums) / len(sums) == scores["addition"]["accuracy"]
+
+    again = run(LEAST="1.01")
+    assert again.returncode == 1 and again.stdout.count("finished before") == 2
