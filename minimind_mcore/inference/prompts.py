@@ -144,7 +144,7 @@ class Encoder:
             raise UserError(
                 "the tokenizer has no chat template: give --raw, --prompt-type, or a tokenizer that has one"
             )
-        self.tokenizer, self.raw, self.template = tokenizer, raw, template
+        self.tokenizer, self.raw, self.thinking, self.template = tokenizer, raw, thinking, template
         # MiniMind's name of the switch, and Qwen3's
         self.switches = {} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking}
 
@@ -162,9 +162,9 @@ class Encoder:
         Raises:
             UserError: it cannot write this conversation.
         """
-        answered = Conversation([*prompt.messages, {"role": "assistant", "content": ""}], prompt.tools)
+        asked = Conversation(prompt.messages, prompt.tools)
         try:
-            return list(itertools.chain.from_iterable(template.render(answered)[:-1]))
+            return list(itertools.chain.from_iterable(template.render(asked, thinking=bool(self.thinking))))
         except Unusable as reason:
             raise UserError(f"--prompt-type: a prompt that it cannot write: {reason}") from reason
 

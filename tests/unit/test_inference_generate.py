@@ -207,7 +207,7 @@ def test_a_prompt_in_a_template_is_what_training_has_before_the_answer(
         parts.append(np.concatenate([encoder.encode([piece])[0] for piece in pieces]).astype(np.int32))
     ids, labels, _ = template.label(parts)
     last = int(np.flatnonzero(labels == -100).max()) + 1
-    assert Encoder(tokenizer, raw=False, template=template)(Prompt(messages[:-1])) == ids[:last].tolist()
+    assert Encoder(tokenizer, False, thinking, template)(Prompt(messages[:-1])) == ids[:last].tolist()
 
 
 def test_prompt_type_goes_from_the_flag_to_the_prompt(
