@@ -91,7 +91,7 @@ END
 }
 
 marks() {
-    LOAD_DIR=$TUNED/checkpoints TASK=exact_match OUTPUT_DIR=$OUTPUT BATCH=100 \
+    LOAD_DIR=$TUNED/checkpoints TASK=exact_match OUTPUT_DIR=$TUNED BATCH=100 \
         bash "$HERE/mcore/minimind/evaluate_minimind_ptd.sh" --task-data-path "$QUESTIONS"
 }
 
@@ -103,14 +103,14 @@ stage marks marks
 
 printf '\n'
 printf '%s\n' "${TIMES[@]}"
-"$PYTHON" - "$OUTPUT" "$PRETRAINED" "$TUNED" "${LEAST:-0.8}" << 'END'
+"$PYTHON" - "$PRETRAINED" "$TUNED" "${LEAST:-0.8}" << 'END'
 import json, sys
-output, pretrained, tuned, least = sys.argv[1:]
-tasks = json.load(open(f"{output}/scores.json", encoding="utf-8"))["accuracy"]["exact_match"]["subjects"]
+pretrained, tuned, least = sys.argv[1:]
+tasks = json.load(open(f"{tuned}/scores.json", encoding="utf-8"))["accuracy"]["exact_match"]["subjects"]
 found = tasks["addition"]["accuracy"]
 print(f"""
 losses      {pretrained}/loss.png  {tuned}/loss.png
-marks       {output}/scores.png  {output}/answers.jsonl
+marks       {tuned}/scores.png  {tuned}/answers.jsonl
 the model   {tuned}/checkpoints
 unseen sums {found:.1%} right, expected {float(least):.0%} or more""")
 sys.exit(found < float(least))

@@ -35,11 +35,12 @@ def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Pat
 
     done = run()
     assert done.returncode == 0, done.stderr[-4000:]
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["accuracy"]["exact_match"]["subjects"]
+    [marks] = (tmp_path / "out").glob("sft-*/scores.json")
+    scores = json.loads(marks.read_text())["accuracy"]["exact_match"]["subjects"]
     assert scores["addition"]["questions"] == 200 and scores["addition"]["accuracy"] >= 0.8
 
     # The marks are of what the model wrote, and nothing it was asked is in what it has read.
-    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in marks.with_name("answers.jsonl").read_text().splitlines()]
     read = (tmp_path / "data" / "drills.jsonl").read_text() + (tmp_path / "data" / "dialogues.jsonl").read_text()
     known = set(re.findall(r"(\d+)\+(\d+)", read))
     sums = [row for row in answers if row["task"] == "addition"]
