@@ -87,7 +87,7 @@ def test_command_runs(command: str, checkout: Path) -> None:
         (home / "pretrain_gpt.py").touch()
         command = command.replace("MINDSPEED_LLM_HOME=/workspace/MindSpeed-LLM", f"MINDSPEED_LLM_HOME={home}")
     if "quickstart" in command:  # every stage, shortened; test_quickstart.py has it in full
-        short = "QUICKSTART_PRETRAIN_ITERS=3 QUICKSTART_SFT_ITERS=3 LEAST=0"
+        short = "QUICKSTART_PRETRAIN_ITERS=60 QUICKSTART_SFT_ITERS=60 LEAST=0"
         assert "unseen sums" in run(f"{short} {command}", checkout)
     elif TRAINS.search(command):
         out = run(command.removesuffix(" --dry-run") + " --dry-run", checkout)
