@@ -9,7 +9,7 @@
 # dialogue. That is what a model of this size learns in minutes: it shows that every stage works, not that it knows
 # anything. Ends with 1 if fewer than LEAST of the sums are right. The same command again skips what is finished.
 #
-# QUICKSTART_PRETRAIN_ITERS QUICKSTART_SFT_ITERS   iterations of the stages, more than 50; each number has its own directory
+# QUICKSTART_PRETRAIN_ITERS QUICKSTART_SFT_ITERS   iterations of the stages, over 50, each number in a directory of its own
 # LEAST            share of the sums that must be right (default 0.8)
 # OUTPUT_DIR       default outputs/quickstart; delete it to begin anew
 # DATA_DIR         default data/quickstart
