@@ -59,21 +59,25 @@ def command_line(config: Config, role: Role, world_size: int) -> argparse.Namesp
     """
     section = section_of(config, role)
     args = arguments.parse(megatron_flags(section))
-    args.variable_seq_lengths = True
+    if role == "reference":  # it does not learn
+        args.lr, args.min_lr, args.lr_warmup_iters, args.lr_warmup_fraction = 0.0, 0.0, 0, None
+        args.micro_batch_size, args.save = args.micro_batch_size or 1, None
+    args.variable_seq_lengths, args.save_interval = True, None
     mini = config.rl.mini_batch_size
     dp = max(1, world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size))
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     if rows % mini:
         raise UserError(f"mini_batch_size: {mini} responses do not divide the {rows} of a step")
+    if role == "reference":
+        args.global_batch_size = args.micro_batch_size * dp
+        return args
     if mini % (section.micro_batch_size * dp):
         raise UserError(
             f"mini_batch_size: {mini} responses (x n_samples_per_prompt) are not a multiple of micro_batch_size "
             f"{section.micro_batch_size} x {dp} data-parallel ranks"
         )
     args.global_batch_size = mini
-    args.rl_iters = args.train_iters
     args.train_iters = args.train_iters * (rows // mini) * config.rl.epochs
-    args.save_interval = None
     args.keep_last = config.minimind.keep_last
     args.ckpt_format = "torch"  # as MindSpeed-RL writes it, and this kit's scripts
     return args
@@ -101,7 +105,8 @@ class Rank:
         self.args = command_line(config, role, world)
         if role == "critic":
             self.args.untie_embeddings_and_output_weights = True
-            self.args.save = str(Path(self.args.save) / "critic") if self.args.save else None
+            if self.args.save == config.actor.save and self.args.save:  # it has no section of its own
+                self.args.save = str(Path(self.args.save) / "critic")
         self.layout = validate(self.args, world)
         device.setup()
         distributed.initialize(self.args, self.layout)

@@ -1,7 +1,8 @@
-"""Each algorithm, and each way to place the work, through the Ray trainer: a few steps on a tiny model."""
+"""Each algorithm, and each way to divide the work, through the trainer: a few steps on a tiny model."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import rl_ray
 import rl_trees
 
-DEADLINE = 400.0
+DEADLINE = 900.0
+pytestmark = pytest.mark.timeout(DEADLINE + 30)
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -42,17 +44,25 @@ def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.fixture(scope="module")
-def runs(corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """The steps of each run."""
+@pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def runs(
+    request: pytest.FixtureRequest,
+    server: engine.Server,
+    corpus: engine.Corpus,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Rows:
+    """The steps of each run: in a process, or by actors."""
     folder = tmp_path_factory.mktemp("algorithms")
-    trees = variants(corpus, folder)
-    output = rl_ray.run(folder, [{"name": name, "tree": tree} for name, tree in trees.items()], DEADLINE)
+    trees, output = variants(corpus, folder), ""
+    if request.param == "ray":
+        output = rl_ray.run(folder, [{"name": name, "tree": tree} for name, tree in trees.items()], DEADLINE)
+    for name, tree in trees.items() if request.param == "local" else ():
+        (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+        output += server.run(["--tree", str(folder / f"{name}.json")], folder / name, module="rl_local").output
     assert "spoilt, sent again, equal" in output
     return {name: rl_ray.rows(folder / name) for name in trees}
 
 
-@pytest.mark.timeout(DEADLINE + 30)
 def test_every_algorithm_trains(runs: Rows) -> None:
     for name, rows in runs.items():
         assert [row["iteration"] for row in rows] == [1, 2], name
