@@ -44,7 +44,7 @@ def own_address(towards: str | None, interface: str | None) -> str:
         found = [entry.address for entry in there[interface] if entry.family == socket.AF_INET]
         if not found:
             raise UserError(f"SOCKET_IFNAME={interface}: this interface has no IPv4 address")
-        return found[0]
+        return str(found[0])
     host, port = split(towards or ANYWHERE)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -25,6 +25,7 @@ from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference,
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.training.report import write_report
+from minimind_mcore.training.stop import StopSignal
 
 
 def train(config: Config) -> None:
@@ -75,15 +76,20 @@ class Trainer:
         self.ahead = not self.rl.blocking
 
     def run(self) -> None:
-        """All steps; after the loss of a training rank, from the last checkpoint on."""
+        """All steps; after the loss of a training rank, from the last checkpoint on; a signal ends it in order."""
+        stop = StopSignal()
         self.recover()
         self.log = Log(self.config, self.done)
         if self.done == 0:
             self.evaluate()
-        while self.done < self.steps:
+        asked = False
+        while self.done < self.steps and not asked:
             try:
                 self.step(self.done + 1)
+                asked = stop.at is not None
+                self.save_if_due(asked)
             except Lost as error:
+                asked = False
                 self.recover(error)
         self.log.close()
         title = f"MiniMind {self.ours.algorithm}, {self.config.model}"
@@ -146,9 +152,6 @@ class Trainer:
         self.report(experience, {**clock.row(), **metrics})
         if number == self.steps or (self.ours.eval_interval and number % self.ours.eval_interval == 0):
             self.evaluate()
-        interval = self.config.actor.save_interval
-        if self.config.actor.save and (number == self.steps or (interval and number % interval == 0)):
-            self.save()
 
     def rollouts(self, number: int) -> Experience:
         """The step's responses; one step ahead the engines then go on with the next prompts."""
@@ -200,8 +203,12 @@ class Trainer:
             accuracy = self.source.accuracy(self.held_out, self.ours.eval_prompts)
             self.log.step(self.done, {"eval/accuracy": accuracy})
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
+    def save_if_due(self, asked: bool) -> None:
+        """Write a checkpoint of this step every `save_interval` steps, after the last one, or when asked to."""
+        actor = self.config.actor
+        due = asked or self.done == self.steps or (actor.save_interval and self.done % actor.save_interval == 0)
+        if not actor.save or not due:
+            return
         state = {"consumed": self.consumed, "advantages": self.advantages.state_dict()}
         for group in self.groups.training():
             group.save(self.done, self.consumed, state)
