@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,9 @@ def write_prompts(prefix: Path, count: int = 12) -> Path:
 def spotty(response: str, label: str, **context: Any) -> float:
     """1 or 0, and the same for all responses to most prompts."""
     return float("a" in response) if len(context["prompt"]) % 3 == 0 else 0.0
+
+
+def unhurried(response: str, label: str, **context: Any) -> float:
+    """`rewarded`, slow enough for a test to do something meanwhile."""
+    time.sleep(0.05)
+    return rewarded(response, label, **context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ class Cluster:
         self._wait(group, count, bundle, patience, what)
         nodes = placement_group_table(group)["bundles_to_node_id"]
         order = sorted(range(count), key=lambda i: (list(dict.fromkeys(nodes.values())).index(nodes[i]), i))
-        return [Place(group, i, nodes[i]) for i in order]
+        api: Any = ray
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in api.nodes()}
+        return [Place(group, i, nodes[i], addresses[nodes[i]]) for i in order]
 
     def _wait(self, group: Any, count: int, bundle: dict[str, float], patience: float, what: str) -> None:
         started, said = time.monotonic(), 0.0
@@ -115,11 +117,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs: a bundle of a placement group, and its host."""
+    """Where an actor runs: a bundle of a placement group, and its host (as it was when it was reserved)."""
 
     group: Any
     index: int
     node: str
+    address: str
 
     def options(self, **resources: float) -> dict[str, Any]:
         """Ray's options of an actor there."""
@@ -127,6 +130,14 @@ class Place:
             self.group, placement_group_bundle_index=self.index, placement_group_capture_child_tasks=False
         )
         return {"scheduling_strategy": strategy, "num_cpus": 0, **resources}
+
+
+def where(places: Sequence[Place]) -> str:
+    """Which ranks are on which host, for messages."""
+    hosts: dict[str, list[str]] = {}
+    for rank, place in enumerate(places):
+        hosts.setdefault(place.address, []).append(str(rank))
+    return "; ".join(f"rank{'s' * (len(of) > 1)} {', '.join(of)} on {address}" for address, of in hosts.items())
 
 
 def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) -> Cluster:

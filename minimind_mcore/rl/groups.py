@@ -8,7 +8,7 @@ from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.cluster import Cluster, Place, connect
+from minimind_mcore.rl.cluster import Cluster, Place, connect, where
 from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.metrics import say
 from minimind_mcore.rl.rank import command_line
@@ -51,6 +51,7 @@ class Groups:
         rl, ours = config.rl, config.minimind
         bundle = self._bundle(config)
         self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")
+        say(f"actor: {where(self.places)}")
         kept = algorithm.kl != "none" and not apart
         share = 0.3 if critic else 0.5
         self.actor = TrainGroup(config, "actor", self.places, share, reference=kept)

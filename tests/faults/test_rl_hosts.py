@@ -1,0 +1,129 @@
+"""Two hosts: a run of reinforcement learning spans both, equals that of one, and outlives the loss of a host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine
+import pytest
+import rl_hosts
+import rl_ray
+import rl_trees
+import yaml
+
+REFUSED = rl_hosts.why_no_namespaces()
+STEPS, SAVED = 12, 2
+PATIENCE = 180.0  # seconds to wait for anything
+SAME = ("grpo/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "response_length/mean")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[rl_hosts.Pair]:
+    """Two hosts with a link; two nodes of this machine where it holds no others."""
+    with rl_hosts.Pair(tmp_path, namespaces=not REFUSED) as pair:
+        yield pair
+
+
+def configuration(corpus: engine.Corpus, folder: Path, name: str, **ours: object) -> str:
+    """A YAML of a run on two CPUs, wherever they are."""
+    prompts = folder / "prompts"
+    if not Path(f"{prompts}_packed_input_ids_document.idx").exists():
+        rl_trees.write_prompts(prompts, 64)
+    tree = rl_trees.run_tree(corpus, prompts, folder / name, micro_batch_size=4)
+    tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": SAVED}
+    tree["rl_config"]["verifier_function"] = ["rl_trees:unhurried"]
+    tree["minimind"] |= {"cluster_wait_s": PATIENCE, **ours}
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return str(file)
+
+
+def start(pair: rl_hosts.Pair, config: str) -> None:
+    """The head's script, then the worker's."""
+    pair.head.run("grpo_minimind_head.sh", CONFIG=config, MASTER_ADDR=pair.head.address, MASTER_PORT="6799", NNODES="2")
+    join(pair)
+
+
+def join(pair: rl_hosts.Pair) -> None:
+    """The worker's script, once or again."""
+    own = {} if pair.spaces else {"NODE_ADDR": pair.worker.address}
+    pair.worker.run("grpo_minimind_worker.sh", MASTER_ADDR=pair.head.address, MASTER_PORT="6799", **own)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that a run has logged."""
+    return [row["iteration"] for row in rl_ray.rows(folder)] if (folder / "metrics.jsonl").exists() else []
+
+
+@pytest.mark.timeout(600)
+def test_a_run_on_two_hosts_equals_that_of_one_and_goes_on_when_a_lost_host_returns(
+    corpus: engine.Corpus, tmp_path: Path, pair: rl_hosts.Pair
+) -> None:
+    alone = configuration(corpus, tmp_path, "alone")
+    pair.head.run("grpo_minimind_single.sh", CONFIG=alone)
+    assert pair.head.wait(PATIENCE) == 0, pair.head.said()
+    start(pair, configuration(corpus, tmp_path, "both"))
+    pair.until(lambda: 3 in steps(tmp_path / "both"), PATIENCE, "at the third step")
+    pair.worker.lose()
+    pair.until(lambda: "a host was lost" in pair.head.said(), PATIENCE, "told of the lost host")
+    join(pair)
+    assert pair.head.wait(PATIENCE) == 0, pair.head.said()
+    assert pair.worker.wait(60) == 0 and "is gone: leaving" in pair.worker.said()
+    said = pair.head.said()
+    assert f"actor: rank 0 on {pair.head.address}; rank 1 on {pair.worker.address}" in said
+    assert "training ranks: actor rank 1: died" in said
+    found, expected = rl_ray.rows(tmp_path / "both"), {r["iteration"]: r for r in rl_ray.rows(tmp_path / "alone")}
+    assert len(found) > STEPS and {row["iteration"] for row in found} == set(range(1, STEPS + 1))
+    for row in found:
+        for name in SAME:
+            assert row[name] == pytest.approx(expected[row["iteration"]][name], abs=1e-4), (row["iteration"], name)
+    last = [tmp_path / name / "checkpoints/latest_checkpointed_iteration.txt" for name in ("alone", "both")]
+    assert [file.read_text().strip() for file in last] == [str(STEPS)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_a_host_that_does_not_return_ends_the_run_by_a_deadline(
+    corpus: engine.Corpus, tmp_path: Path, pair: rl_hosts.Pair, how: str
+) -> None:
+    if how == "cut" and REFUSED:
+        pytest.skip(REFUSED)
+    start(pair, configuration(corpus, tmp_path, "run", cluster_wait_s=40.0))
+    pair.until(lambda: 3 in steps(tmp_path / "run"), PATIENCE, "at the third step")
+    if how == "cut":
+        pair.cut()
+    else:
+        pair.worker.lose()
+    assert pair.head.wait(PATIENCE) == 1, pair.head.said()
+    error = pair.head.said().splitlines()[-1]
+    assert error.startswith("error: ") and "a host was lost" in error and "the same command goes on" in error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_host_that_does_not_come_is_named_by_a_deadline(
+    corpus: engine.Corpus, tmp_path: Path, pair: rl_hosts.Pair
+) -> None:
+    config = configuration(corpus, tmp_path, "run")
+    pair.head.run(
+        "grpo_minimind_head.sh", CONFIG=config, MASTER_ADDR=pair.head.address, NNODES="2", WAIT_SECONDS="15"
+    )  # fmt: skip
+    assert pair.head.wait(120) == 1
+    assert f"after 15 s: 1 of 2 hosts are there: {pair.head.address} (1 CPU)" in pair.head.said()
+    pair.worker.run("grpo_minimind_worker.sh", MASTER_ADDR=pair.head.address, WAIT_SECONDS="5")
+    assert pair.worker.wait(60) == 1
+    assert f"no Ray head at {pair.head.address}:6766 yet" in pair.worker.said()
+
+
+@pytest.mark.skipif(bool(REFUSED), reason=REFUSED or "-")
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_gradients_go_over_the_link(corpus: engine.Corpus, tmp_path: Path, pair: rl_hosts.Pair) -> None:
+    start(pair, configuration(corpus, tmp_path, "run"))
+    pair.until(lambda: 2 in steps(tmp_path / "run"), PATIENCE, "at the second step")
+    before = pair.crossed()
+    pair.until(lambda: 6 in steps(tmp_path / "run"), PATIENCE, "at the sixth step")
+    # fp32 gradients of 0.5M parameters and more, half of them for this rank, in each of four steps
+    assert pair.crossed() - before > 4 * 0.5 * 4 * 500_000
