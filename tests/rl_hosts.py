@@ -73,8 +73,8 @@ class Host:
             command = [str(shutil.which("ip", path=TOOLS)), "netns", "exec", self.namespace, *host, *command]
         paths = filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
         own = {
-            "PYTHON": sys.executable, "DEVICE": "cpu", "NUM_CPUS": "1", "RAY_TMPDIR": str(self.ray), "MPLBACKEND": "Agg",
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PATH": TOOLS,
+            "PYTHON": sys.executable, "DEVICE": "cpu", "NUM_CPUS": "1", "RAY_TMPDIR": str(self.ray),
+            "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PATH": TOOLS,
         }  # fmt: skip
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(

@@ -1,8 +1,8 @@
 """Runs of the Ray trainer for tests, each set in a process of its own with a Ray of its own.
 
-`python rl_ray.py FOLDER` reads `runs.json` there: a list of {"name", "tree", "kills": {step: [kind, ...]}}, done one
-after another on one small cluster. "rollout" is killed while it writes, "reward" before it scores, "actor" before it
-trains.
+`python rl_ray.py FOLDER` reads `runs.json` there: a list of {"name", "tree", "kills": {step: ["KIND@PHASE", ...]}},
+done one after another on one small cluster. Kinds are actors: rollout, reward, actor, reference, critic. The phases are
+those of a step: rollout, reward, logprob, update, sync, save; an actor is killed just after the phase's call was made.
 """
 
 from __future__ import annotations
@@ -67,29 +67,48 @@ def main() -> None:
         """Kills its own actors where it is told to, once each."""
 
         kills: dict[str, list[str]]
-
-        def due(self, step: int, kind: str) -> bool:
-            """Whether to kill one of that kind now."""
-            wanted = self.kills.get(str(step), [])
-            if kind not in wanted:
-                return False
-            wanted.remove(kind)
-            return True
+        number = 0
 
         def step(self, number: int) -> None:
             self.number = number
+            # Asked beforehand: a busy actor does not answer.
+            pools = {"rollout": self.groups.rollout.pool, "reward": self.groups.rewards}
+            self.pids = {kind: ray.get(pool.actors[0].pid.remote()) for kind, pool in pools.items()}
+            for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
+                group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
+                self.pids[group.role] = group.pids[-1]
             super().step(number)
 
+        def at(self, phase: str) -> None:
+            """Kill who is to be killed now."""
+            wanted = self.kills.get(str(self.number), [])
+            for victim in [one for one in wanted if one.endswith(f"@{phase}")]:
+                wanted.remove(victim)
+                os.kill(self.pids[victim.partition("@")[0]], signal.SIGKILL)
+
+        def watched(self, submit: Any) -> Any:
+            phases = {"measure": "logprob", "update": "update", "shards": "sync", "save": "save"}
+
+            def call(method: str, *arguments: Any) -> Any:
+                refs = submit(method, *arguments)
+                if method in phases:
+                    self.at(phases[method])
+                return refs
+
+            return call
+
         def rollouts(self, number: int) -> Any:
-            if self.due(number, "rollout"):
-                pid = ray.get(self.groups.rollout.pool.actors[0].pid.remote())
-                self.source.begin()
-                os.kill(pid, signal.SIGKILL)
+            self.source.begin()
+            self.at("rollout")
             found = super().rollouts(number)
-            if self.due(number, "reward"):
-                os.kill(ray.get(self.groups.rewards.actors[0].pid.remote()), signal.SIGKILL)
-            if self.due(number, "actor"):
-                os.kill(self.groups.actor.pids[-1], signal.SIGKILL)
+            score = type(self.source).score.__get__(self.source)
+
+            def scored(experience: Any) -> Any:
+                fill = score(experience)
+                self.at("reward")
+                return fill
+
+            self.source.score = scored  # type: ignore[method-assign]
             return found
 
     folder = Path(sys.argv[1])

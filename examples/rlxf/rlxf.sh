@@ -103,7 +103,7 @@ ask_to_end() {
 
 # shellcheck disable=SC2317,SC2329  # called by the trap
 stop_ray() {
-    [ -z "$RAY_PID" ] || ! kill -TERM "$RAY_PID" 2> /dev/null || wait "$RAY_PID" 2> /dev/null || true
+    [ -z "$RAY_PID" ] || hosts end --process "$RAY_PID"
 }
 
 tell_log() {

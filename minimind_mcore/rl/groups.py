@@ -7,6 +7,7 @@ from typing import Any
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.rl import supervise
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.cluster import Cluster, Place, connect, where
 from minimind_mcore.rl.config import Config
@@ -64,12 +65,21 @@ class Groups:
         self.restarts = self._restarts("training ranks", ours.max_restarts)
         model = ModelConfig.from_args(command_line(config, "actor", world))
         self.rollout = RolloutGroup(
-            config, model, known, engines, 0.4, self._restarts("rollout actors", ours.max_restarts)
+            config, model, known, engines, 0.4, self._rollout_restarts(ours.max_restarts)
         )
         self.rewards: Pool = reward_pool(config, self._restarts("reward actors", ours.max_restarts))
 
     def _restarts(self, kind: str, most: int) -> Restarts:
         return Restarts(kind, most, say, lambda: self.cluster.wait_for_hosts(self.patience))
+
+    def _rollout_restarts(self, most: int) -> Restarts:
+        """An engine is replaced only where there are ranks to give it weights: `Lost` says if there are not."""
+
+        def wait() -> None:
+            self.cluster.wait_for_hosts(self.patience)
+            supervise.require_alive(self.actor.actors, self.actor.names)
+
+        return Restarts("rollout actors", most, say, wait)
 
     def _bundle(self, config: Config) -> dict[str, float]:
         cpus = float(config.rl.num_cpus_for_placement_group)

@@ -5,6 +5,7 @@ python -m minimind_mcore.rl.hosts free ADDRESS                     # nothing lis
 python -m minimind_mcore.rl.hosts wait ADDRESS --nodes 2           # until the cluster has so many hosts
 python -m minimind_mcore.rl.hosts reach ADDRESS --seconds 600      # until it answers
 python -m minimind_mcore.rl.hosts follow ADDRESS --process PID     # until it is gone
+python -m minimind_mcore.rl.hosts end --process PID                # the Ray of this host that this process is
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from minimind_mcore.rl.metrics import say
 
 POLL_SECONDS = 2.0
 SAY_EVERY_SECONDS = 10.0
+END_SECONDS = 10.0  # that Ray has to end in order
 GONE_AFTER = 5  # failures to reach the head in a row
 ANYWHERE = "192.0.2.1:9"  # of the range for documents (RFC 5737): a packet there takes the way out, and none is sent
 
@@ -185,12 +187,27 @@ def follow(address: str, process: int | None) -> None:
     say(f"the head at {address} is gone: leaving")
 
 
+def end(process: int) -> None:
+    """End a `ray start --block` and what it has started; what does not, for want of a head, is killed."""
+    try:
+        root = psutil.Process(process)
+        tree = [root, *root.children(recursive=True)]
+        root.terminate()
+    except psutil.NoSuchProcess:
+        return
+    _, left = psutil.wait_procs(tree, timeout=END_SECONDS)
+    for one in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(left, timeout=END_SECONDS)
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         prog="minimind_mcore.rl.hosts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("address", "free", "wait", "reach", "follow"))
+    parser.add_argument("what", choices=("address", "free", "wait", "reach", "follow", "end"))
     parser.add_argument("address", nargs="?", default="", help="of the head, HOST:PORT")
     parser.add_argument("--nodes", type=int, default=1, help="hosts to wait for")
     parser.add_argument("--seconds", type=float, default=600.0, help="to wait at most")
@@ -200,6 +217,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "address":
         print(own_address(args.towards, args.interface))
+        return
+    if args.what == "end":
+        end(args.process)
         return
     split(args.address)
     patience = Patience(args.seconds, args.process)

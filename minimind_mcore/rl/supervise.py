@@ -98,6 +98,25 @@ def _dead(waiting: list[Any], place: dict[Any, int], names: Sequence[str]) -> li
     return []
 
 
+def require_alive(actors: Sequence[Any], names: Sequence[str]) -> None:
+    """Ask who is alive; one that is busy is.
+
+    Raises:
+        Lost: an actor is dead.
+    """
+    refs = [actor.__ray_ready__.remote() for actor in actors]
+    done = ray.wait(refs, num_returns=len(refs), timeout=POLL_SECONDS)[0] if refs else []
+    dead = []
+    for ref, name in zip(refs, names, strict=False):
+        try:
+            if ref in done:
+                ray.get(ref)
+        except RayError:
+            dead.append(name)
+    if dead:
+        raise Lost(dead, "died")
+
+
 def stop(actors: Sequence[Any]) -> None:
     """End actors that this run started, dead or alive."""
     for actor in actors:

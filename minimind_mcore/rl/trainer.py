@@ -9,6 +9,7 @@ with `rl_config.blocking: false` the engines write the next step's responses mea
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.groups import Groups, devices
 from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference, say, table, throughput
 from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.training.report import write_report
-from minimind_mcore.training.stop import StopSignal
 
 
 def train(config: Config) -> None:
     """Run a configuration.
+
+    Exits with 128 + its number when a signal asked to save and leave.
 
     Raises:
         UserError: something that the user can put right; checkpoints are whole, and the same command goes on.
@@ -39,6 +42,8 @@ def train(config: Config) -> None:
         trainer.run()
     finally:
         trainer.groups.close()
+    if trainer.left:
+        sys.exit(trainer.stop.status)
 
 
 def prompt_dataset(config: Config, prefix: Any) -> PromptDataset:
@@ -70,6 +75,7 @@ class Trainer:
         )
         self.steps = config.actor.train_iters
         self.done = 0
+        self.left = False  # before the last step, by a signal
         updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
         self.needs_old = updates * self.rl.epochs > 1 or self.ours.rollout_correction != "none"
@@ -77,19 +83,19 @@ class Trainer:
 
     def run(self) -> None:
         """All steps; after the loss of a training rank, from the last checkpoint on; a signal ends it in order."""
-        stop = StopSignal()
+        self.stop = Stop()
         self.recover()
         self.log = Log(self.config, self.done)
         if self.done == 0:
             self.evaluate()
-        asked = False
-        while self.done < self.steps and not asked:
+        while self.done < self.steps and not self.left:
             try:
-                self.step(self.done + 1)
-                asked = stop.at is not None
-                self.save_if_due(asked)
+                with self.stop.later():
+                    self.step(self.done + 1)
+                    asked = self.stop.asked
+                    self.save_if_due(asked)
+                self.left = asked and self.done < self.steps
             except Lost as error:
-                asked = False
                 self.recover(error)
         self.log.close()
         title = f"MiniMind {self.ours.algorithm}, {self.config.model}"

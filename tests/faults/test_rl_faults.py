@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import engine
 import pytest
@@ -19,7 +20,7 @@ def test_killed_actors_are_replaced_and_a_killed_rank_goes_on_from_the_checkpoin
 ) -> None:
     prompts = rl_trees.write_prompts(tmp_path / "prompts")
     trees = {name: rl_trees.run_tree(corpus, prompts, tmp_path / name) for name in ("calm", "chaos")}
-    kills = {"1": ["rollout"], "2": ["reward"], "4": ["actor"]}
+    kills = {"1": ["rollout@rollout"], "2": ["reward@reward"], "4": ["actor@logprob"]}
     output = rl_ray.run(
         tmp_path, [{"name": "calm", "tree": trees["calm"]}, {"name": "chaos", "tree": trees["chaos"], "kills": kills}],
         DEADLINE,
@@ -38,3 +39,49 @@ def test_killed_actors_are_replaced_and_a_killed_rank_goes_on_from_the_checkpoin
         assert engine.same(states[0][key], states[1][key]), key
     assert states[0]["args"].rl_state == states[1]["args"].rl_state
     assert states[0]["args"].rl_state["consumed"] == 16
+
+
+PHASES = ("rollout", "reward", "logprob", "update", "sync", "save")
+GRID = {"grpo": ("rollout", "reward", "actor"), "apart": ("reference",), "ppo": ("critic",)}
+
+
+def grid_trees(corpus: engine.Corpus, prompts: Path, folder: Path, run: str, names: list[str]) -> dict[str, Any]:
+    """Configurations of `run`, one for each name: enough steps for a kill in each phase, saved after every second."""
+    trees = {}
+    for name in names:
+        tree = trees[name] = rl_trees.run_tree(corpus, prompts, folder / name)
+        tree["megatron_training"] |= {"train_iters": 2 * len(PHASES), "save_interval": 2}
+        tree["minimind"] |= {"max_restarts": 2 * len(PHASES)}
+        if run == "apart":
+            tree["rl_config"] |= {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
+            tree["ref_config"] = {"model": "minimind3_tiny", "micro_batch_size": 4}
+        if run == "ppo":
+            tree["rl_config"] |= {"adv_estimator": "gae"}
+            tree["minimind"] |= {"algorithm": "ppo"}
+    return trees
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("run", GRID)
+def test_every_kind_of_actor_is_killed_in_every_phase(corpus: engine.Corpus, tmp_path: Path, run: str) -> None:
+    prompts = rl_trees.write_prompts(tmp_path / "prompts", 96)
+    trees = grid_trees(corpus, prompts, tmp_path, run, ["calm", *GRID[run]])
+    tasks = [{"name": "calm", "tree": trees["calm"]}]
+    for kind in GRID[run]:
+        # at even steps: saving is a phase of these alone
+        kills = {str(2 * (i + 1)): [f"{kind}@{phase}"] for i, phase in enumerate(PHASES)}
+        tasks.append({"name": kind, "tree": trees[kind], "kills": kills})
+    rl_ray.run(tmp_path, tasks, 1700.0)
+    expected = {row["iteration"]: row for row in rl_ray.rows(tmp_path / "calm")}
+    for kind in GRID[run]:
+        found = {row["iteration"]: row for row in rl_ray.rows(tmp_path / kind)}
+        assert found.keys() == expected.keys()
+        for step, row in found.items():
+            assert [row[name] for name in SAME] == [expected[step][name] for name in SAME], (kind, step)
+        files = [
+            tmp_path / name / f"checkpoints/iter_{2 * len(PHASES):07d}/mp_rank_00/model_optim_rng.pt"
+            for name in ("calm", kind)
+        ]
+        calm, killed = (engine.load(file) for file in files)
+        assert engine.same(calm["model"], killed["model"]) and engine.same(calm["optimizer"], killed["optimizer"])

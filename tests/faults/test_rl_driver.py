@@ -1,0 +1,160 @@
+"""The program itself is killed, or asked to stop, on a cluster that goes on: nothing is left there, nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import engine
+import psutil
+import pytest
+import rl_ray
+import rl_trees
+import yaml
+
+from minimind_mcore.rl.hosts import end, own_address
+
+STEPS = 6
+PATIENCE = 180.0
+SAME = ("grpo/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "response_length/mean")
+pytestmark = pytest.mark.timeout(900)
+
+
+class Cluster:
+    """A Ray node of this machine, and runs on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            self.address = f"{own_address(None, None)}:{probe.getsockname()[1]}"
+        self.ray = Path("/tmp") / f"rld{os.getpid()}"
+        paths = [str(engine.ROOT), str(engine.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {
+            "DEVICE": "cpu", "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1",
+            "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }  # fmt: skip
+        host, _, port = self.address.rpartition(":")
+        flags = ["--node-ip-address", host, "--port", port, "--num-cpus", "2", "--include-dashboard=false"]
+        self.node = self.start(
+            "-m", "ray.scripts.scripts", "start", "--head", "--block", "--temp-dir", str(self.ray), *flags, log="ray"
+        )  # fmt: skip
+
+    def start(self, *command: str, log: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / f"{log}.log", "ab") as file:
+            return subprocess.Popen(
+                [sys.executable, *command], env=self.environment, cwd=self.folder, stdout=file, stderr=file
+            )
+
+    def train(self, config: Path) -> subprocess.Popen[bytes]:
+        """Start a run."""
+        program = str(engine.ROOT / "train_grpo.py")
+        return self.start(program, "--config-name", config.stem, "--config-dir", str(config.parent), log=config.stem)
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def actors(self) -> list[str]:
+        """Workers that are busy as an actor of ours, and processes that verifiers run in."""
+        found = []
+        for process in psutil.Process(self.node.pid).children(recursive=True):
+            try:
+                words = " ".join(process.cmdline())
+            except psutil.NoSuchProcess:
+                continue
+            if (words.startswith("ray::") and "IDLE" not in words) or "forkserver" in words:
+                found.append(words)
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster that is there before the runs, and after them."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    end(cluster.node.pid)
+    cluster.node.wait()
+
+
+def until(true: Callable[[], bool], what: str, cluster: Cluster, log: str, seconds: float = PATIENCE) -> None:
+    """Wait for something."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not {what} within {seconds:g} s\n{cluster.said(log)}"
+        time.sleep(0.02)
+
+
+def configuration(corpus: engine.Corpus, folder: Path, name: str, verifier: str = "rl_trees:unhurried") -> Path:
+    """A YAML of a run that saves after every second step."""
+    prompts = folder / "prompts"
+    if not Path(f"{prompts}_packed_input_ids_document.idx").exists():
+        rl_trees.write_prompts(prompts, 32)
+    tree = rl_trees.run_tree(corpus, prompts, folder / name)
+    tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": 2}
+    tree["rl_config"]["verifier_function"] = [verifier]
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return file
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that a run has logged."""
+    return [row["iteration"] for row in rl_ray.rows(folder)] if (folder / "metrics.jsonl").exists() else []
+
+
+def test_a_killed_or_stopped_driver_leaves_nothing_and_the_same_command_goes_on(
+    corpus: engine.Corpus, tmp_path: Path, cluster: Cluster
+) -> None:
+    config, calm = (configuration(corpus, tmp_path, name) for name in ("stopped", "calm"))
+    folder = tmp_path / "stopped"
+
+    run = cluster.train(config)
+    until(lambda: 3 in steps(folder), "at step 3", cluster, "stopped")
+    assert cluster.actors()
+    run.kill()
+    run.wait()
+    until(lambda: not cluster.actors(), "rid of its actors", cluster, "stopped", 60)
+
+    run = cluster.train(config)  # from the checkpoint of step 2
+    until(lambda: cluster.said("stopped").count("iteration: 3 /") == 2, "at step 3 again", cluster, "stopped")
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(PATIENCE) == 128 + signal.SIGTERM, cluster.said("stopped")
+    assert "SIGTERM: saving after this iteration" in cluster.said("stopped")
+    until(lambda: not cluster.actors(), "rid of its actors", cluster, "stopped", 60)
+    saved = int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert saved == steps(folder)[-1] < STEPS
+
+    run = cluster.train(config)
+    assert run.wait(PATIENCE) == 0, cluster.said("stopped")
+    assert f"step {saved} of {STEPS} is done" in cluster.said("stopped")
+    run = cluster.train(calm)
+    assert run.wait(PATIENCE) == 0, cluster.said("calm")
+    found, expected = ({row["iteration"]: row for row in rl_ray.rows(tmp_path / n)} for n in ("stopped", "calm"))
+    for step in range(1, STEPS + 1):
+        assert [found[step][name] for name in SAME] == [expected[step][name] for name in SAME], step
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_a_signal_before_the_first_step_ends_at_once(
+    corpus: engine.Corpus, tmp_path: Path, cluster: Cluster
+) -> None:
+    config = configuration(corpus, tmp_path, "interrupted")
+    run = cluster.train(config)
+    until(lambda: "joined the Ray cluster" in cluster.said("interrupted"), "joined", cluster, "interrupted")
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) != 0
+    assert not (tmp_path / "interrupted/checkpoints").exists()
+    until(lambda: not cluster.actors(), "rid of its actors", cluster, "interrupted", 60)
+    run = cluster.train(config)
+    until(lambda: 1 in steps(tmp_path / "interrupted"), "at step 1", cluster, "interrupted")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(PATIENCE) == 128 + signal.SIGINT, cluster.said("interrupted")
+    saved = int((tmp_path / "interrupted/checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert saved == steps(tmp_path / "interrupted")[-1] < STEPS
+    assert "Traceback" not in cluster.said("interrupted")
