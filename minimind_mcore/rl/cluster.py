@@ -37,11 +37,13 @@ class Cluster:
         own: it was started here and ends with the run.
         say: where progress is told.
         groups: placement groups to give back.
+        hosts: addresses of the hosts where they are.
     """
 
     own: bool
     say: Say
     groups: list[Any] = field(default_factory=list)
+    hosts: set[str] = field(default_factory=set)
 
     def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Place]:
         """So many places of the same resources, on as few hosts as possible; those of a host are neighbours.
@@ -56,6 +58,7 @@ class Cluster:
         order = sorted(range(count), key=lambda i: (list(dict.fromkeys(nodes.values())).index(nodes[i]), i))
         api: Any = ray
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in api.nodes()}
+        self.hosts |= {addresses[node] for node in nodes.values()}
         return [Place(group, i, nodes[i], addresses[nodes[i]]) for i in order]
 
     def _wait(self, group: Any, count: int, bundle: dict[str, float], patience: float, what: str) -> None:
@@ -83,13 +86,20 @@ class Cluster:
         started, said = time.monotonic(), 0.0
         while lost := [g for g in self.groups if placement_group_table(g)["state"] != "CREATED"]:
             waited = time.monotonic() - started
-            facts = self._missing(lost[0].bundle_count, lost[0].bundle_specs[0], "a host was lost; the run")
+            facts = self._missing(
+                lost[0].bundle_count, lost[0].bundle_specs[0], f"a host was lost{self._gone()}; the run"
+            )
             if waited > patience:
                 raise UserError(f"after {patience:g} s: {facts}. Checkpoints are whole: the same command goes on")
             if waited >= said:
                 said = waited + SAY_EVERY_SECONDS
                 self.say(f"waiting for the cluster ({waited:.0f} of {patience:g} s): {facts}")
             time.sleep(1.0)
+
+    def _gone(self) -> str:
+        api: Any = ray
+        gone = self.hosts - {node["NodeManagerAddress"] for node in api.nodes() if node["Alive"]}
+        return f" ({', '.join(sorted(gone))})" if gone else ""
 
     def _missing(self, count: int, bundle: dict[str, float], what: str) -> str:
         """What there is, and what is needed."""
@@ -103,7 +113,8 @@ class Cluster:
         )
         return (
             f"{what} needs {count} x {bundle}; {facts}, on {len(nodes)} host{'s' * (len(nodes) != 1)}. Start Ray on "
-            "more hosts (`ray start --address=HEAD:PORT`), or ask for less (rl_config.actor_resource)"
+            "more hosts (grpo_minimind_worker.sh, or `ray start --address=HEAD:PORT`), or ask for less "
+            "(rl_config.actor_resource)"
         )
 
     def close(self) -> None:

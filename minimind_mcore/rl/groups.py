@@ -64,9 +64,7 @@ class Groups:
         engines = self._engines(config, world)
         self.restarts = self._restarts("training ranks", ours.max_restarts)
         model = ModelConfig.from_args(command_line(config, "actor", world))
-        self.rollout = RolloutGroup(
-            config, model, known, engines, 0.4, self._rollout_restarts(ours.max_restarts)
-        )
+        self.rollout = RolloutGroup(config, model, known, engines, 0.4, self._rollout_restarts(ours.max_restarts))
         self.rewards: Pool = reward_pool(config, self._restarts("reward actors", ours.max_restarts))
 
     def _restarts(self, kind: str, most: int) -> Restarts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -60,16 +62,13 @@ class Cluster:
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
-    def actors(self) -> list[str]:
-        """Workers that are busy as an actor of ours, and processes that verifiers run in."""
+    def actors(self) -> list[psutil.Process]:
+        """The actors of runs, and the processes that they have started."""
         found = []
         for process in psutil.Process(self.node.pid).children(recursive=True):
-            try:
-                words = " ".join(process.cmdline())
-            except psutil.NoSuchProcess:
-                continue
-            if (words.startswith("ray::") and "IDLE" not in words) or "forkserver" in words:
-                found.append(words)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if re.match("ray::(Train|Rollout|Reward)Worker", " ".join(process.cmdline())):
+                    found += [process, *process.children(recursive=True)]
         return found
 
 
@@ -90,14 +89,15 @@ def until(true: Callable[[], bool], what: str, cluster: Cluster, log: str, secon
         time.sleep(0.02)
 
 
-def configuration(corpus: engine.Corpus, folder: Path, name: str, verifier: str = "rl_trees:unhurried") -> Path:
+def configuration(corpus: engine.Corpus, folder: Path, name: str) -> Path:
     """A YAML of a run that saves after every second step."""
     prompts = folder / "prompts"
     if not Path(f"{prompts}_packed_input_ids_document.idx").exists():
         rl_trees.write_prompts(prompts, 32)
     tree = rl_trees.run_tree(corpus, prompts, folder / name)
     tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": 2}
-    tree["rl_config"]["verifier_function"] = [verifier]
+    tree["rl_config"]["verifier_function"] = ["rl_trees:unhurried"]
+    tree["minimind"] |= {"cluster_wait_s": PATIENCE, "actor_timeout_s": PATIENCE}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return file
@@ -116,10 +116,11 @@ def test_a_killed_or_stopped_driver_leaves_nothing_and_the_same_command_goes_on(
 
     run = cluster.train(config)
     until(lambda: 3 in steps(folder), "at step 3", cluster, "stopped")
-    assert cluster.actors()
+    actors = cluster.actors()
+    assert len(actors) >= 5  # two ranks, two engines, the rewards
     run.kill()
     run.wait()
-    until(lambda: not cluster.actors(), "rid of its actors", cluster, "stopped", 60)
+    until(lambda: not any(map(psutil.Process.is_running, actors)), "rid of its actors", cluster, "stopped", 60)
 
     run = cluster.train(config)  # from the checkpoint of step 2
     until(lambda: cluster.said("stopped").count("iteration: 3 /") == 2, "at step 3 again", cluster, "stopped")

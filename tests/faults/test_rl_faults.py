@@ -51,7 +51,7 @@ def grid_trees(corpus: engine.Corpus, prompts: Path, folder: Path, run: str, nam
     for name in names:
         tree = trees[name] = rl_trees.run_tree(corpus, prompts, folder / name)
         tree["megatron_training"] |= {"train_iters": 2 * len(PHASES), "save_interval": 2}
-        tree["minimind"] |= {"max_restarts": 2 * len(PHASES)}
+        tree["minimind"] |= {"max_restarts": 2 * len(PHASES), "actor_timeout_s": 200.0, "cluster_wait_s": 200.0}
         if run == "apart":
             tree["rl_config"] |= {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
             tree["ref_config"] = {"model": "minimind3_tiny", "micro_batch_size": 4}

@@ -13,7 +13,7 @@ import rl_trees
 import yaml
 
 REFUSED = rl_hosts.why_no_namespaces()
-STEPS, SAVED = 12, 2
+STEPS, SAVED = 8, 2
 PATIENCE = 180.0  # seconds to wait for anything
 SAME = ("grpo/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "response_length/mean")
 
@@ -33,7 +33,7 @@ def configuration(corpus: engine.Corpus, folder: Path, name: str, **ours: object
     tree = rl_trees.run_tree(corpus, prompts, folder / name, micro_batch_size=4)
     tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": SAVED}
     tree["rl_config"]["verifier_function"] = ["rl_trees:unhurried"]
-    tree["minimind"] |= {"cluster_wait_s": PATIENCE, **ours}
+    tree["minimind"] |= {"cluster_wait_s": PATIENCE, "actor_timeout_s": PATIENCE, **ours}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return str(file)
@@ -66,7 +66,9 @@ def test_a_run_on_two_hosts_equals_that_of_one_and_goes_on_when_a_lost_host_retu
     start(pair, configuration(corpus, tmp_path, "both"))
     pair.until(lambda: 3 in steps(tmp_path / "both"), PATIENCE, "at the third step")
     pair.worker.lose()
-    pair.until(lambda: "a host was lost" in pair.head.said(), PATIENCE, "told of the lost host")
+    pair.until(
+        lambda: f"a host was lost ({pair.worker.address})" in pair.head.said(), PATIENCE, "told of the lost host"
+    )
     join(pair)
     assert pair.head.wait(PATIENCE) == 0, pair.head.said()
     assert pair.worker.wait(60) == 0 and "is gone: leaving" in pair.worker.said()
