@@ -1,0 +1,117 @@
+"""What the scripts of several hosts say and do before there is a cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine import ROOT
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl import hosts
+
+SCRIPTS = ROOT / "examples" / "rlxf"
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Something that listens on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def address_of(server: socket.socket) -> str:
+    return "{}:{}".format(*server.getsockname())
+
+
+def test_an_address_is_that_of_the_way_or_of_the_interface() -> None:
+    assert hosts.own_address("127.0.0.1:1", None) == "127.0.0.1"
+    assert hosts.own_address(None, "lo") == "127.0.0.1"
+    with pytest.raises(UserError, match=r"SOCKET_IFNAME=nowhere0: no such interface; found .*lo"):
+        hosts.own_address(None, "nowhere0")
+    with pytest.raises(UserError, match=r"'10\.0\.0\.1': expected HOST:PORT"):
+        hosts.split("10.0.0.1")
+
+
+def test_a_port_in_use_is_refused_and_one_that_nobody_answers_is_waited_for_no_longer_than_asked(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "POLL_SECONDS", 0.05)
+    address = address_of(listener)
+    with pytest.raises(UserError, match=f"something listens at {address} already.*MASTER_PORT"):
+        hosts.require_free(address)
+    hosts.reach(address, hosts.Patience(5, None))
+    listener.close()
+    hosts.require_free(address)
+    with pytest.raises(UserError, match=rf"after 0\.2 s: no Ray head at {address} yet; is grpo_minimind_head\.sh"):
+        hosts.reach(address, hosts.Patience(0.2, None))
+
+
+def test_a_worker_leaves_with_the_head_and_complains_when_its_own_ray_ends(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "POLL_SECONDS", 0.05)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with pytest.raises(UserError, match="Ray has ended on this host, and the head is there still"):
+        hosts.follow(address_of(listener), ended.pid)
+    with pytest.raises(UserError, match=r"Ray has ended on this host: no Ray head"):
+        hosts.Patience(5, ended.pid).more("no Ray head", "")
+    address = address_of(listener)
+    listener.close()
+    hosts.follow(address, os.getpid())  # returns
+
+
+def test_a_node_that_does_not_end_is_killed_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "END_SECONDS", 0.5)
+    deaf = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    child = f"{deaf} print(1, flush=True); time.sleep(60)"
+    code = f"{deaf} subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()  # the child is there
+        hosts.end(parent.pid)
+        assert parent.stdout.read() == b""  # the last holder of the pipe is gone
+
+
+def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script of examples/rlxf, on a CPU."""
+    own = {"PYTHON": sys.executable, "DEVICE": "cpu"}
+    return subprocess.run(
+        ["bash", str(SCRIPTS / name), *arguments], env=os.environ | own | environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "message"),
+    [
+        ("grpo_minimind_worker.sh", {}, "MASTER_ADDR is not set"),
+        ("grpo_minimind_head.sh", {"BACKEND": "native"}, "BACKEND=native: expected embedded or mindspeed-rl"),
+        ("grpo_minimind_head.sh", {"RAY_TMPDIR": f"/tmp/{'x' * 60}", "CONFIG": "grpo_minimind3"}, "at most 40 letters"),
+        ("grpo_minimind_head.sh", {"SOCKET_IFNAME": "nowhere0", "CONFIG": "grpo_minimind3"}, "no such interface"),
+    ],
+)
+def test_the_scripts_refuse_what_cannot_work(name: str, environment: dict[str, str], message: str) -> None:
+    done = run_script(name, "--dry-run", **environment)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_a_dry_run_shows_both_hosts_commands_and_starts_nothing(tmp_path: Path) -> None:
+    ray = tmp_path / "r"
+    environment = {"RAY_TMPDIR": str(ray)[-40:], "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "6344"}
+    head = run_script(
+        "grpo_minimind_head.sh", "--dry-run", "actor_config.lr=1e-5", DATA_DIR=str(tmp_path), **environment
+    )
+    assert head.returncode == 0, head.stderr
+    assert "--head --port 6344 --node-ip-address 127.0.0.1" in head.stdout
+    assert "MASTER_ADDR=127.0.0.1 MASTER_PORT=6344 bash examples/rlxf/grpo_minimind_worker.sh" in head.stdout
+    assert "actor_config.lr=1e-5" in head.stdout and "nothing was trained" in head.stdout
+    worker = run_script("grpo_minimind_worker.sh", "--dry-run", **environment)
+    assert worker.returncode == 0 and "--address 127.0.0.1:6344 --node-ip-address 127.0.0.1" in worker.stdout
+    assert not ray.exists() and not list(tmp_path.glob("*"))
