@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mindspeed_rl
+import upstream_rl
 
 TABLE = Path(__file__).with_name("verifiers.json")
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
@@ -190,7 +190,7 @@ RETOOL: list[Case] = [
 TOOL_CALLS = (0, 3, 12)
 
 
-def record(source: mindspeed_rl.Source) -> dict[str, list[dict[str, Any]]]:
+def record(source: upstream_rl.Source) -> dict[str, list[dict[str, Any]]]:
     """The table: cases of each verifier with the score of MindSpeed-RL's."""
     rules = source.module("models.rule_verifier")
 
@@ -224,6 +224,6 @@ def record(source: mindspeed_rl.Source) -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    written = record(mindspeed_rl.source())
+    written = record(upstream_rl.source())
     TABLE.write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"{TABLE.name}: " + ", ".join(f"{name} {len(cases)}" for name, cases in written.items()))

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import mindspeed_rl
 import pytest
 import torch
+import upstream_rl
 from torch import Tensor
 
 from minimind_mcore.rl.algorithms import advantages, kl, losses
@@ -19,8 +19,8 @@ ROWS, LENGTH, SAMPLES = 12, 9, 4
 
 
 @pytest.fixture(scope="module")
-def source() -> Iterator[mindspeed_rl.Source]:
-    source = mindspeed_rl.source()
+def source() -> Iterator[upstream_rl.Source]:
+    source = upstream_rl.source()
     yield source
     source.forget()
 
@@ -42,7 +42,7 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def test_group_norm(source: mindspeed_rl.Source, batch: dict[str, Tensor]) -> None:
+def test_group_norm(source: upstream_rl.Source, batch: dict[str, Tensor]) -> None:
     theirs, _ = source.module("trainer.utils.compute_utils").compute_group_norm_advantage_return(
         batch["scores"].unsqueeze(1), batch["mask"], batch["lengths"], SAMPLES
     )
@@ -50,7 +50,7 @@ def test_group_norm(source: mindspeed_rl.Source, batch: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
-def test_gae(source: mindspeed_rl.Source, batch: dict[str, Tensor], gamma: float, lam: float) -> None:
+def test_gae(source: upstream_rl.Source, batch: dict[str, Tensor], gamma: float, lam: float) -> None:
     mask, values = batch["mask"], batch["values"] * batch["mask"]
     rewards = advantages.at_last_token(batch["scores"], mask)
     theirs, returns = source.module("trainer.utils.compute_utils").compute_gae_advantage_return(
@@ -63,12 +63,12 @@ def test_gae(source: mindspeed_rl.Source, batch: dict[str, Tensor], gamma: float
 
 @pytest.mark.parametrize("kind", ["kl", "abs", "mse", "low_var_kl"])
 @pytest.mark.parametrize("scale", [1.0, 40.0])  # the second reaches the clamps
-def test_divergence(source: mindspeed_rl.Source, batch: dict[str, Tensor], kind: str, scale: float) -> None:
+def test_divergence(source: upstream_rl.Source, batch: dict[str, Tensor], kind: str, scale: float) -> None:
     theirs = source.module("utils.compute").compute_kl_penalty(batch["logp"] * scale, batch["ref"] * scale, kind)
     torch.testing.assert_close(kl.kl(batch["logp"] * scale, batch["ref"] * scale, kind), theirs)
 
 
-def test_adaptive_coefficient(source: mindspeed_rl.Source) -> None:
+def test_adaptive_coefficient(source: upstream_rl.Source) -> None:
     theirs = source.module("trainer.utils.compute_utils").AdaptiveKLController(0.01, 0.1, 1000)
     ours = kl.Controller(0.01, 0.1, 1000)
     for divergence in (0.5, 0.11, 0.1, 0.0):
@@ -100,7 +100,7 @@ def both(batch: dict[str, Tensor], algorithm: Algorithm, theirs: Any, arguments:
         torch.testing.assert_close(stats["actor/pg_clipfrac"], expected[1].detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_grpo_loss(source: mindspeed_rl.Source, batch: dict[str, Tensor]) -> None:
+def test_grpo_loss(source: upstream_rl.Source, batch: dict[str, Tensor]) -> None:
     theirs = source.module("models.loss.grpo_actor_loss_func").GRPOActorLossFunc._compute_grpo_policy_loss
     control = SimpleNamespace(value=0.01)
     arguments = {"ref_log_prob": batch["ref"], "cliprange": 0.2, "kl_ctrl": control, "kl_penalty": "low_var_kl"}
@@ -109,19 +109,19 @@ def test_grpo_loss(source: mindspeed_rl.Source, batch: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("token_level", [True, False])
-def test_dapo_loss(source: mindspeed_rl.Source, batch: dict[str, Tensor], token_level: bool) -> None:
+def test_dapo_loss(source: upstream_rl.Source, batch: dict[str, Tensor], token_level: bool) -> None:
     theirs = source.module("models.loss.dapo_actor_loss_func").DAPOActorLossFunc._compute_dapo_policy_loss
     arguments = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "token_level_loss": token_level}
     how = "token-mean" if token_level else "seq-mean-token-mean"
     both(batch, Algorithm(clip_high=0.28, kl="none", aggregation=how), theirs, arguments)
 
 
-def test_ppo_loss(source: mindspeed_rl.Source, batch: dict[str, Tensor]) -> None:
+def test_ppo_loss(source: upstream_rl.Source, batch: dict[str, Tensor]) -> None:
     theirs = source.module("models.loss.ppo_actor_loss_func").PPOActorLossFunc._compute_ppo_policy_loss
     both(batch, ALGORITHMS["ppo"], theirs, {"cliprange": 0.2})
 
 
-def test_value_loss(source: mindspeed_rl.Source, batch: dict[str, Tensor]) -> None:
+def test_value_loss(source: upstream_rl.Source, batch: dict[str, Tensor]) -> None:
     mask, returns = batch["mask"], batch["ref"]
     theirs, cut = source.module("models.loss.critic_loss_func").CriticLossFunc._compute_value_loss(
         batch["values"], returns, batch["old_values"], mask, 0.5

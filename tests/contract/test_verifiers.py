@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import mindspeed_rl
 import pytest
+import upstream_rl
 
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 
@@ -36,13 +36,13 @@ def test_right_and_wrong_are_both_in_the_table() -> None:
 
 
 @pytest.fixture
-def source() -> Iterator[mindspeed_rl.Source]:
-    source = mindspeed_rl.source()
+def source() -> Iterator[upstream_rl.Source]:
+    source = upstream_rl.source()
     yield source
     source.forget()
 
 
-def test_the_table_is_what_mindspeed_rl_scores(source: mindspeed_rl.Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_what_mindspeed_rl_scores(source: upstream_rl.Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     import record_verifiers
 

@@ -99,6 +99,12 @@ def test_too_many_failures_end_the_run(mine: str) -> None:
         rewards.score(["a", "b"], ["1", "1"])
     assert "could not score 2 of the last 2 responses" in str(error.value)
     assert "RuntimeError: always" in str(error.value)
+    responses = ["raise"] * 8 + ["1"] * 23
+    with Rewards([f"{mine}:temper"], [1.0]) as rewards:
+        assert rewards.score(responses, [""] * 31).failures.total() == 8  # too few responses to judge by
+        assert rewards.score(["1"], [""]).total.tolist() == [1.0]
+        with pytest.raises(UserError, match="9 of the last 33"):
+            rewards.score(["raise"], [""])
     with Rewards([f"{mine}:strict"], [1.0], max_failures=1.0) as rewards:
         assert rewards.score(["a"], ["1"]).total.tolist() == [-2.0]  # its own `wrong`
 

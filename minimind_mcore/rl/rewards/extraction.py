@@ -100,6 +100,8 @@ def _replace(text: str, table: dict[str, str]) -> str:
 
 
 def _without_units(text: str) -> str:
+    if not any(map(str.isalpha, text)):
+        return text  # every unit has a letter; most answers have none
     for _ in range(2):
         for pattern in _UNIT_PATTERNS:
             text = pattern.sub(r"\1\2", text) or text

@@ -19,7 +19,7 @@ from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
 from minimind_mcore.rl.rewards.workers import Workers, resolve
 
 _SAMPLES = 3  # failures shown of a batch
-_WINDOW = 256  # responses over which failures are judged
+_WINDOW, _ENOUGH = 256, 32  # the last responses, by which failures are judged: at most, at least
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,10 @@ class Rewards:
         """Raise where so many failed that the rewards would teach the wrong thing."""
         for name, count in scores.failures.items():
             recent = self._recent[name]
-            if sum(recent) > self.max_failures * len(recent):
+            share = sum(recent) / len(recent)
+            # One slow response in a first, small batch says little; if all fail, that is enough.
+            judged = len(recent) >= _ENOUGH or (share == 1 and len(recent) > 1)
+            if judged and share > self.max_failures:
                 shown = "\n  ".join(str(sample) for sample in scores.samples if sample.verifier == name)
                 raise UserError(
                     f"{name}: could not score {sum(recent)} of the last {len(recent)} responses ({count} of this "
