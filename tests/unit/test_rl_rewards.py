@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from engine import ROOT
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.rewards import equality, shaping
@@ -157,6 +163,37 @@ def test_a_tower_of_powers_costs_its_response_only() -> None:
     with Rewards(["acc"], [1.0], timeout=8, max_failures=1.0) as rewards:
         scores = rewards.score([r"\boxed{9**9**9**9}", r"\boxed{\sqrt{8}}"], ["12", r"2\sqrt{2}"])
     assert scores.total.tolist() == [-0.5, 1.0]
+
+
+ORPHAN = """
+from minimind_mcore.rl.rewards.rewards import Rewards
+if __name__ == "__main__":
+    rewards = Rewards(["my_rewards:where"], [1.0], timeout=3)
+    rewards.score(["x"], [""])
+"""
+BUSY = """
+import os, pathlib
+def where(response, label, **context):
+    pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
+    while True: pass
+"""
+
+
+def test_a_busy_process_ends_even_if_its_parent_was_killed(tmp_path: Path) -> None:
+    """SIGKILL of the reward actor leaves nobody to end what hangs."""
+    (tmp_path / "my_rewards.py").write_text(BUSY)
+    (tmp_path / "main.py").write_text(ORPHAN)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=env)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    with suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(int((tmp_path / "pid").read_text()))
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)  # the test's own timeout is the deadline
 
 
 def test_overlong_penalty() -> None:

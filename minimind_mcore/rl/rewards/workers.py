@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 import multiprocessing
+import signal
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as Expired
 from typing import Any
@@ -16,6 +17,7 @@ from minimind_mcore.errors import UserError
 
 # Of one worker: sympy can ask for all memory of the machine over a tower of powers.
 _MEMORY = 4 << 30
+_GRACE = 5.0  # seconds
 
 
 class Workers:
@@ -39,7 +41,7 @@ class Workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["minimind_mcore.rl.rewards.verifiers", "math_verify", "mathruler.grader"])
             self._pool = ProcessPool(self.parallel, initializer=_begin, initargs=(self.names,), context=context)
-        futures = [self._pool.schedule(_score, args=task, timeout=self.timeout) for task in tasks]
+        futures = [self._pool.schedule(_score, args=(self.timeout, *task), timeout=self.timeout) for task in tasks]
         return [self._result(future) for future in futures]
 
     def _result(self, future: Any) -> float | str:
@@ -89,5 +91,10 @@ def _begin(names: list[str]) -> None:
         resolve(name)
 
 
-def _score(name: str, response: str, label: str, context: dict[str, Any]) -> float:
-    return float(resolve(name)(response, label, **context))
+def _score(timeout: float, name: str, response: str, label: str, context: dict[str, Any]) -> float:
+    # The parent ends what takes too long. If the parent itself is gone, the kernel does, a little later.
+    signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
+    try:
+        return float(resolve(name)(response, label, **context))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
