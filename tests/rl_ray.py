@@ -7,6 +7,7 @@ those of a step: rollout, reward, logprob, update, sync, save; an actor is kille
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -73,7 +74,10 @@ def main() -> None:
             self.number = number
             # Asked beforehand: a busy actor does not answer.
             pools = {"rollout": self.groups.rollout.pool, "reward": self.groups.rewards}
-            self.pids = {kind: ray.get(pool.actors[0].pid.remote()) for kind, pool in pools.items()}
+            self.pids = {}
+            for kind, pool in pools.items():
+                with contextlib.suppress(ray.exceptions.RayActorError):  # killed behind its last use
+                    self.pids[kind] = ray.get(pool.actors[0].pid.remote())
             for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
                 group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
                 self.pids[group.role] = group.pids[-1]
