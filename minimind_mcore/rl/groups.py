@@ -102,7 +102,7 @@ class Groups:
         found = self.actor.start()
         for group in (self.reference, self.critic):
             if group is not None:
-                group.start()
+                group.start(found["iteration"])
         return found
 
     def training(self) -> list[TrainGroup]:

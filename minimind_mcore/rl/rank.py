@@ -141,8 +141,11 @@ class Rank:
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def load(self) -> dict[str, Any]:
+    def load(self, at: int | None = None) -> dict[str, Any]:
         """Build the model and read its weights.
+
+        Args:
+            at: iteration of the checkpoint to go on from, 0 for none (default: the newest).
 
         A run goes on from the newest checkpoint of `save`; where there is none it begins with the weights of
         `load`, or with random ones.
@@ -155,20 +158,20 @@ class Rank:
             return {"iteration": 0, "state": None}
         self.model = build_model(self.args, self.layout, self.job)
         self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
-        resumed = bool(self.args.save) and bool(checkpointing.iterations_in(Path(self.args.save)))
+        resumed = at != 0 and bool(self.args.save) and bool(checkpointing.iterations_in(Path(self.args.save)))
         if self.args.save:
             checkpointing.require_shared_directory(Path(self.args.save))
         state = None
         if resumed:
-            state = self._resume()
+            state = self._resume(at)
         else:
             self._begin()
         if self.wants_reference:
             self.frozen = self._frozen()
         return {"iteration": self.progress.iteration, "state": state}
 
-    def _resume(self) -> dict[str, Any] | None:
-        changes = {"load": self.args.save, "pretrained_checkpoint": None, "finetune": False, "ckpt_step": None}
+    def _resume(self, at: int | None) -> dict[str, Any] | None:
+        changes = {"load": self.args.save, "pretrained_checkpoint": None, "finetune": False, "ckpt_step": at}
         args = argparse.Namespace(**vars(self.args) | changes)
         self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
         chosen = checkpointing.directory_of(Path(self.args.save), self.progress.iteration)

@@ -216,5 +216,6 @@ class Trainer:
         if not actor.save or not due:
             return
         state = {"consumed": self.consumed, "advantages": self.advantages.state_dict()}
-        for group in self.groups.training():
+        # The actor's last: what it has saved the critic has too, and `Groups.start` goes by the actor.
+        for group in reversed(self.groups.training()):
             group.save(self.done, self.consumed, state)

@@ -88,8 +88,8 @@ class TrainGroup:
         self.actors: list[Any] = []
         self.pids: list[int] = []
 
-    def start(self) -> dict[str, Any]:
-        """Start the ranks and load their weights; returns what `Rank.load` does."""
+    def start(self, at: int | None = None) -> dict[str, Any]:
+        """Start the ranks and load their weights (of iteration `at`); returns what `Rank.load` does."""
         self.stop()
         gpus = {"num_gpus": self.share} if device.current().kind != "cpu" else {}
         remote = ray.remote(TrainWorker)
@@ -103,7 +103,7 @@ class TrainGroup:
             for rank, actor in enumerate(self.actors)
         ]
         self.pids = collect(refs, self.names, "start", self.timeout)
-        found: dict[str, Any] = self.call("load")[0]
+        found: dict[str, Any] = self.call("load", at)[0]
         return found
 
     def _threads(self, rank: int) -> int:
