@@ -1,6 +1,7 @@
 """minimind-mcore COMMAND ...: the tools that come with the kit, under one name.
 
     minimind-mcore --help
+    minimind-mcore doctor
     minimind-mcore rl lint my.yaml
     python -m minimind_mcore.cli rl lint my.yaml      # from a checkout that is not installed
 
@@ -20,6 +21,7 @@ from minimind_mcore.errors import UserError
 
 # command: (its module, what it is for)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("minimind_mcore.doctor.main", "what is installed here, what is wrong, and the command that fixes it"),
     "rl": ("minimind_mcore.rl.cli", "check a configuration of reinforcement learning, or write it for another trainer"),
 }
 

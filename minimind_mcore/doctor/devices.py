@@ -1,0 +1,163 @@
+"""The devices of a host: which there are, which are visible, whether they are well and have memory to spare."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_mcore.doctor.finding import Finding, fail, ok, warn
+from minimind_mcore.doctor.installed import Host
+
+MANAGERS = ("davinci_manager", "devmm_svm", "hisi_hdc")
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+LEAST_FREE_MIB = 4096  # weights, Adam and activations of the largest MiniMind, in half precision
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device, as the driver's tool lists it. Memory in MiB."""
+
+    number: int
+    name: str
+    health: str
+    used: int
+    total: int
+
+    @property
+    def free(self) -> int:
+        """MiB that nobody holds."""
+        return self.total - self.used
+
+
+def kind(host: Host) -> str:
+    """The device that a job would take, as `minimind_mcore.device` decides, but told without importing torch.
+
+    An NPU counts if its device files or torch_npu are there: one without the other is what the doctor is for.
+    """
+    if asked := host.environ.get("DEVICE"):
+        return asked
+    if (host.root / "dev/davinci_manager").exists() or host.run("npu-smi", "info"):
+        return "npu"
+    return "cuda" if cards(host, "cuda") else "cpu"
+
+
+def cards(host: Host, device: str) -> list[Card]:
+    """The devices that npu-smi or nvidia-smi lists, in order."""
+    if device == "npu":
+        return _npu_cards(host.run("npu-smi", "info") or "")
+    query = "--query-gpu=index,name,memory.used,memory.total"
+    printed = host.run("nvidia-smi", query, "--format=csv,noheader,nounits") or ""
+    rows = [[word.strip() for word in line.split(",")] for line in printed.splitlines()]
+    return [
+        Card(int(row[0]), row[1], "OK", int(row[2]), int(row[3]))
+        for row in rows
+        if len(row) == 4 and row[0].isdigit() and row[2].isdigit() and row[3].isdigit()
+    ]
+
+
+def _npu_cards(printed: str) -> list[Card]:
+    """Two lines for each chip: "| 0  910B2 | OK | 94.5 40 0 / 0 |", "| 0 | 0000:C1:00.0 | 0  0 / 0  3410/ 65536 |"."""
+    found: list[Card] = []
+    head: tuple[str, str] | None = None
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) != 3 or not re.match(r"\d+\b", cells[0]):
+            continue
+        if named := re.match(r"\d+\s+(\S*[A-Za-z]\S*)$", cells[0]):
+            head = (named[1], cells[1])
+            continue
+        memory = re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])
+        if head and memory:
+            found.append(Card(len(found), *head, used=int(memory[-1][0]), total=int(memory[-1][1])))
+            head = None
+    return found
+
+
+def visible(host: Host, device: str, count: int) -> list[int] | None:
+    """The numbers that the environment makes visible; None where it names one that is no number."""
+    given = host.environ.get(VISIBLE[device])
+    if given is None:
+        return list(range(count))
+    words = [word.strip() for word in given.split(",") if word.strip()]
+    return [int(word) for word in words] if all(word.isdigit() for word in words) else None
+
+
+def check(host: Host, device: str) -> list[Finding]:
+    """All of it.
+
+    Args:
+        host: where to look.
+        device: "npu", "cuda" or "cpu".
+    """
+    if device == "cpu":
+        return [ok("device", "a CPU: no accelerator was found or asked for")]
+    if device == "npu" and (missing := [name for name in MANAGERS if not (host.root / "dev" / name).exists()]):
+        return [
+            fail(
+                "device files",
+                f"/dev has no {', '.join(missing)}: no driver is loaded, or the container was started without them",
+                "on the host: npu-smi info; for a container: bash docker/run_ascend.sh",
+            )
+        ]
+    listed = cards(host, device)
+    if not listed:
+        tool = "npu-smi" if device == "npu" else "nvidia-smi"
+        return [fail("driver", f"{tool} lists no device here", f"{tool}; reinstall the driver if it fails")]
+    return _visibility(host, device, listed)
+
+
+def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:
+    variable = VISIBLE[device]
+    given = host.environ.get(variable)
+    numbers = visible(host, device, len(listed))
+    if numbers is None:  # CUDA takes UUIDs too
+        return [warn("device", f"{variable}={given} is not a list of numbers: not checked")]
+    there = {card.number for card in listed} & _nodes(host, device, len(listed))
+    if absent := [number for number in numbers if number not in there]:
+        return [
+            fail(
+                "device",
+                f"{variable}={given or 'unset'} means {absent}, but this host has {sorted(there)}",
+                f"export {variable}={','.join(map(str, sorted(there)))}",
+            )
+        ]
+    chosen = [card for card in listed if card.number in numbers]
+    found = [_count(host, device, len(numbers), len(listed))]
+    found += [
+        fail("health", f"device {card.number} ({card.name}) is in state {card.health}", "npu-smi info -t health")
+        for card in chosen
+        if card.health not in ("OK", "Warning")
+    ]
+    return [*found, _memory(device, chosen)]
+
+
+def _nodes(host: Host, device: str, count: int) -> set[int]:
+    """The numbers that have a device file; of NVIDIA all that its tool lists."""
+    if device == "cuda":
+        return set(range(count))
+    names = Path(host.root, "dev").glob("davinci[0-9]*")
+    return {int(path.name.removeprefix("davinci")) for path in names if path.name[7:].isdigit()}
+
+
+def _count(host: Host, device: str, visible_count: int, count: int) -> Finding:
+    wanted = host.environ.get("NPUS_PER_NODE", "")
+    text = f"{visible_count} of {count} {device} devices visible"
+    if wanted.isdigit() and int(wanted) > visible_count:
+        return fail("device", f"NPUS_PER_NODE={wanted}, but {text}", f"export NPUS_PER_NODE={visible_count}")
+    return ok("device", text)
+
+
+def _memory(device: str, chosen: list[Card]) -> Finding:
+    tool = "npu-smi info" if device == "npu" else "nvidia-smi"
+    least = min(chosen, key=lambda card: card.free)
+    text = f"device {least.number} has {least.free / 1024:.1f} of {least.total / 1024:.1f} GiB free"
+    if least.free < LEAST_FREE_MIB:
+        return fail(
+            "device memory",
+            f"{text}; a job wants {LEAST_FREE_MIB / 1024:.0f} GiB: other processes hold the rest",
+            f"{tool}    # lists them; end yours, or choose other devices with {VISIBLE[device]}",
+        )
+    if least.free < 0.5 * least.total:
+        return warn("device memory", f"{text}: somebody else is at work there", tool)
+    return ok("device memory", f"{text}, the least of those visible")

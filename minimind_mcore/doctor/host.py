@@ -1,0 +1,204 @@
+"""What a job needs of a host besides its devices: shared memory, disk, ports, interfaces, names."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from minimind_mcore.doctor.finding import Finding, fail, ok, warn
+from minimind_mcore.doctor.installed import Host
+
+GIB = 2**30
+HCCL_BASE, HCCL_COUNT = 60000, 16  # CANN: HCCL_IF_BASE_PORT
+
+
+def check(host: Host, device: str) -> list[Finding]:
+    """All of it, for a job on a kind of device."""
+    found = [*shared_memory(host), *disk(host), *master(host)]
+    if device == "npu":
+        found += hccl_ports(host)
+    return found + interfaces(host, device) + names()
+
+
+def shared_memory(host: Host) -> list[Finding]:
+    """Size of /dev/shm, through which the workers of a data loader hand over their batches."""
+    place = host.root / "dev/shm"
+    if not place.is_dir():
+        return []
+    size = shutil.disk_usage(place).total
+    if size < GIB:
+        return [
+            warn(
+                "shared memory",
+                f"/dev/shm has {size / 2**20:.0f} MiB; workers of the data loader die of a bus error when it is full "
+                "(Docker's default is 64 MiB)",
+                "docker run --shm-size=16g ... (docker/run_ascend.sh does), or run with --num-workers 0",
+            )
+        ]
+    return [ok("shared memory", f"/dev/shm has {size / GIB:.0f} GiB")]
+
+
+def disk(host: Host) -> list[Finding]:
+    """Free space where outputs and converted data go."""
+    checkout = Path(__file__).resolve().parents[2]
+    found = []
+    for variable, default in (("OUTPUT_DIR", checkout / "outputs"), ("DATA_DIR", checkout / "data")):
+        place = Path(host.environ.get(variable) or default).expanduser()
+        existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free / GIB
+        text = f"{free:.1f} GiB free at {existing}"
+        if free < 1:
+            found.append(
+                fail("disk", f"{text}; a checkpoint of MiniMind takes up to 5", f"export {variable}=/elsewhere")
+            )
+        elif free < 10:
+            found.append(warn("disk", f"{text}; a checkpoint takes up to 5 GiB", f"export {variable}=/elsewhere"))
+        elif not found or text != found[-1].text:
+            found.append(ok("disk", text))
+    return found
+
+
+def free_port(port: int, address: str = "") -> bool:
+    """Whether nobody on this host listens at a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+def master(host: Host) -> list[Finding]:
+    """MASTER_ADDR and MASTER_PORT, where rank 0 waits for the others."""
+    nodes, rank = host.environ.get("NNODES", "1"), host.environ.get("NODE_RANK", "0")
+    address, port = host.environ.get("MASTER_ADDR", ""), host.environ.get("MASTER_PORT", "29500")
+    found: list[Finding] = []
+    if nodes != "1":
+        found.append(_master_address(address, rank))
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        return [*found, fail("port", f"MASTER_PORT={port} is no port", "export MASTER_PORT=29500")]
+    if rank == "0" and ("MASTER_PORT" in host.environ or nodes != "1") and not free_port(int(port)):
+        free = next((p for p in range(int(port) + 1, 65536) if free_port(p)), 29501)
+        return [*found, fail("port", f"MASTER_PORT={port} is in use on this host", f"export MASTER_PORT={free}")]
+    return [*found, ok("port", f"MASTER_PORT {port}")] if found or "MASTER_PORT" in host.environ else found
+
+
+def _master_address(address: str, rank: str) -> Finding:
+    example = "export MASTER_ADDR=192.168.1.10    # the address of the host with NODE_RANK=0"
+    if not address or address.startswith("127.") or address == "localhost":
+        return fail("master", f"several hosts, and MASTER_ADDR={address or 'unset'}", example)
+    try:
+        number = socket.gethostbyname(address)
+    except OSError as error:
+        return fail("master", f"MASTER_ADDR={address} does not resolve ({error})", example)
+    if rank == "0" and not free_port(0, number):
+        return fail("master", f"NODE_RANK=0, but MASTER_ADDR={address} is no address of this host", "ip -br addr")
+    return ok("master", f"MASTER_ADDR {address}")
+
+
+def hccl_ports(host: Host) -> list[Finding]:
+    """The ports at which HCCL gathers a cluster's information: free, and not given away by the system."""
+    given = host.environ.get("HCCL_HOST_SOCKET_PORT_RANGE")
+    if given == "auto":
+        return [ok("HCCL ports", "HCCL_HOST_SOCKET_PORT_RANGE=auto")]
+    base = host.environ.get("HCCL_IF_BASE_PORT", str(HCCL_BASE))
+    ports = _ranges(given) if given else _ranges(f"{base}-{int(base) + HCCL_COUNT - 1}" if base.isdigit() else base)
+    if not ports or min(ports) < 1024 or max(ports) > 65535:
+        return [
+            fail(
+                "HCCL ports",
+                f"HCCL_IF_BASE_PORT={base}, HCCL_HOST_SOCKET_PORT_RANGE={given}: expected a number of 1024 to 65520, "
+                "or ranges such as 60000-60015",
+                "unset HCCL_IF_BASE_PORT HCCL_HOST_SOCKET_PORT_RANGE",
+            )
+        ]
+    span = f"{ports[0]}-{ports[-1]}"
+    if taken := [port for port in ports if not free_port(port)]:
+        return [
+            fail(
+                "HCCL ports",
+                f"{', '.join(map(str, taken))} of {span} in use",
+                f"export HCCL_IF_BASE_PORT={_free_base()}    # 16 ports from there; the same on every host",
+            )
+        ]
+    return [_reserved(host, ports, span)]
+
+
+def _reserved(host: Host, ports: list[int], span: str) -> Finding:
+    system = host.root / "proc/sys/net/ipv4"
+    with contextlib.suppress(OSError, ValueError):
+        low, high = map(int, (system / "ip_local_port_range").read_text().split())
+        reserved = set(_ranges((system / "ip_local_reserved_ports").read_text().strip()))
+        if any(low <= port <= high and port not in reserved for port in ports):
+            return warn(
+                "HCCL ports",
+                f"{span} are free now, but the system may hand them to any program (ip_local_port_range {low}-{high})",
+                f"sysctl -w net.ipv4.ip_local_reserved_ports={span}",
+            )
+    return ok("HCCL ports", f"{span} free")
+
+
+def _free_base() -> int:
+    return next(b for b in range(50000, 65000, 16) if all(free_port(b + i) for i in range(HCCL_COUNT)))
+
+
+def _ranges(text: str) -> list[int]:
+    """`60000,60050-60052` as numbers; empty if it is something else."""
+    ports: list[int] = []
+    for word in filter(None, re.split(r"[,\s]+", text)):
+        bounds = word.split("-")
+        if len(bounds) > 2 or not all(bound.isdigit() for bound in bounds):
+            return []
+        ports += range(int(bounds[0]), int(bounds[-1]) + 1)
+    return ports
+
+
+def interfaces(host: Host, device: str) -> list[Finding]:
+    """The interfaces that HCCL, gloo and NCCL are told to use are there."""
+    there = [name for _, name in socket.if_nameindex()]
+    found = []
+    variables = {"npu": ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), "cuda": ("NCCL_SOCKET_IFNAME",)}
+    for variable in variables.get(device, ("GLOO_SOCKET_IFNAME",)):
+        given = host.environ.get(variable)
+        if given is None:
+            continue
+        if not matching(given, there, prefix=not variable.startswith("GLOO")):
+            fix = f"export {variable}={next((n for n in there if n != 'lo'), 'lo')}"
+            found.append(fail("interface", f"{variable}={given} matches none of {', '.join(there)}", fix))
+        else:
+            found.append(ok("interface", f"{variable}={given}"))
+    if device == "npu" and not found and host.environ.get("NNODES", "1") != "1":
+        fix = "export HCCL_SOCKET_IFNAME=eth0    # the interface of MASTER_ADDR's network: ip -br addr"
+        found.append(
+            warn("interface", "several hosts, and HCCL_SOCKET_IFNAME is not set: HCCL takes the first one", fix)
+        )
+    return found
+
+
+def matching(given: str, there: list[str], prefix: bool) -> list[str]:
+    """The interfaces that HCCL_SOCKET_IFNAME's notation names: `eth` by prefix, `=eth0` exactly, `^` all others."""
+    exclude, rest = given.startswith("^"), given.removeprefix("^")
+    exact, rest = rest.startswith("=") or not prefix, rest.removeprefix("=")
+    words = [word for word in rest.split(",") if word]
+    hits = [name for name in there if any(name == word if exact else name.startswith(word) for word in words)]
+    return [name for name in there if name not in hits] if exclude else hits
+
+
+def names() -> list[Finding]:
+    """This host's own name resolves: torchrun and gloo ask for it."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        return [
+            fail(
+                "host name",
+                f"{name} does not resolve ({error}); torchrun and gloo ask for it",
+                f"echo '127.0.1.1 {name}' >> /etc/hosts, or docker run --network=host",
+            )
+        ]
+    return [ok("host name", name)]

@@ -1,0 +1,197 @@
+"""What is installed, found in files and metadata: nothing is imported, since that is what may fail."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minimind_mcore.doctor import matrix
+
+# What the table lists, in its order, and the distribution whose metadata has the version.
+DISTRIBUTIONS = {
+    "torch": "torch",
+    "torch_npu": "torch_npu",
+    "megatron-core": "megatron-core",
+    "transformers": "transformers",
+    "numpy": "numpy",
+    "vLLM": "vllm",
+    "vllm-ascend": "vllm-ascend",
+    "ray": "ray",
+}
+COMPONENTS = (
+    "driver", "CANN", "Python", "torch", "torch_npu", "MindSpeed", "MindSpeed-LLM", "MindSpeed-RL",
+    "megatron-core", "transformers", "numpy", "vLLM", "vllm-ascend", "ray",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where to look; tests look elsewhere.
+
+    Attributes:
+        root: of the file system that has /dev, /proc, /usr/local/Ascend.
+        environ: the environment.
+        path: where Python packages are; None: this interpreter's own.
+        python: the interpreter that a job would run on.
+    """
+
+    root: Path = Path("/")
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    path: tuple[str, ...] | None = None
+    python: str = sys.executable
+
+    def run(self, *command: str, timeout: float = 60) -> str | None:
+        """What a program of the PATH printed; None if there is none, or it failed."""
+        program = shutil.which(command[0], path=self.environ.get("PATH", ""))
+        if program is None:
+            return None
+        try:
+            done = subprocess.run(
+                [program, *command[1:]], env=dict(self.environ), capture_output=True, text=True, timeout=timeout
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    def places(self, variable: str, *defaults: str) -> list[Path]:
+        """The directories that a variable names, then the usual ones."""
+        given = self.environ.get(variable)
+        return ([Path(given)] if given else []) + [self.root / default.lstrip("/") for default in defaults]
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something that is installed.
+
+    Attributes:
+        version: None: it is not installed; "unknown": it is, at a version that nothing tells.
+        where: file or directory where it was found.
+    """
+
+    name: str
+    version: str | None
+    where: str = ""
+
+
+def examine(host: Host, backend: str) -> dict[str, Component]:
+    """Every component, by name, in the table's order.
+
+    Args:
+        host: where to look.
+        backend: "mindspeed-llm": megatron-core is the one that MindSpeed-LLM's folder holds.
+    """
+    found = {"driver": driver(host), "CANN": cann(host), "Python": Component("Python", platform.python_version())}
+    found |= {name: distribution(host, name) for name in DISTRIBUTIONS}
+    found |= {name: mindspeed(host, name) for name in ("MindSpeed", "MindSpeed-LLM", "MindSpeed-RL")}
+    folder = found["MindSpeed-LLM"].where
+    if backend == "mindspeed-llm" and folder:
+        found["megatron-core"] = core_beside(Path(folder))
+    return {name: found[name] for name in COMPONENTS}
+
+
+def driver(host: Host) -> Component:
+    """The NPU's driver, as npu-smi or its own file has it; else NVIDIA's."""
+    printed = host.run("npu-smi", "info")
+    if printed and (version := re.search(r"Version:\s*(\S+)", printed)):
+        return Component("driver", version[1], "npu-smi")
+    for place in host.places("ASCEND_DRIVER_PATH", "/usr/local/Ascend/driver"):
+        if version := _search(place / "version.info", r"^Version=(\S+)"):
+            return Component("driver", version, str(place / "version.info"))
+    printed = host.run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if printed and printed.strip():
+        return Component("driver", printed.split()[0], "nvidia-smi")
+    return Component("driver", None)
+
+
+def cann(host: Host) -> Component:
+    """CANN's toolkit: of the environment, else where its installer puts it."""
+    usual = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")
+    home = host.environ.get("HOME", "")
+    places = host.places("ASCEND_TOOLKIT_HOME") + host.places("ASCEND_HOME_PATH", *usual)
+    if home:
+        places += [Path(home, "Ascend/cann"), Path(home, "Ascend/ascend-toolkit/latest")]
+    for place in places:
+        for info in sorted(place.glob("*-linux/ascend_toolkit_install.info")):
+            if version := _search(info, r"^version=(\S+)"):
+                return Component("CANN", version.removeprefix("V"), str(place))
+    return Component("CANN", None)
+
+
+def distribution(host: Host, name: str) -> Component:
+    """A Python package, from its metadata."""
+    options = {} if host.path is None else {"path": list(host.path)}
+    for found in importlib.metadata.distributions(name=DISTRIBUTIONS[name], **options):
+        return Component(name, found.version.partition("+")[0], str(found.locate_file("")))
+    return Component(name, None)
+
+
+def mindspeed(host: Host, name: str) -> Component:
+    """One of MindSpeed's, told by its files: their metadata say the same in every release."""
+    package = name.lower().replace("-", "_")
+    for place in _mindspeed_places(host, name):
+        if (place / package / "__init__.py").is_file() or (place / package).is_dir():
+            return Component(name, fingerprint(name, place), str(place))
+    return Component(name, None)
+
+
+def _mindspeed_places(host: Host, name: str) -> list[Path]:
+    variable = name.upper().replace("-", "_") + "_HOME"
+    if name != "MindSpeed" and host.environ.get(variable):
+        return [Path(host.environ[variable])]  # as the scripts have it: what is given is meant
+    beside = Path(__file__).resolve().parents[3] / name
+    places = host.places(variable, f"/workspace/{name}")
+    if host.root == Path("/"):
+        places.insert(1 if host.environ.get(variable) else 0, beside)
+    imported = sys.path if host.path is None else host.path
+    return places + [Path(entry or ".") for entry in imported] + _editable(host, name)
+
+
+def _editable(host: Host, name: str) -> list[Path]:
+    """Where `pip install -e` says that the sources are."""
+    options = {} if host.path is None else {"path": list(host.path)}
+    for found in importlib.metadata.distributions(name=name.lower().replace("-", "_"), **options):
+        text = found.read_text("direct_url.json") or ""
+        if url := re.search(r'"url":\s*"file://([^"]+)"', text):
+            return [Path(url[1])]
+    return []
+
+
+def fingerprint(name: str, place: Path) -> str:
+    """The release of one of MindSpeed's, by a file that differs in each."""
+    for mark in matrix.data()["fingerprints"][name]:
+        file = place / mark["file"]
+        if file.is_file() and git_blob(file) == mark["blob"]:
+            return str(mark["version"])
+    return "unknown"
+
+
+def git_blob(file: Path) -> str:
+    """What `git hash-object` prints for a file."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def core_beside(folder: Path) -> Component:
+    """megatron-core in MindSpeed-LLM's folder, where its guide copies it."""
+    info = folder / "megatron" / "core" / "package_info.py"
+    numbers = [_search(info, rf"^{part}\s*=\s*(\d+)") for part in ("MAJOR", "MINOR", "PATCH")]
+    if None in numbers:
+        return Component("megatron-core", None, str(folder))
+    return Component("megatron-core", ".".join(map(str, numbers)), str(folder / "megatron"))
+
+
+def _search(file: Path, pattern: str) -> str | None:
+    try:
+        found = re.search(pattern, file.read_text(encoding="utf-8", errors="replace"), re.M)
+    except OSError:
+        return None
+    return found[1] if found else None

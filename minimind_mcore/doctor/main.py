@@ -1,0 +1,199 @@
+"""minimind-mcore doctor [SCRIPT [ARGUMENTS]]: what is installed, what is wrong, and the command that fixes it.
+
+    minimind-mcore doctor
+    MODEL=minimind3 TP=2 minimind-mcore doctor examples/mcore/minimind/pretrain_minimind_ptd.sh
+
+It reads the environment that the scripts read (DEVICE, BACKEND, NPUS_PER_NODE, NNODES, MASTER_ADDR, ...). With a
+script it also runs that script's `--dry-run`, and checks the data and the checkpoints that it names. The exit status
+is 1 if the job would fail, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from minimind_mcore.device import KINDS
+from minimind_mcore.doctor import devices, host, job, matrix
+from minimind_mcore.doctor.finding import Finding, fail, ok, warn
+from minimind_mcore.doctor.installed import Component, Host, examine
+from minimind_mcore.errors import UserError
+
+INSTALL = {
+    "CANN": "install toolkit, ops and nnal of CANN {cann}, then source set_env.sh: docs/install_ascend.md, CANN",
+    "Python": "python{python} -m venv .venv    # or conda create -n minimind python={python}",
+    "torch": "pip install torch=={torch} --index-url https://download.pytorch.org/whl/cpu",
+    "torch_npu": "pip install torch_npu=={torch_npu}",
+    "MindSpeed": "git clone -b {mindspeed}_core_r0.12.1 https://gitcode.com/Ascend/MindSpeed.git && "
+    "pip install -e MindSpeed",
+    "MindSpeed-LLM": "git clone -b {llm} https://gitcode.com/Ascend/MindSpeed-LLM.git /workspace/MindSpeed-LLM",
+    "megatron-core": "git clone -b core_v0.12.1 https://github.com/NVIDIA/Megatron-LM.git && "
+    "cp -r Megatron-LM/megatron {home}/",
+    "driver": "install the driver and firmware of your card: docs/install_ascend.md, driver",
+}
+KIT = "bash requirements/install.sh"  # what it pins, in .venv
+
+
+def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
+    """The command; returns its exit status.
+
+    Raises:
+        UserError: DEVICE or BACKEND is none, or the script is not there.
+    """
+    parser = argparse.ArgumentParser(
+        prog="minimind-mcore doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("script", nargs="?", help="a script of examples/, to check what its job would use")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    args = parser.parse_args(argv)
+    where = where or Host()
+    device = devices.kind(where)
+    if device not in KINDS:
+        raise UserError(f"DEVICE={device}: expected {', '.join(KINDS)}")
+    backend = where.environ.get("BACKEND") or ("mindspeed-llm" if device == "npu" else "native")
+    if backend not in ("mindspeed-llm", "native"):
+        raise UserError(f"BACKEND={backend}: expected native or mindspeed-llm")
+    found = examine(where, backend)
+    print_title(device, backend, where)
+    problems = report(found, device, backend)
+    if found["MindSpeed-RL"].version:
+        print()
+        problems += report(found, device, "mindspeed-rl")
+    checks = devices.check(where, device) + host.check(where, device) + loads(where, device)
+    if args.script:
+        checks += job.check(where, args.script, args.arguments)
+    print()
+    print_findings(checks)
+    return conclude(problems + checks)
+
+
+def report(found: Mapping[str, Component], device: str, backend: str) -> list[Finding]:
+    """Print the table of components against a row of the matrix; returns what is wrong."""
+    versions = {name: component.version for name, component in found.items()}
+    stack = matrix.find(device, backend, versions) or matrix.newest(device, backend)
+    findings = [finding for name in found if (finding := judged(stack, found, name))]
+    findings += pairing(versions) if device == "npu" else []
+    print_table(stack, found)
+    print(textwrap.fill(f"{stack.name}: {stack.proof}. {stack.note}", 118, subsequent_indent="  "))
+    print()
+    print_findings(findings)
+    return findings
+
+
+def judged(stack: matrix.Stack, found: Mapping[str, Component], name: str) -> Finding | None:
+    """What is wrong with one component."""
+    version = found[name].version
+    verdict = stack.judge(name, version)
+    fix = install(name, stack, found["MindSpeed-LLM"].where)
+    if verdict == "untried" and name in stack.programs:
+        text = f"{version} (at {found[name].where}) is in no row; compared with the nearest, {stack.name}"
+        return warn(name, text, fix)
+    if verdict == "missing":
+        return fail(name, f"not installed; expected {stack.wanted(name)}", fix)
+    if verdict == "wrong":
+        return fail(name, f"{version}; expected {matrix.readable(stack.needs[name])}", fix)
+    if verdict == "untried":
+        return warn(name, f"{version} should work; tried or released together: {stack.wanted(name)}", fix)
+    return None
+
+
+def install(name: str, stack: matrix.Stack, home: str = "") -> str:
+    """The command that installs a component at the version of a row; `home` is MindSpeed-LLM's folder."""
+    if stack.device != "npu":
+        return KIT if name != "Python" else f"rm -r .venv && PYTHON=python{stack.wanted('Python')} {KIT}"
+    version = {key: stack.wanted(key).lstrip("<>= ").split(",")[0] for key in {*stack.needs, *stack.best}}
+    if name in INSTALL:
+        return INSTALL[name].format(
+            cann=version.get("CANN", ""),
+            python=version.get("Python", "3.10"),
+            torch=version.get("torch", ""),
+            torch_npu=version.get("torch_npu", ""),
+            mindspeed=version.get("MindSpeed", ""),
+            llm=stack.programs.get("MindSpeed-LLM", "26.1.0"),
+            home="MindSpeed-RL" if stack.backend == "mindspeed-rl" else home or "/workspace/MindSpeed-LLM",
+        )
+    specifier = stack.best.get(name) or stack.needs.get(name, "")
+    return f"pip install '{name.lower()}{specifier}'"
+
+
+def pairing(versions: Mapping[str, str | None]) -> list[Finding]:
+    """torch_npu is built for one torch and one CANN."""
+    package, torch, cann = (versions[name] for name in ("torch_npu", "torch", "CANN"))
+    pair = matrix.torch_npu_pair(package) if package else None
+    if package is None or pair is None:
+        return [] if package is None else [warn("torch_npu", f"{package} is not in the matrix")]
+    findings = []
+    if torch and torch != pair["torch"]:
+        text = f"{torch}, but torch_npu {package} is for {pair['torch']}"
+        findings.append(fail("torch", text, INSTALL["torch"].format(torch=pair["torch"])))
+    if cann and not matrix.allows(f"=={pair['CANN']}.*", cann):
+        older = matrix.allows(f"<{pair['CANN']}rc0", cann)
+        text = f"torch_npu {package} (TorchNPU {pair['release']}) is for CANN {pair['CANN']}, here is {cann}"
+        fix = INSTALL["torch_npu"].format(torch_npu=matrix.torch_npu_for(torch, cann) or package)
+        findings.append((fail if older else warn)("torch_npu", text, fix))
+    return findings
+
+
+def loads(where: Host, device: str) -> list[Finding]:
+    """Whether torch itself, in the interpreter of the job, sees the device."""
+    printed = where.run(where.python, "-m", "minimind_mcore.device", timeout=120)
+    if printed is not None and printed.split()[:1] == [device]:
+        return [ok("torch", f"sees {printed.strip()}")]
+    saw = printed.strip() if printed else "nothing"
+    package = "torch_npu" if device == "npu" else "torch"
+    fix = "source /usr/local/Ascend/cann/set_env.sh && " if device == "npu" else ""
+    return [
+        fail(
+            "torch", f"expected {device}, and it sees {saw}", f"{fix}{where.python} -c 'import {package}'    # says why"
+        )
+    ]
+
+
+def print_title(device: str, backend: str, where: Host) -> None:
+    """What the doctor has looked at."""
+    listed = devices.cards(where, device) if device != "cpu" else []
+    cards = f", {len(listed)} x {listed[0].name}" if listed else ""
+    print(f"device {device}{cards}; backend {backend}; python {where.python}\n")
+
+
+def print_table(stack: matrix.Stack, found: Mapping[str, Component]) -> None:
+    """Component, installed, wanted, verdict."""
+    rows = [("component", "installed", "wanted", "")]
+    for name, component in found.items():
+        verdict = stack.judge(name, component.version)
+        if component.version or verdict != "-":
+            rows.append((name, component.version or "-", stack.wanted(name), verdict if verdict != "-" else ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """One block each: level, subject, text; below it the command."""
+    subject = max((len(finding.subject) for finding in findings), default=0)
+    width = max(shutil.get_terminal_size((120, 24)).columns, 80)
+    for finding in findings:
+        head = f"{finding.level:<4}  {finding.subject:<{subject}}  "
+        wrap = textwrap.TextWrapper(width, initial_indent=head, subsequent_indent=" " * len(head))
+        lines = finding.text.splitlines() or [""]
+        print(wrap.fill(lines[0]))
+        for line in lines[1:]:
+            print(" " * len(head) + line)
+        if finding.fix:
+            print(" " * len(head) + "fix: " + finding.fix)
+
+
+def conclude(findings: Sequence[Finding]) -> int:
+    """Print how it ends; returns the exit status."""
+    failures = [finding for finding in findings if finding.level == "fail"]
+    warnings = sum(finding.level == "warn" for finding in findings)
+    print()
+    if failures:
+        subjects = ", ".join(dict.fromkeys(finding.subject for finding in failures))
+        print(f"A job would fail here: {subjects}.")
+        return 1
+    print("A job would run here." + (f" {warnings} warnings, see above." if warnings else ""))
+    return 0

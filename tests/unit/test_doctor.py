@@ -1,0 +1,421 @@
+"""The doctor names what is wrong on a host, and the command that fixes it; installations here are faked with files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import ROOT
+
+from minimind_mcore.doctor import devices, host, installed, job, main, matrix
+from minimind_mcore.doctor.installed import Host
+from minimind_mcore.errors import UserError
+
+HEALTHY = {"torch": "2.7.1+cpu", "torch_npu": "2.7.1.post8", "transformers": "5.2.0", "numpy": "1.26.0"}
+NPU_SMI = """\
++------------------------------------------------------------------------------------------------+
+| npu-smi 25.5.0                   Version: 25.5.0                                               |
++---------------------------+---------------+----------------------------------------------------+
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
++===========================+===============+====================================================+
+{rows}
++---------------------------+---------------+----------------------------------------------------+
+| NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
++===========================+===============+====================================================+
+| No running processes found in NPU 0                                                            |
++===========================+===============+====================================================+
+"""
+ROW = """\
+| {n}     910B2               | {health:<13} | 94.5        40                0    / 0             |
+| 0                         | 0000:C{n}:00.0  | 0           0    / 0          {used:<5}/ 65536         |
++===========================+===============+====================================================+"""
+
+
+class Fake:
+    """A host with NPUs, all well, of which a test takes something away."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.packages, self.bin = folder / "root", folder / "packages", folder / "bin"
+        for place in (self.root / "dev/shm", self.packages, self.bin):
+            place.mkdir(parents=True)
+        self.cards(["OK"] * 8, 3400)
+        for name in (*devices.MANAGERS, *(f"davinci{n}" for n in range(8))):
+            (self.root / "dev" / name).touch()
+        self.program("python", "echo npu 8")
+        self.cann("9.1.0")
+        for name, version in HEALTHY.items():
+            self.package(name, version)
+        ipv4 = self.root / "proc/sys/net/ipv4"
+        ipv4.mkdir(parents=True)
+        (ipv4 / "ip_local_port_range").write_text("32768\t60999\n")
+        (ipv4 / "ip_local_reserved_ports").write_text("60000-60015\n")
+        self.llm = self.root / "workspace/MindSpeed-LLM"
+        (self.llm / "megatron/core").mkdir(parents=True)
+        (self.llm / "megatron/core/package_info.py").write_text("MAJOR = 0\nMINOR = 12\nPATCH = 1\nPRE_RELEASE = ''\n")
+        marks = {
+            "MindSpeed-LLM": "mindspeed_llm/training/arguments.py",
+            "MindSpeed": "mindspeed/features_manager/__init__.py",
+        }
+        for name, file in marks.items():
+            place = (self.llm if name == "MindSpeed-LLM" else self.packages) / file
+            place.parent.mkdir(parents=True)
+            place.write_text(f"# {name} as released\n")
+            mark = {"file": file, "blob": installed.git_blob(place), "version": "26.1.0"}
+            monkeypatch.setitem(matrix.data()["fingerprints"], name, [mark])
+        self.environ = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(folder), "OUTPUT_DIR": str(folder)}
+        self.environ["DATA_DIR"] = str(folder)
+
+    def program(self, name: str, body: str) -> None:
+        (self.bin / name).write_text(f"#!/bin/sh\n{body}\n")
+        (self.bin / name).chmod(0o755)
+
+    def cards(self, states: list[str], used: int) -> None:
+        rows = "\n".join(ROW.format(n=n, health=state, used=used) for n, state in enumerate(states))
+        self.program("npu-smi", f"cat <<'TABLE'\n{NPU_SMI.format(rows=rows)}TABLE")
+
+    def cann(self, version: str) -> None:
+        info = self.root / "usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info"
+        info.parent.mkdir(parents=True, exist_ok=True)
+        info.write_text(f"package_name=Ascend-cann-toolkit\nversion={version}\narch=aarch64\n")
+
+    def package(self, name: str, version: str | None) -> None:
+        for old in self.packages.glob(f"{name}-*.dist-info"):
+            shutil.rmtree(old)
+        if version is not None:
+            folder = self.packages / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def remove(self, path: str) -> None:
+        (self.root / path).unlink()
+
+    def doctor(self, *argv: str) -> int:
+        return main.main(list(argv), Host(self.root, self.environ, (str(self.packages),), str(self.bin / "python")))
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    monkeypatch.setattr(installed.platform, "python_version", lambda: "3.10.14")
+    return Fake(tmp_path, monkeypatch)
+
+
+def test_healthy_host_matches_its_row(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fake.doctor() == 0
+    out = capsys.readouterr().out
+    assert "device npu, 8 x 910B2; backend mindspeed-llm" in out
+    assert "MindSpeed-LLM 26.1.0: rehearsed." in out
+    assert "8 of 8 npu devices visible" in out and "60.7 of 64.0 GiB free" in out
+    assert "fail" not in out and "A job would run here." in out
+    for row in ("driver         25.5.0", "CANN           9.1.0", "megatron-core  0.12.1", "torch_npu      2.7.1.post8"):
+        assert row in out
+
+
+def busy_port() -> socket.socket:
+    server = socket.socket()
+    server.bind(("", 0))
+    server.listen()
+    return server
+
+
+Break = Callable[[Fake], Any]
+# What is broken, the subject of the finding, what its text says, the command that fixes it.
+BROKEN: dict[str, tuple[Break, str, str, str]] = {
+    "no torch_npu": (
+        lambda f: f.package("torch_npu", None),
+        "torch_npu",
+        "not installed",
+        "pip install torch_npu==2.7.1.post8",
+    ),
+    "another torch": (
+        lambda f: f.package("torch", "2.5.1"),
+        "torch",
+        "2.5.1; expected 2.7.1",
+        "pip install torch==2.7.1",
+    ),
+    "numpy 2": (lambda f: f.package("numpy", "2.1.0"), "numpy", "expected <2", "pip install 'numpy<2'"),
+    "old transformers": (
+        lambda f: f.package("transformers", "4.45.2"),
+        "transformers",
+        "4.45.2",
+        "pip install 'transformers==5.2.0'",
+    ),
+    "no CANN": (
+        lambda f: f.remove("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info"),
+        "CANN",
+        "not installed",
+        "CANN 9.1",
+    ),
+    "CANN older than torch_npu": (
+        lambda f: f.cann("8.5.0"),
+        "torch_npu",
+        "is for CANN 9.1, here is 8.5.0",
+        "pip install torch_npu==2.7.1.post2",
+    ),
+    "no megatron": (
+        lambda f: f.remove("workspace/MindSpeed-LLM/megatron/core/package_info.py"),
+        "megatron-core",
+        "not installed",
+        "cp -r Megatron-LM/megatron",
+    ),
+    "no MindSpeed-LLM": (
+        lambda f: shutil.rmtree(f.llm),
+        "MindSpeed-LLM",
+        "not installed; expected 26.1.0",
+        "git clone -b 26.1.0 https://gitcode.com/Ascend/MindSpeed-LLM.git",
+    ),
+    "no device files": (lambda f: f.remove("dev/hisi_hdc"), "device files", "no hisi_hdc", "docker/run_ascend.sh"),
+    "one card's file": (
+        lambda f: f.remove("dev/davinci3"),
+        "device",
+        "means [3]",
+        "export ASCEND_RT_VISIBLE_DEVICES=0,1,2,4,5,6,7",
+    ),
+    "a card that is not there": (
+        lambda f: f.environ.update(ASCEND_RT_VISIBLE_DEVICES="0,8"),
+        "device",
+        "means [8]",
+        "export ASCEND_RT_VISIBLE_DEVICES=0,1",
+    ),
+    "more processes than cards": (
+        lambda f: f.environ.update(ASCEND_RT_VISIBLE_DEVICES="0,1", NPUS_PER_NODE="4"),
+        "device",
+        "2 of 8",
+        "export NPUS_PER_NODE=2",
+    ),
+    "a sick card": (
+        lambda f: f.cards(["OK"] * 7 + ["Alarm"], 3400),
+        "health",
+        "device 7 (910B2) is in state Alarm",
+        "npu-smi info -t health",
+    ),
+    "memory taken": (lambda f: f.cards(["OK"] * 8, 64000), "device memory", "1.5 of 64.0 GiB free", "npu-smi info"),
+    "torch sees a CPU": (lambda f: f.program("python", "echo cpu 64"), "torch", "it sees cpu 64", "set_env.sh"),
+    "several hosts, no address": (
+        lambda f: f.environ.update(NNODES="2"),
+        "master",
+        "MASTER_ADDR=unset",
+        "export MASTER_ADDR",
+    ),
+    "an address that is not this host's": (
+        lambda f: f.environ.update(NNODES="2", MASTER_ADDR="192.0.2.7"),
+        "master",
+        "no address of this host",
+        "ip -br addr",
+    ),
+    "a port that is none": (
+        lambda f: f.environ.update(MASTER_PORT="70000"),
+        "port",
+        "70000 is no port",
+        "export MASTER_PORT=29500",
+    ),
+    "an interface that is not there": (
+        lambda f: f.environ.update(HCCL_SOCKET_IFNAME="roce9"),
+        "interface",
+        "matches none of",
+        "export HCCL_SOCKET_IFNAME=",
+    ),
+    "HCCL's port is none": (
+        lambda f: f.environ.update(HCCL_IF_BASE_PORT="x"),
+        "HCCL ports",
+        "HCCL_IF_BASE_PORT=x",
+        "unset HCCL_IF_BASE_PORT",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named_with_its_fix(name: str, fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    break_it, subject, text, fix = BROKEN[name]
+    break_it(fake)
+    assert fake.doctor() == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"fail {subject} " in out and text in out and fix in out
+    assert f"A job would fail here: {subject}" in out or f", {subject}" in out.rpartition("A job would fail here:")[2]
+
+
+def test_ports_in_use(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    with busy_port() as server:
+        port = server.getsockname()[1]
+        fake.environ.update(MASTER_PORT=str(port), HCCL_HOST_SOCKET_PORT_RANGE=str(port))
+        assert fake.doctor() == 1
+    out = capsys.readouterr().out
+    assert f"MASTER_PORT={port} is in use" in out and f"{port} of {port}-{port} in use" in out
+
+
+def test_what_may_go_wrong_is_a_warning(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake.root / "proc/sys/net/ipv4/ip_local_reserved_ports").write_text("\n")
+    usage = shutil.disk_usage(fake.root)._replace(total=64 << 20, free=64 << 30)
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda path: usage)
+    fake.package("transformers", "4.57.1")
+    assert fake.doctor() == 0
+    out = capsys.readouterr().out
+    assert "warn  HCCL ports" in out and "ip_local_reserved_ports=60000-60015" in out
+    assert "warn  shared memory" in out and "64 MiB" in out
+    assert "warn  transformers" in out
+
+
+def test_full_disk(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    usage = shutil.disk_usage(fake.root)._replace(free=100 << 20)
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda path: usage)
+    assert fake.doctor() == 1
+    assert "0.1 GiB free" in capsys.readouterr().out
+
+
+def test_a_release_in_no_row_is_compared_with_the_nearest(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    (fake.llm / "mindspeed_llm/training/arguments.py").write_text("# changed\n")
+    assert fake.doctor() == 0
+    assert "unknown" in capsys.readouterr().out
+
+
+def test_reinforcement_learning_has_rows_of_its_own(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    mark = fake.packages / "mindspeed_rl/config_cls/megatron_config.py"
+    mark.parent.mkdir(parents=True)
+    mark.write_text("# anything\n")
+    assert fake.doctor() == 1
+    out = capsys.readouterr().out
+    assert "MindSpeed-RL master (2026-04): untested." in out
+    assert "vLLM" in out.rpartition("A job would fail here:")[2]
+
+
+def test_other_notations_of_interfaces() -> None:
+    there = ["lo", "eth0", "eth1", "enp1"]
+    assert host.matching("eth", there, prefix=True) == ["eth0", "eth1"]
+    assert host.matching("=eth0,enp1", there, prefix=True) == ["eth0", "enp1"]
+    assert host.matching("^eth", there, prefix=True) == ["lo", "enp1"]
+    assert host.matching("^=eth0", there, prefix=True) == ["lo", "eth1", "enp1"]
+    assert host.matching("eth", there, prefix=False) == []
+
+
+def test_dual_chip_cards_are_two_devices(fake: Fake) -> None:
+    rows = """\
+| 0     Ascend910           | OK            | 178.5       36                0    / 0             |
+| 0     0                   | 0000:9D:00.0  | 0           0    / 0          3416 / 65536         |
++------------------------------------------------------------------------------------------------+
+| 0     Ascend910           | OK            | -           36                0    / 0             |
+| 1     1                   | 0000:9F:00.0  | 0           0    / 0          3195 / 65536         |"""
+    fake.program("npu-smi", f"cat <<'TABLE'\n{NPU_SMI.format(rows=rows)}TABLE")
+    listed = devices.cards(Host(fake.root, fake.environ), "npu")
+    assert [(card.number, card.name, card.used) for card in listed] == [(0, "Ascend910", 3416), (1, "Ascend910", 3195)]
+
+
+def test_nvidia_cards(fake: Fake) -> None:
+    fake.program(
+        "nvidia-smi", "echo '0, NVIDIA H100 80GB HBM3, 4, 81559'; echo '1, NVIDIA H100 80GB HBM3, 80000, 81559'"
+    )
+    where = Host(fake.root, fake.environ | {"CUDA_VISIBLE_DEVICES": "1"})
+    found = {finding.subject: finding for finding in devices.check(where, "cuda")}
+    assert found["device"].text == "1 of 2 cuda devices visible"
+    assert found["device memory"].level == "fail" and "nvidia-smi" in found["device memory"].fix
+
+
+# ------------------------------------------------------------------------------------------------ a script's job
+
+
+def test_a_script_s_dry_run_is_asked(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text("echo \"$@\" >&2\necho 'error: no tokenizer at /x; give one' >&2\nexit 1\n")
+    [finding] = job.check(Host(), str(script), ["--lr", "1"])
+    assert finding.level == "fail" and finding.text == "no tokenizer at /x; give one"
+    script.write_text('[ "$*" = "--lr 1 --dry-run" ] && echo done\n')
+    [finding] = job.check(Host(), str(script), ["--lr", "1"])
+    assert finding.level == "ok"
+    with pytest.raises(UserError, match="no such script"):
+        job.check(Host(), str(tmp_path / "none.sh"), [])
+
+
+def test_paths_of_a_command_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").touch()
+    for name in ("a b.idx", "a b.bin", "cut.idx"):
+        (tmp_path / name).write_bytes(b"1")
+    printed = (
+        "the plan\n"
+        "cd /workspace/MindSpeed-LLM && python -m torch.distributed.run pretrain_gpt.py "
+        f"--data-path 0.3 '{tmp_path}/a b' 0.7 {tmp_path}/cut 0.1 {tmp_path}/none "
+        f"--tokenizer-name-or-path {tmp_path}/tokenizer --load {tmp_path}/new "
+        f"--save {tmp_path}/new\n"
+    )
+    found = job.paths(job.command(printed))
+    assert [(f.level, f.subject) for f in found] == [
+        ("ok", "data"), ("fail", "data"), ("fail", "data"), ("ok", "tokenizer"), ("ok", "checkpoint"), ("ok", "output"),
+    ]  # fmt: skip
+    assert "cut.bin is missing" in found[1].text
+    [load] = [f for f in job.paths(["--load", str(tmp_path / "new"), "--finetune"]) if f.subject == "checkpoint"]
+    assert load.level == "fail"
+
+
+def test_checkpoint_of_another_layout(start: Path) -> None:
+    [finding] = job.paths(["--load", str(start), "--tensor-model-parallel-size", "2"])
+    assert finding.level == "fail" and "TP=2 PP=1 EP=1 bash" in finding.fix
+    [finding] = job.paths(["--load", str(start)])
+    assert finding.level == "ok"
+
+
+# ------------------------------------------------------------------------------------------------ matrix, command
+
+
+def test_rows_are_whole() -> None:
+    for stack in matrix.stacks():
+        assert (
+            stack.sources
+            and stack.note
+            and stack.proof in ("tested in CI", "rehearsed", "rehearsed in part", "untested")
+        )
+        assert set(stack.needs) | set(stack.best) | set(stack.programs) <= set(installed.COMPONENTS), stack.name
+        for component, best in stack.best.items():
+            if component in stack.needs and best.startswith("=="):  # the best is one that is allowed
+                assert matrix.allows(stack.needs[component], best[2:].removesuffix(".*")), (stack.name, component)
+    proofs = {stack.name: stack.proof for stack in matrix.stacks()}
+    assert proofs["MindSpeed-LLM 2.3.0"] == proofs["MindSpeed-LLM 26.0.0"] == "untested"
+
+
+def test_requirements_are_those_of_the_matrix() -> None:
+    lines = (ROOT / "requirements/ascend.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    stack = matrix.newest("npu", "mindspeed-llm")
+    for name, version in pins.items():
+        assert stack.judge(name, version) == "ok", name
+
+
+def test_git_blob(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert installed.git_blob(tmp_path / "empty") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git hash-object
+
+
+@pytest.mark.parametrize("name", ["MindSpeed-LLM", "MindSpeed"])
+def test_fingerprints_of_the_sources(name: str) -> None:
+    variable = name.upper().replace("-", "_") + "_HOME"
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set: no sources to look at")
+    assert installed.fingerprint(name, Path(os.environ[variable])) in ("26.1.0", "2.2.0")
+
+
+def test_the_command_itself() -> None:
+    code = "import sys, minimind_mcore.cli as c; sys.argv[1:] = ['doctor']; c.main()"
+    environ = {**os.environ, "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environ)
+    assert "device cpu; backend native" in done.stdout
+    assert done.returncode == (1 if "A job would fail here" in done.stdout else 0), done.stderr
+
+
+def test_unknown_commands_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_mcore import cli
+
+    with pytest.raises(UserError, match="did you mean doctor"):
+        cli.dispatch(["docter"])
+    with pytest.raises(UserError, match="DEVICE=tpu"):
+        main.main([], Host(environ={"DEVICE": "tpu"}))
+    with pytest.raises(UserError, match="BACKEND=other"):
+        main.main([], Host(environ={"DEVICE": "cpu", "BACKEND": "other"}))
+    assert json.loads((ROOT / "minimind_mcore/doctor/matrix.json").read_text()) == matrix.data()
