@@ -116,7 +116,7 @@ def cann(host: Host) -> Component:
     """CANN's toolkit: of the environment, else where its installer puts it."""
     usual = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")
     home = host.environ.get("HOME", "")
-    places = host.places("ASCEND_TOOLKIT_HOME") + host.places("ASCEND_HOME_PATH", *usual)
+    places = host.places("CANN_HOME") + host.places("ASCEND_TOOLKIT_HOME") + host.places("ASCEND_HOME_PATH", *usual)
     if home:
         places += [Path(home, "Ascend/cann"), Path(home, "Ascend/ascend-toolkit/latest")]
     for place in places:
