@@ -2,8 +2,8 @@
 
     MINDSPEED_LLM_HOME=... MINIMIND_TOKENIZER_DIR=... python tests/upstream_templates.py
 
-writes `contract/golden/templates.json`: ids and labels of every dialogue by every template of configs/templates.json, with
-MiniMind's published tokenizers. CI, which has no MindSpeed-LLM, holds the kit's implementation to that table.
+writes `contract/golden/templates.json`: ids and labels of every dialogue by every template of configs/templates.json,
+with MiniMind's published tokenizers. CI, which has no MindSpeed-LLM, holds the kit's implementation to that table.
 """
 
 from __future__ import annotations

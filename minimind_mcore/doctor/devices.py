@@ -133,11 +133,15 @@ def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:
 
 
 def _nodes(host: Host, device: str, count: int) -> set[int]:
-    """The numbers that have a device file; of NVIDIA all that its tool lists."""
+    """The numbers of the devices that can be opened; of NVIDIA's all that its tool lists.
+
+    In a container that got /dev/davinci4 and 5 these are devices 0 and 1.
+    """
     if device == "cuda":
         return set(range(count))
-    names = Path(host.root, "dev").glob("davinci[0-9]*")
-    return {int(path.name.removeprefix("davinci")) for path in names if path.name[7:].isdigit()}
+    names = [path.name.removeprefix("davinci") for path in Path(host.root, "dev").glob("davinci[0-9]*")]
+    nodes = {int(name) for name in names if name.isdigit()}
+    return nodes if nodes and max(nodes) < count else set(range(len(nodes)))
 
 
 def _count(host: Host, device: str, visible_count: int, count: int) -> Finding:

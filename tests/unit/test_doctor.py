@@ -309,6 +309,14 @@ def test_dual_chip_cards_are_two_devices(fake: Fake) -> None:
     assert [(card.number, card.name, card.used) for card in listed] == [(0, "Ascend910", 3416), (1, "Ascend910", 3195)]
 
 
+def test_cards_of_a_container_are_numbered_from_zero(fake: Fake) -> None:
+    fake.cards(["OK"] * 2, 3400)
+    for n in (0, 1, 2, 3, 6, 7):
+        fake.remove(f"dev/davinci{n}")
+    found = {finding.subject: finding for finding in devices.check(Host(fake.root, fake.environ), "npu")}
+    assert found["device"].text == "2 of 2 npu devices visible"
+
+
 def test_nvidia_cards(fake: Fake) -> None:
     fake.program(
         "nvidia-smi", "echo '0, NVIDIA H100 80GB HBM3, 4, 81559'; echo '1, NVIDIA H100 80GB HBM3, 80000, 81559'"

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Start the Ascend image with the host's driver and some of its cards, and a command in it, or a shell.
+#
+#   bash docker/run_ascend.sh                                              # a shell, all cards
+#   CARDS=2 bash docker/run_ascend.sh bash examples/mcore/minimind/pretrain_minimind_ptd.sh
+#   CARDS=4,5 DATA=/data/minimind bash docker/run_ascend.sh
+#   bash docker/run_ascend.sh --dry-run ...                                # print the docker command
+#
+# IMAGE     default minimind-mcore:ascend
+# CARDS     a number of cards (the first ones), a list of their numbers, or all (default)
+# DATA MODELS   directories of the host, seen as /data and /models, read-only (default: data and hf in the repository)
+# OUTPUTS   directory of the host for checkpoints, logs and converted data (default: outputs in the repository)
+# NAME      of the container (default minimind)
+# SHM       shared memory (default 64g)
+# DRIVER    the host's driver (default /usr/local/Ascend/driver)
+# DOCKER    the program (default docker; podman works too)
+# Settings of the scripts that are in the environment (MODEL, TP, DATA_PATH, HCCL_..., ...) are passed on.
+set -euo pipefail
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+DOCKER=${DOCKER:-docker}
+IMAGE=${IMAGE:-minimind-mcore:ascend}
+DRIVER=${DRIVER:-/usr/local/Ascend/driver}
+DATA=${DATA:-$ROOT/data}
+MODELS=${MODELS:-$ROOT/hf}
+OUTPUTS=${OUTPUTS:-$ROOT/outputs}
+KIT=/workspace/minimind-mcore # in the image
+DEVICE_ROOT=${DEVICE_ROOT:-/dev} # where the cards are looked for; what is passed on is /dev
+
+DRY_RUN=
+if [ "${1:-}" = --dry-run ]; then
+    DRY_RUN=1
+    shift
+fi
+
+# The numbers of the host's cards, a line each.
+cards_here() {
+    local device
+    for device in "$DEVICE_ROOT"/davinci[0-9]*; do
+        [ ! -e "$device" ] || echo "${device##*/davinci}"
+    done | sort -n
+}
+
+# CARDS as numbers, a line each.
+cards_wanted() {
+    case ${CARDS:-all} in
+        all) cards_here ;;
+        *,*) tr , '\n' <<< "$CARDS" ;;
+        *[!0-9]* | '') fail "CARDS=$CARDS: expected a number of cards, numbers separated by commas, or all" ;;
+        *) seq 0 $((CARDS - 1)) ;;
+    esac
+}
+
+HERE=$(cards_here)
+WANTED=$(cards_wanted)
+[ -n "$WANTED" ] || fail "found no $DEVICE_ROOT/davinci*: this host has no Ascend cards, or their driver is not loaded"
+
+OPTIONS=(run --rm --interactive --name "${NAME:-minimind}" --network host --ipc host --shm-size "${SHM:-64g}"
+    --ulimit memlock=-1)
+[ ! -t 0 ] || OPTIONS+=(--tty)
+for card in $WANTED; do
+    if [ -z "$DRY_RUN" ] && ! grep -qx "$card" <<< "$HERE"; then
+        fail "card $card: this host has $(tr '\n' ' ' <<< "$HERE")"
+    fi
+    OPTIONS+=(--device "/dev/davinci$card")
+done
+for device in davinci_manager devmm_svm hisi_hdc; do
+    OPTIONS+=(--device "/dev/$device")
+done
+
+# The driver is the host's, and with it its tools; what some hosts do not have is left out.
+[ -n "$DRY_RUN" ] || [ -d "$DRIVER" ] || fail "no driver at $DRIVER; set DRIVER to where it is installed"
+OPTIONS+=(--volume "$DRIVER:/usr/local/Ascend/driver:ro")
+for path in /usr/local/Ascend/firmware /usr/local/dcmi /usr/local/bin/npu-smi /usr/local/sbin/npu-smi \
+    /etc/ascend_install.info /etc/hccn.conf; do
+    if [ -n "$DRY_RUN" ] || [ -e "$path" ]; then OPTIONS+=(--volume "$path:$path:ro"); fi
+done
+[ -n "$DRY_RUN" ] || mkdir -p "$DATA" "$MODELS" "$OUTPUTS"
+OPTIONS+=(--volume "$DATA:/data:ro" --volume "$MODELS:/models:ro" --volume "$OUTPUTS:$KIT/outputs")
+
+# Inside, the cards that are passed on are numbered from 0, whichever they are: ASCEND_RT_VISIBLE_DEVICES stays unset.
+OPTIONS+=(--env "DATA_DIR=$KIT/outputs/data")
+for name in MODEL RECIPE BACKEND NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE DATA_PATH TOKENIZER_PATH \
+    TP PP VPP EP CP MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION OUTPUT_DIR CKPT_LOAD_DIR CKPT_SAVE_DIR LOG_DIR \
+    LOAD_DIR SAVE_DIR STAGE TEACHER PACK HCCL_IF_IP HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_BASE_PORT \
+    HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do
+    [ -z "${!name:-}" ] || OPTIONS+=(--env "$name")
+done
+
+[ $# != 0 ] || set -- bash
+if [ -n "$DRY_RUN" ]; then
+    printf '%q ' "$DOCKER" "${OPTIONS[@]}" "$IMAGE" "$@"
+    echo
+    exit
+fi
+command -v "$DOCKER" > /dev/null || fail "no $DOCKER here; set DOCKER to podman or another that takes its options"
+exec "$DOCKER" "${OPTIONS[@]}" "$IMAGE" "$@"

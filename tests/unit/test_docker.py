@@ -1,0 +1,242 @@
+"""Images and shell scripts: linted, pinned to the matrix, and what can be run of them without a docker engine.
+
+No engine was at hand: no image has been built by these tests. The steps of Dockerfile.cpu are run one by one in a
+scratch directory (`-m slow`); of the others the versions, the arguments and the run command are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from engine import ROOT
+
+from minimind_mcore.doctor import matrix
+
+DOCKER = ROOT / "docker"
+DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
+SHELL = sorted(
+    path for path in ROOT.rglob("*.sh") if not {".venv", "outputs", "data"} & set(path.relative_to(ROOT).parts[:1])
+)
+RUN_ASCEND = DOCKER / "run_ascend.sh"
+
+
+def tool(name: str) -> str:
+    """A linter of requirements/test.txt, beside this interpreter."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert found, f"{name} is not installed: pip install -r requirements/test.txt"
+    return found
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_hadolint(file: Path) -> None:
+    done = subprocess.run([tool("hadolint"), "--no-color", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_shellcheck() -> None:
+    """Every script of the repository; those that are sourced set variables for others (SC2034)."""
+    assert len(SHELL) > 20
+    for sourced in (True, False):
+        files = [str(p) for p in SHELL if p.read_text(encoding="utf-8").startswith("# Sourced") == sourced]
+        command = [tool("shellcheck"), *(["--exclude=SC2034"] if sourced else []), *files]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout
+
+
+def instructions(file: Path) -> list[tuple[str, str]]:
+    """A Dockerfile's instructions and their arguments, continued lines joined."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", "")
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def arguments(file: Path) -> dict[str, str]:
+    """Its build arguments with their defaults."""
+    return {
+        name: value
+        for name, _, value in (rest.partition("=") for word, rest in instructions(file) if word == "ARG")
+        if value
+    }
+
+
+def test_ascend_image_is_pinned_to_the_matrix() -> None:
+    found, pins = arguments(DOCKER / "Dockerfile.ascend"), matrix.data()["pins"]
+    stack = matrix.newest("npu", "mindspeed-llm")
+    assert found["MEGATRON_COMMIT"] == pins["Megatron-LM"]["commit"]
+    assert found["MINDSPEED_COMMIT"] == pins["MindSpeed"]["commit"]
+    assert found["MINDSPEED_LLM_COMMIT"] == pins["MindSpeed-LLM"]["commit"]
+    assert found["APEX_REF"] == pins["apex"]["ref"]
+    assert stack.judge("torch", found["TORCH_VERSION"]) == "ok"
+    assert stack.judge("torch_npu", found["TORCH_NPU_VERSION"]) == "ok"
+    base = re.fullmatch(r".*/cann:(?P<cann>[\d.]+)-910b-\w+[\d.]+-py(?P<python>[\d.]+)", found["BASE_IMAGE"])
+    assert base and stack.judge("CANN", base["cann"]) == stack.judge("Python", base["python"]) == "ok"
+    pair = matrix.torch_npu_pair(found["TORCH_NPU_VERSION"])
+    assert pair and base["cann"].startswith(pair["CANN"])
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_images_take_mirrors_and_no_secrets(file: Path) -> None:
+    found = arguments(file)
+    assert {"BASE_IMAGE", "PIP_INDEX_URL"} <= set(found)
+    text = file.read_text(encoding="utf-8")
+    assert not re.search(r"(TOKEN|PASSWORD|SECRET|API_KEY)\w*=", text)
+    assert "sslVerify" not in text and "trusted-host" not in text
+    for name, value in found.items():  # each is used, or it is no setting
+        assert re.search(rf"\$\{{?{name}\b", text), (name, value)
+
+
+# ------------------------------------------------------------------------------------------------ run_ascend.sh
+
+
+def run(*argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environ = {key: value for key, value in os.environ.items() if key not in ("CARDS", "MODEL", "TP")}
+    return subprocess.run(
+        ["bash", str(RUN_ASCEND), *argv],
+        env=environ | settings,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def options(done: subprocess.CompletedProcess[str], flag: str) -> list[str]:
+    words = shlex.split(done.stdout)
+    return [words[n + 1] for n, word in enumerate(words) if word == flag]
+
+
+@pytest.mark.parametrize(
+    ("cards", "numbers"), [("1", [0]), ("4", [0, 1, 2, 3]), ("4,5", [4, 5]), ("8", list(range(8)))]
+)
+def test_run_ascend_passes_the_cards(cards: str, numbers: list[int]) -> None:
+    done = run("--dry-run", "python3", "-c", "print('a b')", CARDS=cards, IMAGE="mine:1")
+    managers = ["/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc"]
+    assert options(done, "--device") == [f"/dev/davinci{n}" for n in numbers] + managers
+    assert shlex.split(done.stdout)[-4:] == ["mine:1", "python3", "-c", "print('a b')"]
+
+
+def test_run_ascend_passes_mounts_and_settings(tmp_path: Path) -> None:
+    done = run("--dry-run", CARDS="2", DATA="/d a", MODELS="/m", OUTPUTS="/o", SHM="8g", MODEL="minimind3", TP="2")
+    volumes = options(done, "--volume")
+    kit = "/workspace/minimind-mcore"
+    assert {"/d a:/data:ro", "/m:/models:ro", f"/o:{kit}/outputs"} <= set(volumes)
+    assert "/usr/local/Ascend/driver:/usr/local/Ascend/driver:ro" in volumes
+    assert options(done, "--env") == [f"DATA_DIR={kit}/outputs/data", "MODEL", "TP"]
+    assert options(done, "--shm-size") == ["8g"]
+
+
+def test_run_ascend_starts_docker_with_what_the_dry_run_prints(tmp_path: Path) -> None:
+    """With a stand-in for docker, a host of two cards, and a driver."""
+    devices, driver, program = tmp_path / "dev", tmp_path / "driver", tmp_path / "docker"
+    for folder in (devices, driver):
+        folder.mkdir()
+    for name in ("davinci0", "davinci1", "davinci_manager"):
+        (devices / name).touch()
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    host = {"DEVICE_ROOT": str(devices), "DRIVER": str(driver), "DOCKER": str(program)}
+    host |= {name: str(tmp_path / name) for name in ("DATA", "MODELS", "OUTPUTS")}
+    done = run("bash", "-c", "echo 'a  b'", **host)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert words[0] == "run" and words[-3:] == ["bash", "-c", "echo 'a  b'"]
+    found = [words[n + 1] for n, word in enumerate(words) if word == "--device"]
+    assert found[:2] == ["/dev/davinci0", "/dev/davinci1"] and len(found) == 5
+    assert (tmp_path / "OUTPUTS").is_dir()
+    refused = run(CARDS="0,2", **host)
+    assert refused.returncode == 1 and "error: card 2: this host has 0 1" in refused.stderr
+    (driver).rmdir()
+    assert "no driver at" in run(CARDS="1", **host).stderr
+
+
+@pytest.mark.parametrize("cards", ["many", "-1", "1.5"])
+def test_run_ascend_refuses_other_cards(cards: str) -> None:
+    done = run("--dry-run", CARDS=cards)
+    assert done.returncode == 1 and f"CARDS={cards}" in done.stderr
+
+
+def test_run_ascend_says_where_there_are_no_cards(tmp_path: Path) -> None:
+    done = run(DEVICE_ROOT=str(tmp_path))
+    assert done.returncode == 1 and "no Ascend cards" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ compose.yaml
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = content["services"]
+    return found
+
+
+def test_compose_builds_these_images(services: dict[str, Any]) -> None:
+    assert set(services) == {file.suffix[1:] for file in DOCKERFILES}
+    for name, service in services.items():
+        file = ROOT / service["build"]["dockerfile"]
+        assert (DOCKER / service["build"]["context"]).resolve() == ROOT and file.name == f"Dockerfile.{name}"
+        defaults = arguments(file)
+        for argument, value in service["build"]["args"].items():
+            assert value == f"${{{argument}:-{defaults[argument]}}}"
+
+
+def test_compose_has_the_mounts_of_run_ascend(services: dict[str, Any]) -> None:
+    done = run("--dry-run", CARDS="8")
+    assert services["ascend"]["devices"] == options(done, "--device")
+    inside = {volume.split(":")[-2 if volume.endswith(":ro") else -1] for volume in options(done, "--volume")}
+    mounted = {re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume) for volume in services["ascend"]["volumes"]}
+    paths = {volume.split(":")[-2 if volume.endswith(":ro") else -1] for volume in mounted}
+    # what not every host has: run_ascend.sh looks whether it is there, compose cannot
+    assert inside - paths == {"/usr/local/sbin/npu-smi", "/etc/hccn.conf"} and paths <= inside
+
+
+def test_compose_config() -> None:
+    """What the docker client makes of the file; needs its compose plugin, no engine."""
+    if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no docker client with the compose plugin here")
+    command = ["docker", "compose", "-f", str(DOCKER / "compose.yaml"), "--profile", "*", "config", "--format", "json"]
+    shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert set(shown["services"]) == {"cpu", "cuda", "ascend"}
+
+
+# ------------------------------------------------------------------------------------------------ the CPU image
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_steps_of_the_cpu_image(tmp_path: Path) -> None:
+    """Its COPY and RUN instructions, in a scratch directory in place of the image, and what it then starts."""
+    kit, environ = tmp_path / "kit", {**os.environ, **arguments(DOCKER / "Dockerfile.cpu"), "PYTHON": sys.executable}
+    for name in ("PIP_INDEX_URL", "TORCH_INDEX_URL", "PYTHONPATH"):
+        environ.pop(name, None)  # this machine's own
+    kit.mkdir()
+    ignored = (DOCKER.parent / ".dockerignore").read_text().split()
+    for word, rest in instructions(DOCKER / "Dockerfile.cpu"):
+        if word == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    place = kit / target
+                    shutil.copytree(ROOT / source, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignored))
+                else:
+                    place = kit / target / source if target.endswith("/") else kit / target
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / source, place)
+        elif word == "RUN":
+            # --index-url of the image's arguments would leave this machine's mirror
+            command = re.sub(r'\b(PIP|TORCH)_INDEX_URL="\$\w+"', "", rest)
+            subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=kit, env=environ, check=True, timeout=1500)
+    environ["PATH"] = f"{kit}/.venv/bin:{environ['PATH']}"
+    done = subprocess.run(
+        ["minimind-mcore", "doctor"], cwd=kit, env=environ | {"DEVICE": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "A job would run here." in done.stdout, done.stdout
