@@ -10,6 +10,7 @@
 # CARDS     a number of cards (the first ones), a list of their numbers, or all (default)
 # DATA MODELS   directories of the host, seen as /data and /models, read-only (default: data and hf in the repository)
 # OUTPUTS   directory of the host for checkpoints, logs and converted data (default: outputs in the repository)
+# CODE      a checkout to work in, seen as /workspace/algorithm (default: none; the image has its own copy)
 # NAME      of the container (default minimind)
 # SHM       shared memory (default 64g)
 # DRIVER    the host's driver (default /usr/local/Ascend/driver)
@@ -82,6 +83,7 @@ for path in /usr/local/Ascend/firmware /usr/local/dcmi /usr/local/bin/npu-smi /u
 done
 [ -n "$DRY_RUN" ] || mkdir -p "$DATA" "$MODELS" "$OUTPUTS"
 OPTIONS+=(--volume "$DATA:/data:ro" --volume "$MODELS:/models:ro" --volume "$OUTPUTS:$KIT/outputs")
+[ -z "${CODE:-}" ] || OPTIONS+=(--volume "$(cd "$CODE" && pwd):/workspace/algorithm" --workdir /workspace/algorithm)
 
 # Inside, the cards that are passed on are numbered from 0, whichever they are: ASCEND_RT_VISIBLE_DEVICES stays unset.
 OPTIONS+=(--env "DATA_DIR=$KIT/outputs/data")

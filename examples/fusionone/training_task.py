@@ -1,0 +1,204 @@
+"""The fields of a FusionOne AI training task, and its run command, for a model, paths, cards and a layout.
+
+    python examples/fusionone/training_task.py --job pretrain --model minimind3 --cards 8 \\
+        --data data --models hf --outputs outputs --data-path data/pretrain.jsonl --tokenizer hf/minimind-3
+
+--data, --models and --outputs are directories as they are here, where you develop; in the task they are mounted as
+/data, /models and /outputs, and the paths below them are translated. A checkpoint to begin with is opened, and a layout
+that it does not have is refused: MindSpeed-LLM would stop, or load something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.converters.opening import open_source
+from minimind_mcore.converters.source import Source
+from minimind_mcore.errors import UserError, run
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.presets import PRESETS
+
+ALGORITHM = "/workspace/algorithm"
+MOUNTS = {"data": "/data", "models": "/models", "outputs": "/outputs"}
+JOBS = {
+    "pretrain": "pretrain_minimind_ptd.sh",
+    "sft": "tune_minimind_full_ptd.sh",
+    "lora": "tune_minimind_lora_ptd.sh",
+    "dpo": "dpo_minimind_ptd.sh",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--job", choices=JOBS, default="pretrain")
+    made.add_argument("--model", choices=PRESETS, default="minimind3")
+    made.add_argument("--name", help="of the task, and of its directory in /outputs (default MODEL-JOB)")
+    made.add_argument("--image", default="minimind-mcore:ascend", help="as the platform's registry has it")
+    made.add_argument("--cards", type=int, default=8, help="of each host")
+    made.add_argument("--nodes", type=int, default=1, help="hosts")
+    for flag in ("--tp", "--pp", "--ep"):
+        made.add_argument(flag, type=int, help="default: as in the checkpoint of --load, else 1")
+    for flag, path in MOUNTS.items():
+        made.add_argument(f"--{flag}", type=Path, required=True, help=f"directory here that the task sees as {path}")
+    made.add_argument(
+        "--data-path", required=True, help="raw file, or prefix of converted data, below --data or --outputs"
+    )
+    made.add_argument("--tokenizer", type=Path, required=True, help="directory, below --models")
+    made.add_argument("--load", type=Path, help="checkpoint to begin with, below --models or --outputs")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a further setting, such as GBS=256"
+    )
+    made.add_argument("--json", action="store_true", help="print the fields as JSON")
+    made.add_argument("flags", nargs="*", help="after --: further Megatron flags for the script")
+    return made
+
+
+def inside(args: argparse.Namespace, path: str | Path, flag: str, *, exists: bool = True) -> str:
+    """A path of this host as the task sees it.
+
+    Raises:
+        UserError: it is not below one of the mounted directories, or not there.
+    """
+    whole = Path(path).absolute()
+    for name, target in MOUNTS.items():
+        mounted = getattr(args, name).absolute()
+        if whole.is_relative_to(mounted):
+            if exists and not whole.exists() and not list(whole.parent.glob(whole.name + "*")):
+                raise UserError(f"{flag} {path}: there is no such file or dataset")
+            return str(Path(target) / whole.relative_to(mounted))
+    places = ", ".join(f"--{name} {getattr(args, name)}" for name in MOUNTS)
+    raise UserError(f"{flag} {path}: the task cannot see it; expected a path below one of {places}")
+
+
+def layout(args: argparse.Namespace, source: Source | None) -> dict[str, int]:
+    """TP, PP and EP: as given, else those of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint has another layout, or the model or the cards cannot be split like this.
+    """
+    given = {"TP": args.tp, "PP": args.pp, "EP": args.ep}
+    have = {"TP": 1, "PP": 1, "EP": 1}
+    if source is not None:
+        if source.sharding is None:
+            kind = "mcore2mcore" if source.kind.startswith("Megatron") else "hf2mcore"
+            raise UserError(
+                f"--load {args.load} is {source.kind}; a task starts MindSpeed-LLM, which wants a Megatron checkpoint "
+                f"in the torch format. Convert it:\n  {conversion(args, kind, given)}"
+            )
+        have = {"TP": source.sharding.tp, "PP": source.sharding.pp, "EP": source.sharding.ep}
+    wanted = {key: have[key] if value is None else value for key, value in given.items()}
+    if source is not None and wanted != have:
+        raise UserError(
+            f"--load {args.load} has the layout {settings(have)}, and the task would have {settings(wanted)}. Leave --tp, "
+            f"--pp and --ep out, or convert it:\n  {conversion(args, 'mcore2mcore', wanted)}"
+        )
+    split(PRESETS[args.model], wanted, args.cards * args.nodes)
+    return wanted
+
+
+def split(model: ModelConfig, sizes: dict[str, int], cards: int) -> None:
+    """Refuse sizes by which the model or the cards cannot be divided."""
+    experts = model.moe.num_experts if model.moe else 1
+    parts = {
+        f"{model.num_kv_heads} key-value heads by TP": (model.num_kv_heads, sizes["TP"]),
+        f"{model.num_heads} heads by TP": (model.num_heads, sizes["TP"]),
+        f"{model.num_layers} layers by PP": (model.num_layers, sizes["PP"]),
+        f"{experts} experts by EP": (experts, sizes["EP"]),
+        f"{cards} cards by TP x PP": (cards, sizes["TP"] * sizes["PP"]),
+        f"{cards} cards by TP x PP x EP": (cards, sizes["TP"] * sizes["PP"] * sizes["EP"]),
+    }
+    for what, (whole, part) in parts.items():
+        if part < 1 or whole % part:
+            raise UserError(f"{settings(sizes)}: cannot divide {what}")
+
+
+def settings(values: dict[str, Any]) -> str:
+    """NAME=VALUE words for a shell."""
+    return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in values.items())
+
+
+def conversion(args: argparse.Namespace, kind: str, sizes: dict[str, int | None]) -> str:
+    """The command that makes a checkpoint of a layout."""
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    return f"LOAD_DIR={args.load} {settings(sizes)} bash examples/mcore/minimind/ckpt_convert_minimind_{kind}.sh"
+
+
+def same_model(model: ModelConfig, source: Source) -> None:
+    """Refuse a checkpoint of another model."""
+    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+        found, expected = getattr(source.config, name), getattr(model, name)
+        if found != expected:
+            raise UserError(f"{source.path} is of another model: {name} {found}, expected {expected}")
+    if (source.config.moe is None) != (model.moe is None):
+        raise UserError(f"{source.path} is of another model: one has experts, the other has none")
+
+
+def task(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the form.
+
+    Raises:
+        UserError: see `inside` and `layout`; a checkpoint is missing or of another model.
+    """
+    if args.job != "pretrain" and args.load is None:
+        raise UserError(f"--job {args.job} needs --load, the checkpoint to begin with")
+    source = open_source(args.load) if args.load else None
+    if source is not None:
+        same_model(PRESETS[args.model], source)
+    name = args.name or f"{args.model}-{args.job}"
+    outputs = f"{MOUNTS['outputs']}/{name}"
+    variables: dict[str, Any] = {
+        "MODEL": args.model,
+        **layout(args, source),
+        "NPUS_PER_NODE": args.cards,
+        "DATA_PATH": inside(args, args.data_path, "--data-path"),
+        "TOKENIZER_PATH": inside(args, args.tokenizer, "--tokenizer"),
+        "OUTPUT_DIR": outputs,
+        "LOG_DIR": f"{outputs}/logs",
+        "DATA_DIR": f"{MOUNTS['outputs']}/converted",
+        **({"CKPT_LOAD_DIR": inside(args, args.load, "--load")} if args.load else {}),
+        **({"NNODES": args.nodes} if args.nodes > 1 else {}),
+        **dict(pair.split("=", 1) for pair in args.set),
+    }
+    flags = " ".join(map(shlex.quote, args.flags))
+    command = f"{settings(variables)} bash {ALGORITHM}/examples/fusionone/train.sh {JOBS[args.job]} {flags}".rstrip()
+    return {
+        "name": name,
+        "image": args.image,
+        "algorithm directory": ALGORITHM,
+        "nodes": args.nodes,
+        "cards per node": args.cards,
+        "mounts": {
+            target: f"{getattr(args, key).absolute()}{'' if key == 'outputs' else ' (read-only)'}"
+            for key, target in MOUNTS.items()
+        },
+        "logs": variables["LOG_DIR"],
+        "checkpoints": f"{outputs}/checkpoints",
+        **({"on each node": "NODE_RANK and MASTER_ADDR, from the platform's own variables"} if args.nodes > 1 else {}),
+        "run command": command,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the fields."""
+    args = parser().parse_args(argv)
+    if bad := [pair for pair in args.set if "=" not in pair]:
+        raise UserError(f"--set {bad[0]}: expected NAME=VALUE")
+    fields = task(args)
+    if args.json:
+        print(json.dumps(fields, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, fields))
+    for key, value in fields.items():
+        lines = [f"{there}  <- {here}" for there, here in value.items()] if isinstance(value, dict) else [str(value)]
+        for number, line in enumerate(lines):
+            print(f"{key if number == 0 else '':<{width}}  {line}")
+
+
+if __name__ == "__main__":
+    run(main)
