@@ -95,8 +95,8 @@ def layout(args: argparse.Namespace, source: Source | None) -> dict[str, int]:
     wanted = {key: have[key] if value is None else value for key, value in given.items()}
     if source is not None and wanted != have:
         raise UserError(
-            f"--load {args.load} has the layout {settings(have)}, and the task would have {settings(wanted)}. Leave --tp, "
-            f"--pp and --ep out, or convert it:\n  {conversion(args, 'mcore2mcore', wanted)}"
+            f"--load {args.load} has the layout {settings(have)}, and the task would have {settings(wanted)}. "
+            f"Leave --tp, --pp and --ep out, or convert it:\n  {conversion(args, 'mcore2mcore', wanted)}"
         )
     split(PRESETS[args.model], wanted, args.cards * args.nodes)
     return wanted

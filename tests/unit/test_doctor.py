@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from engine import ROOT
 
-from minimind_mcore.doctor import devices, host, installed, job, main, matrix
+from minimind_mcore.doctor import devices, host, installed, job, main, matrix, tables
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
@@ -427,3 +428,25 @@ def test_unknown_commands_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="BACKEND=other"):
         main.main([], Host(environ={"DEVICE": "cpu", "BACKEND": "other"}))
     assert json.loads((ROOT / "minimind_mcore/doctor/matrix.json").read_text()) == matrix.data()
+
+
+@pytest.mark.parametrize("file", tables.FILES)
+def test_documents_have_the_tables_of_the_matrix(file: str) -> None:
+    text = (tables.DOCS / file).read_text(encoding="utf-8")
+    assert text == tables.rendered(file), "run python -m minimind_mcore.doctor.tables"
+    assert text.count("<!-- matrix:") == 5
+
+
+def test_both_languages_have_the_same_commands() -> None:
+    for name in ("install_ascend", "fusionone"):
+        texts = [(tables.DOCS / f"{name}{suffix}.md").read_text(encoding="utf-8") for suffix in ("", "_zh")]
+        english, chinese = (
+            [
+                line.split("#")[0].rstrip()
+                for block in re.findall(r"```\n(.*?)```", text, re.S)
+                for line in block.splitlines()
+            ]
+            for text in texts
+        )
+        assert english == chinese, name
+        assert texts[0].count("\n## ") == texts[1].count("\n## ")

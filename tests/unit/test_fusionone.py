@@ -68,7 +68,8 @@ def test_paths_are_those_of_the_task(place: Path, capsys: pytest.CaptureFixture[
     assert settings == {
         "MODEL": MODEL, "TP": "2", "PP": "1", "EP": "1", "NPUS_PER_NODE": "4", "DATA_PATH": "/data/pretrain.jsonl",
         "TOKENIZER_PATH": "/models/tokenizer", "OUTPUT_DIR": f"/outputs/{MODEL}-pretrain", "GBS": "64",
-        "LOG_DIR": f"/outputs/{MODEL}-pretrain/logs", "DATA_DIR": "/outputs/converted", "CKPT_LOAD_DIR": "/models/mcore",
+        "LOG_DIR": f"/outputs/{MODEL}-pretrain/logs", "DATA_DIR": "/outputs/converted",
+        "CKPT_LOAD_DIR": "/models/mcore",
     }  # fmt: skip
     assert words[words.index("bash") :] == [
         "bash", "/workspace/algorithm/examples/fusionone/train.sh", "pretrain_minimind_ptd.sh", "--lr", "1e-3",
