@@ -199,6 +199,15 @@ def _add_posttrain_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distill-temperature", type=float, default=1.5, help="of both distributions in the KL")
 
 
+@functools.cache
+def kit_flags() -> tuple[str, ...]:
+    """The flags that this kit's training programs have and MindSpeed-LLM's do not."""
+    parser = build_parser()
+    _add_native_flags(parser)
+    _add_posttrain_flags(parser)
+    return tuple(f for action in parser._actions for f in action.option_strings if f not in flag_table())
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with errors that a `UserError` carries."""
 

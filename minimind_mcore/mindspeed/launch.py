@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minimind_mcore
-from minimind_mcore.arguments import flag_table, given_flags
 from minimind_mcore.errors import UserError, run
+from minimind_mcore.mindspeed.flags import complete
 
 SPEC = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
 CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
@@ -39,20 +39,6 @@ def home() -> Path:
     )
 
 
-def program_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into what MindSpeed-LLM knows, and the names of this kit's flags that it does not."""
-    known = flag_table()
-    unknown = [flag for flag in given_flags(argv) if flag not in known]
-    kept: list[str] = []
-    keep = True
-    for word in argv:
-        if word.startswith("--"):
-            keep = word.split("=", 1)[0] in known
-        if keep:
-            kept.append(word)
-    return kept, unknown
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Replace this process by torchrun and the program; under `--dry-run`, print the command instead.
 
@@ -64,12 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if at is None:
         raise UserError("no program is named; expected torchrun's flags, a program such as pretrain_gpt.py, its flags")
     folder = home()
-    flags, ours = program_flags(words[at + 1 :])
-    dropped = [flag for flag in ours if flag != "--dry-run"]
-    if dropped:
-        print(f"MindSpeed-LLM has no {', '.join(dropped)}: left out", file=sys.stderr)
+    flags, remarks = complete(words[at], words[at + 1 :])
+    for remark in remarks:
+        print(remark, file=sys.stderr)
     command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *flags]
-    if "--dry-run" in ours:
+    if "--dry-run" in words:
         print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}")
         return
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]

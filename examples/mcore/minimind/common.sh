@@ -4,9 +4,12 @@
 # Settings that all scripts share, from the environment:
 #   DEVICE           npu, cuda or cpu (default: the best that works)
 #   BACKEND          native, or mindspeed-llm (default: mindspeed-llm on an NPU, native elsewhere)
+#   REHEARSE         1: what would run on an NPU, MindSpeed-LLM's own programs, on this CPU (docs/ascend.md)
 #   NPUS_PER_NODE    processes on this host, one per device (default: all devices; on a CPU 2)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the same script on each host, with its own NODE_RANK
 #                    (MASTER_PORT: default 29500; on a single host a free one)
+#   HOSTFILE         in place of these: a file with a host a line, the same on each host
+#   CANN_HOME NNAL_HOME HCCL_SOCKET_IFNAME ...   of an Ascend host: ascend.sh and hosts.sh
 #   DATA_DIR         where data that is made here goes (default: data/ in the repository)
 set -euo pipefail
 
@@ -29,6 +32,12 @@ source "$ROOT/requirements/lock.sh"
 DATA_DIR=$(absolute "${DATA_DIR:-$ROOT/data}")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron's overlap of communication relies on this order of kernels
+
+if [ "${REHEARSE:-0}" != 0 ]; then
+    source "$ROOT/examples/mcore/minimind/rehearse.sh"
+elif [ -e /dev/davinci_manager ] && [ "${DEVICE:-npu}" = npu ]; then
+    source "$ROOT/examples/mcore/minimind/ascend.sh"
+fi
 
 has_what_it_needs() {
     "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "megatron", "transformers"))))' \
@@ -54,17 +63,7 @@ export DEVICE
 BACKEND=${BACKEND:-$([ "$DEVICE" = npu ] && echo mindspeed-llm || echo native)}
 [ "$BACKEND" = native ] || [ "$BACKEND" = mindspeed-llm ] || fail "BACKEND=$BACKEND: expected native or mindspeed-llm"
 
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-[ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] ||
-    fail "NNODES=$NNODES needs MASTER_ADDR, the address of the host with NODE_RANK=0"
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-if [ -z "${MASTER_PORT:-}" ]; then
-    MASTER_PORT=29500
-    # so that two runs on a host do not meet
-    [ "$NNODES" != 1 ] ||
-        MASTER_PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-fi
+source "$ROOT/examples/mcore/minimind/hosts.sh"
 if [ "$DEVICE" = cpu ]; then
     NPUS_PER_NODE=${NPUS_PER_NODE:-$((DEVICES > 1 ? 2 : 1))}
 else

@@ -1,0 +1,19 @@
+# Sourced by common.sh under REHEARSE=1: MindSpeed-LLM's own programs on this CPU, with a stand-in for torch_npu, to find
+# mistakes before an NPU is there (docs/ascend.md). It says nothing about speed, memory or an NPU's rounding.
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # PYTHON and BACKEND are common.sh's
+
+source "$ROOT/requirements/sources.sh"
+find_sources
+PYTHON="${PYTHON:-}" bash "$ROOT/requirements/rehearse.sh"
+VENV=$ROOT/.venv-rehearsal
+PYTHON=$VENV/bin/python
+PATH=$VENV/bin:$PATH # the compilation of Megatron-LM's helpers asks python3 for its headers
+DEVICE=npu
+NPUS_PER_NODE=${NPUS_PER_NODE:-2}
+export PYTHONPATH="$ROOT/minimind_mcore/mindspeed/emulation/python:$MINDSPEED_HOME:$VENV/megatron-lm:$PYTHONPATH"
+export PYTHONPYCACHEPREFIX=$VENV/pycache # nothing is written to the sources
+export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions # MindSpeed removes this folder
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+echo "rehearsal: on the CPU, with a stand-in for torch_npu" >&2

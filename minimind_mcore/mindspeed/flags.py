@@ -1,0 +1,159 @@
+"""What MindSpeed-LLM's training programs need of a command line, and what in it they would take amiss.
+
+Each message says what and why. The defects D1 to D8 are those of docs/ascend.md, all of 26.1.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickletools
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from minimind_mcore.arguments import build_parser, flag_table, given_flags, kit_flags, refuse_unknown
+from minimind_mcore.errors import UserError
+
+# What it does instead of what these flags of the kit ask for.
+INSTEAD = {
+    "--minimind-init": "it begins with Megatron's weights, whose spread shrinks with the depth",
+    "--lr-at-iteration-end": "its schedule lags MiniMind's by one iteration",
+    "--decay-all": "its norms have no weight decay",
+    "--keep-last": "it keeps every checkpoint",
+    "--log-file": "its log is what is printed",
+    "--output-dir": "it draws no curves",
+}
+HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into what MindSpeed-LLM knows, and the names of this kit's flags, which it does not.
+
+    Raises:
+        UserError: a flag that neither knows.
+    """
+    known, ours = flag_table(), kit_flags()
+    refuse_unknown(given_flags(argv), [*known, *ours])
+    kept: list[str] = []
+    keep = True
+    for word in argv:
+        if word.startswith("--"):
+            keep = word.split("=", 1)[0] in known
+        if keep:
+            kept.append(word)
+    return kept, [flag for flag in given_flags(argv) if flag in ours]
+
+
+def complete(program: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags that make `program` do what the kit's command line `argv` asks for, and remarks for the user.
+
+    Args:
+        program: pretrain_gpt.py or posttrain_gpt.py.
+        argv: flags of Megatron, MindSpeed-LLM and this kit.
+
+    Raises:
+        UserError: an unknown flag or value, or what it would compute wrongly without saying so.
+    """
+    flags, ours = split_flags(argv)
+    remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours if flag != "--dry-run"]
+    args = build_parser(prog=program).parse_args(flags)
+    problems = [*_model_problems(args, flags), *_data_problems(args), *_checkpoint_problems(args)]
+    if problems:
+        raise UserError("\n  ".join(problems))
+    if args.gradient_accumulation_fusion:
+        flags.append("--no-gradient-accumulation-fusion")  # it needs the nnal package, for a gain that is none here
+    if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
+        flags = [flag for flag in flags if flag != "--use-distributed-optimizer"]
+        remarks.append("left out --use-distributed-optimizer: in fp32 it could not be resumed (Megatron-LM 0.12.1)")
+    if args.num_experts and "--moe-token-dispatcher-type" not in given_flags(flags):
+        # the only one that LoRA has, and the default refuses a sequence-parallel shared expert
+        flags += ["--moe-token-dispatcher-type", "alltoall_seq", "--moe-permutation-async-comm"]
+    if args.load and not args.finetune and _is_converted(Path(args.load)):
+        flags.append("--finetune")
+        remarks.append(f"{args.load} has weights and no optimizer: training starts at iteration 0 (--finetune)")
+    return flags, remarks
+
+
+def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """What would make another model of it."""
+    given = given_flags(flags)
+    problems = []
+    for flag in ("--attention-dropout", "--hidden-dropout"):
+        if flag not in given:
+            problems.append(f"{flag} is missing: Megatron's default is 0.1, MiniMind has no dropout; add {flag} 0.0")
+    if args.padded_vocab_size is None:
+        problems.append(
+            "--padded-vocab-size is missing: the vocabulary would be padded to a multiple of 128 times TP, and no "
+            "longer fit the weights; add --padded-vocab-size 6400 --make-vocab-size-divisible-by 1"
+        )
+    if args.transformer_impl != "local":
+        problems.append(
+            f"--transformer-impl {args.transformer_impl}: its layers name their norms differently, so the weights "
+            "would not load (D6); add --transformer-impl local"
+        )
+    if args.num_experts and args.moe_router_topk == 1 and not args.moe_router_pre_softmax:
+        problems.append("--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over one expert is always 1")
+    if args.num_experts and args.norm_topk_prob and args.moe_router_load_balancing_type not in ("aux_loss", "softmax_topk"):
+        if args.moe_router_pre_softmax:
+            problems.append(
+                f"--norm-topk-prob is ignored with --moe-router-load-balancing-type {args.moe_router_load_balancing_type}; "
+                "use aux_loss, or leave out --moe-router-pre-softmax, which normalises too"
+            )
+    if args.num_experts and args.lora_target_modules and args.moe_token_dispatcher_type not in ("alltoall_seq", "allgather"):
+        problems.append("LoRA on a mixture of experts needs --moe-token-dispatcher-type alltoall_seq")
+    return problems
+
+
+def _data_problems(args: argparse.Namespace) -> list[str]:
+    """What would train on other tokens, or let them see others."""
+    problems = []
+    if args.split is None and args.data_path:
+        problems.append("--split is missing: Megatron would train on 96.9% of the data; add --split 100,0,0")
+    if args.stage == "sft" and args.reset_attention_mask and not args.neat_pack:
+        problems.append(
+            "--reset-attention-mask without --neat-pack cuts attention after every <|im_end|>, so that an answer does "
+            "not see its question (D8); convert the data with --pack --neat-pack and add --neat-pack"
+        )
+    if args.neat_pack and not args.reset_attention_mask:
+        problems.append("--neat-pack needs --reset-attention-mask: packed samples would see each other")
+    if args.stage == "dpo" and args.tensor_model_parallel_size > 1:
+        problems.append(
+            "DPO at TP > 1: MindSpeed-LLM 26.1.0 leaves the first token of each rank's part of the vocabulary out of "
+            "the log-probabilities; use TP=1 (a MiniMind fits on one device), or BACKEND=native"
+        )
+    if args.stage not in (None, "sft", "dpo"):
+        problems.append(f"--stage {args.stage}: MindSpeed-LLM has no such stage; use BACKEND=native")
+    return problems
+
+
+def _checkpoint_problems(args: argparse.Namespace) -> list[str]:
+    """What could not be read, or not be read again."""
+    problems = []
+    for flag in ("load", "pretrained_checkpoint", "ref_model"):
+        path = getattr(args, flag)
+        if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
+            problems.append(
+                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it and, "
+                "when it saves, export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
+                f"    LOAD_DIR={path} bash examples/mcore/minimind/ckpt_convert_minimind_hf2mcore.sh"
+            )
+    if args.save and args.ckpt_format != "torch":
+        problems.append(
+            f"--ckpt-format {args.ckpt_format}: MindSpeed-LLM's converters read torch checkpoints only; add --ckpt-format torch"
+        )
+    return problems
+
+
+def _is_converted(root: Path) -> bool:
+    """Whether the newest checkpoint below `root` has weights alone; False where there is none."""
+    tracker = root / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return False
+    text = tracker.read_text(encoding="utf-8").strip()
+    folder = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    file = next(iter(sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))), None)
+    if file is None or not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        return all(value != "opt_param_scheduler" for _, value, _ in pickletools.genops(archive.read(member)))
