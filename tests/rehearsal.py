@@ -191,3 +191,34 @@ def drop(flags: Sequence[str], *names: str) -> list[str]:
         if keep:
             kept.append(word)
     return kept
+
+
+def value(flags: Sequence[str], name: str) -> str:
+    """The value of a flag."""
+    return flags[flags.index(name) + 1]
+
+
+def home(name: str) -> Path:
+    """One of the folders of sources."""
+    return Path(os.environ[name])
+
+
+def run_program(program: Path, *arguments: str) -> str:
+    """Run one of MindSpeed-LLM's programs, or the kit's of that name, in one process under the stand-in."""
+    paths = [ROOT, ROOT / "minimind_mcore/mindspeed/emulation/python", home("MINDSPEED_HOME")]
+    paths.append(ROOT / ".venv-rehearsal/megatron-lm")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPYCACHEPREFIX": str(ROOT / ".venv-rehearsal/pycache"),
+        "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv-rehearsal/torch_extensions"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [str(PYTHON), str(program), *arguments], cwd=program.parent, env=environment, timeout=TIMEOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    assert done.returncode == 0, f"{program} ended with {done.returncode}\n{done.stdout[-6000:]}"
+    return done.stdout

@@ -40,7 +40,7 @@ def home() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Replace this process by torchrun and the program; under `--dry-run`, print the command instead.
+    """Print the command, and replace this process by it: torchrun and the program. `--dry-run` prints only.
 
     Raises:
         UserError: no program is named, or MindSpeed-LLM is not there.
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for remark in remarks:
         print(remark, file=sys.stderr)
     command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *flags]
+    print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}", flush=True)
     if "--dry-run" in words:
-        print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}")
         return
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

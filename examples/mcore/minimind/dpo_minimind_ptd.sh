@@ -14,4 +14,7 @@ STAGE=dpo
 DATA_KIND=dpo
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-post_train "$MODEL_DIR/sft/checkpoints" --stage dpo --is-pairwise-dataset --no-pad-to-seq-lengths
+CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-$MODEL_DIR/sft/checkpoints}
+# named, since a run that goes on would take its own weights for the reference
+post_train "$CKPT_LOAD_DIR" --stage dpo --is-pairwise-dataset --no-pad-to-seq-lengths \
+    --ref-model "$(absolute "$CKPT_LOAD_DIR")"

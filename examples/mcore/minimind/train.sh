@@ -114,14 +114,10 @@ train() {
 
 # post_train DEFAULT FLAGS...: run posttrain_gpt.py on the weights of CKPT_LOAD_DIR, else of DEFAULT.
 post_train() {
-    local begin=(--load "$CKPT_SAVE_DIR") # where it has been interrupted
     CKPT_LOAD_DIR=$(absolute "${CKPT_LOAD_DIR:-$1}")
     shift
-    if [ "$BACKEND" = native ]; then
-        begin+=(--pretrained-checkpoint "$CKPT_LOAD_DIR")
-    else
-        begin=(--load "$CKPT_LOAD_DIR" --finetune)
-    fi
+    # goes on from its own checkpoints where it has been interrupted
+    local begin=(--load "$CKPT_SAVE_DIR" --pretrained-checkpoint "$CKPT_LOAD_DIR")
     train posttrain_gpt.py "${begin[@]}" "$@"
 }
 

@@ -1,0 +1,41 @@
+"""The data files that the kit writes are those of MindSpeed-LLM's preprocess_data.py, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rehearsal
+from rehearsal import Inputs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_pretraining_text(inputs: Inputs, tmp_path: Path) -> None:
+    flags = ["--handler-name", "GeneralPretrainHandler", "--json-keys", "text", "--append-eod"]
+    # Theirs has no way to put bos before a text, so it is left out here.
+    assert compare(inputs, "text.jsonl", flags, tmp_path) == {"text_document.bin", "text_document.idx"}
+
+
+def test_conversations(inputs: Inputs, tmp_path: Path) -> None:
+    flags = ["--handler-name", "SharegptStyleInstructionHandler", "--prompt-type", "qwen3", "--enable-thinking", "true"]
+    tags = '{"messages":"conversations","tags":{"role_tag":"role","content_tag":"content","user_tag":"user","assistant_tag":"assistant"}}'
+    files = compare(inputs, "chats.jsonl", [*flags, "--map-keys", tags], tmp_path)
+    columns = ("input_ids", "attention_mask", "labels")
+    assert files == {f"packed_{name}_document.{kind}" for name in columns for kind in ("bin", "idx")}
+
+
+def compare(inputs: Inputs, source: str, flags: list[str], folder: Path) -> set[str]:
+    """Convert a file with both programs; the names, without the prefix, of the files that are equal."""
+    words = ["--input", str(inputs.folder / source), "--tokenizer-type", "PretrainedFromHF", *flags]
+    words += ["--tokenizer-name-or-path", str(inputs.tokenizer), "--workers", "1"]
+    contents = []
+    for name, home in (("theirs", rehearsal.home("MINDSPEED_LLM_HOME")), ("ours", rehearsal.ROOT)):
+        prefix = folder / name / "x"
+        prefix.parent.mkdir()
+        cache = ["--cache-dir", str(folder / "cache")] if name == "theirs" else []
+        rehearsal.run_program(home / "preprocess_data.py", *words, "--output-prefix", str(prefix), *cache)
+        files = [file for file in prefix.parent.iterdir() if file.suffix in (".bin", ".idx")]
+        contents.append({file.name.removeprefix("x_"): file.read_bytes() for file in files})
+    assert contents[0] == contents[1]
+    return set(contents[0])

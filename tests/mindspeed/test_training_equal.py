@@ -1,0 +1,49 @@
+"""MindSpeed-LLM's own training with our spec equals the native engine on the same command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine
+import pytest
+import rehearsal
+from conftest import Pretrain
+from engine import worst_difference
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+FUSED = {"npu_rms_norm", "npu_rotary_position_embedding", "npu_fusion_attention"}
+RUNS = {
+    "minimind3": ("minimind3", {}),
+    "minimind3 TP2": ("minimind3", {"tp": 2}),
+    "minimind3 PP2": ("minimind3", {"pp": 2}),
+    "minimind3_moe": ("minimind3_moe", {}),
+    "minimind3_moe TP2": ("minimind3_moe", {"tp": 2}),
+    "minimind3_moe PP2": ("minimind3_moe", {"pp": 2}),
+    "minimind2": ("minimind2", {}),
+    "minimind2_moe": ("minimind2_moe", {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_the_native_engines(
+    name: str, pretrain: Pretrain, server: engine.Server, tmp_path: Path
+) -> None:
+    model, parallel = RUNS[name]
+    theirs, _ = pretrain(model, **parallel)
+    flags = [*rehearsal.program_flags(theirs), "--save", str(tmp_path / "checkpoints")]
+    ours = server.run(flags, tmp_path / "run", parallel.get("tp", 1) * parallel.get("pp", 1))
+    assert theirs.iterations == list(range(1, 11))
+    assert worst_difference(ours.column(), theirs.losses) < 1e-5  # 1e-4 is promised
+    assert worst_difference(ours.column("grad_norm"), theirs.grad_norms) < 1e-3  # printed with three decimals
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_fused_operators_ran(name: str, pretrain: Pretrain) -> None:
+    model, parallel = RUNS[name]
+    called = pretrain(model, **parallel)[0].operators
+    # The experts' SwiGLU is fused by --moe-grouped-gemm alone, which wants bf16.
+    expected = FUSED if model == "minimind3_moe" else FUSED | {"npu_swiglu"}
+    assert expected <= called.keys() and all(called[name] > 0 for name in expected), called
+    layers, updates, micro_batches = rehearsal.MODELS[model].num_layers, 10, 2
+    assert called["npu_fusion_attention"] == layers * updates * micro_batches // parallel.get("pp", 1)
