@@ -12,8 +12,9 @@ import random
 import re
 import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class Result:
         """How often each operator of the stand-in was called by rank 0."""
         found = re.findall(r"npu_emulation rank 0: (\{.*\})", self.output)
         return ast.literal_eval(found[-1]) if found else {}
+
+
+# A fixture: rehearse ten updates of a model; what was printed, and where the checkpoints are.
+Pretrain = Callable[..., tuple[Result, Path]]
 
 
 @dataclass
@@ -156,7 +161,7 @@ def run_script(
         environment: its settings.
     """
     script = SCRIPTS / (name if name.endswith(".sh") else f"{name}_minimind_ptd.sh")
-    changes = {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1"} if rehearse else {"BACKEND": "native", "DEVICE": "cpu"}
+    changes = {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1"} if rehearse else {"BACKEND": "native", "DEVICE": "cpu", "PYTHON": sys.executable}
     started = time.monotonic()
     done = subprocess.run(
         ["bash", str(script), *arguments], env={**os.environ, "OMP_NUM_THREADS": "1", **changes, **environment},
@@ -167,9 +172,9 @@ def run_script(
     return result
 
 
-def program_flags(dry_run: Result) -> list[str]:
-    """The flags of MindSpeed-LLM's program that a dry run printed."""
-    line = next(line for line in dry_run.output.splitlines() if line.startswith("cd "))
+def program_flags(result: Result) -> list[str]:
+    """The flags of MindSpeed-LLM's program that a script printed before it started it."""
+    line = next(line for line in result.output.splitlines() if line.startswith("cd "))
     words = shlex.split(line)
     at = next(i for i, word in enumerate(words) if word.endswith("_gpt.py"))
     return words[at + 1 :]

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import rehearsal
 from engine import ROOT
-from rehearsal import Inputs, Result
-
-Pretrain = Callable[..., tuple[Result, Path]]
+from rehearsal import Inputs, Pretrain, Result
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 import engine
 import pytest
 import rehearsal
-from conftest import Pretrain
 from engine import worst_difference
+from rehearsal import Pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -1,0 +1,131 @@
+"""The stand-in's operators against plain PyTorch, values and gradients. tests/unit/test_emulation.py runs this file."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torch_npu
+
+torch.manual_seed(0)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    g = q.shape[1] // k.shape[1]
+    return F.scaled_dot_product_attention(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), attn_mask=mask)
+
+
+def heads(t: torch.Tensor, n: int) -> torch.Tensor:
+    s, b, h = t.shape
+    return t.reshape(s, b, n, h // n).permute(1, 2, 0, 3)
+
+
+def test_causal_attention_in_sbh_with_grouped_keys() -> None:
+    s, b, n, kv, d = 17, 2, 8, 4, 16
+    q = torch.randn(s, b, n * d, requires_grad=True)
+    k = torch.randn(s, b, kv * d, requires_grad=True)
+    v = torch.randn(s, b, kv * d, requires_grad=True)
+    small = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+    keep = torch.ones(s, s, dtype=torch.bool).tril()
+    want = reference(heads(q, n), heads(k, kv), heads(v, kv), keep)
+    want = want.permute(2, 0, 1, 3).reshape(s, b, n * d)
+    g = torch.randn_like(want)
+    grads = torch.autograd.grad(want, (q, k, v), g)
+    full = ~keep
+    for mode, mask in ((0, full), (1, full), (2, small), (3, small), (4, small)):
+        got = torch_npu.npu_fusion_attention(q, k, v, n, "SBH", atten_mask=mask, scale=d ** -0.5,
+                                             pre_tockens=1048576, next_tockens=0, sparse_mode=mode)
+        close(got[0], want)
+        for x, y in zip(torch.autograd.grad(got[0], (q, k, v), g), grads, strict=True):
+            close(x, y)
+        manual = torch_npu.npu_fusion_attention_grad(
+            q, k, v, g, n, "SBH", atten_mask=mask, softmax_max=got[1], softmax_sum=got[2], attention_in=got[0],
+            scale_value=d ** -0.5, pre_tockens=1048576, next_tockens=0, sparse_mode=mode)
+        for x, y in zip(manual[:3], grads, strict=True):
+            close(x, y)
+
+
+def test_no_mask_means_full_attention() -> None:
+    q = torch.randn(1, 4, 9, 8)
+    got = torch_npu.npu_fusion_attention(q, q, q, 4, "BNSD", scale=8 ** -0.5, next_tockens=0)[0]
+    close(got, reference(q, q, q))
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    ends, n, d = [5, 6, 13], 2, 8
+    q = torch.randn(16, n, d)
+    got = torch_npu.npu_fusion_attention(q, q, q, n, "TND", scale=d ** -0.5, sparse_mode=4, pre_tockens=1048576,
+                                         next_tockens=0, actual_seq_qlen=ends, actual_seq_kvlen=ends)[0]
+    start = 0
+    for end in ends:
+        x = q[start:end].transpose(0, 1).unsqueeze(0)
+        keep = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        close(got[start:end], reference(x, x, x, keep)[0].transpose(0, 1))
+        start = end
+    assert got[13:].abs().sum() == 0
+
+
+def test_rms_norm_and_its_backward() -> None:
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    w = torch.randn(16, requires_grad=True)
+    y, rstd = torch_npu.npu_rms_norm(x, w, 1e-6)
+    close(y, F.rms_norm(x, (16,), w, 1e-6))
+    g = torch.randn_like(y)
+    dx, dw = torch.autograd.grad(y, (x, w), g)
+    mx, mw = torch_npu.npu_rms_norm_backward(g, x, w, rstd)
+    close(mx, dx)
+    close(mw, dw)
+
+
+def test_swiglu_and_its_backward() -> None:
+    x = torch.randn(4, 12, requires_grad=True)
+    y = torch_npu.npu_swiglu(x)
+    close(y, F.silu(x[:, :6]) * x[:, 6:])
+    g = torch.randn_like(y)
+    close(torch_npu.npu_swiglu_backward(g, x), torch.autograd.grad(y, x, g)[0])
+
+
+def test_rotary_modes() -> None:
+    x = torch.randn(7, 1, 2, 8)
+    f = torch.randn(7, 1, 1, 4)
+    half = torch.cat((f, f), -1)
+    z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(f), f)
+    close(torch_npu.npu_rotary_mul(x, half.cos(), half.sin()), torch.cat((z.real, z.imag), -1))
+    pair = f.repeat_interleave(2, -1)
+    z = torch.view_as_complex(x.reshape(7, 1, 2, 4, 2)) * torch.polar(torch.ones_like(f), f)
+    close(torch_npu.npu_rotary_position_embedding(x, pair.cos(), pair.sin(), 1), torch.view_as_real(z).flatten(-2))
+
+
+def test_adam_w_step() -> None:
+    p = torch.nn.Parameter(torch.randn(5))
+    opt = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    var, m, v = p.detach().clone(), torch.zeros(5), torch.zeros(5)
+    for step in range(3):
+        g = torch.randn(5)
+        p.grad = g.clone()
+        opt.step()
+        torch_npu.npu_apply_adam_w(0.9 ** step, 0.95 ** step, 1e-2, 0.1, 0.9, 0.95, 1e-8, g, None, False, False,
+                                   out=(var, m, v))
+    close(var, p.detach())
+
+
+def test_token_permute_round_trip() -> None:
+    tokens = torch.randn(6, 4)
+    idx = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2]])
+    probs = torch.rand(6, 2)
+    rows, place = torch_npu.npu_moe_token_permute(tokens, idx)
+    close(rows, tokens[torch.sort(idx.reshape(-1), stable=True)[1] // 2])
+    close(torch_npu.npu_moe_token_unpermute(rows, place, probs), tokens * probs.sum(1, keepdim=True))
+
+
+def test_device_names_mean_cpu() -> None:
+    assert torch.zeros(2, device="npu").device.type == "cpu"
+    assert torch.device("npu:3").type == "cpu" and isinstance(torch.device("cpu"), torch.device)
+    assert torch.zeros(1).to("npu").type() == "torch.npu.FloatTensor"
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta
