@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import rehearsal
-from engine import ROOT
-from rehearsal import Inputs
+import rehearsal  # noqa: E402
+from engine import ROOT  # noqa: E402
+from rehearsal import Inputs  # noqa: E402
 
 FOLDER = ROOT / "tests/contract/golden"
 POSTTRAIN = {"SEQ_LENGTH": "128", "LR": "1e-3"}

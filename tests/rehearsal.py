@@ -111,8 +111,9 @@ class Inputs:
 
 
 WORDS = (
-    "小明 老师 科学家 the cat a student 北京 机器 our robot 月亮 the river 喜欢 学习 看见 likes builds 发现 follows 思考 writes "
-    "记住 数学 a poem 山水 the machine 历史 音乐 small stars 语言模型 water 代码"
+    "小明 老师 科学家 the cat a student 北京 机器 our robot 月亮 the river "
+    "喜欢 学习 看见 likes builds 发现 follows 思考 writes 记住 "
+    "数学 a poem 山水 the machine 历史 音乐 small stars 语言模型 water 代码"
 ).split()
 
 
@@ -148,9 +149,7 @@ def make_inputs(folder: Path) -> Inputs:
     return Inputs(folder)
 
 
-def run_script(
-    name: str, *arguments: str, check: bool = True, rehearse: bool = True, **environment: str
-) -> Result:
+def run_script(name: str, *arguments: str, check: bool = True, rehearse: bool = True, **environment: str) -> Result:
     """Run one of the kit's scripts under REHEARSE=1.
 
     Args:
@@ -161,7 +160,11 @@ def run_script(
         environment: its settings.
     """
     script = SCRIPTS / (name if name.endswith(".sh") else f"{name}_minimind_ptd.sh")
-    changes = {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1"} if rehearse else {"BACKEND": "native", "DEVICE": "cpu", "PYTHON": sys.executable}
+    changes = (
+        {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1"}
+        if rehearse
+        else {"BACKEND": "native", "DEVICE": "cpu", "PYTHON": sys.executable}
+    )
     started = time.monotonic()
     done = subprocess.run(
         ["bash", str(script), *arguments], env={**os.environ, "OMP_NUM_THREADS": "1", **changes, **environment},

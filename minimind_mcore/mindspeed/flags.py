@@ -91,15 +91,21 @@ def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]
             f"--transformer-impl {args.transformer_impl}: its layers name their norms differently, so the weights "
             "would not load (D6); add --transformer-impl local"
         )
-    if args.num_experts and args.moe_router_topk == 1 and not args.moe_router_pre_softmax:
+    return problems + (_moe_problems(args, given) if args.num_experts else [])
+
+
+def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
+    """Of a mixture of experts."""
+    problems = []
+    balancing, dispatcher = args.moe_router_load_balancing_type, args.moe_token_dispatcher_type
+    if args.moe_router_topk == 1 and not args.moe_router_pre_softmax:
         problems.append("--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over one expert is always 1")
-    if args.num_experts and args.norm_topk_prob and args.moe_router_load_balancing_type not in ("aux_loss", "softmax_topk"):
-        if args.moe_router_pre_softmax:
-            problems.append(
-                f"--norm-topk-prob is ignored with --moe-router-load-balancing-type {args.moe_router_load_balancing_type}; "
-                "use aux_loss, or leave out --moe-router-pre-softmax, which normalises too"
-            )
-    if args.num_experts and args.lora_target_modules and args.moe_token_dispatcher_type not in ("alltoall_seq", "allgather"):
+    if args.norm_topk_prob and args.moe_router_pre_softmax and balancing not in ("aux_loss", "softmax_topk"):
+        problems.append(
+            f"--norm-topk-prob is ignored with --moe-router-load-balancing-type {balancing}; "
+            "use aux_loss, or leave out --moe-router-pre-softmax, which normalises too"
+        )
+    if args.lora_target_modules and "--moe-token-dispatcher-type" in given and dispatcher != "alltoall_seq":
         problems.append("LoRA on a mixture of experts needs --moe-token-dispatcher-type alltoall_seq")
     return problems
 
@@ -131,13 +137,14 @@ def _checkpoint_problems(args: argparse.Namespace) -> list[str]:
         path = getattr(args, flag)
         if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
             problems.append(
-                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it and, "
+                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, and "
                 "when it saves, export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
                 f"    LOAD_DIR={path} bash examples/mcore/minimind/ckpt_convert_minimind_hf2mcore.sh"
             )
     if args.save and args.ckpt_format != "torch":
         problems.append(
-            f"--ckpt-format {args.ckpt_format}: MindSpeed-LLM's converters read torch checkpoints only; add --ckpt-format torch"
+            f"--ckpt-format {args.ckpt_format}: MindSpeed-LLM's converters read torch checkpoints only; "
+            "add --ckpt-format torch"
         )
     return problems
 

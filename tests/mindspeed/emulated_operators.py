@@ -13,9 +13,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tol: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, atol=tol, rtol=tol)
 
 
-def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     g = q.shape[1] // k.shape[1]
     return F.scaled_dot_product_attention(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), attn_mask=mask)
 
@@ -38,29 +36,54 @@ def test_causal_attention_in_sbh_with_grouped_keys() -> None:
     grads = torch.autograd.grad(want, (q, k, v), g)
     full = ~keep
     for mode, mask in ((0, full), (1, full), (2, small), (3, small), (4, small)):
-        got = torch_npu.npu_fusion_attention(q, k, v, n, "SBH", atten_mask=mask, scale=d ** -0.5,
-                                             pre_tockens=1048576, next_tockens=0, sparse_mode=mode)
+        got = torch_npu.npu_fusion_attention(
+            q, k, v, n, "SBH", atten_mask=mask, scale=d**-0.5, pre_tockens=1048576, next_tockens=0, sparse_mode=mode
+        )
         close(got[0], want)
         for x, y in zip(torch.autograd.grad(got[0], (q, k, v), g), grads, strict=True):
             close(x, y)
         manual = torch_npu.npu_fusion_attention_grad(
-            q, k, v, g, n, "SBH", atten_mask=mask, softmax_max=got[1], softmax_sum=got[2], attention_in=got[0],
-            scale_value=d ** -0.5, pre_tockens=1048576, next_tockens=0, sparse_mode=mode)
+            q,
+            k,
+            v,
+            g,
+            n,
+            "SBH",
+            atten_mask=mask,
+            softmax_max=got[1],
+            softmax_sum=got[2],
+            attention_in=got[0],
+            scale_value=d**-0.5,
+            pre_tockens=1048576,
+            next_tockens=0,
+            sparse_mode=mode,
+        )
         for x, y in zip(manual[:3], grads, strict=True):
             close(x, y)
 
 
 def test_no_mask_means_full_attention() -> None:
     q = torch.randn(1, 4, 9, 8)
-    got = torch_npu.npu_fusion_attention(q, q, q, 4, "BNSD", scale=8 ** -0.5, next_tockens=0)[0]
+    got = torch_npu.npu_fusion_attention(q, q, q, 4, "BNSD", scale=8**-0.5, next_tockens=0)[0]
     close(got, reference(q, q, q))
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
     ends, n, d = [5, 6, 13], 2, 8
     q = torch.randn(16, n, d)
-    got = torch_npu.npu_fusion_attention(q, q, q, n, "TND", scale=d ** -0.5, sparse_mode=4, pre_tockens=1048576,
-                                         next_tockens=0, actual_seq_qlen=ends, actual_seq_kvlen=ends)[0]
+    got = torch_npu.npu_fusion_attention(
+        q,
+        q,
+        q,
+        n,
+        "TND",
+        scale=d**-0.5,
+        sparse_mode=4,
+        pre_tockens=1048576,
+        next_tockens=0,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+    )[0]
     start = 0
     for end in ends:
         x = q[start:end].transpose(0, 1).unsqueeze(0)
@@ -109,8 +132,9 @@ def test_adam_w_step() -> None:
         g = torch.randn(5)
         p.grad = g.clone()
         opt.step()
-        torch_npu.npu_apply_adam_w(0.9 ** step, 0.95 ** step, 1e-2, 0.1, 0.9, 0.95, 1e-8, g, None, False, False,
-                                   out=(var, m, v))
+        torch_npu.npu_apply_adam_w(
+            0.9**step, 0.95**step, 1e-2, 0.1, 0.9, 0.95, 1e-8, g, None, False, False, out=(var, m, v)
+        )
     close(var, p.detach())
 
 

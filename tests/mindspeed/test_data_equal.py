@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def test_pretraining_text(inputs: Inputs, tmp_path: Path) -> None:
 
 def test_conversations(inputs: Inputs, tmp_path: Path) -> None:
     flags = ["--handler-name", "SharegptStyleInstructionHandler", "--prompt-type", "qwen3", "--enable-thinking", "true"]
-    tags = '{"messages":"conversations","tags":{"role_tag":"role","content_tag":"content","user_tag":"user","assistant_tag":"assistant"}}'
+    roles = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    tags = json.dumps({"messages": "conversations", "tags": roles})
     files = compare(inputs, "chats.jsonl", [*flags, "--map-keys", tags], tmp_path)
     columns = ("input_ids", "attention_mask", "labels")
     assert files == {f"packed_{name}_document.{kind}" for name in columns for kind in ("bin", "idx")}

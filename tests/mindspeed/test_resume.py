@@ -18,7 +18,10 @@ BOUNDS = {"fp32": 1e-5, "bf16": 2e-3}
 
 def native_flags(theirs: rehearsal.Result, **changes: object) -> list[str]:
     """The rehearsal's command line, loading and saving elsewhere."""
-    return [*rehearsal.drop(rehearsal.program_flags(theirs), "--load", "--save", "--finetune"), *engine.as_flags(changes)]
+    return [
+        *rehearsal.drop(rehearsal.program_flags(theirs), "--load", "--save", "--finetune"),
+        *engine.as_flags(changes),
+    ]
 
 
 def halfway(checkpoints: Path, folder: Path) -> Path:

@@ -26,9 +26,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_are_the_native_engines(
-    name: str, pretrain: Pretrain, server: engine.Server, tmp_path: Path
-) -> None:
+def test_losses_are_the_native_engines(name: str, pretrain: Pretrain, server: engine.Server, tmp_path: Path) -> None:
     model, parallel = RUNS[name]
     theirs, _ = pretrain(model, **parallel)
     flags = [*rehearsal.program_flags(theirs), "--save", str(tmp_path / "checkpoints")]

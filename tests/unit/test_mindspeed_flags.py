@@ -47,7 +47,7 @@ PROBLEMS = {
         flags_of("minimind3_moe", more=["--moe-router-load-balancing-type", "seq_aux_loss"]), "is ignored with",
     ),
     "LoRA experts": (
-        flags_of("minimind3_moe", more=["--lora-target-modules", "linear_qkv", "--moe-token-dispatcher-type", "alltoall"]),
+        flags_of("minimind3_moe", ["--lora-target-modules", "linear_qkv", "--moe-token-dispatcher-type", "alltoall"]),
         "alltoall_seq",
     ),
     "DPO at TP": (flags_of(more=["--stage", "dpo", "--tensor-model-parallel-size", "2"]), "first token of each"),
@@ -87,7 +87,9 @@ def test_fp32_leaves_out_the_distributed_optimizer() -> None:
 
 
 def test_what_it_has_not_is_left_out_and_said() -> None:
-    flags, remarks = complete("pretrain_gpt.py", flags_of(more=["--decay-all", "--minimind-init", "normal", "--seed", "7"]))
+    flags, remarks = complete(
+        "pretrain_gpt.py", flags_of(more=["--decay-all", "--minimind-init", "normal", "--seed", "7"])
+    )
     assert flags[-3:-1] == ["--seed", "7"] and "normal" not in flags
     assert [remark.split(":")[0] for remark in remarks] == [
         "MindSpeed-LLM has no --decay-all", "MindSpeed-LLM has no --minimind-init",
