@@ -160,6 +160,10 @@ def setup() -> Device:
         cpu.tune()
     else:
         getattr(torch, device.kind).set_device(local_rank())
+        if device.kind == "npu":
+            from minimind_mcore.mindspeed import adaptor
+
+            adaptor.adapt()
     from minimind_mcore import megatron_fixes
     from minimind_mcore.fused.install import install
 

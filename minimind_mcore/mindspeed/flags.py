@@ -137,8 +137,8 @@ def _checkpoint_problems(args: argparse.Namespace) -> list[str]:
         path = getattr(args, flag)
         if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
             problems.append(
-                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, and "
-                "when it saves, export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
+                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
+                "and when it saves, export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
                 f"    LOAD_DIR={path} bash examples/mcore/minimind/ckpt_convert_minimind_hf2mcore.sh"
             )
     if args.save and args.ckpt_format != "torch":

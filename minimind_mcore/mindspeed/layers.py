@@ -7,8 +7,11 @@ from typing import Any
 
 
 def active() -> bool:
-    """Whether MindSpeed has patched megatron-core in this process, for MindSpeed-LLM or for this kit's engine."""
-    return "mindspeed_llm.tasks.megatron_adaptor_v2" in sys.modules or "mindspeed.megatron_adaptor" in sys.modules
+    """Whether MindSpeed-LLM has patched megatron-core in this process.
+
+    Not where this kit's own engine runs with MindSpeed: its layers would look for MindSpeed-LLM's arguments.
+    """
+    return "mindspeed_llm.tasks.megatron_adaptor_v2" in sys.modules
 
 
 def norm(config: Any, hidden_size: int, eps: float) -> Any:
