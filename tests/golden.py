@@ -76,16 +76,14 @@ def digests(inputs: Inputs, prefix: str) -> dict[str, str]:
 
 
 def table(checkpoints: Path) -> dict[str, str]:
-    """Names of the tensors of a torch checkpoint, each with its type and shape; no weights, no place for them: None."""
+    """The names of the model's tensors in the newest torch checkpoint, each with its type and shape (or "None")."""
     import torch
 
     file = sorted(checkpoints.glob("iter_*/mp_rank_00/model_optim_rng.pt"))[-1]
-    content = torch.load(file, map_location="cpu", weights_only=False)
-    rows = {f"model.{name}": value for name, value in content["model"].items()}
-    rows |= {key: type(value).__name__ for key, value in content.items() if key != "model"}
+    model = torch.load(file, map_location="cpu", weights_only=False)["model"]
     return {
         name: f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
-        for name, value in sorted(rows.items())
+        for name, value in sorted(model.items())
     }
 
 

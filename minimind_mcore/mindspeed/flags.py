@@ -1,6 +1,6 @@
 """What MindSpeed-LLM's training programs need of a command line, and what in it they would take amiss.
 
-Each message says what and why. The defects D1 to D8 are those of docs/ascend.md, all of 26.1.0.
+Each message says what and why. The defects D1 to D9 are those of docs/ascend.md, all of 26.1.0.
 """
 
 from __future__ import annotations
@@ -122,6 +122,12 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.neat_pack and not args.reset_attention_mask:
         problems.append("--neat-pack needs --reset-attention-mask: packed samples would see each other")
+    if args.neat_pack and args.micro_batch_size and args.micro_batch_size > 1:
+        problems.append(
+            f"--neat-pack with --micro-batch-size {args.micro_batch_size}: in MindSpeed-LLM 26.1.0 the padding of the first "
+            "sequence hides where the samples of the next ones end, so that they see each other (D9); use MBS=1 "
+            "(--micro-batch-size 1)"
+        )
     if args.stage == "dpo" and args.tensor_model_parallel_size > 1:
         problems.append(
             "DPO at TP > 1: MindSpeed-LLM 26.1.0 leaves the first token of each rank's part of the vocabulary out of "

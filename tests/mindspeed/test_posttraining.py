@@ -14,10 +14,10 @@ from rehearsal import Inputs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STAGES = {
-    "sft": ("tune_minimind_full_ptd.sh", "chats.jsonl", {}),
-    "sft packed": ("tune_minimind_full_ptd.sh", "chats.jsonl", {"PACK": "1"}),
-    "lora": ("tune_minimind_lora_ptd.sh", "chats.jsonl", {}),
-    "dpo": ("dpo_minimind_ptd.sh", "pairs.jsonl", {}),
+    "sft": ("tune_minimind_full_ptd.sh", "chats.jsonl"),
+    "sft packed": ("tune_minimind_full_ptd.sh", "chats.jsonl"),
+    "lora": ("tune_minimind_lora_ptd.sh", "chats.jsonl"),
+    "dpo": ("dpo_minimind_ptd.sh", "pairs.jsonl"),
 }
 
 
@@ -25,20 +25,32 @@ STAGES = {
 def test_losses_are_the_native_engines(
     stage: str, inputs: Inputs, weights: Callable[..., Path], server: engine.Server, tmp_path: Path
 ) -> None:
-    script, data, more = STAGES[stage]
+    script, data = STAGES[stage]
     environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout()
     environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / data)}
     environment |= {"SEQ_LENGTH": "128", "LR": "1e-3", "OUTPUT_DIR": str(tmp_path / "theirs")}
     environment |= {"CKPT_LOAD_DIR": str(weights("minimind3"))}
-    if more:  # packed when it is converted
-        packed = rehearsal.run_script(
-            "data_convert_minimind_instruction.sh", "--pack", "--neat-pack", **environment
-        )  # fmt: skip
-        environment |= more | {"DATA_PATH": packed.output.strip().splitlines()[-1]}
-    theirs = rehearsal.run_script(script, **environment)
-    flags = rehearsal.program_flags(theirs)
-    flags = [*rehearsal.drop(flags, "--load", "--save"), "--save", str(tmp_path / "checkpoints")]
-    ours = server.run(flags, tmp_path / "run", posttrain=True)
+    kind, packing = "pairwise" if stage == "dpo" else "instruction", []
+    if stage == "sft packed":
+        environment |= {"PACK": "1", "MBS": "1"}  # D9
+        packing = ["--pack", "--neat-pack"]
+    made = rehearsal.run_script(f"data_convert_minimind_{kind}.sh", *packing, rehearse=False, **environment)
+    environment["DATA_PATH"] = next(line for line in reversed(made.output.splitlines()) if line.startswith("/"))
+    adapters = []
+    if stage == "lora":  # each would draw its own
+        planned = rehearsal.program_flags(rehearsal.run_script(script, "--dry-run", **environment))
+        adapters = ["--finetune", "--lora-load", str(first_adapters(planned, server, tmp_path))]
+    theirs = rehearsal.run_script(script, *adapters, **environment)
+    flags = rehearsal.drop(rehearsal.program_flags(theirs), "--load", "--save")
+    ours = server.run([*flags, "--save", str(tmp_path / "checkpoints")], tmp_path / "run", posttrain=True)
     assert theirs.iterations == list(range(1, 11))
     assert worst_difference(ours.column(), theirs.losses) < 1e-5  # 1e-4 is promised
     assert worst_difference(ours.column("grad_norm"), theirs.grad_norms) < 1e-3
+
+
+def first_adapters(flags: list[str], server: engine.Server, folder: Path) -> Path:
+    """Adapters of the native engine after an update with a learning rate of 1e-3, so that both factors count."""
+    changes = engine.as_flags({"train_iters": 1, "lr": 1e-3, "min_lr": 0.0, "save": folder / "adapters"})
+    kept = rehearsal.drop(flags, "--train-iters", "--lr", "--min-lr", "--save", "--load")
+    server.run([*kept, *changes], folder / "first", posttrain=True)
+    return folder / "adapters"

@@ -40,6 +40,9 @@ PROBLEMS = {
     "split": (flags_of(without="--split"), "96.9%"),
     "D6": (flags_of(without="--transformer-impl"), "D6"),
     "D8": (flags_of(more=[*SFT, "--reset-attention-mask"]), "D8"),
+    "D9": (
+        flags_of(more=[*SFT, "--neat-pack", "--reset-attention-mask", "--micro-batch-size", "2"]), "D9",
+    ),
     "neat pack": (flags_of(more=[*SFT, "--neat-pack"]), "would see each other"),
     "checkpoint format": (flags_of(more=["--save", "x", "--ckpt-format", "torch_dist"]), "torch checkpoints only"),
     "top 1": (flags_of("minimind3_moe", without="--moe-router-pre-softmax"), "always 1"),
