@@ -124,8 +124,8 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--neat-pack needs --reset-attention-mask: packed samples would see each other")
     if args.neat_pack and args.micro_batch_size and args.micro_batch_size > 1:
         problems.append(
-            f"--neat-pack with --micro-batch-size {args.micro_batch_size}: in MindSpeed-LLM 26.1.0 the padding of the first "
-            "sequence hides where the samples of the next ones end, so that they see each other (D9); use MBS=1 "
+            f"--neat-pack with --micro-batch-size {args.micro_batch_size}: in MindSpeed-LLM 26.1.0 the padding of the "
+            "first sequence hides where the samples of the next ones end, so that they see each other (D9); use MBS=1 "
             "(--micro-batch-size 1)"
         )
     if args.stage == "dpo" and args.tensor_model_parallel_size > 1:
@@ -144,7 +144,7 @@ def _checkpoint_problems(args: argparse.Namespace) -> list[str]:
         if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
             problems.append(
                 f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
-                "and when it saves, export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
+                "and export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
                 f"    LOAD_DIR={path} bash examples/mcore/minimind/ckpt_convert_minimind_hf2mcore.sh"
             )
     if args.save and args.ckpt_format != "torch":

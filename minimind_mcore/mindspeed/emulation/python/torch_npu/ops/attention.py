@@ -118,6 +118,39 @@ def _seq_bounds(actual: Any) -> Iterator[Any]:
         start = end
 
 
+def _each_sequence(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, qlen: Any, kvlen: Any, attend: Any
+) -> Any:
+    """Attention inside each sequence of tokens that lie one after another (TND)."""
+    outs: list[torch.Tensor] = []
+    tops: list[torch.Tensor] = []
+    totals: list[torch.Tensor] = []
+    for (q0, q1), (k0, k1) in zip(_seq_bounds(qlen), _seq_bounds(kvlen), strict=True):
+        if q1 == q0:
+            continue
+        parts = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        for part, found in zip(attend(*parts), (outs, tops, totals), strict=True):
+            found.append(part[0].transpose(0, 1))
+    out = torch.cat(outs, 0)
+    if out.shape[0] < query.shape[0]:  # rows past the last sequence are zero
+        out = F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - out.shape[0]))
+    return out, torch.cat(tops, 0), torch.cat(totals, 0)
+
+
+def _answer(out: torch.Tensor, top: torch.Tensor, total: torch.Tensor) -> Any:
+    """What the operator returns: the row maxima and sums eightfold, a softmax that is not kept, a random state."""
+    shape = [*top.shape[:-1], 8]
+    return (
+        out,
+        top.expand(shape).contiguous().float(),
+        total.expand(shape).contiguous().float(),
+        torch.empty(0),
+        0,
+        0,
+        0,
+    )
+
+
 def npu_fusion_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -146,32 +179,12 @@ def npu_fusion_attention(
     if prefix is not None or sink is not None:
         raise NotImplementedError("prefix and sink attention are not emulated")
     if input_layout == "TND":
-        outs, tops, totals = [], [], []
-        for (q0, q1), (k0, k1) in zip(_seq_bounds(actual_seq_qlen), _seq_bounds(actual_seq_kvlen), strict=True):
-            if q1 == q0:
-                continue
-            q = query[q0:q1].transpose(0, 1).unsqueeze(0)
-            k = key[k0:k1].transpose(0, 1).unsqueeze(0)
-            v = value[k0:k1].transpose(0, 1).unsqueeze(0)
-            blocked = _blocked(q1 - q0, k1 - k0, sparse_mode, atten_mask, pre_tockens, next_tockens)
-            o, top, total = _attend(q, k, v, scale, blocked, None, pse_type, keep_prob)
-            outs.append(o[0].transpose(0, 1))
-            tops.append(top[0].transpose(0, 1))
-            totals.append(total[0].transpose(0, 1))
-        out = torch.cat(outs, 0)
-        if out.shape[0] < query.shape[0]:  # rows past the last sequence are zero
-            out = F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - out.shape[0]))
-        top, total = torch.cat(tops, 0), torch.cat(totals, 0)
-        return (
-            out,
-            top.expand(-1, -1, 8).contiguous().float(),
-            total.expand(-1, -1, 8).contiguous().float(),
-            torch.empty(0),
-            0,
-            0,
-            0,
-        )
 
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            blocked = _blocked(q.shape[2], k.shape[2], sparse_mode, atten_mask, pre_tockens, next_tockens)
+            return _attend(q, k, v, scale, blocked, None, pse_type, keep_prob)
+
+        return _answer(*_each_sequence(query, key, value, actual_seq_qlen, actual_seq_kvlen, attend))
     head_dim = query.shape[-1] // head_num if input_layout in ("BSH", "SBH") else query.shape[-1]
     kv_heads = key.shape[-1] // head_dim if input_layout in ("BSH", "SBH") else 0
     q = _to_bnsd(query, input_layout, head_num)
@@ -179,16 +192,7 @@ def npu_fusion_attention(
     v = _to_bnsd(value, input_layout, kv_heads)
     blocked = _blocked(q.shape[2], k.shape[2], sparse_mode, atten_mask, pre_tockens, next_tockens)
     out, top, total = _attend(q, k, v, scale, blocked, pse, pse_type, keep_prob)
-    shape = [*list(top.shape[:-1]), 8]
-    return (
-        _from_bnsd(out, input_layout),
-        top.expand(shape).contiguous().float(),
-        total.expand(shape).contiguous().float(),
-        torch.empty(0),
-        0,
-        0,
-        0,
-    )
+    return _answer(_from_bnsd(out, input_layout), top, total)
 
 
 def npu_fusion_attention_v2(
@@ -268,12 +272,8 @@ def npu_fusion_attention_grad(
         b, n, sk, d = k.shape
         dk = dk.reshape(b, n, groups, sk, d).sum(2)
         dv = dv.reshape(b, n, groups, sk, v.shape[-1]).sum(2)
-    return (
-        _from_bnsd(dq.to(query.dtype), input_layout),
-        _from_bnsd(dk.to(key.dtype), input_layout),
-        _from_bnsd(dv.to(value.dtype), input_layout),
-        None,
-    )
+    back = zip((dq, dk, dv), (query, key, value), strict=True)
+    return (*(_from_bnsd(grad.to(like.dtype), input_layout) for grad, like in back), None)
 
 
 def npu_fused_infer_attention_score_v2(
