@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[str, dict[str, str], str]] = {
         "text",
     ),
     "sft minimind3": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "TP": "2"}, "sft"),
-    "sft minimind3 packed": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "PACK": "1"}, "sft"),
+    "sft minimind3 packed": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "PACK": "1", "MBS": "1"}, "sft"),
     "lora minimind2": ("tune_minimind_lora_ptd.sh", {"MODEL": "minimind2"}, "sft"),
     "dpo minimind3": ("dpo_minimind_ptd.sh", {"MODEL": "minimind3"}, "dpo"),
 }
