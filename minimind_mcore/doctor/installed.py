@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minimind_mcore.doctor import matrix
 
@@ -104,8 +105,8 @@ def driver(host: Host) -> Component:
     if printed and (version := re.search(r"Version:\s*(\S+)", printed)):
         return Component("driver", version[1], "npu-smi")
     for place in host.places("ASCEND_DRIVER_PATH", "/usr/local/Ascend/driver"):
-        if version := _search(place / "version.info", r"^Version=(\S+)"):
-            return Component("driver", version, str(place / "version.info"))
+        if written := _search(place / "version.info", r"^Version=(\S+)"):
+            return Component("driver", written, str(place / "version.info"))
     printed = host.run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if printed and printed.strip():
         return Component("driver", printed.split()[0], "nvidia-smi")
@@ -128,7 +129,7 @@ def cann(host: Host) -> Component:
 
 def distribution(host: Host, name: str) -> Component:
     """A Python package, from its metadata."""
-    options = {} if host.path is None else {"path": list(host.path)}
+    options: Any = {} if host.path is None else {"path": list(host.path)}
     for found in importlib.metadata.distributions(name=DISTRIBUTIONS[name], **options):
         return Component(name, found.version.partition("+")[0], str(found.locate_file("")))
     return Component(name, None)
@@ -157,7 +158,7 @@ def _mindspeed_places(host: Host, name: str) -> list[Path]:
 
 def _editable(host: Host, name: str) -> list[Path]:
     """Where `pip install -e` says that the sources are."""
-    options = {} if host.path is None else {"path": list(host.path)}
+    options: Any = {} if host.path is None else {"path": list(host.path)}
     for found in importlib.metadata.distributions(name=name.lower().replace("-", "_"), **options):
         text = found.read_text("direct_url.json") or ""
         if url := re.search(r'"url":\s*"file://([^"]+)"', text):
