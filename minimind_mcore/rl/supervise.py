@@ -73,6 +73,8 @@ def _result(
     except GetTimeoutError as error:
         raise Lost([name], f"its answer did not arrive in time ({what})") from error
     except RayTaskError as error:
+        if isinstance(error.cause, RayError):  # weights of a rank that has died since
+            raise Lost([name], f"what it was given is lost ({what})") from error
         dead = _dead(waiting, place, names)
         if dead:
             raise Lost(dead, f"died ({what})") from error
