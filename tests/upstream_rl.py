@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
@@ -17,8 +18,10 @@ import pytest
 
 ABSENT = (
     "torch_npu", "acl", "vllm", "vllm_ascend", "mindspeed", "mindspeed_llm", "megatron", "torchvision", "zmq", "mstx",
-    "codetiming", "tensordict", "latex2sympy2",
+    "codetiming", "tensordict",
 )  # fmt: skip
+# Named by modules whose other functions are of use without it; replaced only where it is not installed.
+OPTIONAL = ("latex2sympy2",)
 # Their `__init__` imports everything: the packages are made here, and their modules found by path.
 PACKAGES = (
     "", ".models", ".models.base", ".models.loss", ".models.rollout", ".models.rollout.vllm_adapter", ".utils",
@@ -70,18 +73,23 @@ class Source:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ABSENT}
+        missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+        self.replaced = {*ABSENT, *missing}
+        self.before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in self.replaced}
         for name in self.before:
             del sys.modules[name]
-        self.finder = Finder(set(ABSENT))
+        self.finder = Finder(self.replaced)
         sys.meta_path.insert(0, self.finder)  # type: ignore[arg-type]
         for suffix in PACKAGES:
             package = types.ModuleType(f"mindspeed_rl{suffix}")
             package.__path__ = [str(home / "mindspeed_rl" / suffix.strip(".").replace(".", "/"))]
             sys.modules[package.__name__] = package
 
-    def module(self, name: str) -> Any:
+    def module(self, name: str, needs: tuple[str, ...] = ()) -> Any:
         """`mindspeed_rl.<name>`; skips the test where something that it needs is not installed."""
+        for needed in needs:
+            if needed in self.replaced:
+                pytest.skip(f"MindSpeed-RL's {name} needs {needed}, which is not installed")
         try:
             return importlib.import_module(f"mindspeed_rl.{name}")
         except ModuleNotFoundError as error:
@@ -89,7 +97,7 @@ class Source:
 
     def forget(self) -> None:
         sys.meta_path.remove(self.finder)  # type: ignore[arg-type]
-        for name in [name for name in sys.modules if name.split(".")[0] in (*ABSENT, "mindspeed_rl")]:
+        for name in [name for name in sys.modules if name.split(".")[0] in {*self.replaced, "mindspeed_rl"}]:
             del sys.modules[name]
         sys.modules.update(self.before)
 

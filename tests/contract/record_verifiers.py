@@ -192,7 +192,7 @@ TOOL_CALLS = (0, 3, 12)
 
 def record(source: upstream_rl.Source) -> dict[str, list[dict[str, Any]]]:
     """The table: cases of each verifier with the score of MindSpeed-RL's."""
-    rules = source.module("models.rule_verifier")
+    rules = source.module("models.rule_verifier", needs=("latex2sympy2",))
 
     def single(function: Any) -> Any:
         return lambda response, label: function([response], [label])[0]
