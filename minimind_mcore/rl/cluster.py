@@ -55,7 +55,9 @@ class Cluster:
         self.groups.append(group)
         self._wait(group, count, bundle, patience, what)
         nodes = placement_group_table(group)["bundles_to_node_id"]
-        order = sorted(range(count), key=lambda i: (list(dict.fromkeys(nodes.values())).index(nodes[i]), i))
+        own = ray.get_runtime_context().get_node_id()  # this host's are the first: rank 0 is beside the driver
+        hosts = sorted(dict.fromkeys(nodes.values()), key=lambda node: node != own)
+        order = sorted(range(count), key=lambda i: (hosts.index(nodes[i]), i))
         api: Any = ray
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in api.nodes()}
         self.hosts |= {addresses[node] for node in nodes.values()}

@@ -115,8 +115,8 @@ class Task:
                     lost.setdefault(owner, error)
             missing = [part for part in missing if part % len(self.pool) in lost and found[part] is None]
             for owner, loss in lost.items():
+                self.pool.replace(owner)  # it waits for its place, should a host have been lost
                 self.pool.restarts.another(loss)
-                self.pool.replace(owner)
             for part in missing:
                 self.refs[part] = self._call(part)
         return found
