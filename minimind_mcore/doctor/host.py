@@ -172,10 +172,7 @@ def interfaces(host: Host, device: str) -> list[Finding]:
         else:
             found.append(ok("interface", f"{variable}={given}"))
     if device == "npu" and not found and host.environ.get("NNODES", "1") != "1":
-        fix = "export HCCL_SOCKET_IFNAME=eth0    # the interface of MASTER_ADDR's network: ip -br addr"
-        found.append(
-            warn("interface", "several hosts, and HCCL_SOCKET_IFNAME is not set: HCCL takes the first one", fix)
-        )
+        found.append(ok("interface", "not set: the scripts take the one that leads to MASTER_ADDR"))
     return found
 
 

@@ -56,6 +56,7 @@ RUNS: dict[str, tuple[str, dict[str, str], str]] = {
     "sft minimind3": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "TP": "2"}, "sft"),
     "sft minimind3 packed": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "PACK": "1", "MBS": "1"}, "sft"),
     "lora minimind2": ("tune_minimind_lora_ptd.sh", {"MODEL": "minimind2"}, "sft"),
+    "lora minimind3_moe": ("tune_minimind_lora_ptd.sh", {"MODEL": "minimind3_moe"}, "sft"),
     "dpo minimind3": ("dpo_minimind_ptd.sh", {"MODEL": "minimind3"}, "dpo"),
 }
 TRAINING = re.compile(r"^train |^post_train ", re.M)

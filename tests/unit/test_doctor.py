@@ -21,6 +21,7 @@ from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
 HEALTHY = {"torch": "2.7.1+cpu", "torch_npu": "2.7.1.post8", "transformers": "5.2.0", "numpy": "1.26.0"}
+FREE_PORT = host.free_port
 NPU_SMI = """\
 +------------------------------------------------------------------------------------------------+
 | npu-smi 25.5.0                   Version: 25.5.0                                               |
@@ -106,6 +107,8 @@ class Fake:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(installed.platform, "python_version", lambda: "3.10.14")
+    # Which ports other programs of this machine have is not for these tests; addresses are asked for really.
+    monkeypatch.setattr(host, "free_port", lambda port, address="": not address or FREE_PORT(port, address))
     return Fake(tmp_path, monkeypatch)
 
 
@@ -243,7 +246,8 @@ def test_what_is_broken_is_named_with_its_fix(name: str, fake: Fake, capsys: pyt
     assert f"A job would fail here: {subject}" in out or f", {subject}" in out.rpartition("A job would fail here:")[2]
 
 
-def test_ports_in_use(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ports_in_use(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(host, "free_port", FREE_PORT)
     with busy_port() as server:
         port = server.getsockname()[1]
         fake.environ.update(MASTER_PORT=str(port), HCCL_HOST_SOCKET_PORT_RANGE=str(port))

@@ -1,8 +1,9 @@
 # Sourced by common.sh on an Ascend host: CANN's environment, and how HCCL and torch_npu shall behave.
 # shellcheck shell=bash
 #
-#   CANN_HOME            CANN's toolkit (default /usr/local/Ascend/ascend-toolkit)
-#   NNAL_HOME            its nnal/atb operators, if installed (default /usr/local/Ascend/nnal/atb)
+#   CANN_HOME            CANN's toolkit (default: cann, else ascend-toolkit as before CANN 8.5, in /usr/local/Ascend,
+#                        else in ~/Ascend)
+#   NNAL_HOME            its nnal/atb operators, if installed (default nnal/atb beside it)
 #   HCCL_CONNECT_TIMEOUT seconds to wait for the other ranks at the start (default 1800)
 #   HCCL_EXEC_TIMEOUT    seconds to wait for them later (default 1800)
 
@@ -14,8 +15,19 @@ source_cann() {
     set -u
 }
 
-CANN_HOME=${CANN_HOME:-/usr/local/Ascend/ascend-toolkit}
-NNAL_HOME=${NNAL_HOME:-/usr/local/Ascend/nnal/atb}
+# Where its installer puts it.
+find_cann() {
+    local place
+    for place in /usr/local/Ascend/cann /usr/local/Ascend/ascend-toolkit "${HOME:-}/Ascend/cann" \
+        "${HOME:-}/Ascend/ascend-toolkit"; do
+        [ ! -f "$place/set_env.sh" ] || break
+        place=/usr/local/Ascend/cann
+    done
+    echo "$place"
+}
+
+CANN_HOME=${CANN_HOME:-$(find_cann)}
+NNAL_HOME=${NNAL_HOME:-$(dirname "$CANN_HOME")/nnal/atb}
 [ -f "$CANN_HOME/set_env.sh" ] ||
     fail "found no $CANN_HOME/set_env.sh: set CANN_HOME to the folder of CANN's toolkit (docs/install_ascend.md installs it)"
 source_cann "$CANN_HOME/set_env.sh"
