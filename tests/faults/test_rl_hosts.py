@@ -56,6 +56,7 @@ def steps(folder: Path) -> list[int]:
     return [row["iteration"] for row in rl_ray.rows(folder)] if (folder / "metrics.jsonl").exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_two_hosts_equals_that_of_one_and_goes_on_when_a_lost_host_returns(
     corpus: engine.Corpus, tmp_path: Path, pair: rl_hosts.Pair
