@@ -13,8 +13,9 @@ PLACE = ROOT / "minimind_mcore/mindspeed/emulation/python"
 
 
 def run(*command: str, path: list[Path]) -> subprocess.CompletedProcess[str]:
-    """Run Python with these folders on its path."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    """Run Python with these folders on its path, and no device asked for."""
+    environment = {name: value for name, value in os.environ.items() if name != "DEVICE"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT / "tests"
     )
