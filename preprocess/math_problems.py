@@ -5,19 +5,19 @@
 
 | task | question | answer |
 |---|---|---|
-| lookup | Table: KD=37, QX=52, MB=18. What is QX? | QX=\\boxed{52} |
-| addition | 17+25=? | 17+25=\\boxed{42} |
-| story | Tom has 17 apples and gets 25 more. How many are there? | 17+25=\\boxed{42} |
+| lookup | Table: KD=37, QX=52, MB=18. What is QX? | \\boxed{52} |
+| addition | 17+25=? | \\boxed{42} |
+| story | Tom has 17 apples and gets 25 more. How many are there? | \\boxed{42} |
 
 `math` has the questions with the bare result, `math-sft` dialogues that answer them in the form that the
-verifiers read. Keys and pairs of numbers are those of `dialogues`, and so are those held out: a question of
-`--held-out` occurs in neither, and the accuracy on it is that on unseen questions.
+verifiers read, without the question: a tiny model adds long before it copies. Keys and pairs of numbers are
+those of `dialogues`, and so are those held out: a question of `--held-out` occurs in neither, and the accuracy
+on it is that on unseen questions.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,18 +36,16 @@ def story(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     return [(chinese if r.randrange(2) else english, f"{a}+{b}={a + b}")]
 
 
-ASKED = re.compile(r"\d+\+\d+|[A-Z]{2}")  # the sum, or the key, which comes last
 TASKS: tuple[tuple[Task, int], ...] = ((lookup, 6), (addition, 3), (story, 1))
 
 
-def _problem(r: random.Random, task: Any, unseen: bool) -> tuple[str, str, str]:
-    """Question, what stands before the result, result. Of several questions about a table the first."""
+def _problem(r: random.Random, task: Any, unseen: bool) -> tuple[str, str]:
+    """Question and result. Of several questions about a table the first."""
     question, answer = task(r, unseen)[0]
-    before, _, result = answer.rpartition("=")
-    return question, before or ASKED.findall(question)[-1], result
+    return question, answer.rpartition("=")[2]
 
 
-def _problems(seed: int, count: int) -> Sequence[tuple[str, tuple[str, str, str]]]:
+def _problems(seed: int, count: int) -> Sequence[tuple[str, tuple[str, str]]]:
     r = random.Random(seed)
     tasks, weights = zip(*TASKS, strict=True)
     chosen = (r.choices(tasks, weights)[0] for _ in range(count))
@@ -56,7 +54,7 @@ def _problems(seed: int, count: int) -> Sequence[tuple[str, tuple[str, str, str]
 
 def problems(seed: int, count: int = PROBLEMS) -> list[dict[str, Any]]:
     """Records for reinforcement learning: {"task", "question", "answer"}, the answer a number as text."""
-    return [{"task": task, "question": q, "answer": result} for task, (q, _, result) in _problems(seed, count)]
+    return [{"task": task, "question": q, "answer": result} for task, (q, result) in _problems(seed, count)]
 
 
 def solved(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
@@ -65,10 +63,10 @@ def solved(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
         {
             "conversations": [
                 {"role": "user", "content": question},
-                {"role": "assistant", "content": f"{asked}=\\boxed{{{result}}}"},
+                {"role": "assistant", "content": f"\\boxed{{{result}}}"},
             ]
         }
-        for _, (question, asked, result) in _problems(seed, count)
+        for _, (question, result) in _problems(seed, count)
     ]
 
 
@@ -77,6 +75,6 @@ def unseen_problems(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
     r = random.Random(seed)
     records = []
     for task in [task for _ in range(count) for task, _ in TASKS]:
-        question, _, result = _problem(r, task, True)
+        question, result = _problem(r, task, True)
         records.append({"task": task.__name__, "question": question, "answer": result})
     return records
