@@ -22,21 +22,29 @@ SPEC = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
 CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
 
 
-def home() -> Path:
-    """MindSpeed-LLM's folder: MINDSPEED_LLM_HOME, else beside this checkout, else /workspace/MindSpeed-LLM.
+def sources(name: str, program: str, instead: str) -> Path:
+    """Folder of one of MindSpeed's: where its variable says, else beside this checkout, else in /workspace.
+
+    Args:
+        name: such as MindSpeed-LLM, whose variable is MINDSPEED_LLM_HOME.
+        program: a file that it has.
+        instead: the setting that does without it, and what that does.
 
     Raises:
         UserError: it is in none of these places.
     """
-    given = os.environ.get("MINDSPEED_LLM_HOME")
-    places = [Path(given)] if given else [CHECKOUT.parent / "MindSpeed-LLM", Path("/workspace/MindSpeed-LLM")]
+    variable = name.upper().replace("-", "_") + "_HOME"
+    given = os.environ.get(variable)
+    places = [Path(given)] if given else [CHECKOUT.parent / name, Path("/workspace") / name]
     for place in places:
-        if (place / "pretrain_gpt.py").is_file():
+        if (place / program).is_file():
             return place
-    raise UserError(
-        f"found no MindSpeed-LLM in {' or '.join(map(str, places))}; set MINDSPEED_LLM_HOME to its folder, or "
-        "BACKEND=native to run the kit's own engine"
-    )
+    raise UserError(f"found no {name} in {' or '.join(map(str, places))}; set {variable} to its folder, or {instead}")
+
+
+def home() -> Path:
+    """MindSpeed-LLM's folder; see `sources`."""
+    return sources("MindSpeed-LLM", "pretrain_gpt.py", "BACKEND=native to run the kit's own engine")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,14 +20,13 @@ from typing import Any
 
 import yaml
 
-import minimind_mcore
 from minimind_mcore.errors import UserError
+from minimind_mcore.mindspeed.launch import CHECKOUT, sources
 from minimind_mcore.rl.config import CONFIGS, command_parser
 from minimind_mcore.rl.lint import STAGES, dump, lint
 from minimind_mcore.rl.schema import MEGATRON_SECTIONS
 from minimind_mcore.storage import atomic_write_text
 
-CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
 RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
 PROGRAMS = {"ray_grpo": "train_grpo.py", "ray_dapo": "train_dapo.py", "ray_ppo": "train_ppo.py"}
 PATHS = ("data_path", "tokenizer_name_or_path", "load", "save", "prompt_type_path", "pretrained_checkpoint")
@@ -57,20 +56,8 @@ class Job:
 
 
 def home() -> Path:
-    """MindSpeed-RL's folder: MINDSPEED_RL_HOME, else beside this checkout, else /workspace/MindSpeed-RL.
-
-    Raises:
-        UserError: it is in none of these places.
-    """
-    given = os.environ.get("MINDSPEED_RL_HOME")
-    places = [Path(given)] if given else [CHECKOUT.parent / "MindSpeed-RL", Path("/workspace/MindSpeed-RL")]
-    for place in places:
-        if (place / "cli" / "train_grpo.py").is_file():
-            return place.resolve()
-    raise UserError(
-        f"found no MindSpeed-RL in {' or '.join(map(str, places))}; set MINDSPEED_RL_HOME to its folder, or "
-        "BACKEND=embedded to train on this kit's own trainer"
-    )
+    """MindSpeed-RL's folder; see `launch.sources`."""
+    return sources("MindSpeed-RL", "cli/train_grpo.py", "BACKEND=embedded to train on this kit's own trainer").resolve()
 
 
 def version(folder: Path) -> str:
