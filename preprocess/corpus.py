@@ -25,8 +25,8 @@ from typing import Any
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.preprocess.dialogues import SUMMANDS, dialogues, held_out, preferences
 from minimind_mcore.preprocess.drills import drills
+from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
-from minimind_mcore.preprocess.math_problems import solved, unseen_problems
 from minimind_mcore.storage import atomic_file
 
 # Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
@@ -220,7 +220,7 @@ def main() -> None:
         "sft": dialogues,
         "dpo": preferences,
         "math": math_problems,
-        "math-sft": solved,
+        "math-sft": careless,
     }
     _write(args.output, makers[args.kind](args.seed))
     if args.held_out:

@@ -74,10 +74,15 @@ def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     return [(question, str(values[i])) for question, i in zip(questions, asked, strict=True)]
 
 
+def ask_sum(r: random.Random, a: int, b: int) -> str:
+    """What a + b is, in Chinese or in signs."""
+    return f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"
+
+
 def addition(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
     """A sum."""
     a, b = r.choice(SUMMANDS[unseen])
-    return [((f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"), str(a + b))]
+    return [(ask_sum(r, a, b), str(a + b))]
 
 
 def _talk(r: random.Random, unseen: bool) -> list[tuple[str, str]]:

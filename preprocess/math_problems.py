@@ -1,80 +1,95 @@
-"""Sample tasks whose answers rule rewards can mark, for reinforcement learning and for the tuning before it.
+"""Sample sums whose answers rule rewards can mark, and dialogues by a careless teacher for the tuning before it.
 
     python -m minimind_mcore.preprocess.corpus --kind math --output data/sample_math.jsonl --held-out data/unseen.jsonl
     python -m minimind_mcore.preprocess.corpus --kind math-sft --output data/sample_math_sft.jsonl
 
-| task | question | answer |
-|---|---|---|
-| lookup | Table: KD=37, QX=52, MB=18. What is QX? | \\boxed{52} |
-| addition | 17+25=? | \\boxed{42} |
-| story | Tom has 17 apples and gets 25 more. How many are there? | \\boxed{42} |
+| task | question | answer | of the careless teacher |
+|---|---|---|---|
+| addition | 17+25=? | \\boxed{42} | \\boxed{32} |
+| story | Tom has 17 apples and gets 25 more. How many are there? | \\boxed{42} | \\boxed{32} |
 
-`math` has the questions with the bare result, `math-sft` dialogues that answer them in the form that the
-verifiers read, without the question: a tiny model adds long before it copies. Keys and pairs of numbers are
-those of `dialogues`, and so are those held out: a question of `--held-out` occurs in neither, and the accuracy
-on it is that on unseen questions.
+`math` has the questions with the right result. `math-sft` has dialogues in the form that the verifiers read, whose
+teacher forgets to carry more often than not: a model that imitates him gets sums without a carry right and most others
+wrong. What it needs to do better is in it, and which of the two answers is right it learns from the reward alone.
+Pairs of numbers are those of `dialogues`, and so are those held out: a question of `--held-out` occurs in neither,
+and the accuracy on it is that on unseen questions.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from minimind_mcore.preprocess.dialogues import SUMMANDS, Task, addition, lookup
+from minimind_mcore.preprocess.dialogues import SUMMANDS, ask_sum
 
 PROBLEMS, DIALOGUES, QUESTIONS = 4_000, 20_000, 200
+FORGETS = 0.65  # share of the sums with a carry in which the teacher forgets it
 NAMES = (("小明", "Tom"), ("小红", "Alice"), ("王芳", "Mary"), ("李雷", "Ben"))
 THINGS = (("个苹果", "apples"), ("支铅笔", "pencils"), ("本书", "books"), ("枚硬币", "coins"))
 
 
-def story(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
+class Problem(NamedTuple):
+    """What a + b is, in some words."""
+
+    task: str
+    question: str
+    a: int
+    b: int
+
+
+def story(r: random.Random, a: int, b: int) -> str:
     """A sum in words."""
-    (a, b), (name, other), (zh, en) = r.choice(SUMMANDS[unseen]), r.choice(NAMES), r.choice(THINGS)
+    (name, other), (zh, en) = r.choice(NAMES), r.choice(THINGS)
     chinese = f"{name}有{a}{zh}，又得到{b}{zh}，一共有多少？"
     english = f"{other} has {a} {en} and gets {b} more. How many are there?"
-    return [(chinese if r.randrange(2) else english, f"{a}+{b}={a + b}")]
+    return chinese if r.randrange(2) else english
 
 
-TASKS: tuple[tuple[Task, int], ...] = ((lookup, 6), (addition, 3), (story, 1))
+TASKS: dict[str, tuple[Callable[[random.Random, int, int], str], int]] = {
+    "addition": (ask_sum, 3),
+    "story": (story, 1),
+}
 
 
-def _problem(r: random.Random, task: Any, unseen: bool) -> tuple[str, str]:
-    """Question and result. Of several questions about a table the first."""
-    question, answer = task(r, unseen)[0]
-    return question, answer.rpartition("=")[2]
+def _problem(r: random.Random, task: str, unseen: bool) -> Problem:
+    a, b = r.choice(SUMMANDS[unseen])
+    return Problem(task, TASKS[task][0](r, a, b), a, b)
 
 
-def _problems(seed: int, count: int) -> Sequence[tuple[str, tuple[str, str]]]:
-    r = random.Random(seed)
-    tasks, weights = zip(*TASKS, strict=True)
-    chosen = (r.choices(tasks, weights)[0] for _ in range(count))
-    return [(task.__name__, _problem(r, task, False)) for task in chosen]
+def _problems(r: random.Random, count: int) -> list[Problem]:
+    weights = [weight for _, weight in TASKS.values()]
+    return [_problem(r, task, False) for task in r.choices(list(TASKS), weights, k=count)]
+
+
+def _record(problem: Problem) -> dict[str, Any]:
+    return {"task": problem.task, "question": problem.question, "answer": str(problem.a + problem.b)}
+
+
+def carries(a: int, b: int) -> bool:
+    """Whether the units of a sum make ten or more."""
+    return a % 10 + b % 10 >= 10
 
 
 def problems(seed: int, count: int = PROBLEMS) -> list[dict[str, Any]]:
     """Records for reinforcement learning: {"task", "question", "answer"}, the answer a number as text."""
-    return [{"task": task, "question": q, "answer": result} for task, (q, result) in _problems(seed, count)]
+    return [_record(problem) for problem in _problems(random.Random(seed), count)]
 
 
-def solved(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
-    """Records for supervised fine-tuning, in MiniMind's format, with the result in `\\boxed{}`."""
-    return [
-        {
-            "conversations": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": f"\\boxed{{{result}}}"},
-            ]
-        }
-        for _, (question, result) in _problems(seed, count)
-    ]
+def careless(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
+    """Dialogues about the same problems, in MiniMind's format, by a teacher who forgets most carries."""
+    r = random.Random(seed)
+    records = []
+    for problem in _problems(r, count):
+        result = problem.a + problem.b
+        if carries(problem.a, problem.b) and r.random() < FORGETS:
+            result -= 10
+        question = {"role": "user", "content": problem.question}
+        records.append({"conversations": [question, {"role": "assistant", "content": f"\\boxed{{{result}}}"}]})
+    return records
 
 
 def unseen_problems(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
-    """Problems about keys and numbers that are held out, `count` of each task by turns."""
+    """Problems about pairs of numbers that are held out, `count` of each task by turns."""
     r = random.Random(seed)
-    records = []
-    for task in [task for _ in range(count) for task, _ in TASKS]:
-        question, result = _problem(r, task, True)
-        records.append({"task": task.__name__, "question": question, "answer": result})
-    return records
+    return [_record(_problem(r, task, True)) for _ in range(count) for task in TASKS]

@@ -111,25 +111,35 @@ tell_log() {
     tail -n 15 "$RAY_LOG" >&2 || true
 }
 
-# prepare: the sample problems, and a model that has seen their form, for the kit's tiny configurations. Sets
-# PREPARED, the overrides that name them. Before Ray is started: other hosts wait for that, not for this.
+# prepare: the sample sums, and a model that a careless teacher has tuned on them, for the kit's tiny configurations.
+# Sets PREPARED, the overrides that name them. Before Ray is started: other hosts wait for that, not for this.
 prepare() {
-    local data=$DATA_DIR/grpo_minimind_math begin=$ROOT/outputs/minimind3_tiny/math_sft step
     [[ $CONFIG == *_tiny ]] || return 0
-    if [[ " ${OVERRIDES[*]-} " != *".data_path="* ]]; then
-        step=(env BACKEND=native bash "$ROOT/examples/data/preprocess_data.sh" grpo_minimind_math)
-        [ -f "${data}_packed_input_ids_document.idx" ] || make "${step[@]}"
-        PREPARED+=("megatron_training.data_path=$data" "minimind.eval_data=${data}_unseen"
-            "megatron_training.tokenizer_name_or_path=$DATA_DIR/tokenizer")
+    local own=" ${OVERRIDES[*]-} " quick=$DATA_DIR/quickstart problems=grpo_minimind_math
+    [[ $own != *".data_path="* || $own != *" actor_config.load="* ]] || return 0
+    local begin=$ROOT/outputs/minimind3_tiny/math_sft/checkpoints iterations=${QUICKSTART_SFT_ITERS:-1000}
+    local tuned=$ROOT/outputs/quickstart/sft-$iterations/checkpoints
+    local here=(env -u OUTPUT_DIR BACKEND=native "DATA_DIR=$quick" "TOKENIZER_PATH=$quick/tokenizer")
+    if ! is_there "$quick/${problems}_unseen_packed_labels_document.idx" || ! is_there "$tuned"; then
+        # adds rightly, and does not know the form
+        make env -u OUTPUT_DIR -u TOKENIZER_PATH "DATA_DIR=$quick" "QUICKSTART_SFT_ITERS=$iterations" LEAST=0 \
+            bash "$ROOT/examples/quickstart.sh"
+        make "${here[@]}" bash "$ROOT/examples/data/preprocess_data.sh" "$problems"
     fi
-    if [[ " ${OVERRIDES[*]-} " != *" actor_config.load="* ]]; then
-        step=(env MODEL=minimind3_tiny "DATA_PATH=$DATA_DIR/sample_math_sft.jsonl" "TOKENIZER_PATH=$DATA_DIR/tokenizer"
-            PROMPT_TYPE=chatml_de "OUTPUT_DIR=$begin" "CKPT_LOAD_DIR=$ROOT/outputs/minimind3_tiny/none" BACKEND=native
-            bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh")
-        [ -f "$begin/checkpoints/latest_checkpointed_iteration.txt" ] || make "${step[@]}"
-        PREPARED+=("actor_config.load=$begin/checkpoints")
+    [[ $own == *".data_path="* ]] || PREPARED+=("megatron_training.data_path=$quick/$problems"
+        "megatron_training.tokenizer_name_or_path=$quick/tokenizer")
+    if [[ $own != *" actor_config.load="* ]]; then
+        is_there "$begin" ||
+            make "${here[@]}" MODEL=minimind3_tiny TP=1 PROMPT_TYPE=chatml_de PACK=1 SEQ_LENGTH=256 GBS=8 \
+                "MBS=$((8 / NPUS_PER_NODE))" LR=3e-3 TRAIN_ITERS=400 LOG_INTERVAL=50 EVAL_INTERVAL=200 \
+                "DATA_PATH=$quick/sample_math_sft.jsonl" "CKPT_LOAD_DIR=$tuned" "OUTPUT_DIR=$(dirname "$begin")" \
+                bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh" --lr-warmup-iters 50 --adam-beta2 0.99
+        PREPARED+=("actor_config.load=$begin")
     fi
 }
+
+# is_there PATH: a file, or a finished stage's checkpoints
+is_there() { [ -f "$1" ] || [ -f "$1/latest_checkpointed_iteration.txt" ]; }
 
 make() {
     PENDING=$DRY_RUN

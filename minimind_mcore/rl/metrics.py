@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config
-from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, set_aside
+from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
 
 ALIASES = {
     "grpo/rewards/mean": "grpo/score/mean",
@@ -128,6 +128,12 @@ class Log:
             file.write(json.dumps(whole) + "\n")
         for sink in self.sinks:
             sink(whole)
+
+    def outcome(self) -> str:
+        """What the run came to, in a line or two."""
+        found = [row["eval/accuracy"] for row in read_history(self.history) if "eval/accuracy" in row]
+        change = f"accuracy on held-out questions: {found[0]:.1%} before, {found[-1]:.1%} after\n" if found else ""
+        return f"{change}curves: {self.folder}/reward.png, {self.folder}/report.html"
 
     def close(self) -> None:
         """Flush what the sinks hold."""

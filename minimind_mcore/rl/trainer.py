@@ -100,6 +100,7 @@ class Trainer:
         self.log.close()
         title = f"MiniMind {self.ours.algorithm}, {self.config.model}"
         write_report(Path(self.ours.output_dir), title, ("grpo/score/mean", "eval/accuracy"), "reward.png")
+        print(self.log.outcome(), flush=True)
 
     def recover(self, loss: Lost | None = None) -> None:
         """`begin`, until it works; a loss of training ranks is counted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.convert import convert
-from minimind_mcore.preprocess.math_problems import problems, solved, unseen_problems
+from minimind_mcore.preprocess.math_problems import FORGETS, careless, carries, problems, unseen_problems
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.rl.config import compose, resolve
 from minimind_mcore.rl.data import PromptDataset
@@ -184,15 +185,24 @@ def test_columns_are_those_that_were_asked_for(prefix: str, decode: Any) -> None
 # The sample
 
 
-def test_unseen_problems_are_in_no_sample_and_all_have_their_answer() -> None:
+def test_unseen_sums_are_in_no_sample_in_either_order() -> None:
     seen, unseen = problems(42), unseen_problems(42)
-    assert not {row["question"] for row in seen} & {row["question"] for row in unseen}
-    assert {row["task"] for row in seen} == {row["task"] for row in unseen} == {"lookup", "addition", "story"}
+    pairs = [{tuple(sorted(re.findall(r"\d+", row["question"]))) for row in rows} for rows in (seen, unseen)]
+    assert not pairs[0] & pairs[1]
+    assert {row["task"] for row in seen} == {row["task"] for row in unseen} == {"addition", "story"}
     assert problems(42) == seen
-    for record, dialogue in zip(seen, solved(42, len(seen)), strict=True):
+
+
+def test_the_careless_teacher_forgets_only_carries_and_not_always() -> None:
+    right: dict[bool, list[float]] = {True: [], False: []}
+    for record, dialogue in zip(problems(42), careless(42, len(problems(42))), strict=True):
         question, answer = (message["content"] for message in dialogue["conversations"])
         assert question == record["question"]
-        assert VERIFIERS["math_17k_acc"].score(answer, record["answer"]) == 1.0
+        a, b = map(int, re.findall(r"\d+", question))
+        assert record["answer"] == str(a + b) and answer in (f"\\boxed{{{a + b}}}", f"\\boxed{{{a + b - 10}}}")
+        right[carries(a, b)].append(VERIFIERS["math_17k_acc"].score(answer, record["answer"]))
+    assert set(right[False]) == {1.0}
+    assert abs(np.mean(right[True]) - (1 - FORGETS)) < 0.04
 
 
 # verl
@@ -221,7 +231,7 @@ def test_verl_gets_the_ids_the_answers_and_the_weights(prefix: str, tokenizer: s
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "verl" / "model").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     script = (tmp_path / "verl" / "run.sh").read_text()
-    assert "actor_rollout_ref.rollout.n=8" in script and "data.train_batch_size=16" in script
+    assert "actor_rollout_ref.rollout.n=8" in script and "data.train_batch_size=32" in script
     scope: dict[str, Any] = {}
     exec((tmp_path / "verl" / "reward.py").read_text(), scope)
     assert [scope["compute_score"]("x", f"\\boxed{{{n}}}", "2") for n in (2, 3)] == [1.0, 0.0]
