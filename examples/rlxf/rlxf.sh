@@ -122,8 +122,7 @@ prepare() {
     local here=(env -u OUTPUT_DIR BACKEND=native "DATA_DIR=$quick" "TOKENIZER_PATH=$quick/tokenizer")
     if ! is_there "$quick/${problems}_unseen_packed_labels_document.idx" || ! is_there "$tuned"; then
         # adds rightly, and does not know the form
-        make env -u OUTPUT_DIR -u TOKENIZER_PATH "DATA_DIR=$quick" "QUICKSTART_SFT_ITERS=$iterations" LEAST=0 \
-            bash "$ROOT/examples/quickstart.sh"
+        make "${here[@]}" "QUICKSTART_SFT_ITERS=$iterations" LEAST=0 bash "$ROOT/examples/quickstart.sh"
         make "${here[@]}" bash "$ROOT/examples/data/preprocess_data.sh" "$problems"
     fi
     [[ $own == *".data_path="* ]] || PREPARED+=("megatron_training.data_path=$quick/$problems"
