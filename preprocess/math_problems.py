@@ -47,7 +47,7 @@ def story(r: random.Random, a: int, b: int) -> str:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random, int, int], str], int]] = {
-    "addition": (ask_sum, 3),
+    "addition": (ask_sum, 1),
     "story": (story, 1),
 }
 

@@ -130,7 +130,7 @@ prepare() {
     if [[ $own != *" actor_config.load="* ]]; then
         is_there "$begin" ||
             make "${here[@]}" MODEL=minimind3_tiny TP=1 PROMPT_TYPE=chatml_de PACK=1 SEQ_LENGTH=256 GBS=8 \
-                "MBS=$((8 / NPUS_PER_NODE))" LR=3e-3 TRAIN_ITERS=400 LOG_INTERVAL=50 EVAL_INTERVAL=200 \
+                "MBS=$((8 / NPUS_PER_NODE))" LR=3e-3 TRAIN_ITERS=700 LOG_INTERVAL=50 EVAL_INTERVAL=200 \
                 "DATA_PATH=$quick/sample_math_sft.jsonl" "CKPT_LOAD_DIR=$tuned" "OUTPUT_DIR=$(dirname "$begin")" \
                 bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh" --lr-warmup-iters 50 --adam-beta2 0.99
         PREPARED+=("actor_config.load=$begin")
