@@ -183,10 +183,14 @@ def program_flags(result: Result) -> list[str]:
     return words[at + 1 :]
 
 
+def processes(tp: int = 1, pp: int = 1, ep: int = 1) -> int:
+    """That a layout needs."""
+    return max(tp * pp, ep)
+
+
 def layout(tp: int = 1, pp: int = 1, ep: int = 1) -> dict[str, str]:
-    """Settings of a layout, without data parallelism."""
-    processes = max(tp * pp, ep)
-    return {"TP": str(tp), "PP": str(pp), "EP": str(ep), "NPUS_PER_NODE": str(processes)}
+    """Settings of a layout, with no more data parallelism than its experts ask for."""
+    return {"TP": str(tp), "PP": str(pp), "EP": str(ep), "NPUS_PER_NODE": str(processes(tp, pp, ep))}
 
 
 def drop(flags: Sequence[str], *names: str) -> list[str]:

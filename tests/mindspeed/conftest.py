@@ -29,7 +29,7 @@ def weights(inputs: Inputs) -> Callable[..., Path]:
     """The Megatron checkpoint of a model in a layout, as ckpt_convert_minimind_hf2mcore.sh makes it."""
 
     @functools.cache
-    def convert(model: str, tp: int = 1, pp: int = 1, ep: int = 1) -> Path:
+    def convert(model: str, tp: int, pp: int, ep: int) -> Path:
         target = inputs.folder / f"{model}-{tp}-{pp}-{ep}"
         rehearsal.run_script(
             "ckpt_convert_minimind_hf2mcore.sh",
@@ -37,7 +37,8 @@ def weights(inputs: Inputs) -> Callable[..., Path]:
         )  # fmt: skip
         return target
 
-    return convert
+    # A cache tells a default that is given from one that is left out.
+    return lambda model, tp=1, pp=1, ep=1: convert(model, tp, pp, ep)
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +46,7 @@ def pretrain(inputs: Inputs, weights: Callable[..., Path]) -> Pretrain:
     """Rehearse ten updates from the converted weights, saved after five and ten."""
 
     @functools.cache
-    def run(
-        model: str, tp: int = 1, pp: int = 1, ep: int = 1, precision: str = "fp32", load: Path | None = None
-    ) -> tuple[Result, Path]:
+    def run(model: str, tp: int, pp: int, ep: int, precision: str, load: Path | None) -> tuple[Result, Path]:
         folder = inputs.folder / f"run-{model}-{tp}-{pp}-{ep}-{precision}{'-resumed' if load else ''}"
         environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout(tp, pp, ep)
         environment |= {"MODEL": str(inputs.model(model)), "DATA_PATH": str(inputs.folder / "text.jsonl")}
@@ -56,4 +55,4 @@ def pretrain(inputs: Inputs, weights: Callable[..., Path]) -> Pretrain:
         result = rehearsal.run_script("pretrain", **environment)
         return result, folder / "checkpoints"
 
-    return run
+    return lambda model, tp=1, pp=1, ep=1, precision="fp32", load=None: run(model, tp, pp, ep, precision, load)

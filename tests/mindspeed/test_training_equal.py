@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import engine
@@ -20,6 +21,7 @@ RUNS = {
     "minimind3_moe": ("minimind3_moe", {}),
     "minimind3_moe TP2": ("minimind3_moe", {"tp": 2}),
     "minimind3_moe PP2": ("minimind3_moe", {"pp": 2}),
+    "minimind3_moe EP2": ("minimind3_moe", {"ep": 2}),
     "minimind2": ("minimind2", {}),
     "minimind2_moe": ("minimind2_moe", {}),
 }
@@ -30,7 +32,7 @@ def test_losses_are_the_native_engines(name: str, pretrain: Pretrain, server: en
     model, parallel = RUNS[name]
     theirs, _ = pretrain(model, **parallel)
     flags = [*rehearsal.program_flags(theirs), "--save", str(tmp_path / "checkpoints")]
-    ours = server.run(flags, tmp_path / "run", parallel.get("tp", 1) * parallel.get("pp", 1))
+    ours = server.run(flags, tmp_path / "run", rehearsal.processes(**parallel))
     assert theirs.iterations == list(range(1, 11))
     assert worst_difference(ours.column(), theirs.losses) < 1e-5  # 1e-4 is promised
     assert worst_difference(ours.column("grad_norm"), theirs.grad_norms) < 1e-3  # printed with three decimals
@@ -44,4 +46,7 @@ def test_the_fused_operators_ran(name: str, pretrain: Pretrain) -> None:
     expected = FUSED if model == "minimind3_moe" else FUSED | {"npu_swiglu"}
     assert expected <= called.keys() and all(called[name] > 0 for name in expected), called
     layers, updates, micro_batches = rehearsal.MODELS[model].num_layers, 10, 2
-    assert called["npu_fusion_attention"] == layers * updates * micro_batches // parallel.get("pp", 1)
+    # Of rank 0: a pipeline stage has its layers, a data-parallel rank its micro-batches.
+    assert called["npu_fusion_attention"] == layers * updates * micro_batches // math.prod(
+        parallel.get(name, 1) for name in ("pp", "ep")
+    )
