@@ -13,11 +13,14 @@ from rehearsal import Inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STAGES = {
-    "sft": ("tune_minimind_full_ptd.sh", "chats.jsonl"),
-    "sft packed": ("tune_minimind_full_ptd.sh", "chats.jsonl"),
-    "lora": ("tune_minimind_lora_ptd.sh", "chats.jsonl"),
-    "dpo": ("dpo_minimind_ptd.sh", "pairs.jsonl"),
+STAGES: dict[str, tuple[str, dict[str, int]]] = {
+    "sft": ("tune_minimind_full_ptd.sh", {}),
+    "sft TP2": ("tune_minimind_full_ptd.sh", {"tp": 2}),
+    "sft PP2": ("tune_minimind_full_ptd.sh", {"pp": 2}),
+    "sft packed": ("tune_minimind_full_ptd.sh", {}),
+    "lora": ("tune_minimind_lora_ptd.sh", {}),
+    "dpo": ("dpo_minimind_ptd.sh", {}),
+    "dpo TP2": ("dpo_minimind_ptd.sh", {"tp": 2}),
 }
 
 
@@ -25,12 +28,13 @@ STAGES = {
 def test_losses_are_the_native_engines(
     stage: str, inputs: Inputs, weights: Callable[..., Path], server: engine.Server, tmp_path: Path
 ) -> None:
-    script, data = STAGES[stage]
-    environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout()
+    script, parallel = STAGES[stage]
+    kind, data = ("pairwise", "pairs.jsonl") if "dpo" in stage else ("instruction", "chats.jsonl")
+    environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout(**parallel)
     environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / data)}
     environment |= {"SEQ_LENGTH": "128", "LR": "1e-3", "OUTPUT_DIR": str(tmp_path / "theirs")}
-    environment |= {"CKPT_LOAD_DIR": str(weights("minimind3"))}
-    kind, packing = "pairwise" if stage == "dpo" else "instruction", []
+    environment |= {"CKPT_LOAD_DIR": str(weights("minimind3", **parallel))}
+    packing = []
     if stage == "sft packed":
         environment |= {"PACK": "1", "MBS": "1"}  # D9
         packing = ["--pack", "--neat-pack"]
@@ -42,7 +46,8 @@ def test_losses_are_the_native_engines(
         adapters = ["--finetune", "--lora-load", str(first_adapters(planned, server, tmp_path))]
     theirs = rehearsal.run_script(script, *adapters, **environment)
     flags = rehearsal.drop(rehearsal.program_flags(theirs), "--load", "--save")
-    ours = server.run([*flags, "--save", str(tmp_path / "checkpoints")], tmp_path / "run", posttrain=True)
+    flags += ["--save", str(tmp_path / "checkpoints")]
+    ours = server.run(flags, tmp_path / "run", rehearsal.processes(**parallel), posttrain=True)
     assert theirs.iterations == list(range(1, 11))
     assert worst_difference(ours.column(), theirs.losses) < 1e-5  # 1e-4 is promised
     assert worst_difference(ours.column("grad_norm"), theirs.grad_norms) < 1e-3
