@@ -23,6 +23,8 @@ INSTEAD = {
     "--log-file": "its log is what is printed",
     "--output-dir": "it draws no curves",
 }
+# What a release before 26.1.0 calls otherwise.
+OLDER_NAMES = {"--no-pad-to-seq-lengths": "--variable-seq-lengths"}
 HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
 
 
@@ -72,6 +74,13 @@ def complete(program: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
         flags.append("--finetune")
         remarks.append(f"{args.load} has weights and no optimizer: training starts at iteration 0 (--finetune)")
     return flags, remarks
+
+
+def spelled(flags: Sequence[str], home: Path) -> list[str]:
+    """The flags by the names that the MindSpeed-LLM in `home` has for them."""
+    definitions = home / "mindspeed_llm/features_manager/finetune/finetune.py"
+    older = definitions.is_file() and "--no-pad-to-seq-lengths" not in definitions.read_text("utf-8")
+    return [OLDER_NAMES.get(flag, flag) if older else flag for flag in flags]
 
 
 def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import minimind_mcore
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.mindspeed.flags import complete
+from minimind_mcore.mindspeed.flags import complete, spelled
 
 SPEC = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
 CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags, remarks = complete(words[at], words[at + 1 :])
     for remark in remarks:
         print(remark, file=sys.stderr)
-    command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *spelled(flags, folder)]
     print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}", flush=True)
     if "--dry-run" in words:
         return

@@ -21,6 +21,7 @@ import pytest
 from engine import ROOT, Corpus
 
 from minimind_mcore.arguments import build_parser, flag_table
+from minimind_mcore.mindspeed.flags import spelled
 from minimind_mcore.models.presets import PRESETS
 
 SCRIPTS = ROOT / "examples/mcore/minimind"
@@ -273,3 +274,12 @@ def test_ranks_get_one_connection() -> None:
         text=True,
     )
     assert shown.stdout.strip() == "1", shown.stderr
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("--variable-seq-lengths", 0), ("--no-pad-to-seq-lengths", 1)])
+def test_an_older_release_gets_its_own_name_for_dynamic_padding(flag: str, expected: int, tmp_path: Path) -> None:
+    definitions = tmp_path / "mindspeed_llm/features_manager/finetune/finetune.py"
+    definitions.parent.mkdir(parents=True)
+    definitions.write_text(f"group.add_argument('{flag}', action='store_true')\n")
+    names = ["--variable-seq-lengths", "--no-pad-to-seq-lengths"]
+    assert spelled(["--no-pad-to-seq-lengths", "--bf16"], tmp_path) == [names[expected], "--bf16"]
