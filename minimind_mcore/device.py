@@ -7,8 +7,8 @@
 
 Megatron reaches its accelerator through `torch.cuda` and `nccl`. `torch_npu` makes it run on an NPU
 by redirecting both; `cpu_as_cuda.py` does the same for the CPU and gloo. With it and
-`minimind_mcore/mindspeed/`, and with `minimind_mcore/doctor/`, which examines a host, this is the only
-place that names devices and their backends.
+`minimind_mcore/mindspeed/`, with `minimind_mcore/hosts.py`, which connects hosts, and with `minimind_mcore/doctor/`,
+which examines one, this is the only place that names devices and their backends.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@
 # repository. --dry-run checks everything, shows what would be run, and starts nothing.
 # common.sh has the settings of Python, device and data.
 RL_BACKEND=${BACKEND:-} LEADER=${MASTER_ADDR:-} NODES=${NNODES:-1}
-BACKEND=native NNODES=1 # common.sh's are those of torchrun
+BACKEND=native NNODES=1 HOSTFILE= # common.sh's are those of torchrun
 MASTER_PORT=${MASTER_PORT:-6766}
 export -n MASTER_ADDR MASTER_PORT NNODES # nor are they for the actors, who agree on their own
 source "$(dirname "${BASH_SOURCE[0]}")/../mcore/minimind/common.sh"

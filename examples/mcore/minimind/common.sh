@@ -9,7 +9,7 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the same script on each host, with its own NODE_RANK
 #                    (MASTER_PORT: default 29500; on a single host a free one)
 #   HOSTFILE         in place of these: a file with a host a line, the same on each host
-#   CANN_HOME NNAL_HOME HCCL_SOCKET_IFNAME ...   of an Ascend host: ascend.sh and hosts.sh
+#   CANN_HOME NNAL_HOME HCCL_SOCKET_IFNAME ...   of an Ascend host: ascend.sh and minimind_mcore/hosts.py
 #   DATA_DIR         where data that is made here goes (default: data/ in the repository)
 set -euo pipefail
 
@@ -49,7 +49,8 @@ if [ -z "${PYTHON:-}" ]; then
     if [ ! -e "$ROOT/.venv" ] && has_what_it_needs python3; then
         PYTHON=python3
     elif [ -e /dev/davinci_manager ] && [ "${DEVICE:-npu}" = npu ]; then
-        fail "this is an Ascend host, and python3 lacks torch, megatron-core or transformers: see requirements/ascend.txt"
+        fail "this is an Ascend host, and its python3 lacks torch, megatron-core or transformers: docs/install_ascend.md" \
+            "installs them; set PYTHON to the one that has them, PYTHONPATH to the folder of Megatron-LM"
     else
         bash "$ROOT/requirements/install.sh"
         PYTHON=$ROOT/.venv/bin/python
@@ -63,7 +64,18 @@ export DEVICE
 BACKEND=${BACKEND:-$([ "$DEVICE" = npu ] && echo mindspeed-llm || echo native)}
 [ "$BACKEND" = native ] || [ "$BACKEND" = mindspeed-llm ] || fail "BACKEND=$BACKEND: expected native or mindspeed-llm"
 
-source "$ROOT/examples/mcore/minimind/hosts.sh"
+DRY_RUN=
+for argument in "$@"; do
+    [ "$argument" != --dry-run ] || DRY_RUN=1
+done
+
+# NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT; on the NPUs of several hosts the interfaces of HCCL and gloo
+settings=$(NNODES=${NNODES:-} NODE_RANK=${NODE_RANK:-} MASTER_ADDR=${MASTER_ADDR:-} MASTER_PORT=${MASTER_PORT:-} \
+    "$PYTHON" -m minimind_mcore.hosts "$DEVICE" ${DRY_RUN:+--dry-run})
+while IFS='=' read -r name value; do
+    printf -v "$name" %s "$value"
+    [[ $name != HCCL_* && $name != GLOO_* ]] || export "${name?}"
+done <<< "$settings"
 if [ "$DEVICE" = cpu ]; then
     NPUS_PER_NODE=${NPUS_PER_NODE:-$((DEVICES > 1 ? 2 : 1))}
 else
@@ -72,11 +84,6 @@ else
         fail "NPUS_PER_NODE=$NPUS_PER_NODE, but this host has $DEVICES $DEVICE devices; each process needs its own"
 fi
 WORLD_SIZE=$((NNODES * NPUS_PER_NODE))
-
-DRY_RUN=
-for argument in "$@"; do
-    [ "$argument" = --dry-run ] && DRY_RUN=1
-done
 
 # Print a command as it could be typed.
 show() {

@@ -1,0 +1,292 @@
+"""The hosts of a job and how they reach each other, from the environment: for the scripts, and for the doctor.
+
+    python -m minimind_mcore.hosts npu [--dry-run]      # of a job on NPUs; a line NAME=VALUE for each setting
+
+    HOSTFILE     a file with a host a line, the first the master; what follows a name, as in "node1 slots=8  # rack 3",
+                 is not used. It stands for the next three, of which NODE_RANK and MASTER_ADDR still win.
+    NNODES       number of hosts (default 1)
+    NODE_RANK    of this host, 0 to NNODES - 1 (default 0)
+    MASTER_ADDR  address of the host with NODE_RANK 0
+    MASTER_PORT  default 29500; on a single host a free one, so that two runs there do not meet
+
+HCCL, which connects NPUs, and gloo, which connects processes, each choose an interface by themselves, and on a host with
+several (docker0, a management network) not always the same: then every rank waits for the others until a timeout. So,
+for a job on the NPUs of several hosts, the interface that leads to MASTER_ADDR is named to both.
+
+    HCCL_SOCKET_IFNAME  interface of HCCL's handshake, in its notation (see `matching`)
+    GLOO_SOCKET_IFNAME  that of gloo: names
+    HCCL_IF_IP          this host's address on it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from minimind_mcore.errors import UserError, run
+
+PORT = 29500
+LINE = re.compile(r"(?P<host>\S+)(\s+\w+=\S*)*")
+NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """How many hosts, which this one is, and where the first is reached."""
+
+    count: int
+    rank: int
+    master: str
+
+
+def read(environ: Mapping[str, str]) -> Hosts:
+    """The hosts that HOSTFILE, NNODES, NODE_RANK and MASTER_ADDR describe.
+
+    Raises:
+        UserError: they contradict each other, or do not tell which of the hosts this one is.
+    """
+    listed = read_hostfile(Path(environ["HOSTFILE"])) if environ.get("HOSTFILE") else []
+    count = _number(environ, "NNODES", len(listed) or 1)
+    if count < 1:
+        raise UserError(f"NNODES={count}: expected the number of hosts, 1 or more")
+    if listed and count != len(listed):
+        raise UserError(f"NNODES={count}, but HOSTFILE={environ['HOSTFILE']} names {len(listed)} hosts; unset NNODES")
+    rank = 0
+    if environ.get("NODE_RANK") or not listed:
+        rank = _number(environ, "NODE_RANK", 0)
+    else:
+        rank = _place(listed, environ["HOSTFILE"])
+    if rank >= count:
+        raise UserError(
+            f"NODE_RANK={rank}: expected 0 to {count - 1}, a number of its own for each of NNODES={count} hosts"
+        )
+    master = environ.get("MASTER_ADDR") or (listed[0] if listed else "")
+    if count > 1 and not master:
+        raise UserError(
+            f"NNODES={count} needs MASTER_ADDR, the address of the host with NODE_RANK=0, on each host:\n"
+            "    export MASTER_ADDR=192.168.1.10"
+        )
+    return Hosts(count, rank, master or "127.0.0.1")
+
+
+def read_hostfile(file: Path) -> list[str]:
+    """The hosts of a HOSTFILE, in its order.
+
+    Raises:
+        UserError: there is no such file, a line is something else, or a host is there twice.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise UserError(
+            f"HOSTFILE={file}: {reason}; expected a file with the name or address of a host a line"
+        ) from error
+    hosts: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        found = LINE.fullmatch(words)
+        if not found or not (NAME.fullmatch(found["host"]) or _is_address(found["host"])):
+            raise UserError(
+                f"HOSTFILE={file}, line {number}: {words!r}; expected one host, by its name or address, and behind it at "
+                "most such as slots=8"
+            )
+        if found["host"] in hosts:
+            raise UserError(f"HOSTFILE={file}, line {number}: {found['host']} is there twice; expected each host once")
+        hosts.append(found["host"])
+    if not hosts:
+        raise UserError(f"HOSTFILE={file} names no host; expected one a line")
+    return hosts
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    given = environ.get(name) or str(default)
+    if not given.isdecimal():
+        raise UserError(f"{name}={given}: expected a number")
+    return int(given)
+
+
+def _is_address(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(text))
+    return False
+
+
+def _place(listed: Sequence[str], file: str) -> int:
+    """Which of these hosts this one is; they are resolved only where none has its name."""
+    name = socket.gethostname()
+    mine = {name, name.partition(".")[0]} | own_addresses().keys() | ({"localhost"} if len(listed) == 1 else set())
+    here = [n for n, host in enumerate(listed) if host in mine]
+    here = here or [n for n, host in enumerate(listed) if any(map(_reachable, set(resolve(host)) & mine))]
+    if len(here) == 1:
+        return here[0]
+    if here:
+        names = ", ".join(listed[n] for n in here)
+        raise UserError(
+            f"HOSTFILE={file}: {names} are all this host ({name}); expected each host once, or set NODE_RANK"
+        )
+    raise UserError(
+        f"this host ({name}) is not in HOSTFILE={file} ({', '.join(listed)}); name it there as `hostname` does, or by "
+        "its address, or set NODE_RANK"
+    )
+
+
+def check_master(hosts: Hosts) -> None:
+    """That the hosts of a job find the first, as far as this one can tell.
+
+    Raises:
+        UserError: they do not.
+    """
+    addresses = resolve(hosts.master)
+    if not addresses:
+        raise UserError(
+            f"MASTER_ADDR={hosts.master} does not resolve on this host; give the address of the one with NODE_RANK=0:\n"
+            "    export MASTER_ADDR=192.168.1.10"
+        )
+    mine = own_addresses()
+    if hosts.rank == 0 and not any(address in mine or not _reachable(address) for address in addresses):
+        others = ", ".join(filter(_reachable, mine))
+        raise UserError(
+            f"NODE_RANK=0, but MASTER_ADDR={hosts.master} is no address of this host ({others}): give each host a "
+            "NODE_RANK of its own, and all of them the address of the one with 0 (`ip -br addr` lists them)"
+        )
+
+
+def resolve(name: str) -> list[str]:
+    """The addresses of a host; empty where nobody knows it."""
+    with contextlib.suppress(OSError, UnicodeError):
+        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(name, None)))
+    return []
+
+
+def own_addresses() -> dict[str, str]:
+    """The addresses of this host, and the interfaces that have them."""
+    return {
+        entry.address.partition("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def _reachable(address: str) -> bool:
+    """Whether other hosts may reach this address: it is not one by which each host means itself."""
+    return not ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def way_to(name: str) -> tuple[str, str] | None:
+    """This host's interface, and its address there, by which it reaches another (or itself); None if it does not."""
+    for address in resolve(name):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect((address, PORT))  # of datagrams: nothing is sent
+            mine = str(probe.getsockname()[0])
+            if mine in (addresses := own_addresses()):
+                return addresses[mine], mine
+    return None
+
+
+def matching(given: str, there: Sequence[str], prefix: bool) -> list[str]:
+    """The interfaces that HCCL_SOCKET_IFNAME's notation names: `eth` by prefix, `=eth0` exactly, `^` all others.
+
+    Args:
+        given: names with commas between them.
+        there: the interfaces of this host.
+        prefix: False for names that are always meant exactly, as gloo's are.
+    """
+    exclude, rest = given.startswith("^"), given.removeprefix("^")
+    exact, rest = rest.startswith("=") or not prefix, rest.removeprefix("=")
+    words = [word for word in rest.split(",") if word]
+    hits = [name for name in there if any(name == word if exact else name.startswith(word) for word in words)]
+    return [name for name in there if name not in hits] if exclude else hits
+
+
+def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
+    """What HCCL and gloo are told in a job on the NPUs of several hosts: of what is given and what leads to the master.
+
+    Raises:
+        UserError: an interface or address that is given is not there, or none leads to the master.
+    """
+    there = [name for _, name in socket.if_nameindex()]
+    hccl, gloo = environ.get("HCCL_SOCKET_IFNAME", ""), environ.get("GLOO_SOCKET_IFNAME", "")
+    way, address = way_to(hosts.master), environ.get("HCCL_IF_IP", "")
+    if address and address not in own_addresses():
+        mine = ", ".join(filter(_reachable, own_addresses()))
+        raise UserError(f"HCCL_IF_IP={address} is no address of this host ({mine}); it differs from host to host")
+    if hccl:
+        fitting = matching(hccl, there, prefix=True)
+        if not fitting:
+            raise UserError(f"HCCL_SOCKET_IFNAME={hccl} matches no interface of this host; it has {', '.join(there)}")
+        # Gloo takes names alone, no prefixes.
+        gloo = gloo or (way[0] if way and way[0] in fitting else fitting[0])
+    elif not gloo:
+        if way is None or not _reachable(way[1]):
+            found = (
+                f"is this host itself ({way[1]}), to every host" if way else "is reached from no interface of this host"
+            )
+            raise UserError(
+                f"MASTER_ADDR={hosts.master} {found}; give the address by which the others reach it, or set "
+                f"HCCL_SOCKET_IFNAME to the interface that leads there, of {', '.join(there)}"
+            )
+        gloo, address = way[0], address or way[1]
+    if missing := [name for name in gloo.split(",") if name not in there]:
+        raise UserError(
+            f"GLOO_SOCKET_IFNAME={gloo}: this host has no interface {', '.join(missing)}; it has {', '.join(there)}"
+        )
+    # `=`, where another interface begins like this one
+    hccl = hccl or (gloo if matching(gloo, there, prefix=True) == gloo.split(",") else f"={gloo}")
+    named = {"HCCL_SOCKET_IFNAME": hccl, "GLOO_SOCKET_IFNAME": gloo, "HCCL_IF_IP": address}
+    return {name: value for name, value in named.items() if value}
+
+
+def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
+    """MASTER_PORT, or one in its place.
+
+    Raises:
+        UserError: it is no port.
+    """
+    given = environ.get("MASTER_PORT")
+    if given:
+        if not given.isdecimal() or not 0 < int(given) < 65536:
+            raise UserError(f"MASTER_PORT={given} is no port; expected 1 to 65535:\n    export MASTER_PORT={PORT}")
+        return int(given)
+    if hosts.count > 1:
+        return PORT
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    """See the module."""
+    hosts = read(os.environ)
+    settings = {"NNODES": hosts.count, "NODE_RANK": hosts.rank, "MASTER_ADDR": hosts.master}
+    settings["MASTER_PORT"] = port(hosts, os.environ)
+    named: dict[str, str] = {}
+    if hosts.count > 1:
+        try:
+            check_master(hosts)
+            named = network(hosts, os.environ) if "npu" in sys.argv else {}
+        except UserError as error:
+            if "--dry-run" not in sys.argv:  # which may be run where the job will not
+                raise
+            print(f"the job would fail on this host: {error}", file=sys.stderr)
+    for name, value in (settings | named).items():
+        print(f"{name}={value}")
+    if named:
+        print("network:", *(f"{name}={value}" for name, value in named.items()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
