@@ -9,9 +9,9 @@
     MASTER_ADDR  address of the host with NODE_RANK 0
     MASTER_PORT  default 29500; on a single host a free one, so that two runs there do not meet
 
-HCCL, which connects NPUs, and gloo, which connects processes, each choose an interface by themselves, and on a host with
-several (docker0, a management network) not always the same: then every rank waits for the others until a timeout. So,
-for a job on the NPUs of several hosts, the interface that leads to MASTER_ADDR is named to both.
+HCCL, which connects NPUs, and gloo, which connects processes, each choose an interface by themselves, and on a host
+with several (docker0, a management network) not always the same: then every rank waits for the others until a timeout.
+So, for a job on the NPUs of several hosts, the interface that leads to MASTER_ADDR is named to both.
 
     HCCL_SOCKET_IFNAME  interface of HCCL's handshake, in its notation (see `matching`)
     GLOO_SOCKET_IFNAME  that of gloo: names
@@ -99,8 +99,8 @@ def read_hostfile(file: Path) -> list[str]:
         found = LINE.fullmatch(words)
         if not found or not (NAME.fullmatch(found["host"]) or _is_address(found["host"])):
             raise UserError(
-                f"HOSTFILE={file}, line {number}: {words!r}; expected one host, by its name or address, and behind it at "
-                "most such as slots=8"
+                f"HOSTFILE={file}, line {number}: {words!r}; expected one host, by its name or address, and behind it "
+                "at most such as slots=8"
             )
         if found["host"] in hosts:
             raise UserError(f"HOSTFILE={file}, line {number}: {found['host']} is there twice; expected each host once")
@@ -128,7 +128,7 @@ def _place(listed: Sequence[str], file: str) -> int:
     name = socket.gethostname()
     mine = {name, name.partition(".")[0]} | own_addresses().keys() | ({"localhost"} if len(listed) == 1 else set())
     here = [n for n, host in enumerate(listed) if host in mine]
-    here = here or [n for n, host in enumerate(listed) if any(map(_reachable, set(resolve(host)) & mine))]
+    here = here or [n for n, host in enumerate(listed) if any(map(reachable, set(resolve(host)) & mine))]
     if len(here) == 1:
         return here[0]
     if here:
@@ -155,8 +155,8 @@ def check_master(hosts: Hosts) -> None:
             "    export MASTER_ADDR=192.168.1.10"
         )
     mine = own_addresses()
-    if hosts.rank == 0 and not any(address in mine or not _reachable(address) for address in addresses):
-        others = ", ".join(filter(_reachable, mine))
+    if hosts.rank == 0 and not any(address in mine or not reachable(address) for address in addresses):
+        others = ", ".join(filter(reachable, mine))
         raise UserError(
             f"NODE_RANK=0, but MASTER_ADDR={hosts.master} is no address of this host ({others}): give each host a "
             "NODE_RANK of its own, and all of them the address of the one with 0 (`ip -br addr` lists them)"
@@ -180,7 +180,7 @@ def own_addresses() -> dict[str, str]:
     }
 
 
-def _reachable(address: str) -> bool:
+def reachable(address: str) -> bool:
     """Whether other hosts may reach this address: it is not one by which each host means itself."""
     return not ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
@@ -222,7 +222,7 @@ def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
     hccl, gloo = environ.get("HCCL_SOCKET_IFNAME", ""), environ.get("GLOO_SOCKET_IFNAME", "")
     way, address = way_to(hosts.master), environ.get("HCCL_IF_IP", "")
     if address and address not in own_addresses():
-        mine = ", ".join(filter(_reachable, own_addresses()))
+        mine = ", ".join(filter(reachable, own_addresses()))
         raise UserError(f"HCCL_IF_IP={address} is no address of this host ({mine}); it differs from host to host")
     if hccl:
         fitting = matching(hccl, there, prefix=True)
@@ -231,7 +231,7 @@ def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
         # Gloo takes names alone, no prefixes.
         gloo = gloo or (way[0] if way and way[0] in fitting else fitting[0])
     elif not gloo:
-        if way is None or not _reachable(way[1]):
+        if way is None or not reachable(way[1]):
             found = (
                 f"is this host itself ({way[1]}), to every host" if way else "is reached from no interface of this host"
             )

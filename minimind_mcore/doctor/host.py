@@ -8,8 +8,10 @@ import shutil
 import socket
 from pathlib import Path
 
+from minimind_mcore import hosts
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host
+from minimind_mcore.errors import UserError
 
 GIB = 2**30
 HCCL_BASE, HCCL_COUNT = 60000, 16  # CANN: HCCL_IF_BASE_PORT
@@ -73,31 +75,45 @@ def free_port(port: int, address: str = "") -> bool:
 
 
 def master(host: Host) -> list[Finding]:
-    """MASTER_ADDR and MASTER_PORT, where rank 0 waits for the others."""
-    nodes, rank = host.environ.get("NNODES", "1"), host.environ.get("NODE_RANK", "0")
-    address, port = host.environ.get("MASTER_ADDR", ""), host.environ.get("MASTER_PORT", "29500")
-    found: list[Finding] = []
-    if nodes != "1":
-        found.append(_master_address(address, rank))
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        return [*found, fail("port", f"MASTER_PORT={port} is no port", "export MASTER_PORT=29500")]
-    if rank == "0" and ("MASTER_PORT" in host.environ or nodes != "1") and not free_port(int(port)):
-        free = next((p for p in range(int(port) + 1, 65536) if free_port(p)), 29501)
-        return [*found, fail("port", f"MASTER_PORT={port} is in use on this host", f"export MASTER_PORT={free}")]
-    return [*found, ok("port", f"MASTER_PORT {port}")] if found or "MASTER_PORT" in host.environ else found
-
-
-def _master_address(address: str, rank: str) -> Finding:
-    example = "export MASTER_ADDR=192.168.1.10    # the address of the host with NODE_RANK=0"
-    if not address or address.startswith("127.") or address == "localhost":
-        return fail("master", f"several hosts, and MASTER_ADDR={address or 'unset'}", example)
+    """HOSTFILE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT: where rank 0 waits for the others."""
+    environ = host.environ
     try:
-        number = socket.gethostbyname(address)
-    except OSError as error:
-        return fail("master", f"MASTER_ADDR={address} does not resolve ({error})", example)
-    if rank == "0" and not free_port(0, number):
-        return fail("master", f"NODE_RANK=0, but MASTER_ADDR={address} is no address of this host", "ip -br addr")
-    return ok("master", f"MASTER_ADDR {address}")
+        job = hosts.read(environ)
+    except UserError as error:
+        return [_of("hosts", error)]
+    found: list[Finding] = []
+    if job.count > 1:
+        text = f"this is number {job.rank} of {job.count}; MASTER_ADDR {job.master}"
+        found.append(_master_address(job) or ok("hosts", text))
+    if job.count == 1 and "MASTER_PORT" not in environ:
+        return found  # a free one is taken
+    try:
+        port = hosts.port(job, environ)
+    except UserError as error:
+        return [*found, _of("port", error)]
+    if job.rank == 0 and not free_port(port):
+        free = next((p for p in range(port + 1, 65536) if free_port(p)), hosts.PORT)
+        return [*found, fail("port", f"MASTER_PORT={port} is in use on this host", f"export MASTER_PORT={free}")]
+    return [*found, ok("port", f"MASTER_PORT {port}")]
+
+
+def _master_address(job: hosts.Hosts) -> Finding | None:
+    """What is wrong with it."""
+    addresses = hosts.resolve(job.master)
+    if addresses and not any(map(hosts.reachable, addresses)):
+        text = f"MASTER_ADDR={job.master} is {addresses[0]}, by which each host means itself"
+        return fail("master", text, "export MASTER_ADDR=192.168.1.10    # the address of the host with NODE_RANK=0")
+    try:
+        hosts.check_master(job)
+    except UserError as error:
+        return _of("master", error)
+    return None
+
+
+def _of(subject: str, error: UserError) -> Finding:
+    """An error of the scripts; what it puts on a line of its own is the command that puts it right."""
+    text, _, fix = str(error).partition("\n")
+    return fail(subject, text.removesuffix(":"), fix.strip())
 
 
 def hccl_ports(host: Host) -> list[Finding]:
@@ -158,7 +174,7 @@ def _ranges(text: str) -> list[int]:
 
 
 def interfaces(host: Host, device: str) -> list[Finding]:
-    """The interfaces that HCCL, gloo and NCCL are told to use are there."""
+    """The interfaces that HCCL, gloo and NCCL are told to use are there; on NPUs also those that the scripts choose."""
     there = [name for _, name in socket.if_nameindex()]
     found = []
     variables = {"npu": ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), "cuda": ("NCCL_SOCKET_IFNAME",)}
@@ -166,23 +182,26 @@ def interfaces(host: Host, device: str) -> list[Finding]:
         given = host.environ.get(variable)
         if given is None:
             continue
-        if not matching(given, there, prefix=not variable.startswith("GLOO")):
+        if not hosts.matching(given, there, prefix=not variable.startswith("GLOO")):
             fix = f"export {variable}={next((n for n in there if n != 'lo'), 'lo')}"
             found.append(fail("interface", f"{variable}={given} matches none of {', '.join(there)}", fix))
         else:
             found.append(ok("interface", f"{variable}={given}"))
-    if device == "npu" and not found and host.environ.get("NNODES", "1") != "1":
-        found.append(ok("interface", "not set: the scripts take the one that leads to MASTER_ADDR"))
+    if device == "npu" and all(finding.level == "ok" for finding in found):
+        with contextlib.suppress(UserError):  # which `master` has told
+            job = hosts.read(host.environ)
+            hosts.check_master(job)
+            found += _network(job, host) if job.count > 1 else []
     return found
 
 
-def matching(given: str, there: list[str], prefix: bool) -> list[str]:
-    """The interfaces that HCCL_SOCKET_IFNAME's notation names: `eth` by prefix, `=eth0` exactly, `^` all others."""
-    exclude, rest = given.startswith("^"), given.removeprefix("^")
-    exact, rest = rest.startswith("=") or not prefix, rest.removeprefix("=")
-    words = [word for word in rest.split(",") if word]
-    hits = [name for name in there if any(name == word if exact else name.startswith(word) for word in words)]
-    return [name for name in there if name not in hits] if exclude else hits
+def _network(job: hosts.Hosts, host: Host) -> list[Finding]:
+    """What the scripts set."""
+    try:
+        named = hosts.network(job, host.environ)
+    except UserError as error:
+        return [_of("interface", error)]
+    return [ok("interface", " ".join(f"{name}={value}" for name, value in named.items()))]
 
 
 def names() -> list[Finding]:

@@ -34,6 +34,9 @@ COMPONENTS = (
 )  # fmt: skip
 
 
+INFO = "ascend_toolkit_install.info"
+
+
 @dataclass(frozen=True)
 class Host:
     """Where to look; tests look elsewhere.
@@ -121,7 +124,8 @@ def cann(host: Host) -> Component:
     if home:
         places += [Path(home, "Ascend/cann"), Path(home, "Ascend/ascend-toolkit/latest")]
     for place in places:
-        for info in sorted(place.glob("*-linux/ascend_toolkit_install.info")):
+        # CANN_HOME has set_env.sh; until CANN 8.5 that was the folder above
+        for info in (info for form in ("", "latest/") for info in sorted(place.glob(f"{form}*-linux/{INFO}"))):
             if version := _search(info, r"^version=(\S+)"):
                 return Component("CANN", version.removeprefix("V"), str(place))
     return Component("CANN", None)

@@ -17,16 +17,20 @@ DATASET = ("{}.idx", "{}_packed_input_ids_document.idx", "{}_packed_chosen_input
 PROGRAM = re.compile(r"(^|/)(pretrain_gpt|posttrain_gpt|inference|evaluation|preprocess_data|convert_ckpt_v2)\.py$")
 
 
-def check(host: Host, script: str, arguments: Sequence[str]) -> list[Finding]:
-    """Run a script with `--dry-run` in this environment, and check what it would use.
+def require(script: str) -> None:
+    """That there is such a script.
 
     Raises:
-        UserError: there is no such script.
+        UserError: there is none.
     """
     if not Path(script).is_file():
         raise UserError(
             f"{script}: no such script; expected one such as examples/mcore/minimind/pretrain_minimind_ptd.sh"
         )
+
+
+def check(host: Host, script: str, arguments: Sequence[str]) -> list[Finding]:
+    """Run a script with `--dry-run` in this environment, and check what it would use."""
     done = subprocess.run(
         ["bash", script, *arguments, *([] if "--dry-run" in arguments else ["--dry-run"])],
         env=dict(host.environ),

@@ -3,9 +3,9 @@
     minimind-mcore doctor
     MODEL=minimind3 TP=2 minimind-mcore doctor examples/mcore/minimind/pretrain_minimind_ptd.sh
 
-It reads the environment that the scripts read (DEVICE, BACKEND, NPUS_PER_NODE, NNODES, MASTER_ADDR, ...). With a
-script it also runs that script's `--dry-run`, and checks the data and the checkpoints that it names. The exit status
-is 1 if the job would fail, else 0.
+It reads the environment that the scripts read (DEVICE, BACKEND, NPUS_PER_NODE, HOSTFILE, NNODES, MASTER_ADDR, ...; with
+REHEARSE=1 it looks at what a rehearsal needs). With a script it also runs that script's `--dry-run`, and checks the
+data and the checkpoints that it names. The exit status is 1 if the job would fail, else 0.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from minimind_mcore.device import KINDS
-from minimind_mcore.doctor import devices, host, job, matrix
+from minimind_mcore.doctor import devices, host, job, matrix, rehearsal
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
@@ -49,12 +50,17 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
     where = where or Host()
+    if args.script:
+        job.require(args.script)
     device = devices.kind(where)
     if device not in KINDS:
         raise UserError(f"DEVICE={device}: expected {', '.join(KINDS)}")
-    backend = where.environ.get("BACKEND") or ("mindspeed-llm" if device == "npu" else "native")
+    rehearses = rehearsal.asked(where)
+    backend = where.environ.get("BACKEND") or ("mindspeed-llm" if device == "npu" or rehearses else "native")
     if backend not in ("mindspeed-llm", "native"):
         raise UserError(f"BACKEND={backend}: expected native or mindspeed-llm")
+    if rehearses:
+        return rehearse(where, backend, args)
     found = examine(where, backend)
     print_title(device, backend, where)
     problems = report(found, device, backend)
@@ -67,6 +73,17 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
     print()
     print_findings(checks)
     return conclude(problems + checks)
+
+
+def rehearse(where: Host, backend: str, args: argparse.Namespace) -> int:
+    """The checks of REHEARSE=1, in place of those of devices and what is installed; returns the exit status."""
+    checks = rehearsal.check(where, backend) + host.check(where, "cpu")
+    if args.script and not rehearsal.is_made():
+        checks.append(warn(Path(args.script).name, "its dry run is left out: it needs the environment above"))
+    elif args.script and not any(finding.level == "fail" for finding in checks):
+        checks += job.check(where, args.script, args.arguments)
+    print_findings(checks)
+    return conclude(checks, "A rehearsal")
 
 
 def report(found: Mapping[str, Component], device: str, backend: str) -> list[Finding]:
@@ -178,6 +195,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         head = f"{finding.level:<4}  {finding.subject:<{subject}}  "
         wrap = textwrap.TextWrapper(width, initial_indent=head, subsequent_indent=" " * len(head))
+        wrap.break_on_hyphens = wrap.break_long_words = False  # a path is copied from here
         lines = finding.text.splitlines() or [""]
         print(wrap.fill(lines[0]))
         for line in lines[1:]:
@@ -186,14 +204,14 @@ def print_findings(findings: Sequence[Finding]) -> None:
             print(" " * len(head) + "fix: " + finding.fix)
 
 
-def conclude(findings: Sequence[Finding]) -> int:
+def conclude(findings: Sequence[Finding], what: str = "A job") -> int:
     """Print how it ends; returns the exit status."""
     failures = [finding for finding in findings if finding.level == "fail"]
     warnings = sum(finding.level == "warn" for finding in findings)
     print()
     if failures:
         subjects = ", ".join(dict.fromkeys(finding.subject for finding in failures))
-        print(f"A job would fail here: {subjects}.")
+        print(f"{what} would fail here: {subjects}.")
         return 1
-    print("A job would run here." + (f" {warnings} warnings, see above." if warnings else ""))
+    print(f"{what} would run here." + (f" {warnings} warnings, see above." if warnings else ""))
     return 0

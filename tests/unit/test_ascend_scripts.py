@@ -1,4 +1,4 @@
-"""What the scripts do on an Ascend host, run here: CANN's environment is faked with files, torch_npu is the stand-in."""
+"""What the scripts do on an Ascend host, run here: CANN is faked with files, torch_npu is the stand-in."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def ascend(cann: Path, tmp_path: Path, corpus: Corpus) -> dict[str, str]:
     for program in ("pretrain_gpt.py", "posttrain_gpt.py"):
         (llm / program).touch()
     return clean(
-        BASH_ENV=str(tmp_path / "ascend_host.sh"), CANN_HOME=str(cann), MINDSPEED_LLM_HOME=str(llm), PYTHON=sys.executable,
-        PYTHONPATH=os.pathsep.join(map(str, (STAND_IN, ROOT))), DATA_PATH=str(corpus.prefix), TRAIN_ITERS="10",
-        TOKENIZER_PATH=str(corpus.tokenizer), MODEL="minimind3", OUTPUT_DIR=str(tmp_path / "out"),
+        BASH_ENV=str(tmp_path / "ascend_host.sh"), CANN_HOME=str(cann), MINDSPEED_LLM_HOME=str(llm),
+        PYTHON=sys.executable, PYTHONPATH=os.pathsep.join(map(str, (STAND_IN, ROOT))), DATA_PATH=str(corpus.prefix),
+        TRAIN_ITERS="10", TOKENIZER_PATH=str(corpus.tokenizer), MODEL="minimind3", OUTPUT_DIR=str(tmp_path / "out"),
     )  # fmt: skip
 
 

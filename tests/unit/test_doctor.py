@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from engine import ROOT
 
-from minimind_mcore.doctor import devices, host, installed, job, main, matrix, tables
+from minimind_mcore import hosts
+from minimind_mcore.doctor import devices, host, installed, job, main, matrix, rehearsal, tables
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
@@ -96,6 +97,11 @@ class Fake:
             folder = self.packages / f"{name}-{version}.dist-info"
             folder.mkdir()
             (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def hostfile(self, *lines: str) -> None:
+        file = self.root / "hosts"
+        file.write_text("\n".join(lines))
+        self.environ["HOSTFILE"] = str(file)
 
     def remove(self, path: str) -> None:
         (self.root / path).unlink()
@@ -205,12 +211,36 @@ BROKEN: dict[str, tuple[Break, str, str, str]] = {
     "torch sees a CPU": (lambda f: f.program("python", "echo cpu 64"), "torch", "it sees cpu 64", "set_env.sh"),
     "several hosts, no address": (
         lambda f: f.environ.update(NNODES="2"),
-        "master",
-        "MASTER_ADDR=unset",
+        "hosts",
+        "NNODES=2 needs MASTER_ADDR",
         "export MASTER_ADDR",
     ),
+    "an address by which each host means itself": (
+        lambda f: f.environ.update(NNODES="2", MASTER_ADDR="localhost"),
+        "master",
+        "by which each host means itself",
+        "export MASTER_ADDR",
+    ),
+    "a name that nobody knows": (
+        lambda f: f.environ.update(NNODES="2", NODE_RANK="1", MASTER_ADDR="node-0.invalid"),
+        "master",
+        "does not resolve",
+        "export MASTER_ADDR",
+    ),
+    "a host file without this host": (
+        lambda f: f.hostfile("198.51.100.7 slots=8", "node-9"),
+        "hosts",
+        "(198.51.100.7, node-9)",
+        "name it there",
+    ),
+    "a host file that is none": (
+        lambda f: f.hostfile("198.51.100.7 198.51.100.8"),
+        "hosts",
+        "line 1",
+        "expected one host",
+    ),
     "an address that is not this host's": (
-        lambda f: f.environ.update(NNODES="2", MASTER_ADDR="192.0.2.7"),
+        lambda f: f.environ.update(NNODES="2", MASTER_ADDR="198.51.100.7"),
         "master",
         "no address of this host",
         "ip -br addr",
@@ -244,6 +274,117 @@ def test_what_is_broken_is_named_with_its_fix(name: str, fake: Fake, capsys: pyt
     out = " ".join(capsys.readouterr().out.split())
     assert f"fail {subject} " in out and text in out and fix in out
     assert f"A job would fail here: {subject}" in out or f", {subject}" in out.rpartition("A job would fail here:")[2]
+
+
+def test_a_host_file_tells_the_place_of_this_host(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.hostfile("198.51.100.7 slots=8", f"{socket.gethostname()} slots=8")
+    fake.environ["HCCL_SOCKET_IFNAME"] = "lo"
+    assert fake.doctor() == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ok hosts this is number 1 of 2; MASTER_ADDR 198.51.100.7" in out
+    assert "ok interface HCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo" in out
+
+
+def test_cann_home_is_the_folder_of_set_env(fake: Fake, tmp_path: Path) -> None:
+    info = tmp_path / "toolkit/latest/aarch64-linux" / installed.INFO
+    info.parent.mkdir(parents=True)
+    info.write_text("version=8.3.RC1\n")
+    found = installed.cann(Host(fake.root, fake.environ | {"CANN_HOME": str(tmp_path / "toolkit")}))
+    assert found.version == "8.3.RC1"
+
+
+# ------------------------------------------------------------------------------------------------ a rehearsal
+
+
+@pytest.fixture
+def rehearsing(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """A host without NPUs, with the three sources beside each other."""
+    monkeypatch.setattr(rehearsal, "ENVIRONMENT", tmp_path / ".venv-rehearsal")
+    (fake.llm / "pretrain_gpt.py").touch()
+    shutil.copytree(fake.packages / "mindspeed", fake.llm.parent / "MindSpeed/mindspeed")
+    (fake.llm.parent / "MindSpeed/mindspeed/megatron_adaptor.py").touch()
+    (fake.llm / "megatron").rename(fake.llm.parent / "megatron")
+    (fake.llm.parent / "Megatron-LM").mkdir()
+    (fake.llm.parent / "megatron").rename(fake.llm.parent / "Megatron-LM/megatron")
+    fake.remove("dev/davinci_manager")
+    fake.environ["REHEARSE"] = "1"
+    for name, prints in {"c++": "13", "python3": "Python 3.11.2", "npu-smi": ""}.items():
+        fake.program(name, f"echo {prints}" if prints else "exit 1")
+    return fake
+
+
+def test_what_will_be_rehearsed_is_said(rehearsing: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    rehearsing.environ["NPUS_PER_NODE"] = "4"
+    script = rehearsing.root / "pretrain.sh"
+    script.touch()
+    assert rehearsing.doctor(str(script)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ok rehearsal MindSpeed-LLM's own programs on this CPU, in 4 processes" in out
+    workspace = rehearsing.llm.parent
+    for name, version in (("MindSpeed-LLM", "26.1.0"), ("MindSpeed", "26.1.0"), ("Megatron-LM", "0.12.1")):
+        assert f"ok {name} {version} at {workspace / name} " in out  # no line breaks in a path
+    assert "warn environment" in out and "is not made yet" in out and "warn pretrain.sh its dry run is left out" in out
+    assert "driver" not in out and "CANN " not in out and "A rehearsal would run here. 2 warnings" in out
+    rehearsing.environ["BACKEND"] = "native"
+    rehearsing.doctor()
+    assert "the kit's own engine" in capsys.readouterr().out
+
+
+def test_a_rehearsal_s_script_is_asked_where_its_environment_is_made(
+    rehearsing: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearsal.ENVIRONMENT.mkdir()
+    (rehearsal.ENVIRONMENT / "installed").touch()
+    (tmp_path / "train.sh").write_text('echo "error: REHEARSE=$REHEARSE $*" >&2; exit 1\n')
+    assert rehearsing.doctor(str(tmp_path / "train.sh"), "--lr", "1") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fail train.sh REHEARSE=1 --lr 1 --dry-run" in out and "A rehearsal would fail here: train.sh." in out
+
+
+REHEARSALS: dict[str, tuple[Break, str, str]] = {
+    "MindSpeed-LLM": (
+        lambda f: shutil.rmtree(f.llm),
+        "fail MindSpeed-LLM MINDSPEED_LLM_HOME=unset: no pretrain_gpt.py in",
+        "git clone -b v26.1.0",
+    ),
+    "MindSpeed": (
+        lambda f: f.environ.update(MINDSPEED_HOME="/nowhere"),
+        "fail MindSpeed MINDSPEED_HOME=/nowhere: no mindspeed/megatron_adaptor.py in /nowhere",
+        "git clone -b 26.1.0_core_r0.12.1",
+    ),
+    "Megatron-LM": (
+        lambda f: shutil.rmtree(f.llm.parent / "Megatron-LM"),
+        "fail Megatron-LM MEGATRON_HOME=unset: no megatron/core/package_info.py",
+        "git clone -b core_v0.12.1",
+    ),
+    "Python": (
+        lambda f: f.program("python3", "echo Python 3.13.1"),
+        "fail environment python3 is Python 3.13.1; expected Python 3.10 to 3.12",
+        "export PYTHON=",
+    ),
+    "compiler": (
+        lambda f: (f.program("c++", "exit 1"), f.program("g++", "exit 1")),
+        "fail compiler no c++ or g++",
+        "apt install g++",
+    ),
+    "hosts": (lambda f: f.hostfile("a b"), "fail hosts HOSTFILE=", "expected one host"),
+}
+
+
+@pytest.mark.parametrize("name", REHEARSALS)
+def test_what_a_rehearsal_lacks_is_named(name: str, rehearsing: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    break_it, text, fix = REHEARSALS[name]
+    break_it(rehearsing)
+    assert rehearsing.doctor() == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert text in out and fix in out
+
+
+def test_another_release_to_rehearse_with_is_a_warning(rehearsing: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    (rehearsing.llm / "mindspeed_llm/training/arguments.py").write_text("# changed\n")
+    assert rehearsing.doctor() == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "warn MindSpeed-LLM unknown at" in out and "rehearsed was 26.1.0" in out
 
 
 def test_ports_in_use(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,11 +436,11 @@ def test_reinforcement_learning_has_rows_of_its_own(fake: Fake, capsys: pytest.C
 
 def test_other_notations_of_interfaces() -> None:
     there = ["lo", "eth0", "eth1", "enp1"]
-    assert host.matching("eth", there, prefix=True) == ["eth0", "eth1"]
-    assert host.matching("=eth0,enp1", there, prefix=True) == ["eth0", "enp1"]
-    assert host.matching("^eth", there, prefix=True) == ["lo", "enp1"]
-    assert host.matching("^=eth0", there, prefix=True) == ["lo", "eth1", "enp1"]
-    assert host.matching("eth", there, prefix=False) == []
+    assert hosts.matching("eth", there, prefix=True) == ["eth0", "eth1"]
+    assert hosts.matching("=eth0,enp1", there, prefix=True) == ["eth0", "enp1"]
+    assert hosts.matching("^eth", there, prefix=True) == ["lo", "enp1"]
+    assert hosts.matching("^=eth0", there, prefix=True) == ["lo", "eth1", "enp1"]
+    assert hosts.matching("eth", there, prefix=False) == []
 
 
 def test_dual_chip_cards_are_two_devices(fake: Fake) -> None:
@@ -344,7 +485,7 @@ def test_a_script_s_dry_run_is_asked(tmp_path: Path) -> None:
     [finding] = job.check(Host(), str(script), ["--lr", "1"])
     assert finding.level == "ok"
     with pytest.raises(UserError, match="no such script"):
-        job.check(Host(), str(tmp_path / "none.sh"), [])
+        main.main([str(tmp_path / "none.sh")], Host(environ={"DEVICE": "cpu"}))
 
 
 def test_paths_of_a_command_line(tmp_path: Path) -> None:
