@@ -23,6 +23,7 @@ from engine import ROOT, Corpus
 from minimind_mcore.arguments import build_parser, flag_table
 from minimind_mcore.mindspeed.flags import spelled
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.models.recipes import get_recipe
 
 SCRIPTS = ROOT / "examples/mcore/minimind"
 
@@ -55,7 +56,7 @@ RUNS: dict[str, tuple[str, dict[str, str], str]] = {
         "text",
     ),
     "sft minimind3": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "TP": "2"}, "sft"),
-    "sft minimind3 packed": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "PACK": "1", "MBS": "1"}, "sft"),
+    "sft minimind3 packed": ("tune_minimind_full_ptd.sh", {"MODEL": "minimind3", "PACK": "1"}, "sft"),
     "lora minimind2": ("tune_minimind_lora_ptd.sh", {"MODEL": "minimind2"}, "sft"),
     "lora minimind3_moe": ("tune_minimind_lora_ptd.sh", {"MODEL": "minimind3_moe"}, "sft"),
     "dpo minimind3": ("dpo_minimind_ptd.sh", {"MODEL": "minimind3"}, "dpo"),
@@ -78,12 +79,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+DryRun = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="module")
-def commands(home: Path, corpus: Corpus, dialogues: Corpus) -> dict[str, Command]:
-    """What each of RUNS prints, two at a time."""
+def dry_run(home: Path, corpus: Corpus, dialogues: Corpus) -> DryRun:
+    """Runs one of RUNS, with further settings and arguments, as a dry run."""
     prefixes = {"text": corpus.prefix, "sft": dialogues.prefix, "dpo": dialogues.prefix.with_name("pairs")}
 
-    def dry_run(name: str) -> Command:
+    def run(name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         script, settings, kind = RUNS[name]
         environ = {
             **{key: value for key, value in os.environ.items() if key not in ("REHEARSE", "PYTHONPATH")},
@@ -92,16 +96,30 @@ def commands(home: Path, corpus: Corpus, dialogues: Corpus) -> dict[str, Command
             **{"DATA_PATH": str(prefixes[kind]), "TOKENIZER_PATH": str(corpus.tokenizer)},
             **{"OUTPUT_DIR": str(home.parent / name)},
             **settings,
+            **more,
         }
-        done = subprocess.run(
-            ["bash", str(SCRIPTS / script), "--dry-run"], env=environ, capture_output=True, text=True, timeout=200
-        )
+        command = ["bash", str(SCRIPTS / script), "--dry-run", *arguments]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def commands(home: Path, dry_run: DryRun) -> dict[str, Command]:
+    """What each of RUNS prints, two at a time."""
+
+    def command(name: str) -> Command:
+        done = dry_run(name)
         assert done.returncode == 0, done.stderr
-        [line] = [line for line in done.stdout.splitlines() if line.startswith("cd ")]
-        return parsed(line, home)
+        return parsed(command_line(done), home)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(RUNS, pool.map(dry_run, RUNS), strict=True))
+        return dict(zip(RUNS, pool.map(command, RUNS), strict=True))
+
+
+def command_line(done: subprocess.CompletedProcess[str]) -> str:
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("cd ")]
+    return line
 
 
 def parsed(line: str, home: Path) -> Command:
@@ -254,6 +272,34 @@ def test_rule_can_be_broken(start: str, commands: dict[str, Command]) -> None:
     words = [*whole.words, *BREAKS[start]]
     args = build_parser().parse_args(words)
     assert not RULES[rule](Command(whole.torchrun, whole.program, words, args), args)
+
+
+PACKED = "sft minimind3 packed"
+
+
+def test_packed_samples_come_one_in_a_micro_batch(home: Path, dry_run: DryRun) -> None:
+    """D9; the global batch stays that of the recipe on eight ranks."""
+    recipe = get_recipe("minimind3_sft")
+    assert recipe.micro_batch_size > 1
+    batch = recipe.global_batch_size(8)
+    for settings, said in (({}, True), ({"MBS": "1"}, False)):
+        done = dry_run(PACKED, **settings)
+        assert done.returncode == 0, done.stderr
+        assert ("PACK=1: micro-batches of 1 (MBS=1)" in done.stderr) == said
+        args = parsed(command_line(done), home).args
+        assert (args.micro_batch_size, args.global_batch_size, args.neat_pack) == (1, batch, True)
+    native = dry_run(PACKED, BACKEND="native", NPUS_PER_NODE="1")  # ends where there are no weights to begin with
+    assert "--micro-batch-size 16" in native.stdout and "PACK=1" not in native.stderr
+    unpacked = parsed(command_line(dry_run(PACKED, PACK="0")), home).args
+    assert (unpacked.micro_batch_size, unpacked.global_batch_size, unpacked.neat_pack) == (16, batch, False)
+
+
+@pytest.mark.parametrize(("arguments", "settings"), [((), {"MBS": "2"}), (("--micro-batch-size", "2"), {})])
+def test_packed_samples_are_refused_in_larger_micro_batches(
+    arguments: tuple[str, ...], settings: dict[str, str], dry_run: DryRun
+) -> None:
+    done = dry_run(PACKED, *arguments, **settings)
+    assert done.returncode == 1 and "(D9); use MBS=1" in done.stderr and "PACK=1: micro" not in done.stderr
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -124,5 +124,11 @@ post_train() {
 # Sets LENGTH_ARGS: how samples fill a micro-batch. PACK=1: the data is packed; else each is as long as its longest.
 length_flags() {
     LENGTH_ARGS=(--no-pad-to-seq-lengths)
-    [ -z "${PACK:-}" ] || LENGTH_ARGS=(--reset-attention-mask --neat-pack)
+    [ "${PACK:-0}" != 0 ] || return 0
+    LENGTH_ARGS=(--reset-attention-mask --neat-pack)
+    if [ "$BACKEND" = mindspeed-llm ] && [ -z "${MBS:-}" ] && ! given --micro-batch-size; then
+        MBS=1
+        echo "PACK=1: micro-batches of 1 (MBS=1), as in larger ones MindSpeed-LLM's packed samples see each other (D9);" \
+            "the global batch stays as it is" >&2
+    fi
 }
