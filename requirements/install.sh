@@ -11,11 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-say() { echo "install: $*" >&2; }
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
+source requirements/venv.sh
 source requirements/lock.sh
 
 DEVICE=${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}
@@ -28,50 +24,24 @@ esac
 FILES=("requirements/$DEVICE.txt" requirements/common.txt)
 [ "${1:-}" = test ] && FILES+=(requirements/test.txt)
 
-# A finished installation leaves a line for each file that went into it.
-DONE=.venv/installed
+VENV=.venv
 INPUTS=("${FILES[@]}" pyproject.toml setup.py)
-finished() {
-    local file
-    for file in "${INPUTS[@]}"; do
-        grep -qxF "$(cksum "$file")" "$DONE" 2> /dev/null || return 1
-    done
-}
-if finished; then exit 0; fi
-lock "$PWD/.venv.lock"
-if finished; then exit 0; fi # by the one that we waited for
-
-if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
-    PYTHON=${PYTHON:-python3}
-    command -v "$PYTHON" > /dev/null || fail "no $PYTHON on the PATH; install Python 3.10 to 3.13, or set PYTHON"
-    "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
-        fail "$("$PYTHON" --version) is not supported; expected Python 3.10 to 3.13 (set PYTHON)"
-    say "making .venv with $("$PYTHON" --version)"
-    "$PYTHON" -m venv .venv || {
-        rm -rf .venv # half of one would look like a whole one to the next run
-        fail "could not make .venv (on Debian and Ubuntu: apt install python3-venv)"
-    }
-fi
+begin
+make_venv 13
 # What is changed from here on is not finished, whatever it was before; one device's torch replaces the other's.
+DONE=$VENV/installed
 for file in requirements/cpu.txt requirements/cuda.txt "${INPUTS[@]}"; do
     [ -f "$DONE" ] || break
     grep -v " $file\$" "$DONE" > "$DONE.new" || true # nothing left is fine
     mv "$DONE.new" "$DONE"
 done
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 PIN=$(sed -n 's/^torch==//p' "requirements/$DEVICE.txt")
 # e.g. "2.13.0 cpu"; empty where there is none
 BUILD=$(.venv/bin/python -c 'import torch
 print(torch.__version__.split("+")[0], "cuda" if torch.version.cuda else "cpu")' 2> /dev/null) || BUILD=
 if [ "$DEVICE" = cpu ] && [ "$(uname -s)" = Linux ] && [ "${BUILD% *}" != "$PIN" ]; then
-    # PyPI's torch for Linux brings gigabytes of CUDA. An index of yours may have the CPU build; else PyTorch's has.
-    TORCH="torch==$PIN+cpu"
-    say "$TORCH"
-    pip install -qq --no-deps "$TORCH" 2> /dev/null ||
-        pip install -q --no-deps "$TORCH" --retries 2 \
-            --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" ||
-        fail "$TORCH could not be installed for $(.venv/bin/python --version); set TORCH_INDEX_URL to a mirror that has it"
+    cpu_torch "$PIN"
 elif [ "$DEVICE" = cuda ] && [ "${BUILD#* }" = cpu ]; then
     # To pip the CPU build is that version, too. Its CUDA libraries come with the requirements below.
     say "torch==$PIN in place of the CPU build"

@@ -12,6 +12,7 @@ find_sources() {
     fi
     [ -f "${MINDSPEED_LLM_HOME:-}/pretrain_gpt.py" ] || fail "found no MindSpeed-LLM in" \
         "${MINDSPEED_LLM_HOME:-$(dirname "$checkout")/MindSpeed-LLM or /workspace/MindSpeed-LLM}; set MINDSPEED_LLM_HOME to its sources"
+    MINDSPEED_LLM_HOME=$(cd "$MINDSPEED_LLM_HOME" > /dev/null && pwd) # its programs run in a folder of their own
     MINDSPEED_HOME=$(source_with mindspeed/megatron_adaptor.py "${MINDSPEED_HOME:-}" MindSpeed)
     MEGATRON_HOME=$(source_with megatron/core/package_info.py "${MEGATRON_HOME:-}" Megatron-LM)
     export MINDSPEED_LLM_HOME MINDSPEED_HOME MEGATRON_HOME
@@ -21,5 +22,5 @@ find_sources() {
 source_with() {
     local place=${2:-$(dirname "$MINDSPEED_LLM_HOME")/$3}
     [ -z "$2" ] || [ -f "$2/$1" ] || fail "$2 has no $1: it is not the folder of $3"
-    [ ! -f "$place/$1" ] || printf '%s\n' "$place"
+    [ ! -f "$place/$1" ] || (cd "$place" > /dev/null && pwd)
 }

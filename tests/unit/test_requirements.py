@@ -1,0 +1,98 @@
+"""The scripts that make environments: what they refuse, and that they do nothing where nothing has changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from engine import ROOT
+
+SCRIPTS = {"install": (".venv", "3.13"), "rehearse": (".venv-rehearsal", "3.12")}  # what they make, of Python up to
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What of a checkout they read, and the sources of a rehearsal beside it."""
+    folder = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "requirements", folder / "requirements")
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    for file in (
+        "MindSpeed-LLM/pretrain_gpt.py",
+        "MindSpeed/mindspeed/megatron_adaptor.py",
+        "Megatron-LM/megatron/core/package_info.py",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    return folder
+
+
+def run(checkout: Path, name: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.endswith("_HOME")}
+    environ = kept | {"DEVICE": "cpu"} | settings
+    command = ["bash", str(checkout / f"requirements/{name}.sh")]
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=60)
+
+
+def python(folder: Path, version: str) -> str:
+    """A program that says that it is a Python of this version, and makes no environments."""
+    program = folder / "python"
+    answer = f"sys.version_info = {tuple(map(int, version.split('.')))}"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'case "$1" in --version) echo "Python {version}" ;; -c) exec python3 -c "import sys; {answer}; $2" ;;\n'
+        '-m) mkdir -p "$3/half"; exit 1 ;; esac\n'
+    )
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_python_that_will_not_do_is_named(name: str, checkout: Path, tmp_path: Path) -> None:
+    _, newest = SCRIPTS[name]
+    for version in ("3.9.2", f"3.{int(newest[2:]) + 1}.0"):
+        done = run(checkout, name, PYTHON=python(tmp_path, version))
+        assert done.returncode == 1
+        assert f"error: Python {version} is not supported; expected Python 3.10 to {newest}" in done.stderr
+    done = run(checkout, name, PYTHON="python-of-nobody")
+    assert done.returncode == 1 and "error: no python-of-nobody on the PATH" in done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_half_an_environment_is_removed(name: str, checkout: Path, tmp_path: Path) -> None:
+    venv, newest = SCRIPTS[name]
+    done = run(checkout, name, PYTHON=python(tmp_path, f"{newest}.1"))
+    assert done.returncode == 1 and f"{name}: making {venv} with Python {newest}.1" in done.stderr
+    assert f"error: could not make {venv}" in done.stderr
+    assert not (checkout / venv).exists() and not (checkout / f"{venv}.lock").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_is_done_where_nothing_has_changed(name: str, checkout: Path, tmp_path: Path) -> None:
+    venv, _ = SCRIPTS[name]
+    inputs = ["requirements/cpu.txt", "requirements/common.txt", "pyproject.toml", "setup.py"]
+    if name == "rehearse":
+        inputs = ["requirements/rehearsal.txt", str(tmp_path / "Megatron-LM/megatron/core/package_info.py")]
+    (checkout / venv).mkdir()
+    sums = subprocess.run(["cksum", *inputs], cwd=checkout, capture_output=True, text=True, check=True).stdout
+    (checkout / venv / "installed").write_text(sums)
+    done = run(checkout, name, PYTHON="python-of-nobody")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (checkout / inputs[0]).write_text("changed\n")
+    assert "no python-of-nobody" in run(checkout, name, PYTHON="python-of-nobody").stderr
+
+
+def test_sources_may_be_given_by_paths_from_here(checkout: Path, tmp_path: Path) -> None:
+    homes = {"MINDSPEED_LLM_HOME": "MindSpeed-LLM", "MINDSPEED_HOME": "MindSpeed", "MEGATRON_HOME": "./Megatron-LM"}
+    done = run(checkout, "rehearse", cwd=tmp_path, PYTHON="python-of-nobody", **homes)
+    assert "no python-of-nobody" in done.stderr  # the sources were found
+    names = " ".join(f'"${name}"' for name in homes)
+    shown = f'fail() {{ echo "$*"; exit 1; }}; . "$0"; find_sources; printf "%s\\n" {names}'
+    command = ["bash", "-c", shown, str(checkout / "requirements/sources.sh")]
+    found = subprocess.run(command, cwd=tmp_path, env=os.environ | homes, capture_output=True, text=True).stdout
+    assert found.splitlines() == [str(tmp_path / name) for name in ("MindSpeed-LLM", "MindSpeed", "Megatron-LM")]
+    lost = run(checkout, "rehearse", cwd=tmp_path, **homes | {"MEGATRON_HOME": "MindSpeed"})
+    assert lost.returncode == 1 and "MindSpeed has no megatron/core/package_info.py" in lost.stderr
