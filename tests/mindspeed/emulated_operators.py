@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import torch_npu
@@ -66,6 +68,27 @@ def test_no_mask_means_full_attention() -> None:
     q = torch.randn(1, 4, 9, 8)
     got = torch_npu.npu_fusion_attention(q, q, q, 4, "BNSD", scale=8**-0.5, next_tockens=0)[0]
     close(got, reference(q, q, q))
+
+
+def test_every_layout_of_grouped_keys_in_training_and_in_inference() -> None:
+    b, s, n, kv, d = 2, 7, 4, 2, 8
+    q, k, v = torch.randn(b, n, s, d), torch.randn(b, kv, s, d), torch.randn(b, kv, s, d)
+    want = reference(q, k, v)
+    layouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "BNSD": lambda t: t,
+        "BSND": lambda t: t.transpose(1, 2),
+        "BSH": lambda t: t.transpose(1, 2).flatten(2),
+        "SBH": lambda t: t.permute(2, 0, 1, 3).flatten(2),
+    }
+    for name, laid in layouts.items():
+        given = [laid(t) for t in (q, k, v)]
+        close(torch_npu.npu_fusion_attention(*given, n, name, scale=d**-0.5)[0], laid(want))
+        close(torch_npu.npu_fusion_attention_v2(*given, n, name, scale=d**-0.5)[0], laid(want))
+        heads = {"num_key_value_heads": kv, "input_layout": name}
+        out, lse = torch_npu.npu_fused_infer_attention_score(*given, num_heads=n, scale=d**-0.5, **heads)
+        close(out, laid(want))
+        close(lse[..., 0], (q @ k.repeat_interleave(n // kv, 1).mT * d**-0.5).logsumexp(-1))
+        close(torch_npu.npu_prompt_flash_attention(*given, num_heads=n, scale_value=d**-0.5, **heads), laid(want))
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:

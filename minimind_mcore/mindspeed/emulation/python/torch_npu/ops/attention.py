@@ -35,6 +35,15 @@ def _to_bnsd(t: torch.Tensor, layout: str, heads: int) -> Any:
     raise ValueError(f"attention layout {layout} is not emulated")
 
 
+def _all_to_bnsd(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: str, heads: int, kv_heads: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value in (B, N, S, D); how many key heads there are is told by their width unless it is given."""
+    if layout in ("BSH", "SBH") and not kv_heads:
+        kv_heads = key.shape[-1] // (query.shape[-1] // heads)
+    return _to_bnsd(query, layout, heads), _to_bnsd(key, layout, kv_heads), _to_bnsd(value, layout, kv_heads)
+
+
 def _from_bnsd(t: torch.Tensor, layout: str) -> Any:
     if layout == "BNSD":
         return t.contiguous()
@@ -47,9 +56,10 @@ def _from_bnsd(t: torch.Tensor, layout: str) -> Any:
 
 
 def _blocked(
-    sq: int, skv: int, sparse_mode: int, atten_mask: Any, pre_tokens: int, next_tokens: int, prefix: Any = None
+    q: torch.Tensor, k: torch.Tensor, sparse_mode: int, atten_mask: Any, pre_tokens: int, next_tokens: int
 ) -> Any:
-    """True where a key may NOT be seen, or None; broadcastable to (B, N, Sq, Skv)."""
+    """True where a key may NOT be seen, or None; broadcastable to (B, N, Sq, Skv), as q and k are (B, N, S, D)."""
+    sq, skv = q.shape[2], k.shape[2]
     i = torch.arange(sq).unsqueeze(1)
     j = torch.arange(skv).unsqueeze(0)
     if sparse_mode == 0:
@@ -181,16 +191,12 @@ def npu_fusion_attention(
     if input_layout == "TND":
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-            blocked = _blocked(q.shape[2], k.shape[2], sparse_mode, atten_mask, pre_tockens, next_tockens)
+            blocked = _blocked(q, k, sparse_mode, atten_mask, pre_tockens, next_tockens)
             return _attend(q, k, v, scale, blocked, None, pse_type, keep_prob)
 
         return _answer(*_each_sequence(query, key, value, actual_seq_qlen, actual_seq_kvlen, attend))
-    head_dim = query.shape[-1] // head_num if input_layout in ("BSH", "SBH") else query.shape[-1]
-    kv_heads = key.shape[-1] // head_dim if input_layout in ("BSH", "SBH") else 0
-    q = _to_bnsd(query, input_layout, head_num)
-    k = _to_bnsd(key, input_layout, kv_heads)
-    v = _to_bnsd(value, input_layout, kv_heads)
-    blocked = _blocked(q.shape[2], k.shape[2], sparse_mode, atten_mask, pre_tockens, next_tockens)
+    q, k, v = _all_to_bnsd(query, key, value, input_layout, head_num)
+    blocked = _blocked(q, k, sparse_mode, atten_mask, pre_tockens, next_tockens)
     out, top, total = _attend(q, k, v, scale, blocked, pse, pse_type, keep_prob)
     return _answer(_from_bnsd(out, input_layout), top, total)
 
@@ -250,17 +256,13 @@ def npu_fusion_attention_grad(
     """Gradients under given row maxima and sums (which may span more keys than these)."""
     if input_layout == "TND":
         raise NotImplementedError("npu_fusion_attention_grad in TND layout is not emulated")
-    head_dim = query.shape[-1] // head_num if input_layout in ("BSH", "SBH") else query.shape[-1]
-    kv_heads = key.shape[-1] // head_dim if input_layout in ("BSH", "SBH") else 0
-    q = wide(_to_bnsd(query, input_layout, head_num))
-    k = wide(_to_bnsd(key, input_layout, kv_heads))
-    v = wide(_to_bnsd(value, input_layout, kv_heads))
+    q, k, v = map(wide, _all_to_bnsd(query, key, value, input_layout, head_num))
     g = wide(_to_bnsd(dy, input_layout, head_num))
     o = wide(_to_bnsd(attention_in, input_layout, head_num))
     groups = q.shape[1] // k.shape[1]
     kr = k.repeat_interleave(groups, dim=1)
     vr = v.repeat_interleave(groups, dim=1)
-    blocked = _blocked(q.shape[2], k.shape[2], sparse_mode, atten_mask, pre_tockens, next_tockens)
+    blocked = _blocked(q, k, sparse_mode, atten_mask, pre_tockens, next_tockens)
     s = _scores(q, kr, scale_value, pse, blocked, 1)
     p = torch.exp(s - softmax_max[..., :1]) / softmax_sum[..., :1]
     dv = torch.matmul(p.transpose(-1, -2), g)
@@ -294,10 +296,8 @@ def npu_fused_infer_attention_score_v2(
     **_unused: Any,
 ) -> Any:
     kv_heads = num_key_value_heads or num_query_heads
-    q = _to_bnsd(query, input_layout, num_query_heads)
-    k = _to_bnsd(key, input_layout, kv_heads)
-    v = _to_bnsd(value, input_layout, kv_heads)
-    blocked = _blocked(q.shape[2], k.shape[2], sparse_mode, atten_mask, pre_tokens, next_tokens)
+    q, k, v = _all_to_bnsd(query, key, value, input_layout, num_query_heads, kv_heads)
+    blocked = _blocked(q, k, sparse_mode, atten_mask, pre_tokens, next_tokens)
     out, top, total = _attend(q, k, v, softmax_scale, blocked, pse_shift, 1, 1.0)
     return _from_bnsd(out, input_layout), (top + torch.log(total))
 
