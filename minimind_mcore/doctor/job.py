@@ -43,7 +43,7 @@ def check(host: Host, script: str, arguments: Sequence[str]) -> list[Finding]:
         start = next((n for n, line in enumerate(said) if line.startswith("error:")), max(0, len(said) - 3))
         return [fail(name, "\n".join(said[start:]).removeprefix("error: ") or f"exit status {done.returncode}")]
     words = command(done.stdout)
-    found = paths(words)
+    found = paths(words, pending(done.stdout))
     return found or [ok(name, "its dry run finds nothing wrong")]
 
 
@@ -60,6 +60,12 @@ def command(printed: str) -> list[str]:
     return []
 
 
+def pending(printed: str) -> list[str]:
+    """What the commands that a dry run shows before that one (`+ python ... --output PATH`) would make."""
+    shown = (line for line in printed.splitlines() if line.startswith("+ "))
+    return [path for line in shown for path in values(shlex.split(line), "--output")]
+
+
 def values(words: Sequence[str], flag: str) -> list[str]:
     """The values of a flag's last occurrence."""
     found: list[str] = []
@@ -73,13 +79,13 @@ def values(words: Sequence[str], flag: str) -> list[str]:
     return found
 
 
-def paths(words: Sequence[str]) -> list[Finding]:
-    """Whether what a command line names is there."""
+def paths(words: Sequence[str], made: Sequence[str] = ()) -> list[Finding]:
+    """Whether what a command line names is there, or is `made` before."""
     found = [
         _dataset(prefix) for prefix in values(words, "--data-path") if not re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
     ]
     for path in values(words, "--tokenizer-name-or-path"):
-        found.append(_tokenizer(Path(path)))
+        found.append(ok("tokenizer", f"{path}, made first") if path in made else _tokenizer(Path(path)))
     for path in values(words, "--prompt-type-path"):
         if not Path(path).is_file():
             found.append(fail("templates", f"--prompt-type-path {path}: no such file", "configs/templates.json"))
