@@ -25,7 +25,9 @@ from minimind_mcore.doctor import matrix
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
 SHELL = sorted(
-    path for path in ROOT.rglob("*.sh") if not {".venv", "outputs", "data"} & set(path.relative_to(ROOT).parts[:1])
+    path
+    for path in ROOT.rglob("*.sh")
+    if not {".venv", ".venv-rehearsal", "outputs", "data"} & set(path.relative_to(ROOT).parts[:1])
 )
 RUN_ASCEND = DOCKER / "run_ascend.sh"
 
