@@ -142,8 +142,8 @@ def _place(listed: Sequence[str], file: str) -> int:
     )
 
 
-def check_master(hosts: Hosts) -> None:
-    """That the hosts of a job find the first, as far as this one can tell.
+def check_master(hosts: Hosts) -> str:
+    """That the hosts of a job find the first, as far as this one can tell. Returns a doubt, or nothing.
 
     Raises:
         UserError: they do not.
@@ -155,12 +155,13 @@ def check_master(hosts: Hosts) -> None:
             "    export MASTER_ADDR=192.168.1.10"
         )
     mine = own_addresses()
-    if hosts.rank == 0 and not any(address in mine or not reachable(address) for address in addresses):
-        others = ", ".join(filter(reachable, mine))
-        raise UserError(
-            f"NODE_RANK=0, but MASTER_ADDR={hosts.master} is no address of this host ({others}): give each host a "
-            "NODE_RANK of its own, and all of them the address of the one with 0 (`ip -br addr` lists them)"
-        )
+    if hosts.rank != 0 or any(address in mine or not reachable(address) for address in addresses):
+        return ""
+    others = ", ".join(filter(reachable, mine))
+    return (
+        f"NODE_RANK=0, but MASTER_ADDR={hosts.master} is no address of this host ({others}): right for a service in "
+        "front of it; else give each host a NODE_RANK of its own, and all of them the address of the one with 0"
+    )
 
 
 def resolve(name: str) -> list[str]:
@@ -276,7 +277,8 @@ def main() -> None:
     named: dict[str, str] = {}
     if hosts.count > 1:
         try:
-            check_master(hosts)
+            if doubt := check_master(hosts):
+                print(doubt, file=sys.stderr)
             named = network(hosts, os.environ) if "npu" in sys.argv else {}
         except UserError as error:
             if "--dry-run" not in sys.argv:  # which may be run where the job will not

@@ -104,10 +104,10 @@ def _master_address(job: hosts.Hosts) -> Finding | None:
         text = f"MASTER_ADDR={job.master} is {addresses[0]}, by which each host means itself"
         return fail("master", text, "export MASTER_ADDR=192.168.1.10    # the address of the host with NODE_RANK=0")
     try:
-        hosts.check_master(job)
+        doubt = hosts.check_master(job)
     except UserError as error:
         return _of("master", error)
-    return None
+    return warn("master", doubt, "ip -br addr    # lists this host's addresses") if doubt else None
 
 
 def _of(subject: str, error: UserError) -> Finding:

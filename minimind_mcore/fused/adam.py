@@ -33,7 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+            group["step"] = int(group.get("step", 0)) + 1  # MindSpeed 2.2.0 saves a tensor
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue

@@ -23,8 +23,11 @@ INSTEAD = {
     "--log-file": "its log is what is printed",
     "--output-dir": "it draws no curves",
 }
-# What a release before 26.1.0 calls otherwise.
-OLDER_NAMES = {"--no-pad-to-seq-lengths": "--variable-seq-lengths"}
+# What a release before 26.1.0 calls otherwise, or wants beside it.
+OLDER_NAMES = {
+    "--no-pad-to-seq-lengths": ["--variable-seq-lengths"],
+    "--neat-pack": ["--neat-pack", "--reset-position-ids"],
+}
 HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
 
 
@@ -80,7 +83,7 @@ def spelled(flags: Sequence[str], home: Path) -> list[str]:
     """The flags by the names that the MindSpeed-LLM in `home` has for them."""
     definitions = home / "mindspeed_llm/features_manager/finetune/finetune.py"
     older = definitions.is_file() and "--no-pad-to-seq-lengths" not in definitions.read_text("utf-8")
-    return [OLDER_NAMES.get(flag, flag) if older else flag for flag in flags]
+    return [name for flag in flags for name in (OLDER_NAMES.get(flag, [flag]) if older else [flag])]
 
 
 def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:

@@ -323,9 +323,11 @@ def test_ranks_get_one_connection() -> None:
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("--variable-seq-lengths", 0), ("--no-pad-to-seq-lengths", 1)])
-def test_an_older_release_gets_its_own_name_for_dynamic_padding(flag: str, expected: int, tmp_path: Path) -> None:
+def test_an_older_release_gets_its_own_names(flag: str, expected: int, tmp_path: Path) -> None:
     definitions = tmp_path / "mindspeed_llm/features_manager/finetune/finetune.py"
     definitions.parent.mkdir(parents=True)
     definitions.write_text(f"group.add_argument('{flag}', action='store_true')\n")
     names = ["--variable-seq-lengths", "--no-pad-to-seq-lengths"]
     assert spelled(["--no-pad-to-seq-lengths", "--bf16"], tmp_path) == [names[expected], "--bf16"]
+    packed = ["--neat-pack"] if expected else ["--neat-pack", "--reset-position-ids"]
+    assert spelled(["--neat-pack"], tmp_path) == packed
