@@ -182,12 +182,14 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
     """The values in verl's words, less the paths of files.
 
     Raises:
-        UserError: an algorithm that verl's main_ppo does not have.
+        UserError: an algorithm that verl's main_ppo does not have, or a reward model.
     """
     rl, actor, ours = config.rl, config.actor, config.minimind
     if ours.algorithm not in ALGORITHMS:
         known = ", ".join(ALGORITHMS)
         raise UserError(f"minimind.algorithm: {ours.algorithm} is not in verl's main_ppo; it has {known}")
+    if ours.reward_model:
+        raise UserError(f"minimind.reward_model: {ours.reward_model} cannot be exported: reward.py has rules alone")
     values: dict[str, Any] = {
         "algorithm.adv_estimator": ESTIMATORS.get(rl.adv_estimator, "grpo"),
         "algorithm.norm_adv_by_std_in_grpo": ours.algorithm != "dr_grpo",

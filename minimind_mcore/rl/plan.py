@@ -39,7 +39,7 @@ def show(config: Config, pending: bool) -> None:
     print(f"device      {device.current().kind}: {layout}")
     print(f"algorithm   {config.minimind.algorithm}: {algorithm}")
     print(f"step        {rows} responses to {config.actor.global_batch_size} prompts, {config.actor.train_iters} steps")
-    print(f"rewards     {', '.join(config.rl.verifier_function)}")
+    print(f"rewards     {_rewards(config)}")
     if pending:
         print("data        yet to be made")
     else:
@@ -48,6 +48,18 @@ def show(config: Config, pending: bool) -> None:
         print(f"begins      {_begins(config)}")
     print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
     print("everything is valid; nothing was trained")
+
+
+def _rewards(config: Config) -> str:
+    rl, ours = config.rl, config.minimind
+    names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
+    if ours.reward_model:
+        if not (Path(ours.reward_model) / "config.json").is_file():
+            raise UserError(
+                f"minimind.reward_model: {ours.reward_model} has no config.json; expected a model's directory"
+            )
+        names.append(f"reward model {ours.reward_model}")
+    return ", ".join(names)
 
 
 def _begins(config: Config) -> str:

@@ -48,7 +48,9 @@ class Settings:
         weight_check_interval: every so many steps check that the rollout engine holds the trainer's weights,
             and that a perturbed engine is restored by a sync; 0: never.
         rewards: the user's own reward functions, added to the verifiers of rl_config.
-        reward_model: directory of a Hugging Face sequence classifier or an InternLM-style reward model.
+        reward_model: directory of a Hugging Face sequence classifier or an InternLM-style reward model (one with
+            get_score). It runs in the reward actor, on the CPU in fp32.
+        reward_model_trust_remote_code: run the Python in that directory, which InternLM-style models need.
         reward_model_weight: its score is added with this weight.
         reward_model_range: its score is cut to plus or minus this.
         reward_failure_limit: share of a step's verdicts that may fail (exception, timeout) before the run stops.
@@ -77,6 +79,7 @@ class Settings:
     weight_check_interval: int = 0
     rewards: tuple[UserReward, ...] = ()
     reward_model: str | None = None
+    reward_model_trust_remote_code: bool = False
     reward_model_weight: float = 1.0
     reward_model_range: float = 3.0
     reward_failure_limit: float = 0.1

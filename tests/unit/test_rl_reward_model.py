@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rl_trees
 import torch
 from engine import Corpus
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification, Qwen3Model
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.rl import batch as batches
+from minimind_mcore.rl.config import Config, resolve
+from minimind_mcore.rl.experience import Experience, Source
+from minimind_mcore.rl.export_verl import verl_overrides
+from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.reward_model import RewardModel, folded
 from minimind_mcore.rl.rewards.rewards import Rewards
+from minimind_mcore.rl.workers.reward import RewardWorker
 
 CODE = """
 from transformers import Qwen3Config, Qwen3Model
@@ -65,10 +73,10 @@ def test_model_with_get_score_beside_rules(corpus: Corpus, tmp_path: Path) -> No
     (tmp_path / "judge.py").write_text(CODE)
     judge = RewardModel(path, trust_remote_code=True)
     with Rewards(["format"], [1.0], model=judge, model_weight=0.5) as rewards:
-        scores = rewards.score(["x</think>1234567", "1" * 50], ["", ""], prompts=[PROMPT, PROMPT])
+        scores = rewards.score(["x</think>1234567", "1" * 50], ["", ""], messages=[PROMPT, PROMPT])
         assert scores.by_verifier["reward_model"].tolist() == [2.0, 3.0]
         assert scores.total.tolist() == [1.0, 1.5]
-        with pytest.raises(UserError, match="prompts"):
+        with pytest.raises(UserError, match="messages"):
             rewards.score([""], [""])
 
 
@@ -85,3 +93,62 @@ def test_what_is_no_reward_model_is_named(corpus: Corpus, tmp_path: Path) -> Non
         RewardModel(save(tmp_path / "plain", corpus, Qwen3Model))
     with pytest.raises(UserError, match="found 3 outputs"):
         RewardModel(save(tmp_path / "three", corpus, Qwen3ForSequenceClassification, num_labels=3))
+
+
+def configured(corpus: Corpus, path: str, **ours: Any) -> Config:
+    """A run with a rule and a reward model."""
+    tree = rl_trees.tree(corpus)
+    tree["rl_config"] |= {"verifier_function": ["format"], "verifier_weight": [2.0]}
+    tree["minimind"] |= {"reward_model": path, "reward_model_weight": 0.5, **ours}
+    return resolve(tree)
+
+
+def rewards_of(config: Config, responses: list[str], talks: list[list[dict[str, str]]]) -> Experience:
+    """What the driver makes of responses; the reward actor is an object of this process."""
+    worker = RewardWorker(config)
+    answer = lambda method, parts: SimpleNamespace(result=lambda: [getattr(worker, method)(*parts[0])])  # noqa: E731
+    pool: Any = SimpleNamespace(submit=answer)
+    source = Source(config, objective(config), None, None, 0, None, pool)  # type: ignore[arg-type]
+    count = len(responses)
+    batch = batches.make([[5]] * count, [[1, 2]] * count, [[-1.0, -1.0]] * count, [True] * count, [0] * count)
+    texts = [{"prompt": "p", "response": response, "label": ""} for response in responses]
+    experience = Experience(batch, texts, talks, count)
+    try:
+        source.score(experience)()
+    finally:
+        worker.rewards.close()
+    return experience
+
+
+RIGHT = "<think>a</think><answer>b c d</answer>"  # of the rule `format`
+
+
+def test_the_yaml_s_classifier_adds_its_score_by_weight_within_its_range(corpus: Corpus, tmp_path: Path) -> None:
+    path = save(tmp_path, corpus, Qwen3ForSequenceClassification, num_labels=1)
+    model = Qwen3ForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        model.score.weight.mul_(20)
+    model.save_pretrained(path)
+    responses, talks = [RIGHT, "bbbb", "cc dd", "e"], [PROMPT, TALK, PROMPT, PROMPT]
+    raw = RewardModel(path, limit=1e9).score(talks, responses)
+    limit = float(raw.abs().sort().values[1:3].mean())  # half of them are cut
+    assert (raw.abs() > limit).sum() == 2
+    found = rewards_of(configured(corpus, path, reward_model_range=limit), responses, talks)
+    rule = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(found.batch.rewards, rule + 0.5 * raw.clamp(-limit, limit))
+    assert found.metrics["reward_model_rewards/mean"] == pytest.approx(raw.clamp(-limit, limit).mean().item())
+
+
+def test_the_yaml_s_model_with_get_score_runs_its_code_where_that_is_allowed(corpus: Corpus, tmp_path: Path) -> None:
+    path = save(tmp_path, corpus, Qwen3Model, architectures=["Judge"], auto_map={"AutoModel": "judge.Judge"})
+    (tmp_path / "judge.py").write_text(CODE)
+    allowed = configured(corpus, path, reward_model_trust_remote_code=True, reward_model_range=2)
+    found = rewards_of(allowed, [RIGHT, "1234", "1", "x" * 50], [PROMPT, TALK, PROMPT, PROMPT])
+    assert found.scores["reward_model"].tolist() == [2.0, -1.0, -2.0, 2.0]
+    assert found.batch.rewards is not None and found.batch.rewards.tolist() == [3.0, -0.5, -1.0, 1.0]
+    with pytest.raises(UserError, match="without messages.*packed_prompts"):  # data that another program converted
+        rewards_of(allowed, ["1"] * 4, [[]] * 4)
+    with pytest.raises(UserError, match="reward_model_trust_remote_code"):
+        RewardWorker(configured(corpus, path))
+    with pytest.raises(UserError, match="reward_model: .* cannot be exported"):
+        verl_overrides(configured(corpus, path), "x")

@@ -48,15 +48,18 @@ class RewardModel:
             kind = AutoModelForSequenceClassification if classifier else AutoModel
             self.model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"reward model {path}: cannot be loaded: {error}") from error
+        except (OSError, ValueError, ImportError) as error:
+            allow = (
+                "" if trust_remote_code else " (minimind.reward_model_trust_remote_code: true lets its own code run)"
+            )
+            raise UserError(f"reward model {path}: cannot be loaded: {error}{allow}") from error
         self.model.to(device).eval().requires_grad_(False)
         self.limit = limit
         outputs = getattr(config, "num_labels", 1) if classifier else 1
         if not classifier and not hasattr(self.model, "get_score"):
             raise UserError(
                 f"reward model {path}: found {type(self.model).__name__}, expected a model for sequence classification "
-                "or one with get_score (with trust_remote_code where its code is in the directory)"
+                "or one with get_score (whose code in the directory minimind.reward_model_trust_remote_code allows to run)"
             )
         if outputs != 1:
             raise UserError(f"reward model {path}: found {outputs} outputs (num_labels), expected 1, the score")
@@ -70,9 +73,20 @@ class RewardModel:
         Args:
             prompts: the conversation before each response, messages with `role` and `content`.
             responses: what the model answered.
+
+        Raises:
+            UserError: a prompt without messages, or a score that is no finite number.
         """
+        if not all(prompts):
+            raise UserError(
+                "reward model: found a prompt without messages, expected the conversation before the response; convert "
+                "the data with this kit, which writes PREFIX_packed_prompts.jsonl beside it"
+            )
         scores = [self._one(folded(prompt, answer(text))) for prompt, text in zip(prompts, responses, strict=True)]
-        return torch.tensor(scores, dtype=torch.float32).clamp(-self.limit, self.limit)
+        found = torch.tensor(scores, dtype=torch.float32)
+        if not found.isfinite().all():
+            raise UserError(f"reward model: found the scores {scores}, expected finite numbers")
+        return found.clamp(-self.limit, self.limit)
 
     def _one(self, messages: list[Message]) -> float:
         if hasattr(self.model, "get_score"):
@@ -90,7 +104,7 @@ def answer(response: str) -> str:
 
 def folded(prompt: list[Message], response: str) -> list[Message]:
     """One question and its answer; earlier turns are quoted in the question, in MiniMind's words."""
-    *history, last = prompt or [{"role": "user", "content": ""}]
+    *history, last = prompt
     question = last["content"]
     if history:
         told = "\n".join(f"{message['role']}: {message['content']}" for message in history)

@@ -133,7 +133,8 @@ class Rewards:
         categories: list[Any] | None = None,
         tool_calls: list[int] | None = None,
         lengths: Tensor | None = None,
-        prompts: list[list[Message]] | None = None,
+        prompts: list[str] | None = None,
+        messages: list[list[Message]] | None = None,
     ) -> Scores:
         """Score each response against its label.
 
@@ -143,11 +144,12 @@ class Rewards:
             categories: B values; where one is 0 (or false) rules do not apply, and the response scores 0.
             tool_calls: B counts (retool_reward).
             lengths: [B] tokens of each response; needed where there is a penalty of overlong ones.
-            prompts: B conversations before the responses, messages with `role` and `content`; for the reward model and
-                for your own functions.
+            prompts: B texts, what the responses answer; for your own functions.
+            messages: B conversations before the responses, each of messages with `role` and `content`; for the reward
+                model.
 
         Raises:
-            UserError: more responses failed than `max_failures` allows.
+            UserError: more responses failed than `max_failures` allows, or there is a reward model and no `messages`.
         """
         columns = {"category": categories, "tool_calls": tool_calls, "prompt": prompts}
         columns["length"] = None if lengths is None else lengths.tolist()
@@ -167,9 +169,9 @@ class Rewards:
             )
             scores.total += scores.by_verifier["overlong"]
         if self.model is not None:
-            if prompts is None:
-                raise UserError("reward model: it needs the prompts of the responses")
-            scores.by_verifier["reward_model"] = self.model.score(prompts, responses)
+            if messages is None:
+                raise UserError("reward model: it needs the messages before the responses")
+            scores.by_verifier["reward_model"] = self.model.score(messages, responses)
             scores.total += self.model_weight * scores.by_verifier["reward_model"]
         self._judge(scores)
         return scores

@@ -18,12 +18,7 @@ class RewardWorker:
     """Scores responses."""
 
     def __init__(self, config: Config) -> None:
-        ours = config.minimind
-        self.rewards = build(config)
-        self.model_weight = ours.reward_model_weight
-        self.model: RewardModel | None = None
-        if ours.reward_model:
-            self.model = RewardModel(ours.reward_model, limit=ours.reward_model_range)
+        self.rewards = build(config, reward_model(config))
 
     def pid(self) -> int:
         """Of this process."""
@@ -32,16 +27,26 @@ class RewardWorker:
     def score(
         self, responses: list[str], labels: list[str], messages: list[list[dict[str, str]]], columns: dict[str, Any]
     ) -> Scores:
-        """See `Rewards`; a reward model, which reads the `messages` before each response, adds to the total."""
-        scores = self.rewards.score(responses, labels, **columns)
-        if self.model is not None:
-            scores.by_verifier["reward_model"] = self.model.score(messages, responses)
-            scores.total += self.model_weight * scores.by_verifier["reward_model"]
-        return scores
+        """See `Rewards.score`; `messages` are for a reward model."""
+        return self.rewards.score(responses, labels, messages=messages, **columns)
 
 
-def build(config: Config) -> Rewards:
-    """The rewards that the YAML names.
+def reward_model(config: Config) -> RewardModel | None:
+    """The reward model that the YAML names, if it does.
+
+    Raises:
+        UserError: it cannot be loaded, or is none.
+    """
+    ours = config.minimind
+    if not ours.reward_model:
+        return None
+    return RewardModel(
+        ours.reward_model, limit=ours.reward_model_range, trust_remote_code=ours.reward_model_trust_remote_code
+    )
+
+
+def build(config: Config, model: RewardModel | None = None) -> Rewards:
+    """The rewards that the YAML names, with its reward model if that is given.
 
     Raises:
         UserError: an unknown verifier, or one that cannot be imported.
@@ -59,6 +64,8 @@ def build(config: Config) -> Rewards:
         parallel=rl.verifier_parallel,
         max_failures=ours.reward_failure_limit,
         overlong=penalty,
+        model=model,
+        model_weight=ours.reward_model_weight,
     )
 
 
