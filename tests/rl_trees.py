@@ -78,3 +78,33 @@ def unhurried(response: str, label: str, **context: Any) -> float:
     """`rewarded`, slow enough for a test to do something meanwhile."""
     time.sleep(0.05)
     return rewarded(response, label, **context)
+
+
+# Overrides of grpo_minimind3 (64 prompts, 8 responses each, 8 devices), hosts, and which version of MindSpeed-RL
+# refuses that; tests/contract/test_mindspeed_rl_config.py asks their own validations.
+FILTER = "rl_config.filter_groups_enable=true rl_config.filter_groups_metric=math_17k_acc"
+DAPO = f"{FILTER} rl_config.filter_groups_train_batch_size=32"
+DISPATCH = [
+    ("", 1, ""),
+    ("", 3, "both"),
+    ("", 4, ""),
+    ("rl_config.reward_dispatch_size=96", 1, "both"),
+    ("rl_config.actor_rollout_dispatch_size=128", 1, "both"),
+    ("rl_config.actor_rollout_dispatch_size=32", 1, ""),
+    ("rl_config.actor_logprob_dispatch_size=128", 1, "master"),
+    ("rl_config.actor_logprob_dispatch_size=100", 1, "both"),
+    ("rl_config.ref_dispatch_size=512", 1, "master"),
+    ("rl_config.adv_dispatch_size=256", 1, ""),
+    ("rl_config.actor_update_dispatch_size=32", 1, "both"),
+    ("rl_config.actor_update_dispatch_size=32 rl_config.mini_batch_size=32", 1, ""),
+    ("rl_config.actor_update_dispatch_size=128", 1, "master"),
+    (FILTER, 1, "both"),
+    (DAPO, 1, ""),
+    (f"{DAPO} rl_config.actor_logprob_dispatch_size=64", 1, ""),
+    (f"{DAPO} rl_config.adv_dispatch_size=512", 1, "both"),
+    (f"{DAPO} rl_config.dynamic_sampling_dispatch_size=4", 1, "both"),
+    (f"{DAPO} rl_config.dynamic_sampling_dispatch_size=512", 2, "master"),
+    (f"{DAPO} rl_config.dynamic_sampling_dispatch_size=256", 2, ""),
+    ("rl_config.use_remove_padding=true megatron_training.reset_attention_mask=true", 1, "2.2.0"),
+    ("rl_config.use_remove_padding=true megatron_training.reset_position_ids=true", 1, "master"),
+]

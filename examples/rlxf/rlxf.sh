@@ -153,6 +153,7 @@ run_training() {
     local command=("$PYTHON" "$ROOT/$program" "${where[@]}" ${PREPARED[@]+"${PREPARED[@]}"}
         ${OVERRIDES[@]+"${OVERRIDES[@]}"})
     show "${command[@]}"
+    export NNODES=$NODES # MindSpeed-RL's prompts must divide among the hosts: the linter looks
     [ -z "$DRY_RUN" ] || exec "${command[@]}" --dry-run ${PENDING:+--data-pending}
     "${command[@]}" &
     TRAINING_PID=$!

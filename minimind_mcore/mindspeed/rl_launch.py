@@ -76,12 +76,13 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
         directory: of the YAML files (default: the kit's).
 
     Raises:
-        UserError: MindSpeed-RL is not there, or the configuration is not fit for it; with all findings.
+        UserError: MindSpeed-RL is not there, NNODES is no number, or the configuration is not fit for MindSpeed-RL;
+            with all findings.
     """
     folder = home()
     target = version(folder)
     file = Path(directory or CONFIGS) / f"{name.removesuffix('.yaml')}.yaml"
-    findings, tree, _ = lint(str(file), target, overrides)
+    findings, tree, _ = lint(str(file), target, overrides, nodes=_hosts())
     for finding in findings:
         print(finding, file=sys.stderr)
     if any(finding.level == "error" for finding in findings):
@@ -96,6 +97,14 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     atomic_write_text(config, dump(_for_mindspeed_rl(tree, written / "runtime_env.yaml")))
     command = [sys.executable, f"cli/{PROGRAMS[stage]}", "--config-dir", str(written), "--config-name", file.stem]
     return Job([*command, f"hydra.run.dir={output / 'hydra'}"], folder, config, {"PYTHONPATH": _python_path(folder)})
+
+
+def _hosts() -> int:
+    """Of the Ray cluster: NNODES, as the scripts of several hosts have it."""
+    found = os.environ.get("NNODES") or "1"
+    if not found.isdigit() or int(found) < 1:
+        raise UserError(f"NNODES={found}: expected the number of hosts")
+    return int(found)
 
 
 def _python_path(folder: Path) -> str:

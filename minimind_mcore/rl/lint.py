@@ -20,8 +20,9 @@ import yaml
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config import CONFIGS, Config, compose, resolve
+from minimind_mcore.rl.dispatch import dispatch
 from minimind_mcore.rl.migrate import migrate
-from minimind_mcore.rl.rules import RULES
+from minimind_mcore.rl.rules import RULES, Problem
 from minimind_mcore.rl.schema import OTHER_SECTIONS, SECTIONS, defaults, value_type
 from minimind_mcore.rl.settings import nearest
 
@@ -38,6 +39,8 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "rewards": None,
     "output_dir": None,
 }
+# Keys that change nothing of the training: MindSpeed-RL goes without.
+WATCHING = {"eval_data", "eval_interval", "eval_prompts", "sample_interval"}
 STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
 VERIFIERS = {
     *("acc", "format", "step", "strict_format", "base_acc", "math_17k_acc"),
@@ -61,7 +64,7 @@ class Finding:
 
 
 def lint(
-    path: str, target: str, overrides: Sequence[str] = (), device: str | None = None
+    path: str, target: str, overrides: Sequence[str] = (), device: str | None = None, nodes: int = 1
 ) -> tuple[list[Finding], dict[str, Any], list[str]]:
     """Check a YAML file, or one of the kit's by name.
 
@@ -70,6 +73,7 @@ def lint(
         target: what is to read it.
         overrides: hydra's.
         device: of the embedded trainer (default: the one found).
+        nodes: hosts of the Ray cluster.
 
     Returns:
         What was found, the composed configuration after migration, and what the migration changed in the file.
@@ -87,7 +91,9 @@ def lint(
     findings += keys(tree, version)
     if not any(finding.level == "error" for finding in findings):
         config = resolve(migrate(tree, "master")[0])
-        findings += [Finding("error", key, message) for rule in RULES for key, message in rule(config)]
+        problems = [problem for rule in RULES for problem in rule(config)]
+        problems += [*dispatch(config, target, nodes), *_padding(config, target)]
+        findings += [Finding("error", key, message) for key, message in problems]
         findings += list(traps(config, tree, target))
     return sorted(findings, key=lambda f: LEVELS.index(f.level)), tree, changes
 
@@ -233,6 +239,24 @@ def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Find
     yield from _models(config, target)
 
 
+def _padding(config: Config, target: str) -> Iterator[Problem]:
+    """What goes with use_remove_padding; the two versions differ."""
+    actor, older = config.actor, target == "mindspeed-rl-2.2.0"
+    ring = actor.context_parallel_size > 1 and actor.context_parallel_algo == "megatron_cp_algo"
+    if config.rl.use_remove_padding:
+        needed = ["reset_position_ids" if older else "reset_attention_mask"]
+        needed += ["reset_attention_mask"] if older and ring else []
+        if actor.pipeline_model_parallel_size > 1:
+            needed.append("variable_seq_lengths" if older else "no_pad_to_seq_lengths")
+        for key in [key for key in needed if not getattr(actor, key)]:
+            yield "rl_config.use_remove_padding", f"needs megatron_training.{key}: true"
+    if older and actor.reset_attention_mask and not (ring and config.rl.use_remove_padding):
+        yield (
+            "megatron_training.reset_attention_mask",
+            "true is only for use_remove_padding with context_parallel_algo megatron_cp_algo above 1",
+        )
+
+
 def _hooked(config: Config) -> bool:
     """Whether the workers begin with our setup hook."""
     for folder in (Path(), CONFIGS.parents[1], Path(os.environ.get("MINDSPEED_RL_HOME", ""))):
@@ -272,6 +296,11 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
 
 def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Finding]:
     for key, value in (tree.get("minimind") or {}).items():
+        if key in WATCHING:
+            yield Finding(
+                "warning", f"minimind.{key}", "MindSpeed-RL measures and shows no such thing; it goes without"
+            )
+            continue
         allowed = HONOURED.get(key, ())
         if allowed is not None and value not in allowed:
             why = (
@@ -292,6 +321,8 @@ def _models(config: Config, target: str) -> Iterator[Finding]:
     actor = config.actor
     if not config.tree["megatron_training"].get("bf16", True):
         yield Finding("error", "megatron_training.bf16", "MindSpeed-RL trains in bf16 only")
+    if config.generate.dtype != "bfloat16":
+        yield Finding("error", "generate_config.dtype", f"found {config.generate.dtype}: only bfloat16 on MindSpeed-RL")
     if actor.num_experts and actor.n_shared_experts:
         yield Finding(
             "error",

@@ -100,7 +100,7 @@ def devices(config: Config) -> Iterator[Problem]:
 
 
 def batches(config: Config) -> Iterator[Problem]:
-    """Mini-batches, and what is dispatched at once."""
+    """Mini-batches, and the groups that dynamic sampling keeps (`dispatch` has what is handed out at once)."""
     rl, prompts, samples = config.rl, config.actor.global_batch_size or 0, config.rl.n_samples_per_prompt
     if rl.mini_batch_size > prompts * samples or (prompts * samples) % rl.mini_batch_size:
         yield (
@@ -108,15 +108,21 @@ def batches(config: Config) -> Iterator[Problem]:
             f"{rl.mini_batch_size // samples} prompts do not divide global_batch_size {prompts} (it counts prompts, "
             "not responses: MindSpeed-RL multiplies it by n_samples_per_prompt)",
         )
-    for key in [key for key in vars(rl) if key.endswith("_dispatch_size") and getattr(rl, key)]:
-        if (prompts * samples) % getattr(rl, key):
-            yield f"rl_config.{key}", f"{prompts} x {samples} responses are not a multiple of {getattr(rl, key)}"
     if rl.filter_groups_enable:
         if rl.filter_groups_metric not in rl.verifier_function:
             yield "rl_config.filter_groups_metric", f"{rl.filter_groups_metric} is not in verifier_function"
-        replicas = workers(config)[0].data_parallel
-        if rl.filter_groups_train_batch_size % replicas:
-            yield "rl_config.filter_groups_train_batch_size", f"not a multiple of the {replicas} replicas"
+        kept, replicas, micro = (
+            rl.filter_groups_train_batch_size,
+            workers(config)[0].data_parallel,
+            config.actor.micro_batch_size,
+        )
+        if kept % replicas:
+            yield "rl_config.filter_groups_train_batch_size", f"{kept} is not a multiple of the {replicas} replicas"
+        elif micro and kept // replicas * samples % micro:
+            yield (
+                "rl_config.filter_groups_train_batch_size",
+                f"{kept // replicas} x {samples} responses of a replica are not a multiple of micro_batch_size {micro}",
+            )
 
 
 def lengths(config: Config) -> Iterator[Problem]:
@@ -181,8 +187,6 @@ def modes(config: Config) -> Iterator[Problem]:
         yield "rl_config.async_engine", "multi_turn_enable needs it"
     if rl.share_backbone and (not actor.lora_target_modules or actor.stage == "ray_dapo"):
         yield "rl_config.share_backbone", "only for LoRA, and not for DAPO"
-    if rl.use_remove_padding and not actor.reset_attention_mask:
-        yield "rl_config.use_remove_padding", "needs megatron_training.reset_attention_mask: true"
     if generate.sampling_config.temperature <= 0:
         yield (
             "generate_config.sampling_config.temperature",

@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,25 @@ def complete(source: Source) -> None:
 
 def configs(source: Source, folder: str) -> None:
     """Its classes and validations accept the YAML files of a folder; prints what they made of them."""
+    print(json.dumps({name: validated() for name, validated in read_all(source, folder).items()}))
+
+
+def refusals(source: Source, folder: str) -> None:
+    """Prints what its validations say against each YAML of a folder; `NAME-N.yaml` is for a cluster of N hosts."""
+    said = {}
+    for name, validated in read_all(source, folder).items():
+        nodes = int(name.rpartition("-")[2])
+        source.module("config_cls.validate_config").get_node_nums = lambda nodes=nodes: nodes
+        try:
+            validated()
+            said[name] = ""
+        except ValueError as error:
+            said[name] = str(error)
+    print(json.dumps(said))
+
+
+def read_all(source: Source, folder: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The YAML files of a folder by name, read by its classes; a call validates one, and says what was made of it."""
     from hydra import compose, initialize_config_dir
 
     megatron = source.module("config_cls.megatron_config")
@@ -63,9 +84,15 @@ def configs(source: Source, folder: str) -> None:
             values = {
                 name: plain(vars(cls)) for name, cls in zip(SECTIONS, (actor, rl_config, generation), strict=True)
             }
-            validation.validate_rl_args(actor, reference, reward, rl_config, generation, *critic)
-            found[file.stem] = {**values, "argv": argv(source, actor)}
-    print(json.dumps(found))
+            values["argv"] = argv(source, actor)
+
+            def validated(values: Any, *arguments: Any) -> dict[str, Any]:
+                validation.validate_rl_args(*arguments)
+                return dict(values)
+
+            arguments = (actor, reference, reward, rl_config, generation, *critic)
+            found[file.stem] = partial(validated, values, *arguments)
+    return found
 
 
 def argv(source: Source, actor: Any) -> list[str]:

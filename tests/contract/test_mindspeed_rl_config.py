@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from engine import ROOT
+from rl_trees import DISPATCH
 
 from minimind_mcore.arguments import flag_table
 from minimind_mcore.preprocess.convert import convert
@@ -79,6 +80,19 @@ def test_mindspeed_llm_knows_every_flag_that_it_makes(accepted: dict[str, Any]) 
     known = flag_table()
     for name, found in accepted.items():
         assert {word for word in found["argv"] if word.startswith("--")} <= set(known), name
+
+
+def test_its_validations_refuse_what_the_linter_refuses_and_nothing_else(tmp_path: Path) -> None:
+    from minimind_mcore.mindspeed.rl_launch import version
+    from minimind_mcore.rl.lint import dump, lint
+
+    target, ours = version(Path(HOME)), {}
+    for number, (overrides, nodes, _) in enumerate(DISPATCH):
+        findings, tree, _ = lint("grpo_minimind3", target, overrides.split(), nodes=nodes)
+        ours[f"{number}-{nodes}"] = any(finding.level == "error" for finding in findings)
+        (tmp_path / f"{number}-{nodes}.yaml").write_text(dump(tree))
+    theirs = json.loads(ask("refusals", str(tmp_path), folder=tmp_path))
+    assert {name: bool(said) for name, said in theirs.items()} == ours, theirs
 
 
 @pytest.mark.skipif("2.2.0" in HOME, reason="our files have master's keys; the launcher translates them for 2.2.0")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rl_trees import DISPATCH
 
 from minimind_mcore.arguments import parse
 from minimind_mcore.errors import UserError
@@ -187,6 +188,7 @@ BROKEN = [
     ("rl_config.clip_higher_enable=true rl_config.clip_ratio_low=0.3", "embedded", "rl_config.clip_ratio_low"),
     ("rl_config.overlong_buffer_enable=true", "embedded", "rl_config.rollout_max_tokens"),
     ("rl_config.epochs=twice", "embedded", "rl_config.epochs"),
+    ("generate_config.dtype=float16", "mindspeed-rl-master", "generate_config.dtype"),
     ("rl_config.multi_turn_enable=true", "mindspeed-rl-2.2.0", "rl_config.multi_turn_enable"),
     ("minimind.algorithm=cispo", "mindspeed-rl-master", "minimind.algorithm"),
     ("minimind.algorithm=dapo", "mindspeed-rl-master", "megatron_training.stage"),
@@ -194,6 +196,17 @@ BROKEN = [
     ("minimind.rollout_engine=transformers", "mindspeed-rl-master", "minimind.rollout_engine"),
     ("actor_config.n_shared_experts=1 actor_config.num_experts=4", "mindspeed-rl-master", "actor_config.model"),
 ]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("overrides", "nodes", "refused"), DISPATCH)
+def test_what_is_handed_out_at_once_divides_as_each_version_wants_it(
+    overrides: str, nodes: int, refused: str, version: str
+) -> None:
+    findings, _, _ = lint("grpo_minimind3", f"mindspeed-rl-{version}", overrides.split(), nodes=nodes)
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    assert bool(errors) == (refused in ("both", version)), errors
+    assert all(re.search("_dispatch_size|_batch_size|padding|reset_", error) for error in errors)
 
 
 @pytest.mark.parametrize(("overrides", "target", "key"), BROKEN, ids=[case[0] for case in BROKEN])

@@ -174,6 +174,23 @@ def test_what_mindspeed_rl_cannot_do_is_not_launched(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("nodes", "said"), [("3", "64 prompts are not a multiple of the 3 hosts of the Ray cluster"), ("two", "NNODES=two")]
+)
+def test_prompts_divide_among_the_hosts_that_the_scripts_wait_for(
+    nodes: str,
+    said: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("NNODES", nodes)
+    with pytest.raises(UserError) as error:
+        rl_launch.prepare("train_grpo.py", "grpo_minimind3", [f"minimind.output_dir={tmp_path}/out"])
+    assert said in f"{error.value} {capsys.readouterr().err}"
+
+
 def test_a_missing_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINDSPEED_RL_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"found no MindSpeed-RL in .*nowhere; set MINDSPEED_RL_HOME"):

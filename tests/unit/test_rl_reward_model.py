@@ -146,9 +146,9 @@ def test_the_yaml_s_model_with_get_score_runs_its_code_where_that_is_allowed(cor
     found = rewards_of(allowed, [RIGHT, "1234", "1", "x" * 50], [PROMPT, TALK, PROMPT, PROMPT])
     assert found.scores["reward_model"].tolist() == [2.0, -1.0, -2.0, 2.0]
     assert found.batch.rewards is not None and found.batch.rewards.tolist() == [3.0, -0.5, -1.0, 1.0]
-    with pytest.raises(UserError, match="without messages.*packed_prompts"):  # data that another program converted
+    with pytest.raises(UserError, match=r"without messages.*packed_prompts"):  # data that another program converted
         rewards_of(allowed, ["1"] * 4, [[]] * 4)
     with pytest.raises(UserError, match="reward_model_trust_remote_code"):
         RewardWorker(configured(corpus, path))
-    with pytest.raises(UserError, match="reward_model: .* cannot be exported"):
+    with pytest.raises(UserError, match=r"reward_model: .* cannot be exported"):
         verl_overrides(configured(corpus, path), "x")

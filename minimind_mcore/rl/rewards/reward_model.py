@@ -59,7 +59,7 @@ class RewardModel:
         if not classifier and not hasattr(self.model, "get_score"):
             raise UserError(
                 f"reward model {path}: found {type(self.model).__name__}, expected a model for sequence classification "
-                "or one with get_score (whose code in the directory minimind.reward_model_trust_remote_code allows to run)"
+                "or one with get_score (its own code runs with minimind.reward_model_trust_remote_code: true)"
             )
         if outputs != 1:
             raise UserError(f"reward model {path}: found {outputs} outputs (num_labels), expected 1, the score")
