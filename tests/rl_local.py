@@ -117,6 +117,9 @@ class LocalGroups:
                 group.start()
         return found
 
+    def finished(self, step: int) -> None:
+        pass
+
     def training(self) -> list[LocalTrain]:
         return [group for group in (self.actor, self.critic) if group is not None]
 

@@ -105,6 +105,11 @@ class Groups:
                 group.start(found["iteration"])
         return found
 
+    def finished(self, step: int) -> None:
+        """A step is done: restarts are counted from the furthest one on."""
+        for restarts in (self.restarts, self.rollout.pool.restarts, self.rewards.restarts):
+            restarts.finished(step)
+
     def training(self) -> list[TrainGroup]:
         """The groups that learn."""
         return [group for group in (self.actor, self.critic) if group is not None]

@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from minimind_mcore.errors import UserError
@@ -65,7 +65,8 @@ class Settings:
         keep_last: keep only the newest N checkpoints; None: all.
         actor_timeout_s: an actor that does not answer a call for so long is taken for dead.
         cluster_wait_s: how long to wait for the cluster to have the resources, at the start and after a node is lost.
-        max_restarts: of training ranks, rollout and reward actors, each, before the run gives up.
+        max_restarts: of training ranks, rollout and reward actors, each, before the run gives up; they are counted
+            from the furthest step that is done, so that a rare fault never ends a run, and one that comes back does.
     """
 
     algorithm: Algorithm = "grpo"
@@ -93,7 +94,7 @@ class Settings:
     keep_last: int | None = None
     actor_timeout_s: float = 1800.0
     cluster_wait_s: float = 600.0
-    max_restarts: int = field(default=3)
+    max_restarts: int = 3
 
 
 def nearest(key: str, known: typing.Iterable[str]) -> str:

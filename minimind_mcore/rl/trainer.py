@@ -156,6 +156,7 @@ class Trainer:
         with clock("resharding_to_infer"):
             self.sync(number)
         self.done, self.consumed = number, experience.consumed
+        self.groups.finished(number)
         self.report(experience, {**clock.row(), **metrics})
         if number == self.steps or (self.ours.eval_interval and number % self.ours.eval_interval == 0):
             self.evaluate()

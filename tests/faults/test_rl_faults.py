@@ -20,7 +20,8 @@ def test_killed_actors_are_replaced_and_a_killed_rank_goes_on_from_the_checkpoin
 ) -> None:
     prompts = rl_trees.write_prompts(tmp_path / "prompts")
     trees = {name: rl_trees.run_tree(corpus, prompts, tmp_path / name) for name in ("calm", "chaos")}
-    kills = {"1": ["rollout@rollout"], "2": ["reward@reward"], "4": ["actor@logprob"]}
+    kills = {"1": ["rollout@rollout"], "2": ["reward@reward"], "3": ["rollout@rollout"], "4": ["actor@logprob"]}
+    trees["chaos"]["minimind"]["max_restarts"] = 1  # of a kind, until the next step is done
     output = rl_ray.run(
         tmp_path, [{"name": "calm", "tree": trees["calm"]}, {"name": "chaos", "tree": trees["chaos"], "kills": kills}],
         DEADLINE,

@@ -21,7 +21,9 @@ from minimind_mcore.rl.metrics import line, table
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
 from minimind_mcore.rl.rollout.engine import Draw, uniforms
+from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.rl.workers.group import Restarts
 
 
 def example() -> batches.Batch:
@@ -44,6 +46,21 @@ def test_parts_of_a_batch_lose_padding_and_join_to_the_same() -> None:
     whole = batches.concat([batch.select(torch.tensor([True, False])), second])
     for name, tensor in batch.state_dict().items():
         assert torch.equal(whole.state_dict()[name], tensor), name
+
+
+def test_a_rare_fault_never_ends_a_run_and_one_that_comes_back_does() -> None:
+    said: list[str] = []
+    restarts = Restarts("ranks", 2, said.append, lambda: None)
+    for step in range(1, 10):
+        for _ in range(2):
+            restarts.another(Lost(["rank 0"], "died"))
+        restarts.finished(step)
+    assert [line[-8:] for line in said] == ["(1 of 2)", "(2 of 2)"] * 9
+    for _ in range(2):  # always at step 10, with step 9 done once more
+        restarts.another(Lost(["rank 0"], "died"))
+        restarts.finished(9)
+    with pytest.raises(UserError, match=r"Replaced 2 times already without a new step between \(minimind.max_restarts"):
+        restarts.another(Lost(["rank 0"], "died"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

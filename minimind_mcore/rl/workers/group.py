@@ -12,7 +12,9 @@ from minimind_mcore.rl.supervise import Lost, collect
 
 
 class Restarts:
-    """How often the actors of a kind may be replaced before the run gives up.
+    """How often the actors of a kind may be replaced, without a new step between, before the run gives up.
+
+    A rare fault never ends a run, however long; one that comes back at the same step does.
 
     Args:
         kind: of actors, for messages.
@@ -22,7 +24,13 @@ class Restarts:
     """
 
     def __init__(self, kind: str, most: int, say: Callable[[str], None], wait: Callable[[], None]) -> None:
-        self.kind, self.most, self.say, self.wait, self.count = kind, most, say, wait, 0
+        self.kind, self.most, self.say, self.wait = kind, most, say, wait
+        self.count = self.furthest = 0
+
+    def finished(self, step: int) -> None:
+        """A step is done; the count begins anew, unless it is one that is done again after a restart."""
+        if step > self.furthest:
+            self.furthest, self.count = step, 0
 
     def another(self, error: Lost) -> None:
         """Count one.
@@ -33,8 +41,8 @@ class Restarts:
         self.count += 1
         if self.count > self.most:
             raise UserError(
-                f"{self.kind}: {error}. Replaced {self.most} times already (minimind.max_restarts): giving up; the "
-                "checkpoints are whole, the same command goes on from the last"
+                f"{self.kind}: {error}. Replaced {self.most} times already without a new step between "
+                "(minimind.max_restarts): giving up; the checkpoints are whole, the same command goes on from the last"
             ) from error
         self.say(f"{self.kind}: {error}; replacing it ({self.count} of {self.most})")
         self.wait()
