@@ -51,11 +51,11 @@ class LocalTrain:
     def __init__(self, config: Config, role: Any, reference: bool = False) -> None:
         self.config, self.role, self.kept = config, role, reference
 
-    def start(self) -> dict[str, Any]:
+    def start(self, at: int | None = None) -> dict[str, Any]:
         if parallel_state.model_parallel_is_initialized():  # another role of this process did it
             parallel_state.destroy_model_parallel()
         self.rank = Rank(self.config, self.role, self.kept)
-        return self.rank.load()
+        return self.rank.load(at)
 
     def measure(self, batch: Batch, reference: bool = False) -> dict[str, torch.Tensor]:
         share = self.rank.measure(batch, reference)
@@ -97,7 +97,11 @@ class LocalRollout:
 class LocalGroups:
     """`Groups` of this process."""
 
+    start = groups.Groups.start
+    training = groups.Groups.training
+
     def __init__(self, config: Config, algorithm: Any, known: int) -> None:
+        self.cluster, self.patience = SimpleNamespace(wait_for_hosts=lambda patience: None), 0.0
         apart = algorithm.kl != "none" and not config.rl.use_integrated_worker
         self.actor = LocalTrain(config, "actor", reference=algorithm.kl != "none" and not apart)
         self.reference = LocalTrain(config, "reference") if apart else None
@@ -110,18 +114,8 @@ class LocalGroups:
             run=lambda method, parts: [getattr(worker, method)(*parts[0])],
         )
 
-    def start(self) -> dict[str, Any]:
-        found = self.actor.start()
-        for group in (self.reference, self.critic):
-            if group is not None:
-                group.start()
-        return found
-
     def finished(self, step: int) -> None:
         pass
-
-    def training(self) -> list[LocalTrain]:
-        return [group for group in (self.actor, self.critic) if group is not None]
 
     def close(self) -> None:
         pass

@@ -79,6 +79,10 @@ def command_line(config: Config, role: Role, world_size: int) -> argparse.Namesp
     args.global_batch_size = mini
     args.train_iters = args.train_iters * (rows // mini) * config.rl.epochs
     args.keep_last = config.minimind.keep_last
+    if role == "critic" and args.keep_last:
+        args.keep_last += (
+            1  # it is saved before the actor: if a kill comes between, the actor's last still has its pair
+        )
     args.ckpt_format = "torch"  # as MindSpeed-RL writes it, and this kit's scripts
     return args
 
@@ -105,8 +109,8 @@ class Rank:
         self.args = command_line(config, role, world)
         if role == "critic":
             self.args.untie_embeddings_and_output_weights = True
-            if self.args.save == config.actor.save and self.args.save:  # it has no section of its own
-                self.args.save = str(Path(self.args.save) / "critic")
+            if config.actor.save and self.args.save in (None, config.actor.save):  # it has no directory of its own
+                self.args.save = str(Path(config.actor.save) / "critic")
         self.layout = validate(self.args, world)
         device.setup()
         distributed.initialize(self.args, self.layout)
@@ -152,13 +156,22 @@ class Rank:
 
         Returns:
             `iteration` and `state` of the checkpoint; 0 and None at the beginning.
+
+        Raises:
+            UserError: there is no checkpoint of iteration `at`, or none that can be read.
         """
         if self.role == "reference":
             self.frozen = self._frozen()
             return {"iteration": 0, "state": None}
         self.model = build_model(self.args, self.layout, self.job)
         self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
-        resumed = at != 0 and bool(self.args.save) and bool(checkpointing.iterations_in(Path(self.args.save)))
+        saved = checkpointing.iterations_in(Path(self.args.save)) if self.args.save else []
+        if at and at not in saved:
+            raise UserError(
+                f"{self.args.save}: found no checkpoint of iteration {at}, from which the actor goes on (there is "
+                f"{', '.join(map(str, saved)) or 'none'}); put it back, or remove the actor's that have no pair here"
+            )
+        resumed = at != 0 and bool(saved)
         if self.args.save:
             checkpointing.require_shared_directory(Path(self.args.save))
         state = None

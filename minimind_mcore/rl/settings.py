@@ -62,7 +62,7 @@ class Settings:
         sample_interval: print sample completions every so many steps; 0: never.
         save_rollouts: directory to save every step's rollouts in.
         replay_rollouts: directory to read them from instead of generating.
-        keep_last: keep only the newest N checkpoints; None: all.
+        keep_last: keep only the newest N checkpoints, and of a critic, which is saved first, one more; None: all.
         actor_timeout_s: an actor that does not answer a call for so long is taken for dead.
         cluster_wait_s: how long to wait for the cluster to have the resources, at the start and after a node is lost.
         max_restarts: of training ranks, rollout and reward actors, each, before the run gives up; they are counted
