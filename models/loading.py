@@ -17,6 +17,7 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.wrappers import unwrap
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -29,10 +30,7 @@ def whole_model_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[
         chunks: the GPTModels of this rank, one per virtual pipeline stage; wrappers (mixed
             precision, data parallel) may be around them.
     """
-    for chunk in chunks:
-        model: Any = chunk
-        while hasattr(model, "module"):
-            model = model.module
+    for model in map(unwrap, chunks):
         for name, parameter in model.named_parameters():
             yield _whole_name(model, name), parameter
 

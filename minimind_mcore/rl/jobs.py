@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
 from minimind_mcore.rl.algorithms.masked import masked_mean
@@ -22,7 +23,6 @@ from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.job import Job, LossFunction, averaged
 from minimind_mcore.training.layout import Layout
-from minimind_mcore.training.model import unwrap
 
 
 def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
-from minimind_mcore.training.model import unwrap
 
 
 def _metadata(args: argparse.Namespace) -> dict[str, Any]:

@@ -142,10 +142,3 @@ def weights_gathered(args: argparse.Namespace, model: list[Any]) -> Iterator[Non
     yield
     for chunk in overlapped:
         chunk.enable_forward_pre_hook()
-
-
-def unwrap(chunk: Any) -> Any:
-    """The GPTModel inside data-parallel and precision wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.model import unwrap
 
 Batches = list[Iterator[dict[str, Any]]]
 
