@@ -19,6 +19,7 @@ from minimind_mcore.rl import groups, trainer
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config, resolve
 from minimind_mcore.rl.rank import Rank
+from minimind_mcore.rl.workers.group import Restarts
 from minimind_mcore.rl.workers.reward import RewardWorker
 from minimind_mcore.rl.workers.rollout import RolloutWorker
 
@@ -101,6 +102,7 @@ class LocalGroups:
     training = groups.Groups.training
 
     def __init__(self, config: Config, algorithm: Any, known: int) -> None:
+        self.restarts = Restarts("training ranks", 1, print, lambda: None)
         self.cluster, self.patience = SimpleNamespace(wait_for_hosts=lambda patience: None), 0.0
         apart = algorithm.kl != "none" and not config.rl.use_integrated_worker
         self.actor = LocalTrain(config, "actor", reference=algorithm.kl != "none" and not apart)
@@ -115,7 +117,7 @@ class LocalGroups:
         )
 
     def finished(self, step: int) -> None:
-        pass
+        self.restarts.finished(step)
 
     def close(self) -> None:
         pass

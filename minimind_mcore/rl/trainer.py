@@ -68,28 +68,27 @@ class Trainer:
             raise UserError(f"{info.path}: tokenizer_config.json names no eos_token, which ends a response")
         prompts = prompt_dataset(config, config.actor.data_path)
         self.held_out = prompt_dataset(config, self.ours.eval_data) if self.ours.eval_data else None
+        tokenizer = load_tokenizer(info)
         self.advantages = Advantages(config, self.algorithm)
-        self.groups = Groups(config, self.algorithm, info.vocab_size)
-        self.source = Source(
-            config, self.algorithm, prompts, load_tokenizer(info), info.eos_id, self.groups.rollout, self.groups.rewards
-        )
+        self.groups = groups = Groups(config, self.algorithm, info.vocab_size)  # from here on there are actors
+        self.source = Source(config, self.algorithm, prompts, tokenizer, info.eos_id, groups.rollout, groups.rewards)
         self.steps = config.actor.train_iters
-        self.done = 0
+        self.done = self.consumed = 0  # steps, and the prompts that they took
         self.left = False  # before the last step, by a signal
         updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
         self.needs_old = updates * self.rl.epochs > 1 or self.ours.rollout_correction != "none"
-        self.ahead = not self.rl.blocking
+        self.ahead = not self.rl.blocking  # the engines write a step's responses while the one before is trained
 
     def run(self) -> None:
         """All steps; after the loss of a training rank, from the last checkpoint on; a signal ends it in order."""
         self.stop = Stop()
         self.recover()
         self.log = Log(self.config, self.done)
-        if self.done == 0:
-            self.evaluate()
         while self.done < self.steps and not self.left:
             try:
+                if self.done == 0:
+                    self.evaluate()
                 with self.stop.later():
                     self.step(self.done + 1)
                     asked = self.stop.asked
@@ -130,12 +129,13 @@ class Trainer:
         with clock("rollout"):
             experience = self.rollouts(number)
         batch, metrics = experience.batch, dict[str, float]()
+        # Begun here and waited for below: verifiers run beside the forward passes. Some responses are scored already.
         scored = self.source.score(experience) if batch.rewards is None else None
         if self.algorithm.kl != "none":
             with clock("reference_model"):
                 reference = self.groups.reference or self.groups.actor
                 batch.ref_logp = reference.measure(batch, reference=True)["logp"]
-        if self.ahead:
+        if self.ahead:  # what wrote the responses is a step old: the ratio is taken to its own log-probabilities
             batch.old_logp = batch.rollout_logp
         elif self.needs_old:
             with clock("old_log_p"):
@@ -151,7 +151,7 @@ class Trainer:
         with clock("update"):
             for group in self.groups.training():
                 metrics |= group.update(batch, number, self.advantages.kl_coef)
-        if batch.old_logp is not None and not self.ahead:
+        if batch.old_logp is not None and not self.ahead:  # without old_log_p the update has measured it
             metrics |= difference(batch, batch.old_logp)
         with clock("resharding_to_infer"):
             self.sync(number)

@@ -1,4 +1,4 @@
-"""PPO's actor and critic go on as a pair, wherever the run was ended between their saves."""
+"""The driver begins anew: PPO's actor and critic as a pair, and a loss before the first step is one like others."""
 
 from __future__ import annotations
 
@@ -58,3 +58,34 @@ def test_a_run_killed_between_the_saves_goes_on_from_the_pair_before(
     shutil.rmtree(critic / "iter_0000002")
     failed = run("killed", check=False)
     assert failed.codes != [0] and "no checkpoint of iteration 2, from which the actor goes on" in failed.output
+
+
+def lose_a_rank_once() -> None:
+    """Called in the run's process: a rank is lost while the weights to begin with are evaluated."""
+    from minimind_mcore.rl.supervise import Lost
+    from minimind_mcore.rl.trainer import Trainer
+
+    evaluate, losses = Trainer.evaluate, [Lost(["actor rank 0"], "died")]
+
+    def losing(self: Trainer) -> None:
+        if losses:
+            raise losses.pop()
+        evaluate(self)
+
+    Trainer.evaluate = losing  # type: ignore[method-assign]
+
+
+def test_a_rank_lost_before_the_first_step_is_replaced(
+    server: engine.Server, corpus: engine.Corpus, tmp_path: Path
+) -> None:
+    prompts = rl_trees.write_prompts(tmp_path / "prompts")
+    tree = rl_trees.run_tree(corpus, prompts, tmp_path)
+    tree["megatron_training"] |= {"train_iters": 1}
+    tree["minimind"] |= {"eval_data": str(prompts), "eval_prompts": 4}
+    (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
+    run = server.run(
+        ["--tree", str(tmp_path / "tree.json")], tmp_path, module="rl_local", hook=f"{__file__}:lose_a_rank_once"
+    )
+    assert "training ranks: actor rank 0: died; replacing it (1 of 1)" in run.output
+    measured = [row["iteration"] for row in engine.read_rows(tmp_path) if "eval/accuracy" in row]
+    assert measured == [0, 1]
