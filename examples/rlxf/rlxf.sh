@@ -135,6 +135,7 @@ prepare() {
                 bash "$ROOT/examples/mcore/minimind/tune_minimind_full_ptd.sh" --lr-warmup-iters 50 --adam-beta2 0.99
         PREPARED+=("actor_config.load=$begin")
     fi
+    [ "$BACKEND" = mindspeed-rl ] || [[ $own == *" minimind.eval_interval="* ]] || PREPARED+=(minimind.eval_interval=20)
 }
 
 # is_there PATH: a file, or a finished stage's checkpoints

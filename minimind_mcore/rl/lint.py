@@ -39,8 +39,6 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "rewards": None,
     "output_dir": None,
 }
-# Keys that change nothing of the training: MindSpeed-RL goes without.
-WATCHING = {"eval_data", "eval_interval", "eval_prompts", "sample_interval"}
 STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
 VERIFIERS = {
     *("acc", "format", "step", "strict_format", "base_acc", "math_17k_acc"),
@@ -296,11 +294,6 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
 
 def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Finding]:
     for key, value in (tree.get("minimind") or {}).items():
-        if key in WATCHING:
-            yield Finding(
-                "warning", f"minimind.{key}", "MindSpeed-RL measures and shows no such thing; it goes without"
-            )
-            continue
         allowed = HONOURED.get(key, ())
         if allowed is not None and value not in allowed:
             why = (

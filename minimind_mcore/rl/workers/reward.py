@@ -71,5 +71,6 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
 
 def reward_pool(config: Config, restarts: Restarts) -> Pool:
     """One actor, on whichever host; `verifier_parallel` is the number of its processes."""
+    build(config).close()  # here an unknown name is the user's error, in the actor a death
     remote = ray.remote(RewardWorker).options(num_cpus=0)
     return Pool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)
