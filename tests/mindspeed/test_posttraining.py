@@ -20,7 +20,6 @@ STAGES: dict[str, tuple[str, dict[str, int]]] = {
     "sft packed": ("tune_minimind_full_ptd.sh", {}),
     "lora": ("tune_minimind_lora_ptd.sh", {}),
     "dpo": ("dpo_minimind_ptd.sh", {}),
-    "dpo TP2": ("dpo_minimind_ptd.sh", {"tp": 2}),
 }
 
 
@@ -29,7 +28,7 @@ def test_losses_are_the_native_engines(
     stage: str, inputs: Inputs, weights: Callable[..., Path], server: engine.Server, tmp_path: Path
 ) -> None:
     script, parallel = STAGES[stage]
-    kind, data = ("pairwise", "pairs.jsonl") if "dpo" in stage else ("instruction", "chats.jsonl")
+    kind, data = ("pairwise", "pairs.jsonl") if stage == "dpo" else ("instruction", "chats.jsonl")
     environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout(**parallel)
     environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / data)}
     environment |= {"SEQ_LENGTH": "128", "LR": "1e-3", "OUTPUT_DIR": str(tmp_path / "theirs")}
