@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import weights_on_disk
-from engine import ROOT
+from engine import ROOT, TRACKER
 
 from minimind_mcore.models.config import ModelConfig
 
@@ -191,6 +191,14 @@ def processes(tp: int = 1, pp: int = 1, ep: int = 1) -> int:
 def layout(tp: int = 1, pp: int = 1, ep: int = 1) -> dict[str, str]:
     """Settings of a layout, with no more data parallelism than its experts ask for."""
     return {"TP": str(tp), "PP": str(pp), "EP": str(ep), "NPUS_PER_NODE": str(processes(tp, pp, ep))}
+
+
+def halfway(checkpoints: Path, folder: Path) -> Path:
+    """A directory with the checkpoint of iteration 5 alone."""
+    folder.mkdir(parents=True)
+    (folder / "iter_0000005").symlink_to(checkpoints / "iter_0000005")
+    (folder / TRACKER).write_text("5")
+    return folder
 
 
 def drop(flags: Sequence[str], *names: str) -> list[str]:

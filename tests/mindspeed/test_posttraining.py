@@ -23,22 +23,29 @@ STAGES: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_losses_are_the_native_engines(
-    stage: str, inputs: Inputs, weights: Callable[..., Path], server: engine.Server, tmp_path: Path
-) -> None:
-    script, parallel = STAGES[stage]
+def settings(stage: str, inputs: Inputs, weights: Callable[..., Path]) -> dict[str, str]:
+    """Of a stage's script, with its data converted."""
+    _, parallel = STAGES[stage]
     kind, data = ("pairwise", "pairs.jsonl") if stage == "dpo" else ("instruction", "chats.jsonl")
     environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout(**parallel)
     environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / data)}
-    environment |= {"SEQ_LENGTH": "128", "LR": "1e-3", "OUTPUT_DIR": str(tmp_path / "theirs")}
-    environment |= {"CKPT_LOAD_DIR": str(weights("minimind3", **parallel))}
+    environment |= {"SEQ_LENGTH": "128", "LR": "1e-3", "CKPT_LOAD_DIR": str(weights("minimind3", **parallel))}
     packing = []
     if stage == "sft packed":
         environment |= {"PACK": "1", "MBS": "1"}  # D9
         packing = ["--pack", "--neat-pack"]
     made = rehearsal.run_script(f"data_convert_minimind_{kind}.sh", *packing, rehearse=False, **environment)
-    environment["DATA_PATH"] = next(line for line in reversed(made.output.splitlines()) if line.startswith("/"))
+    return environment | {
+        "DATA_PATH": next(line for line in reversed(made.output.splitlines()) if line.startswith("/"))
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_are_the_native_engines(
+    stage: str, inputs: Inputs, weights: Callable[..., Path], server: engine.Server, tmp_path: Path
+) -> None:
+    script, parallel = STAGES[stage]
+    environment = settings(stage, inputs, weights) | {"OUTPUT_DIR": str(tmp_path / "theirs")}
     adapters = []
     if stage == "lora":  # each would draw its own
         planned = rehearsal.program_flags(rehearsal.run_script(script, "--dry-run", **environment))
@@ -50,6 +57,16 @@ def test_losses_are_the_native_engines(
     assert theirs.iterations == list(range(1, 11))
     assert worst_difference(ours.column(), theirs.losses) < 1e-5  # 1e-4 is promised
     assert worst_difference(ours.column("grad_norm"), theirs.grad_norms) < 1e-3
+
+
+def test_an_interrupted_tuning_goes_on(inputs: Inputs, weights: Callable[..., Path], tmp_path: Path) -> None:
+    script, _ = STAGES["sft"]
+    environment = settings("sft", inputs, weights) | {"SAVE_INTERVAL": "5"}
+    whole = rehearsal.run_script(script, **environment, OUTPUT_DIR=str(tmp_path / "whole"))
+    rehearsal.halfway(tmp_path / "whole" / "checkpoints", tmp_path / "cut" / "checkpoints")
+    resumed = rehearsal.run_script(script, **environment, OUTPUT_DIR=str(tmp_path / "cut"))
+    assert resumed.iterations == [6, 7, 8, 9, 10]
+    assert worst_difference(resumed.losses, whole.losses[5:]) < 1e-6
 
 
 def first_adapters(flags: list[str], server: engine.Server, folder: Path) -> Path:

@@ -24,21 +24,13 @@ def native_flags(theirs: rehearsal.Result, **changes: object) -> list[str]:
     ]
 
 
-def halfway(checkpoints: Path, folder: Path) -> Path:
-    """A directory with the checkpoint of iteration 5 alone."""
-    folder.mkdir()
-    (folder / "iter_0000005").symlink_to(checkpoints / "iter_0000005")
-    (folder / engine.TRACKER).write_text("5")
-    return folder
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_native_goes_on_from_mindspeed_llm(
     precision: str, pretrain: Pretrain, server: engine.Server, tmp_path: Path
 ) -> None:
     theirs, checkpoints = pretrain("minimind3", precision=precision)
     assert ("--use-distributed-optimizer" in rehearsal.program_flags(theirs)) == (precision == "bf16")
-    flags = native_flags(theirs, load=halfway(checkpoints, tmp_path / "half"), save=tmp_path / "saved")
+    flags = native_flags(theirs, load=rehearsal.halfway(checkpoints, tmp_path / "half"), save=tmp_path / "saved")
     ours = server.run(flags, tmp_path / "run")
     assert ours.column("iteration") == [6, 7, 8, 9, 10]
     assert worst_difference(ours.column(), theirs.losses[5:]) < BOUNDS[precision]
@@ -52,6 +44,8 @@ def test_mindspeed_llm_goes_on_from_native(
     start = rehearsal.value(rehearsal.program_flags(theirs), "--load")
     flags = native_flags(theirs, load=start, finetune=True, save=tmp_path / "saved")
     ours = server.run(flags, tmp_path / "run")
-    resumed, _ = pretrain("minimind3", precision=precision, load=halfway(tmp_path / "saved", tmp_path / "half"))
+    resumed, _ = pretrain(
+        "minimind3", precision=precision, load=rehearsal.halfway(tmp_path / "saved", tmp_path / "half")
+    )
     assert resumed.iterations == [6, 7, 8, 9, 10]
     assert worst_difference(resumed.losses, ours.column()[5:]) < BOUNDS[precision]

@@ -136,8 +136,8 @@ def test_a_hostfile_gives_the_flags_of_torchrun_and_the_network(ascend: dict[str
     done = subprocess.run(["bash", "-c", shown, str(SCRIPTS)], env=ascend | hosts, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["=lo", "lo", "16 29500"], done.stderr
     assert "network: HCCL_SOCKET_IFNAME==lo GLOO_SOCKET_IFNAME=lo" in done.stderr
-    refused = script(ascend | hosts | {"NODE_RANK": "0"})  # no dry run: it stops before anything is made
-    assert refused.returncode == 1 and "error: NODE_RANK=0, but MASTER_ADDR=198.51.100.77" in refused.stderr
+    refused = script(ascend | hosts | {"HCCL_SOCKET_IFNAME": "roce9"})  # no dry run: it stops before anything is made
+    assert refused.returncode == 1 and "error: HCCL_SOCKET_IFNAME=roce9 matches no interface" in refused.stderr
 
 
 def test_cann_is_looked_for_before_anything_else(ascend: dict[str, str]) -> None:
