@@ -80,9 +80,8 @@ def command_line(config: Config, role: Role, world_size: int) -> argparse.Namesp
     args.train_iters = args.train_iters * (rows // mini) * config.rl.epochs
     args.keep_last = config.minimind.keep_last
     if role == "critic" and args.keep_last:
-        args.keep_last += (
-            1  # it is saved before the actor: if a kill comes between, the actor's last still has its pair
-        )
+        # It is saved before the actor: if a kill comes between, the actor's last still has its pair.
+        args.keep_last += 1
     args.ckpt_format = "torch"  # as MindSpeed-RL writes it, and this kit's scripts
     return args
 
