@@ -171,6 +171,7 @@ class IndexedWriter:
         # The last entered is published first: the .bin stands before the .idx that speaks of it.
         self._idx = HashingFile(self._stack.enter_context(atomic_file(idx_path(self.prefix))))
         self._bin = HashingFile(self._stack.enter_context(atomic_file(bin_path(self.prefix))))
+        self._stack.push(self._finish)  # before both are published, and they learn of its errors
         return self
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
@@ -185,6 +186,10 @@ class IndexedWriter:
         self.tokens += len(tokens)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _finish(self, kind: Any, error: Any, trace: Any) -> None:
+        """Write the index, unless the block failed."""
         if kind is None:
             lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
             ends = np.arange(len(lengths) + 1, dtype=np.int64)
@@ -192,7 +197,6 @@ class IndexedWriter:
             data, index = self._bin, self._idx
             digests = data.hexdigest(), index.hexdigest()
             self.written = Written(len(lengths), self.tokens, data.size, digests[0], index.size, digests[1])
-        self._stack.__exit__(kind, error, trace)
 
 
 def _write_index(out: HashingFile, dtype: np.dtype[Any], parts: Callable[[], Iterator[tuple[Int32s, Int64s]]]) -> None:

@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
+from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.pool import run_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -202,6 +204,16 @@ def test_a_full_disk_is_named_and_leaves_no_dataset(work: Path, small_disk: Path
     assert full.returncode == 1
     assert f"disk full while writing {small_disk}" in full.stderr and "Traceback" not in full.stderr
     assert not final_files(prefix)
+
+
+def test_a_full_disk_at_the_index_is_named_and_leaves_no_files(small_disk: Path) -> None:
+    documents = np.ones(100_000, np.int32)  # 0.2 MB of tokens, 2 MB of index
+    with (
+        pytest.raises(UserError, match=f"disk full while writing {small_disk}/out"),
+        IndexedWriter(small_disk / "out", "uint16") as writer,
+    ):
+        writer.add(documents, documents)
+    assert not list(small_disk.iterdir())
 
 
 def test_a_full_disk_at_the_merge_keeps_the_parts(work: Path, small_disk: Path, expected: tuple[bytes, bytes]) -> None:
