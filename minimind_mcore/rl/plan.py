@@ -33,13 +33,14 @@ def show(config: Config, pending: bool) -> None:
     args = command_line(config, "actor", world)
     layout = validate(args, world)
     model = ModelConfig.from_args(args)
-    build(config).close()
+    with build(config) as rewards:
+        names = [*rewards.verifiers, *filter(None, [config.minimind.reward_model])]
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     print(f"model       {config.model}: {model.num_parameters() / 1e6:.1f}M parameters, {config.minimind.precision}")
     print(f"device      {device.current().kind}: {layout}")
     print(f"algorithm   {config.minimind.algorithm}: {algorithm}")
     print(f"step        {rows} responses to {config.actor.global_batch_size} prompts, {config.actor.train_iters} steps")
-    print(f"rewards     {_rewards(config)}")
+    print(f"rewards     {', '.join(names)}")
     if pending:
         print("data        yet to be made")
     else:
@@ -48,18 +49,6 @@ def show(config: Config, pending: bool) -> None:
         print(f"begins      {_begins(config)}")
     print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
     print("everything is valid; nothing was trained")
-
-
-def _rewards(config: Config) -> str:
-    rl, ours = config.rl, config.minimind
-    names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
-    if ours.reward_model:
-        if not (Path(ours.reward_model) / "config.json").is_file():
-            raise UserError(
-                f"minimind.reward_model: {ours.reward_model} has no config.json; expected a model's directory"
-            )
-        names.append(f"reward model {ours.reward_model}")
-    return ", ".join(names)
 
 
 def _begins(config: Config) -> str:

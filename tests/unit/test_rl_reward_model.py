@@ -20,7 +20,7 @@ from minimind_mcore.rl.export_verl import verl_overrides
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.reward_model import RewardModel, folded
 from minimind_mcore.rl.rewards.rewards import Rewards
-from minimind_mcore.rl.workers.reward import RewardWorker
+from minimind_mcore.rl.workers.reward import RewardWorker, build
 
 CODE = """
 from transformers import Qwen3Config, Qwen3Model
@@ -148,7 +148,10 @@ def test_the_yaml_s_model_with_get_score_runs_its_code_where_that_is_allowed(cor
     assert found.batch.rewards is not None and found.batch.rewards.tolist() == [3.0, -0.5, -1.0, 1.0]
     with pytest.raises(UserError, match=r"without messages.*packed_prompts"):  # data that another program converted
         rewards_of(allowed, ["1"] * 4, [[]] * 4)
+    unloadable = RewardWorker(configured(corpus, path))  # Ray would begin an actor whose __init__ fails again and again
     with pytest.raises(UserError, match="reward_model_trust_remote_code"):
-        RewardWorker(configured(corpus, path))
+        unloadable.prepare()
+    with pytest.raises(UserError, match=r"minimind.reward_model: .*absent has no config.json"):
+        build(configured(corpus, str(tmp_path / "absent")))
     with pytest.raises(UserError, match=r"reward_model: .* cannot be exported"):
         verl_overrides(configured(corpus, path), "x")

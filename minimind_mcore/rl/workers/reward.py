@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.reward_model import RewardModel
@@ -15,10 +18,19 @@ from minimind_mcore.rl.workers.group import Pool, Restarts
 
 
 class RewardWorker:
-    """Scores responses."""
+    """Scores responses. What it does so with is made when first needed: an error would end an actor's `__init__`."""
 
     def __init__(self, config: Config) -> None:
-        self.rewards = build(config, reward_model(config))
+        self.config = config
+
+    @cached_property
+    def rewards(self) -> Rewards:
+        """The rewards that the YAML names, with their model."""
+        return build(self.config, reward_model(self.config))
+
+    def prepare(self) -> None:
+        """Load what there is to load."""
+        self.rewards  # noqa: B018
 
     def pid(self) -> int:
         """Of this process."""
@@ -49,9 +61,11 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
     """The rewards that the YAML names, with its reward model if that is given.
 
     Raises:
-        UserError: an unknown verifier, or one that cannot be imported.
+        UserError: an unknown verifier, or one that cannot be imported; a reward model that is no directory of one.
     """
     rl, ours = config.rl, config.minimind
+    if ours.reward_model and not (Path(ours.reward_model) / "config.json").is_file():
+        raise UserError(f"minimind.reward_model: {ours.reward_model} has no config.json; expected a model's directory")
     names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
     weights = [*rl.verifier_weight, *(reward.weight for reward in ours.rewards)]
     penalty = None
@@ -73,4 +87,7 @@ def reward_pool(config: Config, restarts: Restarts) -> Pool:
     """One actor, on whichever host; `verifier_parallel` is the number of its processes."""
     build(config).close()  # here an unknown name is the user's error, in the actor a death
     remote = ray.remote(RewardWorker).options(num_cpus=0)
-    return Pool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)
+    pool = Pool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)
+    if config.minimind.reward_model:
+        pool.everywhere("prepare")  # one that cannot be loaded is the user's error before the first step
+    return pool

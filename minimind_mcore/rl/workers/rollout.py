@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -26,7 +27,12 @@ class RolloutWorker:
         torch.set_num_threads(threads)
         if device.current().kind == "cpu":
             cpu.tune()
-        self.engine = build_engine(config, model, known)
+        self.make = partial(build_engine, config, model, known)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made when first needed: an error would end an actor's `__init__`."""
+        return self.make()
 
     def pid(self) -> int:
         """Of this process."""
