@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
             state[key] = _adapters(state[key])
     if not args.no_save_rng:
         state["rng_state"] = rng
+    _convert_steps(state.get("optimizer", []), torch.tensor)
     folder.mkdir(exist_ok=True)
     torch.save(state, folder / NAME)
     return [*files, folder / NAME]
@@ -106,6 +108,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if args.finetune or args.no_load_optim or "optimizer" not in state:
         optimizer.reload_model_params()
     else:
+        _convert_steps(state["optimizer"], int)
         optimizer.load_state_dict(state["optimizer"])
         if args.use_distributed_optimizer:
             with torch.no_grad():  # megatron-core 0.12.1 copies into views of leaves that need gradients
@@ -114,6 +117,15 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if not (args.finetune or args.no_load_rng) and "rng_state" in state:
         restore_rng(state["rng_state"])
     return state
+
+
+def _convert_steps(state: Any, kind: Callable[[Any], Any]) -> None:
+    """Adam's count of its steps, in every parameter group: MindSpeed 2.2.0 can read a tensor alone, and 26.1.0 either;
+    megatron-core compares the groups', for which they must be numbers."""
+    for part in state if isinstance(state, list) else [state]:
+        for group in part.get("optimizer", part)["param_groups"]:
+            if "step" in group:
+                group["step"] = kind(group["step"])
 
 
 def _adapters(state: dict[str, Any]) -> dict[str, Any]:
