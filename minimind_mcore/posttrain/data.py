@@ -137,7 +137,7 @@ def _missing(prefix: str, name: str) -> str:
 
 
 def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_size: int, packed: bool) -> None:
-    """Refuse samples that train nothing, labels that are no tokens, and packing that would be ignored.
+    """Refuse samples that train nothing, labels that are no tokens, and packing that would be ignored; say what is cut.
 
     Raises:
         UserError: names the first such samples.
@@ -146,13 +146,21 @@ def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_s
         column = Column(prefix, name)
         if name.endswith("labels"):
             _check_label_column(column, seq_length, vocab_size)
-        if name == "attention_mask" and not packed:
-            found = _documents_where(column, column.index.lengths.max(initial=1), lambda x: x > 1)
-            if found.any():
-                raise UserError(
-                    f"{column.prefix}: sample {int(found.argmax())} is packed, its attention mask numbers the samples "
-                    "in it: give --reset-attention-mask --neat-pack, or they would see each other"
-                )
+            if cut := int((column.index.lengths > seq_length).sum()):
+                print(f"{column.prefix}: {cut} of {len(column)} samples are cut to {seq_length} tokens (--seq-length)")
+        if name == "attention_mask":
+            _check_packing(column, packed)
+
+
+def _check_packing(column: Column, packed: bool) -> None:
+    found = _documents_where(column, column.index.lengths.max(initial=1), lambda x: x > 1)
+    if packed and not found.any():
+        print(f"{column.prefix}: not packed, each sample is a sequence: --neat-pack has no effect")
+    if found.any() and not packed:
+        raise UserError(
+            f"{column.prefix}: sample {int(found.argmax())} is packed, its attention mask numbers the samples "
+            "in it: give --reset-attention-mask --neat-pack, or they would see each other"
+        )
 
 
 def _check_label_column(column: Column, seq_length: int, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from engine import Corpus, Server
 from posttrain_oracle import DYNAMIC, FLAGS, MODEL
 
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.posttrain.data import INSTRUCTION, check_labels
 from minimind_mcore.preprocess.indexed import IndexedWriter
 
 
@@ -98,6 +99,20 @@ def test_packing_that_would_leak_is_refused(server: Server, dialogues: Corpus, t
     assert "is packed" in out and "give --reset-attention-mask --neat-pack" in out
     out = refused(server, dialogues, tmp_path, stage="sft", data_path=packed, reset_attention_mask=True)
     assert "--neat-pack and --reset-attention-mask belong together" in out
+
+
+def test_what_is_cut_is_counted_and_packing_that_is_none_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = np.array([4, 9, 5, 8])
+    for name in INSTRUCTION:
+        with IndexedWriter(f"{tmp_path}/x_packed_{name}_document") as writer:
+            writer.add(np.ones(lengths.sum(), np.int32), lengths)
+    check_labels(f"{tmp_path}/x", INSTRUCTION, seq_length=8, vocab_size=10, packed=False)
+    cut = "1 of 4 samples are cut to 8 tokens (--seq-length)"
+    assert capsys.readouterr().out == f"{tmp_path}/x_packed_labels_document: {cut}\n"
+    check_labels(f"{tmp_path}/x", INSTRUCTION, seq_length=9, vocab_size=10, packed=True)
+    assert "attention_mask_document: not packed" in capsys.readouterr().out
 
 
 def test_a_teacher_that_does_not_fit_is_refused(server: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:

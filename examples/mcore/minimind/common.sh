@@ -18,6 +18,14 @@ fail() {
     exit 1
 }
 
+# require_count NAME...: each of these settings is a number of something
+require_count() {
+    local name
+    for name in "$@"; do
+        [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: expected a whole number of 1 or more"
+    done
+}
+
 # A path for programs that run in a directory of their own, as MindSpeed-LLM's do.
 absolute() {
     case $1 in
@@ -78,11 +86,11 @@ while IFS='=' read -r name value; do
 done <<< "$settings"
 if [ "$DEVICE" = cpu ]; then
     NPUS_PER_NODE=${NPUS_PER_NODE:-$((DEVICES > 1 ? 2 : 1))}
-else
-    NPUS_PER_NODE=${NPUS_PER_NODE:-$DEVICES}
-    [ "$NPUS_PER_NODE" -le "$DEVICES" ] ||
-        fail "NPUS_PER_NODE=$NPUS_PER_NODE, but this host has $DEVICES $DEVICE devices; each process needs its own"
 fi
+NPUS_PER_NODE=${NPUS_PER_NODE:-$DEVICES}
+require_count NPUS_PER_NODE
+[ "$DEVICE" = cpu ] || [ "$NPUS_PER_NODE" -le "$DEVICES" ] ||
+    fail "NPUS_PER_NODE=$NPUS_PER_NODE, but this host has $DEVICES $DEVICE devices; each process needs its own"
 WORLD_SIZE=$((NNODES * NPUS_PER_NODE))
 
 # Print a command as it could be typed.
@@ -161,7 +169,10 @@ data_flags() {
             DATA_FLAGS=(--handler-name "${HANDLER_NAME:-GeneralPretrainHandler}" --json-keys "${keys[@]}"
                 --prepend-bos --append-eod)
             ;;
-        sft) DATA_FLAGS=(--handler-name "${HANDLER_NAME:-MiniMindInstructionHandler}") ;;
+        sft)
+            DATA_FLAGS=(--handler-name "${HANDLER_NAME:-MiniMindInstructionHandler}")
+            [ "${PACK:-0}" = 0 ] || DATA_FLAGS+=(--pack --neat-pack)
+            ;;
         dpo) DATA_FLAGS=(--handler-name "${HANDLER_NAME:-MiniMindPairwiseHandler}") ;;
         *) fail "DATA_KIND=$DATA_KIND: expected text, sft or dpo" ;;
     esac

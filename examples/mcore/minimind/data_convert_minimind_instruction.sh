@@ -9,6 +9,7 @@
 # DATA_PATH        files, directories or globs of .jsonl, .json, .parquet (.gz, .zst), separated by commas
 # TOKENIZER_PATH   directory with tokenizer.json and a chat template; the sample gets one trained on the sample corpus
 # SEQ_LENGTH       the most tokens of a sample (default: no limit); what is cut or left out is counted
+# PACK             1: as `--pack --neat-pack`
 # HANDLER_NAME     MiniMindInstructionHandler (default: sft, reason, tool calls), AlpacaStyleInstructionHandler,
 #                  SharegptStyleInstructionHandler, OpenAIInstructionHandler; MiniMindPromptHandler, MiniMindAgentHandler;
 #                  General-, BelleMultiTurn-, LeetcodePythonInstructionHandler, which have one fixed prompt

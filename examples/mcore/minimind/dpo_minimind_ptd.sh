@@ -15,6 +15,7 @@ DATA_KIND=dpo
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-$MODEL_DIR/sft/checkpoints}
-# named, since a run that goes on would take its own weights for the reference
-post_train "$CKPT_LOAD_DIR" --stage dpo --is-pairwise-dataset --no-pad-to-seq-lengths \
-    --ref-model "$(absolute "$CKPT_LOAD_DIR")"
+# Named, since a run that goes on would take its own weights for the reference; that of adapters is what they adapt.
+REFERENCE=(--ref-model "$(absolute "$CKPT_LOAD_DIR")")
+given --reference-live || ! given --lora-target-modules || REFERENCE=()
+post_train "$CKPT_LOAD_DIR" --stage dpo --is-pairwise-dataset --no-pad-to-seq-lengths ${REFERENCE[@]+"${REFERENCE[@]}"}

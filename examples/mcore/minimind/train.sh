@@ -33,11 +33,13 @@ MODEL=${MODEL:-$([ -n "${DATA_PATH:-}" ] && echo minimind3 || echo minimind3_tin
 PP=${PP:-1}
 EP=${EP:-1}
 CP=${CP:-1}
+require_count PP EP CP
 if [ -z "${TP:-}" ]; then
     TP=1
     # On a CPU, to show tensor parallelism. Not more: the tiny models have two key-value heads.
     [ "$DEVICE" != cpu ] || [ $((WORLD_SIZE % (2 * PP * EP * CP))) != 0 ] || TP=2
 fi
+require_count TP
 [ $((WORLD_SIZE % (TP * PP * CP))) = 0 ] || fail "$WORLD_SIZE processes cannot be split into TP=$TP x PP=$PP x CP=$CP"
 DP=$((WORLD_SIZE / (TP * PP * CP)))
 NAME=$(basename "$MODEL" .json)
@@ -47,14 +49,21 @@ OUTPUT_DIR=$(absolute "${OUTPUT_DIR:-$MODEL_DIR$([ "$STAGE" = pretrain ] || echo
 CKPT_SAVE_DIR=$(absolute "${CKPT_SAVE_DIR:-$OUTPUT_DIR/checkpoints}")
 LOG_DIR=$(absolute "${LOG_DIR:-$OUTPUT_DIR/logs}")
 PRECISION=${PRECISION:-$([ "$DEVICE" = cpu ] && echo fp32 || echo bf16)}
+[[ $PRECISION =~ ^(bf16|fp16|fp32)$ ]] || fail "PRECISION=$PRECISION: expected bf16, fp16 or fp32"
 SPLIT=${SPLIT:-99,1,0}
 
 # One source of truth each: the presets for the model, the recipes for the hyper-parameters. Both print a word a line.
 # Sets MODEL_ARGS, RECIPE_ARGS and DATA_ARGS.
 prepare_run() {
     local printed data=() length=()
+    local recipe=("$PYTHON" -m minimind_mcore.models.recipes ${RECIPE:+"$RECIPE"} --model "$MODEL" --stage "$STAGE"
+        --data-parallel-size "$DP" ${MBS:+--micro-batch-size "$MBS"} ${GBS:+--global-batch-size "$GBS"}
+        ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} ${EPOCHS:+--epochs "$EPOCHS"} ${LR:+--lr "$LR"})
     printed=$("$PYTHON" -m minimind_mcore.models.presets "$MODEL")
     read_lines MODEL_ARGS <<< "$printed"
+    printed=$("${recipe[@]}")
+    # Conversations are converted for the length that is trained: what is longer is counted, packs are as long.
+    given --seq-length || SEQ_LENGTH=$(sed -n '/^--seq-length$/{n;p;}' <<< "$printed")
     prepare_data # without "$@": those are flags of the training
     if [ "${#DATA_PREFIXES[@]}" != 0 ]; then
         data=(--data-path "${DATA_PREFIXES[@]}")
@@ -62,10 +71,7 @@ prepare_run() {
     fi
     [ -z "${TRAIN_ITERS:-}" ] || length=(--train-iters "$TRAIN_ITERS")
     ! given --train-iters --train-samples || length=()
-    printed=$("$PYTHON" -m minimind_mcore.models.recipes ${RECIPE:+"$RECIPE"} --model "$MODEL" --stage "$STAGE" \
-        --data-parallel-size "$DP" ${MBS:+--micro-batch-size "$MBS"} ${GBS:+--global-batch-size "$GBS"} \
-        ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} ${EPOCHS:+--epochs "$EPOCHS"} ${LR:+--lr "$LR"} \
-        ${length[@]+"${length[@]}"})
+    printed=$("${recipe[@]}" ${length[@]+"${length[@]}"})
     read_lines RECIPE_ARGS <<< "$printed"
     DATA_ARGS=(
         ${data[@]+"${data[@]}"}

@@ -9,7 +9,8 @@
 #   ... --dry-run                                                         # check everything, train nothing
 #
 # CKPT_LOAD_DIR    the weights to begin with (default: what the stage before left in outputs/MODEL)
-# PACK             1: the data is packed (`--pack --neat-pack` when converted)
+# PACK             1: several conversations share a sequence and do not see each other; data that is converted already
+#                  must have been packed then (`--pack --neat-pack`)
 # train.sh has the settings of every training.
 STAGE=${STAGE:-sft}
 DATA_KIND=sft

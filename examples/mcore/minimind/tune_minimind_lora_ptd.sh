@@ -7,7 +7,8 @@
 #   ... --dry-run                                                         # check everything, train nothing
 #
 # CKPT_LOAD_DIR    the weights to adapt (default: outputs/MODEL/sft/checkpoints)
-# PACK             1: the data is packed (`--pack --neat-pack` when converted)
+# PACK             1: several conversations share a sequence and do not see each other; data that is converted already
+#                  must have been packed then (`--pack --neat-pack`)
 # Rank, alpha and targets are the recipe's, or --lora-r --lora-alpha --lora-target-modules.
 # train.sh has the settings of every training.
 STAGE=lora
