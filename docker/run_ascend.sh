@@ -23,13 +23,25 @@ fail() {
     exit 1
 }
 
+# A directory or file of the host as docker wants it: a relative one it would take for a volume's name.
+absolute() {
+    case $1 in
+        *:*) fail "$1: docker cannot mount a path with a colon" ;;
+        /*) printf '%s\n' "$1" ;;
+        \~/*) printf '%s\n' "$HOME/${1#??}" ;;
+        *) printf '%s\n' "$PWD/$1" ;;
+    esac
+}
+
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DOCKER=${DOCKER:-docker}
 IMAGE=${IMAGE:-minimind-mcore:ascend}
-DRIVER=${DRIVER:-/usr/local/Ascend/driver}
-DATA=${DATA:-$ROOT/data}
-MODELS=${MODELS:-$ROOT/hf}
-OUTPUTS=${OUTPUTS:-$ROOT/outputs}
+DRIVER=$(absolute "${DRIVER:-/usr/local/Ascend/driver}")
+DATA=$(absolute "${DATA:-$ROOT/data}")
+MODELS=$(absolute "${MODELS:-$ROOT/hf}")
+OUTPUTS=$(absolute "${OUTPUTS:-$ROOT/outputs}")
+CODE=${CODE:+$(absolute "$CODE")}
+[ -z "$CODE" ] || [ -d "$CODE" ] || fail "CODE=$CODE: there is no such directory"
 KIT=/workspace/minimind-mcore # in the image
 DEVICE_ROOT=${DEVICE_ROOT:-/dev} # where the cards are looked for; what is passed on is /dev
 
@@ -81,9 +93,9 @@ for path in /usr/local/Ascend/firmware /usr/local/dcmi /usr/local/bin/npu-smi /u
     /etc/ascend_install.info /etc/hccn.conf; do
     if [ -n "$DRY_RUN" ] || [ -e "$path" ]; then OPTIONS+=(--volume "$path:$path:ro"); fi
 done
-[ -n "$DRY_RUN" ] || mkdir -p "$DATA" "$MODELS" "$OUTPUTS"
+[ -n "$DRY_RUN" ] || mkdir -p "$DATA" "$MODELS" "$OUTPUTS" || fail "DATA, MODELS and OUTPUTS must be directories"
 OPTIONS+=(--volume "$DATA:/data:ro" --volume "$MODELS:/models:ro" --volume "$OUTPUTS:$KIT/outputs")
-[ -z "${CODE:-}" ] || OPTIONS+=(--volume "$(cd "$CODE" && pwd):/workspace/algorithm" --workdir /workspace/algorithm)
+[ -z "$CODE" ] || OPTIONS+=(--volume "$CODE:/workspace/algorithm" --workdir /workspace/algorithm)
 
 # Inside, the cards that are passed on are numbered from 0, whichever they are: ASCEND_RT_VISIBLE_DEVICES stays unset.
 OPTIONS+=(--env "DATA_DIR=$KIT/outputs/data")

@@ -100,10 +100,11 @@ def test_images_take_mirrors_and_no_secrets(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ run_ascend.sh
 
 
-def run(*argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    environ = {key: value for key, value in os.environ.items() if key not in ("CARDS", "MODEL", "TP")}
+def run(*argv: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+    environ = {key: os.environ[key] for key in ("PATH", "HOME")}
     return subprocess.run(
         ["bash", str(RUN_ASCEND), *argv],
+        cwd=cwd,
         env=environ | settings,
         capture_output=True,
         text=True,
@@ -134,6 +135,25 @@ def test_run_ascend_passes_mounts_and_settings(tmp_path: Path) -> None:
     assert "/usr/local/Ascend/driver:/usr/local/Ascend/driver:ro" in volumes
     assert options(done, "--env") == [f"DATA_DIR={kit}/outputs/data", "MODEL", "TP"]
     assert options(done, "--shm-size") == ["8g"]
+
+
+def test_run_ascend_makes_paths_absolute(tmp_path: Path) -> None:
+    """To docker, `--volume data:/data` is a volume of that name, and empty."""
+    (tmp_path / "kit").mkdir()
+    paths = {"DATA": "data", "MODELS": "../m", "OUTPUTS": "~/o", "CODE": "kit", "DRIVER": "./driver"}
+    volumes = options(run("--dry-run", CARDS="1", cwd=tmp_path, **paths), "--volume")
+    expected = {f"{tmp_path}/data:/data:ro", f"{tmp_path}/../m:/models:ro", f"{tmp_path}/kit:/workspace/algorithm"}
+    assert expected | {f"{os.environ['HOME']}/o:/workspace/minimind-mcore/outputs"} <= set(volumes)
+    assert all(volume.startswith("/") for volume in volumes)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [("CODE", "/nowhere", "error: CODE=/nowhere: there is no such directory"), ("DATA", "/a:b", "error: /a:b: docker")],
+)
+def test_run_ascend_names_paths_that_it_cannot_mount(name: str, path: str, message: str) -> None:
+    done = run("--dry-run", CARDS="1", **{name: path})
+    assert done.returncode == 1 and not done.stdout and done.stderr.startswith(message)
 
 
 def test_run_ascend_starts_docker_with_what_the_dry_run_prints(tmp_path: Path) -> None:
