@@ -15,7 +15,8 @@
 # SHM       shared memory (default 64g)
 # DRIVER    the host's driver (default /usr/local/Ascend/driver)
 # DOCKER    the program (default docker; podman works too)
-# Settings of the scripts that are in the environment (MODEL, TP, DATA_PATH, HCCL_..., ...) are passed on.
+# Settings of the scripts in examples/ that are in the environment (MODEL, TP, HCCL_..., ...) are passed on, with paths as
+# the container has them; HOSTFILE is one of the host, and mounted. PYTHON, CANN_HOME and NNAL_HOME are the image's.
 set -euo pipefail
 
 fail() {
@@ -98,11 +99,31 @@ OPTIONS+=(--volume "$DATA:/data:ro" --volume "$MODELS:/models:ro" --volume "$OUT
 [ -z "$CODE" ] || OPTIONS+=(--volume "$CODE:/workspace/algorithm" --workdir /workspace/algorithm)
 
 # Inside, the cards that are passed on are numbered from 0, whichever they are: ASCEND_RT_VISIBLE_DEVICES stays unset.
-OPTIONS+=(--env "DATA_DIR=$KIT/outputs/data")
-for name in MODEL RECIPE BACKEND NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE DATA_PATH TOKENIZER_PATH \
-    TP PP VPP EP CP MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION OUTPUT_DIR CKPT_LOAD_DIR CKPT_SAVE_DIR LOG_DIR \
-    LOAD_DIR SAVE_DIR STAGE TEACHER PACK HCCL_IF_IP HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_BASE_PORT \
-    HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do
+OPTIONS+=(--env "DATA_DIR=${DATA_DIR:-$KIT/outputs/data}")
+if [ -n "${HOSTFILE:-}" ]; then
+    HOSTFILE=$(absolute "$HOSTFILE")
+    [ -n "$DRY_RUN" ] || [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: there is no such file"
+    OPTIONS+=(--volume "$HOSTFILE:/workspace/hostfile:ro" --env HOSTFILE=/workspace/hostfile)
+fi
+SETTINGS=(
+    # of device and hosts
+    DEVICE BACKEND REHEARSE NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT "${!HCCL_@}" "${!GLOO_@}"
+    TASK_QUEUE_ENABLE CPU_AFFINITY_CONF PYTORCH_NPU_ALLOC_CONF OMP_NUM_THREADS
+    # of data
+    DATA_PATH TOKENIZER_PATH SEQ_LENGTH HANDLER_NAME PROMPT_TYPE MAP_KEYS JSON_KEYS OUTPUT_PREFIX WORKERS
+    # of training
+    MODEL RECIPE STAGE TP PP VPP EP CP MBS GBS EPOCHS TRAIN_ITERS LR PRECISION SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL
+    EVAL_ITERS SPLIT SEED CKPT_FORMAT OUTPUT_DIR CKPT_LOAD_DIR CKPT_SAVE_DIR LOG_DIR TEACHER PACK
+    # of checkpoints
+    LOAD_DIR SAVE_DIR NUM_LAYER_LIST NOOP_LAYERS MODEL_TYPE_HF HF_CFG_DIR FORMAT VERIFY MERGE LORA_DIR LORA_R LORA_ALPHA
+    # of generation and evaluation
+    TASK TASK_DATA_PATH NUM_FEWSHOT BATCH HARNESS RAW SYSTEM TOOLS THINKING HISTORY_TURNS MAX_NEW_TOKENS TEMPERATURE
+    TOP_K TOP_P
+    # of reinforcement learning, and of the quickstart
+    CONFIG SOCKET_IFNAME NODE_ADDR NUM_CPUS RAY_ADDRESS RAY_AUTH_MODE RAY_TMPDIR RAY_FLAGS WAIT_SECONDS
+    QUICKSTART_PRETRAIN_ITERS QUICKSTART_SFT_ITERS LEAST
+)
+for name in "${SETTINGS[@]}"; do
     [ -z "${!name:-}" ] || OPTIONS+=(--env "$name")
 done
 

@@ -156,6 +156,40 @@ def test_run_ascend_names_paths_that_it_cannot_mount(name: str, path: str, messa
     assert done.returncode == 1 and not done.stdout and done.stderr.startswith(message)
 
 
+# What the heads of the scripts and their `${NAME:-default}` name, and is not passed on: of this host, the image's, or
+# no setting.
+NOT_PASSED = set(
+    "HOME NAME JSON DRY_RUN DATA_KIND PENDING LEADER RL_BACKEND PYTHON PYTHONPATH CANN_HOME NNAL_HOME "
+    "ASCEND_TOOLKIT_HOME".split()
+)
+
+
+def settings_of_scripts() -> set[str]:
+    found: set[str] = set()
+    for file in (ROOT / "examples").rglob("*.sh"):
+        text = file.read_text(encoding="utf-8")
+        head = re.match(r"(#.*\n)+", text)
+        assert head
+        for words in re.findall(r"^#\s+((?:[A-Z][A-Z0-9_]+(?:\(\S*\))?(?:,? +|$))+)", head[0], re.MULTILINE):
+            found.update(re.findall(r"[A-Z][A-Z0-9_]+", re.sub(r"\(.*?\)", "", words)))
+        found.update(re.findall(r"\$\{([A-Z][A-Z0-9_]+):[-+]", text))
+    return found - NOT_PASSED
+
+
+def test_run_ascend_passes_each_setting_of_the_scripts() -> None:
+    names = settings_of_scripts() | {"HCCL_IF_BASE_PORT", "GLOO_SOCKET_IFNAME"}
+    assert {"SEED", "LORA_R", "NOOP_LAYERS", "MAX_NEW_TOKENS", "HCCL_EXEC_TIMEOUT", "RAY_FLAGS"} <= names
+    done = run("--dry-run", CARDS="1", **dict.fromkeys(names, "x"))
+    assert {word.partition("=")[0] for word in options(done, "--env")} == names
+    assert "DATA_DIR=x" in options(done, "--env")
+
+
+def test_run_ascend_mounts_the_hostfile(tmp_path: Path) -> None:
+    done = run("--dry-run", CARDS="1", HOSTFILE="my hosts", cwd=tmp_path)
+    assert f"{tmp_path}/my hosts:/workspace/hostfile:ro" in options(done, "--volume")
+    assert "HOSTFILE=/workspace/hostfile" in options(done, "--env")
+
+
 def test_run_ascend_starts_docker_with_what_the_dry_run_prints(tmp_path: Path) -> None:
     """With a stand-in for docker, a host of two cards, and a driver."""
     devices, driver, program = tmp_path / "dev", tmp_path / "driver", tmp_path / "docker"
@@ -176,7 +210,9 @@ def test_run_ascend_starts_docker_with_what_the_dry_run_prints(tmp_path: Path) -
     assert (tmp_path / "OUTPUTS").is_dir()
     refused = run(CARDS="0,2", **host)
     assert refused.returncode == 1 and "error: card 2: this host has 0 1" in refused.stderr
-    (driver).rmdir()
+    assert "error: HOSTFILE=/nowhere: there is no such file" in run(HOSTFILE="/nowhere", **host).stderr
+    assert "must be directories" in run(**host | {"DATA": str(program)}).stderr
+    driver.rmdir()
     assert "no driver at" in run(CARDS="1", **host).stderr
 
 
