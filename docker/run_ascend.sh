@@ -9,7 +9,8 @@
 # IMAGE     default minimind-mcore:ascend
 # CARDS     a number of cards (the first ones), a list of their numbers, or all (default)
 # DATA MODELS   directories of the host, seen as /data and /models, read-only (default: data and hf in the repository)
-# OUTPUTS   directory of the host for checkpoints, logs and converted data (default: outputs in the repository)
+# OUTPUTS   directory of the host for checkpoints, logs and converted data (default: outputs in the repository); it is
+#           outputs/ of the kit in the container, and of CODE
 # CODE      a checkout to work in, seen as /workspace/algorithm (default: none; the image has its own copy)
 # NAME      of the container (default minimind)
 # SHM       shared memory (default 64g)
@@ -96,7 +97,11 @@ for path in /usr/local/Ascend/firmware /usr/local/dcmi /usr/local/bin/npu-smi /u
 done
 [ -n "$DRY_RUN" ] || mkdir -p "$DATA" "$MODELS" "$OUTPUTS" || fail "DATA, MODELS and OUTPUTS must be directories"
 OPTIONS+=(--volume "$DATA:/data:ro" --volume "$MODELS:/models:ro" --volume "$OUTPUTS:$KIT/outputs")
-[ -z "$CODE" ] || OPTIONS+=(--volume "$CODE:/workspace/algorithm" --workdir /workspace/algorithm)
+if [ -n "$CODE" ]; then
+    [ -n "$DRY_RUN" ] || mkdir -p "$CODE/outputs" # else docker makes it, for root
+    OPTIONS+=(--volume "$CODE:/workspace/algorithm" --volume "$OUTPUTS:/workspace/algorithm/outputs"
+        --workdir /workspace/algorithm)
+fi
 
 # Inside, the cards that are passed on are numbered from 0, whichever they are: ASCEND_RT_VISIBLE_DEVICES stays unset.
 OPTIONS+=(--env "DATA_DIR=${DATA_DIR:-$KIT/outputs/data}")

@@ -147,6 +147,14 @@ def test_run_ascend_makes_paths_absolute(tmp_path: Path) -> None:
     assert all(volume.startswith("/") for volume in volumes)
 
 
+def test_run_ascend_has_outputs_in_the_working_copy_too(tmp_path: Path) -> None:
+    """Where the scripts of CODE write by default."""
+    done = run("--dry-run", CARDS="1", CODE=str(tmp_path), OUTPUTS="/o")
+    kits = ["/workspace/minimind-mcore", "/workspace/algorithm"]
+    assert [v for v in options(done, "--volume") if v.startswith("/o:")] == [f"/o:{kit}/outputs" for kit in kits]
+    assert options(done, "--workdir") == kits[1:]
+
+
 @pytest.mark.parametrize(
     ("name", "path", "message"),
     [("CODE", "/nowhere", "error: CODE=/nowhere: there is no such directory"), ("DATA", "/a:b", "error: /a:b: docker")],
