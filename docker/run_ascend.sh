@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Start the Ascend image with the host's driver and some of its cards, and a command in it, or a shell.
+# Start the Ascend image with the host's driver and some of its cards, and a command in it; without one the image's own:
+# the doctor's table, then a shell.
 #
-#   bash docker/run_ascend.sh                                              # a shell, all cards
+#   bash docker/run_ascend.sh                                              # all cards
 #   CARDS=2 bash docker/run_ascend.sh bash examples/mcore/minimind/pretrain_minimind_ptd.sh
 #   CARDS=4,5 DATA=/data/minimind bash docker/run_ascend.sh
 #   bash docker/run_ascend.sh --dry-run ...                                # print the docker command
@@ -132,7 +133,6 @@ for name in "${SETTINGS[@]}"; do
     [ -z "${!name:-}" ] || OPTIONS+=(--env "$name")
 done
 
-[ $# != 0 ] || set -- bash
 if [ -n "$DRY_RUN" ]; then
     printf '%q ' "$DOCKER" "${OPTIONS[@]}" "$IMAGE" "$@"
     echo

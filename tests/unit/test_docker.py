@@ -127,6 +127,14 @@ def test_run_ascend_passes_the_cards(cards: str, numbers: list[int]) -> None:
     assert shlex.split(done.stdout)[-4:] == ["mine:1", "python3", "-c", "print('a b')"]
 
 
+def test_run_ascend_leaves_the_command_to_the_image() -> None:
+    """Which begins with the doctor."""
+    assert shlex.split(run("--dry-run", CARDS="1", IMAGE="mine:1").stdout)[-1] == "mine:1"
+    assert dict(instructions(DOCKER / "Dockerfile.ascend"))["CMD"].startswith(
+        '["bash", "-c", "python3 -m minimind_mcore.cli doctor;'
+    )
+
+
 def test_run_ascend_passes_mounts_and_settings(tmp_path: Path) -> None:
     done = run("--dry-run", CARDS="2", DATA="/d a", MODELS="/m", OUTPUTS="/o", SHM="8g", MODEL="minimind3", TP="2")
     volumes = options(done, "--volume")
