@@ -8,7 +8,7 @@
 #   bash docker/run_ascend.sh --dry-run ...                                # print the docker command
 #
 # IMAGE     default minimind-mcore:ascend
-# CARDS     a number of cards (the first ones), a list of their numbers, or all (default)
+# CARDS     a number of cards (the first ones), a list of their numbers (4,5; of one alone 4,), or all (default)
 # DATA MODELS   directories of the host, seen as /data and /models, read-only (default: data and hf in the repository)
 # OUTPUTS   directory of the host for checkpoints, logs and converted data (default: outputs in the repository); it is
 #           outputs/ of the kit in the container, and of CODE
@@ -64,17 +64,25 @@ cards_here() {
 
 # CARDS as numbers, a line each.
 cards_wanted() {
-    case ${CARDS:-all} in
-        all) cards_here ;;
-        *,*) tr , '\n' <<< "$CARDS" ;;
-        *[!0-9]* | '') fail "CARDS=$CARDS: expected a number of cards, numbers separated by commas, or all" ;;
-        *) seq 0 $((CARDS - 1)) ;;
-    esac
+    local number='(0|[1-9][0-9]*)' cards=${CARDS:-all}
+    if [ "$cards" = all ]; then
+        cards_here
+    elif [ "$cards" = 0 ]; then
+        fail "CARDS=0: expected 1 card or more; to have the one with the number 0, CARDS=0,"
+    elif [[ $cards =~ ^$number$ ]]; then
+        seq 0 $((cards - 1))
+    elif [[ $cards =~ ^($number,)+$number?$ ]]; then
+        tr , '\n' <<< "$cards"
+    else
+        fail "CARDS=$cards: expected a number of cards, the numbers of cards separated by commas, or all"
+    fi
 }
 
 HERE=$(cards_here)
+if [ -z "$HERE" ] && { [ -z "$DRY_RUN" ] || [ "${CARDS:-all}" = all ]; }; then
+    fail "found no $DEVICE_ROOT/davinci*: this host has no Ascend cards, or their driver is not loaded"
+fi
 WANTED=$(cards_wanted)
-[ -n "$WANTED" ] || fail "found no $DEVICE_ROOT/davinci*: this host has no Ascend cards, or their driver is not loaded"
 
 OPTIONS=(run --rm --interactive --name "${NAME:-minimind}" --network host --ipc host --shm-size "${SHM:-64g}"
     --ulimit memlock=-1)

@@ -118,7 +118,7 @@ def options(done: subprocess.CompletedProcess[str], flag: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("cards", "numbers"), [("1", [0]), ("4", [0, 1, 2, 3]), ("4,5", [4, 5]), ("8", list(range(8)))]
+    ("cards", "numbers"), [("1", [0]), ("4", [0, 1, 2, 3]), ("4,5", [4, 5]), ("4,", [4]), ("8", list(range(8)))]
 )
 def test_run_ascend_passes_the_cards(cards: str, numbers: list[int]) -> None:
     done = run("--dry-run", "python3", "-c", "print('a b')", CARDS=cards, IMAGE="mine:1")
@@ -232,15 +232,16 @@ def test_run_ascend_starts_docker_with_what_the_dry_run_prints(tmp_path: Path) -
     assert "no driver at" in run(CARDS="1", **host).stderr
 
 
-@pytest.mark.parametrize("cards", ["many", "-1", "1.5"])
+@pytest.mark.parametrize("cards", ["many", "-1", "1.5", "0", "08", "4,x", ",4", "4,,5", "4 5"])
 def test_run_ascend_refuses_other_cards(cards: str) -> None:
     done = run("--dry-run", CARDS=cards)
-    assert done.returncode == 1 and f"CARDS={cards}" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(f"error: CARDS={cards}: expected ")
 
 
 def test_run_ascend_says_where_there_are_no_cards(tmp_path: Path) -> None:
-    done = run(DEVICE_ROOT=str(tmp_path))
-    assert done.returncode == 1 and "no Ascend cards" in done.stderr
+    for cards in ("all", "2"):
+        done = run(DEVICE_ROOT=str(tmp_path), CARDS=cards)
+        assert done.returncode == 1 and "no Ascend cards" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ compose.yaml
