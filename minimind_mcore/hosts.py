@@ -213,6 +213,38 @@ def matching(given: str, there: Sequence[str], prefix: bool) -> list[str]:
     return [name for name in there if name not in hits] if exclude else hits
 
 
+def connected() -> dict[str, bool]:
+    """The interfaces of this host that are up and have an address, and whether other hosts may reach them by it.
+
+    An IPv6 address of the link alone (fe80::), as each interface gives itself, counts as none.
+    """
+    up = [name for name, stats in psutil.net_if_stats().items() if stats.isup]
+    addresses = [
+        (name, address)
+        for address, name in own_addresses().items()
+        if name in up and not (":" in address and ipaddress.ip_address(address).is_link_local)
+    ]
+    return {name: any(reachable(a) for other, a in addresses if other == name) for name, _ in addresses}
+
+
+def _for_gloo(given: str, fitting: Sequence[str], way: str) -> str:
+    """Of the interfaces that fit HCCL_SOCKET_IFNAME the one for gloo, which takes names alone: `way`, if that is one.
+
+    The loopback, which fits `^docker` too, only where it is named.
+    """
+    there = connected()
+    usable = [name for name in fitting if there.get(name)]
+    if not usable and not given.startswith("^"):
+        usable = [name for name in fitting if name in there]
+    if not usable:
+        raise UserError(
+            f"HCCL_SOCKET_IFNAME={given} leaves {', '.join(fitting)}, of which none is up with an address that other "
+            f"hosts reach; expected one of {', '.join(name for name, reached in there.items() if reached) or 'these'} "
+            "(`ip -br addr` lists them)"
+        )
+    return way if way in usable else usable[0]
+
+
 def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
     """What HCCL and gloo are told in a job on the NPUs of several hosts: of what is given and what leads to the master.
 
@@ -229,8 +261,7 @@ def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
         fitting = matching(hccl, there, prefix=True)
         if not fitting:
             raise UserError(f"HCCL_SOCKET_IFNAME={hccl} matches no interface of this host; it has {', '.join(there)}")
-        # Gloo takes names alone, no prefixes.
-        gloo = gloo or (way[0] if way and way[0] in fitting else fitting[0])
+        gloo = gloo or _for_gloo(hccl, fitting, way[0] if way else "")
     elif not gloo:
         if way is None or not reachable(way[1]):
             found = (

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -139,8 +140,51 @@ def test_gloo_gets_a_name_for_each_notation_of_hccl(notation: str) -> None:
     assert found == {"HCCL_SOCKET_IFNAME": given, "GLOO_SOCKET_IFNAME": name}
 
 
+def interfaces(monkeypatch: pytest.MonkeyPatch, **addresses: str) -> None:
+    """A host with these interfaces; what has the word "down" is not up."""
+    words = {name: text.split() for name, text in ({"lo": "127.0.0.1"} | addresses).items()}
+    entries = {
+        name: [
+            SimpleNamespace(family=socket.AF_INET6 if ":" in word else socket.AF_INET, address=word)
+            for word in found
+            if word != "down"
+        ]
+        for name, found in words.items()
+    }
+    stats = {name: SimpleNamespace(isup="down" not in found) for name, found in words.items()}
+    monkeypatch.setattr(hosts.socket, "if_nameindex", lambda: list(enumerate(entries, 1)))
+    monkeypatch.setattr(hosts.psutil, "net_if_addrs", lambda: entries)
+    monkeypatch.setattr(hosts.psutil, "net_if_stats", lambda: stats)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("^docker", "eth1"),  # not lo, by which this host's own name is reached, nor what is before it
+        ("^docker,lo", "eth1"),
+        ("^=docker0", "eth1"),
+        ("eth,ib", "eth1"),
+        ("=lo", "lo"),
+        ("lo,eth", "eth1"),
+        ("^docker,eth", "leaves lo, bond0, veth7, br0, of which none is up .* expected one of docker0, eth1 "),
+        ("eth0,bond", "leaves bond0, eth0, of which none is up"),
+    ],
+)
+def test_gloo_gets_an_interface_that_others_reach(given: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interfaces(
+        monkeypatch, bond0="", eth0="down 10.0.0.1", veth7="fe80::1", br0="down", docker0="172.17.0.1", eth1="10.0.0.2"
+    )  # fmt: skip
+    monkeypatch.setattr(hosts, "way_to", lambda name: ("lo", "127.0.0.1"))
+    settings = {"HCCL_SOCKET_IFNAME": given}
+    if "none" in expected:
+        with pytest.raises(UserError, match=expected):
+            hosts.network(Hosts(2, 0, NAME), settings)
+    else:
+        assert hosts.network(Hosts(2, 0, NAME), settings) == settings | {"GLOO_SOCKET_IFNAME": expected}
+
+
 def test_a_name_that_is_another_s_prefix_is_meant_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1"), (3, "eth10")])
+    interfaces(monkeypatch, eth1="10.0.0.2", eth10="10.0.0.3")
     monkeypatch.setattr(hosts, "way_to", lambda name: ("eth1", ELSEWHERE))
     found = hosts.network(Hosts(2, 0, "a"), {})
     assert found == {"HCCL_SOCKET_IFNAME": "=eth1", "GLOO_SOCKET_IFNAME": "eth1", "HCCL_IF_IP": ELSEWHERE}
