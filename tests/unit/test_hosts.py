@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -130,6 +131,13 @@ def test_interfaces_lead_to_the_master_by_themselves() -> None:
     assert found["HCCL_IF_IP"] == address
     with pytest.raises(UserError, match=r"MASTER_ADDR=127\.0\.0\.1 is this host itself .*HCCL_SOCKET_IFNAME.*" + name):
         hosts.network(Hosts(2, 1, "127.0.0.1"), {})
+
+
+@pytest.mark.parametrize("guide", ["install_ascend.md", "install_ascend_zh.md"])
+def test_the_guide_has_a_default_for_what_is_set_by_default(guide: str) -> None:
+    text = (ROOT / "docs" / guide).read_text(encoding="utf-8")
+    defaults = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    assert "-" not in {name: defaults[name] for name in hosts.network(Hosts(2, 0, outside()[1]), {})}.values()
 
 
 @pytest.mark.parametrize("notation", ["{}", "={}", "{}x,{}", "^lo", "^=lo"])
