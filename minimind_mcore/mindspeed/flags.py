@@ -11,7 +11,15 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from minimind_mcore.arguments import build_parser, flag_table, given_flags, kit_flags, refuse_unknown
+from minimind_mcore.arguments import (
+    DPO_LOSSES,
+    STAGES,
+    build_parser,
+    flag_table,
+    given_flags,
+    kit_flags,
+    refuse_unknown,
+)
 from minimind_mcore.errors import UserError
 
 # What it does instead of what these flags of the kit ask for.
@@ -60,8 +68,14 @@ def complete(program: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
         UserError: an unknown flag or value, or what it would compute wrongly without saying so.
     """
     flags, ours = split_flags(argv)
-    remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours if flag != "--dry-run"]
-    args = build_parser(prog=program).parse_args(flags)
+    ours = [flag for flag in ours if flag not in ("--dry-run", "--data-pending")]  # of the dry run alone
+    remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
+    try:
+        args = build_parser(prog=program).parse_args(flags)
+    except UserError as error:
+        if native := [value for value in (*STAGES, *DPO_LOSSES) if f"invalid choice: '{value}'" in str(error)]:
+            raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
+        raise
     problems = [*_model_problems(args, flags), *_data_problems(args), *_checkpoint_problems(args)]
     if problems:
         raise UserError("\n  ".join(problems))

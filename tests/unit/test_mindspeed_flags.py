@@ -54,7 +54,8 @@ PROBLEMS = {
         "alltoall_seq",
     ),
     "DPO at TP": (flags_of(more=["--stage", "dpo", "--tensor-model-parallel-size", "2"]), "first token of each"),
-    "stage": (flags_of(more=["--stage", "distill"]), "invalid choice: 'distill'"),
+    "stage": (flags_of(more=["--stage", "distill"]), "has no distill; BACKEND=native has (argument --stage: "),
+    "loss": (flags_of(more=["--stage", "dpo", "--dpo-loss-type", "simpo"]), "has no simpo; BACKEND=native has ("),
     "rotary base": (flags_of(more=["--rotary-base", "1e6"]), "invalid int value: '1e6'"),
     "unknown": (flags_of(more=["--num-layer", "8"]), "did you mean --num-layers?"),
 }  # fmt: skip
@@ -66,6 +67,11 @@ def test_what_would_go_wrong_is_refused(name: str) -> None:
     with pytest.raises(UserError) as error:
         complete("posttrain_gpt.py", flags)
     assert message in str(error.value)
+
+
+def test_flags_of_the_dry_run_are_no_remark() -> None:
+    _, remarks = complete("pretrain_gpt.py", flags_of(more=["--dry-run", "--data-pending", "--keep-last", "3"]))
+    assert remarks == ["MindSpeed-LLM has no --keep-last: it keeps every checkpoint"]
 
 
 def test_all_problems_are_named_at_once() -> None:
