@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.source import Source
+from minimind_mcore.doctor.job import DATASET
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
@@ -30,6 +32,18 @@ JOBS = {
     "sft": "tune_minimind_full_ptd.sh",
     "lora": "tune_minimind_lora_ptd.sh",
     "dpo": "dpo_minimind_ptd.sh",
+}
+# Settings that have a flag here.
+FLAGS = {
+    "MODEL": "model",
+    "TP": "tp",
+    "PP": "pp",
+    "EP": "ep",
+    "NPUS_PER_NODE": "cards",
+    "NNODES": "nodes",
+    "DATA_PATH": "data-path",
+    "TOKENIZER_PATH": "tokenizer",
+    "CKPT_LOAD_DIR": "load",
 }
 
 
@@ -49,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data-path", required=True, help="raw file, or prefix of converted data, below --data or --outputs"
     )
-    made.add_argument("--tokenizer", type=Path, required=True, help="directory, below --models")
+    made.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.json, below --models")
     made.add_argument("--load", type=Path, help="checkpoint to begin with, below --models or --outputs")
     made.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a further setting, such as GBS=256"
@@ -59,21 +73,52 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def inside(args: argparse.Namespace, path: str | Path, flag: str, *, exists: bool = True) -> str:
+def inside(args: argparse.Namespace, path: str | Path, flag: str, mounts: Sequence[str]) -> str:
     """A path of this host as the task sees it.
 
     Raises:
-        UserError: it is not below one of the mounted directories, or not there.
+        UserError: it is not below one of these mounted directories, or a link that leads out of it.
     """
-    whole = Path(path).absolute()
-    for name, target in MOUNTS.items():
-        mounted = getattr(args, name).absolute()
+    whole = Path(os.path.abspath(path))
+    for name in mounts:
+        mounted = Path(os.path.abspath(getattr(args, name)))
         if whole.is_relative_to(mounted):
-            if exists and not whole.exists() and not list(whole.parent.glob(whole.name + "*")):
-                raise UserError(f"{flag} {path}: there is no such file or dataset")
-            return str(Path(target) / whole.relative_to(mounted))
-    places = ", ".join(f"--{name} {getattr(args, name)}" for name in MOUNTS)
-    raise UserError(f"{flag} {path}: the task cannot see it; expected a path below one of {places}")
+            if not whole.resolve().is_relative_to(mounted.resolve()):
+                raise UserError(f"{flag} {path}: a link to {whole.resolve()}, which the task cannot see; copy it")
+            return str(Path(MOUNTS[name]) / whole.relative_to(mounted))
+    places = " or ".join(f"--{name} {getattr(args, name)} (in the task {MOUNTS[name]})" for name in mounts)
+    raise UserError(f"{flag} {path}: expected a path below {places}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers and paths of which no task can be made.
+
+    Raises:
+        UserError: one of them.
+    """
+    for flag in ("cards", "nodes", "tp", "pp", "ep"):
+        number = getattr(args, flag)
+        if number is not None and number < 1:
+            raise UserError(f"--{flag} {number}: expected 1 or more")
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise UserError(f"--set {pair}: expected NAME=VALUE")
+        if name in FLAGS:
+            raise UserError(f"--set {pair}: give --{FLAGS[name]} {value}, which is checked")
+    for name in MOUNTS:
+        path = getattr(args, name)
+        if not path.is_dir() and (name != "outputs" or path.exists()):  # outputs may be made later
+            raise UserError(f"--{name} {path}: there is no such directory")
+    if not Path(args.data_path).exists() and not any(Path(form.format(args.data_path)).is_file() for form in DATASET):
+        raise UserError(f"--data-path {args.data_path}: there is no such file, nor a converted dataset of that prefix")
+    if not (args.tokenizer / "tokenizer.json").is_file():
+        raise UserError(
+            f"--tokenizer {args.tokenizer}: there is no tokenizer.json in it; expected a directory with one, such as "
+            "that of MiniMind's weights"
+        )
+    if args.job != "pretrain" and args.load is None:
+        raise UserError(f"--job {args.job} needs --load, the checkpoint to begin with")
 
 
 def layout(args: argparse.Namespace, source: Source | None) -> dict[str, int]:
@@ -143,10 +188,9 @@ def task(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the form.
 
     Raises:
-        UserError: see `inside` and `layout`; a checkpoint is missing or of another model.
+        UserError: see `check`, `inside` and `layout`; a checkpoint is missing or of another model.
     """
-    if args.job != "pretrain" and args.load is None:
-        raise UserError(f"--job {args.job} needs --load, the checkpoint to begin with")
+    check(args)
     source = open_source(args.load) if args.load else None
     if source is not None:
         same_model(PRESETS[args.model], source)
@@ -156,12 +200,12 @@ def task(args: argparse.Namespace) -> dict[str, Any]:
         "MODEL": args.model,
         **layout(args, source),
         "NPUS_PER_NODE": args.cards,
-        "DATA_PATH": inside(args, args.data_path, "--data-path"),
-        "TOKENIZER_PATH": inside(args, args.tokenizer, "--tokenizer"),
+        "DATA_PATH": inside(args, args.data_path, "--data-path", ("data", "outputs")),
+        "TOKENIZER_PATH": inside(args, args.tokenizer, "--tokenizer", ("models",)),
         "OUTPUT_DIR": outputs,
         "LOG_DIR": f"{outputs}/logs",
         "DATA_DIR": f"{MOUNTS['outputs']}/converted",
-        **({"CKPT_LOAD_DIR": inside(args, args.load, "--load")} if args.load else {}),
+        **({"CKPT_LOAD_DIR": inside(args, args.load, "--load", ("models", "outputs"))} if args.load else {}),
         **({"NNODES": args.nodes} if args.nodes > 1 else {}),
         **dict(pair.split("=", 1) for pair in args.set),
     }
@@ -187,8 +231,6 @@ def task(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the fields."""
     args = parser().parse_args(argv)
-    if bad := [pair for pair in args.set if "=" not in pair]:
-        raise UserError(f"--set {bad[0]}: expected NAME=VALUE")
     fields = task(args)
     if args.json:
         print(json.dumps(fields, indent=2, ensure_ascii=False))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("site")
     for name in ("data", "models/tokenizer", "outputs"):
         (root / name).mkdir(parents=True)
-    (root / "data/pretrain.jsonl").touch()
+    for name in ("data/pretrain.jsonl", "data/whole_text_document.idx", "models/tokenizer/tokenizer.json"):
+        (root / name).touch()
+    shutil.copytree(root / "models/tokenizer", root / "data/tokenizer")
+    shutil.copytree(root / "models/tokenizer", root / "elsewhere")
+    (root / "models/link").symlink_to(root / "elsewhere")
     config = PRESETS[MODEL]
     source = open_source(write_hf(root / "models/hf", config, state_dict(config, "hf")))
     convert(source, MegatronTarget(source, Sharding(tp=2)), root / "models/mcore")
@@ -81,7 +86,18 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "weights that are not a checkpoint": (["--load", "{}/models/hf"], r"wants a Megatron checkpoint(?s:.*)hf2mcore"),
     "another model": (["--load", "{}/models/mcore", "--model", "minimind2_tiny"], "is of another model"),
     "no checkpoint": (["--load", "{}/models/none"], "does not exist"),
-    "a path that is not mounted": (["--tokenizer", "/usr"], "the task cannot see it"),
+    "a path that is not mounted": (["--tokenizer", "{}/elsewhere"], "expected a path below --models"),
+    "a path above": (["--tokenizer", "{}/models/../elsewhere"], "expected a path below --models"),
+    "a tokenizer among the data": (["--tokenizer", "{}/data/tokenizer"], "expected a path below --models"),
+    "data among the models": (["--data-path", "{}/models/tokenizer"], "expected a path below --data .* or --outputs"),
+    "a link out of the mount": (["--tokenizer", "{}/models/link"], "a link to .*elsewhere, which the task cannot see"),
+    "a directory without a tokenizer": (["--tokenizer", "{}/models/hf"], "there is no tokenizer.json in it"),
+    "half a prefix": (["--data-path", "{}/data/pre"], "no such file, nor a converted dataset"),
+    "a mount that is not there": (["--models", "{}/none"], "--models .*none: there is no such directory"),
+    "no cards": (["--cards", "0"], "--cards 0: expected 1 or more"),
+    "less than none": (["--cards", "-8"], "--cards -8: expected 1 or more"),
+    "no nodes": (["--nodes", "0"], "--nodes 0: expected 1 or more"),
+    "a layout by the back door": (["--load", "{}/models/mcore", "--set", "TP=1"], "--set TP=1: give --tp 1, which is"),
     "data that is not there": (["--data-path", "{}/data/other.jsonl"], "no such file"),
     "fewer cards than parts": (["--cards", "1", "--tp", "2"], "cannot divide 1 cards"),
     "more parts than heads": (["--cards", "8", "--tp", "8"], "cannot divide .* key-value heads"),
@@ -96,6 +112,11 @@ def test_refused(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> 
     more, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         fields(place, capsys, *(word.format(place) for word in more))
+
+
+def test_converted_data_is_given_by_its_prefix(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = fields(place, capsys, "--data-path", f"{place}/data/whole_text_document")
+    assert "DATA_PATH=/data/whole_text_document" in found["run command"]
 
 
 def test_several_nodes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
