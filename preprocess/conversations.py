@@ -137,10 +137,15 @@ def openai_messages(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 def read_minimind(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """MiniMind's own: tools are on the system message (the Ascend fork calls them functions)."""
-    return {"": _minimind(list_of(record, columns["messages"]))}
+    return {"": minimind_conversation(list_of(record, columns["messages"]))}
 
 
-def _minimind(turns: Sequence[Mapping[str, Any]]) -> Conversation:
+def minimind_conversation(turns: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Messages, and the tools that the system message carries.
+
+    Raises:
+        Unusable: see `openai_messages`; or tools that are no list of objects.
+    """
     tools = None
     for turn in turns:
         given = turn.get("tools") or turn.get("functions")
@@ -151,12 +156,12 @@ def _minimind(turns: Sequence[Mapping[str, Any]]) -> Conversation:
 
 def read_minimind_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """MiniMind's preferences: two whole conversations."""
-    return {f"{side}_": _minimind(list_of(record, columns[side])) for side in ("chosen", "rejected")}
+    return {f"{side}_": minimind_conversation(list_of(record, columns[side])) for side in ("chosen", "rejected")}
 
 
 def read_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """MiniMind's tasks for reinforcement learning: the last message is a placeholder for the answer."""
-    conversation = _minimind(list_of(record, columns["messages"]))
+    conversation = minimind_conversation(list_of(record, columns["messages"]))
     if len(conversation.messages) < 2:
         raise Unusable("a prompt and the placeholder of its answer are two messages at least, found one")
     if "gt" in columns and not isinstance(record.get(columns["gt"]), list):
@@ -174,10 +179,15 @@ def read_openai(record: Mapping[str, Any], columns: Columns) -> dict[str, Conver
         raise Unusable("the first message after the system's is not the user's")
     if messages[-1]["role"] != "assistant":
         raise Unusable(f"the last message is not the assistant's but of role {messages[-1]['role']!r}")
-    return {"": Conversation(messages, _tools(record, columns["tools"]))}
+    return {"": Conversation(messages, tools_of(record, columns["tools"]))}
 
 
-def _tools(record: Mapping[str, Any], field: str) -> list[Any] | None:
+def tools_of(record: Mapping[str, Any], field: str) -> list[Any] | None:
+    """The tools in a field that may be absent, empty or unnamed.
+
+    Raises:
+        Unusable: no list of objects, nor JSON text of one.
+    """
     return _json_list(record[field], f"field {field!r}") or None if field and record.get(field) else None
 
 
@@ -241,7 +251,7 @@ def read_sharegpt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conv
     system, messages, count = _sharegpt(record, columns)
     if not count or count % 2:
         raise Unusable(f"{count} turns; questions and answers in pairs are an even number")
-    return {"": Conversation(system + messages, _tools(record, columns["tools"]))}
+    return {"": Conversation(system + messages, tools_of(record, columns["tools"]))}
 
 
 def read_sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
@@ -255,7 +265,7 @@ def read_sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> dict[str,
         if not isinstance(answer, dict):
             raise Unusable(f"field {columns[side]!r} is not a turn but {kind_of(answer)}")
         answer = _sharegpt_message(answer, count + 1, columns)
-        sides[f"{side}_"] = Conversation([*system, *messages, answer], _tools(record, columns["tools"]))
+        sides[f"{side}_"] = Conversation([*system, *messages, answer], tools_of(record, columns["tools"]))
     return sides
 
 

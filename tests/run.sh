@@ -6,6 +6,7 @@
 #   bash tests/run.sh -m slow                  # what takes minutes
 #
 # MINIMIND_TOKENIZER_DIR   a folder with MiniMind's published tokenizers as v2/ and v3/; tests that need them skip without
+# MINIMIND_SAMPLES_DIR     a folder with samples of MiniMind's own jsonl files
 # MINIMIND_DIR             a checkout of MiniMind, whose eval_llm.py loads what the converters write
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

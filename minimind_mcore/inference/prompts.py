@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.conversations import Conversation, Unusable
+from minimind_mcore.preprocess.conversations import Conversation, Unusable, minimind_conversation, tools_of
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.preprocess.templates import SlotTemplate
 
@@ -75,7 +75,7 @@ def records(spec: str, system: str | None = None, tools: list[Any] | None = None
         UserError: no file there, or a record that holds none.
     """
     for shard in plan_shards(find_sources(spec), subsets=1):
-        for line, record in ShardReader(shard, KEYS):
+        for line, record in ShardReader(shard, keys=None):
             where = f"{shard.source.path}, record {line}"
             if isinstance(record, Reject):
                 raise UserError(f"{where}: {record.reason}")
@@ -96,13 +96,17 @@ def _of_record(record: Any, where: str, system: str | None, tools: list[Any] | N
         return from_text(value, system, tools)
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         raise UserError(f"{where}: {key}: expected a text, or a list of objects with role and content")
-    messages = list(value)
+    try:
+        conversation = minimind_conversation(value)
+        given = tools_of(record, "tools") or conversation.tools
+    except Unusable as reason:
+        raise UserError(f"{where}: {reason}") from reason
+    messages = list(conversation.messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise UserError(f"{where}: {key}: no message before the assistant's")
-    given = record.get("tools") or next((m["tools"] for m in messages if m.get("tools")), None)
-    return Prompt(messages, json.loads(given) if isinstance(given, str) else given or tools)
+    return Prompt(messages, given or tools)
 
 
 def read_tools(path: str | None) -> list[Any] | None:
@@ -171,9 +175,14 @@ class Encoder:
     def _text(self, prompt: Prompt) -> str:
         if self.raw:
             return str(self.tokenizer.bos_token) + "".join(str(m.get("content", "")) for m in prompt.messages)
-        text: str = self.tokenizer.apply_chat_template(
-            prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **self.switches
-        )
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **self.switches
+            )
+        except TemplateError as error:
+            raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
         return text
 
     def __call__(self, prompt: Prompt) -> list[int]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from engine import Corpus
@@ -24,10 +27,12 @@ from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
 from minimind_mcore.inference.sampling import Sampling
-from minimind_mcore.preprocess.conversations import Conversation
+from minimind_mcore.preprocess.chat import TokenizerTemplate
+from minimind_mcore.preprocess.conversations import MINIMIND, Conversation, read_minimind
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import load_encoder
 
+SAMPLES = os.environ.get("MINIMIND_SAMPLES_DIR", "")
 PROMPTS = [[1, 70, 81, 92], [1, 300], [1, 44, 45, 46, 47, 48, 49, 50, 51]]
 
 
@@ -233,18 +238,64 @@ def test_prompt_type_goes_from_the_flag_to_the_prompt(
 
 def test_prompts_come_from_flags_files_and_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompts.jsonl"
-    talk = [
-        {"role": "system", "content": "s", "tools": '[{"function": {"name": "f"}}]'},
-        {"role": "user", "content": "c"},
-    ]
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "c"}]
+    talk[0]["tools"] = '[{"function": {"name": "f"}}]'
     rows = [{"prompt": "b"}, {"conversations": [*talk, {"role": "assistant", "content": "reference"}]}]
     file.write_text("\n".join(map(json.dumps, rows)))
     found = read_prompts(["a"], str(file), system="be brief")
     assert [prompt.text for prompt in found] == ["a", "b", "c"]
     assert found[0].messages[0] == {"role": "system", "content": "be brief"}
-    assert (found[2].messages, found[2].tools) == (talk, [{"function": {"name": "f"}}])
+    plain = [{"role": "system", "content": "s"}, {"role": "user", "content": "c"}]
+    assert (found[2].messages, found[2].tools) == (plain, [{"function": {"name": "f"}}])
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
     assert [prompt.text for prompt in read_prompts([], None)] == ["one", "two"]
+
+
+ADD = {"type": "function", "function": {"name": "add", "description": "和", "parameters": {"type": "object"}}}
+CALLED = [
+    {"role": "user", "content": "25+37?"},
+    {"role": "assistant", "content": "", "tool_calls": '[{"name": "add", "arguments": {"a": 25, "b": 37}}]'},
+    {"role": "tool", "content": '{"result": 62}'},
+    {"role": "assistant", "content": "62"},
+]
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])  # MiniMind's, and its Ascend fork's
+def test_a_conversation_of_the_training_data_is_asked_as_it_is_trained(
+    key: str, loaded: dict[str, Loaded], tmp_path: Path
+) -> None:
+    """Tools and calls are JSON text in MiniMind's files: the prompt is what the training sample begins with."""
+    system = {"role": "system", "content": "", key: json.dumps([ADD])}
+    file = tmp_path / "sft_tool.jsonl"
+    file.write_text(json.dumps({"conversations": [system, *CALLED]}))
+    [prompt] = read_prompts([], str(file))
+    assert_begins_the_sample(prompt, [system, *CALLED], loaded["minimind3"])
+    assert '"name": "add", "description"' in Encoder(loaded["minimind3"].tokenizer, raw=False).text(prompt)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"messages": CALLED, "tools": json.dumps([ADD])}]), tmp_path / "openai.parquet"
+    )
+    assert read_prompts([], str(tmp_path / "openai.parquet"))[0].tools == [ADD]
+
+
+def assert_begins_the_sample(prompt: Prompt, turns: list[dict[str, Any]], loaded: Loaded) -> None:
+    """The text of a prompt is the beginning of what preprocess_data.py trains on."""
+    template = TokenizerTemplate(loaded.info, load_encoder(loaded.info.path, "tokenizers"))
+    [[whole]] = template.render(read_minimind({"conversations": turns}, MINIMIND)[""])
+    asked = loaded.tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, tokenize=False)
+    assert asked and whole.startswith(asked) and (whole != asked or turns[-1]["role"] != "assistant")
+    assert Encoder(loaded.tokenizer, raw=False).text(prompt).startswith(asked)
+
+
+@pytest.mark.skipif(not SAMPLES, reason="MINIMIND_SAMPLES_DIR is not set: MiniMind's own data is not shipped here")
+def test_all_of_miniminds_files_of_conversations_can_be_asked(loaded: dict[str, Loaded]) -> None:
+    files = [f for f in sorted(Path(SAMPLES).glob("*.jsonl")) if '"conversations"' in f.read_text(encoding="utf-8")]
+    assert "sft_tool.jsonl" in [file.name for file in files]
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        prompts = read_prompts([], str(file))
+        assert len(prompts) == len(rows)
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert_begins_the_sample(prompt, row["conversations"], loaded["minimind3"])
 
 
 @pytest.mark.parametrize(
@@ -298,6 +349,11 @@ def test_prompts_that_cannot_be_are_named(loaded: dict[str, Loaded], tmp_path: P
         ('{"question": "a"}', "record 1: expected an object with one of prompt, text"),
         ('{"messages": ["a"]}', "record 1: messages: expected a text, or a list of objects"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "record 1: messages: no message before"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "record 1: message 1 has the role 'bot'; expected system"),
+        ('{"messages": [{"role": "user"}]}', "record 1: message 1 has no string under 'content' but null"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "record 1: message 1 has no string .* but an array"),
+        ('{"tools": "[oops", "messages": [{"role": "user", "content": "a"}]}', "field 'tools' is not valid JSON"),
+        ('{"messages": [{"role": "system", "content": "", "functions": "[oops"}]}', "tools is not valid JSON"),
     ):
         (tmp_path / "prompts.jsonl").write_text(content)
         with pytest.raises(UserError, match=message):
