@@ -90,7 +90,10 @@ def _lettered(record: Mapping[str, Any]) -> Question:
     if "choices" in row:
         choices, answer = tuple(row["choices"]), int(row["answer"])
     else:
-        choices, answer = tuple(row[letter] for letter in "abcd"), LETTERS.index(str(row["answer"]).strip())
+        choices, letter = tuple(row[letter] for letter in "abcd"), str(row["answer"]).strip()
+        if letter not in tuple(LETTERS):  # an empty text is in the string, and so is "BC"
+            raise ValueError(f"answer {letter!r}, expected one of {', '.join(LETTERS)}")
+        answer = LETTERS.index(letter)
     if len(choices) != len(LETTERS) or not 0 <= answer < len(LETTERS):
         raise ValueError(f"{len(choices)} choices, answer {answer}")
     return Question(str(text), tuple(map(str, choices)), answer)

@@ -320,7 +320,9 @@ def broken(tmp_path: Path, content: str) -> Path:
         ("", r"law_test.csv: no questions in it"),
         ("q,a,b,c,d,A\nq,a,b,c,A\n", r"law_test.csv, line 2: expected 6 columns"),
         ("q,a,b,c,d,A\nq,a,b,c,d,A,x\n", r"law_test.csv, line 2: expected 6 columns"),
-        ("q,a,b,c,d,E\n", r"law_test.csv, line 1: not a question of this benchmark"),
+        ("q,a,b,c,d,E\n", r"law_test.csv, line 1: not a question of this benchmark .*'E', expected one of A, B, C, D"),
+        ("q,a,b,c,d,A\nq,a,b,c,d,\n", r"law_test.csv, line 2: not a question of this benchmark .*'', expected one of"),
+        ("q,a,b,c,d,BC\n", r"law_test.csv, line 1: not a question of this benchmark .*'BC', expected one of"),
     ],
 )
 def test_a_bad_file_is_an_error(content: str, message: str, model: Path, tmp_path: Path) -> None:
