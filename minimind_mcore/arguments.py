@@ -233,6 +233,11 @@ def build_parser(program: str = "training", prog: str | None = None) -> argparse
     return parser
 
 
+def allow_any_template(parser: argparse.ArgumentParser) -> None:
+    """Let `--prompt-type` name any template that `--prompt-type-path`, or the kit's own file, has."""
+    next(action for action in parser._actions if action.dest == "prompt_type").choices = None
+
+
 def given_flags(argv: Sequence[str]) -> list[str]:
     """The flags on a command line, without their values, each once, in order."""
     return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))

@@ -23,7 +23,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from minimind_mcore.arguments import build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.arguments import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
 from minimind_mcore.preprocess.config import from_dataset_info, with_config
@@ -56,9 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # Theirs caches whole data sets in ~/tmp; ours keeps unfinished parts, by default beside the output.
     parser.set_defaults(cache_dir=None)
+    allow_any_template(parser)
     for action in parser._actions:
-        if action.dest == "prompt_type":  # any name that --prompt-type-path, or the kit's own file, has
-            action.choices = None
         if action.dest == "tokenizer_type":  # MindSpeed-RL's word for the same
             action.choices = [*(action.choices or ()), "HuggingFaceTokenizer"]
     group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")

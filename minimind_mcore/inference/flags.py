@@ -59,6 +59,7 @@ def parse(
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
     """
     parser = arguments.build_parser(prog=program)
+    arguments.allow_any_template(parser)
     for action in parser._actions:
         if action.dest in ("lora_r", "lora_alpha"):
             action.default = None  # taken from the checkpoint

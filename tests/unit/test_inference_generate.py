@@ -228,6 +228,15 @@ def test_prompt_type_goes_from_the_flag_to_the_prompt(
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nabc<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+    own = tmp_path / "templates.json"
+    own.write_text('[{"name": "mine", "format_user": {"slots": ["ask {{content}}: "]}}]')
+    for flags, expected in (
+        (["--prompt-type", "minimind_r1"], "<answer>"),
+        (["--prompt-type", "mine", "--prompt-type-path", str(own)], "ask abc: "),
+    ):
+        seen.clear()
+        run_inference(model, tmp_path / "out", *flags, "--prompt", "abc", "--max-new-tokens", "2")
+        assert expected in open_model(model).tokenizer.decode(seen[0])
     for flags, message in (
         (["--prompt-type", "chatml", "--raw"], "--raw and --prompt-type: each says how prompts are written"),
         (["--prompt-type", "gemma"], "--prompt-type gemma: not in the templates that come with this kit"),
