@@ -21,7 +21,7 @@ from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, records
 from minimind_mcore.inference.sampling import Sampling
 
-LONGEST = 64
+LONGEST = 64  # tokens of a completion, or as many as the longest answer needs
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def read_questions(path: str) -> list[Question]:
 
 def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int) -> list[Answered]:
     """Let the model answer all questions."""
-    generator, encoder = Generator(loaded, Sampling(max_new_tokens=LONGEST)), Encoder(loaded.tokenizer, raw=False)
+    answers = loaded.tokenizer([question.answer for question in questions], add_special_tokens=False)["input_ids"]
+    longest = max(LONGEST, *(len(ids) + 1 for ids in answers))  # one for the end
+    generator, encoder = Generator(loaded, Sampling(max_new_tokens=longest)), Encoder(loaded.tokenizer, raw=False)
     answered = []
     with tqdm(total=len(questions), desc="exact_match", unit="question", disable=None) as bar:
         for first in range(0, len(questions), batch_size):

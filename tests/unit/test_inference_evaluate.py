@@ -19,9 +19,11 @@ from engine import Corpus
 from inference_models import open_model, run_inference, twin, write_model
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference import evaluation
+from minimind_mcore.inference import evaluation, exact_match
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Question, Subject, load_benchmark
+from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.prompts import from_text
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.preprocess.indexed import IndexedWriter
 
@@ -268,14 +270,14 @@ def test_the_harness_gets_the_model(model: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_exact_match_counts_what_generation_gives(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions whose answer is what inference.py makes of them are right, others wrong; by task."""
+    monkeypatch.setattr(Generator, "_room", lambda self, prompts: 20)  # random weights never end by themselves
     questions = [{"role": "user", "content": text} for text in ("abc", "hello there", "光合", "def", "1+1")]
     prompts = tmp_path / "prompts.jsonl"
     write_jsonl(prompts, [{"messages": [question]} for question in questions])
-    said = run_inference(model, tmp_path / "said.jsonl", "--hf-chat-template", "--prompt-file", str(prompts),
-                         "--max-new-tokens", "64")  # fmt: skip
+    said = run_inference(model, tmp_path / "said.jsonl", "--hf-chat-template", "--prompt-file", str(prompts))
     right = [True, False, True, True, False]
     rows = [
         {
@@ -299,6 +301,20 @@ def test_exact_match_counts_what_generation_gives(
     assert [row["right"] for row in written] == right
     assert [row["completion"] for row in written] == [row["completion"] for row in said]
     assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+
+
+def test_an_answer_of_many_tokens_can_be_right(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a model that knows all answers, each with the token that ends it, and writes as much as it is allowed to."""
+    questions = [exact_match.Question("t", from_text(str(n)), " ".join(["abcd"] * n)) for n in (1, 400)]
+    known = [loaded.tokenizer(q.answer)["input_ids"] + [loaded.tokenizer.eos_token_id] for q in questions]
+    assert len(known[1]) > exact_match.LONGEST
+
+    def complete(self: Generator, prompts: list[list[int]]) -> list[Completion]:
+        cut = [ids[: self.sampling.max_new_tokens] for ids in known]
+        return [Completion([i for i in ids if i not in self.stop], ids[-1] in self.stop) for ids in cut]
+
+    monkeypatch.setattr(Generator, "complete", complete)
+    assert [answered.right for answered in exact_match.ask(loaded, questions, 2)] == [True, True]
 
 
 def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
