@@ -92,9 +92,17 @@ def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise UserError(f"--task is missing: expected {', '.join(known)}; or --harness")
     if len(names) != len(paths):
         raise UserError(f"--task has {len(names)} names, --task-data-path {len(paths)} paths; expected one for each")
+    if args.max_eval_samples is not None and args.max_eval_samples < 1:
+        raise UserError(f"--max-eval-samples {args.max_eval_samples}: expected 1 or more; leave it out for all")
     if args.num_fewshot < 0 or args.evaluation_batch_size < 1:
         raise UserError("--num-fewshot: expected 0 or more; --evaluation-batch-size: expected 1 or more")
-    return list(zip(names, paths, strict=True))
+    tasks = list(zip(names, paths, strict=True))
+    for name, path in tasks:
+        if name in BENCHMARKS and names.count(name) > 1:
+            raise UserError(f"--task: {name} is given more than once; evaluate each of its folders in a run of its own")
+        if tasks.count((name, path)) > 1:
+            raise UserError(f"--task: {name} is given more than once with {path}; give it once")
+    return tasks
 
 
 def _subjects(args: argparse.Namespace, name: str, path: str) -> list[Subject]:

@@ -45,11 +45,10 @@ class Scores:
     def add_answers(self, benchmark: str, answers: Sequence[Answered]) -> None:
         """Count the right ones of each task."""
         self.answers += answers
-        tasks: dict[str, list[bool]] = {}
+        tasks = self.accuracies.setdefault(benchmark, {})
         for answer in answers:
-            tasks.setdefault(answer.question.task, []).append(answer.right)
-        counted = {task: Accuracy(len(right), sum(right)) for task, right in tasks.items()}
-        self.accuracies[benchmark] = self.accuracies.get(benchmark, {}) | counted
+            task = answer.question.task
+            tasks[task] = tasks.get(task, Accuracy(0, 0)) + Accuracy(1, int(answer.right))
 
     def table(self) -> str:
         """Lines for people."""

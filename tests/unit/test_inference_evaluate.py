@@ -24,6 +24,7 @@ from minimind_mcore.inference.benchmarks import BENCHMARKS, Question, Subject, l
 from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import from_text
+from minimind_mcore.inference.scores import Scores
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.preprocess.indexed import IndexedWriter
 
@@ -303,6 +304,14 @@ def test_exact_match_counts_what_generation_gives(
     assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
 
 
+def test_answers_of_several_files_are_counted_together() -> None:
+    """A task that is in both, as without `task` in files of one name."""
+    scores, question = Scores({}), exact_match.Question("addition", from_text("1+1"), "2")
+    for said in (["2", "3", "2"], ["4"]):
+        scores.add_answers("exact_match", [exact_match.Answered(question, text) for text in said])
+    assert scores.accuracies == {"exact_match": {"addition": Accuracy(4, 2)}}
+
+
 def test_an_answer_of_many_tokens_can_be_right(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a model that knows all answers, each with the token that ends it, and writes as much as it is allowed to."""
     questions = [exact_match.Question("t", from_text(str(n)), " ".join(["abcd"] * n)) for n in (1, 400)]
@@ -357,6 +366,15 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
             ["--task", "mmul", "--task-data-path", path],
             "--task mmul: expected ceval, cmmlu, mmlu, openbookqa, exact_match, perplexity",
         ),
+        (
+            ["--task", "mmlu", "perplexity", "mmlu", "--task-data-path", path, "text.jsonl", "/elsewhere"],
+            "--task: mmlu is given more than once; evaluate each of its folders in a run of its own",
+        ),
+        (
+            ["--task", "exact_match", "exact_match", "--task-data-path", "a.jsonl", "a.jsonl"],
+            "--task: exact_match is given more than once with a.jsonl",
+        ),
+        (["--task", "mmlu", "--task-data-path", path, "--max-eval-samples", "0"], "--max-eval-samples 0: expected 1"),
         (["--task", "mmlu"], "--task has 1 names, --task-data-path 0 paths"),
         ([], "--task is missing"),
         (["--task", "mmlu", "--task-data-path", "/nowhere"], "/nowhere: no such directory"),
