@@ -200,14 +200,9 @@ def _questions(file: Path, benchmark: Benchmark) -> list[Question]:
 
 
 def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each record of a file is, and the record."""
     if file.suffix == ".csv":
-        with open(file, encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f, header)
-            for row in reader:
-                where = f"{file}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{where}: expected {len(reader.fieldnames or ())} columns, found another number")
-                yield where, row
+        yield from _rows(file, header)
         return
     for shard in plan_shards(find_sources(str(file)), subsets=1):
         keys = ("question", "question_stem", "choices", "answer", "answerKey", "id", *LETTERS, "Question", "Answer")
@@ -216,3 +211,22 @@ def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Ma
                 raise UserError(f"{file}, record {line}: {getattr(record, 'reason', 'not an object')}")
             if record is not None:
                 yield f"{file}, record {line}", record
+
+
+def _rows(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a CSV file."""
+    with open(file, encoding="utf-8-sig", newline="") as f:
+        reader = csv.DictReader(f, header)
+        try:
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: expected {len(reader.fieldnames or ())} columns, found another number")
+                yield where, row
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}: not in UTF-8 (behind line {reader.line_num}: {error.reason}); convert it first, if it is in "
+                "GBK by iconv -f GBK -t UTF-8"
+            ) from error
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num + 1}: not a readable CSV file ({error})") from error

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from minimind_mcore.inference.answers import Part, calls, detokenize, parts
 from minimind_mcore.inference.generation import Generator
-from minimind_mcore.inference.prompts import Encoder, Message, Prompt
+from minimind_mcore.inference.prompts import Encoder, Message, Prompt, is_text, text_input
 
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
@@ -62,7 +62,7 @@ def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO 
     Raises:
         UserError: the conversation is longer than the model's positions.
     """
-    lines = lines or sys.stdin
+    lines = lines or text_input()
     if lines.isatty():
         print(HELP, file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends a conversation as /quit does
@@ -73,6 +73,8 @@ def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO 
             if text in NEW:
                 session.messages.clear()
                 print("a new conversation", flush=True)
+            elif not is_text(text):
+                print(f"not in {lines.encoding or 'UTF-8'}, left out: write it again", file=sys.stderr, flush=True)
             elif text:
                 role = "tool" if text.startswith(TOOL) else "user"
                 session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
@@ -88,7 +90,7 @@ def _read(lines: TextIO) -> Iterator[str]:
         if not line:
             return
         if not lines.isatty():
-            print(f"you> {line.rstrip()}", flush=True)
+            print(f"you> {line.rstrip().encode(errors='backslashreplace').decode()}", flush=True)
         yield line
 
 

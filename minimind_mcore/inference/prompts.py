@@ -7,13 +7,14 @@ and text, and gets that (`raw`), as in MiniMind's eval_llm.py.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.conversations import Conversation, Unusable, minimind_conversation, tools_of
@@ -62,10 +63,29 @@ def read_prompts(
     if not texts and file is None:
         if sys.stdin.isatty():
             raise UserError("no prompt: give --prompt TEXT (again and again), --prompt-file FILE, or lines on stdin")
-        prompts += [from_text(line.rstrip("\n"), system, tools) for line in sys.stdin if line.strip()]
+        lines = [line.rstrip("\n") for line in text_input() if line.strip()]
+        if unreadable := [number for number, line in enumerate(lines, 1) if not is_text(line)]:
+            raise UserError(f"stdin: prompt {unreadable[0]} is not in {sys.stdin.encoding}; convert it")
+        prompts += [from_text(line, system, tools) for line in lines]
     if not prompts:
         raise UserError(f"no prompt in {file or 'stdin'}: expected at least one line")
     return prompts
+
+
+def text_input() -> TextIO:
+    """stdin, where bytes that are no text become what `is_text` refuses, and not an end of the reading."""
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
+def is_text(line: str) -> bool:
+    """Whether a tokenizer can encode it: no half of a surrogate pair, no escaped byte."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def records(spec: str, system: str | None = None, tools: list[Any] | None = None) -> Iterator[tuple[str, Any, Prompt]]:
@@ -121,10 +141,15 @@ def read_tools(path: str | None) -> list[Any] | None:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--tools {path}: not a readable JSON file ({error})") from error
-    entries = content if isinstance(content, list) else [content]
-    tools = [entry if "function" in entry else {"type": "function", "function": entry} for entry in entries]
-    if not tools or not all(isinstance(tool["function"].get("name"), str) for tool in tools):
-        raise UserError(f'--tools {path}: expected a list of {{"type": "function", "function": {{"name": ...}}}}')
+    tools: list[Any] = []
+    for entry in content if isinstance(content, list) else [content]:
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            expected = '{"type": "function", "function": {"name": ...}}'
+            raise UserError(f"--tools {path}: tool {len(tools) + 1} is {json.dumps(entry)[:80]}; expected {expected}")
+        tools.append(entry if "function" in entry else {"type": "function", "function": entry})
+    if not tools:
+        raise UserError(f"--tools {path}: an empty list; leave the flag out for none")
     return tools
 
 
@@ -157,8 +182,15 @@ class Encoder:
         return "".join(self._pieces(prompt))
 
     def _pieces(self, prompt: Prompt) -> list[str]:
-        """The same, in the parts that are encoded one by one."""
-        return self._of_template(prompt, self.template) if self.template else [self._text(prompt)]
+        """The same, in the parts that are encoded one by one.
+
+        Raises:
+            UserError: the template refuses it, or something in it is no text.
+        """
+        pieces = self._of_template(prompt, self.template) if self.template else [self._text(prompt)]
+        if not all(map(is_text, pieces)):
+            raise UserError("a prompt, or what comes with it, has a lone surrogate or bytes that are not in UTF-8")
+        return pieces
 
     def _of_template(self, prompt: Prompt, template: SlotTemplate) -> list[str]:
         """What the template writes before an answer.

@@ -17,7 +17,7 @@ from minimind_mcore.inference import main
 from minimind_mcore.inference.answers import Call, Part, calls, detokenize, parts
 from minimind_mcore.inference.chat import Session, run
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.prompts import Encoder, read_tools
+from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts, read_tools
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -58,6 +58,26 @@ def test_a_pipe_keeps_the_history(loaded: Loaded, capsys: pytest.CaptureFixture[
         system + user.format("d4") + said.format(""),
     ]
     assert "you> a1\nA\nyou> b2\nB\n" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_text_is_asked_for_again(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stdin does by itself with such bytes, which depends on the locale."""
+    for errors in ("strict", "surrogateescape"):
+        piped = io.BytesIO("a1\n光\n".encode() + "光合\n".encode("gbk") + b"b2\n")
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="utf-8", errors=errors))
+        script, session = Script(loaded.tokenizer, ["A", "B", "C"]), Session(turns=3)
+        run(script, Encoder(loaded.tokenizer, raw=False), session)
+        assert [m["content"] for m in session.messages if m["role"] == "user"] == ["a1", "光", "b2"]
+        assert len(script.prompts) == 3
+        assert "not in utf-8, left out: write it again" in capsys.readouterr().err
+    piped = io.BytesIO(b"a\n\n\xb9\xe2\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="utf-8"))
+    with pytest.raises(UserError, match="stdin: prompt 2 is not in utf-8"):
+        read_prompts([], None)
+    with pytest.raises(UserError, match="a lone surrogate"):
+        Encoder(loaded.tokenizer, raw=False)(from_text("\ud800"))
 
 
 def test_thoughts_are_set_apart(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +160,13 @@ def test_tools_are_read_in_both_forms(tmp_path: Path) -> None:
     file = tmp_path / "tools.json"
     file.write_text(json.dumps([TOOL, TOOL["function"]]))
     assert read_tools(str(file)) == [TOOL, TOOL]
-    for content in ("{", "[]", '[{"function": {}}]'):
+    for content, message in (
+        ("{", "not a readable JSON file"),
+        ("[]", "an empty list"),
+        ('[{"function": {}}]', "tool 1 is .*; expected"),
+        ('["a"]', 'tool 1 is "a"; expected'),
+        ('[{"function": {"name": "f"}}, {"function": "x"}]', 'tool 2 is {"function": "x"}; expected'),
+    ):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"--tools .*tools.json: "):
+        with pytest.raises(UserError, match=rf"--tools .*tools.json: {message}"):
             read_tools(str(file))

@@ -332,10 +332,10 @@ def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
         evaluation.main(["--load", str(model), "--harness", "piqa"])
 
 
-def broken(tmp_path: Path, content: str) -> Path:
+def broken(tmp_path: Path, content: str, encoding: str = "utf-8") -> Path:
     file = tmp_path / "test" / "law_test.csv"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(content, encoding="utf-8")
+    file.write_text(content, encoding=encoding)
     return tmp_path
 
 
@@ -347,6 +347,7 @@ def broken(tmp_path: Path, content: str) -> Path:
         ("q,a,b,c,d,A\nq,a,b,c,d,A,x\n", r"law_test.csv, line 2: expected 6 columns"),
         ("q,a,b,c,d,E\n", r"law_test.csv, line 1: not a question of this benchmark .*'E', expected one of A, B, C, D"),
         ("q,a,b,c,d,A\nq,a,b,c,d,\n", r"law_test.csv, line 2: not a question of this benchmark .*'', expected one of"),
+        ("q,a,b,c,d,A\n" + "q" * 200_000, r"law_test.csv, line 2: not a readable CSV file \(field larger than"),
         ("q,a,b,c,d,BC\n", r"law_test.csv, line 1: not a question of this benchmark .*'BC', expected one of"),
     ],
 )
@@ -354,6 +355,11 @@ def test_a_bad_file_is_an_error(content: str, message: str, model: Path, tmp_pat
     path = broken(tmp_path, content)
     with pytest.raises(UserError, match=message):
         evaluation.main(["--load", str(model), "--task", "mmlu", "--task-data-path", str(path)])
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"law_test.csv: not in UTF-8 .*iconv -f GBK -t UTF-8"):
+        load_benchmark("mmlu", broken(tmp_path, "光合作用,a,b,c,d,A\n", encoding="gbk"), 0)
 
 
 def test_faults_are_named(model: Path, tmp_path: Path) -> None:
