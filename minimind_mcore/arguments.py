@@ -129,8 +129,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
 def _truth(text: str) -> bool | None:
     values = {"true": True, "false": False, "none": None}
     if text.lower() not in values:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {', '.join(values)}")
     return values[text.lower()]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text!r}, which is not valid JSON ({error})") from error
 
 
 STAGES = ("sft", "dpo", "reason", "distill")
@@ -141,7 +148,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "float": float,
     "str": str,
     "bool": bool,
-    "json": lambda text: json.loads(text),
+    "json": _json,
     "truth": _truth,
 }
 

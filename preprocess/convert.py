@@ -123,10 +123,13 @@ def preview(options: Options) -> list[str]:
 
 
 def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> None:
-    """See that the first file has records that this handler can use."""
+    """See that the first file that is not empty has records that this handler can use."""
     stage = make_stage(options, info, load_encoder(options.tokenizer, options.backend))
     reason = "it has no records"
-    for number, record in itertools.islice(ShardReader(plan_shards(sources, 1)[0], stage.columns), PREVIEWED):
+    shards = plan_shards(sources, 1)
+    if not shards:
+        raise UserError(f"input {options.input}: it has no records")
+    for number, record in itertools.islice(ShardReader(shards[0], stage.columns), PREVIEWED):
         if record is None:  # a blank line
             continue
         found = record if isinstance(record, Reject) else stage.prepare(record)
@@ -136,7 +139,7 @@ def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[
                 return
             found = Reject(unusable[0][1], "")
         reason = f"record {number}: {found.reason}"
-    raise UserError(f"input {sources[0].path}: no usable record at its beginning; {reason}")
+    raise UserError(f"input {shards[0].source.path}: no usable record at its beginning; {reason}")
 
 
 def _done(options: Options, prefix: Path, request: str) -> bool:
@@ -282,6 +285,8 @@ class _Run:
                 f"{self._options.max_reject_rate:g} allows; nothing was written. They are listed in {path}: repair the "
                 "input, or raise the rate"
             )
+        if not records:
+            raise UserError(f"input {self._options.input}: it has no records; nothing was written")
         for key in self._targets:
             if not sum(report.tokens[key] for report in reports):
                 long = sum(report.too_long for report in reports)

@@ -527,7 +527,7 @@ def test_wrong_input_is_named(tokenizer: str, tmp_path: Path) -> None:
         "nowhere.jsonl": "no such file",
         "*.nothing": "no such file",
         "folder": "no file to read",
-        "empty.jsonl": "no text under 'text'",
+        "empty.jsonl": r"empty\.jsonl: it has no records",
         "model.safetensors": "unknown kind of file",
         "cut.jsonl.gz": "truncated or damaged",
         "cut.jsonl.zst": "truncated or damaged",
@@ -540,6 +540,10 @@ def test_wrong_input_is_named(tokenizer: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             convert(Options(f"{tmp_path}/{name}", tokenizer, str(tmp_path / "out")))
         assert not list(tmp_path.glob("out_*")), name
+    empty = Options(str(tmp_path / "empty.jsonl"), tokenizer, str(tmp_path / "out"), seq_length=64)
+    for run in (convert, preview):  # of conversations too, whatever their datasets are called
+        with pytest.raises(UserError, match="it has no records"):
+            run(replace(empty, handler="MiniMindInstructionHandler"))
 
 
 def test_wrong_options_are_named(tokenizer: str, tmp_path: Path) -> None:
@@ -555,6 +559,8 @@ def test_wrong_options_are_named(tokenizer: str, tmp_path: Path) -> None:
         ("--workers", "0"): "at least 1",
         ("--json-keys", "text", "text"): "given twice",
         ("--workers", "many"): "invalid int value",
+        ("--map-keys", "{bad"): "argument --map-keys: found '{bad', which is not valid JSON",
+        ("--enable-thinking", "maybe"): "argument --enable-thinking: found 'maybe', expected true, false, none",
     }
     for arguments, message in expected.items():
         with pytest.raises(UserError, match=message):
