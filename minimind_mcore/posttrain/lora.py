@@ -7,17 +7,29 @@ cuts the columns; the other of the two is the same on every rank.
 
     --pretrained-checkpoint BASE --load ADAPTERS     a run that can be resumed by the same command
     --load BASE [--lora-load ADAPTERS]               as MindSpeed-LLM has it
+
+Adapters fit the weights that they were trained on and no others: their checkpoints carry `base_digest`, which a run
+that goes on compares with its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import importlib.util
+import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.init import initial_tensor
 
@@ -59,6 +71,48 @@ def _initialize(args: argparse.Namespace, chunks: list[Any]) -> None:
             parameter.copy_(whole.chunk(size, dim=1)[rank] if is_cut else whole)
         elif ".lora_B." in name:
             parameter.zero_()
+
+
+def base_digest(chunks: list[Any]) -> str:
+    """Identity of the weights of all ranks, whatever the layout, and the precision down to bf16. Collective.
+
+    Args:
+        chunks: this rank's GPTModels, without adapters.
+    """
+    from minimind_mcore.models.loading import tensor_parallel_place, whole_model_parameters
+
+    mine = {
+        (name, tensor_parallel_place(name)[0] if weights.is_split(name) else 0): content_sum(parameter.detach())
+        for name, parameter in whole_model_parameters(chunks)
+    }
+    gathered: list[dict[tuple[str, int], int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return digest_of({part: value for parts in gathered for part, value in parts.items()})
+
+
+def digest_of(parts: Mapping[tuple[str, int], int]) -> str:
+    """SHA-256 of the `content_sum` of each part of each tensor, (name, tensor-parallel rank)."""
+    sums: dict[str, int] = {}
+    for (name, _), value in parts.items():
+        sums[name] = (sums.get(name, 0) + value) % 2**64
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def content_sum(tensor: Tensor) -> int:
+    """A hash of the elements in any order, which adds up modulo 2**64 over the parts of a tensor, however it is cut."""
+    patterns = tensor.cpu().bfloat16().contiguous().view(torch.int16).flatten().long() & 0xFFFF
+    counts = torch.bincount(patterns, minlength=2**16).numpy().astype(np.uint64)
+    return int((counts * _hashes()).sum(dtype=np.uint64))
+
+
+@functools.cache
+def _hashes() -> NDArray[np.uint64]:
+    """A number for each pattern of 16 bits: splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = (np.arange(2**16, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    hashes: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return hashes
 
 
 def check(args: argparse.Namespace) -> None:

@@ -58,6 +58,7 @@ class PostTraining(Job):
         """See `Job`."""
         if self.args.lora_target_modules:
             checkpointing.load_weights(self.args, Path(self.args.pretrained_checkpoint), chunks)
+            self.args.lora_base = lora.base_digest(chunks)  # checkpoints carry it
             lora.adapt(self.args, chunks)
 
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:

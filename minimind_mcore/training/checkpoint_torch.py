@@ -147,10 +147,23 @@ def _load_chunk(args: argparse.Namespace, chunk: Any, state: dict[str, Any], key
             found, expected = getattr(state["args"], name), getattr(args, name)
             if found != expected:
                 raise UserError(f"{directory}: {name} is {found} there and {expected} on the command line")
+        _check_base(args, state["args"], directory)
         if adapters.keys() != _adapters(chunk.state_dict()).keys():
             found = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapters})
             raise UserError(f"{directory}: its adapters are those of --lora-target-modules {' '.join(found)}")
     chunk.load_state_dict(adapters if wants else state[key], strict=not wants)
+
+
+def _check_base(args: argparse.Namespace, saved: Any, directory: Path) -> None:
+    """Refuse to go on with adapters upon other weights, where those of before are known."""
+    found = getattr(saved, "lora_base", None)
+    if found not in (None, args.lora_base) and not args.finetune:
+        raise UserError(
+            f"{directory}: its adapters were trained on other weights (digest {found[:12]}, of "
+            f"{saved.pretrained_checkpoint} as it was then) than {args.pretrained_checkpoint} has (digest "
+            f"{args.lora_base[:12]}): give --pretrained-checkpoint with those weights to go on, or --finetune to begin "
+            "a new run with these adapters"
+        )
 
 
 def load_schedule(scheduler: Any, state: dict[str, Any], directory: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from minimind_mcore.inference import loading
 from minimind_mcore.models import weights
 from minimind_mcore.models.init import initial_tensor
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.posttrain import lora
 
 RANK, ALPHA = 4, 24
 TARGETS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -160,6 +164,8 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge_to_the_same_model(
     config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
     base, adapters = whole(start / "iter_0000001", config), whole(one / last, config)
     assert len(adapters) == 2 * len(TARGETS) * config.num_layers
+    digest = lora.digest_of({(name, 0): lora.content_sum(tensor) for name, tensor in base.items()})
+    assert load(one / last / "mp_rank_00/model_optim_rng.pt")["args"].lora_base == digest  # of TP2: of any layout
     sizes = [sum(t.numel() for t in load(two / last / f"mp_rank_0{rank}/model_optim_rng.pt")["model"].values())
              for rank in range(2)]  # fmt: skip
     assert sizes == [config.num_adapter_parameters(RANK, TARGET_FLAGS[1:], tp=2)] * 2
@@ -207,3 +213,32 @@ def test_what_lora_cannot_load_is_said(server: Server, dialogues: Corpus, start:
     for flags, message in cases:
         run = run_lora(server, dialogues, start, tmp_path / "refused", check=False, train_iters=2, **flags)
         assert run.codes == [1] and message in run.output and "Traceback" not in run.output, run.output
+
+
+def edit(checkpoints: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change what a checkpoint of one rank holds; no manifest tells."""
+    [file] = checkpoints.glob("iter_*/mp_rank_00/model_optim_rng.pt")
+    state = torch.load(file, weights_only=False)
+    change(state)
+    torch.save(state, file)
+    (file.parents[1] / "manifest.json").unlink()
+    return checkpoints
+
+
+def test_adapters_go_on_upon_their_own_base(server: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:
+    """Weights that differ in one number are others; a checkpoint without a record is believed."""
+    adapters = tmp_path / "adapters"
+    run_lora(server, dialogues, start, tmp_path / "run", train_iters=2, exit_interval=1, save=adapters)
+    other = edit(
+        Path(shutil.copytree(start, tmp_path / "other")),
+        lambda state: state["model"]["decoder.layers.1.mlp.linear_fc2.weight"][3, 4].add_(0.1),
+    )
+    flags = {"load": adapters, "pretrained_checkpoint": other, "train_iters": 2}
+    run = run_lora(server, dialogues, start, tmp_path / "refused", check=False, **flags)
+    assert run.codes == [1] and "Traceback" not in run.output, run.output
+    message = rf"trained on other weights \(digest \w+, of {start} as it was then\) than {other} has"
+    assert re.search(message, run.output), run.output
+    run = run_lora(server, dialogues, start, tmp_path / "anew", finetune=True, **flags)
+    assert len(run.rows) == 2
+    edit(adapters, lambda state: delattr(state["args"], "lora_base"))
+    assert len(run_lora(server, dialogues, start, tmp_path / "older", **flags).rows) == 1
