@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,8 +62,10 @@ class PromptDataset:
         split: Megatron's, shares of train, valid and test in the order of the files: "100,0,0".
         part: which of the three.
         tokenizer: its fingerprint, to refuse data of another one where the data says whose it is.
+        optional: columns that prompts have where the data has them, beside `columns`.
 
     Attributes:
+        columns: names of those that a prompt has.
         too_long: prompts left out.
 
     Raises:
@@ -79,10 +82,13 @@ class PromptDataset:
         split: str | None = None,
         part: int = 0,
         tokenizer: str | None = None,
+        optional: Sequence[str] = (),
     ) -> None:
         self.prefix = os.fspath(prefix)
         self.seed, self.shuffle = seed, shuffle
-        self._columns = {name: _Column(path, tokenizer) for name, path in _find(self.prefix, columns).items()}
+        found = _find(self.prefix, columns, optional)
+        self._columns = {name: _Column(path, tokenizer) for name, path in found.items()}
+        self.columns = [name for name in found if name not in (IDS, MASK)]
         counts = {name: column.index.sequences for name, column in self._columns.items()}
         if len(set(counts.values())) > 1:
             raise UserError(f"{self.prefix}: its columns do not belong together: {counts}; convert the data again")
@@ -143,7 +149,7 @@ class PromptDataset:
             yield batch
 
 
-def _find(prefix: str, columns: Sequence[str] | None) -> dict[str, str]:
+def _find(prefix: str, columns: Sequence[str] | None, optional: Sequence[str]) -> dict[str, str]:
     """The dataset of each column of a prefix."""
     start, end = f"{prefix}_packed_", "_document"
     found = {path[len(start) : -len(end)]: path for path in datasets_at(prefix) if path.startswith(start)}
@@ -158,7 +164,9 @@ def _find(prefix: str, columns: Sequence[str] | None) -> dict[str, str]:
             f"data_path {prefix}: no column {', '.join(missing)}, which dataset_additional_keys asks for; it has "
             f"{', '.join(found)}. Convert the data with a handler that writes it (R1AlpacaStyleInstructionHandler)"
         )
-    return found if columns is None else {name: found[name] for name in (IDS, *columns)}
+    if columns is None:
+        return found
+    return {name: found[name] for name in (IDS, *columns, *filter(found.__contains__, optional))}
 
 
 def _share(count: int, split: str | None, part: int) -> tuple[int, int]:
@@ -166,7 +174,7 @@ def _share(count: int, split: str | None, part: int) -> tuple[int, int]:
     if split is None:
         return 0, count
     try:
-        weights = ([float(word) for word in split.split(",")] + [0.0] * 3)[:3]
+        weights = ([float(word) for word in re.split("[,/]", split)] + [0.0] * 3)[:3]
         bounds = [0, *(round(float(share) * count) for share in np.cumsum(weights) / sum(weights))]
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"split: found {split!r}, expected three shares such as 98,1,1") from error

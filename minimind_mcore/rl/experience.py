@@ -132,13 +132,16 @@ class Source:
     def _texts(self, prompts: list[Prompt], batch: Batch) -> list[dict[str, str]]:
         responses = self.tokenizer.batch_decode(batch.response_ids(), skip_special_tokens=True)
         asked = self.tokenizer.batch_decode([prompt.ids.tolist() for prompt in prompts])
-        labels = self.tokenizer.batch_decode(
-            [prompt.columns["labels"].tolist() for prompt in prompts], skip_special_tokens=True
-        )
+        labels = self._column(prompts, "labels")
         return [
-            {"prompt": asked[row // self.n], "response": response, "label": labels[row // self.n].strip()}
+            {"prompt": asked[row // self.n], "response": response, "label": labels[row // self.n]}
             for row, response in enumerate(responses)
         ]
+
+    def _column(self, prompts: list[Prompt], name: str) -> list[str]:
+        """A column of the data as text; "" where there is none."""
+        ids = [list(prompt.columns.get(name, ())) for prompt in prompts]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def score(self, experience: Experience) -> Callable[[], None]:
         """Begin to score; what is returned waits, and fills in rewards and metrics."""
@@ -201,13 +204,11 @@ class Source:
         greedy = Draw(max_tokens=self.draw.max_tokens, temperature=self.draw.temperature, top_k=1, stop=self.draw.stop)
         found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
         texts = self.tokenizer.batch_decode([response.ids for response in found], skip_special_tokens=True)
-        labels = self.tokenizer.batch_decode(
-            [prompt.columns["labels"].tolist() for prompt in asked], skip_special_tokens=True
-        )
+        labels = self._column(asked, "labels")
         lengths = torch.tensor([len(response.ids) for response in found])
         columns = {"lengths": lengths, "prompts": [""] * len(asked)}
         messages = [_messages(prompt) for prompt in asked]
-        (scores,) = self.rewards.run("score", [(texts, [label.strip() for label in labels], messages, columns)])
+        (scores,) = self.rewards.run("score", [(texts, labels, messages, columns)])
         first = next(iter(scores.by_verifier.values()))
         return float((first >= 1).float().mean())
 

@@ -24,6 +24,7 @@ from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.groups import Groups, devices
 from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference, say, table, throughput
 from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.training.report import write_report
@@ -46,15 +47,32 @@ def train(config: Config) -> None:
         sys.exit(trainer.stop.status)
 
 
-def prompt_dataset(config: Config, prefix: Any) -> PromptDataset:
-    """The prompts of a prefix, as the configuration reads them."""
-    return PromptDataset(
+def prompt_dataset(config: Config, prefix: Any, held_out: bool = False) -> PromptDataset:
+    """The prompts of a prefix, as the configuration reads them; `split` is of those to train on.
+
+    Raises:
+        UserError: see `PromptDataset`; or they have no labels, which a verifier needs.
+    """
+    actor = config.actor
+    prompts = PromptDataset(
         prefix[0] if isinstance(prefix, list) else prefix,
+        actor.dataset_additional_keys,
         max_prompt_length=config.rl.max_prompt_length,
-        seed=config.actor.seed,
-        shuffle=not config.actor.no_shuffle,
-        tokenizer=tokenizer_info(config.actor.tokenizer_name_or_path).fingerprint,
+        seed=actor.seed,
+        shuffle=not actor.no_shuffle,
+        split=None if held_out else actor.split,
+        tokenizer=tokenizer_info(actor.tokenizer_name_or_path).fingerprint,
+        optional=("labels",),
     )
+    names = [*config.rl.verifier_function, *(reward.path for reward in config.minimind.rewards)]
+    compare = [name for name in names if name in VERIFIERS and VERIFIERS[name].compares]
+    if compare and "labels" not in prompts.columns:
+        raise UserError(
+            f"{prompts.prefix}: these prompts have no labels, which {', '.join(compare)} (verifier_function) compare a "
+            "response with. Convert the data with a handler that writes them (R1AlpacaStyleInstructionHandler), or "
+            "take what needs none: minimind_shape, minimind.reward_model, a function of your own"
+        )
+    return prompts
 
 
 class Trainer:
@@ -67,7 +85,7 @@ class Trainer:
         if info.eos_id is None:
             raise UserError(f"{info.path}: tokenizer_config.json names no eos_token, which ends a response")
         prompts = prompt_dataset(config, config.actor.data_path)
-        self.held_out = prompt_dataset(config, self.ours.eval_data) if self.ours.eval_data else None
+        self.held_out = prompt_dataset(config, self.ours.eval_data, True) if self.ours.eval_data else None
         tokenizer = load_tokenizer(info)
         self.advantages = Advantages(config, self.algorithm)
         self.groups = groups = Groups(config, self.algorithm, info.vocab_size)  # from here on there are actors

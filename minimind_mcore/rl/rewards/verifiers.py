@@ -40,11 +40,13 @@ class Verifier:
         wrong: the score of a wrong response, and of one that could not be scored.
         quick: the same signature, in no time; None where it cannot tell and `score` must, in a worker process.
             A verifier without it is quick itself.
+        compares: whether it compares the response with a label, so that there must be one.
     """
 
     score: Score
     wrong: float
     quick: Callable[..., float | None] | None = None
+    compares: bool = True
 
 
 class _Undecided(Exception):
@@ -124,15 +126,17 @@ def retool(response: str, label: str, tool_calls: int = 0, **_: Any) -> float:
 
 VERIFIERS: dict[str, Verifier] = {
     "acc": Verifier(acc, -0.5, _acc_quickly),
-    "format": Verifier(lambda response, label, **_: float(formats.tagged(response)), 0.0),
-    "step": Verifier(lambda response, label, **_: min(1.0, formats.steps(response) / 3), 0.0),
-    "strict_format": Verifier(lambda response, label, **_: 1.0 if formats.strictly_tagged(response) else -0.5, -0.5),
+    "format": Verifier(lambda response, label, **_: float(formats.tagged(response)), 0.0, compares=False),
+    "step": Verifier(lambda response, label, **_: min(1.0, formats.steps(response) / 3), 0.0, compares=False),
+    "strict_format": Verifier(
+        lambda response, label, **_: 1.0 if formats.strictly_tagged(response) else -0.5, -0.5, compares=False
+    ),
     "base_acc": Verifier(base_acc, 0.0, _in_answer(_graded_quickly)),
     "math_17k_acc": Verifier(graded, 0.0, _graded_quickly),
     "acc_for_ppo": Verifier(graded, 0.0, _graded_quickly),
     "acc_for_dapo": Verifier(lambda response, label, **_: 1.0 if dapo.answered(response, label) else -1.0, -1.0),
     "math_verify_reward": Verifier(math_verify_reward, 0.0, _in_answer(None)),
     "retool_reward": Verifier(retool, -1.0),
-    "minimind_shape": Verifier(lambda response, label, **_: shaping.minimind_shape(response), -1.5),
-    "minimind_reason": Verifier(lambda response, label, **_: shaping.minimind_reason(response), 0.0),
+    "minimind_shape": Verifier(lambda response, label, **_: shaping.minimind_shape(response), -1.5, compares=False),
+    "minimind_reason": Verifier(lambda response, label, **_: shaping.minimind_reason(response), 0.0, compares=False),
 }
