@@ -125,16 +125,17 @@ class Source:
                 [prompt.index for prompt in prompts for _ in range(self.n)],
             )
             messages = [_messages(prompt) for prompt in prompts for _ in range(self.n)]
-            return Experience(batch, self._texts(prompts, batch), messages, consumed)
+            return Experience(batch, self._texts(prompts, batch.response_ids(), self.n), messages, consumed)
 
         return experience
 
-    def _texts(self, prompts: list[Prompt], batch: Batch) -> list[dict[str, str]]:
-        responses = self.tokenizer.batch_decode(batch.response_ids(), skip_special_tokens=True)
+    def _texts(self, prompts: list[Prompt], ids: list[list[int]], n: int) -> list[dict[str, str]]:
+        """Prompt, response and label of each of the `n` responses to each prompt."""
+        responses = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         asked = self.tokenizer.batch_decode([prompt.ids.tolist() for prompt in prompts])
         labels = self._column(prompts, "labels")
         return [
-            {"prompt": asked[row // self.n], "response": response, "label": labels[row // self.n]}
+            {"prompt": asked[row // n], "response": response, "label": labels[row // n]}
             for row, response in enumerate(responses)
         ]
 
@@ -145,10 +146,9 @@ class Source:
 
     def score(self, experience: Experience) -> Callable[[], None]:
         """Begin to score; what is returned waits, and fills in rewards and metrics."""
-        texts, lengths = experience.texts, experience.batch.response_lengths
-        columns = {"lengths": lengths, "prompts": [text["prompt"] for text in texts]}
-        responses, labels = ([text[name] for text in texts] for name in ("response", "label"))
-        task = self.rewards.submit("score", [(responses, labels, experience.messages, columns)])
+        task = self.rewards.submit(
+            "score", [_task(experience.texts, experience.messages, experience.batch.response_lengths)]
+        )
 
         def fill() -> None:
             (scores,) = task.result()
@@ -203,14 +203,19 @@ class Source:
         asked = [prompts[i] for i in range(min(count, len(prompts)))]
         greedy = Draw(max_tokens=self.draw.max_tokens, temperature=self.draw.temperature, top_k=1, stop=self.draw.stop)
         found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
-        texts = self.tokenizer.batch_decode([response.ids for response in found], skip_special_tokens=True)
-        labels = self._column(asked, "labels")
+        texts = self._texts(asked, [response.ids for response in found], 1)
         lengths = torch.tensor([len(response.ids) for response in found])
-        columns = {"lengths": lengths, "prompts": [""] * len(asked)}
-        messages = [_messages(prompt) for prompt in asked]
-        (scores,) = self.rewards.run("score", [(texts, labels, messages, columns)])
+        (scores,) = self.rewards.run("score", [_task(texts, list(map(_messages, asked)), lengths, judge=False)])
+        for failure in scores.samples:
+            say(f"a response to a held-out question could not be scored: {failure}")
         first = next(iter(scores.by_verifier.values()))
         return float((first >= 1).float().mean())
+
+
+def _task(texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> tuple[Any, ...]:
+    """Arguments of `RewardWorker.score`."""
+    prompts, responses, labels = ([text[name] for text in texts] for name in ("prompt", "response", "label"))
+    return responses, labels, messages, {"lengths": lengths, "prompts": prompts, **more}
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:

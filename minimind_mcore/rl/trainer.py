@@ -9,6 +9,7 @@ with `rl_config.blocking: false` the engines write the next step's responses mea
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost
+from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.report import write_report
 
 
@@ -91,7 +93,7 @@ class Trainer:
         self.groups = groups = Groups(config, self.algorithm, info.vocab_size)  # from here on there are actors
         self.source = Source(config, self.algorithm, prompts, tokenizer, info.eos_id, groups.rollout, groups.rewards)
         self.steps = config.actor.train_iters
-        self.done = self.consumed = 0  # steps, and the prompts that they took
+        self.done = self.saved = self.consumed = 0  # steps, those in a checkpoint, and the prompts that they took
         self.left = False  # before the last step, by a signal
         updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
@@ -103,21 +105,31 @@ class Trainer:
         self.stop = Stop()
         self.recover()
         self.log = Log(self.config, self.done)
-        while self.done < self.steps and not self.left:
+        rows = read_history(self.log.history)
+        self.evaluated = {int(row["iteration"]) for row in rows if "eval/accuracy" in row}
+        while not self.left and (self.done < self.steps or self.evaluation_due()):
             try:
-                if self.done == 0:
-                    self.evaluate()
-                with self.stop.later():
-                    self.step(self.done + 1)
-                    asked = self.stop.asked
-                    self.save_if_due(asked)
-                self.left = asked and self.done < self.steps
+                self.advance()
             except Lost as error:
                 self.recover(error)
         self.log.close()
         title = f"MiniMind {self.ours.algorithm}, {self.config.model}"
         write_report(Path(self.ours.output_dir), title, ("grpo/score/mean", "eval/accuracy"), "reward.png")
         print(self.log.outcome(), flush=True)
+
+    def advance(self) -> None:
+        """An evaluation if it is due, else a step, which is then saved if that is due: before it is evaluated."""
+        evaluation = self.evaluation_due()
+        # What a checkpoint holds already is done again: there a signal need not wait.
+        at_once = evaluation and self.saved == self.done
+        with contextlib.nullcontext() if at_once else self.stop.later():
+            if evaluation:
+                self.evaluate()
+            else:
+                self.step(self.done + 1)
+            asked = self.stop.asked
+            self.save_if_due(asked)
+        self.left = asked and self.done < self.steps
 
     def recover(self, loss: Lost | None = None) -> None:
         """`begin`, until it works; a loss of training ranks is counted."""
@@ -134,7 +146,7 @@ class Trainer:
         """Start the training ranks from the last checkpoint, or the weights to begin with; the engines get them."""
         found = self.groups.start()
         state = found["state"] or {}
-        self.done = found["iteration"]
+        self.done = self.saved = found["iteration"]
         self.advantages.load_state_dict(state.get("advantages", {}))
         self.source.go_to(state.get("consumed", 0))
         self.loading = self.groups.rollout.load(self.groups.actor.weights())
@@ -176,8 +188,6 @@ class Trainer:
         self.done, self.consumed = number, experience.consumed
         self.groups.finished(number)
         self.report(experience, {**clock.row(), **metrics})
-        if number == self.steps or (self.ours.eval_interval and number % self.ours.eval_interval == 0):
-            self.evaluate()
 
     def rollouts(self, number: int) -> Experience:
         """The step's responses; one step ahead the engines then go on with the next prompts."""
@@ -222,20 +232,28 @@ class Trainer:
             ]
             print(table(shown, {"reward": 6, "label": 10, "prompt": 40, "response": 60}), flush=True)
 
+    def evaluation_due(self) -> bool:
+        """Whether there is yet to be an evaluation of this step: before the first, after the last, between them."""
+        every = self.ours.eval_interval
+        due = self.done in (0, self.steps) or (every and self.done % every == 0)
+        return bool(self.held_out is not None and due and self.done not in self.evaluated)
+
     def evaluate(self) -> None:
         """Accuracy on held-out questions."""
-        if self.held_out is not None:
-            self.loading.result()
-            accuracy = self.source.accuracy(self.held_out, self.ours.eval_prompts)
-            self.log.step(self.done, {"eval/accuracy": accuracy})
+        assert self.held_out is not None
+        self.loading.result()
+        accuracy = self.source.accuracy(self.held_out, self.ours.eval_prompts)
+        self.log.step(self.done, {"eval/accuracy": accuracy})
+        self.evaluated.add(self.done)
 
     def save_if_due(self, asked: bool) -> None:
         """Write a checkpoint of this step every `save_interval` steps, after the last one, or when asked to."""
         actor = self.config.actor
         due = asked or self.done == self.steps or (actor.save_interval and self.done % actor.save_interval == 0)
-        if not actor.save or not due:
+        if not actor.save or not due or self.saved == self.done:
             return
         state = {"consumed": self.consumed, "advantages": self.advantages.state_dict()}
         # The actor's last: what it has saved the critic has too, and `Groups.start` goes by the actor.
         for group in reversed(self.groups.training()):
             group.save(self.done, self.consumed, state)
+        self.saved = self.done

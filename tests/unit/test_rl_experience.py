@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import rl_trees
@@ -18,11 +18,14 @@ from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.rl import plan
 from minimind_mcore.rl.config import Config, resolve
+from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.experience import Source
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rollout.engine import Response
-from minimind_mcore.rl.trainer import prompt_dataset
+from minimind_mcore.rl.supervise import Lost
+from minimind_mcore.rl.trainer import Trainer, prompt_dataset
 from minimind_mcore.rl.workers.reward import RewardWorker
+from minimind_mcore.training.metrics import read_history
 
 QUESTIONS = ["how are you", "what is this", "one two", "three four"]
 
@@ -103,3 +106,84 @@ def test_the_first_part_of_the_split_is_trained_on(corpus: Corpus, tmp_path: Pat
     config = configured(corpus, prefix, ["format"], megatron_training={"split": split})
     assert len(prompt_dataset(config, str(prefix))) == count
     assert len(prompt_dataset(config, str(prefix), held_out=True)) == 12
+
+
+# Evaluation
+
+MINE = """
+def asked(response, label, prompt, length, **context):
+    return float(prompt.startswith("<|im_start|>user") and length == 1)
+
+def fails(response, label, **context):
+    raise ValueError(response)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with rewards of the user's."""
+    (tmp_path / "my_evaluated.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_evaluated"
+
+
+def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
+    corpus: Corpus, rlaif: Path, mine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(corpus, rlaif, [f"{mine}:asked", f"{mine}:fails"], minimind={"reward_failure_limit": 0.0})
+    source = source_of(config, lambda row: "a" if row < 3 else "a a")
+    assert source.accuracy(source.prompts, 4) == 0.75
+    assert "my_evaluated:fails: ValueError: a; label ''" in capsys.readouterr().out
+    experience = source.take()
+    with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
+        source.score(experience)()
+
+
+class Rehearsal(Trainer):
+    """A trainer whose steps and checkpoints are words."""
+
+    def __init__(self, config: Config, done: int, told: list[str], accuracy: list[Callable[[], float]]) -> None:
+        self.config, self.ours, self.steps, self.told, self.left = config, config.minimind, 4, told, False
+        self.done = self.saved = done
+        self.consumed, self.held_out = 0, cast(PromptDataset, [])
+        self.loading = cast(Any, SimpleNamespace(result=lambda: None))
+        self.source = cast(Any, SimpleNamespace(accuracy=lambda *_: accuracy.pop(0)()))
+        self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
+        actor = SimpleNamespace(save=lambda step, *_: told.append(f"save {step}"))
+        self.groups = cast(Any, SimpleNamespace(training=lambda: [actor]))
+
+    def recover(self, loss: Lost | None = None) -> None:
+        pass
+
+    def step(self, number: int) -> None:
+        self.done = number
+        self.told.append(f"step {number}")
+        self.log.step(number, {"grpo/score/mean": 0.5})
+
+    def evaluate(self) -> None:
+        self.told.append(f"evaluate {self.done}")
+        super().evaluate()
+
+
+def test_a_step_is_saved_before_it_is_evaluated_and_a_lost_evaluation_is_made_up_for(
+    corpus: Corpus, rlaif: Path
+) -> None:
+    config = configured(corpus, rlaif, ["minimind_shape"], minimind={"eval_interval": 2})
+    told: list[str] = []
+
+    def spoilt() -> float:
+        raise UserError("spoilt")
+
+    with pytest.raises(UserError, match="spoilt"):
+        Rehearsal(config, 0, told, [lambda: 0.1, spoilt]).run()
+    assert told == ["evaluate 0", "step 1", "step 2", "save 2", "evaluate 2"]
+    told.clear()
+    Rehearsal(config, 2, told, [lambda: 0.3, lambda: 0.5]).run()
+    assert told == ["evaluate 2", "step 3", "step 4", "save 4", "evaluate 4"]
+    told.clear()
+    Rehearsal(config, 4, told, []).run()
+    assert told == []
+    rows = read_history(Path(config.minimind.output_dir) / "metrics.jsonl")
+    assert [(row["iteration"], row.get("eval/accuracy")) for row in rows] == [
+        *((0, 0.1), (1, None), (2, None), (2, 0.3), (3, None), (4, None), (4, 0.5)),
+    ]

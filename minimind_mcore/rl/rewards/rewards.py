@@ -135,6 +135,7 @@ class Rewards:
         lengths: Tensor | None = None,
         prompts: list[str] | None = None,
         messages: list[list[Message]] | None = None,
+        judge: bool = True,
     ) -> Scores:
         """Score each response against its label.
 
@@ -147,6 +148,7 @@ class Rewards:
             prompts: B texts, what the responses answer; for your own functions.
             messages: B conversations before the responses, each of messages with `role` and `content`; for the reward
                 model.
+            judge: whether failures among these count towards the share that ends a run.
 
         Raises:
             UserError: more responses failed than `max_failures` allows, or there is a reward model and no `messages`.
@@ -158,7 +160,7 @@ class Rewards:
         rows = [row for row in range(len(responses)) if categories is None or bool(categories[row])]
         scores = Scores(torch.zeros(len(responses)), {})
         for name in self.verifiers:
-            values = self._apply(name, rows, responses, labels, contexts, scores)
+            values = self._apply(name, rows, responses, labels, contexts, scores, judge)
             scores.by_verifier[name] = values
             scores.total += self.weights[name] * values
         if self.overlong is not None:
@@ -173,7 +175,8 @@ class Rewards:
                 raise UserError("reward model: it needs the messages before the responses")
             scores.by_verifier["reward_model"] = self.model.score(messages, responses)
             scores.total += self.model_weight * scores.by_verifier["reward_model"]
-        self._judge(scores)
+        if judge:
+            self._judge(scores)
         return scores
 
     def _apply(
@@ -184,6 +187,7 @@ class Rewards:
         labels: list[str],
         contexts: list[dict[str, Any]],
         scores: Scores,
+        judge: bool,
     ) -> Tensor:
         """[B] scores of one verifier; its failures go into `scores`."""
         results: dict[int, float | str] = {}
@@ -201,7 +205,8 @@ class Rewards:
         values = torch.zeros(len(responses))
         for row, value in results.items():
             values[row] = (self._least[name] if math.isnan(wrong) else wrong) if isinstance(value, str) else value
-        self._recent[name].extend(row in failed for row in rows)
+        if judge:
+            self._recent[name].extend(row in failed for row in rows)
         if failed:
             scores.failures[name] = len(failed)
             scores.samples += [

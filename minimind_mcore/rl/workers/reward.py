@@ -37,10 +37,10 @@ class RewardWorker:
         return os.getpid()
 
     def score(
-        self, responses: list[str], labels: list[str], messages: list[list[dict[str, str]]], columns: dict[str, Any]
+        self, responses: list[str], labels: list[str], messages: list[list[dict[str, str]]], more: dict[str, Any]
     ) -> Scores:
-        """See `Rewards.score`; `messages` are for a reward model."""
-        return self.rewards.score(responses, labels, messages=messages, **columns)
+        """See `Rewards.score`; `messages` are for a reward model, `more` are its other arguments."""
+        return self.rewards.score(responses, labels, messages=messages, **more)
 
 
 def reward_model(config: Config) -> RewardModel | None:
