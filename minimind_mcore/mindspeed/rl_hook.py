@@ -11,8 +11,8 @@ Each change is made when its module is imported, and logged once a process. What
 | models.rollout.vllm_engine | the synchronous rollout of master gets ids, not texts without their special tokens |
 | models.base.base_training_engine | passes for log-probabilities keep their order under shuffle_mini_batch; a
   temperature of 0 is refused instead of divided by |
-| models.rule_verifier | a verifier that is an import path, package.module:function, is called; an unknown name is an
-  error instead of a reward of 0 |
+| models.rule_verifier | a verifier that is an import path, package.module:function, is called as the embedded trainer
+  calls it; an unknown name is an error instead of a reward of 0 |
 
 A loss of one's own would have to take the place of `ray_grpo_actor`, the only stage beside `ray_ppo` that
 MindSpeed-LLM's parser lets through; there is none here: CISPO, Dr.GRPO and SPO run on the embedded trainer.
@@ -20,16 +20,20 @@ MindSpeed-LLM's parser lets through; there is none here: CISPO, Dr.GRPO and SPO 
 
 from __future__ import annotations
 
+import atexit
 import functools
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.patching import after_import
+
+if TYPE_CHECKING:
+    from minimind_mcore.rl.rewards.rewards import Rewards
 
 logger = logging.getLogger("minimind_mcore.mindspeed")
 
@@ -136,9 +140,13 @@ def keep_order(module: ModuleType) -> None:
 # Rewards
 
 
+# Of the responses that are being scored: their prompts and lengths, which MindSpeed-RL gives to no verifier.
+_KNOWN: ContextVar[Mapping[str, Any]] = ContextVar("known", default={})  # noqa: B039 (nobody changes it)
+
+
 def call_user_rewards(module: ModuleType) -> None:
     """Verifiers by import path; unknown names refused."""
-    original = module.verifier
+    original, compute = module.verifier, module.compute_verifier_score
 
     @functools.wraps(original)
     def verifier(responses: Sequence[str], data: Any, config: Any, **kwargs: Any) -> Any:
@@ -147,29 +155,64 @@ def call_user_rewards(module: ModuleType) -> None:
         total, metrics = original(responses, data, config, **kwargs)
         for name, weight in zip(config.verifier_function, config.verifier_weight, strict=True):
             if ":" in name:
-                scores = _scores(name, responses, data)
+                scores, share = _scores(name, responses, data, config)
                 metrics[f"{name}_rewards/mean"] = scores
+                metrics[f"{name}_rewards/failure_share"] = [share] * len(scores)  # MindSpeed-RL logs means alone
                 total = [value + weight * score for value, score in zip(total, scores, strict=True)]
             elif f"{name}_rewards/mean" not in metrics:
                 known = ", ".join(sorted(VERIFIERS | NEW_VERIFIERS))
                 raise UserError(f"verifier_function {name}: unknown to this MindSpeed-RL (known: {known})")
         return total, metrics
 
-    module.verifier = verifier  # type: ignore[attr-defined]
+    @functools.wraps(compute)
+    def compute_verifier_score(
+        batch: Any, megatron: Any, config: Any, tokenizer: Any, *more: Any, **kwargs: Any
+    ) -> Any:
+        token = _KNOWN.set(_known(batch, tokenizer))
+        try:
+            return compute(batch, megatron, config, tokenizer, *more, **kwargs)
+        finally:
+            _KNOWN.reset(token)
+
+    module.verifier, module.compute_verifier_score = verifier, compute_verifier_score  # type: ignore[attr-defined]
     _log("verifiers may be import paths, and unknown ones are errors")
 
 
-def _scores(name: str, responses: Sequence[str], data: Mapping[str, Sequence[Any]]) -> list[float]:
-    """A function of the user's called as the embedded trainer calls it: with the columns that it names."""
-    from minimind_mcore.rl.rewards.workers import resolve
+def _known(batch: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Prompts as text, without padding, and lengths [B] of the responses of a batch of MindSpeed-RL's."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = []
+    for row in batch["prompts"]:
+        places = (row != pad).nonzero().flatten().tolist() or [0]
+        ids.append(row[places[0] : places[-1] + 1].tolist())
+    return {"prompts": tokenizer.batch_decode(ids), "lengths": batch["response_length"].flatten()}
 
-    function: Callable[..., float] = resolve(name)
-    named = inspect.signature(function).parameters
-    columns = {key: values for key, values in data.items() if key != "labels" and key in named}
-    return [
-        float(function(response, label, **{key: values[row] for key, values in columns.items()}))
-        for row, (response, label) in enumerate(zip(responses, data["labels"], strict=True))
-    ]
+
+def _scores(
+    name: str, responses: Sequence[str], data: Mapping[str, Sequence[Any]], config: Any
+) -> tuple[list[float], float]:
+    """What a function of the user's gives each response, and the share of those that it could not score."""
+    columns = {key: list(values) for key, values in data.items() if key not in ("labels", "tool_call_num")}
+    calls = {"tool_calls": list(data["tool_call_num"])} if "tool_call_num" in data else {}
+    rewards = _rewards(name, config.verifier_timeout, config.verifier_parallel, (*columns, *calls))
+    texts = {key: [str(value).strip() for value in values] for key, values in columns.items()}
+    labels = [label.strip() for label in data["labels"]]
+    scores = rewards.score(list(responses), labels, columns=texts, **_KNOWN.get(), **calls)
+    for sample in scores.samples:
+        _log(f"a response could not be scored: {sample}")
+    return scores.total.tolist(), scores.failures[name] / max(1, len(responses))
+
+
+@functools.cache
+def _rewards(name: str, timeout: float, parallel: int, columns: tuple[str, ...]) -> Rewards:
+    """Kept, for its processes and for the share of failures that ends a run."""
+    from minimind_mcore.rl.rewards.rewards import Rewards
+    from minimind_mcore.rl.settings import Settings
+
+    limit = Settings().reward_failure_limit
+    rewards = Rewards([name], [1.0], timeout=timeout, parallel=parallel, max_failures=limit, columns=columns)
+    atexit.register(rewards.close)
+    return rewards
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {

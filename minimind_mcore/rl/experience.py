@@ -40,6 +40,8 @@ class Experience:
         consumed: prompts taken from the data so far, these among them.
         metrics: of rewards and groups.
         failures: a few responses that a verifier could not score.
+        scores: of each verifier.
+        more: what else the data has for the rewards, see `Rewards.score`.
     """
 
     batch: Batch
@@ -49,6 +51,7 @@ class Experience:
     metrics: Row = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Source:
@@ -125,7 +128,8 @@ class Source:
                 [prompt.index for prompt in prompts for _ in range(self.n)],
             )
             messages = [_messages(prompt) for prompt in prompts for _ in range(self.n)]
-            return Experience(batch, self._texts(prompts, batch.response_ids(), self.n), messages, consumed)
+            texts = self._texts(prompts, batch.response_ids(), self.n)
+            return Experience(batch, texts, messages, consumed, more=self._more(prompts, self.n))
 
         return experience
 
@@ -144,11 +148,19 @@ class Source:
         ids = [list(prompt.columns.get(name, ())) for prompt in prompts]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    def _more(self, prompts: list[Prompt], n: int) -> dict[str, Any]:
+        """What the data has beside prompts and labels, for each of the `n` responses: see `Rewards.score`."""
+        names = [name for name in prompts[0].columns if name != "labels"]
+        columns = {name: [text for text in self._column(prompts, name) for _ in range(n)] for name in names}
+        if "categories" not in columns:
+            return {"columns": columns}
+        first = [int(prompt.columns["categories"][0]) for prompt in prompts]  # an id and no text, as in MindSpeed-RL
+        return {"columns": columns, "categories": [category for category in first for _ in range(n)]}
+
     def score(self, experience: Experience) -> Callable[[], None]:
         """Begin to score; what is returned waits, and fills in rewards and metrics."""
-        task = self.rewards.submit(
-            "score", [_task(experience.texts, experience.messages, experience.batch.response_lengths)]
-        )
+        lengths = experience.batch.response_lengths
+        task = self.rewards.submit("score", [_task(experience.texts, experience.messages, lengths, **experience.more)])
 
         def fill() -> None:
             (scores,) = task.result()
@@ -205,7 +217,8 @@ class Source:
         found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
         texts = self._texts(asked, [response.ids for response in found], 1)
         lengths = torch.tensor([len(response.ids) for response in found])
-        (scores,) = self.rewards.run("score", [_task(texts, list(map(_messages, asked)), lengths, judge=False)])
+        more = {**self._more(asked, 1), "judge": False}
+        (scores,) = self.rewards.run("score", [_task(texts, list(map(_messages, asked)), lengths, **more)])
         for failure in scores.samples:
             say(f"a response to a held-out question could not be scored: {failure}")
         first = next(iter(scores.by_verifier.values()))

@@ -187,20 +187,26 @@ def check_order(source: Source) -> None:
     raise AssertionError("a temperature of 0 was let through")
 
 
-def exact(response: str, label: str, level: str = "") -> float:
-    """A user's reward, that sees another column."""
-    return float(response == label) + (0.5 if level == "hard" else 0.0)
+def exact(response: str, label: str, level: str, **context: Any) -> float:
+    """A user's reward, that sees another column, and the prompt and length where MindSpeed-RL itself scores."""
+    asked = float(context["prompt"] == "a b" and context["length"] == 1) if "prompt" in context else 0.0
+    return float(response == label) + (0.5 if level == "hard" else 0.0) + asked
 
 
 def check_rewards(source: Source) -> None:
     """A verifier by import path is called, an unknown one refused."""
     from minimind_mcore.errors import UserError
 
-    verifier = source.module("models.rule_verifier").verifier
-    config = SimpleNamespace(verifier_function=["step", "mindspeed_rl_checks:exact"], verifier_weight=[0.0, 2.0])
+    module = source.module("models.rule_verifier")
+    verifier = module.verifier
+    config = SimpleNamespace(
+        verifier_function=["step", "mindspeed_rl_checks:exact"], verifier_weight=[0.0, 2.0], verifier_timeout=60,
+        verifier_parallel=1, n_samples_per_prompt=1, multi_turn_enable=False, overlong_buffer_enable=False,
+    )  # fmt: skip
     data = {"labels": ["a", "b"], "level": ["hard", "easy"]}
     rewards, metrics = verifier(["a", "c"], data, config)
     assert rewards == [3.0, 0.0] and metrics["mindspeed_rl_checks:exact_rewards/mean"] == [1.5, 0.0]
+    check_scores(module, config)
     config.verifier_function = ["step", "setp"]
     try:
         verifier(["a"], {"labels": ["a"]}, config)
@@ -208,6 +214,23 @@ def check_rewards(source: Source) -> None:
         assert "setp" in str(error)
         return
     raise AssertionError("an unknown verifier was let through")
+
+
+def check_scores(module: Any, config: Any) -> None:
+    """Its own scoring of a batch hands prompts and lengths on."""
+    import torch
+
+    letters = "_abc"
+
+    def decode(rows: Any, skip_special_tokens: bool = False) -> list[str]:
+        return [" ".join(letters[int(one)] for one in row if int(one) or not skip_special_tokens) for row in rows]
+
+    tokenizer = SimpleNamespace(batch_decode=decode, pad_token_id=0, eos_token_id=0)
+    rows = {"prompts": [[1, 2, 0], [3, 1, 2]], "responses": [[3], [3]], "labels": [[3], [3]], "level": [[1], [2]]}
+    batch = {name: torch.tensor(row) for name, row in rows.items()} | {"response_length": torch.tensor([[1], [1]])}
+    megatron = SimpleNamespace(dataset_additional_keys=["labels", "level"])
+    scores, _ = module.compute_verifier_score(batch, megatron, config, tokenizer)
+    assert scores.tolist() == [[4.0], [2.0]], scores
 
 
 def ray(source: Source) -> None:

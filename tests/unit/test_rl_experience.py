@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import rl_trees
 from engine import Corpus
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.convert import convert
+from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.rl import plan
 from minimind_mcore.rl.config import Config, resolve
@@ -114,6 +116,9 @@ MINE = """
 def asked(response, label, prompt, length, **context):
     return float(prompt.startswith("<|im_start|>user") and length == 1)
 
+def graded(response, label, level, **context):
+    return len(level)
+
 def fails(response, label, **context):
     raise ValueError(response)
 """
@@ -137,6 +142,24 @@ def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
     experience = source.take()
     with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
         source.score(experience)()
+
+
+def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, mine: str, tmp_path: Path) -> None:
+    prefix = rl_trees.write_prompts(tmp_path / "sums", 4)
+    texts = ["easy", "very hard", "x", "hard"]
+    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer)
+    for name, rows in (("level", tokenizer(texts)["input_ids"]), ("categories", [[1], [0], [0], [1]])):
+        with IndexedWriter(f"{prefix}_packed_{name}_document") as writer:
+            writer.add(np.concatenate(rows), np.array([len(row) for row in rows]))
+    keys = {"dataset_additional_keys": ["labels", "level", "categories"], "no_shuffle": True}
+    source = source_of(configured(corpus, prefix, [f"{mine}:graded"], megatron_training=keys), lambda row: "a")
+    experience = source.take()
+    source.score(experience)()
+    expected = [len(text) * (place in (0, 3)) for place, text in enumerate(texts)]
+    assert experience.batch.rewards is not None
+    assert experience.batch.rewards.view(4, -1).tolist() == [[float(value)] * 4 for value in expected]
+    with pytest.raises(UserError, match="missing a required argument: 'level'"):
+        plan.show(configured(corpus, prefix, [f"{mine}:graded"]), pending=False)
 
 
 class Rehearsal(Trainer):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from engine import ROOT
 
@@ -40,6 +41,14 @@ class BaseTrainingEngine:
     "models/rule_verifier.py": """
 def verifier(responses, data, config, **kwargs):
     return [0.0] * len(responses), {f"{name}_rewards/mean": 0 for name in config.verifier_function if name == "acc"}
+
+def compute_verifier_score(batch, megatron_config, rl_config, tokenizer, ignore_token=-100):
+    names = megatron_config.dataset_additional_keys
+    extra = {name: tokenizer.batch_decode(batch[name], skip_special_tokens=True) for name in names}
+    if rl_config.multi_turn_enable:
+        extra["tool_call_num"] = batch["tool_call_num"]
+    responses = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
+    return verifier(responses, extra, rl_config)
 """,
     "config_cls/megatron_config.py": "self.moe_intermediate_size = None",
 }
@@ -116,21 +125,79 @@ def test_only_updates_are_shuffled(home: Path) -> None:
         engine._forward_backward_batch({})
 
 
-def length(response: str, label: str, weights: str = "") -> float:
-    """A user's reward, with a column of the data."""
-    return len(response) * float(weights or 1)
+MINE = """
+def told(response, label, prompt, length, level, **context):
+    return 1000 * (prompt == "<3> <0> <4>") + 100 * length + 10 * len(level) + len(label) + context.get("tool_calls", 0)
+
+def length(response, label, weights, **context):
+    return len(response) * float(weights)
+
+def spotty(response, label, **context):
+    if response == "<9>": raise RuntimeError("boom")
+    return -1.0
+
+def needy(response, label, prompt, colour, **context): return 0.0
+"""
 
 
-def test_rewards_may_be_import_paths_and_must_exist(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Words:
+    """A tokenizer of numbers; 0 is special, and the padding."""
+
+    pad_token_id, eos_token_id = 0, 9
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
+        return [" ".join(f"<{int(one)}>" for one in row if int(one) or not skip_special_tokens) for row in rows]
+
+
+@pytest.fixture
+def scored(home: Path) -> Any:
+    """The module that scores, and a configuration of it."""
+    (home / "hooked_rewards.py").write_text(MINE)
     rl_hook.setup()
-    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(length=length))
-    verifier = module("models.rule_verifier").verifier
-    config = SimpleNamespace(verifier_function=["acc", "my_rewards:length"], verifier_weight=[1.0, 0.5])
-    rewards, metrics = verifier(["ab", "abcd"], {"labels": ["", ""], "weights": ["1", "2"]}, config)
-    assert rewards == [1.0, 4.0] and metrics["my_rewards:length_rewards/mean"] == [2.0, 8.0]
-    config.verifier_function = ["acc", "retool_reward"]
+    yield module("models.rule_verifier"), lambda *names: SimpleNamespace(
+        verifier_function=list(names), verifier_weight=[1.0, 0.5][: len(names)], verifier_timeout=60,
+        verifier_parallel=1, multi_turn_enable=True,
+    )  # fmt: skip
+    sys.modules.pop("hooked_rewards", None)
+    rl_hook._rewards.cache_clear()
+
+
+def test_rewards_may_be_import_paths_and_must_exist(scored: Any) -> None:
+    rules, config = scored
+    names = ("acc", "hooked_rewards:length")
+    rewards, metrics = rules.verifier(["ab", "abcd"], {"labels": ["", ""], "weights": ["1", "2"]}, config(*names))
+    assert rewards == [1.0, 4.0] and metrics["hooked_rewards:length_rewards/mean"] == [2.0, 8.0]
     with pytest.raises(UserError, match="retool_reward: unknown to this MindSpeed-RL"):
-        verifier(["a"], {"labels": [""]}, config)
+        rules.verifier(["a"], {"labels": [""]}, config("acc", "retool_reward"))
+
+
+def test_a_reward_is_called_as_the_embedded_trainer_calls_it(scored: Any) -> None:
+    """With prompt and length, which MindSpeed-RL gives to no verifier, and with every column."""
+    rules, config = scored
+    batch = {
+        "prompts": torch.tensor([[3, 0, 4, 0], [6, 0, 0, 0]]), "responses": torch.tensor([[1, 2], [1, 0]]),
+        "response_length": torch.tensor([[2], [1]]), "labels": torch.tensor([[1], [1]]),
+        "level": torch.tensor([[1, 2], [1, 0]]), "tool_call_num": [5, 6],
+    }  # fmt: skip
+    columns = SimpleNamespace(dataset_additional_keys=["labels", "level"])
+    rewards, metrics = rules.compute_verifier_score(batch, columns, config("hooked_rewards:told"), Words())
+    expected = [1000 + 200 + 10 * len("<1> <2>") + 3 + 5, 100 + 10 * len("<1>") + 3 + 6]
+    assert rewards == [float(value) for value in expected]
+    assert metrics["hooked_rewards:told_rewards/failure_share"] == [0.0, 0.0]
+    with pytest.raises(UserError, match=r"missing a required argument: 'colour'.*context has prompt, length, level"):
+        rules.compute_verifier_score(batch, columns, config("hooked_rewards:needy"), Words())
+
+
+def test_a_reward_that_raises_costs_its_response_and_ends_the_job_where_most_fail(
+    scored: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules, config = scored
+    mine = config("hooked_rewards:spotty")
+    rewards, metrics = rules.verifier(["<1>"] * 31 + ["<9>"], {"labels": ["x"] * 32}, mine)
+    assert rewards == [-1.0] * 32 and metrics["hooked_rewards:spotty_rewards/failure_share"] == [1 / 32] * 32
+    assert "hooked_rewards:spotty: RuntimeError: boom" in capsys.readouterr().err
+    with pytest.raises(UserError, match="could not score 9 of the last 40 responses"):
+        rules.verifier(["<9>"] * 8, {"labels": ["x"] * 8}, mine)
 
 
 def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(home: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,7 @@ class Rewards:
         overlong: Overlong | None = None,
         model: RewardModel | None = None,
         model_weight: float = 1.0,
+        columns: Sequence[str] = (),
     ) -> None:
         """Prepare to score; close when done (it is a context manager).
 
@@ -95,6 +97,7 @@ class Rewards:
             overlong: DAPO's penalty, added to the total.
             model: a reward model, whose score is added as `reward_model`.
             model_weight: its weight.
+            columns: names of what `score` will have in `columns`, which functions of your own must take.
 
         Raises:
             UserError: an unknown name (with the nearest), a function that cannot be imported or called so, lists of
@@ -105,7 +108,7 @@ class Rewards:
                 f"verifier_weight: found {len(weights)} weights, expected {len(names)}, one for each of "
                 f"verifier_function: {', '.join(names)}"
             )
-        self.verifiers = {name: _verifier(name) for name in names}
+        self.verifiers = {name: _verifier(name, columns) for name in names}
         self.weights = dict(zip(names, weights, strict=True))
         self.max_failures = max_failures
         self.overlong = overlong
@@ -135,6 +138,7 @@ class Rewards:
         lengths: Tensor | None = None,
         prompts: list[str] | None = None,
         messages: list[list[Message]] | None = None,
+        columns: Mapping[str, list[str]] | None = None,
         judge: bool = True,
     ) -> Scores:
         """Score each response against its label.
@@ -148,14 +152,15 @@ class Rewards:
             prompts: B texts, what the responses answer; for your own functions.
             messages: B conversations before the responses, each of messages with `role` and `content`; for the reward
                 model.
+            columns: B texts of each further column of the data, by its name; for your own functions.
             judge: whether failures among these count towards the share that ends a run.
 
         Raises:
             UserError: more responses failed than `max_failures` allows, or there is a reward model and no `messages`.
         """
-        columns = {"category": categories, "tool_calls": tool_calls, "prompt": prompts}
-        columns["length"] = None if lengths is None else lengths.tolist()
-        given = {name: values for name, values in columns.items() if values is not None}
+        known = {"tool_calls": tool_calls, "prompt": prompts, "length": None if lengths is None else lengths.tolist()}
+        given: dict[str, list[Any]] = {**(columns or {})}
+        given |= {name: values for name, values in known.items() if values is not None}
         contexts = [{name: values[row] for name, values in given.items()} for row in range(len(responses))]
         rows = [row for row in range(len(responses)) if categories is None or bool(categories[row])]
         scores = Scores(torch.zeros(len(responses)), {})
@@ -230,7 +235,7 @@ class Rewards:
                 )
 
 
-def _verifier(name: str) -> Verifier:
+def _verifier(name: str, columns: Sequence[str]) -> Verifier:
     if name in VERIFIERS:
         return VERIFIERS[name]
     if ":" not in name:
@@ -239,10 +244,12 @@ def _verifier(name: str) -> Verifier:
         raise UserError(f"verifier_function: found {name!r}. {hint} or package.module:function of your own")
     function = resolve(name)
     try:
-        inspect.signature(function).bind("", "", category=1, tool_calls=0, length=0, prompt="")
+        inspect.signature(function).bind("", "", **{"prompt": "", "length": 0, **dict.fromkeys(columns, "")})
     except (TypeError, ValueError) as error:
+        context = ", ".join(["prompt", "length", *columns])
         raise UserError(
-            f"{name}: {error}. Expected a function (response: str, label: str, **context) -> float"
+            f"{name}: {error}. Expected a function (response: str, label: str, **context) -> float; "
+            f"context has {context}"
         ) from error
     return Verifier(function, float(getattr(function, "wrong", math.nan)), lambda *_, **__: None)
 

@@ -80,6 +80,7 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
         overlong=penalty,
         model=model,
         model_weight=ours.reward_model_weight,
+        columns=[name for name in config.actor.dataset_additional_keys if name != "labels"],
     )
 
 
