@@ -193,7 +193,7 @@ def _scores(
 ) -> tuple[list[float], float]:
     """What a function of the user's gives each response, and the share of those that it could not score."""
     columns = {key: list(values) for key, values in data.items() if key not in ("labels", "tool_call_num")}
-    calls = {"tool_calls": list(data["tool_call_num"])} if "tool_call_num" in data else {}
+    calls: dict[str, Any] = {"tool_calls": list(data["tool_call_num"])} if "tool_call_num" in data else {}
     rewards = _rewards(name, config.verifier_timeout, config.verifier_parallel, (*columns, *calls))
     texts = {key: [str(value).strip() for value in values] for key, values in columns.items()}
     labels = [label.strip() for label in data["labels"]]
