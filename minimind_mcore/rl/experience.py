@@ -23,10 +23,13 @@ from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.data import Prompt, PromptDataset
 from minimind_mcore.rl.metrics import Row, say
+from minimind_mcore.rl.rewards.rewards import Scores
 from minimind_mcore.rl.rollout.engine import Draw
 from minimind_mcore.rl.workers.group import Pool
 from minimind_mcore.rl.workers.rollout import RolloutGroup
 from minimind_mcore.storage import atomic_file
+
+_SHOWN = 3  # failures shown of a step that took several batches
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Experience:
         metrics: of rewards and groups.
         failures: a few responses that a verifier could not score.
         scores: of each verifier.
+        failed: how many responses each verifier could not score, of all that were written for the step.
         more: what else the data has for the rewards, see `Rewards.score`.
     """
 
@@ -51,7 +55,14 @@ class Experience:
     metrics: Row = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    failed: Counter[str] = field(default_factory=Counter)
     more: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self, n: int) -> Row:
+        """Means of the rewards, failures, and statistics of the groups of `n` responses."""
+        assert self.batch.rewards is not None
+        scores = Scores(self.batch.rewards, self.scores, self.failed)
+        return {**scores.metrics(), **statistics(self.batch.rewards, n)}
 
 
 class Source:
@@ -165,9 +176,9 @@ class Source:
         def fill() -> None:
             (scores,) = task.result()
             experience.batch.rewards = scores.total
-            experience.scores = scores.by_verifier
-            experience.metrics = {**scores.metrics(), **statistics(scores.total, self.n)}
+            experience.scores, experience.failed = scores.by_verifier, scores.failures
             experience.failures = [str(failure) for failure in scores.samples]
+            experience.metrics = experience.describe(self.n)
 
         return fill
 
@@ -194,13 +205,16 @@ class Source:
             spare.append(_rows(experience, ~rows))
             count += int(groups.keep.sum())
         whole = _joined([*kept, *reversed(spare)] if count < wanted else kept, wanted * self.n)
+        for experience in kept:  # one for each batch, however few of its rows are kept
+            whole.failed += experience.failed
+            whole.failures = [*whole.failures, *experience.failures][:_SHOWN]
         if count < wanted:
             say(
                 f"dynamic sampling: {count} of {wanted} groups differ after {generated} batches "
                 f"(filter_groups_max_batches); the others of the step teach nothing"
             )
         named = {f"group/dropped/{reason}": float(number) for reason, number in dropped.items()}
-        whole.metrics = {**kept[-1].metrics, **named, "train/num_gen_batches": float(generated)}
+        whole.metrics = {**whole.describe(self.n), **named, "train/num_gen_batches": float(generated)}
         return whole
 
     def _metric(self, experience: Experience) -> torch.Tensor:
@@ -244,15 +258,17 @@ def _rows(experience: Experience, rows: torch.Tensor) -> Experience:
         batch=experience.batch.select(rows) if numbers else experience.batch,
         texts=[experience.texts[row] for row in numbers],
         messages=[experience.messages[row] for row in numbers],
+        scores={name: values[rows] for name, values in experience.scores.items()},
     )
 
 
 def _joined(parts: list[Experience], rows: int) -> Experience:
     """The first so many rows of several."""
-    parts = [part for part in parts if part.texts]
+    consumed, parts = max(part.consumed for part in parts), [part for part in parts if part.texts]
     batch = batches.concat([part.batch for part in parts]).select(torch.arange(rows))
     texts = [text for part in parts for text in part.texts][:rows]
-    return Experience(batch, texts, [], max(part.consumed for part in parts), failures=parts[0].failures)
+    scores = {name: torch.cat([part.scores[name] for part in parts])[:rows] for name in parts[0].scores}
+    return Experience(batch, texts, [], consumed, scores=scores)
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -119,6 +119,11 @@ def asked(response, label, prompt, length, **context):
 def graded(response, label, level, **context):
     return len(level)
 
+def lettered(response, label, **context):
+    if response == "c":
+        raise ValueError("no c")
+    return float(response == "a")
+
 def fails(response, label, **context):
     raise ValueError(response)
 """
@@ -210,3 +215,29 @@ def test_a_step_is_saved_before_it_is_evaluated_and_a_lost_evaluation_is_made_up
     assert [(row["iteration"], row.get("eval/accuracy")) for row in rows] == [
         *((0, 0.1), (1, None), (2, None), (2, 0.3), (3, None), (4, None), (4, 0.5)),
     ]
+
+
+# Dynamic sampling
+
+
+def test_metrics_of_dynamic_sampling_are_those_of_the_rows_that_are_trained_on(
+    corpus: Corpus, rlaif: Path, mine: str
+) -> None:
+    name = f"{mine}:lettered"
+    rl = {"filter_groups_enable": True, "filter_groups_metric": name, "filter_groups_max_batches": 3}
+    config = configured(
+        corpus, rlaif, [name], rl_config={**rl, "clip_ratio": 0.2}, megatron_training={"global_batch_size": 2},
+        minimind={"algorithm": "dapo", "reward_failure_limit": 1.0},
+    )  # fmt: skip
+    # Two groups of four responses in each batch: which of them differ, and where a response cannot be scored.
+    groups = ["a b b b", "b b b b", "a a a a", "b c b b", "a a b b", "a a a a"]
+    source = source_of(config, lambda row: " ".join(groups).split()[row])
+    whole = source.take_differing()
+    assert whole.batch.rewards is not None and whole.batch.rewards.tolist() == [1, 0, 0, 0, 1, 1, 0, 0]
+    expected = {
+        f"{name}_rewards/mean": 3 / 8, f"{name}_rewards/failures": 1.0, "group/zero_std": 0.0, "group/best": 1.0,
+        "group/std": (0.1875**0.5 + 0.5) / 2, "train/num_gen_batches": 3.0,
+    }  # fmt: skip
+    assert {key: whole.metrics[key] for key in expected} == pytest.approx(expected)
+    assert whole.scores[name].tolist() == whole.batch.rewards.tolist()
+    assert len(whole.failures) == 1 and "no c" in whole.failures[0]
