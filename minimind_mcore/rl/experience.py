@@ -17,13 +17,14 @@ import torch
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl import batch as batches
-from minimind_mcore.rl.algorithms.groups import select, statistics
+from minimind_mcore.rl.algorithms.groups import Groups, select, statistics
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.data import Prompt, PromptDataset
 from minimind_mcore.rl.metrics import Row, say
 from minimind_mcore.rl.rewards.rewards import Scores
+from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.rollout.engine import Draw
 from minimind_mcore.rl.workers.group import Pool
 from minimind_mcore.rl.workers.rollout import RolloutGroup
@@ -198,7 +199,7 @@ class Source:
             generated += 1
             experience = self.take()
             self.score(experience)()
-            groups = select(self._metric(experience), self.n)
+            groups = self._select(experience)
             dropped += groups.reasons
             rows = groups.rows(self.n)
             kept.append(_rows(experience, rows))
@@ -217,10 +218,15 @@ class Source:
         whole.metrics = {**whole.describe(self.n), **named, "train/num_gen_batches": float(generated)}
         return whole
 
-    def _metric(self, experience: Experience) -> torch.Tensor:
+    def _select(self, experience: Experience) -> Groups:
+        """The groups that differ in `filter_groups_metric`, which names a verifier; else in their rewards."""
         name = self.config.rl.filter_groups_metric
-        assert experience.batch.rewards is not None
-        return experience.scores.get(name, experience.batch.rewards)
+        if name not in experience.scores:
+            assert experience.batch.rewards is not None
+            return select(experience.batch.rewards, self.n)
+        verifier = VERIFIERS.get(name)
+        right, wrong = (verifier.right, verifier.wrong) if verifier else (None, None)
+        return select(experience.scores[name], self.n, right, wrong)
 
     # ------------------------------------------------------------------------------------------- held-out data
 

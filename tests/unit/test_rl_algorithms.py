@@ -290,11 +290,14 @@ def test_spo_follows_its_recurrence() -> None:
 
 def test_groups_that_differ_are_kept_and_the_others_counted() -> None:
     scores = torch.tensor([1.0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0.5, 0.5])
-    chosen = groups.select(scores, 2)
+    chosen = groups.select(scores, 2, right=1.0, wrong=0.0)
     assert chosen.keep.tolist() == [False, True, False, False, False, False]
     assert chosen.reasons == {"all_right": 2, "all_wrong": 2, "all_same": 1}
     assert chosen.rows(2).nonzero().flatten().tolist() == [2, 3]
     assert groups.select(scores, 1).keep.all()
+    for value, named in ((1.0, "all_right"), (0.0, "all_wrong"), (-0.5, "all_wrong"), (0.5, "all_same")):
+        assert groups.select(torch.full((8,), value), 4, right=1.0, wrong=0.0).reasons == {named: 2}
+        assert groups.select(torch.full((8,), value), 4).reasons == {"all_same": 2}  # nobody knows what is right
     assert groups.statistics(scores, 2)["group/zero_std"] == pytest.approx(5 / 6)
 
 

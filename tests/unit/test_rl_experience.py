@@ -241,3 +241,18 @@ def test_metrics_of_dynamic_sampling_are_those_of_the_rows_that_are_trained_on(
     assert {key: whole.metrics[key] for key in expected} == pytest.approx(expected)
     assert whole.scores[name].tolist() == whole.batch.rewards.tolist()
     assert len(whole.failures) == 1 and "no c" in whole.failures[0]
+
+
+@pytest.mark.parametrize(("boxed", "reason"), [("right", "all_right"), ("wrong", "all_wrong")])
+def test_a_batch_that_is_all_right_is_not_called_all_wrong(
+    corpus: Corpus, tmp_path: Path, boxed: str, reason: str
+) -> None:
+    rl = {"filter_groups_enable": True, "filter_groups_metric": "acc_for_dapo", "filter_groups_max_batches": 2}
+    megatron = {"global_batch_size": 2, "no_shuffle": True}
+    config = configured(
+        corpus, rl_trees.write_prompts(tmp_path / "sums", 4), ["acc_for_dapo"], rl_config=rl,
+        megatron_training=megatron, minimind={"algorithm": "dapo"},
+    )  # fmt: skip
+    source = source_of(config, lambda row: f"Answer: {labels[row // 4] if boxed == 'right' else 'no'}")
+    labels = source._column([source.prompts[place] for place in range(4)], "labels")
+    assert source.take_differing().metrics[f"group/dropped/{reason}"] == 4

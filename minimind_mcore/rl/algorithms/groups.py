@@ -6,6 +6,7 @@ on until the batch is full of groups that differ ("dynamic sampling").
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ class Groups:
 
     Attributes:
         keep: [G] bool.
-        reasons: why each of the others is left out, counted: `all_right` (every answer has the best score),
-            `all_wrong` (every answer has the worst), `all_same` (alike, in between).
+        reasons: why each of the others is left out, counted: `all_right`, `all_wrong`, and `all_same` (alike, and
+            neither, or it is not known which).
     """
 
     keep: Tensor
@@ -31,21 +32,20 @@ class Groups:
         return self.keep.repeat_interleave(n_samples)
 
 
-def select(metric: Tensor, n_samples: int, best: float | None = None, worst: float | None = None) -> Groups:
+def select(metric: Tensor, n_samples: int, right: float | None = None, wrong: float | None = None) -> Groups:
     """Keep the groups whose metric differs (std > 0); a group of one is kept, as MindSpeed-RL does.
 
     Args:
         metric: [B], `filter_groups_metric` of MindSpeed-RL, such as the score of `acc`.
         n_samples: samples of a prompt.
-        best: the score of a right answer, for the reasons; the greatest of the batch where it is None.
-        worst: the score of a wrong answer; the smallest of the batch where it is None.
+        right: the score of a right answer, for the reasons; None: no score is.
+        wrong: the score of a wrong answer, or more than that of the worst; None: no score is.
     """
     groups = metric.double().view(-1, n_samples)
     low, high = groups.amin(dim=1), groups.amax(dim=1)
     keep = (high > low) if n_samples > 1 else torch.ones_like(low, dtype=torch.bool)
-    best = float(groups.max()) if best is None else best
-    worst = float(groups.min()) if worst is None else worst
-    named = ["all_right" if x >= best > worst else "all_wrong" if x <= worst else "all_same" for x in low[~keep]]
+    right, wrong = math.inf if right is None else right, -math.inf if wrong is None else wrong
+    named = ["all_right" if x >= right else "all_wrong" if x <= wrong else "all_same" for x in low[~keep]]
     return Groups(keep, Counter(named))
 
 

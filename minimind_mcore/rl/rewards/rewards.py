@@ -251,7 +251,7 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
             f"{name}: {error}. Expected a function (response: str, label: str, **context) -> float; "
             f"context has {context}"
         ) from error
-    return Verifier(function, float(getattr(function, "wrong", math.nan)), lambda *_, **__: None)
+    return Verifier(function, float(getattr(function, "wrong", math.nan)), lambda *_, **__: None, right=None)
 
 
 def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | str | None:

@@ -40,12 +40,14 @@ class Verifier:
         wrong: the score of a wrong response, and of one that could not be scored.
         quick: the same signature, in no time; None where it cannot tell and `score` must, in a worker process.
             A verifier without it is quick itself.
+        right: the score of a right response; None where there is no such thing.
         compares: whether it compares the response with a label, so that there must be one.
     """
 
     score: Score
     wrong: float
     quick: Callable[..., float | None] | None = None
+    right: float | None = 1.0
     compares: bool = True
 
 
@@ -137,6 +139,10 @@ VERIFIERS: dict[str, Verifier] = {
     "acc_for_dapo": Verifier(lambda response, label, **_: 1.0 if dapo.answered(response, label) else -1.0, -1.0),
     "math_verify_reward": Verifier(math_verify_reward, 0.0, _in_answer(None)),
     "retool_reward": Verifier(retool, -1.0),
-    "minimind_shape": Verifier(lambda response, label, **_: shaping.minimind_shape(response), -1.5, compares=False),
-    "minimind_reason": Verifier(lambda response, label, **_: shaping.minimind_reason(response), 0.0, compares=False),
+    "minimind_shape": Verifier(
+        lambda response, label, **_: shaping.minimind_shape(response), -1.5, right=None, compares=False
+    ),
+    "minimind_reason": Verifier(
+        lambda response, label, **_: shaping.minimind_reason(response), 0.0, right=None, compares=False
+    ),
 }
