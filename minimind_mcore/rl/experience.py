@@ -280,8 +280,8 @@ def _joined(parts: list[Experience], rows: int) -> Experience:
 # ------------------------------------------------------------------------------------------------- files
 
 
-def save(experience: Experience, folder: Path, iteration: int) -> None:
-    """Write a step's experience, for `replayed`."""
+def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
+    """Write a step's experience, of `n` responses to each prompt, for `replayed`."""
     with atomic_file(folder / f"rollouts-{iteration:07d}.pt") as file:
         torch.save(
             {
@@ -289,19 +289,28 @@ def save(experience: Experience, folder: Path, iteration: int) -> None:
                 "texts": experience.texts,
                 "consumed": experience.consumed,
                 "metrics": experience.metrics,
+                "n_samples_per_prompt": n,
             },
             file,
         )
 
 
-def replayed(folder: Path, iteration: int) -> Experience:
+def replayed(folder: Path, iteration: int, n: int) -> Experience:
     """A step's experience from its file.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has not `n` responses to each prompt.
     """
     path = folder / f"rollouts-{iteration:07d}.pt"
     if not path.is_file():
         raise UserError(f"{path} is not there; minimind.replay_rollouts expects a file of every step")
     found = torch.load(path, weights_only=True)
-    return Experience(Batch(**found["batch"]), found["texts"], [], found["consumed"], found["metrics"])
+    batch = Batch(**found["batch"])
+    written = found.get("n_samples_per_prompt", n)  # older files do not say
+    if written != n or len(batch) % n:
+        what = f"{written} responses to each prompt" if written != n else f"{len(batch)} responses, no multiple of {n}"
+        raise UserError(
+            f"{path}: found {what}, expected {n} to each prompt (rl_config.n_samples_per_prompt); set what the "
+            "rollouts were written with"
+        )
+    return Experience(batch, found["texts"], [], found["consumed"], found["metrics"])

@@ -192,7 +192,7 @@ class Trainer:
     def rollouts(self, number: int) -> Experience:
         """The step's responses; one step ahead the engines then go on with the next prompts."""
         if self.ours.replay_rollouts:
-            return experiences.replayed(Path(self.ours.replay_rollouts), number)
+            return experiences.replayed(Path(self.ours.replay_rollouts), number, self.rl.n_samples_per_prompt)
         if self.algorithm.dynamic_sampling:
             return self.source.take_differing()
         experience = self.source.take()
@@ -223,7 +223,8 @@ class Trainer:
         for failure in experience.failures:
             say(f"a response could not be scored: {failure}")
         if self.ours.save_rollouts:
-            experiences.save(experience, Path(self.ours.save_rollouts), self.done)
+            folder = Path(self.ours.save_rollouts)
+            experiences.save(experience, folder, self.done, self.rl.n_samples_per_prompt)
         if self.ours.sample_interval and self.done % self.ours.sample_interval == 0:
             assert batch.rewards is not None
             shown = [

@@ -192,12 +192,25 @@ def test_a_temperature_of_zero_is_refused() -> None:
 
 def test_saved_rollouts_are_read_again(tmp_path: Path) -> None:
     experience = Experience(example().with_columns(rewards=torch.tensor([1.0, 0.0])), [{"prompt": "x"}], [], 7)
-    save(experience, tmp_path, 3)
-    found = replayed(tmp_path, 3)
+    save(experience, tmp_path, 3, 1)
+    found = replayed(tmp_path, 3, 1)
     assert found.consumed == 7 and found.texts == experience.texts
     assert all(torch.equal(found.batch.state_dict()[n], t) for n, t in experience.batch.state_dict().items())
     with pytest.raises(UserError, match="rollouts-0000004"):
-        replayed(tmp_path, 4)
+        replayed(tmp_path, 4, 1)
+
+
+def test_rollouts_with_other_groups_are_refused(tmp_path: Path) -> None:
+    save(Experience(example(), [], [], 7), tmp_path, 1, 1)
+    with pytest.raises(UserError, match=r"found 1 responses to each prompt, expected 2 .*n_samples_per_prompt"):
+        replayed(tmp_path, 1, 2)
+    file = tmp_path / "rollouts-0000001.pt"
+    older = torch.load(file, weights_only=True)
+    del older["n_samples_per_prompt"]
+    torch.save(older, file)
+    assert len(replayed(tmp_path, 1, 2).batch) == 2
+    with pytest.raises(UserError, match="found 2 responses, no multiple of 4"):
+        replayed(tmp_path, 1, 4)
 
 
 def test_a_step_is_printed_as_mindspeed_rl_prints_it() -> None:
