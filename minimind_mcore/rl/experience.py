@@ -230,8 +230,11 @@ class Source:
 
     # ------------------------------------------------------------------------------------------- held-out data
 
-    def accuracy(self, prompts: PromptDataset, count: int) -> float:
-        """Share of held-out questions whose likeliest response the first verifier accepts."""
+    def evaluate(self, prompts: PromptDataset, count: int) -> Row:
+        """The likeliest responses to held-out questions: the share that is right, or what they score.
+
+        Right is what the first verifier accepts that tells right from wrong; a reward model does not.
+        """
         asked = [prompts[i] for i in range(min(count, len(prompts)))]
         greedy = Draw(max_tokens=self.draw.max_tokens, temperature=self.draw.temperature, top_k=1, stop=self.draw.stop)
         found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
@@ -241,8 +244,12 @@ class Source:
         (scores,) = self.rewards.run("score", [_task(texts, list(map(_messages, asked)), lengths, **more)])
         for failure in scores.samples:
             say(f"a response to a held-out question could not be scored: {failure}")
-        first = next(iter(scores.by_verifier.values()))
-        return float((first >= 1).float().mean())
+        names = [*self.config.rl.verifier_function, *(reward.path for reward in self.config.minimind.rewards)]
+        for name in names:
+            right = VERIFIERS[name].right if name in VERIFIERS else 1.0
+            if right is not None:
+                return {"eval/accuracy": (scores.by_verifier[name] >= right).float().mean().item()}
+        return {"eval/score": scores.total.mean().item()}
 
 
 def _task(texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> tuple[Any, ...]:

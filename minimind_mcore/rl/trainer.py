@@ -31,6 +31,8 @@ from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.report import write_report
 
+EVALUATION = {"eval/accuracy", "eval/score"}  # of a row, one of them: see `Source.evaluate`
+
 
 def train(config: Config) -> None:
     """Run a configuration.
@@ -106,7 +108,7 @@ class Trainer:
         self.recover()
         self.log = Log(self.config, self.done)
         rows = read_history(self.log.history)
-        self.evaluated = {int(row["iteration"]) for row in rows if "eval/accuracy" in row}
+        self.evaluated = {int(row["iteration"]) for row in rows if not EVALUATION.isdisjoint(row)}
         while not self.left and (self.done < self.steps or self.evaluation_due()):
             try:
                 self.advance()
@@ -114,7 +116,7 @@ class Trainer:
                 self.recover(error)
         self.log.close()
         title = f"MiniMind {self.ours.algorithm}, {self.config.model}"
-        write_report(Path(self.ours.output_dir), title, ("grpo/score/mean", "eval/accuracy"), "reward.png")
+        write_report(Path(self.ours.output_dir), title, ("grpo/score/mean", *sorted(EVALUATION)), "reward.png")
         print(self.log.outcome(), flush=True)
 
     def advance(self) -> None:
@@ -240,11 +242,10 @@ class Trainer:
         return bool(self.held_out is not None and due and self.done not in self.evaluated)
 
     def evaluate(self) -> None:
-        """Accuracy on held-out questions."""
+        """Accuracy, or score, on held-out questions."""
         assert self.held_out is not None
         self.loading.result()
-        accuracy = self.source.accuracy(self.held_out, self.ours.eval_prompts)
-        self.log.step(self.done, {"eval/accuracy": accuracy})
+        self.log.step(self.done, self.source.evaluate(self.held_out, self.ours.eval_prompts))
         self.evaluated.add(self.done)
 
     def save_if_due(self, asked: bool) -> None:

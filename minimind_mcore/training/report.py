@@ -28,6 +28,7 @@ CURVES = {
     "rewards/margins": "DPO: margin of the rewards",
     "grpo/score/mean": "mean reward of the responses",
     "eval/accuracy": "accuracy on held-out questions",
+    "eval/score": "mean reward on held-out questions",
     "rollout/logp_diff": "trainer against rollout: mean difference of log-probabilities",
     "response_length/mean": "mean length of the responses (tokens)",
     "group/zero_std": "share of prompts whose responses all scored alike",

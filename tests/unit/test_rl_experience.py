@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import rl_trees
+import torch
 from engine import Corpus
 from transformers import AutoTokenizer
 
@@ -23,6 +24,7 @@ from minimind_mcore.rl.config import Config, resolve
 from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.experience import Source
 from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rewards.rewards import Rewards
 from minimind_mcore.rl.rollout.engine import Response
 from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.rl.trainer import Trainer, prompt_dataset
@@ -54,10 +56,12 @@ def configured(corpus: Corpus, prefix: Path, verifiers: list[str], **sections: d
     return resolve(tree)
 
 
-def source_of(config: Config, answer: Callable[[int], str]) -> Source:
-    """Writes `answer(number of the response)`."""
+def source_of(config: Config, answer: Callable[[int], str], model: Any = None) -> Source:
+    """Writes `answer(number of the response)`; `model` takes the place of a reward model."""
     tokenizer = AutoTokenizer.from_pretrained(config.actor.tokenizer_name_or_path)
     worker = RewardWorker(config)
+    if model is not None:
+        worker.rewards = Rewards([], [], model=model)
     written = 0
 
     def generate(prompts: list[list[int]], n: int, *_: Any) -> Callable[[], list[Response]]:
@@ -85,7 +89,7 @@ def test_questions_without_answers_are_scored_by_what_needs_none(corpus: Corpus,
     source.score(experience)()
     assert {text["label"] for text in experience.texts} == {""}
     assert experience.batch.rewards is not None and experience.batch.rewards.tolist() == [0.5, -0.5] * 8
-    assert source.accuracy(source.prompts, 2) == 0.0
+    assert source.evaluate(source.prompts, 2) == {"eval/score": 0.0}  # nobody says what is right
     plan.show(config, pending=False)
 
 
@@ -142,7 +146,7 @@ def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
 ) -> None:
     config = configured(corpus, rlaif, [f"{mine}:asked", f"{mine}:fails"], minimind={"reward_failure_limit": 0.0})
     source = source_of(config, lambda row: "a" if row < 3 else "a a")
-    assert source.accuracy(source.prompts, 4) == 0.75
+    assert source.evaluate(source.prompts, 4) == {"eval/accuracy": 0.75}
     assert "my_evaluated:fails: ValueError: a; label ''" in capsys.readouterr().out
     experience = source.take()
     with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
@@ -167,6 +171,12 @@ def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, 
         plan.show(configured(corpus, prefix, [f"{mine}:graded"]), pending=False)
 
 
+def test_a_reward_model_alone_gives_scores_and_no_accuracy(corpus: Corpus, rlaif: Path) -> None:
+    judge = SimpleNamespace(score=lambda talks, responses: torch.tensor([2.5, 0.25, len(talks), -0.75]))
+    source = source_of(configured(corpus, rlaif, []), lambda row: "a", judge)
+    assert source.evaluate(source.prompts, 4) == {"eval/score": 1.5}
+
+
 class Rehearsal(Trainer):
     """A trainer whose steps and checkpoints are words."""
 
@@ -175,7 +185,7 @@ class Rehearsal(Trainer):
         self.done = self.saved = done
         self.consumed, self.held_out = 0, cast(PromptDataset, [])
         self.loading = cast(Any, SimpleNamespace(result=lambda: None))
-        self.source = cast(Any, SimpleNamespace(accuracy=lambda *_: accuracy.pop(0)()))
+        self.source = cast(Any, SimpleNamespace(evaluate=lambda *_: {"eval/accuracy": accuracy.pop(0)()}))
         self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
         actor = SimpleNamespace(save=lambda step, *_: told.append(f"save {step}"))
         self.groups = cast(Any, SimpleNamespace(training=lambda: [actor]))
