@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.rl.models import model_section
 
 N = 4  # responses to a prompt
+STEP = 4 * N  # responses of a step
 
 
 def tree(corpus: engine.Corpus, model: str = "minimind3_tiny", **actor: Any) -> dict[str, Any]:
@@ -77,6 +79,19 @@ def spotty(response: str, label: str, **context: Any) -> float:
 def unhurried(response: str, label: str, **context: Any) -> float:
     """`rewarded`, slow enough for a test to do something meanwhile."""
     time.sleep(0.05)
+    return rewarded(response, label, **context)
+
+
+_asked = 0
+
+
+def gated(response: str, label: str, **context: Any) -> float:
+    """`rewarded`, once the file $RL_GATE lets the step through: it holds how many steps of this process may pass."""
+    global _asked
+    step, parent = _asked // STEP, os.getppid()
+    _asked += 1
+    while step >= int(Path(os.environ["RL_GATE"]).read_text()) and os.getppid() == parent:
+        time.sleep(0.02)
     return rewarded(response, label, **context)
 
 

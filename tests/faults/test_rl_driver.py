@@ -21,6 +21,7 @@ import rl_trees
 import yaml
 
 from minimind_mcore.rl.hosts import end, own_address
+from minimind_mcore.storage import atomic_write_text
 
 STEPS = 6
 PATIENCE = 180.0
@@ -37,10 +38,11 @@ class Cluster:
             probe.bind(("", 0))
             self.address = f"{own_address(None, None)}:{probe.getsockname()[1]}"
         self.ray = Path("/tmp") / f"rld{os.getpid()}"
+        self.gate = folder / "gate"
         paths = [str(engine.ROOT), str(engine.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         self.environment = os.environ | {
             "DEVICE": "cpu", "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1",
-            "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "MPLBACKEND": "Agg", "RL_GATE": str(self.gate), "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }  # fmt: skip
         host, _, port = self.address.rpartition(":")
         flags = ["--node-ip-address", host, "--port", port, "--num-cpus", "2", "--include-dashboard=false"]
@@ -54,8 +56,13 @@ class Cluster:
                 [sys.executable, *command], env=self.environment, cwd=self.folder, stdout=file, stderr=file
             )
 
-    def train(self, config: Path) -> subprocess.Popen[bytes]:
-        """Start a run."""
+    def allow(self, steps: int) -> None:
+        """Let this many steps of a run be scored; the next one waits."""
+        atomic_write_text(self.gate, str(steps))
+
+    def train(self, config: Path, allowed: int) -> subprocess.Popen[bytes]:
+        """Start a run, of which so many steps pass for now."""
+        self.allow(allowed)
         program = str(engine.ROOT / "train_grpo.py")
         return self.start(program, "--config-name", config.stem, "--config-dir", str(config.parent), log=config.stem)
 
@@ -96,7 +103,7 @@ def configuration(corpus: engine.Corpus, folder: Path, name: str) -> Path:
         rl_trees.write_prompts(prompts, 32)
     tree = rl_trees.run_tree(corpus, prompts, folder / name)
     tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": 2}
-    tree["rl_config"]["verifier_function"] = ["rl_trees:unhurried"]
+    tree["rl_config"] |= {"verifier_function": ["rl_trees:gated"], "verifier_timeout": int(2 * PATIENCE)}
     tree["minimind"] |= {"cluster_wait_s": PATIENCE, "actor_timeout_s": PATIENCE}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -114,7 +121,7 @@ def test_a_killed_or_stopped_driver_leaves_nothing_and_the_same_command_goes_on(
     config, calm = (configuration(corpus, tmp_path, name) for name in ("stopped", "calm"))
     folder = tmp_path / "stopped"
 
-    run = cluster.train(config)
+    run = cluster.train(config, 3)
     until(lambda: 3 in steps(folder), "at step 3", cluster, "stopped")
     actors = cluster.actors()
     assert len(actors) >= 5  # two ranks, two engines, the rewards
@@ -122,19 +129,21 @@ def test_a_killed_or_stopped_driver_leaves_nothing_and_the_same_command_goes_on(
     run.wait()
     until(lambda: not any(map(psutil.Process.is_running, actors)), "rid of its actors", cluster, "stopped", 60)
 
-    run = cluster.train(config)  # from the checkpoint of step 2
+    run = cluster.train(config, 1)  # from the checkpoint of step 2
     until(lambda: cluster.said("stopped").count("iteration: 3 /") == 2, "at step 3 again", cluster, "stopped")
     run.send_signal(signal.SIGTERM)
+    said = "SIGTERM: saving after this iteration"
+    until(lambda: said in cluster.said("stopped"), "told of the signal", cluster, "stopped")
+    cluster.allow(STEPS)
     assert run.wait(PATIENCE) == 128 + signal.SIGTERM, cluster.said("stopped")
-    assert "SIGTERM: saving after this iteration" in cluster.said("stopped")
     until(lambda: not cluster.actors(), "rid of its actors", cluster, "stopped", 60)
     saved = int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
-    assert saved == steps(folder)[-1] < STEPS
+    assert saved == steps(folder)[-1] == 4
 
-    run = cluster.train(config)
+    run = cluster.train(config, STEPS)
     assert run.wait(PATIENCE) == 0, cluster.said("stopped")
     assert f"step {saved} of {STEPS} is done" in cluster.said("stopped")
-    run = cluster.train(calm)
+    run = cluster.train(calm, STEPS)
     assert run.wait(PATIENCE) == 0, cluster.said("calm")
     found, expected = ({row["iteration"]: row for row in rl_ray.rows(tmp_path / n)} for n in ("stopped", "calm"))
     for step in range(1, STEPS + 1):
@@ -146,15 +155,18 @@ def test_ctrl_c_saves_and_a_signal_before_the_first_step_ends_at_once(
     corpus: engine.Corpus, tmp_path: Path, cluster: Cluster
 ) -> None:
     config = configuration(corpus, tmp_path, "interrupted")
-    run = cluster.train(config)
+    run = cluster.train(config, STEPS)
     until(lambda: "joined the Ray cluster" in cluster.said("interrupted"), "joined", cluster, "interrupted")
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
     assert not (tmp_path / "interrupted/checkpoints").exists()
     until(lambda: not cluster.actors(), "rid of its actors", cluster, "interrupted", 60)
-    run = cluster.train(config)
+    run = cluster.train(config, 1)
     until(lambda: 1 in steps(tmp_path / "interrupted"), "at step 1", cluster, "interrupted")
     run.send_signal(signal.SIGINT)
+    said = "SIGINT: saving after this iteration"
+    until(lambda: said in cluster.said("interrupted"), "told of the signal", cluster, "interrupted")
+    cluster.allow(STEPS)
     assert run.wait(PATIENCE) == 128 + signal.SIGINT, cluster.said("interrupted")
     saved = int((tmp_path / "interrupted/checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert saved == steps(tmp_path / "interrupted")[-1] < STEPS

@@ -10,7 +10,7 @@ import pytest
 import rl_ray
 import rl_trees
 
-DEADLINE = 240.0  # seconds for both runs; they take about 60 on two cores
+DEADLINE = 420.0  # seconds for both runs; they take about 60 on two quiet cores
 SAME = ("grpo/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "response_length/mean", "actor/lr")
 
 
