@@ -162,7 +162,8 @@ def _find(prefix: str, columns: Sequence[str] | None, optional: Sequence[str]) -
     if missing:
         raise UserError(
             f"data_path {prefix}: no column {', '.join(missing)}, which dataset_additional_keys asks for; it has "
-            f"{', '.join(found)}. Convert the data with a handler that writes it (R1AlpacaStyleInstructionHandler)"
+            f"{', '.join(found)}. Convert the data with a handler that writes it (R1AlpacaStyleInstructionHandler), or "
+            "leave it out there"
         )
     if columns is None:
         return found
