@@ -1,6 +1,6 @@
 """A run of reinforcement learning, described by MindSpeed-RL's YAML: read, merged, resolved.
 
-    config = from_command(["--config-name", "grpo_minimind_tiny", "actor_config.lr=1e-5"])
+    config = resolve(compose("grpo_minimind_tiny", ["actor_config.lr=1e-5"]))
     config.actor.seq_length, config.rl.clip_ratio, config.generate.sampling_config.temperature
     config.minimind.algorithm
 
@@ -81,19 +81,19 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
     Raises:
         UserError: a section or key that there is not (with the nearest name), a model that is not defined.
     """
-    plain = _plain(tree)
-    for name in plain:
+    keys = plain(tree)
+    for name in keys:
         if name not in SECTIONS and name not in OTHER_SECTIONS:
             raise UserError(f"{name}: unknown section{nearest(name, [*SECTIONS, *OTHER_SECTIONS])}")
     for name in ("megatron_training", "actor_config", "rl_config", "generate_config"):
-        if not isinstance(plain.get(name), Mapping):
+        if not isinstance(keys.get(name), Mapping):
             raise UserError(f"{name}: this section is missing")
-    ours = settings(plain.get("minimind"))
-    rl = _rl(plain["rl_config"])
-    megatron = {name: _megatron(plain, name, ours) for name in MEGATRON_SECTIONS[1:] if name in plain}
-    generate = _merged("GenerateConfig", plain["generate_config"], "generate_config")
+    ours = settings(keys.get("minimind"))
+    rl = _rl(keys["rl_config"])
+    megatron = {name: _megatron(keys, name, ours) for name in MEGATRON_SECTIONS[1:] if name in keys}
+    generate = _merged("GenerateConfig", keys["generate_config"], "generate_config")
     sampling = defaults("GenerateConfig")["sampling_config"]
-    given = plain["generate_config"].get("sampling_config") or {}
+    given = keys["generate_config"].get("sampling_config") or {}
     _refuse_unknown(given, sampling, "generate_config.sampling_config")
     generate |= {"sampling_config": Section(**{**sampling, **given})}
     if ours.precision != "bf16":
@@ -102,7 +102,7 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
     if ours.eval_data is None and datasets_at(unseen):
         ours = dataclasses.replace(ours, eval_data=unseen)
     return Config(
-        model=str(plain["actor_config"].get("model") or plain["megatron_training"].get("model")),
+        model=str(keys["actor_config"].get("model") or keys["megatron_training"].get("model")),
         actor=megatron["actor_config"],
         ref=megatron["actor_config"]
         if rl.use_integrated_worker
@@ -112,12 +112,12 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
         rl=rl,
         generate=Section(**generate),
         minimind=ours,
-        tree=plain,
+        tree=keys,
     )
 
 
-def _plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """The tree as dicts and lists."""
+def plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """The tree as dicts and lists, with what it names by `${...}`."""
     if isinstance(tree, dict):
         return tree
     from omegaconf import OmegaConf
@@ -279,9 +279,3 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="file of device/ to take (default: that of the device found)")
     parser.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
     return parser
-
-
-def from_command(argv: Sequence[str], prog: str = "train_grpo.py", description: str = "") -> Config:
-    """The configuration that a command line of train_grpo.py asks for."""
-    args = command_parser(prog, description).parse_intermixed_args(list(argv))
-    return resolve(compose(args.config_name, args.overrides, args.config_dir, args.device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from typing import Any
 import yaml
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config import CONFIGS, Config, compose, resolve
+from minimind_mcore.rl.config import CONFIGS, Config, compose, plain, resolve
 from minimind_mcore.rl.dispatch import dispatch
+from minimind_mcore.rl.keys import keys, of_error
 from minimind_mcore.rl.migrate import migrate
-from minimind_mcore.rl.rules import RULES, Problem
-from minimind_mcore.rl.schema import OTHER_SECTIONS, SECTIONS, defaults, value_type
+from minimind_mcore.rl.rules import RULES
+from minimind_mcore.rl.schema import NEWEST
 from minimind_mcore.rl.settings import nearest
+from minimind_mcore.rl.values import Problem, values
 
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
 LEVELS = ("error", "warning", "note")
@@ -86,14 +89,45 @@ def lint(
     tree = _composed(raw, file, overrides, device if target == "embedded" else "none")
     tree, more = migrate(tree, version)  # what comes from the files that it is made of
     findings = [Finding("warning", *change.split(" ", 1)) for change in [*changes, *more]]
-    findings += keys(tree, version)
-    if not any(finding.level == "error" for finding in findings):
-        config = resolve(migrate(tree, "master")[0])
-        problems = [problem for rule in RULES for problem in rule(config)]
+    return sorted([*findings, *check(tree, target, nodes)], key=_rank), tree, changes
+
+
+def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[Finding]:
+    """What is found in a composed configuration that has the target's keys, the worst first; see `lint`."""
+    if found := keys(tree, TARGETS[target]):
+        return [Finding("error", *problem) for problem in found]
+    try:
+        config = resolve(tree if TARGETS[target] == NEWEST else migrate(tree, NEWEST)[0])
+    except UserError as error:
+        return [Finding("error", *of_error(error))]
+    problems = list(values(config, target))
+    if not problems:  # the rules reckon with the values
+        problems += [problem for rule in RULES for problem in rule(config, target)]
         problems += [*dispatch(config, target, nodes), *_padding(config, target)]
-        findings += [Finding("error", key, message) for key, message in problems]
-        findings += list(traps(config, tree, target))
-    return sorted(findings, key=lambda f: LEVELS.index(f.level)), tree, changes
+    findings = [Finding("error", key, message) for key, message in problems]
+    return sorted([*findings, *traps(config, tree, target)], key=_rank)
+
+
+def fit(tree: dict[str, Any], name: str) -> Config:
+    """The configuration of a composed tree, for the embedded trainer; what is not wrong but noteworthy is printed.
+
+    Raises:
+        UserError: with everything that is wrong with it.
+    """
+    findings = check(tree, "embedded")
+    errors = [f"{finding.key}: {finding.message}" for finding in findings if finding.level == "error"]
+    older = " (minimind-mcore rl lint --fix knows older names)" if any("unknown" in error for error in errors) else ""
+    if len(errors) == 1:
+        raise UserError(errors[0] + older)
+    if errors:
+        raise UserError("\n  ".join([f"{name}: {len(errors)} things are wrong{older}:", *errors]))
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    return resolve(tree)
+
+
+def _rank(finding: Finding) -> int:
+    return LEVELS.index(finding.level)
 
 
 def find(path: str) -> Path:
@@ -121,76 +155,16 @@ def read(file: Path) -> dict[str, Any]:
 
 def _composed(raw: Mapping[str, Any], file: Path, overrides: Sequence[str], device: str | None) -> dict[str, Any]:
     """The migrated file with its groups, which are looked for beside it and in configs/rlxf."""
-    from omegaconf import OmegaConf
-
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / file.name).with_suffix(".yaml").write_text(dump(raw), encoding="utf-8")
         tree = compose(file.stem, overrides, folder, device, beside=file.parent)
-    container = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return plain(tree)
 
 
 def dump(tree: Mapping[str, Any]) -> str:
     """A tree as YAML, sections in their order."""
     text: str = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)
     return text
-
-
-def keys(tree: Mapping[str, Any], version: str) -> list[Finding]:
-    """Unknown sections and keys, and values of the wrong type."""
-    found = []
-    for name, section in tree.items():
-        if name in OTHER_SECTIONS:
-            continue
-        if name not in SECTIONS:
-            found.append(Finding("error", name, f"unknown section{nearest(name, [*SECTIONS, *OTHER_SECTIONS])}"))
-        elif not isinstance(section, Mapping):
-            found.append(Finding("error", name, f"found {section!r}, expected a mapping of keys"))
-        else:
-            found += _section_keys(name, section, SECTIONS[name], version)
-    for model, section in (tree.get("model") or {}).items():
-        found += _section_keys(f"model.{model}", section, "MegatronConfig", version)
-    found += [
-        Finding("error", name, "this section is missing")
-        for name in ("megatron_training", "actor_config", "rl_config", "generate_config")
-        if name not in tree
-    ]
-    return found
-
-
-def _section_keys(where: str, section: Mapping[str, Any], reader: str, version: str) -> Iterator[Finding]:
-    known = defaults(reader, version)
-    for given, value in section.items():
-        key = str(given).replace("-", "_")
-        if key == "model" and reader == "MegatronConfig":
-            continue
-        if key not in known:
-            yield Finding("error", f"{where}.{key}", f"unknown to MindSpeed-RL {version}{nearest(key, known)}")
-        elif not fits(value, value_type(reader, key, version)):
-            kind = value_type(reader, key, version).__name__
-            yield Finding("error", f"{where}.{key}", f"found {value!r}, expected {kind}")
-        elif key == "sampling_config":
-            for name in value:
-                if name not in known[key]:
-                    yield Finding("error", f"{where}.{key}.{name}", f"unknown key{nearest(name, known[key])}")
-
-
-def fits(value: Any, kind: type) -> bool:
-    """Whether a value can stand for a type: integers for floats, whole floats for integers, words for lists."""
-    if value is None:
-        return True
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return (isinstance(value, int) or (isinstance(value, float) and value.is_integer())) and not isinstance(
-            value, bool
-        )
-    if kind is list:
-        return isinstance(value, list | str)
-    if kind is str:
-        return isinstance(value, str | int | float | list) and not isinstance(value, bool)
-    return isinstance(value, kind)
 
 
 def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Finding]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config import Config, from_command
+from minimind_mcore.rl.config import Config, command_parser, compose, plain
+from minimind_mcore.rl.lint import fit
 
 BACKENDS = ("embedded", "mindspeed-rl")
 
@@ -30,11 +31,14 @@ def _run(program: str, argv: Sequence[str]) -> None:
         rl_launch.run(program, argv)
         return
     flags = [word for word in argv if word in ("--dry-run", "--data-pending")]
-    config = from_command([word for word in argv if word not in flags], program)
+    args = command_parser(program, "").parse_intermixed_args([word for word in argv if word not in flags])
+    tree = compose(args.config_name, args.overrides, args.config_dir, args.device)
+    config = fit(plain(tree), args.config_name)
     _check(program, config)
-    if "--dry-run" in flags:
-        from minimind_mcore.rl import plan
+    from minimind_mcore.rl import plan
 
+    plan.require(config)
+    if "--dry-run" in flags:
         plan.show(config, "--data-pending" in flags)
         return
     from minimind_mcore.rl.trainer import train

@@ -46,9 +46,24 @@ def show(config: Config, pending: bool) -> None:
     else:
         tokenizer_info(config.actor.tokenizer_name_or_path)
         print(f"data        {len(prompt_dataset(config, config.actor.data_path))} prompts of {config.actor.data_path}")
+        if config.minimind.eval_data:
+            prompt_dataset(config, config.minimind.eval_data)
         print(f"begins      {_begins(config)}")
     print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
     print("everything is valid; nothing was trained")
+
+
+def require(config: Config) -> None:
+    """Refuse what would be missed only when actors are up already.
+
+    Raises:
+        UserError: it names the key.
+    """
+    replay = config.minimind.replay_rollouts
+    if replay and not any(Path(replay).glob("rollouts-*.pt")):
+        raise UserError(
+            f"minimind.replay_rollouts: {replay} has no rollouts-*.pt; expected what minimind.save_rollouts wrote"
+        )
 
 
 def _begins(config: Config) -> str:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from rl_trees import DISPATCH
+from rl_trees import DISPATCH, run_tree
 
 from minimind_mcore.arguments import parse
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl.cli import main
-from minimind_mcore.rl.config import CONFIGS, Config, compose, from_command, megatron_flags, resolve
-from minimind_mcore.rl.lint import TARGETS, fits, lint
+from minimind_mcore.rl.config import CONFIGS, Config, compose, megatron_flags, resolve
+from minimind_mcore.rl.keys import fits
+from minimind_mcore.rl.lint import TARGETS, check, lint
+from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.migrate import RENAMED, migrate
 from minimind_mcore.rl.models import model_yaml
 from minimind_mcore.rl.schema import VERSIONS, defaults, value_type
@@ -59,7 +62,7 @@ def test_the_device_found_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("DEVICE", "cpu")
     device.current.cache_clear()
-    found = from_command(["--config-name", "grpo_minimind3"])
+    found = resolve(compose("grpo_minimind3"))
     assert (found.minimind.precision, found.generate.dtype, found.actor.bf16) == ("fp32", "float32", False)
 
 
@@ -135,7 +138,13 @@ def test_every_default_is_of_its_type(reader: str, version: str) -> None:
 
 GUIDE: dict[str, Any] = {
     "defaults": [{"model": ["minimind3"]}],
-    "megatron_training": {"model": "minimind-3", "global_batch_size": 64, "seq_length": 1024, "stage": "ray_grpo"},
+    "megatron_training": {
+        "model": "minimind-3",
+        "global_batch_size": 64,
+        "seq_length": 1024,
+        "stage": "ray_grpo",
+        "train_iters": 9,
+    },
     "actor_config": {"model": "minimind3", "micro_batch_size": 4, "save": "out", "moe_intermediate_size": 8},
     "ref_config": {"model": "minimind3", "micro_batch_size": 4},
     "rl_config": {
@@ -169,7 +178,14 @@ def test_keys_go_to_the_other_version_and_back() -> None:
 # What the linter finds
 
 BROKEN = [
-    ("rl_config.actor_resource.num_npus=6", "embedded", "global_batch_size"),
+    ("rl_config.actor_resource.num_npus=6", "embedded", "micro_batch_size"),
+    ("rl_config.actor_resource.num_npus=6", "mindspeed-rl-master", "global_batch_size"),
+    ("rl_config.kl_penalty=lowvar", "embedded", "kl_penalty"),
+    ("rl_config.kl_penalty=k3", "mindspeed-rl-2.2.0", "kl_penalty"),
+    ("rl_config.kl_ctrl_type=adptive", "mindspeed-rl-master", "kl_ctrl_type"),
+    ("rl_config.adv_estimator=mean", "mindspeed-rl-2.2.0", "adv_estimator"),
+    ("megatron_training.stage=grpo", "mindspeed-rl-master", "stage"),
+    ("rl_config.filter_groups_enable=true rl_config.filter_groups_metric=acc", "embedded", "filter_groups_metric"),
     ("actor_config.tensor_model_parallel_size=3", "embedded", "actor_config"),
     ("actor_config.micro_batch_size=7", "embedded", "actor_config.micro_batch_size"),
     ("actor_config.pipeline_model_parallel_size=3", "embedded", "actor_config.pipeline_model_parallel_size"),
@@ -215,6 +231,53 @@ def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str)
     words = re.split(r" (?=rl_config|actor_config)", overrides)
     findings, _, _ = lint("grpo_minimind3", target, words, device=device)
     assert key.split(".")[-1] in {f.key.split(".")[-1] for f in findings if f.level == "error"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["rl_config.n_samples_per_prompt=abc"], ["n_samples_per_prompt: found 'abc', expected int"]),
+        (["rl_config.mini_batch_size=null"], ["mini_batch_size: found None, expected int"]),
+        (["rl_config.actor_resource.num_npus=two"], ["actor_resource.num_npus: found 'two', expected int"]),
+        (["rl_config.actor_resource=null"], ["rl_config.actor_resource: found None"]),
+        (["megatron_training.global_batch_size=null"], ["global_batch_size: found None, expected a whole number"]),
+        (["rl_config.verifier_function=acc"], ["verifier_function: found 'acc', expected list"]),
+        (["rl_config.verifier_weight=[x]"], ["verifier_weight: found ['x'], expected a list of numbers"]),
+        (["generate_config.sampling_config.max_tokens=4000"], ["max_tokens 4000 do not fit in 256"]),
+        (["minimind.replay_rollouts=/nope"], ["minimind.replay_rollouts: /nope has no rollouts"]),
+        (["rl_config.use_integrated_worker=false"], ["ref_config: missing", "reference_resource: missing"]),
+        (
+            ["rl_config.epochs=0", "rl_config.clip_ratio=-1", "rl_config.kl_penalty=low_vr_kl"],
+            ["3 things are wrong", "did you mean low_var_kl", "clip_ratio: found -1", "epochs: found 0"],
+        ),
+        (
+            ["rl_config.clip_ratio=x", "rl_config.clip_rato=1", "minimind.sample_interval=x"],
+            ["clip_ratio: found 'x'", "clip_rato: unknown", "lint --fix", "sample_interval: found 'x', expected int"],
+        ),
+    ],
+)
+def test_a_run_says_all_that_is_wrong_before_it_begins(
+    overrides: list[str], messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKEND", "embedded")
+    with pytest.raises(UserError) as error:
+        grpo(["--config-name", "grpo_minimind_tiny", "--device", "cpu", "--dry-run", "--data-pending", *overrides])
+    assert not [message for message in messages if message not in str(error.value)], error.value
+
+
+def test_what_the_embedded_trainer_does_not_need_is_not_asked_for(tmp_path: Path) -> None:
+    corpus: Any = SimpleNamespace(vocab_size=600, tokenizer=tmp_path)
+    tree = run_tree(corpus, tmp_path / "prompts", tmp_path)
+    apart = {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
+    dynamic = {"filter_groups_enable": True, "mini_batch_size": 3, "n_samples_per_prompt": 4}
+    three = {"megatron_training": tree["megatron_training"] | {"global_batch_size": 3}}
+    for more in (
+        {},
+        {"rl_config": tree["rl_config"] | apart, "ref_config": {"model": "minimind3_tiny", "micro_batch_size": 4}},
+        {"rl_config": tree["rl_config"] | dynamic | {"actor_resource": {"num_npus": 3}}} | three,
+        {"minimind": tree["minimind"] | {"algorithm": "dapo"}},
+    ):
+        assert not [str(found) for found in check(tree | more, "embedded") if found.level == "error"]
 
 
 def test_traps_are_repaired_by_the_hook_or_named(tmp_path: Path) -> None:
