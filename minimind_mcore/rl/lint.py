@@ -24,6 +24,7 @@ from minimind_mcore.rl.config import CONFIGS, Config, compose, plain, resolve
 from minimind_mcore.rl.dispatch import dispatch
 from minimind_mcore.rl.keys import keys, of_error
 from minimind_mcore.rl.migrate import migrate
+from minimind_mcore.rl.rewards import verifiers
 from minimind_mcore.rl.rules import RULES
 from minimind_mcore.rl.schema import NEWEST
 from minimind_mcore.rl.settings import nearest
@@ -43,7 +44,7 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "output_dir": None,
 }
 STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
-VERIFIERS = {
+VERIFIERS = {  # of MindSpeed-RL
     *("acc", "format", "step", "strict_format", "base_acc", "math_17k_acc"),
     *("acc_for_dapo", "acc_for_ppo", "math_verify_reward"),
 }
@@ -240,7 +241,9 @@ def _hooked(config: Config) -> bool:
 
 
 def _rewards(config: Config, target: str) -> Iterator[Finding]:
-    known = VERIFIERS | (NEW_VERIFIERS if target != "mindspeed-rl-2.2.0" else set())
+    known = VERIFIERS | (NEW_VERIFIERS if target == "mindspeed-rl-master" else set())
+    if target == "embedded":
+        known = set(verifiers.VERIFIERS)
     names = config.rl.verifier_function
     for name in names:
         if ":" in name and (target == "embedded" or _hooked(config)):  # package.module:function

@@ -23,6 +23,7 @@ from minimind_mcore.rl.lint import TARGETS, check, lint
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.migrate import RENAMED, migrate
 from minimind_mcore.rl.models import model_yaml
+from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.schema import VERSIONS, defaults, value_type
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -231,6 +232,16 @@ def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str)
     words = re.split(r" (?=rl_config|actor_config)", overrides)
     findings, _, _ = lint("grpo_minimind3", target, words, device=device)
     assert key.split(".")[-1] in {f.key.split(".")[-1] for f in findings if f.level == "error"}
+
+
+def test_every_verifier_of_the_trainer_is_fit_for_it_and_only_its_own_for_mindspeed_rl() -> None:
+    words = [
+        f"rl_config.verifier_function=[{','.join(VERIFIERS)}]",
+        f"rl_config.verifier_weight={[1.0] * len(VERIFIERS)}",
+    ]
+    for target, refused in (("embedded", set()), ("mindspeed-rl-master", {"minimind_shape", "minimind_reason"})):
+        findings, _, _ = lint("grpo_minimind3", target, words, device="cpu")
+        assert {f.message.split()[0] for f in findings if f.level == "error"} == refused
 
 
 @pytest.mark.parametrize(
