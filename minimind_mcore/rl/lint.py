@@ -22,6 +22,7 @@ import yaml
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config import CONFIGS, Config, compose, plain, resolve
 from minimind_mcore.rl.dispatch import dispatch
+from minimind_mcore.rl.embedded import idle, unheeded
 from minimind_mcore.rl.keys import keys, of_error
 from minimind_mcore.rl.migrate import migrate
 from minimind_mcore.rl.rewards import verifiers
@@ -105,6 +106,7 @@ def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[Finding]:
     if not problems:  # the rules reckon with the values
         problems += [problem for rule in RULES for problem in rule(config, target)]
         problems += [*dispatch(config, target, nodes), *_padding(config, target)]
+        problems += unheeded(config) if target == "embedded" else []
     findings = [Finding("error", key, message) for key, message in problems]
     return sorted([*findings, *traps(config, tree, target)], key=_rank)
 
@@ -172,6 +174,8 @@ def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Find
     """What runs and is wrong, or waits for ever."""
     yield from _rewards(config, target)
     if target == "embedded":
+        if nothing := idle(config):
+            yield Finding("note", "no effect on the embedded trainer", ", ".join(nothing))
         return
     hooked = _hooked(config)
     repaired = ("note", "; the setup hook repairs it") if hooked else ("warning", "")

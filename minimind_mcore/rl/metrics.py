@@ -115,6 +115,9 @@ class Log:
             wandb_exp_name=rl.wandb_exp_name,
             wandb_save_dir=rl.wandb_save_dir or str(self.folder),
             swanlab_project=(rl.swanlab_project or "minimind") if rl.use_swanlab else "",
+            swanlab_mode=rl.swanlab_mode,
+            swanlab_exp_name=rl.swanlab_exp_name,
+            swanlab_save_dir=rl.swanlab_save_dir or str(self.folder / "swanlab"),
         )
         self.sinks = open_sinks(places, Progress(iteration), lambda name: f"train/{name}")
 

@@ -203,7 +203,12 @@ def open_sinks(
         sinks.append(lambda row: run.finish() if row is None else run.log(row, step=row["iteration"]))
     if args.swanlab_project:
         swanlab = _import("swanlab", "--swanlab-project")
-        board = swanlab.init(project=args.swanlab_project, config=_plain(args))
+        given = vars(args)  # of these keys MindSpeed-RL's alone has all
+        names = {"mode": "swanlab_mode", "experiment_name": "swanlab_exp_name", "logdir": "swanlab_save_dir"}
+        options = {name: given[key] for name, key in names.items() if given.get(key)}
+        if "logdir" in options:
+            Path(options["logdir"]).mkdir(parents=True, exist_ok=True)
+        board = swanlab.init(project=args.swanlab_project, config=_plain(args), **options)
         sinks.append(lambda row: board.finish() if row is None else board.log(row, step=row["iteration"]))
     return sinks
 

@@ -234,6 +234,40 @@ def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str)
     assert key.split(".")[-1] in {f.key.split(".")[-1] for f in findings if f.level == "error"}
 
 
+UNHEEDED = [
+    "rl_config.multi_turn_enable=true rl_config.async_engine=true",
+    "rl_config.rule_reward=false",
+    "rl_config.partial_rollout_max_split=2",
+    "rl_config.adv_estimator=gae",
+    "generate_config.sampling_config.seed=1",
+    "megatron_training.stage=ray_dapo",
+    "rl_config.filter_groups_train_batch_size=16 rl_config.filter_groups_enable=true",
+    "rl_config.integrated_mode_config={ref_model_load_path: other}",
+]
+
+
+@pytest.mark.parametrize("overrides", UNHEEDED)
+def test_keys_that_the_embedded_trainer_does_not_heed_are_refused(overrides: str) -> None:
+    words = [overrides] if "{" in overrides else overrides.split()
+    findings, _, _ = lint("grpo_minimind3", "embedded", words, device="cpu")
+    assert [f.key for f in findings if f.level == "error"] == [overrides.split("=")[0]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["minimind.algorithm=dr_grpo", "rl_config.init_kl_coef=0.1"], "rl_config.init_kl_coef 0.1 (dr_grpo"),
+        (["minimind.algorithm=spo"], "rl_config.adv_estimator group_norm (spo"),
+        (["minimind.algorithm=dapo", "rl_config.blocking=false"], "rl_config.blocking false"),
+        (["minimind.algorithm=dr_grpo", "rl_config.use_kl_in_reward=true"], ""),
+        ([], ""),
+    ],
+)
+def test_what_has_no_effect_is_said(overrides: list[str], said: str) -> None:
+    found = [str(f) for f in lint("grpo_minimind_tiny", "embedded", overrides, device="cpu")[0] if f.level != "warning"]
+    assert (said in found[0] and len(found) == 1) if said else not found, found
+
+
 def test_every_verifier_of_the_trainer_is_fit_for_it_and_only_its_own_for_mindspeed_rl() -> None:
     words = [
         f"rl_config.verifier_function=[{','.join(VERIFIERS)}]",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import engine
 import numpy as np
@@ -15,9 +18,9 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl import sync
-from minimind_mcore.rl.config import resolve
+from minimind_mcore.rl.config import compose, resolve
 from minimind_mcore.rl.experience import Experience, replayed, save
-from minimind_mcore.rl.metrics import line, table
+from minimind_mcore.rl.metrics import Log, line, table
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
 from minimind_mcore.rl.rollout.engine import Draw, uniforms
@@ -223,3 +226,26 @@ def test_samples_are_a_table_that_fits() -> None:
     lines = table(rows, {"reward": 6, "response": 30}).splitlines()
     assert lines[0].startswith("reward  response") and "\\n" in lines[2] and "..." in lines[2]
     assert lines[3] == "0       short"
+
+
+def test_swanlab_gets_all_that_the_configuration_says_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    board = SimpleNamespace(finish=lambda: None, log=lambda row, step: None)
+    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(init=lambda **given: seen.update(given) or board))
+    words = ["project=p", "mode=local", "exp_name=e", f"save_dir={tmp_path}/s"]
+    overrides = [f"rl_config.swanlab_{word}" for word in words]
+    config = resolve(
+        compose(
+            "grpo_minimind_tiny",
+            [
+                *overrides,
+                "rl_config.use_swanlab=true",
+                "rl_config.use_tensorboard=false",
+                f"minimind.output_dir={tmp_path}",
+            ],
+            device="cpu",
+        )
+    )
+    Log(config, 0).close()
+    wanted = {"project": "p", "mode": "local", "experiment_name": "e", "logdir": f"{tmp_path}/s"}
+    assert seen.items() >= wanted.items() and (tmp_path / "s").is_dir()
