@@ -6,7 +6,7 @@
 |---|---|
 | model/ | the weights of `actor_config.load` as a Hugging Face directory, with a chat template that adds nothing |
 | train.parquet, test.parquet | the prompts as they are, their answers, the records beside them |
-| reward.py | the verifiers of `verifier_function` with their weights, as verl's custom_reward_function |
+| reward.py | the verifiers of `verifier_function` with their weights, for verl; beside it the user's own modules |
 | run.sh | `python -m verl.trainer.main_ppo` with the YAML's values in verl's words |
 | README.md | what is where, and what verl has otherwise |
 
@@ -16,26 +16,31 @@ ids the exported tokenizer's passes texts through, and the original stands besid
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
+from minimind_mcore.rl.config import Config, Section
 from minimind_mcore.rl.data import PromptDataset
+from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.rewards.workers import resolve
 from minimind_mcore.storage import MANIFEST, atomic_directory
 
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-ESTIMATORS = {"group_norm": "grpo", "gae": "gae"}
-KL = ("low_var_kl", "kl", "abs", "mse")
+KL = {kind: alias for alias, kind in ALIASES.items()} | {"abs": "abs"}
+SCHEDULES = ("constant", "cosine")  # of FSDPOptimizerConfig, verl/workers/config/optimizer.py
 ALGORITHMS = ("grpo", "dr_grpo", "cispo", "ppo")
 
 REWARD = '''"""Rewards of this run, for verl's custom_reward_function: the kit must be installed beside verl."""
-
+{path}
 from minimind_mcore.rl.rewards.rewards import Rewards
 
 NAMES = {names!r}
@@ -48,8 +53,15 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
     global _rewards
     if _rewards is None:
         _rewards = Rewards(NAMES, WEIGHTS, timeout={timeout!r}, parallel=1, max_failures={failures!r})
-    return float(_rewards.score([solution_str], [ground_truth]).total[0])
+    prompt = (extra_info or {{}}).get("prompt", "")
+    return float(_rewards.score([solution_str], [ground_truth], prompts=[prompt]).total[0])
 '''
+BESIDE = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+"""
 
 SCRIPT = """#!/usr/bin/env bash
 # {name} on verl, with vLLM. Further overrides pass through: bash run.sh trainer.nnodes=2
@@ -63,7 +75,7 @@ exec "$PYTHON" -m verl.trainer.main_ppo \\
     data.train_files="$HERE/train.parquet" \\
     data.val_files="$HERE/test.parquet" \\
     actor_rollout_ref.model.path="$HERE/model" critic.model.path="$HERE/model" \\
-    custom_reward_function.path="$HERE/reward.py" \\
+    ++reward.custom_reward_function.path="$HERE/reward.py" ++custom_reward_function.path="$HERE/reward.py" \\
     trainer.default_local_dir="$HERE/checkpoints" \\
     "$@"
 """
@@ -71,8 +83,8 @@ exec "$PYTHON" -m verl.trainer.main_ppo \\
 README = """# {name} on verl
 
 Written by `minimind-mcore rl export-verl`. `bash run.sh` trains where verl, vLLM and this kit are installed in one
-Python; DEVICE is verl's trainer.device, for an Ascend host. The keys are those of verl of 2026-01, against whose
-configuration they were checked; no training was run.
+Python; DEVICE is verl's trainer.device, for an Ascend host. The keys are those of verl of 2026-08 (the reward function
+by its older name too), against whose configuration they were checked; no training was run.
 
 | MindSpeed-RL | here |
 |---|---|
@@ -81,6 +93,10 @@ configuration they were checked; no training was run.
 | load {load} | model/: fp32 or bf16 as the checkpoint, trained by FSDP, not Megatron |
 | verifier_function {verifiers} | reward.py |
 | data_path {data} | train.parquet; test.parquet has {unseen} |
+
+What verl does otherwise:
+
+{differences}
 
 The chat template in model/ passes prompts through, as they hold theirs already; to chat with the trained model put
 chat_template.jinja.orig back in its place.
@@ -97,13 +113,7 @@ def export(config: Config, name: str, output: Path) -> None:
     with atomic_directory(output) as folder:
         _model(config, folder / "model")
         unseen = _data(config, folder)
-        rl, ours = config.rl, config.minimind
-        names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
-        weights = [*rl.verifier_weight, *(reward.weight for reward in ours.rewards)]
-        reward = REWARD.format(
-            names=names, weights=weights, timeout=rl.verifier_timeout, failures=ours.reward_failure_limit
-        )
-        (folder / "reward.py").write_text(reward, encoding="utf-8")
+        rl, names = config.rl, _reward(config, folder)
         words = "\n".join(f"    {shlex.quote(f'{key}={value}')} \\" for key, value in overrides.items())
         (folder / "run.sh").write_text(SCRIPT.format(name=name, overrides=words), encoding="utf-8")
         readme = README.format(
@@ -115,8 +125,46 @@ def export(config: Config, name: str, output: Path) -> None:
             verifiers=", ".join(names),
             data=config.actor.data_path,
             unseen=unseen,
+            differences="\n".join(f"- {line}" for line in differences(config)),
         )
         (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _reward(config: Config, folder: Path) -> list[str]:
+    """Write reward.py, with the user's own modules beside it; returns the names of the rewards."""
+    rl, ours = config.rl, config.minimind
+    names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
+    weights = [*rl.verifier_weight, *(reward.weight for reward in ours.rewards)]
+    copied = [_copy_module(name, folder) for name in names if ":" in name]
+    text = REWARD.format(
+        names=names,
+        weights=weights,
+        timeout=rl.verifier_timeout,
+        failures=ours.reward_failure_limit,
+        path=BESIDE if any(copied) else "",
+    )
+    (folder / "reward.py").write_text(text, encoding="utf-8")
+    return names
+
+
+def _copy_module(name: str, folder: Path) -> bool:
+    """Copy the file or package of a user's function, unless it is installed; returns whether it was.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    resolve(name)
+    top = name.partition(":")[0].partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    places = [Path(place) for place in (spec and (spec.submodule_search_locations or [spec.origin])) or [] if place]
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
+    if not places or top == "minimind_mcore" or installed & set(places[0].resolve().parents):
+        return False
+    if places[0].is_dir():
+        shutil.copytree(places[0], folder / top, ignore=shutil.ignore_patterns("__pycache__", ".*"), dirs_exist_ok=True)
+    else:
+        shutil.copyfile(places[0], folder / places[0].name)
+    return True
 
 
 def _model(config: Config, folder: Path) -> None:
@@ -174,7 +222,12 @@ def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> It
             "prompt": [{"role": "user", "content": tokenizer.decode(prompt.ids)}],
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": answer},
-            "extra_info": {"split": split, "index": prompt.index, "record": json.dumps(record, ensure_ascii=False)},
+            "extra_info": {
+                "split": split,
+                "index": prompt.index,
+                "prompt": tokenizer.decode(prompt.ids),
+                "record": json.dumps(record, ensure_ascii=False),
+            },
         }
 
 
@@ -182,7 +235,7 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
     """The values in verl's words, less the paths of files.
 
     Raises:
-        UserError: an algorithm that verl's main_ppo does not have, or a reward model.
+        UserError: an algorithm that verl's main_ppo does not have, a reward model, or a penalty of long responses.
     """
     rl, actor, ours = config.rl, config.actor, config.minimind
     if ours.algorithm not in ALGORITHMS:
@@ -190,13 +243,25 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         raise UserError(f"minimind.algorithm: {ours.algorithm} is not in verl's main_ppo; it has {known}")
     if ours.reward_model:
         raise UserError(f"minimind.reward_model: {ours.reward_model} cannot be exported: reward.py has rules alone")
+    chosen = objective(config)
+    if chosen.overlong and rl.overlong_buffer:
+        raise UserError(
+            "rl_config.overlong_buffer_enable: the penalty cannot be exported: reward.py sees texts, not lengths. Set "
+            "it to false; verl's reward manager dapo has one (reward.reward_kwargs.overlong_buffer_cfg)"
+        )
+    if chosen.dynamic_sampling:
+        raise UserError("rl_config.filter_groups_enable: verl's main_ppo has no dynamic sampling; set it to false")
     values: dict[str, Any] = {
-        "algorithm.adv_estimator": ESTIMATORS.get(rl.adv_estimator, "grpo"),
-        "algorithm.norm_adv_by_std_in_grpo": ours.algorithm != "dr_grpo",
-        "algorithm.use_kl_in_reward": rl.use_kl_in_reward,
+        "algorithm.adv_estimator": "gae" if chosen.advantage == "gae" else "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": chosen.spread != "none",
+        "algorithm.use_kl_in_reward": chosen.kl == "reward",
+        "algorithm.kl_penalty": KL[kind_of(chosen.kl_kind)],
         "algorithm.gamma": rl.gamma,
         "algorithm.lam": rl.lam,
-        "algorithm.kl_ctrl.kl_coef": rl.init_kl_coef,
+        "algorithm.kl_ctrl.type": rl.kl_ctrl_type,
+        "algorithm.kl_ctrl.kl_coef": chosen.kl_coef,
+        "algorithm.kl_ctrl.horizon": rl.kl_horizon,
+        "algorithm.kl_ctrl.target_kl": rl.kl_target,
         "data.train_batch_size": actor.global_batch_size,
         "data.max_prompt_length": rl.max_prompt_length,
         "data.max_response_length": config.generate.sampling_config.max_tokens,
@@ -213,10 +278,12 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         "trainer.project_name": "minimind",
         "trainer.experiment_name": name,
         "trainer.logger": '["console","tensorboard"]',
-        "custom_reward_function.name": "compute_score",
+        "++reward.custom_reward_function.name": "compute_score",
+        "++custom_reward_function.name": "compute_score",
     }
     if ours.algorithm == "ppo":
-        values["critic.optim.lr"] = config.critic.lr if config.critic else actor.lr
+        critic = config.critic or actor
+        values |= {f"critic.{key}": value for key, value in _optimizer(critic).items()}
         values["critic.cliprange_value"] = rl.cliprange_value
         values["critic.ppo_micro_batch_size_per_gpu"] = actor.micro_batch_size
     if ours.rollout_correction == "tis":
@@ -227,28 +294,60 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
 
 def _actor(config: Config) -> dict[str, Any]:
     """Optimizer, mini-batches and loss."""
-    rl, actor, ours = config.rl, config.actor, config.minimind
-    low, high = (rl.clip_ratio_low, rl.clip_ratio_high) if rl.clip_higher_enable else (rl.clip_ratio, rl.clip_ratio)
-    if ours.algorithm == "cispo":
-        low, high = 1.0, ours.cispo_clip - 1.0
+    rl, actor, chosen = config.rl, config.actor, objective(config)
+    low, high = (1.0, chosen.clip_high - 1.0) if chosen.loss == "cispo" else (chosen.clip_low, chosen.clip_high)
     return {
-        "optim.lr": actor.lr,
-        "optim.weight_decay": actor.weight_decay,
-        "grad_clip": actor.clip_grad,
+        **_optimizer(actor),
         "ppo_mini_batch_size": rl.mini_batch_size // rl.n_samples_per_prompt,
         "ppo_micro_batch_size_per_gpu": actor.micro_batch_size,
         "ppo_epochs": rl.epochs,
         "shuffle": rl.shuffle_mini_batch,
-        "policy_loss.loss_mode": "cispo" if ours.algorithm == "cispo" else "vanilla",
-        "clip_ratio": rl.clip_ratio,
+        "policy_loss.loss_mode": "cispo" if chosen.loss == "cispo" else "vanilla",
+        "clip_ratio": chosen.clip_low,
         "clip_ratio_low": low,
         "clip_ratio_high": high,
         "entropy_coeff": rl.entropy_coeff,
-        "loss_agg_mode": "token-mean" if rl.token_level_loss else "seq-mean-token-mean",
-        "use_kl_loss": not rl.use_kl_in_reward and rl.init_kl_coef > 0,
-        "kl_loss_coef": rl.init_kl_coef,
-        "kl_loss_type": rl.kl_penalty if rl.kl_penalty in KL else "low_var_kl",
+        "loss_agg_mode": chosen.aggregation,
+        "use_kl_loss": chosen.kl == "loss",
+        "kl_loss_coef": chosen.kl_coef,
+        "kl_loss_type": KL[kind_of(chosen.kl_kind)],
     }
+
+
+def _optimizer(section: Section) -> dict[str, Any]:
+    """AdamW and its schedule."""
+    cosine = section.lr_decay_style == "cosine"
+    return {
+        "optim.lr": section.lr,
+        "optim.weight_decay": section.weight_decay,
+        "optim.betas": f"[{section.adam_beta1},{section.adam_beta2}]",
+        "optim.lr_scheduler_type": "cosine" if cosine else "constant",
+        "optim.min_lr_ratio": section.min_lr / section.lr if cosine and section.lr else 0.0,
+        "optim.lr_warmup_steps_ratio": section.lr_warmup_fraction or 0.0,
+        "grad_clip": section.clip_grad,
+    }
+
+
+def differences(config: Config) -> list[str]:
+    """What the configuration asks for and verl has otherwise, a sentence each."""
+    ours, chosen = config.minimind, objective(config)
+    found = ["weights and optimizer are FSDP's; tensor and pipeline parallelism of the actor are not carried over"]
+    found += [
+        f"lr_decay_style {section.lr_decay_style} with min_lr {section.min_lr}: verl's FSDP optimizer has constant and "
+        "cosine; run.sh has constant"
+        for section in [config.actor, *([config.critic] if config.critic and ours.algorithm == "ppo" else [])]
+        if section.lr_decay_style not in SCHEDULES
+    ]
+    if chosen.spread == "biased":
+        found.append("advantages are divided by the sample standard deviation, not the population's")
+    if chosen.advantage == "group" and chosen.kl == "reward":
+        found.append("the penalty in the reward is counted token by token before groups are compared")
+    if config.rl.kl_ctrl_type == "adaptive" and chosen.kl == "loss":
+        found.append("kl_ctrl_type adaptive has an effect on a penalty in the reward alone")
+    if config.minimind.eval_interval:
+        found.append("test.parquet is scored by reward.py, with verl's own sampling for validation")
+    found.append("rewards of a response that cannot be scored, and resuming, are verl's own")
+    return found
 
 
 def _rollout(config: Config) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""What is exported for verl is what the configuration means. (test_rl_data.py exports a whole run.)"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl import export_verl
+from minimind_mcore.rl.config import Config, compose, resolve
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+def config(*overrides: str, name: str = "grpo_minimind3") -> Config:
+    return resolve(compose(name, overrides, device="none"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"loss_agg_mode": "token-mean", "use_kl_loss": True, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl"}),
+        (["minimind.algorithm=dr_grpo"], {"loss_agg_mode": "seq-mean-token-sum-norm", "use_kl_loss": False}),
+        (["minimind.algorithm=cispo"], {"loss_agg_mode": "seq-mean-token-mean", "clip_ratio_high": 4.0}),
+        (["rl_config.token_level_loss=false", "rl_config.kl_penalty=k2"],
+         {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_type": "mse"}),
+        (["actor_config.adam_beta2=0.95"],
+         {"optim.betas": "[0.9,0.95]", "optim.lr_scheduler_type": "cosine", "optim.min_lr_ratio": pytest.approx(0.1)}),
+    ],
+)  # fmt: skip
+def test_the_objective_is_exported_as_the_trainer_has_it(overrides: list[str], expected: dict[str, Any]) -> None:
+    found = export_verl.verl_overrides(config(*overrides), "x")
+    assert {key: found[f"{ACTOR}.{key}"] for key in expected} == expected
+
+
+def test_a_penalty_in_the_reward_and_the_critic_s_schedule() -> None:
+    found = export_verl.verl_overrides(config(name="ppo_minimind3"), "x")
+    assert found["algorithm.use_kl_in_reward"] and found["algorithm.kl_penalty"] == "kl"
+    assert found["algorithm.kl_ctrl.kl_coef"] == 0.02 and not found[f"{ACTOR}.use_kl_loss"]
+    assert found["critic.optim.lr"] == 5e-6 and found["critic.optim.lr_scheduler_type"] == "cosine"
+    assert found["++reward.custom_reward_function.name"] == "compute_score"
+    assert "++reward.custom_reward_function.path=" in export_verl.SCRIPT
+
+
+def test_what_verl_does_not_have_is_refused_or_said() -> None:
+    long = "overlong_buffer_enable=true", "overlong_buffer=64", "rollout_max_tokens=1024"
+    with pytest.raises(UserError, match="overlong_buffer_enable: the penalty cannot be exported"):
+        export_verl.verl_overrides(config(*(f"rl_config.{word}" for word in long)), "x")
+    with pytest.raises(UserError, match="no dynamic sampling"):
+        export_verl.verl_overrides(config("rl_config.filter_groups_enable=true"), "x")
+    said = export_verl.differences(config("actor_config.lr_decay_style=linear", "minimind.algorithm=cispo"))
+    assert any("lr_decay_style linear" in line for line in said) and any("sample standard" in line for line in said)
+
+
+def test_a_reward_of_the_user_s_travels_and_sees_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "my_verl_reward.py").write_text(
+        "def f(response, label, prompt='', **context):\n    return float(prompt == 'What is 1+1?')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "run"))
+    export_verl._reward(config("minimind.rewards=[{path: 'my_verl_reward:f', weight: 2}]"), tmp_path)
+    monkeypatch.undo()
+    sys.modules.pop("my_verl_reward")
+    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location("exported_reward", tmp_path / "reward.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        spec.loader.exec_module(module)
+        score = module.compute_score("x", "\\boxed{2}", "2", {"prompt": "What is 1+1?"})
+    finally:
+        if module._rewards is not None:
+            module._rewards.close()
+        sys.modules.pop("my_verl_reward", None)
+    assert score == 3.0
