@@ -24,7 +24,9 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.launch import CHECKOUT, sources
 from minimind_mcore.rl.config import CONFIGS, command_parser
 from minimind_mcore.rl.lint import STAGES, dump, lint
-from minimind_mcore.rl.schema import MEGATRON_SECTIONS
+from minimind_mcore.rl.rewards.workers import resolve
+from minimind_mcore.rl.schema import MEGATRON_SECTIONS, defaults
+from minimind_mcore.rl.settings import settings
 from minimind_mcore.storage import atomic_write_text
 
 RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
@@ -76,8 +78,8 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
         directory: of the YAML files (default: the kit's).
 
     Raises:
-        UserError: MindSpeed-RL is not there, NNODES is no number, or the configuration is not fit for MindSpeed-RL;
-            with all findings.
+        UserError: MindSpeed-RL is not there, NNODES is no number, the configuration is not fit for MindSpeed-RL (with
+            all findings), or a reward cannot be imported.
     """
     folder = home()
     target = version(folder)
@@ -90,6 +92,8 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     stage = tree["megatron_training"].get("stage") or STAGES["ppo" if program == "train_ppo.py" else "grpo"]
     if (stage == "ray_ppo") != (program == "train_ppo.py"):
         raise UserError(f"megatron_training.stage: {stage} is run by {PROGRAMS[stage]}, not by {program}")
+    for path in [name for name in _rewards(tree)[0] if ":" in name]:
+        resolve(path)  # an error here, not in a worker
     output = Path((tree.get("minimind") or {}).get("output_dir", "outputs/rl")).expanduser().resolve()
     written = output / "mindspeed_rl"
     atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment()))
@@ -128,11 +132,16 @@ def _for_mindspeed_rl(tree: Mapping[str, Any], environment: Path) -> dict[str, A
                 section[key] = str(Path(section[key]).expanduser().resolve())
     rl = new["rl_config"]
     rl["runtime_env_path"] = str(environment)
-    for reward in (tree.get("minimind") or {}).get("rewards") or []:
-        reward = {"path": reward} if isinstance(reward, str) else reward
-        rl["verifier_function"] = [*rl["verifier_function"], reward["path"]]
-        rl["verifier_weight"] = [*rl["verifier_weight"], reward.get("weight", 1.0)]
+    rl["verifier_function"], rl["verifier_weight"] = _rewards(tree)
     return new
+
+
+def _rewards(tree: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+    """Names and weights of the verifiers, the user's own functions among them."""
+    rl, ours, known = tree["rl_config"], settings(tree.get("minimind")), defaults("RLConfig")
+    names = [*rl.get("verifier_function", known["verifier_function"]), *(reward.path for reward in ours.rewards)]
+    weights = [*rl.get("verifier_weight", known["verifier_weight"]), *(reward.weight for reward in ours.rewards)]
+    return names, weights
 
 
 def run(program: str, argv: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ class UserReward:
     """A reward function of the user's.
 
     Attributes:
-        path: "package.module:function" or "path/to/file.py:function".
+        path: "package.module:function", importable from the run's directory or PYTHONPATH.
         weight: it is added to the reward with this weight.
     """
 

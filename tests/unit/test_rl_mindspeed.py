@@ -200,7 +200,10 @@ def test_a_reward_that_raises_costs_its_response_and_ends_the_job_where_most_fai
         rules.verifier(["<9>"] * 8, {"labels": ["x"] * 8}, mine)
 
 
-def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(home: Path, tmp_path: Path) -> None:
+def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "my.module", SimpleNamespace(f=length))
     overrides = [f"minimind.output_dir={tmp_path}/out", "minimind.rewards=[my.module:f]", "rl_config.epochs=3"]
     job = rl_launch.prepare("train_grpo.py", "grpo_minimind3_moe", overrides)
     tree = yaml.safe_load(job.config.read_text())
@@ -225,6 +228,8 @@ def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(home: Path, 
     ("program", "name", "override", "message"),
     [
         ("train_grpo.py", "grpo_minimind3", "minimind.algorithm=cispo", "not fit for mindspeed-rl-2.2.0"),
+        ("train_grpo.py", "grpo_minimind3", "minimind.rewards=[nosuch_module:f]", "cannot import 'nosuch_module:f'"),
+        ("train_grpo.py", "grpo_minimind3", "rl_config.verifier_function=[json:f]", "cannot import 'json:f'"),
         (
             "train_ppo.py",
             "grpo_minimind3",
