@@ -27,6 +27,7 @@ cd "$ROOT" || fail "$ROOT is gone"
 BACKEND=${RL_BACKEND:-$([ "$DEVICE" = npu ] && echo mindspeed-rl || echo embedded)}
 [ "$BACKEND" = embedded ] || [ "$BACKEND" = mindspeed-rl ] || fail "BACKEND=$BACKEND: expected embedded or mindspeed-rl"
 export BACKEND
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$NODES: expected the number of hosts"
 WAIT_SECONDS=${WAIT_SECONDS:-600}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} # hosts share no secret; give RAY_AUTH_MODE=token where they do
 RAY_PID="" TRAINING_PID=""
@@ -111,9 +112,13 @@ tell_log() {
     tail -n 15 "$RAY_LOG" >&2 || true
 }
 
-# prepare: the sample sums, and a model that a careless teacher has tuned on them, for the kit's tiny configurations.
-# Sets PREPARED, the overrides that name them. Before Ray is started: other hosts wait for that, not for this.
+# prepare: which program runs the configuration, by its algorithm (PROGRAM; WHERE names the configuration); and for the
+# kit's tiny ones the sample sums, and a model that a careless teacher has tuned on them: PREPARED, the overrides that
+# name these. Before Ray is started: other hosts wait for that, not for this.
 prepare() {
+    WHERE=(--config-name "$(basename "$CONFIG" .yaml)")
+    [ ! -f "$CONFIG" ] || WHERE+=(--config-dir "$(dirname "$CONFIG")")
+    PROGRAM=$("$PYTHON" -m minimind_mcore.rl.main "${WHERE[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
     [[ $CONFIG == *_tiny ]] || return 0
     local own=" ${OVERRIDES[*]-} " quick=$DATA_DIR/quickstart problems=grpo_minimind_math
     [[ $own != *".data_path="* || $own != *" actor_config.load="* ]] || return 0
@@ -148,10 +153,8 @@ make() {
 
 # run_training: train_grpo.py, or the program of the configuration's algorithm, with the overrides; returns its status.
 run_training() {
-    local program=train_grpo.py where=(--config-name "$(basename "$CONFIG" .yaml)") status=0
-    [[ $(basename "$CONFIG") != ppo_* ]] || program=train_ppo.py
-    [ ! -f "$CONFIG" ] || where+=(--config-dir "$(dirname "$CONFIG")")
-    local command=("$PYTHON" "$ROOT/$program" "${where[@]}" ${PREPARED[@]+"${PREPARED[@]}"}
+    local status=0
+    local command=("$PYTHON" "$ROOT/$PROGRAM" "${WHERE[@]}" ${PREPARED[@]+"${PREPARED[@]}"}
         ${OVERRIDES[@]+"${OVERRIDES[@]}"})
     show "${command[@]}"
     export NNODES=$NODES # MindSpeed-RL's prompts must divide among the hosts: the linter looks

@@ -90,7 +90,8 @@ def lint(
     raw, changes = migrate(read(file), version)
     tree = _composed(raw, file, overrides, device if target == "embedded" else "none")
     tree, more = migrate(tree, version)  # what comes from the files that it is made of
-    findings = [Finding("warning", *change.split(" ", 1)) for change in [*changes, *more]]
+    changed = (change.split(" ", 1) for change in [*changes, *more])
+    findings = [Finding("warning", key.rstrip(":"), message) for key, message in changed]
     return sorted([*findings, *check(tree, target, nodes)], key=_rank), tree, changes
 
 

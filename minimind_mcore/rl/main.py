@@ -1,4 +1,7 @@
-"""train_grpo.py and train_ppo.py: a configuration, and the backend that runs it."""
+"""train_grpo.py and train_ppo.py: a configuration, and the backend that runs it.
+
+`python -m minimind_mcore.rl.main --config-name NAME` says which of the two it is.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minimind_mcore import device
+from minimind_mcore import device, errors
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config import Config, command_parser, compose, plain
-from minimind_mcore.rl.lint import fit
 
 BACKENDS = ("embedded", "mindspeed-rl")
 
@@ -24,19 +26,33 @@ def ppo(argv: Sequence[str] | None = None) -> None:
     _run("train_ppo.py", sys.argv[1:] if argv is None else argv)
 
 
-def _run(program: str, argv: Sequence[str]) -> None:
+def program(argv: Sequence[str]) -> str:
+    """Which of the two runs the configuration that a command line asks for.
+
+    Raises:
+        UserError: there is no such configuration.
+    """
+    args, _ = command_parser("train_grpo.py", "").parse_known_intermixed_args(list(argv))
+    tree = plain(compose(args.config_name, args.overrides, args.config_dir, args.device))
+    ours, megatron = (tree.get(name) or {} for name in ("minimind", "megatron_training"))
+    critic = ours["algorithm"] == "ppo" if "algorithm" in ours else megatron.get("stage") == "ray_ppo"
+    return "train_ppo.py" if critic else "train_grpo.py"
+
+
+def _run(name: str, argv: Sequence[str]) -> None:
     if backend() == "mindspeed-rl":
         from minimind_mcore.mindspeed import rl_launch
 
-        rl_launch.run(program, argv)
+        rl_launch.run(name, argv)
         return
+    from minimind_mcore.rl import plan
+    from minimind_mcore.rl.lint import fit
+
     flags = [word for word in argv if word in ("--dry-run", "--data-pending")]
-    args = command_parser(program, "").parse_intermixed_args([word for word in argv if word not in flags])
+    args = command_parser(name, "").parse_intermixed_args([word for word in argv if word not in flags])
     tree = compose(args.config_name, args.overrides, args.config_dir, args.device)
     config = fit(plain(tree), args.config_name)
-    _check(program, config)
-    from minimind_mcore.rl import plan
-
+    _check(name, config)
     plan.require(config)
     if "--dry-run" in flags:
         plan.show(config, "--data-pending" in flags)
@@ -64,3 +80,7 @@ def _check(program: str, config: Config) -> None:
     if (name == "ppo") != (program == "train_ppo.py"):
         other = "train_ppo.py" if name == "ppo" else "train_grpo.py"
         raise UserError(f"minimind.algorithm: {name} is run by {other}")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: print(program(sys.argv[1:])))

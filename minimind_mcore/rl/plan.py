@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def require(config: Config) -> None:
     Raises:
         UserError: it names the key.
     """
+    for name in ("wandb", "swanlab"):
+        if getattr(config.rl, f"use_{name}") and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"rl_config.use_{name} needs the package {name}, which is not installed: pip install {name}"
+            )
+    build(config).close()
     replay = config.minimind.replay_rollouts
     if replay and not any(Path(replay).glob("rollouts-*.pt")):
         raise UserError(

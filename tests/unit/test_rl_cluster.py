@@ -14,6 +14,8 @@ from engine import ROOT
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl import hosts
+from minimind_mcore.rl.config import CONFIGS
+from minimind_mcore.rl.main import program
 
 SCRIPTS = ROOT / "examples" / "rlxf"
 
@@ -92,6 +94,7 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
     ("name", "environment", "message"),
     [
         ("grpo_minimind_worker.sh", {}, "MASTER_ADDR is not set"),
+        ("grpo_minimind_head.sh", {"NNODES": "x"}, "NNODES=x: expected the number of hosts"),
         ("grpo_minimind_head.sh", {"BACKEND": "native"}, "BACKEND=native: expected embedded or mindspeed-rl"),
         ("grpo_minimind_head.sh", {"RAY_TMPDIR": f"/tmp/{'x' * 60}", "CONFIG": "grpo_minimind3"}, "at most 40 letters"),
         ("grpo_minimind_head.sh", {"SOCKET_IFNAME": "nowhere0", "CONFIG": "grpo_minimind3"}, "no such interface"),
@@ -100,6 +103,15 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
 def test_the_scripts_refuse_what_cannot_work(name: str, environment: dict[str, str], message: str) -> None:
     done = run_script(name, "--dry-run", **environment)
     assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_the_program_is_that_of_the_configuration_s_algorithm(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text((CONFIGS / "ppo_minimind_tiny.yaml").read_text())
+    done = run_script(
+        "grpo_minimind_single.sh", "--dry-run", CONFIG=str(tmp_path / "mine.yaml"), DATA_DIR=str(tmp_path)
+    )
+    assert f"train_ppo.py --config-name mine --config-dir {tmp_path}" in done.stdout, done.stderr
+    assert program(["--config-name", "ppo_minimind3", "--device", "cpu", "minimind.algorithm=cispo"]) == "train_grpo.py"
 
 
 def test_a_dry_run_shows_both_hosts_commands_and_starts_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from minimind_mcore.rl.lint import TARGETS, check, lint
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.migrate import RENAMED, migrate
 from minimind_mcore.rl.models import model_yaml
+from minimind_mcore.rl.plan import require
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.schema import VERSIONS, defaults, value_type
 
@@ -310,6 +312,13 @@ def test_a_run_says_all_that_is_wrong_before_it_begins(
     assert not [message for message in messages if message not in str(error.value)], error.value
 
 
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_missing_logger_is_named_by_the_key_that_asks_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"rl_config.use_{name} needs the package {name}, .* pip install {name}"):
+        require(config(f"rl_config.use_{name}=true"))
+
+
 def test_what_the_embedded_trainer_does_not_need_is_not_asked_for(tmp_path: Path) -> None:
     corpus: Any = SimpleNamespace(vocab_size=600, tokenizer=tmp_path)
     tree = run_tree(corpus, tmp_path / "prompts", tmp_path)
@@ -350,7 +359,8 @@ def test_lint_rewrites_a_file_that_is_then_fit(tmp_path: Path, capsys: pytest.Ca
     file.parent.mkdir()
     file.write_text(yaml.safe_dump(tree))
     main(["lint", str(file), "--device", "none", "--fix"])
-    assert "shuffle_minibatch: is called shuffle_mini_batch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "shuffle_minibatch: is called shuffle_mini_batch" in said and "::" not in said
     assert yaml.safe_load((file.parent / "old.yaml.orig").read_text()) == tree
     main(["lint", str(file), "--device", "none"])
     assert "warning" not in capsys.readouterr().out
