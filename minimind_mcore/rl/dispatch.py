@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minimind_mcore.rl.config import Config
-from minimind_mcore.rl.rules import Problem, workers
+from minimind_mcore.rl.rules import workers
+from minimind_mcore.rl.values import Problem
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,8 @@ def _copy_module(name: str, folder: Path) -> bool:
     resolve(name)
     top = name.partition(":")[0].partition(".")[0]
     spec = importlib.util.find_spec(top)
-    places = [Path(place) for place in (spec and (spec.submodule_search_locations or [spec.origin])) or [] if place]
+    found = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin]
+    places = [Path(place) for place in found if place]
     installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
     if not places or top == "minimind_mcore" or installed & set(places[0].resolve().parents):
         return False

@@ -62,8 +62,8 @@ def _section_keys(where: str, section: Mapping[str, Any], reader: str, version: 
         elif isinstance(value, Mapping) and (key == "sampling_config" or key.endswith("_resource")):
             yield from _sub_keys(f"{where}.{key}", value, known[key] or {"num_npus": None})
         elif key in ELEMENTS:
-            kind, what = ELEMENTS[key]
-            if not all(item is not None and fits(item, kind) for item in value):
+            element, what = ELEMENTS[key]
+            if not all(item is not None and fits(item, element) for item in value):
                 yield (f"{where}.{key}", f"found {value!r}, expected a list of {what}")
 
 
