@@ -207,7 +207,7 @@ def _parquet(prefix: str, file: Path, split: str, config: Config) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.actor.tokenizer_name_or_path)
-    prompts = PromptDataset(prefix, ("labels",), config.rl.max_prompt_length, shuffle=False)
+    prompts = PromptDataset(prefix, (), config.rl.max_prompt_length, shuffle=False, optional=("labels",))
     rows = list(_rows(prompts, tokenizer, Path(prefix).name, split))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     print(f"{file.name}: {len(prompts):,} prompts of {prefix}, {prompts.too_long:,} too long")
@@ -216,7 +216,7 @@ def _parquet(prefix: str, file: Path, split: str, config: Config) -> None:
 def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> Iterator[dict[str, Any]]:
     for place in range(len(prompts)):
         prompt = prompts[place]
-        answer = tokenizer.decode(prompt.columns["labels"], skip_special_tokens=True)
+        answer = tokenizer.decode(prompt.columns.get("labels", []), skip_special_tokens=True)
         record = {key: value for key, value in prompt.record.items() if key not in ("prompt", "messages", "tools")}
         yield {
             "data_source": source,

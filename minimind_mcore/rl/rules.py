@@ -162,14 +162,14 @@ def lengths(config: Config, target: str) -> Iterator[Problem]:
 
 def rewards(config: Config, target: str) -> Iterator[Problem]:
     """Verifiers and what they need."""
-    rl, tree = config.rl, config.tree
+    rl = config.rl
     if len(rl.verifier_function) != len(rl.verifier_weight):
         yield (
             "rl_config.verifier_weight",
             f"{len(rl.verifier_weight)} weights for {len(rl.verifier_function)} functions of verifier_function",
         )
-    given = target != "embedded" or "dataset_additional_keys" in {*tree["megatron_training"], *tree["actor_config"]}
-    if given and rl.rule_reward and rl.verifier_function and "labels" not in config.actor.dataset_additional_keys:
+    labelled = "labels" in config.actor.dataset_additional_keys  # the embedded trainer looks at the data
+    if target != "embedded" and rl.rule_reward and rl.verifier_function and not labelled:
         yield "megatron_training.dataset_additional_keys", "verifiers need the right answers: add labels"
     if rl.clip_higher_enable and rl.clip_ratio_low > rl.clip_ratio_high:
         yield "rl_config.clip_ratio_low", f"{rl.clip_ratio_low} is above clip_ratio_high {rl.clip_ratio_high}"

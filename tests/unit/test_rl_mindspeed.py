@@ -203,7 +203,7 @@ def test_a_reward_that_raises_costs_its_response_and_ends_the_job_where_most_fai
 def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "my.module", SimpleNamespace(f=length))
+    monkeypatch.setitem(sys.modules, "my.module", SimpleNamespace(f=lambda response, label: 0.0))
     overrides = [f"minimind.output_dir={tmp_path}/out", "minimind.rewards=[my.module:f]", "rl_config.epochs=3"]
     job = rl_launch.prepare("train_grpo.py", "grpo_minimind3_moe", overrides)
     tree = yaml.safe_load(job.config.read_text())
