@@ -19,6 +19,7 @@ from minimind_mcore.errors import UserError, run
 from minimind_mcore.mindspeed.flags import complete, spelled
 
 SPEC = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
+RANK = ["-m", "minimind_mcore.mindspeed.program"]  # runs the program that follows
 CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
 
 
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags, remarks = complete(words[at], words[at + 1 :])
     for remark in remarks:
         print(remark, file=sys.stderr)
-    command = [sys.executable, "-m", "torch.distributed.run", *words[:at], words[at], *SPEC, *spelled(flags, folder)]
+    program = [*RANK, words[at], *SPEC, *spelled(flags, folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", *words[:at], *program]
     print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}", flush=True)
     if "--dry-run" in words:
         return

@@ -7,8 +7,9 @@ from pathlib import Path
 import engine
 import pytest
 import rehearsal
+import torch
 from engine import worst_difference
-from rehearsal import Pretrain
+from rehearsal import Inputs, Pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -49,3 +50,22 @@ def test_mindspeed_llm_goes_on_from_native(
     )
     assert resumed.iterations == [6, 7, 8, 9, 10]
     assert worst_difference(resumed.losses, ours.column()[5:]) < BOUNDS[precision]
+
+
+def test_what_megatron_cannot_load_is_a_failure(pretrain: Pretrain, inputs: Inputs, tmp_path: Path) -> None:
+    """Where it has no random states to go on from, it says so and exits with status 0."""
+    _, checkpoints = pretrain("minimind3")
+    source = rehearsal.halfway(checkpoints, tmp_path / "half")
+    for file in source.glob("iter_*/mp_rank_*/model_optim_rng.pt"):
+        state = torch.load(file, weights_only=False)
+        del state["rng_state"]
+        target = tmp_path / "cut" / file.relative_to(source)
+        target.parent.mkdir(parents=True)
+        torch.save(state, target)
+    (tmp_path / "cut" / engine.TRACKER).write_text("5")
+    environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout()
+    environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / "text.jsonl")}
+    environment |= {"OUTPUT_DIR": str(tmp_path / "out"), "CKPT_LOAD_DIR": str(tmp_path / "cut")}
+    result = rehearsal.run_script("pretrain", check=False, **environment)
+    assert "Unable to load rng state" in result.output and not result.iterations
+    assert result.code == 1 and "could not load the checkpoint (see above); nothing was trained" in result.output

@@ -126,6 +126,7 @@ def test_on_an_ascend_host_mindspeed_llm_runs_on_all_cards(ascend: dict[str, str
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stdout.splitlines() if line.startswith("cd ")]
     assert line.startswith(f"cd {ascend['MINDSPEED_LLM_HOME']} && ")
+    assert " -m minimind_mcore.mindspeed.program pretrain_gpt.py --spec " in line  # its failures are failures
     assert "--nproc-per-node 8 --nnodes 1 --node-rank 0 --master-addr 127.0.0.1" in line and " --bf16" in line
 
 
