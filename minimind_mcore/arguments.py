@@ -293,7 +293,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
         )
     args.no_effect = [f for f in flags if f in table and table[f]["dest"] in no_effect]
     _refuse_values(args)
-    _fill_model(args)
+    fill_model(args)
     if "--transformer-impl" not in flags:  # Megatron's default needs Transformer Engine
         args.transformer_impl = "local"
     return args
@@ -309,7 +309,7 @@ def _refuse_values(args: argparse.Namespace) -> None:
             raise UserError(f"{flags[dest]}: found {found}, the native engine has {choices}")
 
 
-def _fill_model(args: argparse.Namespace) -> None:
+def fill_model(args: argparse.Namespace) -> None:
     """What some flags of the model say through others, as Megatron and MindSpeed-LLM read them."""
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"

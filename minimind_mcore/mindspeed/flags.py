@@ -6,8 +6,6 @@ Each message says what and why. The defects D1 to D9 are those of docs/ascend.md
 from __future__ import annotations
 
 import argparse
-import pickletools
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +13,15 @@ from minimind_mcore.arguments import (
     DPO_LOSSES,
     STAGES,
     build_parser,
+    fill_model,
     flag_table,
     given_flags,
     kit_flags,
     refuse_unknown,
 )
 from minimind_mcore.errors import UserError
+from minimind_mcore.mindspeed import checkpoints
+from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.
 INSTEAD = {
@@ -36,7 +37,13 @@ OLDER_NAMES = {
     "--no-pad-to-seq-lengths": ["--variable-seq-lengths"],
     "--neat-pack": ["--neat-pack", "--reset-position-ids"],
 }
-HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
+# Layouts of MindSpeed-LLM's that are not the kit's: their arithmetic is left to it.
+ITS_LAYOUTS = (
+    "num_layer_list", "expert_tensor_parallel_size", "moe_tp_extend_ep", "tp_2d", "schedules_method", "use_torch_fsdp2",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+    "num_virtual_stages_per_pipeline_rank", "rampup_batch_size",
+)  # fmt: skip
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -57,15 +64,17 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, [flag for flag in given_flags(argv) if flag in ours]
 
 
-def complete(program: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def complete(program: str, argv: Sequence[str], processes: int = 1) -> tuple[list[str], list[str]]:
     """The flags that make `program` do what the kit's command line `argv` asks for, and remarks for the user.
 
     Args:
         program: pretrain_gpt.py or posttrain_gpt.py.
         argv: flags of Megatron, MindSpeed-LLM and this kit.
+        processes: of the job, on all hosts.
 
     Raises:
-        UserError: an unknown flag or value, or what it would compute wrongly without saying so.
+        UserError: an unknown flag or value, what it would compute wrongly without saying so, or what it would refuse
+            after a minute: a layout that does not divide, a checkpoint that is missing or another's.
     """
     flags, ours = split_flags(argv)
     ours = [flag for flag in ours if flag not in ("--dry-run", "--data-pending")]  # of the dry run alone
@@ -76,7 +85,8 @@ def complete(program: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if native := [value for value in (*STAGES, *DPO_LOSSES) if f"invalid choice: '{value}'" in str(error)]:
             raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
         raise
-    problems = [*_model_problems(args, flags), *_data_problems(args), *_checkpoint_problems(args)]
+    problems = [*_model_problems(args, flags), *_data_problems(args), *checkpoints.form_problems(args)]
+    problems = problems or [*_layout_problems(args, processes, argv), *checkpoints.fit_problems(args)]
     if problems:
         raise UserError("\n  ".join(problems))
     if args.gradient_accumulation_fusion:
@@ -87,7 +97,7 @@ def complete(program: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if args.num_experts and "--moe-token-dispatcher-type" not in given_flags(flags):
         # the only one that LoRA has, and the default refuses a sequence-parallel shared expert
         flags += ["--moe-token-dispatcher-type", "alltoall_seq", "--moe-permutation-async-comm"]
-    if args.load and not args.finetune and _is_converted(Path(args.load)):
+    if args.load and not args.finetune and checkpoints.is_converted(Path(args.load)):
         flags.append("--finetune")
         remarks.append(f"{args.load} has weights and no optimizer: training starts at iteration 0 (--finetune)")
     return flags, remarks
@@ -162,35 +172,16 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _checkpoint_problems(args: argparse.Namespace) -> list[str]:
-    """What could not be read, or not be read again."""
-    problems = []
-    for flag in ("load", "pretrained_checkpoint", "ref_model"):
-        path = getattr(args, flag)
-        if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
-            problems.append(
-                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
-                "and export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
-                f"    LOAD_DIR={path} bash examples/mcore/minimind/ckpt_convert_minimind_hf2mcore.sh"
-            )
-    if args.save and args.ckpt_format != "torch":
-        problems.append(
-            f"--ckpt-format {args.ckpt_format}: MindSpeed-LLM's converters read torch checkpoints only; "
-            "add --ckpt-format torch"
-        )
-    return problems
-
-
-def _is_converted(root: Path) -> bool:
-    """Whether the newest checkpoint below `root` has weights alone; False where there is none."""
-    tracker = root / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return False
-    text = tracker.read_text(encoding="utf-8").strip()
-    folder = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
-    file = next(iter(sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))), None)
-    if file is None or not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return all(value != "opt_param_scheduler" for _, value, _ in pickletools.genops(archive.read(member)))
+def _layout_problems(args: argparse.Namespace, processes: int, argv: Sequence[str]) -> list[str]:
+    """What Megatron would refuse once every rank has begun: parts that do not divide the model, batches, schedules."""
+    if args.context_parallel_size > 1 or any(getattr(args, name) for name in ITS_LAYOUTS):
+        return []
+    checked = argparse.Namespace(**vars(args))
+    fill_model(checked)
+    if "--data-pending" in argv and not args.train_samples:
+        checked.train_iters = args.train_iters or 1
+    try:
+        validate(checked, processes)
+    except UserError as error:
+        return [str(error)]
+    return []

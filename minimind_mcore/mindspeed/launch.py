@@ -8,6 +8,7 @@ folder, with MiniMind as its layer spec.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
@@ -48,6 +49,15 @@ def home() -> Path:
     return sources("MindSpeed-LLM", "pretrain_gpt.py", "BACKEND=native to run the kit's own engine")
 
 
+def processes(words: Sequence[str]) -> int:
+    """Of all hosts, by the flags of torchrun."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in ("--nproc-per-node", "--nnodes"):
+        parser.add_argument(flag, type=int, default=1)
+    given, _ = parser.parse_known_args(words)
+    return int(given.nproc_per_node * given.nnodes)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the command, and replace this process by it: torchrun and the program. `--dry-run` prints only.
 
@@ -59,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if at is None:
         raise UserError("no program is named; expected torchrun's flags, a program such as pretrain_gpt.py, its flags")
     folder = home()
-    flags, remarks = complete(words[at], words[at + 1 :])
+    flags, remarks = complete(words[at], words[at + 1 :], processes(words[:at]))
     for remark in remarks:
         print(remark, file=sys.stderr)
     program = [*RANK, words[at], *SPEC, *spelled(flags, folder)]

@@ -28,7 +28,7 @@ from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining
 from minimind_mcore.preprocess.indexed import bin_path
 from minimind_mcore.storage import MANIFEST, atomic_file, sha256
-from minimind_mcore.training import checkpoint_weights, checkpointing, distributed, step
+from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.model import weights_gathered
 
@@ -92,7 +92,7 @@ def _cache_path(job: PostTraining, source: str | None) -> Path | None:
     facts = {
         "data": [*job.data_digests(), *(sha256(bin_path(data.file_prefix(prefix, name))) for name in job.columns)],
         "weights": _weights_digest(Path(source)) if source else [args.seed, args.minimind_init, args.init_method_std],
-        "model": [getattr(args, name) for name in checkpointing.MODEL_ARGS],
+        "model": [getattr(args, name) for name in checkpoint_fit.MODEL_ARGS],
         "seq_length": args.seq_length,
         "precision": [args.bf16, args.fp16],
     }

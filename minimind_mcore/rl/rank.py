@@ -27,7 +27,7 @@ from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config, Section, megatron_flags
 from minimind_mcore.rl.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
 from minimind_mcore.rl.objective import objective
-from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
+from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import build_chunks, build_model, weights_gathered
@@ -187,7 +187,7 @@ class Rank:
         args = argparse.Namespace(**vars(self.args) | changes)
         self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
         chosen = checkpointing.directory_of(Path(self.args.save), self.progress.iteration)
-        saved = distributed.from_main(lambda: getattr(checkpoint_weights.saved_args(chosen), "rl_state", None))
+        saved = distributed.from_main(lambda: getattr(checkpoint_fit.saved_args(chosen), "rl_state", None))
         return saved
 
     def _begin(self) -> None:

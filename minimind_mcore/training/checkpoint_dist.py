@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
+from minimind_mcore.training.checkpoint_fit import check_model
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
 
 
@@ -77,8 +78,6 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
 def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Load into whatever layout this run has; returns the saved dictionary."""
     from megatron.core import dist_checkpointing
-
-    from minimind_mcore.training.checkpointing import check_model
 
     _require_support()
     saved = dist_checkpointing.load_common_state_dict(str(directory))

@@ -21,10 +21,14 @@ import torch.distributed as dist
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.training.checkpoint_fit import check_layout, check_model
 
 NAME = "model_optim_rng.pt"
 OPTIMIZER_NAME = "distrib_optim.pt"
-LAYOUT_ARGS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+INSTEAD = (
+    "give --reshard to take its weights into this layout, or convert it (convert_ckpt_v2.py), or save with "
+    "--ckpt-format torch_dist"
+)
 
 
 def rank_directory(directory: Path) -> Path:
@@ -85,19 +89,17 @@ def common_state(args: argparse.Namespace, optimizer: Any, scheduler: Any) -> di
 
 def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Load this rank's part into the model and the rest; returns the saved dictionary."""
-    from minimind_mcore.training.checkpointing import check_model
-
     folder = rank_directory(directory)
     if not (folder / NAME).is_file():
         found = ", ".join(sorted(p.name for p in directory.glob("mp_rank_*"))) or "none"
         raise UserError(
             f"{directory}: no {folder.name}, which this layout needs; it has {found}. A torch checkpoint loads into "
-            "the layout that saved it: give --reshard to take its weights into this one, or convert it "
-            "(convert_ckpt_v2.py), or save with --ckpt-format torch_dist"
+            f"the layout that saved it: {INSTEAD}"
         )
     # Written by Megatron it holds an argparse.Namespace and enums: no `weights_only`. Load what you trust.
     state: dict[str, Any] = torch.load(folder / NAME, map_location="cpu", weights_only=False)
-    check_model(args, state["args"], directory, LAYOUT_ARGS)
+    check_model(args, state["args"], directory)
+    check_layout(args, state["args"], directory, INSTEAD)
     for key, chunk in zip(model_keys(model), model, strict=True):
         if key not in state:
             raise UserError(

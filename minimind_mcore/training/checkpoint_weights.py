@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from minimind_mcore.converters.convert import require_finite
-from minimind_mcore.converters.megatron import NAME
 from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.converters.source import Source
-from minimind_mcore.converters.torch_zip import read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.training.checkpoint_fit import check_tokenizer, content, saved_args
 from minimind_mcore.training.checkpoint_torch import load_schedule
 
 
@@ -33,18 +32,6 @@ def is_resharded(args: argparse.Namespace, directory: Path) -> bool:
 def saved_sharding(directory: Path) -> Sharding:
     """The layout of a `torch` checkpoint."""
     return Sharding.from_args(saved_args(directory))
-
-
-def saved_args(directory: Path) -> argparse.Namespace:
-    """The arguments that a checkpoint of either format carries."""
-    args: argparse.Namespace = _content(directory)["args"]
-    return args
-
-
-def _content(directory: Path) -> Any:
-    """What a checkpoint holds beside tensors."""
-    common = directory / "common.pt"  # of torch_dist
-    return read_archive(common if common.is_file() else sorted(directory.glob("mp_rank_*"))[0] / NAME).content
 
 
 def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer: Any) -> Source:
@@ -82,8 +69,6 @@ def open_weights(args: argparse.Namespace, path: Path) -> Source:
     Raises:
         UserError: another tokenizer, adapters that are not merged, or damaged.
     """
-    from minimind_mcore.training.checkpointing import check_tokenizer
-
     source = open_source(path)
     check_tokenizer(args, source.training.fingerprint, path)
     if source.adapters:
@@ -105,7 +90,7 @@ def reshard(
 ) -> dict[str, Any]:
     """Fill this rank's chunks from a `torch` checkpoint of another layout; returns the saved dictionary."""
     read_model(args, directory, model, optimizer)
-    content: dict[str, Any] = _content(directory)
-    if not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in content:
-        load_schedule(scheduler, content["opt_param_scheduler"], directory)
-    return content
+    saved: dict[str, Any] = content(directory)
+    if not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved:
+        load_schedule(scheduler, saved["opt_param_scheduler"], directory)
+    return saved

@@ -37,24 +37,12 @@ from minimind_mcore.storage import (
     write_manifest,
 )
 from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed
+from minimind_mcore.training.checkpoint_fit import check_layout, check_model, is_torch_dist, saved_args
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PREFIX = "iter_"
-# What must be equal in a checkpoint and on the command line, whatever the layout.
-MODEL_ARGS = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "num_experts",
-    "padded_vocab_size",
-    "untie_embeddings_and_output_weights",
-    "qk_layernorm",
-)
 
 
 def directory_of(root: Path, iteration: int) -> Path:
@@ -66,11 +54,6 @@ def iterations_in(root: Path) -> list[int]:
     """Iterations that have a checkpoint directory, newest first."""
     names = [p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*") if p.is_dir()]
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
-
-
-def is_torch_dist(directory: Path) -> bool:
-    """True for a `torch_dist` checkpoint, False for a `torch` one."""
-    return (directory / "metadata.json").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -198,14 +181,8 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     Raises:
         UserError: every checkpoint there is damaged, or belongs to another model or layout.
     """
-    if (
-        args.pretrained_checkpoint
-        and not args.lora_target_modules
-        and not (args.load and iterations_in(Path(args.load)))
-    ):
-        # As Megatron does: a run that has not begun takes its weights from there.
-        changes = {"load": args.pretrained_checkpoint, "finetune": True, "reshard": True}
-        args = argparse.Namespace(**vars(args) | changes)
+    if _begins_elsewhere(args):
+        args = _beginning(args, args.pretrained_checkpoint)
     if not args.load:
         return Progress()
     root = Path(args.load)
@@ -213,10 +190,8 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
         source = checkpoint_weights.read_model(args, root, model, optimizer)
         _say(f"loaded weights of {root}: {source.kind}; training starts at the beginning")
         return Progress()
-    directory = choose(root, args.ckpt_step)
+    directory = _chosen(args, root)
     if directory is None:
-        if args.exit_on_missing_checkpoint or args.ckpt_step or args.finetune:
-            raise UserError(f"--load {root}: found no checkpoint there")
         _say(f"no checkpoint in {root}: starting from the beginning")
         return Progress()
     if args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory):
@@ -228,6 +203,26 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     progress = _progress(args, saved)
     _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
     return progress
+
+
+def _begins_elsewhere(args: argparse.Namespace) -> bool:
+    """Whether the run has not begun, and takes its weights from `--pretrained-checkpoint`, as Megatron's do."""
+    begun = args.load and iterations_in(Path(args.load))
+    return bool(args.pretrained_checkpoint and not args.lora_target_modules and not begun)
+
+
+def _beginning(args: argparse.Namespace, path: str | Path) -> argparse.Namespace:
+    """The same run as one that takes the weights of `path`, in whatever layout they are, and nothing else."""
+    changes: dict[str, Any] = {"load": str(path), "finetune": True, "reshard": True, "ckpt_step": None}
+    return argparse.Namespace(**vars(args) | changes | {"pretrained_checkpoint": None, "lora_target_modules": []})
+
+
+def _chosen(args: argparse.Namespace, root: Path) -> Path | None:
+    """The checkpoint to load; None if there is none, and need not be."""
+    directory = choose(root, args.ckpt_step)
+    if directory is None and (args.exit_on_missing_checkpoint or args.ckpt_step or args.finetune):
+        raise UserError(f"{root}: found no checkpoint there; give where there is one")
+    return directory
 
 
 class _NoOptimizer:
@@ -243,25 +238,36 @@ def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None
     Raises:
         UserError: as `load`.
     """
-    changes: dict[str, Any] = {"load": str(path), "finetune": True, "reshard": True, "ckpt_step": None}
-    changes |= {"pretrained_checkpoint": None, "lora_target_modules": []}
-    load(argparse.Namespace(**vars(args) | changes), model, _NoOptimizer(), None)
+    load(_beginning(args, path), model, _NoOptimizer(), None)
 
 
-def preview(args: argparse.Namespace) -> str:
-    """What `load` would take, checked as far as that goes without reading weights into a model.
+def previews(args: argparse.Namespace) -> dict[str, str]:
+    """What a run would begin with, by a name, checked as far as that goes without reading weights into a model.
 
     Raises:
         UserError: what `load` would raise.
     """
+    found = {}
+    if args.pretrained_checkpoint and (args.lora_target_modules or _begins_elsewhere(args)):
+        found["begin with"] = _preview(_beginning(args, args.pretrained_checkpoint))
+    if args.ref_model and not getattr(args, "reference_live", False):  # that one may be of any size
+        found["reference"] = _preview(_beginning(args, args.ref_model))
+    if args.load:
+        found["load"] = _preview(args, begun=not _begins_elsewhere(args))
+    return found
+
+
+def _preview(args: argparse.Namespace, begun: bool = True) -> str:
     root = Path(args.load)
     if checkpoint_weights.is_model(root):
         return f"weights of {root}: {checkpoint_weights.open_model(args, root).kind}"
-    directory = choose(root, args.ckpt_step)
+    directory = _chosen(args, root) if begun else None
     if directory is None:
         return f"nothing in {root}: starts from the beginning"
-    fixed = () if args.reshard or is_torch_dist(directory) else checkpoint_torch.LAYOUT_ARGS
-    check_model(args, checkpoint_weights.saved_args(directory), directory, fixed)
+    saved = saved_args(directory)
+    check_model(args, saved, directory)
+    if not (args.reshard or is_torch_dist(directory)):
+        check_layout(args, saved, directory, checkpoint_torch.INSTEAD)
     return str(directory)
 
 
@@ -327,34 +333,6 @@ def _check_share(directory: Path, rank: int, ranks: int) -> list[str]:
     if not files:
         return [f"{directory}: no checkpoint files"]
     return [f"{file}: truncated, or no torch file" for file in files[rank::ranks] if not zipfile.is_zipfile(file)]
-
-
-def check_model(args: argparse.Namespace, saved: Any, directory: Path, more: tuple[str, ...] = ()) -> None:
-    """Refuse a checkpoint whose model, or tokenizer, is another."""
-    absent = object()
-    for name in MODEL_ARGS + more:
-        found, expected = getattr(saved, name, absent), getattr(args, name)
-        if found is not absent and found is not None and found != expected:
-            raise UserError(
-                f"{directory}: {name} is {found} there and {expected} on the command line; "
-                + (
-                    "give --reshard to take its weights into this layout, or convert it (convert_ckpt_v2.py), or save "
-                    "with --ckpt-format torch_dist"
-                    if name in more
-                    else "give the same model flags"
-                )
-            )
-    check_tokenizer(args, getattr(saved, "tokenizer_fingerprint", None), directory)
-
-
-def check_tokenizer(args: argparse.Namespace, found: str | None, path: Path) -> None:
-    """Refuse weights that were trained with another tokenizer, where that is known."""
-    expected = getattr(args, "tokenizer_fingerprint", None)
-    if found and expected and found != expected:
-        raise UserError(
-            f"{path}: trained with another tokenizer (fingerprint {found[:12]}, the given one's is {expected[:12]}). "
-            "MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was trained with"
-        )
 
 
 def _say(text: str, file: Any = None) -> None:

@@ -114,10 +114,8 @@ def show(args: argparse.Namespace, job: Job) -> None:
         job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
-    if args.pretrained_checkpoint:
-        print(f"{'begin with:':<12}{args.pretrained_checkpoint}")
-    if args.load:
-        print(f"{'load:':<12}{checkpointing.preview(args)}")
+    for name, text in checkpointing.previews(args).items():
+        print(f"{name + ':':<12}{text}")
     if args.save:
         needed, free = checkpointing.expected_bytes(args), checkpointing.free_bytes(args)
         print(f"{'save:':<12}{args.save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")

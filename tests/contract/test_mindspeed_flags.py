@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from engine import ROOT, Corpus
+from weights_on_disk import write_arguments
 
 from minimind_mcore.arguments import build_parser, flag_table
 from minimind_mcore.mindspeed.flags import spelled
@@ -87,6 +88,14 @@ def dry_run(home: Path, corpus: Corpus, dialogues: Corpus) -> DryRun:
     """Runs one of RUNS, with further settings and arguments, as a dry run."""
     prefixes = {"text": corpus.prefix, "sft": dialogues.prefix, "dpo": dialogues.prefix.with_name("pairs")}
 
+    def weights(name: str) -> Path:
+        """What a stage of post-training begins with: it is looked at, and not loaded."""
+        root, (_, settings, _) = home.parent / f"weights of {name}", RUNS[name]
+        if not root.exists():
+            tp = ["--tensor-model-parallel-size", settings.get("TP", "1")]
+            write_arguments(root, [*PRESETS[settings["MODEL"]].megatron_flags(), *tp])
+        return root
+
     def run(name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         script, settings, kind = RUNS[name]
         environ = {
@@ -95,6 +104,7 @@ def dry_run(home: Path, corpus: Corpus, dialogues: Corpus) -> DryRun:
             **{"NPUS_PER_NODE": "8", "TP": "1", "PRECISION": "bf16", "TRAIN_ITERS": "100"},
             **{"DATA_PATH": str(prefixes[kind]), "TOKENIZER_PATH": str(corpus.tokenizer)},
             **{"OUTPUT_DIR": str(home.parent / name)},
+            **({"CKPT_LOAD_DIR": str(weights(name))} if kind != "text" else {}),
             **settings,
             **more,
         }

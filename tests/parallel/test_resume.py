@@ -199,6 +199,6 @@ def test_a_dry_run_compares_the_checkpoint_with_the_command_line(
     assert code == 1 and "num_attention_heads is 4 there and 8 on the command line" in output
     code, output = show(*flags(**dry, **layout(tp=2)), processes=2)
     if form is TORCH:
-        assert code == 1 and "tensor_model_parallel_size is 1 there and 2 on the command line; give --reshard" in output
+        assert code == 1 and "the layout TP=1 PP=1 EP=1, and the run has TP=2 PP=1 EP=1; give --reshard" in output
         code, output = show(*flags(**dry, **layout(tp=2), reshard=True), processes=2)
     assert code == 0

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights_on_disk import write_arguments
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.flags import complete
+from minimind_mcore.mindspeed.launch import processes
 from minimind_mcore.models.presets import PRESETS
 
 RUN = ["--transformer-impl", "local", "--ckpt-format", "torch", "--split", "100,0,0", "--data-path", "data", "--bf16"]
+RUN += ["--seq-length", "64", "--micro-batch-size", "1", "--train-iters", "10", "--lr", "1e-3", "--sequence-parallel"]
 SFT = ["--stage", "sft", "--is-instruction-dataset"]
 
 
@@ -117,3 +120,110 @@ def test_converted_weights_begin_at_iteration_0_and_runs_go_on(tmp_path: Path, t
     torch.save(content, folder / "model_optim_rng.pt")
     flags, remarks = complete("pretrain_gpt.py", flags_of(more=["--load", str(tmp_path)]))
     assert ("--finetune" in flags) == (not trained) == bool(remarks)
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def sizes(tp: int = 1, pp: int = 1, ep: int = 1) -> list[str]:
+    """Flags of a layout."""
+    named = {"tensor": tp, "pipeline": pp, "expert": ep}
+    return [word for name, size in named.items() for word in (f"--{name}-model-parallel-size", str(size))]
+
+
+# Model, layout, processes, what is said.
+LAYOUTS = {
+    "heads": ("minimind3_tiny", sizes(tp=8), 8, "--num-attention-heads 4 is not a multiple of TP=8"),
+    "layers": ("minimind3_tiny", sizes(pp=3), 3, "--num-layers 4 is not a multiple of PP=3"),
+    "experts": ("minimind3_moe_tiny", sizes(ep=3), 3, "--num-experts 4 is not a multiple of EP=3"),
+    "devices": ("minimind3_moe_tiny", sizes(tp=2, ep=2), 2, "does not divide the 1 data-parallel ranks of TP=2 PP=1"),
+    "batch": ("minimind3_tiny", ["--global-batch-size", "3"], 2, "not a multiple of --micro-batch-size 1 x DP 2"),
+    "length": ("minimind3_tiny", ["--seq-length", "40000"], 1, "expected at most --max-position-embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_does_not_divide_is_refused_before_ranks_start(name: str) -> None:
+    model, more, count, message = LAYOUTS[name]
+    with pytest.raises(UserError) as error:
+        complete("pretrain_gpt.py", flags_of(model, more), count)
+    assert message in str(error.value)
+
+
+def test_layouts_that_only_mindspeed_llm_has_are_left_to_it() -> None:
+    for more in (["--context-parallel-size", "2"], ["--expert-tensor-parallel-size", "1"]):
+        complete("pretrain_gpt.py", flags_of("minimind3_moe_tiny", [*sizes(tp=2, ep=2), *more]), 2)
+    uneven = ["--num-layer-list", "1,3", *sizes(pp=2)]
+    complete("pretrain_gpt.py", flags_of("minimind3_tiny", uneven), 2)
+
+
+def test_data_that_is_not_there_yet_does_not_tell_the_length_of_the_run() -> None:
+    flags = flags_of(without="--train-iters")
+    complete("pretrain_gpt.py", [*flags, "--data-pending", "--dry-run"])
+    with pytest.raises(UserError, match="--train-iters is missing"):
+        complete("pretrain_gpt.py", flags)
+
+
+def test_processes_are_those_of_all_hosts() -> None:
+    assert processes(["--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "0"]) == 16
+    assert processes(["--nnodes=1", "--nproc-per-node=4"]) == 4
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Checkpoints of minimind3_tiny at TP=1 and TP=2, one of another model, one of torch_dist, an empty directory."""
+    for name, model, layout in (
+        ("whole", "minimind3_tiny", sizes()),
+        ("two", "minimind3_tiny", sizes(tp=2)),
+        ("other", "minimind2_tiny", sizes()),
+        ("cut", "minimind3_tiny", sizes(tp=2)),
+    ):
+        write_arguments(tmp_path / name, [*PRESETS[model].megatron_flags(), *layout])
+    (tmp_path / "cut/iter_0000001/mp_rank_01/model_optim_rng.pt").unlink()
+    (tmp_path / "dist/iter_0000001").mkdir(parents=True)
+    (tmp_path / "dist/latest_checkpointed_iteration.txt").write_text("1")
+    (tmp_path / "dist/iter_0000001/metadata.json").write_text("{}")
+    (tmp_path / "none").mkdir()
+    return tmp_path
+
+
+LORA = ["--lora-target-modules", "linear_qkv"]
+DPO = ["--stage", "dpo", "--is-pairwise-dataset"]
+# A training from `whole`, with a checkpoint of these flags; None: it is accepted.
+BEGIN = ["--load", "{}/none", "--pretrained-checkpoint", "{}/whole"]
+CHECKPOINTS: dict[str, tuple[list[str], str | None]] = {
+    "nothing yet": (["--load", "{}/none"], None),
+    "resumed": (["--load", "{}/whole"], None),
+    "fine-tuned": ([*SFT, *BEGIN], None),
+    "resumed, and its beginning is gone": ([*SFT, "--load", "{}/whole", "--pretrained-checkpoint", "{}/none"], None),
+    "TP=2": ([*SFT, "--load", "{}/none", "--pretrained-checkpoint", "{}/two", *sizes(tp=2)], None),
+    "no weights": ([*SFT, "--load", "{}/none", "--pretrained-checkpoint", "{}/no"], "checkpoint {}/no: found no"),
+    "of LoRA": ([*SFT, *LORA, "--load", "{}/none", "--pretrained-checkpoint", "{}/none"], "checkpoint {}/none: found"),
+    "no reference": ([*DPO, *BEGIN, "--ref-model", "{}/none"], "--ref-model {}/none: found no checkpoint"),
+    "no adapters": ([*SFT, *LORA, *BEGIN, "--lora-load", "{}/none"], "--lora-load {}/none: found no checkpoint"),
+    "random weights, fine-tuned": (["--load", "{}/none", "--finetune"], "--load {}/none: found no checkpoint"),
+    "a checkpoint that must be": (["--load", "{}/none", "--exit-on-missing-checkpoint"], "found no checkpoint"),
+    "an iteration that is not there": (["--load", "{}/whole", "--ckpt-step", "7"], "iter_0000007, which is not there"),
+    "of two": (["--load", "{}/two"], "has the layout TP=2 PP=1 EP=1, and the run has TP=1 PP=1 EP=1"),
+    "of one": ([*SFT, *BEGIN, *sizes(tp=2)], "TP=2 PP=1 EP=1 bash examples/mcore/minimind/ckpt_convert_minimind_mcore"),
+    "of another model": (["--load", "{}/other"], "num_attention_heads is 8 there and 4 on the command line"),
+    "the reference of another model": ([*DPO, *BEGIN, "--ref-model", "{}/other"], "{}/other/iter_0000001: num_att"),
+    "adapters of another layout": ([*SFT, *LORA, *BEGIN, "--lora-load", "{}/two"], "/two/iter_0000001 has the layout"),
+    "a part is missing": (["--load", "{}/cut", *sizes(tp=2)], "missing mp_rank_01/model_optim_rng.pt"),
+    "torch_dist": (["--load", "{}/dist"], "is of the format torch_dist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_that_would_not_load_is_refused_before_ranks_start(name: str, saved: Path) -> None:
+    more, message = CHECKPOINTS[name]
+    flags = flags_of("minimind3_tiny", [word.format(saved) for word in more])
+    if message is None:
+        complete("posttrain_gpt.py", flags, 2)
+        return
+    with pytest.raises(UserError) as error:
+        complete("posttrain_gpt.py", flags, 2)
+    assert message.format(saved) in str(error.value)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from weights_on_disk import write_arguments
 
 from minimind_mcore import arguments
+from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.training import checkpointing
+from minimind_mcore.training.checkpointing import previews
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.plan import memory_estimate
 
@@ -35,3 +40,37 @@ def test_a_pair_has_the_activations_of_two_samples() -> None:
     (one, _), (two, _) = estimate(), estimate(sequences=2)
     assert {name for name in one if two[name] == 2 * one[name]} == {"activations", "logits"}
     assert all(two[name] == one[name] for name in ("weights", "gradients", "optimizer"))
+
+
+LAYOUT = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+# What a run of minimind3_tiny on one process would take of checkpoints of its own, of TP=2, of minimind2_tiny.
+PREVIEWS: dict[str, tuple[list[str], str]] = {
+    "its own": (["--load", "{}/own"], "load {}/own/iter_0000001"),
+    "to begin with": (["--load", "{}/none", "--pretrained-checkpoint", "{}/own"], "begin with {}/own/iter_0000001"),
+    "of two, to begin with": (["--pretrained-checkpoint", "{}/two"], "begin with {}/two/iter_0000001"),
+    "of two, resharded": (["--load", "{}/two", "--reshard"], "load {}/two/iter_0000001"),
+    "adapters of LoRA": ([*LORA, "--pretrained-checkpoint", "{}/own", "--load", "{}/none"], "load nothing in {}/none"),
+    "of two": (["--load", "{}/two"], "layout TP=2 PP=1 EP=1, and the run has TP=1 PP=1 EP=1; give --reshard"),
+    "of another model": (["--load", "{}/other"], "num_attention_heads is 8 there and 4"),
+    "to begin with of another": (["--pretrained-checkpoint", "{}/other"], "num_attention_heads is 8 there and 4"),
+    "the base of another": ([*LORA, "--pretrained-checkpoint", "{}/other"], "num_attention_heads is 8 there and 4"),
+    "the reference of another": (["--load", "{}/own", "--ref-model", "{}/other"], "num_attention_heads is 8"),
+    "nothing to begin with": (["--pretrained-checkpoint", "{}/none"], "{}/none: found no checkpoint there"),
+    "nothing to fine-tune": (["--load", "{}/none", "--finetune"], "{}/none: found no checkpoint there"),
+    "nothing that must be": (["--load", "{}/none", "--exit-on-missing-checkpoint"], "found no checkpoint there"),
+}
+
+
+@pytest.mark.parametrize("name", PREVIEWS)
+def test_a_dry_run_looks_at_what_the_run_would_load(name: str, tmp_path: Path) -> None:
+    own, other = (get_preset(model).megatron_flags() for model in ("minimind3_tiny", "minimind2_tiny"))
+    for folder, flags in {"own": own, "two": [*own, *LAYOUT], "other": other}.items():
+        write_arguments(tmp_path / folder, flags)
+    (tmp_path / "none").mkdir()
+    more, expected = PREVIEWS[name]
+    flags = [*own, *RUN, *(word.format(tmp_path) for word in more)]
+    try:
+        found = " ".join(f"{key} {text}" for key, text in previews(arguments.parse(flags, posttrain=True)).items())
+    except UserError as error:
+        found = str(error)
+    assert expected.format(tmp_path) in found

@@ -1,0 +1,114 @@
+"""The checkpoints that a command line of MindSpeed-LLM's names: that they are there, whole, and of the run.
+
+Without this its ranks would find out, a minute later and with a traceback each; or they would begin with random
+weights and say so in a line of many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimind_mcore.converters.megatron import NAME, TRACKER
+from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.errors import UserError
+from minimind_mcore.training.checkpoint_fit import (
+    check_layout,
+    check_model,
+    conversion,
+    is_torch_dist,
+    layout_settings,
+    saved_args,
+)
+
+HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
+
+
+def form_problems(args: argparse.Namespace) -> list[str]:
+    """What could not be read, or not be read again, whatever is in it."""
+    problems = []
+    for flag in ("load", "pretrained_checkpoint", "ref_model"):
+        path = getattr(args, flag)
+        if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
+            problems.append(
+                f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
+                "and export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
+                f"    {conversion(path, 'hf2mcore', layout_settings(args))}"
+            )
+    if args.save and args.ckpt_format != "torch":
+        problems.append(
+            f"--ckpt-format {args.ckpt_format}: MindSpeed-LLM's converters read torch checkpoints only; "
+            "add --ckpt-format torch"
+        )
+    return problems
+
+
+def fit_problems(args: argparse.Namespace) -> list[str]:
+    """What would not load into the run: another model or layout, or none at all."""
+    problems = []
+    for flag, path in _needed(args):
+        try:
+            _check(args, flag, Path(path))
+        except UserError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def is_converted(root: Path) -> bool:
+    """Whether the newest checkpoint below `root` has weights alone; False where there is none."""
+    if not _exists(root):
+        return False
+    file = next(iter(sorted(_iteration(root).glob(f"mp_rank_*/{NAME}"))), None)
+    if file is None or not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        return all(value != "opt_param_scheduler" for _, value, _ in pickletools.genops(archive.read(member)))
+
+
+def _exists(root: str | Path | None) -> bool:
+    """As Megatron tells it."""
+    return root is not None and Path(root, TRACKER).is_file()
+
+
+def _iteration(root: Path, step: int | None = None) -> Path:
+    """The directory of the checkpoint of `step`, else of the one that the tracker file names."""
+    text = str(step) if step else (root / TRACKER).read_text(encoding="utf-8").strip()
+    return root / (f"iter_{int(text):07d}" if text.isdigit() else text or "iter_?")
+
+
+def _needed(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Flags and the paths, of those that the run will read; one to resume from need not be there."""
+    if args.load and (_exists(args.load) or (args.finetune and not args.pretrained_checkpoint)):
+        yield "--load", args.load
+    elif args.pretrained_checkpoint:
+        yield "--pretrained-checkpoint", args.pretrained_checkpoint
+    elif args.load and (args.exit_on_missing_checkpoint or args.ckpt_step):
+        yield "--load", args.load
+    if args.stage == "dpo" and args.ref_model:
+        yield "--ref-model", args.ref_model
+    if args.lora_load and args.lora_target_modules:
+        yield "--lora-load", args.lora_load
+
+
+def _check(args: argparse.Namespace, flag: str, root: Path) -> None:
+    """Refuse a checkpoint that a run with these flags could not load."""
+    if not _exists(root):
+        raise UserError(f"{flag} {root}: found no checkpoint there (no {TRACKER}); give where there is one")
+    directory = _iteration(root, args.ckpt_step if flag == "--load" else None)
+    if not directory.is_dir():
+        raise UserError(f"{flag} {root}: {TRACKER} or --ckpt-step names {directory.name}, which is not there")
+    convert = f"convert it:\n    {conversion(root, 'mcore2mcore', layout_settings(args))}"
+    if is_torch_dist(directory) and not args.auto_detect_ckpt_format:
+        raise UserError(f"{flag} {directory} is of the format torch_dist, and MindSpeed-LLM reads torch; {convert}")
+    saved = saved_args(directory)
+    if not (args.use_checkpoint_args or args.load_checkpoint_loosely):
+        check_model(args, saved, directory)
+    if args.use_checkpoint_args or is_torch_dist(directory):
+        return
+    check_layout(args, saved, directory, convert)
+    if missing := [name for name in Sharding.from_args(saved).folders() if not (directory / name / NAME).is_file()]:
+        raise UserError(f"{flag} {directory}: missing {', '.join(f'{name}/{NAME}' for name in missing)}")

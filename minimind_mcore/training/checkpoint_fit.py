@@ -1,0 +1,99 @@
+"""Whether a checkpoint is one that a run can take: of its model, its layout and its tokenizer.
+
+It is told by the arguments that the checkpoint carries, before anything is built. Training, its dry run, what starts
+MindSpeed-LLM and the generator of FusionOne's tasks ask here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.converters.megatron import NAME
+from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.converters.torch_zip import read_archive
+from minimind_mcore.errors import UserError
+
+# What must be equal in a checkpoint and on the command line, whatever the layout.
+MODEL_ARGS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "num_experts",
+    "padded_vocab_size",
+    "untie_embeddings_and_output_weights",
+    "qk_layernorm",
+)
+
+
+def is_torch_dist(directory: Path) -> bool:
+    """True for a `torch_dist` checkpoint, False for a `torch` one."""
+    return (directory / "metadata.json").is_file()
+
+
+def content(directory: Path) -> Any:
+    """What the checkpoint of an iteration, of either format, holds beside tensors.
+
+    Raises:
+        UserError: it is damaged, or no checkpoint of Megatron.
+    """
+    common = directory / "common.pt"  # of torch_dist
+    first = next(iter(sorted(directory.glob("mp_rank_*"))), directory / "mp_rank_00")
+    archive = read_archive(common if common.is_file() else first / NAME)
+    if not isinstance(archive.content, dict) or not isinstance(archive.content.get("args"), argparse.Namespace):
+        raise UserError(f"{archive.path}: no checkpoint of Megatron: it has no args")
+    return archive.content
+
+
+def saved_args(directory: Path) -> argparse.Namespace:
+    """The arguments that the checkpoint of an iteration carries; see `content`."""
+    args: argparse.Namespace = content(directory)["args"]
+    return args
+
+
+def check_model(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
+    """Refuse a checkpoint whose model, or tokenizer, is another."""
+    absent = object()
+    for name in MODEL_ARGS:
+        found, expected = getattr(saved, name, absent), getattr(args, name)
+        if found is not absent and found is not None and found != expected:
+            raise UserError(
+                f"{directory}: {name} is {found} there and {expected} on the command line; give the same model flags"
+            )
+    check_tokenizer(args, getattr(saved, "tokenizer_fingerprint", None), directory)
+
+
+def check_layout(args: argparse.Namespace, saved: argparse.Namespace, directory: Path, instead: str) -> None:
+    """Refuse a `torch` checkpoint of another layout; `instead` is what to do."""
+    found, expected = Sharding.from_args(saved), Sharding.from_args(args)
+    if found != expected:
+        raise UserError(f"{directory} has the layout {found}, and the run has {expected}; {instead}")
+
+
+def check_tokenizer(args: argparse.Namespace, found: str | None, path: Path) -> None:
+    """Refuse weights that were trained with another tokenizer, where that is known."""
+    expected = getattr(args, "tokenizer_fingerprint", None)
+    if found and expected and found != expected:
+        raise UserError(
+            f"{path}: trained with another tokenizer (fingerprint {found[:12]}, the given one's is {expected[:12]}). "
+            "MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it was trained with"
+        )
+
+
+def conversion(path: Path | str, kind: str, settings: str) -> str:
+    """The command that converts weights, by the kind that names its script (`hf2mcore`, `mcore2mcore`)."""
+    words = ["LOAD_DIR=" + str(path), *filter(None, [settings])]
+    return f"{' '.join(words)} bash examples/mcore/minimind/ckpt_convert_minimind_{kind}.sh"
+
+
+def layout_settings(args: argparse.Namespace) -> str:
+    """TP, PP, VPP and EP of a command line, as that script takes them."""
+    sharding = Sharding.from_args(args)
+    sizes = {"TP": sharding.tp, "PP": sharding.pp, "EP": sharding.ep}
+    if sharding.layers_per_virtual_stage:
+        sizes["VPP"] = sharding.layers_per_virtual_stage
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
