@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind_mcore import arguments
 from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.source import Source
 from minimind_mcore.doctor.job import DATASET
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.training.checkpoint_fit import check_model, conversion, saved_args
 
 ALGORITHM = "/workspace/algorithm"
 MOUNTS = {"data": "/data", "models": "/models", "outputs": "/outputs"}
@@ -131,17 +133,18 @@ def layout(args: argparse.Namespace, source: Source | None) -> dict[str, int]:
     have = {"TP": 1, "PP": 1, "EP": 1}
     if source is not None:
         if source.sharding is None:
+            asked = {key: value for key, value in given.items() if value is not None}
             kind = "mcore2mcore" if source.kind.startswith("Megatron") else "hf2mcore"
             raise UserError(
                 f"--load {args.load} is {source.kind}; a task starts MindSpeed-LLM, which wants a Megatron checkpoint "
-                f"in the torch format. Convert it:\n  {conversion(args, kind, given)}"
+                f"in the torch format. Convert it:\n  {conversion(args.load, kind, settings(asked))}"
             )
         have = {"TP": source.sharding.tp, "PP": source.sharding.pp, "EP": source.sharding.ep}
     wanted = {key: have[key] if value is None else value for key, value in given.items()}
     if source is not None and wanted != have:
         raise UserError(
             f"--load {args.load} has the layout {settings(have)}, and the task would have {settings(wanted)}. "
-            f"Leave --tp, --pp and --ep out, or convert it:\n  {conversion(args, 'mcore2mcore', wanted)}"
+            f"Leave --tp, --pp and --ep out, or convert it:\n  {conversion(args.load, 'mcore2mcore', settings(wanted))}"
         )
     split(PRESETS[args.model], wanted, args.cards * args.nodes)
     return wanted
@@ -168,20 +171,12 @@ def settings(values: dict[str, Any]) -> str:
     return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in values.items())
 
 
-def conversion(args: argparse.Namespace, kind: str, sizes: dict[str, int | None]) -> str:
-    """The command that makes a checkpoint of a layout."""
-    sizes = {key: value for key, value in sizes.items() if value is not None}
-    return f"LOAD_DIR={args.load} {settings(sizes)} bash examples/mcore/minimind/ckpt_convert_minimind_{kind}.sh"
-
-
 def same_model(model: ModelConfig, source: Source) -> None:
-    """Refuse a checkpoint of another model."""
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
-        found, expected = getattr(source.config, name), getattr(model, name)
-        if found != expected:
-            raise UserError(f"{source.path} is of another model: {name} {found}, expected {expected}")
-    if (source.config.moe is None) != (model.moe is None):
-        raise UserError(f"{source.path} is of another model: one has experts, the other has none")
+    """Refuse a Megatron checkpoint of another model; others are refused by their format."""
+    if source.kind.startswith("Megatron"):
+        args = arguments.parse(model.megatron_flags())
+        args.num_layers += len(source.sharding.noop_layers) if source.sharding else 0  # Megatron counts their places
+        check_model(args, saved_args(source.path), source.path)
 
 
 def task(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from minimind_mcore.doctor.finding import Finding, fail, ok
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
+CHECKPOINTS = ("--load", "--pretrained-checkpoint", "--ref-model", "--lora-load")
 DATASET = ("{}.idx", "{}_packed_input_ids_document.idx", "{}_packed_chosen_input_ids_document.idx")
 PROGRAM = re.compile(r"(^|/)(pretrain_gpt|posttrain_gpt|inference|evaluation|preprocess_data|convert_ckpt_v2)\.py$")
 
@@ -89,8 +90,8 @@ def paths(words: Sequence[str], made: Sequence[str] = ()) -> list[Finding]:
     for path in values(words, "--prompt-type-path"):
         if not Path(path).is_file():
             found.append(fail("templates", f"--prompt-type-path {path}: no such file", "configs/templates.json"))
-    for path in values(words, "--load"):
-        found.append(_checkpoint(Path(path), words))
+    for flag in CHECKPOINTS:
+        found += [_checkpoint(flag, Path(path), words) for path in values(words, flag)]
     for path in values(words, "--save"):
         found.append(_writable(Path(path)))
     return found
@@ -117,39 +118,46 @@ def _tokenizer(path: Path) -> Finding:
     return ok("tokenizer", str(path))
 
 
-def _checkpoint(path: Path, words: Sequence[str]) -> Finding:
+def _checkpoint(flag: str, path: Path, words: Sequence[str]) -> Finding:
     from minimind_mcore.converters.megatron import iteration_directory
+    from minimind_mcore.training.checkpoint_weights import is_model
 
     try:
+        if is_model(path):
+            return ok("checkpoint", f"{flag} {path}: weights in files")
         directory = iteration_directory(path) if path.is_dir() else None
-        if directory is None:
-            if "--finetune" in words:
-                return fail(
-                    "checkpoint", f"--load {path}: no checkpoint there", "export CKPT_LOAD_DIR=where there is one"
-                )
-            return ok("checkpoint", f"none at {path}: training begins anew")
-        return _layout(directory, words)
+        if directory is not None:
+            return _layout(flag, directory, words)
+        begun = any(Path(load).is_dir() and iteration_directory(Path(load)) for load in values(words, "--load"))
     except UserError as error:
-        return fail("checkpoint", str(error))
+        return fail("checkpoint", f"{flag}: {error}")
+    if flag == "--pretrained-checkpoint" and begun and "--lora-target-modules" not in words:
+        return ok("checkpoint", f"{flag} {path}: not needed, the run goes on from --load")
+    if flag == "--load" and not {"--finetune", "--exit-on-missing-checkpoint"} & set(words):
+        return ok("checkpoint", f"none at {path}: training begins anew")
+    return fail("checkpoint", f"{flag} {path}: no checkpoint there", "export CKPT_LOAD_DIR=where there is one")
 
 
-def _layout(directory: Path, words: Sequence[str]) -> Finding:
+def _layout(flag: str, directory: Path, words: Sequence[str]) -> Finding:
     from minimind_mcore.converters.opening import open_source
+    from minimind_mcore.training.checkpoint_fit import conversion
 
     sharding = open_source(directory).sharding
     if sharding is None:  # torch_dist fits any layout
-        return ok("checkpoint", f"{directory}, fits any layout")
+        return ok("checkpoint", f"{flag} {directory}, fits any layout")
     have = {"TP": sharding.tp, "PP": sharding.pp, "EP": sharding.ep}
     flags = {"TP": "tensor", "PP": "pipeline", "EP": "expert"}
     want = {key: int((values(words, f"--{name}-model-parallel-size") or ["1"])[0]) for key, name in flags.items()}
-    if have != want:
+    # the kit's own engine takes what it begins with in any layout; MindSpeed-LLM has --spec, and does not
+    fits = "--reshard" in words or (flag in CHECKPOINTS[1:3] and "--spec" not in words)
+    if have != want and not fits:
         setting = " ".join(f"{key}={size}" for key, size in want.items())
         return fail(
             "checkpoint",
-            f"{directory} was saved with {sharding}, and the job has {setting}",
-            f"LOAD_DIR={directory.parent} {setting} bash examples/mcore/minimind/ckpt_convert_minimind_mcore2mcore.sh",
+            f"{flag} {directory} was saved with {sharding}, and the job has {setting}",
+            conversion(directory.parent, "mcore2mcore", setting),
         )
-    return ok("checkpoint", f"{directory}, {sharding}")
+    return ok("checkpoint", f"{flag} {directory}, {sharding}")
 
 
 def _writable(path: Path) -> Finding:

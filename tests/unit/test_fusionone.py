@@ -84,7 +84,7 @@ def test_paths_are_those_of_the_task(place: Path, capsys: pytest.CaptureFixture[
 REFUSED: dict[str, tuple[list[str], str]] = {
     "another layout": (["--load", "{}/models/mcore", "--tp", "1"], r"has the layout TP=2 PP=1 EP=1(?s:.*)mcore2mcore"),
     "weights that are not a checkpoint": (["--load", "{}/models/hf"], r"wants a Megatron checkpoint(?s:.*)hf2mcore"),
-    "another model": (["--load", "{}/models/mcore", "--model", "minimind2_tiny"], "is of another model"),
+    "another model": (["--load", "{}/models/mcore", "--model", "minimind2_tiny"], "give the same model flags"),
     "no checkpoint": (["--load", "{}/models/none"], "does not exist"),
     "a path that is not mounted": (["--tokenizer", "{}/elsewhere"], "expected a path below --models"),
     "a path above": (["--tokenizer", "{}/models/../elsewhere"], "expected a path below --models"),
