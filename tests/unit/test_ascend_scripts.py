@@ -130,6 +130,15 @@ def test_on_an_ascend_host_mindspeed_llm_runs_on_all_cards(ascend: dict[str, str
     assert "--nproc-per-node 8 --nnodes 1 --node-rank 0 --master-addr 127.0.0.1" in line and " --bf16" in line
 
 
+@pytest.mark.parametrize("backend", ["mindspeed-llm", "native"])
+def test_a_checkpoint_that_is_given_must_be_there(backend: str, ascend: dict[str, str], tmp_path: Path) -> None:
+    if backend == "native":  # without an NPU, where MindSpeed would be needed
+        ascend |= {"DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "empty").mkdir()
+    done = script(ascend | {"BACKEND": backend, "CKPT_LOAD_DIR": str(tmp_path / "empty")}, "--dry-run")
+    assert done.returncode == 1 and f"{tmp_path}/empty: found no checkpoint there" in done.stderr, done.stderr
+
+
 def test_a_hostfile_gives_the_flags_of_torchrun_and_the_network(ascend: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("198.51.100.77 slots=8\nnode-2 slots=8\n")
     hosts = {"HOSTFILE": str(tmp_path / "hosts"), "NODE_RANK": "1", "HCCL_SOCKET_IFNAME": "=lo"}

@@ -7,9 +7,14 @@
 #   ... --dry-run                                                         # check everything, train nothing
 #
 # DATA_PATH        prefix of an indexed dataset, a blend "0.3 one 0.7 two" of them, or raw .jsonl/.parquet/.txt
-# CKPT_LOAD_DIR    where to go on from (default CKPT_SAVE_DIR: the same command resumes)
+# CKPT_LOAD_DIR    where to go on from; there must be a checkpoint (default CKPT_SAVE_DIR: the same command resumes)
 # train.sh has the settings of every training.
 STAGE=pretrain
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-train pretrain_gpt.py --load "$(absolute "${CKPT_LOAD_DIR:-$CKPT_SAVE_DIR}")"
+BEGIN=(--load "$CKPT_SAVE_DIR")
+if [ -n "${CKPT_LOAD_DIR:-}" ]; then
+    # one that is given is meant: a mistyped one would train from random weights
+    BEGIN=(--load "$(absolute "$CKPT_LOAD_DIR")" --exit-on-missing-checkpoint)
+fi
+train pretrain_gpt.py "${BEGIN[@]}"
