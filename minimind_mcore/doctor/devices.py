@@ -113,6 +113,9 @@ def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:
     numbers = visible(host, device, len(listed))
     if numbers is None:  # CUDA takes UUIDs too
         return [warn("device", f"{variable}={given} is not a list of numbers: not checked")]
+    if not numbers:
+        text = f"no device is visible: {variable}={given!r} names none of {len(listed)}"
+        return [fail("device", text, f"unset {variable}    # or name some, such as 0,1")]
     there = {card.number for card in listed} & _nodes(host, device, len(listed))
     if absent := [number for number in numbers if number not in there]:
         return [

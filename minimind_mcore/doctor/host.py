@@ -8,6 +8,8 @@ import shutil
 import socket
 from pathlib import Path
 
+import psutil
+
 from minimind_mcore import hosts
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host
@@ -19,10 +21,30 @@ HCCL_BASE, HCCL_COUNT = 60000, 16  # CANN: HCCL_IF_BASE_PORT
 
 def check(host: Host, device: str) -> list[Finding]:
     """All of it, for a job on a kind of device."""
-    found = [*shared_memory(host), *disk(host), *master(host)]
+    found = [*processes(host), *shared_memory(host), *disk(host), *master(host)]
     if device == "npu":
-        found += hccl_ports(host)
+        found += [*homes(host), *hccl_ports(host)]
     return found + interfaces(host, device) + names()
+
+
+def processes(host: Host) -> list[Finding]:
+    """NPUS_PER_NODE is a number, if it is given; whether there are so many devices, `devices` tells."""
+    given = host.environ.get("NPUS_PER_NODE") or "1"
+    if given.isdecimal() and int(given) >= 1:
+        return []
+    text = f"NPUS_PER_NODE={given}: expected the number of processes on this host, 1 or more"
+    return [fail("processes", text, "unset NPUS_PER_NODE    # one for each device")]
+
+
+def homes(host: Host) -> list[Finding]:
+    """CANN_HOME and NNAL_HOME, if they are given, have the set_env.sh that every script sources."""
+    found = []
+    for variable, usual in (("CANN_HOME", "/usr/local/Ascend/cann"), ("NNAL_HOME", "/usr/local/Ascend/nnal/atb")):
+        given = host.environ.get(variable)
+        if given and not Path(given, "set_env.sh").is_file():
+            text = f"{variable}={given} has no set_env.sh, and the scripts stop there"
+            found.append(fail(variable, text, f"unset {variable}    # they look in {usual}, or name its folder"))
+    return found
 
 
 def shared_memory(host: Host) -> list[Finding]:
@@ -183,7 +205,7 @@ def interfaces(host: Host, device: str) -> list[Finding]:
         if given is None:
             continue
         if not hosts.matching(given, there, prefix=not variable.startswith("GLOO")):
-            fix = f"export {variable}={next((n for n in there if n != 'lo'), 'lo')}"
+            fix = f"export {variable}={_usable_interface()}"
             found.append(fail("interface", f"{variable}={given} matches none of {', '.join(there)}", fix))
         else:
             found.append(ok("interface", f"{variable}={given}"))
@@ -193,6 +215,12 @@ def interfaces(host: Host, device: str) -> list[Finding]:
             hosts.check_master(job)
             found += _network(job, host) if job.count > 1 else []
     return found
+
+
+def _usable_interface() -> str:
+    """One that is up, and not the loopback if there is another."""
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
+    return next((name for name in up if name != "lo"), "lo")
 
 
 def _network(job: hosts.Hosts, host: Host) -> list[Finding]:

@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
         return rehearse(where, backend, args)
     found = examine(where, backend)
     print_title(device, backend, where)
-    problems = report(found, device, backend)
+    problems = report(found, device, backend, where)
     if found["MindSpeed-RL"].version:
         print()
-        problems += report(found, device, "mindspeed-rl")
+        problems += report(found, device, "mindspeed-rl", where)
     checks = devices.check(where, device) + host.check(where, device) + loads(where, device)
     if args.script:
         checks += job.check(where, args.script, args.arguments)
@@ -86,12 +86,15 @@ def rehearse(where: Host, backend: str, args: argparse.Namespace) -> int:
     return conclude(checks, "A rehearsal")
 
 
-def report(found: Mapping[str, Component], device: str, backend: str) -> list[Finding]:
+def report(found: Mapping[str, Component], device: str, backend: str, where: Host) -> list[Finding]:
     """Print the table of components against a row of the matrix; returns what is wrong."""
     versions = {name: component.version for name, component in found.items()}
     stack = matrix.find(device, backend, versions) or matrix.newest(device, backend)
-    findings = [finding for name in found if (finding := judged(stack, found, name))]
-    findings += pairing(versions) if device == "npu" else []
+    findings = [finding for name in found if (finding := judged(stack, found, name, where))]
+    if device == "npu":
+        pairs = pairing(versions, stack)
+        told = {finding.subject for finding in pairs}  # and by which version to replace it
+        findings = [finding for finding in findings if finding.level == "fail" or finding.subject not in told] + pairs
     print_table(stack, found)
     print(textwrap.fill(f"{stack.name}: {stack.proof}. {stack.note}", 118, subsequent_indent="  "))
     print()
@@ -99,11 +102,13 @@ def report(found: Mapping[str, Component], device: str, backend: str) -> list[Fi
     return findings
 
 
-def judged(stack: matrix.Stack, found: Mapping[str, Component], name: str) -> Finding | None:
+def judged(stack: matrix.Stack, found: Mapping[str, Component], name: str, where: Host) -> Finding | None:
     """What is wrong with one component."""
     version = found[name].version
     verdict = stack.judge(name, version)
     fix = install(name, stack, found["MindSpeed-LLM"].where)
+    if name == "MindSpeed-LLM" and (given := where.environ.get("MINDSPEED_LLM_HOME")):
+        fix = _elsewhere(where, stack, given)
     if verdict == "untried" and name in stack.programs:
         text = f"{version} (at {found[name].where}) is in no row; compared with the nearest, {stack.name}"
         return warn(name, text, fix)
@@ -135,7 +140,17 @@ def install(name: str, stack: matrix.Stack, home: str = "") -> str:
     return f"pip install '{name.lower()}{specifier}'"
 
 
-def pairing(versions: Mapping[str, str | None]) -> list[Finding]:
+def _elsewhere(where: Host, stack: matrix.Stack, given: str) -> str:
+    """What makes MINDSPEED_LLM_HOME name a MindSpeed-LLM: one that is there, else a new one."""
+    usual = where.root / "workspace/MindSpeed-LLM"
+    if (usual / "pretrain_gpt.py").is_file() and usual != Path(given):
+        return f"export MINDSPEED_LLM_HOME={usual}"
+    clone, _, _ = install("MindSpeed-LLM", stack).rpartition(" ")
+    folder = f"MindSpeed-LLM-{stack.programs.get('MindSpeed-LLM', '26.1.0')}"
+    return f"{clone} {folder} && export MINDSPEED_LLM_HOME=$PWD/{folder}"
+
+
+def pairing(versions: Mapping[str, str | None], stack: matrix.Stack) -> list[Finding]:
     """torch_npu is built for one torch and one CANN."""
     package, torch, cann = (versions[name] for name in ("torch_npu", "torch", "CANN"))
     pair = matrix.torch_npu_pair(package) if package else None
@@ -148,7 +163,8 @@ def pairing(versions: Mapping[str, str | None]) -> list[Finding]:
     if cann and not matrix.allows(f"=={pair['CANN']}.*", cann):
         older = matrix.allows(f"<{pair['CANN']}rc0", cann)
         text = f"torch_npu {package} (TorchNPU {pair['release']}) is for CANN {pair['CANN']}, here is {cann}"
-        fix = INSTALL["torch_npu"].format(torch_npu=matrix.torch_npu_for(torch, cann) or package)
+        fitting = matrix.torch_npu_for(torch, cann, stack)
+        fix = INSTALL["torch_npu"].format(torch_npu=fitting) if fitting else INSTALL["CANN"].format(cann=pair["CANN"])
         findings.append((fail if older else warn)("torch_npu", text, fix))
     return findings
 

@@ -119,8 +119,9 @@ def torch_npu_pair(version: str) -> dict[str, str] | None:
     return next((pair for pair in pairs if pair["package"] == version), None)
 
 
-def torch_npu_for(torch: str | None, cann: str) -> str | None:
-    """The newest package of torch_npu for a torch and a CANN; None if the matrix has none."""
+def torch_npu_for(torch: str | None, cann: str, stack: Stack) -> str | None:
+    """The package of torch_npu for a torch and a CANN: the row's own if it fits, else the newest; None if none does."""
     pairs: list[dict[str, str]] = data()["torch_npu"]["pairs"]
-    fitting = (pair for pair in pairs if pair["torch"] == torch and allows(f"=={pair['CANN']}.*", cann))
-    return next((pair["package"] for pair in fitting), None)
+    fitting = [p["package"] for p in pairs if p["torch"] == torch and allows(f"=={p['CANN']}.*", cann)]
+    named = stack.wanted("torch_npu").lstrip("<>= ").split(",")[0]
+    return named if named in fitting else next(iter(fitting), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -251,6 +252,48 @@ BROKEN: dict[str, tuple[Break, str, str, str]] = {
         "matches none of",
         "export HCCL_SOCKET_IFNAME=",
     ),
+    "no card is visible": (
+        lambda f: f.environ.update(ASCEND_RT_VISIBLE_DEVICES=""),
+        "device",
+        "no device is visible",
+        "unset ASCEND_RT_VISIBLE_DEVICES",
+    ),
+    "processes that are no number": (
+        lambda f: f.environ.update(NPUS_PER_NODE="abc"),
+        "processes",
+        "NPUS_PER_NODE=abc: expected the number",
+        "unset NPUS_PER_NODE",
+    ),
+    "no processes": (
+        lambda f: f.environ.update(NPUS_PER_NODE="0"),
+        "processes",
+        "NPUS_PER_NODE=0: expected the number",
+        "unset NPUS_PER_NODE",
+    ),
+    "CANN's home is none": (
+        lambda f: f.environ.update(CANN_HOME="/opt/none"),
+        "CANN_HOME",
+        "CANN_HOME=/opt/none has no set_env.sh",
+        "unset CANN_HOME",
+    ),
+    "MindSpeed-LLM is elsewhere": (
+        lambda f: ((f.llm / "pretrain_gpt.py").touch(), f.environ.update(MINDSPEED_LLM_HOME="/opt/none")),
+        "MindSpeed-LLM",
+        "not installed",
+        "/root/workspace/MindSpeed-LLM",
+    ),
+    "no MindSpeed-LLM where it is said to be": (
+        lambda f: f.environ.update(MINDSPEED_LLM_HOME="/opt/none"),
+        "MindSpeed-LLM",
+        "not installed",
+        "MindSpeed-LLM-26.1.0 && export MINDSPEED_LLM_HOME=$PWD/MindSpeed-LLM-26.1.0",
+    ),
+    "CANN for which no torch_npu is": (
+        lambda f: f.cann("8.0.0"),
+        "torch_npu",
+        "is for CANN 9.1, here is 8.0.0",
+        "here is 8.0.0 fix: install toolkit, ops and nnal of CANN 9.1",
+    ),
     "HCCL's port is none": (
         lambda f: f.environ.update(HCCL_IF_BASE_PORT="x"),
         "HCCL ports",
@@ -268,6 +311,26 @@ def test_what_is_broken_is_named_with_its_fix(name: str, fake: Fake, capsys: pyt
     out = " ".join(capsys.readouterr().out.split())
     assert f"fail {subject} " in out and text in out and fix in out
     assert f"A job would fail here: {subject}" in out or f", {subject}" in out.rpartition("A job would fail here:")[2]
+
+
+def test_a_torch_npu_for_another_cann_is_told_once(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.package("torch_npu", "2.7.1")
+    assert fake.doctor() == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("warn torch_npu ") == out.count("pip install torch_npu==") == 1
+    assert "is for CANN 8.3, here is 9.1.0 fix: pip install torch_npu==2.7.1.post8" in out
+
+
+def test_an_interface_that_is_suggested_is_up(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = {"lo": True, "down0": False, "up0": True}
+    stats = {name: argparse.Namespace(isup=up) for name, up in states.items()}
+    monkeypatch.setattr(host.socket, "if_nameindex", lambda: list(enumerate(states)))
+    monkeypatch.setattr(host.psutil, "net_if_stats", lambda: stats)
+    fake.environ["HCCL_SOCKET_IFNAME"] = "nope"
+    assert fake.doctor() == 1
+    assert "export HCCL_SOCKET_IFNAME=up0" in capsys.readouterr().out
 
 
 def test_an_address_of_another_host_is_doubted(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
