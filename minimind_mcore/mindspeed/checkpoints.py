@@ -46,12 +46,12 @@ def form_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def fit_problems(args: argparse.Namespace) -> list[str]:
+def fit_problems(args: argparse.Namespace, hosts: int) -> list[str]:
     """What would not load into the run: another model or layout, or none at all."""
     problems = []
     for flag, path in _needed(args):
         try:
-            _check(args, flag, Path(path))
+            _check(args, flag, Path(path), hosts)
         except UserError as error:
             problems.append(str(error))
     return list(dict.fromkeys(problems))
@@ -94,7 +94,7 @@ def _needed(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield "--lora-load", args.lora_load
 
 
-def _check(args: argparse.Namespace, flag: str, root: Path) -> None:
+def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
     """Refuse a checkpoint that a run with these flags could not load."""
     if not _exists(root):
         raise UserError(f"{flag} {root}: found no checkpoint there (no {TRACKER}); give where there is one")
@@ -110,5 +110,6 @@ def _check(args: argparse.Namespace, flag: str, root: Path) -> None:
     if args.use_checkpoint_args or is_torch_dist(directory):
         return
     check_layout(args, saved, directory, convert)
-    if missing := [name for name in Sharding.from_args(saved).folders() if not (directory / name / NAME).is_file()]:
+    missing = [name for name in Sharding.from_args(saved).folders() if not (directory / name / NAME).is_file()]
+    if missing and hosts == 1:  # each of several may have its own part on its own disk
         raise UserError(f"{flag} {directory}: missing {', '.join(f'{name}/{NAME}' for name in missing)}")

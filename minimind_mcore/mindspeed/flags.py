@@ -64,13 +64,14 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, [flag for flag in given_flags(argv) if flag in ours]
 
 
-def complete(program: str, argv: Sequence[str], processes: int = 1) -> tuple[list[str], list[str]]:
+def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int = 1) -> tuple[list[str], list[str]]:
     """The flags that make `program` do what the kit's command line `argv` asks for, and remarks for the user.
 
     Args:
         program: pretrain_gpt.py or posttrain_gpt.py.
         argv: flags of Megatron, MindSpeed-LLM and this kit.
         processes: of the job, on all hosts.
+        hosts: of the job.
 
     Raises:
         UserError: an unknown flag or value, what it would compute wrongly without saying so, or what it would refuse
@@ -86,7 +87,7 @@ def complete(program: str, argv: Sequence[str], processes: int = 1) -> tuple[lis
             raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
         raise
     problems = [*_model_problems(args, flags), *_data_problems(args), *checkpoints.form_problems(args)]
-    problems = problems or [*_layout_problems(args, processes, argv), *checkpoints.fit_problems(args)]
+    problems = problems or [*_layout_problems(args, processes, argv), *checkpoints.fit_problems(args, hosts)]
     if problems:
         raise UserError("\n  ".join(problems))
     if args.gradient_accumulation_fusion:

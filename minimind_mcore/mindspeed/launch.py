@@ -49,13 +49,13 @@ def home() -> Path:
     return sources("MindSpeed-LLM", "pretrain_gpt.py", "BACKEND=native to run the kit's own engine")
 
 
-def processes(words: Sequence[str]) -> int:
-    """Of all hosts, by the flags of torchrun."""
+def size(words: Sequence[str]) -> tuple[int, int]:
+    """Processes of the job, and its hosts, by the flags of torchrun."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in ("--nproc-per-node", "--nnodes"):
         parser.add_argument(flag, type=int, default=1)
     given, _ = parser.parse_known_args(words)
-    return int(given.nproc_per_node * given.nnodes)
+    return given.nproc_per_node * given.nnodes, given.nnodes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if at is None:
         raise UserError("no program is named; expected torchrun's flags, a program such as pretrain_gpt.py, its flags")
     folder = home()
-    flags, remarks = complete(words[at], words[at + 1 :], processes(words[:at]))
+    flags, remarks = complete(words[at], words[at + 1 :], *size(words[:at]))
     for remark in remarks:
         print(remark, file=sys.stderr)
     program = [*RANK, words[at], *SPEC, *spelled(flags, folder)]

@@ -12,7 +12,7 @@ from weights_on_disk import write_arguments
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.flags import complete
-from minimind_mcore.mindspeed.launch import processes
+from minimind_mcore.mindspeed.launch import size
 from minimind_mcore.models.presets import PRESETS
 
 RUN = ["--transformer-impl", "local", "--ckpt-format", "torch", "--split", "100,0,0", "--data-path", "data", "--bf16"]
@@ -165,8 +165,8 @@ def test_data_that_is_not_there_yet_does_not_tell_the_length_of_the_run() -> Non
 
 
 def test_processes_are_those_of_all_hosts() -> None:
-    assert processes(["--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "0"]) == 16
-    assert processes(["--nnodes=1", "--nproc-per-node=4"]) == 4
+    assert size(["--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "0"]) == (16, 2)
+    assert size(["--nnodes=1", "--nproc-per-node=4"]) == (4, 1)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -227,3 +227,7 @@ def test_a_checkpoint_that_would_not_load_is_refused_before_ranks_start(name: st
     with pytest.raises(UserError) as error:
         complete("posttrain_gpt.py", flags, 2)
     assert message.format(saved) in str(error.value)
+
+
+def test_each_of_several_hosts_may_have_its_own_part(saved: Path) -> None:
+    complete("pretrain_gpt.py", flags_of("minimind3_tiny", ["--load", f"{saved}/cut", *sizes(tp=2)]), 2, hosts=2)
