@@ -7,6 +7,7 @@ MindSpeed-LLM and the generator of FusionOne's tasks ask here.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def check_tokenizer(args: argparse.Namespace, found: str | None, path: Path) -> 
 
 def conversion(path: Path | str, kind: str, settings: str) -> str:
     """The command that converts weights, by the kind that names its script (`hf2mcore`, `mcore2mcore`)."""
-    words = ["LOAD_DIR=" + str(path), *filter(None, [settings])]
+    words = ["LOAD_DIR=" + shlex.quote(str(path)), *filter(None, [settings])]
     return f"{' '.join(words)} bash examples/mcore/minimind/ckpt_convert_minimind_{kind}.sh"
 
 
