@@ -8,8 +8,6 @@ import shutil
 import socket
 from pathlib import Path
 
-import psutil
-
 from minimind_mcore import hosts
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host
@@ -205,7 +203,8 @@ def interfaces(host: Host, device: str) -> list[Finding]:
         if given is None:
             continue
         if not hosts.matching(given, there, prefix=not variable.startswith("GLOO")):
-            fix = f"export {variable}={_usable_interface()}"
+            usable = next((name for name, reached in hosts.connected().items() if reached), "lo")
+            fix = f"export {variable}={usable}"
             found.append(fail("interface", f"{variable}={given} matches none of {', '.join(there)}", fix))
         else:
             found.append(ok("interface", f"{variable}={given}"))
@@ -215,12 +214,6 @@ def interfaces(host: Host, device: str) -> list[Finding]:
             hosts.check_master(job)
             found += _network(job, host) if job.count > 1 else []
     return found
-
-
-def _usable_interface() -> str:
-    """One that is up, and not the loopback if there is another."""
-    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
-    return next((name for name in up if name != "lo"), "lo")
 
 
 def _network(job: hosts.Hosts, host: Host) -> list[Finding]:

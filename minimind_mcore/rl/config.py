@@ -74,6 +74,16 @@ class Config:
     minimind: Settings
     tree: Mapping[str, Any]
 
+    @property
+    def reward_names(self) -> list[str]:
+        """Of all rules: the verifiers, and the user's own functions by their paths."""
+        return [*self.rl.verifier_function, *(reward.path for reward in self.minimind.rewards)]
+
+    @property
+    def reward_weights(self) -> list[float]:
+        """In the order of `reward_names`."""
+        return [*self.rl.verifier_weight, *(reward.weight for reward in self.minimind.rewards)]
+
 
 def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
     """The configuration that a composed YAML means.

@@ -244,8 +244,7 @@ class Source:
         (scores,) = self.rewards.run("score", [_task(texts, list(map(_messages, asked)), lengths, **more)])
         for failure in scores.samples:
             say(f"a response to a held-out question could not be scored: {failure}")
-        names = [*self.config.rl.verifier_function, *(reward.path for reward in self.config.minimind.rewards)]
-        for name in names:
+        for name in self.config.reward_names:
             right = VERIFIERS[name].right if name in VERIFIERS else 1.0
             if right is not None:
                 return {"eval/accuracy": (scores.by_verifier[name] >= right).float().mean().item()}

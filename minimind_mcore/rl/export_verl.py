@@ -132,15 +132,13 @@ def export(config: Config, name: str, output: Path) -> None:
 
 def _reward(config: Config, folder: Path) -> list[str]:
     """Write reward.py, with the user's own modules beside it; returns the names of the rewards."""
-    rl, ours = config.rl, config.minimind
-    names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
-    weights = [*rl.verifier_weight, *(reward.weight for reward in ours.rewards)]
+    names = config.reward_names
     copied = [_copy_module(name, folder) for name in names if ":" in name]
     text = REWARD.format(
         names=names,
-        weights=weights,
-        timeout=rl.verifier_timeout,
-        failures=ours.reward_failure_limit,
+        weights=config.reward_weights,
+        timeout=config.rl.verifier_timeout,
+        failures=config.minimind.reward_failure_limit,
         path=BESIDE if any(copied) else "",
     )
     (folder / "reward.py").write_text(text, encoding="utf-8")

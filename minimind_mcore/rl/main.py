@@ -53,10 +53,10 @@ def _run(name: str, argv: Sequence[str]) -> None:
     tree = compose(args.config_name, args.overrides, args.config_dir, args.device)
     config = fit(plain(tree), args.config_name)
     _check(name, config)
-    plan.require(config)
     if "--dry-run" in flags:
         plan.show(config, "--data-pending" in flags)
         return
+    plan.require(config)
     from minimind_mcore.rl.trainer import train
 
     train(config)

@@ -30,18 +30,17 @@ def show(config: Config, pending: bool) -> None:
     Raises:
         UserError: what a run would raise before its first step.
     """
+    require(config)
     world, algorithm = devices(config.rl, "actor"), objective(config)
     args = command_line(config, "actor", world)
     layout = validate(args, world)
     model = ModelConfig.from_args(args)
-    with build(config) as rewards:
-        names = [*rewards.verifiers, *filter(None, [config.minimind.reward_model])]
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     print(f"model       {config.model}: {model.num_parameters() / 1e6:.1f}M parameters, {config.minimind.precision}")
     print(f"device      {device.current().kind}: {layout}")
     print(f"algorithm   {config.minimind.algorithm}: {algorithm}")
     print(f"step        {rows} responses to {config.actor.global_batch_size} prompts, {config.actor.train_iters} steps")
-    print(f"rewards     {', '.join(names)}")
+    print(f"rewards     {', '.join([*config.reward_names, *filter(None, [config.minimind.reward_model])])}")
     if pending:
         print("data        yet to be made")
     else:

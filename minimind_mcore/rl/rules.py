@@ -115,7 +115,7 @@ def batches(config: Config, target: str) -> Iterator[Problem]:
             "not responses: MindSpeed-RL multiplies it by n_samples_per_prompt)",
         )
     if target == "embedded":  # without a metric it goes by the whole reward
-        names = [*rl.verifier_function, *(reward.path for reward in config.minimind.rewards)]
+        names = config.reward_names
         metric = config.tree["rl_config"].get("filter_groups_metric")
         if metric is not None and objective(config).dynamic_sampling and metric not in names:
             yield "rl_config.filter_groups_metric", f"{metric} is none of the run's verifiers: {', '.join(names)}"

@@ -68,8 +68,7 @@ def prompt_dataset(config: Config, prefix: Any, held_out: bool = False) -> Promp
         tokenizer=tokenizer_info(actor.tokenizer_name_or_path).fingerprint,
         optional=("labels",),
     )
-    names = [*config.rl.verifier_function, *(reward.path for reward in config.minimind.rewards)]
-    compare = [name for name in names if name in VERIFIERS and VERIFIERS[name].compares]
+    compare = [name for name in config.reward_names if name in VERIFIERS and VERIFIERS[name].compares]
     if compare and "labels" not in prompts.columns:
         raise UserError(
             f"{prompts.prefix}: these prompts have no labels, which {', '.join(compare)} (verifier_function) compare a "

@@ -327,7 +327,9 @@ def test_an_interface_that_is_suggested_is_up(
     states = {"lo": True, "down0": False, "up0": True}
     stats = {name: argparse.Namespace(isup=up) for name, up in states.items()}
     monkeypatch.setattr(host.socket, "if_nameindex", lambda: list(enumerate(states)))
-    monkeypatch.setattr(host.psutil, "net_if_stats", lambda: stats)
+    addresses = {"127.0.0.1": "lo", "198.51.100.8": "down0", "198.51.100.9": "up0"}
+    monkeypatch.setattr(hosts.psutil, "net_if_stats", lambda: stats)
+    monkeypatch.setattr(hosts, "own_addresses", lambda: addresses)
     fake.environ["HCCL_SOCKET_IFNAME"] = "nope"
     assert fake.doctor() == 1
     assert "export HCCL_SOCKET_IFNAME=up0" in capsys.readouterr().out

@@ -66,14 +66,12 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
     rl, ours = config.rl, config.minimind
     if ours.reward_model and not (Path(ours.reward_model) / "config.json").is_file():
         raise UserError(f"minimind.reward_model: {ours.reward_model} has no config.json; expected a model's directory")
-    names = [*rl.verifier_function, *(reward.path for reward in ours.rewards)]
-    weights = [*rl.verifier_weight, *(reward.weight for reward in ours.rewards)]
     penalty = None
     if objective(config).overlong and rl.overlong_buffer:
         penalty = Overlong(rl.rollout_max_tokens, rl.overlong_buffer, rl.overlong_buffer_penalty_factor)
     return Rewards(
-        names,
-        weights,
+        config.reward_names,
+        config.reward_weights,
         timeout=rl.verifier_timeout,
         parallel=rl.verifier_parallel,
         max_failures=ours.reward_failure_limit,
