@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
@@ -117,27 +118,47 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def open_safetensors(path: Path) -> TensorFile:
     """Open a safetensors file.
 
+    The safetensors library judges the header: it refuses offsets that overlap, leave gaps, run backwards or do not
+    fit the shapes. Only the offsets are read here, because the library does not tell them before version 0.6.
+
     Raises:
-        UserError: no such file, truncated, or with a tensor of another dtype.
+        UserError: no such file, a header that the library refuses, or a tensor of a dtype that weights cannot have.
     """
     try:
+        with safe_open(path, framework="numpy") as library:
+            slices = {name: library.get_slice(name) for name in library.keys()}  # noqa: SIM118 (it has no __iter__)
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length)) if length <= path.stat().st_size else None
+            header = json.loads(f.read(length))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: truncated, or no safetensors file; get it again")
-    header.pop("__metadata__", None)
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        size = path.stat().st_size
+        if "not fully covered" in str(error):
+            raise UserError(
+                f"{path}: truncated: {size:,} bytes, its header describes another number ({error}); get the file again"
+            ) from error
+        raise UserError(f"{path}: truncated, or no safetensors file ({error}); get it again") from error
     entries = {}
-    for name, record in header.items():
-        if record["dtype"] not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} has dtype {record['dtype']}, expected one of {[*SAFETENSORS_DTYPES]}")
-        dtype = SAFETENSORS_DTYPES[record["dtype"]]
-        entries[name] = Entry(tuple(record["shape"]), dtype, 8 + length + record["data_offsets"][0])
+    for name, (dtype, shape) in found.items():
+        if dtype not in SAFETENSORS_DTYPES:
+            raise _not_weights(path, name, dtype)
+        entries[name] = Entry(shape, SAFETENSORS_DTYPES[dtype], 8 + length + header[name]["data_offsets"][0])
     return TensorFile(path, entries)
+
+
+def require_weights_dtype(path: Path, name: str, dtype: torch.dtype) -> None:
+    """Raise a `UserError` if a tensor has a dtype that weights cannot have: integers, complex numbers, 8-bit floats."""
+    if dtype not in SAFETENSORS_DTYPES.values():
+        raise _not_weights(path, name, str(dtype))
+
+
+def _not_weights(path: Path, name: str, dtype: str) -> UserError:
+    return UserError(
+        f"{path}: {name} has dtype {dtype}, expected one of {[*SAFETENSORS_DTYPES]}; MiniMind's weights are "
+        "floating-point numbers, so save the model again without quantization"
+    )
 
 
 class TensorWriter:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch.serialization import skip_data
 
-from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter
+from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter, require_weights_dtype
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import disk_errors
 
@@ -74,6 +74,18 @@ class Opaque:
 
 def _tensor(storage: Any, start: int, shape: Shape, strides: Shape, *_: Any) -> Any:
     dtype, key, elements = storage
+    if dtype is None:
+        raise pickle.UnpicklingError("a tensor of a dtype that this reader does not know")
+    return StoredTensor(tuple(shape), tuple(strides), dtype, key, start, elements)
+
+
+def _tensor_of_bytes(
+    storage: Any, start: int, shape: Shape, strides: Shape, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    """Return a tensor whose dtype stands in the pickle and not in its storage, as torch saves 8-bit floats."""
+    if not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError("a tensor of a dtype that this reader does not know")
+    _, key, elements = storage
     return StoredTensor(tuple(shape), tuple(strides), dtype, key, start, elements)
 
 
@@ -93,9 +105,12 @@ _STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_bytes,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
@@ -125,7 +140,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, saved: Any) -> Any:
         _, dtype, key, _, elements = saved
-        return dtype if isinstance(dtype, torch.dtype) else torch.uint8, key, elements
+        return dtype if isinstance(dtype, torch.dtype) else None, key, elements
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,9 @@ class Archive:
         """Where the bytes of one of its tensors lie.
 
         Raises:
-            UserError: they do not lie one after the other, or are not all there.
+            UserError: they do not lie one after the other, are not all there, or are not floating-point numbers.
         """
+        require_weights_dtype(self.path, name, tensor.dtype)
         record = self.records[tensor.storage]
         offset = record.offset + tensor.start * tensor.dtype.itemsize
         whole = tensor.shape and torch.Size(tensor.shape).numel() * tensor.dtype.itemsize == record.size
