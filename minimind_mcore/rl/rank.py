@@ -82,6 +82,8 @@ def command_line(config: Config, role: Role, world_size: int) -> argparse.Namesp
     if role == "critic" and args.keep_last:
         # It is saved before the actor: if a kill comes between, the actor's last still has its pair.
         args.keep_last += 1
+    args.override_opt_param_scheduler = config.minimind.resume_schedule == "override"
+    args.use_checkpoint_opt_param_scheduler = config.minimind.resume_schedule == "checkpoint"
     args.ckpt_format = "torch"  # as MindSpeed-RL writes it, and this kit's scripts
     return args
 
@@ -183,7 +185,9 @@ class Rank:
         return {"iteration": self.progress.iteration, "state": state}
 
     def _resume(self, at: int | None) -> dict[str, Any] | None:
-        changes = {"load": self.args.save, "pretrained_checkpoint": None, "finetune": False, "ckpt_step": at}
+        # finetune, no_load_optim and no_load_rng of the YAML are about the weights that a run begins with.
+        everything = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
+        changes = {"load": self.args.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
         args = argparse.Namespace(**vars(self.args) | changes)
         self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
         chosen = checkpointing.directory_of(Path(self.args.save), self.progress.iteration)

@@ -63,6 +63,9 @@ class Settings:
         save_rollouts: directory to save every step's rollouts in.
         replay_rollouts: directory to read them from instead of generating.
         keep_last: keep only the newest N checkpoints, and of a critic, which is saved first, one more; None: all.
+        resume_schedule: what a run that resumes does where the YAML's learning-rate schedule (lr, min_lr, warmup,
+            train_iters, weight_decay) is not the checkpoint's: "same" refuses, "override" follows the YAML,
+            "checkpoint" follows the checkpoint.
         actor_timeout_s: an actor that does not answer a call for so long is taken for dead.
         cluster_wait_s: how long to wait for the cluster to have the resources, at the start and after a node is lost.
         max_restarts: of training ranks, rollout and reward actors, each, before the run gives up; they are counted
@@ -92,6 +95,7 @@ class Settings:
     save_rollouts: str | None = None
     replay_rollouts: str | None = None
     keep_last: int | None = None
+    resume_schedule: Literal["same", "override", "checkpoint"] = "same"
     actor_timeout_s: float = 1800.0
     cluster_wait_s: float = 600.0
     max_restarts: int = 3

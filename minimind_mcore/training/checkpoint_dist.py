@@ -14,6 +14,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_fit import check_model
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
+from minimind_mcore.training.optimizer import schedule_kept
 
 
 def _metadata(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         unwrap(chunk).load_state_dict(state[key], strict=True)
     if wants_optimizer:
         fitted = fit_optimizers(state["optimizer"], saved["optimizer"], optimizer.chained_optimizers)
-        optimizer.load_state_dict(fitted)
+        with schedule_kept(args, optimizer):
+            optimizer.load_state_dict(fitted)
         load_schedule(scheduler, saved["opt_param_scheduler"], directory)
     else:
         optimizer.reload_model_params()

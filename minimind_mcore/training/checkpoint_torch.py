@@ -22,6 +22,7 @@ import torch.distributed as dist
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model
+from minimind_mcore.training.optimizer import schedule_kept
 
 NAME = "model_optim_rng.pt"
 OPTIMIZER_NAME = "distrib_optim.pt"
@@ -111,7 +112,8 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         optimizer.reload_model_params()
     else:
         _convert_steps(state["optimizer"], int)
-        optimizer.load_state_dict(state["optimizer"])
+        with schedule_kept(args, optimizer):
+            optimizer.load_state_dict(state["optimizer"])
         if args.use_distributed_optimizer:
             with torch.no_grad():  # megatron-core 0.12.1 copies into views of leaves that need gradients
                 optimizer.load_parameter_state(str(folder / OPTIMIZER_NAME))
@@ -181,7 +183,7 @@ def load_schedule(scheduler: Any, state: dict[str, Any], directory: Path) -> Non
         raise UserError(
             f"{directory}: its learning-rate schedule is not the command line's ({error}); give "
             "--override-opt_param-scheduler to follow the command line, --use-checkpoint-opt_param-scheduler to follow "
-            "the checkpoint"
+            "the checkpoint; in a YAML of reinforcement learning set minimind.resume_schedule: override or checkpoint"
         ) from error
 
 

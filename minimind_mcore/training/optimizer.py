@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
+
+# What Megatron's schedule reads from a parameter group in place of its own value.
+SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def build_optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
@@ -88,6 +93,20 @@ def _build_scheduler(args: argparse.Namespace, optimizer: Any) -> Any:
     if args.lr_at_iteration_end:
         scheduler.step(increment=batch)
     return scheduler
+
+
+@contextlib.contextmanager
+def schedule_kept(args: argparse.Namespace, optimizer: Any) -> Iterator[None]:
+    """Under `--override-opt_param-scheduler`, keep the learning rates of the parameter groups while others are loaded.
+
+    Megatron-LM overrides the schedule's own values only. Its schedule reads the maximum and the minimum from the
+    parameter groups, and loading the optimizer replaces these groups by those of the checkpoint.
+    """
+    own = [{name: group[name] for name in SCHEDULED if name in group} for group in optimizer.param_groups]
+    yield
+    if args.override_opt_param_scheduler:
+        for group, values in zip(optimizer.param_groups, own, strict=True):
+            group.update(values)
 
 
 def learning_rate(optimizer: Any) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import engine
+import pytest
 import rl_ray
 import rl_trees
 
+from minimind_mcore.rl.config import compose, plain
 from minimind_mcore.training.checkpointing import iterations_in
 
 SAME = ("grpo/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm")
@@ -89,3 +92,95 @@ def test_a_rank_lost_before_the_first_step_is_replaced(
     assert "training ranks: actor rank 0: died; replacing it (1 of 1)" in run.output
     measured = [row["iteration"] for row in engine.read_rows(tmp_path) if "eval/accuracy" in row]
     assert measured == [0, 1]
+
+
+SHIPPED = ("grpo_minimind3", "ppo_minimind3")
+
+
+def shipped_tree(corpus: engine.Corpus, name: str, folder: Path) -> dict[str, Any]:
+    """A configuration that the kit ships, shrunk to a model and batches of a test; every other key stays."""
+    tree = plain(compose(name, device="cpu"))
+    small = rl_trees.run_tree(corpus, folder.parent / "prompts", folder)
+    (model,) = tree["model"]
+    tree["model"][model] = small["model"]["minimind3_tiny"]
+    tree["megatron_training"] |= {
+        **{key: small["megatron_training"][key] for key in ("global_batch_size", "seq_length", "data_path")},
+        **{key: small["megatron_training"][key] for key in ("tokenizer_name_or_path", "train_iters", "save_interval")},
+        "dataset_additional_keys": ["labels"],
+    }
+    for section in ("actor_config", "critic_config"):
+        if section in tree:  # large steps show a lost moment; the directories differ by run
+            where = {"load": None, "save": str(folder / section)}
+            tree[section] |= {"micro_batch_size": 4, "lr": 1e-3, "min_lr": 1e-4, **where}
+    tree["rl_config"] |= {
+        "n_samples_per_prompt": rl_trees.N, "mini_batch_size": 4, "actor_resource": {"num_npus": 1},
+        "max_prompt_length": 32, "actor_forward_micro_batch_size": 4, "ref_forward_micro_batch_size": 4,
+        "verifier_function": ["rl_trees:rewarded"],
+    }  # fmt: skip
+    tree["generate_config"]["sampling_config"]["max_tokens"] = 8
+    tree["minimind"]["output_dir"] = str(folder)
+    return tree
+
+
+def lose_a_rank_at_step_3() -> None:
+    """Called in the run's process: a rank is lost in the third step, after the checkpoint of the second."""
+    from minimind_mcore.rl.supervise import Lost
+    from minimind_mcore.rl.trainer import Trainer
+
+    step, losses = Trainer.step, [Lost(["actor rank 0"], "died")]
+
+    def losing(self: Trainer, number: int) -> None:
+        if number == 3 and losses:
+            raise losses.pop()
+        step(self, number)
+
+    Trainer.step = losing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_resume_and_recovery_of_a_shipped_configuration_equal_the_undisturbed_run(
+    server: engine.Server, corpus: engine.Corpus, tmp_path: Path, name: str
+) -> None:
+    rl_trees.write_prompts(tmp_path / "prompts")
+
+    def run(kind: str, hook: str | None = None) -> dict[int, dict[str, Any]]:
+        tree = shipped_tree(corpus, name, tmp_path / kind)
+        assert tree["actor_config"]["no_load_optim"] and tree["actor_config"]["no_load_rng"]
+        (tmp_path / f"{kind}.json").write_text(json.dumps(tree), encoding="utf-8")
+        server.run(["--tree", str(tmp_path / f"{kind}.json")], tmp_path / kind, module="rl_local", hook=hook)
+        return {row["iteration"]: row for row in rl_ray.rows(tmp_path / kind)}
+
+    calm = run("calm")
+    assert calm.keys() == {1, 2, 3, 4} and calm[4]["actor/lr"] < calm[3]["actor/lr"]
+    sections = ["actor_config", *(["critic_config"] if name.startswith("ppo") else [])]
+    for section in sections:
+        shutil.copytree(tmp_path / "calm" / section, tmp_path / "resumed" / section)
+        shutil.rmtree(tmp_path / "resumed" / section / "iter_0000004")
+        (tmp_path / "resumed" / section / engine.TRACKER).write_text("2")
+    found = {"resumed": run("resumed"), "recovered": run("recovered", f"{__file__}:lose_a_rank_at_step_3")}
+    for kind, rows in found.items():
+        assert rows.keys() >= {3, 4}, kind
+        for step in (3, 4):
+            same = [key for key in (*SAME, "actor/lr", "critic/lr") if key in calm[step]]
+            assert [rows[step][key] for key in same] == [calm[step][key] for key in same], (kind, step)
+        for section in sections:
+            file = f"{section}/iter_0000004/mp_rank_00/model_optim_rng.pt"
+            assert engine.same(engine.load(tmp_path / kind / file), engine.load(tmp_path / "calm" / file)), kind
+
+
+def test_a_longer_schedule_is_a_choice(server: engine.Server, corpus: engine.Corpus, tmp_path: Path) -> None:
+    rl_trees.write_prompts(tmp_path / "prompts")
+
+    def run(steps: int, **ours: Any) -> engine.Run:
+        tree = shipped_tree(corpus, "grpo_minimind3", tmp_path / "run")
+        tree["megatron_training"]["train_iters"] = steps
+        tree["minimind"] |= ours
+        (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
+        return server.run(["--tree", str(tmp_path / "tree.json")], tmp_path / "run", module="rl_local", check=False)
+
+    assert run(2).codes == [0]
+    refused = run(4)
+    assert refused.codes == [1] and "minimind.resume_schedule: override or checkpoint" in refused.output
+    assert run(4, resume_schedule="override").codes == [0]
+    rates = [row["actor/lr"] for row in rl_ray.rows(tmp_path / "run")]
+    assert rates == pytest.approx([1e-3, 5.5e-4, 5.5e-4, 1e-4 + 9e-4 * (1 + math.cos(math.pi * 3 / 4)) / 2])
