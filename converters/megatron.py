@@ -7,6 +7,7 @@ checkpoint/latest_checkpointed_iteration.txt
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,11 +49,36 @@ def iteration_directory(path: Path) -> Path | None:
     if not tracker.is_file():
         found = sorted(p for p in path.glob("iter_*") if p.is_dir())
         return found[-1] if found else None
-    text = tracker.read_text(encoding="utf-8").strip()
-    directory = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    text = read_tracker(path)
+    directory = tracked_directory(path, text)
+    if directory is None:
+        raise UserError(
+            f"{tracker}: found {text!r}, expected an iteration or 'release': the file is damaged; give the directory "
+            f"of one checkpoint, such as {path}/iter_0000100"
+        )
     if not directory.is_dir():
         raise UserError(f"{tracker} says {text!r}, but there is no {directory.name}: an unfinished or damaged copy")
     return directory
+
+
+def read_tracker(root: Path) -> str:
+    """Return the text of the tracker file below `root`, "" if there is none; bytes that are not UTF-8 are replaced.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    tracker = root / TRACKER
+    try:
+        return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    except OSError as error:
+        raise UserError(f"{tracker}: cannot be read ({error.strerror})") from error
+
+
+def tracked_directory(root: Path, text: str) -> Path | None:
+    """Return the directory that the text of a tracker file names, or None if the text is damaged."""
+    if text == "release":
+        return root / text
+    return root / f"iter_{int(text):07d}" if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 # ---------------------------------------------------------------------------------------------------- reading

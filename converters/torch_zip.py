@@ -204,6 +204,43 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
     return Archive(path, content, records)
 
 
+def check_records(path: Path) -> list[str]:
+    """Compare every record of a file of `torch.save` with its CRC-32; a torch_dist file holds several archives.
+
+    Returns:
+        One line per problem; empty if all is well. Records without a checksum (torch can leave it out) pass.
+    """
+    problems = []
+    try:
+        with open(path, "rb") as f:
+            # The directory of a zip archive is at its end: from there archive by archive to the beginning.
+            end = path.stat().st_size
+            while end > 0:
+                part: IO[bytes] = _Part(f, 0, end)  # type: ignore[assignment]
+                with zipfile.ZipFile(part) as archive:
+                    infos = archive.infolist()
+                for info in infos:
+                    if info.CRC and _crc_of(f, _data_offset(part, info), info.file_size) != info.CRC:
+                        problems.append(f"{path}: record {info.filename} differs from its CRC-32")
+                start = min((info.header_offset for info in infos), default=end)
+                if start >= end:
+                    raise zipfile.BadZipFile("an archive without records")
+                end = start
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    except (*_DAMAGED, OSError, ValueError, NotImplementedError) as error:
+        return [f"{path}: truncated, or not what torch.save writes ({error})"]
+    return problems
+
+
+def _crc_of(file: IO[bytes], offset: int, size: int) -> int:
+    crc = 0
+    file.seek(offset)
+    while size > 0 and (data := file.read(min(size, 1 << 20))):
+        crc, size = zlib.crc32(data, crc), size - len(data)
+    return crc
+
+
 class _Part:
     """A region of an open file as a file of its own."""
 

@@ -176,11 +176,9 @@ def check_manifest(directory: Path, share: int = 0, shares: int = 1, contents: b
     Returns:
         One line per problem (missing, wrong size, wrong digest); empty if all is well.
     """
-    manifest = directory / MANIFEST
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return [f"{manifest}: not a readable manifest"]
+    entries = read_entries(directory / MANIFEST)
+    if entries is None:
+        return [f"{directory / MANIFEST}: not a readable manifest"]
     problems = []
     for name, want in list(entries.items())[share::shares]:
         file = directory / name
@@ -191,3 +189,22 @@ def check_manifest(directory: Path, share: int = 0, shares: int = 1, contents: b
         elif contents and sha256(file) != want["sha256"]:
             problems.append(f"{file}: content differs from its SHA-256 in {MANIFEST}")
     return problems
+
+
+def read_entries(manifest: Path) -> dict[str, FileEntry] | None:
+    """Return the files that a manifest lists, or None if the manifest is damaged.
+
+    A single changed byte can leave valid JSON of another shape, so every entry is checked.
+    """
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(entries, dict):
+        return None
+    for name, entry in entries.items():
+        if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry):
+            return None
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            return None
+    return entries

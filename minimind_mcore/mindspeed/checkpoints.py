@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimind_mcore.converters.megatron import NAME, TRACKER
+from minimind_mcore.converters.megatron import NAME, TRACKER, read_tracker, tracked_directory
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.training.checkpoint_fit import (
@@ -76,8 +76,7 @@ def _exists(root: str | Path | None) -> bool:
 
 def _iteration(root: Path, step: int | None = None) -> Path:
     """The directory of the checkpoint of `step`, else of the one that the tracker file names."""
-    text = str(step) if step else (root / TRACKER).read_text(encoding="utf-8").strip()
-    return root / (f"iter_{int(text):07d}" if text.isdigit() else text or "iter_?")
+    return tracked_directory(root, str(step) if step else read_tracker(root)) or root / "iter_?"
 
 
 def _needed(args: argparse.Namespace) -> Iterator[tuple[str, str]]:

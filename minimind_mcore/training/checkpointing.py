@@ -18,12 +18,13 @@ import argparse
 import os
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from minimind_mcore.converters import torch_zip
+from minimind_mcore.converters.megatron import TRACKER, read_tracker, tracked_directory
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import (
@@ -41,7 +42,6 @@ from minimind_mcore.training.checkpoint_fit import check_layout, check_model, is
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
 
-TRACKER = "latest_checkpointed_iteration.txt"
 PREFIX = "iter_"
 
 
@@ -301,16 +301,14 @@ def choose(root: Path, step: int | None = None) -> Path | None:
 
 def _candidates(root: Path) -> list[Path]:
     found = [directory_of(root, iteration) for iteration in iterations_in(root)]
-    tracker = root / TRACKER
-    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
-    if text == "release":
-        return [root / "release", *found]
-    if not text.isdigit():
+    text = read_tracker(root)
+    named = tracked_directory(root, text)
+    if named is None:
         if found:
-            _say(f"{tracker}: found {text!r}, expected an iteration; looking for the newest checkpoint", sys.stderr)
+            told = f"{root / TRACKER}: found {text!r}, expected an iteration"
+            _say(f"{told}; looking for the newest checkpoint", sys.stderr)
         return found
-    named = directory_of(root, int(text))
-    return [named, *(d for d in found if d.name < named.name)]
+    return [named, *(d for d in found if text == "release" or d.name < named.name)]
 
 
 def check(directory: Path) -> list[str]:
@@ -328,11 +326,11 @@ def _check_share(directory: Path, rank: int, ranks: int) -> list[str]:
         return [f"{directory}: missing"]
     if (directory / MANIFEST).is_file():
         return check_manifest(directory, rank, ranks)
-    # Written by another program: at least the archives must be complete.
-    files = sorted(directory.rglob("*.pt"))
+    # Without a manifest, as other programs write: torch.load compares no checksums, the archives have them.
+    files = sorted(file for pattern in ("*.pt", "*.distcp") for file in directory.rglob(pattern))
     if not files:
         return [f"{directory}: no checkpoint files"]
-    return [f"{file}: truncated, or no torch file" for file in files[rank::ranks] if not zipfile.is_zipfile(file)]
+    return [problem for file in files[rank::ranks] for problem in torch_zip.check_records(file)]
 
 
 def _say(text: str, file: Any = None) -> None:

@@ -41,7 +41,8 @@ def validate(args: argparse.Namespace, world_size: int) -> Layout:
         UserError: values that contradict each other, the model, or the number of processes.
     """
     model = ModelConfig.from_args(args)
-    for name in ("log_interval", "save_interval", "eval_interval", "num_layers_per_virtual_pipeline_stage"):
+    counts = ("log_interval", "save_interval", "eval_interval", "keep_last", "num_layers_per_virtual_pipeline_stage")
+    for name in counts:
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
     layout = _layout(args, world_size)
