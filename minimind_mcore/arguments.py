@@ -14,10 +14,12 @@ import difflib
 import functools
 import importlib.resources
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.splits import parse_split
 
 # dest names, grouped as Megatron groups its arguments
 IMPLEMENTED = frozenset(
@@ -218,6 +220,11 @@ def kit_flags() -> tuple[str, ...]:
 class _Parser(argparse.ArgumentParser):
     """argparse, with errors that a `UserError` carries."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # argparse takes "-1,1,0" for a flag. As a value it reaches `parse_split`, whose error says what is expected.
+        self._negative_number_matcher = re.compile(r"-[\d.][\d.,/]*$")
+
     def error(self, message: str) -> Any:
         """Raise instead of exiting with status 2."""
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
@@ -293,6 +300,8 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
         )
     args.no_effect = [f for f in flags if f in table and table[f]["dest"] in no_effect]
     _refuse_values(args)
+    if args.split is not None:
+        parse_split(args.split)
     fill_model(args)
     if "--transformer-impl" not in flags:  # Megatron's default needs Transformer Engine
         args.transformer_impl = "local"

@@ -15,13 +15,13 @@ warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags o
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import format_flags
 from minimind_mcore.models.presets import PRESETS, find_model, lookup
+from minimind_mcore.splits import parse_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +155,7 @@ def count_samples(data: Sequence[str], seq_length: int) -> float:
 
 def training_share(split: str) -> float:
     """The part of the data that a `--split` such as "99,1,0" trains on."""
-    parts = [float(part) for part in re.findall(r"[.0-9]+", split)]
-    if not parts or not sum(parts):
-        raise UserError(f"--split {split}: expected the weights of training, validation and test, such as 99,1,0")
-    return parts[0] / sum(parts)
+    return parse_split(split)[0]
 
 
 def main() -> None:
@@ -179,6 +176,7 @@ def main() -> None:
     if args.list:
         print("\n".join(RECIPES))
         return
+    share = training_share(args.split)
     if args.name is None and args.model is None:
         parser.error("give a recipe's name, or --model, or --list")
     recipe = get_recipe(args.name or recipe_for(args.model, args.stage))
@@ -196,7 +194,7 @@ def main() -> None:
     if args.train_iters:
         words += ["--train-iters", str(args.train_iters)]
     elif args.data:
-        samples = count_samples(args.data, recipe.seq_length) * training_share(args.split)
+        samples = count_samples(args.data, recipe.seq_length) * share
         words += ["--train-iters", str(recipe.iterations(samples, batch))]
     print("\n".join(words))
 

@@ -21,6 +21,7 @@ from minimind_mcore.arguments import (
 )
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed import checkpoints
+from minimind_mcore.splits import parse_split
 from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.
@@ -152,6 +153,11 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if args.split is None and args.data_path:
         problems.append("--split is missing: Megatron would train on 96.9% of the data; add --split 100,0,0")
+    if args.split is not None:
+        try:
+            parse_split(args.split)
+        except UserError as error:
+            problems.append(str(error))
     if args.stage == "sft" and args.reset_attention_mask and not args.neat_pack:
         problems.append(
             "--reset-attention-mask without --neat-pack cuts attention after every <|im_end|>, so that an answer does "

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Index, bin_path, idx_path, read_index
+from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.training.data import DatasetTokenizer
 
 IGNORED = -100
@@ -200,13 +201,9 @@ def _documents_where(column: Column, length: int, condition: Any, first: int = 0
 
 def split_ranges(split: str | None, documents: int) -> list[range]:
     """The documents of training, validation and test: consecutive ranges in the proportions of `--split`."""
-    weights = [float(part) for part in (split or "969,30,1").replace("/", ",").split(",")]
-    weights = [*weights, 0.0, 0.0][:3]
-    if sum(weights) <= 0:
-        raise UserError(f"--split {split}: expected the weights of training, validation and test, such as 99,1,0")
     ends = [0]
-    for weight in weights:
-        ends.append(ends[-1] + round(weight / sum(weights) * documents))
+    for share in parse_split(split or MEGATRON_DEFAULT):
+        ends.append(ends[-1] + round(share * documents))
     excess = ends[-1] - documents  # of rounding; taken as Megatron takes it
     ends = [0, *(end - excess for end in ends[1:])]
     return [range(ends[i], ends[i + 1]) for i in range(3)]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.preprocess.indexed import Index, bin_path, read_index
+from minimind_mcore.splits import parse_split
 
 Ids = NDArray[np.int32]
 IDS, MASK = "input_ids", "attention_mask"
@@ -174,11 +174,7 @@ def _share(count: int, split: str | None, part: int) -> tuple[int, int]:
     """First and last but one document of a part of Megatron's split."""
     if split is None:
         return 0, count
-    try:
-        weights = ([float(word) for word in re.split("[,/]", split)] + [0.0] * 3)[:3]
-        bounds = [0, *(round(float(share) * count) for share in np.cumsum(weights) / sum(weights))]
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"split: found {split!r}, expected three shares such as 98,1,1") from error
+    bounds = [0, *(round(float(end) * count) for end in np.cumsum(parse_split(split, "split")))]
     return bounds[part], bounds[part + 1]
 
 

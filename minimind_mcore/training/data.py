@@ -20,6 +20,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import idx_path
 from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.splits import MEGATRON_DEFAULT
 from minimind_mcore.storage import sha256
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _blend(args: argparse.Namespace) -> dict[str, Any]:
     per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
     if any(per_split):
         return {"blend_per_split": [get_blend_from_list(paths) for paths in per_split]}
-    return {"blend": get_blend_from_list(args.data_path), "split": args.split or "969, 30, 1"}
+    return {"blend": get_blend_from_list(args.data_path), "split": args.split or MEGATRON_DEFAULT}
 
 
 def tokenizer_path(args: argparse.Namespace) -> str:

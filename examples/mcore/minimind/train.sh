@@ -58,7 +58,8 @@ prepare_run() {
     local printed data=() length=()
     local recipe=("$PYTHON" -m minimind_mcore.models.recipes ${RECIPE:+"$RECIPE"} --model "$MODEL" --stage "$STAGE"
         --data-parallel-size "$DP" ${MBS:+--micro-batch-size "$MBS"} ${GBS:+--global-batch-size "$GBS"}
-        ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} ${EPOCHS:+--epochs "$EPOCHS"} ${LR:+--lr "$LR"})
+        ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} ${EPOCHS:+--epochs "$EPOCHS"} ${LR:+--lr "$LR"}
+        --split="$SPLIT") # one word: argparse takes a negative number for a flag
     printed=$("$PYTHON" -m minimind_mcore.models.presets "$MODEL")
     read_lines MODEL_ARGS <<< "$printed"
     printed=$("${recipe[@]}")
@@ -67,7 +68,7 @@ prepare_run() {
     prepare_data # without "$@": those are flags of the training
     if [ "${#DATA_PREFIXES[@]}" != 0 ]; then
         data=(--data-path "${DATA_PREFIXES[@]}")
-        length=(--split "$SPLIT" --data "${DATA_PREFIXES[@]}")
+        length=(--data "${DATA_PREFIXES[@]}")
     fi
     [ -z "${TRAIN_ITERS:-}" ] || length=(--train-iters "$TRAIN_ITERS")
     ! given --train-iters --train-samples || length=()
