@@ -124,9 +124,11 @@ def _describe(kind: str) -> Device:
     if kind == "cpu":
         return Device("cpu", cpu_name(), usable_cores(), psutil.virtual_memory().total, None)
     api: Any = getattr(torch, kind)
-    name = api.get_device_name(0)
+    # Asking for a name opens a context on the current device: without this line every rank takes memory of device 0.
+    api.set_device(local_rank())
+    name = api.get_device_name(local_rank())
     peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
-    return Device(kind, name, api.device_count(), api.get_device_properties(0).total_memory, peak)
+    return Device(kind, name, api.device_count(), api.get_device_properties(local_rank()).total_memory, peak)
 
 
 def usable_cores() -> int:
@@ -159,7 +161,7 @@ def setup() -> Device:
         cpu_as_cuda.emulate()
         cpu.tune()
     else:
-        getattr(torch, device.kind).set_device(local_rank())
+        getattr(torch, device.kind).set_device(local_rank())  # `current` may have run in another thread
         if device.kind == "npu":
             from minimind_mcore.mindspeed import adaptor
 

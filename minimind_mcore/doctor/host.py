@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minimind_mcore import hosts
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
-from minimind_mcore.doctor.installed import Host
+from minimind_mcore.doctor.installed import Host, cann
 from minimind_mcore.errors import UserError
 
 GIB = 2**30
@@ -21,7 +21,7 @@ def check(host: Host, device: str) -> list[Finding]:
     """All of it, for a job on a kind of device."""
     found = [*processes(host), *shared_memory(host), *disk(host), *master(host)]
     if device == "npu":
-        found += [*homes(host), *hccl_ports(host)]
+        found += [*homes(host), *compiler(host), *hccl_ports(host)]
     return found + interfaces(host, device) + names()
 
 
@@ -43,6 +43,29 @@ def homes(host: Host) -> list[Finding]:
             text = f"{variable}={given} has no set_env.sh, and the scripts stop there"
             found.append(fail(variable, text, f"unset {variable}    # they look in {usual}, or name its folder"))
     return found
+
+
+def compiler(host: Host) -> list[Finding]:
+    """What MindSpeed needs at the first forward pass, when it compiles its operators (op_builder/builder.py).
+
+    `--use-fused-rotary-pos-emb`, which the scripts give, is such an operator. Megatron-LM compiles a helper for its
+    datasets with g++ too.
+    """
+    found = []
+    for program, fix in (
+        ("g++", "apt install g++    # or yum install gcc-c++"),
+        ("ninja", "pip install ninja    # its folder must be on the PATH: activate the environment"),
+    ):
+        if not host.run(program, "--version"):
+            text = f"no {program} on the PATH; MindSpeed compiles operators with it at the first forward pass"
+            found.append(fail("compiler", text, fix))
+    place = cann(host).where
+    forms = ("", "latest/", "*-linux/", "latest/*-linux/")
+    if place and not any(file for form in forms for file in Path(place).glob(f"{form}include/acl/acl.h")):
+        text = f"{place} has no include/acl/acl.h; MindSpeed compiles operators with it at the first forward pass"
+        fix = "install the toolkit of CANN (not only its runtime, nnrt): docs/install_ascend.md, CANN"
+        found.append(fail("compiler", text, fix))
+    return found or [ok("compiler", "g++, ninja and CANN's headers, for MindSpeed's operators")]
 
 
 def shared_memory(host: Host) -> list[Finding]:

@@ -20,12 +20,16 @@ from typing import Any
 
 import yaml
 
+from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.launch import CHECKOUT, sources
 from minimind_mcore.rl.config import CONFIGS, command_parser
-from minimind_mcore.rl.lint import STAGES, dump, lint
+from minimind_mcore.rl.config import resolve as resolve_config
+from minimind_mcore.rl.dispatch import cpu_cores
+from minimind_mcore.rl.lint import STAGES, TARGETS, Finding, dump, lint
+from minimind_mcore.rl.migrate import migrate
 from minimind_mcore.rl.rewards.workers import resolve
-from minimind_mcore.rl.schema import MEGATRON_SECTIONS, defaults
+from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, defaults
 from minimind_mcore.rl.settings import settings
 from minimind_mcore.storage import atomic_write_text
 
@@ -34,6 +38,8 @@ PROGRAMS = {"ray_grpo": "train_grpo.py", "ray_dapo": "train_dapo.py", "ray_ppo":
 PATHS = ("data_path", "tokenizer_name_or_path", "load", "save", "prompt_type_path", "pretrained_checkpoint")
 # Where the packages are that MindSpeed-RL imports, if they are not installed.
 HOMES = ("MINDSPEED_LLM_HOME", "MINDSPEED_HOME", "MEGATRON_HOME")
+# VLLM_VERSION of each release's configs/envs/runtime_env.yaml: vLLM-Ascend chooses its patches by it.
+VLLM_VERSIONS = {"mindspeed-rl-2.2.0": "0.9.1", "mindspeed-rl-master": "0.11.0"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     target = version(folder)
     file = Path(directory or CONFIGS) / f"{name.removesuffix('.yaml')}.yaml"
     findings, tree, _ = lint(str(file), target, overrides, nodes=_hosts())
-    for finding in findings:
+    for finding in [*findings, *_cores(tree, target)]:
         print(finding, file=sys.stderr)
     if any(finding.level == "error" for finding in findings):
         raise UserError(f"{file}: not fit for {target} in {folder}; see the errors above")
@@ -96,7 +102,7 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
         resolve(path)  # an error here, not in a worker
     output = Path((tree.get("minimind") or {}).get("output_dir", "outputs/rl")).expanduser().resolve()
     written = output / "mindspeed_rl"
-    atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment()))
+    atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment(target)))
     config = written / f"{file.stem}.yaml"
     atomic_write_text(config, dump(_for_mindspeed_rl(tree, written / "runtime_env.yaml")))
     command = [sys.executable, f"cli/{PROGRAMS[stage]}", "--config-dir", str(written), "--config-name", file.stem]
@@ -111,15 +117,30 @@ def _hosts() -> int:
     return int(found)
 
 
+def _cores(tree: dict[str, Any], target: str) -> list[Finding]:
+    """Warn where this is the only host and has fewer CPU cores than Ray must have."""
+    config, found = resolve_config(tree if TARGETS[target] == NEWEST else migrate(tree, NEWEST)[0]), usable_cores()
+    wanted, npus = sum(cpu_cores(config, _hosts()).values()), config.rl.actor_resource.num_npus
+    if _hosts() > 1 or found >= wanted:
+        return []
+    fits = (found - wanted) // npus + config.rl.num_cpus_for_placement_group
+    lower = f"set rl_config.num_cpus_for_placement_group={fits:g}, or " if fits >= 1 else ""
+    text = f"this host has {found} CPU cores and Ray needs {wanted:g}; {lower}start Ray with --num-cpus={wanted:g}"
+    return [Finding("warning", "rl_config.num_cpus_for_placement_group", text)]
+
+
 def _python_path(folder: Path) -> str:
     paths = [str(CHECKOUT), str(folder), *(os.environ[name] for name in HOMES if os.environ.get(name))]
     return os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def runtime_environment() -> dict[str, Any]:
-    """The kit's runtime environment with where the packages are."""
+def runtime_environment(target: str) -> dict[str, Any]:
+    """Return the kit's runtime environment with PYTHONPATH and the vLLM version of a target of `lint.TARGETS`."""
     environment: dict[str, Any] = yaml.safe_load(RUNTIME_ENV.read_text(encoding="utf-8"))
-    environment["env_vars"]["PYTHONPATH"] = _python_path(home())
+    variables = environment["env_vars"]
+    variables["PYTHONPATH"] = _python_path(home())
+    if variables.get("VLLM_VERSION") in VLLM_VERSIONS.values():  # any other value is the user's choice
+        variables["VLLM_VERSION"] = VLLM_VERSIONS[target]
     return environment
 
 

@@ -14,6 +14,9 @@ from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.rules import workers
 from minimind_mcore.rl.values import Problem
 
+# num_cpus of GRPOTransferDock and TransferQueueManager (trainer/utils/transfer_dock.py, utils/transfer_queue/tq_mgr.py)
+TRANSFER_DOCK_CORES = 10
+
 
 @dataclass(frozen=True)
 class Queue:
@@ -116,3 +119,30 @@ def dispatch(config: Config, target: str, nodes: int) -> Iterator[Problem]:
 def _responses(queue: Queue, each: bool, share: int | None = None) -> str:
     count = queue.responses // queue.takers if share is None else share
     return f"{count} responses of each of {queue.takers} {queue.what}" if each else f"{queue.responses} responses"
+
+
+def cpu_cores(config: Config, nodes: int) -> dict[str, int | float]:
+    """Return the CPU cores that Ray must have for a run of MindSpeed-RL, by what reserves them.
+
+    MindSpeed-RL waits without a time limit for placement groups and actors whose cores are not free.
+
+    Args:
+        config: the configuration.
+        nodes: hosts of the Ray cluster.
+    """
+    rl = config.rl
+    shared = rl.use_integrated_worker  # PPO's critic then has the actor's placement groups
+    npus = sum(worker.devices for worker in workers(config) if not (shared and worker.name == "critic_config"))
+    filters = bool(rl.filter_groups_enable and config.actor.stage == "ray_dapo")
+    docks = 1 + (filters and rl.data_strategy not in ("tq", "queue", "transfer_queue"))
+    local = rl.num_cpus_for_local_task * nodes
+    found = {
+        f"the NPUs ({npus} x num_cpus_for_placement_group)": npus * rl.num_cpus_for_placement_group,
+        f"{docks} transfer dock{'s' if docks > 1 else ''}": docks * TRANSFER_DOCK_CORES,
+        "the train task": 1,
+    }
+    if rl.rule_reward:
+        found["the rule rewards"] = local
+    if filters:
+        found["the sample filters"] = local
+    return found

@@ -21,7 +21,7 @@ import yaml
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config import CONFIGS, Config, compose, plain, resolve
-from minimind_mcore.rl.dispatch import dispatch
+from minimind_mcore.rl.dispatch import cpu_cores, dispatch
 from minimind_mcore.rl.embedded import idle, unheeded
 from minimind_mcore.rl.keys import keys, of_error
 from minimind_mcore.rl.migrate import migrate
@@ -109,7 +109,7 @@ def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[Finding]:
         problems += [*dispatch(config, target, nodes), *_padding(config, target)]
         problems += unheeded(config) if target == "embedded" else []
     findings = [Finding("error", key, message) for key, message in problems]
-    return sorted([*findings, *traps(config, tree, target)], key=_rank)
+    return sorted([*findings, *traps(config, tree, target, nodes)], key=_rank)
 
 
 def fit(tree: dict[str, Any], name: str) -> Config:
@@ -171,7 +171,7 @@ def dump(tree: Mapping[str, Any]) -> str:
     return text
 
 
-def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Finding]:
+def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) -> Iterator[Finding]:
     """What runs and is wrong, or waits for ever."""
     yield from _rewards(config, target)
     if target == "embedded":
@@ -207,11 +207,13 @@ def traps(config: Config, tree: Mapping[str, Any], target: str) -> Iterator[Find
             f"its worker_process_setup_hook is not {HOOK}, which teaches MindSpeed-RL MiniMind's weights and repairs "
             "what is named here",
         )
-    wanted = rl.num_cpus_for_placement_group * (rl.actor_resource.num_npus or 0)
+    cores = cpu_cores(config, nodes)
+    parts = ", ".join(f"{count:g} for {what}" for what, count in cores.items())
     yield Finding(
         "note",
         "rl_config.num_cpus_for_placement_group",
-        f"Ray waits for ever unless the hosts have {wanted} CPU cores, {rl.num_cpus_for_placement_group} for each NPU",
+        f"Ray waits for ever unless its {'hosts have' if nodes > 1 else 'host has'} {sum(cores.values()):g} CPU cores: "
+        f"{parts}",
     )
     yield from _ours(tree, config)
     yield from _models(config, target)

@@ -215,6 +215,20 @@ def modes(config: Config, target: str) -> Iterator[Problem]:
         yield "rl_config.share_backbone", "only for LoRA, and not for DAPO"
 
 
+def one_npu(config: Config, target: str) -> Iterator[Problem]:
+    """One NPU has no rollout groups in MindSpeed-RL (vllm_parallel_state.py, initialize_parallel_state)."""
+    rl = config.rl
+    if target == "embedded" or rl.actor_resource.num_npus != 1:
+        return
+    for key in ("zmq_communication", "guarantee_order"):
+        if getattr(rl, key):
+            yield (
+                f"rl_config.{key}",
+                "true with actor_resource.num_npus 1: MindSpeed-RL would stop with 'vllm dp groups is None'. "
+                f"Set rl_config.{key}: false",
+            )
+
+
 RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
     sections,
     devices,
@@ -222,4 +236,5 @@ RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
     lengths,
     rewards,
     modes,
+    one_npu,
 )

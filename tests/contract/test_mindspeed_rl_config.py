@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from engine import ROOT
 from rl_trees import DISPATCH
 
@@ -93,6 +94,14 @@ def test_its_validations_refuse_what_the_linter_refuses_and_nothing_else(tmp_pat
         (tmp_path / f"{number}-{nodes}.yaml").write_text(dump(tree))
     theirs = json.loads(ask("refusals", str(tmp_path), folder=tmp_path))
     assert {name: bool(said) for name, said in theirs.items()} == ours, theirs
+
+
+def test_ray_s_workers_get_its_environment() -> None:
+    from minimind_mcore.mindspeed.rl_launch import runtime_environment, version
+
+    theirs = yaml.safe_load((Path(HOME) / "configs/envs/runtime_env.yaml").read_text(encoding="utf-8"))["env_vars"]
+    ours = runtime_environment(version(Path(HOME)))["env_vars"]
+    assert {key: ours.get(key) for key in theirs} == theirs
 
 
 @pytest.mark.skipif("2.2.0" in HOME, reason="our files have master's keys; the launcher translates them for 2.2.0")

@@ -8,9 +8,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from minimind_mcore import device
 
 PROGRAM = """
 import json, os, torch, torch.distributed as dist
@@ -73,6 +77,29 @@ if rank == 1:
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_a_rank_touches_its_own_device_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    api = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 8,
+        set_device=lambda n: calls.append(("set_device", n)),
+        get_device_name=lambda n=0: calls.append(("get_device_name", n)) or "910B2",
+        get_device_properties=lambda n: calls.append(("properties", n)) or SimpleNamespace(total_memory=64 << 30),
+    )
+    monkeypatch.setattr(torch, kind, api, raising=False)
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(__spec__=SimpleNamespace()))
+    monkeypatch.setenv("DEVICE", kind)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    device.current.cache_clear()
+    try:
+        found = device.current()
+    finally:
+        device.current.cache_clear()
+    assert (found.kind, found.name, found.count, found.peak_tflops) == (kind, "910B2", 8, 376.0)
+    assert calls[0] == ("set_device", 3) and {number for _, number in calls} == {3}
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,8 @@ class Fake:
         for name in (*devices.MANAGERS, *(f"davinci{n}" for n in range(8))):
             (self.root / "dev" / name).touch()
         self.program("python", "echo npu 8")
+        for compiler in ("g++", "ninja"):
+            self.program(compiler, "echo 1.11")
         self.cann("9.1.0")
         for name, version in HEALTHY.items():
             self.package(name, version)
@@ -90,6 +92,9 @@ class Fake:
         info = self.root / "usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info"
         info.parent.mkdir(parents=True, exist_ok=True)
         info.write_text(f"package_name=Ascend-cann-toolkit\nversion={version}\narch=aarch64\n")
+        header = self.root / "usr/local/Ascend/cann/include/acl/acl.h"
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.touch()
 
     def package(self, name: str, version: str | None) -> None:
         for old in self.packages.glob(f"{name}-*.dist-info"):
@@ -293,6 +298,19 @@ BROKEN: dict[str, tuple[Break, str, str, str]] = {
         "torch_npu",
         "is for CANN 9.1, here is 8.0.0",
         "here is 8.0.0 fix: install toolkit, ops and nnal of CANN 9.1",
+    ),
+    "no g++": (
+        lambda f: f.program("g++", "exit 127"),
+        "compiler",
+        "no g++ on the PATH; MindSpeed compiles operators",
+        "apt install g++",
+    ),
+    "no ninja": (lambda f: f.program("ninja", "exit 127"), "compiler", "no ninja on the PATH", "pip install ninja"),
+    "no headers of CANN": (
+        lambda f: f.remove("usr/local/Ascend/cann/include/acl/acl.h"),
+        "compiler",
+        "has no include/acl/acl.h",
+        "install the toolkit of CANN",
     ),
     "HCCL's port is none": (
         lambda f: f.environ.update(HCCL_IF_BASE_PORT="x"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,6 +50,21 @@ def python(folder: Path, version: str) -> str:
     )
     program.chmod(0o755)
     return str(program)
+
+
+def wanted_on_ascend(requirement: str) -> bool:
+    """Whether a requirement of the package is a plain one, or one of LoRA's or reinforcement learning's."""
+    extra = re.search(r"extra == .(\w+)", requirement)
+    return extra is None or extra[1] in ("lora", "rl")
+
+
+def test_an_ascend_host_gets_what_the_package_needs() -> None:
+    needed = [line for line in importlib.metadata.requires("minimind-mcore") or [] if wanted_on_ascend(line)]
+    names = {re.split(r"[<>=;\[ ]", line)[0] for line in needed} - {"megatron-core"}  # it comes from its sources there
+    assert {"torch", "ray", "pebble", "peft"} <= names
+    lines = (ROOT / "requirements/ascend.txt").read_text(encoding="utf-8").splitlines()
+    listed = {re.split(r"[<>=;]", line)[0] for line in lines if line and not line.startswith("#")}
+    assert sorted(names - listed) == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -210,6 +210,13 @@ BROKEN = [
     ("generate_config.dtype=float16", "mindspeed-rl-master", "generate_config.dtype"),
     ("rl_config.multi_turn_enable=true", "mindspeed-rl-2.2.0", "rl_config.multi_turn_enable"),
     ("minimind.algorithm=cispo", "mindspeed-rl-master", "minimind.algorithm"),
+    ("rl_config.actor_resource.num_npus=1", "mindspeed-rl-master", "rl_config.zmq_communication"),
+    ("rl_config.actor_resource.num_npus=1", "mindspeed-rl-2.2.0", "rl_config.zmq_communication"),
+    (
+        "rl_config.actor_resource.num_npus=1 rl_config.zmq_communication=false rl_config.guarantee_order=true",
+        "mindspeed-rl-master",
+        "rl_config.guarantee_order",
+    ),
     ("minimind.algorithm=dapo", "mindspeed-rl-master", "megatron_training.stage"),
     ("minimind.save_rollouts=x", "mindspeed-rl-master", "minimind.save_rollouts"),
     ("minimind.rollout_engine=transformers", "mindspeed-rl-master", "minimind.rollout_engine"),
@@ -234,6 +241,25 @@ def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str)
     words = re.split(r" (?=rl_config|actor_config)", overrides)
     findings, _, _ = lint("grpo_minimind3", target, words, device=device)
     assert key.split(".")[-1] in {f.key.split(".")[-1] for f in findings if f.level == "error"}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "nodes", "cores"),
+    [
+        ("grpo_minimind3", "rl_config.actor_resource.num_npus=2", 1, 2 * 8 + 10 + 1 + 1),
+        ("grpo_minimind3", "rl_config.actor_resource.num_npus=1 rl_config.zmq_communication=false", 1, 8 + 10 + 1 + 1),
+        ("grpo_minimind3", "rl_config.num_cpus_for_placement_group=4 rl_config.rule_reward=false", 1, 8 * 4 + 10 + 1),
+        ("grpo_minimind3", "rl_config.num_cpus_for_local_task=2", 2, 8 * 8 + 10 + 1 + 2 * 2),
+        ("grpo_minimind3_separate", "", 1, (4 + 4) * 8 + 10 + 1 + 1),
+        ("ppo_minimind3", "", 1, 4 * 8 + 10 + 1 + 1),
+        ("dapo_minimind3", "", 1, 8 * 8 + 2 * 10 + 1 + 1 + 1),
+        ("dapo_minimind3", "rl_config.data_strategy=tq", 1, 8 * 8 + 10 + 1 + 1 + 1),
+    ],
+)
+def test_every_core_that_mindspeed_rl_reserves_is_counted(name: str, overrides: str, nodes: int, cores: int) -> None:
+    findings, _, _ = lint(name, "mindspeed-rl-master", overrides.split(), nodes=nodes)
+    (said,) = [f.message for f in findings if f.key == "rl_config.num_cpus_for_placement_group"]
+    assert re.search(r"(\d+) CPU cores", said)[1] == str(cores)  # type: ignore[index]
 
 
 UNHEEDED = [

@@ -218,10 +218,54 @@ def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(
     hook, _, function = environment["worker_process_setup_hook"].rpartition(".")
     assert getattr(importlib.import_module(hook), function) is rl_hook.setup
     assert str(ROOT) in environment["env_vars"]["PYTHONPATH"].split(":")
+    assert environment["env_vars"]["VLLM_VERSION"] == "0.9.1"  # of 2.2.0
     assert job.folder == home and job.command[1:] == [
         *("cli/train_grpo.py", "--config-dir", str(job.config.parent), "--config-name", "grpo_minimind3_moe"),
         f"hydra.run.dir={tmp_path}/out/hydra",
     ]
+
+
+def test_a_host_with_too_few_cores_is_told_before_ray_waits(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config-name", "grpo_minimind3", "--dry-run", "rl_config.actor_resource.num_npus=2"]
+    words.append(f"minimind.output_dir={tmp_path}/out")
+    for cores, warned in ((24, True), (28, False)):
+        monkeypatch.setattr(rl_launch, "usable_cores", lambda cores=cores: cores)
+        rl_launch.run("train_grpo.py", words)
+        said = capsys.readouterr().err
+        assert ("this host has 24 CPU cores and Ray needs 28" in said) == warned
+        assert ("num_cpus_for_placement_group=6, or start Ray with --num-cpus=28" in said) == warned
+
+
+# env_vars of configs/envs/runtime_env.yaml at MindSpeed-RL 05a90d77 (master, 2026-04)
+UPSTREAM_ENVIRONMENT = {
+    "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "true",
+    "TOKENIZERS_PARALLELISM": "true",
+    "NCCL_DEBUG": "WARN",
+    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+    "HCCL_CONNECT_TIMEOUT": "1800",
+    "HCCL_EXEC_TIMEOUT": "3600",
+    "HCCL_IF_BASE_PORT": "12345",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "HYDRA_FULL_ERROR": "1",
+    "VLLM_DP_SIZE": "1",
+    "USING_LCCL_COM": "0",
+    "HCCL_BUFFSIZE": "256",
+    "VLLM_USE_V1": "1",
+    "VLLM_VERSION": "0.11.0",
+    "VLLM_ASCEND_ENABLE_TOPK_OPTIMIZE": "1",
+    "VLLM_ASCEND_ACL_OP_INIT_MODE": "0",
+    "VLLM_ASCEND_ENABLE_NZ": "0",
+    "TASK_QUEUE_ENABLE": "2",
+    "CPU_AFFINITY_CONF": "1",
+    "LCAL_COMM_ID": "127.0.0.1:27001",
+}
+
+
+def test_ray_s_workers_get_the_environment_of_mindspeed_rl() -> None:
+    ours = yaml.safe_load((ROOT / "configs/rlxf/envs/runtime_env.yaml").read_text(encoding="utf-8"))["env_vars"]
+    assert ours == UPSTREAM_ENVIRONMENT
 
 
 @pytest.mark.parametrize(
