@@ -14,7 +14,7 @@ import json
 import struct
 from dataclasses import dataclass, replace
 
-from minimind_mcore.preprocess.conversations import Conversation
+from minimind_mcore.preprocess.messages import Conversation
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 SYSTEM_PROMPTS = (

@@ -21,17 +21,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.conversations import Conversation, Unusable
+from minimind_mcore.preprocess.messages import Conversation, Unusable
 from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, tokenizer_json
 
 IGNORED = -100
 Ids = NDArray[np.int32]
+# What a chat template may leave out; one that writes it has the name in its source.
+WRITTEN = ("tools", "tool_calls", "reasoning_content")
 # The turns of a conversation, each as pieces of text that are encoded one by one.
 Turns = list[list[str]]
 
 
 class ChatTemplate(Protocol):
-    """How conversations are written and where their loss is."""
+    """How conversations are written and where their loss is.
+
+    Attributes:
+        unwritten: which of `WRITTEN` the template does not write.
+    """
+
+    unwritten: frozenset[str]
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
         """The texts of a conversation.
@@ -46,8 +54,16 @@ class ChatTemplate(Protocol):
         """
         ...
 
-    def label(self, turns: Sequence[Ids]) -> tuple[Ids, Ids, bool]:
-        """Ids, labels, and whether something was cut off, from the ids of each turn of `render`."""
+    def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
+        """Ids, labels, and whether something was cut off.
+
+        Args:
+            turns: the ids of each turn of `render`.
+            learned: for each message of the assistant, whether it has a loss; empty: all have.
+
+        Raises:
+            Unusable: the messages that have no loss cannot be found in the ids.
+        """
         ...
 
 
@@ -86,7 +102,8 @@ class TokenizerTemplate:
         from jinja2 import TemplateError
         from transformers import AutoTokenizer
 
-        template_source(info.path)
+        source = template_source(info.path)
+        self.unwritten = frozenset(key for key in WRITTEN if key not in source)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_json(info.path).parent)
         opening, closing = f"{self._tokenizer.bos_token}assistant\n", f"{self._tokenizer.eos_token}\n"
         (tokens, (size, _)) = encoder.encode([opening, closing])
@@ -106,12 +123,19 @@ class TokenizerTemplate:
             raise Unusable(f"the tokenizer's chat template refuses it: {error}") from error
         return [[text]]
 
-    def label(self, turns: Sequence[Ids]) -> tuple[Ids, Ids, bool]:
+    def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
         """See `ChatTemplate`: cut at the sequence length, a cut answer still has its loss, as in MiniMind."""
         [ids] = turns
         labels = np.full(len(ids), IGNORED, np.int32)
-        for start, stop in self._answers(ids)[self._first :]:
-            labels[start:stop] = ids[start:stop]
+        answers = self._answers(ids)
+        heard = [True] * len(answers) if all(learned) else list(learned)
+        if len(heard) != len(answers):  # MiniMind's markers stand in a text, or an answer begins with a line break
+            raise Unusable(
+                f"{len(heard)} answers, of which some have no loss, but the text has {len(answers)} places that look "
+                "like the beginning of an answer; remove the template's markers from the texts"
+            )
+        for (start, stop), kept in list(zip(answers, heard, strict=True))[self._first :]:
+            labels[start:stop] = ids[start:stop] if kept else IGNORED
         limit = self._limit
         return ids[:limit], labels[:limit], limit is not None and len(ids) > limit
 

@@ -1,194 +1,107 @@
-"""What a record of each format holds: conversations, in one form.
-
-    {"role": "system" | "user" | "assistant" | "tool", "content": str,
-     "reasoning_content": str, "tool_calls": [{"name": ..., "arguments": ...}]}      # the last two may be absent
+"""What a record of each format holds: conversations, in one form (`messages`).
 
 | format | handlers |
 |---|---|
-| alpaca: instruction, input, output, and by --map-keys history, system | AlpacaStyle... |
+| alpaca: instruction, input, output, system, tools, and by --map-keys history | AlpacaStyle... |
 | sharegpt: conversations of {from, value}, roles human, gpt, function_call, observation, system | SharegptStyle... |
 | openai: messages of {role, content, tool_calls}, tools | OpenAI... |
 | general: instruction, input, output; belle: instruction of Human: and Assistant:, output | General..., Belle... |
 | leetcode: code_with_problem, code_only, explanation_only | LeetcodePython... |
 | minimind: conversations of {role, content, reasoning_content, tools, tool_calls}, the last two as JSON | MiniMind... |
 
-The columns and their defaults are MindSpeed-LLM's (tasks/preprocess/utils.py), MiniMind's those of its
-dataset/lm_dataset.py. Where MindSpeed-LLM skips a record or trains on an empty dialogue in its place,
-here the record is rejected with its reason.
+The columns and their defaults are MindSpeed-LLM's (tasks/preprocess/utils.py), except that the fields `system`,
+`tools` and `prompt` are read where they exist. MiniMind's are those of its dataset/lm_dataset.py. Where MindSpeed-LLM
+skips a record or trains on an empty dialogue in its place, here the record is rejected with its reason.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from minimind_mcore.preprocess.messages import (
+    Columns,
+    Conversation,
+    Form,
+    Message,
+    Unusable,
+    calls_of,
+    content_of,
+    conversation_of,
+    is_empty,
+    list_of,
+    message_of,
+    optional,
+    reasoning_of,
+    text_of,
+    tools_of,
+)
 from minimind_mcore.preprocess.readers import kind_of
 
-Message = dict[str, Any]
-Columns = Mapping[str, str]
-
-ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "", "system": ""}
+ALPACA = {
+    **{"prompt": "instruction", "query": "input", "response": "output", "history": ""},
+    **{"system": "system", "tools": "tools"},
+}
 TAGS = {
     **{"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
     **{"observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"},
 }
-SHAREGPT = {"messages": "conversations", "system": "", "tools": "", **TAGS}
-OPENAI = {"messages": "messages", "system": "", "tools": "tools"}
-MINIMIND = {"messages": "conversations"}
+# The fields of a record that belong to its conversation, next to the messages.
+BESIDE = {"system": "system", "tools": "tools", "prompt": "prompt"}
+SHAREGPT = {"messages": "conversations", **BESIDE, **TAGS}
+OPENAI = {"messages": "messages", **BESIDE}
+MINIMIND = {"messages": "conversations", **BESIDE}
 AGENT = {**MINIMIND, "gt": "gt"}
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
 GENERAL = {"prompt": "instruction", "query": "input", "response": "output"}
 BELLE = {"prompt": "instruction", "response": "output"}
 LEETCODE = {"problem": "code_with_problem", "code": "code_only", "explanation": "explanation_only"}
 
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class Unusable(Exception):
-    """A record that cannot be used; the message is the reason, in a few words."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in the form above, and the tools that may be called, as OpenAI describes them."""
-
-    messages: Sequence[Message]
-    tools: list[Any] | None = None
-
-
-def text_of(record: Mapping[str, Any], field: str) -> str:
-    """The string in a field.
-
-    Raises:
-        Unusable: there is none.
-    """
-    value = record.get(field)
-    if value is None:
-        raise Unusable(f"field {field!r} {'is null' if field in record else 'is missing'}")
-    if not isinstance(value, str):
-        raise Unusable(f"field {field!r} is not a string but {kind_of(value)}")
-    return value
-
-
-def optional(record: Mapping[str, Any], field: str) -> str:
-    """The string in a field that may be absent, null or unnamed."""
-    return text_of(record, field) if field and record.get(field) is not None else ""
-
-
-def list_of(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
-    """The non-empty list of objects in a field."""
-    value = record.get(field)
-    if not isinstance(value, list):
-        raise Unusable(f"field {field!r} is not a list of messages but {kind_of(value)}")
-    if not value or not all(isinstance(item, dict) for item in value):
-        raise Unusable(f"field {field!r} is {'a list of other things than messages' if value else 'empty'}")
-    return value
-
-
-def _json_list(value: Any, name: str) -> list[Any]:
-    """A list that may be given as JSON text, as MiniMind's files do; a single object counts as one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise Unusable(f"{name} is not valid JSON: {error}") from error
-    value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise Unusable(f"{name} is not a list of objects but {kind_of(value)}")
-    return value
-
-
-def _calls(value: Any, name: str) -> list[Any]:
-    calls = _json_list(value, name)
-    for call in calls:
-        function = call.get("function") or call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
-            raise Unusable(f"{name}: a call needs name and arguments")
-    return calls
-
 
 def _system(text: str) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def openai_messages(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Messages with role and content; content may be null beside tool calls.
-
-    Raises:
-        Unusable: an unknown role, or no text.
-    """
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
-        if role not in ROLES:
-            raise Unusable(f"message {number} has the role {role!r}; expected {', '.join(ROLES)}")
-        if not isinstance(content, str) and not (content is None and calls):
-            raise Unusable(f"message {number} has no string under 'content' but {kind_of(content)}")
-        message: Message = {"role": role, "content": content or ""}
-        if turn.get("reasoning_content") is not None:
-            message["reasoning_content"] = text_of(turn, "reasoning_content")
-        if calls:
-            message["tool_calls"] = _calls(calls, f"message {number}: tool_calls")
-        messages.append(message)
-    return messages
-
-
 def read_minimind(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's own: tools are on the system message (the Ascend fork calls them functions)."""
-    return {"": minimind_conversation(list_of(record, columns["messages"]))}
-
-
-def minimind_conversation(turns: Sequence[Mapping[str, Any]]) -> Conversation:
-    """Messages, and the tools that the system message carries.
-
-    Raises:
-        Unusable: see `openai_messages`; or tools that are no list of objects.
-    """
-    tools = None
-    for turn in turns:
-        given = turn.get("tools") or turn.get("functions")
-        if turn.get("role") == "system" and given:
-            tools = _json_list(given, "tools")
-    return Conversation(openai_messages(turns), tools)
+    """MiniMind's own: tools are on the system message (functions in the Ascend fork), or next to the messages."""
+    return {"": conversation_of(record, columns, list_of(record, columns["messages"]))}
 
 
 def read_minimind_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's preferences: two whole conversations."""
-    return {f"{side}_": minimind_conversation(list_of(record, columns[side])) for side in ("chosen", "rejected")}
+    """MiniMind's preferences, two whole conversations; or TRL's, a prompt and two answers: messages or texts."""
+    return {
+        f"{side}_": conversation_of(record, {**columns, "messages": columns[side]}, _side(record, columns, side))
+        for side in ("chosen", "rejected")
+    }
+
+
+def _side(record: Mapping[str, Any], columns: Columns, side: str) -> list[dict[str, Any]]:
+    """The messages of one side; a text is an answer to the prompt."""
+    value = record.get(columns[side])
+    if isinstance(value, str) and columns["prompt"] and not is_empty(record.get(columns["prompt"])):
+        return [{"role": "assistant", "content": value}]
+    return list_of(record, columns[side])
 
 
 def read_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's tasks for reinforcement learning: the last message is a placeholder for the answer."""
-    conversation = minimind_conversation(list_of(record, columns["messages"]))
-    if len(conversation.messages) < 2:
-        raise Unusable("a prompt and the placeholder of its answer are two messages at least, found one")
+    """MiniMind's tasks for reinforcement learning: an answer at the end is a placeholder. Or TRL's field `prompt`."""
     if "gt" in columns and not isinstance(record.get(columns["gt"]), list):
         raise Unusable(f"field {columns['gt']!r} is not a list of answers but {kind_of(record.get(columns['gt']))}")
-    return {"": Conversation(conversation.messages[:-1], conversation.tools)}
+    prompt = columns["prompt"]
+    if prompt and is_empty(record.get(columns["messages"])) and not is_empty(record.get(prompt)):
+        columns = {**columns, "messages": prompt, "prompt": ""}
+        if isinstance(record[prompt], str):
+            record = {**record, prompt: [{"role": "user", "content": record[prompt]}]}
+    return {"": conversation_of(record, columns, list_of(record, columns["messages"]), asked=True)}
 
 
 def read_openai(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """OpenAI's chat format."""
-    messages = openai_messages(list_of(record, columns["messages"]))
-    if messages[0]["role"] != "system":
-        messages = _system(optional(record, columns["system"])) + messages
-    opening = messages[1:2] if messages[0]["role"] == "system" else messages[:1]
-    if not opening or opening[0]["role"] != "user":
-        raise Unusable("the first message after the system's is not the user's")
-    if messages[-1]["role"] != "assistant":
-        raise Unusable(f"the last message is not the assistant's but of role {messages[-1]['role']!r}")
-    return {"": Conversation(messages, tools_of(record, columns["tools"]))}
-
-
-def tools_of(record: Mapping[str, Any], field: str) -> list[Any] | None:
-    """The tools in a field that may be absent, empty or unnamed.
-
-    Raises:
-        Unusable: no list of objects, nor JSON text of one.
-    """
-    return _json_list(record[field], f"field {field!r}") or None if field and record.get(field) else None
+    conversation = conversation_of(record, columns, list_of(record, columns["messages"]))
+    if conversation.messages[-1]["role"] != "assistant":
+        raise Unusable(f"the last message is not the assistant's but of role {conversation.messages[-1]['role']!r}")
+    return {"": conversation}
 
 
 def alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:
@@ -206,66 +119,65 @@ def alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:
 def read_alpaca(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """Alpaca: instruction and input are one message, a line break between them."""
     answer = {"role": "assistant", "content": text_of(record, columns["response"])}
-    return {"": Conversation([*alpaca_prompt(record, columns), answer])}
+    thoughts = reasoning_of(record, "the record")
+    if thoughts:
+        answer["reasoning_content"] = thoughts
+    return {"": Conversation([*alpaca_prompt(record, columns), answer], tools_of(record, columns["tools"]))}
 
 
 def read_alpaca_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """Alpaca with two answers."""
     prompt = alpaca_prompt(record, columns)
     return {
-        f"{side}_": Conversation([*prompt, {"role": "assistant", "content": text_of(record, columns[side])}])
+        f"{side}_": Conversation(
+            [*prompt, {"role": "assistant", "content": text_of(record, columns[side])}],
+            tools_of(record, columns["tools"]),
+        )
         for side in ("chosen", "rejected")
     }
 
 
-def _sharegpt_message(turn: Mapping[str, Any], number: int, columns: Columns) -> Message:
-    """One turn: of the user's or a tool's at odd places, of the assistant's at even ones."""
-    role, content = turn.get(columns["role_tag"]), turn.get(columns["content_tag"])
-    odd = {columns["user_tag"]: "user", columns["observation_tag"]: "tool"}
-    even = {columns["assistant_tag"]: "assistant", columns["function_tag"]: "calls"}
-    expected = odd if number % 2 else even
-    if role not in expected:
-        raise Unusable(f"turn {number} is from {role!r}; expected {' or '.join(map(repr, expected))} there")
-    if not isinstance(content, str):
-        raise Unusable(f"turn {number} has no string under {columns['content_tag']!r} but {kind_of(content)}")
-    if expected[role] == "calls":
-        thought, end, rest = (
-            content.partition("</think>") if content.lstrip().startswith("<think>") else ("", "", content)
-        )
-        calls = _calls(rest, f"turn {number}")
-        return {"role": "assistant", "content": thought + end, "tool_calls": calls}
-    return {"role": expected[role], "content": content}
+def _sharegpt_form(columns: Columns) -> Form:
+    """How turns are written by these columns."""
+    tags = {role: columns[f"{role}_tag"] for role in ("system", "user", "assistant")}
+    tags["tool"] = columns["observation_tag"]
+    return Form(partial(_sharegpt_message, columns), (columns["role_tag"], columns["content_tag"]), tags)
 
 
-def _sharegpt(record: Mapping[str, Any], columns: Columns) -> tuple[list[Message], list[Message], int]:
-    turns = list_of(record, columns["messages"])
-    system = optional(record, columns["system"])
-    if turns[0].get(columns["role_tag"]) == columns["system_tag"]:
-        system, turns = text_of(turns[0], columns["content_tag"]), turns[1:]
-    messages = [_sharegpt_message(turn, number, columns) for number, turn in enumerate(turns, 1)]
-    return _system(system), messages, len(turns)
+def _sharegpt_message(columns: Columns, turn: Mapping[str, Any], number: int) -> Message:
+    """One turn; the assistant's calls of tools have a tag of their own, and their content is JSON."""
+    where, role = f"turn {number}", turn.get(columns["role_tag"])
+    roles = {columns["observation_tag"]: "tool", columns["assistant_tag"]: "assistant"}
+    roles |= {columns["function_tag"]: "calls", columns["system_tag"]: "system", columns["user_tag"]: "user"}
+    if role not in roles:
+        raise Unusable(f"{where} is from {role!r}; expected {' or '.join(map(repr, roles))}")
+    content = content_of(turn.get(columns["content_tag"]), where, columns["content_tag"])
+    if roles[role] != "calls":
+        return message_of(turn, roles[role], content, None, where)
+    thought, end, rest = content.partition("</think>") if content.lstrip().startswith("<think>") else ("", "", content)
+    return message_of(turn, "assistant", thought + end, calls_of(rest, where), where)
 
 
 def read_sharegpt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """ShareGPT: turns of both sides, one after the other."""
-    system, messages, count = _sharegpt(record, columns)
-    if not count or count % 2:
-        raise Unusable(f"{count} turns; questions and answers in pairs are an even number")
-    return {"": Conversation(system + messages, tools_of(record, columns["tools"]))}
+    turns = list_of(record, columns["messages"])
+    conversation = conversation_of(record, columns, turns, _sharegpt_form(columns))
+    if conversation.messages[-1]["role"] != "assistant":
+        raise Unusable(f"{len(turns)} turns, and the last is not the assistant's")
+    return {"": conversation}
 
 
 def read_sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """ShareGPT with two answers, each a turn of its own."""
-    system, messages, count = _sharegpt(record, columns)
-    if count % 2 == 0:
-        raise Unusable(f"{count} turns before the two answers; the last must be the user's: an odd number")
-    sides = {}
+    turns, form, sides = list_of(record, columns["messages"]), _sharegpt_form(columns), {}
     for side in ("chosen", "rejected"):
         answer = record.get(columns[side])
         if not isinstance(answer, dict):
             raise Unusable(f"field {columns[side]!r} is not a turn but {kind_of(answer)}")
-        answer = _sharegpt_message(answer, count + 1, columns)
-        sides[f"{side}_"] = Conversation([*system, *messages, answer], tools_of(record, columns["tools"]))
+        conversation = conversation_of(record, columns, [*turns, answer], form)
+        if conversation.messages[-1]["role"] != "assistant":
+            raise Unusable(f"field {columns[side]!r} is not a turn of the assistant")
+        sides[f"{side}_"] = conversation
     return sides
 
 

@@ -32,6 +32,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.handlers import ChatHandler
 from minimind_mcore.preprocess.indexed import Written, bin_path, copy_chunks, merge
+from minimind_mcore.preprocess.messages import report_unused
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
 from minimind_mcore.preprocess.options import (
     Options,
@@ -160,6 +162,14 @@ def _refuse_others(options: Options, prefix: Path) -> None:
         raise UserError(f"--output-prefix {prefix}: it holds other datasets ({min(others)}); choose another prefix")
 
 
+def _unused(reports: Sequence[Report]) -> Counter[str]:
+    """The keys of the input that nothing reads, of all shards."""
+    total = Counter[str]()
+    for report in reports:
+        total.update(report.unused)
+    return total
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -223,6 +233,7 @@ class _Run:
         directory = self._part_directory()
         reports = self._convert_shards(directory)
         self._check_rejects(directory, reports)
+        report_unused(_unused(reports))
         self._publish_beside(directory, reports)
         plan = self._plan(directory, reports)
         for key, target in self._targets.items():
@@ -364,4 +375,5 @@ class _Run:
             truncated=sum(report.truncated for report in reports),
             samples=written.documents if plan is None else len(plan.order),
             chat=chat,
+            unused=dict(_unused(reports)),
         )

@@ -16,6 +16,7 @@ from minimind_mcore.preprocess.conversations import (
     AGENT,
     ALPACA,
     BELLE,
+    BESIDE,
     GENERAL,
     LEETCODE,
     MINIMIND,
@@ -23,9 +24,6 @@ from minimind_mcore.preprocess.conversations import (
     PAIR,
     SHAREGPT,
     TAGS,
-    Columns,
-    Conversation,
-    Unusable,
     read_alpaca,
     read_alpaca_pair,
     read_belle,
@@ -37,8 +35,8 @@ from minimind_mcore.preprocess.conversations import (
     read_prompt,
     read_sharegpt,
     read_sharegpt_pair,
-    text_of,
 )
+from minimind_mcore.preprocess.messages import REASONING, Columns, Conversation, Unusable, is_empty, text_of
 from minimind_mcore.preprocess.readers import Reject, kind_of, rejected
 from minimind_mcore.preprocess.tasks import (
     MATH17K,
@@ -72,6 +70,10 @@ class Handler:
         """The fields that must be read for these keys."""
         return self.fields or keys
 
+    def unused(self, record: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+        """Fields that hold something and that nothing reads."""
+        return unread(record, self.columns(keys))
+
     def __call__(self, record: Any, keys: Sequence[str]) -> dict[str, str] | Reject:
         """The text under each key; a record that cannot be used is rejected whole."""
         if not isinstance(record, dict):
@@ -89,6 +91,11 @@ class Handler:
                 )
             texts[key] = text
         return texts
+
+
+def unread(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
+    """Fields of a record that hold something and are not among those that are read."""
+    return [field for field, value in record.items() if field not in fields and not is_empty(value)]
 
 
 def _field(record: dict[str, Any], key: str) -> str | Reject:
@@ -158,6 +165,7 @@ class ChatHandler:
         answer: of tasks: the right answer.
         fixed_prompt: the text is that of `prompter`, not of a chat template.
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
+        others: fields that are read under their own names.
     """
 
     read: Callable[[Mapping[str, Any], Columns], dict[str, Conversation]]
@@ -168,6 +176,7 @@ class ChatHandler:
     answer: Callable[[Mapping[str, Any], Columns], str] | None = None
     fixed_prompt: bool = False
     thinking_ratio: float | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def pairwise(self) -> bool:
@@ -177,8 +186,17 @@ class ChatHandler:
     @property
     def fields(self) -> list[str] | None:
         """The columns to read of a parquet file; None for all: what goes beside a prompt is the user's."""
-        tags = TAGS.keys()
-        return None if self.prompts else [field for name, field in self.columns.items() if field and name not in tags]
+        if self.prompts:
+            return None
+        return [*(field for name, field in self.columns.items() if field and name not in TAGS), *self.others]
+
+    def unused(self, record: Mapping[str, Any], sides: Mapping[str, Conversation]) -> list[str]:
+        """Keys of a record and of its messages that hold something and that nothing reads.
+
+        The fields of a task are all kept, in the line beside its ids.
+        """
+        fields = unread(record, self.fields or ()) if not self.prompts else []
+        return [*fields, *(key for conversation in sides.values() for key in conversation.unused)]
 
     def __call__(self, record: Any) -> dict[str, Conversation] | Reject:
         """The conversations of a record."""
@@ -266,7 +284,7 @@ def _task(
 _ALPACA_PAIR = {**{key: field for key, field in ALPACA.items() if key != "response"}, **PAIR}
 
 CHAT_HANDLERS: Mapping[str, ChatHandler] = {
-    "AlpacaStyleInstructionHandler": ChatHandler(read_alpaca, ALPACA),
+    "AlpacaStyleInstructionHandler": ChatHandler(read_alpaca, ALPACA, others=REASONING),
     "SharegptStyleInstructionHandler": ChatHandler(read_sharegpt, SHAREGPT),
     "OpenAIInstructionHandler": ChatHandler(read_openai, OPENAI),
     "AlpacaStylePairwiseHandler": ChatHandler(read_alpaca_pair, _ALPACA_PAIR, _PAIR_OUTPUTS),
@@ -276,7 +294,7 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     "LeetcodePythonInstructionHandler": ChatHandler(read_leetcode, LEETCODE, fixed_prompt=True),
     # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
     "MiniMindInstructionHandler": ChatHandler(read_minimind, MINIMIND, minimind=True),
-    "MiniMindPairwiseHandler": ChatHandler(read_minimind_pair, PAIR, _PAIR_OUTPUTS, minimind=True),
+    "MiniMindPairwiseHandler": ChatHandler(read_minimind_pair, {**PAIR, **BESIDE}, _PAIR_OUTPUTS, minimind=True),
     "MiniMindPromptHandler": ChatHandler(
         read_prompt, MINIMIND, _PROMPT_OUTPUTS, minimind=True, prompts=True, thinking_ratio=0.9
     ),

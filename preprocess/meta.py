@@ -46,6 +46,7 @@ class DatasetMeta:
         truncated: samples cut short by --seq-length.
         samples: of conversations: how many there are; packed ones share sequences.
         chat: of conversations: how they were made, and `template`, which identifies the chat template.
+        unused: keys of the input that nothing read, and in how many records or messages they held something.
     """
 
     request: str
@@ -65,6 +66,7 @@ class DatasetMeta:
     truncated: int = 0
     samples: int | None = None
     chat: dict[str, Any] | None = None
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def meta_path(prefix: str | os.PathLike[str]) -> Path:

@@ -19,7 +19,7 @@ from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 
 # Part of every request: raise it when the same request would give other files than before.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

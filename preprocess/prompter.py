@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minimind_mcore.preprocess.chat import IGNORED, Ids, Turns
-from minimind_mcore.preprocess.conversations import Conversation
+from minimind_mcore.preprocess.messages import Conversation
 
 USER, ASSISTANT = "### Instruction:", "### Response:"
 HEAD = (
@@ -22,6 +22,8 @@ HEAD = (
 class Prompter:
     """A `ChatTemplate`."""
 
+    unwritten = frozenset[str]()
+
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
         """See `ChatTemplate`: the whole text, and once more what comes before the last answer."""
         text = HEAD
@@ -29,7 +31,7 @@ class Prompter:
             text += f"{USER if message['role'] == 'user' else ASSISTANT}\n{message['content']}\n"
         return [[text], [text.rpartition(ASSISTANT)[0] + ASSISTANT + "\n"]]
 
-    def label(self, turns: Sequence[Ids]) -> tuple[Ids, Ids, bool]:
+    def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
         """See `ChatTemplate`."""
         ids, asked = turns
         labels = ids.copy()

@@ -12,6 +12,11 @@
 | .txt, .text (+ .gz, .zst) | a line, as {"text": line} (as `datasets` and MindSpeed-LLM read it) |
 | .parquet | a row, of which only the wanted columns are read |
 
+Names may be in capitals (.JSONL). CSV is refused: its columns have no types and no nesting.
+
+In Parquet every object of a column has the keys of all others, null where the record had none. These nulls are left
+out, so that a file made from JSON Lines reads as that file. A null that stood in the JSON text is left out with them.
+
 Lines end at "\\n" (or "\\r\\n"); blank ones are skipped, they are no rejects. A byte-order mark at the
 start of a file is ignored. Nothing is read whole: memory is bounded by the longest record.
 """
@@ -24,6 +29,7 @@ import gzip
 import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +44,10 @@ from minimind_mcore.preprocess.json_array import JsonArray
 
 LINE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "txt", ".text": "txt"}
 COMPRESSIONS = (".gz", ".zst")
+TABLES = (".csv", ".tsv")
 # What this kit writes beside its datasets, and so may find again in an input directory.
-OWN_FILES = (".rejects.jsonl", ".meta.json")
+OWN_FILES = (".rejects.jsonl", ".meta.json", ".bin", ".idx")
+SHOWN_IGNORED = 5
 PARTS = ".parts"
 
 SHARD_BYTES = 16 << 20
@@ -100,19 +108,27 @@ class Reject:
 
 def _format(path: Path) -> tuple[str, str] | None:
     """(format, compression) by the file's name; None if it is of no kind we read."""
+    suffix, compression = _suffixes(path)
     if path.name.endswith(OWN_FILES):
         return None
-    if path.suffix == ".parquet":
+    if suffix == ".parquet" and not compression:
         return "parquet", ""
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    kind = LINE_FORMATS.get(Path(path.name.removesuffix(compression)).suffix)
+    kind = LINE_FORMATS.get(suffix)
     return (kind, compression) if kind else None
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """The suffixes of the format and of the compression, in small letters."""
+    name = path.name.lower()
+    compression = Path(name).suffix if name.endswith(COMPRESSIONS) else ""
+    return Path(name.removesuffix(compression)).suffix, compression
 
 
 def _expand(pattern: str) -> list[Path]:
     """Files that one item of --input stands for, sorted; of a directory or a glob those we can read."""
     path = Path(pattern).expanduser()
     if path.is_file():
+        _refuse_table(path)
         if _format(path) is None:
             known = ", ".join([*LINE_FORMATS, ".parquet"])
             raise UserError(f"input {path}: unknown kind of file; expected {known} (text ones also as .gz or .zst)")
@@ -120,10 +136,32 @@ def _expand(pattern: str) -> list[Path]:
     found = [path] if path.is_dir() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     if not found:
         raise UserError(f"input {pattern}: no such file or directory, and no file matches it as a pattern")
-    files = {file for p in found for file in (_below(p) if p.is_dir() else [p]) if _format(file)}
-    if not files:
+    files = sorted({file for p in found for file in (_below(p) if p.is_dir() else [p])})
+    readable = [file for file in files if _format(file)]
+    ignored = [file for file in files if not _format(file) and not file.name.endswith(OWN_FILES)]
+    for file in ignored:
+        _refuse_table(file)
+    if not readable:
         raise UserError(f"input {pattern}: no file to read there; expected .jsonl, .json, .txt or .parquet files")
-    return sorted(files)
+    if ignored:
+        names = [file.name for file in ignored[:SHOWN_IGNORED]] + ["..."] * (len(ignored) > SHOWN_IGNORED)
+        print(f"input {pattern}: ignored {len(ignored)} files of other kinds ({', '.join(names)})", file=sys.stderr)
+    return readable
+
+
+def _refuse_table(path: Path) -> None:
+    """Refuse a CSV file.
+
+    Raises:
+        UserError: it is one.
+    """
+    suffix, _ = _suffixes(path)
+    if suffix in TABLES:
+        known = ", ".join([*LINE_FORMATS, ".parquet"])
+        raise UserError(
+            f"input {path}: {suffix[1:].upper()} files are not read; expected {known}. "
+            "Convert the file, for example with pandas: read_csv(...).to_json(..., orient='records', lines=True)"
+        )
 
 
 def _below(directory: Path) -> Iterator[Path]:
@@ -139,10 +177,10 @@ def find_sources(spec: str) -> list[Source]:
 
     Returns:
         The files in the order given; those of a directory or glob sorted by path. In directories,
-        hidden files and files of unknown kind are passed over.
+        hidden files are passed over, and files of unknown kind are counted on standard error.
 
     Raises:
-        UserError: nothing there, an unknown kind of file, or one file given twice.
+        UserError: nothing there, an unknown kind of file, a CSV file, or one file given twice.
     """
     items = [spec] if Path(spec).expanduser().exists() else [item.strip() for item in spec.split(",") if item.strip()]
     if not items:
@@ -279,6 +317,9 @@ class ShardReader:
         shard: from `plan_shards`.
         keys: the columns to read of a parquet file; None for all.
 
+    Attributes:
+        unread: of a parquet file, once it is read: the columns that were not wanted, and how many rows have a value.
+
     Raises:
         UserError: the file is damaged in a way that hides the records behind the place.
     """
@@ -288,6 +329,7 @@ class ShardReader:
         self._keys = keys
         self._raw: BinaryIO | None = None
         self._row_share = 0.0
+        self.unread: dict[str, int] = {}
 
     @property
     def bytes_read(self) -> int:
@@ -341,10 +383,32 @@ class ShardReader:
                 names, hint = ", ".join(present), "choose with --json-keys or --map-keys"
                 raise UserError(f"input {path}: no column {self._keys[0]!r}; it has {names} ({hint})")
             groups = list(range(self._shard.start, self._shard.stop))
+            nested = [name for name in columns if pyarrow.types.is_nested(file.schema_arrow.field(name).type)]
+            self.unread = {name: _values(file, groups, name) for name in present if name not in columns}
             total = sum(file.metadata.row_group(group).num_rows for group in groups)
             row = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=columns):
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     row += 1
-                    yield row, dict(zip(columns, values, strict=True))
+                    record = dict(zip(columns, values, strict=True))
+                    record.update((name, _without_nulls(record[name])) for name in nested)
+                    yield row, record
                 self._row_share = row / total
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a nested column without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _values(file: pyarrow.parquet.ParquetFile, groups: Sequence[int], column: str) -> int:
+    """How many rows of these row groups have a value in a column, as far as the file's statistics tell."""
+    count = 0
+    for group in map(file.metadata.row_group, groups):
+        count += group.num_rows
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema == column and chunk.statistics is not None and chunk.statistics.has_null_count:
+                count -= chunk.statistics.null_count
+    return count

@@ -31,6 +31,9 @@ BATCH_CHARS = 1 << 19
 # So many rejects, if they are most of what was read, mean the wrong file or key: no use reading on.
 HOPELESS_REJECTS = 1000
 
+# Keys of the input that a shard reports at most: where keys are data (a name, a date), their number has no bound.
+MOST_UNUSED = 100
+
 
 @dataclass(frozen=True)
 class Job:
@@ -73,6 +76,7 @@ class Report:
         truncated: records cut short.
         empty: by key, records without a token.
         tokens: by key.
+        unused: by key of the input that nothing reads: in how many records, or messages.
     """
 
     number: int
@@ -84,6 +88,7 @@ class Report:
     truncated: int = 0
     empty: dict[str, int] = dataclasses.field(default_factory=dict)
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def part_prefix(directory: Path, number: int, key: str) -> Path:
@@ -155,6 +160,7 @@ class ShardConverter:
 
     def _read(self, task: Task, report: Report, part: _Part) -> None:
         reader = ShardReader(task.shard, self._stage.columns)
+        self._stage.unused.clear()
         batch: list[tuple[int, Any, Prepared]] = []
         chars = 0
         for line, record in reader:
@@ -174,6 +180,8 @@ class ShardConverter:
                 batch, chars = [], 0
         self._write(task, batch, report, part)
         self._count(task, task.shard.bytes, report)
+        self._stage.unused.update({name: rows for name, rows in reader.unread.items() if rows})
+        report.unused = dict(self._stage.unused.most_common(MOST_UNUSED))
 
     def _write(self, task: Task, batch: Sequence[tuple[int, Any, Prepared]], report: Report, part: _Part) -> None:
         """Encode a batch and append it to the part of each key."""

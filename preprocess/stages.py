@@ -15,7 +15,8 @@ never cut: MiniMind's is left out if its prompt has more than L, MindSpeed's if 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,8 +26,8 @@ from numpy.typing import NDArray
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.augment import Draw, add_system_prompt, draw, drop_empty_thoughts
 from minimind_mcore.preprocess.chat import IGNORED, ChatTemplate, Ids, TokenizerTemplate, Turns, checked
-from minimind_mcore.preprocess.conversations import Conversation, Unusable
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler
+from minimind_mcore.preprocess.messages import Conversation, Unusable
 from minimind_mcore.preprocess.options import Options
 from minimind_mcore.preprocess.prompter import Prompter
 from minimind_mcore.preprocess.readers import Reject, rejected
@@ -69,10 +70,13 @@ class Stage(Protocol):
     Attributes:
         keys: of the datasets.
         columns: to read of a parquet file; None for all.
+        unused: keys that hold something and that nothing reads, and in how many records or messages, since
+            the caller emptied it.
     """
 
     keys: tuple[str, ...]
     columns: Sequence[str] | None
+    unused: Counter[str]
 
     def prepare(self, record: Any) -> Prepared | Reject:
         """The texts of a record."""
@@ -97,6 +101,7 @@ class Documents:
     def __init__(self, options: Options, info: TokenizerInfo, encoder: Encoder, handler: Handler) -> None:
         self.keys = options.keys
         self.columns: Sequence[str] | None = handler.columns(options.keys)
+        self.unused = Counter[str]()
         self._handler = handler
         self._encoder = encoder
         self._bos = info.bos_id if options.prepend_bos else None
@@ -106,7 +111,10 @@ class Documents:
     def prepare(self, record: Any) -> Prepared | Reject:
         """See `Stage`: one text for each key."""
         texts = self._handler(record, self.keys)
-        return texts if isinstance(texts, Reject) else Prepared(list(texts.values()))
+        if isinstance(texts, Reject):
+            return texts
+        self.unused.update(self._handler.unused(record, self.keys))
+        return Prepared(list(texts.values()))
 
     def encode(self, batch: Sequence[Prepared]) -> Encoded:
         """See `Stage`."""
@@ -154,6 +162,7 @@ class Conversations:
     def __init__(self, options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> None:
         self.keys = handler.outputs
         self.columns: Sequence[str] | None = handler.fields
+        self.unused = Counter[str]()
         self._handler = handler
         self._chat = options.chat.resolved(handler, info)
         self._encoder = encoder
@@ -185,9 +194,21 @@ class Conversations:
                 rendered += [checked([[text]]) for text in self._handler.extras(record)]
         except Unusable as reason:
             return rejected(str(reason), record)
+        self.unused.update(self._handler.unused(record, sides))
+        self.unused.update(self._unwritten(sides.values()))
         texts = [piece for turns in rendered for pieces in turns for piece in pieces]
         shape = [[len(pieces) for pieces in turns] for turns in rendered]
-        return Prepared(texts, (shape, beside))
+        learned = [conversation.learned for conversation, _, _ in asked]
+        return Prepared(texts, (shape, beside, learned))
+
+    def _unwritten(self, sides: Collection[Conversation]) -> Iterator[str]:
+        """What the chat template leaves out of these conversations."""
+        for key in self._template.unwritten:
+            for side in sides:
+                holders = [side.tools] if key == "tools" else [message.get(key) for message in side.messages]
+                for held in holders:
+                    if held:
+                        yield f"{key} (the chat template does not write it)"
 
     def _change(self, conversation: Conversation) -> tuple[Conversation, bool | None, Draw]:
         """The conversation with what is drawn for it, whether the model is to think if it is asked, the draw."""
@@ -218,7 +239,12 @@ class Conversations:
             if self._handler.prompts:
                 self._encode_task(prepared, sides, found, encoded)
                 continue
-            samples = [self._limited(*self._template.label(turns)) for turns in sides]
+            try:
+                labelled = zip(sides, prepared.detail[2], strict=True)
+                samples = [self._limited(*self._template.label(turns, learned)) for turns, learned in labelled]
+            except Unusable as reason:
+                encoded.unusable.append((place, str(reason)))
+                continue
             cut = any(cut for _, _, cut in samples)
             if not all(len(ids) and (labels != IGNORED).any() for ids, labels, _ in samples):
                 encoded.too_long += cut

@@ -16,18 +16,18 @@ such a record is rejected.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from minimind_mcore.preprocess.conversations import (
+from minimind_mcore.preprocess.conversations import alpaca_prompt, read_prompt, read_sharegpt
+from minimind_mcore.preprocess.messages import (
     Columns,
     Conversation,
     Unusable,
-    alpaca_prompt,
+    conversation_of,
     list_of,
-    openai_messages,
-    read_prompt,
-    read_sharegpt,
     text_of,
+    tools_of,
 )
 from minimind_mcore.preprocess.readers import kind_of
 
@@ -37,7 +37,7 @@ ORZ = {"messages": "messages"}
 
 def read_alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """Alpaca's question."""
-    return {"": Conversation(alpaca_prompt(record, columns))}
+    return {"": Conversation(alpaca_prompt(record, columns), tools_of(record, columns.get("tools", "")))}
 
 
 def answer_of_alpaca(record: Mapping[str, Any], columns: Columns) -> str:
@@ -53,7 +53,7 @@ def answer_of_alpaca(record: Mapping[str, Any], columns: Columns) -> str:
 def read_sharegpt_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
     """ShareGPT's turns up to the last answer."""
     conversation = read_sharegpt(record, columns)[""]
-    return {"": Conversation(conversation.messages[:-1], conversation.tools)}
+    return {"": replace(conversation, messages=conversation.messages[:-1])}
 
 
 def answer_of_sharegpt(record: Mapping[str, Any], columns: Columns) -> str:
@@ -65,7 +65,8 @@ def read_math17k(record: Mapping[str, Any], columns: Columns) -> dict[str, Conve
     """A question that is a list of messages, or a text."""
     if isinstance(record.get(columns["prompt"]), str):
         return read_alpaca_prompt(record, columns)
-    return {"": Conversation(openai_messages(list_of(record, columns["prompt"])))}
+    field = columns["prompt"]
+    return {"": conversation_of(record, {"messages": field}, list_of(record, field), asked=True)}
 
 
 def answer_of_math17k(record: Mapping[str, Any], columns: Columns) -> str:
@@ -97,7 +98,7 @@ def read_math(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversa
     """MiniMind's task with an answer, without its tools: a single turn cannot call them."""
     conversation = read_prompt(record, columns)[""]
     messages = [m for m in conversation.messages if m["role"] != "system" or m["content"]]
-    return {"": Conversation(messages)}
+    return {"": Conversation(messages, unused=conversation.unused)}
 
 
 def answer_of_gt(record: Mapping[str, Any], columns: Columns) -> str:

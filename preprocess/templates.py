@@ -33,7 +33,7 @@ import numpy as np
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.chat import IGNORED, Ids, Turns
-from minimind_mcore.preprocess.conversations import Conversation, Message, Unusable
+from minimind_mcore.preprocess.messages import Conversation, Message, Unusable, check_order
 
 CLASSES = ("Template", "LFDefaultTemplate", "ReasoningTemplate")
 TOOL_FORMATS = ("qwen", "qwen3")
@@ -105,6 +105,8 @@ def template_entry(name: str, path: str | None) -> dict[str, Any]:
 class SlotTemplate:
     """A template of MindSpeed-LLM's format."""
 
+    unwritten = frozenset[str]()  # what it cannot write, it rejects
+
     def __init__(self, entry: Mapping[str, Any], settings: Settings) -> None:
         self._entry = entry
         self._settings = settings
@@ -119,9 +121,12 @@ class SlotTemplate:
         The formats of questions open the answer. A template with thoughts then adds empty ones unless the model
         is to think; the others leave it to the prompt.
         """
-        messages = list(conversation.messages)
+        check_order(conversation.messages)
+        messages = self._joined_results(conversation.messages)
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        self._check_order(messages, opened=thinking is not None)
+        opened = thinking is not None
+        if not messages or len(messages) % 2 != opened:
+            raise Unusable(f"the last message is not {'a question' if opened else 'the assistant' + chr(39) + 's'}")
         head = self._pieces("format_prefix")
         system = system or self._entry.get("default_system") or ""
         system = "".join(system) if isinstance(system, list) else system
@@ -144,15 +149,22 @@ class SlotTemplate:
         """What ends an answer, besides the tokenizer's eos."""
         return list(self._entry.get("stop_words") or [])
 
-    def _check_order(self, messages: Sequence[Message], opened: bool) -> None:
-        for number, message in enumerate(messages):
-            if (message["role"] == "assistant") != bool(number % 2):
-                raise Unusable(
-                    f"message {number + 1} after the system's is of role {message['role']!r}: templates of "
-                    "--prompt-type need questions and answers by turns (the tokenizer's own template does not)"
-                )
-        if not messages or len(messages) % 2 != opened:
-            raise Unusable(f"the last message is not {'a question' if opened else 'the assistant' + chr(39) + 's'}")
+    def _joined_results(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, with results of tools that follow each other in one, as LLaMA-Factory joins them."""
+        joined: list[Message] = []
+        for message in messages:
+            if joined and joined[-1]["role"] == message["role"] == "tool":
+                slots = (self._entry.get("format_observation") or {}).get("slots") or []
+                if not any(isinstance(slot, str) and "<tool_response>" in slot for slot in slots):
+                    raise Unusable(
+                        f"several results of tools follow each other, and --prompt-type {self._entry['name']} has no "
+                        "way to write them (format_observation: expected <tool_response>)"
+                    )
+                content = f"{joined[-1]['content']}\n</tool_response>\n<tool_response>\n{message['content']}"
+                joined[-1] = {**message, "content": content}
+            else:
+                joined.append(message)
+        return joined
 
     def _turn(self, message: Message, number: int, last: bool) -> list[str]:
         """The pieces of one message."""
@@ -235,7 +247,7 @@ class SlotTemplate:
                 else:
                     turns[number - 1].append(empty)
 
-    def label(self, turns: Sequence[Ids]) -> tuple[Ids, Ids, bool]:
+    def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
         """See `ChatTemplate`; a pair is never cut, as in MindSpeed-LLM."""
         size = sum(map(len, turns))
         pairs = list(zip(turns[::2], turns[1::2], strict=True))
@@ -245,6 +257,7 @@ class SlotTemplate:
         labels: list[Ids] = []
         for number, (source, target) in enumerate(pairs):
             hidden = self._settings.last_only and number < len(pairs) - 1
+            hidden = hidden or not (all(learned) or learned[number])
             ids += [source, target]
             labels += [np.full(len(source), IGNORED), np.full(len(target), IGNORED) if hidden else target]
         found = np.concatenate(ids)

@@ -58,7 +58,7 @@ def read_questions(path: str) -> list[Question]:
         UserError: no such file, or a record without question or answer.
     """
     questions = []
-    for where, record, prompt in records(path):
+    for where, record, prompt in records(path, used=("answer", "task")):
         answer, task = record.get("answer"), record.get("task", Path(path).stem)
         if not isinstance(answer, str) or not isinstance(task, str):
             raise UserError(f"{where}: expected an 'answer' that is a text, and a 'task' that is one or absent")

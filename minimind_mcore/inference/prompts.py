@@ -11,18 +11,29 @@ import io
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.conversations import Conversation, Unusable, minimind_conversation, tools_of
+from minimind_mcore.preprocess.messages import (
+    Conversation,
+    Unusable,
+    conversation_of,
+    is_empty,
+    optional,
+    report_unused,
+    tools_of,
+)
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.preprocess.templates import SlotTemplate
 
 Message = dict[str, Any]
 KEYS = ("prompt", "text", "messages", "conversations")
+# Fields of a record that belong to its prompt.
+BESIDE = {"system": "system", "tools": "tools"}
 
 
 @dataclass(frozen=True)
@@ -88,45 +99,64 @@ def is_text(line: str) -> bool:
     return True
 
 
-def records(spec: str, system: str | None = None, tools: list[Any] | None = None) -> Iterator[tuple[str, Any, Prompt]]:
+def records(
+    spec: str, system: str | None = None, tools: list[Any] | None = None, used: Sequence[str] = ()
+) -> Iterator[tuple[str, Any, Prompt]]:
     """Where each record of files of prompts is, the record, and the prompt that it holds.
+
+    At the end the keys that nothing reads are reported.
+
+    Args:
+        spec: files, directories, globs.
+        system, tools: for prompts that have none of their own.
+        used: fields of a record that the caller reads.
 
     Raises:
         UserError: no file there, or a record that holds none.
     """
+    unused = Counter[str]()
     for shard in plan_shards(find_sources(spec), subsets=1):
         for line, record in ShardReader(shard, keys=None):
             where = f"{shard.source.path}, record {line}"
             if isinstance(record, Reject):
                 raise UserError(f"{where}: {record.reason}")
             if record is not None:
-                yield where, record, _of_record(record, where, system, tools)
+                key, prompt, keys = _of_record(record, where, system, tools)
+                unused.update(keys)
+                read = {key, *BESIDE, *used}
+                unused.update(name for name, value in record.items() if name not in read and not is_empty(value))
+                yield where, record, prompt
+    report_unused(unused)
 
 
-def _of_record(record: Any, where: str, system: str | None, tools: list[Any] | None) -> Prompt:
-    """A prompt of a jsonl record: {"prompt": TEXT}, {"text": TEXT}, or a conversation in MiniMind's form or OpenAI's.
+def _of_record(
+    record: Any, where: str, system: str | None, tools: list[Any] | None
+) -> tuple[str, Prompt, Sequence[str]]:
+    """A prompt of a record: {"prompt": TEXT}, {"text": TEXT}, or a conversation in MiniMind's form or OpenAI's.
 
-    An answer at the end is the reference, and left out.
+    An answer at the end is the reference, and left out. `system` and `tools` may stand next to the prompt.
+
+    Returns:
+        The field that holds the prompt, the prompt, and the keys of its messages that nothing reads.
     """
     key = next((key for key in KEYS if isinstance(record, dict) and record.get(key)), None)
     if key is None:
         raise UserError(f"{where}: expected an object with one of {', '.join(KEYS)}")
     value = record[key]
-    if isinstance(value, str):
-        return from_text(value, system, tools)
-    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        raise UserError(f"{where}: {key}: expected a text, or a list of objects with role and content")
     try:
-        conversation = minimind_conversation(value)
-        given = tools_of(record, "tools") or conversation.tools
+        if isinstance(value, str):
+            own = optional(record, "system") or system
+            return key, from_text(value, own, tools_of(record, "tools") or tools), ()
+        turns = value if isinstance(value, list) else [None]
+        if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+            raise UserError(f"{where}: {key}: expected a text, or a list of objects with role and content")
+        conversation = conversation_of(record, {"messages": key, **BESIDE}, turns, asked=True)
     except Unusable as reason:
         raise UserError(f"{where}: {reason}") from reason
     messages = list(conversation.messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise UserError(f"{where}: {key}: no message before the assistant's")
-    return Prompt(messages, given or tools)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return key, Prompt(messages, conversation.tools or tools), conversation.unused
 
 
 def read_tools(path: str | None) -> list[Any] | None:

@@ -101,11 +101,11 @@ def test_programs_import_megatron_after_the_device_is_ready(program: str) -> Non
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_functions_and_files_stay_readable(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
-    assert source.count("\n") <= 400, f"{relative(file)} has more than 400 lines"
+    assert source.count("\n") <= 600, f"{relative(file)} has more than 600 lines"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines <= 60, f"{relative(file)}:{node.lineno}: {node.name} has {lines} lines"
+            assert lines <= 80, f"{relative(file)}:{node.lineno}: {node.name} has {lines} lines"
 
 
 def test_allowed_names_are_still_in_use() -> None:

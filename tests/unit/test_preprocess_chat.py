@@ -480,7 +480,7 @@ UNUSABLE: list[tuple[str, Any, str]] = [
     ),
     ("MiniMindInstructionHandler", {"conversations": [user("x\ud800"), assistant("y")]}, "lone surrogate"),
     ("MiniMindPairwiseHandler", {"chosen": [user("a")], "rejected": "b"}, "field 'rejected' is not a list of messages"),
-    ("MiniMindPromptHandler", {"conversations": [user("a")]}, "found one"),
+    ("MiniMindPromptHandler", {"conversations": [assistant("a")]}, "no message before the assistant's"),
     ("MiniMindAgentHandler", {"conversations": [user("a"), assistant("")]}, "field 'gt' is not a list of answers"),
     ("AlpacaStyleInstructionHandler", {"instruction": "a", "output": ["b"]}, "'output' is not a string but an array"),
     ("SharegptStyleInstructionHandler", {"conversations": [{"from": "gpt", "value": "a"}]}, "turn 1 is from 'gpt'"),
