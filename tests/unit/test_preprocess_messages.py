@@ -21,7 +21,6 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference.prompts import read_prompts
 from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.convert import convert
-from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.preprocess.stages import Encoded, make_stage
@@ -382,6 +381,11 @@ def test_openai_s_parts_roles_and_calls(tokenizer: str) -> None:
 # ------------------------------------------------------------------ keys that nothing reads
 
 
+def unused(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """What each line about unused keys lists."""
+    return [line.rpartition(": ")[2] for line in capfd.readouterr().err.splitlines() if "nothing reads" in line]
+
+
 def test_unused_keys_are_reported_once_with_their_count(
     tokenizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,8 +393,7 @@ def test_unused_keys_are_reported_once_with_their_count(
     rows = [{"messages": turns, "id": number, "quality": 1.0 if number else None, "note": ""} for number in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     convert(Options(str(tmp_path / "a.jsonl"), tokenizer, str(tmp_path / "out"), handler="OpenAIInstructionHandler"))
-    [line] = [line for line in capfd.readouterr().err.splitlines() if "nothing reads" in line]
-    assert line.endswith(": id (3), messages[].name (6), messages[].score (3), quality (2)")
+    assert unused(capfd) == ["id (3), messages[].name (6), messages[].score (3), quality (2)"]
     meta = json.loads((tmp_path / "out_packed_input_ids_document.meta.json").read_text())
     assert meta["unused"] == {"id": 3, "messages[].name": 6, "messages[].score": 3, "quality": 2}
 
@@ -401,18 +404,18 @@ def test_unused_columns_of_parquet_are_reported_without_being_read(
     table = pyarrow.table({"text": ["a", "b", "c"], "url": ["x", None, "y"], "meta": [{"k": 1}, {"k": 2}, {"k": 3}]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     convert(Options(str(tmp_path / "a.parquet"), tokenizer, str(tmp_path / "out")))
-    [line] = [line for line in capfd.readouterr().err.splitlines() if "nothing reads" in line]
-    assert line.endswith(": meta (3), url (2)")
+    assert unused(capfd) == ["meta (3), url (2)"]
 
 
-def test_prompt_files_report_unused_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_files_report_unused_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "level": 3}\n{"messages": [{"role": "user", "content": "b"}]}\n')
     read_prompts([], str(tmp_path / "p.jsonl"))
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "nothing reads" in line]
-    assert line.endswith(": level (1)")
+    assert unused(capfd) == ["level (1)"]
 
 
-def test_what_a_chat_template_does_not_write_is_reported(tmp_path: Path, tokenizer: str) -> None:
+def test_what_a_chat_template_does_not_write_is_reported(
+    tmp_path: Path, tokenizer: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A template without tools, as older ones, loses them and the calls."""
     (tmp_path / "tokenizer.json").write_bytes((Path(tokenizer) / "tokenizer.json").read_bytes())
     config = json.loads((Path(tokenizer) / "tokenizer_config.json").read_text())
@@ -420,17 +423,16 @@ def test_what_a_chat_template_does_not_write_is_reported(tmp_path: Path, tokeniz
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    options = Options("-", str(tmp_path), handler="OpenAIInstructionHandler", chat=AS_IT_IS)
-    stage = make_stage(options, tokenizer_info(tmp_path), load_encoder(tmp_path, "tokenizers"))
-    stage.prepare({"messages": [*TALK[:3], assistant("2m。", reasoning="看表")], "tools": TOOLS})
-    ending = " (the chat template does not write it)"
-    assert stage.unused == {key + ending: 1 for key in ("tools", "tool_calls", "reasoning_content")}
-
-
-def test_handlers_report_what_they_do_not_read() -> None:
-    record = {"instruction": "a", "output": "b", "history": [["q", "a"]], "loss": 1}
-    handler = find_handler("AlpacaStyleInstructionHandler")
-    assert handler.unused(record, {}) == ["history", "loss"]  # type: ignore[arg-type, unused-ignore]
+    talk = {
+        "messages": [*TALK[:3], assistant("2m。", reasoning_content="看表")],
+        "tools": TOOLS,
+        "history": [["q", "a"]],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(talk))
+    source, handler = str(tmp_path / "a.jsonl"), "OpenAIInstructionHandler"
+    convert(Options(source, str(tmp_path), str(tmp_path / "out"), handler=handler))
+    ending = " (the chat template does not write it) (1)"
+    assert unused(capfd) == [f"history (1), reasoning_content{ending}, tool_calls{ending}, tools{ending}"]
 
 
 # ------------------------------------------------------------------ files
