@@ -147,7 +147,7 @@ def _of_record(
         if isinstance(value, str):
             own = optional(record, "system") or system
             return key, from_text(value, own, tools_of(record, "tools") or tools), ()
-        turns = value if isinstance(value, list) else [None]
+        turns: list[Any] = value if isinstance(value, list) else [None]
         if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
             raise UserError(f"{where}: {key}: expected a text, or a list of objects with role and content")
         conversation = conversation_of(record, {"messages": key, **BESIDE}, turns, asked=True)
