@@ -69,6 +69,14 @@ def is_converted(root: Path) -> bool:
         return all(value != "opt_param_scheduler" for _, value, _ in pickletools.genops(archive.read(member)))
 
 
+def resumed(args: argparse.Namespace) -> Path | None:
+    """The directory of the checkpoint that a run resumes from; None for a run that begins."""
+    if args.finetune or not _exists(args.load):
+        return None
+    directory = _iteration(Path(args.load), args.ckpt_step)
+    return directory if directory.is_dir() else None
+
+
 def _exists(root: str | Path | None) -> bool:
     """As Megatron tells it."""
     return root is not None and Path(root, TRACKER).is_file()

@@ -22,6 +22,8 @@ from minimind_mcore.arguments import (
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed import checkpoints
 from minimind_mcore.splits import parse_split
+from minimind_mcore.training import sample_order
+from minimind_mcore.training.checkpoint_fit import saved_args
 from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.
@@ -102,6 +104,9 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     if args.load and not args.finetune and checkpoints.is_converted(Path(args.load)):
         flags.append("--finetune")
         remarks.append(f"{args.load} has weights and no optimizer: training starts at iteration 0 (--finetune)")
+    elif resumed := checkpoints.resumed(args):
+        differing = sample_order.differences(args, saved_args(resumed))
+        remarks += [sample_order.warning(resumed, differing)] if differing else []
     return flags, remarks
 
 

@@ -13,7 +13,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.indexed import idx_path
 from minimind_mcore.storage import sha256
-from minimind_mcore.training import checkpointing, distributed
+from minimind_mcore.training import checkpointing, distributed, sample_order
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.job import Job, LossFunction, token_loss
 from minimind_mcore.training.layout import Layout, require
@@ -78,6 +78,8 @@ class PostTraining(Job):
         self.check_data(tokenizer)
         tokenizer.unique_identifiers["indices"] = self.data_digests()
         training_data.require_same_everywhere(args, tokenizer)
+        digests = [sample_order.data_digest(data.file_prefix(prefix, name)) for name in self.columns]
+        args.sample_order = sample_order.record(args, digests)
         first = data.Column(prefix, self.columns[0])
         ranges = data.split_ranges(args.split, len(first))
         if not ranges[0]:

@@ -13,6 +13,7 @@ The files of a prefix (contract: MindSpeed-RL's R1AlpacaStyleInstructionHandler)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.preprocess.indexed import Index, bin_path, read_index
 from minimind_mcore.splits import parse_split
+from minimind_mcore.training.sample_order import data_digest
 
 Ids = NDArray[np.int32]
 IDS, MASK = "input_ids", "attention_mask"
@@ -86,6 +88,7 @@ class PromptDataset:
     ) -> None:
         self.prefix = os.fspath(prefix)
         self.seed, self.shuffle = seed, shuffle
+        self._limits = {"split": split or "100,0,0", "max_prompt_length": max_prompt_length}
         found = _find(self.prefix, columns, optional)
         self._columns = {name: _Column(path, tokenizer) for name, path in found.items()}
         self.columns = [name for name in found if name not in (IDS, MASK)]
@@ -122,6 +125,16 @@ class PromptDataset:
         if len(lines) != self._columns[IDS].index.sequences:
             raise UserError(f"{path}: {len(lines)} lines for {self._columns[IDS].index.sequences} prompts")
         return lines
+
+    def order_settings(self) -> dict[str, Any]:
+        """What determines the order of the prompts, by the names of the YAML's keys; `data_path` with a digest."""
+        digest = hashlib.sha256(data_digest(f"{self.prefix}_packed_{IDS}_document").encode()).hexdigest()[:12]
+        return {
+            "seed": self.seed,
+            "no_shuffle": not self.shuffle,
+            **self._limits,
+            "the digest of data_path": digest,
+        }
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """[len(self)] places in the order in which an epoch takes them."""

@@ -28,6 +28,7 @@ from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost
+from minimind_mcore.training import sample_order
 from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.report import write_report
 
@@ -96,6 +97,7 @@ class Trainer:
         self.steps = config.actor.train_iters
         self.done = self.saved = self.consumed = 0  # steps, those in a checkpoint, and the prompts that they took
         self.left = False  # before the last step, by a signal
+        self.order, self.warned = prompts.order_settings(), False  # checkpoints carry them; a resumed run compares
         updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
         self.needs_old = updates * self.rl.epochs > 1 or self.ours.rollout_correction != "none"
@@ -150,6 +152,10 @@ class Trainer:
         self.done = self.saved = found["iteration"]
         self.advantages.load_state_dict(state.get("advantages", {}))
         self.source.go_to(state.get("consumed", 0))
+        differing = list(sample_order.values_differ(state.get("order", {}), self.order))
+        if differing and not self.warned:
+            say(sample_order.warning(str(self.config.actor.save), differing))
+            self.warned = True
         self.loading = self.groups.rollout.load(self.groups.actor.weights())
         self.loading.result()
         say(f"{self.config.model}: {self.ours.algorithm}, step {self.done} of {self.steps} is done")
@@ -253,7 +259,7 @@ class Trainer:
         due = asked or self.done == self.steps or (actor.save_interval and self.done % actor.save_interval == 0)
         if not actor.save or not due or self.saved == self.done:
             return
-        state = {"consumed": self.consumed, "advantages": self.advantages.state_dict()}
+        state = {"consumed": self.consumed, "advantages": self.advantages.state_dict(), "order": self.order}
         # The actor's last: what it has saved the critic has too, and `Groups.start` goes by the actor.
         for group in reversed(self.groups.training()):
             group.save(self.done, self.consumed, state)

@@ -37,10 +37,11 @@ from minimind_mcore.storage import (
     publish_directory,
     write_manifest,
 )
-from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed
+from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed, sample_order
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, is_torch_dist, saved_args
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
+from minimind_mcore.training.optimizer import allocate_moments
 
 PREFIX = "iter_"
 
@@ -77,6 +78,8 @@ def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: An
         tmp.mkdir(parents=True)
     _together(lambda: _require_space(args, tmp) if distributed.is_main() else None, tmp)
     form = checkpoint_dist if args.ckpt_format == "torch_dist" else checkpoint_torch
+    if not args.no_save_optim:
+        allocate_moments(optimizer)
     with weights_gathered(args, model):
         entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
     _together(lambda: _publish(root, tmp, final, entries, args) if distributed.is_main() else None, tmp)
@@ -202,6 +205,10 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
         saved = form.read(args, directory, model, optimizer, scheduler)
     progress = _progress(args, saved)
     _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
+    # In reinforcement learning the driver reads the prompts, and compares their order itself.
+    differing = sample_order.differences(args, saved["args"]) if hasattr(args, "sample_order") else []
+    if progress.consumed and differing:
+        _say(sample_order.warning(directory, differing), sys.stderr)
     return progress
 
 

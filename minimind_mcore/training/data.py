@@ -22,6 +22,7 @@ from minimind_mcore.preprocess.indexed import idx_path
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.splits import MEGATRON_DEFAULT
 from minimind_mcore.storage import sha256
+from minimind_mcore.training import sample_order
 
 if TYPE_CHECKING:
     from minimind_mcore.training.job import Job
@@ -107,7 +108,10 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
     )
     sizes = samples_needed(args)
-    return list(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build())
+    datasets = list(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build())
+    digests = [sample_order.data_digest(prefix) for prefix in training_prefixes(args)]
+    args.sample_order = sample_order.record(args, digests, sample_order.order_digest(datasets[0]))
+    return datasets
 
 
 def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
@@ -160,6 +164,13 @@ def prefixes(args: argparse.Namespace) -> list[str]:
     if not found:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair (see preprocess_data.py)")
     return found
+
+
+def training_prefixes(args: argparse.Namespace) -> list[str]:
+    """The dataset prefixes that training itself reads."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    return list(get_blend_from_list(args.train_data_path or args.data_path)[0])
 
 
 def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:

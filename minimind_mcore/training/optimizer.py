@@ -109,6 +109,19 @@ def schedule_kept(args: argparse.Namespace, optimizer: Any) -> Iterator[None]:
             group.update(values)
 
 
+def allocate_moments(optimizer: Any) -> None:
+    """Give the parameters that were never updated zero moments, with which Adam begins.
+
+    Under fp16 the steps are skipped until the loss scale fits. Before the first applied step Adam has no moments, and
+    megatron-core cannot save it: its distributed optimizer raises KeyError: 'exp_avg'.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is not None and not getattr(part, "is_stub_optimizer", False):
+            part.init_state_fn(part.optimizer, part.config)
+            for group in part.optimizer.param_groups:
+                group.setdefault("step", 0)
+
+
 def learning_rate(optimizer: Any) -> float:
     """The learning rate of the next step."""
     return next(float(group["lr"]) for group in optimizer.param_groups if not group.get("is_decoupled_lr"))

@@ -312,6 +312,19 @@ def test_packed_samples_are_refused_in_larger_micro_batches(
     assert done.returncode == 1 and "(D9); use MBS=1" in done.stderr and "PACK=1: micro" not in done.stderr
 
 
+def test_fp16_begins_with_a_loss_scale_that_fits(dry_run: DryRun) -> None:
+    """Megatron's 2^32 skips the first steps; a save before the first applied step is a KeyError in its optimizer."""
+
+    def scales(*flags: str, precision: str = "fp16", backend: str = "mindspeed-llm") -> list[str]:
+        done = dry_run("pretrain minimind3 TP", *flags, PRECISION=precision, BACKEND=backend, NPUS_PER_NODE="2")
+        words = next(line for line in done.stdout.splitlines() if "_gpt.py" in line).split()
+        return [words[i + 1] for i, word in enumerate(words) if word == "--initial-loss-scale"]
+
+    assert scales() == scales(backend="native") == scales("--fp16", precision="fp32") == ["65536"]
+    assert scales("--initial-loss-scale", "1024") == ["1024"] and scales("--loss-scale", "128") == []
+    assert scales(precision="bf16") == []
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_flags_of_every_model(preset: str) -> None:
     """The presets' own flags, by themselves: names, arities and types."""

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from engine import Corpus, Run, Server, as_flags, layout, load
+from engine import TRACKER, Corpus, Run, Server, as_flags, facts, layout, load, same
 
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.preprocess.indexed import IndexedWriter
 
 CONFIG = PRESETS["minimind3_tiny"]
 
@@ -84,3 +86,114 @@ def test_another_learning_rate_without_a_choice_is_refused_and_the_checkpoints_c
     assert run.codes == [1] and "learning rate" in run.output and "--override-opt_param-scheduler" in run.output
     run = server.run([*argv, "--use-checkpoint-opt_param-scheduler"], tmp_path / "run")
     assert rates(run) == pytest.approx([cosine(i, 0, 8, 1e-3, 1e-4) for i in range(5, 9)], rel=1e-6)
+
+
+# The order of samples
+
+WARNING = "reads its samples in another order"
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"seed": 7}, "--seed is 1234 there and 7 here"),
+    "sequence length": ({"seq_length": 16}, "--seq-length is 32 there and 16 here"),
+    "split": ({"split": "50,50,0"}, "--split is 1,0,0 there and 0.5,0.5,0 here"),
+    "none": ({}, ""),
+    "spelling of the split": ({"split": "100/0"}, ""),
+    "batch within the epoch": ({"global_batch_size": 16}, ""),
+}
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_another_sample_order_is_one_warning_with_both_values(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str
+) -> None:
+    start = {"train_iters": 8, "ckpt_format": form}
+    flags = start | {"save": tmp_path / "saved", "exit_interval": 4}
+    server.run(corpus.flags(CONFIG, **flags), tmp_path / "first")
+    for name, (changes, message) in NAMED.items() if form == "torch" else [("seed", NAMED["seed"])]:
+        argv = corpus.flags(CONFIG, **start | changes, load=tmp_path / "saved", exit_interval=5)
+        run = server.run([*argv, "--override-opt_param-scheduler"], tmp_path / "second")
+        assert run.output.count(WARNING) == bool(message) and message in run.output, (name, run.output)
+        assert run.column("iteration") == [5]
+
+
+def other_data(corpus: Corpus, folder: Path) -> Path:
+    """A dataset of as many documents as the corpus, of other lengths."""
+    numbers = np.random.default_rng(11)
+    lengths = numbers.integers(20, 120, size=600)
+    with IndexedWriter(folder / "other_text_document") as writer:
+        writer.add(numbers.integers(40, corpus.vocab_size, size=lengths.sum()), lengths)
+    return folder / "other_text_document"
+
+
+def test_other_data_and_a_run_over_other_epochs_are_said(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    copied = tmp_path / "moved_text_document"
+    for kind in (".bin", ".idx"):
+        copied.with_suffix(kind).write_bytes(corpus.prefix.with_suffix(kind).read_bytes())
+    start = {"train_iters": 40, "global_batch_size": 16, "data_path": copied, "data_cache_path": tmp_path / "cache"}
+    start |= {"ckpt_format": "torch", "seq_length": 16}
+    server.run(corpus.flags(CONFIG, **start, save=tmp_path / "saved", exit_interval=2), tmp_path / "first")
+    other = other_data(corpus, tmp_path)
+    for changes, message in (
+        ({"data_path": corpus.prefix}, ""),  # the same data at another path
+        ({"data_path": other}, f"--data-path is {copied} (digest"),
+        ({"train_iters": 50}, ""),  # 800 of 2,600 samples
+        ({"train_iters": 400}, "--global-batch-size is 640 samples there and 6400 here, which are several epochs"),
+    ):
+        argv = corpus.flags(CONFIG, **start | changes, load=tmp_path / "saved", exit_interval=3)
+        run = server.run([*argv, "--override-opt_param-scheduler"], tmp_path / "second")
+        assert run.output.count(WARNING) == bool(message) and message in run.output, (changes, run.output)
+
+
+def test_post_training_says_so_too(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
+    start = {"train_iters": 8, "ckpt_format": "torch", "stage": "sft", "no_pad_to_seq_lengths": True}
+    flags = start | {"save": tmp_path / "saved", "exit_interval": 4}
+    server.run(dialogues.flags(CONFIG, **flags), tmp_path / "first", posttrain=True)
+    for changes, message in (
+        ({"seed": 7}, "--seed is 1234 there and 7 here"),
+        ({"no_shuffle": True}, "--no-shuffle is False there and True here"),
+        ({"seq_length": 24}, ""),  # cuts conversations, and does not move them
+    ):
+        argv = dialogues.flags(CONFIG, **start | changes, load=tmp_path / "saved", exit_interval=5)
+        run = server.run(argv, tmp_path / "second", posttrain=True)
+        assert run.output.count(WARNING) == bool(message) and message in run.output, (changes, run.output)
+
+
+# fp16
+
+FP16: dict[str, tuple[int, dict[str, Any]]] = {
+    "torch": (1, {"ckpt_format": "torch"}),
+    "torch DP2 distributed optimizer": (2, layout(use_distributed_optimizer=True, ckpt_format="torch")),
+    "torch_dist DP2 distributed optimizer": (2, layout(use_distributed_optimizer=True, ckpt_format="torch_dist")),
+}
+
+
+def check_fp16(server: Server, corpus: Corpus, folder: Path, name: str) -> None:
+    """The loss scale is halved in every step of the first half, and fits in the second."""
+    processes, flags = FP16[name]
+    argv = corpus.flags(
+        CONFIG, **{"train_iters": 8, "fp16": True, "initial_loss_scale": 2.0**24, **flags}, hysteresis=1
+    )
+    straight = server.run([*argv, *as_flags({"save": folder / "a", "save_interval": 4})], folder / "one", processes)
+    skipped = straight.column("skipped_iterations")
+    assert skipped[3] == 4 and skipped[7] < 8
+    file = "iter_0000004/mp_rank_00/model_optim_rng.pt"
+    if flags["ckpt_format"] == "torch" and processes == 1:
+        moments = load(folder / "a" / file)["optimizer"]["optimizer"]["state"]
+        assert moments and all(not values["exp_avg"].any() for values in moments.values())
+    (folder / "a" / TRACKER).write_text("4")
+    resumed = server.run([*argv, *as_flags({"load": folder / "a", "save": folder / "b"})], folder / "two", processes)
+    assert facts(resumed) == [row for row in facts(straight) if row["iteration"] > 4]
+    for file in sorted((folder / "a/iter_0000008").rglob("*.pt")):
+        assert same(load(file), load(folder / "b" / file.relative_to(folder / "a"))), file
+
+
+@pytest.mark.parametrize("name", FP16)
+def test_a_save_before_the_first_applied_step_resumes_exactly(
+    server: Server, corpus: Corpus, tmp_path: Path, name: str
+) -> None:
+    check_fp16(server, corpus, tmp_path, name)
+
+
+def test_a_save_before_the_first_applied_step_resumes_exactly_on_core_012(
+    server_012: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    check_fp16(server_012, corpus, tmp_path, "torch DP2 distributed optimizer")

@@ -184,3 +184,24 @@ def test_a_longer_schedule_is_a_choice(server: engine.Server, corpus: engine.Cor
     assert run(4, resume_schedule="override").codes == [0]
     rates = [row["actor/lr"] for row in rl_ray.rows(tmp_path / "run")]
     assert rates == pytest.approx([1e-3, 5.5e-4, 5.5e-4, 1e-4 + 9e-4 * (1 + math.cos(math.pi * 3 / 4)) / 2])
+
+
+def test_another_order_of_prompts_is_one_warning_with_both_values(
+    server: engine.Server, corpus: engine.Corpus, tmp_path: Path
+) -> None:
+    prompts, others = rl_trees.write_prompts(tmp_path / "prompts"), rl_trees.write_prompts(tmp_path / "others", 16)
+
+    def run(steps: int, **changes: Any) -> str:
+        tree = rl_trees.run_tree(corpus, prompts, tmp_path / "run")
+        tree["megatron_training"] |= {"train_iters": steps, "save_interval": 1, **changes}
+        tree["minimind"]["resume_schedule"] = "override"
+        (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
+        path = str(tmp_path / "tree.json")
+        return server.run(["--tree", path], tmp_path / "run", module="rl_local").output
+
+    said = "reads its samples in another order"
+    assert said not in run(1) and said not in run(2)
+    output = run(3, seed=8)
+    assert output.count(said) == 1 and "seed is 3 there and 8 here" in output, output
+    output = run(4, seed=8, data_path=str(others))
+    assert output.count(said) == 1 and "the digest of data_path is" in output, output

@@ -10,6 +10,7 @@ import pytest
 import torch
 from weights_on_disk import write_arguments
 
+from minimind_mcore.arguments import build_parser
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.flags import complete
 from minimind_mcore.mindspeed.launch import size
@@ -120,6 +121,22 @@ def test_converted_weights_begin_at_iteration_0_and_runs_go_on(tmp_path: Path, t
     torch.save(content, folder / "model_optim_rng.pt")
     flags, remarks = complete("pretrain_gpt.py", flags_of(more=["--load", str(tmp_path)]))
     assert ("--finetune" in flags) == (not trained) == bool(remarks)
+
+
+def test_another_sample_order_is_one_warning_with_both_values(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000004" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4\n")
+    given = flags_of(more=["--load", str(tmp_path)])
+    args = build_parser(prog="pretrain_gpt.py").parse_args(given)
+    args.seed, args.data_path = 7, ["elsewhere"]
+    torch.save({"args": args, "model": {}, "opt_param_scheduler": {}}, folder / "model_optim_rng.pt")
+    flags, remarks = complete("pretrain_gpt.py", given)
+    assert "--finetune" not in flags and len(remarks) == 1
+    assert "--seed is 7 there and 1234 here; --data-path is elsewhere there and" in remarks[0]
+    args.seed, args.data_path = 1234, build_parser(prog="pretrain_gpt.py").parse_args(given).data_path
+    torch.save({"args": args, "model": {}, "opt_param_scheduler": {}}, folder / "model_optim_rng.pt")
+    assert complete("pretrain_gpt.py", given)[1] == []
 
 
 # ------------------------------------------------------------------------------------------------ layouts

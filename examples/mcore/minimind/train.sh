@@ -97,6 +97,10 @@ train() {
         --use-distributed-optimizer
     )
     [ "$PRECISION" = fp32 ] || given --bf16 --fp16 || parallel+=("--$PRECISION")
+    # Megatron's default of 2^32 overflows: it is halved once in a step, and about 16 steps would train nothing.
+    if given --fp16 || { [ "$PRECISION" = fp16 ] && ! given --bf16; }; then
+        given --initial-loss-scale --loss-scale || parallel+=(--initial-loss-scale 65536)
+    fi
     local outputs=(
         --save "$CKPT_SAVE_DIR"
         --save-interval "${SAVE_INTERVAL:-1000}"

@@ -1,0 +1,129 @@
+"""What determines the order in which a run reads its samples, and a warning where a checkpoint's run had another.
+
+A run's data position is the number of samples consumed so far. In another order the samples at that position are other
+ones: a resumed run then reads some samples again and others never. Megatron-LM resumes without a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.indexed import idx_path
+from minimind_mcore.preprocess.meta import read_meta
+from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
+from minimind_mcore.storage import sha256
+
+# A checkpoint carries this dictionary in its arguments: "data" (a digest for each dataset), "order", "samples".
+Record = dict[str, Any]
+
+
+def data_digest(prefix: str | Path) -> str:
+    """A digest of a dataset: of its documents' lengths and, where its record has one, of its tokens."""
+    meta = read_meta(prefix)
+    return sha256(idx_path(prefix)) + (meta.written.bin_sha256 if meta else "")
+
+
+def order_digest(dataset: Any) -> str:
+    """A digest of the order that megatron-core gives to the documents and samples of a training set, blends included.
+
+    Within one epoch the order does not depend on the length of the run. Over several epochs it does, because Megatron
+    shuffles all of them together.
+    """
+    digest = hashlib.sha256()
+    for part in getattr(dataset, "datasets", [dataset]):
+        for array in (part.document_index, part.shuffle_index):
+            digest.update(memoryview(array).cast("B"))
+    return digest.hexdigest()
+
+
+def record(args: argparse.Namespace, digests: Sequence[str], order: str = "") -> Record:
+    """What a checkpoint of this run says about its samples besides the flags."""
+    return {"data": list(digests), "order": order, "samples": args.train_iters * args.global_batch_size}
+
+
+def differences(args: argparse.Namespace, saved: argparse.Namespace) -> list[str]:
+    """What gives this run another sample order than the run of a checkpoint had, with both values.
+
+    Args:
+        args: this run's.
+        saved: the checkpoint's; one of MindSpeed-LLM carries the flags only.
+    """
+    ours, theirs = getattr(args, "sample_order", None), getattr(saved, "sample_order", None)
+    found = list(_other_flags(args, saved))
+    if ours and theirs:
+        paths = [" ".join(_data_words(one)) for one in (saved, args)]
+        if ours["data"] != theirs["data"]:
+            digests = [hashlib.sha256("".join(one["data"]).encode()).hexdigest()[:12] for one in (theirs, ours)]
+            found.append(
+                f"--data-path is {paths[0]} (digest {digests[0]}) there and {paths[1]} (digest {digests[1]}) here"
+            )
+        elif not found and ours["order"] != theirs["order"]:
+            found.append(
+                f"--train-iters x --global-batch-size is {theirs['samples']} samples there and {ours['samples']} here, "
+                "which are several epochs of the data, and Megatron shuffles all epochs together"
+            )
+    elif _data_words(saved) and _data_words(args) != _data_words(saved):
+        found.append(f"--data-path is {' '.join(_data_words(saved))} there and {' '.join(_data_words(args))} here")
+    return found
+
+
+def warning(where: str | Path, differing: Sequence[str]) -> str:
+    """The warning that a resumed run prints once."""
+    return (
+        f"warning: {where}: this run reads its samples in another order than the run that saved the checkpoint: "
+        f"{'; '.join(differing)}. Samples that were read come again, and others are never read. To go on in the order "
+        "of the checkpoint, give its values"
+    )
+
+
+def values_differ(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """The values that both mappings have, and that differ."""
+    for name, value in there.items():
+        if name in here and here[name] != value:
+            yield f"{name} is {value} there and {here[name]} here"
+
+
+def _other_flags(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[str]:
+    """Flags that determine the sample order."""
+    names = {"seed": "--seed", "split": "--split"}
+    if getattr(args, "stage", None) is None:
+        names["seq_length"] = "--seq-length"
+    else:  # conversations are not cut into samples of one length
+        names["no_shuffle"] = "--no-shuffle"
+    if getattr(args, "train_data_path", None):  # it has no part for validation
+        del names["split"]
+
+    def flags(one: argparse.Namespace) -> dict[str, Any]:
+        values = {flag: getattr(one, name) for name, flag in names.items() if hasattr(one, name)}
+        if "--split" in values:
+            values["--split"] = _shares(values["--split"])
+        weights = [word for word in _data_words(one) if _is_number(word)]
+        return values | {"the list of weights in --data-path": " ".join(weights) or "empty"}
+
+    yield from values_differ(flags(saved), flags(args))
+
+
+def _data_words(args: argparse.Namespace) -> list[str]:
+    """The words of `--data-path`, or of `--train-data-path`."""
+    return [str(word) for word in getattr(args, "train_data_path", None) or getattr(args, "data_path", None) or []]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _shares(split: str | None) -> str:
+    """`--split` in one spelling, whose shares sum to 1."""
+    try:
+        return ",".join(f"{share:.4g}" for share in parse_split(split or MEGATRON_DEFAULT))
+    except UserError:  # of a checkpoint that another program wrote
+        return str(split)
