@@ -43,7 +43,7 @@ def validate(args: argparse.Namespace, world_size: int) -> Layout:
     model = ModelConfig.from_args(args)
     counts = ("log_interval", "save_interval", "eval_interval", "keep_last", "num_layers_per_virtual_pipeline_stage")
     for name in counts:
-        value = getattr(args, name)
+        value = getattr(args, name, None)  # MindSpeed-LLM has no --keep-last
         require(value is None or value >= 1, f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
     layout = _layout(args, world_size)
     _check_model(model, layout, args)
