@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, flag_table
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.rl.precedence import Layer, layer_of, replaced
+from minimind_mcore.rl.precedence import command_line as layer_of_command_line
 from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, OTHER_SECTIONS, SECTIONS, defaults
 from minimind_mcore.rl.settings import Settings, nearest, settings
 
@@ -233,8 +236,12 @@ def compose(
     directory: str | Path | None = None,
     device: str | None = None,
     beside: Path | None = None,
+    quiet: bool = False,
 ) -> DictConfig:
     """The YAML of that name with its groups, what its device differs in, and the overrides, which win.
+
+    Values of `rl_config` that belong to another algorithm than the one that is set later are left out, and each is
+    printed: see `precedence`.
 
     Args:
         name: of a file in `directory`, with or without `.yaml`.
@@ -243,6 +250,7 @@ def compose(
         device: the file of `device/` to take, if it is there (default: the device found); "none": the values
             of the YAML itself, which are those of an Ascend 910B.
         beside: another directory with groups.
+        quiet: do not print the keys that the algorithm replaces.
 
     Raises:
         UserError: no such file, or what hydra says of it.
@@ -270,9 +278,48 @@ def compose(
     try:
         with warnings.catch_warnings(), hydra.initialize_config_dir(config_dir=str(where), version_base=None):
             warnings.filterwarnings("ignore", "In .*: Defaults list is missing `_self_`")  # as in MindSpeed-RL's files
-            return hydra.compose(config_name=name, overrides=[*here, *map(_settable, overrides)])
+            words = [*here, *map(_settable, overrides)]
+            tree = hydra.compose(config_name=name, overrides=words)
+            layers = _layers(name, words, [where, *others])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{where / name}.yaml: {str(error).strip()}") from error
+    _leave_out_replaced(tree, layers, quiet)
+    return tree
+
+
+def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[Layer]:
+    """The files that hydra merges, in its order, and the command line. Call it while hydra is initialized.
+
+    hydra.compose returns the merged tree alone, so the files that its defaults list names are read once more.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.compute_defaults_list(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
+    layers = []
+    for default in found.defaults:
+        files = [folder / f"{default.config_path}.yaml" for folder in folders]
+        if default.package or not any(file.is_file() for file in files):  # a model's file, or a part of hydra
+            continue
+        file = next(file for file in files if file.is_file())
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        layers.append(layer_of(file.name, content if isinstance(content, dict) else {}))
+    given = [(override.key_or_group, override.value()) for override in found.config_overrides]
+    return [*layers, layer_of_command_line(given)]
+
+
+def _leave_out_replaced(tree: DictConfig, layers: Sequence[Layer], quiet: bool) -> None:
+    """Delete the values that the algorithm replaces from a composed tree, and print them."""
+    from omegaconf import open_dict
+
+    for lost in replaced(layers):
+        with open_dict(tree):
+            for spelling in (lost.key, lost.key.replace("_", "-")):
+                tree[lost.section].pop(spelling, None)
+        if lost.message and not quiet:
+            print(f"replaced {lost.message}", file=sys.stderr)
 
 
 def _settable(override: str) -> str:

@@ -25,6 +25,7 @@ from minimind_mcore.rl.dispatch import cpu_cores, dispatch
 from minimind_mcore.rl.embedded import idle, unheeded
 from minimind_mcore.rl.keys import keys, of_error
 from minimind_mcore.rl.migrate import migrate
+from minimind_mcore.rl.precedence import with_table
 from minimind_mcore.rl.rewards import verifiers
 from minimind_mcore.rl.rules import RULES
 from minimind_mcore.rl.schema import NEWEST
@@ -90,6 +91,8 @@ def lint(
     raw, changes = migrate(read(file), version)
     tree = _composed(raw, file, overrides, device if target == "embedded" else "none")
     tree, more = migrate(tree, version)  # what comes from the files that it is made of
+    if target != "embedded":
+        tree = with_table(tree, version)
     changed = (change.split(" ", 1) for change in [*changes, *more])
     findings = [Finding("warning", key.rstrip(":"), message) for key, message in changed]
     return sorted([*findings, *check(tree, target, nodes)], key=_rank), tree, changes

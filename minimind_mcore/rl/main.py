@@ -33,7 +33,7 @@ def program(argv: Sequence[str]) -> str:
         UserError: there is no such configuration.
     """
     args, _ = command_parser("train_grpo.py", "").parse_known_intermixed_args(list(argv))
-    tree = plain(compose(args.config_name, args.overrides, args.config_dir, args.device))
+    tree = plain(compose(args.config_name, args.overrides, args.config_dir, args.device, quiet=True))
     ours, megatron = (tree.get(name) or {} for name in ("minimind", "megatron_training"))
     critic = ours["algorithm"] == "ppo" if "algorithm" in ours else megatron.get("stage") == "ray_ppo"
     return "train_ppo.py" if critic else "train_grpo.py"

@@ -1,0 +1,148 @@
+"""Which values of a composed configuration an algorithm's table replaces.
+
+A configuration is composed in layers: the YAML files of its defaults list in hydra's order, then the command line.
+The last layer that sets `minimind.algorithm` chooses the algorithm. In that layer and in later ones a key of
+`rl_config` changes the algorithm. In earlier layers the same key was written for another algorithm, so the value from
+`algorithms.table` replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minimind_mcore.rl.algorithms.table import ALGORITHMS, Algorithm
+from minimind_mcore.rl.schema import defaults
+
+ALGORITHM = ("minimind", "algorithm")
+CLIP = ("clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high")
+# Keys of a configuration: the fields of `Algorithm` that they set.
+FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
+    **{("rl_config", key): ("clip_low", "clip_high") for key in CLIP},
+    ("rl_config", "token_level_loss"): ("aggregation",),
+    ("rl_config", "kl_penalty"): ("kl_kind",),
+    ("rl_config", "init_kl_coef"): ("kl", "kl_coef"),
+    ("rl_config", "use_kl_in_reward"): ("kl",),
+    ("rl_config", "filter_groups_enable"): ("dynamic_sampling",),
+    ("rl_config", "overlong_buffer_enable"): ("overlong",),
+    ("minimind", "cispo_clip"): ("clip_high",),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a composed configuration.
+
+    Attributes:
+        name: of the file, or "the command line".
+        keys: the values it sets, by section and key.
+    """
+
+    name: str
+    keys: Mapping[tuple[str, str], Any]
+
+
+def layer_of(name: str, tree: Mapping[str, Any]) -> Layer:
+    """Return the layer of a file's content."""
+    found = {
+        (section, str(key).replace("-", "_")): value
+        for section, content in tree.items()
+        if isinstance(content, Mapping)
+        for key, value in content.items()
+    }
+    return Layer(name, found)
+
+
+def command_line(overrides: Sequence[tuple[str, Any]]) -> Layer:
+    """Return the layer of hydra's overrides, each a dotted key and its value."""
+    tree: dict[str, dict[str, Any]] = {}
+    for dotted, value in overrides:
+        section, _, key = dotted.partition(".")
+        if key:
+            tree.setdefault(section, {})[key] = value
+        elif isinstance(value, Mapping):
+            tree.setdefault(section, {}).update({str(name): one for name, one in value.items()})
+    return layer_of("the command line", tree)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A key whose value the table of the algorithm replaces.
+
+    Attributes:
+        section: of the key.
+        key: its name.
+        message: what is printed, or None where the table has the same value.
+    """
+
+    section: str
+    key: str
+    message: str | None
+
+
+def replaced(layers: Sequence[Layer]) -> Iterator[Replaced]:
+    """Yield the keys of earlier layers that lose to the table of the algorithm.
+
+    Args:
+        layers: in the order in which they are merged.
+    """
+    setting = [number for number, layer in enumerate(layers) if ALGORITHM in layer.keys]
+    if not setting:
+        return
+    chosen, name = setting[-1], str(layers[setting[-1]].keys[ALGORITHM])
+    if name not in ALGORITHMS:  # `settings` refuses it
+        return
+    kept = {key for layer in layers[chosen:] for key in layer.keys}
+    for section, key in [found for found in FIELDS if found not in kept]:
+        earlier = [layer for layer in layers[:chosen] if (section, key) in layer.keys]
+        if not earlier:
+            continue
+        value = earlier[-1].keys[section, key]
+        row = ALGORITHMS[name]
+        own = ", ".join(f"{field} {getattr(row, field)}" for field in FIELDS[section, key])
+        same = value == in_keys(row).get((section, key), object())
+        message = (
+            f"{section}.{key}: {value} of {earlier[-1].name} is replaced by the values of {name} ({own}), because "
+            f"{layers[chosen].name} sets minimind.algorithm. Set the key there too to change {name}"
+        )
+        yield Replaced(section, key, None if same else message)
+
+
+def in_keys(row: Algorithm) -> dict[tuple[str, str], Any]:
+    """Return an algorithm in the keys of a configuration, as far as those can express it."""
+    found: dict[str, Any] = {
+        "kl_penalty": row.kl_kind,
+        "init_kl_coef": row.kl_coef if row.kl != "none" else 0.0,
+        "use_kl_in_reward": row.kl == "reward",
+        "filter_groups_enable": row.dynamic_sampling,
+        "overlong_buffer_enable": row.overlong,
+    }
+    if row.aggregation in ("token-mean", "seq-mean-token-mean"):
+        found["token_level_loss"] = row.aggregation == "token-mean"
+    if row.loss == "clip" and row.clip_low == row.clip_high:
+        found |= {"clip_higher_enable": False, "clip_ratio": row.clip_low}
+    elif row.loss == "clip":
+        found |= {"clip_higher_enable": True, "clip_ratio_low": row.clip_low, "clip_ratio_high": row.clip_high}
+    ours = {("minimind", "cispo_clip"): row.clip_high} if row.loss == "cispo" else {}
+    return {("rl_config", key): value for key, value in found.items()} | ours
+
+
+def with_table(tree: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """Return a tree for MindSpeed-RL with the algorithm's values in the keys that the tree leaves out.
+
+    The embedded trainer reads those from the table. MindSpeed-RL has no table: a key that is left out has the default
+    of its GRPO, also under dapo.
+    """
+    rl, name = tree.get("rl_config"), (tree.get("minimind") or {}).get("algorithm")
+    if not isinstance(rl, Mapping) or name not in ALGORITHMS:
+        return dict(tree)
+    known = defaults("RLConfig", version)
+    more = {
+        key: value
+        for (section, key), value in in_keys(ALGORITHMS[name]).items()
+        if section == "rl_config" and key in known and value != known[key] and key not in rl
+    }
+    if any(key in rl for key in CLIP):
+        more = {key: value for key, value in more.items() if key not in CLIP}
+    return {**tree, "rl_config": {**rl, **more}}
