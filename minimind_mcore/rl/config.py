@@ -214,17 +214,31 @@ def megatron_flags(section: Section) -> list[str]:
     Raises:
         UserError: a key that is set to what the native engine does not have.
     """
-    table, known, flags = flag_table(), defaults("MegatronConfig", NEWEST), []
+    known, flags = defaults("MegatronConfig", NEWEST), []
+    missing = lacking(vars(section))
     for key, value in vars(section).items():
         flag = "--" + key.replace("_", "-")
         if key in OF_THE_TRAINER or value is None or value is False:
             continue
-        if flag not in table or table[flag]["dest"] not in IMPLEMENTED | NO_EFFECT:
+        if key in missing:
             if value == known[key]:
                 continue
             raise UserError(f"{key}: {value!r}: the native engine does not have this; leave it out, or run on an NPU")
         flags += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def lacking(section: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a section that ask for something which the native engine does not have."""
+    table, found = flag_table(), set()
+    for given, value in section.items():
+        key = str(given).replace("-", "_")
+        record = table.get("--" + key.replace("_", "-"))
+        if key in OF_THE_TRAINER or key == "model" or value is None or value is False:
+            continue
+        if record is None or record["dest"] not in IMPLEMENTED | NO_EFFECT:
+            found.add(key)
+    return found
 
 
 # Reading the files

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config import Config, lacking
 from minimind_mcore.rl.objective import objective
-from minimind_mcore.rl.schema import defaults
+from minimind_mcore.rl.rules import workers
+from minimind_mcore.rl.schema import MEGATRON_SECTIONS, defaults
 from minimind_mcore.rl.values import Problem
 
 # What a key asks for when it is not at its default.
@@ -56,6 +57,13 @@ def unheeded(config: Config) -> Iterator[Problem]:
             "megatron_training.stage",
             f"{config.actor.stage}: {where}, but minimind.algorithm, which is {name}; set that to {other}",
         )
+    if not rl.blocking and config.minimind.rollout_correction == "tis":
+        yield (
+            "minimind.rollout_correction",
+            "tis: with rl_config.blocking: false every weight would be exactly 1. The ratio is then taken to the "
+            "engine's own log-probabilities, so none are left to compare these with. Set rl_config.blocking: true, or "
+            "minimind.rollout_correction: none",
+        )
     if rl.adv_estimator == "gae" and chosen.advantage != "gae":
         yield "rl_config.adv_estimator", f"gae: {where}, but minimind.algorithm: gae is ppo's, and this is {name}"
 
@@ -77,4 +85,37 @@ def idle(config: Config) -> list[str]:
         )
     if rl.use_dynamic_bsz:
         found.append("rl_config.use_dynamic_bsz (rows of a similar length are put together anyway)")
-    return found
+    if rl.kl_ctrl_type == "adaptive" and chosen.kl != "reward":
+        why = "is in the loss" if chosen.kl == "loss" else "is not used"
+        found.append(
+            f"rl_config.kl_ctrl_type adaptive ({name}'s KL term {why}, where its coefficient stays fixed, as in "
+            "MindSpeed-RL; use_kl_in_reward: true adapts it)"
+        )
+    return [*found, *_idle_models(config), *_idle_sections(config)]
+
+
+def _idle_models(config: Config) -> Iterator[str]:
+    """Sections and resources of models that do not run, or run elsewhere."""
+    rl, name, chosen, tree = config.rl, config.minimind.algorithm, objective(config), config.tree
+    given = {worker.name: worker.devices for worker in workers(config)}
+    if chosen.advantage != "gae":
+        found = ["critic_config"] if tree.get("critic_config") else []
+        found += ["rl_config.critic_resource"] if rl.critic_resource is not None else []
+        yield from (f"{key} ({name} has no critic)" for key in found)
+    elif given.get("critic_config", given["actor_config"]) != given["actor_config"]:
+        yield (
+            f"rl_config.critic_resource {given['critic_config']} (the critic's ranks share the "
+            f"{given['actor_config']} devices of actor_resource)"
+        )
+    if chosen.kl == "none" and not rl.use_integrated_worker:
+        yield f"ref_config and rl_config.reference_resource ({name} has no reference)"
+
+
+def _idle_sections(config: Config) -> Iterator[str]:
+    """Sections that are not read, and keys of Megatron's sections at a default that the native engine lacks."""
+    for name in ("profiler_config", "msprobe_config"):
+        if config.tree.get(name):
+            yield f"{name} (the embedded trainer has no profiler; BACKEND=mindspeed-rl has)"
+    for section in MEGATRON_SECTIONS:
+        for key in sorted(lacking(config.tree.get(section) or {})):
+            yield f"{section}.{key} (the native engine does not have it)"

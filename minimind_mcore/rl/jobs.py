@@ -99,15 +99,16 @@ class LogProbs(ResponseJob):
         return self.run(batch, model), measure
 
 
-# Of these the parts of a mini-batch sum to the whole; of the other statistics each part has its own mean.
-SUMS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy")
+# `actor_loss` returns these as this part's share of the mini-batch. All others are means over this part's tokens.
+SHARES = ("actor/pg_loss", "actor/kl_loss", "actor/entropy")
 
 
 class Actor(ResponseJob):
     """The policy's loss.
 
     The losses of all micro-batches and data-parallel ranks add up to that of the mini-batch, however it is cut:
-    each is divided by `total`, the mini-batch's denominator.
+    each is divided by `total`, the mini-batch's denominator, or by `tokens`, its number of response tokens. So do the
+    metrics.
 
     Args:
         args: of the run.
@@ -133,6 +134,7 @@ class Actor(ResponseJob):
         self.algorithm, self.entropy_coef, self.tis_cap, self.length = algorithm, entropy_coef, tis_cap, length
         self.kl_coef = algorithm.kl_coef
         self.total: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "rollout/logp_diff")
         if algorithm.kl == "loss":
             self.metrics += ("actor/kl_loss",)
@@ -161,12 +163,14 @@ class Actor(ResponseJob):
             tis_cap=self.tis_cap,
             length=self.length,
             total=self.total,
+            tokens=self.tokens,
         )
         apart = torch.zeros_like(logp) if rows.rollout_logp is None else (logp.detach() - rows.rollout_logp).abs()
         stats["rollout/logp_diff"] = masked_mean(apart, rows.mask)
         # megatron-core takes the mean over micro-batches and data-parallel ranks.
         parts = self.args.num_microbatches * self.args.data_parallel_size
-        scaled = [stats[name] * (parts if name in SUMS else 1) for name in self.metrics]
+        share = 1.0 / parts if self.tokens is None else rows.mask.sum() / self.tokens
+        scaled = [stats[name] * parts * (1.0 if name in SHARES else share) for name in self.metrics]
         return averaged(loss * parts, torch.ones((), device=loss.device), *scaled)
 
 
@@ -215,7 +219,9 @@ class Critic(Values):
         tokens, stats = value_loss(self.values(rows, output), rows.values, rows.returns, rows.mask, self.clip)
         loss = aggregate(tokens, rows.mask, total=self.total)
         parts = self.args.num_microbatches * self.args.data_parallel_size
-        return averaged(loss * parts, torch.ones((), device=loss.device), loss * parts, stats["critic/vf_clipfrac"])
+        share = 1.0 / parts if self.total is None else rows.mask.sum() / self.total
+        cut = stats["critic/vf_clipfrac"] * parts * share
+        return averaged(loss * parts, torch.ones((), device=loss.device), loss * parts, cut)
 
 
 class ValueHead(torch.nn.Module):

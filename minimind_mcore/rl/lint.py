@@ -266,10 +266,18 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
             )
     beside = Path(f"{config.actor.data_path}_packed_prompts.jsonl")
     thinkers = THINKERS.intersection(names)
-    if thinkers and beside.is_file():
+    if beside.is_file() and (thinkers or "acc_for_dapo" in names):
         with open(beside, encoding="utf-8") as lines:
             prompt = json.loads(next(lines, "{}")).get("prompt", "")
-        if prompt.rstrip().endswith(("<think>", "</think>")):
+        if "acc_for_dapo" in names and "Answer:" not in prompt:
+            yield Finding(
+                "warning",
+                "rl_config.verifier_function",
+                'acc_for_dapo rewards responses that end in "Answer: ...", and the prompts of '
+                f"{config.actor.data_path} do not ask for that: no response earns a reward, unless the model was "
+                "tuned on that form",
+            )
+        if thinkers and prompt.rstrip().endswith(("<think>", "</think>")):
             yield Finding(
                 "error",
                 "rl_config.verifier_function",

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_mcore.errors import UserError
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config
 from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
@@ -33,6 +34,10 @@ ALIASES = {
     "tokens/p/s": "e2e_tps",
 }
 Row = dict[str, float]
+# `rollout/logp_diff` with the weights that wrote the responses; under `rl_config.blocking: false` the two differ.
+SAME_WEIGHTS = "rollout/logp_diff_same_weights"
+# The largest mean of it, by `minimind.precision`. In fp32 the two implementations differ by about 1e-6 in the mean.
+MOST_DIFFERENT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 
 
 class Clock:
@@ -90,6 +95,27 @@ def difference(batch: Batch, logp: Tensor) -> Row:
     assert batch.rollout_logp is not None
     apart = (logp - batch.rollout_logp)[batch.mask.bool()].abs()
     return {"rollout/logp_diff": apart.mean().item(), "rollout/logp_diff_max": apart.max().item()}
+
+
+def require_same_model(row: Row, precision: str) -> None:
+    """Refuse to go on where the rollout engine does not compute what the trainer computes.
+
+    Args:
+        row: metrics of a step.
+        precision: `minimind.precision`.
+
+    Raises:
+        UserError: the mean difference of the log-probabilities is above the bound, or is not a number.
+    """
+    name = SAME_WEIGHTS if SAME_WEIGHTS in row else "rollout/logp_diff"
+    found, most = row[name], MOST_DIFFERENT[precision]
+    if not found <= most:
+        raise UserError(
+            f"{name}: the log-probabilities of the rollout engine and of the trainer differ by {found:.4g} in the "
+            f"mean, with equal weights; expected at most {most:g} in {precision}. The engine does not run the "
+            "trainer's model: it lacks some weights or computes them otherwise. Nothing of this step is saved. Try "
+            "minimind.rollout_engine=transformers, and minimind.weight_check_interval=1"
+        )
 
 
 class Log:

@@ -26,6 +26,7 @@ from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config, Section, megatron_flags
 from minimind_mcore.rl.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
+from minimind_mcore.rl.metrics import MOST_DIFFERENT, SAME_WEIGHTS
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.layout import validate
@@ -126,6 +127,8 @@ class Rank:
         self.scheduler: Any = None
         self.progress = Progress()
         self.wants_reference = reference
+        # `rl_config.blocking: false`: the weights before the last update, with which the engines wrote the next batch.
+        self.earlier: list[Tensor] = []
 
     def _jobs(self, algorithm: Algorithm) -> tuple[Any, ResponseJob]:
         """What trains the model, and what only asks it."""
@@ -346,6 +349,7 @@ class Rank:
         rl = self.config.rl
         if kl_coef is not None and isinstance(self.job, Actor):
             self.job.kl_coef = kl_coef
+        apart = self._same_weights(batch) if self.role == "actor" and not rl.blocking else {}
         for chunk in self.model:
             chunk.train()
         prompts, n = len(batch) // rl.n_samples_per_prompt, rl.n_samples_per_prompt
@@ -357,11 +361,53 @@ class Rank:
         self.progress.skipped += sum(row.pop("skipped") for row in rows) > 0
         role = "critic" if self.role == "critic" else "actor"
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return {**means, f"{role}/lr": lr}
+        return {**means, **apart, f"{role}/lr": lr}
+
+    def _same_weights(self, batch: Batch) -> dict[str, float]:
+        """Mean difference from the engine's log-probabilities, with the weights that wrote the batch. Collective.
+
+        With `rl_config.blocking: false` these are the weights before the last update. An engine that was replaced
+        meanwhile has written its responses again, with the present weights: each response counts with the weights
+        that are nearer. Call it before an update: the present weights are kept for the next batch.
+        """
+        if batch.rollout_logp is None or self.config.minimind.replay_rollouts:
+            return {}
+        with weights_gathered(self.args, self.model):
+            parameters = [parameter for chunk in self.model for parameter in chunk.parameters()]
+            present = [parameter.detach().clone() for parameter in parameters]
+        tokens = batch.mask.sum()
+        if self.earlier:
+            self._put(parameters, self.earlier)
+            found = self._row_differences(batch)
+            self._put(parameters, present)
+            if not found.sum() / tokens <= MOST_DIFFERENT[self.config.minimind.precision]:
+                found = torch.minimum(found, self._row_differences(batch))
+        else:
+            found = self._row_differences(batch)
+        self.earlier = present
+        return {SAME_WEIGHTS: float(found.sum() / tokens)}
+
+    @torch.no_grad()
+    def _put(self, parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
+        with weights_gathered(self.args, self.model):
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+
+    def _row_differences(self, batch: Batch) -> Tensor:
+        """Sums over each response's tokens of the difference from the engine [rows], the same on every rank."""
+        assert batch.rollout_logp is not None
+        found = torch.zeros(len(batch), device=device.current().torch_device)
+        if share := self.measure(batch):
+            apart = (share.columns["logp"] - batch.rollout_logp[share.rows]).abs() * batch.mask[share.rows]
+            found[share.rows] = apart.sum(1).to(found.device)
+        torch.distributed.all_reduce(found)
+        return found.cpu()
 
     def _update_once(self, mini: Batch, iteration: int) -> dict[str, float]:
         micro = [micro_batch(mini.select(torch.tensor(part)), self.unit) for part in self._parts(mini)]
         self.job.total = denominator(mini.mask, self.algorithm.aggregation if self.role == "actor" else "token-mean")
+        if isinstance(self.job, Actor):
+            self.job.tokens = mini.mask.sum()
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

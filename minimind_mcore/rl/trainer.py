@@ -23,7 +23,17 @@ from minimind_mcore.rl.config import Config
 from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.groups import Groups, devices
-from minimind_mcore.rl.metrics import Clock, Log, Row, data_metrics, difference, say, table, throughput
+from minimind_mcore.rl.metrics import (
+    Clock,
+    Log,
+    Row,
+    data_metrics,
+    difference,
+    require_same_model,
+    say,
+    table,
+    throughput,
+)
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.stop import Stop
@@ -190,6 +200,8 @@ class Trainer:
                 metrics |= group.update(batch, number, self.advantages.kl_coef)
         if batch.old_logp is not None and not self.ahead:  # without old_log_p the update has measured it
             metrics |= difference(batch, batch.old_logp)
+        if not self.ours.replay_rollouts:  # saved responses may be of other weights
+            require_same_model(metrics, self.ours.precision)
         with clock("resharding_to_infer"):
             self.sync(number)
         self.done, self.consumed = number, experience.consumed

@@ -271,6 +271,7 @@ UNHEEDED = [
     "megatron_training.stage=ray_dapo",
     "rl_config.filter_groups_train_batch_size=16 rl_config.filter_groups_enable=true",
     "rl_config.integrated_mode_config={ref_model_load_path: other}",
+    "minimind.rollout_correction=tis rl_config.blocking=false",
 ]
 
 
@@ -288,12 +289,26 @@ def test_keys_that_the_embedded_trainer_does_not_heed_are_refused(overrides: str
         (["minimind.algorithm=spo"], "rl_config.adv_estimator group_norm (spo"),
         (["minimind.algorithm=dapo", "rl_config.blocking=false"], "rl_config.blocking false"),
         (["minimind.algorithm=dr_grpo", "rl_config.use_kl_in_reward=true"], ""),
+        (["rl_config.kl_ctrl_type=adaptive"], "rl_config.kl_ctrl_type adaptive (grpo's KL term is in the loss"),
+        (["rl_config.kl_ctrl_type=adaptive", "rl_config.use_kl_in_reward=true"], ""),
+        (["rl_config.critic_resource={num_npus: 2}"], "rl_config.critic_resource (grpo has no critic)"),
+        (["+profiler_config.integrated.profile=true"], "profiler_config (the embedded trainer has no profiler"),
+        (["actor_config.lora_r=8"], "actor_config.lora_r (the native engine does not have it)"),
+        (["megatron_training.lora_r=8"], "megatron_training.lora_r (the native engine does not have it)"),
+        (["megatron_training.use_ascend_coc=false"], ""),
         ([], ""),
     ],
 )
 def test_what_has_no_effect_is_said(overrides: list[str], said: str) -> None:
     found = [str(f) for f in lint("grpo_minimind_tiny", "embedded", overrides, device="cpu")[0] if f.level != "warning"]
     assert (said in found[0] and len(found) == 1) if said else not found, found
+
+
+def test_a_critic_s_own_devices_have_no_effect_unless_they_are_the_actor_s() -> None:
+    for count, said in ((1, True), (2, False)):
+        words = [f"rl_config.critic_resource.num_npus={count}", "rl_config.actor_resource.num_npus=2"]
+        findings = [str(found) for found in lint("ppo_minimind_tiny", "embedded", words, device="none")[0]]
+        assert ("rl_config.critic_resource 1 (the critic's ranks share the 2 devices" in str(findings)) == said
 
 
 def test_every_verifier_of_the_trainer_is_fit_for_it_and_only_its_own_for_mindspeed_rl() -> None:
@@ -375,6 +390,14 @@ def test_prompts_that_write_the_thought_themselves_do_not_go_with_format_rewards
         words = [f"megatron_training.data_path={tmp_path}/x", "rl_config.verifier_function=[format]"]
         findings, _, _ = lint("grpo_minimind3", "embedded", words, device="cpu")
         assert sum(f.level == "error" for f in findings) == errors
+
+
+def test_prompts_that_do_not_ask_for_the_form_of_a_verifier_are_named(tmp_path: Path) -> None:
+    for asked, warnings in (("hi", 1), ("End with a line: Answer: N", 0)):
+        (tmp_path / "x_packed_prompts.jsonl").write_text(f'{{"prompt": "{asked}"}}\n')
+        words = [f"megatron_training.data_path={tmp_path}/x", "rl_config.verifier_function=[acc_for_dapo]"]
+        findings, _, _ = lint("grpo_minimind3", "embedded", words, device="cpu")
+        assert sum("acc_for_dapo" in f.message for f in findings if f.level == "warning") == warnings
 
 
 def test_lint_rewrites_a_file_that_is_then_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -262,3 +263,41 @@ def test_minimind_shape(response: str, score: float) -> None:
 )
 def test_minimind_reason(response: str, score: float) -> None:
     assert shaping.minimind_reason(response) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("12:00", "1:00"),  # False for MindSpeed-RL's math_equal with latex2sympy2 1.9.1, as the next three
+        ("3:0", "5:0"),
+        (r"\frac{1}{0}", "12:00"),
+        (r"\frac{1}{0}", r"\frac{2}{0}"),
+        (r"\frac{x}{0}", r"\frac{2x}{0}"),
+        ("10^{400}", "10^{500}"),  # more than a float holds
+        ("1e400", "1e500"),
+        (r"\infty", r"\frac{1}{0}"),
+        (r"-\infty", r"\infty"),
+    ],
+)
+def test_acc_takes_no_two_infinities_for_equal(answer: str, label: str) -> None:
+    assert VERIFIERS["acc"].score(f"\\boxed{{{answer}}}", label) == -0.5
+    quick = VERIFIERS["acc"].quick
+    assert quick is not None and quick(f"\\boxed{{{answer}}}", label) in (None, -0.5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [("12:00", "12:00"), ("infinity", r"\infty"), (r"+\infty", r"\infty"), ("2:4", "1:2"), ("10^{400}", "10^{400}")],
+)
+def test_acc_still_takes_the_same_for_the_same(answer: str, label: str) -> None:
+    assert VERIFIERS["acc"].score(f"\\boxed{{{answer}}}", label) == 1
+
+
+def test_the_table_of_acc_s_weaknesses_is_true() -> None:
+    """docs/rewards.md lists wrong answers that `acc` rewards, and right ones that it does not."""
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    section = text.split("### What `acc` gets wrong")[1].split("\n#")[0]
+    rows = [re.findall(r"`([^`]+)`", line)[:3] for line in section.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 8
+    for answer, label, score in rows:
+        assert VERIFIERS["acc"].score(f"\\boxed{{{answer}}}", label) == float(score), (answer, label)

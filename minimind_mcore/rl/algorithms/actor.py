@@ -6,7 +6,7 @@ from torch import Tensor
 
 from minimind_mcore.rl.algorithms.kl import kl
 from minimind_mcore.rl.algorithms.losses import Stats, aggregate, denominator, policy_loss
-from minimind_mcore.rl.algorithms.masked import masked_mean
+from minimind_mcore.rl.algorithms.masked import masked_mean, masked_sum
 from minimind_mcore.rl.algorithms.table import Algorithm
 
 
@@ -25,6 +25,7 @@ def actor_loss(
     tis_cap: float | None = None,
     length: int | None = None,
     total: Tensor | float | None = None,
+    tokens: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
     """L = mean of the policy's loss + kl_coef * mean KL - entropy_coef * mean entropy of a token.
 
@@ -42,6 +43,8 @@ def actor_loss(
         tis_cap: see `policy_loss`.
         length: see `aggregate`.
         total: see `aggregate`; the losses, the divergence and the entropy are then this part's share.
+        tokens: number of response tokens in the whole mini-batch, needed with `total` where the aggregation counts
+            answers: the entropy is a mean over tokens whatever the aggregation is.
 
     Returns:
         The loss, a scalar, and detached scalars by MindSpeed-RL's names: `actor/pg_loss` (of the policy alone),
@@ -51,20 +54,21 @@ def actor_loss(
     def mean(values: Tensor) -> Tensor:
         return aggregate(values, mask, algorithm.aggregation, length=length, total=total)
 
-    tokens, stats = policy_loss(
+    losses, stats = policy_loss(
         logp, old_logp, advantages, mask, kind=algorithm.loss, clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high, rollout_logp=rollout_logp, tis_cap=tis_cap,
     )  # fmt: skip
-    loss = mean(tokens)
+    loss = mean(losses)
     stats["actor/pg_loss"] = loss.detach()
     if algorithm.kl == "loss" and ref_logp is not None:
         divergence = mean(kl(logp, ref_logp, algorithm.kl_kind))
         loss = loss + (algorithm.kl_coef if kl_coef is None else kl_coef) * divergence
         stats["actor/kl_loss"] = divergence.detach()
     if entropy is not None:
-        # A mean over tokens whatever the policy's loss is, as in MindSpeed-RL and TRL.
+        # A mean over tokens whatever the policy's loss is, as in MindSpeed-RL and TRL. With `tokens` it does not depend
+        # on how the mini-batch is cut into micro-batches; a mean of this part, weighted by its answers, does.
         share = 1.0 if total is None else denominator(mask, algorithm.aggregation) / total
-        bonus = masked_mean(entropy, mask) * share
+        bonus = masked_mean(entropy, mask) * share if tokens is None else masked_sum(entropy, mask) / tokens
         loss = loss - entropy_coef * bonus
         stats["actor/entropy"] = bonus.detach()
     return loss, stats

@@ -8,7 +8,9 @@ With d = log pi(token) - log pi_ref(token), of a token that pi drew (Schulman, "
 |            |                               |                | is 0 on average: use it in the reward               |
 | k2         | d^2 / 2                       | mse            | biased, low variance                                |
 | k3         | exp(-d) + d - 1               | low_var_kl     | unbiased, never negative; clamped as MindSpeed-RL   |
-|            |                               |                | does: -d to +-20, the result to +-10                |
+|            |                               |                | does: -d to +-20, the result to 10, which it        |
+|            |                               |                | reaches at d = -2.61 and d = 11.0. Beyond these the |
+|            |                               |                | gradient is 0                                       |
 | abs        | abs(d)                        |                |                                                     |
 """
 
