@@ -190,6 +190,11 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--swanlab-project", default="", help="log to this SwanLab project")
     group.add_argument("--log-file", help="also write what is printed to this file")
+    group.add_argument(
+        "--verify-data",
+        action="store_true",
+        help="compare all tokens with the checksums of their conversion; by default 64 MiB of each .bin file",
+    )
     group.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, train nothing")
     group.add_argument("--data-pending", action="store_true", help="with --dry-run: the data is yet to be converted")
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,6 +65,27 @@ def disk_full(path: Path, free: int, where: Path) -> UserError:
         f"disk full while writing {path}: {free / 2**20:.1f} MiB free at {where}; "
         "nothing that was finished before is lost. Free some space and run the same command again."
     )
+
+
+# What a place that cannot be written answers: no permission, a read-only disk, a file where a directory should be.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Turn the errors of a place that cannot be written, and of a full disk, into a `UserError`.
+
+    Args:
+        path: what is written in the block.
+        advice: what to do.
+    """
+    with disk_errors(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from error
 
 
 @contextlib.contextmanager
@@ -164,7 +185,15 @@ def write_manifest(directory: Path, entries: dict[str, FileEntry], **about: obje
     atomic_write_text(directory / MANIFEST, json.dumps({"files": entries, **about}, indent=1) + "\n")
 
 
-def check_manifest(directory: Path, share: int = 0, shares: int = 1, contents: bool = True) -> list[str]:
+def record_files(record: Path, files: Sequence[Path]) -> None:
+    """Write a manifest of some files in the directory of `record`, under that name; see `check_manifest`."""
+    entries = {file.name: file_entry(file) for file in files}
+    atomic_write_text(record, json.dumps({"files": entries}, indent=1) + "\n")
+
+
+def check_manifest(
+    directory: Path, share: int = 0, shares: int = 1, contents: bool = True, name: str = MANIFEST
+) -> list[str]:
     """Compare a directory's files with its manifest, or one of `shares` equal shares of them.
 
     Args:
@@ -172,22 +201,23 @@ def check_manifest(directory: Path, share: int = 0, shares: int = 1, contents: b
         share: which of the shares.
         shares: their number.
         contents: hash the files; otherwise presence and size alone.
+        name: file name of the manifest.
 
     Returns:
         One line per problem (missing, wrong size, wrong digest); empty if all is well.
     """
-    entries = read_entries(directory / MANIFEST)
+    entries = read_entries(directory / name)
     if entries is None:
-        return [f"{directory / MANIFEST}: not a readable manifest"]
+        return [f"{directory / name}: not a readable manifest"]
     problems = []
-    for name, want in list(entries.items())[share::shares]:
-        file = directory / name
+    for listed, want in list(entries.items())[share::shares]:
+        file = directory / listed
         if not file.is_file():
             problems.append(f"{file}: missing")
         elif file.stat().st_size != want["bytes"]:
             problems.append(f"{file}: {file.stat().st_size} bytes, expected {want['bytes']}")
         elif contents and sha256(file) != want["sha256"]:
-            problems.append(f"{file}: content differs from its SHA-256 in {MANIFEST}")
+            problems.append(f"{file}: content differs from its SHA-256 in {name}")
     return problems
 
 

@@ -37,7 +37,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.check import datasets_at, digest_problems
 from minimind_mcore.preprocess.handlers import ChatHandler
 from minimind_mcore.preprocess.indexed import Written, bin_path, copy_chunks, merge
 from minimind_mcore.preprocess.messages import report_unused
@@ -181,7 +181,7 @@ def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:
         return False
     if meta is None or meta.request != request or meta.rejects > max_reject_rate * meta.records:
         return False
-    return is_complete(target, meta)
+    return is_complete(target, meta) and not digest_problems(target, meta)
 
 
 @contextlib.contextmanager

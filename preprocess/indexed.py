@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 COPY_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20  # of a .bin file, each with a checksum in the dataset's record
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -117,18 +119,27 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
 
 
 class HashingFile:
-    """A binary file being written, with the SHA-256 of what went into it."""
+    """A binary file being written, with the SHA-256 of its bytes and the CRC-32 of each block of `BLOCK_BYTES`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._crcs: list[int] = []
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         self._file.write(data)
         self._digest.update(data)
-        self.size += len(data)
+        rest = memoryview(data)
+        while rest:
+            filled = self.size % BLOCK_BYTES
+            if filled == 0:
+                self._crcs.append(0)
+            part = rest[: BLOCK_BYTES - filled]
+            self._crcs[-1] = zlib.crc32(part, self._crcs[-1])
+            self.size += len(part)
+            rest = rest[len(part) :]
 
     def write_array(self, array: NDArray[Any]) -> None:
         """Append an array's elements (a view is written without a copy)."""
@@ -139,10 +150,18 @@ class HashingFile:
         """SHA-256 of everything written so far."""
         return self._digest.hexdigest()
 
+    def blocks(self) -> str:
+        """CRC-32 of each block, as `Written` records them."""
+        return "".join(f"{crc:08x}" for crc in self._crcs)
+
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer or a merge put on the disk."""
+    """What a writer or a merge put on the disk.
+
+    `bin_blocks` has 8 hexadecimal digits for each block of `BLOCK_BYTES` of the .bin file, its CRC-32: a start can
+    check some blocks of a large file, for which SHA-256 has no answer. Records of earlier versions have none.
+    """
 
     documents: int
     tokens: int
@@ -150,6 +169,7 @@ class Written:
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+    bin_blocks: str = ""
 
 
 class IndexedWriter:
@@ -196,7 +216,9 @@ class IndexedWriter:
             _write_index(self._idx, self.dtype, lambda: iter([(lengths, ends)]))
             data, index = self._bin, self._idx
             digests = data.hexdigest(), index.hexdigest()
-            self.written = Written(len(lengths), self.tokens, data.size, digests[0], index.size, digests[1])
+            self.written = Written(
+                len(lengths), self.tokens, data.size, digests[0], index.size, digests[1], data.blocks()
+            )
 
 
 def _write_index(out: HashingFile, dtype: np.dtype[Any], parts: Callable[[], Iterator[tuple[Int32s, Int64s]]]) -> None:
@@ -263,7 +285,7 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], target: str | os.PathLike[
         _write_index(index, dtype, parts)
         idx_file.flush()
         idx_path(target).unlink(missing_ok=True)
-    return Written(documents, tokens, data.size, data.hexdigest(), index.size, index.hexdigest())
+    return Written(documents, tokens, data.size, data.hexdigest(), index.size, index.hexdigest(), data.blocks())
 
 
 def _summary(prefix: str | os.PathLike[str]) -> tuple[np.dtype[Any], int, int]:

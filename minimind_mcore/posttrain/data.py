@@ -95,8 +95,14 @@ def data_prefix(args: argparse.Namespace) -> str:
     return str(paths[0])
 
 
-def check_files(prefix: str, columns: tuple[str, ...], tokenizer: DatasetTokenizer) -> None:
+def check_files(prefix: str, columns: tuple[str, ...], tokenizer: DatasetTokenizer, everything: bool = False) -> None:
     """Refuse data that is missing or for another stage, files that do not belong together, another tokenizer.
+
+    Args:
+        prefix: of the columns.
+        columns: their names.
+        tokenizer: in use.
+        everything: compare all of the files with their records, and not only samples of large ones.
 
     Raises:
         UserError: see above.
@@ -105,7 +111,8 @@ def check_files(prefix: str, columns: tuple[str, ...], tokenizer: DatasetTokeniz
         if not idx_path(file_prefix(prefix, name)).is_file():
             raise UserError(_missing(prefix, name))
         has_tokens = name.endswith("input_ids")
-        quick_check(file_prefix(prefix, name), tokenizer.fingerprint, tokenizer.vocab_size if has_tokens else None)
+        vocab_size = tokenizer.vocab_size if has_tokens else None
+        quick_check(file_prefix(prefix, name), tokenizer.fingerprint, vocab_size, everything)
     opened = {name: read_index(file_prefix(prefix, name)) for name in columns}
     for name in columns:
         tokens = name.replace("attention_mask", "input_ids").replace("labels", "input_ids")

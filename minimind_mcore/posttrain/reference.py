@@ -1,6 +1,7 @@
 """The reference's log-probabilities of every pair, computed once and kept beside `--save`.
 
     reference-<digest>.npy      [pairs of the data, 2] float32; NaN where no run has needed it yet
+                      .json     its SHA-256; without it, or with another, the log-probabilities are computed again
 
 The digest is over the data, the reference's weights, `--seq-length` and the precision: whatever would
 change a number changes the name. The policy's own model computes them before training, with the
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining
 from minimind_mcore.preprocess.indexed import bin_path
-from minimind_mcore.storage import MANIFEST, atomic_file, sha256
+from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record_files, sha256
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.model import weights_gathered
@@ -65,6 +67,7 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
         if distributed.is_main() and cache:
             with atomic_file(cache) as f:
                 np.save(f, known)
+            record_files(cache.with_suffix(".json"), [cache])
     for dataset in used:
         dataset.extra["reference"] = known
 
@@ -112,9 +115,12 @@ def _weights_digest(path: Path) -> list[str]:
 
 def _read(cache: Path | None, count: int) -> LogProbs:
     if cache is not None and cache.is_file():
-        known: LogProbs = np.load(cache)
-        if known.shape == (count, 2):
-            return known
+        problems = check_manifest(cache.parent, name=cache.with_suffix(".json").name)
+        if not problems:
+            known: LogProbs = np.load(cache)
+            if known.shape == (count, 2):
+                return known
+        print("\n  ".join(["the cached log-probabilities are not used:", *problems]), file=sys.stderr, flush=True)
     return np.full((count, 2), np.nan, dtype=np.float32)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.posttrain import data, lora
-from minimind_mcore.preprocess.indexed import idx_path
-from minimind_mcore.storage import sha256
+from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.training import checkpointing, distributed, sample_order
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.job import Job, LossFunction, token_loss
@@ -64,7 +63,7 @@ class PostTraining(Job):
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
         """See `Job`."""
         args, prefix = self.args, data.data_prefix(self.args)
-        data.check_files(prefix, self.columns, tokenizer)
+        data.check_files(prefix, self.columns, tokenizer, args.verify_data)
         # Reads all of it: once is enough.
         distributed.check_on_main(
             lambda: data.check_labels(prefix, self.columns, args.seq_length, tokenizer.vocab_size, args.neat_pack)
@@ -98,7 +97,7 @@ class PostTraining(Job):
     def data_digests(self) -> list[str]:
         """Of the index of every file."""
         prefix = data.data_prefix(self.args)
-        return [sha256(idx_path(data.file_prefix(prefix, name))) for name in self.columns]
+        return [idx_digest(data.file_prefix(prefix, name)) for name in self.columns]
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """See `Job`; packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""

@@ -17,11 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.check import quick_check
-from minimind_mcore.preprocess.indexed import idx_path
+from minimind_mcore.preprocess.check import idx_digest, quick_check
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.splits import MEGATRON_DEFAULT
-from minimind_mcore.storage import sha256
 from minimind_mcore.training import sample_order
 
 if TYPE_CHECKING:
@@ -84,14 +82,15 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     Raises:
         UserError: no data, or data that is damaged or was made with another tokenizer.
     """
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from minimind_mcore.training.data_cache import Builder, GPTDataset  # imports megatron
 
     tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
     args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
     check_prefixes(args, tokenizer)
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
-    tokenizer.unique_identifiers["indices"] = [sha256(idx_path(prefix)) for prefix in prefixes(args)]
+    tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(args)]
     require_same_everywhere(args, tokenizer)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -108,7 +107,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
     )
     sizes = samples_needed(args)
-    datasets = list(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build())
+    datasets = list(Builder(GPTDataset, sizes, lambda: True, config).build())
     digests = [sample_order.data_digest(prefix) for prefix in training_prefixes(args)]
     args.sample_order = sample_order.record(args, digests, sample_order.order_digest(datasets[0]))
     return datasets
@@ -176,7 +175,7 @@ def training_prefixes(args: argparse.Namespace) -> list[str]:
 def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
     """Refuse datasets that are missing, truncated, tokenized with another tokenizer, or have ids that it has not."""
     for prefix in prefixes(args):
-        quick_check(prefix, tokenizer.fingerprint, tokenizer.vocab_size)
+        quick_check(prefix, tokenizer.fingerprint, tokenizer.vocab_size, args.verify_data)
 
 
 def micro_batches(

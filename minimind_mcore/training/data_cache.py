@@ -1,0 +1,91 @@
+"""megatron-core's cached sample orders, written atomically and compared with their digests before they are used.
+
+    CACHE/<hash>-GPTDataset-train-description.txt       what the order is for
+                                 -document_index.npy    -sample_index.npy -shuffle_index.npy
+                                 -digests.json          size and SHA-256 of each of these; written last
+
+megatron-core takes any file of the right name: a file that a killed run left half-written makes every later start fail,
+and one with another order trains on other samples. Here an order that has no digests, or other ones, is built again.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets import blended_dataset, blended_megatron_dataset_builder, gpt_dataset
+from typing_extensions import override
+
+from minimind_mcore.storage import check_manifest, record_files, remove_abandoned, temporary_beside, writing
+from minimind_mcore.training import distributed
+
+
+class GPTDataset(gpt_dataset.GPTDataset):
+    """megatron-core's dataset; the name is part of the names of cached files."""
+
+    @override
+    def _build_document_sample_shuffle_indices(self) -> Any:
+        default = Path(self.dataset.path_prefix) / "cache" / f"{type(self).__name__}_indices"
+        directory = Path(self.config.path_to_cache or default)
+        return _cached(self, directory, self.index_split.name, super()._build_document_sample_shuffle_indices)
+
+
+class BlendedDataset(blended_dataset.BlendedDataset):
+    """megatron-core's blend of datasets; without `--data-cache-path` its order is not cached."""
+
+    @override
+    def _build_indices(self) -> Any:
+        if not self.config.path_to_cache:
+            return super()._build_indices()
+        return _cached(self, Path(self.config.path_to_cache), self.split.name, super()._build_indices)
+
+
+class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):
+    """megatron-core's builder, with the blend of this module."""
+
+    @staticmethod
+    @override
+    def build_generic_dataset(cls: Any, *args: Any) -> Any:
+        """Build a dataset as megatron-core does: on rank 0 first."""
+        theirs = blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder
+        return theirs.build_generic_dataset(BlendedDataset if cls is blended_dataset.BlendedDataset else cls, *args)
+
+
+def _cached(dataset: Any, directory: Path, split: str, build: Callable[[], Any]) -> Any:
+    """Return the order that `build` makes or loads; before, the main rank replaces a cached one that is damaged."""
+    if not distributed.is_main():
+        return build()
+    base = directory / f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
+    record = Path(f"{base}-digests.json")
+    if record.is_file():
+        problems = check_manifest(directory, name=record.name)
+        if not problems:
+            return build()
+        print("\n  ".join(["the cached sample order is damaged; building it again:", *problems]), file=sys.stderr)
+    with writing(directory, "give a directory that can be written with --data-cache-path"):
+        return _rebuilt(dataset, base, record, build)
+
+
+def _rebuilt(dataset: Any, base: Path, record: Path, build: Callable[[], Any]) -> Any:
+    """Build the order in a directory of its own, then move its files to the cache, and their digests last."""
+    remove_abandoned(base)
+    tmp, config = temporary_beside(base), dataset.config
+    tmp.mkdir(parents=True)
+    try:
+        dataset.config = copy.copy(config)  # shared with other datasets, which other threads may be building
+        dataset.config.path_to_cache = os.fspath(tmp)
+        found = build()
+        record.unlink(missing_ok=True)
+        files = sorted(tmp.iterdir())
+        for file in files:
+            os.replace(file, base.parent / file.name)
+        record_files(record, [base.parent / file.name for file in files])
+    finally:
+        dataset.config = config
+        shutil.rmtree(tmp, ignore_errors=True)
+    return found
