@@ -14,6 +14,12 @@ import posttrain_oracle
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in a directory of its own: what a user made in the checkout (data/, outputs/) is none of it."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
 @pytest.fixture(params=["v3", "v2"])
 def published_tokenizer(request: pytest.FixtureRequest) -> Path:
     """Directory of one of MiniMind's published tokenizers; skips where they are not given."""

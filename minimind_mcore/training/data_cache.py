@@ -25,7 +25,7 @@ from minimind_mcore.storage import check_manifest, record_files, remove_abandone
 from minimind_mcore.training import distributed
 
 
-class GPTDataset(gpt_dataset.GPTDataset):
+class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
     """megatron-core's dataset; the name is part of the names of cached files."""
 
     @override
@@ -35,7 +35,7 @@ class GPTDataset(gpt_dataset.GPTDataset):
         return _cached(self, directory, self.index_split.name, super()._build_document_sample_shuffle_indices)
 
 
-class BlendedDataset(blended_dataset.BlendedDataset):
+class BlendedDataset(blended_dataset.BlendedDataset):  # type: ignore[misc]
     """megatron-core's blend of datasets; without `--data-cache-path` its order is not cached."""
 
     @override
@@ -45,7 +45,7 @@ class BlendedDataset(blended_dataset.BlendedDataset):
         return _cached(self, Path(self.config.path_to_cache), self.split.name, super()._build_indices)
 
 
-class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):
+class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):  # type: ignore[misc]
     """megatron-core's builder, with the blend of this module."""
 
     @staticmethod
