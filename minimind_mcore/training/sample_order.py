@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.indexed import idx_path
+from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
-from minimind_mcore.storage import sha256
 
 # A checkpoint carries this dictionary in its arguments: "data" (a digest for each dataset), "order", "samples".
 Record = dict[str, Any]
@@ -25,7 +24,7 @@ Record = dict[str, Any]
 def data_digest(prefix: str | Path) -> str:
     """A digest of a dataset: of its documents' lengths and, where its record has one, of its tokens."""
     meta = read_meta(prefix)
-    return sha256(idx_path(prefix)) + (meta.written.bin_sha256 if meta else "")
+    return idx_digest(prefix) + (meta.written.bin_sha256 if meta else "")
 
 
 def order_digest(dataset: Any) -> str:
