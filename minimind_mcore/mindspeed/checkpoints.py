@@ -7,8 +7,6 @@ weights and say so in a line of many.
 from __future__ import annotations
 
 import argparse
-import pickletools
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,18 +53,6 @@ def fit_problems(args: argparse.Namespace, hosts: int) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     return list(dict.fromkeys(problems))
-
-
-def is_converted(root: Path) -> bool:
-    """Whether the newest checkpoint below `root` has weights alone; False where there is none."""
-    if not _exists(root):
-        return False
-    file = next(iter(sorted(_iteration(root).glob(f"mp_rank_*/{NAME}"))), None)
-    if file is None or not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return all(value != "opt_param_scheduler" for _, value, _ in pickletools.genops(archive.read(member)))
 
 
 def resumed(args: argparse.Namespace) -> Path | None:

@@ -23,7 +23,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed import checkpoints
 from minimind_mcore.splits import parse_split
 from minimind_mcore.training import sample_order
-from minimind_mcore.training.checkpoint_fit import saved_args
+from minimind_mcore.training.checkpoint_fit import is_converted, saved_args
 from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.
@@ -101,10 +101,11 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     if args.num_experts and "--moe-token-dispatcher-type" not in given_flags(flags):
         # the only one that LoRA has, and the default refuses a sequence-parallel shared expert
         flags += ["--moe-token-dispatcher-type", "alltoall_seq", "--moe-permutation-async-comm"]
-    if args.load and not args.finetune and checkpoints.is_converted(Path(args.load)):
+    resumed = checkpoints.resumed(args)
+    if resumed and is_converted(resumed):
         flags.append("--finetune")
-        remarks.append(f"{args.load} has weights and no optimizer: training starts at iteration 0 (--finetune)")
-    elif resumed := checkpoints.resumed(args):
+        remarks.append(f"{resumed} has weights and no optimizer: training starts at iteration 0 (--finetune)")
+    elif resumed:
         differing = sample_order.differences(args, saved_args(resumed))
         remarks += [sample_order.warning(resumed, differing)] if differing else []
     return flags, remarks

@@ -80,6 +80,9 @@ def reference_path(args: argparse.Namespace) -> str | None:
         return str(args.load)
     if not args.load or not checkpointing.iterations_in(Path(args.load)):
         return None
+    begun = checkpointing.choose(Path(args.load), args.ckpt_step)
+    if begun is not None and checkpoint_fit.is_converted(begun):
+        return str(args.load)
     raise UserError(
         f"--load {args.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the weights that it "
         "began with, which are the reference; or --finetune to begin with these"

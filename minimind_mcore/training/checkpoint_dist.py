@@ -32,12 +32,12 @@ def _metadata(args: argparse.Namespace) -> dict[str, Any]:
     return metadata
 
 
-def _sharded_state(args: argparse.Namespace, model: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
+def _sharded_state(args: argparse.Namespace, model: list[Any], optimizer: Any, loading: bool = True) -> dict[str, Any]:
+    """The tensors of the model and, unless it is None, of the optimizer."""
     metadata = _metadata(args)
     chunks = zip(model_keys(model), map(unwrap, model), strict=True)
     state = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in chunks}
-    wanted = not (args.finetune or args.no_load_optim) if loading else not args.no_save_optim
-    if wanted:
+    if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     return state
 
@@ -61,7 +61,7 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     _require_support()
     # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
     filesystem_async._results_queue = queue.Queue()
-    state = _sharded_state(args, model, optimizer, loading=False)
+    state = _sharded_state(args, model, None if args.no_save_optim else optimizer, loading=False)
     common = common_state(args, optimizer, scheduler)
     common.pop("optimizer", None)
     state |= common
@@ -83,19 +83,16 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     _require_support()
     saved = dist_checkpointing.load_common_state_dict(str(directory))
     check_model(args, saved["args"], directory)
-    wants_optimizer = not (args.finetune or args.no_load_optim)
-    if wants_optimizer and saved["args"].use_distributed_optimizer != args.use_distributed_optimizer:
-        raise UserError(
-            f"{directory}: saved {'with' if saved['args'].use_distributed_optimizer else 'without'} "
-            "--use-distributed-optimizer, which keeps its state in another form; do the same, or give "
-            "--no-load-optim to take the weights alone"
-        )
-    state = _sharded_state(args, model, optimizer, loading=True)
+    wants_optimizer = not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved
+    if wants_optimizer:
+        check_optimizer(args, saved["args"], directory)
+    state = _sharded_state(args, model, optimizer if wants_optimizer else None)
+    # A converter's checkpoint has no world size, and one of --no-save-rng no random states.
     same = all(
-        getattr(saved["args"], name) == getattr(args, name)
+        getattr(saved["args"], name, None) == getattr(args, name)
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
     )
-    wants_rng = same and not (args.finetune or args.no_load_rng)
+    wants_rng = same and not (args.finetune or args.no_load_rng or getattr(saved["args"], "no_save_rng", None))
     if wants_rng:
         state["rng_state"] = _rng_object()
     state = dist_checkpointing.load(state, str(directory))
@@ -111,6 +108,16 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if wants_rng:
         restore_rng(state["rng_state"])
     return {**saved, **state}
+
+
+def check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
+    """Refuse an optimizer whose state is kept in another form."""
+    found = bool(getattr(saved, "use_distributed_optimizer", False))
+    if found != bool(args.use_distributed_optimizer):
+        raise UserError(
+            f"{directory}: saved {'with' if found else 'without'} --use-distributed-optimizer, which keeps its state "
+            "in another form; do the same, or give --no-load-optim to take the weights alone"
+        )
 
 
 def fit_optimizers(loaded: dict[Any, Any], common: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:

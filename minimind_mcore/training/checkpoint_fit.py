@@ -56,6 +56,18 @@ def saved_args(directory: Path) -> argparse.Namespace:
     return args
 
 
+def is_converted(directory: Path) -> bool:
+    """Return whether the checkpoint of an iteration holds weights alone, as converters write it.
+
+    MindSpeed-LLM's converters write iteration 1, and the kit's keep the iteration of the source. A run has to begin at
+    iteration 0 with either. A run under `--no-save-optim` saves weights alone, too, but has consumed samples.
+    """
+    found = content(directory)
+    args = found["args"]
+    by_a_run = getattr(args, "no_save_optim", None) and getattr(args, "consumed_train_samples", 0)
+    return "opt_param_scheduler" not in found and not by_a_run
+
+
 def check_model(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
     """Refuse a checkpoint whose model, or tokenizer, is another."""
     absent = object()

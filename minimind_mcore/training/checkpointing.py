@@ -38,12 +38,20 @@ from minimind_mcore.storage import (
     write_manifest,
 )
 from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed, sample_order
-from minimind_mcore.training.checkpoint_fit import check_layout, check_model, is_torch_dist, saved_args
+from minimind_mcore.training.checkpoint_fit import (
+    check_layout,
+    check_model,
+    content,
+    is_converted,
+    is_torch_dist,
+    saved_args,
+)
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
-from minimind_mcore.training.optimizer import allocate_moments
+from minimind_mcore.training.optimizer import allocate_moments, build_scheduler
 
 PREFIX = "iter_"
+CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with sample 0, as with --finetune"
 
 
 def directory_of(root: Path, iteration: int) -> Path:
@@ -197,6 +205,9 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     if directory is None:
         _say(f"no checkpoint in {root}: starting from the beginning")
         return Progress()
+    if not args.finetune and is_converted(directory):
+        _say(f"{directory} {CONVERTED}")
+        args = argparse.Namespace(**vars(args) | {"finetune": True})
     if args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory):
         saved = checkpoint_weights.reshard(args, directory, model, optimizer, scheduler)
         _say(f"resharded {directory} from {checkpoint_weights.saved_sharding(directory)}: its optimizer starts anew")
@@ -248,8 +259,12 @@ def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None
     load(_beginning(args, path), model, _NoOptimizer(), None)
 
 
-def previews(args: argparse.Namespace) -> dict[str, str]:
+def previews(args: argparse.Namespace, schedule: bool = True) -> dict[str, str]:
     """What a run would begin with, by a name, checked as far as that goes without reading weights into a model.
+
+    Args:
+        args: of the run.
+        schedule: False where the length of the run is not known yet, and with it the learning-rate schedule.
 
     Raises:
         UserError: what `load` would raise.
@@ -260,11 +275,11 @@ def previews(args: argparse.Namespace) -> dict[str, str]:
     if args.ref_model and not getattr(args, "reference_live", False):  # that one may be of any size
         found["reference"] = _preview(_beginning(args, args.ref_model))
     if args.load:
-        found["load"] = _preview(args, begun=not _begins_elsewhere(args))
+        found["load"] = _preview(args, not _begins_elsewhere(args), schedule)
     return found
 
 
-def _preview(args: argparse.Namespace, begun: bool = True) -> str:
+def _preview(args: argparse.Namespace, begun: bool = True, schedule: bool = False) -> str:
     root = Path(args.load)
     if checkpoint_weights.is_model(root):
         return f"weights of {root}: {checkpoint_weights.open_model(args, root).kind}"
@@ -275,6 +290,16 @@ def _preview(args: argparse.Namespace, begun: bool = True) -> str:
     check_model(args, saved, directory)
     if not (args.reshard or is_torch_dist(directory)):
         check_layout(args, saved, directory, checkpoint_torch.INSTEAD)
+    if args.finetune:
+        return str(directory)
+    if is_converted(directory):
+        return f"{directory} {CONVERTED}"
+    if not args.no_load_optim:
+        if is_torch_dist(directory):
+            checkpoint_dist.check_optimizer(args, saved, directory)
+        state = content(directory).get("opt_param_scheduler")
+        if schedule and state is not None:
+            checkpoint_torch.load_schedule(build_scheduler(args, argparse.Namespace(param_groups=[])), state, directory)
     return str(directory)
 
 

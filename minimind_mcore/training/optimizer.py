@@ -46,7 +46,7 @@ def build_optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, An
         options = {"config_overrides": {}} if newer else {"no_weight_decay_cond": lambda name, parameter: False}
     optimizer = get_megatron_optimizer(config, model, **options)
     _connect(args, model, optimizer)
-    return optimizer, _build_scheduler(args, optimizer)
+    return optimizer, build_scheduler(args, optimizer)
 
 
 def _connect(args: argparse.Namespace, model: list[Any], optimizer: Any) -> None:
@@ -68,7 +68,7 @@ def _connect(args: argparse.Namespace, model: list[Any], optimizer: Any) -> None
         config.param_sync_func = for_chunks("start_param_sync")
 
 
-def _build_scheduler(args: argparse.Namespace, optimizer: Any) -> Any:
+def build_scheduler(args: argparse.Namespace, optimizer: Any) -> Any:
     """Megatron's schedule; it counts samples, so that a change of batch size keeps its place."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

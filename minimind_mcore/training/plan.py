@@ -102,8 +102,9 @@ def show(args: argparse.Namespace, job: Job) -> None:
     Raises:
         UserError: what the run itself would raise.
     """
-    if args.data_pending and not args.train_samples:
-        args.train_iters = args.train_iters or 1
+    length_known = bool(args.train_iters or args.train_samples)
+    if args.data_pending and not length_known:
+        args.train_iters = 1
     layout = validate(args, distributed.world_size())
     announce(args, layout, job.sequences)
     if args.data_pending:
@@ -114,7 +115,7 @@ def show(args: argparse.Namespace, job: Job) -> None:
         job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
-    for name, text in checkpointing.previews(args).items():
+    for name, text in checkpointing.previews(args, length_known).items():
         print(f"{name + ':':<12}{text}")
     if args.save:
         needed, free = checkpointing.expected_bytes(args), checkpointing.free_bytes(args)

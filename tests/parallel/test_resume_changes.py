@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import posttrain_oracle
 import pytest
-from engine import TRACKER, Corpus, Run, Server, as_flags, facts, layout, load, same
+from engine import ROOT, TRACKER, Corpus, Run, Server, as_flags, facts, layout, load, same
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.indexed import IndexedWriter
@@ -197,3 +201,71 @@ def test_a_save_before_the_first_applied_step_resumes_exactly_on_core_012(
     server_012: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
     check_fp16(server_012, corpus, tmp_path, "torch DP2 distributed optimizer")
+
+
+# Converted weights
+
+
+def convert(source: Path, target: Path, form: str) -> Path:
+    """Convert a Megatron checkpoint by the command line; megatron-core's groups are global to a process."""
+    flags = ["--load-model-type", "mg", "--save-model-type", "mg", "--ckpt-format", form]
+    command = [sys.executable, ROOT / "convert_ckpt_v2.py", *flags, "--load-dir", source, "--save-dir", target]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=200)
+    return target
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_converted_weights_begin_at_iteration_0_with_sample_0(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str
+) -> None:
+    flags: dict[str, Any] = {"train_iters": 3, "ckpt_format": "torch"}
+    server.run(corpus.flags(CONFIG, **flags, save=tmp_path / "trained"), tmp_path / "first")
+    converted = convert(tmp_path / "trained", tmp_path / "converted", form)
+    flags |= {"ckpt_format": form, "load": converted}
+    expected: list[dict[str, Any]] = []
+    for more in ({"finetune": True}, {}, {"no_load_optim": True, "no_load_rng": True}):
+        argv = corpus.flags(CONFIG, **flags, **more)
+        dry = server.run([*argv, "--dry-run"], tmp_path / "dry")
+        assert f"load:       {converted}" in dry.output
+        run = server.run(argv, tmp_path / "run")
+        expected = expected or facts(run)
+        assert facts(run) == expected and run.column("iteration") == [1, 2, 3]
+        assert run.column("consumed_samples") == [8, 16, 24]
+        assert ("training starts at iteration 0" in run.output) == ("finetune" not in more)
+
+
+def test_post_training_begins_with_converted_weights_and_takes_them_as_the_reference(
+    server: Server, dialogues: Corpus, start: Path, tmp_path: Path
+) -> None:
+    model = PRESETS[posttrain_oracle.MODEL]
+    converted = convert(start, tmp_path / "converted", "torch")
+    flags = posttrain_oracle.FLAGS | {"train_iters": 1, "seq_length": 32, "stage": "dpo", "load": converted}
+    pairs = {"data_path": dialogues.prefix.with_name("pairs"), "is_pairwise_dataset": True, "ckpt_format": "torch"}
+    run = server.run(dialogues.flags(model, **flags | pairs), tmp_path / "run", posttrain=True)
+    assert run.column("iteration") == [1] and run.column()[0] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    start = {"train_iters": 2, "ckpt_format": "torch_dist"}
+    server.run(corpus.flags(CONFIG, **start, save=tmp_path / "saved"), tmp_path / "first")
+    for changes, message in (
+        ({"lr": 5e-4}, "its learning-rate schedule is not the command line's"),
+        ({"use_distributed_optimizer": True}, "saved without --use-distributed-optimizer"),
+        ({"lr": 5e-4, "no_load_optim": True}, ""),
+        ({"no_load_rng": True}, ""),
+    ):
+        argv = corpus.flags(CONFIG, **start | changes, load=tmp_path / "saved")
+        for words in ([*argv, "--dry-run"], argv):
+            run = server.run(words, tmp_path / "second", check=False)
+            assert run.codes == [bool(message)] and message in run.output, (words, run.output)
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_a_run_that_saves_weights_alone_keeps_its_place(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str
+) -> None:
+    flags: dict[str, Any] = {"train_iters": 4, "ckpt_format": form}
+    first = {"save": tmp_path / "saved", "exit_interval": 2, "no_save_optim": True, "no_save_rng": True}
+    server.run(corpus.flags(CONFIG, **flags, **first), tmp_path / "first")
+    run = server.run(corpus.flags(CONFIG, **flags, load=tmp_path / "saved"), tmp_path / "second")
+    assert run.column("iteration") == [3, 4] and run.column("consumed_samples") == [24, 32]
