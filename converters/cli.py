@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore import arguments
+from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.converters.sharding import Sharding, parse_numbers
 from minimind_mcore.cpu import keep_freed_memory
@@ -58,10 +59,6 @@ def main_v2(argv: Sequence[str] | None = None) -> None:
             **_common(args, given),
             save_dir=Path(args.save_dir),
             hf_cfg_dir=_first_path(args.hf_cfg_dir, args.hf_dir),
-            stated={
-                "num_layers": args.num_layers,
-                "hidden_size": args.hidden_size if "--hidden-size" in given else None,
-            },
         )
     )
 
@@ -130,6 +127,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
     add("--dry-run", action="store_true", help="check everything, write nothing")
     add("--max-shard-size", type=float, default=2.0, metavar="GIB", help="of one safetensors file")
+    assumptions.add_flags(parser.add_argument_group("model", "values that a .pth file does not hold"), known)
 
 
 def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
@@ -171,6 +169,7 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "lora_alpha": args.lora_alpha,
         "lora_modules": tuple(args.lora_target_modules),
         "lora_only": args.save_lora_to_hf,
+        "stated": assumptions.stated(args, given),
     }
 
 

@@ -52,13 +52,20 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def open_hf(path: Path) -> Source:
+def open_hf(path: Path, given: ModelConfig | None = None) -> Source:
     """Open a directory.
 
+    Args:
+        path: the directory.
+        given: another config that is said to be the model's.
+
     Raises:
-        UserError: a file is missing or damaged, or its tensors are not those of the config.
+        UserError: a file is missing or damaged, or its tensors are not those of the config, or the configs contradict
+            each other.
     """
     config = ModelConfig.from_hf_config(path)
+    if given is not None:
+        require_same(config, given, f"{path / 'config.json'}")
     files = [open_tensors(file) for file in weight_files(path)]
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     kind = f"Hugging Face {raw['model_type']}, {path.name}"
@@ -66,6 +73,29 @@ def open_hf(path: Path) -> Source:
     if not (path / "tokenizer.json").is_file():
         return source
     return source.replace(training=Training(tokenizer=str(path.absolute()), fingerprint=tokenizer_fingerprint(path)))
+
+
+def require_same(config: ModelConfig, given: ModelConfig, where: str) -> None:
+    """Compare two descriptions of a model.
+
+    The rows of the embedding may differ, because an output can be padded or cut. How the experts are balanced does not
+    change what the model computes, and no config of transformers says it.
+
+    Raises:
+        UserError: names the values that differ.
+    """
+
+    def fields(model: ModelConfig) -> dict[str, object]:
+        found: dict[str, object] = dict(vars(model))
+        found |= vars(model.moe) if model.moe else {"num_experts": 0}
+        ignored = ("vocab_size", "moe", "load_balancing", "aux_loss_coeff")
+        return {name: value for name, value in found.items() if name not in ignored}
+
+    here, there = fields(config), fields(given)
+    differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differ:
+        values = "; ".join(f"{name} is {here.get(name)} there and {there.get(name)} in --hf-cfg-dir" for name in differ)
+        raise UserError(f"{where}: contradicts the config.json of --hf-cfg-dir: {values}. Give that of this model")
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import torch
 
 from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
+from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type, to_native_config
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
@@ -71,6 +72,9 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     # Not `rope_scaling`: where it is there, if only as null, transformers 5 does not look at `rope_parameters`.
     fields |= {"rope_theta": float(config.rope_theta), "tie_word_embeddings": config.tie_embeddings}
     fields.pop("rope_scaling", None)
+    if config.inference_rope_scaling:  # in the one form that transformers 4 and 5 and vLLM read alike
+        fields.pop("rope_parameters", None)
+        fields["rope_scaling"] = yarn.PARAMETERS | yarn.SERVING
     if config.moe:
         fields["num_experts"] = config.moe.num_experts
     return fields

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minimind_mcore.converters import lora, peft
+from minimind_mcore.converters import assumptions, lora, peft
 from minimind_mcore.converters.convert import Result, convert, require_free, require_space
 from minimind_mcore.converters.hf import SHARD_BYTES, HFTarget, PthTarget
 from minimind_mcore.converters.megatron import MegatronTarget, iteration_directory, open_adapters
@@ -57,7 +57,7 @@ class Job:
     lora_alpha: float | None = None
     lora_modules: tuple[str, ...] = ()
     lora_only: bool = False
-    stated: Mapping[str, int | None] = field(default_factory=dict)
+    stated: Mapping[str, object] = field(default_factory=dict)
 
 
 def run_job(job: Job) -> Result | None:
@@ -70,6 +70,8 @@ def run_job(job: Job) -> Result | None:
     target = make_target(job, source)
     print(f"from  {job.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB", flush=True)
     print(f"to    {job.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB", flush=True)
+    for line in assumptions.described(job.load_dir, source.assumptions):
+        print(f"note  {line}", flush=True)
     if source.dtype == torch.float16:
         print(
             "note  fp16 weights: MiniMind's own tools save fp16 whatever a model was trained in; "
@@ -106,15 +108,12 @@ def open_model(job: Job) -> Source:
     Raises:
         UserError: it is not, or is damaged.
     """
-    source = open_source(job.load_dir, _given_config(job.hf_cfg_dir))
+    source = open_source(job.load_dir, _given_config(job.hf_cfg_dir), job.stated)
     found = "mg" if source.kind.startswith("Megatron") else "hf"
     if job.load_type not in (None, found):
         raise UserError(f"--load-model-type {job.load_type}: found {source.kind} in {job.load_dir}; say {found}")
     check_model_type(job.model_type, source.config)
-    for name, value in job.stated.items():
-        actual = getattr(source.config, name)
-        if value not in (None, actual):
-            raise UserError(f"--{name.replace('_', '-')} {value}: the model has {actual}")
+    assumptions.compare(source.config, job.stated)
     if job.lora_load:
         if job.lora_load.is_file():
             adapters, file = lora.open_minimind_adapter(job.lora_load, source)

@@ -353,6 +353,8 @@ def checkpoint_args(source: Source, sharding: Sharding) -> argparse.Namespace:
     args.params_dtype = source.dtype
     args.consumed_train_samples = source.training.consumed_samples
     args.skipped_train_samples = 0
+    if source.config.inference_rope_scaling:
+        args.inference_rope_scaling = True  # the kit's own: no flag of Megatron means it
     args.tokenizer_name_or_path = source.training.tokenizer
     if source.training.fingerprint:
         args.tokenizer_fingerprint = source.training.fingerprint

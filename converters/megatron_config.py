@@ -63,6 +63,7 @@ def model_config(
         head_dim=getattr(args, "kv_channels", None) or hidden // values["num_heads"],
         ffn_hidden_size=ffn or getattr(args, "ffn_hidden_size", None) or width or 0,
         qk_layernorm=_shape(shapes, "q_layernorm.weight") is not None,
+        inference_rope_scaling=bool(getattr(args, "inference_rope_scaling", False)),
         tie_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
         moe=_experts(directory, args, sharding, shapes, experts[0], width) if experts else None,
     )
@@ -92,6 +93,7 @@ def _compare(directory: Path, args: argparse.Namespace, sharding: Sharding, give
     expected: dict[str, Any] = {names[0]: getattr(given, name) for name, names in _SETTINGS[:4]}
     expected |= {"num_layers": sharding.places(given), "kv_channels": given.head_dim}
     expected["untie_embeddings_and_output_weights"] = not given.tie_embeddings
+    expected["inference_rope_scaling"] = given.inference_rope_scaling  # of converted checkpoints; training says nothing
     if given.moe:
         expected |= {"num_experts": given.moe.num_experts, "moe_router_topk": given.moe.topk}
     for name, value in expected.items():

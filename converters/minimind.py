@@ -7,8 +7,9 @@
 | `model.layers.N.self_attn.q_proj`    | MiniMind2                               | no `q_norm`            |
 |                                      | minimind-3                              | `q_norm`               |
 
-What shapes do not tell (the number of heads without `q_norm`, eps, rotary base) is the generation's; another
-config.json can be given. Source: jingyaogong/minimind, model/ and trainer/trainer_utils.py, and their history.
+What shapes do not tell (the number of heads without `q_norm`, eps, rotary base, experts per token) is assumed to be the
+generation's and listed in `Source.assumptions`; a config.json or flags replace it. Source: jingyaogong/minimind,
+model/ and trainer/trainer_utils.py, and their history.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minimind_mcore.converters.assumptions import Assumption
 from minimind_mcore.converters.files import Shape, TensorFile
 from minimind_mcore.converters.hf import assemble
 from minimind_mcore.converters.source import Source
@@ -39,12 +41,15 @@ class Generation:
     max_position_embeddings: int
     norm_eps: float
     query_heads: int = 8
+    topk: int = 2
+    load_balancing: str = "seq_aux_loss"
+    aux_loss_coeff: float = 0.01
 
 
 V1 = Generation("v1", 10_000, 512, 1e-5, query_heads=16)
 FIRST_MINIMIND2 = Generation("MiniMind2 of before 2025-04-26", 1_000_000, 8192, 1e-5)
 MINIMIND2 = Generation("MiniMind2", 1_000_000, 32768, 1e-5)
-MINIMIND3 = Generation("minimind-3", 1_000_000, 32768, 1e-6)
+MINIMIND3 = Generation("minimind-3", 1_000_000, 32768, 1e-6, topk=1, load_balancing="aux_loss", aux_loss_coeff=5e-4)
 
 
 def is_pth(path: Path) -> bool:
@@ -52,24 +57,30 @@ def is_pth(path: Path) -> bool:
     return path.is_file()
 
 
-def open_pth(path: Path, config: ModelConfig | None = None) -> Source:
+def open_pth(path: Path, config: ModelConfig | None = None, stated: Mapping[str, object] | None = None) -> Source:
     """Open a file of weights, or one of those that MiniMind resumes from.
 
     Args:
         path: the file.
         config: the architecture, in place of what names and shapes tell.
+        stated: single values in place of those that are assumed, by field; see `assumptions.FLAGS`.
 
     Raises:
-        UserError: damaged, or not a MiniMind's weights.
+        UserError: damaged, not a MiniMind's weights, or `config` is another model's.
     """
     archive = read_archive(path)
     file = _state_file(archive)
     names = {name: legacy_to_today(_WRAPPERS.sub("", name)) for name in file.entries}
     shapes = {names[name]: entry.shape for name, entry in file.entries.items()}
     generation = generation_of(path, file, shapes)
-    found = config or architecture(path, shapes, generation, tied=_is_tied(archive, file, shapes))
-    source = assemble(path, f"MiniMind .pth, {generation.name}", found, [file], lambda name: _WRAPPERS.sub("", name))
-    return source.replace(folder=path.parent)
+    sizes = Sizes.of(path, shapes, tied=_is_tied(archive, file, shapes))
+    assumed: tuple[Assumption, ...] = ()
+    if config is None:
+        config, assumed = architecture(path, sizes, generation, stated or {})
+    else:
+        sizes.require(path, config)
+    source = assemble(path, f"MiniMind .pth, {generation.name}", config, [file], lambda name: _WRAPPERS.sub("", name))
+    return source.replace(folder=path.parent, assumptions=assumed)
 
 
 def _state_file(archive: Archive) -> TensorFile:
@@ -115,59 +126,168 @@ def generation_of(path: Path, file: TensorFile, shapes: Mapping[str, Shape]) -> 
     return MINIMIND3 if first + "q_norm.weight" in shapes else MINIMIND2
 
 
-def architecture(path: Path, shapes: Mapping[str, Shape], generation: Generation, tied: bool) -> ModelConfig:
-    """The architecture of weights of a generation.
+@dataclass(frozen=True)
+class Sizes:
+    """What the tensors of a file determine.
+
+    Attributes:
+        query_rows: num_heads x head_dim.
+        key_rows: num_kv_heads x head_dim.
+        head_dim: None where no norm of queries tells it.
+        ffn_hidden_size: of the dense MLP, or of an expert.
+        num_experts: 0 for a dense model.
+        shared_ffn_hidden_size: of all shared experts together.
+        tied: whether the output layer is the embedding; None: both are there with equal values.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    query_rows: int
+    key_rows: int
+    head_dim: int | None
+    ffn_hidden_size: int
+    num_experts: int
+    shared_ffn_hidden_size: int
+    tied: bool | None
+
+    @classmethod
+    def of(cls, path: Path, shapes: Mapping[str, Shape], tied: bool | None) -> Sizes:
+        """Read them from the shapes, by today's names.
+
+        Raises:
+            UserError: a tensor is missing.
+        """
+        layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+        router, norm = shapes.get(mlp + "gate.weight"), shapes.get(attention + "q_norm.weight")
+        shared = [name for name in shapes if re.match(re.escape(mlp) + r"shared_experts\.\d+\.gate_proj\.weight", name)]
+        try:
+            width = shapes[mlp + ("experts.0." if router else "") + "gate_proj.weight"][0]
+            vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
+            q, k = (shapes[f"{attention}{x}_proj.weight"][0] for x in "qk")
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: no matrix {error.args[0]} in it: not a MiniMind's weights") from None
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=len(layers),
+            query_rows=q,
+            key_rows=k,
+            head_dim=norm[0] if norm else None,
+            ffn_hidden_size=width,
+            num_experts=router[0] if router else 0,
+            shared_ffn_hidden_size=width * len(shared),
+            tied=tied,
+        )
+
+    def require(self, path: Path, config: ModelConfig) -> None:
+        """Compare them with a config that is given.
+
+        Raises:
+            UserError: names the values that differ.
+        """
+        moe = config.moe
+        given = {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_layers": config.num_layers,
+            "query_rows": config.num_heads * config.head_dim,
+            "key_rows": config.num_kv_heads * config.head_dim,
+            "head_dim": config.head_dim if config.qk_layernorm else None,
+            "ffn_hidden_size": moe.ffn_hidden_size if moe else config.ffn_hidden_size,
+            "num_experts": moe.num_experts if moe else 0,
+            "shared_ffn_hidden_size": moe.shared_ffn_hidden_size if moe else 0,
+            "tied": config.tie_embeddings if self.tied is not None else None,
+        }
+        what = {
+            "query_rows": "num_heads x head_dim",
+            "key_rows": "num_kv_heads x head_dim",
+            "head_dim": "head_dim of the norms of queries and keys",
+            "tied": "tie_embeddings",
+        }
+        differ = [
+            f"{what.get(name, name)} is {found} in the tensors and {given[name]} in the config"
+            for name, found in vars(self).items()
+            if found != given[name]
+        ]
+        if differ:
+            raise UserError(
+                f"{path}: contradicts the config that is given: {'; '.join(differ)}. Give the config.json of this "
+                "model (--hf-cfg-dir) or its model flags"
+            )
+
+
+def architecture(
+    path: Path, sizes: Sizes, generation: Generation, stated: Mapping[str, object]
+) -> tuple[ModelConfig, tuple[Assumption, ...]]:
+    """Return the architecture of weights of a generation, and what of it is assumed.
 
     Args:
         path: for messages.
-        shapes: by today's names.
-        generation: for what shapes do not tell.
-        tied: whether the output layer is the embedding.
+        sizes: what the tensors determine.
+        generation: for what they do not.
+        stated: values that replace the generation's; others are compared with the result by the caller.
 
     Raises:
         UserError: the shapes fit no such model.
     """
-    layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
-    vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
-    q, k = (shapes[f"{attention}{x}_proj.weight"][0] for x in "qk")
-    head_dim = shapes.get(attention + "q_norm.weight", (q // generation.query_heads,))[0]
-    if q % head_dim or k % head_dim:
+    norms = sizes.head_dim is not None
+    open_values: dict[str, Any] = {} if norms else {"num_heads": generation.query_heads}
+    open_values |= {
+        "norm_eps": generation.norm_eps,
+        "rope_theta": generation.rope_theta,
+        "max_position_embeddings": generation.max_position_embeddings,
+        "inference_rope_scaling": False,
+    }
+    if sizes.num_experts:
+        open_values |= {
+            "topk": generation.topk,
+            "norm_topk_prob": True,
+            "load_balancing": generation.load_balancing,
+            "aux_loss_coeff": generation.aux_loss_coeff,
+        }
+    values = open_values | {name: value for name, value in stated.items() if name in open_values}
+    heads = sizes.query_rows // sizes.head_dim if sizes.head_dim else values["num_heads"]
+    head_dim = sizes.head_dim or sizes.query_rows // max(heads, 1)
+    if not head_dim or sizes.query_rows != heads * head_dim or sizes.key_rows % head_dim:
         raise UserError(
-            f"{path}: {q} rows of queries and {k} of keys are not heads of {head_dim}, as {generation.name} has "
-            "them; give its config.json with --hf-cfg-dir"
+            f"{path}: {sizes.query_rows} rows of queries and {sizes.key_rows} of keys do not make {heads} query heads "
+            f"and key heads of the same size, as {generation.name} has them. Give --num-attention-heads, or the "
+            "config.json of the model with --hf-cfg-dir"
         )
     moe = None
-    if router := shapes.get(mlp + "gate.weight"):
-        moe = _experts(shapes, mlp, router[0], generation)
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=len(layers),
-        num_heads=q // head_dim,
-        num_kv_heads=k // head_dim,
+    if sizes.num_experts:
+        moe = MoEConfig(
+            num_experts=sizes.num_experts,
+            ffn_hidden_size=sizes.ffn_hidden_size,
+            shared_ffn_hidden_size=sizes.shared_ffn_hidden_size,
+            **{name: values[name] for name in ("topk", "norm_topk_prob", "load_balancing", "aux_loss_coeff")},
+        )
+    config = ModelConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_layers=sizes.num_layers,
+        num_heads=heads,
+        num_kv_heads=sizes.key_rows // head_dim,
         head_dim=head_dim,
-        ffn_hidden_size=shapes[mlp + ("experts.0." if moe else "") + "gate_proj.weight"][0],
-        qk_layernorm=generation is MINIMIND3,
-        norm_eps=generation.norm_eps,
-        rope_theta=generation.rope_theta,
-        max_position_embeddings=generation.max_position_embeddings,
-        tie_embeddings=tied,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        qk_layernorm=norms,
+        norm_eps=values["norm_eps"],
+        rope_theta=values["rope_theta"],
+        max_position_embeddings=values["max_position_embeddings"],
+        inference_rope_scaling=values["inference_rope_scaling"],
+        tie_embeddings=sizes.tied is not False,
         moe=moe,
     )
+    return config, tuple(Assumption(name, value) for name, value in open_values.items() if name not in stated)
 
 
-def _experts(shapes: Mapping[str, Shape], mlp: str, count: int, generation: Generation) -> MoEConfig:
-    width = shapes[mlp + "experts.0.gate_proj.weight"][0]
-    shared = [name for name in shapes if re.match(re.escape(mlp) + r"shared_experts\.\d+\.gate_proj\.weight", name)]
-    settings: dict[str, Any] = {"topk": 2, "load_balancing": "seq_aux_loss", "aux_loss_coeff": 0.01}
-    if generation is MINIMIND3:
-        settings = {"topk": 1, "load_balancing": "aux_loss", "aux_loss_coeff": 5e-4}
-    return MoEConfig(num_experts=count, ffn_hidden_size=width, shared_ffn_hidden_size=width * len(shared), **settings)
+def _is_tied(archive: Archive, file: TensorFile, shapes: Mapping[str, Shape]) -> bool | None:
+    """Whether the output layer is the embedding; None where both have equal values, which an untied model may have too.
 
-
-def _is_tied(archive: Archive, file: TensorFile, shapes: Mapping[str, Shape]) -> bool:
-    """Whether the output layer has the values of the embedding: MiniMind's files hold both."""
+    MiniMind's files hold both tensors, of tied models too.
+    """
     if "lm_head.weight" not in shapes:
         return True
     today = {legacy_to_today(_WRAPPERS.sub("", name)): name for name in file.entries}
@@ -175,5 +295,7 @@ def _is_tied(archive: Archive, file: TensorFile, shapes: Mapping[str, Shape]) ->
     first, second = file.entries[embedding], file.entries[output]
     if first.offset == second.offset:
         return True
+    if first.shape != second.shape:
+        return False
     probe = TensorFile(archive.path, {embedding: first, output: second})  # does not count as reading
-    return bool((probe.read(embedding) == probe.read(output)).all()) if first.shape == second.shape else False
+    return None if bool((probe.read(embedding) == probe.read(output)).all()) else False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from minimind_mcore.converters.hf import is_hf, open_hf
@@ -12,22 +13,23 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 
 
-def open_source(path: Path, config: ModelConfig | None = None) -> Source:
+def open_source(path: Path, config: ModelConfig | None = None, stated: Mapping[str, object] | None = None) -> Source:
     """Open a model: a directory of transformers or MiniMind, a `.pth`, a Megatron checkpoint.
 
     Args:
         path: file or directory.
         config: the architecture, for formats that do not tell all of it.
+        stated: values of the architecture by field, in place of those that would be assumed for a `.pth` file.
 
     Raises:
-        UserError: there is nothing, or something else, or it is damaged.
+        UserError: there is nothing, or something else, or it is damaged; or it contradicts `config`.
     """
     if not path.exists():
         raise UserError(f"{path}: does not exist; expected a model: a directory or a .pth file")
     if is_pth(path):
-        return open_pth(path, config)
+        return open_pth(path, config, stated or {})
     if is_hf(path):
-        return open_hf(path)
+        return open_hf(path, config)
     directory = iteration_directory(path)
     if directory is None:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"

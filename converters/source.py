@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minimind_mcore.converters.assumptions import Assumption
 from minimind_mcore.converters.files import Slot, TensorFile
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
@@ -66,6 +67,7 @@ class Source:
         training: what it knows of its training.
         folder: where its config and tokenizer may lie.
         adapters: tensors of LoRA adapters by whole name, not yet part of the weights.
+        assumptions: values of the config that the tensors do not determine and that nothing states.
         as_stored: whether the tensors are those of the files, and not cast, merged or resized.
     """
 
@@ -79,6 +81,7 @@ class Source:
     training: Training = Training()
     folder: Path | None = None
     adapters: Mapping[str, Lazy] = field(default_factory=dict)
+    assumptions: tuple[Assumption, ...] = ()
     as_stored: bool = True
 
     @property

@@ -64,6 +64,7 @@ class ModelConfig:
 
     Sizes are those of the whole model, whatever the parallel layout. `vocab_size` counts the rows
     of the embedding. `rope_theta` is an integer because Megatron's `--rotary-base` takes no other.
+    `inference_rope_scaling` is MiniMind's YaRN (`yarn.py`). No flag of Megatron says it: training runs without.
     """
 
     vocab_size: int = 6400
@@ -78,6 +79,7 @@ class ModelConfig:
     rope_theta: int = 1_000_000
     max_position_embeddings: int = 32768
     tie_embeddings: bool = True
+    inference_rope_scaling: bool = False
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:

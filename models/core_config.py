@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
+from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig
 
 
@@ -87,7 +88,7 @@ def build_gpt_model(
     stage: dict[str, Any] = {}
     if vp_stage is not None and hasattr(core_config, "pipeline_model_parallel_layout"):
         stage["vp_stage"] = vp_stage
-    return GPTModel(
+    model = GPTModel(
         core_config,
         layer_spec,
         vocab_size=config.vocab_size,
@@ -100,3 +101,8 @@ def build_gpt_model(
         rotary_base=config.rope_theta,
         **stage,
     )
+    if config.inference_rope_scaling:
+        # megatron-core 0.12.1 has YaRN for multi-head latent attention only.
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary.inv_freq * rotary.inv_freq.new_tensor(yarn.factors(config.head_dim, config.rope_theta))
+    return model

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def to_hf_config(config: ModelConfig) -> PretrainedConfig:
     fields = _common_fields(config)
     # transformers 5 keeps it in `rope_parameters`, and accepts it here as 4 does.
     fields["rope_theta"] = float(config.rope_theta)
+    if config.inference_rope_scaling:
+        if not yarn.transformers_agrees(config.head_dim, config.rope_theta):
+            raise UserError(
+                f"inference_rope_scaling with head_dim {config.head_dim} and rope_theta {config.rope_theta}: here the "
+                "YaRN of transformers differs from MiniMind's. Keep MiniMind's own form (--format minimind)"
+            )
+        fields["rope_scaling"] = dict(yarn.PARAMETERS)
     if config.moe:
         fields |= {
             "num_experts": config.moe.num_experts,
@@ -83,6 +91,11 @@ def to_native_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: MiniMind's code cannot express this mixture of experts.
     """
+    if config.inference_rope_scaling and config.max_position_embeddings <= yarn.TRAINED_LENGTH:
+        raise UserError(
+            f"inference_rope_scaling with max_position_embeddings {config.max_position_embeddings}: MiniMind's class "
+            f"scales only above {yarn.TRAINED_LENGTH}. Raise max_position_embeddings in the model's config.json"
+        )
     fields = _common_fields(config) | {
         "model_type": "minimind",
         "architectures": ["MiniMindForCausalLM"],
@@ -90,7 +103,7 @@ def to_native_config(config: ModelConfig) -> dict[str, Any]:
         "use_moe": config.moe is not None,
         "dropout": 0.0,
         "flash_attn": True,
-        "inference_rope_scaling": False,
+        "inference_rope_scaling": config.inference_rope_scaling,
     }
     moe = config.moe
     experts: dict[str, Any]
@@ -176,16 +189,33 @@ class _Reader:
         if found is not None and found != expected:
             raise UserError(f"{self.name}: {key}: found {found!r}, expected {expected!r}; MiniMind has nothing else")
 
-    def rope_theta(self) -> int:
-        """The base of the rotary embedding, in the form of transformers 4 or 5."""
-        scaling = dict(self.raw.get("rope_scaling") or {})
-        parameters = {**scaling, **(self.raw.get("rope_parameters") or {})}
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Those of the rotary embedding, in the form of transformers 4 or 5."""
+        return {**(self.raw.get("rope_scaling") or {}), **(self.raw.get("rope_parameters") or {})}
+
+    def inference_rope_scaling(self) -> bool:
+        """Whether the config asks for MiniMind's YaRN."""
+        parameters, native = self.rope_parameters, self.raw.get("model_type") == "minimind"
+        asked = bool(self.raw.get("inference_rope_scaling"))
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
+        if kind != "default" and not yarn.is_ours({"attention_factor": 1.0} | parameters if native else parameters):
             raise UserError(
-                f"{self.name}: rope scaling: found {kind!r}, expected none. "
-                "MiniMind scales for inference only; its weights are trained without"
+                f"{self.name}: rope scaling: found {kind!r} ({parameters}), expected none, or MiniMind's YaRN: "
+                f"{yarn.PARAMETERS}. Weights of MiniMind are trained without rope scaling"
             )
+        if native and kind != "default" and not asked:
+            raise UserError(
+                f"{self.name}: rope_scaling is {kind!r} and inference_rope_scaling is false: MiniMind's class would "
+                "not scale. Remove rope_scaling, or set inference_rope_scaling to true"
+            )
+        if native:  # its class scales only where there are more positions than it was trained for
+            return asked and bool(self.get("max_position_embeddings") > yarn.TRAINED_LENGTH)
+        return asked or kind != "default"
+
+    def rope_theta(self) -> int:
+        """The base of the rotary embedding."""
+        parameters = self.rope_parameters
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"{self.name}: partial_rotary_factor: expected 1.0")
         theta = parameters.get("rope_theta") or self.get("rope_theta")
@@ -208,6 +238,7 @@ def _read_common(reader: _Reader, *, qk_layernorm: bool, tied_default: bool, moe
         ffn_hidden_size=get("intermediate_size"),
         qk_layernorm=qk_layernorm,
         norm_eps=get("rms_norm_eps"),
+        inference_rope_scaling=reader.inference_rope_scaling(),
         rope_theta=reader.rope_theta(),
         max_position_embeddings=get("max_position_embeddings"),
         tie_embeddings=raw.get("tie_word_embeddings", tied_default),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minimind_mcore import arguments
+from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.job import Job
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
@@ -89,6 +90,7 @@ def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
         help="compute in it, as --bf16 and --fp16 do (default: fp32 on a CPU, elsewhere the model's own)",
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, run nothing")
+    assumptions.add_flags(group, {flag for action in parser._actions for flag in action.option_strings})
 
 
 def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
@@ -111,7 +113,14 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
         lora_r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_modules=tuple(args.lora_target_modules),
+        stated=_stated(args),
     )
+
+
+def _stated(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of the model that replace what is assumed for a `.pth` file; `check_model` compares others."""
+    found = assumptions.stated(args, args.given)
+    return found if Path(args.load).is_file() else {k: v for k, v in found.items() if k == "inference_rope_scaling"}
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

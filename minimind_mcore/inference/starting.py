@@ -7,6 +7,7 @@ import sys
 import time
 
 from minimind_mcore import cpu, device
+from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.source import Source
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import Loaded, default_dtype, load, open_both
@@ -23,6 +24,8 @@ def opened(args: argparse.Namespace) -> tuple[Source, TokenizerInfo]:
     flags.check_model(args, source.config)
     size = source.config.num_parameters() / 1e6
     print(f"model      {args.load}: {source.kind}, {size:.1f}M parameters", file=sys.stderr)
+    for line in assumptions.described(args.load, source.assumptions):
+        print(line, file=sys.stderr)
     print(f"tokenizer  {info.path} (fingerprint {info.fingerprint[:12]})", file=sys.stderr, flush=True)
     return source, info
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from minimind_mcore.converters.convert import require_finite
+from minimind_mcore.converters.minimind import is_pth
 from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.converters.source import Source
@@ -54,22 +55,24 @@ def open_model(args: argparse.Namespace, path: Path) -> Source:
     Raises:
         UserError: it is another model, or `open_weights` refuses it.
     """
-    source, config = open_weights(args, path), ModelConfig.from_args(args)
+    config = ModelConfig.from_args(args)
+    source = open_weights(args, path, config if is_pth(path) else None)  # which does not say all of it
     for field in dataclasses.fields(ModelConfig):
         found, expected = getattr(source.config, field.name), getattr(config, field.name)
-        # a longer context needs no other weights, and how experts are balanced is the training's
-        if field.name not in ("max_position_embeddings", "moe") and found != expected:
+        # a longer context needs no other weights, and how experts are balanced is the training's; MiniMind scales the
+        # rotary embedding for inference only
+        if field.name not in ("max_position_embeddings", "inference_rope_scaling", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
     return source
 
 
-def open_weights(args: argparse.Namespace, path: Path) -> Source:
+def open_weights(args: argparse.Namespace, path: Path, config: ModelConfig | None = None) -> Source:
     """A model in files, of any size, that was trained with the run's tokenizer.
 
     Raises:
         UserError: another tokenizer, adapters that are not merged, or damaged.
     """
-    source = open_source(path)
+    source = open_source(path, config)
     check_tokenizer(args, source.training.fingerprint, path)
     if source.adapters:
         raise UserError(f"{path}: holds LoRA adapters: merge them into their base first (convert_ckpt_v2.py)")

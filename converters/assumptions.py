@@ -1,0 +1,100 @@
+"""Values of a model that its tensors do not determine: what is assumed, and the flags that replace it.
+
+A `.pth` file of MiniMind's trainer holds tensors alone. Directories and Megatron checkpoints say these values, and the
+flags are compared with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import LOAD_BALANCING, ModelConfig
+
+# By the field of ModelConfig or MoEConfig; the flags are Megatron's, where it has one.
+FLAGS = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "num_heads": "--num-attention-heads",
+    "norm_eps": "--norm-epsilon",
+    "rope_theta": "--rotary-base",
+    "max_position_embeddings": "--max-position-embeddings",
+    "inference_rope_scaling": "--inference-rope-scaling",
+    "topk": "--moe-router-topk",
+    "norm_topk_prob": "--norm-topk-prob",
+    "load_balancing": "--moe-router-load-balancing-type",
+    "aux_loss_coeff": "--moe-aux-loss-coeff",
+}
+_TYPES = {
+    "num_heads": int,
+    "norm_eps": float,
+    "rope_theta": int,
+    "max_position_embeddings": int,
+    "topk": int,
+    "aux_loss_coeff": float,
+}
+_MOE = ("topk", "norm_topk_prob", "load_balancing", "aux_loss_coeff")
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A value that the tensors of a file do not determine. `name` is a field of ModelConfig or MoEConfig."""
+
+    name: str
+    value: object
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.value} (replace it with {FLAGS[self.name]})"
+
+
+def add_flags(group: argparse._ArgumentGroup, known: set[str]) -> None:
+    """Add the flags that are not among `known`, those that the parser has already."""
+    for name, flag in FLAGS.items():
+        if flag in known:
+            continue
+        what = f"{name} of the model; replaces what is assumed for a .pth file, and must be right for other models"
+        if name == "load_balancing":
+            group.add_argument(flag, choices=LOAD_BALANCING, help=what)
+        elif name in _TYPES:
+            group.add_argument(flag, type=_TYPES[name], help=what)
+        else:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what)
+
+
+def stated(args: argparse.Namespace, given: Sequence[str]) -> dict[str, object]:
+    """Return the values that the flags on a command line state, by field."""
+    found: dict[str, object] = {}
+    for name, flag in FLAGS.items():
+        if flag in given or flag.replace("--", "--no-", 1) in given:
+            value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+            # MindSpeed-LLM's parser reads --rotary-base as a float or an integer.
+            found[name] = int(value) if name == "rope_theta" and value == int(value) else value
+    return found
+
+
+def value_of(config: ModelConfig, name: str) -> object:
+    """Return a field of a model, or of its mixture of experts (None for a dense model)."""
+    found: object = getattr(config.moe, name, None) if name in _MOE else getattr(config, name)
+    return found
+
+
+def compare(config: ModelConfig, values: Mapping[str, object], where: str = "the model") -> None:
+    """Compare a model with what flags state.
+
+    Raises:
+        UserError: a flag states another value.
+    """
+    for name, value in values.items():
+        if (actual := value_of(config, name)) != value:
+            raise UserError(f"{FLAGS[name]} {value}: {where} has {actual}")
+
+
+def described(path: Path | str, assumptions: Sequence[Assumption]) -> list[str]:
+    """Return the lines that tell a user what is assumed."""
+    if not assumptions:
+        return []
+    head = f"{path}: its tensors do not determine these values, so they are assumed; --hf-cfg-dir replaces all of them:"
+    return [head, *(f"  {assumption}" for assumption in assumptions)]
