@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.name is None and not args.list:
         parser.error("give a preset's name, or --list")
-    print(table() if args.list else "\n".join(find_model(args.name).megatron_flags()))
+    if args.list:
+        print(table())
+        return
+    config = find_model(args.name)
+    if config.inference_rope_scaling:
+        print(f"note: {args.name} has inference_rope_scaling; training runs without it, as MiniMind's", file=sys.stderr)
+    print("\n".join(config.megatron_flags()))
 
 
 if __name__ == "__main__":
