@@ -344,7 +344,9 @@ def _with_prompt(prompt: list[Message], messages: list[Message], field: str) -> 
     """
     if messages[0]["role"] == "assistant":
         return [*prompt, *messages]
-    own, given = ([(m["role"], m["content"]) for m in part if m["role"] != "system"] for part in (messages, prompt))
+    own, given = (
+        [(m["role"], m["content"].strip()) for m in part if m["role"] != "system"] for part in (messages, prompt)
+    )
     if own[: len(given)] != given:
         raise Unusable(
             f"field {field!r} is not what the messages begin with, nor do they begin with the answer "

@@ -386,13 +386,17 @@ def unused(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return [line.rpartition(": ")[2] for line in capfd.readouterr().err.splitlines() if "nothing reads" in line]
 
 
-def test_unused_keys_are_reported_once_with_their_count(
+def test_wrong_orders_are_counted_and_unused_keys_reported_once(
     tokenizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     turns = [user("a", name="Ann"), assistant("b", refusal=None, score=0.5), user("c", name="Ann"), assistant("d")]
     rows = [{"messages": turns, "id": number, "quality": 1.0 if number else None, "note": ""} for number in range(3)]
+    rows.append({"messages": [user("a"), user("b"), assistant("c")]})
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    convert(Options(str(tmp_path / "a.jsonl"), tokenizer, str(tmp_path / "out"), handler="OpenAIInstructionHandler"))
+    options = Options(str(tmp_path / "a.jsonl"), tokenizer, str(tmp_path / "out"), handler="OpenAIInstructionHandler")
+    convert(replace(options, max_reject_rate=0.5))
+    [rejected] = map(json.loads, (tmp_path / "out.rejects.jsonl").read_text().splitlines())
+    assert (rejected["line"], rejected["reason"][:46]) == (4, "message 2 is of role 'user' after 'user'; expe")
     assert unused(capfd) == ["id (3), messages[].name (6), messages[].score (3), quality (2)"]
     meta = json.loads((tmp_path / "out_packed_input_ids_document.meta.json").read_text())
     assert meta["unused"] == {"id": 3, "messages[].name": 6, "messages[].score": 3, "quality": 2}
