@@ -134,7 +134,11 @@ def averages(args: argparse.Namespace, job: Job, results: list[StepResult]) -> t
         else:
             total[:-2], total[-2] = (sums / number.clamp(min=1)).sum(0), len(losses)
         total[-1] = sum(result.positions for result in results)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    # HCCL cannot sum float64, and MindSpeed's all_reduce of 26.1.0 then reduces a copy and loses the result.
+    reduced = total.float()
+    if losses:
+        dist.all_reduce(reduced, group=parallel_state.get_data_parallel_group())
     # The last rank is in the last pipeline stage, where the losses are.
-    dist.broadcast(total, src=dist.get_world_size() - 1)
+    dist.broadcast(reduced, src=dist.get_world_size() - 1)
+    total = reduced.double()
     return (total[:-2] / total[-2].clamp(min=1)).tolist(), float(total[-1])

@@ -6,6 +6,7 @@ import re
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine import Corpus, Run, Server, read_rows
@@ -102,3 +103,29 @@ def test_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert read_history(file) == [{"iteration": 1}, {"iteration": 2}, {"iteration": 3}]
     forget_after(file, 2)
     assert file.read_text(encoding="utf-8") == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def lose_float64() -> None:
+    """Called in every rank: all_reduce sums a copy of a float64 tensor, as MindSpeed 26.1.0 has it."""
+    import torch
+    import torch.distributed as dist
+
+    all_reduce = dist.all_reduce
+
+    def losing(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        return all_reduce(tensor.float() if tensor.dtype == torch.double else tensor, *arguments, **options)
+
+    dist.all_reduce = losing
+
+
+def test_all_data_parallel_ranks_count_where_float64_cannot_be_reduced(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    flags = corpus.flags(PRESETS["minimind3_tiny"], train_iters=2, split="80,20,0", eval_iters=1)
+    plain = server.run(flags, tmp_path / "plain", 2)
+    hooked = server.run(flags, tmp_path / "hooked", 2, hook=f"{__file__}:lose_float64")
+    assert plain.column() == pytest.approx(hooked.column(), rel=1e-6)
+    validation = [[row["validation_loss"] for row in read_rows(run.folder)[-1:]] for run in (plain, hooked)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-6)
+    for row in hooked.rows:  # 8 samples of 32 tokens in a step
+        assert row["tokens_per_second"] * row["seconds_per_iteration"] == pytest.approx(256, rel=1e-6)
