@@ -15,6 +15,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type, to_native_config
+from minimind_mcore.preprocess.hf_tokenizer import export_config, require_auto_tokenizer
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
 from minimind_mcore.preprocess.train_tokenizer import SPECIAL, chat_template
 
@@ -22,7 +23,6 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
@@ -54,12 +54,14 @@ def write(root: Path, source: Source, *, native: bool, folder: Path | None) -> N
         UserError: the tokenizer is not the one that the model was trained with.
     """
     tokenizer = find_tokenizer(source, folder)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # MiniMind's, of every generation
+    ids: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every MiniMind
     if tokenizer is not None:
-        ids |= copy_tokenizer(tokenizer, root)
+        ids = copy_tokenizer(tokenizer, root)
     config = native_config(source, folder, root) if native else hf_config(source.config)
     _write_json(root / "config.json", config | ids | dtype_fields(source.dtype))
     _write_json(root / "generation_config.json", ids)
+    if tokenizer is not None:
+        require_auto_tokenizer(root)
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -117,23 +119,23 @@ def find_tokenizer(source: Source, folder: Path | None) -> Path | None:
     return None
 
 
-def copy_tokenizer(tokenizer: Path, root: Path) -> dict[str, int]:
-    """Copy a tokenizer's files, and see that they hold a chat template; returns its special ids by config key."""
+def copy_tokenizer(tokenizer: Path, root: Path) -> dict[str, int | None]:
+    """Copy a tokenizer's files, with a tokenizer_config.json that has a chat template and makes AutoTokenizer load
+    tokenizer.json; returns the special ids by config key, None for a token that the tokenizer does not have.
+    """
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, root / name)
     config_file = root / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = export_config(tokenizer)
+    info = tokenizer_info(tokenizer)
     content = json.loads((root / "tokenizer.json").read_text(encoding="utf-8"))
-    names = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    has_template = bool(config.get("chat_template")) or (root / "chat_template.jinja").is_file()
-    if not has_template and set(SPECIAL[:3]) <= names.keys():
-        _write_json(config_file, config | {"chat_template": chat_template()})
-    info = tokenizer_info(root)
-    pad = config.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    ids = {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": names.get(pad)}
-    return {key: value for key, value in ids.items() if value is not None}
+    names = {token["content"] for token in content.get("added_tokens") or []}
+    if "chat_template" not in config and set(SPECIAL[:3]) <= names:
+        config["chat_template"] = chat_template()
+    if not config_file.is_file() or json.loads(config_file.read_text(encoding="utf-8")) != config:
+        _write_json(config_file, config)
+    return {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": info.pad_id}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -6,14 +6,14 @@
 
 Labels are not shifted, as MindSpeed-LLM stores them. The loss is where MiniMind's SFTDataset puts it: on
 what is between the ids of "<|im_start|>assistant\\n" and of "<|im_end|>\\n", and on these last two, found in
-the ids of the whole text. (So an answer that begins with line breaks which the tokenizer joins to the one
+the ids of the whole text. A template with other marks, as that of a tokenizer without bos, has its own in their place.
+(So an answer that begins with line breaks which the tokenizer joins to the one
 before has no loss there, and none here.)
 """
 
 from __future__ import annotations
 
-import json
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.messages import Conversation, Unusable
-from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, tokenizer_json
+from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo
+from minimind_mcore.preprocess.tokenizer_files import template_source
 
 IGNORED = -100
 Ids = NDArray[np.int32]
@@ -67,25 +68,6 @@ class ChatTemplate(Protocol):
         ...
 
 
-def template_source(tokenizer: str | os.PathLike[str]) -> str:
-    """The chat template of a tokenizer directory, as text.
-
-    Raises:
-        UserError: it has none.
-    """
-    folder = tokenizer_json(tokenizer).parent
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    if not found:
-        raise UserError(
-            f"tokenizer {tokenizer}: no chat template in tokenizer_config.json or chat_template.jinja, which "
-            "conversations need; take MiniMind's tokenizer, or choose a template with --prompt-type"
-        )
-    return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
-
-
 class TokenizerTemplate:
     """The chat template that comes with the tokenizer, rendered by transformers.
 
@@ -94,23 +76,62 @@ class TokenizerTemplate:
         encoder: of the same tokenizer.
         seq_length: where to cut.
         last_only: loss on the last answer instead of on all.
+        labelled: False where only prompts are wanted, and `label` is not called.
     """
 
     def __init__(
-        self, info: TokenizerInfo, encoder: Encoder, seq_length: int | None = None, last_only: bool = False
+        self,
+        info: TokenizerInfo,
+        encoder: Encoder,
+        seq_length: int | None = None,
+        last_only: bool = False,
+        labelled: bool = True,
     ) -> None:
         from jinja2 import TemplateError
-        from transformers import AutoTokenizer
+
+        from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 
         source = template_source(info.path)
         self.unwritten = frozenset(key for key in WRITTEN if key not in source)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_json(info.path).parent)
-        opening, closing = f"{self._tokenizer.bos_token}assistant\n", f"{self._tokenizer.eos_token}\n"
-        (tokens, (size, _)) = encoder.encode([opening, closing])
-        self._opening, self._closing = tokens[:size].tolist(), tokens[size:].tolist()
+        self._tokenizer: Any = load_tokenizer(info.path)
         self._refusal = TemplateError
+        (tokens, (size, _)) = encoder.encode(self._marks(info) if labelled else ("", ""))
+        self._opening, self._closing = tokens[:size].tolist(), tokens[size:].tolist()
         self._limit = seq_length
         self._first = -1 if last_only else 0
+
+    def _marks(self, info: TokenizerInfo) -> tuple[str, str]:
+        """The texts before and after an answer: MiniMind's, or of a tokenizer that has others the template's.
+
+        Raises:
+            UserError: the template does not open an answer with a text of its own.
+        """
+        names = self._tokenizer
+        minimind = (f"{names.bos_token}assistant\n", f"{names.eos_token}\n")
+        asked, said = {"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}
+        try:
+            whole = str(names.apply_chat_template([asked, said], tokenize=False))
+            question = str(names.apply_chat_template([asked], tokenize=False))
+            prompt = str(names.apply_chat_template([asked], tokenize=False, add_generation_prompt=True))
+        except self._refusal as error:
+            if info.bos_id is not None:  # it may only refuse this conversation
+                return minimind
+            raise UserError(
+                f"tokenizer {info.path}: its chat template refuses a question and its answer: {error}"
+            ) from error
+        if info.bos_id is not None and all(mark in whole for mark in minimind):
+            return minimind
+        # What the answer's turn and the generation prompt have in common is less than either: both may add thoughts.
+        count = len(question) if whole.startswith(question) and prompt.startswith(question) else len(whole)
+        pairs = zip(whole[count:].partition("ANSWER")[0], prompt[count:], strict=False)
+        opening = "".join(first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        closing = whole.rpartition("ANSWER")[2]
+        if not opening or not closing:
+            raise UserError(
+                f"tokenizer {info.path}: its chat template writes {whole!r}; expected a text that opens the answer, "
+                "such as <|im_start|>assistant, and one that closes it. Choose another template with --prompt-type"
+            )
+        return opening, closing
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
         """See `ChatTemplate`: one text."""

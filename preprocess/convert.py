@@ -88,6 +88,8 @@ def convert(options: Options) -> list[str]:
     sources = find_sources(options.input)
     info = tokenizer_info(options.tokenizer)
     validate(options, info)
+    if options.prepend_bos and info.bos_id is None:
+        _say(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
     request = request_fingerprint(options, info, sources)
     prefix = output_prefix(options, sources, request)
     with disk_errors(prefix):
@@ -113,6 +115,8 @@ def preview(options: Options) -> list[str]:
     sources = find_sources(options.input)
     info = tokenizer_info(options.tokenizer)
     validate(options, info)
+    if options.prepend_bos and info.bos_id is None:
+        _say(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
     request = request_fingerprint(options, info, sources)
     prefix = output_prefix(options, sources, request)
     if _done(options, prefix, request):

@@ -12,11 +12,11 @@ from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import prompter
-from minimind_mcore.preprocess.chat import template_source
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler, find_handler
 from minimind_mcore.preprocess.readers import Source
 from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
+from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
 
 # Part of every request: raise it when the same request would give other files than before.
 FORMAT = 2
@@ -160,12 +160,17 @@ def validate(options: Options, info: TokenizerInfo) -> None:
             raise UserError(
                 f"--handler-name {options.handler}: packing, templates and --map-keys are for conversations"
             )
-    for wanted, token, name in ((options.append_eod, info.eos_id, "eos"), (options.prepend_bos, info.bos_id, "bos")):
-        if wanted and token is None:
-            raise UserError(
-                f"tokenizer {info.path}: its tokenizer_config.json names no {name}_token that is in the vocabulary; "
-                f"{'--append-eod' if name == 'eos' else '--prepend-bos'} needs one"
-            )
+    if options.append_eod and info.eos_id is None:
+        raise UserError(
+            f"tokenizer {info.path}: its tokenizer_config.json names no eos_token that is in the vocabulary; "
+            "--append-eod needs one"
+        )
+    # A tokenizer without bos, as Qwen's, has documents that only end. One that names an unknown bos is damaged.
+    if options.prepend_bos and info.bos_id is None and (name := special_tokens(info.path).get("bos_token")):
+        raise UserError(
+            f"tokenizer {info.path}: its bos_token {name!r} is not in the vocabulary of tokenizer.json; --prepend-bos "
+            "needs one that is, or null for a tokenizer without bos"
+        )
     if options.dtype == "uint16" and info.vocab_size > 1 << 16:
         raise UserError(f"--dtype uint16: the tokenizer has {info.vocab_size} ids, uint16 holds 65536; use int32")
     if min(options.workers, options.n_subs) < 1:
@@ -176,10 +181,8 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
     chat = options.chat
     if options.prepend_bos or options.dtype != "int32":
         raise UserError(f"--handler-name {options.handler}: --prepend-bos and --dtype are for pretraining data")
-    if info.bos_id is None or info.eos_id is None:
-        raise UserError(
-            f"tokenizer {info.path}: conversations need its bos_token and eos_token in tokenizer_config.json"
-        )
+    if info.eos_id is None:
+        raise UserError(f"tokenizer {info.path}: conversations need its eos_token in tokenizer_config.json")
     if handler.fixed_prompt:
         if chat.prompt_type is not None or chat.enable_thinking is not None:
             raise UserError(f"--prompt-type, --enable-thinking: {options.handler} has one prompt of its own")
@@ -208,13 +211,15 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
 
 def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> str:
     """SHA-256 over everything that decides the content of the result, and nothing else."""
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "sources": [[source.path, source.size, source.mtime_ns] for source in sources],
         "tokenizer": [info.fingerprint, info.bos_id, info.eos_id],
         "options": [getattr(options, name) for name in ("handler", "append_eod", "prepend_bos", "dtype", "seq_length")],
         "keys": options.keys,
     }
+    if any(info.added) and not isinstance(options.find_handler(), ChatHandler):
+        content["tokenizer"] = [*content["tokenizer"], info.added]  # not for others, whose datasets stay valid
     if isinstance(handler := options.find_handler(), ChatHandler):
         content["keys"] = handler.columns
         content["chat"] = [

@@ -23,7 +23,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.augment import Draw, add_system_prompt, draw, drop_empty_thoughts
 from minimind_mcore.preprocess.chat import IGNORED, ChatTemplate, Ids, TokenizerTemplate, Turns, checked
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler
@@ -104,8 +103,7 @@ class Documents:
         self.unused = Counter[str]()
         self._handler = handler
         self._encoder = encoder
-        self._bos = info.bos_id if options.prepend_bos else None
-        self._eos = info.eos_id if options.append_eod else None
+        self._frame = info.frame(options.prepend_bos, options.append_eod)
         self._limit = options.seq_length
 
     def prepare(self, record: Any) -> Prepared | Reject:
@@ -121,7 +119,7 @@ class Documents:
         framed = []
         for number in range(len(self.keys)):
             tokens, lengths = self._encoder.encode([prepared.texts[number] for prepared in batch])
-            framed.append(frame(tokens, lengths, self._bos, self._eos))
+            framed.append(frame(tokens, lengths, *self._frame))
         keep = np.ones(len(batch), bool)
         if self._limit is not None:
             keep = np.all([lengths < self._limit for _, lengths in framed], axis=0)
@@ -130,28 +128,27 @@ class Documents:
 
 
 def frame(
-    tokens: NDArray[np.uint32], lengths: NDArray[np.int64], bos_id: int | None, eos_id: int | None
+    tokens: NDArray[np.uint32], lengths: NDArray[np.int64], before: Sequence[int], after: Sequence[int]
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """Put begin and end tokens around each document that has tokens; the others stay empty.
 
     Args:
         tokens: [sum(lengths)] ids.
         lengths: [documents].
-        bos_id, eos_id: what to add; None adds nothing.
+        before, after: ids to put there.
 
     Returns:
         The new ids and lengths.
     """
-    added = (bos_id is not None) + (eos_id is not None)
-    framed = lengths + added * (lengths > 0)
+    framed = lengths + (len(before) + len(after)) * (lengths > 0)
     ends = np.cumsum(framed)[lengths > 0]
     starts = ends - framed[lengths > 0]
     out = np.empty(int(framed.sum()), np.uint32)
     body = np.ones(len(out), bool)
-    if bos_id is not None:
-        out[starts], body[starts] = bos_id, False
-    if eos_id is not None:
-        out[ends - 1], body[ends - 1] = eos_id, False
+    for place, token in enumerate(before):
+        out[starts + place], body[starts + place] = token, False
+    for place, token in enumerate(reversed(after), 1):
+        out[ends - place], body[ends - place] = token, False
     out[body] = tokens
     return out, framed
 
@@ -168,10 +165,6 @@ class Conversations:
         self._encoder = encoder
         eod = options.append_eod and not handler.prompts
         self._eos = [info.eos_id] if eod and info.eos_id is not None else []
-        if len(encoder.encode([""])[0]):
-            raise UserError(
-                f"tokenizer {info.path}: it adds tokens to every text by itself; conversations need one that does not"
-            )
         self._template = make_template(options, info, encoder, handler)
         self._most = options.seq_length
         if self._most is not None and not (handler.prompts and handler.minimind):
@@ -309,7 +302,7 @@ def make_template(options: Options, info: TokenizerInfo, encoder: Encoder, handl
     chat, last_only = options.chat, handler.pairwise and not handler.minimind
     if chat.prompt_type is None:
         cut = None if chat.pack or handler.prompts else options.seq_length
-        return TokenizerTemplate(info, encoder, cut, last_only)
+        return TokenizerTemplate(info, encoder, cut, last_only, labelled=not handler.prompts)
     entry = template_entry(chat.prompt_type, chat.prompt_type_path)
     bos, eos = (token_text(info.path, token) for token in (info.bos_id, info.eos_id))
     settings = Settings(bos, eos, chat.enable_thinking, options.seq_length, chat.pack == "neat-pack", last_only)

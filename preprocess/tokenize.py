@@ -2,6 +2,10 @@
 
     encoder = load_encoder("tokenizer/", backend="auto")
     tokens, lengths = encoder.encode(["first document", "second"])   # flat uint32 [sum], int64 [2]
+    before, after = tokenizer_info("tokenizer/").frame()             # bos and eos, as lists of ids
+
+An encoder adds nothing to a text, even if tokenizer.json has a post-processor that does: `frame` says what a document
+begins and ends with, so that conversion, generation and perplexity all write one bos.
 
 Two backends give the same tokens: `tokenizers` (Hugging Face's Rust library, always there) and
 `gigatoken` (optional, several times as fast). `auto` takes gigatoken when it is installed and
@@ -28,6 +32,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.tokenizer_files import read_json, special_tokens, tokenizer_json
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 
@@ -46,33 +51,6 @@ PROBE = (
     "e\u0301\u200b\ufeff\u00a0\u3000 \U0001f469\u200d\U0001f680 \u0915\u094d\u0937 \x00\x7f",
     "def f(x):\n    return x**2  # 12345678901234567890",
 )
-
-
-def tokenizer_json(path: str | os.PathLike[str]) -> Path:
-    """The `tokenizer.json` of a tokenizer directory (or the file itself).
-
-    Raises:
-        UserError: there is none.
-    """
-    file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(
-            f"tokenizer {path}: no tokenizer.json there; expected a local directory with tokenizer.json and "
-            "tokenizer_config.json (download a published one first, or train one with "
-            "python -m minimind_mcore.preprocess.train_tokenizer)"
-        )
-    return file
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); the tokenizer is damaged") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; the tokenizer is damaged")
-    return content
 
 
 def _inserted(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -97,16 +75,23 @@ def tokenizer_fingerprint(path: str | os.PathLike[str]) -> str:
     Raises:
         UserError: no tokenizer there, or a damaged one.
     """
-    content = _read_json(tokenizer_json(path))
+    return hashlib.sha256(_canonical(read_json(tokenizer_json(path))).encode("ascii")).hexdigest()
+
+
+def identity(text: str) -> str:
+    """The part of a tokenizer.json, given as text, that determines token ids; see `tokenizer_fingerprint`."""
+    return _canonical(json.loads(text))
+
+
+def _canonical(content: dict[str, Any]) -> str:
     model = dict(content.get("model") or {})
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model.pop("merges", None) or []]
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     added = sorted((t["id"], t["content"], [f for f in flags if t.get(f)]) for t in content.get("added_tokens") or [])
     settings = [content.get("normalizer"), content.get("pre_tokenizer"), _inserted(content.get("post_processor"))]
     vocab = model.pop("vocab", None) or {}
-    identity = [vocab, merges, {k: v for k, v in model.items() if v}, added, settings]
-    canonical = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    parts = [vocab, merges, {k: v for k, v in model.items() if v}, added, settings]
+    return json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -117,8 +102,9 @@ class TokenizerInfo:
         path: as the user gave it.
         fingerprint: see `tokenizer_fingerprint`.
         vocab_size: one more than the largest id.
-        bos_id, eos_id, pad_id: from tokenizer_config.json; None where it names none.
+        bos_id, eos_id, pad_id: of the special tokens that the directory names; None where it names none.
         thinks: whether <think> is one token, as in MiniMind's third generation.
+        added: the ids that the tokenizer's post-processor puts before and after a text; usually none.
     """
 
     path: str
@@ -128,6 +114,38 @@ class TokenizerInfo:
     eos_id: int | None
     pad_id: int | None = None
     thinks: bool = False
+    added: Sequence[Sequence[int]] = ((), ())
+
+    def frame(self, bos: bool = True, eos: bool = True) -> tuple[list[int], list[int]]:
+        """The ids before and after a document: see `document_frame`."""
+        return document_frame(self.added, self.bos_id if bos else None, self.eos_id if eos else None)
+
+
+def added_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer's post-processor puts before and after a text."""
+    text = "a"
+    bare, whole = tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.encode(text).ids
+    starts = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
+    if not bare or not starts:
+        return [], []
+    return whole[: starts[0]], whole[starts[0] + len(bare) :]
+
+
+def document_frame(
+    added: Sequence[Sequence[int]], bos_id: int | None, eos_id: int | None
+) -> tuple[list[int], list[int]]:
+    """The ids before and after a document: bos and eos once each, whether or not the tokenizer adds them by itself.
+
+    Args:
+        added: see `added_ids`.
+        bos_id, eos_id: to write; None for none, as of a tokenizer without bos.
+    """
+    before, after = list(added[0]), list(added[1])
+    if bos_id is not None and bos_id not in before:
+        before.insert(0, bos_id)
+    if eos_id is not None and eos_id not in after:
+        after.append(eos_id)
+    return before, after
 
 
 def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
@@ -137,14 +155,11 @@ def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
         UserError: no tokenizer there, or a damaged one.
     """
     file = tokenizer_json(path)
-    tokenizer = _load(file)
-    config_file = file.with_name("tokenizer_config.json")
-    config = _read_json(config_file) if config_file.is_file() else {}
+    tokenizer = load_backend(file)
+    named = special_tokens(file)
 
     def special(name: str) -> int | None:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        return tokenizer.token_to_id(token) if isinstance(token, str) else None
+        return tokenizer.token_to_id(named[name]) if name in named else None
 
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     return TokenizerInfo(
@@ -155,12 +170,13 @@ def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
         special("eos_token"),
         special("pad_token"),
         thinks=tokenizer.token_to_id("<think>") is not None,
+        added=added_ids(tokenizer),
     )
 
 
 def token_text(path: str | os.PathLike[str], token: int | None) -> str:
     """The text of a token; empty for none."""
-    return "" if token is None else _load(tokenizer_json(path)).id_to_token(token) or ""
+    return "" if token is None else load_backend(tokenizer_json(path)).id_to_token(token) or ""
 
 
 class Encoder(Protocol):
@@ -175,12 +191,17 @@ class Encoder(Protocol):
             texts: documents without lone surrogates.
 
         Returns:
-            All ids back to back, and the number of ids of each document.
+            All ids back to back, and the number of ids of each document; nothing is added to a text.
         """
         ...
 
 
-def _load(file: Path) -> tokenizers.Tokenizer:
+def load_backend(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, without truncation and padding.
+
+    Raises:
+        UserError: the tokenizers library cannot read the file.
+    """
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
@@ -192,16 +213,16 @@ def _load(file: Path) -> tokenizers.Tokenizer:
 
 
 class TokenizersEncoder:
-    """Hugging Face `tokenizers`; adds what the tokenizer's post-processor adds, as transformers does."""
+    """Hugging Face `tokenizers`."""
 
     name = "tokenizers"
 
     def __init__(self, file: Path) -> None:
-        self._tokenizer = _load(file)
+        self._tokenizer = load_backend(file)
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """See `Encoder`."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
 

@@ -33,6 +33,7 @@ def documents(path: str, loaded: Loaded) -> Iterator[Document]:
 
 def _of_files(path: str, loaded: Loaded) -> Iterator[Document]:
     tokenizer: Any = loaded.tokenizer
+    before, after = loaded.info.frame()
     for shard in plan_shards(find_sources(path), subsets=1):
         for line, record in ShardReader(shard, [KEY]):
             where = f"{shard.source.path}, record {line}"
@@ -44,7 +45,7 @@ def _of_files(path: str, loaded: Loaded) -> Iterator[Document]:
             if not isinstance(text, str):
                 raise UserError(f"{where}: expected an object with a {KEY!r} that is a text")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            yield [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], len(text.encode())
+            yield [*before, *ids, *after], len(text.encode())
 
 
 def _of_dataset(prefix: str, loaded: Loaded) -> Iterator[Document]:

@@ -20,6 +20,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference.decoder import Decoder
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.preprocess import hf_tokenizer
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, tokenizer_info
 
 
@@ -161,15 +162,13 @@ def find_tokenizer(source: Source, given: str | None) -> TokenizerInfo:
 
 
 def load_tokenizer(info: TokenizerInfo) -> Any:
-    """The tokenizer, by transformers.
+    """transformers' tokenizer, with the ids of tokenizer.json, which training reads.
 
     Raises:
-        UserError: it names no bos or eos.
+        UserError: it names no eos, or transformers would give other ids.
     """
-    from transformers import AutoTokenizer
-
-    folder = Path(info.path)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else folder.parent), local_files_only=True)
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {info.path}: its tokenizer_config.json names no bos_token or no eos_token")
-    return tokenizer
+    if info.eos_id is None:
+        raise UserError(
+            f"the tokenizer {info.path}: its tokenizer_config.json names no eos_token that is in the vocabulary"
+        )
+    return hf_tokenizer.load_tokenizer(info.path)

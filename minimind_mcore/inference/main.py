@@ -129,7 +129,7 @@ def _template(args: argparse.Namespace, tokenizer: Any) -> SlotTemplate | None:
     if args.prompt_type is None:
         return None
     entry = template_entry(args.prompt_type.strip(), args.prompt_type_path)
-    settings = Settings(tokenizer.bos_token, tokenizer.eos_token, thinking=args.enable_thinking)
+    settings = Settings(tokenizer.bos_token or "", tokenizer.eos_token, thinking=args.enable_thinking)
     return SlotTemplate(entry, settings)
 
 

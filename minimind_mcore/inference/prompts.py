@@ -29,6 +29,7 @@ from minimind_mcore.preprocess.messages import (
 )
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.preprocess.templates import SlotTemplate
+from minimind_mcore.preprocess.tokenize import added_ids, document_frame
 
 Message = dict[str, Any]
 KEYS = ("prompt", "text", "messages", "conversations")
@@ -204,12 +205,15 @@ class Encoder:
                 "the tokenizer has no chat template: give --raw, --prompt-type, or a tokenizer that has one"
             )
         self.tokenizer, self.raw, self.thinking, self.template = tokenizer, raw, thinking, template
+        # A raw prompt begins as a document does; see `preprocess.stages.Documents`.
+        self._before = document_frame(added_ids(tokenizer.backend_tokenizer), tokenizer.bos_token_id, None)[0]
         # MiniMind's name of the switch, and Qwen3's
         self.switches = {} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking}
 
     def text(self, prompt: Prompt) -> str:
         """What the model reads."""
-        return "".join(self._pieces(prompt))
+        before = self.tokenizer.decode(self._before) if self.raw else ""
+        return before + "".join(self._pieces(prompt))
 
     def _pieces(self, prompt: Prompt) -> list[str]:
         """The same, in the parts that are encoded one by one.
@@ -236,7 +240,7 @@ class Encoder:
 
     def _text(self, prompt: Prompt) -> str:
         if self.raw:
-            return str(self.tokenizer.bos_token) + "".join(str(m.get("content", "")) for m in prompt.messages)
+            return "".join(str(m.get("content", "")) for m in prompt.messages)
         from jinja2 import TemplateError
 
         try:
@@ -250,4 +254,4 @@ class Encoder:
     def __call__(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt."""
         pieces = self.tokenizer(self._pieces(prompt), add_special_tokens=False)["input_ids"]
-        return list(itertools.chain.from_iterable(pieces))
+        return [*(self._before if self.raw else []), *itertools.chain.from_iterable(pieces)]

@@ -27,6 +27,7 @@ from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
 from minimind_mcore.rl.config import Config, Section
 from minimind_mcore.rl.data import PromptDataset
@@ -202,9 +203,8 @@ def _parquet(prefix: str, file: Path, split: str, config: Config) -> None:
     """A file in verl's form, in the order of the data; too long prompts are left out."""
     import pyarrow
     import pyarrow.parquet
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.actor.tokenizer_name_or_path)
+    tokenizer = load_tokenizer(config.actor.tokenizer_name_or_path)
     prompts = PromptDataset(prefix, (), config.rl.max_prompt_length, shuffle=False, optional=("labels",))
     rows = list(_rows(prompts, tokenizer, Path(prefix).name, split))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)

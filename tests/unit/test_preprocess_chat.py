@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError
@@ -547,13 +545,3 @@ def test_what_a_template_refuses_is_rejected_with_its_words(tokenizer: str, tmp_
     stage = make_stage(options, tokenizer_info(tmp_path), load_encoder(tmp_path, "tokenizers"))
     rejected = stage.prepare({"conversations": DIALOGUES["turns"]})
     assert isinstance(rejected, Reject) and "refuses it: roles must alternate" in rejected.reason
-
-
-def test_a_tokenizer_that_adds_tokens_by_itself_is_refused(tokenizer: str, tmp_path: Path) -> None:
-    reference = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
-    reference.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-    reference.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_bytes((Path(tokenizer) / "tokenizer_config.json").read_bytes())
-    options = Options("-", str(tmp_path), handler="MiniMindInstructionHandler")
-    with pytest.raises(UserError, match="adds tokens to every text"):
-        make_stage(options, tokenizer_info(tmp_path), load_encoder(tmp_path, "tokenizers"))

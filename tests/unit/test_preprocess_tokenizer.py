@@ -284,7 +284,7 @@ def test_an_empty_batch_encodes_to_nothing(tokenizer: Path) -> None:
         assert len(tokens) == len(lengths) == 0
 
 
-def test_a_tokenizer_that_inserts_tokens_falls_back_and_inserts_them(tokenizer: Path, tmp_path: Path) -> None:
+def test_an_encoder_inserts_nothing_and_info_says_what_the_tokenizer_inserts(tokenizer: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer, tmp_path / "tk")
     file = tmp_path / "tk" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -295,8 +295,11 @@ def test_a_tokenizer_that_inserts_tokens_falls_back_and_inserts_them(tokenizer: 
         "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
     }
     file.write_text(json.dumps(content))
-    tokens, lengths = load_encoder(tmp_path / "tk").encode(["hi"])
-    assert tokens[0] == 1 and lengths[0] == len(tokens)
+    for backend in ("tokenizers", "auto"):
+        found = load_encoder(tmp_path / "tk", backend).encode(["hi", ""])
+        expected = load_encoder(tokenizer, "tokenizers").encode(["hi", ""])
+        assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    assert tokenizer_info(tmp_path / "tk").added == ([1], []) and not any(tokenizer_info(tokenizer).added)
     assert tokenizer_fingerprint(tmp_path / "tk") != tokenizer_fingerprint(tokenizer)
 
 

@@ -1,0 +1,116 @@
+"""Read the files of a tokenizer directory: tokenizer.json, its special tokens, its chat template.
+
+tokenizer.json decides the ids. The other files only name special tokens and hold the chat template:
+
+| what | read from, first match |
+|---|---|
+| special tokens | tokenizer_config.json and special_tokens_map.json, merged as transformers merges both |
+| chat template | chat_template.jinja, tokenizer_config.json, chat_template.json |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from minimind_mcore.errors import UserError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATES = ("chat_template.jinja", CONFIG, "chat_template.json")
+
+
+def tokenizer_json(path: str | os.PathLike[str]) -> Path:
+    """The `tokenizer.json` of a tokenizer directory (or the file itself).
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(path).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(
+            f"tokenizer {path}: no tokenizer.json there; expected a local directory with tokenizer.json and "
+            "tokenizer_config.json (download a published one first, or train one with "
+            "python -m minimind_mcore.preprocess.train_tokenizer)"
+        )
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a tokenizer's file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); the tokenizer is damaged") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; the tokenizer is damaged")
+    return content
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """The JSON object of a file, or an empty one where there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def text_of(token: Any) -> str | None:
+    """The text of a special token, which a config holds as a string or as an object with `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The special tokens that a tokenizer directory names, {"bos_token": "<s>", ...}; null ones are left out.
+
+    transformers ignores special_tokens_map.json where tokenizer_config.json has `added_tokens_decoder`, and lets the
+    map win elsewhere. Here the map also gives the tokens that such a tokenizer_config.json does not mention.
+
+    Args:
+        path: tokenizer directory or `tokenizer.json`.
+    """
+    folder = tokenizer_json(path).parent
+    config, others = read_optional(folder / CONFIG), read_optional(folder / SPECIAL_TOKENS_MAP)
+    merged = {**others, **config} if "added_tokens_decoder" in config else {**config, **others}
+    found = {name: text_of(merged.get(name)) for name in SPECIAL_TOKENS}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def chat_template(path: str | os.PathLike[str]) -> str | list[dict[str, str]] | None:
+    """The Jinja source of a tokenizer's chat template, a list of named ones, or None.
+
+    Args:
+        path: tokenizer directory or `tokenizer.json`.
+    """
+    folder = tokenizer_json(path).parent
+    for name in TEMPLATES:
+        file = folder / name
+        if name.endswith(".jinja"):
+            found: Any = file.read_text(encoding="utf-8") if file.is_file() else None
+        else:
+            found = read_optional(file).get("chat_template")
+        if isinstance(found, dict):  # {name: source}, another form of the list
+            found = [{"name": key, "template": source} for key, source in found.items()]
+        if isinstance(found, (str, list)) and found:
+            return found
+    return None
+
+
+def template_source(tokenizer: str | os.PathLike[str]) -> str:
+    """The chat template of a tokenizer directory, as text.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = chat_template(tokenizer)
+    if not found:
+        raise UserError(
+            f"tokenizer {tokenizer}: no chat template in {' or '.join(TEMPLATES)}, which "
+            "conversations need; take MiniMind's tokenizer, or choose a template with --prompt-type"
+        )
+    return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
