@@ -126,24 +126,16 @@ def recipe_for(model: str, stage: str = "pretrain") -> str:
     return f"minimind3_{stage}" if find_model(model).qk_layernorm else f"minimind2_{stage}"
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 def count_samples(data: Sequence[str], seq_length: int) -> float:
     """Samples in datasets, given as `--data-path` takes them: prefixes, or weights and prefixes.
 
     Text is cut into samples of `seq_length` tokens; a conversation is one, a pair too.
     """
+    from minimind_mcore.preprocess.blends import parse_blend
     from minimind_mcore.preprocess.indexed import idx_path, read_index
 
-    weighted = len(data) % 2 == 0 and all(map(_is_number, data[::2]))  # as megatron-core tells them apart
     total = 0.0
-    for prefix in data[1::2] if weighted else data:
+    for prefix in parse_blend(data).prefixes:
         columns = [f"{prefix}_packed_{name}_document" for name in ("input_ids", "chosen_input_ids")]
         found = [column for column in columns if idx_path(column).is_file()]
         if found:

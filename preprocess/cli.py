@@ -13,7 +13,8 @@
 Standard output holds what --data-path takes, one a line, and nothing else: the prefixes of the finished
 datasets, or of conversations the beginning that their datasets share. The rest goes to standard error. A
 request that was fulfilled before is recognised and costs nothing; an --input that is the prefix of indexed
-datasets is checked and printed as it is.
+datasets is checked and printed as it is. An --input such as "0.3 one.jsonl 0.7 two" is a blend: its raw files are
+converted, and every set is printed after its weight.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 
 from minimind_mcore.arguments import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
 from minimind_mcore.preprocess.config import from_dataset_info, with_config
 from minimind_mcore.preprocess.convert import convert, preview
@@ -145,6 +147,8 @@ def _convert(args: argparse.Namespace) -> list[str]:
             quick_check(prefix, info.fingerprint, info.vocab_size)
         return [args.input]
     options = _options(args)
+    if blend := blend_of_text(args.input, "--input"):
+        return prepare_blend(blend, options, args.dry_run)
     return preview(options) if args.dry_run else convert(options)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.preprocess.blends import parse_blend, sizes
 from minimind_mcore.preprocess.check import idx_digest, quick_check
+from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.tokenize import tokenizer_info
-from minimind_mcore.splits import MEGATRON_DEFAULT
+from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.training import sample_order
 
 if TYPE_CHECKING:
@@ -92,10 +95,9 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
     tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(args)]
     require_same_everywhere(args, tokenizer)
-    config = GPTDatasetConfig(
+    options = dict(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        **_blend(args),
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=tokenizer,
@@ -106,11 +108,65 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
         create_attention_mask=args.reset_attention_mask,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
     )
-    sizes = samples_needed(args)
-    datasets = list(Builder(GPTDataset, sizes, lambda: True, config).build())
+    wanted = samples_needed(args)
+    datasets: list[Any] = []
+    for number, part in enumerate(parts(args)):
+        if not part.prefixes:
+            datasets.append(None)
+            continue
+        config = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
+        config.split_matrix = [share if place == number else None for place, share in enumerate(config.split_matrix)]
+        datasets.append(Builder(GPTDataset, wanted, lambda: True, config).build()[number])
     digests = [sample_order.data_digest(prefix) for prefix in training_prefixes(args)]
     args.sample_order = sample_order.record(args, digests, sample_order.order_digest(datasets[0]))
     return datasets
+
+
+@dataclass(frozen=True)
+class Part:
+    """What training, validation or test reads.
+
+    Attributes:
+        prefixes: of the sets that have tokens for it; none where nothing is read.
+        weights: of the sets; None for a single one.
+        split: in Megatron's form.
+    """
+
+    prefixes: list[str]
+    weights: list[float] | None
+    split: str
+
+
+def parts(args: argparse.Namespace) -> list[Part]:
+    """What training, validation and test read.
+
+    A set that is too small for a part of the split is left out of that part: megatron-core 0.16.1 loops for ever where
+    a dataset has no tokens.
+
+    Raises:
+        UserError: nothing is left to train on, or the words of a blend are wrong.
+    """
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    found = []
+    for number in range(3):
+        split = ",".join(str(int(place == number)) for place in range(3)) if any(per_split) else args.split
+        words = per_split[number] if any(per_split) else args.data_path
+        blend = parse_blend(words or [])
+        weights = [float(weight) for weight in blend.weights or sizes(blend.prefixes)]
+        kept = [place for place, prefix in enumerate(blend.prefixes) if _tokens(prefix, split, number)]
+        if number == 0 and not kept:
+            raise UserError(f"--split {split}: nothing is left to train on of {' '.join(blend.prefixes)}")
+        chosen = [weights[place] for place in kept] if len(kept) > 1 else None
+        found.append(Part([blend.prefixes[place] for place in kept], chosen, split or MEGATRON_DEFAULT))
+    return found
+
+
+def _tokens(prefix: str, split: str | None, number: int) -> int:
+    """The tokens of a dataset for training (0), validation (1) or test (2), with Megatron's rounding of documents."""
+    lengths = read_index(prefix).lengths
+    shares = parse_split(split or MEGATRON_DEFAULT)
+    start, stop = (round(sum(shares[:count]) * len(lengths)) for count in (number, number + 1))
+    return int(lengths[start:stop].sum(dtype="int64"))
 
 
 def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
@@ -134,16 +190,6 @@ def samples_needed(args: argparse.Namespace) -> list[int]:
     return [n * args.global_batch_size for n in batches]
 
 
-def _blend(args: argparse.Namespace) -> dict[str, Any]:
-    """`--data-path [weight] prefix ...` (or one per split) as megatron-core's blend arguments."""
-    from megatron.core.datasets.utils import get_blend_from_list
-
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    if any(per_split):
-        return {"blend_per_split": [get_blend_from_list(paths) for paths in per_split]}
-    return {"blend": get_blend_from_list(args.data_path), "split": args.split or MEGATRON_DEFAULT}
-
-
 def tokenizer_path(args: argparse.Namespace) -> str:
     """The directory of the run's tokenizer (two flags name it, by `--tokenizer-type`)."""
     path = args.tokenizer_name_or_path or args.tokenizer_model
@@ -154,12 +200,10 @@ def tokenizer_path(args: argparse.Namespace) -> str:
 
 def prefixes(args: argparse.Namespace) -> list[str]:
     """Every dataset prefix on the command line, weights left out."""
-    from megatron.core.datasets.utils import get_blend_from_list
-
     found: list[str] = []
     for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
         if paths:
-            found += get_blend_from_list(paths)[0]
+            found += parse_blend(paths).prefixes
     if not found:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair (see preprocess_data.py)")
     return found
@@ -167,9 +211,7 @@ def prefixes(args: argparse.Namespace) -> list[str]:
 
 def training_prefixes(args: argparse.Namespace) -> list[str]:
     """The dataset prefixes that training itself reads."""
-    from megatron.core.datasets.utils import get_blend_from_list
-
-    return list(get_blend_from_list(args.train_data_path or args.data_path)[0])
+    return parse_blend(args.train_data_path or args.data_path).prefixes
 
 
 def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:

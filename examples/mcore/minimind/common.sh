@@ -111,12 +111,12 @@ read_lines() {
 
 # prepare_data [flags of preprocess_data.py]: sets DATA_PREFIXES (the words of --data-path) and TOKENIZER_PATH, from
 # DATA_PATH and TOKENIZER_PATH. Without DATA_PATH it makes the sample data and a tokenizer for it. What was made
-# before is used again. In a dry run the input is checked and nothing made: DATA_PREFIXES stays empty where there is
-# something to convert first.
+# before is used again. The raw files in a blend "0.3 one 0.7 two.jsonl" are converted. In a dry run the input is
+# checked and nothing made: DATA_PREFIXES stays empty where there is something to convert first.
 # DATA_KIND says what is prepared: text (the default), sft or dpo. (make_sample also knows math and math-sft.)
 # shellcheck disable=SC2120  # some of the scripts that source this pass no flags
 prepare_data() {
-    local raw=${DATA_PATH:-} output=(--cache-dir "$DATA_DIR/cache") words=() word prefixes
+    local raw=${DATA_PATH:-} output=(--cache-dir "$DATA_DIR/cache") prefixes
     DATA_PREFIXES=()
     [ -z "${TOKENIZER_PATH:-}" ] || TOKENIZER_PATH=$(absolute "$TOKENIZER_PATH")
     if [ -z "$raw" ]; then
@@ -128,15 +128,6 @@ prepare_data() {
     fi
     if is_dataset "$(absolute "$raw")"; then
         DATA_PREFIXES=("$(absolute "$raw")")
-        return
-    fi
-    # A blend "0.3 one 0.7 two" begins with a number or a dataset; other white space is part of a path.
-    read -r -a words <<< "$raw"
-    if [ ! -e "$raw" ] && [ "${#words[@]}" -gt 1 ] && { is_number "${words[0]}" || is_dataset "${words[0]}"; }; then
-        for word in "${words[@]}"; do
-            is_number "$word" || word=$(absolute "$word")
-            DATA_PREFIXES+=("$word")
-        done
         return
     fi
     [ -z "${OUTPUT_PREFIX:-}" ] || output=(--output-prefix "$(absolute "$OUTPUT_PREFIX")")
@@ -184,8 +175,6 @@ data_flags() {
         )
     fi
 }
-
-is_number() { [[ $1 =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ ]]; }
 
 # The CPU cores that this process may use.
 cores() {
