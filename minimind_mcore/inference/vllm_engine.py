@@ -37,7 +37,7 @@ def start_vllm(source: Source, tokenizer: Path) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         convert(source, HFTarget(source, native=False, folder=tokenizer), directory)
-        yield vllm.LLM(model=str(directory), tokenizer=str(tokenizer))
+        yield vllm.LLM(model=str(directory))  # with the tokenizer that the conversion wrote
 
 
 class VLLMGenerator:
