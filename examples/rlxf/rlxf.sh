@@ -8,7 +8,7 @@
 #   MASTER_PORT    Ray's port on the head (default 6766, as in MindSpeed-RL's scripts; its older guides have 6344)
 #   SOCKET_IFNAME  interface by which this host talks to the others (default: that of the way to the head)
 #   NUM_CPUS       that Ray gives away on this host (default: all cores)
-#   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: /tmp/minimind-ray-MASTER_PORT)
+#   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: a new directory, /tmp/minimind-ray-XXXXXX)
 #   RAY_FLAGS      more flags of `ray start`, such as "--min-worker-port 20000 --max-worker-port 20999"
 #   WAIT_SECONDS   how long to wait for the head or for hosts (default 600)
 # Arguments are hydra overrides, such as actor_config.lr=1e-6; paths in the YAML and in them are relative to the
@@ -69,7 +69,11 @@ follow() {
 
 # start_ray NAME FLAGS...: a Ray node on this host, which ends with this script and touches no other.
 start_ray() {
-    RAY_TMPDIR=${RAY_TMPDIR:-/tmp/minimind-ray-$MASTER_PORT}
+    # A name that can be guessed could be a link that another user has made there.
+    if [ -z "${RAY_TMPDIR:-}" ]; then
+        RAY_TMPDIR=/tmp/minimind-ray-XXXXXX
+        [ -n "$DRY_RUN" ] || RAY_TMPDIR=$(mktemp -d "$RAY_TMPDIR")
+    fi
     # Below it go 65 more letters, and the path of a socket has at most 107.
     [ "${#RAY_TMPDIR}" -le 40 ] || fail "RAY_TMPDIR=$RAY_TMPDIR is too long for the paths of sockets: at most 40 letters"
     RAY_LOG=$RAY_TMPDIR/$1.log

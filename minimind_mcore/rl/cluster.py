@@ -6,10 +6,12 @@ RAY_ADDRESS names, or that was started on this host. Where there is none it star
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.rl.hosts import require_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
@@ -38,12 +41,16 @@ class Cluster:
         say: where progress is told.
         groups: placement groups to give back.
         hosts: addresses of the hosts where they are.
+        node: Ray's id of this host, to which the driver is bound for as long as it runs.
+        waiting: a context in which to wait for hosts: a signal then ends the program at once.
     """
 
     own: bool
     say: Say
     groups: list[Any] = field(default_factory=list)
     hosts: set[str] = field(default_factory=set)
+    node: str = field(default_factory=lambda: str(ray.get_runtime_context().get_node_id()))
+    waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Place]:
         """So many places of the same resources, on as few hosts as possible; those of a host are neighbours.
@@ -55,8 +62,8 @@ class Cluster:
         self.groups.append(group)
         self._wait(group, count, bundle, patience, what)
         nodes = placement_group_table(group)["bundles_to_node_id"]
-        own = ray.get_runtime_context().get_node_id()  # this host's are the first: rank 0 is beside the driver
-        hosts = sorted(dict.fromkeys(nodes.values()), key=lambda node: node != own)
+        # This host's are the first: rank 0 is beside the driver.
+        hosts = sorted(dict.fromkeys(nodes.values()), key=lambda node: node != self.node)
         order = sorted(range(count), key=lambda i: (hosts.index(nodes[i]), i))
         api: Any = ray
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in api.nodes()}
@@ -71,6 +78,7 @@ class Cluster:
                 return
             except GetTimeoutError:
                 waited = time.monotonic() - started
+                self._require_own_node()
             if waited > patience:
                 raise UserError(f"after {patience:g} s: {self._missing(count, bundle, what)}")
             if waited - said >= SAY_EVERY_SECONDS or not said:
@@ -83,10 +91,29 @@ class Cluster:
         """Wait until all places are there again, after a host was lost.
 
         Raises:
-            UserError: they are not within `patience` seconds.
+            UserError: they are not within `patience` seconds, or this host's own part of the cluster has ended.
         """
+        with self.waiting():
+            self._wait_for_hosts(patience)
+
+    def _require_own_node(self) -> None:
+        """Refuse to wait where this host's raylet has ended: a driver cannot join another one.
+
+        Raises:
+            UserError: it has.
+        """
+        api: Any = ray
+        if any(node["NodeID"] == self.node and not node["Alive"] for node in api.nodes()):
+            raise UserError(
+                "Ray's process of this host (raylet) has ended, and this run cannot go on without it. Nothing of the "
+                "step that was under way is saved; checkpoints are whole, and the same command goes on from the last. "
+                "Ray's logs say why it ended (session_latest/logs in RAY_TMPDIR, or in /tmp/ray)"
+            )
+
+    def _wait_for_hosts(self, patience: float) -> None:
         started, said = time.monotonic(), 0.0
         while lost := [g for g in self.groups if placement_group_table(g)["state"] != "CREATED"]:
+            self._require_own_node()
             waited = time.monotonic() - started
             facts = self._missing(
                 lost[0].bundle_count, lost[0].bundle_specs[0], f"a host was lost{self._gone()}; the run"
@@ -162,7 +189,7 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         cpus: that a cluster started here has at least, whatever the host has.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer.
+        UserError: RAY_ADDRESS names a cluster that does not answer, or something that is not Ray.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
@@ -175,6 +202,8 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         return Cluster(False, say)
     asked = os.environ.get("RAY_ADDRESS")
     if asked != "local":
+        if asked and asked != "auto" and "://" not in asked:
+            require_ray(asked, f"RAY_ADDRESS={asked}")
         try:
             ray.init(address=asked or "auto", **common)
             say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import socket
 import time
 from typing import Any
@@ -26,6 +27,7 @@ POLL_SECONDS = 2.0
 SAY_EVERY_SECONDS = 10.0
 END_SECONDS = 10.0  # that Ray has to end in order
 GONE_AFTER = 5  # failures to reach the head in a row
+ANSWER_SECONDS = 10.0  # in which a Ray head answers its first bytes, also on a busy host
 ANYWHERE = "192.0.2.1:9"  # of the range for documents (RFC 5737): a packet there takes the way out, and none is sent
 
 
@@ -80,6 +82,40 @@ def answers(address: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def require_ray(address: str, name: str) -> None:
+    """Refuse an address at which no Ray head can be. `ray.init` would wait for ever for the answer of another program.
+
+    A head speaks gRPC, that is HTTP/2: after the client's preface the server sends a SETTINGS frame (RFC 9113, 3.4).
+
+    Args:
+        address: HOST:PORT.
+        name: of the setting that gives it, with its value, for messages.
+
+    Raises:
+        UserError: nothing listens there, or something else does.
+    """
+    try:
+        where = split(address)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    try:
+        with socket.create_connection(where, timeout=ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":  # the preface would have to be encrypted
+                return
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+            answer = b""
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while len(answer) < 4 and (more := connection.recv(4 - len(answer))):
+                    answer += more
+    except OSError as error:
+        raise UserError(f"{name}: no Ray cluster answers there ({error}); start it, or unset it") from error
+    if answer[3:4] != b"\x04":
+        raise UserError(
+            f"{name}: what listens there is not Ray: it sent {answer!r} where a Ray head sends an HTTP/2 SETTINGS "
+            "frame. Expected the HOST:PORT of a `ray start --head` (its --port, not the dashboard's)"
+        )
 
 
 def require_free(address: str) -> None:
@@ -148,6 +184,7 @@ def wait(address: str, nodes: int, patience: Patience) -> None:
         UserError: it does not in time; it says which are there.
     """
     reach(address, patience)
+    require_ray(address, f"RAY_ADDRESS={address}")
     import ray
 
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)

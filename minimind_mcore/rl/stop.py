@@ -37,6 +37,21 @@ class Stop(StopSignal):
         finally:
             self.waits = False
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal ends the program: the step under way cannot end, so that there is nothing to save.
+
+        A signal that came before is answered now.
+        """
+        before, self.waits = self.waits, False
+        try:
+            if self.asked:
+                print(f"{self.name}: leaving without saving, as the step under way cannot end", file=sys.stderr)
+                sys.exit(self.status)
+            yield
+        finally:
+            self.waits = before
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.waits:
             sys.exit(128 + number)

@@ -10,9 +10,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.rl.metrics import say as tell
 
 POLL_SECONDS = 1.0
-SAY_EVERY_SECONDS = 10.0
+SAY_AFTER_SECONDS = 30.0  # of a call; then after twice as long, and so on: an update of a large model takes minutes
 # When a rank dies its neighbours often fail first, in a collective: so long the news of the death may take.
 GRACE_SECONDS = 15.0
 
@@ -30,7 +31,7 @@ class Lost(Exception):
 
 
 def collect(
-    refs: Sequence[Any], names: Sequence[str], what: str, timeout: float, say: Callable[[str], None] | None = None
+    refs: Sequence[Any], names: Sequence[str], what: str, timeout: float, say: Callable[[str], None] = tell
 ) -> list[Any]:
     """What the calls return, in their order.
 
@@ -39,7 +40,7 @@ def collect(
         names: of the actors.
         what: they do, for messages.
         timeout: seconds that all of it may take.
-        say: where to tell, every so often, who is waited for.
+        say: where to tell, every so often, which actors the driver waits for.
 
     Raises:
         Lost: an actor died, or does not answer by the deadline.
@@ -48,17 +49,21 @@ def collect(
     """
     place = {ref: i for i, ref in enumerate(refs)}
     found: list[Any] = [None] * len(refs)
-    began = said = time.monotonic()
-    waiting, deadline = list(refs), began + timeout
+    began = time.monotonic()
+    waiting, deadline, due = list(refs), began + timeout, SAY_AFTER_SECONDS
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
         for ref in done:
             found[place[ref]] = _result(ref, names[place[ref]], waiting, place, names, what, deadline)
         now = time.monotonic()
-        if waiting and say is not None and now - said > SAY_EVERY_SECONDS:
-            said = now
+        if waiting and now - began > due:
+            due *= 2
             slow = ", ".join(names[place[ref]] for ref in waiting)
-            say(f"waiting for {slow} ({what}, {now - began:.0f} of {timeout:g} s)")
+            quick = ", ".join(names[place[ref]] for ref in refs if ref not in waiting)
+            say(
+                f"the driver is waiting for {slow} ({what}, {now - began:.0f} of {timeout:g} s"
+                f"{f'; {quick} answered' if quick else ''})"
+            )
         if waiting and now > deadline:
             late = [names[place[ref]] for ref in waiting]
             raise Lost(late, f"no answer within {timeout:g} s ({what})")

@@ -116,6 +116,7 @@ class Trainer:
     def run(self) -> None:
         """All steps; after the loss of a training rank, from the last checkpoint on; a signal ends it in order."""
         self.stop = Stop()
+        self.groups.cluster.waiting = self.stop.at_once
         self.recover()
         self.log = Log(self.config, self.done)
         rows = read_history(self.log.history)

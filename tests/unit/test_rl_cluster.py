@@ -6,7 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,61 @@ def test_a_port_in_use_is_refused_and_one_that_nobody_answers_is_waited_for_no_l
     hosts.require_free(address)
     with pytest.raises(UserError, match=rf"after 0\.2 s: no Ray head at {address} yet; is grpo_minimind_head\.sh"):
         hosts.reach(address, hosts.Patience(0.2, None))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b""])
+def test_an_address_of_something_that_is_not_ray_is_refused_and_named(
+    answer: bytes, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program itself: without an answer in time it is refused, too."""
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.5, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", address_of(listener))
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("ray.init, which would wait for ever, was called"))
+
+    def serve() -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.sendall(answer)
+            time.sleep(1 if not answer else 0.1)
+
+    threading.Thread(target=serve, daemon=True).start()
+    from minimind_mcore.rl.cluster import connect
+
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={address_of(listener)}: what listens there is not Ray"):
+        connect(print)
+    listener.close()
+    with pytest.raises(UserError, match="no Ray cluster answers there"):
+        connect(print)
+
+
+def test_a_grpc_server_may_be_a_ray_head(listener: socket.socket) -> None:
+    def serve() -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            assert connection.recv(64).startswith(b"PRI * HTTP/2.0")
+            connection.sendall(bytes([0, 0, 18, 4, 0, 0, 0, 0, 0]) + bytes(18))
+            connection.recv(1)
+
+    threading.Thread(target=serve, daemon=True).start()
+    hosts.require_ray(address_of(listener), "RAY_ADDRESS")
+
+
+def test_the_directory_of_ray_cannot_be_guessed(tmp_path: Path) -> None:
+    """What an earlier run's, or another user's, link of that name points to is left alone."""
+    script = (SCRIPTS / "rlxf.sh").read_text(encoding="utf-8")
+    body = script[script.index("start_ray()") : script.index("# ask_to_end")]
+    made = tmp_path / "made"
+    made.mkdir()
+    show = f"show() {{ :; }}; stop_ray() {{ :; }}; mktemp() {{ command mktemp -d {made}/XXXXXX; }}; {body}"
+    run = 'DEVICE=cpu DRY_RUN= MASTER_PORT=1; PYTHON=true; start_ray head; echo "$RAY_TMPDIR"'
+    found = [
+        subprocess.run(
+            ["bash", "-c", f"{show}\n{run}"], capture_output=True, text=True, check=True,
+            env={k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"} | {"NUM_CPUS": "1"},
+        ).stdout.strip()
+        for _ in range(2)
+    ]  # fmt: skip
+    assert found[0] != found[1]
+    assert all(Path(folder).parent == made and Path(folder).stat().st_mode & 0o077 == 0 for folder in found)
 
 
 def test_a_worker_leaves_with_the_head_and_complains_when_its_own_ray_ends(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from minimind_mcore.rl.metrics import Log, line, table
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
 from minimind_mcore.rl.rollout.engine import Draw, uniforms
+from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost
 from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.rl.workers.group import Restarts
@@ -249,3 +252,40 @@ def test_swanlab_gets_all_that_the_configuration_says_of_it(tmp_path: Path, monk
     Log(config, 0).close()
     wanted = {"project": "p", "mode": "local", "experiment_name": "e", "logdir": f"{tmp_path}/s"}
     assert seen.items() >= wanted.items() and (tmp_path / "s").is_dir()
+
+
+def test_a_wait_of_thirty_seconds_names_who_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_mcore.rl import supervise
+
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: clock[0])
+
+    def wait(refs: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        clock[0] += 1.0
+        done = [ref for ref in refs if ref == "quick" or clock[0] > 70]
+        return done, [ref for ref in refs if ref not in done]
+
+    monkeypatch.setattr(supervise.ray, "wait", wait)
+    monkeypatch.setattr(supervise.ray, "get", lambda ref, **_: ref.upper())
+    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+    names = ["actor rank 0", "actor rank 1"]
+    assert supervise.collect(["quick", "slow"], names, "actor: update", 1800.0) == ["QUICK", "SLOW"]
+    assert len(said) == 2, said  # after 30 s and after 60 s
+    assert "waiting for actor rank 1 (actor: update, 31 of 1800 s; actor rank 0 answered)" in said[0]
+
+
+def test_a_signal_while_hosts_are_waited_for_ends_the_run_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        stop = Stop()
+        with stop.later():
+            with pytest.raises(SystemExit) as left, stop.at_once():
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert left.value.code == 143 and "saving after" not in capfd.readouterr().err
+            os.kill(os.getpid(), signal.SIGTERM)  # in a step it is noted, and the wait that follows ends
+            with pytest.raises(SystemExit) as left, stop.at_once():
+                pytest.fail("waited")
+        assert left.value.code == 143 and "leaving without saving" in capfd.readouterr().err
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

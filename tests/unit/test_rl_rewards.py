@@ -121,6 +121,8 @@ def test_a_failure_never_beats_a_wrong_answer(mine: str, hurry: Callable[[str], 
     assert scores.failures == {f"{mine}:temper": 5}
     reasons = " ".join(str(sample) for sample in scores.samples)
     assert "ValueError: no" in reasons
+    line = 1 + MINE[: MINE.index('raise ValueError("no")')].count("\n")
+    assert f"my_rewards.py:{line}, in temper)" in reasons  # the user's file and line
     assert "took longer than 2 s" in reasons
 
 

@@ -17,7 +17,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.rl.rewards.length import overlong
 from minimind_mcore.rl.rewards.reward_model import Message, RewardModel
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
-from minimind_mcore.rl.rewards.workers import Workers, resolve
+from minimind_mcore.rl.rewards.workers import Failed, Workers, failure, resolve
 
 _SAMPLES = 3  # failures shown of a batch
 _WINDOW, _ENOUGH = 256, 32  # the last responses, by which failures are judged: at most, at least
@@ -40,10 +40,12 @@ class Failure:
     reason: str
     response: str
     label: str
+    where: str = ""
 
     def __str__(self) -> str:
         """One line for the log."""
-        return f"{self.verifier}: {self.reason}; label {self.label[:80]!r}, response {self.response[-200:]!r}"
+        raised = f" (raised at {self.where})" if self.where else ""
+        return f"{self.verifier}: {self.reason}; label {self.label[:80]!r}, response {self.response[-200:]!r}{raised}"
 
 
 @dataclass
@@ -195,7 +197,7 @@ class Rewards:
         judge: bool,
     ) -> Tensor:
         """[B] scores of one verifier; its failures go into `scores`."""
-        results: dict[int, float | str] = {}
+        results: dict[int, float | Failed] = {}
         for row in rows:
             quick = _quickly(self.verifiers[name], responses[row], labels[row], contexts[row])
             if quick is not None:
@@ -203,19 +205,20 @@ class Rewards:
         slow = [row for row in rows if row not in results]
         tasks = [(name, responses[row], labels[row], contexts[row]) for row in slow]
         results |= dict(zip(slow, self.workers.map(tasks), strict=True))
-        failed = {row: why for row, why in results.items() if isinstance(why, str)}
-        found = [value for value in results.values() if not isinstance(value, str)]
+        failed = {row: why for row, why in results.items() if isinstance(why, Failed)}
+        found = [value for value in results.values() if not isinstance(value, Failed)]
         self._least[name] = min([self._least.get(name, 0.0), *found])
         wrong = self.verifiers[name].wrong
         values = torch.zeros(len(responses))
         for row, value in results.items():
-            values[row] = (self._least[name] if math.isnan(wrong) else wrong) if isinstance(value, str) else value
+            values[row] = (self._least[name] if math.isnan(wrong) else wrong) if isinstance(value, Failed) else value
         if judge:
             self._recent[name].extend(row in failed for row in rows)
         if failed:
             scores.failures[name] = len(failed)
             scores.samples += [
-                Failure(name, why, responses[row], labels[row]) for row, why in list(failed.items())[:_SAMPLES]
+                Failure(name, why.reason, responses[row], labels[row], why.where)
+                for row, why in list(failed.items())[:_SAMPLES]
             ]
         return values
 
@@ -254,9 +257,9 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
     return Verifier(function, float(getattr(function, "wrong", math.nan)), lambda *_, **__: None, right=None)
 
 
-def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | str | None:
+def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | Failed | None:
     """A score that takes no time, why there is none, or None where a worker must find it."""
     try:
         return (verifier.quick or verifier.score)(response, label, **context)
     except Exception as error:  # whatever the verifier raised
-        return f"{type(error).__name__}: {error}"
+        return failure(error)

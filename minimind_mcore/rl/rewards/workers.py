@@ -7,9 +7,11 @@ import logging
 import math
 import multiprocessing
 import signal
+import sysconfig
+import traceback
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as Expired
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -18,6 +20,13 @@ from minimind_mcore.errors import UserError
 # Of one worker: sympy can ask for all memory of the machine over a tower of powers.
 _MEMORY = 4 << 30
 _GRACE = 5.0  # seconds
+
+
+class Failed(NamedTuple):
+    """Why a response has no score, and the file, line and function that raised, where one did."""
+
+    reason: str
+    where: str = ""
 
 
 class Workers:
@@ -33,7 +42,7 @@ class Workers:
         self.timeout = timeout
         self._pool: ProcessPool | None = None
 
-    def map(self, tasks: list[tuple[str, str, str, dict[str, Any]]]) -> list[float | str]:
+    def map(self, tasks: list[tuple[str, str, str, dict[str, Any]]]) -> list[float | Failed]:
         """Score each `(name, response, label, context)`: a number, or why there is none."""
         if not tasks:
             return []
@@ -44,16 +53,19 @@ class Workers:
         futures = [self._pool.schedule(_score, args=(self.timeout, *task), timeout=self.timeout) for task in tasks]
         return [self._result(future) for future in futures]
 
-    def _result(self, future: Any) -> float | str:
+    def _result(self, future: Any) -> float | Failed:
         try:
-            score = float(future.result())
-            return score if math.isfinite(score) else f"gave {score}"
+            found = future.result()
+            if isinstance(found, Failed):
+                return found
+            score = float(found)
+            return score if math.isfinite(score) else Failed(f"gave {score}")
         except Expired:
-            return f"took longer than {self.timeout:g} s"
+            return Failed(f"took longer than {self.timeout:g} s")
         except ProcessExpired as error:
-            return f"its process died: {error}"
-        except Exception as error:  # whatever the verifier raised
-            return f"{type(error).__name__}: {error}"
+            return Failed(f"its process died: {error}")
+        except Exception as error:  # what cannot be sent between processes
+            return failure(error)
 
     def close(self) -> None:
         """End the processes."""
@@ -91,10 +103,21 @@ def _begin(names: list[str]) -> None:
         resolve(name)
 
 
-def _score(timeout: float, name: str, response: str, label: str, context: dict[str, Any]) -> float:
+def failure(error: Exception) -> Failed:
+    """What a verifier raised, and the file and line: the last one that is not of an installed package."""
+    places = traceback.extract_tb(error.__traceback__)
+    installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    own = [place for place in places if not place.filename.startswith((*installed, __file__, "<"))]
+    where = [f"{place.filename}:{place.lineno}, in {place.name}" for place in own or places]
+    return Failed(f"{type(error).__name__}: {error}", where[-1] if where else "")
+
+
+def _score(timeout: float, name: str, response: str, label: str, context: dict[str, Any]) -> float | Failed:
     # The parent ends what takes too long. If the parent itself is gone, the kernel does, a little later.
     signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
     try:
         return float(resolve(name)(response, label, **context))
+    except Exception as error:  # here is its traceback; an exception that is sent loses it
+        return failure(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -16,7 +16,6 @@ from minimind_mcore.rl import supervise
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.cluster import Place
 from minimind_mcore.rl.config import Config
-from minimind_mcore.rl.metrics import say
 from minimind_mcore.rl.supervise import collect
 
 
@@ -96,7 +95,7 @@ class TrainGroup:
         self.actors = [remote.options(**place.options(**gpus)).remote() for place in self.places]
         # A place may have been lost and not yet be known to be: an actor then waits for it.
         patience = self.config.minimind.cluster_wait_s
-        rendezvous = collect([a.where.remote() for a in self.actors], self.names, "to start", patience, say)[0]
+        rendezvous = collect([a.where.remote() for a in self.actors], self.names, "to start", patience)[0]
         world = len(self.actors)
         refs = [
             actor.start.remote(self.config, self.role, self.reference, (rank, world), rendezvous, self._threads(rank))
