@@ -7,9 +7,13 @@ samples consumed so far is therefore the whole data position of a run.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +99,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
     tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(args)]
     require_same_everywhere(args, tokenizer)
+    compile_helpers()
     options = dict(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -110,14 +115,14 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
     )
     wanted = samples_needed(args)
     datasets: list[Any] = []
-    for number, part in enumerate(parts(args)):
+    for number, part in enumerate(read := parts(args)):
         if not part.prefixes:
             datasets.append(None)
             continue
         config = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
         config.split_matrix = [share if place == number else None for place, share in enumerate(config.split_matrix)]
         datasets.append(Builder(GPTDataset, wanted, lambda: True, config).build()[number])
-    digests = [sample_order.data_digest(prefix) for prefix in training_prefixes(args)]
+    digests = [sample_order.data_digest(prefix) for prefix in read[0].prefixes]
     args.sample_order = sample_order.record(args, digests, sample_order.order_digest(datasets[0]))
     return datasets
 
@@ -169,6 +174,32 @@ def _tokens(prefix: str, split: str | None, number: int) -> int:
     return int(lengths[start:stop].sum(dtype="int64"))
 
 
+def compile_helpers() -> None:
+    """Compile megatron-core's C++ index helpers where it runs from its sources, as on an Ascend host. Collective.
+
+    Wheels of megatron-core have the helpers. MindSpeed-LLM's programs compile them as well when they start.
+
+    Raises:
+        UserError: they cannot be compiled.
+    """
+    name, problem = "megatron.core.datasets.helpers_cpp", ""
+    if importlib.util.find_spec(name) is None and os.environ.get("LOCAL_RANK", "0") == "0":
+        from megatron.core.datasets import utils
+
+        try:
+            utils.compile_helpers()
+        except (SystemExit, OSError):
+            problem = (
+                f"{Path(utils.__file__).parent}: found no compiled {name}, and `make` failed there (see above). "
+                "Install make, g++ and pybind11 for this Python, and run the same command again"
+            )
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise UserError(problem)
+    importlib.invalidate_caches()  # another rank may have compiled them
+
+
 def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
     """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
     names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
@@ -207,11 +238,6 @@ def prefixes(args: argparse.Namespace) -> list[str]:
     if not found:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair (see preprocess_data.py)")
     return found
-
-
-def training_prefixes(args: argparse.Namespace) -> list[str]:
-    """The dataset prefixes that training itself reads."""
-    return parse_blend(args.train_data_path or args.data_path).prefixes
 
 
 def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:

@@ -230,6 +230,26 @@ def test_truncated_data_is_refused_by_name(server: Server, corpus: Corpus, tmp_p
     assert "Traceback" not in run.output
 
 
+def sources_without_helpers() -> None:
+    """megatron-core runs from its sources, whose C++ helpers are not compiled, and there is no compiler."""
+    import importlib.util
+
+    from megatron.core.datasets import utils
+
+    find_spec = importlib.util.find_spec
+
+    def compile_helpers() -> None:
+        raise SystemExit(1)
+
+    importlib.util.find_spec = lambda name, *rest: None if name.endswith("helpers_cpp") else find_spec(name, *rest)
+    utils.compile_helpers = compile_helpers
+
+
+def test_helpers_that_cannot_be_compiled_are_named(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    run = server.run(corpus.flags(CONFIG), tmp_path / "run", 2, hook=hook(sources_without_helpers), check=False)
+    assert run.codes == [1, 1] and "Install make, g++ and pybind11" in run.output and "Traceback" not in run.output
+
+
 def test_loss_that_is_not_finite_stops_with_iteration_rank_and_samples(
     server: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
