@@ -26,7 +26,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,6 +298,34 @@ def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def port_errors(address: str, number: str) -> Iterator[None]:
+    """Turn a failure to listen on MASTER_PORT, or to reach it, into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistNetworkError; this module does not import torch
+        if type(error).__name__ not in ("DistNetworkError", "DistStoreError"):
+            raise
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(
+                f"MASTER_PORT={number} is in use on this host{_user_of(number)}; end that program, or set another "
+                "MASTER_PORT, the same on each host (on a single host unset it, and a free one is found)"
+            ) from error
+        raise UserError(
+            f"MASTER_ADDR={address}, MASTER_PORT={number}: the host of rank 0 was not reached "
+            f"({str(error).strip().splitlines()[0]}); start the run on each host, with the same address and port"
+        ) from error
+
+
+def _user_of(number: str) -> str:
+    """Who listens on a port, as far as this user may know."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for entry in psutil.net_connections("tcp"):
+            if entry.status == psutil.CONN_LISTEN and str(entry.laddr[1]) == number and entry.pid:
+                return f" by process {entry.pid} ({psutil.Process(entry.pid).name()})"
+    return ""
 
 
 def main() -> None:

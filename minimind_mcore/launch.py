@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from minimind_mcore import errors, hosts
 from minimind_mcore.device import usable_cores
+from minimind_mcore.training.stop import LAUNCHER, SIGNALS
 
 
 def main() -> None:
@@ -29,16 +34,44 @@ def main() -> None:
     # A signal asks the ranks to save: a step on a CPU and a large checkpoint may take longer than torchrun's 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())  # ranks stop when this process is gone
+    with tempfile.TemporaryDirectory(prefix="minimind-") as folder:
+        os.environ[errors.VERDICT] = str(Path(folder) / "verdict")
+        sys.exit(_launch(arguments))
+
+
+def _launch(arguments: list[str]) -> int:
+    """Run torchrun; returns the exit status."""
+    given = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     try:
-        run.main(arguments)
+        with hosts.port_errors(given.master_addr, str(given.master_port)):
+            run.main(arguments)
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else f"signal {failure.signal_name()}"
-        print(f"error: rank {rank} ended with {how} (see above); the other ranks were stopped", file=sys.stderr)
-        sys.exit(1)
+        return _failed(rank, failure)
     except SignalException as error:  # it has passed the signal on, and waited for the ranks to save
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
-        sys.exit(128 + error.sigval)
+        return 128 + error.sigval
+    return 0
+
+
+def _failed(rank: int, failure: ProcessFailure) -> int:
+    """Say what ended the run, as the last line; returns the exit status: 128 + its number after a request to stop."""
+    verdict = Path(os.environ[errors.VERDICT])
+    if verdict.is_file():  # a rank knows more than its exit status says
+        print(f"error: {verdict.read_text(encoding='utf-8')}", file=sys.stderr)
+        return 1
+    status: int = failure.exitcode
+    number = -status if status < 0 else status - 128
+    if number in SIGNALS:  # one rank got it, and all saved
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
+    how = f"exit status {status}" if status >= 0 else f"signal {failure.signal_name()}"
+    print(f"error: rank {rank} ended with {how} (see above); the other ranks were stopped", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

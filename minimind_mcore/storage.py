@@ -88,6 +88,22 @@ def writing(path: Path, advice: str) -> Iterator[None]:
             raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from error
 
 
+def require_writable(directory: Path, advice: str) -> None:
+    """Refuse a directory in which, or below whose nearest existing parent, this process cannot write.
+
+    Raises:
+        UserError: see above; nothing is created.
+    """
+    existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        code = errno.ENOTDIR
+    elif os.access(existing, os.W_OK | os.X_OK):
+        return
+    else:
+        code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+    raise UserError(f"{directory}: cannot be written ({os.strerror(code)}); {advice}")
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write `path` through a temporary file beside it: fsync, then rename.

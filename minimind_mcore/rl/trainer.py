@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minimind_mcore import run_lock
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.loading import load_tokenizer
 from minimind_mcore.preprocess.tokenize import tokenizer_info
@@ -53,11 +54,15 @@ def train(config: Config) -> None:
     Raises:
         UserError: something that the user can put right; checkpoints are whole, and the same command goes on.
     """
+    output_dir = Path(config.minimind.output_dir)
+    save = Path(config.actor.save) if config.actor.save else None
+    run_lock.take(output_dir, save, "give another directory with minimind.output_dir and megatron_training.save")
     trainer = Trainer(config)
     try:
         trainer.run()
     finally:
         trainer.groups.close()
+    run_lock.release()
     if trainer.left:
         sys.exit(trainer.stop.status)
 

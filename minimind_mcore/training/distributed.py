@@ -15,9 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device
+from minimind_mcore import device, hosts
 from minimind_mcore.errors import UserError
+from minimind_mcore.storage import writing
 from minimind_mcore.training.layout import Layout
+
+# A rank that makes no progress is named after --distributed-timeout-minutes (liveness.py); only then libraries raise.
+GRACE_MINUTES = 2
 
 
 def world_size() -> int:
@@ -29,18 +33,18 @@ def initialize(args: argparse.Namespace, layout: Layout) -> None:
     """Join the process group, make Megatron's groups for `layout`, and seed every generator."""
     from megatron.core import parallel_state, tensor_parallel
 
+    minutes = args.distributed_timeout_minutes + GRACE_MINUTES
     if not dist.is_initialized():
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
-        dist.init_process_group(
-            device.current().backend, timeout=datetime.timedelta(minutes=args.distributed_timeout_minutes)
-        )
+        with hosts.port_errors(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
+            dist.init_process_group(device.current().backend, timeout=datetime.timedelta(minutes=minutes))
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
         layout.vpp,
         expert_model_parallel_size=layout.ep,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        distributed_timeout_minutes=minutes,
     )
     # Every pipeline stage draws other numbers (dropout), as in Megatron; weights have their own generators.
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -110,7 +114,8 @@ class Tee:
 def log_to(path: str | None) -> None:
     """Let what the main rank prints go to `path` too."""
     if path and is_main():
-        tee: Any = Tee(sys.stdout, path)
+        with writing(Path(path), "give another file with --log-file (LOG_DIR)"):
+            tee: Any = Tee(sys.stdout, path)
         sys.stdout = tee
 
 

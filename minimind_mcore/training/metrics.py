@@ -21,7 +21,7 @@ from typing import Any
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.storage import atomic_write_text
+from minimind_mcore.storage import atomic_write_text, writing
 from minimind_mcore.training import distributed, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout
@@ -54,10 +54,11 @@ class Metrics:
         self.history: Path | None = None
         if distributed.is_main():
             self.history = output_dir(args) / "metrics.jsonl"
-            self.history.parent.mkdir(parents=True, exist_ok=True)
-            if progress.iteration == 0:
-                set_aside(self.history)
-            forget_after(self.history, progress.iteration)
+            with writing(self.history.parent, "give another directory with --output-dir (OUTPUT_DIR)"):
+                self.history.parent.mkdir(parents=True, exist_ok=True)
+                if progress.iteration == 0:
+                    set_aside(self.history)
+                forget_after(self.history, progress.iteration)
             self.sinks = open_sinks(args, progress)
 
     def record(self, progress: Progress, result: step.StepResult, lr: float) -> None:
@@ -224,7 +225,8 @@ def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) 
     from torch.utils.tensorboard import SummaryWriter
 
     # Events past the checkpoint belong to steps that are done again.
-    writer = SummaryWriter(directory, purge_step=progress.iteration + 1)
+    with writing(Path(directory), "give another directory with --tensorboard-dir (LOG_DIR)"):
+        writer = SummaryWriter(directory, purge_step=progress.iteration + 1)
 
     def write(row: dict[str, Any] | None) -> None:
         if row is None:

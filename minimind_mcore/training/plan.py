@@ -8,6 +8,7 @@ from pathlib import Path
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.storage import require_writable
 from minimind_mcore.training import checkpointing, data, distributed
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout, validate
@@ -96,6 +97,23 @@ def announce(args: argparse.Namespace, layout: Layout, sequences: int = 1) -> No
         print(f"{name + ':':<12}{text}", flush=True)
 
 
+def require_places(args: argparse.Namespace) -> None:
+    """Refuse directories that the run could not write to.
+
+    Raises:
+        UserError: see above; nothing is created.
+    """
+    places = [(output_dir(args), "--output-dir (OUTPUT_DIR)")]
+    if args.save:
+        places.append((Path(args.save), "--save (CKPT_SAVE_DIR)"))
+    if args.log_file:
+        places.append((Path(args.log_file).parent, "--log-file (LOG_DIR)"))
+    if args.tensorboard_dir:
+        places.append((Path(args.tensorboard_dir), "--tensorboard-dir (LOG_DIR)"))
+    for directory, flag in places:
+        require_writable(directory, f"give another directory with {flag}")
+
+
 def show(args: argparse.Namespace, job: Job) -> None:
     """`--dry-run`: validate everything that a run would need, and print the plan.
 
@@ -115,6 +133,7 @@ def show(args: argparse.Namespace, job: Job) -> None:
         job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
+    require_places(args)
     for name, text in checkpointing.previews(args, length_known).items():
         print(f"{name + ':':<12}{text}")
     if args.save:

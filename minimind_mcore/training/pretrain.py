@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from minimind_mcore import arguments, device
-from minimind_mcore.training import checkpointing, data, distributed, plan, report, step
+from minimind_mcore import arguments, device, run_lock
+from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
@@ -41,17 +41,36 @@ def run(job: Job) -> None:
     if args.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     distributed.initialize(args, layout)
-    distributed.log_to(args.log_file)
-    if distributed.is_main():
-        plan.announce(args, layout, job.sequences)
-    train(args, job, layout)
+    stop = StopSignal()
+    watch = liveness.Liveness(args.distributed_timeout_minutes * 60)
+    try:
+        distributed.check_on_main(lambda: lock(args))
+        distributed.log_to(args.log_file)
+        if distributed.is_main():
+            plan.announce(args, layout, job.sequences)
+        train(args, job, layout, stop, watch)
+        stop.leave()
+    except Exception as error:
+        if not liveness.is_lost_connection(error):
+            raise
+        watch.give_up(error)
+    run_lock.release()
     distributed.finish()
+    if stop.exit_status:
+        sys.exit(stop.exit_status)
 
 
-def train(args: argparse.Namespace, job: Job, layout: Layout) -> None:
+def lock(args: argparse.Namespace) -> None:
+    """Refuse directories that cannot be written, and let no second run write to them."""
+    plan.require_places(args)
+    save = Path(args.save) if args.save else None
+    run_lock.take(output_dir(args), save, "give another directory with --output-dir and --save (OUTPUT_DIR)")
+
+
+def train(args: argparse.Namespace, job: Job, layout: Layout, stop: StopSignal, watch: liveness.Liveness) -> None:
     """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
     started = time.monotonic()
-    stop = StopSignal()
+    stop.watch_launcher()
     if args.save:
         checkpointing.require_shared_directory(Path(args.save))
     datasets = train_set, valid_set, _ = job.build_datasets()
@@ -65,6 +84,7 @@ def train(args: argparse.Namespace, job: Job, layout: Layout) -> None:
 
     for chunk in model:
         chunk.train()
+    watch.start()
     while progress.iteration < args.train_iters:
         lr = learning_rate(optimizer)
         result = step.train_step(args, job, model, optimizer, scheduler, batches, progress.iteration + 1)
@@ -80,14 +100,16 @@ def train(args: argparse.Namespace, job: Job, layout: Layout) -> None:
             metrics.record_evaluation(progress, loss)
         stopping = stop.agreed(also=_limit_reached(args, progress, started))
         if args.save and (stopping or _is_due(progress.iteration, args.save_interval)):
-            with metrics.pause():
+            with metrics.pause(), liveness.busy():
                 checkpointing.save(args, progress, model, optimizer, scheduler)
             saved = progress.iteration
         if stopping:
             break
 
     if args.save and saved != progress.iteration:
-        checkpointing.save(args, progress, model, optimizer, scheduler)
+        with liveness.busy():
+            checkpointing.save(args, progress, model, optimizer, scheduler)
+    watch.close()
     metrics.close()
     if distributed.is_main():
         report.write_report(output_dir(args), f"MiniMind {job.title}, {args.num_layers} x {args.hidden_size}")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
+from minimind_mcore.training import liveness
 from minimind_mcore.training.job import Job
 
 Batches = list[Iterator[dict[str, Any]]]
@@ -44,6 +45,7 @@ class StepResult:
 
 def _forward_step(job: Job, result: StepResult, batches: Iterator[dict[str, Any]], model: Any) -> Any:
     """megatron-core's forward-step function: the model's output and what turns it into a loss."""
+    liveness.mark()
     batch = next(batches)
     if unwrap(model).post_process:  # the chunk that has the loss
         result.indices.append(batch["index"].tolist())

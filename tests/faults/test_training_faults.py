@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import psutil
 import pytest
 from disks import small_disk
 from engine import ROOT, Corpus, Run, Server, as_flags, layout
+from launcher import launched, ranks_of, wait_for_iteration
 
 from minimind_mcore.models.presets import PRESETS
 
@@ -275,45 +274,6 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale(server: Server, corpu
 
 
 # The launcher, with its own processes
-
-
-@contextlib.contextmanager
-def launched(argv: list[str], folder: Path, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """A real run under the launcher, in a session of its own that ends with the block."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        sys.executable, "-m", "minimind_mcore.launch", "--nproc-per-node", str(processes), "--master-port", str(port),
-        str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        yield job
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-
-
-def wait_for_iteration(job: subprocess.Popen[str], number: int) -> str:
-    """Read the job's output until it has done so many iterations."""
-    lines = []
-    assert job.stdout
-    for line in job.stdout:
-        lines.append(line)
-        if re.search(rf"iteration +{number}/", line):
-            return "".join(lines)
-    raise AssertionError("it ended before that\n" + "".join(lines))
-
-
-def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The ranks' processes, by rank."""
-    found = [p for p in psutil.Process(job.pid).children(recursive=True) if "pretrain_gpt.py" in " ".join(p.cmdline())]
-    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
 
 def test_killed_rank_takes_the_job_down_with_a_message(corpus: Corpus, tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""One run at a time in a directory: rank 0 holds a lock on a file, which says who holds it.
+
+    outputs/minimind3/.run.lock              {"host": ..., "pid": ..., "run": ..., "since": ...}
+
+Two runs that save into one directory would delete each other's temporary files and mix their metrics. The kernel
+releases the lock when the process ends, however it ends, so the lock of a dead process is free. Only rank 0 of a run
+takes it: the other hosts of the same run do not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import TextIO
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.storage import writing
+
+LOCK = ".run.lock"
+RUN = uuid.uuid4().hex[:12]
+_HELD: dict[Path, TextIO] = {}
+
+
+def lock_files(output_dir: Path, save: Path | None) -> dict[Path, Path]:
+    """Return the directories of a run that are locked, each with its lock file.
+
+    The lock of the checkpoints lies next to their directory, which holds checkpoints alone, or inside where that is the
+    only place that can be written.
+    """
+    found = {output_dir: output_dir / LOCK}
+    if save is not None and save.absolute() != output_dir.absolute():
+        parent = save.absolute().parent
+        inside = parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK)
+        found[save] = save / LOCK if inside else parent / f".{save.name}.lock"
+    return found
+
+
+def take(output_dir: Path, save: Path | None, advice: str) -> None:
+    """Lock the directories of a run until this process ends or releases them.
+
+    Args:
+        output_dir: of the metrics.
+        save: of the checkpoints, if any are saved.
+        advice: what to do where a directory cannot be written.
+
+    Raises:
+        UserError: another run holds a lock, or a directory cannot be written.
+    """
+    try:
+        for directory, file in lock_files(output_dir, save).items():
+            with writing(file.parent, advice):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _take(directory, file)
+    except UserError:
+        release()
+        raise
+
+
+def _take(directory: Path, file: Path) -> None:
+    if file in _HELD:
+        return
+    while True:
+        handle = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (the lock lasts as long as the file is open)
+        try:
+            # A lock of the process, and not of the open file: worker processes that are forked later do not hold it.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            text = _read(handle)
+            handle.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                _warn(directory, error)
+                return
+            raise UserError(
+                f"{directory} is in use by another run: {_holder(text)}. Stop that run or wait for its end, or give "
+                "this one a directory of its own (OUTPUT_DIR, or --save and --output-dir)"
+            ) from error
+        # The run that held the lock before may have removed the file: the lock of a removed file protects nothing.
+        if file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            break
+        handle.close()
+    handle.truncate(0)
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    handle.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run": RUN, "since": now}) + "\n")
+    handle.flush()
+    _HELD[file] = handle
+
+
+def release() -> None:
+    """Release the locks of this process and remove their files."""
+    for file, handle in _HELD.items():
+        file.unlink(missing_ok=True)
+        handle.close()
+    _HELD.clear()
+
+
+def _read(handle: TextIO) -> str:
+    handle.seek(0)
+    return handle.read()
+
+
+def _holder(text: str) -> str:
+    try:
+        found = json.loads(text)
+        return f"process {found['pid']} on host {found['host']}, run {found['run']}, since {found['since']}"
+    except (ValueError, LookupError, TypeError):
+        return "its lock file does not say which"
+
+
+def _warn(directory: Path, error: OSError) -> None:
+    print(
+        f"warning: {directory} is on a filesystem without file locks ({error.strerror}): nothing stops a second run "
+        "there, which would delete this one's temporary files",
+        file=sys.stderr,
+        flush=True,
+    )
