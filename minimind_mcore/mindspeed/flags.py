@@ -21,6 +21,7 @@ from minimind_mcore.arguments import (
 )
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed import checkpoints
+from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.splits import parse_split
 from minimind_mcore.training import sample_order
 from minimind_mcore.training.checkpoint_fit import is_converted, saved_args
@@ -81,7 +82,8 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
             after a minute: a layout that does not divide, a checkpoint that is missing or another's.
     """
     flags, ours = split_flags(argv)
-    ours = [flag for flag in ours if flag not in ("--dry-run", "--data-pending")]  # of the dry run alone
+    done_here = ("--dry-run", "--data-pending", "--verify-data")
+    ours = [flag for flag in ours if flag not in done_here]
     remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
     try:
         args = build_parser(prog=program).parse_args(flags)
@@ -90,6 +92,7 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
             raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
         raise
     problems = [*_model_problems(args, flags), *_data_problems(args), *checkpoints.form_problems(args)]
+    problems += _damaged_data(args, "--verify-data" in argv)
     problems = problems or [*_layout_problems(args, processes, argv), *checkpoints.fit_problems(args, hosts)]
     if problems:
         raise UserError("\n  ".join(problems))
@@ -182,6 +185,18 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
             "DPO at TP > 1: MindSpeed-LLM 26.1.0 leaves the first token of each rank's part of the vocabulary out of "
             "the log-probabilities; use TP=1 (a MiniMind fits on one device), or BACKEND=native"
         )
+    return problems
+
+
+def _damaged_data(args: argparse.Namespace, everything: bool) -> list[str]:
+    """What is wrong with the datasets on this host; MindSpeed-LLM would train on whatever the files hold."""
+    problems = []
+    for word in args.data_path or []:
+        for prefix in datasets_at(word):
+            try:
+                quick_check(prefix, everything=everything)
+            except UserError as error:
+                problems.append(str(error))
     return problems
 
 

@@ -250,3 +250,14 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(server: Server, corpus: 
     assert run.codes == [1] and "Traceback" not in run.output, run.output
     message = f"error: {tmp_path / 'file' / 'cache'}: cannot be written (Not a directory); give a directory that can be"
     assert message in run.output, run.output
+
+
+@pytest.mark.parametrize("damage", [flip_a_token, swap_two_lengths])
+def test_damaged_data_is_refused_before_mindspeed_llm_starts(data: Path, damage: Callable[[Path], str]) -> None:
+    from minimind_mcore.mindspeed.flags import complete
+
+    flags = ["--attention-dropout", "0.0", "--hidden-dropout", "0.0", "--split", "100,0,0", "--data-path", str(data)]
+    message = damage(data)
+    with pytest.raises(UserError) as caught:
+        complete("pretrain_gpt.py", [*CONFIG.megatron_flags(), *flags, "--verify-data"])
+    assert message in str(caught.value)
