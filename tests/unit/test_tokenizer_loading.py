@@ -176,19 +176,27 @@ def exported(model: str, tokenizer: Path, output: Path) -> Path:
     ).path
 
 
-@pytest.mark.parametrize("version", ["5", "4"])
-def test_exports_have_the_ids_of_training_in_plain_transformers(version: str, trained: Path, tmp_path: Path) -> None:
-    folders = {}
+@pytest.fixture(scope="module")
+def exports(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Exports with each of `FOREIGN`: its name by directory."""
+    folder, found = tmp_path_factory.mktemp("exports"), {}
     for number, (name, (change, files)) in enumerate(FOREIGN.items()):
-        foreign = variant(trained, tmp_path / f"tk{number}", change, **files)
-        folders[str(exported(list(SMALL)[number % len(SMALL)], foreign, tmp_path / f"out{number}"))] = name
+        foreign = variant(trained, folder / f"tk{number}", change, **files)
+        found[str(exported(list(SMALL)[number % len(SMALL)], foreign, folder / f"out{number}"))] = name
+    return found
+
+
+@pytest.mark.parametrize("version", ["5", "4"])
+def test_exports_have_the_ids_of_training_in_plain_transformers(
+    version: str, trained: Path, exports: dict[str, str]
+) -> None:
     chat = transformers.AutoTokenizer.from_pretrained(trained).apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False
     )
-    for folder, (ids, names, text, whole) in loaded_by(version, list(folders)).items():
-        assert ids == [raw_ids(trained, text) for text in TEXTS], folders[folder]
-        assert names == ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], folders[folder]
-        assert (text, whole) == (chat, raw_ids(trained, "a")), folders[folder]
+    for folder, (ids, names, text, whole) in loaded_by(version, list(exports)).items():
+        assert ids == [raw_ids(trained, text) for text in TEXTS], exports[folder]
+        assert names == ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], exports[folder]
+        assert (text, whole) == (chat, raw_ids(trained, "a")), exports[folder]
 
 
 @pytest.mark.parametrize("version", ["5", "4"])
