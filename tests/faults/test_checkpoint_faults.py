@@ -181,6 +181,7 @@ def test_keeping_less_than_one_checkpoint_is_refused_by_the_script(tmp_path: Pat
         "NPUS_PER_NODE": "1",
         "DATA_DIR": str(tmp_path),
     }
+    environment |= {"OUTPUT_DIR": str(tmp_path / "out")}
     script = ROOT / "examples/mcore/minimind/pretrain_minimind_ptd.sh"
     command = ["bash", str(script), "--keep-last", "-1", "--dry-run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
