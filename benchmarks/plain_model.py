@@ -1,7 +1,7 @@
 """What the benchmarks compare with: MiniMind's way of writing its model, in modules of plain PyTorch.
 
 Attention repeats the key-value heads; a key-value cache is concatenated every step, and one new token attends to
-it by two matrix products.
+it by two matrix products. A mixture of experts loops over its experts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,53 @@ class RMSNorm(nn.Module):
         return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).type_as(x)
 
 
+class Experts(nn.Module):
+    """MiniMind's mixture: each expert computes the tokens that were sent to it, one expert after the other."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        assert c.moe is not None
+        self.moe = c.moe
+        self.router = nn.Linear(c.hidden_size, c.moe.num_experts, bias=False)
+        self.experts = nn.ModuleList(Mlp(c.hidden_size, c.moe.ffn_hidden_size) for _ in range(c.moe.num_experts))
+        self.shared = Mlp(c.hidden_size, c.moe.shared_ffn_hidden_size) if c.moe.shared_ffn_hidden_size else None
+        self.aux_loss = torch.zeros(())
+
+    # How many tokens an expert gets is not known in advance: torch.compile leaves this as it is.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        scores = self.router(tokens).softmax(-1, dtype=torch.float32)
+        weights, chosen = scores.topk(self.moe.topk, dim=-1)
+        if self.moe.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            out.index_add_(0, rows, (expert(tokens[rows]) * weights[rows, places, None]).to(out.dtype))
+        load = F.one_hot(chosen, self.moe.num_experts).float().mean((0, 1))
+        self.aux_loss = (load * scores.mean(0)).sum() * self.moe.num_experts * self.moe.aux_loss_coeff
+        return (out if self.shared is None else out + self.shared(tokens)).view_as(x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(hidden, width, bias=False), nn.Linear(hidden, width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
 class Layer(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.c = c
         h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         sizes = {"q": (h, q), "k": (h, kv), "v": (h, kv), "o": (q, h)}
-        sizes |= {"gate": (h, c.ffn_hidden_size), "up": (h, c.ffn_hidden_size), "down": (c.ffn_hidden_size, h)}
+        self.mlp = Experts(c) if c.moe else Mlp(h, c.ffn_hidden_size)
         for name, (rows, columns) in sizes.items():
             self.add_module(name, nn.Linear(rows, columns, bias=False))
         self.norm1, self.norm2 = RMSNorm(h, c.norm_eps), RMSNorm(h, c.norm_eps)
@@ -44,8 +84,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Any) -> tuple[Tensor, Any]:
         out, present = self.attention(self.norm1(x), cos, sin, past)
         x = x + out
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h)), present
+        return x + self.mlp(self.norm2(x)), present
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, past: Any) -> tuple[Tensor, Any]:
         batch, seq, _ = x.shape
@@ -75,10 +114,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainModel(nn.Module):
-    """A dense MiniMind in plain PyTorch; `positions` is the longest sequence."""
+    """A MiniMind in plain PyTorch; `positions` is the longest sequence."""
 
     def __init__(self, c: ModelConfig, positions: int) -> None:
         super().__init__()
+        self.c = c
         self.embedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)

@@ -3,10 +3,11 @@
     python benchmarks/train.py --model minimind2_small minimind3          # a CPU, fp32
     python benchmarks/train.py --model minimind3 --dtype bf16 --batch 32  # a GPU: the loop uses autocast and compile
 
-The loop is MiniMind's way: modules of its own, scaled-dot-product attention, AdamW, gradient
-clipping; on a GPU autocast and torch.compile. Both sides see the same sizes, batches, precision and
-threads, each in a process of its own, in turn, several times; medians and their ratio are printed.
-Tokens per CPU second stand beside those per second: other programs on the machine disturb them less.
+The loop is MiniMind's way: modules of its own, scaled-dot-product attention, AdamW, gradient clipping; on a GPU
+autocast, torch.compile of one layer, whose code all layers share, and fused AdamW. Both sides see the same sizes,
+batches, precision and threads, each in a process of its own, in turn, several times; medians and their ratio are
+printed. MFU is that of `minimind_mcore.mfu`: over the rate of matrix products that the same process measures in the
+same dtype. Tokens per CPU second stand beside those per second: other programs on the machine disturb them less.
 On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu.py), to
 show how much of the difference they are.
 """
@@ -25,10 +26,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from native_engine import NativeEngine
 from plain_model import PlainModel
 from torch import Tensor
 
 from minimind_mcore import cpu, device
+from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 
@@ -40,7 +43,10 @@ class Trained(PlainModel):
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         logits, _ = super().forward(ids)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.reshape(-1))
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), labels.reshape(-1))
+        if self.c.moe:
+            loss = loss + sum(layer.mlp.aux_loss for layer in self.layers)
+        return loss
 
 
 def batches(config: ModelConfig, args: argparse.Namespace) -> Iterator[Tensor]:
@@ -55,10 +61,12 @@ def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     """One update of the plain loop."""
     kind = device.current().torch_device
     model: Any = Trained(config, args.seq).to(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     gpu, half = kind.type != "cpu", args.dtype == "bf16"
-    if gpu:
-        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=gpu or None)
+    if gpu or args.compile_backend != "inductor":
+        torch._dynamo.reset()
+        for layer in model.layers:  # which have one code: it is compiled once
+            layer.compile(backend=args.compile_backend, dynamic=False)
     data = batches(config, args)
 
     def step() -> None:
@@ -75,45 +83,25 @@ def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
 
 def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
     """One update of the native engine, as pretrain_gpt.py does it."""
-    from minimind_mcore import arguments
-    from minimind_mcore.training import distributed
-    from minimind_mcore.training import step as engine
-    from minimind_mcore.training.job import Job
-    from minimind_mcore.training.layout import validate
-    from minimind_mcore.training.model import build_model
-    from minimind_mcore.training.optimizer import build_optimizer
-
-    precision = ["--bf16"] if args.dtype == "bf16" else []
-    flags = ["--seq-length", args.seq, "--micro-batch-size", args.batch, "--lr", 5e-4, "--train-iters", 1000]
-    run = arguments.parse([*config.megatron_flags(), *map(str, flags), "--transformer-impl", "local", *precision])
-    job, layout = Job(run), validate(run, 1)
-    distributed.initialize(run, layout)
-    model = build_model(run, layout, job)
-    optimizer, scheduler = build_optimizer(run, model)
-    kind = device.current().torch_device
-    same = {
-        "loss_mask": torch.ones(args.batch, args.seq, device=kind),
-        "position_ids": torch.arange(args.seq, device=kind).expand(args.batch, -1),
-        "index": torch.arange(args.batch),
-    }
-    source: engine.Batches = [
-        (
-            same | {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-            for ids in batches(config, args)
-        )
-    ]
-    return lambda: engine.train_step(run, job, model, optimizer, scheduler, source) and None
+    engine = NativeEngine(config, args.batch, args.seq, args.dtype == "bf16")
+    data = batches(config, args)
+    return lambda: engine.step(next(data)) and None
 
 
-def measure(args: argparse.Namespace) -> None:
-    """The measured process: time each step of one side, print the median tokens/s and the peak memory."""
+def prepare(args: argparse.Namespace) -> None:
+    """Set up the measured process for its side."""
     torch.set_num_threads(args.threads)
     if args.side == "native":
         device.setup()
     elif args.side == "onednn":
         cpu.use_onednn()
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Time each step of one side: the medians of tokens/s and of tokens per CPU second, and the peak memory."""
+    config = get_preset(args.model[0])
     build = native_step if args.side == "native" else plain_step
-    step = build(get_preset(args.model[0]), args)
+    step = build(config, args)
     wall, busy = [], []
     for _ in range(args.warmup + args.steps):
         device.synchronize()
@@ -124,13 +112,16 @@ def measure(args: argparse.Namespace) -> None:
         busy.append(time.process_time() - cpu_start)
     tokens = args.batch * args.seq
     rates = [tokens / statistics.median(seconds[args.warmup :]) for seconds in (wall, busy)]
-    print(json.dumps(dict(zip(("wall", "cpu", "memory"), [*rates, device.peak_memory()], strict=True))))
+    return dict(zip(("wall", "cpu", "memory"), [*rates, float(device.peak_memory())], strict=True))
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, float]:
     """Run `measure` for one side in a process of its own."""
-    names = ("batch", "seq", "dtype", "threads", "steps", "warmup")
-    options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    names = ("batch", "seq", "dtype", "threads", "steps", "warmup", "compile-backend")
+    options = [word for name in names for word in (f"--{name}", str(getattr(args, name.replace("-", "_"))))]
     command = [sys.executable, __file__, "--side", side, "--model", model, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -152,24 +143,23 @@ def compare(model: str, args: argparse.Namespace) -> None:
         wall = sorted(run["wall"] for run in results)
         medians[side, "wall"] = middle = statistics.median(wall)
         medians[side, "cpu"] = statistics.median(run["cpu"] for run in results)
-        tflops = config.flops_per_token(args.seq) * middle / 1e12
+        share = mfu(config, args.seq, middle, statistics.median(run["matmul"] for run in results))
         memory = max(run["memory"] for run in results)
-        share = f"MFU {tflops / found.peak_tflops:.1%}" if found.peak_tflops else f"{tflops:.3f} TFLOP/s"
         print(
-            f"{model:<16}{side:<8}{middle:>9,.0f} tokens/s ({wall[0]:,.0f} to {wall[-1]:,.0f}), "
-            f"{medians[side, 'cpu']:,.0f} per CPU second, {share}, {memory / 2**30:.2f} GiB"
+            f"{model:<20}{side:<8}{middle:>9,.0f} tokens/s ({wall[0]:,.0f} to {wall[-1]:,.0f}), "
+            f"{medians[side, 'cpu']:,.0f} per CPU second, MFU {share:.1%}, {memory / 2**30:.2f} GiB"
         )
     for other in sides[1:]:
         clock, busy = (medians["native", kind] / medians[other, kind] for kind in ("wall", "cpu"))
         pairs = ", ".join(f"{n['wall'] / p['wall']:.2f}" for n, p in zip(runs["native"], runs[other], strict=True))
         name = "plain loop" if other == "plain" else "plain loop with oneDNN"
-        print(f"{model:<16}native to {name}: {clock:.2f} by the clock (rounds {pairs}), {busy:.2f} by CPU seconds")
+        print(f"{model:<20}native to {name}: {clock:.2f} by the clock (rounds {pairs}), {busy:.2f} by CPU seconds")
     print()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["minimind2_small", "minimind3"], help="dense presets")
+    parser.add_argument("--model", nargs="+", default=["minimind2_small", "minimind3"], help="presets")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=340)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -177,10 +167,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--compile-backend",
+        default="inductor",
+        help="of torch.compile, for the loop; a CPU compiles only under another one, such as aot_eager",
+    )
     parser.add_argument("--side", choices=("native", "plain", "onednn"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        measure(args)
+        prepare(args)
+        rate = matmul_rate(DTYPES[args.dtype])
+        print(json.dumps(measure(args) | {"matmul": rate}))
         return
     found = device.current()
     print(f"{found.kind}: {found.name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")

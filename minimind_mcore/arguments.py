@@ -36,7 +36,7 @@ IMPLEMENTED = frozenset(
 
     tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
     num_layers_per_virtual_pipeline_stage sequence_parallel use_distributed_optimizer overlap_grad_reduce
-    overlap_param_gather ddp_bucket_size distributed_timeout_minutes overlap_p2p_comm
+    overlap_param_gather ddp_bucket_size distributed_timeout_minutes overlap_p2p_comm distributed_backend
 
     deterministic_mode micro_batch_size global_batch_size seq_length train_iters train_samples eval_iters eval_interval
     seed bf16 fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
@@ -92,7 +92,7 @@ NO_EFFECT = frozenset(
     bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl
     gradient_accumulation_fusion async_tensor_model_parallel_allreduce no_persist_layer_norm
     align_grad_reduce align_param_gather scatter_gather_tensors_in_pipeline create_attention_mask_in_dataloader
-    distributed_backend local_rank lazy_mpu_init check_for_nan_in_loss_and_grad use_cpu_initialization
+    local_rank lazy_mpu_init check_for_nan_in_loss_and_grad use_cpu_initialization
     perform_initialization manual_gc manual_gc_interval manual_gc_eval enable_gloo_process_groups
     log_timers_to_tensorboard log_memory_to_tensorboard log_validation_ppl_to_tensorboard log_world_size_to_tensorboard
     log_loss_scale_to_tensorboard timing_log_level timing_log_option tensorboard_queue_size log_progress

@@ -132,6 +132,7 @@ def _replace_cuda_functions() -> None:
         minor=0,
         multi_processor_count=usable_cores(),
         total_memory=psutil.virtual_memory().total,
+        gcnArchName="",  # torch.compile asks for it
     )
     replacements: dict[str, Any] = {
         "Event": _Event,

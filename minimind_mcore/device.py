@@ -32,24 +32,6 @@ from minimind_mcore.errors import UserError
 KINDS = ("npu", "cuda", "cpu")
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
-# Peak dense bf16 TFLOP/s by a piece of the device's name, from the makers' data sheets. Where the
-# name matches nothing (every CPU among them) no MFU is reported.
-PEAK_TFLOPS = {
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "4090": 165.0,
-    "3090": 71.0,
-    "910B1": 400.0,
-    "910B2": 376.0,
-    "910B3": 313.0,
-    "910B4": 280.0,
-}
-
 
 @dataclass(frozen=True)
 class Device:
@@ -60,14 +42,12 @@ class Device:
         name: the maker's name of the device.
         count: devices on this host (for a CPU: its cores).
         memory: bytes of memory of one device (for a CPU: of the host).
-        peak_tflops: dense bf16 peak of one device; None where it is not known.
     """
 
     kind: str
     name: str
     count: int
     memory: int
-    peak_tflops: float | None
 
     @property
     def backend(self) -> str:
@@ -82,7 +62,12 @@ class Device:
     @property
     def torch_device(self) -> torch.device:
         """This process's device, for `tensor.to`."""
-        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, local_rank())
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    @property
+    def index(self) -> int:
+        """This process's device among those of the host; processes share devices where there are more of them."""
+        return local_rank() % self.count
 
 
 def local_rank() -> int:
@@ -122,13 +107,13 @@ def current() -> Device:
 
 def _describe(kind: str) -> Device:
     if kind == "cpu":
-        return Device("cpu", cpu_name(), usable_cores(), psutil.virtual_memory().total, None)
+        return Device("cpu", cpu_name(), usable_cores(), psutil.virtual_memory().total)
     api: Any = getattr(torch, kind)
+    count = api.device_count()
+    index = local_rank() % count  # processes share devices where there are more of them
     # Asking for a name opens a context on the current device: without this line every rank takes memory of device 0.
-    api.set_device(local_rank())
-    name = api.get_device_name(local_rank())
-    peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
-    return Device(kind, name, api.device_count(), api.get_device_properties(local_rank()).total_memory, peak)
+    api.set_device(index)
+    return Device(kind, api.get_device_name(index), count, api.get_device_properties(index).total_memory)
 
 
 def usable_cores() -> int:
@@ -153,15 +138,18 @@ def setup() -> Device:
     Raises:
         UserError: see `current`.
     """
+    # CUDA reads both when it starts, which `current` may cause. The first is for Megatron's overlap of gradients and
+    # matrix products; without the second cuBLAS fails under --deterministic-mode.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = current()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap of gradients and matmuls
     if device.kind == "cpu":
         from minimind_mcore import cpu_as_cuda
 
         cpu_as_cuda.emulate()
         cpu.tune()
     else:
-        getattr(torch, device.kind).set_device(local_rank())  # `current` may have run in another thread
+        getattr(torch, device.kind).set_device(device.index)  # `current` may have run in another thread
         if device.kind == "npu":
             from minimind_mcore.mindspeed import adaptor
 
@@ -172,6 +160,27 @@ def setup() -> Device:
     megatron_fixes.apply()
     install()
     return device
+
+
+def backend(asked: str) -> str:
+    """The `torch.distributed` backend of this process's collectives.
+
+    Args:
+        asked: `--distributed-backend`. "gloo" lets several processes share a GPU; any other name is the device's own.
+
+    Raises:
+        UserError: NCCL, and more processes on this host than GPUs: NCCL needs one for each.
+    """
+    found, processes = current(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if found.kind == "cuda" and asked == "gloo":
+        return "gloo"
+    if found.kind == "cuda" and processes > found.count:
+        raise UserError(
+            f"{processes} processes were started on this host, which has {found.count} GPU(s); NCCL needs one for each "
+            "process. Start fewer (NPROC, --nproc-per-node), or give --distributed-backend gloo, under which they "
+            "share the GPU"
+        )
+    return found.backend
 
 
 def use_interface(address: str) -> None:

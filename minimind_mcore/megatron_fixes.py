@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 import warnings
 from typing import Any
 
@@ -28,16 +31,43 @@ def apply() -> None:
 
 
 def _without_jit_fuser() -> None:
-    """All versions decorate small functions with torch.compile at import, which needs a C++ compiler at run time."""
-    compile_ = torch.compile
-    identity: Any = lambda function=None, **options: function  # noqa: E731
-    torch.compile = identity
-    try:
-        import megatron.core.jit
+    """All versions decorate small functions with torch.compile at import, which needs a C++ compiler at run time.
 
-        megatron.core.jit.jit_fuser = identity
+    They take the decorator from `megatron.core.jit`, which says so itself at its end. Its loader is followed by
+    `disable_jit_fuser`, before any other module reads it; `torch.compile` itself stays as it is for everyone else who
+    is imported meanwhile.
+    """
+    finder = _JitFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        importlib.import_module("megatron.core.jit")
     finally:
-        torch.compile = compile_
+        sys.meta_path.remove(finder)
+
+
+class _JitFinder(importlib.abc.MetaPathFinder):
+    """Finds `megatron.core.jit` where it is, and has its fuser disabled when it is loaded."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != "megatron.core.jit":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return spec
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            module.jit_fuser = _undecorated
+
+        loader.exec_module = exec_module
+        return spec
+
+
+def _undecorated(function: Any = None, **options: Any) -> Any:
+    """A decorator that changes nothing, with options or without."""
+    return _undecorated if function is None else function
 
 
 def _router_without_transformer_engine() -> None:
@@ -60,7 +90,9 @@ def _exact_gradient_norm() -> None:
 def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
     """Norm of all tensors together [1], as apex's multi_tensor_l2norm: rows first, then the norms of rows."""
     if tensor_lists[0] and tensor_lists[0][0].device.type != "cpu":
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensor_lists[0]))).reshape(1), None
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensor_lists[0], dtype=torch.float32))).reshape(
+            1
+        ), None
     rows = []
     for tensor in tensor_lists[0]:
         flat = tensor.detach().reshape(-1)

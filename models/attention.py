@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.fused.attention import SHORT, causal_attention
+from minimind_mcore.fused.attention import SHORT, causal_attention, scaled_dot_product
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -78,7 +77,8 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
                 mask given with type `causal` is the whole truth, as in megatron-core.
             attn_mask_type: overrides that of the constructor.
             attention_bias: not supported.
-            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens.
+            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens; on the CPU, as every
+                layer reads it and would else wait for the device.
 
         Returns:
             [sequence, batch, heads * head_dim], or [tokens, heads * head_dim].
@@ -102,22 +102,9 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         return plain and query.device.type == "cpu" and 1 < query.shape[0] <= SHORT
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        if mask is not None and key.shape[1] != query.shape[1]:
-            # CUDA's memory-efficient kernel, the one that takes masks, has no grouped heads.
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         dropout = self.dropout if self.training else 0.0
         with self._rng(dropout):
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=is_causal,
-                scale=self.scale,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
+            return scaled_dot_product(query, key, value, mask, is_causal, self.scale, dropout)
 
     def _mask(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None, mask_type: AttnMaskType

@@ -126,16 +126,15 @@ class ModelConfig:
     def flops_per_token(self, seq_length: int) -> float:
         """Floating-point operations of forward and backward for one token, for MFU.
 
-        `6 * (active matrix parameters + vocab * hidden) + 6 * layers * heads * head_dim * seq`: two
-        operations per multiply-add, the backward pass twice the forward. The second term is the
-        attention scores and their product with the values, halved as a causal mask needs only
-        half of them (PaLM, appendix B, counts them in full). Recomputation does not count.
+        `6 * (active parameters outside the embedding + vocab * hidden + layers * heads * head_dim * seq)`: two
+        operations per multiply-add, and a backward pass of twice the forward's. `vocab * hidden` is the output layer,
+        which computes whether or not its weights are those of the embedding. The last term is the attention: its
+        scores and their product with the values, half of them, as the mask is causal (PaLM, appendix B, counts them
+        in full). Recomputation does not count.
         """
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
-        matrices = self._layer_parameters(self.moe.topk if self.moe else 1)
-        matrices -= self.num_layers * norms + self.hidden_size
+        active = self._layer_parameters(self.moe.topk if self.moe else 1)
         attention = self.num_layers * self.num_heads * self.head_dim * seq_length
-        return 6.0 * (matrices + self.vocab_size * self.hidden_size + attention)
+        return 6.0 * (active + self.vocab_size * self.hidden_size + attention)
 
     def _embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)

@@ -1,8 +1,8 @@
-"""Causal attention over short sequences on a CPU: matrix products over blocks of queries.
+"""Attention: torch's kernels, and a faster one for short sequences on a CPU.
 
-At MiniMind's lengths torch's own kernel takes 1.5 times as long, most of it in its backward pass; from
-about 2000 positions on it is as fast (docs/benchmarks.md), and needs no memory for the softmax. Here
-the backward pass finds it kept, less the half above the diagonal.
+On a CPU `causal_attention` makes matrix products over blocks of queries. At MiniMind's lengths torch's own kernel takes
+1.5 times as long, most of it in its backward pass; from about 2000 positions on it is as fast (docs/benchmarks.md), and
+needs no memory for the softmax. Here the backward pass finds it kept, less the half above the diagonal.
 """
 
 from __future__ import annotations
@@ -12,11 +12,41 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SHORT = 512  # positions up to which this is worth its memory
 BLOCK = 64  # queries; small enough that scores stay in the cache and little above the diagonal is computed
+
+
+def scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """torch's attention, on a kernel that keeps no scores of size queries x keys.
+
+    Args:
+        query: [batch, heads, queries, head_dim].
+        key: [batch, kv_heads, keys, head_dim]; each serves heads / kv_heads consecutive query heads.
+        value: as the key.
+        mask: True where a query may look; broadcasts to [batch, heads, queries, keys].
+        is_causal: each query sees the keys up to its own position; the mask is None then.
+        scale: of the scores.
+        dropout: probability.
+
+    Returns:
+        [batch, heads, queries, head_dim].
+    """
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and (mask is not None or (query.device.type != "cpu" and query.dtype == torch.float32)):
+        # A GPU's memory-efficient kernel, the only one for masks and for fp32, has no grouped heads: with enable_gqa
+        # torch falls back to plain products, which keep all scores.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_mcore.fused.attention import scaled_dot_product
+
 ROOM = 128  # positions that a cache grows by at least
 
 
@@ -70,6 +72,7 @@ class Decoder:
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.scale = self.head_dim**-0.5
         self.layers = [_Layer(layer) for layer in model.model.layers]
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -103,11 +106,9 @@ class Decoder:
         keys, values = keys[:, :, :stop], values[:, :, :stop]
         if tokens == 1:  # the query heads of a key-value head are as many queries to it
             q = qk[:, 0, : self.heads].view(batch, self.kv_heads, -1, self.head_dim)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(batch, 1, -1)
+            return scaled_dot_product(q, keys, values, mask, False, self.scale).reshape(batch, 1, -1)
         q = qk[:, :, : self.heads].transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
+        out = scaled_dot_product(q, keys, values, mask, mask is None, self.scale)
         return out.transpose(1, 2).reshape(batch, tokens, -1)
 
     def _mask(self, cache: Cache, start: int, stop: int) -> Tensor | None:

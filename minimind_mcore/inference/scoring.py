@@ -122,11 +122,15 @@ class Scorer:
     ) -> list[tuple[int, float]]:
         """The scores of (row, request, its ids, how many of them) in one batch."""
         hidden = self._hidden(rows)
-        result = []
-        for row, number, ids, count in wanted:
+        # One copy to the device for all targets, and one from it for all scores: each of them waits for it.
+        targets = torch.tensor([i for _, _, ids, count in wanted for i in ids[-count:]], device=hidden.device)
+        sums, start = [], 0
+        for row, _, ids, count in wanted:
             last = hidden[row, len(ids) - 1 - count : len(ids) - 1]
-            result.append((number, self._log_probabilities(last, ids[-count:]).sum().item()))
-        return result
+            sums.append(self._log_probabilities(last, targets[start : start + count]).sum())
+            start += count
+        scores: list[float] = torch.stack(sums).tolist()
+        return [(number, score) for (_, number, _, _), score in zip(wanted, scores, strict=True)]
 
     def _hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Of the last layer, [rows, longest, hidden]; padded at the right, where causality hides it."""
@@ -135,10 +139,9 @@ class Scorer:
         hidden: Tensor = self.loaded.model.model(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
 
-    def _log_probabilities(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
-        """Of each of the ids, given the hidden state before it: [len(ids)] in fp32."""
+    def _log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Of each of the ids `targets` [n], given the hidden state before it [n, hidden]: [n] in fp32."""
         logits = self.loaded.model.lm_head(hidden).float()
-        targets = torch.tensor(ids, device=logits.device)
         found: Tensor = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         return found
 

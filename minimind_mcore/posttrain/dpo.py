@@ -94,7 +94,7 @@ class Reference(DPO):
 
         def measure(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             log_probs = pair_log_probs(batch["loss_mask"], losses)
-            return log_probs.sum(), torch.ones((), dtype=torch.int), log_probs
+            return log_probs.sum(), torch.ones((), dtype=torch.int, device=losses.device), log_probs
 
         return run_model(model, batch, labels=batch["labels"]), measure
 
@@ -115,7 +115,8 @@ def pair_loss(args: argparse.Namespace, batch: dict[str, Any], losses: Tensor) -
     total = (preference_losses(args, gained[0] - gained[1]) - args.pref_ftx * log_probs[0] / lengths[0]).sum()
     rewards = args.dpo_beta * gained.detach()
     margins = rewards[0] - rewards[1]
-    pairs = torch.tensor(len(margins), device=losses.device)
+    # Not torch.tensor, whose copy from the host waits for the device.
+    pairs = torch.full((), len(margins), device=losses.device)
     return averaged(total, pairs, rewards[0].sum(), rewards[1].sum(), (margins > 0).float().sum(), margins.sum())
 
 

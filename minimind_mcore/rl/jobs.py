@@ -30,7 +30,7 @@ def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:
     length = -(-rows.tokens.shape[1] // unit) * unit
     rows = rows.cut(length)
     positions = torch.arange(length, device=rows.tokens.device).expand(len(rows), -1)
-    return {"rows": rows, "tokens": rows.tokens, "position_ids": positions, "index": rows.prompt_ids}
+    return {"rows": rows, "tokens": rows.tokens, "position_ids": positions, "index": rows.prompt_ids.tolist()}
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ class LogProbs(ResponseJob):
 
         def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             found = torch.stack(self.log_probs(batch["rows"], logits))
-            return found.sum(), torch.ones((), dtype=torch.int), found
+            return found.sum(), torch.ones((), dtype=torch.int, device=found.device), found
 
         return self.run(batch, model), measure
 
@@ -190,7 +190,7 @@ class Values(ResponseJob):
 
         def measure(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values = self.values(batch["rows"], output)
-            return values.sum(), torch.ones((), dtype=torch.int), values
+            return values.sum(), torch.ones((), dtype=torch.int, device=values.device), values
 
         return self.run(batch, model), measure
 

@@ -318,7 +318,8 @@ class Rank:
 
         def stream() -> Iterator[dict[str, Any]]:
             for one in micro:
-                yield micro_batch(one["rows"].to(place), self.unit)
+                # The ids of the prompts are read on the CPU: asking the device for them would stop the step.
+                yield micro_batch(one["rows"].to(place), self.unit) | {"index": one["index"]}
 
         return step.forward_backward(self.args, job, model, [stream() for _ in model], forward_only=forward_only)
 
@@ -412,10 +413,7 @@ class Rank:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         result = self._schedule(self.job, self.model, micro, forward_only=False)
-        step.check_losses(result, iteration)
-        result.updated, norm, _ = self.optimizer.step()
-        result.grad_norm = float(norm or 0.0)
-        step.check_norm(self.args, result, iteration)
+        step.finish_step(self.args, result, self.optimizer, iteration)
         if result.updated:
             self.scheduler.step(increment=len(mini))
         (_, *metrics), _ = step.averages(self.args, self.job, [result])

@@ -214,5 +214,13 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
+    if len(state["cuda_rng_state"]) != len(device.rng_state()):
+        # A CPU's generator has 5056 bytes of state, a GPU's 16: no state of one fits the other.
+        if dist.get_rank() == 0:
+            print(
+                "the checkpoint was saved on another kind of device: dropout continues with random numbers of --seed",
+                flush=True,
+            )
+        return
     device.set_rng_state(state["cuda_rng_state"])
     get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

@@ -249,7 +249,7 @@ def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> Non
 def micro_batches(
     args: argparse.Namespace, job: Job, dataset: Any, consumed: int, workers: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches, as the job collates them, on its device; the samples' index [mbs] is not.
+    """This rank's micro-batches, as the job collates them, on its device, with the list of the samples' indices.
 
     Raises:
         UserError: at the end of the data.
@@ -275,9 +275,12 @@ def micro_batches(
     )
     place = device.current().torch_device
     for batch in loader:
-        index = batch.pop("index")  # for messages alone: asking the device for it would stop the step
+        # Read here: asking the device for it would stop the step.
+        read = {"index": batch.pop("index").tolist()}
+        if "cu_seqlens" in batch and not device.current().is_ascend and args.transformer_impl == "local":
+            read["cu_seqlens"] = batch.pop("cu_seqlens")  # every layer of the model reads it
         moved = {k: v.to(place, non_blocking=pin) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        yield moved | {"index": index}
+        yield moved | read
     raise UserError(
         f"the data ends after {len(dataset)} samples, of which {consumed} were consumed before this run: "
         "give the --global-batch-size and --train-iters that the run began with"

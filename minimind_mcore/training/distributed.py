@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -37,8 +38,12 @@ def initialize(args: argparse.Namespace, layout: Layout) -> None:
     if not dist.is_initialized():
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
+        backend = device.backend(args.distributed_backend)
+        if backend != device.current().backend:  # gloo, and a GPU
+            _require_simple(args, layout)
+            _reduce_one_by_one()
         with hosts.port_errors(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
-            dist.init_process_group(device.current().backend, timeout=datetime.timedelta(minutes=minutes))
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
@@ -52,6 +57,40 @@ def initialize(args: argparse.Namespace, layout: Layout) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _require_simple(args: argparse.Namespace, layout: Layout) -> None:
+    """Refuse a layout that gloo cannot run on a GPU.
+
+    Of tensors on a GPU it only all-reduces, broadcasts and gathers (torch 2.7 to 2.13, ProcessGroupGloo.cpp).
+
+    Raises:
+        UserError: the flags of what it cannot do.
+    """
+    unsupported = {
+        "--pipeline-model-parallel-size": layout.pp > 1,
+        "--expert-model-parallel-size": layout.ep > 1,
+        "--sequence-parallel": args.sequence_parallel,
+        "--use-distributed-optimizer": args.use_distributed_optimizer,
+        "--overlap-grad-reduce": args.overlap_grad_reduce,
+        "--ckpt-format torch_dist": args.ckpt_format == "torch_dist" and bool(args.save),
+    }
+    if flags := [flag for flag, given in unsupported.items() if given]:
+        raise UserError(
+            f"--distributed-backend gloo on a GPU does not support {', '.join(flags)}: leave them out, or give every "
+            "process a GPU of its own and leave out --distributed-backend"
+        )
+
+
+def _reduce_one_by_one() -> None:
+    """Let Megatron reduce one bucket of gradients at a time: gloo has no coalesced all-reduce of GPU tensors."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    @contextlib.contextmanager
+    def one_by_one(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    param_and_grad_buffer._coalescing_manager = one_by_one
 
 
 def rank() -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import atomic_write_text, writing
 from minimind_mcore.training import distributed, step
@@ -47,6 +48,8 @@ class Metrics:
     def __init__(self, args: argparse.Namespace, job: Job, layout: Layout, progress: Progress) -> None:
         self.args, self.job, self.layout = args, job, layout
         self.model = ModelConfig.from_args(args)
+        # Measured once, before the first step. A CPU's cores are shared between ranks and programs: it has no MFU.
+        self.matmul_rate = matmul_rate(args.params_dtype) if device.current().kind != "cpu" else None
         self.steps: list[step.StepResult] = []
         self.since = time.perf_counter()
         self.speed: float | None = None
@@ -100,10 +103,10 @@ class Metrics:
             row["consumed_tokens"] = progress.consumed * args.seq_length
         if last.zeros is not None:
             row["zero_gradients"] = last.zeros
-        tflops = self.model.flops_per_token(args.seq_length) * tokens_per_second / 1e12 / self.layout.world_size
-        row["tflops_per_device"] = tflops
-        if peak := device.current().peak_tflops:
-            row["mfu"] = tflops / peak
+        per_device = tokens_per_second / self.layout.world_size
+        row["tflops_per_device"] = self.model.flops_per_token(args.seq_length) * per_device / 1e12
+        if self.matmul_rate is not None:
+            row["mfu"] = mfu(self.model, args.seq_length, per_device, self.matmul_rate)
         return row
 
     def _aux_losses(self) -> dict[str, float]:

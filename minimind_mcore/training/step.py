@@ -48,7 +48,7 @@ def _forward_step(job: Job, result: StepResult, batches: Iterator[dict[str, Any]
     liveness.mark()
     batch = next(batches)
     if unwrap(model).post_process:  # the chunk that has the loss
-        result.indices.append(batch["index"].tolist())
+        result.indices.append(batch["index"])
         result.positions += batch["tokens"].numel()
     return job.forward_step(batch, model)
 
@@ -84,13 +84,25 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     result = forward_backward(args, job, model, batches)
-    check_losses(result, iteration)
-    result.updated, norm, result.zeros = optimizer.step()
-    result.grad_norm = float(norm or 0.0)
-    check_norm(args, result, iteration)
+    finish_step(args, result, optimizer, iteration)
     if result.updated:
         scheduler.step(increment=args.global_batch_size)
     return result
+
+
+def finish_step(args: argparse.Namespace, result: StepResult, optimizer: Any, iteration: int) -> None:
+    """Update the weights by the gradients of `forward_backward`, and note in `result` how that went.
+
+    The losses are looked at after the update: the host waits for the device once in a step, where Megatron asks for
+    the gradient norm. Nothing is saved of a step that ends in an error.
+
+    Raises:
+        UserError: see `train_step`.
+    """
+    result.updated, norm, result.zeros = optimizer.step()
+    result.grad_norm = float(norm or 0.0)
+    check_losses(result, iteration)
+    check_norm(args, result, iteration)
 
 
 def check_losses(result: StepResult, iteration: int) -> None:

@@ -57,10 +57,13 @@ class StopSignal:
     def agreed(self, also: bool = False) -> bool:
         """True on every rank if any rank was asked to stop, or says `also`. Collective."""
         number = _LOST if self.lost else self._number
-        flag = torch.tensor([int(number > 0 or also), number], device=device.current().torch_device)
-        self._asking = time.monotonic()
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        stopping, number = flag.tolist()
+        asked = [int(number > 0 or also), number]
+        if dist.get_world_size() > 1:  # else there is nobody to ask, and no device to wait for
+            flag = torch.tensor(asked, device=device.current().torch_device)
+            self._asking = time.monotonic()
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = flag.tolist()
+        stopping, number = asked
         self._asking = None
         if number:
             self.exit_status = 1 if number == _LOST else 128 + number

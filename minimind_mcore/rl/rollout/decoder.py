@@ -97,10 +97,12 @@ class DecoderEngine:
         for at in range(room):
             tokens, found = choose(logits, self.known, draw, numbers[running, at])
             written[running, at], logp[running, at] = tokens, found
-            ended = torch.isin(tokens, stop) & going[running]
-            lengths[running[ended]] = at + 1
-            going[running[ended]] = False
             alive = going[running]
+            ended = torch.isin(tokens, stop) & alive
+            # No indices by a boolean: a device would have to tell the host how many they are.
+            lengths[running] = torch.where(ended, at + 1, lengths[running])
+            alive = alive & ~ended
+            going[running] = alive
             left = int(alive.sum())
             if left == 0 or at + 1 == room:
                 break

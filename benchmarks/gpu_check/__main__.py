@@ -1,0 +1,174 @@
+"""Check the kit on a GPU in one call of at most six minutes: correctness, speed, and what a step is made of.
+
+    bash benchmarks/gpu_check.sh                    # the whole check, on a CUDA device
+    bash benchmarks/gpu_check.sh --part speed       # one part of it
+    bash benchmarks/gpu_check.sh --dry-run          # says what it would do, on any machine
+    bash benchmarks/gpu_check.sh --tiny --device cpu
+
+A table is printed; gpu_check.json and gpu_check.log go to $OUT, or to outputs/gpu_check. The exit status is 1 if
+anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_check import plan, wheels
+from gpu_check.rows import LARGEST_FILE, Row, Value, document, failed, table
+from gpu_check.runner import Outcome, importable, run_part
+
+ROOT = Path(__file__).resolve().parents[2]
+WHEELS = ROOT / ".gpu_wheels"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    chosen = [part for part in plan.PARTS if part in (args.part or plan.PARTS)]
+    checks = [check for check in plan.checks(args.tiny) if check.part in chosen]
+    seen = _cuda_device()
+    if args.dry_run:
+        return _dry_run(checks, chosen, args, seen)
+    if args.device == "cuda" and seen is None:
+        print(
+            "error: torch finds no CUDA device here. --dry-run says what the check would do; --tiny --device cpu "
+            "runs it on the CPU with small sizes",
+            file=sys.stderr,
+        )
+        return 2
+    with tempfile.TemporaryDirectory() as name:
+        return _run(checks, chosen, args, Path(name))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=plan.PARTS, help="only this part; may be given again")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, whose speed means nothing")
+    parser.add_argument("--output", type=Path, help="directory of the JSON and the log")
+    return parser.parse_args(argv)
+
+
+def _cuda_device() -> str | None:
+    """Name of the first CUDA device; None without one. Asked in this process, which uses it no further."""
+    if not importable("torch"):
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+
+
+def _dry_run(checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse.Namespace, seen: str | None) -> int:
+    print(f"device: {seen or 'no CUDA device here'}; python: {sys.executable}")
+    collected = sorted(wheel.name for wheel in WHEELS.rglob("*.whl"))
+    print(f"wheels in {WHEELS.name}: {', '.join(collected) or 'none; bash benchmarks/gpu_wheels.sh collects them'}")
+    for part in chosen:
+        print(f"== {part}: at most {plan.LIMITS[part]:.0f} s")
+        for check in (check for check in checks if check.part == part):
+            missing = [name for name in check.needs if not importable(name)]
+            lack = f" [not installed here: {', '.join(missing)}]" if missing else ""
+            print(f"  {check.name}: {check.does} (at most {check.seconds:.0f} s){lack}")
+    print(f"== at most {plan.TOTAL_SECONDS:.0f} s in all; results would go to {_output(args)}")
+    print("dry run: nothing was run")
+    return 0
+
+
+def _output(args: argparse.Namespace) -> Path:
+    return args.output or Path(os.environ.get("OUT") or ROOT / "outputs/gpu_check")
+
+
+def _run(checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse.Namespace, scratch: Path) -> int:
+    started, output = time.monotonic(), _output(args)
+    output.mkdir(parents=True, exist_ok=True)
+    site = scratch / "site"
+    unpacked = wheels.unpack_missing(WHEELS, site)
+    sys.path.insert(0, str(site))  # `needs` looks there too
+    newer = sorted((WHEELS / "newer").glob("*.whl"))
+    for wheel in newer:
+        wheels.unpack(wheel, scratch / "newer")
+    environment = _environment(args, [site])
+    results: dict[str, list[Row]] = {}
+    logs = []
+    for number, part in enumerate(chosen):
+        left = plan.TOTAL_SECONDS - (time.monotonic() - started)
+        seconds = plan.limit(part, chosen[number + 1 :], left)
+        print(f"{part}: at most {seconds:.0f} s ...", flush=True)
+        mine = [check for check in checks if check.part == part]
+        outcomes = _run_checks(mine, args, environment, [scratch / "newer", site] if newer else None, seconds)
+        results[part] = [row for outcome in outcomes for row in outcome.rows]
+        if part == "correctness":
+            results[part] += [Row(f"{name}2", status="not measured", note="needs two devices") for name in ("PP", "EP")]
+        for check, outcome in zip(mine, outcomes, strict=True):
+            logs.append(f"######## {part}: {check.name} ({outcome.seconds:.1f} s)\n{outcome.log}\n")
+    spent = time.monotonic() - started
+    facts: dict[str, Value] = {
+        "device": args.device,
+        "tiny": str(args.tiny),
+        "seconds": round(spent, 1),
+        "unpacked wheels": ", ".join(unpacked),
+    }
+    text = f"{table(results)}\n\n{spent:.0f} s in all; {output}/gpu_check.json, {output}/gpu_check.log"
+    (output / "gpu_check.json").write_text(document(facts, results), encoding="utf-8")
+    whole = "\n".join([text, *logs]).encode()
+    (output / "gpu_check.log").write_bytes(whole[:LARGEST_FILE])
+    print(text)
+    if names := failed(results):
+        print(f"FAILED: {'; '.join(names)}")
+        return 1
+    return 0
+
+
+def _run_checks(
+    checks: Sequence[plan.Check],
+    args: argparse.Namespace,
+    environment: dict[str, str],
+    newer: list[Path] | None,
+    seconds: float,
+) -> list[Outcome]:
+    """The outcomes of one part's programs; what needs a newer megatron-core comes last."""
+    deadline = time.monotonic() + seconds
+    workers = max(2, min(4, len(os.sched_getaffinity(0)) // 2))
+    usual = [check for check in checks if not check.newer]
+    outcomes = run_part(usual, environment, seconds, workers, ROOT)
+    for check in (check for check in checks if check.newer):
+        if newer is None:
+            note = f"no wheel of it in {WHEELS.name}/newer"
+            outcomes.append(Outcome([Row(check.name, status="not measured", note=note)], "", 0.0))
+            continue
+        left = deadline - time.monotonic()
+        outcome = run_part([check], _environment(args, newer), left, 1, ROOT)[0]
+        # Nobody claims that the kit runs on it: what it finds is a fact to read, and no failure of the check.
+        rows = [
+            Row(f"newer: {row.name}", row.value, row.unit, "ok", f"{row.status}; {row.note}") for row in outcome.rows
+        ]
+        outcomes.append(Outcome(rows, outcome.log, outcome.seconds))
+    return outcomes
+
+
+def _environment(args: argparse.Namespace, first: Sequence[Path]) -> dict[str, str]:
+    """Variables of the programs."""
+    path = [*map(str, first), str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    more = {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "DEVICE": args.device,
+        "MPLBACKEND": "Agg",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "NVIDIA_TF32_OVERRIDE": "0",
+    }
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if args.device == "cpu" else "4")}
+    return {**os.environ, **threads, **more}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Part 1: what the machine is, and the rates that everything else is compared with."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import platform
+import re
+import time
+from pathlib import Path
+
+from gpu_check.rows import emit
+
+SHOWN = ("torch", "triton", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "peft", "pytest")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    emit("python", platform.python_version())
+    for name in SHOWN:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            emit(name, importlib.metadata.version(name))
+    lacking = missing_requirements()
+    emit("requirements that are missing", ", ".join(lacking) or "none")
+    _device(args.tiny)
+
+
+def missing_requirements() -> list[str]:
+    """Packages that pyproject.toml needs for training, LoRA among it, and that are not installed."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lacking = []
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["lora"]]:
+        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(name)
+    return lacking
+
+
+def _device(tiny: bool) -> None:
+    import torch
+
+    from minimind_mcore import device
+    from minimind_mcore.mfu import matmul_rate
+
+    found = device.current()
+    emit("device", found.name, note=f"{found.kind}, {found.count} on this host")
+    emit("CUDA of torch", torch.version.cuda or "none")
+    if found.kind == "cuda":
+        capability = torch.cuda.get_device_capability()
+        emit("compute capability", f"{capability[0]}.{capability[1]}")
+        emit("memory, free", torch.cuda.mem_get_info()[0] / 1e9, "GB")
+    emit("memory", found.memory / 1e9, "GB")
+    largest = 512 if tiny else 8192
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        note = "TF32 is off" if name == "fp32" else ""
+        emit(f"matrix products, {name}", matmul_rate(dtype, largest) / 1e12, "TFLOP/s", note=note)
+    emit("copy bandwidth", copy_rate(1 << 22 if tiny else 1 << 30) / 1e9, "GB/s", note="bytes read and written")
+
+
+def copy_rate(size: int) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes on the device."""
+    import torch
+
+    from minimind_mcore import device
+
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device.current().torch_device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        device.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        device.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size / sorted(seconds[1:])[2]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What the check does: its parts, and the programs of each, with their time limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TOTAL_SECONDS = 350.0
+PARTS = ("environment", "correctness", "speed", "rest")
+# The longest that a part may take, and what is kept free for it whatever the parts before it took.
+LIMITS = {"environment": 60.0, "correctness": 150.0, "speed": 150.0, "rest": 90.0}
+RESERVED = {"environment": 20.0, "correctness": 120.0, "speed": 130.0, "rest": 50.0}
+
+KIT = ("megatron.core", "transformers", "tokenizers", "safetensors", "pyarrow", "psutil", "xxhash")
+TRAINING = (*KIT, "matplotlib", "tqdm")
+SPEED_MODELS = ("minimind3", "minimind3_moe")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One program of a part.
+
+    Attributes:
+        part: one of `PARTS`.
+        name: for the table, if the program itself has no rows.
+        argv: arguments of Python.
+        seconds: it is ended after that time.
+        does: what it does, for `--dry-run`.
+        needs: modules that must be importable; else its row says "not measured".
+        together: it may run at the same time as others of its part, as it measures no speed.
+        newer: it runs with the newer megatron-core that was collected.
+    """
+
+    part: str
+    name: str
+    argv: tuple[str, ...]
+    seconds: float
+    does: str
+    needs: tuple[str, ...] = KIT
+    together: bool = False
+    newer: bool = False
+
+
+def checks(tiny: bool) -> list[Check]:
+    """All programs, in their order; `tiny` ones have sizes that a CPU finishes in seconds."""
+    return [_environment(tiny), *_correctness(tiny), *_speed(tiny), *_rest(tiny)]
+
+
+def _module(name: str, *arguments: str, tiny: bool = False) -> tuple[str, ...]:
+    return ("-m", f"gpu_check.{name}", *arguments, *(["--tiny"] if tiny else []))
+
+
+def _environment(tiny: bool) -> Check:
+    does = "device, versions, missing packages, free memory, matrix rate in bf16 and fp32, copy bandwidth"
+    return Check("environment", "environment", _module("environment", tiny=tiny), 60, does, needs=())
+
+
+def _correctness(tiny: bool) -> list[Check]:
+    part, presets = (
+        "correctness",
+        "every preset, shrunk: logits and the losses of ten steps against recorded CPU values",
+    )
+    return [
+        Check(part, "presets", _module("presets", tiny=tiny), 140, presets, together=True),
+        Check(
+            part,
+            "training",
+            _module("smoke", "train", tiny=tiny),
+            140,
+            "pretraining, resume, SFT, LoRA, DPO, generation",
+            (*TRAINING, "peft"),
+            together=True,
+        ),
+        Check(
+            part,
+            "layouts",
+            _module("smoke", "layouts", tiny=tiny),
+            140,
+            "TP2 and DP2 as two gloo processes that share the device, against one process",
+            TRAINING,
+            together=True,
+        ),
+        Check(
+            part,
+            "tests",
+            _module("tests"),
+            140,
+            "the tests of tests/device, on this device",
+            (*KIT, "pytest", "pytest_timeout"),
+            together=True,
+        ),
+    ]
+
+
+def _speed(tiny: bool) -> list[Check]:
+    found = []
+    for model in SPEED_MODELS:
+        for side, seconds in (("native", 35), ("plain", 70)):
+            does = f"{model}, bf16, sequences of 340 and 2048 tokens: tokens/s and MFU of the "
+            does += "native engine" if side == "native" else "plain loop (autocast, SDPA, torch.compile, fused AdamW)"
+            argv = _module("speed", "--model", model, "--side", side, tiny=tiny)
+            found.append(Check("speed", f"{model} {side}", argv, seconds, does, KIT if side == "native" else ()))
+    return found
+
+
+def _rest(tiny: bool) -> list[Check]:
+    part = "rest"
+    newer = _module("presets", "--presets", "minimind3_tiny", "minimind3_moe_tiny", "--dtypes", "fp32", tiny=tiny)
+    return [
+        Check(part, "generation", _module("generation", tiny=tiny), 30, "tokens/s at batch 1 and 64, bf16"),
+        Check(part, "profile", _module("profile_step", tiny=tiny), 30, "the ten largest operators of one step"),
+        Check(part, "newer megatron-core", newer, 30, "two presets on the newer megatron-core", newer=True),
+    ]
+
+
+def limit(part: str, later: Sequence[str], remaining: float) -> float:
+    """Seconds that a part may take, so that enough is left for the parts after it."""
+    return max(5.0, min(LIMITS[part], remaining - sum(RESERVED[name] for name in later)))

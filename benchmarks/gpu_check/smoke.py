@@ -1,0 +1,253 @@
+"""Runs of the training programs that must come out right: train and fine-tune, resume, generate; and two processes.
+
+    python -m gpu_check.smoke train         # in this process, one run after the other
+    python -m gpu_check.smoke layouts       # pretrain_gpt.py in two processes that share the device
+
+The data are made from a seed, and the tokenizer is trained by the kit, so nothing but the checkout is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_check.rows import emit
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY, SEQUENCE = 512, 64
+MODEL = "minimind3_tiny"
+STEPS, SAVED = 6, 3  # of the run that is resumed
+SAME = 1e-4  # relative difference of the losses of runs that must agree, fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A tokenizer and datasets: prefixes of text, conversations and pairs."""
+
+    tokenizer: Path
+    text: Path
+    chat: Path
+    pairs: Path
+
+
+def make_data(folder: Path) -> Data:
+    """A tokenizer of the kit, and sequences whose next token is the last plus a small step."""
+    from minimind_mcore.preprocess import train_tokenizer
+    from minimind_mcore.preprocess.indexed import IndexedWriter
+
+    words, numbers = random.Random(1), np.random.default_rng(1)
+    texts = (" ".join("".join(words.choices("abcdefgh", k=4)) for _ in range(40)) for _ in range(200))
+    train_tokenizer.save(train_tokenizer.train(texts, VOCABULARY), str(folder / "tokenizer"))
+
+    def sequence(length: int, step: int) -> list[int]:
+        return ((int(numbers.integers(400)) + step * np.arange(length)) % 460 + 40).tolist()
+
+    def write(name: str, rows: Iterable[list[int]]) -> None:
+        kept = list(rows)
+        with IndexedWriter(folder / f"{name}_document") as writer:
+            writer.add(np.array([token for row in kept for token in row]), np.array([len(row) for row in kept]))
+
+    write("text_text", (sequence(int(numbers.integers(40, 200)), 1 + i % 3) for i in range(200)))
+    questions = [sequence(int(numbers.integers(4, 16)), 7) for _ in range(32)]
+    for side, step in (("chat", 1), ("chosen", 1), ("rejected", 5)):
+        answers = [sequence(12, step) for _ in questions]
+        ids = [q + a for q, a in zip(questions, answers, strict=True)]
+        labels = [[-100] * len(q) + a for q, a in zip(questions, answers, strict=True)]
+        prefix = "chat_packed" if side == "chat" else f"pairs_packed_{side}"
+        write(f"{prefix}_input_ids", ids)
+        write(f"{prefix}_labels", labels)
+        if side == "chat":
+            write(f"{prefix}_attention_mask", [[1] * len(row) for row in ids])
+    return Data(folder / "tokenizer", folder / "text_text_document", folder / "chat", folder / "pairs")
+
+
+def command_line(data: Data, prefix: Path, **changes: Any) -> list[str]:
+    """Flags of a training program; changes by name, True for a flag without a value, None leaves one out."""
+    from minimind_mcore.models.presets import get_preset
+
+    values: dict[str, Any] = {
+        "seq_length": SEQUENCE,
+        "micro_batch_size": 2,
+        "global_batch_size": 4,
+        "train_iters": STEPS,
+        "lr": 1e-3,
+        "min_lr": 1e-3,
+        "lr_decay_style": "constant",
+        "log_interval": 1,
+        "eval_iters": 0,
+        "num_workers": 0,
+        "split": "100,0,0",
+        "data_path": prefix,
+        "data_cache_path": prefix.parent / "cache",
+        "tokenizer_name_or_path": data.tokenizer,
+        "transformer_impl": "local",
+        "ckpt_format": "torch",
+    }
+    words = get_preset(MODEL).replace(vocab_size=VOCABULARY).megatron_flags()
+    for name, value in (values | changes).items():
+        if value is not None and value is not False:
+            words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return words
+
+
+def column(folder: Path, name: str = "lm_loss") -> list[float]:
+    """A column of the training rows of a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+def apart(found: list[float], expected: list[float]) -> float:
+    """Largest relative difference of two curves; infinite if they have not as many points."""
+    if len(found) != len(expected) or not found:
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------ one process
+
+
+def train(folder: Path) -> None:
+    """Pretrain, resume, fine-tune and generate, each in turn in this process."""
+    data = make_data(folder)
+    saved = folder / "pretrain/checkpoints"
+    dropout = {"hidden_dropout": 0.1}  # whose random numbers a resumed run must continue
+    whole = run(folder / "pretrain", command_line(data, data.text, save=saved, save_interval=SAVED, **dropout))
+    flags = command_line(data, data.text, load=saved, ckpt_step=SAVED, **dropout)
+    resumed = run(folder / "resumed", flags)
+    ok = whole[-1] < whole[0]
+    emit("pretraining: loss falls", whole[-1], "nats", ok=ok, note=f"last step; {whole[0]:.3f} at first")
+    difference = apart(resumed, whole[SAVED:])
+    emit("resume: losses of the same steps", difference, ok=difference <= SAME, note=f"at most {SAME:g}")
+
+    tuning = {"pretrained_checkpoint": saved, "train_iters": 16}
+    losses = run(folder / "sft", command_line(data, data.chat, stage="sft", **tuning), posttrain=True)
+    falls("SFT", losses)
+    lora = {"lora_target_modules": "linear_fc2", "lora_r": 16, "lora_alpha": 32, "lr": 5e-3, "min_lr": 5e-3}
+    losses = run(folder / "lora", command_line(data, data.chat, stage="sft", **tuning | lora), posttrain=True)
+    falls("LoRA", losses)
+    losses = run(folder / "dpo", command_line(data, data.pairs, stage="dpo", **tuning), posttrain=True)
+    falls("DPO", losses)
+    emit("DPO: first loss", losses[0], "nats", ok=abs(losses[0] - math.log(2)) < 1e-4, note="expected log 2")
+    generate(saved, data)
+
+
+def falls(name: str, losses: list[float]) -> None:
+    """Whether the last four losses are below the first four, in the mean."""
+    first, last = (sum(part) / len(part) for part in (losses[:4], losses[-4:]))
+    emit(f"{name}: loss falls", last, "nats", ok=last < first, note=f"mean of the last 4 steps; {first:.3f} at first")
+
+
+def run(folder: Path, argv: list[str], posttrain: bool = False) -> list[float]:
+    """The losses of one run of pretrain_gpt.py or posttrain_gpt.py, in this process."""
+    from minimind_mcore.posttrain import main as posttraining
+    from minimind_mcore.training import pretrain
+
+    (posttraining if posttrain else pretrain).main([*argv, "--output-dir", str(folder)])
+    return column(folder)
+
+
+def generate(checkpoints: Path, data: Data) -> None:
+    """Greedy tokens of the kit's decoder against transformers' own `generate`, one prompt and a padded batch."""
+    import torch
+
+    from minimind_mcore.converters.job import Job
+    from minimind_mcore.converters.sharding import Sharding
+    from minimind_mcore.inference.generation import Generator
+    from minimind_mcore.inference.loading import load, open_both
+    from minimind_mcore.inference.sampling import Sampling
+
+    job = Job(load_dir=checkpoints, save_dir=Path(), save_type="hf", sharding=Sharding(), dtype="fp32")
+    loaded = load(*open_both(job, str(data.tokenizer)))
+    prompts = [[1, 70, 71, 72], [1, 300], [1, 44, 45, 46, 47, 48]]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=loaded.device)
+        how = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        expected.append(out[0, len(prompt) :].tolist())
+    generator = Generator(loaded, Sampling(max_new_tokens=12))
+    generator.stop = []
+    together = [one.ids for one in generator.complete(prompts)]
+    alone = [generator.complete([prompt])[0].ids for prompt in prompts]
+    emit("generation: greedy tokens are transformers'", "equal", ok=alone == expected, note="one prompt at a time")
+    emit("generation: a padded batch", "equal", ok=together == expected, note="of three prompts")
+    sampled = Generator(loaded, Sampling(max_new_tokens=12, do_sample=True)).complete(prompts)
+    inside = all(0 <= token < VOCABULARY for one in sampled for token in one.ids)
+    emit("generation: sampled tokens", "inside the vocabulary", ok=inside)
+
+
+# ------------------------------------------------------------------------------------------ two processes
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "DP2": {},
+}
+
+
+def layouts(folder: Path) -> None:
+    """One process, TP2 and DP2 at the same time, all on one device; then their losses are compared."""
+    data = make_data(folder)
+    ranks = {
+        name: start(folder / name, command_line(data, data.text, **flags), 1 if name == "one process" else 2)
+        for name, flags in LAYOUTS.items()
+    }
+    curves: dict[str, list[float]] = {}
+    for name, processes in ranks.items():
+        texts = [process.communicate()[0] for process in processes]
+        for rank, (process, text) in enumerate(zip(processes, texts, strict=True)):
+            if process.returncode:
+                print(f"---- {name}, rank {rank}: exit status {process.returncode}\n{text}", flush=True)
+        good = not any(process.returncode for process in processes)
+        curves[name] = column(folder / name) if good else []
+    for name in ("TP2", "DP2"):
+        difference = apart(curves[name], curves["one process"])
+        note = f"two gloo processes on one device; losses, at most {SAME:g} from one process"
+        emit(f"{name}: losses", difference, ok=difference <= SAME, note=note)
+
+
+def start(folder: Path, argv: list[str], count: int) -> list[subprocess.Popen[str]]:
+    """Start the ranks of one run of pretrain_gpt.py."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder)]
+    command += ["--distributed-backend", "gloo"]
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "layouts"))
+    parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        (train if args.what == "train" else layouts)(Path(name))
+
+
+if __name__ == "__main__":
+    main()

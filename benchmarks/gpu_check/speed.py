@@ -1,0 +1,47 @@
+"""Part 3: the training speed of one side of benchmarks/train.py, at two sequence lengths."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import train
+
+from gpu_check.rows import emit
+from minimind_mcore.mfu import matmul_rate, mfu
+from minimind_mcore.models.presets import PRESETS
+
+# Sequences and their length: as many tokens either way.
+SHAPES = ((96, 340), (16, 2048))
+TINY_SHAPES = ((2, 34), (1, 64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--side", choices=("native", "plain"), required=True)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    name = f"{args.model}_tiny" if args.tiny else args.model
+    steps, warmup = (2, 1) if args.tiny else (20, 5)
+    common = argparse.Namespace(
+        model=[name],
+        side=args.side,
+        dtype="bf16",
+        threads=torch.get_num_threads(),
+        steps=steps,
+        warmup=warmup,
+        compile_backend="aot_eager" if args.tiny else "inductor",
+    )
+    train.prepare(common)
+    rate = matmul_rate(torch.bfloat16, 512 if args.tiny else 8192)
+    for batch, seq in TINY_SHAPES if args.tiny else SHAPES:
+        found = train.measure(argparse.Namespace(**vars(common), batch=batch, seq=seq))
+        share = mfu(PRESETS[name], seq, found["wall"], rate)
+        label, side = f"{name}, {batch} x {seq}", "native engine" if args.side == "native" else "plain loop"
+        emit(f"{label}: {side}", found["wall"], "tokens/s", note=f"{found['memory'] / 1e9:.2f} GB at most")
+        emit(f"{label}: {side}, MFU", 100 * share, "%", note=f"over {rate / 1e12:.1f} TFLOP/s, measured here")
+
+
+if __name__ == "__main__":
+    main()
