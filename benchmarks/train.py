@@ -57,8 +57,8 @@ def batches(config: ModelConfig, args: argparse.Namespace) -> Iterator[Tensor]:
         yield ids.to(device.current().torch_device)
 
 
-def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
-    """One update of the plain loop."""
+def plain_step(config: ModelConfig, args: argparse.Namespace) -> tuple[Step, Step]:
+    """One update of the plain loop, and what ends it."""
     kind = device.current().torch_device
     model: Any = Trained(config, args.seq).to(kind)
     gpu, half = kind.type != "cpu", args.dtype == "bf16"
@@ -78,14 +78,18 @@ def plain_step(config: ModelConfig, args: argparse.Namespace) -> Step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, lambda: None
 
 
-def native_step(config: ModelConfig, args: argparse.Namespace) -> Step:
-    """One update of the native engine, as pretrain_gpt.py does it."""
+def native_step(config: ModelConfig, args: argparse.Namespace) -> tuple[Step, Step]:
+    """One update of the native engine, as pretrain_gpt.py does it, and what ends it."""
     engine = NativeEngine(config, args.batch, args.seq, args.dtype == "bf16")
     data = batches(config, args)
-    return lambda: engine.step(next(data)) and None
+
+    def step() -> None:
+        engine.step(next(data))
+
+    return step, engine.close
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -101,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Time each step of one side: the medians of tokens/s and of tokens per CPU second, and the peak memory."""
     config = get_preset(args.model[0])
     build = native_step if args.side == "native" else plain_step
-    step = build(config, args)
+    step, close = build(config, args)
     wall, busy = [], []
     for _ in range(args.warmup + args.steps):
         device.synchronize()
@@ -110,6 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         device.synchronize()
         wall.append(time.perf_counter() - start)
         busy.append(time.process_time() - cpu_start)
+    close()
     tokens = args.batch * args.seq
     rates = [tokens / statistics.median(seconds[args.warmup :]) for seconds in (wall, busy)]
     return dict(zip(("wall", "cpu", "memory"), [*rates, float(device.peak_memory())], strict=True))

@@ -23,7 +23,7 @@ def main() -> None:
     config, dtype = get_preset(name), "fp32" if args.tiny else "bf16"
     torch.manual_seed(1)
     settings = argparse.Namespace(tokens=tokens, dtype=dtype)
-    for batch in (1, 64):
+    for batch in (1, 4 if args.tiny else 64):
         prompts = torch.randint(3, config.vocab_size, (batch, PROMPT), device=device.current().torch_device)
         for side, build in (("kit", generate.kit_run), ("plain loop", generate.plain_run)):
             run = build(config, settings)

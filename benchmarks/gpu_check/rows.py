@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Status = Literal["ok", "failed", "not measured"]
+Status = Literal["ok", "failed", "noted", "not measured"]
 Value = float | int | str | None
 LARGEST_FILE = 9_000_000  # bytes of the JSON and of the log, each
 ROWS_FILE = "GPU_CHECK_ROWS"  # environment variable: the file that a check appends its rows to
@@ -24,7 +24,8 @@ class Row:
         name: of what was checked or measured.
         value: a number in `unit`, a word, or None.
         unit: of the value.
-        status: "failed" makes the whole check fail; "not measured" does not.
+        status: "failed" makes the whole check fail. "noted" is a failure that does not, "not measured" says that
+            there is no result.
         note: the reason of a failure or of what was not measured, or what the value is compared with.
     """
 

@@ -26,11 +26,11 @@ from minimind_mcore.training.layout import Layout
 
 
 def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:
-    """What the schedules pass on for some rows; their length is made a multiple of `unit`."""
+    """What the schedules pass on for some rows, without their index; their length is made a multiple of `unit`."""
     length = -(-rows.tokens.shape[1] // unit) * unit
     rows = rows.cut(length)
     positions = torch.arange(length, device=rows.tokens.device).expand(len(rows), -1)
-    return {"rows": rows, "tokens": rows.tokens, "position_ids": positions, "index": rows.prompt_ids.tolist()}
+    return {"rows": rows, "tokens": rows.tokens, "position_ids": positions}
 
 
 @contextlib.contextmanager

@@ -304,22 +304,20 @@ class Rank:
         return ordered[rank::dp]
 
     def _forward(self, model: list[Any], batch: Batch, parts: list[list[int]]) -> step.StepResult:
-        micro = [micro_batch(batch.select(torch.tensor(part).clamp(min=0)), self.unit) for part in parts]
+        micro = [batch.select(torch.tensor(part).clamp(min=0)) for part in parts]
         for chunk in model:
             chunk.eval()
         with torch.no_grad(), weights_gathered(self.args, model if model is self.model else []):
             return self._schedule(self.ask, model, micro, forward_only=True)
 
-    def _schedule(
-        self, job: ResponseJob, model: list[Any], micro: list[dict[str, Any]], forward_only: bool
-    ) -> step.StepResult:
+    def _schedule(self, job: ResponseJob, model: list[Any], micro: list[Batch], forward_only: bool) -> step.StepResult:
         self.args.num_microbatches = len(micro)
         place = device.current().torch_device
 
         def stream() -> Iterator[dict[str, Any]]:
-            for one in micro:
+            for rows in micro:
                 # The ids of the prompts are read on the CPU: asking the device for them would stop the step.
-                yield micro_batch(one["rows"].to(place), self.unit) | {"index": one["index"]}
+                yield micro_batch(rows.to(place), self.unit) | {"index": rows.prompt_ids.tolist()}
 
         return step.forward_backward(self.args, job, model, [stream() for _ in model], forward_only=forward_only)
 
@@ -405,7 +403,7 @@ class Rank:
         return found.cpu()
 
     def _update_once(self, mini: Batch, iteration: int) -> dict[str, float]:
-        micro = [micro_batch(mini.select(torch.tensor(part)), self.unit) for part in self._parts(mini)]
+        micro = [mini.select(torch.tensor(part)) for part in self._parts(mini)]
         self.job.total = denominator(mini.mask, self.algorithm.aggregation if self.role == "actor" else "token-mean")
         if isinstance(self.job, Actor):
             self.job.tokens = mini.mask.sum()
