@@ -3,7 +3,7 @@
 # .gpu_wheels, which git ignores. benchmarks/gpu_check.sh unpacks those that are missing where it runs.
 #
 #   bash benchmarks/gpu_wheels.sh                   # about 25 MB
-#   NEWER=0.19.2 bash benchmarks/gpu_wheels.sh      # another newer megatron-core to try; NEWER= for none
+#   NEWER=0.17.1 bash benchmarks/gpu_wheels.sh      # the newer megatron-core to try; NEWER= for none
 #
 # It prints the size of the checkout and the wheels together, and ends with status 1 if that is above 60 MB: both are
 # copied to the host.
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 LIMIT_MB=60
 FOLDER=${FOLDER:-.gpu_wheels}
-NEWER=${NEWER-0.19.2}
+NEWER=${NEWER-0.17.1}
 # ray and vLLM are left out: the check does not use them.
 WHEELS=(
     megatron-core==0.16.1

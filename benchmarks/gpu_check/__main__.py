@@ -168,6 +168,9 @@ def _environment(args: argparse.Namespace, first: Sequence[Path]) -> dict[str, s
         "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # All processes are on this host, whose own name need not resolve.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         "NVIDIA_TF32_OVERRIDE": "0",
     }
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if args.device == "cpu" else "4")}

@@ -6,6 +6,7 @@ import argparse
 
 import torch
 from native_engine import NativeEngine
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_check.rows import emit
@@ -32,7 +33,9 @@ def main() -> None:
         engine.step(ids)
         device.synchronize()
     kind = "device" if on_gpu else "cpu"
-    times = {event.key: getattr(event, f"self_{kind}_time_total") for event in profiler.key_averages()}
+    # Kernels have rows of their own, whose time that of the operators which launch them holds already.
+    operators = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    times = {event.key: getattr(event, f"self_{kind}_time_total") for event in operators}
     total = sum(times.values())
     emit(f"{name}, {batch} x {seq}: operators of a step", total / 1e3, "ms", note=f"sum of all, time of the {kind}")
     for key, spent in sorted(times.items(), key=lambda item: -item[1])[:OPERATORS]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +39,8 @@ class Row:
 
 def emit(name: str, value: Value = None, unit: str = "", ok: bool = True, note: str = "") -> None:
     """Add a row to the results of the check that this process runs, and print it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value, unit = str(value), ""  # JSON has no NaN
     row = Row(name, value, unit, "ok" if ok else "failed", note)
     print(f"{row.status}: {name} {formatted(row)} {note}".rstrip(), flush=True)
     if path := os.environ.get(ROWS_FILE):

@@ -61,7 +61,8 @@ def run_check(check: Check, environment: Mapping[str, str], seconds: float, root
         note = f"not installed here: {', '.join(missing)}"
         return Outcome([Row(check.name, status="not measured", note=note)], "", 0.0)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
+    # A program that was just ended may still be writing there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         variables = {**environment, ROWS_FILE: str(folder / "rows.jsonl"), "TMPDIR": name}
         with open(folder / "log", "wb") as log:

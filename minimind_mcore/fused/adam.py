@@ -24,9 +24,12 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("FusedAdam decays weights as AdamW does; Adam's L2 regularisation is not implemented")
+        if capturable:  # megatron-core 0.17 and later ask, for CUDA graphs
+            raise ValueError("FusedAdam counts its steps on the host; a CUDA graph cannot capture it")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

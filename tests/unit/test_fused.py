@@ -15,6 +15,7 @@ from engine import ROOT
 from torch import Tensor
 
 from minimind_mcore.fused import elementwise
+from minimind_mcore.fused.adam import FusedAdam
 from minimind_mcore.fused.attention import BLOCK, causal_attention
 from minimind_mcore.fused.install import add_weight_gradient
 
@@ -147,3 +148,13 @@ def test_megatron_core_uses_them_and_the_cpu_flushes_denormals() -> None:
     for line, name in zip(lines, ["_SwiGLU", "_SwiGLU", "_Rotary", "_RMSNorm"], strict=False):
         assert f"{name}Backward" in line, line
     assert lines[-1] == "0.0"
+
+
+def test_adam_takes_the_options_of_newer_megatron_core() -> None:
+    """0.17 and later give `capturable`, True under --optimizer-cuda-graph."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    FusedAdam([weight], lr=0.5, weight_decay=0.0, capturable=False).step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.5), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="CUDA graph"):
+        FusedAdam([weight], capturable=True)
