@@ -132,12 +132,12 @@ def cpu_cores(config: Config, nodes: int) -> dict[str, int | float]:
     """
     rl = config.rl
     shared = rl.use_integrated_worker  # PPO's critic then has the actor's placement groups
-    npus = sum(worker.devices for worker in workers(config) if not (shared and worker.name == "critic_config"))
+    count = sum(worker.devices for worker in workers(config) if not (shared and worker.name == "critic_config"))
     filters = bool(rl.filter_groups_enable and config.actor.stage == "ray_dapo")
     docks = 1 + (filters and rl.data_strategy not in ("tq", "queue", "transfer_queue"))
     local = rl.num_cpus_for_local_task * nodes
     found = {
-        f"the NPUs ({npus} x num_cpus_for_placement_group)": npus * rl.num_cpus_for_placement_group,
+        f"the NPUs ({count} x num_cpus_for_placement_group)": count * rl.num_cpus_for_placement_group,
         f"{docks} transfer dock{'s' if docks > 1 else ''}": docks * TRANSFER_DOCK_CORES,
         "the train task": 1,
     }

@@ -215,8 +215,8 @@ def modes(config: Config, target: str) -> Iterator[Problem]:
         yield "rl_config.share_backbone", "only for LoRA, and not for DAPO"
 
 
-def one_npu(config: Config, target: str) -> Iterator[Problem]:
-    """One NPU has no rollout groups in MindSpeed-RL (vllm_parallel_state.py, initialize_parallel_state)."""
+def one_process(config: Config, target: str) -> Iterator[Problem]:
+    """One process has no rollout groups in MindSpeed-RL (vllm_parallel_state.py, initialize_parallel_state)."""
     rl = config.rl
     if target == "embedded" or rl.actor_resource.num_npus != 1:
         return
@@ -236,5 +236,5 @@ RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
     lengths,
     rewards,
     modes,
-    one_npu,
+    one_process,
 )
