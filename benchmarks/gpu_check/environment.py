@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def main() -> None:
     for name in SHOWN:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             emit(name, importlib.metadata.version(name))
-    lacking = missing_requirements()
-    emit("requirements that are missing", ", ".join(lacking) or "none")
+    if sys.version_info >= (3, 11):  # 3.10 has no tomllib
+        emit("requirements that are missing", ", ".join(missing_requirements()) or "none")
     _device(args.tiny)
 
 
