@@ -61,6 +61,13 @@ def take(output_dir: Path, save: Path | None, advice: str) -> None:
     except UserError:
         release()
         raise
+    if unlocked := [str(directory) for directory, file in lock_files(output_dir, save).items() if file not in _HELD]:
+        print(
+            f"warning: {' and '.join(unlocked)}: the filesystem has no file locks, so nothing stops a second run "
+            "there, which would delete this run's temporary files",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _take(directory: Path, file: Path) -> None:
@@ -75,8 +82,7 @@ def _take(directory: Path, file: Path) -> None:
             text = _read(handle)
             handle.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                _warn(directory, error)
-                return
+                return  # this filesystem has no locks
             raise UserError(
                 f"{directory} is in use by another run: {_holder(text)}. Stop that run or wait for its end, or give "
                 "this one a directory of its own (OUTPUT_DIR, or --save and --output-dir)"
@@ -111,12 +117,3 @@ def _holder(text: str) -> str:
         return f"process {found['pid']} on host {found['host']}, run {found['run']}, since {found['since']}"
     except (ValueError, LookupError, TypeError):
         return "its lock file does not say which"
-
-
-def _warn(directory: Path, error: OSError) -> None:
-    print(
-        f"warning: {directory} is on a filesystem without file locks ({error.strerror}): nothing stops a second run "
-        "there, which would delete this one's temporary files",
-        file=sys.stderr,
-        flush=True,
-    )

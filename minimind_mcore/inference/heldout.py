@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import bin_path, idx_path, read_index
-from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 
 KEY = "text"
@@ -49,18 +48,9 @@ def _of_files(path: str, loaded: Loaded) -> Iterator[Document]:
 
 
 def _of_dataset(prefix: str, loaded: Loaded) -> Iterator[Document]:
-    meta = read_meta(prefix)
-    if meta and meta.tokenizer.fingerprint != loaded.info.fingerprint:
-        raise UserError(
-            f"{prefix}: made with another tokenizer (fingerprint {meta.tokenizer.fingerprint[:12]}, the model's is "
-            f"{loaded.info.fingerprint[:12]})"
-        )
+    quick_check(prefix, loaded.info.fingerprint)
     index = read_index(prefix)
-    data = bin_path(prefix)
-    expected = int(index.lengths.sum(dtype=np.int64)) * index.dtype.itemsize
-    if not data.is_file() or data.stat().st_size != expected:
-        raise UserError(f"{data}: missing, or not of {expected} bytes as its index says; convert the data again")
-    tokens = np.memmap(Path(data), index.dtype, "r") if expected else np.empty(0, index.dtype)
+    tokens = np.memmap(bin_path(prefix), index.dtype, "r")
     for length, pointer in zip(index.lengths, index.pointers, strict=True):
         start = int(pointer) // index.dtype.itemsize
         ids = tokens[start : start + int(length)].tolist()

@@ -29,7 +29,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining
 from minimind_mcore.preprocess.indexed import bin_path
-from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record_files, sha256
+from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record_files, sha256, writing
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.model import weights_gathered
@@ -65,9 +65,10 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
         with _weights_of(args, None if args.lora_target_modules else source, model):
             known[missing] = _measure(job, model, missing)[missing]
         if distributed.is_main() and cache:
-            with atomic_file(cache) as f:
-                np.save(f, known)
-            record_files(cache.with_suffix(".json"), [cache])
+            with writing(cache, "give another directory with --save (CKPT_SAVE_DIR)"):
+                with atomic_file(cache) as f:
+                    np.save(f, known)
+                record_files(cache.with_suffix(".json"), [cache])
     for dataset in used:
         dataset.extra["reference"] = known
 

@@ -73,9 +73,10 @@ def without_file_locks() -> None:
 
 
 def test_a_filesystem_without_file_locks_is_one_warning(server: Server, corpus: Corpus, tmp_path: Path) -> None:
-    flags = corpus.flags(CONFIG, train_iters=1)
+    flags = corpus.flags(CONFIG, train_iters=1, save=tmp_path / "saved", ckpt_format="torch")
     run = server.run(flags, tmp_path / "run", 2, hook=hook(without_file_locks))
-    assert run.output.count("is on a filesystem without file locks") == 1, run.output
+    expected = f"warning: {tmp_path / 'run'} and {tmp_path / 'saved'}: the filesystem has no file locks"
+    assert run.output.count(expected) == run.output.count("file locks") == 1, run.output
 
 
 # The launcher
