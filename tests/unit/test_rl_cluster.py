@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine import ROOT
@@ -110,6 +111,24 @@ def test_the_directory_of_ray_cannot_be_guessed(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found[0] != found[1]
     assert all(Path(folder).parent == made and Path(folder).stat().st_mode & 0o077 == 0 for folder in found)
+
+
+def test_a_host_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_mcore.rl import cluster
+
+    gone = {"NodeID": "own", "Alive": False, "NodeManagerAddress": "10.0.0.1"}
+    for name, found in (
+        ("get_runtime_context", SimpleNamespace(get_node_id=lambda: "own")),
+        ("nodes", [gone]),
+        ("cluster_resources", {}),
+        ("available_resources", {}),
+    ):
+        monkeypatch.setattr(cluster.ray, name, lambda found=found: found)
+    monkeypatch.setattr(cluster, "placement_group_table", lambda group: {"state": "RESCHEDULING"})
+    alone = cluster.Cluster(True, print)
+    alone.groups = [SimpleNamespace(bundle_count=1, bundle_specs=[{"CPU": 1.0}])]
+    with pytest.raises(UserError, match=r"Ray's process of this host \(raylet\) has ended.*checkpoints are whole"):
+        alone.wait_for_hosts(0.1)
 
 
 def test_a_worker_leaves_with_the_head_and_complains_when_its_own_ray_ends(
