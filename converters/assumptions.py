@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import LOAD_BALANCING, ModelConfig
+from minimind_mcore.models.config import LOAD_BALANCING, ROUTER_WEIGHTS, ModelConfig
 
 # By the field of ModelConfig or MoEConfig; the flags are Megatron's, where it has one.
 FLAGS = {
@@ -25,9 +25,11 @@ FLAGS = {
     "inference_rope_scaling": "--inference-rope-scaling",
     "topk": "--moe-router-topk",
     "norm_topk_prob": "--norm-topk-prob",
+    "router_weight": "--router-weight",
     "load_balancing": "--moe-router-load-balancing-type",
     "aux_loss_coeff": "--moe-aux-loss-coeff",
 }
+_CHOICES = {"load_balancing": LOAD_BALANCING, "router_weight": ROUTER_WEIGHTS}
 _TYPES = {
     "num_heads": int,
     "norm_eps": float,
@@ -36,7 +38,7 @@ _TYPES = {
     "topk": int,
     "aux_loss_coeff": float,
 }
-_MOE = ("topk", "norm_topk_prob", "load_balancing", "aux_loss_coeff")
+_MOE = ("topk", "norm_topk_prob", "router_weight", "load_balancing", "aux_loss_coeff")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def add_flags(group: argparse._ArgumentGroup, known: set[str]) -> None:
         if flag in known:
             continue
         what = f"{name} of the model; replaces what is assumed for a .pth file, and must be right for other models"
-        if name == "load_balancing":
-            group.add_argument(flag, choices=LOAD_BALANCING, help=what)
+        if name in _CHOICES:
+            group.add_argument(flag, choices=_CHOICES[name], help=what)
         elif name in _TYPES:
             group.add_argument(flag, type=_TYPES[name], help=what)
         else:
@@ -78,7 +80,7 @@ def stated(args: argparse.Namespace, given: Sequence[str]) -> dict[str, object]:
 def value_of(config: ModelConfig, name: str) -> object:
     """Return a field of a model, or of its mixture of experts (None for a dense model)."""
     found: object = getattr(config.moe, name, None) if name in _MOE else getattr(config, name)
-    return found
+    return "normalized" if name == "router_weight" and config.moe and found is None else found
 
 
 def compare(config: ModelConfig, values: Mapping[str, object], where: str = "the model") -> None:

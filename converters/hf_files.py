@@ -79,12 +79,15 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         fields["rope_scaling"] = yarn.PARAMETERS | yarn.SERVING
     if config.moe:
         fields["num_experts"] = config.moe.num_experts
+        fields["router_weight"] = config.moe.router_weight or "normalized"
     return fields
 
 
 def native_config(source: Source, folder: Path | None, root: Path) -> dict[str, Any]:
     """MiniMind's own config.json; where its modelling code is at hand, that too, so that transformers finds it."""
     fields = to_native_config(source.config)
+    if moe := source.config.moe:
+        fields["router_weight"] = moe.router_weight or "normalized"
     for place in filter(None, (folder, source.folder)):
         code = place / "model_minimind.py"
         if code.is_file():

@@ -10,7 +10,7 @@ from typing import Any
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
-from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.models.config import ModelConfig, MoEConfig, named_router_weight
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What no shape tells; MindSpeed-LLM's converter names some otherwise or leaves them out.
@@ -82,7 +82,7 @@ def _experts(
         topk=topk,
         ffn_hidden_size=width,
         shared_ffn_hidden_size=shared[0] * sharding.tp // 2 if shared else 0,
-        norm_topk_prob=getattr(args, "norm_topk_prob", False) or not getattr(args, "moe_router_pre_softmax", False),
+        router_weight=named_router_weight(args),
         load_balancing=balancing if isinstance(balancing, str) else "aux_loss",
         aux_loss_coeff=getattr(args, "moe_aux_loss_coeff", 0.0),
     )

@@ -244,10 +244,16 @@ def architecture(
         open_values |= {
             "topk": generation.topk,
             "norm_topk_prob": True,
+            "router_weight": "normalized",
             "load_balancing": generation.load_balancing,
             "aux_loss_coeff": generation.aux_loss_coeff,
         }
     values = open_values | {name: value for name, value in stated.items() if name in open_values}
+    if sizes.num_experts and "router_weight" in stated:  # says both
+        del open_values["norm_topk_prob"]
+        values["norm_topk_prob"] = values["router_weight"] != "softmax"
+    elif sizes.num_experts and not values["norm_topk_prob"]:
+        del open_values["router_weight"]
     heads = sizes.query_rows // sizes.head_dim if sizes.head_dim else values["num_heads"]
     head_dim = sizes.head_dim or sizes.query_rows // max(heads, 1)
     if not head_dim or sizes.query_rows != heads * head_dim or sizes.key_rows % head_dim:
@@ -262,6 +268,7 @@ def architecture(
             num_experts=sizes.num_experts,
             ffn_hidden_size=sizes.ffn_hidden_size,
             shared_ffn_hidden_size=sizes.shared_ffn_hidden_size,
+            router_weight=values["router_weight"] if "router_weight" in stated else None,
             **{name: values[name] for name in ("topk", "norm_topk_prob", "load_balancing", "aux_loss_coeff")},
         )
     config = ModelConfig(

@@ -19,6 +19,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import (
+    LAYER_SPEC,
+    NO_EXPERTS,
+    ROUTER_WEIGHTS,
+    STRAIGHT_THROUGH_SPEC,
+    named_router_weight,
+    set_router_weight,
+)
 from minimind_mcore.splits import parse_split
 
 # dest names, grouped as Megatron groups its arguments
@@ -112,7 +120,7 @@ POSTTRAIN_NO_EFFECT = frozenset(
 
 # Of these flags the native engine has some values only; the others would train something else.
 VALUES: dict[str, tuple[Any, ...]] = {
-    "spec": (None, ["minimind_mcore.models.minimind_spec", "layer_spec"]),
+    "spec": (None, LAYER_SPEC, STRAIGHT_THROUGH_SPEC),
     "dataloader_type": (None, "single"),
     "tokenizer_type": (None, "PretrainedFromHF", "HuggingFaceTokenizer"),
     "moe_router_score_function": ("softmax",),
@@ -188,6 +196,7 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the schedule's value at the end of an iteration, as MiniMind does, not at its beginning",
     )
+    add_router_weight(group)
     group.add_argument("--swanlab-project", default="", help="log to this SwanLab project")
     group.add_argument("--log-file", help="also write what is printed to this file")
     group.add_argument(
@@ -197,6 +206,16 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, train nothing")
     group.add_argument("--data-pending", action="store_true", help="with --dry-run: the data is yet to be converted")
+
+
+def add_router_weight(group: argparse._ActionsContainer) -> None:
+    """Add the model flag that neither Megatron nor MindSpeed-LLM has."""
+    group.add_argument(
+        "--router-weight",
+        choices=ROUTER_WEIGHTS,
+        help="how the experts' scores become weights (default: the rule of the loaded weights; for new training "
+        "straight_through with one expert per token, else as --norm-topk-prob and --moe-router-pre-softmax say)",
+    )
 
 
 def _add_posttrain_flags(parser: argparse.ArgumentParser) -> None:
@@ -308,6 +327,10 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
     if args.split is not None:
         parse_split(args.split)
     fill_model(args)
+    if args.router_weight and not args.num_experts:
+        raise UserError(NO_EXPERTS)
+    if args.num_experts and (rule := named_router_weight(args)):
+        set_router_weight(args, rule)
     if "--transformer-impl" not in flags:  # Megatron's default needs Transformer Engine
         args.transformer_impl = "local"
     return args

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from minimind_mcore.errors import UserError
 
@@ -27,15 +27,34 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
+RouterWeight = Literal["normalized", "softmax", "straight_through"]
+ROUTER_WEIGHTS: tuple[RouterWeight, ...] = get_args(RouterWeight)
+_SPEC_MODULE = "minimind_mcore.models.minimind_spec"
+# `--spec` of MiniMind's layer. The second one is how MindSpeed-LLM, whose arguments have no router weight, trains
+# `straight_through`; its checkpoints carry `--spec`.
+LAYER_SPEC = [_SPEC_MODULE, "layer_spec"]
+STRAIGHT_THROUGH_SPEC = [_SPEC_MODULE, "straight_through_layer_spec"]
+NO_EXPERTS = "--router-weight: the model has no experts (--num-experts); leave the flag out (ROUTER_WEIGHT)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """The mixture of experts that replaces the MLP of every layer.
 
-    Scores are a softmax over all experts. Each token goes to its `topk` best experts, whose scores
-    are the weights of their outputs, divided by their sum if `norm_topk_prob`. No token is dropped.
-    A shared expert, if any, is added for every token with weight 1.
+    Scores are a softmax over all experts. Each token goes to its `topk` best experts. No token is dropped.
+    A shared expert, if any, is added for every token with weight 1. `router_weight` is the rule that makes
+    the weights of the experts' outputs from their scores:
+
+    - `normalized`: the scores divided by their sum. With one expert per token the weight is 1 whatever the
+      score is, so the language-model loss gives the router no gradient.
+    - `softmax`: the scores.
+    - `straight_through`, for one expert per token only: the weight is 1, its gradient is the score's. The
+      forward pass is that of `normalized`.
+    - None: the source names no rule, and `normalized` is assumed. Training from random weights takes
+      `default_router_weight`.
+
+    `norm_topk_prob` is the name of transformers and vLLM for the forward pass, and follows from `router_weight`:
+    False is `softmax`.
 
     The auxiliary loss of a layer is `aux_loss_coeff * E * sum_i f_i P_i`: `f_i` the share of the
     token-to-expert assignments that expert i got, `P_i` its mean score, both over the micro-batch
@@ -48,6 +67,7 @@ class MoEConfig:
     ffn_hidden_size: int
     shared_ffn_hidden_size: int = 0
     norm_topk_prob: bool = True
+    router_weight: RouterWeight | None = None
     load_balancing: str
     aux_loss_coeff: float
 
@@ -56,6 +76,19 @@ class MoEConfig:
             raise UserError(f"experts per token: found {self.topk}, expected 1 to num_experts={self.num_experts}")
         if self.load_balancing not in LOAD_BALANCING:
             raise UserError(f"load balancing: found {self.load_balancing!r}, expected one of {LOAD_BALANCING}")
+        if self.router_weight not in (None, *ROUTER_WEIGHTS):
+            raise UserError(f"router_weight: found {self.router_weight!r}, expected one of {', '.join(ROUTER_WEIGHTS)}")
+        if self.router_weight == "straight_through" and self.topk > 1:
+            raise UserError(straight_through_needs_one(self.topk))
+        if self.router_weight == "softmax":
+            object.__setattr__(self, "norm_topk_prob", False)
+        elif not self.norm_topk_prob and self.router_weight is None:
+            object.__setattr__(self, "router_weight", "softmax")
+        elif not self.norm_topk_prob:
+            raise UserError(
+                f"router_weight is {self.router_weight} and norm_topk_prob is False. They contradict each other: "
+                "softmax needs norm_topk_prob False, normalized and straight_through need True. Correct the wrong one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +195,9 @@ class ModelConfig:
     def megatron_flags(self) -> list[str]:
         """The Megatron flags of this architecture, in the form of `sys.argv`.
 
-        All of them are flags of MindSpeed-LLM's training programs. They say nothing about the run
-        (layout, precision, batch, `--spec`).
+        All of them are flags of MindSpeed-LLM's training programs, except `--router-weight`: with one expert per
+        token MindSpeed-LLM's flags do not distinguish `normalized` from `straight_through`. They say nothing about
+        the run (layout, precision, batch, `--spec`).
         """
         flags: dict[str, object] = {
             "--num-layers": self.num_layers,
@@ -284,10 +318,47 @@ def _moe_flags(moe: MoEConfig) -> dict[str, object]:
         # it refuses that for a single expert, where `--norm-topk-prob` then normalises.
         "--moe-router-pre-softmax": moe.topk == 1 or not moe.norm_topk_prob,
         "--norm-topk-prob": moe.norm_topk_prob,
+        **({"--router-weight": moe.router_weight} if moe.router_weight and moe.norm_topk_prob else {}),
         "--moe-router-load-balancing-type": moe.load_balancing,
         "--moe-aux-loss-coeff": moe.aux_loss_coeff,
         **({"--moe-shared-expert-intermediate-size": size} if (size := moe.shared_ffn_hidden_size) else {}),
     }
+
+
+def straight_through_needs_one(topk: int) -> str:
+    """Say that `straight_through` is not for several experts per token."""
+    return (
+        f"router_weight: found straight_through with {topk} experts per token, expected one expert per token; "
+        "with several use normalized or softmax (--router-weight)"
+    )
+
+
+def named_router_weight(args: argparse.Namespace) -> RouterWeight | None:
+    """Return the router weight that flags, or the arguments of a checkpoint, name; None if they leave it open.
+
+    Megatron's flags distinguish `softmax` from the other two rules only, which have the same forward pass.
+    """
+    # Checkpoints of other programs and versions lack some of them.
+    absent = {"router_weight": None, "spec": None, "norm_topk_prob": False, "moe_router_pre_softmax": False}
+    args = argparse.Namespace(**absent | vars(args))
+    if args.router_weight is not None:
+        named: RouterWeight = args.router_weight
+        return named
+    if args.spec == STRAIGHT_THROUGH_SPEC:
+        return "straight_through"
+    return None if args.norm_topk_prob or not args.moe_router_pre_softmax else "softmax"
+
+
+def default_router_weight(topk: int) -> RouterWeight:
+    """Return the router weight of new training with that many experts per token (docs/models.md has the reason)."""
+    return "straight_through" if topk == 1 else "normalized"
+
+
+def set_router_weight(args: argparse.Namespace, rule: RouterWeight) -> None:
+    """Write a router weight into parsed flags, with what it means for Megatron's own flags."""
+    args.router_weight = rule
+    args.norm_topk_prob = rule != "softmax"
+    args.moe_router_pre_softmax = rule == "softmax" or args.moe_router_topk == 1
 
 
 def _moe_from_args(args: argparse.Namespace) -> MoEConfig:
@@ -296,7 +367,7 @@ def _moe_from_args(args: argparse.Namespace) -> MoEConfig:
         topk=args.moe_router_topk,
         ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
         shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size or 0,
-        norm_topk_prob=args.norm_topk_prob or not args.moe_router_pre_softmax,
+        router_weight=named_router_weight(args),
         load_balancing=args.moe_router_load_balancing_type,
         aux_loss_coeff=args.moe_aux_loss_coeff,
     )

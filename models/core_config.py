@@ -14,15 +14,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from minimind_mcore.models import yarn
-from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.config import ModelConfig, RouterWeight
 
 
 @dataclass
 class MiniMindTransformerConfig(TransformerConfig):  # type: ignore[misc]
     """megatron-core's config, and the one thing that MiniMind needs and it lacks."""
 
-    norm_topk_prob: bool = True
-    """Divide the weights of a token's experts by their sum, also where there is one (MindSpeed-LLM's name)."""
+    router_weight: RouterWeight = "normalized"
+    """How the experts' scores become the weights of their outputs; see `MoEConfig`."""
 
 
 _FIELDS = {field.name for field in dataclasses.fields(MiniMindTransformerConfig)}
@@ -56,7 +56,7 @@ def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransfo
             "moe_ffn_hidden_size": moe.ffn_hidden_size,
             "moe_router_topk": moe.topk,
             "moe_router_pre_softmax": moe.topk == 1 or not moe.norm_topk_prob,
-            "norm_topk_prob": moe.norm_topk_prob,
+            "router_weight": moe.router_weight or "normalized",
             "moe_router_load_balancing_type": moe.load_balancing,
             "moe_aux_loss_coeff": moe.aux_loss_coeff,
             "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,

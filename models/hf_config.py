@@ -72,6 +72,7 @@ def to_hf_config(config: ModelConfig) -> PretrainedConfig:
             "num_experts": config.moe.num_experts,
             "num_experts_per_tok": config.moe.topk,
             "norm_topk_prob": config.moe.norm_topk_prob,
+            **_router_weight(config.moe),
             "moe_intermediate_size": config.moe.ffn_hidden_size,
             "router_aux_loss_coef": config.moe.aux_loss_coeff,
             "decoder_sparse_step": 1,
@@ -115,6 +116,7 @@ def to_native_config(config: ModelConfig) -> dict[str, Any]:
             "num_experts_per_tok": moe.topk if moe else 1,
             "moe_intermediate_size": moe.ffn_hidden_size if moe else config.ffn_hidden_size,
             "norm_topk_prob": moe.norm_topk_prob if moe else True,
+            **_router_weight(moe),
             "router_aux_loss_coef": moe.aux_loss_coeff / moe.topk if moe else 5e-4,
         }
     else:
@@ -126,11 +128,17 @@ def to_native_config(config: ModelConfig) -> dict[str, Any]:
             "n_shared_experts": moe.shared_ffn_hidden_size // width if moe else 1,
             "num_experts_per_tok": moe.topk if moe else 2,
             "norm_topk_prob": moe.norm_topk_prob if moe else True,
+            **_router_weight(moe),
             "scoring_func": "softmax",
             "aux_loss_alpha": moe.aux_loss_coeff if moe else 0.01,
             "seq_aux": moe.load_balancing == "seq_aux_loss" if moe else True,
         }
     return fields | experts
+
+
+def _router_weight(moe: MoEConfig | None) -> dict[str, str]:
+    """The key of this kit, where the rule is known. transformers and vLLM read `norm_topk_prob` and keep this one."""
+    return {"router_weight": moe.router_weight} if moe and moe.router_weight else {}
 
 
 def _common_fields(config: ModelConfig) -> dict[str, Any]:
@@ -256,6 +264,7 @@ def _read_moe(reader: _Reader, model_type: str) -> MoEConfig:
         ffn_hidden_size=reader.get("moe_intermediate_size"),
         shared_ffn_hidden_size=reader.get("shared_expert_intermediate_size") if shared else 0,
         norm_topk_prob=reader.get("norm_topk_prob"),
+        router_weight=reader.raw.get("router_weight"),
         # Not in the config: each is the one that MiniMind trains this architecture with.
         load_balancing="seq_aux_loss" if shared else "aux_loss",
         aux_loss_coeff=reader.get("router_aux_loss_coef"),
@@ -311,6 +320,7 @@ def _read_moe2(reader: _Reader) -> MoEConfig:
         ffn_hidden_size=width,
         shared_ffn_hidden_size=width * reader.get("n_shared_experts"),
         norm_topk_prob=reader.get("norm_topk_prob"),
+        router_weight=reader.raw.get("router_weight"),
         load_balancing="seq_aux_loss" if reader.get("seq_aux") else "aux_loss",
         aux_loss_coeff=reader.get("aux_loss_alpha"),
     )
@@ -323,6 +333,7 @@ def _read_moe3(reader: _Reader) -> MoEConfig:
         topk=topk,
         ffn_hidden_size=reader.get("moe_intermediate_size"),
         norm_topk_prob=reader.get("norm_topk_prob"),
+        router_weight=reader.raw.get("router_weight"),
         load_balancing="aux_loss",
         aux_loss_coeff=reader.get("router_aux_loss_coef") * topk,
     )

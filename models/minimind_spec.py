@@ -12,6 +12,7 @@ the fused kernels run.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch import Tensor
 from minimind_mcore.fused.elementwise import rms_norm
 from minimind_mcore.mindspeed import layers as mindspeed
 from minimind_mcore.models.attention import SDPACoreAttention
-from minimind_mcore.models.moe import build_moe
+from minimind_mcore.models.moe import MiniMindRouter, StraightThroughRouter, build_moe
 
 
 class RMSNorm(torch.nn.Module):
@@ -94,10 +95,22 @@ class FeedForward:
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
         """Build it."""
         if config.num_moe_experts:
-            return build_moe(config, own_router=not mindspeed.active())
+            return build_moe(config, None if mindspeed.active() else MiniMindRouter)
         if "ffn_hidden_size" in inspect.signature(MLP.__init__).parameters:
             kwargs["ffn_hidden_size"] = config.ffn_hidden_size  # 0.16.1 warns of its own default
         return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
+
+
+class StraightThroughFeedForward(FeedForward):
+    """The mixture of experts whose router weight is `straight_through`, whatever the config says.
+
+    MindSpeed-LLM's config has no such field, and MindSpeed-LLM rejects unknown flags: the layer spec says it.
+    """
+
+    def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
+        """Build it."""
+        router = StraightThroughRouter if mindspeed.active() else MiniMindRouter
+        return build_moe(config, router)
 
 
 layer_spec = ModuleSpec(
@@ -120,6 +133,11 @@ layer_spec = ModuleSpec(
         mlp=FeedForward,
         mlp_bda=get_bias_dropout_add,
     ),
+)
+
+straight_through_layer_spec = ModuleSpec(
+    module=TransformerLayer,
+    submodules=dataclasses.replace(layer_spec.submodules, mlp=StraightThroughFeedForward),
 )
 
 # The norm after the last layer is no part of a layer's spec: the block builds this class. What

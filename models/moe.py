@@ -1,8 +1,9 @@
 """MiniMind's mixture of experts on megatron-core.
 
-Its router differs from megatron-core's in one thing: minimind-3 sends a token to one expert and
-divides the weight by itself, so that it is exactly 1 (model_minimind.py, `norm_topk_prob`). Then
-only the auxiliary loss trains the router. The rest is megatron-core's own: the softmax, the
+MiniMind's router differs from megatron-core's in one thing: the weight of a single expert. minimind-3 sends
+a token to one expert and divides the weight by itself, so that the weight is exactly 1 (model_minimind.py,
+`norm_topk_prob`). Then only the auxiliary loss trains the router. `straight_through` keeps the weight of 1
+and gives the router the gradient of the score. The rest is megatron-core's own: the softmax, the
 auxiliary losses over micro-batches and sequences (under any layout, and in its log), the dispatch.
 """
 
@@ -23,7 +24,7 @@ from minimind_mcore.errors import UserError
 
 
 class MiniMindRouter(TopKRouter):  # type: ignore[misc]
-    """Top-k router that can normalise the weights after a softmax over all experts."""
+    """Top-k router with the three rules of `MoEConfig.router_weight`."""
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -37,32 +38,57 @@ class MiniMindRouter(TopKRouter):  # type: ignore[misc]
             Weights [tokens, experts], zero for experts not chosen, and the choice as booleans.
         """
         probs, routing_map = super().routing(logits, *args, **kwargs)
+        if self.config.router_weight == "straight_through":
+            probs = straight_through(probs, routing_map)
         # Without pre-softmax megatron-core's softmax over the chosen logits has normalised already.
-        if self.config.moe_router_pre_softmax and getattr(self.config, "norm_topk_prob", True):
+        elif self.config.router_weight == "normalized" and self.config.moe_router_pre_softmax:
             # 1e-20 as upstream: it vanishes in float32, and no softmax's best k sum to zero.
             probs = probs / (probs.sum(dim=-1, keepdim=True) + 1e-20)
         return probs, routing_map
 
 
-def build_moe(config: TransformerConfig, *, own_router: bool) -> MoELayer:
+class StraightThroughRouter(TopKRouter):  # type: ignore[misc]
+    """Router whose weights have the value 1 and the gradient of the scores, for MindSpeed-LLM.
+
+    It expects a router below it that returns the scores: `--moe-router-pre-softmax` without `--norm-topk-prob`.
+    """
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See `MiniMindRouter.routing`."""
+        probs, routing_map = super().routing(logits, *args, **kwargs)
+        return straight_through(probs, routing_map), routing_map
+
+
+def straight_through(scores: Tensor, routing_map: Tensor) -> Tensor:
+    """Return weights of exactly 1 where `routing_map` is set and 0 elsewhere, with the gradient of `scores`.
+
+    Args:
+        scores: [tokens, experts], zero for experts not chosen.
+        routing_map: [tokens, experts], the choice as booleans.
+    """
+    # s - s is 0 in every dtype, so the sum is exactly 0 or 1. The other order, (1 - s) + s, would round.
+    return routing_map.to(scores.dtype) + (scores - scores.detach())
+
+
+def build_moe(config: TransformerConfig, router: type[TopKRouter] | None) -> MoELayer:
     """The mixture of experts of one layer, as `config` describes it.
 
     Args:
         config: with `num_moe_experts` and so on.
-        own_router: route with `MiniMindRouter`; False where the platform's router knows how.
+        router: class of the router; None where the platform's own router computes the same.
     """
     spec = get_moe_module_spec(
         use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
-    if not own_router:
+    if router is None:
         return MoELayer(config, spec.submodules)
-    if config.moe_grouped_gemm:
+    if config.moe_grouped_gemm and router is MiniMindRouter:
         raise UserError("--moe-grouped-gemm is not supported here: leave it out (on an NPU MindSpeed has it)")
     if hasattr(spec.submodules, "router"):
-        spec.submodules.router = MiniMindRouter
+        spec.submodules.router = router
         return MoELayer(config, spec.submodules)
     layer = MoELayer(config, spec.submodules)
-    layer.router = MiniMindRouter(config)  # 0.12.1 takes no router in its spec
+    layer.router = router(config)  # 0.12.1 takes no router in its spec
     return layer
 
 

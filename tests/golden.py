@@ -23,6 +23,8 @@ import rehearsal  # noqa: E402
 from engine import ROOT  # noqa: E402
 from rehearsal import Inputs  # noqa: E402
 
+from minimind_mcore.models.config import RouterWeight  # noqa: E402
+
 FOLDER = ROOT / "tests/contract/golden"
 POSTTRAIN = {"SEQ_LENGTH": "128", "LR": "1e-3"}
 
@@ -35,6 +37,7 @@ class Case:
     model: str
     data: str
     settings: dict[str, str] = field(default_factory=dict)
+    router_weight: RouterWeight | None = None  # None: the model has no experts
 
     @property
     def posttrain(self) -> bool:
@@ -44,9 +47,19 @@ class Case:
 
 CASES = {
     "pretrain_minimind3": Case("pretrain_minimind_ptd.sh", "minimind3", "text.jsonl"),
-    "pretrain_minimind3_moe": Case("pretrain_minimind_ptd.sh", "minimind3_moe", "text.jsonl"),
+    "pretrain_minimind3_moe": Case(
+        "pretrain_minimind_ptd.sh", "minimind3_moe", "text.jsonl", router_weight="normalized"
+    ),
+    "pretrain_minimind3_moe_softmax": Case(
+        "pretrain_minimind_ptd.sh", "minimind3_moe_softmax", "text.jsonl", router_weight="softmax"
+    ),
+    "pretrain_minimind3_moe_straight_through": Case(
+        "pretrain_minimind_ptd.sh", "minimind3_moe_straight_through", "text.jsonl", router_weight="straight_through"
+    ),
     "pretrain_minimind2": Case("pretrain_minimind_ptd.sh", "minimind2", "text.jsonl"),
-    "pretrain_minimind2_moe": Case("pretrain_minimind_ptd.sh", "minimind2_moe", "text.jsonl"),
+    "pretrain_minimind2_moe": Case(
+        "pretrain_minimind_ptd.sh", "minimind2_moe", "text.jsonl", router_weight="normalized"
+    ),
     "sft_minimind3": Case("tune_minimind_full_ptd.sh", "minimind3", "chats.jsonl", POSTTRAIN),
     "dpo_minimind3": Case("dpo_minimind_ptd.sh", "minimind3", "pairs.jsonl", POSTTRAIN),
 }
@@ -57,6 +70,8 @@ def prepare(inputs: Inputs, case: Case, work: Path, **environment: str) -> dict[
     settings = rehearsal.SETTINGS | inputs.environment | rehearsal.layout() | case.settings | environment
     model = {"LOAD_DIR": str(inputs.model(case.model)), "SAVE_DIR": str(work / "weights")}
     rehearsal.run_script("ckpt_convert_minimind_hf2mcore.sh", rehearse=False, **settings, **model)
+    if case.router_weight:
+        settings["ROUTER_WEIGHT"] = case.router_weight
     return settings | {
         "MODEL": str(inputs.model(case.model)),
         "DATA_PATH": str(inputs.folder / case.data),
@@ -114,6 +129,7 @@ def record(name: str, inputs: Inputs, folder: Path) -> dict[str, Any]:
     flags = rehearsal.program_flags(result)
     return {
         "versions": versions(),
+        **({"router_weight": case.router_weight} if case.router_weight else {}),
         "flags": generic(flags, inputs, work),
         "losses": result.losses,
         "grad_norms": result.grad_norms,

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ MODELS: dict[str, ModelConfig] = {
     name: config.replace(num_layers=2, hidden_size=64, head_dim=8, vocab_size=VOCABULARY)
     for name, config in weights_on_disk.SMALL.items()
 }
+for _rule in ("softmax", "straight_through"):
+    _moe = MODELS["minimind3_moe"].moe
+    assert _moe is not None
+    MODELS[f"minimind3_moe_{_rule}"] = MODELS["minimind3_moe"].replace(moe=replace(_moe, router_weight=_rule))
 # Batches of 4 sequences of 64 tokens in micro-batches of 2, ten updates.
 SETTINGS = {"TRAIN_ITERS": "10", "MBS": "2", "GBS": "4", "SEQ_LENGTH": "64", "LR": "2e-3", "SPLIT": "100,0,0",
             "LOG_INTERVAL": "1", "EVAL_ITERS": "0", "PRECISION": "fp32"}  # fmt: skip

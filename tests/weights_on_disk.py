@@ -96,6 +96,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
             "num_experts": moe.num_experts,
             "num_experts_per_tok": moe.topk,
             "norm_topk_prob": moe.norm_topk_prob,
+            **({"router_weight": moe.router_weight} if moe.router_weight else {}),
             "moe_intermediate_size": moe.ffn_hidden_size,
             "router_aux_loss_coef": moe.aux_loss_coeff,
         }

@@ -120,7 +120,9 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
 def _stated(args: argparse.Namespace) -> dict[str, object]:
     """The flags of the model that replace what is assumed for a `.pth` file; `check_model` compares others."""
     found = assumptions.stated(args, args.given)
-    return found if Path(args.load).is_file() else {k: v for k, v in found.items() if k == "inference_rope_scaling"}
+    # Flags that MindSpeed-LLM does not have, which `check_model` therefore does not know.
+    kept = ("inference_rope_scaling", "router_weight")
+    return found if Path(args.load).is_file() else {name: value for name, value in found.items() if name in kept}
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:
@@ -143,7 +145,9 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
     Raises:
         UserError: one says something else.
     """
-    expected = arguments.build_parser().parse_args(config.megatron_flags())
+    parser = arguments.build_parser()
+    arguments.add_router_weight(parser)
+    expected = parser.parse_args(config.megatron_flags())
     table = arguments.flag_table()
     for flag in args.given:
         dest = table[flag]["dest"] if flag in table else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from minimind_mcore.converters.megatron import NAME, TRACKER, read_tracker, tracked_directory
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training.checkpoint_fit import (
     check_layout,
     check_model,
@@ -53,6 +54,33 @@ def fit_problems(args: argparse.Namespace, hosts: int) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     return list(dict.fromkeys(problems))
+
+
+def loaded_router_weight(args: argparse.Namespace) -> RouterWeight | None:
+    """Return the router weight of the weights that the run begins with; None if it begins with random weights.
+
+    A checkpoint that cannot be read counts as `normalized` here; `fit_problems` refuses it.
+    """
+    for flag, path in _needed(args):
+        if flag in ("--load", "--pretrained-checkpoint"):
+            try:
+                return saved_router_weight(Path(path), args.ckpt_step if flag == "--load" else None) or "normalized"
+            except UserError:
+                return "normalized"
+    return None
+
+
+def saved_router_weight(root: Path, step: int | None = None) -> RouterWeight | None:
+    """Return the router weight that the checkpoint below `root` names; None if it has no experts, or is not there.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not _exists(root):
+        return None
+    directory = _iteration(root, step)
+    saved = saved_args(directory) if directory.is_dir() else argparse.Namespace()
+    return named_router_weight(saved) if getattr(saved, "num_experts", None) else None
 
 
 def resumed(args: argparse.Namespace) -> Path | None:

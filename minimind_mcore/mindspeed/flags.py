@@ -21,6 +21,17 @@ from minimind_mcore.arguments import (
 )
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed import checkpoints
+from minimind_mcore.models.config import (
+    LAYER_SPEC,
+    NO_EXPERTS,
+    ROUTER_WEIGHTS,
+    STRAIGHT_THROUGH_SPEC,
+    RouterWeight,
+    default_router_weight,
+    named_router_weight,
+    set_router_weight,
+    straight_through_needs_one,
+)
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.splits import parse_split
 from minimind_mcore.training import sample_order
@@ -41,6 +52,8 @@ OLDER_NAMES = {
     "--no-pad-to-seq-lengths": ["--variable-seq-lengths"],
     "--neat-pack": ["--neat-pack", "--reset-position-ids"],
 }
+# Load balancing under which MindSpeed-LLM's router returns the softmax's scores for the chosen experts.
+STRAIGHT_THROUGH_BALANCING = ("aux_loss", "seq_aux_loss", "softmax_topk", "none")
 # Layouts of MindSpeed-LLM's that are not the kit's: their arithmetic is left to it.
 ITS_LAYOUTS = (
     "num_layer_list", "expert_tensor_parallel_size", "moe_tp_extend_ep", "tp_2d", "schedules_method", "use_torch_fsdp2",
@@ -58,14 +71,35 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     known, ours = flag_table(), kit_flags()
     refuse_unknown(given_flags(argv), [*known, *ours])
+    foreign = [flag for flag in given_flags(argv) if flag in ours]
+    return without_flags(argv, *foreign), foreign
+
+
+def without_flags(argv: Sequence[str], *names: str) -> list[str]:
+    """A command line without these flags and their values."""
     kept: list[str] = []
     keep = True
     for word in argv:
         if word.startswith("--"):
-            keep = word.split("=", 1)[0] in known
+            keep = word.split("=", 1)[0] not in names
         if keep:
             kept.append(word)
-    return kept, [flag for flag in given_flags(argv) if flag in ours]
+    return kept
+
+
+def given_router_weight(argv: Sequence[str]) -> RouterWeight | None:
+    """Return the value of the last `--router-weight` of a command line.
+
+    Raises:
+        UserError: an unknown rule.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--router-weight")
+    given, _ = parser.parse_known_args(list(argv))
+    for rule in (None, *ROUTER_WEIGHTS):
+        if given.router_weight == rule:
+            return rule
+    raise UserError(f"--router-weight: found {given.router_weight!r}, expected one of {', '.join(ROUTER_WEIGHTS)}")
 
 
 def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int = 1) -> tuple[list[str], list[str]]:
@@ -82,7 +116,8 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
             after a minute: a layout that does not divide, a checkpoint that is missing or another's.
     """
     flags, ours = split_flags(argv)
-    done_here = ("--dry-run", "--data-pending", "--verify-data")
+    # of the kit's start alone, and what `_router_flags` translates
+    done_here = ("--dry-run", "--data-pending", "--verify-data", "--router-weight")
     ours = [flag for flag in ours if flag not in done_here]
     remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
     try:
@@ -91,11 +126,16 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
         if native := [value for value in (*STAGES, *DPO_LOSSES) if f"invalid choice: '{value}'" in str(error)]:
             raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
         raise
+    rule = given_router_weight(argv)
+    if rule:  # replaces what the other flags say, which need not fit each other then
+        flags = _router_flags(args, flags, rule)
     problems = [*_model_problems(args, flags), *_data_problems(args), *checkpoints.form_problems(args)]
     problems += _damaged_data(args, "--verify-data" in argv)
     problems = problems or [*_layout_problems(args, processes, argv), *checkpoints.fit_problems(args, hosts)]
     if problems:
         raise UserError("\n  ".join(problems))
+    if args.num_experts and not rule:
+        flags = _router_flags(args, flags, _router_weight(args))
     if args.gradient_accumulation_fusion:
         flags.append("--no-gradient-accumulation-fusion")  # it needs the nnal package, for a gain that is none here
     if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
@@ -112,6 +152,41 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
         differing = sample_order.differences(args, saved_args(resumed))
         remarks += [sample_order.warning(resumed, differing)] if differing else []
     return flags, remarks
+
+
+def router_weight_of(flags: Sequence[str]) -> RouterWeight:
+    """Return the router weight that MindSpeed-LLM computes with these flags."""
+    return named_router_weight(build_parser().parse_args(list(flags))) or "normalized"
+
+
+def _router_weight(args: argparse.Namespace) -> RouterWeight:
+    """Return the router weight of a run whose command line has no `--router-weight`."""
+    named = named_router_weight(args) or checkpoints.loaded_router_weight(args)
+    return named or default_router_weight(args.moe_router_topk)
+
+
+def _router_flags(args: argparse.Namespace, flags: Sequence[str], rule: RouterWeight) -> list[str]:
+    """Return the flags that make MindSpeed-LLM compute a router weight; `args` becomes what they mean.
+
+    MindSpeed-LLM has `normalized` and `softmax` by flags of its own. For `straight_through` its router returns the
+    scores, as for `softmax`, and the layer spec replaces their values (`StraightThroughRouter`).
+
+    Raises:
+        UserError: `straight_through` with several experts per token.
+    """
+    if not args.num_experts:
+        raise UserError(NO_EXPERTS)
+    if rule == "straight_through" and args.moe_router_topk > 1:
+        raise UserError(straight_through_needs_one(args.moe_router_topk))
+    named = named_router_weight(args) or "normalized"
+    set_router_weight(args, rule)
+    args.norm_topk_prob = rule == "normalized"
+    if named == rule:  # the given flags compute it already
+        return list(flags)
+    flags = without_flags(flags, "--moe-router-pre-softmax", "--norm-topk-prob", "--spec")
+    flags += ["--moe-router-pre-softmax"] * args.moe_router_pre_softmax + ["--norm-topk-prob"] * args.norm_topk_prob
+    args.spec = STRAIGHT_THROUGH_SPEC if rule == "straight_through" else LAYER_SPEC
+    return [*flags, "--spec", *args.spec]
 
 
 def spelled(flags: Sequence[str], home: Path) -> list[str]:
@@ -151,6 +226,11 @@ def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
         problems.append(
             f"--norm-topk-prob is ignored with --moe-router-load-balancing-type {balancing}; "
             "use aux_loss, or leave out --moe-router-pre-softmax, which normalises too"
+        )
+    if named_router_weight(args) == "straight_through" and balancing not in STRAIGHT_THROUGH_BALANCING:
+        problems.append(
+            f"--router-weight straight_through with --moe-router-load-balancing-type {balancing}: its router computes "
+            f"other weights than a softmax's; use {', '.join(STRAIGHT_THROUGH_BALANCING)}"
         )
     if args.lora_target_modules and "--moe-token-dispatcher-type" in given and dispatcher != "alltoall_seq":
         problems.append("LoRA on a mixture of experts needs --moe-token-dispatcher-type alltoall_seq")

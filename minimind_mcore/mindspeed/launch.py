@@ -17,9 +17,10 @@ from pathlib import Path
 
 import minimind_mcore
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.mindspeed.flags import complete, spelled
+from minimind_mcore.mindspeed.flags import complete, router_weight_of, spelled
+from minimind_mcore.models.config import LAYER_SPEC
 
-SPEC = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
+SPEC = ["--spec", *LAYER_SPEC]
 RANK = ["-m", "minimind_mcore.mindspeed.program"]  # runs the program that follows
 CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
 
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags, remarks = complete(words[at], words[at + 1 :], *size(words[:at]))
     for remark in remarks:
         print(remark, file=sys.stderr)
-    program = [*RANK, words[at], *SPEC, *spelled(flags, folder)]
+    if "--num-experts" in flags:
+        print(f"router weight: {router_weight_of(flags)}", file=sys.stderr)
+    program = [*RANK, words[at], *([] if "--spec" in flags else SPEC), *spelled(flags, folder)]
     command = [sys.executable, "-m", "torch.distributed.run", *words[:at], *program]
     print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}", flush=True)
     if "--dry-run" in words:

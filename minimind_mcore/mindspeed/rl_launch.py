@@ -22,6 +22,7 @@ import yaml
 
 from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
+from minimind_mcore.mindspeed.checkpoints import saved_router_weight
 from minimind_mcore.mindspeed.launch import CHECKOUT, sources
 from minimind_mcore.rl.config import CONFIGS, command_parser
 from minimind_mcore.rl.config import resolve as resolve_config
@@ -95,6 +96,8 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
         print(finding, file=sys.stderr)
     if any(finding.level == "error" for finding in findings):
         raise UserError(f"{file}: not fit for {target} in {folder}; see the errors above")
+    for section in (tree[name] for name in MEGATRON_SECTIONS if name in tree):
+        require_normalized(section.get("load"))
     stage = tree["megatron_training"].get("stage") or STAGES["ppo" if program == "train_ppo.py" else "grpo"]
     if (stage == "ray_ppo") != (program == "train_ppo.py"):
         raise UserError(f"megatron_training.stage: {stage} is run by {PROGRAMS[stage]}, not by {program}")
@@ -107,6 +110,20 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     atomic_write_text(config, dump(_for_mindspeed_rl(tree, written / "runtime_env.yaml")))
     command = [sys.executable, f"cli/{PROGRAMS[stage]}", "--config-dir", str(written), "--config-name", file.stem]
     return Job([*command, f"hydra.run.dir={output / 'hydra'}"], folder, config, {"PYTHONPATH": _python_path(folder)})
+
+
+def require_normalized(load: str | None) -> None:
+    """Refuse weights whose router weight MindSpeed-RL cannot train.
+
+    Raises:
+        UserError: the checkpoint names `softmax` or `straight_through`.
+    """
+    rule = saved_router_weight(Path(load).expanduser()) if load else None
+    if rule not in (None, "normalized"):
+        raise UserError(
+            f"load {load}: its router weight is {rule}. MindSpeed-RL trains normalized only: it has no key for "
+            "--moe-router-pre-softmax, which the other two rules need. Train on the embedded trainer (BACKEND=embedded)"
+        )
 
 
 def _hosts() -> int:

@@ -225,6 +225,8 @@ def megatron_flags(section: Section) -> list[str]:
                 continue
             raise UserError(f"{key}: {value!r}: the native engine does not have this; leave it out, or run on an NPU")
         flags += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    if section.num_experts and not section.norm_topk_prob:  # MindSpeed-RL has no key for this flag
+        flags.append("--moe-router-pre-softmax")
     return flags
 
 

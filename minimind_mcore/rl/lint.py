@@ -110,7 +110,7 @@ def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[Finding]:
     if not problems:  # the rules reckon with the values
         problems += [problem for rule in RULES for problem in rule(config, target)]
         problems += [*dispatch(config, target, nodes), *_padding(config, target)]
-        problems += unheeded(config) if target == "embedded" else []
+        problems += unheeded(config) if target == "embedded" else _router(config)
     findings = [Finding("error", key, message) for key, message in problems]
     return sorted([*findings, *traps(config, tree, target, nodes)], key=_rank)
 
@@ -220,6 +220,16 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
     )
     yield from _ours(tree, config)
     yield from _models(config, target)
+
+
+def _router(config: Config) -> Iterator[Problem]:
+    """A router weight that MindSpeed-RL cannot compute."""
+    if config.actor.num_experts and not config.actor.norm_topk_prob:
+        yield (
+            "megatron_training.norm_topk_prob",
+            "false is the router weight softmax. MindSpeed-RL has no key for moe_router_pre_softmax, without which "
+            "MindSpeed-LLM's router normalizes the weights. Train on the embedded trainer (BACKEND=embedded)",
+        )
 
 
 def _padding(config: Config, target: str) -> Iterator[Problem]:

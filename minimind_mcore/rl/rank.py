@@ -167,8 +167,6 @@ class Rank:
         if self.role == "reference":
             self.frozen = self._frozen()
             return {"iteration": 0, "state": None}
-        self.model = build_model(self.args, self.layout, self.job)
-        self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
         saved = checkpointing.iterations_in(Path(self.args.save)) if self.args.save else []
         if at and at not in saved:
             raise UserError(
@@ -176,6 +174,10 @@ class Rank:
                 f"{', '.join(map(str, saved)) or 'none'}); put it back, or remove the actor's that have no pair here"
             )
         resumed = at != 0 and bool(saved)
+        begin = {"load": self.args.save, "ckpt_step": at} if resumed else {"ckpt_step": None}
+        checkpointing.settle_router_weight(self.args, pretrained_checkpoint=None, **begin)
+        self.model = build_model(self.args, self.layout, self.job)
+        self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
         if self.args.save:
             checkpointing.require_shared_directory(Path(self.args.save))
         state = None

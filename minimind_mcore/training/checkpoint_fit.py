@@ -15,6 +15,7 @@ from minimind_mcore.converters.megatron import NAME
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.converters.torch_zip import read_archive
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.config import RouterWeight, named_router_weight
 
 # What must be equal in a checkpoint and on the command line, whatever the layout.
 MODEL_ARGS = (
@@ -77,7 +78,35 @@ def check_model(args: argparse.Namespace, saved: argparse.Namespace, directory: 
             raise UserError(
                 f"{directory}: {name} is {found} there and {expected} on the command line; give the same model flags"
             )
+    if args.num_experts:
+        topk = getattr(saved, "moe_router_topk", None) or args.moe_router_topk
+        check_router(args, topk, named_router_weight(saved), str(directory))
     check_tokenizer(args, getattr(saved, "tokenizer_fingerprint", None), directory)
+
+
+def check_router(args: argparse.Namespace, topk: int, rule: RouterWeight | None, source: str) -> None:
+    """Refuse weights whose router computes another function than the command line asks for.
+
+    `normalized` and `straight_through` compute the same function; only their gradients differ.
+
+    Args:
+        args: with the flags of the model.
+        topk: experts per token of the weights.
+        rule: router weight that comes with the weights; None if they name none.
+        source: where the weights are, for the message.
+    """
+    if topk != args.moe_router_topk:
+        raise UserError(
+            f"{source}: moe_router_topk is {topk} there and {args.moe_router_topk} on the command line; "
+            "give the same model flags"
+        )
+    rule, expected = rule or "normalized", named_router_weight(args) or "normalized"
+    if (rule == "softmax") != (expected == "softmax"):
+        raise UserError(
+            f"{source}: the router weight is {rule} there and {expected} on the command line, which computes another "
+            f"function; give --router-weight {rule} (ROUTER_WEIGHT={rule}; in a YAML of reinforcement learning "
+            f"norm_topk_prob: {str(rule != 'softmax').lower()})"
+        )
 
 
 def check_layout(args: argparse.Namespace, saved: argparse.Namespace, directory: Path, instead: str) -> None:

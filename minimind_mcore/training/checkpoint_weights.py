@@ -15,8 +15,8 @@ from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.training.checkpoint_fit import check_tokenizer, content, saved_args
+from minimind_mcore.models.config import ModelConfig, named_router_weight
+from minimind_mcore.training.checkpoint_fit import check_router, check_tokenizer, content, saved_args
 from minimind_mcore.training.checkpoint_torch import load_schedule
 
 
@@ -63,6 +63,9 @@ def open_model(args: argparse.Namespace, path: Path) -> Source:
         # rotary embedding for inference only
         if field.name not in ("max_position_embeddings", "inference_rope_scaling", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
+    if moe := source.config.moe:
+        rule = named_router_weight(args) if is_pth(path) else moe.router_weight  # a .pth leaves it open
+        check_router(args, moe.topk, rule, f"--load {path}")
     return source
 
 

@@ -25,8 +25,15 @@ import torch.distributed as dist
 
 from minimind_mcore.converters import torch_zip
 from minimind_mcore.converters.megatron import TRACKER, read_tracker, tracked_directory
+from minimind_mcore.converters.opening import open_source
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.config import (
+    ModelConfig,
+    RouterWeight,
+    default_router_weight,
+    named_router_weight,
+    set_router_weight,
+)
 from minimind_mcore.storage import (
     MANIFEST,
     atomic_write_text,
@@ -277,6 +284,45 @@ def previews(args: argparse.Namespace, schedule: bool = True) -> dict[str, str]:
     if args.load:
         found["load"] = _preview(args, not _begins_elsewhere(args), schedule)
     return found
+
+
+def settle_router_weight(args: argparse.Namespace, **load: Any) -> str:
+    """Set `args.router_weight`: what the command line names, else the loaded weights' rule, else the default.
+
+    Collective.
+
+    Args:
+        args: changed in place.
+        load: flags of loading, where the run does not load what `args` says.
+
+    Returns:
+        The rule and where it comes from, for the user; empty for a model without experts.
+    """
+    if not args.num_experts:
+        return ""
+    if rule := named_router_weight(args):
+        origin = "from the command line"
+    elif rule := _loaded_router_weight(argparse.Namespace(**vars(args) | load)):
+        origin = "the rule of the loaded weights"
+    else:
+        rule, origin = default_router_weight(args.moe_router_topk), "the default of new training"
+    set_router_weight(args, rule)
+    return f"{rule} ({origin})"
+
+
+def _loaded_router_weight(args: argparse.Namespace) -> RouterWeight | None:
+    """The router weight of the weights that a run begins with; None if it begins with random weights. Collective."""
+    begun = args.load and iterations_in(Path(args.load))
+    if args.pretrained_checkpoint and not begun:
+        args = _beginning(args, args.pretrained_checkpoint)
+    if not args.load:
+        return None
+    root = Path(args.load)
+    if checkpoint_weights.is_model(root):
+        moe = open_source(root).config.moe
+        return (moe and moe.router_weight) or "normalized"
+    directory = _chosen(args, root)
+    return (named_router_weight(saved_args(directory)) or "normalized") if directory else None
 
 
 def _preview(args: argparse.Namespace, begun: bool = True, schedule: bool = False) -> str:

@@ -75,8 +75,8 @@ def memory_estimate(args: argparse.Namespace, layout: Layout, sequences: int = 1
     }
 
 
-def announce(args: argparse.Namespace, layout: Layout, sequences: int = 1) -> None:
-    """Print device, layout, sizes, memory and the flags without effect."""
+def announce(args: argparse.Namespace, layout: Layout, sequences: int = 1, router: str = "") -> None:
+    """Print device, layout, sizes, router weight, memory and the flags without effect."""
     found, model = device.current(), ModelConfig.from_args(args)
     total, active = model.num_parameters(), model.num_active_parameters()
     sizes = f"{total / 1e6:.2f}M" + (f" ({active / 1e6:.2f}M active)" if active != total else "")
@@ -91,6 +91,8 @@ def announce(args: argparse.Namespace, layout: Layout, sequences: int = 1) -> No
         f"{args.num_microbatches} micro-batches of {args.micro_batch_size} per rank; {args.train_iters} iterations",
         "memory": f"about {sum(estimate.values()) / GIB:.2f} GiB per rank ({parts}), beside the program itself",
     }
+    if router:
+        rows["router"] = f"weight {router}"
     if args.no_effect:
         rows["no effect"] = " ".join(args.no_effect) + " (kernels of another device, or done here anyway)"
     for name, text in rows.items():
@@ -124,7 +126,7 @@ def show(args: argparse.Namespace, job: Job) -> None:
     if args.data_pending and not length_known:
         args.train_iters = 1
     layout = validate(args, distributed.world_size())
-    announce(args, layout, job.sequences)
+    announce(args, layout, job.sequences, checkpointing.settle_router_weight(args))
     if args.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:

@@ -46,8 +46,9 @@ def run(job: Job) -> None:
     try:
         distributed.check_on_main(lambda: lock(args))
         distributed.log_to(args.log_file)
+        router = checkpointing.settle_router_weight(args)
         if distributed.is_main():
-            plan.announce(args, layout, job.sequences)
+            plan.announce(args, layout, job.sequences, router)
         train(args, job, layout, stop, watch)
         stop.leave()
     except Exception as error:

@@ -34,6 +34,9 @@ def test_the_native_engine_equals_the_recorded_rehearsal(
     case = golden.CASES[name]
     recorded = json.loads((golden.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     flags = golden.special(recorded["flags"], inputs, tmp_path)
+    if case.router_weight:
+        assert recorded["router_weight"] == case.router_weight
+        flags += ["--router-weight", case.router_weight]
 
     prefix = rehearsal.value(flags, "--data-path")
     if not list(Path(prefix).parent.glob(Path(prefix).name + "*")):

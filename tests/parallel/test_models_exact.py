@@ -7,6 +7,7 @@ with the installed megatron-core and, where MCORE_012_DIR names its directory, w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_mcore.models import weights
-from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.models.config import ROUTER_WEIGHTS, ModelConfig, MoEConfig, RouterWeight
 from minimind_mcore.models.presets import PRESETS
 
 CORES = {"installed": None, "0.12.1": os.environ.get("MCORE_012_DIR")}
@@ -34,12 +35,13 @@ LOGITS["untied"] = PRESETS["minimind3_tiny"].replace(tie_embeddings=False)
 LOGITS["minimind3"] = PRESETS["minimind3"]
 
 _MOE3 = PRESETS["minimind3_moe_tiny"].replace(vocab_size=512)
+_TOP1 = MoEConfig(topk=1, ffn_hidden_size=64, load_balancing="aux_loss", aux_loss_coeff=0.2)
 _TOP2 = MoEConfig(topk=2, ffn_hidden_size=64, norm_topk_prob=False, load_balancing="aux_loss", aux_loss_coeff=0.2)
 GRADIENTS = {
     "minimind3": PRESETS["minimind3_tiny"].replace(vocab_size=512),
-    "minimind3_moe": _MOE3.replace(
-        moe=MoEConfig(topk=1, ffn_hidden_size=64, load_balancing="aux_loss", aux_loss_coeff=0.2)
-    ),
+    "minimind3_moe": _MOE3.replace(moe=dataclasses.replace(_TOP1, router_weight="normalized")),
+    "minimind3_moe_softmax": _MOE3.replace(moe=dataclasses.replace(_TOP1, router_weight="softmax")),
+    "minimind3_moe_straight_through": _MOE3.replace(moe=dataclasses.replace(_TOP1, router_weight="straight_through")),
     "minimind3_moe_top2": _MOE3.replace(moe=_TOP2),
     "minimind2_moe": PRESETS["minimind2_moe_tiny"].replace(vocab_size=512),
 }
@@ -118,6 +120,18 @@ def test_loss_and_gradients_equal_plain_torch(core: str, model: str, layout: str
 
 
 @pytest.mark.parametrize("core", CORES)
+def test_the_router_learns_from_the_language_model_loss_as_in_transformers(core: str) -> None:
+    found = results(core, 1)["routers"]
+    for rule in ROUTER_WEIGHTS:
+        assert found[rule]["loss"] == pytest.approx(found[rule]["expected_loss"], rel=1e-6)
+    assert found["softmax"]["gradient"] > 1e-3 and found["softmax"]["difference"] < 1e-4
+    assert found["normalized"]["gradient"] < 1e-6
+    # transformers computes 1 as s / s, whose gradient is 0. Plain torch holds the gradients above.
+    assert found["straight_through"]["loss"] == found["normalized"]["loss"]
+    assert found["straight_through"]["gradient"] > 1e-3
+
+
+@pytest.mark.parametrize("core", CORES)
 def test_packed_sequences_do_not_see_each_other(core: str) -> None:
     assert results(core, 1)["packed_difference"] <= 1e-5
 
@@ -190,10 +204,26 @@ def _mlp(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
     return gated @ w[p + "down_proj.weight"].T
 
 
+class StraightThrough(torch.autograd.Function):
+    """1 forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        """Ones of that shape."""
+        return torch.ones_like(scores)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """The gradient of the scores."""
+        return gradient
+
+
 def _experts(w: dict[str, Tensor], p: str, moe: MoEConfig, x: Tensor) -> tuple[Tensor, Tensor]:
     scores = (x @ w[p + "gate.weight"].T).softmax(-1)  # [b, s, E]
     chosen, index = scores.topk(moe.topk, dim=-1)
-    if moe.norm_topk_prob:
+    if moe.router_weight == "straight_through":
+        chosen = StraightThrough.apply(chosen)
+    elif moe.norm_topk_prob:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
     all_outputs = torch.stack([_mlp(w, f"{p}experts.{e}.", x) for e in range(moe.num_experts)], dim=2)
     picked = all_outputs.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
@@ -224,6 +254,7 @@ def main(work: str, rank: int, processes: int) -> None:
     if processes == 1:
         with model_parallel({}):
             found["logits"] = {name: check_logits(config) for name, config in LOGITS.items()}
+            found["routers"] = {rule: check_router(rule) for rule in ROUTER_WEIGHTS}
             found["packed_difference"] = check_packed()
             found["context_parallel"] = check_context_parallel()
     else:
@@ -342,6 +373,39 @@ def check_logits(config: ModelConfig) -> dict[str, Any]:
         "masked_difference": (masked - expected).abs().max().item(),
         "argmax_equal": bool((logits.argmax(-1) == expected.argmax(-1)).all()),
         "spread": expected.std().item(),
+    }
+
+
+def check_router(rule: RouterWeight) -> dict[str, float]:
+    """Language-model loss and gradients of the routers against transformers' Qwen3-MoE, without an auxiliary loss."""
+    import transformers
+
+    from minimind_mcore.models.loading import load_hf_into
+
+    moe = dataclasses.replace(_TOP1, router_weight=rule, aux_loss_coeff=0.0)
+    config = PRESETS["minimind3_moe_tiny"].replace(vocab_size=512, moe=moe)
+    torch.manual_seed(3)
+    twin = transformers.AutoModelForCausalLM.from_config(config.hf_config(), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.mul_(10 if name.endswith("mlp.gate.weight") else 1)  # a router that decides
+    (model,) = build(config, {}, parallel_output=True)
+    load_hf_into([model], twin.state_dict(), config)
+    ids = torch.randint(0, config.vocab_size, (2, 33))
+    labels = ids[:, 1:].contiguous()
+    expected = F.cross_entropy(twin(ids[:, :-1]).logits.flatten(0, 1), labels.flatten())
+    loss = model(ids[:, :-1], torch.arange(32).expand(2, 32), None, labels=labels).mean()
+    expected.backward()
+    loss.backward()
+    pairs = [
+        (ours.mlp.router.weight.grad, theirs.mlp.gate.weight.grad)
+        for ours, theirs in zip(model.decoder.layers, twin.model.layers, strict=True)
+    ]
+    return {
+        "loss": loss.item(),
+        "expected_loss": expected.item(),
+        "gradient": max(ours.norm().item() for ours, _ in pairs),
+        "difference": max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs),
     }
 
 

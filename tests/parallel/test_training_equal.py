@@ -7,6 +7,7 @@ learning rates from their formulas. Only the initial weights come through the ki
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,18 @@ from engine import Corpus, Server, layout, worst_difference
 from torch import Tensor
 from twin import Hyper, initial_weights, load_twin, train
 
-from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.presets import PRESETS
 
 STEPS, SEQUENCE, MICRO_BATCH, BATCH, SEED = 20, 32, 4, 8, 1234
-MODELS = ("minimind3_tiny", "minimind2_tiny", "minimind3_moe_tiny", "minimind2_moe_tiny")
+MODELS: dict[str, ModelConfig] = {name: PRESETS[name] for name in ("minimind3_tiny", "minimind2_tiny")}
+# transformers has no straight_through; tests/parallel/test_models_exact.py holds it to plain torch.
+_TOP1 = MoEConfig(topk=1, ffn_hidden_size=448, load_balancing="aux_loss", aux_loss_coeff=5e-4)
+for _rule in ("normalized", "softmax"):
+    MODELS[f"minimind3_moe_tiny {_rule}"] = PRESETS["minimind3_moe_tiny"].replace(
+        moe=dataclasses.replace(_TOP1, router_weight=_rule)
+    )
+MODELS["minimind2_moe_tiny"] = PRESETS["minimind2_moe_tiny"]
 
 
 def minimind_lr(step: int) -> float:
@@ -59,10 +67,10 @@ def test_losses_equal_plain_torch(server: Server, corpus: Corpus, tmp_path: Path
     # A first run of no learning rate saves the initial weights.
     shared = {"train_iters": STEPS, "micro_batch_size": MICRO_BATCH, **flags}
     still = shared | {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "lr_warmup_iters": 0, "ckpt_format": "torch"}
-    server.run(corpus.flags(PRESETS[model], **still, save=tmp_path / "initial"), tmp_path / "still")
-    found = server.run(corpus.flags(PRESETS[model], **parallel, **shared), tmp_path / "run", processes)
+    server.run(corpus.flags(MODELS[model], **still, save=tmp_path / "initial"), tmp_path / "still")
+    found = server.run(corpus.flags(MODELS[model], **parallel, **shared), tmp_path / "run", processes)
 
-    config = PRESETS[model].replace(vocab_size=corpus.vocab_size)
+    config = MODELS[model].replace(vocab_size=corpus.vocab_size)
     steps = [batch.long().split(MICRO_BATCH) for batch in batches(corpus).split(BATCH)]
     twin = load_twin(config, initial_weights(tmp_path / "initial", config))
     losses, norms = train(twin, config, steps, lambda micro: _loss(twin, config, micro), hyper)

@@ -9,6 +9,8 @@
 #   TOKENIZER_PATH   directory with tokenizer.json
 #   TP PP VPP EP CP  layout; VPP is the number of layers of a virtual stage (TP: default 1; on a CPU 2 where that fits)
 #   MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION(bf16|fp16|fp32)   in place of the recipe's
+#   ROUTER_WEIGHT    normalized, softmax or straight_through: how a mixture of experts weighs its experts (docs/models.md;
+#                    default: the rule of the loaded weights; in new training straight_through with one expert per token)
 #   OUTPUT_DIR       default outputs/MODEL, of post-training outputs/MODEL/STAGE
 #   CKPT_SAVE_DIR    checkpoints (default OUTPUT_DIR/checkpoints); the same command goes on from them
 #   LOG_DIR          train.log and tensorboard events (default OUTPUT_DIR/logs)
@@ -117,7 +119,7 @@ train() {
     if [ -n "$DRY_RUN" ] && [ "${#DATA_PREFIXES[@]}" = 0 ]; then
         outputs+=(--data-pending)
     fi
-    run_program "$program" "${MODEL_ARGS[@]}" "${RECIPE_ARGS[@]}" \
+    run_program "$program" "${MODEL_ARGS[@]}" ${ROUTER_WEIGHT:+--router-weight "$ROUTER_WEIGHT"} "${RECIPE_ARGS[@]}" \
         --transformer-impl local --use-flash-attn --use-fused-rmsnorm --use-fused-swiglu \
         --use-fused-rotary-pos-emb --seed "${SEED:-42}" \
         "${parallel[@]}" "${DATA_ARGS[@]}" "${outputs[@]}" "$@" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
