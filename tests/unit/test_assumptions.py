@@ -91,7 +91,8 @@ def test_flags_replace_what_is_assumed(tmp_path: Path, capsys: pytest.CaptureFix
     assert moe is not None
     config = SMALL["minimind2_moe"].replace(
         num_heads=4, num_kv_heads=1, head_dim=8, norm_eps=1e-6, rope_theta=10_000, max_position_embeddings=4096,
-        inference_rope_scaling=True, moe=dataclasses.replace(moe, topk=1, aux_loss_coeff=0.1, router_weight="normalized"),
+        inference_rope_scaling=True,
+        moe=dataclasses.replace(moe, topk=1, aux_loss_coeff=0.1, router_weight="normalized"),
     )  # fmt: skip
     words = "--num-attention-heads 4 --norm-epsilon 1e-6 --rotary-base 10000 --max-position-embeddings 4096".split()
     words += "--inference-rope-scaling --moe-router-topk 1 --moe-aux-loss-coeff 0.1".split()
