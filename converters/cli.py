@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore import arguments
+from minimind_mcore import arguments, unpickling
 from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.converters.sharding import Sharding, parse_numbers
@@ -124,6 +124,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="minimind: MiniMind's own; a --save-dir ending in .pth is a file",
     )
+    unpickling.add_trust_flag(group)
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
     add("--dry-run", action="store_true", help="check everything, write nothing")
     add("--max-shard-size", type=float, default=2.0, metavar="GIB", help="of one safetensors file")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_mcore import unpickling
 from minimind_mcore.converters.files import Entry, Shape, TensorFile
 from minimind_mcore.converters.megatron import TRACKER, checkpoint_args, training_of
 from minimind_mcore.converters.megatron_config import model_config
@@ -99,12 +100,11 @@ def open_megatron_dist(directory: Path, config: ModelConfig | None = None) -> So
 
 def _chunks(directory: Path) -> tuple[dict[str, Shape], dict[str, list[Chunk]], tuple[TensorFile, ...]]:
     """Sizes of the stacked tensors, their chunks, and the files with these."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
     if not (directory / ".metadata").is_file():
         raise UserError(f"{directory}: .metadata is missing: an unfinished or damaged copy")
-    metadata = FileSystemReader(directory).read_metadata()
+    metadata = unpickling.load_pickle(directory / ".metadata")
     places: dict[str, list[tuple[str, Shape, Shape, str]]] = defaultdict(list)
     entries: dict[str, dict[str, Entry]] = defaultdict(dict)
     sizes: dict[str, Shape] = {}

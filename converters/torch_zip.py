@@ -2,7 +2,8 @@
 
 It is a zip archive, nothing compressed: `data.pkl`, a pickle in which a tensor is a call of a function
 of torch with a reference to `data/N`, its bytes. Only tensors, containers, numbers and namespaces are
-made of that pickle; any other class that it names becomes an `Opaque` that holds nothing and runs nothing.
+made of that pickle; another class that `unpickling` allows becomes an `Opaque` that holds nothing and runs nothing,
+and a class that it does not allow is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import IO, Any
 import torch
 from torch.serialization import skip_data
 
+from minimind_mcore import unpickling
 from minimind_mcore.converters.files import Entry, Shape, Slot, TensorFile, TensorWriter, require_weights_dtype
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import disk_errors
@@ -108,7 +110,7 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
-_ALLOWED: dict[tuple[str, str], Any] = {
+_BUILT: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_bytes,
     ("torch._utils", "_rebuild_parameter"): _parameter,
@@ -117,6 +119,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("torch", "Size"): tuple,
     ("builtins", "set"): set,
+    ("__builtin__", "set"): set,  # the name in protocol 2
     ("builtins", "frozenset"): frozenset,
     ("builtins", "dict"): dict,
     ("builtins", "list"): list,
@@ -127,11 +130,12 @@ _DAMAGED = (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, stru
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes what `_ALLOWED` lists, and `Opaque`s."""
+    """Build what `_BUILT` lists, `Opaque` for other allowed classes, and refuse the rest."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
+        unpickling.require_allowed(module, name)
+        if (module, name) in _BUILT:
+            return _BUILT[module, name]
         if module == "torch":
             value = _STORAGES.get(name) or getattr(torch, name, None)
             if isinstance(value, torch.dtype):
@@ -190,7 +194,7 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
         with open(path, "rb") as f:
             part: IO[bytes] = f if size is None else _Part(f, offset, size)  # type: ignore[assignment]
             with zipfile.ZipFile(part) as archive:
-                infos = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+                infos = _members(path, archive)
                 content = _Unpickler(archive.open(infos["data.pkl"])).load()
                 records = {
                     name.removeprefix("data/"): Record(offset + _data_offset(part, info), info.file_size, info.CRC)
@@ -199,6 +203,8 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
                 }
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
+    except unpickling.UnsafeGlobal as error:
+        raise unpickling.refusal(path, error) from None
     except (*_DAMAGED, AttributeError, TypeError, ValueError) as error:  # a pickle that makes no sense
         raise UserError(f"{path}: truncated, or not what torch.save writes ({error}); get it again") from error
     return Archive(path, content, records)
@@ -239,6 +245,23 @@ def _crc_of(file: IO[bytes], offset: int, size: int) -> int:
     while size > 0 and (data := file.read(min(size, 1 << 20))):
         crc, size = zlib.crc32(data, crc), size - len(data)
     return crc
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the records by their names without the folder.
+
+    torch's reader finds records without regard to case, in the folder of the first one. An archive in which it could
+    find another pickle than this reader is refused, and so is TorchScript, which is code.
+    """
+    infos = archive.infolist()
+    folders = {info.filename.split("/", 1)[0] for info in infos}
+    names = {info.filename.casefold() for info in infos}
+    if len(folders) != 1 or len(names) != len(infos) or (infos and min(info.header_offset for info in infos) != 0):
+        raise UserError(f"{path}: holds several archives in one; torch.save writes one. Get it again")
+    members = {info.filename.split("/", 1)[-1]: info for info in infos}
+    if "constants.pkl" in members:
+        raise UserError(f"{path}: is a TorchScript program; expected weights saved by torch.save")
+    return members
 
 
 class _Part:

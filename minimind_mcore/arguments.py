@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from minimind_mcore import unpickling
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import (
     LAYER_SPEC,
@@ -190,6 +191,7 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load a torch checkpoint of another layout: its weights and place in the schedule, not its optimizer",
     )
+    unpickling.add_trust_flag(group)
     group.add_argument("--decay-all", action="store_true", help="weight decay on norms too, as MiniMind does")
     group.add_argument(
         "--lr-at-iteration-end",

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minimind_mcore import arguments
+from minimind_mcore import arguments, unpickling
 from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.job import Job
 from minimind_mcore.converters.sharding import Sharding
@@ -89,6 +89,7 @@ def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16", "fp16"),
         help="compute in it, as --bf16 and --fp16 do (default: fp32 on a CPU, elsewhere the model's own)",
     )
+    unpickling.add_trust_flag(group)
     group.add_argument("--dry-run", action="store_true", help="check everything, run nothing")
     assumptions.add_flags(group, {flag for action in parser._actions for flag in action.option_strings})
 

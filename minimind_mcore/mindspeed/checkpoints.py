@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from minimind_mcore import unpickling
 from minimind_mcore.converters.megatron import NAME, TRACKER, read_tracker, tracked_directory
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
@@ -91,6 +92,12 @@ def resumed(args: argparse.Namespace) -> Path | None:
     return directory if directory.is_dir() else None
 
 
+def check_pickles(root: Path) -> None:
+    """Refuse the newest checkpoint below `root`, if there is one, when its pickles name classes that could run code."""
+    if _exists(root):
+        unpickling.check_checkpoint(_iteration(root))
+
+
 def _exists(root: str | Path | None) -> bool:
     """As Megatron tells it."""
     return root is not None and Path(root, TRACKER).is_file()
@@ -125,6 +132,7 @@ def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
     convert = f"convert it:\n    {conversion(root, 'mcore2mcore', layout_settings(args))}"
     if is_torch_dist(directory) and not args.auto_detect_ckpt_format:
         raise UserError(f"{flag} {directory} is of the format torch_dist, and MindSpeed-LLM reads torch; {convert}")
+    unpickling.check_checkpoint(directory)
     saved = saved_args(directory)
     if not (args.use_checkpoint_args or args.load_checkpoint_loosely):
         check_model(args, saved, directory)

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from minimind_mcore import unpickling
 from minimind_mcore.arguments import (
     DPO_LOSSES,
     STAGES,
@@ -116,8 +117,10 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
             after a minute: a layout that does not divide, a checkpoint that is missing or another's.
     """
     flags, ours = split_flags(argv)
+    if unpickling.TRUST_FLAG in ours:
+        unpickling.trust()
     # of the kit's start alone, and what `_router_flags` translates
-    done_here = ("--dry-run", "--data-pending", "--verify-data", "--router-weight")
+    done_here = ("--dry-run", "--data-pending", "--verify-data", "--router-weight", unpickling.TRUST_FLAG)
     ours = [flag for flag in ours if flag not in done_here]
     remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
     try:

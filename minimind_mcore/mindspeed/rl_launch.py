@@ -22,7 +22,7 @@ import yaml
 
 from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
-from minimind_mcore.mindspeed.checkpoints import saved_router_weight
+from minimind_mcore.mindspeed.checkpoints import check_pickles, saved_router_weight
 from minimind_mcore.mindspeed.launch import CHECKOUT, sources
 from minimind_mcore.rl.config import CONFIGS, command_parser
 from minimind_mcore.rl.config import resolve as resolve_config
@@ -103,6 +103,10 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
         raise UserError(f"megatron_training.stage: {stage} is run by {PROGRAMS[stage]}, not by {program}")
     for path in [name for name in _rewards(tree)[0] if ":" in name]:
         resolve(path)  # an error here, not in a worker
+    for section in [tree[name] for name in MEGATRON_SECTIONS if name in tree]:
+        for key in ("load", "pretrained_checkpoint"):
+            if section.get(key):
+                check_pickles(Path(section[key]).expanduser())
     output = Path((tree.get("minimind") or {}).get("output_dir", "outputs/rl")).expanduser().resolve()
     written = output / "mindspeed_rl"
     atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment(target)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from minimind_mcore import unpickling
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_fit import check_model
@@ -81,7 +82,9 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     from megatron.core import dist_checkpointing
 
     _require_support()
-    saved = dist_checkpointing.load_common_state_dict(str(directory))
+    unpickling.check_checkpoint(directory)
+    with unpickling.restricted():
+        saved = dist_checkpointing.load_common_state_dict(str(directory))
     check_model(args, saved["args"], directory)
     wants_optimizer = not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved
     if wants_optimizer:
@@ -95,7 +98,8 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     wants_rng = same and not (args.finetune or args.no_load_rng or getattr(saved["args"], "no_save_rng", None))
     if wants_rng:
         state["rng_state"] = _rng_object()
-    state = dist_checkpointing.load(state, str(directory))
+    with unpickling.restricted():
+        state = dist_checkpointing.load(state, str(directory))
     for key, chunk in zip(model_keys(model), model, strict=True):
         unwrap(chunk).load_state_dict(state[key], strict=True)
     if wants_optimizer:

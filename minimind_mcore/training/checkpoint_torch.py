@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device
+from minimind_mcore import device, unpickling
 from minimind_mcore.errors import UserError
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model
 from minimind_mcore.training.optimizer import schedule_kept
@@ -97,8 +97,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
             f"{directory}: no {folder.name}, which this layout needs; it has {found}. A torch checkpoint loads into "
             f"the layout that saved it: {INSTEAD}"
         )
-    # Written by Megatron it holds an argparse.Namespace and enums: no `weights_only`. Load what you trust.
-    state: dict[str, Any] = torch.load(folder / NAME, map_location="cpu", weights_only=False)
+    state: dict[str, Any] = unpickling.load_torch(folder / NAME)
     check_model(args, state["args"], directory)
     check_layout(args, state["args"], directory, INSTEAD)
     for key, chunk in zip(model_keys(model), model, strict=True):

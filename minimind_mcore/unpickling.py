@@ -1,0 +1,258 @@
+"""The classes that a checkpoint may name. Unpickling any other class can run code.
+
+`.pth`, `model_optim_rng.pt`, `common.pt` and `.metadata` are pickles, and a pickle calls whatever function it names.
+Checkpoints come from other people, so every reader of this kit refuses a file that names anything outside `ALLOWED`:
+
+    check_checkpoint(directory)    before Megatron, or MindSpeed-LLM, loads a checkpoint
+    load_torch(file)               in place of torch.load
+    load_pickle(file)              in place of pickle.load, for `.metadata` of torch_dist
+    restricted()                   around Megatron's own loading
+
+`trust()`, the flag `--trust-checkpoints`, lifts the restriction for this process and those that it starts.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import argparse
+import contextlib
+import functools
+import importlib
+import os
+import pickle
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from minimind_mcore.errors import UserError
+
+TRUST_FLAG = "--trust-checkpoints"
+_TRUST_VARIABLE = "MINIMIND_TRUST_CHECKPOINTS"
+
+# Module -> names. None of these runs code of the file: they are containers, numbers, arrays, tensors, enumerations
+# and configurations. Sources: torch/_weights_only_unpickler.py (torch 2.13), megatron/core/safe_globals.py
+# (megatron-core 0.16.1), and what the torch_dist format of megatron-core 0.16.1 writes into `.metadata`.
+ALLOWED: dict[str, frozenset[str]] = {
+    module: frozenset(names.split())
+    for module, names in {
+        "argparse": "Namespace",
+        "types": "SimpleNamespace",
+        "builtins": "set frozenset dict list tuple bytearray complex int float bool str bytes slice",
+        "collections": "OrderedDict defaultdict Counter deque",
+        "pathlib": "Path PosixPath PurePosixPath",
+        "pathlib._local": "Path PosixPath PurePosixPath",  # Python 3.13's name of the same classes
+        "datetime": "timedelta datetime",
+        "signal": "Signals",
+        "io": "BytesIO",
+        "_io": "BytesIO",
+        "_codecs": "encode",  # how protocol 2 writes bytes
+        "numpy": "ndarray dtype",
+        "numpy.core.multiarray": "_reconstruct scalar",
+        "numpy._core.multiarray": "_reconstruct scalar",
+        "torch": "Size device Tensor",
+        "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter _rebuild_parameter_with_state",
+        "torch._tensor": "_rebuild_from_type_v2",
+        "torch.nn.parameter": "Parameter",
+        "torch.storage": "TypedStorage UntypedStorage",
+        "torch.serialization": "_get_layout",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+            "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+        ),
+        "torch.distributed.checkpoint.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
+        "megatron.core.enums": "ModelType",
+        "megatron.core.transformer.enums": "AttnBackend CudaGraphScope AttnMaskType LayerType AttnType",
+        "megatron.core.optimizer": "OptimizerConfig",
+        "megatron.core.optimizer.optimizer_config": "OptimizerConfig",
+        "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
+    }.items()
+}
+
+
+class UnsafeGlobal(pickle.UnpicklingError):
+    """A pickle names a class or function outside `ALLOWED`."""
+
+
+class _Trust(argparse.Action):
+    """Call `trust()` where the flag is given."""
+
+    def __call__(self, *_: Any) -> None:
+        """Lift the restriction."""
+        trust()
+
+
+def add_trust_flag(group: argparse._ActionsContainer) -> None:
+    """Add `--trust-checkpoints` to the flags of a program."""
+    group.add_argument(
+        TRUST_FLAG,
+        action=_Trust,
+        nargs=0,
+        default=False,
+        help="unpickle any class that a checkpoint names: its maker can then run code here",
+    )
+
+
+def trust() -> None:
+    """Let this process, and the processes that it starts, unpickle whatever a checkpoint names."""
+    os.environ[_TRUST_VARIABLE] = "1"
+
+
+def is_trusted() -> bool:
+    """Return whether `trust()` was called here or in a parent process."""
+    return os.environ.get(_TRUST_VARIABLE) == "1"
+
+
+def is_allowed(module: str, name: str) -> bool:
+    """Return whether a checkpoint may name `module.name`."""
+    module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # protocol 2 uses Python 2's names of modules
+    if name in ALLOWED.get(module, ()):
+        return True
+    found = getattr(torch, name, None) if module == "torch" else None
+    if isinstance(found, torch.dtype) or (module in ("torch", "torch.cuda") and name.endswith("Storage")):
+        return True
+    return module == "numpy.dtypes" and name.endswith("DType")
+
+
+def require_allowed(module: str, name: str) -> None:
+    """Raise `UnsafeGlobal` unless `module.name` is allowed or checkpoints are trusted."""
+    if not (is_allowed(module, name) or is_trusted()):
+        raise UnsafeGlobal(f"{module}.{name}")
+
+
+def refusal(path: Path, name: object) -> UserError:
+    """Return the error for a file that names a class outside `ALLOWED`."""
+    return UserError(
+        f"{path}: names {name}, which no checkpoint needs: loading it could run code of whoever made the file. Nothing "
+        f"was loaded. Get the checkpoint from a source that you trust; if you trust this one, give {TRUST_FLAG}"
+    )
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolve allowed names only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class, or raise `UnsafeGlobal`."""
+        require_allowed(module, name)
+        return super().find_class(module, name)
+
+
+def load_pickle(path: Path) -> Any:
+    """Unpickle a file that is not in torch's format.
+
+    Raises:
+        UserError: the file is missing or damaged, or names a class outside `ALLOWED`.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _Unpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except UnsafeGlobal as error:
+        raise refusal(path, error) from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: truncated, or not a pickle ({error}); get it again") from error
+    except (TypeError, ValueError, MemoryError, OverflowError) as error:  # well-formed opcodes without sense
+        raise UserError(f"{path}: damaged ({error}); get it again") from error
+
+
+def load_torch(path: Path) -> Any:
+    """Load a file of `torch.save` onto the CPU.
+
+    Raises:
+        UserError: the file is damaged, or names a class outside `ALLOWED`.
+    """
+    if is_trusted():
+        return torch.load(path, map_location="cpu", weights_only=False)
+    check_file(path)
+    try:
+        with restricted():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: cannot be loaded safely ({error}); if you trust it, give {TRUST_FLAG}") from error
+
+
+def check_file(path: Path, offset: int = 0, size: int | None = None) -> None:
+    """Refuse a file of `torch.save`, or one inside another file, that names a class outside `ALLOWED`.
+
+    Nothing of the file is executed and no tensor is read.
+    """
+    from minimind_mcore.converters.torch_zip import read_archive
+
+    read_archive(path, offset, size)
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Refuse the checkpoint of an iteration, of either format, if a pickle in it names a class outside `ALLOWED`.
+
+    Reads the pickles alone: milliseconds for a checkpoint of any size.
+
+    Raises:
+        UserError: such a pickle, or a damaged one; the message names the file.
+    """
+    if is_trusted():
+        return
+    for path in sorted(p for p in directory.rglob("*.pt") if p.is_file()):
+        check_file(path)
+    if (directory / ".metadata").is_file():
+        _check_objects(directory)
+
+
+def _check_objects(directory: Path) -> None:
+    """Check the pickled objects between the tensors of a torch_dist checkpoint."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata = load_pickle(directory / ".metadata")
+    for index, place in (metadata.storage_data or {}).items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            check_file(directory / place.relative_path, place.offset, place.length)
+
+
+@contextlib.contextmanager
+def restricted() -> Iterator[None]:
+    """Make `torch.load`, and the reader of `.metadata`, refuse classes outside `ALLOWED`.
+
+    Megatron's and torch's own checkpoint readers pass `weights_only=False` (torch 2.13,
+    distributed/checkpoint/default_planner.py; megatron-core 0.12.1, strategies/common.py).
+    """
+    if is_trusted():
+        yield
+        return
+    from torch.distributed.checkpoint import filesystem
+
+    original = torch.load
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "weights_only": True})
+
+    def load_metadata(file: IO[bytes]) -> Any:
+        return _Unpickler(file).load()
+
+    shim = types.SimpleNamespace(**{**vars(pickle), "load": load_metadata})
+    reader: Any = filesystem
+    with torch.serialization.safe_globals(_allowed_objects()):
+        torch.load, reader.pickle = load, shim
+        try:
+            yield
+        finally:
+            torch.load, reader.pickle = original, pickle
+
+
+@functools.cache
+def _allowed_objects() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """Return what `ALLOWED` names, as far as it is installed, under the names that files use."""
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    for module, names in ALLOWED.items():
+        with contextlib.suppress(ImportError):
+            home = importlib.import_module(module)
+            found += [
+                (getattr(home, name), f"{module}.{name}") for name in names if callable(getattr(home, name, None))
+            ]
+    import numpy as np
+
+    dtypes = (getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType"))
+    return found + [(kind, f"numpy.dtypes.{kind.__name__}") for kind in dtypes]
