@@ -124,6 +124,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="minimind: MiniMind's own; a --save-dir ending in .pth is a file",
     )
+    add("--copy-code", action="store_true", help="with --format minimind: copy model_minimind.py, which is code")
     unpickling.add_trust_flag(group)
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
     add("--dry-run", action="store_true", help="check everything, write nothing")
@@ -158,6 +159,7 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "model_type": args.model_type_hf,
         "dtype": args.params_dtype,
         "format": args.format,
+        "copy_code": args.copy_code,
         "tokenizer": _first_path(args.tokenizer_name_or_path),
         "true_vocab_size": args.true_vocab_size,
         "padded_vocab_size": args.padded_vocab_size,

@@ -107,7 +107,7 @@ def weight_files(path: Path) -> list[Path]:
     for name in WEIGHTS:
         index = path / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _indexed_files(index)
             missing = [name for name in names if not (path / name).is_file()]
             if missing:
                 raise UserError(f"{path}: {index.name} names {', '.join(missing)}, which is missing; get it again")
@@ -115,6 +115,24 @@ def weight_files(path: Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
     raise UserError(f"{path}: found a config.json and no weights; expected one of {', '.join(WEIGHTS)}, or an index")
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Return the names of the files in an index.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside its own directory.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{index}: is damaged ({error}); expected {{"weight_map": {{tensor: file}}}}') from error
+    if outside:
+        raise UserError(
+            f"{index}: names {outside[0]}, expected files in {index.parent}: an index may not point anywhere else"
+        )
+    return names
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -256,12 +274,21 @@ class HFTarget(StateTarget):
         source: what is converted.
         native: in MiniMind's own form.
         folder: where config and tokenizer come from, if not the source's.
+        copy_code: whether MiniMind's modelling code is copied with its own form; transformers runs that code.
         shard_bytes: largest size of a file, unless one tensor is larger.
     """
 
-    def __init__(self, source: Source, *, native: bool, folder: Path | None, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        native: bool,
+        folder: Path | None,
+        copy_code: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
         super().__init__(source, "native" if native else "hf")
-        self.folder, self.shard_bytes = folder, shard_bytes
+        self.folder, self.copy_code, self.shard_bytes = folder, copy_code, shard_bytes
         self._root = Path()
 
     @property
@@ -289,7 +316,8 @@ class HFTarget(StateTarget):
 
     def finish(self) -> None:
         """See `Target`."""
-        hf_files.write(self._root, self.source, native=self.form == "native", folder=self.folder)
+        native = self.form == "native"
+        hf_files.write(self._root, self.source, native=native, folder=self.folder, copy_code=self.copy_code)
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`."""

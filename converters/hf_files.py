@@ -41,14 +41,15 @@ _CLASSES = {
 }
 
 
-def write(root: Path, source: Source, *, native: bool, folder: Path | None) -> None:
+def write(root: Path, source: Source, *, native: bool, folder: Path | None, copy_code: bool = False) -> None:
     """Write config.json, generation_config.json and the tokenizer's files.
 
     Args:
         root: the directory.
         source: what is converted.
-        native: MiniMind's own config, and its modelling code where `folder` has it.
+        native: MiniMind's own config.
         folder: a directory with a tokenizer; otherwise the source's, or that of its training.
+        copy_code: with `native`, whether to copy MiniMind's modelling code too.
 
     Raises:
         UserError: the tokenizer is not the one that the model was trained with.
@@ -57,7 +58,7 @@ def write(root: Path, source: Source, *, native: bool, folder: Path | None) -> N
     ids: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every MiniMind
     if tokenizer is not None:
         ids = copy_tokenizer(tokenizer, root)
-    config = native_config(source, folder, root) if native else hf_config(source.config)
+    config = native_config(source, folder, root, copy_code) if native else hf_config(source.config)
     _write_json(root / "config.json", config | ids | dtype_fields(source.dtype))
     _write_json(root / "generation_config.json", ids)
     if tokenizer is not None:
@@ -83,14 +84,26 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def native_config(source: Source, folder: Path | None, root: Path) -> dict[str, Any]:
-    """MiniMind's own config.json; where its modelling code is at hand, that too, so that transformers finds it."""
+def native_config(source: Source, folder: Path | None, root: Path, copy_code: bool) -> dict[str, Any]:
+    """Return MiniMind's own config.json.
+
+    With `copy_code`, copy `model_minimind.py` of `folder` or of the source beside it, and let `auto_map` name it, so
+    that transformers runs it under `trust_remote_code`. Code of an unknown author does not spread without a word.
+    """
     fields = to_native_config(source.config)
     if moe := source.config.moe:
         fields["router_weight"] = moe.router_weight or "normalized"
     for place in filter(None, (folder, source.folder)):
         code = place / "model_minimind.py"
+        if code.is_file() and not copy_code:
+            print(
+                f"{code} was not copied: it is code, which transformers runs under trust_remote_code. Give --copy-code "
+                "to copy it, if you trust it",
+                file=sys.stderr,
+            )
+            break
         if code.is_file():
+            print(f"copied {code}: transformers runs this code under trust_remote_code", file=sys.stderr)
             shutil.copy(code, root / code.name)
             classes = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
             return fields | {"auto_map": {auto: f"model_minimind.{name}" for auto, name in classes.items()}}

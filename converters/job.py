@@ -44,6 +44,7 @@ class Job:
     model_type: str | None = None
     dtype: str | None = None
     format: str = "hf"
+    copy_code: bool = False
     hf_cfg_dir: Path | None = None
     tokenizer: Path | None = None
     true_vocab_size: int | None = None
@@ -218,7 +219,13 @@ def make_target(job: Job, source: Source) -> Target:
     if job.save_type == "hf":
         if job.save_dir.suffix == ".pth":
             return PthTarget(source)
-        return HFTarget(source, native=job.format == "minimind", folder=folder, shard_bytes=job.shard_bytes)
+        return HFTarget(
+            source,
+            native=job.format == "minimind",
+            folder=folder,
+            copy_code=job.copy_code,
+            shard_bytes=job.shard_bytes,
+        )
     source = _with_tokenizer(source, folder)
     if job.ckpt_format == "torch":
         return MegatronTarget(source, job.sharding)

@@ -20,6 +20,7 @@ import functools
 import importlib
 import os
 import pickle
+import re
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,9 @@ ALLOWED: dict[str, frozenset[str]] = {
         "numpy.core.multiarray": "_reconstruct scalar",
         "numpy._core.multiarray": "_reconstruct scalar",
         "torch": "Size device Tensor",
-        "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter _rebuild_parameter_with_state",
+        "torch._utils": (
+            "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter _rebuild_parameter_with_state"
+        ),
         "torch._tensor": "_rebuild_from_type_v2",
         "torch.nn.parameter": "Parameter",
         "torch.storage": "TypedStorage UntypedStorage",
@@ -71,6 +74,10 @@ ALLOWED: dict[str, frozenset[str]] = {
         "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
     }.items()
 }
+
+
+# torch.FloatStorage, and the storages of each kind of device
+_STORAGE = re.compile(r"torch\.([a-z]+\.)?[A-Z][A-Za-z0-9]*Storage")
 
 
 class UnsafeGlobal(pickle.UnpicklingError):
@@ -112,7 +119,7 @@ def is_allowed(module: str, name: str) -> bool:
     if name in ALLOWED.get(module, ()):
         return True
     found = getattr(torch, name, None) if module == "torch" else None
-    if isinstance(found, torch.dtype) or (module in ("torch", "torch.cuda") and name.endswith("Storage")):
+    if isinstance(found, torch.dtype) or _STORAGE.fullmatch(f"{module}.{name}"):
         return True
     return module == "numpy.dtypes" and name.endswith("DType")
 

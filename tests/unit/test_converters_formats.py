@@ -128,7 +128,8 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     state: dict[str, Any] = dict(state_dict(GENERATIONS["minimind3"], "native"))
-    open_source(save_pth(tmp_path / "trap.pth", {"model": state, "extra": Trap()}))
+    with pytest.raises(UserError, match=r"trap\.pth: names __builtin__.getattr"):
+        open_source(save_pth(tmp_path / "trap.pth", {"model": state, "extra": Trap()}))
     assert not (tmp_path / "sprung").exists()
 
 
@@ -324,3 +325,29 @@ def test_checkpoints_of_a_trained_model_keep_iteration_and_tokenizer(tmp_path: P
     with pytest.raises(UserError, match="not the tokenizer that the model was trained with"):
         other = published_tokenizer.parent / ("v2" if published_tokenizer.name == "v3" else "v3")
         convert(second, HFTarget(second, native=False, folder=other), tmp_path / "out")
+
+
+# what a directory may not do
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{root}/elsewhere.safetensors", "a/../../x.safetensors"])
+def test_an_index_points_nowhere_else(name: str, tmp_path: Path) -> None:
+    config = SMALL["minimind3"]
+    folder = write_hf(tmp_path / "hf", config, state_dict(config, "hf"))
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {key: name.format(root=tmp_path) for key in state_dict(config, "hf")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(UserError, match=r"index\.json: names .* an index may not point anywhere else"):
+        open_source(folder)
+
+
+def test_modelling_code_is_copied_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = SMALL["minimind3"]
+    source = open_source(write_hf(tmp_path / "hf", config, state_dict(config, "hf")))
+    (tmp_path / "hf" / "model_minimind.py").write_text("raise SystemExit('this is code')\n")
+    plain = convert(source, HFTarget(source, native=True, folder=None), tmp_path / "plain").path
+    assert not (plain / "model_minimind.py").exists()
+    assert "auto_map" not in json.loads((plain / "config.json").read_text())
+    assert "was not copied: it is code" in capsys.readouterr().err
+    asked = convert(source, HFTarget(source, native=True, folder=None, copy_code=True), tmp_path / "asked").path
+    assert (asked / "model_minimind.py").is_file() and "this code" in capsys.readouterr().err

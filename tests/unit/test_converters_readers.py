@@ -111,7 +111,7 @@ def test_eval_llm_of_minimind_loads_what_is_written(name: str, file: bool, tmp_p
     if file:
         convert(source, PthTarget(source), folder / f"full_sft_64{'_moe' if moe else ''}.pth")
     else:
-        convert(source, HFTarget(source, native=True, folder=code), folder / "native")
+        convert(source, HFTarget(source, native=True, folder=code, copy_code=True), folder / "native")
     load_from = str(code) if file else str(folder / "native")
     size = ["64", str(config.num_layers), str(int(moe is not None))]
     run(MINIMIND, load_from, "full_sft", *size, "logits", folder=folder, PYTHONPATH=str(transformers_4))

@@ -77,13 +77,33 @@ def test_ascend_image_is_pinned_to_the_matrix() -> None:
     assert found["MEGATRON_COMMIT"] == pins["Megatron-LM"]["commit"]
     assert found["MINDSPEED_COMMIT"] == pins["MindSpeed"]["commit"]
     assert found["MINDSPEED_LLM_COMMIT"] == pins["MindSpeed-LLM"]["commit"]
-    assert found["APEX_REF"] == pins["apex"]["ref"]
     assert stack.judge("torch", found["TORCH_VERSION"]) == "ok"
     assert stack.judge("torch_npu", found["TORCH_NPU_VERSION"]) == "ok"
     base = re.fullmatch(r".*/cann:(?P<cann>[\d.]+)-910b-\w+[\d.]+-py(?P<python>[\d.]+)", found["BASE_IMAGE"])
     assert base and stack.judge("CANN", base["cann"]) == stack.judge("Python", base["python"]) == "ok"
     pair = matrix.torch_npu_pair(found["TORCH_NPU_VERSION"])
     assert pair and base["cann"].startswith(pair["CANN"])
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_images_do_not_run_as_root(name: str) -> None:
+    """On an NPU the driver decides (see the file). A run may write to data/ and outputs/ as any user."""
+    found = instructions(DOCKER / f"Dockerfile.{name}")
+    assert [rest for word, rest in found if word == "USER"] == ["minimind"]
+    assert [word for word, _ in found].index("USER") > max(i for i, (word, _) in enumerate(found) if word == "RUN")
+    assert any("chmod 1777 data outputs" in rest for word, rest in found if word == "RUN")
+
+
+def test_sources_are_pinned_by_commit() -> None:
+    """Every repository that an image clones is checked out at a commit; a branch could change between two builds."""
+    for file in DOCKERFILES:
+        clones = [rest for word, rest in instructions(file) if word == "RUN" and "git clone" in rest]
+        for rest in clones:
+            assert rest.count("git clone") == rest.count(" checkout "), file.name
+        for name in {name for rest in clones for name in re.findall(r'checkout --quiet "\$(\w+)"', rest)}:
+            assert name.endswith("_COMMIT"), name
+            default = arguments(file).get(name)
+            assert default is None or re.fullmatch("[0-9a-f]{40}", default), (name, default)
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)

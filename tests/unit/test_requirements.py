@@ -113,3 +113,20 @@ def test_sources_may_be_given_by_paths_from_here(checkout: Path, tmp_path: Path)
     assert found.splitlines() == [str(tmp_path / name) for name in ("MindSpeed-LLM", "MindSpeed", "Megatron-LM")]
     lost = run(checkout, "rehearse", cwd=tmp_path, **homes | {"MEGATRON_HOME": "MindSpeed"})
     assert lost.returncode == 1 and "MindSpeed has no megatron/core/package_info.py" in lost.stderr
+
+
+def test_the_hashes_of_a_release_are_of_the_pinned_versions() -> None:
+    """`requirements/release-cpu.txt` is made anew by `requirements/release.sh` whenever a pin changes."""
+    text = (ROOT / "requirements/release-cpu.txt").read_text(encoding="utf-8")
+    lines = text.replace("\\\n", " ").splitlines()
+    found = {line.split("==")[0].lower(): line.split()[0].split("==")[1] for line in lines if "==" in line}
+    assert all("--hash=sha256:" in line for line in lines if "==" in line)
+    pins: dict[str, str] = {}
+    for file in ("cpu.txt", "common.txt"):
+        for line in (ROOT / "requirements" / file).read_text(encoding="utf-8").splitlines():
+            requirement, _, marker = line.partition(";")
+            if "==" in requirement and "<" not in marker:  # of Python 3.11
+                name, version = requirement.strip().split("==")
+                pins[name.lower()] = version
+    assert len(pins) > 15 and pins.pop("torch") + "+cpu" == found["torch"]
+    assert {name: found[name] for name in pins} == pins

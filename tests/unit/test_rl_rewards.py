@@ -185,6 +185,47 @@ def test_a_response_is_not_run_as_python(text: str, tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("verifier", ["acc", "math_17k_acc", "math_verify_reward"])
+@pytest.mark.parametrize(
+    "call", ["doctest()", "init_session()", "test()", "source(sqrt)", "preview(x)", "sympify(x)", "lambdify(x,x)(1)"]
+)
+def test_a_response_calls_nothing_but_mathematics(verifier: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`\\boxed{doctest()}` started processes: sympy's parser resolves every public name of sympy."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BaseException("a function that is not mathematics was called")  # not suppressed by the verifiers
+
+    import sympy
+
+    for name in ("doctest", "init_session", "test", "source", "preview", "sympify", "lambdify"):
+        if hasattr(sympy, name):
+            monkeypatch.setattr(sympy, name, refuse)
+    assert VERIFIERS[verifier].score(rf"\boxed{{{call}}}", "12") <= 0
+
+
+def test_the_parser_has_mathematics_only() -> None:
+    """Every callable that a response can reach is a class of sympy's expressions, or one of a short list."""
+    import sympy
+
+    functions = {
+        name
+        for name, value in equality._mathematics().items()
+        if callable(value)
+        and not isinstance(value, sympy.Basic)
+        and not (isinstance(value, type) and issubclass(value, sympy.Basic | sympy.MatrixBase))
+    }
+    roots = {"sqrt", "cbrt", "root", "real_root", "gcd", "lcm", "N", "diff", "expand", "factor", "simplify"}
+    assert functions == roots | {"abs", "min", "max", "round", "pow", "sum"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [("sqrt(8)", "2*sqrt(2)"), ("factorial(5)", "120"), ("sin(pi/6)", "1/2"), ("Matrix([[1,2]])", "Matrix([[1, 2]])")],
+)
+def test_mathematics_still_counts(answer: str, label: str) -> None:
+    assert equality.equal(answer, label)
+
+
 def test_a_tower_of_powers_costs_its_response_only(hurry: Callable[[str], None]) -> None:
     tower = r"\boxed{9**9**9**9}"
     hurry(tower)

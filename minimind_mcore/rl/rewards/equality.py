@@ -1,20 +1,23 @@
 """Whether two pieces of mathematics are the same: as text, as numbers, part by part, or for sympy.
 
 The steps are those of MindSpeed-RL's `math_equal` (after Qwen2.5-Math and ToRA). Text that a model wrote reaches
-sympy's parser, which evaluates Python: what could name anything but mathematics is not parsed (`_harmless`). Sympy can
-take minutes over a line, so callers run this in `workers.Workers`.
+sympy's parser, which evaluates Python with all of sympy's names: `doctest()` starts processes, `init_session()` opens a
+console. Only the names of `_mathematics` are resolved here, and text with strings or attributes is not parsed
+(`_harmless`). Sympy can take minutes over a line, so callers run this in `workers.Workers`.
 """
 
 from __future__ import annotations
 
 import builtins
+import functools
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import isclose, isfinite
 from typing import Any
 
+import sympy
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from latex2sympy2_extended.math_normalization import NormalizationConfig
@@ -167,13 +170,32 @@ def _parse(text: str) -> Any:
     for spelling in (text.replace("\\\\", "\\"), text):
         if _harmless(spelling):
             with suppress(Exception):
-                return parse_expr(spelling)
+                return parse_expr(spelling, global_dict=dict(_mathematics()))
     for spelling in (text.replace("\\\\", "\\"), text):
         with suppress(Exception):
             found = latex2sympy(spelling, None, True, normalization_config=_AS_IT_IS, conversion_config=_PLAIN)
             if isinstance(found, Expr | MatrixBase | Relational):  # it could not read sets
                 return found
     return text
+
+
+@functools.cache
+def _mathematics() -> Mapping[str, Any]:
+    """Return the names that a response may use: constants, functions, sets, matrices, relations of sympy.
+
+    `parse_expr` makes a symbol of any other name. Without `__builtins__` Python would add its own functions.
+    """
+    kinds = (sympy.Function, sympy.Set, Relational, sympy.MatrixBase, sympy.Sum, sympy.Product, sympy.Integral)
+    names = {
+        name: value
+        for name, value in vars(sympy).items()
+        if isinstance(value, sympy.Basic) or (isinstance(value, type) and issubclass(value, kinds))
+    }
+    # functions of Python that build an expression, and the classes that parse_expr writes into the text it evaluates
+    others = "sqrt cbrt root real_root gcd lcm N diff expand factor simplify".split()
+    others += "Symbol Integer Float Rational Add Mul Pow Function Tuple".split()
+    python = {"abs": abs, "min": min, "max": max, "round": round, "pow": pow, "sum": sum}
+    return {**names, **{name: getattr(sympy, name) for name in others}, **python, "__builtins__": {}}
 
 
 def _harmless(text: str) -> bool:
