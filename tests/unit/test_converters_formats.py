@@ -343,11 +343,13 @@ def test_an_index_points_nowhere_else(name: str, tmp_path: Path) -> None:
 
 def test_modelling_code_is_copied_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = SMALL["minimind3"]
-    source = open_source(write_hf(tmp_path / "hf", config, state_dict(config, "hf")))
-    (tmp_path / "hf" / "model_minimind.py").write_text("raise SystemExit('this is code')\n")
+    folder = write_hf(tmp_path / "hf", config, state_dict(config, "hf"))
+    (folder / "model_minimind.py").write_text("raise SystemExit('this is code')\n")
+    source = open_source(folder)
     plain = convert(source, HFTarget(source, native=True, folder=None), tmp_path / "plain").path
     assert not (plain / "model_minimind.py").exists()
     assert "auto_map" not in json.loads((plain / "config.json").read_text())
     assert "was not copied: it is code" in capsys.readouterr().err
+    source = open_source(folder)
     asked = convert(source, HFTarget(source, native=True, folder=None, copy_code=True), tmp_path / "asked").path
     assert (asked / "model_minimind.py").is_file() and "this code" in capsys.readouterr().err
