@@ -89,7 +89,7 @@ def test_ascend_image_is_pinned_to_the_matrix() -> None:
 def test_images_do_not_run_as_root(name: str) -> None:
     """On an NPU the driver decides (see the file). A run may write to data/ and outputs/ as any user."""
     found = instructions(DOCKER / f"Dockerfile.{name}")
-    assert [rest for word, rest in found if word == "USER"] == ["minimind"]
+    assert [rest for word, rest in found if word == "USER"] == ["1000"]
     assert [word for word, _ in found].index("USER") > max(i for i, (word, _) in enumerate(found) if word == "RUN")
     assert any("chmod 1777 data outputs" in rest for word, rest in found if word == "RUN")
 
@@ -326,7 +326,7 @@ def test_steps_of_the_cpu_image(tmp_path: Path) -> None:
                     place = kit / target / source if target.endswith("/") else kit / target
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(ROOT / source, place)
-        elif word == "RUN":
+        elif word == "RUN" and "useradd" not in rest:  # not on the machine that runs the tests
             # --index-url of the image's arguments would leave this machine's mirror
             command = re.sub(r'\b(PIP|TORCH)_INDEX_URL="\$\w+"', "", rest)
             subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=kit, env=environ, check=True, timeout=1500)
