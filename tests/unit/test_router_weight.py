@@ -120,6 +120,30 @@ def test_new_training_is_straight_through_and_the_checkpoint_keeps_the_rule(
     assert two.codes == [1] and "straight_through with 2 experts per token" in two.output
 
 
+def test_the_language_model_loss_moves_the_router_in_new_training(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    # Plain gradient descent without auxiliary loss: a weight moves by its gradient of the language-model loss.
+    flags = {
+        "train_iters": 1,
+        "moe_aux_loss_coeff": 0.0,
+        "optimizer": "sgd",
+        "sgd_momentum": 0.0,
+        "ckpt_format": "torch",
+    }
+    flags |= {"weight_decay": 0.0, "clip_grad": 0.0, "lr_decay_style": "constant"}
+    states = []
+    for lr in (0.0, 1.0):
+        folder = tmp_path / str(lr)
+        argv = corpus.flags(get_preset("minimind3_moe_tiny"), **flags, lr=lr, min_lr=lr, save=folder)
+        server.run(argv, tmp_path / f"run {lr}")
+        states.append(load(folder / "iter_0000001/mp_rank_00/model_optim_rng.pt")["model"])
+    routers = [name for name in states[0] if name.endswith("mlp.router.weight")]
+    assert len(routers) == 4
+    for name in routers:
+        assert (states[1][name] - states[0][name]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("fields", [{}, {"router_weight": "straight_through"}, {"norm_topk_prob": False}])
 def test_training_from_weights_keeps_their_rule(
     fields: dict[str, Any], server: Server, corpus: Corpus, tmp_path: Path
