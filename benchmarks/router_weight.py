@@ -7,7 +7,7 @@ The sample corpus is the data; every 20th record is held out. A seed fixes the i
 samples, so that the three rules start from the same model and read the same batches. The held-out batches are the
 same for every run. Finished runs are skipped, so an interrupted experiment continues with the same command.
 
-Written below --output: one folder per run, results.json, table.md and router_weight.svg.
+Written below --output: one folder per run, results.json, table.md and router_weight.png.
 """
 
 from __future__ import annotations
@@ -226,9 +226,10 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     losses.set(title="validation loss (nats per token)", xlabel="iteration")
     aux.set(title="auxiliary loss (floor 1)", xlabel="iteration")
     loads.set(title="share of tokens of each expert", xticks=range(3), xticklabels=ROUTER_WEIGHTS, ylim=(0, None))
+    loads.set_xlim(-0.5, 2.5)
     loads.axhline(0.25, color="black", lw=0.5)
     losses.legend()
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -237,7 +238,7 @@ def report(args: argparse.Namespace) -> None:
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     atomic_write_text(args.output / "results.json", json.dumps(results, indent=1))
     atomic_write_text(args.output / "table.md", table(results) + "\n")
-    draw(results, args.output / "router_weight.svg")
+    draw(results, args.output / "router_weight.png")
     print(table(results))
 
 

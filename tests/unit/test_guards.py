@@ -32,7 +32,6 @@ UPSTREAM_NAMES = {
     "minimind_mcore/rl/export_verl.py": ("num_npus",),
     "minimind_mcore/rl/groups.py": ("num_npus",),
     "minimind_mcore/rl/keys.py": ("num_npus",),
-    "minimind_mcore/rl/lint.py": ("num_npus",),
     "minimind_mcore/rl/migrate.py": ("npu_deterministic",),
     "minimind_mcore/rl/rules.py": ("num_npus",),
     "minimind_mcore/rl/values.py": ("num_npus",),
