@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import LOAD_BALANCING, ROUTER_WEIGHTS, ModelConfig
+from minimind_mcore.ranges import RANGES, flag_type
 
 # By the field of ModelConfig or MoEConfig; the flags are Megatron's, where it has one.
 FLAGS = {
@@ -30,14 +31,6 @@ FLAGS = {
     "aux_loss_coeff": "--moe-aux-loss-coeff",
 }
 _CHOICES = {"load_balancing": LOAD_BALANCING, "router_weight": ROUTER_WEIGHTS}
-_TYPES = {
-    "num_heads": int,
-    "norm_eps": float,
-    "rope_theta": int,
-    "max_position_embeddings": int,
-    "topk": int,
-    "aux_loss_coeff": float,
-}
 _MOE = ("topk", "norm_topk_prob", "router_weight", "load_balancing", "aux_loss_coeff")
 
 
@@ -58,10 +51,11 @@ def add_flags(group: argparse._ArgumentGroup, known: set[str]) -> None:
         if flag in known:
             continue
         what = f"{name} of the model; replaces what is assumed for a .pth file, and must be right for other models"
+        dest = flag.removeprefix("--").replace("-", "_")
         if name in _CHOICES:
             group.add_argument(flag, choices=_CHOICES[name], help=what)
-        elif name in _TYPES:
-            group.add_argument(flag, type=_TYPES[name], help=what)
+        elif dest in RANGES:
+            group.add_argument(flag, type=flag_type(dest), help=what)
         else:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what)
 

@@ -18,6 +18,7 @@ from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.converters.sharding import Sharding, parse_numbers
 from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.errors import UserError
+from minimind_mcore.ranges import flag_type
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
 
@@ -115,9 +116,14 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     add("--hf-cfg-dir", help="directory with the model's config.json and tokenizer")
     add("--hf-dir", help="the same, as older guides call it")
     add("--tokenizer-name-or-path", help="directory of the tokenizer (default: --hf-cfg-dir, or the source's)")
-    add("--true-vocab-size", type=int, help="rows of the embedding to keep in a Hugging Face model")
-    add("--make-vocab-size-divisible-by", type=int, default=1, help="pad the vocabulary of a Megatron checkpoint")
-    add("--padded-vocab-size", type=int, help="pad it to this many rows")
+    add(
+        "--true-vocab-size",
+        type=flag_type("true_vocab_size"),
+        help="rows of the embedding to keep in a Hugging Face model",
+    )
+    unit = flag_type("make_vocab_size_divisible_by")
+    add("--make-vocab-size-divisible-by", type=unit, default=1, help="pad the vocabulary of a Megatron checkpoint")
+    add("--padded-vocab-size", type=flag_type("padded_vocab_size"), help="pad it to this many rows")
     add(
         "--format",
         choices=FORMATS,
@@ -128,7 +134,8 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     unpickling.add_trust_flag(group)
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
     add("--dry-run", action="store_true", help="check everything, write nothing")
-    add("--max-shard-size", type=float, default=2.0, metavar="GIB", help="of one safetensors file")
+    shard = flag_type("max_shard_size")
+    add("--max-shard-size", type=shard, default=2.0, metavar="GIB", help="of one safetensors file")
     assumptions.add_flags(parser.add_argument_group("model", "values that a .pth file does not hold"), known)
 
 

@@ -28,6 +28,7 @@ from minimind_mcore.models.config import (
     named_router_weight,
     set_router_weight,
 )
+from minimind_mcore.ranges import flag_type
 from minimind_mcore.splits import parse_split
 
 # dest names, grouped as Megatron groups its arguments
@@ -180,7 +181,9 @@ def _add_native_flags(parser: argparse.ArgumentParser) -> None:
     """The few flags that neither Megatron nor MindSpeed-LLM has."""
     group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
     group.add_argument("--output-dir", help="metrics.jsonl, loss.png, report.html (default: beside --save)")
-    group.add_argument("--keep-last", type=int, metavar="N", help="keep only the N newest checkpoints")
+    group.add_argument(
+        "--keep-last", type=flag_type("keep_last"), metavar="N", help="keep only the N newest checkpoints"
+    )
     group.add_argument(
         "--minimind-init",
         choices=("normal", "torch"),
@@ -227,11 +230,17 @@ def _add_posttrain_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("post-training", "flags of this kit; MindSpeed-LLM does not know them")
     group.add_argument("--reference-live", action="store_true", help="run --ref-model in every step, cache nothing")
     group.add_argument(
-        "--gamma-beta-ratio", type=float, default=1.4, help="SimPO's target margin, as a multiple of 1 / beta"
+        "--gamma-beta-ratio",
+        type=flag_type("gamma_beta_ratio"),
+        default=1.4,
+        help="SimPO's target margin, as a multiple of 1 / beta",
     )
     group.add_argument("--teacher-model", help="to distil: an HF directory or a directory of checkpoints")
-    group.add_argument("--distill-alpha", type=float, default=0.5, help="weight of the labels' loss; the rest is KL")
-    group.add_argument("--distill-temperature", type=float, default=1.5, help="of both distributions in the KL")
+    for name, default, what in (
+        ("alpha", 0.5, "weight of the labels' loss; the rest is KL"),
+        ("temperature", 1.5, "of both distributions in the KL"),
+    ):
+        group.add_argument(f"--distill-{name}", type=flag_type(f"distill_{name}"), default=default, help=what)
 
 
 @functools.cache
@@ -268,7 +277,8 @@ def build_parser(program: str = "training", prog: str | None = None) -> argparse
             if key in record:
                 options[key] = record[key]
         if "action" not in record and "type" in record:
-            options["type"] = TYPES[record["type"]]
+            parsed = TYPES[record["type"]]
+            options["type"] = flag_type(record["dest"], parsed) if parsed in (int, float) else parsed
         group.add_argument(*record["flags"], **options)
     return parser
 

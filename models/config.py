@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.ranges import problem
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -35,6 +36,32 @@ _SPEC_MODULE = "minimind_mcore.models.minimind_spec"
 LAYER_SPEC = [_SPEC_MODULE, "layer_spec"]
 STRAIGHT_THROUGH_SPEC = [_SPEC_MODULE, "straight_through_layer_spec"]
 NO_EXPERTS = "--router-weight: the model has no experts (--num-experts); leave the flag out (ROUTER_WEIGHT)"
+# Names of the fields in the table of ranges.
+_MODEL_FIELDS = {
+    "vocab_size": "padded_vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "topk": "moe_router_topk",
+    "ffn_hidden_size": "moe_ffn_hidden_size",
+    "shared_ffn_hidden_size": "moe_shared_expert_intermediate_size",
+    "aux_loss_coeff": "moe_aux_loss_coeff",
+}
+
+
+def _require_ranges(config: object, fields: Mapping[str, str]) -> None:
+    for field, name in fields.items():
+        if wrong := problem(name, getattr(config, field)):
+            raise UserError(f"{field} of the model: {wrong}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +99,8 @@ class MoEConfig:
     aux_loss_coeff: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.topk <= self.num_experts:
+        _require_ranges(self, _MOE_FIELDS)
+        if self.topk > self.num_experts:
             raise UserError(f"experts per token: found {self.topk}, expected 1 to num_experts={self.num_experts}")
         if self.load_balancing not in LOAD_BALANCING:
             raise UserError(f"load balancing: found {self.load_balancing!r}, expected one of {LOAD_BALANCING}")
@@ -116,6 +144,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
+        _require_ranges(self, _MODEL_FIELDS)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "

@@ -14,6 +14,7 @@ MiniMind writes the keys of its mixture of experts for dense models too: only `u
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.ranges import RANGES, problem
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,6 +35,39 @@ _CLASSES = {
     "qwen2_moe": "Qwen2MoeConfig",
     "qwen3_moe": "Qwen3MoeConfig",
 }
+
+# Keys of config.json and the names of their fields in the table of ranges; the last ones are those of MiniMind's v1.
+_NUMBERS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+    "rms_norm_eps": "norm_epsilon",
+    "max_position_embeddings": "max_position_embeddings",
+    "num_experts": "num_experts",
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "n_shared_experts": "n_shared_experts",
+    "router_aux_loss_coef": "moe_aux_loss_coeff",
+    "aux_loss_alpha": "moe_aux_loss_coeff",
+    "dim": "hidden_size",
+    "n_layers": "num_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_query_groups",
+    "hidden_dim": "ffn_hidden_size",
+    "multiple_of": "make_vocab_size_divisible_by",
+    "norm_eps": "norm_epsilon",
+    "max_seq_len": "max_position_embeddings",
+}
+_BOOLS = ("tie_word_embeddings", "use_moe", "norm_topk_prob", "seq_aux", "inference_rope_scaling")
+# As in the table of ranges, but a float with an integer's value will do: transformers writes such.
+_ROPE_THETA = dataclasses.replace(RANGES["rotary_base"], kind=float)
 
 
 def hf_model_type(config: ModelConfig) -> str:
@@ -166,7 +201,7 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type == "minimind":
         return _read_native(reader)
-    if model_type not in _CLASSES:
+    if not isinstance(model_type, str) or model_type not in _CLASSES:
         known = ", ".join([*_CLASSES, "minimind"])
         raise UserError(f"{name}: model_type: found {model_type!r}, expected one of {known}")
     reader.expect("attention_bias", False)
@@ -183,6 +218,19 @@ class _Reader:
 
     def __init__(self, raw: Mapping[str, Any], name: str) -> None:
         self.raw, self.name = raw, name
+        for key, field in _NUMBERS.items():
+            if raw.get(key) is not None and not (key == "n_shared_experts" and "n_layers" in raw):  # there a bool
+                self._require(key, problem(field, raw[key]))
+        for key in _BOOLS:
+            if raw.get(key) is not None and not isinstance(raw[key], bool):
+                self._require(key, f"found {raw[key]!r}, expected true or false")
+        for key in ("rope_scaling", "rope_parameters"):
+            if raw.get(key) is not None and not isinstance(raw[key], Mapping):
+                self._require(key, f"found {raw[key]!r}, expected an object")
+
+    def _require(self, key: str, wrong: str | None) -> None:
+        if wrong:
+            raise UserError(f"{self.name}: {key}: {wrong}")
 
     def get(self, *keys: str) -> Any:
         """The value of the first of these keys that is there."""
@@ -224,9 +272,11 @@ class _Reader:
     def rope_theta(self) -> int:
         """The base of the rotary embedding."""
         parameters = self.rope_parameters
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        if parameters.get("partial_rotary_factor") not in (None, 1.0):
             raise UserError(f"{self.name}: partial_rotary_factor: expected 1.0")
-        theta = parameters.get("rope_theta") or self.get("rope_theta")
+        theta = parameters.get("rope_theta")
+        theta = self.get("rope_theta") if theta is None else theta
+        self._require("rope_theta", _ROPE_THETA.problem(theta))
         if theta != int(theta):
             raise UserError(f"{self.name}: rope_theta: found {theta}, expected an integer (Megatron takes no other)")
         return int(theta)

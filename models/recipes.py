@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import format_flags
 from minimind_mcore.models.presets import PRESETS, find_model, lookup
+from minimind_mcore.ranges import flag_type
 from minimind_mcore.splits import parse_split
 
 
@@ -157,13 +158,17 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--model", help="a preset, or an HF directory or config.json")
     parser.add_argument("--stage", default="pretrain", help="with --model: pretrain, sft, lora, dpo, distill or reason")
-    parser.add_argument("--data-parallel-size", type=int, default=1, help="scales the global batch")
+    parser.add_argument(
+        "--data-parallel-size", type=flag_type("data_parallel_size"), default=1, help="scales the global batch"
+    )
     parser.add_argument("--data", nargs="+", help="the dataset, as for --data-path: gives --train-iters")
     parser.add_argument("--split", default="1", help="as for Megatron: an epoch is a pass over the training part")
-    parser.add_argument("--train-iters", type=int, help="in place of what follows from data and epochs")
-    parser.add_argument("--global-batch-size", type=int, help="in place of the recipe's")
-    for name, kind in (("epochs", int), ("lr", float), ("seq-length", int), ("micro-batch-size", int)):
-        parser.add_argument(f"--{name}", type=kind, help="in place of the recipe's")
+    parser.add_argument(
+        "--train-iters", type=flag_type("train_iters"), help="in place of what follows from data and epochs"
+    )
+    parser.add_argument("--global-batch-size", type=flag_type("global_batch_size"), help="in place of the recipe's")
+    for name in ("epochs", "lr", "seq-length", "micro-batch-size"):
+        parser.add_argument(f"--{name}", type=flag_type(name.replace("-", "_")), help="in place of the recipe's")
     args = parser.parse_args()
     if args.list:
         print("\n".join(RECIPES))

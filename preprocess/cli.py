@@ -34,6 +34,7 @@ from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_info
+from minimind_mcore.ranges import flag_type
 
 PROGRAM = "preprocess_data.py"
 
@@ -73,13 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         ("empty-think", "texts that keep their empty thoughts (default: 0.2 of MiniMind's own formats, else 1)"),
         ("thinking", "tasks that let the model think (default: 0.9, agents 0.1)"),
     ):
-        group.add_argument(f"--{name}-ratio", type=float, help=f"share of {what}; drawn by --seed")
+        ratio = flag_type(f"{name.replace('-', '_')}_ratio")
+        group.add_argument(f"--{name}-ratio", type=ratio, help=f"share of {what}; drawn by --seed")
     group.add_argument("--config", metavar="YAML", help="a file of flags: `input: data.jsonl`, `pack: true`, ...")
     group.add_argument("--dtype", choices=("int32", "uint16"), default="int32", help="uint16 halves the size")
     group.add_argument("--tokenizer-backend", choices=BACKENDS, default="auto", help="all give the same tokens")
     group.add_argument(
         "--max-reject-rate",
-        type=float,
+        type=flag_type("max_reject_rate"),
         default=0.001,
         help="share of unusable records above which the run fails and writes nothing (default 0.001)",
     )

@@ -18,6 +18,7 @@ from typing import Any
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS
 from minimind_mcore.preprocess.options import Options
+from minimind_mcore.yaml_files import read_yaml
 
 
 def with_config(argv: Sequence[str]) -> list[str]:
@@ -41,12 +42,7 @@ def read_config(path: str) -> list[str]:
     Raises:
         UserError: no such file, or not a mapping of flags.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {error}") from error
+    content = read_yaml(Path(path).expanduser(), f"--config {path}")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"--config {path}: expected a mapping of flags, such as `input: data.jsonl`")
     words = []

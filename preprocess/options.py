@@ -17,6 +17,7 @@ from minimind_mcore.preprocess.readers import Source
 from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
+from minimind_mcore.ranges import problem
 
 # Part of every request: raise it when the same request would give other files than before.
 FORMAT = 2
@@ -173,8 +174,8 @@ def validate(options: Options, info: TokenizerInfo) -> None:
         )
     if options.dtype == "uint16" and info.vocab_size > 1 << 16:
         raise UserError(f"--dtype uint16: the tokenizer has {info.vocab_size} ids, uint16 holds 65536; use int32")
-    if min(options.workers, options.n_subs) < 1:
-        raise UserError(f"--workers {options.workers} --n-subs {options.n_subs}: both must be at least 1")
+    for name in ("workers", "n_subs", "max_reject_rate", "seq_length"):
+        _require_range(name, getattr(options, name))
 
 
 def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) -> None:
@@ -204,9 +205,12 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
     if chat.pack and info.pad_id is None:
         raise UserError(f"tokenizer {info.path}: --pack needs its pad_token in tokenizer_config.json")
     for name in ("system_ratio", "empty_think_ratio", "thinking_ratio"):
-        ratio = getattr(chat, name)
-        if ratio is not None and not 0 <= ratio <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {ratio:g}: expected a share from 0 to 1")
+        _require_range(name, getattr(chat, name))
+
+
+def _require_range(name: str, value: float | None) -> None:
+    if value is not None and (wrong := problem(name, value)):
+        raise UserError(f"--{name.replace('_', '-')}: {wrong}")
 
 
 def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> str:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.tokenizer_files import read_json, special_tokens, tokenizer_json
+from minimind_mcore.ranges import problem
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 
@@ -202,6 +203,7 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
     Raises:
         UserError: the tokenizers library cannot read the file.
     """
+    require_ids(file, read_json(file))
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
@@ -210,6 +212,26 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def require_ids(file: Path, content: dict[str, Any]) -> None:
+    """Refuse a tokenizer.json whose ids are out of range: the tokenizers library makes an array up to the largest.
+
+    Raises:
+        UserError: names the token, or the part of the file that has another form.
+    """
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    pairs = list(vocab.items()) if isinstance(vocab, dict) else []
+    if added is not None and not (isinstance(added, list) and all(isinstance(token, dict) for token in added)):
+        raise UserError(f"{file}: added_tokens: expected a list of objects; the tokenizer is damaged")
+    for token in added or []:
+        if not isinstance(token.get("content"), str):
+            raise UserError(f"{file}: added_tokens: content: found {token.get('content')!r}, expected a text")
+        pairs.append((token["content"], token.get("id")))
+    for token, number in pairs:
+        if wrong := problem("token id", number):
+            raise UserError(f"{file}: id of the token {token!r}: {wrong}; the tokenizer is damaged")
 
 
 class TokenizersEncoder:

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.preprocess.handlers import HANDLERS
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.ranges import flag_type
 from minimind_mcore.storage import atomic_directory
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="files, directories, globs, separated by commas")
     parser.add_argument("--output", required=True, help="the directory to write")
-    parser.add_argument("--vocab-size", type=int, default=6400)
+    parser.add_argument("--vocab-size", type=flag_type("vocab_size"), default=6400)
     parser.add_argument("--json-key", default="text", help="the field that holds the text")
     parser.add_argument("--split-digits", action="store_true", help="each digit is a token; sums are easier to learn")
     args = parser.parse_args(argv)

@@ -26,6 +26,7 @@ from minimind_mcore.inference.heldout import Document, documents
 from minimind_mcore.inference.scores import Scores
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.inference.starting import opened, start
+from minimind_mcore.ranges import flag_type
 
 PROGRAM = "evaluation.py"
 EXACT_MATCH, PERPLEXITY = "exact_match", "perplexity"
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     next(a for a in parser._actions if a.dest == "evaluation_batch_size").default = 16  # the result is the same
     group = parser.add_argument_group("evaluation", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="solved questions shown before each")
+    shots = flag_type("num_fewshot")
+    group.add_argument("--num-fewshot", type=shots, default=0, metavar="N", help="solved questions shown before each")
     group.add_argument("--harness", nargs="+", default=[], metavar="TASK", help="run these by lm-evaluation-harness")
     group.add_argument("--output-dir", help="write scores.json and scores.png there")
 
@@ -92,10 +94,6 @@ def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise UserError(f"--task is missing: expected {', '.join(known)}; or --harness")
     if len(names) != len(paths):
         raise UserError(f"--task has {len(names)} names, --task-data-path {len(paths)} paths; expected one for each")
-    if args.max_eval_samples is not None and args.max_eval_samples < 1:
-        raise UserError(f"--max-eval-samples {args.max_eval_samples}: expected 1 or more; leave it out for all")
-    if args.num_fewshot < 0 or args.evaluation_batch_size < 1:
-        raise UserError("--num-fewshot: expected 0 or more; --evaluation-batch-size: expected 1 or more")
     tasks = list(zip(names, paths, strict=True))
     for name, path in tasks:
         if name in BENCHMARKS and names.count(name) > 1:

@@ -161,10 +161,3 @@ def tokenizer_flag(args: argparse.Namespace) -> str | None:
     """The directory of the tokenizer, where a flag names it."""
     found: str | None = args.tokenizer_name_or_path or args.tokenizer_model
     return found
-
-
-def positive(text: str) -> int:
-    """The type of a flag that counts something."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)

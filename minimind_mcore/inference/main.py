@@ -27,6 +27,7 @@ from minimind_mcore.inference.starting import opened, start
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
+from minimind_mcore.ranges import flag_type
 from minimind_mcore.storage import atomic_file
 
 PROGRAM = "inference.py"
@@ -89,9 +90,11 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw", action="store_true", help="bos and the prompt, for a model that is only pretrained")
     group.add_argument("--system", help="a system prompt")
     group.add_argument("--tools", help="JSON file with definitions of tools, for the chat template")
-    group.add_argument("--prompt-batch-size", type=flags.positive, default=16, help="prompts at a time")
+    group.add_argument("--prompt-batch-size", type=flag_type("prompt_batch_size"), default=16, help="prompts at a time")
     group.add_argument("--engine", choices=("native", "vllm"), default="native", help="vllm: where it is installed")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, help="more than 1: repeat less")
+    group.add_argument(
+        "--repetition-penalty", type=flag_type("repetition_penalty"), default=1.0, help="more than 1: repeat less"
+    )
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:

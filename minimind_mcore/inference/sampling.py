@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.ranges import problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,9 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for flag, valid, expected in (
-            ("--max-new-tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("--temperature", self.temperature > 0, "more than 0 (for the likeliest token use --task greedy)"),
-            ("--top-k", self.top_k >= 0, "0 (all) or more"),
-            ("--top-p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("--repetition-penalty", self.repetition_penalty > 0, "more than 0"),
-        ):
-            if not valid:
-                raise UserError(f"{flag} {getattr(self, flag[2:].replace('-', '_'))}: expected {expected}")
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "seed"):
+            if wrong := problem(name, getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')}: {wrong}")
 
     def choose(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator) -> Tensor:
         """The next token of each sequence.

@@ -32,10 +32,6 @@ class Distill(SFT):
         super().check()
         args = self.args
         require(bool(args.teacher_model), "--teacher-model is missing: an HF directory, or a directory of checkpoints")
-        require(0 <= args.distill_alpha <= 1, f"--distill-alpha: found {args.distill_alpha}, expected 0 to 1")
-        require(
-            args.distill_temperature > 0, f"--distill-temperature: found {args.distill_temperature}, expected above 0"
-        )
 
     def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
         """See `Job`."""

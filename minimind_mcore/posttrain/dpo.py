@@ -45,7 +45,6 @@ class DPO(PostTraining):
         super().check()
         args = self.args
         require(not args.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
-        require(args.dpo_beta > 0, f"--dpo-beta: found {args.dpo_beta}, expected more than 0")
         require(not args.reference_live or bool(args.ref_model), "--reference-live needs --ref-model, its weights")
         require(
             args.reference_live or not (args.ref_model and args.lora_target_modules),
@@ -54,11 +53,6 @@ class DPO(PostTraining):
         require(
             not args.reference_live or args.dpo_loss_type != "simpo",
             "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
-        )
-        require(
-            0 <= args.dpo_label_smoothing < 0.5,
-            f"--dpo-label-smoothing: found {args.dpo_label_smoothing}, expected 0 to less than 0.5, the share of "
-            "pairs whose preference is believed to be the other way round",
         )
 
     def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:

@@ -126,8 +126,6 @@ def check(args: argparse.Namespace) -> None:
     known = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     if unknown := [name for name in args.lora_target_modules if name not in known]:
         raise UserError(f"--lora-target-modules {unknown[0]}: expected some of {', '.join(known)}")
-    if args.lora_r < 1:
-        raise UserError(f"--lora-r: found {args.lora_r}, expected 1 or more")
     layout = args.tensor_model_parallel_size * args.expert_model_parallel_size
     if args.num_experts and layout > 1 and {"linear_fc1", "linear_fc2"} & set(args.lora_target_modules):
         raise UserError(

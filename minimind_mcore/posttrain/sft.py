@@ -36,9 +36,6 @@ class PostTraining(Job):
         )
         args.no_pad_to_seq_lengths = args.no_pad_to_seq_lengths or args.variable_seq_lengths
         require(
-            args.pad_to_multiple_of >= 1, f"--pad-to-multiple-of: found {args.pad_to_multiple_of}, expected 1 or more"
-        )
-        require(
             args.reset_attention_mask == args.neat_pack,
             "--neat-pack and --reset-attention-mask belong together: alone, the first would let packed samples see "
             "each other, the second would part an answer from its question",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.ranges import flag_type
 from minimind_mcore.rl.config import command_parser, compose, resolve
 from minimind_mcore.rl.lint import TARGETS, dump, find, lint, read
 from minimind_mcore.rl.migrate import migrate
@@ -31,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
     checked.add_argument("--target", choices=TARGETS, default="embedded", help="what is to read it (default: embedded)")
     checked.add_argument("--device", help="of the embedded trainer (default: the one found)")
-    checked.add_argument("--nodes", type=int, default=1, help="hosts of the Ray cluster, for MindSpeed-RL (default: 1)")
+    hosts = flag_type("nodes")
+    checked.add_argument(
+        "--nodes", type=hosts, default=1, help="hosts of the Ray cluster, for MindSpeed-RL (default: 1)"
+    )
     where = checked.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="write the rewritten file there")
     where.add_argument("--fix", action="store_true", help="rewrite the file itself (the old one becomes FILE.orig)")
@@ -69,7 +73,7 @@ def _lint(args: argparse.Namespace) -> None:
     Raises:
         UserError: there are, after they are printed.
     """
-    findings, _, changes = lint(args.config, args.target, args.overrides, args.device, max(1, args.nodes))
+    findings, _, changes = lint(args.config, args.target, args.overrides, args.device, args.nodes)
     file = find(args.config)
     if args.fix or args.output:
         _rewrite(file, args.output or file, TARGETS[args.target], changes)

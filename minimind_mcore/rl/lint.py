@@ -31,6 +31,7 @@ from minimind_mcore.rl.rules import RULES
 from minimind_mcore.rl.schema import NEWEST
 from minimind_mcore.rl.settings import nearest
 from minimind_mcore.rl.values import Problem, values
+from minimind_mcore.yaml_files import checked_yaml, read_yaml
 
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
 LEVELS = ("error", "warning", "note")
@@ -150,10 +151,12 @@ def find(path: str) -> Path:
 def read(file: Path) -> dict[str, Any]:
     """A YAML file as it stands; numbers such as 1e-6 are numbers, as hydra reads them."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
+        checked_yaml(file)
         loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"{file}: {error}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: found {type(loaded).__name__}, expected sections such as megatron_training:")
@@ -255,8 +258,8 @@ def _hooked(config: Config) -> bool:
     for folder in (Path(), CONFIGS.parents[1], Path(os.environ.get("MINDSPEED_RL_HOME", ""))):
         file = folder / config.rl.runtime_env_path
         if file.is_file():
-            environment = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-            return environment.get("worker_process_setup_hook") == HOOK
+            environment = read_yaml(file)
+            return isinstance(environment, dict) and environment.get("worker_process_setup_hook") == HOOK
     return False
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.ranges import problem
 
 Algorithm = Literal["grpo", "dr_grpo", "dapo", "cispo", "ppo", "spo"]
 
@@ -149,8 +150,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), {"path": value} if isinstance(value, str) else value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
+    number = float(value) if kind is float and type(value) is int and abs(value) < 2**63 else value
+    if type(number) is not kind:
         raise UserError(f"{where}: found {value!r}, expected {kind.__name__}")
-    return value
+    section, _, name = where.rpartition(".")
+    if wrong := problem(name.partition("[")[0], value, section):
+        raise UserError(f"{where}: {wrong}")
+    return number

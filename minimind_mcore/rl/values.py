@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from minimind_mcore.rl.config import Config
+from minimind_mcore.ranges import problem
+from minimind_mcore.rl.config import Config, Section
 from minimind_mcore.rl.settings import nearest
 
 Problem = tuple[str, str]
@@ -19,51 +20,15 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 MORE = {"rl_config.kl_penalty": ("k1", "k2", "k3")}  # of the embedded trainer
 
-# The least of each.
-COUNTS: dict[str, int] = {
-    "megatron_training.global_batch_size": 1,
-    "megatron_training.seq_length": 1,
-    "megatron_training.train_iters": 1,
-    "actor_config.micro_batch_size": 1,
-    "rl_config.actor_resource.num_npus": 1,
-    "rl_config.n_samples_per_prompt": 1,
-    "rl_config.mini_batch_size": 1,
-    "rl_config.epochs": 1,
-    "rl_config.max_prompt_length": 1,
-    "rl_config.verifier_parallel": 1,
-    "rl_config.filter_groups_max_batches": 1,
-    "rl_config.overlong_buffer": 0,
-    "generate_config.max_num_seqs": 1,
-    "generate_config.sampling_config.max_tokens": 1,
-    "minimind.eval_prompts": 1,
-    "minimind.eval_interval": 0,
-    "minimind.sample_interval": 0,
-    "minimind.weight_check_interval": 0,
-    "minimind.keep_last": 1,
-    "minimind.max_restarts": 0,
-}
-# Smallest and largest; None: any.
-BOUNDS: dict[str, tuple[float, float | None]] = {
-    "rl_config.clip_ratio": (0, None),
-    "rl_config.clip_ratio_low": (0, None),
-    "rl_config.clip_ratio_high": (0, None),
-    "rl_config.cliprange_value": (0, None),
-    "rl_config.init_kl_coef": (0, None),
-    "generate_config.sampling_config.top_p": (0, 1),
-    "generate_config.sampling_config.min_p": (0, 1),
-    "minimind.reward_failure_limit": (0, 1),
-}
-POSITIVE = (
-    "rl_config.verifier_timeout",
-    "rl_config.kl_horizon",
-    "rl_config.kl_target",
-    "generate_config.sampling_config.temperature",
-    "minimind.cispo_clip",
-    "minimind.spo_half_life",
-    "minimind.rollout_correction_cap",
-    "minimind.actor_timeout_s",
+OPTIONAL = ("megatron_training.stage",)
+# Keys without which a run cannot be planned; MindSpeed-RL's default of some is null.
+REQUIRED = (
+    "megatron_training.global_batch_size",
+    "megatron_training.seq_length",
+    "megatron_training.train_iters",
+    "actor_config.micro_batch_size",
+    "rl_config.actor_resource.num_npus",
 )
-OPTIONAL = ("megatron_training.stage", "minimind.keep_last")
 
 
 def values(config: Config, target: str) -> Iterator[Problem]:
@@ -73,22 +38,47 @@ def values(config: Config, target: str) -> Iterator[Problem]:
         known = (*names, *(MORE.get(key, ()) if target == "embedded" else ()))
         if value not in known and not (value is None and key in OPTIONAL):
             yield key, f"found {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"
-    for key, least in COUNTS.items():
-        value = value_of(config, key)
-        if value is None and key in OPTIONAL:
-            continue
-        if not isinstance(value, int):
-            yield key, f"found {value!r}, expected a whole number"
-        elif value < least:
-            yield key, f"found {value}, expected at least {least}"
-    for key, (low, high) in BOUNDS.items():
-        value = value_of(config, key)
-        if value < low or (high is not None and value > high):
-            yield key, f"found {value}, expected {low:g} {'or more' if high is None else f'to {high:g}'}"
-    for key in POSITIVE:
-        if (value := value_of(config, key)) <= 0:
-            why = ": log-probabilities are divided by it" if key.endswith("temperature") else ""
-            yield key, f"found {value}, expected more than 0{why}"
+    for key in REQUIRED:
+        if value_of(config, key) is None:
+            yield key, "found None, expected a whole number"
+    yield from numbers(config)
+
+
+def numbers(config: Config) -> Iterator[Problem]:
+    """Numbers that are out of the ranges of `ranges.py`; those of `minimind` are checked by `settings`."""
+    found: dict[str, str] = {}  # a key that several models share is reported once
+    sections = {"actor_config": config.actor, "ref_config": config.ref}
+    sections |= {"reward_config": config.reward} if config.reward else {}
+    sections |= {"critic_config": config.critic} if config.critic else {}
+    for section, megatron in sections.items():
+        for name, value in vars(megatron).items():
+            found |= _wrong(_given_in(config, section, name), name, value)
+    prompts = {"mini_batch_size": value_of(config, "rl_config.mini_batch_size")}
+    for name, value in (vars(config.rl) | prompts).items():
+        found |= _wrong(f"rl_config.{name}", name, value)
+    for name, value in vars(config.generate).items():
+        found |= _wrong(f"generate_config.{name}", name, value)
+    yield from found.items()
+
+
+def _wrong(key: str, name: str, value: object, section: str = "") -> dict[str, str]:
+    """The problem of a value, or of the numbers in a list or a section, by key."""
+    if isinstance(value, Section):
+        parts = [_wrong(f"{key}.{inner}", inner, item, name) for inner, item in vars(value).items()]
+        return {where: text for part in parts for where, text in part.items()}
+    for number in value if isinstance(value, list) else [value]:
+        whole = isinstance(number, float) and number.is_integer()  # `keys` lets 1e3 stand for 1000
+        if isinstance(number, int | float) and (text := problem(name, int(number) if whole else number, section)):
+            return {key: text}
+    return {}
+
+
+def _given_in(config: Config, section: str, name: str) -> str:
+    """The key of a model's value by the section that gives it: its own, megatron_training, or its model's."""
+    for where in (section, "megatron_training"):
+        if any(str(key).replace("-", "_") == name for key in config.tree.get(where) or {}):
+            return f"{where}.{name}"
+    return f"model.{config.model}.{name}"
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minimind_mcore import ranges
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 
@@ -40,11 +41,9 @@ def validate(args: argparse.Namespace, world_size: int) -> Layout:
     Raises:
         UserError: values that contradict each other, the model, or the number of processes.
     """
+    for name, wrong in ranges.problems(args):  # of a namespace that another parser made
+        raise UserError(f"--{name.replace('_', '-')}: {wrong}")
     model = ModelConfig.from_args(args)
-    counts = ("log_interval", "save_interval", "eval_interval", "keep_last", "num_layers_per_virtual_pipeline_stage")
-    for name in counts:
-        value = getattr(args, name, None)  # MindSpeed-LLM has no --keep-last
-        require(value is None or value >= 1, f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
     layout = _layout(args, world_size)
     _check_model(model, layout, args)
     _fill_batch(args, layout)
@@ -69,8 +68,6 @@ def validate(args: argparse.Namespace, world_size: int) -> Layout:
 def _layout(args: argparse.Namespace, world_size: int) -> Layout:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, ep = args.context_parallel_size, args.expert_model_parallel_size
-    for name, size in (("tensor", tp), ("pipeline", pp), ("expert", ep)):
-        require(size >= 1, f"--{name}-model-parallel-size: found {size}, expected 1 or more")
     require(
         cp == 1,
         f"--context-parallel-size {cp}: the scaled-dot-product attention in use keeps a whole sequence on one "

@@ -28,6 +28,7 @@ UPSTREAM_NAMES = {
         "npu_deterministic", "hccl_group_buffer", "hccl_group_buffer_adaptive", "hccl_op_mode",
     ),
     "minimind_mcore/fused/install.py": ("fused_weight_gradient_mlp_cuda",),
+    "minimind_mcore/ranges.py": ("num_npus",),
     "minimind_mcore/rl/config.py": ("num_npus",),
     "minimind_mcore/rl/export_verl.py": ("num_npus",),
     "minimind_mcore/rl/groups.py": ("num_npus",),

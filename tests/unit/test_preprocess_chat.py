@@ -513,7 +513,7 @@ WRONG: list[tuple[str, ChatOptions, dict[str, Any], str]] = [
     ("MiniMindPromptHandler", ChatOptions(additional_keys=("labels",)), {}, "no answer"),
     ("MiniMindInstructionHandler", ChatOptions(pack="pack"), {}, "--pack needs --seq-length"),
     ("MiniMindPairwiseHandler", ChatOptions(pack="pack"), {"seq_length": 9}, "instruction data only"),
-    ("MiniMindInstructionHandler", ChatOptions(system_ratio=2.0), {}, "--system-ratio 2: expected a share"),
+    ("MiniMindInstructionHandler", ChatOptions(system_ratio=2.0), {}, "--system-ratio: found 2.0, expected 0 to 1"),
     ("MiniMindInstructionHandler", ChatOptions(), {"append_eod": True}, "--append-eod"),
     ("MiniMindInstructionHandler", ChatOptions(), {"dtype": "uint16"}, "for pretraining data"),
     ("GeneralPretrainHandler", ChatOptions(prompt_type="qwen3"), {}, "are for conversations"),

@@ -1,0 +1,94 @@
+"""Read YAML of bounded size: an alias may stand for a large part, and aliases of aliases for more than memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minimind_mcore.errors import UserError
+
+MOST_NODES = 100_000  # of a document with its aliases written out; the kit's largest has 300
+MOST_BYTES = 8 << 20
+
+
+def read_yaml(path: Path, name: str | None = None) -> Any:
+    """The content of a YAML file.
+
+    Args:
+        path: of the file.
+        name: of the file in messages (default: its path).
+
+    Raises:
+        UserError: the file cannot be read, is no YAML, contains itself, or is too large with its aliases written out.
+    """
+    return yaml.safe_load(checked_yaml(path, name))
+
+
+def checked_yaml(path: Path, name: str | None = None) -> str:
+    """The text of a YAML file that `read_yaml`, hydra and OmegaConf can read without harm; see there."""
+    name = name or str(path)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{name}: {path.stat().st_size:,} bytes, expected at most {MOST_BYTES:,} for a YAML file")
+        text = path.read_text(encoding="utf-8")
+        nodes = _nodes(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        if nodes > MOST_NODES:
+            raise UserError(
+                f"{name}: {nodes:,} values with its aliases (*name) written out, expected at most {MOST_NODES:,}; "
+                "write the values themselves"
+            )
+        yaml.safe_load(text)  # raises for dates and numbers that do not exist
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
+        raise UserError(f"{name}: not valid YAML ({error})") from error
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: nested too deep, expected the levels of a configuration") from error
+    return text
+
+
+def _nodes(node: yaml.Node | None, known: dict[int, int | None]) -> int:
+    """The number of nodes, each counted as often as aliases repeat it; `known` has those of finished nodes."""
+    if node is None:
+        return 0
+    if (found := known.get(id(node), 0)) is None:
+        raise ValueError("an alias stands inside of what it stands for")
+    if found:
+        return found
+    known[id(node)] = None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    count = 1 + sum(_nodes(part, known) for part in parts)
+    known[id(node)] = count
+    return count
+
+
+def check_composed(directory: Path, name: str) -> None:
+    """Check a file of hydra's and those that its defaults lists name below the same directory; see `checked_yaml`."""
+    waiting, seen = [directory / f"{name}.yaml"], set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        content = yaml.safe_load(checked_yaml(file))
+        listed = content.get("defaults") if isinstance(content, Mapping) else None
+        for entry in listed if isinstance(listed, list) else ():
+            waiting += [folder / f"{found}.yaml" for found in _named(entry) for folder in (file.parent, directory)]
+
+
+def _named(entry: object) -> list[str]:
+    """The files that an entry of a defaults list names, without suffix."""
+    if isinstance(entry, str):
+        return [] if entry == "_self_" else [entry.partition("@")[0].strip("/")]
+    found = []
+    for group, names in entry.items() if isinstance(entry, Mapping) else ():
+        group = str(group).partition("@")[0].split(" ")[-1].strip("/")
+        found += [f"{group}/{part}" for part in (names if isinstance(names, list) else [names])]
+    return found
