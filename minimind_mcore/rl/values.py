@@ -47,7 +47,8 @@ def values(config: Config, target: str) -> Iterator[Problem]:
 def numbers(config: Config) -> Iterator[Problem]:
     """Numbers that are out of the ranges of `ranges.py`; those of `minimind` are checked by `settings`."""
     found: dict[str, str] = {}  # a key that several models share is reported once
-    sections = {"actor_config": config.actor, "ref_config": config.ref}
+    sections = {"actor_config": config.actor}
+    sections |= {"ref_config": config.ref} if config.ref is not config.actor else {}
     sections |= {"reward_config": config.reward} if config.reward else {}
     sections |= {"critic_config": config.critic} if config.critic else {}
     for section, megatron in sections.items():

@@ -31,7 +31,7 @@ TABLE = flag_table()
 BY_DEST = {record["dest"]: record for record in TABLE.values()}
 EXAMPLES = {
     "int": ("3", 3),
-    "float": ("0.5", 0.5),
+    "float": ("0.25", 0.25),
     "json": ("[1, 0]", [1, 0]),
     "truth": ("true", True),
     "bool": ("1", True),

@@ -380,7 +380,10 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
             ["--task", "exact_match", "exact_match", "--task-data-path", "a.jsonl", "a.jsonl"],
             "--task: exact_match is given more than once with a.jsonl",
         ),
-        (["--task", "mmlu", "--task-data-path", path, "--max-eval-samples", "0"], "--max-eval-samples: found 0, expected 1"),
+        (
+            ["--task", "mmlu", "--task-data-path", path, "--max-eval-samples", "0"],
+            "--max-eval-samples: found 0, expected 1",
+        ),
         (["--task", "mmlu"], "--task has 1 names, --task-data-path 0 paths"),
         ([], "--task is missing"),
         (["--task", "mmlu", "--task-data-path", "/nowhere"], "/nowhere: no such directory"),
