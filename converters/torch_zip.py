@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,6 +74,21 @@ class Opaque:
         """Keeps nothing."""
 
 
+@dataclass(frozen=True)
+class UnreadableTensor:
+    """Stands for a tensor whose values do not lie in one storage: a quantized one, a sparse one, a subclass."""
+
+    kind: str
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps nothing."""
+
+
+def _unreadable(kind: str) -> Callable[..., UnreadableTensor]:
+    """What the pickle calls for a tensor of that kind."""
+    return lambda *_: UnreadableTensor(kind)
+
+
 def _tensor(storage: Any, start: int, shape: Shape, strides: Shape, *_: Any) -> Any:
     dtype, key, elements = storage
     if dtype is None:
@@ -124,6 +139,22 @@ _BUILT: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): dict,
     ("builtins", "list"): list,
 }
+_UNREADABLE = {
+    ("torch._utils", "_rebuild_qtensor"): _unreadable("quantized"),
+    ("torch._utils", "_rebuild_sparse_tensor"): _unreadable("sparse"),
+    ("torch._utils", "_rebuild_sparse_csr_tensor"): _unreadable("sparse"),
+    ("torch._utils", "_rebuild_nested_tensor"): _unreadable("nested"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unreadable("meta"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _unreadable("wrapped"),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unreadable("device"),
+    ("torch._tensor", "_rebuild_from_type_v2"): _unreadable("subclassed"),
+    # how a tensor is quantized, which is not called
+    ("torch", "per_tensor_affine"): None,
+    ("torch", "per_tensor_symmetric"): None,
+    ("torch", "per_channel_affine"): None,
+    ("torch", "per_channel_symmetric"): None,
+    ("torch", "per_channel_affine_float_qparams"): None,
+}
 
 
 _DAMAGED = (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, struct.error)
@@ -133,6 +164,8 @@ class _Unpickler(pickle.Unpickler):
     """Build what `_BUILT` lists, `Opaque` for other allowed classes, and refuse the rest."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _UNREADABLE:  # named, so that the message can say which tensor it is; nothing runs
+            return _UNREADABLE[module, name]
         unpickling.require_allowed(module, name)
         if (module, name) in _BUILT:
             return _BUILT[module, name]
@@ -180,7 +213,17 @@ class Archive:
         return entry
 
     def tensors(self, state: Mapping[str, Any]) -> TensorFile:
-        """The tensors of a state dict that is (part of) the content."""
+        """The tensors of a state dict that is (part of) the content.
+
+        Raises:
+            UserError: one of them is quantized, sparse or of a kind that this reader does not know.
+        """
+        for name, value in state.items():
+            if isinstance(value, UnreadableTensor):
+                raise UserError(
+                    f"{self.path}: {name} is a {value.kind} tensor; expected a dense tensor of floating-point numbers. "
+                    "Save the weights of the model before it was changed to that form"
+                )
         return TensorFile(self.path, {n: self.entry(t, n) for n, t in state.items() if isinstance(t, StoredTensor)})
 
 

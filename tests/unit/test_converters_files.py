@@ -124,3 +124,37 @@ def test_weights_that_are_not_floating_point_numbers_are_refused(dtype: torch.dt
     with pytest.raises(UserError, match=f"{re.escape(name)} has dtype .*, expected one of .*F32"):
         main_v2(["--load-dir", str(path), "--save-dir", str(tmp_path / "out"), "--save-model-type", "hf"])
     assert not (tmp_path / "out").exists()
+
+
+IN_MEGATRON = "decoder.layers.0.mlp.linear_fc2.weight"
+
+
+def quantized(values: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["quantized", "sparse", "sparse csr"])
+@pytest.mark.parametrize("form", ["pth", "bin", "Megatron"])
+def test_tensors_of_another_form_are_refused_by_name(kind: str, form: str, tmp_path: Path) -> None:
+    change = {"quantized": quantized, "sparse": Tensor.to_sparse, "sparse csr": Tensor.to_sparse_csr}[kind]
+    config, name = SMALL["minimind3"], "model.layers.0.mlp.up_proj.weight"
+    state = state_dict(config, "native" if form == "pth" else "hf")
+    path = tmp_path / "full_sft.pth"
+    if form == "Megatron":
+        source = open_source(write_hf(tmp_path / "hf", config, state))
+        path, name = convert(source, MegatronTarget(source, Sharding()), tmp_path / "mg").path, IN_MEGATRON
+        file = next(path.rglob("model_optim_rng.pt"))
+        content = torch.load(file, weights_only=False)
+        content["model"][name] = change(content["model"][name].float())
+        torch.save(content, file)
+        (file.parent.parent / "manifest.json").unlink()
+    else:
+        state[name] = change(state[name].float())
+        if form == "bin":
+            path = write_hf(tmp_path / "hf", config, {})
+            (path / "model.safetensors").unlink()
+        torch.save(state, path / "pytorch_model.bin" if form == "bin" else path)
+    with pytest.raises(UserError, match=f"{re.escape(name)} is a {kind.split()[0]} tensor; expected a dense tensor"):
+        main_v2(["--load-dir", str(path), "--save-dir", str(tmp_path / "out"), "--save-model-type", "hf"])
+    assert not (tmp_path / "out").exists()
