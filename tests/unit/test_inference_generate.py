@@ -375,8 +375,10 @@ def test_vllm_gets_the_weights_and_the_settings(
     """With a stand-in for vLLM, which runs transformers: the real one needs a GPU."""
 
     class LLM:
-        def __init__(self, model: str, tokenizer: str) -> None:
-            self.model, self.tokenizer = twin(Path(model)), tokenizer
+        def __init__(self, model: str) -> None:
+            self.model = twin(Path(model))
+            # vLLM reads the tokenizer that the conversion wrote next to the weights.
+            assert (Path(model) / "tokenizer.json").is_file() and (Path(model) / "tokenizer_config.json").is_file()
 
         def generate(self, prompts: list[dict[str, list[int]]], how: types.SimpleNamespace) -> list[Any]:
             assert how.temperature == 0 and how.stop_token_ids == [2]
