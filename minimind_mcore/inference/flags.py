@@ -74,11 +74,12 @@ def parse(
     refused = [f for f in given if f in table and table[f]["dest"] not in mine | NO_EFFECT | ignored]
     if refused:
         raise UserError(f"{', '.join(refused)}: not implemented by {program} of this kit; leave it out")
-    args.no_effect = [f for f in given if f in table and table[f]["dest"] not in mine]
     if args.load is None:
         raise UserError(
             "--load is missing: the model, a Megatron checkpoint, a Hugging Face directory or a .pth of MiniMind"
         )
+    effective = {assumptions.FLAGS[name] for name in _stated(args)}
+    args.no_effect = [f for f in given if f in table and table[f]["dest"] not in mine and f not in effective]
     return args
 
 

@@ -86,6 +86,14 @@ def test_generation_prints_them_too(
     assert found["num_heads"] == "8" and "norm_eps" not in found
 
 
+def test_a_flag_that_replaces_an_assumption_is_not_called_without_effect(tmp_path: Path) -> None:
+    words = "--norm-topk-prob --max-position-embeddings 64 --tensor-model-parallel-size 2".split()
+    config = SMALL["minimind3_moe"]
+    for load, ignored in ((pth(tmp_path, config), words[-2:-1]), (tmp_path, [words[0], words[1], words[3]])):
+        args = flags.parse(["--load", str(load), *words], "inference.py", frozenset(), lambda parser: None)
+        assert args.no_effect == ignored
+
+
 def test_flags_replace_what_is_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moe = SMALL["minimind2_moe"].moe
     assert moe is not None
