@@ -7,6 +7,7 @@ fine-tuning turns it into conversations (`conversations`). Either may answer wit
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +197,10 @@ class ChatHandler:
         The fields of a task are all kept, in the line beside its ids.
         """
         fields = unread(record, self.fields or ()) if not self.prompts else []
-        return [*fields, *(key for conversation in sides.values() for key in conversation.unused)]
+        counts = Counter[str]()
+        for conversation in sides.values():  # both sides of a pair read the fields that they share
+            counts |= Counter(conversation.unused)
+        return [*fields, *counts.elements()]
 
     def __call__(self, record: Any) -> dict[str, Conversation] | Reject:
         """The conversations of a record."""

@@ -305,6 +305,7 @@ def conversation_of(
         opening = _prompt_turns(record, prompt, form)
         tools = tools or _message_tools(opening, form)
         before = [form.read(turn, number) for number, turn in enumerate(opening, 1)]
+        unused += unused_keys(opening, before, prompt, form)
         messages = _with_prompt(before, messages, prompt)
     messages, used = _with_system(messages, optional(record, columns.get("system", "")))
     unused += [] if used else [columns["system"]]
@@ -353,7 +354,11 @@ def _with_prompt(prompt: list[Message], messages: list[Message], field: str) -> 
             f'(--map-keys \'{{"prompt": ""}}\' leaves the field out)'
         )
     system = [message for message in prompt[:1] if message["role"] == "system"]
-    return [*system, *messages] if messages[0]["role"] != "system" else messages
+    if messages[0]["role"] != "system":
+        return [*system, *messages]
+    if system and system[0]["content"].strip() != messages[0]["content"].strip():
+        raise Unusable(f"field {field!r} has another system message than the messages; expected one of both")
+    return messages
 
 
 def _with_system(messages: list[Message], text: str) -> tuple[list[Message], bool]:

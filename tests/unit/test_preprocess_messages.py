@@ -152,6 +152,15 @@ def test_answers_without_a_question_and_prompts_of_other_questions_are_rejected(
     assert found == expected(tokenizer, text)
 
 
+def test_a_prompt_with_another_system_message_is_rejected(tokenizer: str) -> None:
+    both = {side: [system("A"), user(ASKED), assistant(text)] for side, text in (("chosen", GOOD), ("rejected", BAD))}
+    record = {"prompt": [system("B"), user(ASKED)], **both}
+    assert "field 'prompt' has another system message" in reason("MiniMindPairwiseHandler", record, tokenizer)
+    same = {**record, "prompt": [system("A"), user(ASKED)]}
+    text = text_of(tokenizer, [system("A"), user(ASKED), assistant(GOOD)])
+    assert sample("MiniMindPairwiseHandler", same, tokenizer, side="chosen_") == expected(tokenizer, text)
+
+
 QUESTION = [system("请把答案写在方框里。"), user("1+1等于几？")]
 
 
@@ -400,6 +409,33 @@ def test_wrong_orders_are_counted_and_unused_keys_reported_once(
     assert unused(capfd) == ["id (3), messages[].name (6), messages[].score (3), quality (2)"]
     meta = json.loads((tmp_path / "out_packed_input_ids_document.meta.json").read_text())
     assert meta["unused"] == {"id": 3, "messages[].name": 6, "messages[].score": 3, "quality": 2}
+
+
+@pytest.mark.parametrize(
+    ("handler", "record", "found"),
+    [
+        (
+            "MiniMindPairwiseHandler",
+            {"prompt": [user(ASKED, name="Ann")], "chosen": [assistant(GOOD)], "rejected": [assistant(BAD, score=1)]},
+            ["prompt[].name (1), rejected[].score (1)"],
+        ),
+        (
+            "SharegptStylePairwiseHandler",
+            {
+                "conversations": [said("human", "a", id=1)],
+                "chosen": said("gpt", "b"),
+                "rejected": said("gpt", "c"),
+            },
+            ["conversations[].id (1)"],
+        ),
+    ],
+)
+def test_keys_of_what_both_sides_of_a_pair_share_count_once(
+    handler: str, record: Any, found: list[str], tokenizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    convert(Options(str(tmp_path / "a.jsonl"), tokenizer, str(tmp_path / "out"), handler=handler))
+    assert unused(capfd) == found
 
 
 def test_unused_columns_of_parquet_are_reported_without_being_read(
