@@ -167,7 +167,7 @@ def _files(folder: Path, split: str) -> dict[str, list[Path]]:
         UserError: a subject is there in two forms.
     """
     found: dict[str, list[Path]] = {}
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
+    for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
         if re.fullmatch(rf"{split}(-\d+-of-\d+)?", file.stem):
             subject = file.parent.name
         elif file.parent.name == split or file.stem.endswith(f"_{split}"):
@@ -201,7 +201,7 @@ def _questions(file: Path, benchmark: Benchmark) -> list[Question]:
 
 def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each record of a file is, and the record."""
-    if file.suffix == ".csv":
+    if file.suffix.lower() == ".csv":
         yield from _rows(file, header)
         return
     for shard in plan_shards(find_sources(str(file)), subsets=1):

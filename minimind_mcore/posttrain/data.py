@@ -139,7 +139,7 @@ def _missing(prefix: str, name: str) -> str:
         return f"{text}; --data-path takes the bare prefix, {prefix.split('_packed_')[0]}"
     if found and not name.endswith("labels") and name != "attention_mask":
         return f"{text}; {prefix} is {found[0]}"
-    if Path(prefix).suffix in (".json", ".jsonl", ".parquet"):
+    if Path(prefix).suffix.lower() in (".json", ".jsonl", ".parquet"):
         return f"{text}; --data-path takes converted data: run preprocess_data.py first"
     return f"{text}; convert the data again (preprocess_data.py with an instruction or pairwise handler)"
 
