@@ -178,6 +178,10 @@ def _megatron(tree: Mapping[str, Any], section: str, ours: Settings) -> Section:
     model = model_keys(tree, str(given["model"])) if "model" in given else {}
     merged = _merged("MegatronConfig", {**model, **given}, section)
     merged["bf16"] = merged["bf16"] and ours.precision == "bf16"
+    if ours.precision == "fp16":  # MindSpeed-RL has no such key
+        merged["fp16"] = True
+        if merged["initial_loss_scale"] == 2**32:  # its default overflows, and is halved once in a step
+            merged["initial_loss_scale"] = 2**16
     merged["pad_to_multiple_of"] = merged["tensor_model_parallel_size"] * merged["context_parallel_size"]
     return Section(**merged)
 

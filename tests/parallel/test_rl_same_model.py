@@ -105,6 +105,26 @@ def test_saved_responses_of_other_weights_still_train(
     assert rl_ray.rows(tmp_path / "again")[-1]["rollout/logp_diff"] > 1e-3
 
 
+def test_fp16_trains_in_half_precision(server: engine.Server, corpus: engine.Corpus, tmp_path: Path) -> None:
+    found: dict[str, dict[str, Any]] = {}
+    for precision in ("fp32", "fp16"):
+        tree = rl_trees.tree(corpus)
+        tree["minimind"]["precision"] = precision
+        task = {"tree": tree, "updates": 2, "prompts": [[50, 60, 70], [80, 90], [100, 110, 120, 130], [140]]}
+        if found:
+            task["batch"] = found["fp32"]["batch"]
+        folder = tmp_path / precision
+        folder.mkdir()
+        torch.save(task, folder / "task.pt")
+        server.run(["--task", str(folder / "task.pt")], folder, module="rl_rank")
+        found[precision] = torch.load(folder / "found.pt", weights_only=False)
+    assert {tensor.dtype for tensor in found["fp16"]["weights_after"].values()} == {torch.float16}
+    for single, half in zip(found["fp32"]["metrics"], found["fp16"]["metrics"], strict=True):
+        assert half["actor/grad_norm"] == pytest.approx(single["actor/grad_norm"], rel=0.05)
+    before, after = found["fp16"]["weights"], found["fp16"]["weights_after"]
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
 def test_the_entropy_s_term_is_a_mean_over_tokens_whatever_the_micro_batch_size(
     server: engine.Server, corpus: engine.Corpus, tmp_path: Path
 ) -> None:

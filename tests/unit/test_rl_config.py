@@ -69,6 +69,17 @@ def test_the_device_found_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.minimind.precision, found.generate.dtype, found.actor.bf16) == ("fp32", "float32", False)
 
 
+def test_fp16_is_the_precision_of_the_training_too() -> None:
+    found = config("minimind.precision=fp16", name="ppo_minimind3")
+    assert found.generate.dtype == "float16"
+    for section in filter(None, (found.actor, found.ref, found.critic)):
+        args = parse(megatron_flags(section))
+        assert args.fp16 and not args.bf16 and args.initial_loss_scale == 65536
+    args = parse(megatron_flags(config("minimind.precision=fp16", "actor_config.initial_loss_scale=1024").actor))
+    assert args.initial_loss_scale == 1024
+    assert not parse(megatron_flags(config().actor)).fp16
+
+
 # What they mean
 
 
