@@ -15,12 +15,15 @@ from minimind_mcore.converters.megatron import NAME, TRACKER, read_tracker, trac
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
+from minimind_mcore.training import sample_order
 from minimind_mcore.training.checkpoint_fit import (
     check_layout,
     check_model,
     conversion,
+    is_converted,
     is_torch_dist,
     layout_settings,
+    other_constants,
     saved_args,
 )
 
@@ -90,6 +93,42 @@ def resumed(args: argparse.Namespace) -> Path | None:
         return None
     directory = _iteration(Path(args.load), args.ckpt_step)
     return directory if directory.is_dir() else None
+
+
+def schedule_problems(args: argparse.Namespace) -> list[str]:
+    """What `--override-opt_param-scheduler` asks for and MindSpeed-LLM does not do.
+
+    Its schedule reads the maximum and the minimum learning rate from the optimizer's parameter groups, which come from
+    the checkpoint (NVIDIA/Megatron-LM#1138).
+    """
+    directory = resumed(args)
+    if not args.override_opt_param_scheduler or args.no_load_optim or directory is None or is_converted(directory):
+        return []
+    saved = saved_args(directory)
+    flags = {"lr": "--lr", "min_lr": "--min-lr"}
+    there, here = ({flag: getattr(one, name, None) for name, flag in flags.items()} for one in (saved, args))
+    return [
+        f"{flag} is {there[flag]} in {directory} and {here[flag]} on the command line: MindSpeed-LLM keeps the "
+        f"checkpoint's even with --override-opt_param-scheduler. Give {flag} {there[flag]}, or resume with "
+        "BACKEND=native, or begin a new run with the weights (--finetune)"
+        for flag in flags.values()
+        if there[flag] is not None and here[flag] is not None and there[flag] != here[flag]
+    ]
+
+
+def resume_remarks(args: argparse.Namespace, directory: Path) -> list[str]:
+    """What a user should know about a run that resumes from a checkpoint with other flags than the run that saved."""
+    saved = saved_args(directory)
+    differing = sample_order.differences(args, saved)
+    found = [sample_order.warning(directory, differing)] if differing else []
+    if constants := other_constants(args, saved, directory, overridable=False):
+        found.append(constants)
+    if args.no_load_optim:
+        found.append(
+            f"--no-load-optim: Adam begins with zero moments. MindSpeed-LLM begins the learning-rate schedule at 0, "
+            f"although the run goes on at iteration {getattr(saved, 'iteration', '?')}; BACKEND=native goes on with it"
+        )
+    return found
 
 
 def check_pickles(root: Path) -> None:

@@ -35,8 +35,7 @@ from minimind_mcore.models.config import (
 )
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.splits import parse_split
-from minimind_mcore.training import sample_order
-from minimind_mcore.training.checkpoint_fit import is_converted, saved_args
+from minimind_mcore.training.checkpoint_fit import is_converted
 from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.
@@ -135,6 +134,7 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     problems = [*_model_problems(args, flags), *_data_problems(args), *checkpoints.form_problems(args)]
     problems += _damaged_data(args, "--verify-data" in argv)
     problems = problems or [*_layout_problems(args, processes, argv), *checkpoints.fit_problems(args, hosts)]
+    problems = problems or checkpoints.schedule_problems(args)
     if problems:
         raise UserError("\n  ".join(problems))
     if args.num_experts and not rule:
@@ -152,8 +152,7 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
         flags.append("--finetune")
         remarks.append(f"{resumed} has weights and no optimizer: training starts at iteration 0 (--finetune)")
     elif resumed:
-        differing = sample_order.differences(args, saved_args(resumed))
-        remarks += [sample_order.warning(resumed, differing)] if differing else []
+        remarks += checkpoints.resume_remarks(args, resumed)
     return flags, remarks
 
 

@@ -78,7 +78,8 @@ def command_line(config: Config, role: Role, world_size: int) -> argparse.Namesp
             f"{section.micro_batch_size} x {dp} data-parallel ranks"
         )
     args.global_batch_size = mini
-    args.train_iters = args.train_iters * (rows // mini) * config.rl.epochs
+    args.updates_per_iteration = (rows // mini) * config.rl.epochs
+    args.train_iters *= args.updates_per_iteration
     args.keep_last = config.minimind.keep_last
     if role == "critic" and args.keep_last:
         # It is saved before the actor: if a kill comes between, the actor's last still has its pair.

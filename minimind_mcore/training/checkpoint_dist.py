@@ -135,14 +135,15 @@ def fit_optimizers(loaded: dict[Any, Any], common: dict[Any, Any], optimizers: l
     if len(optimizers) == (2 if 0 in common else 1):
         return loaded
     saved = common.get(0, common)
-    step = _inner(saved)["param_groups"][0].get("step")
+    first = _inner(saved)["param_groups"][0]
+    kept = {"step": first.get("step")} | {name: first[name] for name in ("betas", "eps") if name in first}
     fitted = {}
     for i, optimizer in enumerate(optimizers):
         own = loaded[i] if len(optimizers) > 1 else {k: v for k, v in loaded.items() if not isinstance(k, int)}
         fitted[i] = _merged(own, saved)
         # The groups are this run's; learning rate and weight decay come from the schedule.
         groups = _inner(optimizer.state_dict())["param_groups"]
-        _inner(fitted[i])["param_groups"] = [{**group, "step": step} for group in groups]
+        _inner(fitted[i])["param_groups"] = [{**group, **kept} for group in groups]
     return fitted if len(optimizers) > 1 else fitted[0]
 
 

@@ -84,6 +84,34 @@ def check_model(args: argparse.Namespace, saved: argparse.Namespace, directory: 
     check_tokenizer(args, getattr(saved, "tokenizer_fingerprint", None), directory)
 
 
+def other_constants(
+    args: argparse.Namespace, saved: argparse.Namespace, directory: Path, overridable: bool = True
+) -> str:
+    """The warning that Adam's constants differ from the checkpoint's, with both values; empty where they do not.
+
+    They are part of the optimizer's state: a run that resumes takes them from the checkpoint, as Megatron-LM does,
+    unless `--override-opt_param-scheduler` says that the command line counts.
+
+    Args:
+        args: of the run.
+        saved: the checkpoint's.
+        directory: of the checkpoint, for the message.
+        overridable: False for MindSpeed-LLM, whose flag leaves these values alone.
+    """
+    names = {"adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2", "adam_eps": "--adam-eps"}
+    there, here = ({flag: getattr(one, name, None) for name, flag in names.items()} for one in (saved, args))
+    found = [flag for flag in there if there[flag] is not None and there[flag] != here[flag]]
+    if args.optimizer != "adam" or args.no_load_optim or not found:
+        return ""
+    differing = "; ".join(f"{flag} is {there[flag]} there and {here[flag]} here" for flag in found)
+    if overridable and args.override_opt_param_scheduler:
+        used = "The run follows the command line"
+    else:
+        advice = "; --override-opt_param-scheduler follows the command line" if overridable else ""
+        used = f"The run follows the checkpoint{advice}"
+    return f"warning: {directory}: {differing}. {used}"
+
+
 def check_router(args: argparse.Namespace, topk: int, rule: RouterWeight | None, source: str) -> None:
     """Refuse weights whose router computes another function than the command line asks for.
 

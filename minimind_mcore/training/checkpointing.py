@@ -51,6 +51,7 @@ from minimind_mcore.training.checkpoint_fit import (
     content,
     is_converted,
     is_torch_dist,
+    other_constants,
     saved_args,
 )
 from minimind_mcore.training.metrics import Progress
@@ -215,19 +216,42 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     if not args.finetune and is_converted(directory):
         _say(f"{directory} {CONVERTED}")
         args = argparse.Namespace(**vars(args) | {"finetune": True})
-    if args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory):
+    resharded = args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory)
+    if resharded:
         saved = checkpoint_weights.reshard(args, directory, model, optimizer, scheduler)
         _say(f"resharded {directory} from {checkpoint_weights.saved_sharding(directory)}: its optimizer starts anew")
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
         saved = form.read(args, directory, model, optimizer, scheduler)
     progress = _progress(args, saved)
+    if not args.finetune and (args.no_load_optim or "opt_param_scheduler" not in saved):
+        _say(_place_in_schedule(args, directory, progress, scheduler))
+    elif not args.finetune and not resharded and (line := other_constants(args, saved["args"], directory)):
+        _say(line, sys.stderr)
     _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
     # In reinforcement learning the driver reads the prompts, and compares their order itself.
     differing = sample_order.differences(args, saved["args"]) if hasattr(args, "sample_order") else []
     if progress.consumed and differing:
         _say(sample_order.warning(directory, differing), sys.stderr)
     return progress
+
+
+def _place_in_schedule(args: argparse.Namespace, directory: Path, progress: Progress, scheduler: Any) -> str:
+    """Continue the learning-rate schedule at the iteration of a checkpoint that gives no optimizer.
+
+    Megatron-LM lets the schedule begin again at 0 under `--no-load-optim`, so that the learning rate of a resumed run
+    never reaches its minimum.
+
+    Returns:
+        What a user should know.
+    """
+    updates = (progress.iteration - progress.skipped) * getattr(args, "updates_per_iteration", 1)
+    scheduler.step(increment=updates * args.global_batch_size)
+    why = "--no-load-optim" if args.no_load_optim else f"{directory} holds no optimizer (--no-save-optim)"
+    return (
+        f"{why}: Adam begins with zero moments, and the learning-rate schedule goes on at iteration "
+        f"{progress.iteration}. --finetune begins at iteration 0"
+    )
 
 
 def _begins_elsewhere(args: argparse.Namespace) -> bool:

@@ -8,8 +8,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-# What Megatron's schedule reads from a parameter group in place of its own value.
-SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
+# What Megatron's schedule reads from a parameter group in place of its own value, and Adam's constants.
+SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
 
 
 def build_optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
@@ -97,7 +97,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: Any) -> Any:
 
 @contextlib.contextmanager
 def schedule_kept(args: argparse.Namespace, optimizer: Any) -> Iterator[None]:
-    """Under `--override-opt_param-scheduler`, keep the learning rates of the parameter groups while others are loaded.
+    """Under `--override-opt_param-scheduler`, keep learning rates and Adam's constants while others are loaded.
 
     Megatron-LM overrides the schedule's own values only. Its schedule reads the maximum and the minimum from the
     parameter groups, and loading the optimizer replaces these groups by those of the checkpoint.

@@ -269,3 +269,38 @@ def test_a_run_that_saves_weights_alone_keeps_its_place(
     server.run(corpus.flags(CONFIG, **flags, **first), tmp_path / "first")
     run = server.run(corpus.flags(CONFIG, **flags, load=tmp_path / "saved"), tmp_path / "second")
     assert run.column("iteration") == [3, 4] and run.column("consumed_samples") == [24, 32]
+    assert rates(run) == pytest.approx([cosine(i, 0, 4, 1e-3, 1e-4) for i in (3, 4)], rel=1e-6)
+    assert "holds no optimizer (--no-save-optim): Adam begins with zero moments" in run.output
+
+
+def test_a_run_without_the_optimizer_of_its_checkpoint_keeps_its_place_in_the_schedule(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"train_iters": 4, "ckpt_format": "torch"}
+    server.run(corpus.flags(CONFIG, **flags, save=tmp_path / "saved", exit_interval=2), tmp_path / "first")
+    run = server.run(corpus.flags(CONFIG, **flags, load=tmp_path / "saved", no_load_optim=True), tmp_path / "second")
+    assert rates(run) == pytest.approx([cosine(i, 0, 4, 1e-3, 1e-4) for i in (3, 4)], rel=1e-6)
+    assert "--no-load-optim: Adam begins with zero moments" in run.output
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_other_constants_of_adam_are_one_warning_with_both_values(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str
+) -> None:
+    start: dict[str, Any] = {"train_iters": 4, "ckpt_format": form, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    server.run(corpus.flags(CONFIG, **start, save=tmp_path / "saved", exit_interval=2), tmp_path / "first")
+    losses = []
+    for changes, override, follows in (
+        ({}, False, ""),
+        ({"adam_beta2": 0.5}, False, "checkpoint; --override-opt_param-scheduler follows the command line"),
+        ({"adam_beta2": 0.5}, True, "command line\n"),
+        ({"adam_eps": 1e-3}, True, "command line\n"),
+    ):
+        argv = corpus.flags(CONFIG, **start | changes, load=tmp_path / "saved")
+        argv += ["--override-opt_param-scheduler"] if override else []
+        run = server.run(argv, tmp_path / "second")
+        assert run.output.count("The run follows the") == bool(changes)
+        assert f"The run follows the {follows}" in run.output or not changes
+        assert "--adam-beta2 is 0.999 there and 0.5 here" in run.output or "adam_beta2" not in changes
+        losses.append(run.column("grad_norm"))
+    assert losses[0] == losses[1] and losses[2] != losses[0] and losses[3] != losses[0]

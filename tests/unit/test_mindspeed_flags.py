@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,36 @@ def test_another_sample_order_is_one_warning_with_both_values(tmp_path: Path) ->
     args.seed, args.data_path = 1234, build_parser(prog="pretrain_gpt.py").parse_args(given).data_path
     torch.save({"args": args, "model": {}, "opt_param_scheduler": {}}, folder / "model_optim_rng.pt")
     assert complete("pretrain_gpt.py", given)[1] == []
+
+
+def resumed_run(folder: Path, *words: str, **saved: Any) -> list[str]:
+    """Flags of a run that resumes from a checkpoint whose arguments are those flags with `saved`."""
+    (folder / "iter_0000004" / "mp_rank_00").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("4\n")
+    given = flags_of(more=["--load", str(folder), *words])
+    args = build_parser(prog="pretrain_gpt.py").parse_args(given)
+    vars(args).update(saved, iteration=4)
+    torch.save(
+        {"args": args, "model": {}, "opt_param_scheduler": {}}, folder / "iter_0000004/mp_rank_00/model_optim_rng.pt"
+    )
+    return given
+
+
+def test_an_override_that_megatron_does_not_follow_is_refused(tmp_path: Path) -> None:
+    given = resumed_run(tmp_path, "--override-opt_param-scheduler", "--lr", "1e-4", "--min-lr", "1e-5", lr=1e-3)
+    with pytest.raises(UserError, match=r"--lr is 0\.001 in .*iter_0000004 and 0\.0001 on the command line") as error:
+        complete("pretrain_gpt.py", given)
+    assert "--min-lr" not in str(error.value) and "BACKEND=native" in str(error.value)
+    assert complete("pretrain_gpt.py", [*given, "--finetune"])[1] == []
+    assert complete("pretrain_gpt.py", [*given, "--lr", "1e-3"])[1] == []
+
+
+def test_a_resumed_run_says_which_values_the_checkpoint_decides(tmp_path: Path) -> None:
+    given = resumed_run(tmp_path, "--adam-beta2", "0.95", adam_beta2=0.999)
+    _, remarks = complete("pretrain_gpt.py", given)
+    assert len(remarks) == 1 and "--adam-beta2 is 0.999 there and 0.95 here. The run follows the check" in remarks[0]
+    _, remarks = complete("pretrain_gpt.py", [*given, "--no-load-optim"])
+    assert len(remarks) == 1 and "begins the learning-rate schedule at 0" in remarks[0] and "iteration 4" in remarks[0]
 
 
 # ------------------------------------------------------------------------------------------------ layouts
