@@ -220,7 +220,9 @@ class Rank:
         from minimind_mcore.models.loading import load_into, whole_model_parameters
         from minimind_mcore.models.weights import OUTPUT
 
-        source = checkpoint_weights.open_weights(self.args, path)
+        tied = checkpoint_weights.open_weights(self.args, path).config.tie_embeddings  # its head is not this critic's
+        args = argparse.Namespace(**vars(self.args) | {"untie_embeddings_and_output_weights": not tied})
+        source = checkpoint_weights.open_model(args, path)
         own = {name: p.detach().clone() for name, p in whole_model_parameters(self.model) if name == OUTPUT}
         load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))
 
