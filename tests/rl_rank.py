@@ -34,8 +34,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args(argv)
     task = torch.load(args.task, weights_only=False)
-    rank = Rank(resolve(task["tree"]), task.get("role", "actor"), reference=True)
+    only_load = task.get("only_load", False)
+    rank = Rank(resolve(task["tree"]), task.get("role", "actor"), reference=not only_load)
     rank.load()
+    if only_load:
+        distributed.finish()
+        return
     weights = whole(rank)
     batch = Batch(**task["batch"]) if "batch" in task else write(rank, weights, task["prompts"])
     found: dict[str, Any] = {"batch": batch.state_dict(), "weights": weights}

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import device
+from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
 from minimind_mcore.posttrain.sft import run_model
+from minimind_mcore.training import distributed
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
 from minimind_mcore.training.layout import Layout
 from minimind_mcore.training.model import core_config
@@ -36,6 +38,9 @@ class FrozenModel:
         from megatron.core import parallel_state
 
         source = open_weights(args, Path(path))
+        if distributed.is_main():
+            for line in assumptions.described(path, source.assumptions):
+                print(line, flush=True)
         if source.config.vocab_size != args.padded_vocab_size:
             raise UserError(
                 f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is {args.padded_vocab_size}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import arguments, device
+from minimind_mcore.converters.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.rl import sync
@@ -220,8 +221,10 @@ class Rank:
         from minimind_mcore.models.loading import load_into, whole_model_parameters
         from minimind_mcore.models.weights import OUTPUT
 
-        tied = checkpoint_weights.open_weights(self.args, path).config.tie_embeddings  # its head is not this critic's
-        args = argparse.Namespace(**vars(self.args) | {"untie_embeddings_and_output_weights": not tied})
+        found = open_source(path, stated={"num_heads": self.args.num_attention_heads}).config
+        # The policy's output layer, tied or not, is replaced by the critic's.
+        untied = {"untie_embeddings_and_output_weights": not found.tie_embeddings}
+        args = argparse.Namespace(**vars(self.args) | untied)
         source = checkpoint_weights.open_model(args, path)
         own = {name: p.detach().clone() for name, p in whole_model_parameters(self.model) if name == OUTPUT}
         load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))

@@ -11,7 +11,9 @@ import pytest
 import rl_ray
 import rl_trees
 import torch
+from weights_on_disk import state_dict, write_hf
 
+from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl.batch import Batch
 
 
@@ -103,6 +105,24 @@ def test_saved_responses_of_other_weights_still_train(
         (tmp_path / f"{name}.json").write_text(json.dumps(changed), encoding="utf-8")
         server.run(["--tree", str(tmp_path / f"{name}.json")], tmp_path / name, module="rl_local")
     assert rl_ray.rows(tmp_path / "again")[-1]["rollout/logp_diff"] > 1e-3
+
+
+def test_a_critic_begins_with_weights_of_its_own_model_alone(
+    server: engine.Server, corpus: engine.Corpus, tmp_path: Path
+) -> None:
+    """The shapes are equal. Another norm epsilon, or the same number of heads of MiniMind2, is another function."""
+    config = PRESETS["minimind3_tiny"].replace(vocab_size=corpus.vocab_size)
+    for name, changes, says in (
+        ("same", {}, ""),
+        ("epsilon", {"norm_eps": 1e-3}, "norm_eps is 0.001 there and 1e-06"),
+        ("base", {"rope_theta": 10_000}, "rope_theta is 10000 there and 1000000"),
+    ):
+        written = write_hf(tmp_path / name, config.replace(**changes), state_dict(config, "hf"))
+        tree = rl_trees.tree(corpus, load=str(written))
+        torch.save({"tree": tree, "role": "critic", "only_load": True}, tmp_path / "task.pt")
+        words = ["--task", str(tmp_path / "task.pt")]
+        done = server.run(words, tmp_path / f"{name}-run", module="rl_rank", check=False)
+        assert done.codes == [bool(says)] and says in done.output, (name, done.output)
 
 
 def test_fp16_trains_in_half_precision(server: engine.Server, corpus: engine.Corpus, tmp_path: Path) -> None:
