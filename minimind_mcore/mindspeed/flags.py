@@ -33,6 +33,7 @@ from minimind_mcore.models.config import (
     set_router_weight,
     straight_through_needs_one,
 )
+from minimind_mcore.preprocess.blends import parse_blend
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.splits import parse_split
 from minimind_mcore.training.checkpoint_fit import is_converted
@@ -249,6 +250,8 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
             parse_split(args.split)
         except UserError as error:
             problems.append(str(error))
+    if args.stage is None:
+        problems += _blend_problems(args)
     if args.stage == "sft" and args.reset_attention_mask and not args.neat_pack:
         problems.append(
             "--reset-attention-mask without --neat-pack cuts attention after every <|im_end|>, so that an answer does "
@@ -267,6 +270,25 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
             "DPO at TP > 1: MindSpeed-LLM 26.1.0 leaves the first token of each rank's part of the vocabulary out of "
             "the log-probabilities; use TP=1 (a MiniMind fits on one device), or BACKEND=native"
         )
+    return problems
+
+
+def _blend_problems(args: argparse.Namespace) -> list[str]:
+    """What Megatron would do otherwise than the native engine with several sets of pretraining data."""
+    problems = []
+    for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
+        words = getattr(args, flag[2:].replace("-", "_")) or []
+        try:
+            blend = parse_blend(words, flag)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if blend.weights is None and len(blend.prefixes) > 1:
+            problems.append(
+                f"{flag} has {len(blend.prefixes)} sets and no weights: Megatron would end the run after one pass over "
+                "each. Give a weight before each set, such as its number of tokens (the scripts and preprocess_data.py "
+                "write them)"
+            )
     return problems
 
 

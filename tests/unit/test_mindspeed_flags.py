@@ -43,6 +43,8 @@ PROBLEMS = {
     "dropout": (flags_of(without="--attention-dropout"), "default is 0.1"),
     "padded vocabulary": (flags_of(without="--padded-vocab-size"), "multiple of 128"),
     "split": (flags_of(without="--split"), "96.9%"),
+    "blend without weights": (flags_of(more=["--data-path", "one", "two"]), "--data-path has 2 sets and no weights"),
+    "blend with a weight of 0": (flags_of(more=["--data-path", "0", "one", "1", "two"]), "the weight of one is 0"),
     "D6": (flags_of(without="--transformer-impl"), "D6"),
     "D8": (flags_of(more=[*SFT, "--reset-attention-mask"]), "D8"),
     "D9": (
