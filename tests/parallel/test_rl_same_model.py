@@ -110,14 +110,14 @@ def test_saved_responses_of_other_weights_still_train(
 def test_a_critic_begins_with_weights_of_its_own_model_alone(
     server: engine.Server, corpus: engine.Corpus, tmp_path: Path
 ) -> None:
-    """The shapes are equal. Another norm epsilon, or the same number of heads of MiniMind2, is another function."""
+    """The shapes are equal, and yet another norm epsilon or rotary base makes another function."""
     config = PRESETS["minimind3_tiny"].replace(vocab_size=corpus.vocab_size)
     for name, changes, says in (
         ("same", {}, ""),
-        ("epsilon", {"norm_eps": 1e-3}, "norm_eps is 0.001 there and 1e-06"),
-        ("base", {"rope_theta": 10_000}, "rope_theta is 10000 there and 1000000"),
+        ("epsilon", {"rms_norm_eps": 1e-3}, "norm_eps is 0.001 there and 1e-06"),
+        ("base", {"rope_theta": 1e4}, "rope_theta is 10000 there and 1000000"),
     ):
-        written = write_hf(tmp_path / name, config.replace(**changes), state_dict(config, "hf"))
+        written = write_hf(tmp_path / name, config, state_dict(config, "hf"), **changes)
         tree = rl_trees.tree(corpus, load=str(written))
         torch.save({"tree": tree, "role": "critic", "only_load": True}, tmp_path / "task.pt")
         words = ["--task", str(tmp_path / "task.pt")]
