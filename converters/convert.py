@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -32,6 +31,7 @@ from minimind_mcore.converters.source import Lazy, Source
 from minimind_mcore.converters.target import Target
 from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import read_object
 from minimind_mcore.storage import (
     MANIFEST,
     check_manifest,
@@ -190,8 +190,10 @@ def recorded_digest(source: Source) -> str | None:
     """The digest of its tensors in its manifest, unless they are not those of the files any more."""
     if not source.as_stored or not (source.path / MANIFEST).is_file():
         return None
-    manifest = json.loads((source.path / MANIFEST).read_text(encoding="utf-8"))
-    digest: str | None = manifest.get("weights", {}).get(DIGEST)
+    weights = read_object(source.path / MANIFEST, "the source is damaged; get it again").get("weights", {})
+    digest = weights.get(DIGEST) if isinstance(weights, dict) else weights
+    if digest is not None and not isinstance(digest, str):
+        raise UserError(f"{source.path / MANIFEST}: weights: found {weights!r}, expected digests; get it again")
     return digest
 
 

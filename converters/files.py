@@ -56,10 +56,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Entry(Slot):
-    """Where a tensor lies in a file; `crc` is the CRC-32 of its bytes, where the file records one."""
+    """Where a tensor lies in a file.
+
+    Attributes:
+        offset: of its first byte.
+        crc: CRC-32 that the file records for its bytes, or for those of `span`; None for none.
+        span: offset and number of the bytes with that checksum, where they are more than the tensor's.
+    """
 
     offset: int
     crc: int | None = None
+    span: tuple[int, int] | None = None
 
 
 class TensorFile:
@@ -69,6 +76,7 @@ class TensorFile:
         self.path, self.entries = path, dict(entries)
         self._read: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._checked: set[tuple[int, int]] = set()  # spans that several tensors share
         size = path.stat().st_size
         end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
         if end > size:
@@ -87,11 +95,21 @@ class TensorFile:
         if nbytes == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if entry.crc is not None and block == 0:
-            whole = self._map(entry.dtype, entry.offset, entry.nbytes)
-            if zlib.crc32(as_bytes(whole)) != entry.crc:
-                raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: damaged")
+            self._check(name, entry)
         tensor = self._map(entry.dtype, entry.offset + block * nbytes, nbytes)
         return tensor if blocks > 1 else tensor.view(entry.shape)
+
+    def _check(self, name: str, entry: Entry) -> None:
+        """Compare the bytes of a tensor, or of the span in which it lies, with their checksum."""
+        span = entry.span or (entry.offset, entry.nbytes)
+        with self._lock:
+            if span in self._checked:
+                return
+        if zlib.crc32(as_bytes(self._map(torch.uint8, *span))) != entry.crc:
+            raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: damaged")
+        if entry.span is not None:
+            with self._lock:
+                self._checked.add(span)
 
     def _map(self, dtype: torch.dtype, offset: int, nbytes: int) -> Tensor:
         start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY

@@ -21,6 +21,7 @@ from minimind_mcore.converters.source import Lazy, Source, Training
 from minimind_mcore.converters.target import Target
 from minimind_mcore.converters.torch_zip import create_torch, read_archive
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import read_object
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type
@@ -67,7 +68,7 @@ def open_hf(path: Path, given: ModelConfig | None = None) -> Source:
     if given is not None:
         require_same(config, given, f"{path / 'config.json'}")
     files = [open_tensors(file) for file in weight_files(path)]
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    raw = read_object(path / "config.json")
     kind = f"Hugging Face {raw['model_type']}, {path.name}"
     source = assemble(path, kind, config, files).replace(folder=path)
     if not (path / "tokenizer.json").is_file():
@@ -107,11 +108,7 @@ def weight_files(path: Path) -> list[Path]:
     for name in WEIGHTS:
         index = path / f"{name}.index.json"
         if index.is_file():
-            names = _indexed_files(index)
-            missing = [name for name in names if not (path / name).is_file()]
-            if missing:
-                raise UserError(f"{path}: {index.name} names {', '.join(missing)}, which is missing; get it again")
-            return [path / name for name in names]
+            return [path / name for name in _indexed_files(index)]
         if (path / name).is_file():
             return [path / name]
     raise UserError(f"{path}: found a config.json and no weights; expected one of {', '.join(WEIGHTS)}, or an index")
@@ -121,17 +118,20 @@ def _indexed_files(index: Path) -> list[str]:
     """Return the names of the files in an index.
 
     Raises:
-        UserError: the index is damaged, or names a file outside its own directory.
+        UserError: the index is damaged, or names a file that is missing or outside its own directory.
     """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = [name for name in names if not (index.parent / name).is_file()] if not outside else []
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f'{index}: is damaged ({error}); expected {{"weight_map": {{tensor: file}}}}') from error
     if outside:
         raise UserError(
             f"{index}: names {outside[0]}, expected files in {index.parent}: an index may not point anywhere else"
         )
+    if missing:
+        raise UserError(f"{index.parent}: {index.name} names {', '.join(missing)}, which is missing; get it again")
     return names
 
 

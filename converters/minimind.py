@@ -70,6 +70,9 @@ def open_pth(path: Path, config: ModelConfig | None = None, stated: Mapping[str,
     """
     archive = read_archive(path)
     file = _state_file(archive)
+    for name, entry in file.entries.items():
+        if not entry.shape or min(entry.shape) < 1:
+            raise UserError(f"{path}: {name}: found shape {entry.shape}, expected a vector or a matrix of a MiniMind")
     names = {name: legacy_to_today(_WRAPPERS.sub("", name)) for name in file.entries}
     shapes = {names[name]: entry.shape for name, entry in file.entries.items()}
     generation = generation_of(path, file, shapes)
@@ -89,6 +92,8 @@ def _state_file(archive: Archive) -> TensorFile:
         content = content["model"]
     if not isinstance(content, dict) or not any(isinstance(value, StoredTensor) for value in content.values()):
         raise UserError(f"{archive.path}: found no state dict in it; expected the weights of a MiniMind")
+    if other := [name for name in content if not isinstance(name, str)]:
+        raise UserError(f"{archive.path}: found {other[0]!r} among the names of its tensors; expected texts")
     return archive.tensors(content)
 
 

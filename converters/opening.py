@@ -9,7 +9,7 @@ from minimind_mcore.converters.hf import is_hf, open_hf
 from minimind_mcore.converters.megatron import iteration_directory, open_megatron
 from minimind_mcore.converters.minimind import is_pth, open_pth
 from minimind_mcore.converters.source import Source
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, naming
 from minimind_mcore.models.config import ModelConfig
 
 
@@ -24,6 +24,11 @@ def open_source(path: Path, config: ModelConfig | None = None, stated: Mapping[s
     Raises:
         UserError: there is nothing, or something else, or it is damaged; or it contradicts `config`.
     """
+    with naming(path):
+        return _open(path, config, stated)
+
+
+def _open(path: Path, config: ModelConfig | None, stated: Mapping[str, object] | None) -> Source:
     if not path.exists():
         raise UserError(f"{path}: does not exist; expected a model: a directory or a .pth file")
     if is_pth(path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import pickle
 import struct
 import zipfile
@@ -158,6 +159,8 @@ _UNREADABLE = {
 
 
 _DAMAGED = (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, struct.error)
+# What Python raises for a pickle that makes no sense.
+_SENSELESS = (AttributeError, TypeError, ValueError, IndexError, OverflowError, RecursionError, NotImplementedError)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -204,10 +207,13 @@ class Archive:
             UserError: they do not lie one after the other, are not all there, or are not floating-point numbers.
         """
         require_weights_dtype(self.path, name, tensor.dtype)
-        record = self.records[tensor.storage]
+        record = self.records.get(tensor.storage)
+        if record is None or tensor.start < 0 or any(size < 0 for size in tensor.shape):
+            raise UserError(f"{self.path}: {name} has no bytes in the file; get it again")
         offset = record.offset + tensor.start * tensor.dtype.itemsize
         whole = tensor.shape and torch.Size(tensor.shape).numel() * tensor.dtype.itemsize == record.size
-        entry = Entry(tensor.shape, tensor.dtype, offset, (record.crc or None) if whole else None)
+        span = None if whole else (record.offset, record.size)  # a view: the checksum is that of the whole storage
+        entry = Entry(tensor.shape, tensor.dtype, offset, record.crc or None, span)
         if not tensor.contiguous or offset + entry.nbytes > record.offset + record.size:
             raise UserError(f"{self.path}: {name} is not stored in one piece; save it again with .contiguous()")
         return entry
@@ -238,7 +244,7 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
             part: IO[bytes] = f if size is None else _Part(f, offset, size)  # type: ignore[assignment]
             with zipfile.ZipFile(part) as archive:
                 infos = _members(path, archive)
-                content = _Unpickler(archive.open(infos["data.pkl"])).load()
+                content = _Unpickler(io.BytesIO(_small_records(archive, infos)["data.pkl"])).load()
                 records = {
                     name.removeprefix("data/"): Record(offset + _data_offset(part, info), info.file_size, info.CRC)
                     for name, info in infos.items()
@@ -248,7 +254,7 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
         raise UserError(f"{path}: missing") from None
     except unpickling.UnsafeGlobal as error:
         raise unpickling.refusal(path, error) from None
-    except (*_DAMAGED, AttributeError, TypeError, ValueError) as error:  # a pickle that makes no sense
+    except (*_DAMAGED, *_SENSELESS) as error:
         raise UserError(f"{path}: truncated, or not what torch.save writes ({error}); get it again") from error
     return Archive(path, content, records)
 
@@ -288,6 +294,14 @@ def _crc_of(file: IO[bytes], offset: int, size: int) -> int:
     while size > 0 and (data := file.read(min(size, 1 << 20))):
         crc, size = zlib.crc32(data, crc), size - len(data)
     return crc
+
+
+def _small_records(archive: zipfile.ZipFile, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, bytes]:
+    """Read all records but tensors as a whole, because zipfile compares a CRC-32 at the end of a record only."""
+    for info in infos.values():
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise zipfile.BadZipFile(f"{info.filename} is compressed")
+    return {name: archive.read(info) for name, info in infos.items() if not name.startswith("data/")}
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

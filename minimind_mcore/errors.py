@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
@@ -15,6 +16,17 @@ class UserError(Exception):
     The message names the thing, what was found, what was expected, and what to do. Programs print
     it without a traceback and exit with status 1.
     """
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Put the path of what is read before the message of a `UserError` that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
 
 
 VERDICT = "MINIMIND_VERDICT"  # variable with the file in which a rank tells the launcher what ended the run

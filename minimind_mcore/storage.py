@@ -229,7 +229,7 @@ def check_manifest(
     for listed, want in list(entries.items())[share::shares]:
         file = directory / listed
         if not file.is_file():
-            problems.append(f"{file}: missing")
+            problems.append(f"{file}: missing, but listed in {name}")
         elif file.stat().st_size != want["bytes"]:
             problems.append(f"{file}: {file.stat().st_size} bytes, expected {want['bytes']}")
         elif contents and sha256(file) != want["sha256"]:

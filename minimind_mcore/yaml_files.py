@@ -69,18 +69,22 @@ def _nodes(node: yaml.Node | None, known: dict[int, int | None]) -> int:
     return count
 
 
-def check_composed(directory: Path, name: str) -> None:
-    """Check a file of hydra's and those that its defaults lists name below the same directory; see `checked_yaml`."""
-    waiting, seen = [directory / f"{name}.yaml"], set()
+def composed_files(directory: Path, name: str) -> dict[Path, Any]:
+    """The contents of a file of hydra's and of those that its defaults lists name below the same directory.
+
+    Raises:
+        UserError: see `checked_yaml`.
+    """
+    waiting, found = [directory / f"{name}.yaml"], dict[Path, Any]()
     while waiting:
         file = waiting.pop()
-        if file in seen or not file.is_file():
+        if file in found or not file.is_file():
             continue
-        seen.add(file)
-        content = yaml.safe_load(checked_yaml(file))
+        content = found[file] = read_yaml(file)
         listed = content.get("defaults") if isinstance(content, Mapping) else None
         for entry in listed if isinstance(listed, list) else ():
-            waiting += [folder / f"{found}.yaml" for found in _named(entry) for folder in (file.parent, directory)]
+            waiting += [folder / f"{part}.yaml" for part in _named(entry) for folder in (file.parent, directory)]
+    return found
 
 
 def _named(entry: object) -> list[str]:

@@ -15,13 +15,13 @@ MiniMind writes the keys of its mixture of experts for dense models too: only `u
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, naming
+from minimind_mcore.json_files import read_object
 from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.ranges import RANGES, problem
@@ -197,7 +197,12 @@ def _common_fields(config: ModelConfig) -> dict[str, Any]:
 def read_hf_config(source: Mapping[str, Any] | str | Path) -> ModelConfig:
     """See `ModelConfig.from_hf_config`."""
     raw, name = _load(source)
-    reader = _Reader(raw, name)
+    with naming(name):
+        return _read(_Reader(raw, name))
+
+
+def _read(reader: _Reader) -> ModelConfig:
+    raw, name = reader.raw, reader.name
     model_type = raw.get("model_type")
     if model_type == "minimind":
         return _read_native(reader)
@@ -394,12 +399,4 @@ def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], st
         return source, "config"
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: expected the config.json of a Hugging Face model") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
-    return raw, str(path)
+    return read_object(path, "give the config.json of a Hugging Face model"), str(path)

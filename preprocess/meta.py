@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import read_object
 from minimind_mcore.preprocess.indexed import Written, bin_path, idx_path
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_write_text
@@ -91,14 +93,28 @@ def read_meta(prefix: str | os.PathLike[str]) -> DatasetMeta | None:
     path = meta_path(prefix)
     if not path.is_file():
         return None
+    fields = read_object(path, "convert the data again")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
         fields["tokenizer"] = TokenizerInfo(**fields["tokenizer"])
         fields["written"] = Written(**fields["written"])
         fields["sources"] = [SourceRecord(**source) for source in fields["sources"]]
-        return DatasetMeta(**fields)
+        meta = DatasetMeta(**fields)
+        parts: list[DatasetMeta | TokenizerInfo | Written | SourceRecord] = [meta, meta.tokenizer, meta.written]
+        for part in [*parts, *meta.sources]:
+            _require_types(part)
+        return meta
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable dataset record ({error}); convert the data again") from error
+
+
+def _require_types(part: DatasetMeta | TokenizerInfo | Written | SourceRecord) -> None:
+    """Raise a TypeError unless the texts and numbers of a record are of the types that its annotations name."""
+    hints = typing.get_type_hints(type(part))
+    for name, value in vars(part).items():
+        kind = hints[name]
+        plain = kind in (str, int, bool, int | None)
+        if plain and not (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+            raise TypeError(f"{name}: found {value!r}, expected {getattr(kind, '__name__', kind)}")
 
 
 def is_complete(prefix: str | os.PathLike[str], meta: DatasetMeta) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import read_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -45,13 +46,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file holds something else.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); the tokenizer is damaged") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; the tokenizer is damaged")
-    return content
+    return read_object(file, "the tokenizer is damaged")
 
 
 def read_optional(file: Path) -> dict[str, Any]:

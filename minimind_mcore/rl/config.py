@@ -31,7 +31,7 @@ from minimind_mcore.rl.precedence import Layer, layer_of, replaced
 from minimind_mcore.rl.precedence import command_line as layer_of_command_line
 from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, OTHER_SECTIONS, SECTIONS, defaults
 from minimind_mcore.rl.settings import Settings, nearest, settings
-from minimind_mcore.yaml_files import check_composed
+from minimind_mcore.yaml_files import composed_files
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -288,7 +288,10 @@ def compose(
     if not (where / f"{name}.yaml").is_file():
         found = sorted(file.stem for file in where.glob("*.yaml")) if where.is_dir() else []
         raise UserError(f"{where} has no {name}.yaml{nearest(name, found)} (it has {', '.join(found) or 'none'})")
-    check_composed(where, name)
+    for file, content in composed_files(where, name).items():
+        for section in (*SECTIONS, "minimind") if isinstance(content, dict) else ():
+            if not isinstance(content.get(section, {}), dict | None):
+                raise UserError(f"{file}: {section}: found {content[section]!r}, expected a mapping of keys")
     kind = device or devices.current().kind
     # The kit's models and devices serve other directories too.
     others = [folder for folder in (beside, CONFIGS) if folder is not None and folder != where]

@@ -140,7 +140,7 @@ def test_broken_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         ModelConfig.from_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         ModelConfig.from_hf_config(tmp_path)
 
 
