@@ -51,7 +51,7 @@ def listed(outcome: fuzz.Outcome) -> bool:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_some_damaged_inputs(kind: str, tmp_path: Path) -> None:
-    run(kind, seed=1, most=25, folder=tmp_path)
+    run(kind, seed=1, most=60, folder=tmp_path)
 
 
 @pytest.mark.slow
