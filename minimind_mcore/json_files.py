@@ -22,7 +22,7 @@ def read_object(file: Path, advice: str = "get the file again") -> dict[str, Any
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file, expected a JSON object; {advice}") from None
+        raise UserError(f"{file} does not exist, expected a JSON object; {advice}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); {advice}") from error
     except (ValueError, RecursionError) as error:
