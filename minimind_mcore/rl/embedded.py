@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from minimind_mcore.rl.config import Config, lacking
+from minimind_mcore.rl.config import Config, Section, lacking
 from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rules import workers
 from minimind_mcore.rl.schema import MEGATRON_SECTIONS, defaults
@@ -64,8 +64,19 @@ def unheeded(config: Config) -> Iterator[Problem]:
             "engine's own log-probabilities, so none are left to compare these with. Set rl_config.blocking: true, or "
             "minimind.rollout_correction: none",
         )
+    if config.minimind.precision == "bf16" and not all(section.bf16 for section in _trained(config)):
+        yield (
+            "megatron_training.bf16",
+            "false, and minimind.precision is bf16: the training would run in fp32 and the engine in bf16. Set "
+            "minimind.precision: fp32, and leave bf16 out",
+        )
     if rl.adv_estimator == "gae" and chosen.advantage != "gae":
         yield "rl_config.adv_estimator", f"gae: {where}, but minimind.algorithm: gae is ppo's, and this is {name}"
+
+
+def _trained(config: Config) -> Iterator[Section]:
+    """The sections of the models that Megatron runs."""
+    yield from (section for section in (config.actor, config.ref, config.critic) if section is not None)
 
 
 def idle(config: Config) -> list[str]:

@@ -283,6 +283,7 @@ UNHEEDED = [
     "rl_config.filter_groups_train_batch_size=16 rl_config.filter_groups_enable=true",
     "rl_config.integrated_mode_config={ref_model_load_path: other}",
     "minimind.rollout_correction=tis rl_config.blocking=false",
+    "megatron_training.bf16=false minimind.precision=bf16",
 ]
 
 
