@@ -148,8 +148,8 @@ def _truth(text: str) -> bool | None:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"found {text!r}, which is not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"found {text[:1000]!r}, which is not valid JSON ({error})") from error
 
 
 STAGES = ("sft", "dpo", "reason", "distill")

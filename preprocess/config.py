@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import read_object
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS
 from minimind_mcore.preprocess.options import Options
 from minimind_mcore.yaml_files import read_yaml
@@ -67,11 +68,8 @@ def from_dataset_info(options: Options, directory: str | None) -> Options:
         raise UserError("LlamaFactoryInstructionHandler: --dataset-dir is missing, where dataset_info.json is")
     folder = Path(directory).expanduser()
     path = folder / "dataset_info.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        entries = {name.strip(): known.get(name.strip()) for name in options.input.split(",")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable description of datasets ({error})") from error
+    known = read_object(path, "give the directory of LLaMA-Factory's dataset_info.json with --dataset-dir")
+    entries: dict[str, Any] = {name.strip(): known.get(name.strip()) for name in options.input.split(",")}
     missing = [name for name, entry in entries.items() if not isinstance(entry, dict) or "file_name" not in entry]
     if missing:
         raise UserError(f"--input {missing[0]}: {path} describes no file under that name; it has {', '.join(known)}")

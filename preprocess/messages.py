@@ -108,7 +108,7 @@ def json_list(value: Any, name: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Unusable(f"{name} is not valid JSON: {error}") from error
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):

@@ -75,7 +75,7 @@ def read_templates(path: str | None) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         return {entry["name"]: entry for entry in entries}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"--prompt-type-path {path}: not a readable list of templates ({error!r})") from error
 
 

@@ -20,6 +20,7 @@ from minimind_mcore.inference import main as inference
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.preprocess import cli as preprocess
+from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.rl.lint import lint
 from minimind_mcore.storage import check_manifest, file_entry, write_manifest
 
@@ -102,12 +103,35 @@ def _programs() -> list[tuple[str, Callable[[list[str]], None], list[str], list[
 
 
 def flag_cases(rng: random.Random, folder: Path) -> Iterator[Case]:
-    """A bad value of a flag, or a flag that does not exist."""
+    """A bad value of a flag, a flag that does not exist, or a damaged file that a flag names."""
+    yield from option_file_cases(folder)
     for program, main, whole, others, words in _programs():
         lines = [[f"--{flag}", value] for flag in whole for value in rng.sample(_INT, 4)]
         lines += [[f"--{flag}", value] for flag in others for value in rng.sample(_FLOAT, 4)]
         for line in [*lines, *(word.split(" ") for word in words)]:
             yield Case("flags", f"{program} {line[0]} {line[-1][:40]}", lambda m=main, w=line: m(list(w)), line[0])  # type: ignore[misc]
+
+
+def option_file_cases(folder: Path) -> Iterator[Case]:
+    """A JSON file that a flag names and that is damaged."""
+    file = folder / "options.json"
+    described = ["--handler-name", "LlamaFactoryInstructionHandler", "--dataset-dir", str(folder)]
+    programs: dict[str, Callable[[], object]] = {
+        "--tools": lambda: inference.main([*_LOAD, "--tools", str(file)]),
+        "--prompt-type-path": lambda: template_entry("qwen3", str(file)),
+        "--dataset-dir": lambda: preprocess.main(["--input", "a", "--tokenizer-name-or-path", "none", *described]),
+    }
+    for flag, program in programs.items():
+        target = folder / "dataset_info.json" if flag == "--dataset-dir" else file
+        for name, text in NOT_JSON.items():
+
+            def read(target: Path = target, program: Callable[[], object] = program, text: bytes = text) -> None:
+                target.write_bytes(text)
+                program()
+
+            yield Case("flags", f"{flag} {name}", read, str(target))
+    deep = ["--map-keys", "[" * 100_000]
+    yield Case("flags", "--map-keys deep", lambda: _programs()[2][1](deep), "--map-keys")
 
 
 def config_cases(rng: random.Random, folder: Path) -> Iterator[Case]:

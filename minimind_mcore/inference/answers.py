@@ -103,5 +103,5 @@ def _call(text: str) -> Call:
         content = json.loads(text)
         arguments = content["arguments"]
         return Call(str(content["name"]), json.loads(arguments) if isinstance(arguments, str) else arguments, text)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Call(None, None, text)

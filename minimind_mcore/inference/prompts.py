@@ -170,7 +170,7 @@ def read_tools(path: str | None) -> list[Any] | None:
         return None
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--tools {path}: not a readable JSON file ({error})") from error
     tools: list[Any] = []
     for entry in content if isinstance(content, list) else [content]:
