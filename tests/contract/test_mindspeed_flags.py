@@ -231,7 +231,12 @@ RULES: dict[str, Rule] = {
     "MLP width is given (default 8h/3)": lambda c, a: c.given("--ffn-hidden-size", "--kv-channels"),
     "split is given (default 969,30,1; G:397)": lambda c, a: a.split is not None,
     "MiniMind's layer": lambda c, a: (
-        a.spec == ["minimind_mcore.models.minimind_spec", "layer_spec"]
+        # New training with one expert per token has the router whose weight has a gradient.
+        a.spec
+        == [
+            "minimind_mcore.models.minimind_spec",
+            "straight_through_layer_spec" if a.num_experts and a.moe_router_topk == 1 else "layer_spec",
+        ]
         and (a.normalization, a.position_embedding_type) == ("RMSNorm", "rope")
         and a.swiglu
         and not a.add_bias_linear
