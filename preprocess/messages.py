@@ -96,6 +96,8 @@ def optional(record: Mapping[str, Any], field: str) -> str:
 def list_of(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     """The non-empty list of objects in a field."""
     value = record.get(field)
+    if field not in record:
+        raise Unusable(f"field {field!r} is missing; it holds the messages")
     if not isinstance(value, list):
         raise Unusable(f"field {field!r} is not a list of messages but {kind_of(value)}")
     if not value or not all(isinstance(item, dict) for item in value):

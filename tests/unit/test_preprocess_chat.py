@@ -462,7 +462,7 @@ def test_other_formats_are_not_changed_at_random(tokenizer: str) -> None:
 # ------------------------------------------------------------------ what users get wrong
 
 UNUSABLE: list[tuple[str, Any, str]] = [
-    ("MiniMindInstructionHandler", {"text": "x"}, "field 'conversations' is not a list of messages but null"),
+    ("MiniMindInstructionHandler", {"text": "x"}, "field 'conversations' is missing"),
     ("MiniMindInstructionHandler", {"conversations": []}, "is empty"),
     ("MiniMindInstructionHandler", {"conversations": ["a"]}, "a list of other things than messages"),
     (
