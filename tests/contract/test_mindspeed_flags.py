@@ -231,11 +231,11 @@ RULES: dict[str, Rule] = {
     "MLP width is given (default 8h/3)": lambda c, a: c.given("--ffn-hidden-size", "--kv-channels"),
     "split is given (default 969,30,1; G:397)": lambda c, a: a.split is not None,
     "MiniMind's layer": lambda c, a: (
-        # New training with one expert per token has the router whose weight has a gradient.
+        # Here only pretraining begins with new weights: minimind3_moe then learns by straight_through.
         a.spec
         == [
             "minimind_mcore.models.minimind_spec",
-            "straight_through_layer_spec" if a.num_experts and a.moe_router_topk == 1 else "layer_spec",
+            "straight_through_layer_spec" if a.num_experts and a.stage is None else "layer_spec",
         ]
         and (a.normalization, a.position_embedding_type) == ("RMSNorm", "rope")
         and a.swiglu
