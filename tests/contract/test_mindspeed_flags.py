@@ -235,7 +235,7 @@ RULES: dict[str, Rule] = {
         a.spec
         == [
             "minimind_mcore.models.minimind_spec",
-            "straight_through_layer_spec" if a.num_experts and a.stage is None else "layer_spec",
+            ("straight_through_" if a.moe_router_topk == 1 and a.num_experts and not a.stage else "") + "layer_spec",
         ]
         and (a.normalization, a.position_embedding_type) == ("RMSNorm", "rope")
         and a.swiglu
