@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def naming(path: object) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 VERDICT = "MINIMIND_VERDICT"  # variable with the file in which a rank tells the launcher what ended the run
 
 
@@ -51,15 +53,21 @@ def tell_launcher(problem: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a `UserError` becomes one message on stderr and exit status 1."""
+    """Run a program's `main`; a `UserError`, or a full disk, becomes one message on stderr and exit status 1."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        problem = str(error)
+        if isinstance(error, OSError):  # of a file whose writer does not know what else to say, or of stdout
+            if error.errno not in NO_SPACE:
+                raise
+            problem = f"{error.filename or 'an output file'}: {error.strerror}. Free some space, or raise the limit"
         if os.environ.get("RANK", "0") != "0":
             # Most errors are every rank's: the launcher then ends this one before it says what rank 0 has said.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         # Among other ranks an orderly exit can wait for them for ever.
         os._exit(1) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(1)

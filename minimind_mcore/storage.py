@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import BinaryIO
 
 import psutil
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import NO_SPACE, UserError
 
 MANIFEST = "manifest.json"
 FileEntry = dict[str, int | str]  # of a file in a manifest: "bytes" and "sha256"
@@ -39,11 +40,15 @@ def fsync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" into a `UserError` that names the file and the free space.
+def disk_errors(path: Path, written: Path | None = None) -> Iterator[None]:
+    """Turn the errors of a full disk, and of a file-size limit, into a `UserError` that names the file.
 
-    Libraries wrap the system's error, or hide it (torch.save says "unexpected pos"): then a disk with
-    next to nothing left is the reason.
+    Libraries wrap the system's error (megatron-core), or hide it (torch.save says "unexpected pos", numpy gives no
+    errno): then a disk with next to nothing left, or a file that is as large as the limit, is the reason.
+
+    Args:
+        path: what is written in the block.
+        written: the temporary file or directory that becomes `path`, if there is one.
     """
     try:
         yield
@@ -52,19 +57,56 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         where = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(where).free
-        code = getattr(error, "errno", None)
-        hidden = not isinstance(error, OSError) and free < 1 << 20
-        if code not in (errno.ENOSPC, errno.EDQUOT) and not hidden:
-            raise
-        raise disk_full(path, free, where) from error
+        code = _no_space(error)
+        hidden = code is None and getattr(error, "errno", None) is None
+        if code in (errno.ENOSPC, errno.EDQUOT) or (hidden and free < 1 << 20):
+            raise disk_full(path, free, where) from error
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        met = hidden and limit != resource.RLIM_INFINITY and _largest(written or path) >= limit
+        if code == errno.EFBIG or met:
+            raise UserError(
+                f"file too large while writing {path}: the limit is {limit} bytes a file (ulimit -f), or that of the "
+                "filesystem; nothing that was finished before is lost. Raise the limit and run the same command again."
+            ) from error
+        raise
+
+
+def _no_space(error: BaseException | None) -> int | None:
+    """Return the number of the system's error behind an exception, if it is one of `NO_SPACE`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _largest(path: Path) -> int:
+    """Return the size of the largest file at or below a path."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
 
 def disk_full(path: Path, free: int, where: Path) -> UserError:
-    """The error that says so."""
+    """Return the error of a full disk."""
     return UserError(
         f"disk full while writing {path}: {free / 2**20:.1f} MiB free at {where}; "
         "nothing that was finished before is lost. Free some space and run the same command again."
     )
+
+
+def append_line(path: Path, text: str, advice: str) -> None:
+    """Append a line to a text file.
+
+    Args:
+        path: of the file.
+        text: without the line's end.
+        advice: what to do where the file cannot be written.
+
+    Raises:
+        UserError: the file cannot be written, or the disk is full.
+    """
+    with writing(path, advice), open(path, "a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 # What a place that cannot be written answers: no permission, a read-only disk, a file where a directory should be.
@@ -115,15 +157,16 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        with disk_errors(path, tmp):  # inside: the file that has filled the disk, or has met a limit, is still there
             with open(tmp, "wb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(tmp, path)
             fsync_directory(path.parent)
-        finally:
-            tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -141,14 +184,14 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     tmp = temporary_beside(path)
-    with disk_errors(path):
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        try:
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        with disk_errors(path, tmp):
+            tmp.mkdir(parents=True)
             yield tmp
             publish_directory(tmp, path)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def temporary_beside(path: Path) -> Path:

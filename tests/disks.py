@@ -12,10 +12,10 @@ import pytest
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+def small_disk(folder: Path, mebibytes: float) -> Iterator[Path]:
     """A tmpfs, where mounting one is permitted."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(mebibytes * 1024)}k", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True) if os.geteuid() == 0 else None
     if done is None or done.returncode:
         pytest.skip("no permission to mount a small tmpfs: " + (done.stderr.strip() if done else "not root"))

@@ -282,12 +282,13 @@ def load_hook(name: str) -> Any:
     path, function = name.rsplit(":", 1)
     spec = importlib.util.spec_from_file_location("hook", path)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["hook"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return getattr(module, function)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nothing uses."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -312,7 +313,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        ranks = _Ranks(json.loads(line), _free_port())
+        ranks = _Ranks(json.loads(line), free_port())
         ranks.start()
         answers.write(json.dumps(ranks.wait()) + "\n")
         answers.flush()

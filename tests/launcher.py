@@ -6,25 +6,21 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from engine import ROOT
+from engine import ROOT, free_port
 
 
 @contextlib.contextmanager
 def launched(argv: list[str], folder: Path, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
     """A real run under the launcher, in a session of its own that ends with the block."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     command = [
-        sys.executable, "-m", "minimind_mcore.launch", "--nproc-per-node", str(processes), "--master-port", str(port),
-        str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
+        sys.executable, "-m", "minimind_mcore.launch", "--nproc-per-node", str(processes),
+        "--master-port", str(free_port()), str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(

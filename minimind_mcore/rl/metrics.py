@@ -25,8 +25,10 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config import Config
+from minimind_mcore.storage import append_line, writing
 from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
 
+OTHER_PLACE = "give another directory with minimind.output_dir"
 ALIASES = {
     "grpo/rewards/mean": "grpo/score/mean",
     "grpo/rewards/max": "grpo/score/max",
@@ -130,10 +132,11 @@ class Log:
         rl, self.folder = config.rl, Path(config.minimind.output_dir)
         self.steps = config.actor.train_iters
         self.history = self.folder / "metrics.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if iteration == 0:
-            set_aside(self.history)
-        forget_after(self.history, iteration)
+        with writing(self.folder, OTHER_PLACE):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if iteration == 0:
+                set_aside(self.history)
+            forget_after(self.history, iteration)
         places = argparse.Namespace(
             tensorboard_dir=str(self.folder / "tensorboard") if rl.use_tensorboard else None,
             use_wandb=rl.use_wandb,
@@ -153,8 +156,7 @@ class Log:
             print(line(iteration, self.steps, row), flush=True)
         aliases = {alias: row[name] for alias, name in ALIASES.items() if name in row}
         whole = {"iteration": iteration, **row, **aliases}
-        with open(self.history, "a", encoding="utf-8") as file:
-            file.write(json.dumps(whole) + "\n")
+        append_line(self.history, json.dumps(whole), OTHER_PLACE)
         for sink in self.sinks:
             sink(whole)
 

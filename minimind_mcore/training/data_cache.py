@@ -21,7 +21,14 @@ from typing import Any
 from megatron.core.datasets import blended_dataset, blended_megatron_dataset_builder, gpt_dataset
 from typing_extensions import override
 
-from minimind_mcore.storage import check_manifest, record_files, remove_abandoned, temporary_beside, writing
+from minimind_mcore.storage import (
+    check_manifest,
+    disk_errors,
+    record_files,
+    remove_abandoned,
+    temporary_beside,
+    writing,
+)
 from minimind_mcore.training import distributed
 
 
@@ -79,7 +86,8 @@ def _rebuilt(dataset: Any, base: Path, record: Path, build: Callable[[], Any]) -
     try:
         dataset.config = copy.copy(config)  # shared with other datasets, which other threads may be building
         dataset.config.path_to_cache = os.fspath(tmp)
-        found = build()
+        with disk_errors(tmp):  # numpy names no errno: what it has written must still be there
+            found = build()
         record.unlink(missing_ok=True)
         files = sorted(tmp.iterdir())
         for file in files:

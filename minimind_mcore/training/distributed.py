@@ -23,6 +23,7 @@ from minimind_mcore.training.layout import Layout
 
 # A rank that makes no progress is named after --distributed-timeout-minutes (liveness.py); only then libraries raise.
 GRACE_MINUTES = 2
+OTHER_FILE = "give another file with --log-file (LOG_DIR)"
 
 
 def world_size() -> int:
@@ -133,17 +134,20 @@ class Tee:
     """Standard output that goes to a file too."""
 
     def __init__(self, stream: TextIO, path: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.stream, self.file = stream, open(path, "a", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
 
     def write(self, text: str) -> int:
         """Write to both."""
-        self.file.write(text)
+        with writing(self.path, OTHER_FILE):
+            self.file.write(text)
         return self.stream.write(text)
 
     def flush(self) -> None:
         """Flush both."""
-        self.file.flush()
+        with writing(self.path, OTHER_FILE):
+            self.file.flush()
         self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -153,7 +157,7 @@ class Tee:
 def log_to(path: str | None) -> None:
     """Let what the main rank prints go to `path` too."""
     if path and is_main():
-        with writing(Path(path), "give another file with --log-file (LOG_DIR)"):
+        with writing(Path(path), OTHER_FILE):
             tee: Any = Tee(sys.stdout, path)
         sys.stdout = tee
 

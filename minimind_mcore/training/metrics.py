@@ -22,10 +22,12 @@ from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.storage import atomic_write_text, writing
+from minimind_mcore.storage import append_line, atomic_write_text, writing
 from minimind_mcore.training import distributed, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout
+
+OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Metrics:
         self.history: Path | None = None
         if distributed.is_main():
             self.history = output_dir(args) / "metrics.jsonl"
-            with writing(self.history.parent, "give another directory with --output-dir (OUTPUT_DIR)"):
+            with writing(self.history.parent, OTHER_PLACE):
                 self.history.parent.mkdir(parents=True, exist_ok=True)
                 if progress.iteration == 0:
                     set_aside(self.history)
@@ -154,8 +156,7 @@ class Metrics:
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self.history is not None
-        with open(self.history, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        append_line(self.history, json.dumps(row), OTHER_PLACE)
         for sink in self.sinks:
             sink(row)
 
@@ -166,14 +167,16 @@ class Metrics:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line cut off by a kill is dropped."""
+    """Return the rows of a metrics.jsonl; a line that a kill or a full disk has cut off is dropped."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict) and "iteration" in row:
+                rows.append(row)
     return rows
 
 
@@ -185,11 +188,12 @@ def set_aside(path: Path) -> None:
 
 
 def forget_after(path: Path, iteration: int) -> None:
-    """Drop the rows that a resumed run is about to write again."""
-    rows = read_history(path)
-    kept = [row for row in rows if row["iteration"] <= iteration]
-    if kept != rows:
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    """Drop the rows that a resumed run is about to write again, and a line that is cut off."""
+    kept = [row for row in read_history(path) if row["iteration"] <= iteration]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    # The bytes are compared: the next row would be appended to half a line, and both would be lost.
+    if path.is_file() and path.read_bytes() != text.encode("utf-8"):
+        atomic_write_text(path, text)
 
 
 def open_sinks(

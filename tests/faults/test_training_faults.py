@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chaos
 import numpy as np
 import psutil
 import pytest
@@ -215,6 +216,35 @@ def test_full_disk_ends_with_a_message_and_the_last_checkpoint_loads(
         flags |= {"exit_interval": 3, "load": disk, "save": None, "save_interval": None}
         run = server.run([*corpus.flags(CONFIG, **flags), *as_flags(layout(tp=2))], tmp_path / "second", 2)
         assert [row["iteration"] for row in run.rows] == [3]
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [(40, "run"), (1000, r"cache/\S+"), (9000, r"run/metrics\.jsonl"), (200_000, r"\.iter_0000030\.tmp")],
+    ids=["lock", "cache", "metrics", "checkpoint"],
+)
+def test_a_limit_on_the_size_of_files_is_one_sentence(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str, limit: int, named: str
+) -> None:
+    folders = {"save": tmp_path / "saved", "data_cache_path": tmp_path / "cache"}
+    argv = corpus.flags(CONFIG, train_iters=30, ckpt_format=form, **folders)
+    attempt = chaos.Served(server, argv, tmp_path / "run", 30, 1, None)
+    attempt.start(limit)
+    ended = attempt.finish()
+    assert ended.codes == [1] and "Traceback" not in ended.output, ended.output
+    assert re.search(
+        rf"^error: file too large while writing \S*{named}: the limit is {limit} bytes", ended.output, re.M
+    )
+    assert not (tmp_path / "saved" / TRACKER).exists()
+
+
+def test_metrics_on_a_full_disk_are_one_sentence(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "run", 0.02) as disk:
+        attempt = chaos.Served(server, corpus.flags(CONFIG, train_iters=200), disk, 200, 1, None)
+        attempt.start()
+        ended = attempt.finish()
+    assert ended.codes == [1] and "Traceback" not in ended.output, ended.output
+    assert re.search(r"^error: disk full while writing \S*run/metrics\.jsonl: ", ended.output, re.M), ended.output
 
 
 # Data and numbers

@@ -101,6 +101,8 @@ def test_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"itera', encoding="utf-8")
     assert read_history(file) == [{"iteration": 1}, {"iteration": 2}, {"iteration": 3}]
+    forget_after(file, 3)  # no whole row is dropped, but the next one must not be appended to half a line
+    assert file.read_text(encoding="utf-8") == '{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n'
     forget_after(file, 2)
     assert file.read_text(encoding="utf-8") == '{"iteration": 1}\n{"iteration": 2}\n'
 
