@@ -264,51 +264,72 @@ def send(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
             process.send_signal(number)
 
 
-def kill(attempt: Attempt, chance: random.Random, longest: float) -> None:
+def victims(attempt: Attempt) -> list[psutil.Process]:
+    """The processes of an attempt; a run that has just been started has none for a moment."""
+    while not (found := attempt.processes()) and attempt.running():
+        time.sleep(0.005)
+    return found
+
+
+# Each returns whether the fault met the run before its end.
+
+
+def kill(attempt: Attempt, chance: random.Random, longest: float) -> bool:
     """SIGKILL of all processes, or one."""
-    if reach(attempt, chance, longest):
-        found = attempt.processes()
-        send(found if chance.random() < 0.5 else [chance.choice(found)] if found else [], signal.SIGKILL)
+    everything, which = chance.random() < 0.5, chance.random()
+    if not reach(attempt, chance, longest) or not (found := victims(attempt)):
+        return False
+    send(found if everything else [found[int(which * len(found))]], signal.SIGKILL)
+    return True
 
 
-def stop(attempt: Attempt, chance: random.Random, longest: float) -> None:
+def stop(attempt: Attempt, chance: random.Random, longest: float) -> bool:
     """SIGSTOP of all processes, or one, and SIGCONT a few seconds later."""
-    if reach(attempt, chance, longest):
-        found = attempt.processes()
-        stopped = found if chance.random() < 0.5 else [chance.choice(found)] if found else []
-        send(stopped, signal.SIGSTOP)
-        wait(attempt, chance.uniform(0.5, 6.0))
-        send(stopped, signal.SIGCONT)
+    everything, which, pause = chance.random() < 0.5, chance.random(), chance.uniform(0.5, 6.0)
+    if not reach(attempt, chance, longest) or not (found := victims(attempt)):
+        return False
+    stopped = found if everything else [found[int(which * len(found))]]
+    send(stopped, signal.SIGSTOP)
+    wait(attempt, pause)
+    send(stopped, signal.SIGCONT)
+    return True
 
 
-def stop_and_kill(attempt: Attempt, chance: random.Random, longest: float) -> None:
+def stop_and_kill(attempt: Attempt, chance: random.Random, longest: float) -> bool:
     """SIGSTOP of all processes, then SIGKILL in another order."""
-    if reach(attempt, chance, longest):
-        found = attempt.processes()
-        send(found, signal.SIGSTOP)
-        wait(attempt, chance.uniform(0.1, 1.0))
-        send(chance.sample(found, len(found)), signal.SIGKILL)
+    pause = chance.uniform(0.1, 1.0)
+    if not reach(attempt, chance, longest) or not (found := victims(attempt)):
+        return False
+    send(found, signal.SIGSTOP)
+    wait(attempt, pause)
+    send(chance.sample(found, len(found)), signal.SIGKILL)
+    return True
 
 
-def request(attempt: Attempt, chance: random.Random, longest: float) -> None:
+def request(attempt: Attempt, chance: random.Random, longest: float) -> bool:
     """SIGTERM of the program."""
-    if reach(attempt, chance, longest):
-        send(attempt.processes()[:1], signal.SIGTERM)
+    if not reach(attempt, chance, longest) or not (found := victims(attempt)):
+        return False
+    send(found[:1], signal.SIGTERM)
+    return True
 
 
-def fill(attempt: Attempt, chance: random.Random, longest: float) -> None:
+def fill(attempt: Attempt, chance: random.Random, longest: float) -> bool:
     """Nothing at a time: the disk is small, or the files are limited, from the start."""
+    return True
 
 
-def jump(clock: Path) -> Callable[[Attempt, random.Random, float], None]:
+def jump(clock: Path) -> Callable[[Attempt, random.Random, float], bool]:
     """Set the clock several times, and kill the run in one of two rounds."""
 
-    def jumps(attempt: Attempt, chance: random.Random, longest: float) -> None:
+    def jumps(attempt: Attempt, chance: random.Random, longest: float) -> bool:
+        killed = chance.random() < 0.5
         for _ in range(3):
             clock.write_text(chance.choice(CLOCKS))
             reach(attempt, chance, longest)
-        if chance.random() < 0.5 and attempt.running():
-            send(attempt.processes(), signal.SIGKILL)
+        if killed and attempt.running():
+            send(victims(attempt), signal.SIGKILL)
+        return True
 
     return jumps
 
