@@ -556,7 +556,7 @@ def test_wrong_options_are_named(tokenizer: str, tmp_path: Path) -> None:
         ("--pack",): "for conversations",
         ("--split-sentences",): "not implemented here",
         ("--tokenizer-name-or-path", str(tmp_path)): r"no tokenizer\.json",
-        ("--workers", "0"): "at least 1",
+        ("--workers", "0"): "--workers: found 0, expected 1",
         ("--json-keys", "text", "text"): "given twice",
         ("--workers", "many"): "invalid int value",
         ("--map-keys", "{bad"): "argument --map-keys: found '{bad', which is not valid JSON",
