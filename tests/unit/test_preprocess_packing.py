@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 from dataclasses import replace
@@ -144,7 +143,7 @@ def test_an_interrupted_conversion_goes_on_from_its_parts(
 ) -> None:
     options = replace(plain, output_prefix=str(tmp_path / "out"), n_subs=3)
     with monkeypatch.context() as patched:
-        patched.setattr("minimind_mcore.preprocess.convert.write_meta", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patched.setattr("minimind_mcore.preprocess.convert.write_meta", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             convert(options)
     assert read_meta(tmp_path / "out_packed_input_ids_document") is None
