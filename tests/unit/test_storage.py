@@ -91,7 +91,7 @@ def test_damage_is_named(directory: Path) -> None:
     (directory / "a").write_text("content")
     assert storage.check_manifest(directory) == [f"{directory / 'a'}: 7 bytes, expected 12"]
     (directory / "sub/b").unlink()
-    assert storage.check_manifest(directory)[1] == f"{directory / 'sub/b'}: missing"
+    assert storage.check_manifest(directory)[1] == f"{directory / 'sub/b'}: missing, but listed in manifest.json"
     shares = [storage.check_manifest(directory, share, 2) for share in range(2)]
     assert sorted(shares[0] + shares[1]) == sorted(storage.check_manifest(directory))
     (directory / "manifest.json").write_text("{")
