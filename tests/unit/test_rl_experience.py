@@ -188,7 +188,7 @@ class Rehearsal(Trainer):
         self.source = cast(Any, SimpleNamespace(evaluate=lambda *_: {"eval/accuracy": accuracy.pop(0)()}))
         self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
         actor = SimpleNamespace(save=lambda step, *_: told.append(f"save {step}"))
-        self.groups = cast(Any, SimpleNamespace(training=lambda: [actor]))
+        self.groups = cast(Any, SimpleNamespace(training=lambda: [actor], cluster=SimpleNamespace(waiting=None)))
 
     def recover(self, loss: Lost | None = None) -> None:
         pass
