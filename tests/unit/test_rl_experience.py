@@ -184,6 +184,7 @@ class Rehearsal(Trainer):
         self.config, self.ours, self.steps, self.told, self.left = config, config.minimind, 4, told, False
         self.done = self.saved = done
         self.consumed, self.held_out = 0, cast(PromptDataset, [])
+        self.order: dict[str, Any] = {}
         self.loading = cast(Any, SimpleNamespace(result=lambda: None))
         self.source = cast(Any, SimpleNamespace(evaluate=lambda *_: {"eval/accuracy": accuracy.pop(0)()}))
         self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
