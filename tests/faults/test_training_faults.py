@@ -290,7 +290,8 @@ def test_loss_that_is_not_finite_stops_with_iteration_rank_and_samples(
 
 
 def test_overflowing_weights_stop_the_run(server: Server, corpus: Corpus, tmp_path: Path) -> None:
-    flags = {"train_iters": 9, "lr": 1e30, "min_lr": 0, "lr_decay_style": "constant"}
+    # the decay multiplies every weight by 1 - lr * weight_decay, about -1e6, in each step
+    flags = {"train_iters": 12, "lr": 1000, "weight_decay": 1000, "min_lr": 0, "lr_decay_style": "constant"}
     run = server.run(corpus.flags(CONFIG, **flags), tmp_path / "run", check=False)
     assert run.codes == [1] and re.search(r"iteration \d, rank 0, dataset indices \[.*\]: the", run.output), run.output
 
