@@ -3,9 +3,9 @@
 #
 #   bash benchmarks/gpu_check.sh [--part environment|correctness|speed|rest] [--dry-run]
 #
-# Python is PYTHON, else that of .venv, else python3. Packages that it lacks are taken from .gpu_wheels, which
-# benchmarks/gpu_wheels.sh fills on a machine with a network. Results: $OUT, or outputs/gpu_check. docs/benchmarks.md
-# has the rest.
+# The interpreter is PYTHON, or .venv/bin/python, or python3, whichever exists first. Missing packages come from
+# .gpu_wheels: benchmarks/gpu_wheels.sh fills this folder on a machine with a network. Results go to $OUT, or to
+# outputs/gpu_check. docs/benchmarks.md has the rest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -159,7 +159,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def train_all(args: argparse.Namespace) -> None:
-    """Run what is not finished, `--jobs` at a time, seed by seed."""
+    """Run the unfinished trainings seed by seed, `--jobs` at a time."""
     waiting = [(rule, seed) for seed in args.seeds for rule in ROUTER_WEIGHTS]
     waiting = [one for one in waiting if not (args.output / "{}-{}".format(*one) / "result.json").exists()]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}

@@ -6,8 +6,8 @@
 The loop is MiniMind's way: modules of its own, scaled-dot-product attention, AdamW, gradient clipping; on a GPU
 autocast, torch.compile of one layer, whose code all layers share, and fused AdamW. Both sides see the same sizes,
 batches, precision and threads, each in a process of its own, in turn, several times; medians and their ratio are
-printed. MFU is that of `minimind_mcore.mfu`: over the rate of matrix products that the same process measures in the
-same dtype. Tokens per CPU second stand beside those per second: other programs on the machine disturb them less.
+printed. `minimind_mcore.mfu` computes the MFU: the same process measures the rate of matrix products in the same dtype.
+The table has tokens per second and tokens per CPU second: other programs on the machine disturb the latter less.
 On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu.py), to
 show how much of the difference they are.
 """

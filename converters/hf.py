@@ -96,7 +96,9 @@ def require_same(config: ModelConfig, given: ModelConfig, where: str) -> None:
     differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differ:
         values = "; ".join(f"{name} is {here.get(name)} there and {there.get(name)} in --hf-cfg-dir" for name in differ)
-        raise UserError(f"{where}: contradicts the config.json of --hf-cfg-dir: {values}. Give that of this model")
+        raise UserError(
+            f"{where}: contradicts the config.json of --hf-cfg-dir: {values}. Give the config.json of this model"
+        )
 
 
 def weight_files(path: Path) -> list[Path]:

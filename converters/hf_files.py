@@ -87,8 +87,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 def native_config(source: Source, folder: Path | None, root: Path, copy_code: bool) -> dict[str, Any]:
     """Return MiniMind's own config.json.
 
-    With `copy_code`, copy `model_minimind.py` of `folder` or of the source beside it, and let `auto_map` name it, so
-    that transformers runs it under `trust_remote_code`. Code of an unknown author does not spread without a word.
+    With `copy_code`, copy `model_minimind.py` from `folder` or the source, and name the file in `auto_map`, so that
+    transformers runs it under `trust_remote_code`. Without the flag, code of an unknown author does not spread.
     """
     fields = to_native_config(source.config)
     if moe := source.config.moe:

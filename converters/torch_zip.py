@@ -135,7 +135,6 @@ _BUILT: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("torch", "Size"): tuple,
     ("builtins", "set"): set,
-    ("__builtin__", "set"): set,  # the name in protocol 2
     ("builtins", "frozenset"): frozenset,
     ("builtins", "dict"): dict,
     ("builtins", "list"): list,
@@ -170,6 +169,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _UNREADABLE:  # named, so that the message can say which tensor it is; nothing runs
             return _UNREADABLE[module, name]
         unpickling.require_allowed(module, name)
+        module = unpickling.current_module(module)
         if (module, name) in _BUILT:
             return _BUILT[module, name]
         if module == "torch":
@@ -212,7 +212,8 @@ class Archive:
             raise UserError(f"{self.path}: {name} has no bytes in the file; get it again")
         offset = record.offset + tensor.start * tensor.dtype.itemsize
         whole = tensor.shape and torch.Size(tensor.shape).numel() * tensor.dtype.itemsize == record.size
-        span = None if whole else (record.offset, record.size)  # a view: the checksum is that of the whole storage
+        # The archive has one checksum for the whole storage, of which a view is a part.
+        span = None if whole else (record.offset, record.size)
         entry = Entry(tensor.shape, tensor.dtype, offset, record.crc or None, span)
         if not tensor.contiguous or offset + entry.nbytes > record.offset + record.size:
             raise UserError(f"{self.path}: {name} is not stored in one piece; save it again with .contiguous()")

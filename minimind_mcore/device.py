@@ -66,8 +66,8 @@ class Device:
 
     @property
     def index(self) -> int:
-        """This process's device among those of the host; processes share devices where there are more of them."""
-        return local_rank() % self.count
+        """This process's device among those of the host."""
+        return _device_index(self.count)
 
 
 def local_rank() -> int:
@@ -105,12 +105,17 @@ def current() -> Device:
     return _describe(kind)
 
 
+def _device_index(count: int) -> int:
+    """Return this process's device among `count`; processes share devices where there are more of them."""
+    return local_rank() % count
+
+
 def _describe(kind: str) -> Device:
     if kind == "cpu":
         return Device("cpu", cpu_name(), usable_cores(), psutil.virtual_memory().total)
     api: Any = getattr(torch, kind)
     count = api.device_count()
-    index = local_rank() % count  # processes share devices where there are more of them
+    index = _device_index(count)
     # Asking for a name opens a context on the current device: without this line every rank takes memory of device 0.
     api.set_device(index)
     return Device(kind, api.get_device_name(index), count, api.get_device_properties(index).total_memory)

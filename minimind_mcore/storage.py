@@ -241,13 +241,16 @@ def file_entry(path: Path) -> FileEntry:
 
 def write_manifest(directory: Path, entries: dict[str, FileEntry], **about: object) -> None:
     """Record the files of a directory, by relative name, in its `manifest.json`; and more, by keyword."""
-    atomic_write_text(directory / MANIFEST, json.dumps({"files": entries, **about}, indent=1) + "\n")
+    _write_entries(directory / MANIFEST, entries, **about)
+
+
+def _write_entries(manifest: Path, entries: dict[str, FileEntry], **about: object) -> None:
+    atomic_write_text(manifest, json.dumps({"files": entries, **about}, indent=1) + "\n")
 
 
 def record_files(record: Path, files: Sequence[Path]) -> None:
     """Write a manifest of some files in the directory of `record`, under that name; see `check_manifest`."""
-    entries = {file.name: file_entry(file) for file in files}
-    atomic_write_text(record, json.dumps({"files": entries}, indent=1) + "\n")
+    _write_entries(record, {file.name: file_entry(file) for file in files})
 
 
 def check_manifest(

@@ -113,9 +113,14 @@ def is_trusted() -> bool:
     return os.environ.get(_TRUST_VARIABLE) == "1"
 
 
+def current_module(module: str) -> str:
+    """Return today's name of a module: pickles of protocol 2 have the names of Python 2."""
+    return _compat_pickle.IMPORT_MAPPING.get(module, module)
+
+
 def is_allowed(module: str, name: str) -> bool:
     """Return whether a checkpoint may name `module.name`."""
-    module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # protocol 2 uses Python 2's names of modules
+    module = current_module(module)
     if name in ALLOWED.get(module, ()):
         return True
     found = getattr(torch, name, None) if module == "torch" else None

@@ -34,6 +34,18 @@ def published_tokenizer(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """minimind-3's published tokenizer where it is given, else one that the kit trained, with the same template."""
+    from minimind_mcore.preprocess import train_tokenizer
+
+    if root := os.environ.get("MINIMIND_TOKENIZER_DIR"):
+        return str(Path(root) / "v3")
+    folder = str(tmp_path_factory.mktemp("tokenizer") / "tk")
+    train_tokenizer.save(train_tokenizer.train(iter(["assistant user system 你好 " * 9]), 310), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[engine.Server]:
     """Runs the training engine on the installed megatron-core."""
     server = engine.Server()

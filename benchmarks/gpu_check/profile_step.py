@@ -33,7 +33,7 @@ def main() -> None:
         engine.step(ids)
         device.synchronize()
     kind = "device" if on_gpu else "cpu"
-    # Kernels have rows of their own, whose time that of the operators which launch them holds already.
+    # The time of an operator includes its kernels, which also have rows of their own.
     operators = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
     times = {event.key: getattr(event, f"self_{kind}_time_total") for event in operators}
     total = sum(times.values())

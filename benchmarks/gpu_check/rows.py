@@ -26,7 +26,7 @@ class Row:
         value: a number in `unit`, a word, or None.
         unit: of the value.
         status: "failed" makes the whole check fail. "noted" is a failure that does not, "not measured" says that
-            there is no result.
+            no result exists.
         note: the reason of a failure or of what was not measured, or what the value is compared with.
     """
 

@@ -96,17 +96,12 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
         print(finding, file=sys.stderr)
     if any(finding.level == "error" for finding in findings):
         raise UserError(f"{file}: not fit for {target} in {folder}; see the errors above")
-    for section in (tree[name] for name in MEGATRON_SECTIONS if name in tree):
-        require_normalized(section.get("load"))
+    _check_checkpoints(tree)
     stage = tree["megatron_training"].get("stage") or STAGES["ppo" if program == "train_ppo.py" else "grpo"]
     if (stage == "ray_ppo") != (program == "train_ppo.py"):
         raise UserError(f"megatron_training.stage: {stage} is run by {PROGRAMS[stage]}, not by {program}")
     for path in [name for name in _rewards(tree)[0] if ":" in name]:
         resolve(path)  # an error here, not in a worker
-    for section in [tree[name] for name in MEGATRON_SECTIONS if name in tree]:
-        for key in ("load", "pretrained_checkpoint"):
-            if section.get(key):
-                check_pickles(Path(section[key]).expanduser())
     output = Path((tree.get("minimind") or {}).get("output_dir", "outputs/rl")).expanduser().resolve()
     written = output / "mindspeed_rl"
     atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment(target)))
@@ -114,6 +109,15 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     atomic_write_text(config, dump(_for_mindspeed_rl(tree, written / "runtime_env.yaml")))
     command = [sys.executable, f"cli/{PROGRAMS[stage]}", "--config-dir", str(written), "--config-name", file.stem]
     return Job([*command, f"hydra.run.dir={output / 'hydra'}"], folder, config, {"PYTHONPATH": _python_path(folder)})
+
+
+def _check_checkpoints(tree: Mapping[str, Any]) -> None:
+    """Refuse checkpoints that could run code, or whose router weight MindSpeed-RL cannot train."""
+    for section in [tree[name] for name in MEGATRON_SECTIONS if name in tree]:
+        for key in ("load", "pretrained_checkpoint"):
+            if section.get(key):
+                check_pickles(Path(section[key]).expanduser())
+        require_normalized(section.get("load"))
 
 
 def require_normalized(load: str | None) -> None:

@@ -16,6 +16,7 @@ from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.converters.torch_zip import read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
+from minimind_mcore.training.sample_order import values_differ
 
 # What must be equal in a checkpoint and on the command line, whatever the layout.
 MODEL_ARGS = (
@@ -100,16 +101,15 @@ def other_constants(
     """
     names = {"adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2", "adam_eps": "--adam-eps"}
     there, here = ({flag: getattr(one, name, None) for name, flag in names.items()} for one in (saved, args))
-    found = [flag for flag in there if there[flag] is not None and there[flag] != here[flag]]
-    if args.optimizer != "adam" or args.no_load_optim or not found:
+    differing = list(values_differ({flag: value for flag, value in there.items() if value is not None}, here))
+    if args.optimizer != "adam" or args.no_load_optim or not differing:
         return ""
-    differing = "; ".join(f"{flag} is {there[flag]} there and {here[flag]} here" for flag in found)
     if overridable and args.override_opt_param_scheduler:
         used = "The run follows the command line"
     else:
         advice = "; --override-opt_param-scheduler follows the command line" if overridable else ""
         used = f"The run follows the checkpoint{advice}"
-    return f"warning: {directory}: {differing}. {used}"
+    return f"warning: {directory}: {'; '.join(differing)}. {used}"
 
 
 def check_router(args: argparse.Namespace, topk: int, rule: RouterWeight | None, source: str) -> None:

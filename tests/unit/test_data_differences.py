@@ -6,7 +6,6 @@ What minimind does is written here from its dataset/lm_dataset.py and trainer/tr
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 from engine import ROOT
 from transformers import AutoTokenizer
 
-from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.readers import Reject
@@ -29,16 +27,6 @@ AS_IT_IS = ChatOptions(system_ratio=0.0, empty_think_ratio=1.0, thinking_ratio=0
 TOOLS = [{"type": "function", "function": {"name": "tide", "description": "潮位", "parameters": {"type": "object"}}}]
 SYSTEM = {"role": "system", "content": "S", "tools": json.dumps(TOOLS, ensure_ascii=False)}
 USER, ANSWER = {"role": "user", "content": "潮位？"}, {"role": "assistant", "content": "2m。"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """minimind-3's published tokenizer where it is given, else one that the kit trained, with the same template."""
-    if root := os.environ.get("MINIMIND_TOKENIZER_DIR"):
-        return str(Path(root) / "v3")
-    folder = str(tmp_path_factory.mktemp("tokenizer") / "tk")
-    train_tokenizer.save(train_tokenizer.train(iter(["assistant user system 你好 " * 9]), 310), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ The references use nothing of the kit: transformers renders and encodes, and the
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.prompts import read_prompts
-from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
@@ -52,16 +50,6 @@ def tool(text: str) -> Turn:
 def said(name: str, text: str, **fields: Any) -> Turn:
     """A turn of ShareGPT."""
     return {"from": name, "value": text, **fields}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """minimind-3's published tokenizer where it is given, else one that the kit trained, with the same template."""
-    if root := os.environ.get("MINIMIND_TOKENIZER_DIR"):
-        return str(Path(root) / "v3")
-    folder = str(tmp_path_factory.mktemp("tokenizer") / "tk")
-    train_tokenizer.save(train_tokenizer.train(iter(["assistant user system 你好 " * 9]), 310), folder)
-    return folder
 
 
 def text_of(tokenizer: str, messages: list[Turn], tools: list[Any] | None = None, **options: Any) -> str:
