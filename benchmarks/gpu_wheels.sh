@@ -2,7 +2,7 @@
 # Collects the packages that a GPU host without a network lacks, as wheels of Python 3.12 on Linux x86-64, into
 # .gpu_wheels, which git ignores. benchmarks/gpu_check.sh unpacks those that are missing where it runs.
 #
-#   bash benchmarks/gpu_wheels.sh                   # about 25 MB
+#   bash benchmarks/gpu_wheels.sh                   # 29 MB
 #   NEWER=0.17.1 bash benchmarks/gpu_wheels.sh      # the newer megatron-core to try; NEWER= for none
 #
 # It prints the size of the checkout and the wheels together, and ends with status 1 if that is above 60 MB: both are
@@ -46,8 +46,10 @@ bytes() { # of what git has or would add, and of the wheels
 }
 
 if [ -n "$NEWER" ]; then
-    collect "$FOLDER/newer" "megatron-core==$NEWER"
-    if [ "$(bytes)" -gt $((LIMIT_MB * 1000000)) ]; then
+    if ! collect "$FOLDER/newer" "megatron-core==$NEWER"; then
+        echo "gpu_wheels: megatron-core $NEWER cannot be downloaded and is left out" >&2
+        rm -rf "$FOLDER/newer"
+    elif [ "$(bytes)" -gt $((LIMIT_MB * 1000000)) ]; then
         echo "gpu_wheels: megatron-core $NEWER does not fit into $LIMIT_MB MB and is left out" >&2
         rm -rf "$FOLDER/newer"
     fi

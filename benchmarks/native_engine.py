@@ -33,7 +33,7 @@ class NativeEngine:
         micro_batches: int = 1,
         flags: Sequence[str] = (),
     ) -> None:
-        from minimind_mcore.training import distributed
+        from minimind_mcore.training import checkpointing, distributed
         from minimind_mcore.training.job import Job
         from minimind_mcore.training.layout import validate
         from minimind_mcore.training.model import build_model
@@ -49,6 +49,7 @@ class NativeEngine:
         }
         words = [str(word) for pair in sizes.items() for word in pair]
         self.args = arguments.parse([*config.megatron_flags(), *words, *(["--bf16"] if bf16 else []), *flags])
+        checkpointing.settle_router_weight(self.args)
         self.job, layout = Job(self.args), validate(self.args, 1)
         distributed.initialize(self.args, layout)
         self.model = build_model(self.args, layout, self.job)

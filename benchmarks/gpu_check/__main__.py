@@ -12,6 +12,7 @@ anything failed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -20,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_check import plan, wheels
-from gpu_check.rows import LARGEST_FILE, Row, Value, document, failed, table
+from gpu_check import plan
+from gpu_check.rows import LARGEST_FILE, MATMUL_RATE, Row, Value, document, failed, table
 from gpu_check.runner import Outcome, importable, run_part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +30,9 @@ WHEELS = ROOT / ".gpu_wheels"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
     args = _parse(argv)
-    chosen = [part for part in plan.PARTS if part in (args.part or plan.PARTS)]
+    chosen = plan.with_needed(args.part or plan.PARTS)
     checks = [check for check in plan.checks(args.tiny) if check.part in chosen]
     seen = _cuda_device()
     if args.dry_run:
@@ -43,14 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     with tempfile.TemporaryDirectory() as name:
-        return _run(checks, chosen, args, Path(name))
+        return _run(checks, chosen, args, Path(name), started)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", action="append", choices=plan.PARTS, help="only this part; may be given again")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=plan.PARTS,
+        help="only this part; may be given again. speed includes environment, which measures the matrix rate of its MFU",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, whose speed means nothing")
@@ -77,7 +84,11 @@ def _dry_run(checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse
             missing = [name for name in check.needs if not importable(name)]
             lack = f" [not installed here: {', '.join(missing)}]" if missing else ""
             print(f"  {check.name}: {check.does} (at most {check.seconds:.0f} s){lack}")
-    print(f"== at most {plan.TOTAL_SECONDS:.0f} s in all; results would go to {_output(args)}")
+        for row in plan.NOT_MEASURED.get(part, ()):
+            print(f"  {row}: not measured, {plan.TWO_DEVICES}")
+    print(
+        f"== at most {min(plan.TOTAL_SECONDS, sum(plan.LIMITS[part] for part in chosen)):.0f} s in all; results would go to {_output(args)}"
+    )
     print("dry run: nothing was run")
     return 0
 
@@ -86,47 +97,57 @@ def _output(args: argparse.Namespace) -> Path:
     return args.output or Path(os.environ.get("OUT") or ROOT / "outputs/gpu_check")
 
 
-def _run(checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse.Namespace, scratch: Path) -> int:
-    started, output = time.monotonic(), _output(args)
-    slowness = plan.slowness(args.tiny)
-    total = slowness * plan.TOTAL_SECONDS
-    output.mkdir(parents=True, exist_ok=True)
-    site = scratch / "site"
-    unpacked = wheels.unpack_missing(WHEELS, site)
-    sys.path.insert(0, str(site))  # `needs` looks there too
-    newer = sorted((WHEELS / "newer").glob("*.whl"))
-    for wheel in newer:
-        wheels.unpack(wheel, scratch / "newer")
+def _run(
+    checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse.Namespace, scratch: Path, started: float
+) -> int:
+    """Run the parts. JSON and log are written after each of them, so that an interrupted check leaves its results."""
+    output, slowness = _output(args), plan.slowness(args.tiny)
+    site, newer = scratch / "site", scratch / "newer"
+    site.mkdir()
     environment = _environment(args, [site])
+    unpack = plan.unpack(WHEELS, site, newer)
     results: dict[str, list[Row]] = {}
-    logs = []
-    for number, part in enumerate(chosen):
-        left = total - (time.monotonic() - started)
-        seconds = slowness * plan.limit(part, chosen[number + 1 :], left / slowness)
+    logs: list[str] = []
+
+    def run(part: str, mine: Sequence[plan.Check], seconds: float) -> None:
         print(f"{part}: at most {seconds:.0f} s ...", flush=True)
-        mine = [check for check in checks if check.part == part]
-        outcomes = _run_checks(mine, args, environment, [scratch / "newer", site] if newer else None, seconds)
+        outcomes = _run_checks(mine, args, environment, [newer, site] if newer.exists() else None, seconds)
         results[part] = [row for outcome in outcomes for row in outcome.rows]
-        if part == "correctness":
-            results[part] += [Row(f"{name}2", status="not measured", note="needs two devices") for name in ("PP", "EP")]
+        results[part] += [
+            Row(name, None, "", "not measured", plan.TWO_DEVICES) for name in plan.NOT_MEASURED.get(part, ())
+        ]
         for check, outcome in zip(mine, outcomes, strict=True):
             logs.append(f"######## {part}: {check.name} ({outcome.seconds:.1f} s)\n{outcome.log}\n")
+        _write(output, args, results, logs, time.monotonic() - started)
+
+    run("wheels", [unpack], slowness * unpack.seconds)
+    sys.path.insert(0, str(site))  # `needs` looks there too
+    importlib.invalidate_caches()
+    for number, part in enumerate(chosen):
+        left = plan.TOTAL_SECONDS - (time.monotonic() - started) / slowness
+        seconds = slowness * plan.limit(part, chosen[number + 1 :], left)
+        run(part, [check for check in checks if check.part == part], seconds)
+        for row in results[part]:
+            if row.name == MATMUL_RATE and row.status == "ok":
+                environment[plan.RATE] = str(row.value)
     spent = time.monotonic() - started
-    facts: dict[str, Value] = {
-        "device": args.device,
-        "tiny": str(args.tiny),
-        "seconds": round(spent, 1),
-        "unpacked wheels": ", ".join(unpacked),
-    }
-    text = f"{table(results)}\n\n{spent:.0f} s in all; {output}/gpu_check.json, {output}/gpu_check.log"
-    (output / "gpu_check.json").write_text(document(facts, results), encoding="utf-8")
-    whole = "\n".join([text, *logs]).encode()
-    (output / "gpu_check.log").write_bytes(whole[:LARGEST_FILE])
-    print(text)
+    print(table(results))
+    print(f"\n{spent:.0f} s in all; {output}/gpu_check.json, {output}/gpu_check.log")
     if names := failed(results):
         print(f"FAILED: {'; '.join(names)}")
         return 1
     return 0
+
+
+def _write(
+    output: Path, args: argparse.Namespace, results: dict[str, list[Row]], logs: Sequence[str], spent: float
+) -> None:
+    """Write gpu_check.json and gpu_check.log, which begins with the table."""
+    output.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Value] = {"device": args.device, "tiny": str(args.tiny), "seconds": round(spent, 1)}
+    (output / "gpu_check.json").write_text(document(facts, results), encoding="utf-8")
+    whole = "\n".join([table(results), "", *logs]).encode()
+    (output / "gpu_check.log").write_bytes(whole[:LARGEST_FILE])
 
 
 def _run_checks(

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpu_check.rows import emit
+from gpu_check.rows import MATMUL_RATE, emit
 
 SHOWN = ("torch", "triton", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "peft", "pytest")
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,9 +60,8 @@ def _device(tiny: bool) -> None:
         emit("memory, free", torch.cuda.mem_get_info()[0] / 1e9, "GB")
     emit("memory", found.memory / 1e9, "GB")
     largest = 512 if tiny else 8192
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        note = "TF32 is off" if name == "fp32" else ""
-        emit(f"matrix products, {name}", matmul_rate(dtype, largest) / 1e12, "TFLOP/s", note=note)
+    emit(MATMUL_RATE, matmul_rate(torch.bfloat16, largest) / 1e12, "TFLOP/s")
+    emit("matrix products, fp32", matmul_rate(torch.float32, largest) / 1e12, "TFLOP/s", note="TF32 is off")
     emit("copy bandwidth", copy_rate(1 << 22 if tiny else 1 << 30) / 1e9, "GB/s", note="bytes read and written")
 
 

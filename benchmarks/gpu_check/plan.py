@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-TOTAL_SECONDS = 350.0
+TOTAL_SECONDS = 350.0  # from the first line of the program on
 PARTS = ("environment", "correctness", "speed", "rest")
 # The longest that a part may take, and what is kept free for it whatever the parts before it took.
 LIMITS = {"environment": 60.0, "correctness": 150.0, "speed": 150.0, "rest": 90.0}
@@ -14,6 +15,9 @@ RESERVED = {"environment": 20.0, "correctness": 120.0, "speed": 130.0, "rest": 5
 KIT = ("megatron.core", "transformers", "tokenizers", "safetensors", "pyarrow", "psutil", "xxhash")
 TRAINING = (*KIT, "matplotlib", "tqdm")
 SPEED_MODELS = ("minimind3", "minimind3_moe")
+RATE = "GPU_CHECK_MATMUL_RATE"  # environment variable: TFLOP/s of bf16 that part 1 measured, for the MFU
+NOT_MEASURED = {"correctness": ("PP2", "EP2")}
+TWO_DEVICES = "needs two devices"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ def checks(tiny: bool) -> list[Check]:
     """All programs, in their order; `tiny` ones have sizes that a CPU finishes in seconds."""
     found = [_environment(tiny), *_correctness(tiny), *_speed(tiny), *_rest(tiny)]
     return [replace(check, seconds=slowness(tiny) * check.seconds) for check in found]
+
+
+def with_needed(parts: Sequence[str]) -> list[str]:
+    """The parts in their order. `speed` needs `environment`, whose matrix rate is the denominator of every MFU."""
+    return [part for part in PARTS if part in parts or (part == "environment" and "speed" in parts)]
+
+
+def unpack(wheels: Path, site: Path, newer: Path) -> Check:
+    """The program that unpacks the collected wheels, before all parts."""
+    argv = _module("wheels", "--wheels", str(wheels), "--site", str(site), "--newer", str(newer))
+    return Check("wheels", "wheels", argv, 20, "unpack the collected wheels whose packages are missing", needs=())
 
 
 def slowness(tiny: bool) -> float:
@@ -99,7 +114,7 @@ def _correctness(tiny: bool) -> list[Check]:
 def _speed(tiny: bool) -> list[Check]:
     found = []
     for model in SPEED_MODELS:
-        for side, seconds in (("native", 35), ("plain", 70)):
+        for side, seconds in (("native", 30), ("plain", 45)):
             does = f"{model}, bf16, sequences of 340 and 2048 tokens: tokens/s and MFU of the "
             does += "native engine" if side == "native" else "plain loop (autocast, SDPA, torch.compile, fused AdamW)"
             argv = _module("speed", "--model", model, "--side", side, tiny=tiny)

@@ -6,7 +6,7 @@
 The weights follow from a seed and each tensor's name, the token ids from another seed, so nothing but the results is
 recorded. A mixture of experts must not have a token whose two best experts score almost alike: rounding would send it
 to the other one, and the comparison would say nothing. `--record` therefore takes the first seed whose results stay
-when all weights change by one millionth.
+when all weights change by one millionth, and whose results in bf16 on this CPU are well within the tolerance.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PRESETS = ("minimind3_tiny", "minimind3_moe_tiny", "minimind2_small_tiny", "mini
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 VOCABULARY, BATCH, SEQUENCE, STEPS = 512, 2, 48, 10
 ROWS, COLUMNS = 6, 16  # every so manieth position and token id of the logits is recorded
+WELL_WITHIN = 0.75
 STABLE = 2e-5  # relative change that one millionth of the weights may make
 
 
@@ -65,20 +66,19 @@ def _disturb(model: Sequence[Any], size: float) -> None:
                 parameter.mul_(1 + size * change)
 
 
-def difference(found: dict[str, list[float]], expected: dict[str, list[float]], key: str) -> float:
-    """Relative difference: of the losses the largest of the steps; of the logits ||found - expected|| / ||expected||.
-
-    The latter is the median over the positions. In bf16 a token whose two best experts score almost alike goes to the
-    other one, which says nothing about the arithmetic and changes the logits of its own position by a few percent.
-    """
+def differences(found: dict[str, list[float]], expected: dict[str, list[float]], key: str) -> list[float]:
+    """Relative differences: |found - expected| / |expected| of each step's loss, the same in norms of each position."""
     pairs = list(zip(found[key], expected[key], strict=True))
-    if key == "losses":
-        return max(abs(a - b) / abs(b) for a, b in pairs)
-    width = VOCABULARY // COLUMNS
-    positions = (pairs[start : start + width] for start in range(0, len(pairs), width))
-    ratios = sorted(math.sqrt(sum((a - b) ** 2 for a, b in p) / sum(b * b for _, b in p)) for p in positions)
-    # A median must not hide a NaN, which no order has a place for.
-    return ratios[len(ratios) // 2] if all(map(math.isfinite, ratios)) else math.nan
+    width = 1 if key == "losses" else VOCABULARY // COLUMNS
+    parts = (pairs[start : start + width] for start in range(0, len(pairs), width))
+    return [math.sqrt(sum((a - b) ** 2 for a, b in part) / sum(b * b for _, b in part)) for part in parts]
+
+
+def worst(ratios: Sequence[float], median: bool = False) -> float:
+    """Return the largest ratio or the median; NaN if any ratio is not finite, which no order has a place for."""
+    if not all(map(math.isfinite, ratios)):
+        return math.nan
+    return sorted(ratios)[len(ratios) // 2] if median else max(ratios)
 
 
 def compare(names: Sequence[str], dtypes: Sequence[str]) -> None:
@@ -86,10 +86,21 @@ def compare(names: Sequence[str], dtypes: Sequence[str]) -> None:
     for name in names:
         for dtype in dtypes:
             found = results(name, dtype == "bf16", recorded[name]["seed"])
+            allowed = TOLERANCES[dtype]
             for key in ("logits", "losses"):
-                apart, allowed = difference(found, recorded[name], key), TOLERANCES[dtype]
-                note = f"relative difference; at most {allowed:g}"
+                median = uses_median(name, dtype, key)
+                apart = worst(differences(found, recorded[name], key), median)
+                note = f"relative difference, {'median' if median else 'maximum'}; at most {allowed:g}"
                 emit(f"{name}, {dtype}: {key}", apart, ok=apart <= allowed, note=note)  # NaN fails
+
+
+def uses_median(name: str, dtype: str, key: str) -> bool:
+    """Whether the median over positions is compared, and not the maximum: for the logits of mixtures in bf16.
+
+    There rounding sends a token whose two best experts score almost alike to the other expert. This says nothing about
+    the arithmetic, and changes the logits of that position by a few percent.
+    """
+    return dtype == "bf16" and key == "logits" and "moe" in name
 
 
 def record() -> None:
@@ -100,7 +111,10 @@ def record() -> None:
         for seed in range(1, 50):
             found = results(name, False, seed)
             moved = results(name, False, seed, noise=1e-6)
-            if max(difference(moved, found, key) for key in found) < STABLE:
+            rounded = results(name, True, seed)
+            noise = max(worst(differences(moved, found, key)) for key in found)
+            rounding = max(worst(differences(rounded, found, key), uses_median(name, "bf16", key)) for key in found)
+            if noise < STABLE and rounding < WELL_WITHIN * TOLERANCES["bf16"]:
                 break
         else:
             raise SystemExit(f"{name}: no seed up to 49 is stable")
@@ -115,7 +129,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCES), default=list(TOLERANCES))
     parser.add_argument("--record", action="store_true", help="compute the values again, on the CPU")
-    parser.add_argument("--tiny", action="store_true", help="half of the presets")
+    parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
     args = parser.parse_args()
     from minimind_mcore import device
 
@@ -125,7 +139,7 @@ def main() -> None:
             sys.exit("--record: the values are a CPU's; set DEVICE=cpu")
         record()
     else:
-        compare(args.presets[::2] if args.tiny and len(args.presets) == len(PRESETS) else args.presets, args.dtypes)
+        compare(args.presets, args.dtypes)
 
 
 if __name__ == "__main__":

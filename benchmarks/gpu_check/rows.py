@@ -14,6 +14,7 @@ Status = Literal["ok", "failed", "noted", "not measured"]
 Value = float | int | str | None
 LARGEST_FILE = 9_000_000  # bytes of the JSON and of the log, each
 ROWS_FILE = "GPU_CHECK_ROWS"  # environment variable: the file that a check appends its rows to
+MATMUL_RATE = "matrix products, bf16"  # name of the row, in TFLOP/s
 WIDEST_NAME, WIDEST_NOTE = 58, 160
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,7 +19,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,28 +123,48 @@ def apart(found: list[float], expected: list[float]) -> float:
 
 
 def train(folder: Path) -> None:
-    """Pretrain, resume, fine-tune and generate, each in turn in this process."""
+    """Pretrain, resume, fine-tune and generate, each in turn in this process; a failure is a row of its own."""
     data = make_data(folder)
     saved = folder / "pretrain/checkpoints"
     dropout = {"hidden_dropout": 0.1}  # whose random numbers a resumed run must continue
-    whole = run(folder / "pretrain", command_line(data, data.text, save=saved, save_interval=SAVED, **dropout))
-    flags = command_line(data, data.text, load=saved, ckpt_step=SAVED, **dropout)
-    resumed = run(folder / "resumed", flags)
-    ok = whole[-1] < whole[0]
-    emit("pretraining: loss falls", whole[-1], "nats", ok=ok, note=f"last step; {whole[0]:.3f} at first")
-    difference = apart(resumed, whole[SAVED:])
-    emit("resume: losses of the same steps", difference, ok=difference <= SAME, note=f"at most {SAME:g}")
-
     tuning = {"pretrained_checkpoint": saved, "train_iters": 16}
-    losses = run(folder / "sft", command_line(data, data.chat, stage="sft", **tuning), posttrain=True)
-    falls("SFT", losses)
-    lora = {"lora_target_modules": "linear_fc2", "lora_r": 16, "lora_alpha": 32, "lr": 5e-3, "min_lr": 5e-3}
-    losses = run(folder / "lora", command_line(data, data.chat, stage="sft", **tuning | lora), posttrain=True)
-    falls("LoRA", losses)
-    losses = run(folder / "dpo", command_line(data, data.pairs, stage="dpo", **tuning), posttrain=True)
-    falls("DPO", losses)
-    emit("DPO: first loss", losses[0], "nats", ok=abs(losses[0] - math.log(2)) < 1e-4, note="expected log 2")
-    generate(saved, data)
+
+    def pretrain() -> None:
+        losses = run(folder / "pretrain", command_line(data, data.text, save=saved, save_interval=SAVED, **dropout))
+        ok, note = losses[-1] < losses[0], f"last step; {losses[0]:.3f} at first"
+        emit("pretraining: loss falls", losses[-1], "nats", ok=ok, note=note)
+
+    def resume() -> None:
+        losses = run(folder / "resumed", command_line(data, data.text, load=saved, ckpt_step=SAVED, **dropout))
+        difference = apart(losses, column(folder / "pretrain")[SAVED:])
+        emit("resume: losses of the same steps", difference, ok=difference <= SAME, note=f"at most {SAME:g}")
+
+    def sft() -> None:
+        falls("SFT", run(folder / "sft", command_line(data, data.chat, stage="sft", **tuning), posttrain=True))
+
+    def lora() -> None:
+        lora = {"lora_target_modules": "linear_fc2", "lora_r": 16, "lora_alpha": 32, "lr": 5e-3, "min_lr": 5e-3}
+        flags = command_line(data, data.chat, stage="sft", **tuning | lora)
+        falls("LoRA", run(folder / "lora", flags, posttrain=True))
+
+    def dpo() -> None:
+        losses = run(folder / "dpo", command_line(data, data.pairs, stage="dpo", **tuning), posttrain=True)
+        falls("DPO", losses)
+        emit("DPO: first loss", losses[0], "nats", ok=abs(losses[0] - math.log(2)) < 1e-4, note="expected log 2")
+
+    stages = {"pretraining": pretrain, "resume": resume, "SFT": sft, "LoRA": lora, "DPO": dpo}
+    stages["generation"] = functools.partial(generate, saved, data)
+    for name, stage in stages.items():
+        guarded(name, stage)
+
+
+def guarded(name: str, stage: Callable[[], None]) -> None:
+    """Run one stage; an error or an exit of it becomes a failed row, and the next stage can run."""
+    try:
+        stage()
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        emit(name, ok=False, note=f"{type(error).__name__}: {error}"[:300])
 
 
 def falls(name: str, losses: list[float]) -> None:
@@ -198,25 +221,34 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def layouts(folder: Path) -> None:
+def layouts(folder: Path, seconds: float) -> None:
     """One process, TP2 and DP2 at the same time, all on one device; then their losses are compared."""
     data = make_data(folder)
     ranks = {
         name: start(folder / name, command_line(data, data.text, **flags), 1 if name == "one process" else 2)
         for name, flags in LAYOUTS.items()
     }
+    deadline = time.monotonic() + seconds
     curves: dict[str, list[float]] = {}
     for name, processes in ranks.items():
-        texts = [process.communicate()[0] for process in processes]
-        for rank, (process, text) in enumerate(zip(processes, texts, strict=True)):
-            if process.returncode:
-                print(f"---- {name}, rank {rank}: exit status {process.returncode}\n{text}", flush=True)
-        good = not any(process.returncode for process in processes)
+        good = all([finished(f"{name}, rank {n}", process, deadline) for n, process in enumerate(processes)])
         curves[name] = column(folder / name) if good else []
-    for name in ("TP2", "DP2"):
-        difference = apart(curves[name], curves["one process"])
-        note = f"two gloo processes on one device; losses, at most {SAME:g} from one process"
-        emit(f"{name}: losses", difference, ok=difference <= SAME, note=note)
+        if name != "one process":
+            difference = apart(curves[name], curves["one process"])
+            note = f"two gloo processes on one device; losses, at most {SAME:g} from one process"
+            emit(f"{name}: losses", difference, ok=difference <= SAME, note=note)
+
+
+def finished(name: str, process: subprocess.Popen[str], deadline: float) -> bool:
+    """Wait for one rank until the deadline, and end it then; True if it came to its end. Else print what it said."""
+    try:
+        text, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text, _ = process.communicate()
+    if process.returncode:
+        print(f"---- {name}: exit status {process.returncode}\n{text}", flush=True)
+    return process.returncode == 0
 
 
 def start(folder: Path, argv: list[str], count: int) -> list[subprocess.Popen[str]]:
@@ -244,9 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "layouts"))
     parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
+    parser.add_argument("--seconds", type=float, default=120, help="layouts: a run that takes longer is ended")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        (train if args.what == "train" else layouts)(Path(name))
+        if args.what == "train":
+            train(Path(name))
+        else:
+            layouts(Path(name), args.seconds)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.megatron_fixes import _l2_norm
 from minimind_mcore.mfu import matmul_rate, mfu
+from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.posttrain.dpo import pair_log_probs
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
@@ -234,3 +235,18 @@ def test_mfu_of_a_run_at_the_measured_rate_is_one() -> None:
     config = PRESETS["minimind3"]
     assert rate > 0
     assert mfu(config, 340, rate / config.flops_per_token(340), rate) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_straight_through_router_weight_is_one_and_has_the_gradient_of_the_score(dtype: torch.dtype) -> None:
+    logits, grad = normal(9, 4), normal(9, 4, seed=1)
+    chosen = torch.nn.functional.one_hot(logits.argmax(-1), 4).bool()
+    wide = logits.clone().requires_grad_()
+    (wide.softmax(-1) * chosen * grad).sum().backward()
+    narrow = logits.to(PLACE, dtype).requires_grad_()
+    routing_map = chosen.to(PLACE)
+    weights = straight_through(narrow.softmax(-1) * routing_map, routing_map)
+    (weights * grad.to(PLACE, dtype)).sum().backward()
+    assert torch.equal(weights.cpu(), chosen.to(dtype))
+    assert narrow.grad is not None and wide.grad is not None
+    assert distance(narrow.grad, wide.grad) < TOLERANCE[dtype]
