@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--part",
         action="append",
         choices=plan.PARTS,
-        help="only this part; may be given again. speed includes environment, which measures the matrix rate of its MFU",
+        help="only this part; may be given again. speed runs environment first: its MFU needs that matrix rate",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -86,9 +86,8 @@ def _dry_run(checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse
             print(f"  {check.name}: {check.does} (at most {check.seconds:.0f} s){lack}")
         for row in plan.NOT_MEASURED.get(part, ()):
             print(f"  {row}: not measured, {plan.TWO_DEVICES}")
-    print(
-        f"== at most {min(plan.TOTAL_SECONDS, sum(plan.LIMITS[part] for part in chosen)):.0f} s in all; results would go to {_output(args)}"
-    )
+    seconds = min(plan.TOTAL_SECONDS, sum(plan.LIMITS[part] for part in chosen))
+    print(f"== at most {seconds:.0f} s in all; results would go to {_output(args)}")
     print("dry run: nothing was run")
     return 0
 
