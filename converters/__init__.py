@@ -15,3 +15,6 @@ each tensor once and hands it to the target. Reading back what was written is th
     convert.py     the conversion, top to bottom
     cli.py         the command lines of convert_ckpt_v2.py and convert_ckpt.py
 """
+
+if __name__ == "converters":
+    raise ImportError("import minimind_mcore.converters instead of converters: a second copy of its classes differs")

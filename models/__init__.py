@@ -1,1 +1,4 @@
 """What MiniMind is: architecture presets, layer spec, weight rules, HF config."""
+
+if __name__ == "models":
+    raise ImportError("import minimind_mcore.models instead of models: a second copy of its classes differs")

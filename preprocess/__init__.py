@@ -8,3 +8,6 @@ What other parts of the kit call:
     from minimind_mcore.preprocess.meta import read_meta
     from minimind_mcore.preprocess.check import check_dataset, datasets_at, quick_check
 """
+
+if __name__ == "preprocess":
+    raise ImportError("import minimind_mcore.preprocess instead of preprocess: a second copy of its classes differs")

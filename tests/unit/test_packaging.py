@@ -1,0 +1,114 @@
+"""The folders at the top are subpackages of minimind_mcore through links, in every way that the kit is distributed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from engine import ROOT
+
+IMPORT = """
+import minimind_mcore
+from minimind_mcore.converters import assumptions
+from minimind_mcore.models import config
+from minimind_mcore.preprocess import templates
+assert templates.read_templates(None)  # a data file of a linked folder
+print(*minimind_mcore.__path__, assumptions.__file__, config.__file__, templates.__file__)
+"""
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+
+def run(folder: Path, *words: str, path: Path | None = None) -> str:
+    """What a new interpreter prints in a directory, with another one first on its path."""
+    environ = {**os.environ, "PYTHONPATH": str(path or "")}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_imports(folder: Path) -> None:
+    """All four packages come from this directory."""
+    files = run(Path("/"), "-c", IMPORT, path=folder).split()
+    assert len(files) == 4 and all(file.startswith(f"{folder}/minimind_mcore") for file in files), files
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files, as `git archive` gives them, else as they are here."""
+    folder = tmp_path_factory.mktemp("checkout") / "kit"
+    folder.mkdir()
+    archived = subprocess.run(["git", "archive", "HEAD", "-o", folder.parent / "kit.tar"], cwd=ROOT)
+    if archived.returncode == 0:
+        with tarfile.open(folder.parent / "kit.tar") as archive:
+            archive.extractall(folder, filter="data")
+    else:
+        left_behind = shutil.ignore_patterns(".*", "data", "outputs", "build", "*.egg-info", "__pycache__")
+        shutil.copytree(ROOT, folder, symlinks=True, ignore=left_behind, dirs_exist_ok=True)
+    return folder
+
+
+def built(source: Path, kind: str, out: Path) -> Path:
+    """The file that setuptools builds."""
+    pytest.importorskip("setuptools")
+    return out / run(source, "-c", BUILD, f"build_{kind}", str(out)).split()[-1]
+
+
+def unpacked(wheel: Path, out: Path) -> Path:
+    """The directory with the files of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that the wheel of the checkout makes in site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return unpacked(built(checkout, "wheel", folder), folder / "site")
+
+
+def test_a_checkout_that_is_not_installed(checkout: Path) -> None:
+    assert_imports(checkout)
+
+
+def test_the_wheel_of_a_checkout(wheel: Path) -> None:
+    assert_imports(wheel)
+    assert sorted(path.name for path in wheel.iterdir() if path.suffix != ".dist-info") == ["minimind_mcore"]
+
+
+def test_the_wheel_of_the_source_distribution(checkout: Path, wheel: Path, tmp_path: Path) -> None:
+    """It has the files of the linked folders in place of the links."""
+    with tarfile.open(built(checkout, "sdist", tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [source] = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert_imports(source)
+    site = unpacked(built(source, "wheel", tmp_path), tmp_path / "site")
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (site, wheel)]
+    assert names[0] == names[1]
+
+
+def test_an_editable_installation(checkout: Path, tmp_path: Path) -> None:
+    """pip unpacks the wheel into site-packages, where the interpreter reads its .pth file."""
+    site = unpacked(built(checkout, "editable", tmp_path), tmp_path / "site")
+    forget = """import site, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+for name in [name for name in sys.modules if "editable" in name]:
+    del sys.modules[name]
+"""  # the installation of this checkout
+    files = run(Path("/"), "-c", f"{forget}site.addsitedir({str(site)!r}){IMPORT}", path=site).split()
+    assert {Path(file).resolve().relative_to(checkout).parts[0] for file in files} == {
+        "minimind_mcore", "converters", "models", "preprocess",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["converters", "models", "preprocess"])
+def test_the_name_at_the_top_is_refused(name: str) -> None:
+    """`import models.config` would make a second ModelConfig."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry: import {name}\nexcept ImportError as e: print(e)"
+    assert f"import minimind_mcore.{name} instead of {name}" in run(Path("/"), "-c", code)
