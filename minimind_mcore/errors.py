@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -53,9 +54,15 @@ def tell_launcher(problem: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a `UserError`, or a full disk, becomes one message on stderr and exit status 1."""
+    """Run a program's `main`; a `UserError`, or a full disk, becomes one message on stderr and exit status 1.
+
+    Ctrl-C becomes one message and exit status 130.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept: the same command continues from there", file=sys.stderr)
+        _exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         problem = str(error)
         if isinstance(error, OSError):  # of a file whose writer does not know what else to say, or of stdout
@@ -67,7 +74,13 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"error: {problem}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        # Among other ranks an orderly exit can wait for them for ever.
-        os._exit(1) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(1)
+        _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    """End this process."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(status)  # among other ranks an orderly exit can wait for them for ever
+    sys.exit(status)

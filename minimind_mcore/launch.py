@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from minimind_mcore import errors, hosts
 from minimind_mcore.device import usable_cores
-from minimind_mcore.training.stop import LAUNCHER, SIGNALS
+from minimind_mcore.training.stop import LAUNCHER, SIGNALS, hangup_ignored
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     # A signal asks the ranks to save: a step on a CPU and a large checkpoint may take longer than torchrun's 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
+    if hangup_ignored():  # torchrun would answer SIGHUP, and end the run, even under nohup
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())  # ranks stop when this process is gone
     with tempfile.TemporaryDirectory(prefix="minimind-") as folder:

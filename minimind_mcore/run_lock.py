@@ -9,6 +9,7 @@ takes it: the other hosts of the same run do not.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -35,10 +36,10 @@ def lock_files(output_dir: Path, save: Path | None) -> dict[Path, Path]:
     only place that can be written.
     """
     found = {output_dir: output_dir / LOCK}
-    if save is not None and save.absolute() != output_dir.absolute():
-        parent = save.absolute().parent
-        inside = parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK)
-        found[save] = save / LOCK if inside else parent / f".{save.name}.lock"
+    if save is not None and save.resolve() != output_dir.resolve():
+        place = save.resolve()  # of two names of one directory, by a symbolic link, one lock
+        inside = place.parent.is_dir() and not os.access(place.parent, os.W_OK | os.X_OK)
+        found[save] = place / LOCK if inside else place.with_name(f".{place.name}.lock")
     return found
 
 
@@ -88,8 +89,9 @@ def _take(directory: Path, file: Path) -> None:
                 "this one a directory of its own (OUTPUT_DIR, or --save and --output-dir)"
             ) from error
         # The run that held the lock before may have removed the file: the lock of a removed file protects nothing.
-        if file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+                break
         handle.close()
     handle.truncate(0)
     now = datetime.datetime.now().isoformat(timespec="seconds")

@@ -130,9 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(prefix, flush=True)
     except OSError as error:  # no permission, no such directory: the system names the file
         raise UserError(str(error)) from error
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _convert(args: argparse.Namespace) -> list[str]:

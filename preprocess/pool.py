@@ -15,6 +15,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -63,6 +64,8 @@ def _receive(connection: Connection, process: Any) -> Any:
 def _interrupts_held() -> Iterator[None]:
     """Start workers with SIGINT blocked, for their whole life: a terminal sends Ctrl-C to them too, and
     it is for the parent to end them."""
+    # The first start of a process would start multiprocessing's tracker, which unblocks SIGINT (Python 3.8 to 3.14).
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -165,7 +165,15 @@ def _publish(root: Path, tmp: Path, final: Path, entries: list[dict[str, Any]], 
         # A later one can only be damaged, or the run went back behind it: it does not count.
         older = [iteration for iteration in iterations_in(root) if iteration <= args.iteration]
         for iteration in older[args.keep_last :]:
-            shutil.rmtree(directory_of(root, iteration))
+            _remove(directory_of(root, iteration))
+
+
+def _remove(directory: Path) -> None:
+    """Remove an older checkpoint, or the link to one; the run goes on where that fails."""
+    try:
+        directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
+    except OSError as error:
+        _say(f"warning: {directory}: cannot be removed ({error.strerror or error}), as --keep-last asks", sys.stderr)
 
 
 def _together(work: Any, tmp: Path) -> list[Any]:

@@ -28,6 +28,11 @@ _POLL_SECONDS = 1.0
 _LOST = 255  # stands for the loss of the launcher among numbers of signals
 
 
+def hangup_ignored() -> bool:
+    """Whether this program was started under nohup, to go on after its terminal has closed."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 class StopSignal:
     """Turns SIGTERM, SIGINT, SIGHUP and the loss of the launcher into a request that all ranks agree on.
 
@@ -43,7 +48,8 @@ class StopSignal:
         self._number = 0
         self._asking: float | None = None
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if not hangup_ignored() or number != signal.SIGHUP:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

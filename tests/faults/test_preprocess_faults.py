@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,15 @@ def wait_for_parts(prefix: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+def is_worker(process: psutil.Process) -> bool:
+    return "spawn_main" in " ".join(process.cmdline())
+
+
+def blocks(process: psutil.Process, number: signal.Signals) -> bool:
+    found = re.search(r"^SigBlk:\s*([0-9a-f]+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(found and int(found[1], 16) >> (number - 1) & 1)
+
+
 def wait_until_gone(processes: list[psutil.Process]) -> None:
     _, left = psutil.wait_procs(processes, timeout=DEADLINE)
     assert not left, f"still running: {left}"
@@ -118,7 +128,7 @@ def test_a_killed_worker_ends_the_run_with_a_message(work: Path, start: Start, e
     prefix = work / "worker"
     process = start(prefix)
     wait_for_parts(prefix, 1)
-    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers = [p for p in psutil.Process(process.pid).children() if is_worker(p)]
     workers[0].kill()
     _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
@@ -138,7 +148,10 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_dataset(
     wait_for_parts(prefix, 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     if number == signal.SIGINT:  # as a terminal does it: to the whole group
+        # A worker that takes it as well prints a traceback, if the worker is not ended before.
+        taking = [worker.pid for worker in workers if is_worker(worker) and not blocks(worker, number)]
         os.killpg(process.pid, number)
+        assert not taking
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=DEADLINE)

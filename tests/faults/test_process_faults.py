@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -59,6 +60,16 @@ def test_a_second_run_in_one_output_directory_is_refused(server: Server, corpus:
     run = server.run([*argv, "--override-opt_param-scheduler"], tmp_path / "first", 1)
     assert [row["iteration"] for row in run.rows][-2:] == [last + 1, last + 2]
     assert not list(tmp_path.rglob(".*lock"))
+
+
+def test_two_names_of_one_directory_have_one_lock(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "saved").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "saved")
+    with open(tmp_path / "disk" / ".saved.lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # a run with --save disk/saved
+        flags = corpus.flags(CONFIG, train_iters=1, save=tmp_path / "link", ckpt_format="torch")
+        run = server.run(flags, tmp_path / "run", check=False)
+    assert run.codes == [1] and f"{tmp_path / 'link'} is in use by another run" in run.output, run.output
 
 
 def without_file_locks() -> None:
@@ -151,6 +162,26 @@ def test_a_signal_to_one_rank_ends_the_run_with_its_status(corpus: Corpus, tmp_p
     assert found and (tmp_path / "saved" / TRACKER).read_text() == found[1], output
     assert job.returncode == 143 and last_line(output) == "stopped by SIGTERM", output
     assert "Traceback" not in output
+
+
+def test_a_run_under_nohup_outlives_its_terminal(corpus: Corpus, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launched(corpus.flags(CONFIG, train_iters=100000), tmp_path, 1) as job:
+            wait_for_iteration(job, 2)
+            os.killpg(job.pid, signal.SIGHUP)
+            wait_for_iteration(job, 9)
+            os.killpg(job.pid, signal.SIGTERM)
+            job.communicate(timeout=60)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert job.returncode == 143
+
+
+def test_an_interrupt_of_a_program_is_one_sentence() -> None:
+    script = "import signal; from minimind_mcore import errors; errors.run(lambda: signal.raise_signal(signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted;") and done.stderr.count("\n") == 1
 
 
 # Ranks

@@ -196,6 +196,16 @@ def test_missing_checkpoint_starts_anew_unless_told_otherwise(server: Server, co
     assert run.codes == [1] and "found no checkpoint there" in run.output
 
 
+def test_an_older_checkpoint_that_is_a_link_is_unlinked(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    saved_run(server, corpus, tmp_path, "torch", train_iters=2, exit_interval=1)
+    first = tmp_path / "saved" / "iter_0000001"
+    first.rename(tmp_path / "elsewhere")
+    first.symlink_to(tmp_path / "elsewhere")
+    saved_run(server, corpus, tmp_path, "torch", train_iters=2, keep_last=1, load=tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").glob("iter_*")] == ["iter_0000002"]
+    assert list((tmp_path / "elsewhere").iterdir())
+
+
 def test_keep_last_keeps_the_newest(server: Server, corpus: Corpus, tmp_path: Path) -> None:
     saved_run(server, corpus, tmp_path, "torch", train_iters=5, save_interval=1, keep_last=2)
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["iter_0000004", "iter_0000005", TRACKER]
