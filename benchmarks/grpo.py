@@ -60,7 +60,7 @@ def prepare(args: argparse.Namespace, model: str, folder: Path) -> None:
 
 def ours(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, float]]:
     """Steps of this kit's trainer."""
-    from minimind_mcore.rl.config import resolve
+    from minimind_mcore.rl.config.load import resolve
     from minimind_mcore.rl.trainer import train
 
     rows = args.prompts * args.responses

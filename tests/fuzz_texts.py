@@ -21,7 +21,7 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.preprocess import cli as preprocess
 from minimind_mcore.preprocess.templates import template_entry
-from minimind_mcore.rl.lint import lint
+from minimind_mcore.rl.config.lint import lint
 from minimind_mcore.storage import check_manifest, file_entry, write_manifest
 
 # ------------------------------------------------------------------------------------------------------- flags

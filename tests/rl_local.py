@@ -17,7 +17,8 @@ from megatron.core import parallel_state
 
 from minimind_mcore.rl import groups, trainer
 from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.config import Config, resolve
+from minimind_mcore.rl.config.load import resolve
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rank import Rank
 from minimind_mcore.rl.workers.group import Restarts
 from minimind_mcore.rl.workers.reward import RewardWorker
@@ -108,7 +109,7 @@ class LocalGroups:
         self.actor = LocalTrain(config, "actor", reference=algorithm.kl != "none" and not apart)
         self.reference = LocalTrain(config, "reference") if apart else None
         self.critic = LocalTrain(config, "critic") if algorithm.advantage == "gae" else None
-        model = groups.ModelConfig.from_args(groups.command_line(config, "actor", 1))
+        model = groups.ModelConfig.from_args(groups.command_line(config, "actor"))
         self.rollout = LocalRollout(RolloutWorker(config, model, known, 1))
         worker = RewardWorker(config)
         self.rewards = SimpleNamespace(

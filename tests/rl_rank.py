@@ -19,7 +19,7 @@ from torch import Tensor
 from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl import sync
 from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.config import resolve
+from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.rank import Rank, Share
 from minimind_mcore.rl.rollout.decoder import DecoderEngine
 from minimind_mcore.rl.rollout.engine import Draw

@@ -61,7 +61,7 @@ def main() -> None:
     """Do the runs of a folder."""
     import ray
 
-    from minimind_mcore.rl.config import resolve
+    from minimind_mcore.rl.config.load import resolve
     from minimind_mcore.rl.trainer import Trainer
 
     class Victim(Trainer):

@@ -150,7 +150,7 @@ def call_user_rewards(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def verifier(responses: Sequence[str], data: Any, config: Any, **kwargs: Any) -> Any:
-        from minimind_mcore.rl.lint import NEW_VERIFIERS, VERIFIERS
+        from minimind_mcore.rl.config.lint import NEW_VERIFIERS, VERIFIERS
 
         total, metrics = original(responses, data, config, **kwargs)
         for name, weight in zip(config.verifier_function, config.verifier_weight, strict=True):
@@ -206,10 +206,10 @@ def _scores(
 @functools.cache
 def _rewards(name: str, timeout: float, parallel: int, columns: tuple[str, ...]) -> Rewards:
     """Kept, for its processes and for the share of failures that ends a run."""
+    from minimind_mcore.rl.config.schema import MiniMindConfig
     from minimind_mcore.rl.rewards.rewards import Rewards
-    from minimind_mcore.rl.settings import Settings
 
-    limit = Settings().reward_failure_limit
+    limit = MiniMindConfig().reward_failure_limit
     rewards = Rewards([name], [1.0], timeout=timeout, parallel=parallel, max_failures=limit, columns=columns)
     atexit.register(rewards.close)
     return rewards

@@ -2,8 +2,8 @@
 
     MINDSPEED_RL_HOME=/workspace/MindSpeed-RL BACKEND=mindspeed-rl python train_grpo.py --config-name grpo_minimind3
 
-What the YAML means is checked (`rl.lint`) and written out, without groups and with absolute paths, in the keys of
-the version that is there, beside a runtime environment whose setup hook teaches every worker MiniMind (`rl_hook`).
+The YAML is checked (`rl.config.lint`) and written out, without groups and with absolute paths, in the keys of
+the version that is there, next to a runtime environment whose setup hook teaches every worker MiniMind (`rl_hook`).
 The command is printed; `--dry-run` stops there.
 """
 
@@ -24,14 +24,13 @@ from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.checkpoints import check_pickles, saved_router_weight
 from minimind_mcore.mindspeed.launch import CHECKOUT, sources
-from minimind_mcore.rl.config import CONFIGS, command_parser
-from minimind_mcore.rl.config import resolve as resolve_config
-from minimind_mcore.rl.dispatch import cpu_cores
-from minimind_mcore.rl.lint import STAGES, TARGETS, Finding, dump, lint
-from minimind_mcore.rl.migrate import migrate
+from minimind_mcore.rl.config.check import STAGES
+from minimind_mcore.rl.config.lint import TARGETS, Finding, cpu_cores, dump, lint
+from minimind_mcore.rl.config.load import CONFIGS, command_parser
+from minimind_mcore.rl.config.load import resolve as resolve_config
+from minimind_mcore.rl.config.migrate import migrate
+from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, defaults, minimind_config
 from minimind_mcore.rl.rewards.workers import resolve
-from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, defaults
-from minimind_mcore.rl.settings import settings
 from minimind_mcore.storage import atomic_write_text
 
 RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
@@ -184,7 +183,7 @@ def _for_mindspeed_rl(tree: Mapping[str, Any], environment: Path) -> dict[str, A
 
 def _rewards(tree: Mapping[str, Any]) -> tuple[list[str], list[float]]:
     """Names and weights of the verifiers, the user's own functions among them."""
-    rl, ours, known = tree["rl_config"], settings(tree.get("minimind")), defaults("RLConfig")
+    rl, ours, known = tree["rl_config"], minimind_config(tree.get("minimind")), defaults("RLConfig")
     names = [*rl.get("verifier_function", known["verifier_function"]), *(reward.path for reward in ours.rewards)]
     weights = [*rl.get("verifier_weight", known["verifier_weight"]), *(reward.weight for reward in ours.rewards)]
     return names, weights

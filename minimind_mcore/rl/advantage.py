@@ -12,7 +12,7 @@ from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.spo import Baseline
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.metrics import Row
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.ranges import flag_type
-from minimind_mcore.rl.config import command_parser, compose, resolve
-from minimind_mcore.rl.lint import TARGETS, dump, find, lint, read
-from minimind_mcore.rl.migrate import migrate
+from minimind_mcore.rl.config.lint import TARGETS, dump, find, lint, read
+from minimind_mcore.rl.config.load import command_parser, compose, resolve
+from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.storage import atomic_write_text
 
 

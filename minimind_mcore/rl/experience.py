@@ -20,7 +20,7 @@ from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl.algorithms.groups import Groups, select, statistics
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.data import Prompt, PromptDataset
 from minimind_mcore.rl.metrics import Row, say
 from minimind_mcore.rl.rewards.rewards import Scores

@@ -29,9 +29,9 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
-from minimind_mcore.rl.config import Config, Section
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.data import PromptDataset
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.workers import resolve
 from minimind_mcore.storage import MANIFEST, atomic_directory
 

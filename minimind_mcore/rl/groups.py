@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from minimind_mcore import device
-from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.rl import supervise
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.cluster import Cluster, Place, connect, where
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.cluster import Cluster, connect, where
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.metrics import say
 from minimind_mcore.rl.rank import command_line
 from minimind_mcore.rl.workers.group import Pool, Restarts
@@ -35,37 +34,30 @@ class Groups:
     """
 
     def __init__(self, config: Config, algorithm: Algorithm, known: int) -> None:
-        rl, ours = config.rl, config.minimind
-        apart = algorithm.kl != "none" and not rl.use_integrated_worker
-        critic = algorithm.advantage == "gae"
-        self.patience = ours.cluster_wait_s
-        world = devices(rl, "actor")
-        command_line(config, "actor", world)  # what is wrong with the flags is said before anything is started
+        rl, kl = config.rl, algorithm.kl != "none"
+        apart, critic = kl and not rl.use_integrated_worker, algorithm.advantage == "gae"
+        self.patience, most, world = config.minimind.cluster_wait_s, config.minimind.max_restarts, devices(rl, "actor")
+        # Errors of the flags are raised before any process starts.
+        model = ModelConfig.from_args(command_line(config, "actor"))
         self.cluster: Cluster = connect(say, cpus=world + (devices(rl, "reference") if apart else 0))
         try:
-            self._place(config, algorithm, known, world, apart, critic)
+            bundle = self._bundle(config)
+            self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")
+            say(f"actor: {where(self.places)}")
+            share = 0.3 if critic else 0.5
+            self.actor = TrainGroup(config, "actor", self.places, share, reference=kl and not apart)
+            self.reference: TrainGroup | None = None
+            if apart:
+                own = self.cluster.reserve(devices(rl, "reference"), bundle, self.patience, "the reference")
+                self.reference = TrainGroup(config, "reference", own, 1.0)
+            self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
+            self.restarts = self._restarts("training ranks", most)
+            engines = self.places[: config.generate.data_parallel_size or world]
+            self.rollout = RolloutGroup(config, model, known, engines, 0.4, self._rollout_restarts(most))
+            self.rewards: Pool = reward_pool(config, self._restarts("reward actors", most))
         except BaseException:
             self.cluster.close()
             raise
-
-    def _place(self, config: Config, algorithm: Algorithm, known: int, world: int, apart: bool, critic: bool) -> None:
-        rl, ours = config.rl, config.minimind
-        bundle = self._bundle(config)
-        self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")
-        say(f"actor: {where(self.places)}")
-        kept = algorithm.kl != "none" and not apart
-        share = 0.3 if critic else 0.5
-        self.actor = TrainGroup(config, "actor", self.places, share, reference=kept)
-        self.reference: TrainGroup | None = None
-        if apart:
-            own = self.cluster.reserve(devices(rl, "reference"), bundle, self.patience, "the reference")
-            self.reference = TrainGroup(config, "reference", own, 1.0)
-        self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
-        engines = self._engines(config, world)
-        self.restarts = self._restarts("training ranks", ours.max_restarts)
-        model = ModelConfig.from_args(command_line(config, "actor", world))
-        self.rollout = RolloutGroup(config, model, known, engines, 0.4, self._rollout_restarts(ours.max_restarts))
-        self.rewards: Pool = reward_pool(config, self._restarts("reward actors", ours.max_restarts))
 
     def _restarts(self, kind: str, most: int) -> Restarts:
         return Restarts(kind, most, say, lambda: self.cluster.wait_for_hosts(self.patience))
@@ -82,19 +74,6 @@ class Groups:
     def _bundle(self, config: Config) -> dict[str, float]:
         cpus = float(config.rl.num_cpus_for_placement_group)
         return {"CPU": cpus} if device.current().kind == "cpu" else {"GPU": 1.0, "CPU": cpus}
-
-    def _engines(self, config: Config, world: int) -> list[Place]:
-        """Where the rollout engines are: one for each device, or `data_parallel_size`."""
-        generate = config.generate
-        if generate.infer_tensor_parallel_size != 1:
-            raise UserError(
-                f"generate_config.infer_tensor_parallel_size: found {generate.infer_tensor_parallel_size}, expected 1: "
-                "a MiniMind fits on one device, and more engines are faster than wider ones"
-            )
-        count = generate.data_parallel_size or world
-        if count > world:
-            raise UserError(f"generate_config.data_parallel_size: found {count}, the actor has {world} devices")
-        return self.places[:count]
 
     def start(self) -> dict[str, Any]:
         """Start (again) all training ranks; returns where the actor's checkpoint is: see `Rank.load`."""
@@ -125,13 +104,5 @@ class Groups:
 
 
 def devices(rl: Any, role: str) -> int:
-    """Devices that `actor_resource` and the like ask for.
-
-    Raises:
-        UserError: they do not say how many.
-    """
-    section = getattr(rl, f"{role}_resource")
-    count = section.num_npus if section is not None else None
-    if not count or count < 1:
-        raise UserError(f"rl_config.{role}_resource.num_npus: found {count}, expected a number of devices")
-    return int(count)
+    """Return the number of devices that `actor_resource` and the like ask for."""
+    return int(getattr(rl, f"{role}_resource").num_npus)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from minimind_mcore import device, errors
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config import Config, command_parser, compose, plain
+from minimind_mcore.rl.config.load import command_parser, compose, plain
+from minimind_mcore.rl.config.schema import Config
 
 BACKENDS = ("embedded", "mindspeed-rl")
 
@@ -46,7 +47,7 @@ def _run(name: str, argv: Sequence[str]) -> None:
         rl_launch.run(name, argv)
         return
     from minimind_mcore.rl import plan
-    from minimind_mcore.rl.lint import fit
+    from minimind_mcore.rl.config.lint import fit
 
     flags = [word for word in argv if word in ("--dry-run", "--data-pending")]
     args = command_parser(name, "").parse_intermixed_args([word for word in argv if word not in flags])

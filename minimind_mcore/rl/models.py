@@ -16,7 +16,7 @@ import yaml
 from minimind_mcore.errors import run
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.rl.schema import value_type
+from minimind_mcore.rl.config.schema import value_type
 from minimind_mcore.storage import atomic_write_text
 
 

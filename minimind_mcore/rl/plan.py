@@ -10,9 +10,9 @@ from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.preprocess.tokenize import tokenizer_info
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.groups import devices
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rank import command_line
 from minimind_mcore.rl.trainer import prompt_dataset
 from minimind_mcore.rl.workers.reward import build
@@ -32,7 +32,7 @@ def show(config: Config, pending: bool) -> None:
     """
     require(config)
     world, algorithm = devices(config.rl, "actor"), objective(config)
-    args = command_line(config, "actor", world)
+    args = command_line(config, "actor")
     layout = validate(args, world)
     model = ModelConfig.from_args(args)
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt

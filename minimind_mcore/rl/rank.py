@@ -25,10 +25,11 @@ from minimind_mcore.rl.algorithms.batches import mini_batches
 from minimind_mcore.rl.algorithms.losses import denominator
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.config import Config, Section, megatron_flags
+from minimind_mcore.rl.config.load import megatron_flags
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
 from minimind_mcore.rl.metrics import MOST_DIFFERENT, SAME_WEIGHTS
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress
@@ -51,35 +52,25 @@ class Share:
     columns: dict[str, Tensor]
 
 
-def command_line(config: Config, role: Role, world_size: int) -> argparse.Namespace:
+def command_line(config: Config, role: Role) -> argparse.Namespace:
     """The role's section as the training package's arguments.
 
     The learning-rate schedule counts responses: a step of the run is `updates` of `mini_batch_size` each.
 
     Raises:
-        UserError: values that contradict each other or the number of ranks.
+        UserError: a key that the native engine does not have.
     """
-    section = section_of(config, role)
-    args = arguments.parse(megatron_flags(section))
+    args = arguments.parse(megatron_flags(section_of(config, role)))
     if role == "reference":  # it does not learn
         args.lr, args.min_lr, args.lr_warmup_iters, args.lr_warmup_fraction = 0.0, 0.0, 0, None
         args.micro_batch_size, args.save = args.micro_batch_size or 1, None
     args.variable_seq_lengths, args.save_interval = True, None
-    mini = config.rl.mini_batch_size
-    dp = max(1, world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size))
-    rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
-    if rows % mini:
-        raise UserError(f"mini_batch_size: {mini} responses do not divide the {rows} of a step")
     if role == "reference":
-        args.global_batch_size = args.micro_batch_size * dp
+        args.global_batch_size = None  # `validate` takes one micro-batch per rank
         return args
-    if mini % (section.micro_batch_size * dp):
-        raise UserError(
-            f"mini_batch_size: {mini} responses (x n_samples_per_prompt) are not a multiple of micro_batch_size "
-            f"{section.micro_batch_size} x {dp} data-parallel ranks"
-        )
-    args.global_batch_size = mini
-    args.updates_per_iteration = (rows // mini) * config.rl.epochs
+    args.global_batch_size = config.rl.mini_batch_size
+    rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
+    args.updates_per_iteration = rows // config.rl.mini_batch_size * config.rl.epochs
     args.train_iters *= args.updates_per_iteration
     args.keep_last = config.minimind.keep_last
     if role == "critic" and args.keep_last:
@@ -110,7 +101,7 @@ class Rank:
     def __init__(self, config: Config, role: Role, reference: bool = False) -> None:
         self.config, self.role = config, role
         world = distributed.world_size()
-        self.args = command_line(config, role, world)
+        self.args = command_line(config, role)
         if role == "critic":
             self.args.untie_embeddings_and_output_weights = True
             if config.actor.save and self.args.save in (None, config.actor.save):  # it has no directory of its own

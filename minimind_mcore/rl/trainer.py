@@ -20,7 +20,8 @@ from minimind_mcore.inference.loading import load_tokenizer
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl import experience as experiences
 from minimind_mcore.rl.advantage import Advantages
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.groups import Groups, devices
@@ -35,7 +36,6 @@ from minimind_mcore.rl.metrics import (
     table,
     throughput,
 )
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost

@@ -17,7 +17,7 @@ from rl_trees import DISPATCH
 from minimind_mcore.arguments import flag_table
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.options import ChatOptions, Options
-from minimind_mcore.rl.config import CONFIGS, compose, resolve
+from minimind_mcore.rl.config.load import CONFIGS, compose, resolve
 
 HOME = os.environ.get("MINDSPEED_RL_HOME", "")
 TOKENIZERS = os.environ.get("MINIMIND_TOKENIZER_DIR", "")
@@ -85,7 +85,7 @@ def test_mindspeed_llm_knows_every_flag_that_it_makes(accepted: dict[str, Any]) 
 
 def test_its_validations_refuse_what_the_linter_refuses_and_nothing_else(tmp_path: Path) -> None:
     from minimind_mcore.mindspeed.rl_launch import version
-    from minimind_mcore.rl.lint import dump, lint
+    from minimind_mcore.rl.config.lint import dump, lint
 
     target, ours = version(Path(HOME)), {}
     for number, (overrides, nodes, _) in enumerate(DISPATCH):

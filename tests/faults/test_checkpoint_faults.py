@@ -189,7 +189,7 @@ def test_keeping_less_than_one_checkpoint_is_refused_by_the_script(tmp_path: Pat
 
 
 def test_keeping_less_than_one_checkpoint_is_refused_in_yaml() -> None:
-    from minimind_mcore.rl.lint import lint
+    from minimind_mcore.rl.config.lint import lint
 
     findings, _, _ = lint("grpo_minimind3", "embedded", ["minimind.keep_last=-1"], device="cpu")
     assert any("minimind.keep_last" in str(finding) and "expected 1" in str(finding) for finding in findings)

@@ -14,7 +14,7 @@ import pytest
 import rl_ray
 import rl_trees
 
-from minimind_mcore.rl.config import compose, plain
+from minimind_mcore.rl.config.load import compose, plain
 from minimind_mcore.training.checkpointing import iterations_in
 
 SAME = ("grpo/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm")

@@ -19,7 +19,7 @@ from minimind_mcore.inference import main as inference
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.preprocess import cli as preprocess
-from minimind_mcore.rl.lint import lint
+from minimind_mcore.rl.config.lint import lint
 
 SECONDS = 20  # after which a reader counts as hanging
 

@@ -18,7 +18,7 @@ from engine import ROOT
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl import hosts
-from minimind_mcore.rl.config import CONFIGS
+from minimind_mcore.rl.config.load import CONFIGS
 from minimind_mcore.rl.main import program
 
 SCRIPTS = ROOT / "examples" / "rlxf"

@@ -18,15 +18,14 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl.cli import main
-from minimind_mcore.rl.config import CONFIGS, Config, compose, megatron_flags, resolve
-from minimind_mcore.rl.keys import fits
-from minimind_mcore.rl.lint import TARGETS, check, lint
+from minimind_mcore.rl.config.lint import TARGETS, check, lint
+from minimind_mcore.rl.config.load import CONFIGS, compose, megatron_flags, resolve
+from minimind_mcore.rl.config.migrate import RENAMED, migrate
+from minimind_mcore.rl.config.schema import VERSIONS, Config, defaults, fits, value_type
 from minimind_mcore.rl.main import grpo
-from minimind_mcore.rl.migrate import RENAMED, migrate
 from minimind_mcore.rl.models import model_yaml
 from minimind_mcore.rl.plan import require
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
-from minimind_mcore.rl.schema import VERSIONS, defaults, value_type
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 

@@ -19,7 +19,7 @@ from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.math_problems import FORGETS, careless, carries, problems, unseen_problems
 from minimind_mcore.preprocess.options import ChatOptions, Options
-from minimind_mcore.rl.config import compose, resolve
+from minimind_mcore.rl.config.load import compose, resolve
 from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.export_verl import export
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS

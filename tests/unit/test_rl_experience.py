@@ -20,10 +20,11 @@ from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.rl import plan
-from minimind_mcore.rl.config import Config, resolve
+from minimind_mcore.rl.config.load import resolve
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.experience import Source
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.rewards import Rewards
 from minimind_mcore.rl.rollout.engine import Response
 from minimind_mcore.rl.supervise import Lost

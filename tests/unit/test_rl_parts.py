@@ -20,10 +20,10 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl import sync
-from minimind_mcore.rl.config import compose, resolve
+from minimind_mcore.rl.config.load import compose, resolve
+from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.experience import Experience, replayed, save
 from minimind_mcore.rl.metrics import Log, line, table
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
 from minimind_mcore.rl.rollout.engine import Draw, uniforms
 from minimind_mcore.rl.stop import Stop

@@ -12,10 +12,10 @@ import yaml
 from minimind_mcore.preprocess.math_problems import careless, problems
 from minimind_mcore.rl.algorithms.groups import select
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.config import CONFIGS, compose, resolve
-from minimind_mcore.rl.lint import lint
+from minimind_mcore.rl.config.lint import lint
+from minimind_mcore.rl.config.load import CONFIGS, compose, resolve
+from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.main import grpo
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.workers.reward import build
 
 

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassificat
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl import batch as batches
-from minimind_mcore.rl.config import Config, resolve
+from minimind_mcore.rl.config.load import resolve
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.export_verl import verl_overrides
-from minimind_mcore.rl.objective import objective
 from minimind_mcore.rl.rewards.reward_model import RewardModel, folded
 from minimind_mcore.rl.rewards.rewards import Rewards
 from minimind_mcore.rl.workers.reward import RewardWorker, build

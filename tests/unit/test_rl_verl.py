@@ -11,7 +11,8 @@ import pytest
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl import export_verl
-from minimind_mcore.rl.config import Config, compose, resolve
+from minimind_mcore.rl.config.load import compose, resolve
+from minimind_mcore.rl.config.schema import Config
 
 ACTOR = "actor_rollout_ref.actor"
 

@@ -20,8 +20,8 @@ from minimind_mcore.models.config import ROUTER_WEIGHTS, ModelConfig, MoEConfig,
 from minimind_mcore.models.hf_config import to_native_config
 from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import PRESETS, get_preset
-from minimind_mcore.rl.config import compose, megatron_flags, resolve
-from minimind_mcore.rl.lint import TARGETS, lint
+from minimind_mcore.rl.config.lint import TARGETS, lint
+from minimind_mcore.rl.config.load import compose, megatron_flags, resolve
 
 TOP1 = MoEConfig(topk=1, ffn_hidden_size=64, load_balancing="aux_loss", aux_loss_coeff=5e-4)
 RUN = "--seq-length 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 2".split()

@@ -10,6 +10,16 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 
 
+def uneven(prompts: int, mini_batch_size: int) -> str | None:
+    """Say that mini-batches of a size do not divide the prompts of a step; None if they do."""
+    if mini_batch_size > 0 and prompts % mini_batch_size == 0:
+        return None
+    return (
+        f"found {mini_batch_size}, expected a divisor of global_batch_size {prompts} (it counts prompts, not "
+        "responses: MindSpeed-RL multiplies it by n_samples_per_prompt)"
+    )
+
+
 def mini_batches(
     prompts: int, n_samples: int, mini_batch_size: int, epochs: int = 1, shuffle: bool = False, seed: int = 0
 ) -> Iterator[Tensor]:
@@ -29,11 +39,8 @@ def mini_batches(
     Raises:
         UserError: `prompts` is not a multiple of `mini_batch_size`.
     """
-    if mini_batch_size <= 0 or prompts % mini_batch_size:
-        raise UserError(
-            f"mini_batch_size: found {mini_batch_size}, expected a divisor of global_batch_size {prompts} "
-            "(both count prompts, not responses)"
-        )
+    if message := uneven(prompts, mini_batch_size):
+        raise UserError(f"mini_batch_size: {message}")
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         rows = torch.randperm(prompts * n_samples, generator=order) if shuffle else torch.arange(prompts * n_samples)

@@ -19,7 +19,7 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import mcore_to_hf
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rollout.engine import Draw, Response
 
 

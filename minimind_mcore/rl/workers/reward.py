@@ -10,8 +10,8 @@ from typing import Any
 import ray
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config import Config
-from minimind_mcore.rl.objective import objective
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.reward_model import RewardModel
 from minimind_mcore.rl.rewards.rewards import Overlong, Rewards, Scores
 from minimind_mcore.rl.workers.group import Pool, Restarts

@@ -14,7 +14,7 @@ from minimind_mcore import cpu, device
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.rl import sync
 from minimind_mcore.rl.cluster import Place
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rollout.engine import Draw, Engine, Response
 from minimind_mcore.rl.sync import Shard
 from minimind_mcore.rl.workers.group import Pool, Restarts, Task

@@ -15,7 +15,7 @@ from minimind_mcore import device
 from minimind_mcore.rl import supervise
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.cluster import Place
-from minimind_mcore.rl.config import Config
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.supervise import collect
 
 

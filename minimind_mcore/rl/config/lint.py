@@ -20,17 +20,12 @@ from typing import Any
 import yaml
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config import CONFIGS, Config, compose, plain, resolve
-from minimind_mcore.rl.dispatch import cpu_cores, dispatch
-from minimind_mcore.rl.embedded import idle, unheeded
-from minimind_mcore.rl.keys import keys, of_error
-from minimind_mcore.rl.migrate import migrate
-from minimind_mcore.rl.precedence import with_table
+from minimind_mcore.rl.config.check import STAGES, problems, workers
+from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
+from minimind_mcore.rl.config.migrate import migrate
+from minimind_mcore.rl.config.objective import objective, with_table
+from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, keys, nearest, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
-from minimind_mcore.rl.rules import RULES
-from minimind_mcore.rl.schema import NEWEST
-from minimind_mcore.rl.settings import nearest
-from minimind_mcore.rl.values import Problem, values
 from minimind_mcore.yaml_files import checked_yaml, read_yaml
 
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
@@ -46,13 +41,14 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "rewards": None,
     "output_dir": None,
 }
-STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
 VERIFIERS = {  # of MindSpeed-RL
     *("acc", "format", "step", "strict_format", "base_acc", "math_17k_acc"),
     *("acc_for_dapo", "acc_for_ppo", "math_verify_reward"),
 }
 NEW_VERIFIERS = {"retool_reward"}  # of master
 THINKERS = {"base_acc", "format", "strict_format", "math_verify_reward"}  # the response must begin with <think>
+# num_cpus of GRPOTransferDock and TransferQueueManager (trainer/utils/transfer_dock.py, utils/transfer_queue/tq_mgr.py)
+TRANSFER_DOCK_CORES = 10
 HOOK = "minimind_mcore.mindspeed.rl_hook.setup"
 
 
@@ -107,12 +103,7 @@ def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[Finding]:
         config = resolve(tree if TARGETS[target] == NEWEST else migrate(tree, NEWEST)[0])
     except UserError as error:
         return [Finding("error", *of_error(error))]
-    problems = list(values(config, target))
-    if not problems:  # the rules reckon with the values
-        problems += [problem for rule in RULES for problem in rule(config, target)]
-        problems += [*dispatch(config, target, nodes), *_padding(config, target)]
-        problems += unheeded(config) if target == "embedded" else _router(config)
-    findings = [Finding("error", key, message) for key, message in problems]
+    findings = [Finding("error", *wrong) for wrong in problems(config, target, nodes)]
     return sorted([*findings, *traps(config, tree, target, nodes)], key=_rank)
 
 
@@ -123,12 +114,7 @@ def fit(tree: dict[str, Any], name: str) -> Config:
         UserError: with everything that is wrong with it.
     """
     findings = check(tree, "embedded")
-    errors = [f"{finding.key}: {finding.message}" for finding in findings if finding.level == "error"]
-    older = " (minimind-mcore rl lint --fix knows older names)" if any("unknown" in error for error in errors) else ""
-    if len(errors) == 1:
-        raise UserError(errors[0] + older)
-    if errors:
-        raise UserError("\n  ".join([f"{name}: {len(errors)} things are wrong{older}:", *errors]))
+    refuse([(finding.key, finding.message) for finding in findings if finding.level == "error"], name)
     for finding in findings:
         print(finding, file=sys.stderr)
     return resolve(tree)
@@ -225,34 +211,6 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
     yield from _models(config, target)
 
 
-def _router(config: Config) -> Iterator[Problem]:
-    """A router weight that MindSpeed-RL cannot compute."""
-    if config.actor.num_experts and not config.actor.norm_topk_prob:
-        yield (
-            "megatron_training.norm_topk_prob",
-            "false is the router weight softmax. MindSpeed-RL has no key for moe_router_pre_softmax, without which "
-            "MindSpeed-LLM's router normalizes the weights. Train on the embedded trainer (BACKEND=embedded)",
-        )
-
-
-def _padding(config: Config, target: str) -> Iterator[Problem]:
-    """What goes with use_remove_padding; the two versions differ."""
-    actor, older = config.actor, target == "mindspeed-rl-2.2.0"
-    ring = actor.context_parallel_size > 1 and actor.context_parallel_algo == "megatron_cp_algo"
-    if config.rl.use_remove_padding:
-        needed = ["reset_position_ids" if older else "reset_attention_mask"]
-        needed += ["reset_attention_mask"] if older and ring else []
-        if actor.pipeline_model_parallel_size > 1:
-            needed.append("variable_seq_lengths" if older else "no_pad_to_seq_lengths")
-        for key in [key for key in needed if not getattr(actor, key)]:
-            yield "rl_config.use_remove_padding", f"needs megatron_training.{key}: true"
-    if older and actor.reset_attention_mask and not (ring and config.rl.use_remove_padding):
-        yield (
-            "megatron_training.reset_attention_mask",
-            "true is only for use_remove_padding with context_parallel_algo megatron_cp_algo above 1",
-        )
-
-
 def _hooked(config: Config) -> bool:
     """Whether the workers begin with our setup hook."""
     for folder in (Path(), CONFIGS.parents[1], Path(os.environ.get("MINDSPEED_RL_HOME", ""))):
@@ -343,3 +301,83 @@ def _models(config: Config, target: str) -> Iterator[Finding]:
             f"{folder} is a tokenizer alone: vLLM builds its model from this directory; convert the weights with "
             "ckpt_convert_minimind_mcore2hf.sh",
         )
+
+
+def idle(config: Config) -> list[str]:
+    """Keys that stand there for MindSpeed-RL or another algorithm, and change nothing here."""
+    rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
+    given: dict[str, Any] = config.tree["rl_config"]
+    found = []
+    if given.get("init_kl_coef") and chosen.kl == "none":
+        found.append(
+            f"rl_config.init_kl_coef {rl.init_kl_coef} ({name} has no reference; use_kl_in_reward gives it one)"
+        )
+    if "adv_estimator" in given and rl.adv_estimator == "group_norm" and chosen.advantage != "group":
+        found.append(f"rl_config.adv_estimator {rl.adv_estimator} ({name} has its own)")
+    if not rl.blocking and chosen.dynamic_sampling:
+        found.append(
+            "rl_config.blocking false (dynamic sampling does not know its prompts ahead: steps are synchronous)"
+        )
+    if rl.use_dynamic_bsz:
+        found.append("rl_config.use_dynamic_bsz (rows of a similar length are put together anyway)")
+    if rl.kl_ctrl_type == "adaptive" and chosen.kl != "reward":
+        why = "is in the loss" if chosen.kl == "loss" else "is not used"
+        found.append(
+            f"rl_config.kl_ctrl_type adaptive ({name}'s KL term {why}, where its coefficient stays fixed, as in "
+            "MindSpeed-RL; use_kl_in_reward: true adapts it)"
+        )
+    return [*found, *_idle_models(config), *_idle_sections(config)]
+
+
+def _idle_models(config: Config) -> Iterator[str]:
+    """Sections and resources of models that do not run, or run elsewhere."""
+    rl, name, chosen, tree = config.rl, config.minimind.algorithm, objective(config), config.tree
+    given = {worker.name: worker.devices for worker in workers(config)}
+    if chosen.advantage != "gae":
+        found = ["critic_config"] if tree.get("critic_config") else []
+        found += ["rl_config.critic_resource"] if rl.critic_resource is not None else []
+        yield from (f"{key} ({name} has no critic)" for key in found)
+    elif given.get("critic_config", given["actor_config"]) != given["actor_config"]:
+        yield (
+            f"rl_config.critic_resource {given['critic_config']} (the critic's ranks share the "
+            f"{given['actor_config']} devices of actor_resource)"
+        )
+    if chosen.kl == "none" and not rl.use_integrated_worker:
+        yield f"ref_config and rl_config.reference_resource ({name} has no reference)"
+
+
+def _idle_sections(config: Config) -> Iterator[str]:
+    """Sections that are not read, and keys of Megatron's sections at a default that the native engine lacks."""
+    for name in ("profiler_config", "msprobe_config"):
+        if config.tree.get(name):
+            yield f"{name} (the embedded trainer has no profiler; BACKEND=mindspeed-rl has)"
+    for section in MEGATRON_SECTIONS:
+        for key in sorted(lacking(config.tree.get(section) or {})):
+            yield f"{section}.{key} (the native engine does not have it)"
+
+
+def cpu_cores(config: Config, nodes: int) -> dict[str, int | float]:
+    """Return the CPU cores that Ray must have for a run of MindSpeed-RL, by what reserves them.
+
+    MindSpeed-RL waits without a time limit for placement groups and actors whose cores are not free.
+
+    Args:
+        config: the configuration.
+        nodes: hosts of the Ray cluster.
+    """
+    rl = config.rl
+    shared = rl.use_integrated_worker  # PPO's critic then has the actor's placement groups
+    count = sum(worker.devices for worker in workers(config) if not (shared and worker.name == "critic_config"))
+    filters = bool(rl.filter_groups_enable and config.actor.stage == "ray_dapo")
+    docks = 1 + (filters and rl.data_strategy not in ("tq", "queue", "transfer_queue"))
+    local = rl.num_cpus_for_local_task * nodes
+    found = {
+        f"the NPUs ({count} x num_cpus_for_placement_group)": count * rl.num_cpus_for_placement_group,
+        f"{docks} transfer dock{'s' if docks > 1 else ''}": docks * TRANSFER_DOCK_CORES,
+        "the train task": 1,
+    }
+    if rl.rule_reward:
+        found["the rule rewards"] = local
+    if filters:
+        found["the sample filters"] = local
+    return found

@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minimind_mcore.rl.schema import MEGATRON_SECTIONS, SECTIONS, defaults
+from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, SECTIONS, defaults
 
 Tree = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Which values of a composed configuration an algorithm's table replaces.
+"""What a run optimizes: an algorithm of the table, with the values of the YAML that change it.
 
 A configuration is composed in layers: the YAML files of its defaults list in hydra's order, then the command line.
 The last layer that sets `minimind.algorithm` chooses the algorithm. In that layer and in later ones a key of
@@ -8,26 +8,54 @@ The last layer that sets `minimind.algorithm` chooses the algorithm. In that lay
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minimind_mcore.rl.algorithms.table import ALGORITHMS, Algorithm
-from minimind_mcore.rl.schema import defaults
+from minimind_mcore.rl.algorithms.table import ALGORITHMS, Algorithm, algorithm
+from minimind_mcore.rl.config.schema import Config, defaults
 
 ALGORITHM = ("minimind", "algorithm")
 CLIP = ("clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high")
+# Keys of `rl_config` with the value of a field of `Algorithm`.
+SAME = {
+    "kl_penalty": "kl_kind",
+    "init_kl_coef": "kl_coef",
+    "filter_groups_enable": "dynamic_sampling",
+    "overlong_buffer_enable": "overlong",
+}
 # Keys of a configuration: the fields of `Algorithm` that they set.
 FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
     **{("rl_config", key): ("clip_low", "clip_high") for key in CLIP},
     ("rl_config", "token_level_loss"): ("aggregation",),
-    ("rl_config", "kl_penalty"): ("kl_kind",),
     ("rl_config", "init_kl_coef"): ("kl", "kl_coef"),
     ("rl_config", "use_kl_in_reward"): ("kl",),
-    ("rl_config", "filter_groups_enable"): ("dynamic_sampling",),
-    ("rl_config", "overlong_buffer_enable"): ("overlong",),
+    **{("rl_config", key): (field,) for key, field in SAME.items() if key != "init_kl_coef"},
     ("minimind", "cispo_clip"): ("clip_high",),
 }
+
+
+def objective(config: Config) -> Algorithm:
+    """Return the algorithm of `minimind.algorithm`, changed by the keys that stand in `rl_config`.
+
+    A key that is left out keeps the algorithm's own value. MindSpeed-RL's default is GRPO's.
+    """
+    chosen, rl = algorithm(config.minimind.algorithm), config.rl
+    given = config.tree["rl_config"]
+    changes: dict[str, Any] = {field: getattr(rl, key) for key, field in SAME.items() if key in given}
+    if chosen.loss == "cispo":
+        changes["clip_high"] = config.minimind.cispo_clip
+    elif rl.clip_higher_enable:
+        changes |= {"clip_low": rl.clip_ratio_low, "clip_high": rl.clip_ratio_high}
+    elif "clip_ratio" in given:
+        changes |= {"clip_low": rl.clip_ratio, "clip_high": rl.clip_ratio}
+    if "token_level_loss" in given:
+        changes["aggregation"] = "token-mean" if rl.token_level_loss else "seq-mean-token-mean"
+    if rl.use_kl_in_reward:
+        changes["kl"] = "reward"
+    chosen = dataclasses.replace(chosen, **changes)
+    return dataclasses.replace(chosen, kl="none") if chosen.kl_coef == 0 else chosen
 
 
 @dataclass(frozen=True)
@@ -91,7 +119,7 @@ def replaced(layers: Sequence[Layer]) -> Iterator[Replaced]:
     if not setting:
         return
     chosen, name = setting[-1], str(layers[setting[-1]].keys[ALGORITHM])
-    if name not in ALGORITHMS:  # `settings` refuses it
+    if name not in ALGORITHMS:  # `resolve` refuses it
         return
     kept = {key for layer in layers[chosen:] for key in layer.keys}
     for section, key in [found for found in FIELDS if found not in kept]:
@@ -124,8 +152,8 @@ def in_keys(row: Algorithm) -> dict[tuple[str, str], Any]:
         found |= {"clip_higher_enable": False, "clip_ratio": row.clip_low}
     elif row.loss == "clip":
         found |= {"clip_higher_enable": True, "clip_ratio_low": row.clip_low, "clip_ratio_high": row.clip_high}
-    ours = {("minimind", "cispo_clip"): row.clip_high} if row.loss == "cispo" else {}
-    return {("rl_config", key): value for key, value in found.items()} | ours
+    more = {("minimind", "cispo_clip"): row.clip_high} if row.loss == "cispo" else {}
+    return {("rl_config", key): value for key, value in found.items()} | more
 
 
 def with_table(tree: Mapping[str, Any], version: str) -> dict[str, Any]:

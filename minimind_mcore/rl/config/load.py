@@ -8,7 +8,7 @@
 
 The sections mean what they mean in MindSpeed-RL (its cli/train_grpo.py and mindspeed_rl/config_cls): an actor's
 keys are those of its model, then megatron_training, then actor_config; what is not given has MindSpeed-RL's
-default. One section, `minimind`, is ours (`settings`).
+default. The section `minimind` is `schema.MiniMindConfig`.
 """
 
 from __future__ import annotations
@@ -19,119 +19,69 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, flag_table
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
-from minimind_mcore.rl.precedence import Layer, layer_of, replaced
-from minimind_mcore.rl.precedence import command_line as layer_of_command_line
-from minimind_mcore.rl.schema import MEGATRON_SECTIONS, NEWEST, OTHER_SECTIONS, SECTIONS, defaults
-from minimind_mcore.rl.settings import Settings, nearest, settings
+from minimind_mcore.rl.config import schema
+from minimind_mcore.rl.config.objective import Layer, command_line, layer_of, replaced
+from minimind_mcore.rl.config.schema import (
+    MEGATRON_SECTIONS,
+    NEWEST,
+    SECTIONS,
+    Config,
+    MiniMindConfig,
+    Section,
+    defaults,
+    nearest,
+)
 from minimind_mcore.yaml_files import composed_files
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "rlxf"
-
-
-class Section(SimpleNamespace):
-    """Keys of a section as attributes, not to be changed; a name that there is not suggests the nearest."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise AttributeError(f"no key {name}{nearest(name, vars(self))}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name}: a configuration is not changed after it is resolved")
-
-
-@dataclass(frozen=True)
-class Config:
-    """A resolved configuration. It can be pickled, and needs neither hydra nor ray.
-
-    Attributes:
-        model: name of the actor's model in `model/*.yaml`.
-        actor: MegatronConfig's keys of the actor.
-        ref: of the reference; the actor's own where one worker is both (`rl.use_integrated_worker`).
-        reward: of a reward model that Megatron runs, or None.
-        critic: of PPO's critic, or None.
-        rl: RLConfig's keys. As in MindSpeed-RL's object `mini_batch_size` counts sequences: the YAML's
-            number of prompts times `n_samples_per_prompt`.
-        generate: GenerateConfig's keys; `sampling_config` is a section of its own.
-        minimind: our own section.
-        tree: what all this was resolved from, as plain dicts and lists.
-    """
-
-    model: str
-    actor: Section
-    ref: Section
-    reward: Section | None
-    critic: Section | None
-    rl: Section
-    generate: Section
-    minimind: Settings
-    tree: Mapping[str, Any]
-
-    @property
-    def reward_names(self) -> list[str]:
-        """Of all rules: the verifiers, and the user's own functions by their paths."""
-        return [*self.rl.verifier_function, *(reward.path for reward in self.minimind.rewards)]
-
-    @property
-    def reward_weights(self) -> list[float]:
-        """In the order of `reward_names`."""
-        return [*self.rl.verifier_weight, *(reward.weight for reward in self.minimind.rewards)]
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "rlxf"
 
 
 def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
-    """The configuration that a composed YAML means.
+    """Return the configuration that a composed YAML means.
 
     Raises:
-        UserError: a section or key that there is not (with the nearest name), a model that is not defined.
+        UserError: an unknown section or key, a value of the wrong type, a model that is not defined.
     """
     keys = plain(tree)
-    for name in keys:
-        if name not in SECTIONS and name not in OTHER_SECTIONS:
-            raise UserError(f"{name}: unknown section{nearest(name, [*SECTIONS, *OTHER_SECTIONS])}")
-    for name in ("megatron_training", "actor_config", "rl_config", "generate_config"):
-        if not isinstance(keys.get(name), Mapping):
-            raise UserError(f"{name}: this section is missing")
-    ours = settings(keys.get("minimind"))
-    rl = _rl(keys["rl_config"])
-    megatron = {name: _megatron(keys, name, ours) for name in MEGATRON_SECTIONS[1:] if name in keys}
-    generate = _merged("GenerateConfig", keys["generate_config"], "generate_config")
-    sampling = defaults("GenerateConfig")["sampling_config"]
-    given = keys["generate_config"].get("sampling_config") or {}
-    _refuse_unknown(given, sampling, "generate_config.sampling_config")
-    generate |= {"sampling_config": Section(**{**sampling, **given})}
-    if ours.precision != "bf16":
-        generate["dtype"] = {"fp32": "float32", "fp16": "float16"}[ours.precision]
+    minimind = schema.minimind_config(keys.get("minimind"))
+    schema.refuse(schema.keys(keys, NEWEST), "the configuration")
+    rl = _merged("RLConfig", keys["rl_config"])
+    rl["mini_batch_size"] *= rl["n_samples_per_prompt"]
+    rl |= {key: Section(**value) for key, value in rl.items() if key.endswith("_resource") and value is not None}
+    megatron = {name: _megatron(keys, name, minimind) for name in MEGATRON_SECTIONS[1:] if name in keys}
+    generate = _merged("GenerateConfig", keys["generate_config"])
+    sampling = keys["generate_config"].get("sampling_config") or {}
+    generate["sampling_config"] = Section(**{**defaults("GenerateConfig")["sampling_config"], **sampling})
+    if minimind.precision != "bf16":
+        generate["dtype"] = {"fp32": "float32", "fp16": "float16"}[minimind.precision]
     unseen = f"{megatron['actor_config'].data_path}_unseen"
-    if ours.eval_data is None and datasets_at(unseen):
-        ours = dataclasses.replace(ours, eval_data=unseen)
+    if minimind.eval_data is None and datasets_at(unseen):
+        minimind = dataclasses.replace(minimind, eval_data=unseen)
+    actor = megatron["actor_config"]
     return Config(
         model=str(keys["actor_config"].get("model") or keys["megatron_training"].get("model")),
-        actor=megatron["actor_config"],
-        ref=megatron["actor_config"]
-        if rl.use_integrated_worker
-        else megatron.get("ref_config", megatron["actor_config"]),
+        actor=actor,
+        ref=actor if rl["use_integrated_worker"] else megatron.get("ref_config", actor),
         reward=megatron.get("reward_config"),
         critic=megatron.get("critic_config"),
-        rl=rl,
+        rl=Section(**rl),
         generate=Section(**generate),
-        minimind=ours,
+        minimind=minimind,
         tree=keys,
     )
 
 
 def plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """The tree as dicts and lists, with what it names by `${...}`."""
+    """Return the tree as dicts and lists, `${...}` replaced by the values that they name."""
     if isinstance(tree, dict):
         return tree
     from omegaconf import OmegaConf
@@ -141,24 +91,13 @@ def plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise UserError(
-                f"{where}.{key}: unknown key{nearest(key, known)} (minimind-mcore rl lint --fix knows older names)"
-            )
-
-
-def _merged(reader: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A class's defaults with what is given; `-` in a key is `_`, as in MindSpeed-RL."""
-    known = defaults(reader)
-    given = {key.replace("-", "_"): value for key, value in given.items() if key != "model"}
-    _refuse_unknown(given, known, where)
-    return {**known, **given}
+def _merged(reader: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a class with the given values; `-` in a key is `_`, as in MindSpeed-RL."""
+    return {**defaults(reader), **{key.replace("-", "_"): value for key, value in given.items() if key != "model"}}
 
 
 def model_keys(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The keys of the model of that name, from the group `model`.
+    """Return the keys of a model of the group `model`.
 
     Raises:
         UserError: the group has no such model.
@@ -172,26 +111,17 @@ def model_keys(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(models[name])
 
 
-def _megatron(tree: Mapping[str, Any], section: str, ours: Settings) -> Section:
+def _megatron(tree: Mapping[str, Any], section: str, minimind: MiniMindConfig) -> Section:
     """A model's keys, then megatron_training's, then the section's own; the precision is that of `minimind`."""
     given = {**tree["megatron_training"], **tree[section]}
     model = model_keys(tree, str(given["model"])) if "model" in given else {}
-    merged = _merged("MegatronConfig", {**model, **given}, section)
-    merged["bf16"] = merged["bf16"] and ours.precision == "bf16"
-    if ours.precision == "fp16":  # MindSpeed-RL has no such key
+    merged = _merged("MegatronConfig", {**model, **given})
+    merged["bf16"] = merged["bf16"] and minimind.precision == "bf16"
+    if minimind.precision == "fp16":  # MindSpeed-RL has no such key
         merged["fp16"] = True
         if merged["initial_loss_scale"] == 2**32:  # its default overflows, and is halved once in a step
             merged["initial_loss_scale"] = 2**16
     merged["pad_to_multiple_of"] = merged["tensor_model_parallel_size"] * merged["context_parallel_size"]
-    return Section(**merged)
-
-
-def _rl(given: Mapping[str, Any]) -> Section:
-    merged = _merged("RLConfig", given, "rl_config")
-    merged["mini_batch_size"] = merged["mini_batch_size"] * merged["n_samples_per_prompt"]
-    for name in [key for key in merged if key.endswith("_resource") and merged[key] is not None]:
-        _refuse_unknown(merged[name], {"num_npus": None}, f"rl_config.{name}")
-        merged[name] = Section(**merged[name])
     return Section(**merged)
 
 
@@ -262,7 +192,7 @@ def compose(
     """The YAML of that name with its groups, what its device differs in, and the overrides, which win.
 
     Values of `rl_config` that belong to another algorithm than the one that is set later are left out, and each is
-    printed: see `precedence`.
+    printed: see `objective`.
 
     Args:
         name: of a file in `directory`, with or without `.yaml`.
@@ -332,7 +262,7 @@ def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[La
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         layers.append(layer_of(file.name, content if isinstance(content, dict) else {}))
     given = [(override.key_or_group, override.value()) for override in found.config_overrides]
-    return [*layers, layer_of_command_line(given)]
+    return [*layers, command_line(given)]
 
 
 def _leave_out_replaced(tree: DictConfig, layers: Sequence[Layer], quiet: bool) -> None:
@@ -349,8 +279,8 @@ def _leave_out_replaced(tree: DictConfig, layers: Sequence[Layer], quiet: bool) 
 
 def _settable(override: str) -> str:
     """`section.key=value` as hydra wants it whether the YAML has the key or not; `resolve` refuses unknown ones."""
-    ours = override.split(".")[0] in (*SECTIONS, "minimind") and "." in override.split("=")[0]
-    return f"++{override}" if ours else override
+    known = override.split(".")[0] in (*SECTIONS, "minimind") and "." in override.split("=")[0]
+    return f"++{override}" if known else override
 
 
 def command_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -1,0 +1,519 @@
+"""The rules that a resolved configuration must fulfil: each of them stands here and nowhere else.
+
+    for key, message in problems(config, "embedded"):
+        print(f"{key}: {message}")
+
+`schema.keys` has checked names and types before. First come the values of single keys. The rules behind them compute
+with the values: sizes that divide each other, modes that exclude each other, and what MindSpeed-RL hands out at once.
+They are those of MindSpeed-RL's mindspeed_rl/config_cls/validate_config.py and of its programs. The embedded trainer
+keeps to them, except for what it does not need, and has a few of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from minimind_mcore.ranges import problem
+from minimind_mcore.rl.algorithms.batches import uneven
+from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults, nearest
+
+# MindSpeed-RL's: mindspeed_rl/utils/compute.py, trainer/base.py, trainer/utils/compute_utils.py; its three programs.
+STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
+NAMES: dict[str, tuple[str, ...]] = {
+    "rl_config.kl_penalty": ("kl", "abs", "mse", "low_var_kl"),
+    "rl_config.kl_ctrl_type": ("fixed", "adaptive"),
+    "rl_config.adv_estimator": ("group_norm", "gae"),
+    "megatron_training.stage": tuple(STAGES.values()),
+}
+MORE = {"rl_config.kl_penalty": ("k1", "k2", "k3")}  # of the embedded trainer
+
+OPTIONAL = ("megatron_training.stage",)
+# Keys without which a run cannot be planned; MindSpeed-RL's default of some is null.
+REQUIRED = (
+    "megatron_training.global_batch_size",
+    "megatron_training.seq_length",
+    "megatron_training.train_iters",
+    "actor_config.micro_batch_size",
+    "rl_config.actor_resource.num_npus",
+)
+
+
+def problems(config: Config, target: str, nodes: int = 1) -> list[Problem]:
+    """Return everything that is wrong with a configuration, as pairs of a key and a message.
+
+    Args:
+        config: the resolved configuration.
+        target: one of `lint.TARGETS`.
+        nodes: hosts of the Ray cluster.
+    """
+    if found := [*values(config, target), *numbers(config)]:
+        return found
+    found = [wrong for rule in RULES for wrong in rule(config, target)]
+    found += dispatch(config, target, nodes)
+    return [*found, *(unheeded(config) if target == "embedded" else [*one_process(config), *router(config)])]
+
+
+def values(config: Config, target: str) -> Iterator[Problem]:
+    """Names that a key does not have, and keys without a value."""
+    for key, names in NAMES.items():
+        value = _value(config, key)
+        known = (*names, *(MORE.get(key, ()) if target == "embedded" else ()))
+        if value not in known and not (value is None and key in OPTIONAL):
+            yield key, f"found {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"
+    yield from ((key, "found None, expected a whole number") for key in REQUIRED if _value(config, key) is None)
+
+
+def _value(config: Config, key: str) -> Any:
+    section, *names = key.split(".")
+    found: Any = config.rl if section == "rl_config" else config.actor
+    for name in names:
+        found = getattr(found, name, None)
+    return found
+
+
+def numbers(config: Config) -> Iterator[Problem]:
+    """Numbers outside the ranges of `ranges.py`; `schema.keys` has checked those of the section `minimind`."""
+    found: dict[str, str] = {}  # a key that several models share is reported once
+    sections = {"actor_config": config.actor}
+    sections |= {"ref_config": config.ref} if config.ref is not config.actor else {}
+    sections |= {"reward_config": config.reward} if config.reward else {}
+    sections |= {"critic_config": config.critic} if config.critic else {}
+    for section, megatron in sections.items():
+        for name, value in vars(megatron).items():
+            found |= _wrong(_given_in(config, section, name), name, value)
+    prompts = {"mini_batch_size": config.tree["rl_config"].get("mini_batch_size", 1)}
+    for name, value in (vars(config.rl) | prompts).items():
+        found |= _wrong(f"rl_config.{name}", name, value)
+    for name, value in vars(config.generate).items():
+        found |= _wrong(f"generate_config.{name}", name, value)
+    yield from found.items()
+
+
+def _wrong(key: str, name: str, value: object, section: str = "") -> dict[str, str]:
+    """The problem of a value, or of the numbers in a list or a section, by key."""
+    if isinstance(value, Section):
+        parts = [_wrong(f"{key}.{inner}", inner, item, name) for inner, item in vars(value).items()]
+        return {where: text for part in parts for where, text in part.items()}
+    for number in value if isinstance(value, list) else [value]:
+        whole = isinstance(number, float) and number.is_integer()  # `keys` lets 1e3 stand for 1000
+        if isinstance(number, int | float) and (text := problem(name, int(number) if whole else number, section)):
+            return {key: text}
+    return {}
+
+
+def _given_in(config: Config, section: str, name: str) -> str:
+    """The key of a model's value by the section that gives it: its own, megatron_training, or its model's."""
+    for where in (section, "megatron_training"):
+        if any(str(key).replace("-", "_") == name for key in config.tree.get(where) or {}):
+            return f"{where}.{name}"
+    return f"model.{config.model}.{name}"
+
+
+# Sizes and modes
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A model that Megatron runs: its section, the keys in it, and the devices of its resource in `rl_config`."""
+
+    name: str
+    resource: str
+    keys: Section
+    devices: int
+
+    @property
+    def model_parallel(self) -> int:
+        """Devices of one replica."""
+        keys = self.keys
+        return int(keys.tensor_model_parallel_size * keys.pipeline_model_parallel_size * keys.context_parallel_size)
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas; at least 1, so that the other rules can go on."""
+        return max(1, self.devices // self.model_parallel)
+
+
+def workers(config: Config) -> list[Worker]:
+    """Actor, and where they are apart or used reference, reward model and critic."""
+    rl, apart = config.rl, not config.rl.use_integrated_worker
+    found = [("actor", config.actor), *([("reference", config.ref), ("reward", config.reward)] if apart else [])]
+    pairs = [(role, keys, getattr(rl, f"{role}_resource")) for role, keys in [*found, ("critic", config.critic)]]
+    return [
+        Worker("ref_config" if role == "reference" else f"{role}_config", f"{role}_resource", keys, given.num_npus or 0)
+        for role, keys, given in pairs
+        if keys is not None and given is not None
+    ]
+
+
+def sections(config: Config, target: str) -> Iterator[Problem]:
+    """Which sections and resources go together."""
+    tree, rl = config.tree, config.rl
+    if rl.use_integrated_worker:
+        for name in ("ref_config", "reward_config"):
+            if name in tree:
+                yield name, "use_integrated_worker is true: the actor's worker is the reference too; set it to false"
+        for name in ("reference_resource", "reward_resource"):
+            if getattr(rl, name) is not None:
+                yield f"rl_config.{name}", "only with use_integrated_worker: false"
+    else:
+        for name in ("ref_config",) if target == "embedded" else ("ref_config", "reward_config"):
+            if name not in tree:
+                yield name, "missing: mandatory with use_integrated_worker: false"
+        if rl.reference_resource is None:
+            yield "rl_config.reference_resource", "missing: mandatory with use_integrated_worker: false"
+        if rl.integrated_mode_config is not None:
+            yield "rl_config.integrated_mode_config", "only with use_integrated_worker: true"
+    if config.actor.stage == "ray_ppo" and (config.critic is None or rl.critic_resource is None):
+        yield "critic_config", "stage ray_ppo needs critic_config and rl_config.critic_resource"
+
+
+def devices(config: Config, target: str) -> Iterator[Problem]:
+    """Devices divide into replicas, prompts among replicas, responses into micro-batches."""
+    samples = config.rl.n_samples_per_prompt
+    for worker in workers(config):
+        keys, prompts, micro = worker.keys, worker.keys.global_batch_size, worker.keys.micro_batch_size
+        if not worker.devices:
+            yield f"rl_config.{worker.resource}.num_npus", "found no devices, expected 1 or more"
+        if worker.devices % worker.model_parallel:
+            yield worker.name, f"{worker.devices} devices are not a multiple of TP x PP x CP = {worker.model_parallel}"
+        if not prompts or not micro:
+            yield worker.name, f"global_batch_size {prompts} and micro_batch_size {micro}: both are needed"
+            continue
+        if target == "embedded":
+            mini, ranks = config.rl.mini_batch_size, worker.data_parallel
+            if worker.name != "ref_config" and mini % (micro * ranks):
+                yield (
+                    f"{worker.name}.micro_batch_size",
+                    f"{mini} responses of a mini-batch are not a multiple of {micro} x {ranks} data-parallel ranks",
+                )
+        elif prompts % worker.data_parallel:
+            yield (
+                "megatron_training.global_batch_size",
+                f"{prompts} prompts are not a multiple of the {worker.data_parallel} replicas of {worker.name}",
+            )
+        elif prompts // worker.data_parallel * samples % micro:
+            yield (
+                f"{worker.name}.micro_batch_size",
+                f"{prompts // worker.data_parallel} x {samples} responses of a replica are not a multiple of {micro}",
+            )
+        layers = keys.num_layers
+        if layers and layers % keys.pipeline_model_parallel_size:
+            yield f"{worker.name}.pipeline_model_parallel_size", f"{layers} layers are not a multiple of it"
+        if keys.num_query_groups and keys.num_query_groups % keys.tensor_model_parallel_size:
+            yield (
+                f"{worker.name}.tensor_model_parallel_size",
+                f"{keys.num_query_groups} key-value heads are not a multiple of {keys.tensor_model_parallel_size}",
+            )
+
+
+def batches(config: Config, target: str) -> Iterator[Problem]:
+    """Mini-batches, and the groups that dynamic sampling keeps (`dispatch` has what is handed out at once)."""
+    rl, prompts, samples = config.rl, config.actor.global_batch_size, config.rl.n_samples_per_prompt
+    if message := uneven(prompts, rl.mini_batch_size // samples):
+        yield "rl_config.mini_batch_size", message
+    if target == "embedded":  # without a metric it goes by the whole reward
+        names = config.reward_names
+        metric = config.tree["rl_config"].get("filter_groups_metric")
+        if metric is not None and objective(config).dynamic_sampling and metric not in names:
+            yield "rl_config.filter_groups_metric", f"{metric} is none of the run's verifiers: {', '.join(names)}"
+    elif rl.filter_groups_enable:
+        if rl.filter_groups_metric not in rl.verifier_function:
+            yield "rl_config.filter_groups_metric", f"{rl.filter_groups_metric} is not in verifier_function"
+        kept, micro = rl.filter_groups_train_batch_size, config.actor.micro_batch_size
+        replicas = workers(config)[0].data_parallel
+        if kept % replicas:
+            yield "rl_config.filter_groups_train_batch_size", f"{kept} is not a multiple of the {replicas} replicas"
+        elif kept // replicas * samples % micro:
+            yield (
+                "rl_config.filter_groups_train_batch_size",
+                f"{kept // replicas} x {samples} responses of a replica are not a multiple of micro_batch_size {micro}",
+            )
+
+
+def lengths(config: Config, target: str) -> Iterator[Problem]:
+    """Prompt, response and what fits."""
+    rl, generate, actor = config.rl, config.generate, config.actor
+    answer = generate.sampling_config.max_tokens
+    if generate.max_model_len < actor.seq_length:
+        yield "generate_config.max_model_len", f"{generate.max_model_len} is less than seq_length {actor.seq_length}"
+    if target == "embedded" and "max_prompt_length" not in config.tree["rl_config"]:
+        if answer >= actor.seq_length:
+            yield (
+                "generate_config.sampling_config.max_tokens",
+                f"{answer} leave no room in seq_length {actor.seq_length}",
+            )
+    elif rl.max_prompt_length + answer > actor.seq_length:
+        yield (
+            "megatron_training.seq_length",
+            f"max_prompt_length {rl.max_prompt_length} and max_tokens {answer} do not fit in {actor.seq_length}",
+        )
+    if rl.overlong_buffer_enable:
+        if rl.overlong_buffer >= answer:
+            yield "rl_config.overlong_buffer", f"{rl.overlong_buffer} is not less than max_tokens {answer}"
+        if rl.rollout_max_tokens != answer:
+            yield "rl_config.rollout_max_tokens", f"{rl.rollout_max_tokens} differs from max_tokens {answer}"
+
+
+def rewards(config: Config, target: str) -> Iterator[Problem]:
+    """Verifiers and what they need."""
+    rl = config.rl
+    if len(rl.verifier_function) != len(rl.verifier_weight):
+        yield (
+            "rl_config.verifier_weight",
+            f"{len(rl.verifier_weight)} weights for {len(rl.verifier_function)} functions of verifier_function",
+        )
+    labelled = "labels" in config.actor.dataset_additional_keys  # the embedded trainer looks at the data
+    if target != "embedded" and rl.rule_reward and rl.verifier_function and not labelled:
+        yield "megatron_training.dataset_additional_keys", "verifiers need the right answers: add labels"
+    if rl.clip_higher_enable and rl.clip_ratio_low > rl.clip_ratio_high:
+        yield "rl_config.clip_ratio_low", f"{rl.clip_ratio_low} is above clip_ratio_high {rl.clip_ratio_high}"
+
+
+def modes(config: Config, target: str) -> Iterator[Problem]:
+    """Switches that exclude or need each other."""
+    rl, generate, actor = config.rl, config.generate, config.actor
+    if generate.infer_pipeline_parallel_size > 1:
+        yield "generate_config.infer_pipeline_parallel_size", "only 1 is supported"
+    infer, heads, count = generate.infer_tensor_parallel_size, actor.num_query_groups or 0, rl.actor_resource.num_npus
+    if target == "embedded":
+        if infer != 1:
+            key = "generate_config.infer_tensor_parallel_size"
+            yield key, f"found {infer}, expected 1: a MiniMind fits on one device, and more engines are faster"
+        if (generate.data_parallel_size or 1) > count:
+            key = "generate_config.data_parallel_size"
+            yield key, f"found {generate.data_parallel_size}, the actor has {count} devices"
+    elif count % infer:
+        yield (
+            "generate_config.infer_tensor_parallel_size",
+            f"{count} devices are not a multiple of {infer} (MindSpeed-RL's default is 8)",
+        )
+    elif count and actor.global_batch_size % (count // infer):
+        yield (
+            "megatron_training.global_batch_size",
+            f"{actor.global_batch_size} is not a multiple of the {count // infer} rollout engines",
+        )
+    elif heads % infer:
+        yield "generate_config.infer_tensor_parallel_size", f"{heads} key-value heads are not a multiple of {infer}"
+    algorithms = ("ulysses_cp_algo", "megatron_cp_algo")
+    if actor.context_parallel_size > 1 and actor.context_parallel_algo not in algorithms:
+        yield "megatron_training.context_parallel_algo", f"expected {' or '.join(algorithms)}"
+    if rl.partial_rollout_max_split > 1 and rl.guarantee_order:
+        yield "rl_config.guarantee_order", "must be false with partial_rollout_max_split above 1"
+    if rl.multi_turn_enable and not rl.async_engine:
+        yield "rl_config.async_engine", "multi_turn_enable needs it"
+    if rl.share_backbone and (not actor.lora_target_modules or actor.stage == "ray_dapo"):
+        yield "rl_config.share_backbone", "only for LoRA, and not for DAPO"
+
+
+def one_process(config: Config) -> Iterator[Problem]:
+    """One process has no rollout groups in MindSpeed-RL (vllm_parallel_state.py, initialize_parallel_state)."""
+    rl = config.rl
+    for key in ("zmq_communication", "guarantee_order"):
+        if rl.actor_resource.num_npus == 1 and getattr(rl, key):
+            yield (
+                f"rl_config.{key}",
+                "true with actor_resource.num_npus 1: MindSpeed-RL would stop with 'vllm dp groups is None'. "
+                f"Set rl_config.{key}: false",
+            )
+
+
+def router(config: Config) -> Iterator[Problem]:
+    """A router weight that MindSpeed-RL cannot compute."""
+    if config.actor.num_experts and not config.actor.norm_topk_prob:
+        yield (
+            "megatron_training.norm_topk_prob",
+            "false is the router weight softmax. MindSpeed-RL has no key for moe_router_pre_softmax, without which "
+            "MindSpeed-LLM's router normalizes the weights. Train on the embedded trainer (BACKEND=embedded)",
+        )
+
+
+def padding(config: Config, target: str) -> Iterator[Problem]:
+    """Keys that use_remove_padding needs; the two versions differ."""
+    actor, older = config.actor, target == "mindspeed-rl-2.2.0"
+    ring = actor.context_parallel_size > 1 and actor.context_parallel_algo == "megatron_cp_algo"
+    if config.rl.use_remove_padding:
+        needed = ["reset_position_ids" if older else "reset_attention_mask"]
+        needed += ["reset_attention_mask"] if older and ring else []
+        if actor.pipeline_model_parallel_size > 1:
+            needed.append("variable_seq_lengths" if older else "no_pad_to_seq_lengths")
+        for key in [key for key in needed if not getattr(actor, key)]:
+            yield "rl_config.use_remove_padding", f"needs megatron_training.{key}: true"
+    if older and actor.reset_attention_mask and not (ring and config.rl.use_remove_padding):
+        yield (
+            "megatron_training.reset_attention_mask",
+            "true is only for use_remove_padding with context_parallel_algo megatron_cp_algo above 1",
+        )
+
+
+RULES = (sections, devices, batches, lengths, rewards, modes, padding)
+
+
+# What MindSpeed-RL hands out at once
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Responses of a step that a kind of worker takes.
+
+    Attributes:
+        name: of its key, `rl_config.{name}_dispatch_size`.
+        responses: of a step.
+        takers: replicas, engines or hosts that share them.
+        what: these are, for messages.
+        even: sizes divide each taker's share, not only the whole.
+        most: responses that a size may have at most; None: no such rule.
+    """
+
+    name: str
+    responses: int
+    takers: int = 1
+    what: str = "replicas"
+    even: bool = False
+    most: int | None = None
+
+
+def queues(config: Config, nodes: int) -> Iterator[Queue]:
+    """The queues of a run.
+
+    Args:
+        config: of the run.
+        nodes: hosts of the Ray cluster.
+    """
+    rl, samples = config.rl, config.rl.n_samples_per_prompt
+    found = {worker.name: worker for worker in workers(config)}
+    actor = found["actor_config"]
+    whole = (actor.keys.global_batch_size or 0) * samples
+    step = rl.filter_groups_train_batch_size * samples if rl.filter_groups_enable else whole
+    share = whole // actor.data_parallel
+    engines = max(1, actor.devices // config.generate.infer_tensor_parallel_size)
+    yield Queue("actor_rollout", whole, engines, "engines", even=True)
+    yield Queue("actor_logprob", step, actor.data_parallel, most=share)
+    yield Queue("actor_update", step, actor.data_parallel, most=share)
+    yield Queue("adv", step)
+    reference = found.get("ref_config", actor)
+    asked = (reference.keys.global_batch_size or 0) * samples
+    yield Queue("ref", asked, reference.data_parallel, most=asked // reference.data_parallel)
+    scored = _scored(config) * samples
+    if "reward_config" in found:
+        model = found["reward_config"]
+        yield Queue("reward", scored, model.data_parallel, most=scored // model.data_parallel)
+    else:
+        yield Queue("reward", scored, nodes, "hosts")
+    if rl.filter_groups_enable:
+        yield Queue("dynamic_sampling", scored, nodes, "hosts", most=scored // nodes)
+    if critic := found.get("critic_config"):
+        valued = (critic.keys.global_batch_size or 0) * samples
+        for name in ("critic_update", "critic_value"):
+            yield Queue(name, valued, critic.data_parallel, most=valued // critic.data_parallel)
+        yield Queue("kl", valued)
+
+
+def _scored(config: Config) -> int:
+    """Prompts of a step, as what scores them counts them."""
+    keys = config.actor if config.rl.use_integrated_worker or config.reward is None else config.reward
+    return keys.global_batch_size or 0
+
+
+def dispatch(config: Config, target: str, nodes: int) -> Iterator[Problem]:
+    """Sizes divide what there is, and are no larger than a share; prompts divide among the hosts.
+
+    Args:
+        config: of the run.
+        target: of `lint.TARGETS`. Master refuses sizes above a share, which no replica could take.
+        nodes: hosts of the Ray cluster.
+    """
+    rl = config.rl
+    ruled = rl.filter_groups_enable or rl.reward_resource is None
+    if target != "embedded" and ruled and _scored(config) % nodes:
+        yield (
+            "megatron_training.global_batch_size",
+            f"{_scored(config)} prompts are not a multiple of the {nodes} hosts of the Ray cluster, which all score",
+        )
+    for queue in queues(config, nodes):
+        key = f"{queue.name}_dispatch_size"
+        size = getattr(rl, key)
+        if not size:
+            continue
+        counted = queue.responses // queue.takers if queue.even else queue.responses
+        if counted % size:
+            yield f"rl_config.{key}", f"{_responses(queue, queue.even)} are not a multiple of {size}"
+        elif target == "mindspeed-rl-master" and queue.most is not None and size > queue.most:
+            yield f"rl_config.{key}", f"{size} is more than the {_responses(queue, True, queue.most)}"
+        if queue.name == "dynamic_sampling" and size % rl.n_samples_per_prompt:
+            yield f"rl_config.{key}", f"{size} is not a multiple of n_samples_per_prompt {rl.n_samples_per_prompt}"
+    replicas, update = workers(config)[0].data_parallel, rl.actor_update_dispatch_size
+    if target != "embedded" and update and update < rl.mini_batch_size / replicas:
+        yield (
+            "rl_config.actor_update_dispatch_size",
+            f"{update} is less than a replica's part of a mini-batch, {rl.mini_batch_size} responses / {replicas}",
+        )
+
+
+def _responses(queue: Queue, each: bool, share: int | None = None) -> str:
+    count = queue.responses // queue.takers if share is None else share
+    return f"{count} responses of each of {queue.takers} {queue.what}" if each else f"{queue.responses} responses"
+
+
+# What the embedded trainer does not have
+
+# What a key asks for when it is not at its default.
+ABSENT = {
+    "multi_turn_enable": "there are no conversations of several turns",
+    "is_multimodal": "there are no images",
+    "partial_rollout_max_split": "responses are written in one go",
+    "reward_resource": "reward_config is not run; minimind.reward_model is the reward model",
+    "rule_reward": "the verifiers of verifier_function always score; leave them out (minimind.reward_model scores "
+    "without)",
+}
+
+
+def unheeded(config: Config) -> Iterator[Problem]:
+    """Keys that ask for what there is not, so that a run would silently be another one."""
+    rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
+    given, known = config.tree["rl_config"], defaults("RLConfig")
+    where = "the embedded trainer does not heed it"
+    for key, why in ABSENT.items():
+        value = getattr(rl, key)
+        if value is not None and value != known[key]:
+            yield f"rl_config.{key}", f"{given[key]}: {where}: {why}"
+    if config.generate.sampling_config.seed is not None:
+        yield (
+            "generate_config.sampling_config.seed",
+            f"{where}: the responses are drawn by megatron_training.seed",
+        )
+    if (rl.integrated_mode_config or {}).get("ref_model_load_path") not in (None, config.actor.load):
+        yield (
+            "rl_config.integrated_mode_config",
+            f"{where}: the reference is what the run began with; for another one use_integrated_worker: false",
+        )
+    wanted, kept = config.actor.global_batch_size, rl.filter_groups_train_batch_size
+    if chosen.dynamic_sampling and kept not in (known["filter_groups_train_batch_size"], wanted):
+        yield (
+            "rl_config.filter_groups_train_batch_size",
+            f"{kept}: {where}: it fills a step of global_batch_size {wanted} groups; give both the same number",
+        )
+    for other in ("dapo", "ppo"):  # the stage ray_grpo serves all others
+        if config.actor.stage == STAGES[other] and name != other:
+            yield (
+                "megatron_training.stage",
+                f"{config.actor.stage}: {where}, but minimind.algorithm, which is {name}; set that to {other}",
+            )
+    if not rl.blocking and config.minimind.rollout_correction == "tis":
+        yield (
+            "minimind.rollout_correction",
+            "tis: with rl_config.blocking: false every weight would be exactly 1. The ratio is then taken to the "
+            "engine's own log-probabilities, so none are left to compare these with. Set rl_config.blocking: true, or "
+            "minimind.rollout_correction: none",
+        )
+    trained = filter(None, (config.actor, config.ref, config.critic))
+    if config.minimind.precision == "bf16" and not all(section.bf16 for section in trained):
+        yield (
+            "megatron_training.bf16",
+            "false, and minimind.precision is bf16: the training would run in fp32 and the engine in bf16. Set "
+            "minimind.precision: fp32, and leave bf16 out",
+        )
+    if rl.adv_estimator == "gae" and chosen.advantage != "gae":
+        yield "rl_config.adv_estimator", f"gae: {where}, but minimind.algorithm: gae is ppo's, and this is {name}"
