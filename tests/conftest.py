@@ -9,10 +9,9 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import engine
 import numpy as np
-import posttrain_oracle
 import pytest
+from helpers import engine, posttrain_oracle
 
 # A shell starts programs in its background with SIGINT ignored, and they pass that on to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

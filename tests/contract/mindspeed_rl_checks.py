@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-from upstream_rl import Source
+from helpers.upstream_rl import Source
 
 SECTIONS = ("actor", "rl", "generate")
 
@@ -245,7 +245,7 @@ def ray(source: Source) -> None:
 
     class Worker:
         def adaptor(self) -> tuple[str, str]:
-            from upstream_rl import Source
+            from helpers.upstream_rl import Source
 
             sources = Source(Path(home))
             sys.modules["mindspeed_rl.utils"].Loggers = sources.module("utils.loggers").Loggers  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import upstream_rl
+from helpers import upstream_rl
 
 TABLE = Path(__file__).with_name("verifiers.json")
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import engine
-import golden
 import pytest
-import rehearsal
-from engine import ROOT, worst_difference
-from rehearsal import Inputs
+from helpers import engine, golden, rehearsal
+from helpers.engine import ROOT, worst_difference
+from helpers.rehearsal import Inputs
 
 HANDLERS = {
     "text.jsonl": ["GeneralPretrainHandler", "--json-keys", "text", "--prepend-bos", "--append-eod"],

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.weights_on_disk import state_dict, write_hf
 from torch import Tensor
-from weights_on_disk import state_dict, write_hf
 
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine import ROOT, Corpus
-from weights_on_disk import write_arguments
+from helpers.engine import ROOT, Corpus
+from helpers.weights_on_disk import write_arguments
 
 from minimind_mcore.arguments import build_parser, flag_table
 from minimind_mcore.mindspeed.flags import spelled

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from engine import ROOT
-from rl_trees import DISPATCH
+from helpers.engine import ROOT
+from helpers.rl_trees import DISPATCH
 
 from minimind_mcore.arguments import flag_table
 from minimind_mcore.preprocess.convert import convert

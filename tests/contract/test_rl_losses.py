@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import upstream_rl
+from helpers import upstream_rl
 from torch import Tensor
 
 from minimind_mcore.rl.algorithms import advantages, kl, losses

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 IMPORT = """
 import sys

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import upstream_templates as upstream
-from engine import ROOT
+from helpers import upstream_templates as upstream
+from helpers.engine import ROOT
 from transformers import AutoTokenizer
 
 from minimind_mcore.arguments import flag_table

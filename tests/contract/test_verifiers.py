@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import upstream_rl
+from helpers import upstream_rl
 
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 

@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import chaos
-import engine
 import pytest
-import rl_trees
 import yaml
-from chaos import Attempt, Cut, Ended, Round, Served, Started
-from disks import small_disk
+from helpers import chaos, engine, rl_trees
+from helpers.chaos import Attempt, Cut, Ended, Round, Served, Started
+from helpers.disks import small_disk
 
 from minimind_mcore.models.presets import PRESETS
 
@@ -101,7 +99,9 @@ class Subject:
         tree["megatron_training"] |= {"train_iters": self.steps, "save_interval": 2}
         if self.trainer == "grpo":
             (self.folder / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
-            return Served(server, ["--tree", str(self.folder / "tree.json")], self.run, self.steps, 1, "rl_local")
+            return Served(
+                server, ["--tree", str(self.folder / "tree.json")], self.run, self.steps, 1, "helpers.rl_local"
+            )
         (self.folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         command = [str(engine.ROOT / "train_grpo.py"), "--config-name", "run", "--config-dir", str(self.folder)]
         environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": f"/tmp/chaos{os.getpid()}", "RAY_AUTH_MODE": "disabled"}

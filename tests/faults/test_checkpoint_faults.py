@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine import ROOT, Corpus, Run, Server
+from helpers.engine import ROOT, Corpus, Run, Server
 
 from minimind_mcore.models.presets import PRESETS
 

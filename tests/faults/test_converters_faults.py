@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from disks import small_disk
-from engine import ROOT
+from helpers.disks import small_disk
+from helpers.engine import ROOT
+from helpers.weights_on_disk import SMALL, config_json, read_hf, state_dict, write_hf
 from safetensors.torch import load_file, save_file
-from weights_on_disk import SMALL, config_json, read_hf, state_dict, write_hf
 
 from minimind_mcore.converters import convert as convert_module
 from minimind_mcore.converters.cli import main_v1, main_v2

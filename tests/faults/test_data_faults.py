@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine import Corpus, Run, Server
+from helpers.engine import Corpus, Run, Server
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS

@@ -8,10 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fuzz
-import fuzz_files
-import fuzz_texts
 import pytest
+from helpers import fuzz, fuzz_files, fuzz_texts
 
 MAKERS: dict[str, Callable[[random.Random, Path], Iterator[fuzz.Case]]] = {
     "flags": fuzz_texts.flag_cases,

@@ -14,9 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
 import torch
+from helpers import engine
 
 from minimind_mcore import arguments, unpickling
 from minimind_mcore.errors import UserError

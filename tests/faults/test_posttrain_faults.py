@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine import Corpus, Server
-from posttrain_oracle import DYNAMIC, FLAGS, MODEL
+from helpers.engine import Corpus, Server
+from helpers.posttrain_oracle import DYNAMIC, FLAGS, MODEL
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.posttrain.data import INSTRUCTION, check_labels

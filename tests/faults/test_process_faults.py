@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from engine import ROOT, Corpus, Server, layout
-from launcher import launched, ranks_of, wait_for_iteration
+from helpers.engine import ROOT, Corpus, Server, layout
+from helpers.launcher import launched, ranks_of, wait_for_iteration
 
 from minimind_mcore.models.presets import PRESETS
 

@@ -13,12 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import engine
 import psutil
 import pytest
-import rl_ray
-import rl_trees
 import yaml
+from helpers import engine, rl_ray, rl_trees
 
 from minimind_mcore.rl.hosts import end, own_address
 from minimind_mcore.storage import atomic_write_text
@@ -103,7 +101,7 @@ def configuration(corpus: engine.Corpus, folder: Path, name: str) -> Path:
         rl_trees.write_prompts(prompts, 32)
     tree = rl_trees.run_tree(corpus, prompts, folder / name)
     tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": 2}
-    tree["rl_config"] |= {"verifier_function": ["rl_trees:gated"], "verifier_timeout": int(2 * PATIENCE)}
+    tree["rl_config"] |= {"verifier_function": ["helpers.rl_trees:gated"], "verifier_timeout": int(2 * PATIENCE)}
     tree["minimind"] |= {"cluster_wait_s": PATIENCE, "actor_timeout_s": PATIENCE}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")

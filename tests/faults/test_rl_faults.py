@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-import rl_ray
-import rl_trees
+from helpers import engine, rl_ray, rl_trees
 
 DEADLINE = 420.0  # seconds for both runs; they take about 60 on two quiet cores
 SAME = ("grpo/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "response_length/mean", "actor/lr")

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine
 import pytest
-import rl_hosts
-import rl_ray
-import rl_trees
 import yaml
+from helpers import engine, rl_hosts, rl_ray, rl_trees
 
 REFUSED = rl_hosts.why_no_namespaces()
 STEPS, SAVED = 8, 2
@@ -32,7 +29,7 @@ def configuration(corpus: engine.Corpus, folder: Path, name: str, **ours: object
         rl_trees.write_prompts(prompts, 64)
     tree = rl_trees.run_tree(corpus, prompts, folder / name, micro_batch_size=4)
     tree["megatron_training"] |= {"train_iters": STEPS, "save_interval": SAVED}
-    tree["rl_config"]["verifier_function"] = ["rl_trees:unhurried"]
+    tree["rl_config"]["verifier_function"] = ["helpers.rl_trees:unhurried"]
     tree["minimind"] |= {"cluster_wait_s": PATIENCE, "actor_timeout_s": PATIENCE, **ours}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chaos
 import numpy as np
 import psutil
 import pytest
-from disks import small_disk
-from engine import ROOT, Corpus, Run, Server, as_flags, layout
-from launcher import launched, ranks_of, wait_for_iteration
+from helpers import chaos
+from helpers.disks import small_disk
+from helpers.engine import ROOT, Corpus, Run, Server, as_flags, layout
+from helpers.launcher import launched, ranks_of, wait_for_iteration
 
 from minimind_mcore.models.presets import PRESETS
 

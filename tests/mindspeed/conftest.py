@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import rehearsal
-from engine import ROOT
-from rehearsal import Inputs, Pretrain, Result
+from helpers import rehearsal
+from helpers.engine import ROOT
+from helpers.rehearsal import Inputs, Pretrain, Result
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import rehearsal
-from rehearsal import Inputs
+from helpers import rehearsal
+from helpers.rehearsal import Inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rehearsal
-from rehearsal import Inputs, Pretrain
+from helpers import rehearsal
+from helpers.rehearsal import Inputs, Pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

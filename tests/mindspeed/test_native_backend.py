@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rehearsal
-from engine import read_rows, worst_difference
-from rehearsal import Inputs
+from helpers import rehearsal
+from helpers.engine import read_rows, worst_difference
+from helpers.rehearsal import Inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

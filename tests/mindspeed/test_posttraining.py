@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import engine
 import pytest
-import rehearsal
-from engine import worst_difference
-from rehearsal import Inputs
+from helpers import engine, rehearsal
+from helpers.engine import worst_difference
+from helpers.rehearsal import Inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import engine
 import pytest
-import rehearsal
 import torch
-from engine import worst_difference
-from rehearsal import Inputs, Pretrain
+from helpers import engine, rehearsal
+from helpers.engine import worst_difference
+from helpers.rehearsal import Inputs, Pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

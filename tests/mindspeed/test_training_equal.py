@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import engine
 import pytest
-import rehearsal
-from engine import worst_difference
-from rehearsal import Pretrain
+from helpers import engine, rehearsal
+from helpers.engine import worst_difference
+from helpers.rehearsal import Pretrain
 
 from minimind_mcore.converters.opening import open_source
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine import ROOT, Corpus, Server, as_flags, layout
-from weights_on_disk import SMALL, read_hf, state_dict, write_hf
+from helpers.engine import ROOT, Corpus, Server, as_flags, layout
+from helpers.weights_on_disk import SMALL, read_hf, state_dict, write_hf
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.models.config import ModelConfig

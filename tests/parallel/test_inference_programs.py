@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import ROOT, Corpus
-from inference_models import run_inference, write_model
+from helpers.engine import ROOT, Corpus
+from helpers.inference_models import run_inference, write_model
 
 SCRIPTS = ROOT / "examples" / "mcore" / "minimind"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engine import Corpus, Run, Server, layout, worst_difference
+from helpers.engine import Corpus, Run, Server, layout, worst_difference
 
 from minimind_mcore.models.presets import PRESETS
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine import TRACKER, Corpus, Run, Server, facts, load, same
-from posttrain_oracle import (
+from helpers.engine import TRACKER, Corpus, Run, Server, facts, load, same
+from helpers.posttrain_oracle import (
     DYNAMIC,
     FLAGS,
     HYPER,
@@ -24,9 +24,9 @@ from posttrain_oracle import (
     samples_in_order,
     sft_loss,
 )  # fmt: skip
+from helpers.twin import load_twin, train
 from safetensors.torch import load_file
 from torch import Tensor
-from twin import load_twin, train
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.job import Job

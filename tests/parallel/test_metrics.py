@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import Corpus, Run, Server, read_rows
+from helpers.engine import Corpus, Run, Server, read_rows
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.training.metrics import forget_after, read_history

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Corpus, Server, layout, worst_difference
-from posttrain_oracle import (
+from helpers.engine import Corpus, Server, layout, worst_difference
+from helpers.posttrain_oracle import (
     BATCH,
     DYNAMIC,
     FLAGS,
@@ -29,8 +29,8 @@ from posttrain_oracle import (
     samples_in_order,
     sft_loss,
 )  # fmt: skip
+from helpers.twin import initial_weights, load_twin, train
 from torch import Tensor
-from twin import initial_weights, load_twin, train
 
 from minimind_mcore.models.presets import PRESETS
 

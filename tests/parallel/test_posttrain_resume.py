@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import TRACKER, Corpus, Run, Server, facts, load, same
-from posttrain_oracle import DYNAMIC, FLAGS, LAYOUTS, MODEL, PACKED
+from helpers.engine import TRACKER, Corpus, Run, Server, facts, load, same
+from helpers.posttrain_oracle import DYNAMIC, FLAGS, LAYOUTS, MODEL, PACKED
 
 from minimind_mcore.models.presets import PRESETS
 

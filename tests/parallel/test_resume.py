@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import TRACKER, Corpus, Server, as_flags, facts, layout, load, same, worst_difference
+from helpers.engine import TRACKER, Corpus, Server, as_flags, facts, layout, load, same, worst_difference
 
 from minimind_mcore.models.presets import PRESETS
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import posttrain_oracle
 import pytest
-from engine import ROOT, TRACKER, Corpus, Run, Server, as_flags, facts, layout, load, same
+from helpers import posttrain_oracle
+from helpers.engine import ROOT, TRACKER, Corpus, Run, Server, as_flags, facts, layout, load, same
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.indexed import IndexedWriter

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-import rl_ray
-import rl_trees
+from helpers import engine, rl_ray, rl_trees
 
 DEADLINE = 900.0
 pytestmark = pytest.mark.timeout(DEADLINE + 30)
@@ -29,8 +27,15 @@ def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
 
     resources = {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
     kept = {"save_rollouts": str(folder / "rollouts")}
-    dapo = {"filter_groups_enable": True, "filter_groups_max_batches": 3, "filter_groups_metric": "rl_trees:spotty"}
-    rewards = {"verifier_function": ["rl_trees:rewarded", "rl_trees:spotty"], "verifier_weight": [1.0, 1.0]}
+    dapo = {
+        "filter_groups_enable": True,
+        "filter_groups_max_batches": 3,
+        "filter_groups_metric": "helpers.rl_trees:spotty",
+    }
+    rewards = {
+        "verifier_function": ["helpers.rl_trees:rewarded", "helpers.rl_trees:spotty"],
+        "verifier_weight": [1.0, 1.0],
+    }
     return {
         "grpo": variant("grpo", {}, kept | {"weight_check_interval": 1}),
         "apart": variant("apart", resources, {}, ref_config={"model": "minimind3_tiny", "micro_batch_size": 4}),
@@ -58,7 +63,7 @@ def runs(
         output = rl_ray.run(folder, [{"name": name, "tree": tree} for name, tree in trees.items()], DEADLINE)
     for name, tree in trees.items() if request.param == "local" else ():
         (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
-        output += server.run(["--tree", str(folder / f"{name}.json")], folder / name, module="rl_local").output
+        output += server.run(["--tree", str(folder / f"{name}.json")], folder / name, module="helpers.rl_local").output
     assert "spoilt, sent again, equal" in output
     return {name: rl_ray.rows(folder / name) for name in trees}
 

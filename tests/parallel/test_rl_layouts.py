@@ -6,11 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-import rl_rank
 import torch
-from rl_trees import tree
+from helpers import engine, rl_rank
+from helpers.rl_trees import tree
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl.batch import Batch
@@ -27,7 +26,7 @@ def run(server: engine.Server, folder: Path, task: dict[str, Any], processes: in
     """What `rl_rank` finds."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(task, folder / "task.pt")
-    server.run(["--task", str(folder / "task.pt")], folder, processes, module="rl_rank")
+    server.run(["--task", str(folder / "task.pt")], folder, processes, module="helpers.rl_rank")
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
     return found
 

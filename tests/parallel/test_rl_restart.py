@@ -9,10 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-import rl_ray
-import rl_trees
+from helpers import engine, rl_ray, rl_trees
 
 from minimind_mcore.rl.config.load import compose, plain
 from minimind_mcore.training.checkpointing import iterations_in
@@ -22,7 +20,7 @@ SAME = ("grpo/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss",
 
 def die_between() -> None:
     """Called in the run's process: it is killed when the critic of step 2 is saved, and the actor is not."""
-    import rl_local
+    from helpers import rl_local
 
     save = rl_local.LocalTrain.save
 
@@ -46,7 +44,7 @@ def test_a_run_killed_between_the_saves_goes_on_from_the_pair_before(
         tree["minimind"] |= {"algorithm": "ppo", "keep_last": 1}
         tree["critic_config"] = {"model": "minimind3_tiny", "micro_batch_size": 4, "lr": 1e-3}
         (tmp_path / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
-        return server.run(["--tree", str(tmp_path / f"{name}.json")], tmp_path / name, module="rl_local", **how)
+        return server.run(["--tree", str(tmp_path / f"{name}.json")], tmp_path / name, module="helpers.rl_local", **how)
 
     run("calm")
     run("killed", hook=f"{__file__}:die_between", check=False)
@@ -87,7 +85,10 @@ def test_a_rank_lost_before_the_first_step_is_replaced(
     tree["minimind"] |= {"eval_data": str(prompts), "eval_prompts": 4}
     (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
     run = server.run(
-        ["--tree", str(tmp_path / "tree.json")], tmp_path, module="rl_local", hook=f"{__file__}:lose_a_rank_once"
+        ["--tree", str(tmp_path / "tree.json")],
+        tmp_path,
+        module="helpers.rl_local",
+        hook=f"{__file__}:lose_a_rank_once",
     )
     assert "training ranks: actor rank 0: died; replacing it (1 of 1)" in run.output
     measured = [row["iteration"] for row in engine.read_rows(tmp_path) if "eval/accuracy" in row]
@@ -115,7 +116,7 @@ def shipped_tree(corpus: engine.Corpus, name: str, folder: Path) -> dict[str, An
     tree["rl_config"] |= {
         "n_samples_per_prompt": rl_trees.N, "mini_batch_size": 4, "actor_resource": {"num_npus": 1},
         "max_prompt_length": 32, "actor_forward_micro_batch_size": 4, "ref_forward_micro_batch_size": 4,
-        "verifier_function": ["rl_trees:rewarded"],
+        "verifier_function": ["helpers.rl_trees:rewarded"],
     }  # fmt: skip
     tree["generate_config"]["sampling_config"]["max_tokens"] = 8
     tree["minimind"]["output_dir"] = str(folder)
@@ -147,7 +148,7 @@ def test_resume_and_recovery_of_a_shipped_configuration_equal_the_undisturbed_ru
         tree = shipped_tree(corpus, name, tmp_path / kind)
         assert tree["actor_config"]["no_load_optim"] and tree["actor_config"]["no_load_rng"]
         (tmp_path / f"{kind}.json").write_text(json.dumps(tree), encoding="utf-8")
-        server.run(["--tree", str(tmp_path / f"{kind}.json")], tmp_path / kind, module="rl_local", hook=hook)
+        server.run(["--tree", str(tmp_path / f"{kind}.json")], tmp_path / kind, module="helpers.rl_local", hook=hook)
         return {row["iteration"]: row for row in rl_ray.rows(tmp_path / kind)}
 
     calm = run("calm")
@@ -176,7 +177,9 @@ def test_a_longer_schedule_is_a_choice(server: engine.Server, corpus: engine.Cor
         tree["megatron_training"]["train_iters"] = steps
         tree["minimind"] |= ours
         (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
-        return server.run(["--tree", str(tmp_path / "tree.json")], tmp_path / "run", module="rl_local", check=False)
+        return server.run(
+            ["--tree", str(tmp_path / "tree.json")], tmp_path / "run", module="helpers.rl_local", check=False
+        )
 
     assert run(2).codes == [0]
     refused = run(4)
@@ -197,7 +200,7 @@ def test_another_order_of_prompts_is_one_warning_with_both_values(
         tree["minimind"]["resume_schedule"] = "override"
         (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
         path = str(tmp_path / "tree.json")
-        return server.run(["--tree", path], tmp_path / "run", module="rl_local").output
+        return server.run(["--tree", path], tmp_path / "run", module="helpers.rl_local").output
 
     said = "reads its samples in another order"
     assert said not in run(1) and said not in run(2)

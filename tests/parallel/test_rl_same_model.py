@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-import rl_ray
-import rl_trees
 import torch
-from weights_on_disk import state_dict, write_hf
+from helpers import engine, rl_ray, rl_trees
+from helpers.weights_on_disk import state_dict, write_hf
 
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.rl.batch import Batch
@@ -55,7 +53,7 @@ def run(
     file = folder / "tree.json"
     file.write_text(json.dumps(tree), encoding="utf-8")
     words = ["--tree", str(file)]
-    done = server.run(words, folder / "run", module="rl_local", check=False, hook=hook and f"{__file__}:{hook}")
+    done = server.run(words, folder / "run", module="helpers.rl_local", check=False, hook=hook and f"{__file__}:{hook}")
     rows = rl_ray.rows(folder / "run") if (folder / "run/metrics.jsonl").exists() else []
     return done, rows
 
@@ -103,7 +101,7 @@ def test_saved_responses_of_other_weights_still_train(
             "minimind": tree["minimind"] | more | {"output_dir": str(tmp_path / name)},
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(changed), encoding="utf-8")
-        server.run(["--tree", str(tmp_path / f"{name}.json")], tmp_path / name, module="rl_local")
+        server.run(["--tree", str(tmp_path / f"{name}.json")], tmp_path / name, module="helpers.rl_local")
     assert rl_ray.rows(tmp_path / "again")[-1]["rollout/logp_diff"] > 1e-3
 
 
@@ -121,7 +119,7 @@ def test_a_critic_begins_with_weights_of_its_own_model_alone(
         tree = rl_trees.tree(corpus, load=str(written))
         torch.save({"tree": tree, "role": "critic", "only_load": True}, tmp_path / "task.pt")
         words = ["--task", str(tmp_path / "task.pt")]
-        done = server.run(words, tmp_path / f"{name}-run", module="rl_rank", check=False)
+        done = server.run(words, tmp_path / f"{name}-run", module="helpers.rl_rank", check=False)
         assert done.codes == [bool(says)] and says in done.output, (name, done.output)
 
 
@@ -136,7 +134,7 @@ def test_fp16_trains_in_half_precision(server: engine.Server, corpus: engine.Cor
         folder = tmp_path / precision
         folder.mkdir()
         torch.save(task, folder / "task.pt")
-        server.run(["--task", str(folder / "task.pt")], folder, module="rl_rank")
+        server.run(["--task", str(folder / "task.pt")], folder, module="helpers.rl_rank")
         found[precision] = torch.load(folder / "found.pt", weights_only=False)
     assert {tensor.dtype for tensor in found["fp16"]["weights_after"].values()} == {torch.float16}
     for single, half in zip(found["fp32"]["metrics"], found["fp16"]["metrics"], strict=True):
@@ -161,7 +159,7 @@ def test_the_entropy_s_term_is_a_mean_over_tokens_whatever_the_micro_batch_size(
         folder = tmp_path / str(size)
         folder.mkdir()
         torch.save(task, folder / "task.pt")
-        server.run(["--task", str(folder / "task.pt")], folder, module="rl_rank")
+        server.run(["--task", str(folder / "task.pt")], folder, module="helpers.rl_rank")
         found[size] = torch.load(folder / "found.pt", weights_only=False)
     mask = Batch(**found[16]["batch"]).mask.bool()
     expected = found[16]["before"]["entropy"][mask].double().mean().item()

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engine import Corpus, Server, layout, worst_difference
+from helpers.engine import Corpus, Server, layout, worst_difference
+from helpers.twin import Hyper, initial_weights, load_twin, train
 from torch import Tensor
-from twin import Hyper, initial_weights, load_twin, train
 
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.presets import PRESETS

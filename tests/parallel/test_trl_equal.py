@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Corpus, Server
-from posttrain_oracle import (
+from helpers.engine import Corpus, Server
+from helpers.posttrain_oracle import (
     BATCH,
     DYNAMIC,
     FLAGS,
@@ -20,7 +20,7 @@ from posttrain_oracle import (
     compare,
     samples_in_order,
 )  # fmt: skip
-from twin import initial_weights, load_twin
+from helpers.twin import initial_weights, load_twin
 
 from minimind_mcore.models.presets import PRESETS
 

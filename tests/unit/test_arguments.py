@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROOT, as_flags
+from helpers.engine import ROOT, as_flags
 
 from minimind_mcore import arguments
 from minimind_mcore.arguments import (

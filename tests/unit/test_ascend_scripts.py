@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import ROOT, Corpus
+from helpers.engine import ROOT, Corpus
 
 SCRIPTS = ROOT / "examples/mcore/minimind"
 STAND_IN = ROOT / "minimind_mcore/mindspeed/emulation/python"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weights_on_disk import SMALL, state_dict, write_hf
+from helpers.weights_on_disk import SMALL, state_dict, write_hf
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.opening import open_source

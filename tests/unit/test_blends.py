@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine import ROOT, as_flags
+from helpers.engine import ROOT, as_flags
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError

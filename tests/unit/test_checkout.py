@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine import ROOT, Corpus
+from helpers.engine import ROOT, Corpus
 
 # Tests of what reads paths such as data/quickstart/tokenizer, by the files that they are in.
 PART = ("tests/unit/test_rl_config.py", "-k", "tiny and (fit_for_every_target or native_parser)")

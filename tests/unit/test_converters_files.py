@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.weights_on_disk import SMALL, assert_same_bits, state_dict, write_hf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from weights_on_disk import SMALL, assert_same_bits, state_dict, write_hf
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert

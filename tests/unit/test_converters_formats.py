@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.weights_on_disk import SMALL, assert_same_bits, config_json, read_hf, read_mcore, state_dict, write_hf
 from safetensors.torch import save_file
 from torch import Tensor
-from weights_on_disk import SMALL, assert_same_bits, config_json, read_hf, read_mcore, state_dict, write_hf
 
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget, PthTarget

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.weights_on_disk import SMALL, assert_same_bits, read_hf, state_dict, write_hf
 from torch import Tensor
-from weights_on_disk import SMALL, assert_same_bits, read_hf, state_dict, write_hf
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from torch import Tensor
-from weights_on_disk import SMALL, state_dict, write_hf
 
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget, PthTarget

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from weights_on_disk import MODELS, assert_same_bits, pairwise, read_hf, read_mcore, state_dict, whole_grid, write_hf
+from helpers.weights_on_disk import (
+    MODELS,
+    assert_same_bits,
+    pairwise,
+    read_hf,
+    read_mcore,
+    state_dict,
+    whole_grid,
+    write_hf,
+)
 
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 from transformers import AutoTokenizer
 
 from minimind_mcore.preprocess.indexed import IndexedWriter

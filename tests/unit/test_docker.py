@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from engine import ROOT
+from helpers.engine import ROOT
 
 from minimind_mcore.doctor import matrix
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 from minimind_mcore import hosts
 from minimind_mcore.doctor import devices, host, installed, job, main, matrix, rehearsal, tables

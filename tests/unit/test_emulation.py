@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine import ROOT
+from helpers.engine import ROOT
 
 PLACE = ROOT / "minimind_mcore/mindspeed/emulation/python"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from engine import ROOT
+from helpers.engine import ROOT
 from torch import Tensor
 
 from minimind_mcore.fused import elementwise

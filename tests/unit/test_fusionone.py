@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROOT
-from weights_on_disk import state_dict, write_hf
+from helpers.engine import ROOT
+from helpers.weights_on_disk import state_dict, write_hf
 
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 PACKAGES = ("minimind_mcore", "models", "preprocess", "converters")
 FILES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 from minimind_mcore import hosts
 from minimind_mcore.errors import UserError

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import Corpus
-from inference_models import open_model, write_model
+from helpers.engine import Corpus
+from helpers.inference_models import open_model, write_model
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main

@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from engine import Corpus
-from inference_models import open_model, run_inference, twin, write_model
+from helpers.engine import Corpus
+from helpers.inference_models import open_model, run_inference, twin, write_model
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import evaluation, exact_match

@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from engine import Corpus
-from inference_models import config_of, open_model, run_inference, twin, write_model, write_pth
-from weights_on_disk import SMALL, state_dict, write_hf
+from helpers.engine import Corpus
+from helpers.inference_models import config_of, open_model, run_inference, twin, write_model, write_pth
+from helpers.weights_on_disk import SMALL, state_dict, write_hf
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.errors import UserError

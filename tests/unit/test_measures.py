@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 COUNT, COMPARE = ROOT / "benchmarks/count_lines.py", ROOT / "benchmarks/same_results.py"
 PYTHON_FILE = '''"""A docstring

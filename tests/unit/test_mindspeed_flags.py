@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from weights_on_disk import write_arguments
+from helpers.weights_on_disk import write_arguments
 
 from minimind_mcore.arguments import build_parser
 from minimind_mcore.errors import UserError

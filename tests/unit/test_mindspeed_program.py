@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 # A program of MindSpeed-LLM's: its second argument calls a function of the module that the first one names.
 PROGRAM = """\

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import ROOT, Corpus, Server, load
+from helpers.engine import ROOT, Corpus, Server, load
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from weights_on_disk import write_arguments
+from helpers.weights_on_disk import write_arguments
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError

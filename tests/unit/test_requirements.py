@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 SCRIPTS = {"install": (".venv", "3.13"), "rehearse": (".venv-rehearsal", "3.12")}  # what they make, of Python up to
 

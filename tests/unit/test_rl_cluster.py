@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl import hosts

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rl_trees import DISPATCH, run_tree
+from helpers.rl_trees import DISPATCH, run_tree
 
 from minimind_mcore.arguments import parse
 from minimind_mcore.errors import UserError

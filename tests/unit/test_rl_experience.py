@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import rl_trees
 import torch
-from engine import Corpus
+from helpers import rl_trees
+from helpers.engine import Corpus
 from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError

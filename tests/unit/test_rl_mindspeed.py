@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from engine import ROOT
+from helpers.engine import ROOT
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed import patching, rl_hook, rl_launch

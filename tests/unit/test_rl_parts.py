@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import engine
 import numpy as np
 import pytest
-import rl_trees
 import torch
+from helpers import engine, rl_trees
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import rl_trees
 import torch
-from engine import Corpus
+from helpers import rl_trees
+from helpers.engine import Corpus
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification, Qwen3Model
 
 from minimind_mcore.errors import UserError

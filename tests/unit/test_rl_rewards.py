@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from engine import ROOT
+from helpers.engine import ROOT
 from pebble import ProcessPool
 
 from minimind_mcore.errors import UserError

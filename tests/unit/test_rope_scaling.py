@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engine import ROOT
+from helpers.engine import ROOT
+from helpers.weights_on_disk import SMALL, state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from weights_on_disk import SMALL, state_dict
 
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.opening import open_source

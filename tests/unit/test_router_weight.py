@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Corpus, Server, load
-from weights_on_disk import MODELS, SMALL, config_json, state_dict, write_arguments, write_hf
+from helpers.engine import Corpus, Server, load
+from helpers.weights_on_disk import MODELS, SMALL, config_json, state_dict, write_arguments, write_hf
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 SCRIPTS = ROOT / "examples/mcore/minimind"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 
 from minimind_mcore import arguments

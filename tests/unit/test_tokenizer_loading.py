@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from weights_on_disk import SMALL, state_dict, write_hf
 
 from minimind_mcore.converters.convert import convert as convert_weights
 from minimind_mcore.converters.hf import HFTarget

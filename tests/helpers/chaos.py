@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine
 import psutil
 
+from helpers import engine
 from minimind_mcore.storage import MANIFEST, check_manifest
 
 SEED = int(os.environ.get("CHAOS_SEED", "14"))

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from engine import layout, worst_difference
 from torch import Tensor
-from twin import Hyper
+
+from helpers.engine import layout, worst_difference
+from helpers.twin import Hyper
 
 STEPS, MICRO_BATCH, BATCH, SEED, SEQUENCE = 10, 2, 4, 1234, 72
 MODEL = "minimind3_tiny"

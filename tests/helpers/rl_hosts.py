@@ -18,7 +18,7 @@ import psutil
 
 from minimind_mcore.rl.hosts import own_address
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "rlxf"
 TOOLS = os.environ["PATH"] + os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
 # What makes a process, and all that it starts, a host of its own; /dev/shm has Ray's objects.

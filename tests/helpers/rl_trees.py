@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import engine
 import numpy as np
 
+from helpers import engine
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.rl.models import model_section
@@ -42,7 +42,7 @@ def run_tree(corpus: engine.Corpus, prompts: Path, folder: Path, **actor: Any) -
     found = tree(corpus, save=str(folder / "checkpoints"), **actor)
     found["megatron_training"] |= {"train_iters": 4, "data_path": str(prompts), "save_interval": 2}
     found["rl_config"] |= {
-        "verifier_function": ["rl_trees:rewarded"], "verifier_weight": [1.0], "num_cpus_for_placement_group": 1,
+        "verifier_function": ["helpers.rl_trees:rewarded"], "verifier_weight": [1.0], "num_cpus_for_placement_group": 1,
         "actor_resource": {"num_npus": 1},
     }  # fmt: skip
     found["generate_config"] |= {

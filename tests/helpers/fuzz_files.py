@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz import NOT_JSON, Case, flipped, write
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from weights_on_disk import SMALL, state_dict, write_hf
 
+from helpers.fuzz import NOT_JSON, Case, flipped, write
+from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.converters.opening import open_source
 from minimind_mcore.models import weights
 from minimind_mcore.preprocess import cli as preprocess

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import engine
+from helpers import engine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(folder: Path, runs: list[dict[str, Any]], timeout: float) -> str:
@@ -39,7 +39,10 @@ def run(folder: Path, runs: list[dict[str, Any]], timeout: float) -> str:
     log = folder / "output.log"
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)], env=environment, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "helpers.rl_ray", str(folder)],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
         try:
             code: int | str = process.wait(timeout)

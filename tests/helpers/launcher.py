@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from engine import ROOT, free_port
+
+from helpers.engine import ROOT, free_port
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz import NOT_JSON, WRONG, Case, flipped, write
-from fuzz_files import open_all
-from weights_on_disk import SMALL, config_json, state_dict, write_hf
-
+from helpers.fuzz import NOT_JSON, WRONG, Case, flipped, write
+from helpers.fuzz_files import open_all
+from helpers.weights_on_disk import SMALL, config_json, state_dict, write_hf
 from minimind_mcore import arguments
 from minimind_mcore.converters.cli import main_v1, main_v2
 from minimind_mcore.inference import evaluation

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRACKER = "latest_checkpointed_iteration.txt"
 KEPT = ("iteration", "consumed_samples", "learning_rate", "lm_loss", "validation_loss", "load_balancing_loss",
         "seq_load_balancing_loss", "rewards/margins", "grad_norm", "skipped_iterations")  # fmt: skip
@@ -68,10 +68,14 @@ class Server:
     def __init__(self, core: str | None = None) -> None:
         """`core` is a directory with another megatron-core; None for the installed one."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "MPLBACKEND": "Agg"}
-        path = [core, str(ROOT), os.environ.get("PYTHONPATH")]
+        path = [core, str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "helpers.engine"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import Corpus
-from weights_on_disk import SMALL, state_dict, write_hf
 
+from helpers.engine import Corpus
+from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.converters.job import Job
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.inference import main

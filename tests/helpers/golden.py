@@ -1,6 +1,7 @@
 """What MindSpeed-LLM's programs did in a rehearsal, recorded, so that CI holds the native engine to it without them.
 
-    MINDSPEED_LLM_HOME=... MINDSPEED_HOME=... MEGATRON_HOME=... .venv/bin/python tests/golden.py    # record anew
+    export MINDSPEED_LLM_HOME=... MINDSPEED_HOME=... MEGATRON_HOME=...
+    PYTHONPATH=tests:. .venv/bin/python -m helpers.golden    # record again
 
 Each file of tests/contract/golden is one run from seed-made inputs: its flags (with {inputs} and {work} for the two
 folders), losses, digests of its data files, names, types and shapes of its checkpoint, and the versions.
@@ -17,13 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-import rehearsal  # noqa: E402
-from engine import ROOT  # noqa: E402
-from rehearsal import Inputs  # noqa: E402
-
-from minimind_mcore.models.config import RouterWeight  # noqa: E402
+from helpers import rehearsal
+from helpers.engine import ROOT
+from helpers.rehearsal import Inputs
+from minimind_mcore.models.config import RouterWeight
 
 FOLDER = ROOT / "tests/contract/golden"
 POSTTRAIN = {"SEQ_LENGTH": "128", "LR": "1e-3"}

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rl_trees import N
 from torch import Tensor
 
+from helpers.rl_trees import N
 from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl import sync
 from minimind_mcore.rl.batch import Batch

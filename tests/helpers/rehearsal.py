@@ -19,9 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import weights_on_disk
-from engine import ROOT, TRACKER
-
+from helpers import weights_on_disk
+from helpers.engine import ROOT, TRACKER
 from minimind_mcore.models.config import ModelConfig
 
 SCRIPTS = ROOT / "examples/mcore/minimind"

@@ -1,6 +1,6 @@
 """MindSpeed-LLM's own template code, loaded by path, and what it makes of conversations.
 
-    MINDSPEED_LLM_HOME=... MINIMIND_TOKENIZER_DIR=... python tests/upstream_templates.py
+    MINDSPEED_LLM_HOME=... MINIMIND_TOKENIZER_DIR=... PYTHONPATH=tests:. python -m helpers.upstream_templates
 
 writes `contract/golden/templates.json`: ids and labels of every dialogue by every template of configs/templates.json,
 with MiniMind's published tokenizers. CI, which has no MindSpeed-LLM, holds the kit's implementation to that table.
@@ -20,8 +20,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(__file__).parent / "contract/golden/templates.json"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parents[1] / "contract/golden/templates.json"
 TEMPLATES = ROOT / "configs/templates.json"
 IGNORED = -100
 
