@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from engine import ROOT
+from helpers.engine import ROOT
 
 IMPORT = """
 import minimind_mcore
