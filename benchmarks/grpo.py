@@ -98,7 +98,7 @@ def trl(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, fl
     import datasets
     import torch
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     torch.set_num_threads(os.cpu_count() or 1)
     steps: list[dict[str, float]] = []

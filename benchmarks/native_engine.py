@@ -52,7 +52,8 @@ class NativeEngine:
         checkpointing.settle_router_weight(self.args)
         self.job, layout = Job(self.args), validate(self.args, 1)
         distributed.initialize(self.args, layout)
-        self.model = build_model(self.args, layout, self.job)
+        self.model: Any = build_model(self.args, layout, self.job)
+        self.optimizer: Any
         self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
 
     def step(self, ids: Tensor) -> Tensor:

@@ -73,10 +73,9 @@ class Layer(nn.Module):
         super().__init__()
         self.c = c
         h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        sizes = {"q": (h, q), "k": (h, kv), "v": (h, kv), "o": (q, h)}
         self.mlp = Experts(c) if c.moe else Mlp(h, c.ffn_hidden_size)
-        for name, (rows, columns) in sizes.items():
-            self.add_module(name, nn.Linear(rows, columns, bias=False))
+        self.q, self.k = nn.Linear(h, q, bias=False), nn.Linear(h, kv, bias=False)
+        self.v, self.o = nn.Linear(h, kv, bias=False), nn.Linear(q, h, bias=False)
         self.norm1, self.norm2 = RMSNorm(h, c.norm_eps), RMSNorm(h, c.norm_eps)
         head: Callable[[], nn.Module] = lambda: RMSNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else nn.Identity()  # noqa: E731
         self.q_norm, self.k_norm = head(), head()
@@ -115,6 +114,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class PlainModel(nn.Module):
     """A MiniMind in plain PyTorch; `positions` is the longest sequence."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, c: ModelConfig, positions: int) -> None:
         super().__init__()

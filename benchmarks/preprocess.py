@@ -93,6 +93,7 @@ class DocumentEncoder:
 
 def one_document_at_a_time(source: str, tokenizer: str, prefix: str, workers: int) -> None:
     import numpy
+    import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -101,7 +102,7 @@ def one_document_at_a_time(source: str, tokenizer: str, prefix: str, workers: in
     with open(source, encoding="utf-8") as file, multiprocessing.Pool(workers, encoder.initialize) as pool:
         for ids in pool.imap(encoder.encode, file, 32):
             if ids:
-                builder.add_document(ids, [len(ids)])
+                builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(f"{prefix}_text_document.idx")
 
 

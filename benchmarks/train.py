@@ -45,7 +45,8 @@ class Trained(PlainModel):
         logits, _ = super().forward(ids)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), labels.reshape(-1))
         if self.c.moe:
-            loss = loss + sum(layer.mlp.aux_loss for layer in self.layers)
+            layers: Any = self.layers
+            loss = loss + sum(layer.mlp.aux_loss for layer in layers)
         return loss
 
 

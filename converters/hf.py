@@ -334,7 +334,7 @@ class PthTarget(StateTarget):
         source: what is converted.
     """
 
-    single_file = "weights.pth"
+    single_file: str = "weights.pth"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, source: Source) -> None:
         super().__init__(source, "native")

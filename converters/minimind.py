@@ -253,7 +253,7 @@ def architecture(
             "load_balancing": generation.load_balancing,
             "aux_loss_coeff": generation.aux_loss_coeff,
         }
-    values = open_values | {name: value for name, value in stated.items() if name in open_values}
+    values: dict[str, Any] = open_values | {name: value for name, value in stated.items() if name in open_values}
     if sizes.num_experts and "router_weight" in stated:  # says both
         del open_values["norm_topk_prob"]
         values["norm_topk_prob"] = values["router_weight"] != "softmax"

@@ -79,7 +79,7 @@ def _npu_works() -> bool:
     if importlib.util.find_spec("torch_npu") is None:
         return False
     try:
-        import torch_npu  # noqa: F401
+        import torch_npu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError, RuntimeError):  # installed, but its CANN libraries are not loadable
         return False
     return bool(torch.npu.is_available())  # type: ignore[attr-defined]

@@ -323,7 +323,7 @@ def _user_of(number: str) -> str:
     """Who listens on a port, as far as this user may know."""
     with contextlib.suppress(psutil.Error, OSError):
         for entry in psutil.net_connections("tcp"):
-            if entry.status == psutil.CONN_LISTEN and str(entry.laddr[1]) == number and entry.pid:
+            if entry.status == psutil.CONN_LISTEN and entry.laddr and str(entry.laddr.port) == number and entry.pid:
                 return f" by process {entry.pid} ({psutil.Process(entry.pid).name()})"
     return ""
 

@@ -90,17 +90,16 @@ def _exact_gradient_norm() -> None:
 def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
     """Norm of all tensors together [1], as apex's multi_tensor_l2norm: rows first, then the norms of rows."""
     if tensor_lists[0] and tensor_lists[0][0].device.type != "cpu":
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensor_lists[0], dtype=torch.float32))).reshape(
-            1
-        ), None
+        norms = torch._foreach_norm(tensor_lists[0], dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
     rows = []
     for tensor in tensor_lists[0]:
         flat = tensor.detach().reshape(-1)
         whole = flat.numel() // 1024 * 1024
         rows += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), flat[whole:]]
-    norms = torch.cat([row.float() for row in rows])
-    whole = norms.numel() // 1024 * 1024
-    parts = [torch.linalg.vector_norm(norms[:whole].view(-1, 1024), dim=1), norms[whole:]]
+    rest = torch.cat([row.float() for row in rows])
+    whole = rest.numel() // 1024 * 1024
+    parts = [torch.linalg.vector_norm(rest[:whole].view(-1, 1024), dim=1), rest[whole:]]
     return torch.linalg.vector_norm(torch.cat(parts)).reshape(1), None
 
 

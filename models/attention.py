@@ -53,7 +53,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
             raise UserError("sliding-window attention is not supported: MiniMind attends to the whole sequence")
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale  # pyright: ignore[reportArgumentType]
 
     def forward(
         self,
@@ -133,7 +133,8 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         """Under tensor parallelism, each rank drops in its own heads: another random stream."""
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
-        context: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+        context: AbstractContextManager[None] = tracker.fork()
         return context
 
 

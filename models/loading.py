@@ -66,12 +66,10 @@ def load_into(chunks: Sequence[torch.nn.Module], whole: Callable[[str], Tensor])
 
 def tensor_parallel_place(name: str) -> tuple[int, int]:
     """Rank and size of the tensor parallelism that cuts this parameter: experts have their own."""
+    ps: Any = parallel_state
     if _EXPERT.search(name):
-        return (
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        )
-    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        return ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()
+    return ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
 
 
 def load_hf_into(chunks: Sequence[torch.nn.Module], state: Mapping[str, Tensor], config: ModelConfig) -> None:

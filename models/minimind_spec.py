@@ -128,16 +128,16 @@ layer_spec = ModuleSpec(
                 k_layernorm=QKNorm,
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         pre_mlp_layernorm=Norm,
         mlp=FeedForward,
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
     ),
 )
 
 straight_through_layer_spec = ModuleSpec(
     module=TransformerLayer,
-    submodules=dataclasses.replace(layer_spec.submodules, mlp=StraightThroughFeedForward),
+    submodules=dataclasses.replace(layer_spec.submodules, mlp=StraightThroughFeedForward),  # pyright: ignore[reportArgumentType]
 )
 
 # The norm after the last layer is no part of a layer's spec: the block builds this class. What

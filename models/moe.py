@@ -26,6 +26,8 @@ from minimind_mcore.errors import UserError
 class MiniMindRouter(TopKRouter):  # type: ignore[misc]
     """Top-k router with the three rules of `MoEConfig.router_weight`."""
 
+    config: Any  # `CoreConfig`
+
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
@@ -77,7 +79,7 @@ def build_moe(config: TransformerConfig, router: type[TopKRouter] | None) -> MoE
         config: with `num_moe_experts` and so on.
         router: class of the router; None where the platform's own router computes the same.
     """
-    spec = get_moe_module_spec(
+    spec: Any = get_moe_module_spec(
         use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
     if router is None:
@@ -112,7 +114,7 @@ def collect_aux_losses(micro_batches: int) -> dict[str, float]:
         dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
         if entry.get("reduce_group") is not None:  # the ranks that hold parts of the same sequences
             dist.all_reduce(values, group=entry["reduce_group"])
-        replicas = parallel_state.get_data_parallel_group()
+        replicas: Any = parallel_state.get_data_parallel_group()
         dist.all_reduce(values, group=replicas)
         losses[name] = float(values.mean()) / micro_batches / dist.get_world_size(replicas)
         values.zero_()

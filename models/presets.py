@@ -135,11 +135,11 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="a preset, or an HF directory or config.json")
     parser.add_argument("--list", action="store_true", help="print the table of presets")
     args = parser.parse_args()
-    if args.name is None and not args.list:
-        parser.error("give a preset's name, or --list")
     if args.list:
         print(table())
         return
+    if args.name is None:
+        parser.error("give a preset's name, or --list")
     config = find_model(args.name)
     if config.inference_rope_scaling:
         print(f"note: {args.name} has inference_rope_scaling; training runs without it, as MiniMind's", file=sys.stderr)

@@ -277,6 +277,7 @@ class HasShape(Protocol):
     @property
     def shape(self) -> Shape:
         """Its shape."""
+        ...
 
 
 def is_split(name: str) -> bool:

@@ -71,7 +71,8 @@ def read_templates(path: str | None) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: no such file, or not in MindSpeed-LLM's format.
     """
-    file = Path(path).expanduser() if path else importlib.resources.files(__package__).joinpath("templates.json")
+    own = importlib.resources.files("minimind_mcore.preprocess") / "templates.json"
+    file = Path(path).expanduser() if path else own
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         return {entry["name"]: entry for entry in entries}

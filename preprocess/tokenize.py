@@ -261,7 +261,7 @@ class GigatokenEncoder:
         self._awkward: Any = awkward
         self._load: Any = gigatoken.Tokenizer
         self._file = str(file)
-        self._tokenizer = self._load(self._file)
+        self._tokenizer: Any = self._load(self._file)
         self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

@@ -46,7 +46,8 @@ MODEL_MAX_LENGTH = 131072
 
 def chat_template() -> str:
     """The Jinja source of the chat template."""
-    return importlib.resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    file = importlib.resources.files("minimind_mcore.preprocess") / "chat_template.jinja"
+    return file.read_text(encoding="utf-8")
 
 
 def texts(spec: str, key: str) -> Iterator[str]:

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Types, as mypy checks them.
+# Types: mypy in strict mode over the package, pyright in basic mode over everything.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${1:-.venv/bin/python}" -m mypy
+PYTHON=${1:-.venv/bin/python}
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pyright --pythonpath "$PYTHON"

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 from native_engine import NativeEngine
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_check.rows import emit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,7 +72,7 @@ def formatted(row: Row) -> str:
     return f"{text} {row.unit}".strip()
 
 
-def table(parts: dict[str, Sequence[Row]]) -> str:
+def table(parts: Mapping[str, Sequence[Row]]) -> str:
     """The rows of all parts as aligned text."""
     lines = []
     for part, rows in parts.items():
@@ -84,7 +84,7 @@ def table(parts: dict[str, Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
-def document(facts: dict[str, Value], parts: dict[str, Sequence[Row]]) -> str:
+def document(facts: dict[str, Value], parts: Mapping[str, Sequence[Row]]) -> str:
     """The JSON of a whole check, at most `LARGEST_FILE` bytes: where it would be longer the notes are cut."""
     for longest in (100_000, 1_000, 100, 0):
         body = {
@@ -97,6 +97,6 @@ def document(facts: dict[str, Value], parts: dict[str, Sequence[Row]]) -> str:
     return text
 
 
-def failed(parts: dict[str, Sequence[Row]]) -> list[str]:
+def failed(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """Names of the rows that failed, with their part."""
     return [f"{part}: {row.name}" for part, rows in parts.items() for row in rows if row.status == "failed"]

@@ -66,7 +66,7 @@ class Stack:
 @functools.cache
 def data() -> dict[str, Any]:
     """The content of matrix.json."""
-    text = importlib.resources.files(__package__).joinpath("matrix.json").read_text(encoding="utf-8")
+    text = importlib.resources.files("minimind_mcore.doctor").joinpath("matrix.json").read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text)
     return content
 

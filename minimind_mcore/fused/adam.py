@@ -43,7 +43,7 @@ class FusedAdam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            torch._fused_adamw_(
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],

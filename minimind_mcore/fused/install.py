@@ -93,4 +93,4 @@ def _clipping() -> None:
 
 def _scale(chunk_size: int, overflow: Any, tensor_lists: Any, scale: float) -> None:
     """Multiply gradients, which are both the first and the second of `tensor_lists`, as apex's multi_tensor_scale."""
-    torch._foreach_mul_(tensor_lists[1], scale)
+    torch._foreach_mul_(tensor_lists[1], scale)  # pyright: ignore[reportPrivateImportUsage]

@@ -17,8 +17,8 @@ def run_harness(loaded: Loaded, tasks: Sequence[str], shots: int, batch: int, li
         UserError: it is not installed.
     """
     require_harness()
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
     found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, limit=limit)

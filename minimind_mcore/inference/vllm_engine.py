@@ -32,7 +32,7 @@ def require_vllm(tasks: Sequence[str]) -> None:
 @contextlib.contextmanager
 def start_vllm(source: Source, tokenizer: Path) -> Iterator[Any]:
     """vLLM's engine with the weights of a source; the files that it reads are gone afterwards."""
-    import vllm
+    import vllm  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
@@ -50,7 +50,7 @@ class VLLMGenerator:
     """
 
     def __init__(self, engine: Any, sampling: Sampling, stop: Sequence[int]) -> None:
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]
 
         self.engine = engine
         self.parameters = vllm.SamplingParams(

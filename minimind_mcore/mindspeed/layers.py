@@ -16,6 +16,8 @@ def active() -> bool:
 
 def norm(config: Any, hidden_size: int, eps: float) -> Any:
     """MindSpeed-LLM's RMSNorm: it accepts sequence parallelism and runs the fused kernel."""
-    from mindspeed_llm.core.transformer.custom_layers.transformer_engine import PTNorm
+    from mindspeed_llm.core.transformer.custom_layers.transformer_engine import (  # pyright: ignore[reportMissingImports]
+        PTNorm,
+    )
 
     return PTNorm(config=config, hidden_size=hidden_size, eps=eps)

@@ -89,7 +89,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     wants_optimizer = not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved
     if wants_optimizer:
         check_optimizer(args, saved["args"], directory)
-    state = _sharded_state(args, model, optimizer if wants_optimizer else None)
+    state: Any = _sharded_state(args, model, optimizer if wants_optimizer else None)
     # A converter's checkpoint has no world size, and one of --no-save-rng no random states.
     same = all(
         getattr(saved["args"], name, None) == getattr(args, name)

@@ -191,12 +191,13 @@ def rng_states() -> list[dict[str, Any]]:
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    tracker: Any = get_cuda_rng_tracker()
     mine = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": device.rng_state(),
-        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+        "rng_tracker_states": tracker.get_states(),
     }
     gathered: list[Any] = [None] * ps.get_data_parallel_world_size()
     dist.all_gather_object(gathered, mine, group=ps.get_data_parallel_group())
@@ -222,4 +223,5 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
             )
         return
     device.set_rng_state(state["cuda_rng_state"])
-    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states(state["rng_tracker_states"])

@@ -119,7 +119,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
         if not part.prefixes:
             datasets.append(None)
             continue
-        config = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
+        config: Any = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
         config.split_matrix = [share if place == number else None for place, share in enumerate(config.split_matrix)]
         datasets.append(Builder(GPTDataset, wanted, lambda: True, config).build()[number])
     digests = [sample_order.data_digest(prefix) for prefix in read[0].prefixes]

@@ -35,6 +35,8 @@ from minimind_mcore.training import distributed
 class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
     """megatron-core's dataset; the name is part of the names of cached files."""
 
+    dataset: Any  # an IndexedDataset
+
     @override
     def _build_document_sample_shuffle_indices(self) -> Any:
         default = Path(self.dataset.path_prefix) / "cache" / f"{type(self).__name__}_indices"
@@ -57,10 +59,10 @@ class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):  
 
     @staticmethod
     @override
-    def build_generic_dataset(cls: Any, *args: Any) -> Any:
+    def build_generic_dataset(kind: Any, *args: Any) -> Any:
         """Build a dataset as megatron-core does: on rank 0 first."""
         theirs = blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder
-        return theirs.build_generic_dataset(BlendedDataset if cls is blended_dataset.BlendedDataset else cls, *args)
+        return theirs.build_generic_dataset(BlendedDataset if kind is blended_dataset.BlendedDataset else kind, *args)
 
 
 def _cached(dataset: Any, directory: Path, split: str, build: Callable[[], Any]) -> Any:

@@ -23,7 +23,7 @@ SECTIONS = ("actor", "rl", "generate")
 
 def complete(source: Source) -> None:
     """What the emptied packages re-export, and the profiler's marks."""
-    import torch_npu  # a stand-in
+    import torch_npu  # a stand-in  # pyright: ignore[reportMissingImports]
 
     torch_npu.npu.mstx = MagicMock()
     for module, name in (("loggers", "Loggers"), ("tokenizer", "get_tokenizer"), ("utils", "is_multimodal")):

@@ -108,7 +108,7 @@ def test_attention_with_grouped_heads(kind: str, kv_heads: int, dtype: torch.dty
     scores = q @ k.repeat_interleave(heads // kv_heads, 1).mT / math.sqrt(width)
     expected = scores.masked_fill(~visible, -math.inf).softmax(-1) @ v.repeat_interleave(heads // kv_heads, 1)
     inputs = [x.to(PLACE, dtype).requires_grad_() for x in (q, k, v)]
-    out = scaled_dot_product(*inputs, mask, kind == "causal", 1 / math.sqrt(width))
+    out = scaled_dot_product(inputs[0], inputs[1], inputs[2], mask, kind == "causal", 1 / math.sqrt(width))
     out.sum().backward()
     assert out.shape == (batch, heads, length, width)
     assert distance(out, expected) < TOLERANCE[dtype]

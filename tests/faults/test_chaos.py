@@ -187,7 +187,7 @@ def laboratory(
     laboratory = Laboratory(tmp_path_factory.mktemp("calm"), corpus, server)
     yield laboratory
     laboratory.close()
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    reporter: Any = request.config.pluginmanager.getplugin("terminalreporter")
     names = sorted({name for name, _ in laboratory.outcomes})
     lines = [f"{name} | " + " | ".join(str(laboratory.outcomes[name, one]) for one in OUTCOMES) for name in names]
     for line in ["", f"chaos, seed {chaos.SEED}: fault, trainer | {' | '.join(OUTCOMES)}", *lines]:

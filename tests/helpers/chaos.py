@@ -374,8 +374,8 @@ def damaged_checkpoints(root: Path, saved: set[int]) -> list[str]:
 
 def state(directory: Path) -> dict[str, Any]:
     """Everything in a checkpoint, of either format, by name."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     found: dict[str, Any] = {str(p.relative_to(directory)): engine.load(p) for p in directory.rglob("*.pt")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def _posttrain(words: list[str]) -> None:
     arguments.parse([*get_preset("minimind3_tiny").megatron_flags(), "--stage", "dpo", *words], posttrain=True)
 
 
-def _programs() -> list[tuple[str, Callable[[list[str]], None], list[str], list[str], list[str]]]:
+def _programs() -> Sequence[tuple[str, Callable[[list[str]], None], Sequence[str], Sequence[str], Sequence[str]]]:
     """Name, program, its whole numbers, its other numbers, flags that it has not or that have few values."""
     return [
         (

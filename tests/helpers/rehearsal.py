@@ -152,16 +152,17 @@ def make_inputs(folder: Path) -> Inputs:
     return Inputs(folder)
 
 
-def run_script(name: str, *arguments: str, check: bool = True, rehearse: bool = True, **environment: str) -> Result:
+def run_script(name: str, *arguments: str, **settings: str | bool) -> Result:
     """Run one of the kit's scripts under REHEARSE=1.
 
     Args:
         name: "pretrain" for pretrain_minimind_ptd.sh, or a whole name.
         arguments: flags for it.
-        check: fail unless it exits with status 0.
-        rehearse: False for the same script on the kit's own engine.
-        environment: its settings.
+        settings: its settings; `check=False` allows an exit status other than 0, and `rehearse=False` runs the same
+            script on the kit's own engine.
     """
+    check, rehearse = settings.pop("check", True), settings.pop("rehearse", True)
+    environment = {name: str(value) for name, value in settings.items()}
     script = SCRIPTS / (name if name.endswith(".sh") else f"{name}_minimind_ptd.sh")
     changes = (
         {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -63,6 +64,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Do the runs of a folder."""
     import ray
+    from ray.exceptions import RayActorError
 
     from minimind_mcore.rl.config.load import resolve
     from minimind_mcore.rl.trainer import Trainer
@@ -79,7 +81,7 @@ def main() -> None:
             pools = {"rollout": self.groups.rollout.pool, "reward": self.groups.rewards}
             self.pids = {}
             for kind, pool in pools.items():
-                with contextlib.suppress(ray.exceptions.RayActorError):  # killed behind its last use
+                with contextlib.suppress(RayActorError):  # killed behind its last use
                     self.pids[kind] = ray.get(pool.actors[0].pid.remote())
             for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
                 group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
@@ -125,7 +127,7 @@ def main() -> None:
         include_dashboard=False,
         object_store_memory=200 << 20,
         _temp_dir=os.environ["RAY_TMPDIR"],
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
     )
     for task in json.loads((folder / "runs.json").read_text(encoding="utf-8")):
         started = time.monotonic()

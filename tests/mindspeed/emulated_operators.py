@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import torch_npu
+import torch_npu  # pyright: ignore[reportMissingImports]
 
 torch.manual_seed(0)
 

@@ -85,7 +85,7 @@ def _forward(args: Any, model: list[Any], ids: torch.Tensor) -> torch.Tensor | N
     with torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[None] * len(model),
+            data_iterator=[iter(())] * len(model),
             model=model,
             num_microbatches=ps.get_pipeline_model_parallel_world_size(),
             seq_length=ids.shape[1],

@@ -13,12 +13,12 @@ from helpers.engine import TRACKER, Corpus, Server, as_flags, facts, layout, loa
 
 from minimind_mcore.models.presets import PRESETS
 
-DIST = {"ckpt_format": "torch_dist"}
-TORCH = {"ckpt_format": "torch"}
-DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
-EVALUATION = {"split": "80,20,0", "eval_iters": 2, "eval_interval": 4}
-SHARDED = {"use_distributed_optimizer": True}
-MINIMIND = {"lr_at_iteration_end": True, "decay_all": True}
+DIST: dict[str, Any] = {"ckpt_format": "torch_dist"}
+TORCH: dict[str, Any] = {"ckpt_format": "torch"}
+DROPOUT: dict[str, Any] = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+EVALUATION: dict[str, Any] = {"split": "80,20,0", "eval_iters": 2, "eval_interval": 4}
+SHARDED: dict[str, Any] = {"use_distributed_optimizer": True}
+MINIMIND: dict[str, Any] = {"lr_at_iteration_end": True, "decay_all": True}
 
 # name: processes, model, flags
 SAME: dict[str, tuple[int, str, dict[str, Any]]] = {

@@ -50,7 +50,7 @@ def train_with_trl(
 
     class InOrder(trl.SFTTrainer):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
     config = PRESETS[MODEL].replace(vocab_size=dialogues.vocab_size)
     twin = load_twin(config, initial_weights(start, config))
@@ -61,7 +61,7 @@ def train_with_trl(
     ]
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1.0, betas=HYPER.betas, eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, HYPER.lr)
-    options = trl.SFTConfig(
+    options = trl.SFTConfig(  # pyright: ignore[reportPrivateImportUsage]
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=BATCH // MICRO_BATCH, max_grad_norm=1.0, logging_steps=1, use_cpu=True, bf16=False,
         gradient_checkpointing=False, save_strategy="no", report_to="none", completion_only_loss=True, max_length=None,

@@ -52,7 +52,8 @@ def source(after: str = "printenv", **settings: str) -> subprocess.CompletedProc
 def test_both_set_env_scripts_are_sourced_whatever_their_commands_return(cann: Path) -> None:
     done = source(CANN_HOME=str(cann))
     assert done.returncode == 0, done.stderr
-    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    pairs = (line.partition("=") for line in done.stdout.splitlines())
+    found = {name: value for name, _, value in pairs}
     assert found["cann_SEEN"] == found["nnal_SEEN"] == "1" and "cann_GOT" not in found
     assert found["LD_LIBRARY_PATH"].startswith("/nnal/lib64:/cann/lib64:")
     assert found["HCCL_CONNECT_TIMEOUT"] == found["HCCL_EXEC_TIMEOUT"] == "1800"

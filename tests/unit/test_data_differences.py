@@ -76,7 +76,7 @@ def sequences(tokenizer: str, texts: list[str], tmp_path: Path) -> list[dict[str
     config = GPTDatasetConfig(
         random_seed=1, sequence_length=LENGTH, split="1,0,0", create_attention_mask=False,
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        tokenizer=DatasetTokenizer(tokenizer, 6400), path_to_cache=str(tmp_path / "cache"),
+        tokenizer=DatasetTokenizer(tokenizer, 6400), path_to_cache=str(tmp_path / "cache"),  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     indexed = IndexedDataset(str(tmp_path / "d"))
     documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)

@@ -120,7 +120,7 @@ def test_images_take_mirrors_and_no_secrets(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ run_ascend.sh
 
 
-def run(*argv: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: str, cwd: Path | str | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
     environ = {key: os.environ[key] for key in ("PATH", "HOME")}
     return subprocess.run(
         ["bash", str(RUN_ASCEND), *argv],

@@ -91,8 +91,8 @@ def test_attention_is_torchs(sequence: int, kv_heads: int) -> None:
     scale = 1 / math.sqrt(WIDTH)
 
     def expected(*inputs: Tensor) -> Tensor:
-        heads_first = [x.permute(1, 2, 0, 3) for x in inputs]
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in inputs)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return out.permute(2, 0, 1, 3)
 
     inputs = [normal(sequence, BATCH, heads, WIDTH, seed=i) for i, heads in enumerate((HEADS, kv_heads, kv_heads))]

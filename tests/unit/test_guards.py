@@ -81,8 +81,9 @@ def test_mindspeed_is_imported_in_one_place(file: Path) -> None:
     if relative(file).startswith("minimind_mcore/mindspeed/"):
         return
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         roots = {name.split(".")[0] for name in names}
         assert not roots & {"mindspeed", "mindspeed_llm", "mindspeed_rl"}, f"{relative(file)}:{node.lineno}"
 

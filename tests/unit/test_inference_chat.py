@@ -16,6 +16,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main
 from minimind_mcore.inference.answers import Call, Part, calls, detokenize, parts
 from minimind_mcore.inference.chat import Session, run
+from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts, read_tools
 
@@ -27,7 +28,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Loaded:
     return open_model(write_model(tmp_path_factory.mktemp("chat") / "model", "minimind3", corpus))
 
 
-class Script:
+class Script(Generator):
     """Stands for a generator: gives answers that are written here, and keeps the prompts that it gets."""
 
     def __init__(self, tokenizer: Any, answers: Sequence[str]) -> None:

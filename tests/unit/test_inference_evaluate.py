@@ -259,6 +259,8 @@ def test_the_harness_gets_the_model(model: Path, monkeypatch: pytest.MonkeyPatch
         seen.update(options)
         return {"results": {"piqa": {"acc,none": 0.5}}}
 
+    package: Any
+    file: Any
     package, inner, file = (types.ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
     package.simple_evaluate, file.HFLM = simple_evaluate, lambda **options: options
     package.__spec__ = types.SimpleNamespace()

@@ -153,9 +153,10 @@ def test_draws_follow_the_distribution_of_transformers(temperature: float, top_k
 
     draws = 20000
     logits = 2 * torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
-    warped = TemperatureLogitsWarper(temperature)(None, logits)
-    warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
-    expected = TopPLogitsWarper(top_p)(None, warped).softmax(-1)[0]
+    unused: Any = None
+    warped = TemperatureLogitsWarper(temperature)(unused, logits)
+    warped = TopKLogitsWarper(top_k)(unused, warped) if top_k else warped
+    expected = TopPLogitsWarper(top_p)(unused, warped).softmax(-1)[0]
     how = Sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     chosen = how.choose(logits.expand(draws, -1), None, torch.Generator().manual_seed(2))
     found = torch.bincount(chosen, minlength=64) / draws
@@ -386,7 +387,7 @@ def test_vllm_gets_the_weights_and_the_settings(
             outputs = [types.SimpleNamespace(token_ids=ids, finish_reason="length") for ids in found]
             return [types.SimpleNamespace(outputs=[output]) for output in outputs]
 
-    vllm = types.ModuleType("vllm")
+    vllm: Any = types.ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams, vllm.__spec__ = LLM, types.SimpleNamespace, types.SimpleNamespace()
     flags = ["--raw", "--prompt", "abcd", "--max-new-tokens", "6"]
     monkeypatch.setitem(sys.modules, "vllm", None)

@@ -20,7 +20,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import cli, readers, train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
-from minimind_mcore.preprocess.handlers import find_handler
+from minimind_mcore.preprocess.handlers import Handler, find_handler
 from minimind_mcore.preprocess.indexed import IndexedWriter, merge, read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.options import Options
@@ -299,7 +299,9 @@ def test_handlers_give_mindspeed_llms_text(
 
 @pytest.mark.parametrize(("handler", "key", "record", "reason"), UNUSABLE)
 def test_handlers_reject_what_they_cannot_use(handler: str, key: str, record: dict[str, Any], reason: str) -> None:
-    rejected = find_handler(handler)(record, [key])
+    found = find_handler(handler)
+    assert isinstance(found, Handler)
+    rejected = found(record, [key])
     assert isinstance(rejected, readers.Reject) and reason in rejected.reason
 
 

@@ -60,7 +60,7 @@ def test_the_arithmetic_is_right() -> None:
 
 
 def run_script(
-    tmp_path: Path, *arguments: str, script: Path = SCRIPT, **environment: str
+    tmp_path: Path, *arguments: str, script: Path | str = SCRIPT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(script), *arguments],

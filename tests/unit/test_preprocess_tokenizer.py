@@ -315,7 +315,8 @@ def test_fingerprint_survives_what_does_not_change_ids(tokenizer: Path, tmp_path
     assert tokenizer_fingerprint(tmp_path / "resaved") == expected
     assert tokenizer_fingerprint(tmp_path / "tokenizer.json") == expected
     # and truncation in the file does not cut documents
-    assert np.array_equal(*(load_encoder(p).encode(["one two three four"])[0] for p in (tokenizer, tmp_path)))
+    first, second = (load_encoder(p).encode(["one two three four"])[0] for p in (tokenizer, tmp_path))
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("part", ["vocab", "merges", "added_tokens", "pre_tokenizer", "normalizer"])

@@ -78,7 +78,7 @@ def test_flags_of_training(flag: str, value: str) -> None:
         *[(inference.main, "--repetition-penalty", "inf"), (inference.main, "--prompt-batch-size", "0")],
     ],
 )
-def test_flags_of_other_programs(program: Callable[[list[str]], None], flag: str, value: str, tmp_path: Path) -> None:
+def test_flags_of_other_programs(program: Callable[..., None], flag: str, value: str, tmp_path: Path) -> None:
     words = {
         preprocess.main: ["--input", str(tmp_path / "none.jsonl"), "--tokenizer-name-or-path", str(tmp_path)],
         main_v2: ["--load-dir", str(tmp_path / "none"), "--save-dir", str(tmp_path / "out"), "--save-model-type", "hf"],

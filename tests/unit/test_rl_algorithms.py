@@ -154,7 +154,8 @@ def test_policy_loss(draw: dict[str, Tensor], kind: losses.Kind, low: float, hig
     for row, place in np.ndindex(ROWS, LENGTH):
         ratio = math.exp(data["logp"][row, place] - data["old"][row, place])
         weight = 1.0 if cap is None else min(math.exp(data["old"][row, place] - data["rollout"][row, place]), cap)
-        loss = token_loss(kind, ratio, data["logp"][row, place], data["advantages"][row, place], low, high)
+        logp, advantage = float(data["logp"][row, place]), float(data["advantages"][row, place])
+        loss = token_loss(kind, ratio, logp, advantage, low, high)
         expected[row, place] = weight * loss
     close(ours, expected)
     close(stats["actor/ppo_kl"], ((data["old"] - data["logp"]) * data["mask"]).sum() / data["mask"].sum())

@@ -259,7 +259,7 @@ def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[La
         if default.package or not any(file.is_file() for file in files):  # a model's file, or a part of hydra
             continue
         file = next(file for file in files if file.is_file())
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         layers.append(layer_of(file.name, content if isinstance(content, dict) else {}))
     given = [(override.key_or_group, override.value()) for override in found.config_overrides]
     return [*layers, command_line(given)]

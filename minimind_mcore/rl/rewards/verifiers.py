@@ -103,8 +103,8 @@ def math_verify_reward(response: str, label: str, **_: Any) -> float:
         return 0.0
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    truth = parse(f"\\boxed{{{label}}}", [LatexExtractionConfig()], parsing_timeout=None)
-    answer = parse(response, [ExprExtractionConfig(), LatexExtractionConfig()], parsing_timeout=None)
+    truth = parse(f"\\boxed{{{label}}}", [LatexExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    answer = parse(response, [ExprExtractionConfig(), LatexExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return float(bool(truth) and verify(truth, answer, float_rounding=6, timeout_seconds=None))
 
 

@@ -68,6 +68,7 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the tensors that it computes with, by its own names."""
+        ...
 
     def perturb(self) -> None:
         """Spoil every weight: the next `load_weights` must put all of them right."""
@@ -81,6 +82,7 @@ class Engine(Protocol):
             draw: how.
             seeds: one for each response: the same seed and weights write the same response, whoever runs it.
         """
+        ...
 
 
 def uniforms(seeds: Sequence[int], count: int) -> NDArray[np.float32]:

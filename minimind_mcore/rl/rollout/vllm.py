@@ -6,6 +6,7 @@ that vLLM supports. The engine begins without weights (`load_format="dummy"`); t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -36,7 +37,7 @@ class VLLMEngine:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("minimind.rollout_engine: vllm is not installed (pip install vllm); use transformers")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model is then in this process
-        import vllm
+        vllm: Any = importlib.import_module("vllm")
 
         self.config, generate = model, config.generate
         with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +85,7 @@ class VLLMEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
         """See `Engine`."""
-        import vllm
-
+        vllm: Any = importlib.import_module("vllm")
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
         parameters = [
             vllm.SamplingParams(
