@@ -20,13 +20,26 @@ def read_object(file: Path, advice: str = "get the file again") -> dict[str, Any
         UserError: the file cannot be read, is no JSON (not UTF-8, cut, nested too deep), or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{file} does not exist, expected a JSON object; {advice}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); {advice}") from error
+    return parse_object(content, str(file), advice)
+
+
+def parse_object(content: bytes, name: str, advice: str) -> dict[str, Any]:
+    """Return the object of a JSON text; see `read_object`.
+
+    Args:
+        content: of the text.
+        name: of the text, for messages.
+        advice: as `read_object`.
+    """
+    try:
+        found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); {advice}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: found a {type(content).__name__}, expected a JSON object; {advice}")
-    return content
+        raise UserError(f"{name}: not valid JSON ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: found a {type(found).__name__}, expected a JSON object; {advice}")
+    return found

@@ -23,7 +23,7 @@ import numpy as np
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.chat import IGNORED
 from minimind_mcore.preprocess.indexed import BLOCK_BYTES, Index, bin_path, copy_chunks, idx_path, read_index
-from minimind_mcore.preprocess.meta import DatasetMeta, meta_path, read_meta
+from minimind_mcore.preprocess.meta import DatasetMeta, meta_path, prompts_path, read_meta
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import sha256
 
@@ -44,8 +44,8 @@ def quick_check(
             record where it has one (data that another program wrote has none).
         vocab_size: of that tokenizer; without a record, the first few million ids must fit it.
             (Under tensor parallelism ids beyond it train on zeros, without an error.)
-        everything: compare all blocks with the dataset's record, and not only some of a large file. The processes
-            of a host share the blocks.
+        everything: compare all blocks with the dataset's record, and not only some of a large file (the processes
+            of a host share the blocks); without a record, all ids must fit the vocabulary.
 
     Raises:
         UserError: a file is missing, truncated, damaged or no dataset, or the tokenizer is another one.
@@ -58,7 +58,7 @@ def quick_check(
     if meta is not None and not problems:
         problems += digest_problems(prefix, meta, everything)
     if meta is None and not problems:
-        problems += _token_problems(prefix, index, vocab_size, CHUNK)
+        problems += _token_problems(prefix, index, vocab_size, None if everything else CHUNK)
     if problems:
         raise UserError("\n  ".join(problems))
 
@@ -116,7 +116,7 @@ def check_together(prefixes: Sequence[str]) -> list[str]:
         ids = prefix.replace(LABELS, "input_ids_document").replace(MASKS, "input_ids_document")
         if ids in indices and not np.array_equal(index.lengths, indices[ids].lengths):
             problems.append(f"{prefix}: its sequences are not as long as those of {ids}")
-    beside = Path(f"{prefixes[0].rpartition('_packed_')[0]}_packed_prompts.jsonl")
+    beside = _prompts_of(prefixes[0])
     if beside.is_file() and (lines := _lines(beside)) != counts[prefixes[0]]:
         problems.append(f"{beside}: {lines:,} lines for {counts[prefixes[0]]:,} tasks")
     return problems
@@ -152,14 +152,30 @@ def _kind_problems(prefix: Prefix, index: Index) -> list[str]:
 
 def idx_digest(prefix: Prefix) -> str:
     """Return the SHA-256 of a dataset's index; the file is read again only after it has changed."""
-    path = idx_path(prefix)
+    return _digest(idx_path(prefix))
+
+
+def _digest(path: Path) -> str:
     found = path.stat()
-    return _idx_digest(path, found.st_size, found.st_mtime_ns)
+    return _read_digest(path, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _idx_digest(path: Path, size: int, mtime_ns: int) -> str:
+def _read_digest(path: Path, size: int, mtime_ns: int) -> str:
     return sha256(path)
+
+
+def _prompts_of(column: Prefix) -> Path:
+    """The records of the tasks of which a dataset is a column."""
+    return prompts_path(os.fspath(column).rpartition("_packed_")[0])
+
+
+def _prompts_problems(prefix: Prefix, meta: DatasetMeta) -> list[str]:
+    """Compare the records of tasks, which hold their right answers, with the digest of the conversion."""
+    path = _prompts_of(prefix)
+    if meta.prompts_sha256 is None or (path.is_file() and _digest(path) == meta.prompts_sha256):
+        return []
+    return [f"{path}: content differs from its recorded SHA-256" if path.is_file() else f"{path}: no such file"]
 
 
 def digest_problems(prefix: Prefix, meta: DatasetMeta, everything: bool = False) -> list[str]:
@@ -171,6 +187,8 @@ def digest_problems(prefix: Prefix, meta: DatasetMeta, everything: bool = False)
     )
     if idx_digest(prefix) != written.idx_sha256:
         return [f"{idx_path(prefix)}: content differs from its recorded SHA-256: {again}"]
+    if problems := _prompts_problems(prefix, meta):
+        return [f"{problems[0]}: {again}"]
     path, count = bin_path(prefix), len(written.bin_blocks) // 8
     if count == 0:  # a record of an earlier version
         small = everything or written.bin_bytes <= SAMPLED_BLOCKS * BLOCK_BYTES
@@ -235,19 +253,20 @@ def _token_problems(prefix: Prefix, index: Index, vocab: int | None, limit: int 
     path, name = bin_path(prefix), os.fspath(prefix)
     if name.endswith(MASKS):
         return []
-    if vocab is None or not path.is_file() or path.stat().st_size < index.dtype.itemsize:
+    if not path.is_file() or path.stat().st_size < index.dtype.itemsize:
         return []
+    limits = "an id is 0 or more" if vocab is None else f"outside of the tokenizer's vocabulary (0 to {vocab - 1})"
     tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(path.stat().st_size // index.dtype.itemsize,))
     for start in range(0, min(len(tokens), limit or len(tokens)), CHUNK):
         chunk = tokens[start : start + CHUNK]
-        outside = (chunk < 0) | (chunk >= vocab)
+        outside = chunk < 0
+        if vocab is not None:
+            outside |= chunk >= vocab
         if name.endswith(LABELS):
             outside &= chunk != IGNORED
         if outside.any():
             at = int(np.argmax(outside))
-            return [
-                f"{path}: token {start + at} is {chunk[at]}, outside of the tokenizer's vocabulary (0 to {vocab - 1})"
-            ]
+            return [f"{path}: token {start + at} is {chunk[at]}, {limits}"]
     return []
 
 
@@ -260,7 +279,7 @@ def _record_problems(prefix: Prefix, index: Index, meta: DatasetMeta) -> list[st
     for path, digest in ((bin_path(prefix), written.bin_sha256), (idx_path(prefix), written.idx_sha256)):
         if path.is_file() and sha256(path) != digest:
             problems.append(f"{path}: content differs from its recorded SHA-256; convert the data again")
-    return problems
+    return problems + _prompts_problems(prefix, meta)
 
 
 def _tokenizer_problems(meta: DatasetMeta, fingerprint: str) -> list[str]:

@@ -69,7 +69,7 @@ from minimind_mcore.preprocess.shards import (
 )
 from minimind_mcore.preprocess.stages import make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_info
-from minimind_mcore.storage import atomic_file, disk_errors
+from minimind_mcore.storage import atomic_file, disk_errors, sha256
 
 SHOWN_REJECTS = 5
 PREVIEWED = 1000
@@ -380,4 +380,5 @@ class _Run:
             samples=written.documents if plan is None else len(plan.order),
             chat=chat,
             unused=dict(_unused(reports)),
+            prompts_sha256=sha256(prompts) if (prompts := beside_file(options, self._prefix)) else None,
         )

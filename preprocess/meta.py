@@ -49,6 +49,7 @@ class DatasetMeta:
         samples: of conversations: how many there are; packed ones share sequences.
         chat: of conversations: how they were made, and `template`, which identifies the chat template.
         unused: keys of the input that nothing read, and in how many records or messages they held something.
+        prompts_sha256: of tasks: SHA-256 of `prompts_path`, which holds their records.
     """
 
     request: str
@@ -69,11 +70,17 @@ class DatasetMeta:
     samples: int | None = None
     chat: dict[str, Any] | None = None
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
+    prompts_sha256: str | None = None
 
 
 def meta_path(prefix: str | os.PathLike[str]) -> Path:
     """Where the record of a dataset is."""
     return Path(f"{os.fspath(prefix)}.meta.json")
+
+
+def prompts_path(prefix: str | os.PathLike[str]) -> Path:
+    """Where a conversion to `prefix` puts the records of tasks, a line of JSON each."""
+    return Path(f"{os.fspath(prefix)}_packed_prompts.jsonl")
 
 
 def write_meta(prefix: str | os.PathLike[str], meta: DatasetMeta) -> None:
@@ -112,7 +119,7 @@ def _require_types(part: DatasetMeta | TokenizerInfo | Written | SourceRecord) -
     hints = typing.get_type_hints(type(part))
     for name, value in vars(part).items():
         kind = hints[name]
-        plain = kind in (str, int, bool, int | None)
+        plain = kind in (str, int, bool, int | None, str | None)
         if plain and not (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
             raise TypeError(f"{name}: found {value!r}, expected {getattr(kind, '__name__', kind)}")
 

@@ -13,6 +13,7 @@ from typing import Any
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import prompter
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler, find_handler
+from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.preprocess.readers import Source
 from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
@@ -142,7 +143,7 @@ def data_paths(options: Options, prefix: Path) -> list[str]:
 def beside_file(options: Options, prefix: Path) -> Path | None:
     """The file that goes beside tasks, a line of JSON for each; None for other data."""
     handler = options.find_handler()
-    return Path(f"{prefix}_packed_prompts.jsonl") if isinstance(handler, ChatHandler) and handler.prompts else None
+    return prompts_path(prefix) if isinstance(handler, ChatHandler) and handler.prompts else None
 
 
 def validate(options: Options, info: TokenizerInfo) -> None:

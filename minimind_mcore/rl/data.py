@@ -14,7 +14,6 @@ The files of a prefix (contract: MindSpeed-RL's R1AlpacaStyleInstructionHandler)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import parse_object
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.preprocess.indexed import Index, bin_path, read_index
+from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.splits import parse_split
 from minimind_mcore.training.sample_order import data_digest
 
@@ -118,7 +119,7 @@ class PromptDataset:
 
     @cached_property
     def _records(self) -> _Lines | None:
-        path = Path(f"{self.prefix}_packed_prompts.jsonl")
+        path = prompts_path(self.prefix)
         if not path.is_file():
             return None
         lines = _Lines(path)
@@ -218,5 +219,5 @@ class _Lines:
     def __getitem__(self, number: int) -> dict[str, Any]:
         with open(self._path, "rb") as file:
             file.seek(int(self._starts[number]))
-            found: dict[str, Any] = json.loads(file.read(int(self._starts[number + 1] - self._starts[number])))
-            return found
+            line = file.read(int(self._starts[number + 1] - self._starts[number]))
+        return parse_object(line, f"{self._path}, line {number + 1}", "convert the data again")

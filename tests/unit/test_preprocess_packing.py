@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import cli, train_tokenizer
-from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
+from minimind_mcore.preprocess.check import CHUNK, check_dataset, check_together, datasets_at, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
 from minimind_mcore.preprocess.indexed import IndexedWriter, read_index
 from minimind_mcore.preprocess.meta import read_meta
@@ -128,6 +129,31 @@ def test_tasks_keep_what_is_beside_them_in_their_order(tokenizer: str, tmp_path:
     with open(f"{prefix}_packed_prompts.jsonl", "a") as file:
         file.write("{}\n")
     assert f"{len(ids) + 1} lines for {len(ids)} tasks" in check_together(datasets_at(prefix))[0]
+
+
+def test_an_answer_that_changed_after_the_conversion_is_refused(tokenizer: str, tmp_path: Path) -> None:
+    record = {"conversations": [{"role": "user", "content": "6*7"}, {"role": "assistant", "content": ""}], "gt": ["42"]}
+    source = write(tmp_path / "agent.jsonl", [record])
+    options = Options(str(source), tokenizer, str(tmp_path / "agent"), handler="MiniMindAgentHandler", seq_length=40)
+    [prefix] = convert(options)
+    file, column = Path(f"{prefix}_packed_prompts.jsonl"), f"{prefix}_packed_input_ids_document"
+    quick_check(column)
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b"42", b"43"))
+    with pytest.raises(UserError, match=re.escape(f"{file}: content differs from its recorded SHA-256")):
+        quick_check(column)
+    assert any(str(file) in problem for problem in check_dataset(column))
+    convert(options)  # the same request repairs it
+    assert file.read_bytes() == before
+
+
+def test_all_ids_of_data_without_a_record_are_compared_on_demand(tmp_path: Path) -> None:
+    prefix = tmp_path / "theirs"
+    with IndexedWriter(prefix, "int32") as writer:
+        writer.add(np.append(np.ones(CHUNK, np.int32), 512), np.array([CHUNK + 1]))
+    quick_check(prefix, vocab_size=512)
+    with pytest.raises(UserError, match=f"token {CHUNK} is 512, outside of the tokenizer's vocabulary"):
+        quick_check(prefix, vocab_size=512, everything=True)
 
 
 def test_a_prefix_holds_one_kind_of_dataset(plain: Options, tmp_path: Path) -> None:

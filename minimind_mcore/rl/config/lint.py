@@ -8,7 +8,6 @@ for MindSpeed-RL at what goes wrong there without an error (TRAPS) and at what o
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from typing import Any
 import yaml
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.json_files import parse_object
+from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.rl.config.check import STAGES, problems, workers
 from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
@@ -235,11 +236,12 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
                 "rl_config.verifier_function",
                 f"{name} is unknown{nearest(name, known)} (known: {', '.join(sorted(known))})",
             )
-    beside = Path(f"{config.actor.data_path}_packed_prompts.jsonl")
+    beside = prompts_path(config.actor.data_path)
     thinkers = THINKERS.intersection(names)
     if beside.is_file() and (thinkers or "acc_for_dapo" in names):
-        with open(beside, encoding="utf-8") as lines:
-            prompt = json.loads(next(lines, "{}")).get("prompt", "")
+        with open(beside, "rb") as lines:
+            first = parse_object(next(lines, b"{}"), f"{beside}, line 1", "convert the data again")
+        prompt = str(first.get("prompt", ""))
         if "acc_for_dapo" in names and "Answer:" not in prompt:
             yield Finding(
                 "warning",
