@@ -12,6 +12,7 @@ from minimind_mcore import hosts
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host, cann
 from minimind_mcore.errors import UserError
+from minimind_mcore.paths import default_outputs
 
 GIB = 2**30
 HCCL_BASE, HCCL_COUNT = 60000, 16  # CANN: HCCL_IF_BASE_PORT
@@ -88,7 +89,7 @@ def shared_memory(host: Host) -> list[Finding]:
 
 def disk(host: Host) -> list[Finding]:
     """Free space where outputs and converted data go."""
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = default_outputs()
     found = []
     for variable, default in (("OUTPUT_DIR", checkout / "outputs"), ("DATA_DIR", checkout / "data")):
         place = Path(host.environ.get(variable) or default).expanduser()

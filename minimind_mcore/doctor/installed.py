@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.doctor import matrix
+from minimind_mcore.paths import CHECKOUT
 
 # What the table lists, in its order, and the distribution whose metadata has the version.
 DISTRIBUTIONS = {
@@ -152,7 +153,7 @@ def _mindspeed_places(host: Host, name: str) -> list[Path]:
     variable = name.upper().replace("-", "_") + "_HOME"
     if name != "MindSpeed" and host.environ.get(variable):
         return [Path(host.environ[variable])]  # as the scripts have it: what is given is meant
-    beside = Path(__file__).resolve().parents[3] / name
+    beside = CHECKOUT.parent / name
     places = host.places(variable, f"/workspace/{name}")
     if host.root == Path("/"):
         places.insert(1 if host.environ.get(variable) else 0, beside)

@@ -10,8 +10,8 @@ from pathlib import Path
 from minimind_mcore.doctor import matrix
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host, core_beside, fingerprint
+from minimind_mcore.paths import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = CHECKOUT / ".venv-rehearsal"
 WHAT = {
     "mindspeed-llm": "MindSpeed-LLM's own programs",

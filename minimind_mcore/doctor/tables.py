@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from minimind_mcore.doctor.matrix import Stack, data, readable, stacks
+from minimind_mcore.paths import CHECKOUT
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = CHECKOUT / "docs"
 FILES = ("install_ascend.md", "install_ascend_zh.md")
 COLUMNS = ("CANN", "Python", "torch", "torch_npu", "MindSpeed", "megatron-core", "transformers", "numpy")
 GUIDE = ("CANN", "Python", "torch", "torch_npu", "MindSpeed", "Megatron-LM", "transformers")

@@ -15,14 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import minimind_mcore
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.mindspeed.flags import complete, router_weight_of, spelled
 from minimind_mcore.models.config import LAYER_SPEC
+from minimind_mcore.paths import CHECKOUT
 
 SPEC = ["--spec", *LAYER_SPEC]
 RANK = ["-m", "minimind_mcore.mindspeed.program"]  # runs the program that follows
-CHECKOUT = Path(minimind_mcore.__file__).resolve().parent.parent
 
 
 def sources(name: str, program: str, instead: str) -> Path:

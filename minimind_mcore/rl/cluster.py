@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,9 +22,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.rl.hosts import require_ray
 
-ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
 SAY_EVERY_SECONDS = 10.0
 
@@ -192,7 +191,7 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         UserError: RAY_ADDRESS names a cluster that does not answer, or something that is not Ray.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     common: dict[str, Any] = {
         "runtime_env": {"env_vars": variables | (environment or {})},
         "log_to_driver": True,

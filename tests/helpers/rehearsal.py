@@ -229,7 +229,7 @@ def home(name: str) -> Path:
 
 def run_program(program: Path, *arguments: str) -> str:
     """Run one of MindSpeed-LLM's programs, or the kit's of that name, in one process under the stand-in."""
-    paths = [ROOT, ROOT / "minimind_mcore/mindspeed/emulation/python", home("MINDSPEED_HOME")]
+    paths = [ROOT, ROOT / "rehearsal/minimind_mcore_rehearsal/python", home("MINDSPEED_HOME")]
     paths.append(ROOT / ".venv-rehearsal/megatron-lm")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),

@@ -11,7 +11,7 @@ import pytest
 from helpers.engine import ROOT, Corpus
 
 SCRIPTS = ROOT / "examples/mcore/minimind"
-STAND_IN = ROOT / "minimind_mcore/mindspeed/emulation/python"
+STAND_IN = ROOT / "rehearsal/minimind_mcore_rehearsal/python"
 # As CANN's own: unset variables, commands that fail, a look at the arguments, a status that says nothing.
 SET_ENV = """\
 export LD_LIBRARY_PATH=/{name}/lib64:$LD_LIBRARY_PATH

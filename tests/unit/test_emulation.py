@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helpers.engine import ROOT
 
-PLACE = ROOT / "minimind_mcore/mindspeed/emulation/python"
+PLACE = ROOT / "rehearsal/minimind_mcore_rehearsal/python"
 
 
 def run(*command: str, path: list[Path]) -> subprocess.CompletedProcess[str]:
@@ -27,9 +27,11 @@ def test_operators_equal_plain_torch() -> None:
 
 
 def test_it_is_asked_for_by_path_alone() -> None:
-    code = "import importlib.util as u, minimind_mcore.mindspeed.emulation; print(u.find_spec('torch_npu'))"
-    done = run("-c", code, path=[ROOT])
+    code = "import importlib.util as u, minimind_mcore_rehearsal; print(u.find_spec('torch_npu'))"
+    done = run("-c", code, path=[ROOT, ROOT / "rehearsal"])
     assert done.stdout.strip() == "None", done.stdout + done.stderr
+    done = run("-m", "minimind_mcore_rehearsal", path=[ROOT / "rehearsal"])
+    assert done.stdout.strip() == str(PLACE), done.stdout + done.stderr
 
 
 def test_with_it_the_kit_sees_npus() -> None:

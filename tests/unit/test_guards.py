@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from helpers.engine import ROOT
 
-PACKAGES = ("minimind_mcore", "models", "preprocess", "converters")
+PACKAGES = ("minimind_mcore", "models", "preprocess", "converters", "rehearsal")
 FILES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
 DEVICE_WORDS = re.compile(r"cuda|npu(?![t])|nccl|hccl", re.IGNORECASE)
 # Who names devices: the device layer, what touches MindSpeed, what connects hosts, and what examines one.
 DEVICE_FILES = (
     "minimind_mcore/device.py", "minimind_mcore/cpu_as_cuda.py", "minimind_mcore/hosts.py", "minimind_mcore/mindspeed/",
-    "minimind_mcore/doctor/",
+    "minimind_mcore/doctor/", "rehearsal/",
 )  # fmt: skip
 # Names that upstream gave: Megatron's functions and keys of its files, flags without effect here, one preset of theirs.
 UPSTREAM_NAMES = {

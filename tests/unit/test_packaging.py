@@ -21,6 +21,7 @@ from minimind_mcore.preprocess import templates
 assert templates.read_templates(None)  # a data file of a linked folder
 print(*minimind_mcore.__path__, assumptions.__file__, config.__file__, templates.__file__)
 """
+PACKED = "minimind_mcore/configs"
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -105,6 +106,44 @@ for name in [name for name in sys.modules if "editable" in name]:
     assert {Path(file).resolve().relative_to(checkout).parts[0] for file in files} == {
         "minimind_mcore", "converters", "models", "preprocess",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--help", "usage: minimind-mcore COMMAND"),
+        ("doctor", "ok    torch"),
+        ("rl show --config-name grpo_minimind_tiny", "algorithm: grpo"),
+        ("rl lint grpo_minimind_tiny", "configs/rlxf/grpo_minimind_tiny.yaml: fit for embedded"),
+        ("rl lint dapo_minimind3 --target mindspeed-rl-master --output new.yaml", "fit for mindspeed-rl-master"),
+        # The weights to export are the user's: the configuration has been found and composed by then.
+        ("rl export-verl grpo_minimind_tiny --output verl", "actor_config.load: outputs/minimind3_tiny/math_sft"),
+    ],
+)
+def test_every_command_works_in_an_empty_directory(words: str, shown: str, wheel: Path, tmp_path: Path) -> None:
+    environ = os.environ | {"PYTHONPATH": str(wheel), "DEVICE": "cpu"}
+    command = [sys.executable, "-m", "minimind_mcore.cli", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert shown in done.stdout + done.stderr
+    assert done.returncode == ("export-verl" in words), done.stderr
+
+
+def test_every_configuration_is_installed(wheel: Path) -> None:
+    names = [{path.relative_to(top) for path in top.rglob("*.*")} for top in (ROOT / "configs", wheel / PACKED)]
+    assert names[0] == names[1] and len(names[0]) > 30
+
+
+def test_the_stand_in_is_a_package_of_its_own(checkout: Path, wheel: Path, tmp_path: Path) -> None:
+    assert not [path for path in wheel.rglob("*") if "npu" in path.name.lower() or "rehearsal" in path.parts]
+    site = unpacked(built(checkout / "rehearsal", "wheel", tmp_path), tmp_path / "site")
+    folder = Path(run(Path("/"), "-m", "minimind_mcore_rehearsal", path=site).strip())
+    assert folder == site / "minimind_mcore_rehearsal/python"
+    here = ROOT / "rehearsal/minimind_mcore_rehearsal/python"
+    files = [
+        {path.relative_to(top) for path in top.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+        for top in (here, folder)
+    ]
+    assert files[0] == files[1] and Path("torch_npu-2.7.1.dist-info/entry_points.txt") in files[1]
 
 
 @pytest.mark.parametrize("name", ["converters", "models", "preprocess"])

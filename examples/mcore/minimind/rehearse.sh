@@ -11,7 +11,7 @@ PYTHON=$VENV/bin/python
 PATH=$VENV/bin:$PATH # the compilation of Megatron-LM's helpers asks python3 for its headers
 DEVICE=npu
 NPUS_PER_NODE=${NPUS_PER_NODE:-2}
-export PYTHONPATH="$ROOT/minimind_mcore/mindspeed/emulation/python:$MINDSPEED_HOME:$VENV/megatron-lm:$PYTHONPATH"
+export PYTHONPATH="$ROOT/rehearsal/minimind_mcore_rehearsal/python:$MINDSPEED_HOME:$VENV/megatron-lm:$PYTHONPATH"
 export PYTHONPYCACHEPREFIX=$VENV/pycache # nothing is written to the sources
 export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions # MindSpeed removes this folder
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minimind_mcore import paths
 from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, flag_table
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
@@ -42,7 +43,7 @@ from minimind_mcore.yaml_files import composed_files
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "rlxf"
+CONFIGS = paths.CONFIGS / "rlxf"
 
 
 def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
