@@ -40,8 +40,10 @@ def matmul_rate(dtype: torch.dtype, largest: int = LARGEST, repeats: int = 10) -
     measurements of `repeats` products.
     """
     place, size = device.current().torch_device, min(512, largest)
+    # Numbers from the device's own generator would be missing in the dropout of a run that is resumed.
+    numbers = torch.Generator(place).manual_seed(0)
     while True:
-        left, right = (torch.randn(size, size, device=place, dtype=dtype) for _ in range(2))
+        left, right = (torch.randn(size, size, device=place, dtype=dtype, generator=numbers) for _ in range(2))
         out = torch.empty_like(left)
         seconds = _seconds(left, right, out, 3)
         if seconds >= ENOUGH_SECONDS or 2 * size > largest:

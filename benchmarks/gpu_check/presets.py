@@ -5,17 +5,20 @@
 
 The weights follow from a seed and each tensor's name, the token ids from another seed, so nothing but the results is
 recorded. A mixture of experts must not have a token whose two best experts score almost alike: rounding would send it
-to the other one, and the comparison would say nothing. `--record` therefore takes the first seed whose results stay
-when all weights change by one millionth, and whose results in bf16 on this CPU are well within the tolerance.
+to the other one, and the comparison would say nothing. For fp32 `--record` takes the first seed whose results stay
+when all weights change by one millionth. bf16 rounds so much that no seed would do: there the logits are computed with
+the recorded experts of each token.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,25 @@ PRESETS = ("minimind3_tiny", "minimind3_moe_tiny", "minimind2_small_tiny", "mini
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 VOCABULARY, BATCH, SEQUENCE, STEPS = 512, 2, 48, 10
 ROWS, COLUMNS = 6, 16  # every so manieth position and token id of the logits is recorded
-WELL_WITHIN = 0.75
 STABLE = 2e-5  # relative change that one millionth of the weights may make
 
 
-def results(name: str, bf16: bool, seed: int, noise: float = 0.0) -> dict[str, list[float]]:
-    """Logits of the initial model at some positions and token ids, and the losses of ten steps."""
+def results(
+    name: str, bf16: bool, seed: int, noise: float = 0.0, experts: list[list[int]] | None = None
+) -> dict[str, Any]:
+    """Return logits, losses and experts.
+
+    Args:
+        name: of the preset.
+        bf16: mixed precision; else fp32.
+        seed: of weights and token ids.
+        noise: relative change of all weights before.
+        experts: as returned; the logits are computed with these experts and no others.
+
+    Returns:
+        `logits` of the initial model at some positions and token ids; `losses` of ten steps; `experts`, for each layer
+        the numbers token * experts + expert of those chosen for the logits.
+    """
     import torch
     from native_engine import NativeEngine
 
@@ -48,11 +64,46 @@ def results(name: str, bf16: bool, seed: int, noise: float = 0.0) -> dict[str, l
             _disturb(engine.model, noise)
             engine.optimizer.reload_model_params()
         ids = torch.randint(0, VOCABULARY, (STEPS + 1, BATCH, SEQUENCE + 1), generator=numbers).to(place)
-        logits = engine.logits(ids[0, :, :-1])[:, ::ROWS, ::COLUMNS].flatten().tolist()
+        with _routed(engine.model, experts) as chosen:
+            logits = engine.logits(ids[0, :, :-1])[:, ::ROWS, ::COLUMNS].flatten().tolist()
         losses = [float(engine.step(batch)) for batch in ids[1:]]
     finally:
         engine.close()
-    return {"logits": logits, "losses": losses}
+    return {"logits": logits, "losses": losses, "experts": chosen}
+
+
+@contextlib.contextmanager
+def _routed(model: Sequence[Any], experts: list[list[int]] | None) -> Iterator[list[list[int]]]:
+    """Within it every router chooses the given experts, if there are any; yields what the routers chose."""
+    chosen: list[list[int]] = []
+    from minimind_mcore.models.moe import MiniMindRouter
+
+    routers: list[Any] = [module for module in model[0].modules() if isinstance(module, MiniMindRouter)]
+    hooks = [router.register_forward_hook(lambda *call: chosen.append(_places(call[2][1]))) for router in routers]
+    for router, places in zip(routers, experts or [], strict=False):
+        router.gating = functools.partial(_only, router.gating, places)
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for router in routers:
+            vars(router).pop("gating", None)
+
+
+def _places(routing_map: Any) -> list[int]:
+    found: list[int] = routing_map.flatten().nonzero().flatten().tolist()
+    return found
+
+
+def _only(gating: Callable[[Any], Any], places: list[int], hidden: Any) -> Any:
+    """The router's logits, -inf for all experts but the given ones. The weights of those stay: they are normalised."""
+    import torch
+
+    logits = gating(hidden)
+    kept = torch.zeros(logits.numel(), dtype=torch.bool, device=logits.device)
+    kept[places] = True
+    return logits.masked_fill(~kept.view_as(logits), -math.inf)
 
 
 def _disturb(model: Sequence[Any], size: float) -> None:
@@ -66,41 +117,27 @@ def _disturb(model: Sequence[Any], size: float) -> None:
                 parameter.mul_(1 + size * change)
 
 
-def differences(found: dict[str, list[float]], expected: dict[str, list[float]], key: str) -> list[float]:
-    """Relative differences: |found - expected| / |expected| of each step's loss, the same in norms of each position."""
+def difference(found: dict[str, Any], expected: dict[str, Any], key: str) -> float:
+    """Return the relative difference: of losses the largest; of logits ||found - expected|| / ||expected||."""
     pairs = list(zip(found[key], expected[key], strict=True))
-    width = 1 if key == "losses" else VOCABULARY // COLUMNS
-    parts = (pairs[start : start + width] for start in range(0, len(pairs), width))
-    return [math.sqrt(sum((a - b) ** 2 for a, b in part) / sum(b * b for _, b in part)) for part in parts]
-
-
-def worst(ratios: Sequence[float], median: bool = False) -> float:
-    """Return the largest ratio or the median; NaN if any ratio is not finite, which no order has a place for."""
-    if not all(map(math.isfinite, ratios)):
-        return math.nan
-    return sorted(ratios)[len(ratios) // 2] if median else max(ratios)
+    if not all(math.isfinite(a) for a, _ in pairs):
+        return math.nan  # `max` would not see it
+    if key == "losses":
+        return max(abs(a - b) / abs(b) for a, b in pairs)
+    return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / sum(b * b for _, b in pairs))
 
 
 def compare(names: Sequence[str], dtypes: Sequence[str]) -> None:
     recorded = json.loads(FILE.read_text(encoding="utf-8"))["presets"]
     for name in names:
         for dtype in dtypes:
-            found = results(name, dtype == "bf16", recorded[name]["seed"])
+            bf16, expected = dtype == "bf16", recorded[name]
+            found = results(name, bf16, expected["seed"], experts=expected["experts"] if bf16 else None)
             allowed = TOLERANCES[dtype]
             for key in ("logits", "losses"):
-                median = uses_median(name, dtype, key)
-                apart = worst(differences(found, recorded[name], key), median)
-                note = f"relative difference, {'median' if median else 'maximum'}; at most {allowed:g}"
+                apart = difference(found, expected, key)
+                note = f"relative difference; at most {allowed:g}"
                 emit(f"{name}, {dtype}: {key}", apart, ok=apart <= allowed, note=note)  # NaN fails
-
-
-def uses_median(name: str, dtype: str, key: str) -> bool:
-    """Whether the median over positions is compared, and not the maximum: for the logits of mixtures in bf16.
-
-    There rounding sends a token whose two best experts score almost alike to the other expert. This says nothing about
-    the arithmetic, and changes the logits of that position by a few percent.
-    """
-    return dtype == "bf16" and key == "logits" and "moe" in name
 
 
 def record() -> None:
@@ -111,14 +148,12 @@ def record() -> None:
         for seed in range(1, 50):
             found = results(name, False, seed)
             moved = results(name, False, seed, noise=1e-6)
-            rounded = results(name, True, seed)
-            noise = max(worst(differences(moved, found, key)) for key in found)
-            rounding = max(worst(differences(rounded, found, key), uses_median(name, "bf16", key)) for key in found)
-            if noise < STABLE and rounding < WELL_WITHIN * TOLERANCES["bf16"]:
+            if max(difference(moved, found, key) for key in ("logits", "losses")) < STABLE:
                 break
         else:
             raise SystemExit(f"{name}: no seed up to 49 is stable")
-        body[name] = {"seed": seed} | {key: [float(f"{x:.8g}") for x in values] for key, values in found.items()}
+        numbers = {key: [float(f"{x:.8g}") for x in found[key]] for key in ("logits", "losses")}
+        body[name] = {"seed": seed, **numbers, "experts": found["experts"]}
         print(f"{name}: seed {seed}", flush=True)
     facts = {"by": "python -m gpu_check.presets --record (PYTHONPATH=benchmarks:.)", "torch": torch.__version__}
     FILE.write_text(json.dumps(facts | {"presets": body}) + "\n", encoding="utf-8")

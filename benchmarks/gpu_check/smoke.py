@@ -165,6 +165,9 @@ def guarded(name: str, stage: Callable[[], None]) -> None:
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         emit(name, ok=False, note=f"{type(error).__name__}: {error}"[:300])
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()  # which the next stage initialises
 
 
 def falls(name: str, losses: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary embedding, each as one node of autograd's graph.
+"""RMSNorm, SwiGLU and rotary embedding, each as one node of autograd's graph; on a GPU those of `compiled`.
 
 An eager backward pass of such a chain costs many times its arithmetic in memory traffic: one tensor an
 operation, a copy for every `chunk`. These save the input alone and write into their results.
@@ -13,10 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimind_mcore.fused import compiled
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of `x` [..., n], in its precision; `weight` is [n]."""
-    return _apply(_RMSNorm, x, weight, eps)
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of `x` [..., n], in fp32; `weight` is [n]."""
+    if _on_gpu(x):
+        return compiled.rms_norm(x, weight, eps)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return _apply(_RMSNorm, x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -24,6 +30,8 @@ def swiglu(x: Tensor) -> Tensor:
 
     The backward pass overwrites `x`, so nothing else may need it, and there is one such pass only.
     """
+    if _on_gpu(x):
+        return compiled.swiglu(x)
     return _apply(_SwiGLU, x)
 
 
@@ -35,7 +43,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: cosines of the n/2 angles, of a shape that broadcasts to x's halves.
         sin: their sines.
     """
+    if _on_gpu(x) and cos.shape[0] == x.shape[0] and cos[0].numel() == cos.shape[-1]:
+        return compiled.rotate(x, cos, sin)
     return _apply(_Rotary, x, cos, sin)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda" and compiled.usable()
 
 
 def _apply(function: Any, *args: Any) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_mcore.fused import compiled
 from minimind_mcore.fused.adam import FusedAdam
+from minimind_mcore.fused.compiled import cross_entropy
 from minimind_mcore.fused.elementwise import rotate, swiglu
 
 
@@ -19,6 +21,8 @@ def install() -> None:
     _rotary()
     _weight_gradient()
     _clipping()
+    if compiled.usable():
+        _cross_entropy()
 
 
 def _adam() -> None:
@@ -89,6 +93,19 @@ def _clipping() -> None:
 
     if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _cross_entropy() -> None:
+    """All versions: without Transformer Engine the loss copies the logits to fp32 and passes over them ten times."""
+    from megatron.core import tensor_parallel
+
+    unfused: Any = tensor_parallel.vocab_parallel_cross_entropy
+
+    def apply(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        loss: Tensor = unfused(logits, target, label_smoothing) if label_smoothing else cross_entropy(logits, target)
+        return loss
+
+    tensor_parallel.vocab_parallel_cross_entropy = apply
 
 
 def _scale(chunk_size: int, overflow: Any, tensor_lists: Any, scale: float) -> None:

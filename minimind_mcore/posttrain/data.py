@@ -258,7 +258,8 @@ def batch_of(tokens: list[Tokens], labels: list[Tokens], length: int) -> dict[st
         "tokens": pad(tokens, length, 0),
         "labels": shifted.clamp(min=0),
         "loss_mask": (shifted != IGNORED).float(),
-        "position_ids": torch.arange(length).expand(len(tokens), -1),
+        # Not expand: a tensor whose rows share memory cannot be pinned for the copy to a device.
+        "position_ids": torch.arange(length).repeat(len(tokens), 1),
     }
 
 

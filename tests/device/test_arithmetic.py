@@ -230,6 +230,12 @@ def test_random_state_of_the_device_is_restored() -> None:
     assert torch.equal(first, torch.rand(5, device=PLACE))
 
 
+def test_measuring_the_matrix_rate_leaves_the_random_numbers_of_dropout_alone() -> None:
+    state = device.rng_state()
+    matmul_rate(torch.float32, largest=64, repeats=1)
+    assert torch.equal(state, device.rng_state())
+
+
 def test_mfu_of_a_run_at_the_measured_rate_is_one() -> None:
     rate = matmul_rate(torch.float32, largest=256, repeats=2)
     config = PRESETS["minimind3"]
