@@ -76,8 +76,8 @@ def _dynamic(x: Tensor) -> Tensor:
     import torch._dynamo
 
     for axis in range(x.dim() - 1):
-        torch._dynamo.maybe_mark_dynamic(x, axis)  # type: ignore[no-untyped-call]
-    torch._dynamo.mark_static(x, x.dim() - 1)  # type: ignore[no-untyped-call]
+        torch._dynamo.maybe_mark_dynamic(x, axis)
+    torch._dynamo.mark_static(x, x.dim() - 1)
     return x
 
 
