@@ -101,7 +101,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         from megatron.core import parallel_state
 
-        group = parallel_state.get_tensor_model_parallel_group()
+        group: Any = parallel_state.get_tensor_model_parallel_group()
         rows = _rows(logits)
         # Ids of this rank's part of the vocabulary; others are found nowhere.
         local = _dynamic((labels.reshape(-1, 1) - dist.get_rank(group) * logits.shape[-1]).contiguous())

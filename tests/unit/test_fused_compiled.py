@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from minimind_mcore import device
 from minimind_mcore.fused import compiled
@@ -79,7 +80,7 @@ def test_norm_activation_and_rotation(dtype: torch.dtype, bound: float) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_cross_entropy_of_a_split_vocabulary(processes: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_cross_entropy, (processes, str(tmp_path / "rendezvous")), processes)
+    spawn(_cross_entropy, (processes, str(tmp_path / "rendezvous")), processes)
 
 
 def _cross_entropy(rank: int, processes: int, rendezvous: str) -> None:
