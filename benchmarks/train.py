@@ -6,7 +6,8 @@
 The loop is MiniMind's way: modules of its own, scaled-dot-product attention, AdamW, gradient clipping; on a GPU
 autocast, torch.compile of one layer, whose code all layers share, and fused AdamW. Both sides see the same sizes,
 batches, precision and threads, each in a process of its own, in turn, several times; medians and their ratio are
-printed. `minimind_mcore.mfu` computes the MFU: the same process measures the rate of matrix products in the same dtype.
+printed. `minimind_mcore.training.mfu` computes the MFU: the same process measures the rate of matrix products in the
+same dtype.
 The table has tokens per second and tokens per CPU second: other programs on the machine disturb the latter less.
 On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu.py), to
 show how much of the difference they are.
@@ -31,9 +32,9 @@ from plain_model import PlainModel
 from torch import Tensor
 
 from minimind_mcore import cpu, device
-from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
+from minimind_mcore.training.mfu import matmul_rate, mfu
 
 Step = Callable[[], None]
 

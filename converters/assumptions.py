@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.ranges import RANGES, flag_type
 from minimind_mcore.models.config import LOAD_BALANCING, ROUTER_WEIGHTS, ModelConfig
-from minimind_mcore.ranges import RANGES, flag_type
 
 # By the field of ModelConfig or MoEConfig; the flags are Megatron's, where it has one.
 FLAGS = {

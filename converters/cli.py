@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore import arguments, unpickling
+from minimind_mcore import unpickling
 from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.converters.sharding import Sharding, parse_numbers
 from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.errors import UserError
-from minimind_mcore.ranges import flag_type
+from minimind_mcore.inputs.flags import build_parser, given_flags, refuse_unknown
+from minimind_mcore.inputs.ranges import flag_type
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
 
@@ -86,14 +87,14 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
 
 def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse a command line of one of the programs; returns also which flags it has."""
-    parser = arguments.build_parser(program, prog=program)
+    parser = build_parser(program, prog=program)
     for action in parser._actions:
         if action.dest in ("model_type_hf", "params_dtype", "ckpt_format", "lora_r", "lora_alpha"):
             # ours has other models, and takes from the source what is not given
             action.choices, action.default = None, None
     _add_own_flags(parser)
-    given = arguments.given_flags(argv)
-    arguments.refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
+    given = given_flags(argv)
+    refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
     if refused := [flag for flag in given if flag in _REFUSED[program]]:
         raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
     args = parser.parse_args(list(argv))

@@ -31,7 +31,7 @@ from minimind_mcore.converters.source import Lazy, Source
 from minimind_mcore.converters.target import Target
 from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import read_object
+from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.storage import (
     MANIFEST,
     check_manifest,

@@ -21,7 +21,7 @@ from minimind_mcore.converters.source import Lazy, Source, Training
 from minimind_mcore.converters.target import Target
 from minimind_mcore.converters.torch_zip import create_torch, read_archive
 from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import read_object
+from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type

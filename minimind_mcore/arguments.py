@@ -1,25 +1,23 @@
 """Megatron's flags are the interface.
 
-`flags.json` lists every flag of MindSpeed-LLM's programs with its type and default, so a script
-written for them is parsed here with the same meaning. What the native engine does with a flag is
-one of three things: it implements it (perhaps for some values only), it has no effect here (a kernel
-of another device, say; these are named once in the log), or it is refused because ignoring it would
-change what is trained. An unknown flag is an error that suggests the nearest one.
+The parser knows every flag of MindSpeed-LLM's programs (`inputs/flags.py`). What the native engine does with a flag is
+one of three things: it implements the flag (perhaps for some values only), it ignores the flag without effect (a kernel
+of another device, say; these are named once in the log), or it refuses the flag because ignoring it would change what
+is trained.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
-import importlib.resources
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from minimind_mcore import unpickling
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.models.config import (
     LAYER_SPEC,
     NO_EXPERTS,
@@ -28,8 +26,6 @@ from minimind_mcore.models.config import (
     named_router_weight,
     set_router_weight,
 )
-from minimind_mcore.ranges import flag_type
-from minimind_mcore.splits import parse_split
 
 # dest names, grouped as Megatron groups its arguments
 IMPLEMENTED = frozenset(
@@ -138,43 +134,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _truth(text: str) -> bool | None:
-    values = {"true": True, "false": False, "none": None}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {', '.join(values)}")
-    return values[text.lower()]
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"found {text[:1000]!r}, which is not valid JSON ({error})") from error
-
-
 STAGES = ("sft", "dpo", "reason", "distill")
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
-
-TYPES: dict[str, Callable[[str], Any]] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": bool,
-    "json": _json,
-    "truth": _truth,
-}
-
-
-@functools.cache
-def flag_table(program: str = "training") -> dict[str, dict[str, Any]]:
-    """The flags of one of MindSpeed-LLM's programs: {"--num-layers": record}, in its own order.
-
-    Args:
-        program: "training", "preprocess_data.py", "convert_ckpt_v2.py" or "convert_ckpt.py".
-    """
-    text = importlib.resources.files("minimind_mcore").joinpath("flags.json").read_text(encoding="utf-8")
-    records = [record for record in json.loads(text)["flags"] if record["program"] == program]
-    return {flag: record for record in records for flag in record["flags"]}
 
 
 def _add_native_flags(parser: argparse.ArgumentParser) -> None:
@@ -250,59 +211,6 @@ def kit_flags() -> tuple[str, ...]:
     _add_native_flags(parser)
     _add_posttrain_flags(parser)
     return tuple(f for action in parser._actions for f in action.option_strings if f not in flag_table())
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors that a `UserError` carries."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # argparse takes "-1,1,0" for a flag. As a value it reaches `parse_split`, whose error says what is expected.
-        self._negative_number_matcher = re.compile(r"-[\d.][\d.,/]*$")
-
-    def error(self, message: str) -> Any:
-        """Raise instead of exiting with status 2."""
-        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
-
-
-def build_parser(program: str = "training", prog: str | None = None) -> argparse.ArgumentParser:
-    """A parser that knows every flag of one of MindSpeed-LLM's programs, with its type and default."""
-    parser = _Parser(prog=prog, allow_abbrev=False, description=__doc__.split("\n")[0] if __doc__ else None)
-    groups: dict[str, Any] = {}
-    for record in {id(r): r for r in flag_table(program).values()}.values():
-        group = groups.get(record["source"]) or parser.add_argument_group(record["source"])
-        groups[record["source"]] = group
-        options: dict[str, Any] = {"dest": record["dest"]}
-        for key in ("nargs", "default", "choices", "action", "const"):
-            if key in record:
-                options[key] = record[key]
-        if "action" not in record and "type" in record:
-            parsed = TYPES[record["type"]]
-            options["type"] = flag_type(record["dest"], parsed) if parsed in (int, float) else parsed
-        group.add_argument(*record["flags"], **options)
-    return parser
-
-
-def allow_any_template(parser: argparse.ArgumentParser) -> None:
-    """Let `--prompt-type` name any template that `--prompt-type-path`, or the kit's own file, has."""
-    next(action for action in parser._actions if action.dest == "prompt_type").choices = None
-
-
-def given_flags(argv: Sequence[str]) -> list[str]:
-    """The flags on a command line, without their values, each once, in order."""
-    return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))
-
-
-def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
-    """Raise a `UserError` that names each unknown flag and the nearest known one."""
-    unknown = [flag for flag in flags if flag not in known]
-    if not unknown:
-        return
-    lines = []
-    for flag in unknown:
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
-        lines.append(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
-    raise UserError("\n  ".join(lines))
 
 
 def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:

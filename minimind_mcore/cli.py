@@ -11,7 +11,6 @@ waits for another's libraries.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -43,8 +42,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(usage())
         return 0 if argv else 1
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(COMMANDS)}"
+        hint = errors.did_you_mean(argv[0], COMMANDS) or f"; it has {', '.join(COMMANDS)}"
         raise UserError(f"minimind-mcore has no command {argv[0]!r}{hint}")
     module = importlib.import_module(COMMANDS[argv[0]][0])
     return int(module.main(list(argv[1:])) or 0)

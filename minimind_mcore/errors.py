@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -18,6 +19,12 @@ class UserError(Exception):
     The message names the thing, what was found, what was expected, and what to do. Programs print
     it without a traceback and exit with status 1.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str], begin: str = "; did") -> str:
+    """Return the end of a message about an unknown name: "; did you mean X?", or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"{begin} you mean {near[0]}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.ranges import problem
+from minimind_mcore.inputs.ranges import problem
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig

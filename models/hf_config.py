@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError, naming
-from minimind_mcore.json_files import read_object
+from minimind_mcore.inputs.documents import read_object
+from minimind_mcore.inputs.ranges import RANGES, problem
 from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig, MoEConfig
-from minimind_mcore.ranges import RANGES, problem
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

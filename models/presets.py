@@ -12,14 +12,13 @@ builds at that size, has 406M.
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from minimind_mcore.errors import UserError, run
+from minimind_mcore.errors import UserError, did_you_mean, run
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 
 T = TypeVar("T")
@@ -101,9 +100,8 @@ def lookup(kind: str, table: Mapping[str, T], name: str) -> T:
     key = name.lower().replace("-", "_")
     if key in table:
         return table[key]
-    nearest = difflib.get_close_matches(key, table, n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    raise UserError(f"no {kind} is called {name!r}.{hint} Known: {', '.join(table)}")
+    hint = did_you_mean(key, table, begin=". Did") or "."
+    raise UserError(f"no {kind} is called {name!r}{hint} Known: {', '.join(table)}")
 
 
 def get_preset(name: str) -> ModelConfig:

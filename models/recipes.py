@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from minimind_mcore.errors import UserError, run
+from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.models.config import format_flags
 from minimind_mcore.models.presets import PRESETS, find_model, lookup
-from minimind_mcore.ranges import flag_type
-from minimind_mcore.splits import parse_split
 
 
 @dataclass(frozen=True, kw_only=True)

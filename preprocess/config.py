@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import read_object
+from minimind_mcore.inputs.documents import read_object, read_yaml
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS
 from minimind_mcore.preprocess.options import Options
-from minimind_mcore.yaml_files import read_yaml
 
 
 def with_config(argv: Sequence[str]) -> list[str]:

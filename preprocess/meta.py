@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import read_object
+from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.preprocess.indexed import Written, bin_path, idx_path
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_write_text

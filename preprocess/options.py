@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.preprocess import prompter
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler, find_handler
 from minimind_mcore.preprocess.meta import prompts_path
@@ -18,7 +19,6 @@ from minimind_mcore.preprocess.readers import Source
 from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
-from minimind_mcore.ranges import problem
 
 # Part of every request: raise it when the same request would give other files than before.
 FORMAT = 2

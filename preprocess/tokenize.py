@@ -32,8 +32,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.preprocess.tokenizer_files import read_json, special_tokens, tokenizer_json
-from minimind_mcore.ranges import problem
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import read_object
+from minimind_mcore.inputs.documents import read_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"

@@ -20,9 +20,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minimind_mcore.errors import UserError, run
+from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.handlers import HANDLERS
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
-from minimind_mcore.ranges import flag_type
 from minimind_mcore.storage import atomic_directory
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

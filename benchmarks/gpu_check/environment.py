@@ -49,7 +49,7 @@ def _device(tiny: bool) -> None:
     import torch
 
     from minimind_mcore import device
-    from minimind_mcore.mfu import matmul_rate
+    from minimind_mcore.training.mfu import matmul_rate
 
     found = device.current()
     emit("device", found.name, note=f"{found.kind}, {found.count} on this host")

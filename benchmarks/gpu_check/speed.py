@@ -10,8 +10,8 @@ import train
 
 from gpu_check.plan import RATE
 from gpu_check.rows import emit
-from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.training.mfu import matmul_rate, mfu
 
 # Sequences and their length: as many tokens either way.
 SHAPES = ((96, 340), (16, 2048))

@@ -26,7 +26,7 @@ from minimind_mcore.inference.heldout import Document, documents
 from minimind_mcore.inference.scores import Scores
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.inference.starting import opened, start
-from minimind_mcore.ranges import flag_type
+from minimind_mcore.inputs.ranges import flag_type
 
 PROGRAM = "evaluation.py"
 EXACT_MATCH, PERPLEXITY = "exact_match", "perplexity"

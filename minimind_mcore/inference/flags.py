@@ -15,6 +15,7 @@ from minimind_mcore.converters import assumptions
 from minimind_mcore.converters.job import Job
 from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.models.config import ModelConfig
 
 USED = frozenset(
@@ -59,18 +60,18 @@ def parse(
     Raises:
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
     """
-    parser = arguments.build_parser(prog=program)
-    arguments.allow_any_template(parser)
+    parser = build_parser(prog=program)
+    allow_any_template(parser)
     for action in parser._actions:
         if action.dest in ("lora_r", "lora_alpha"):
             action.default = None  # taken from the checkpoint
     _add_loading_flags(parser)
     add_own(parser)
-    given = arguments.given_flags(argv)
-    arguments.refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
+    given = given_flags(argv)
+    refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
     args = parser.parse_args(list(argv))
     args.given = given
-    table, mine = arguments.flag_table(), USED | CHECKED | used
+    table, mine = flag_table(), USED | CHECKED | used
     refused = [f for f in given if f in table and table[f]["dest"] not in mine | NO_EFFECT | ignored]
     if refused:
         raise UserError(f"{', '.join(refused)}: not implemented by {program} of this kit; leave it out")
@@ -147,10 +148,10 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
     Raises:
         UserError: one says something else.
     """
-    parser = arguments.build_parser()
+    parser = build_parser()
     arguments.add_router_weight(parser)
     expected = parser.parse_args(config.megatron_flags())
-    table = arguments.flag_table()
+    table = flag_table()
     for flag in args.given:
         dest = table[flag]["dest"] if flag in table else None
         if dest in CHECKED and getattr(args, dest) != getattr(expected, dest):

@@ -25,9 +25,9 @@ from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts, read
 from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.inference.starting import opened, start
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
+from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
-from minimind_mcore.ranges import flag_type
 from minimind_mcore.storage import atomic_file
 
 PROGRAM = "inference.py"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.ranges import problem
+from minimind_mcore.inputs.ranges import problem
 
 
 @dataclass(frozen=True, kw_only=True)

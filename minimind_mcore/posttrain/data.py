@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Index, bin_path, idx_path, read_index
-from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.training.data import DatasetTokenizer
 
 IGNORED = -100

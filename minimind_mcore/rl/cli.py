@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.ranges import flag_type
+from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.rl.config.lint import TARGETS, dump, find, lint, read
 from minimind_mcore.rl.config.load import command_parser, compose, resolve
 from minimind_mcore.rl.config.migrate import migrate

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import parse_object
+from minimind_mcore.inputs.documents import parse_object
+from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.preprocess.indexed import Index, bin_path, read_index
 from minimind_mcore.preprocess.meta import prompts_path
-from minimind_mcore.splits import parse_split
 from minimind_mcore.training.sample_order import data_digest
 
 Ids = NDArray[np.int32]

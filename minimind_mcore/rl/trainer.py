@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore import run_lock
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.loading import load_tokenizer
 from minimind_mcore.preprocess.tokenize import tokenizer_info
@@ -39,7 +38,7 @@ from minimind_mcore.rl.metrics import (
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.stop import Stop
 from minimind_mcore.rl.supervise import Lost
-from minimind_mcore.training import sample_order
+from minimind_mcore.training import run_lock, sample_order
 from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.report import write_report
 

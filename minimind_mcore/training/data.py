@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.preprocess.blends import parse_blend, sizes
 from minimind_mcore.preprocess.check import idx_digest, quick_check
 from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.tokenize import tokenizer_info
-from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.training import sample_order
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minimind_mcore import ranges
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs import ranges
 from minimind_mcore.models.config import ModelConfig
 
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from minimind_mcore import device
 from minimind_mcore.errors import UserError
-from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import append_line, atomic_write_text, writing
 from minimind_mcore.training import distributed, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout
+from minimind_mcore.training.mfu import matmul_rate, mfu
 
 OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from minimind_mcore import arguments, device, run_lock
-from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, step
+from minimind_mcore import arguments, device
+from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, run_lock, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout, validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.meta import read_meta
-from minimind_mcore.splits import MEGATRON_DEFAULT, parse_split
 
 # A checkpoint carries this dictionary in its arguments: "data" (a digest for each dataset), "order", "samples".
 Record = dict[str, Any]

@@ -21,7 +21,7 @@ import pytest
 from helpers.engine import ROOT, Corpus
 from helpers.weights_on_disk import write_arguments
 
-from minimind_mcore.arguments import build_parser, flag_table
+from minimind_mcore.inputs.flags import build_parser, flag_table
 from minimind_mcore.mindspeed.flags import spelled
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.models.recipes import get_recipe

@@ -14,7 +14,7 @@ import yaml
 from helpers.engine import ROOT
 from helpers.rl_trees import DISPATCH
 
-from minimind_mcore.arguments import flag_table
+from minimind_mcore.inputs.flags import flag_table
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.rl.config.load import CONFIGS, compose, resolve

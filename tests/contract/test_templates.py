@@ -13,7 +13,7 @@ from helpers import upstream_templates as upstream
 from helpers.engine import ROOT
 from transformers import AutoTokenizer
 
-from minimind_mcore.arguments import flag_table
+from minimind_mcore.inputs.flags import flag_table
 from minimind_mcore.preprocess.conversations import Conversation
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, read_templates, template_entry
 from minimind_mcore.preprocess.tokenize import load_encoder

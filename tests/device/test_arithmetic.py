@@ -21,13 +21,13 @@ from minimind_mcore.fused.install import add_weight_gradient
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.megatron_fixes import _l2_norm
-from minimind_mcore.mfu import matmul_rate, mfu
 from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.posttrain.dpo import pair_log_probs
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
 from minimind_mcore.rl.rollout.engine import Draw
 from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.training.mfu import matmul_rate, mfu
 
 PLACE = device.current().torch_device
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

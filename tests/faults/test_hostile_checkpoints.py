@@ -18,8 +18,9 @@ import pytest
 import torch
 from helpers import engine
 
-from minimind_mcore import arguments, unpickling
+from minimind_mcore import unpickling
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.mindspeed import checkpoints
 from minimind_mcore.models.presets import PRESETS
 
@@ -174,7 +175,7 @@ def test_the_launcher_looks_before_mindspeed_llm_starts(
     if file != ".metadata":  # torch_dist is refused for its format before
         flags = [*PRESETS["minimind3_tiny"].megatron_flags(), "--load", str(root), "--seq-length", "32"]
         flags += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0", "--micro-batch-size", "1"]
-        args = arguments.build_parser(prog=name).parse_args(flags)
+        args = build_parser(prog=name).parse_args(flags)
         assert any("posix.system" in problem for problem in checkpoints.fit_problems(args, hosts=1))
     assert not witness.exists()
 

@@ -11,17 +11,9 @@ import pytest
 from helpers.engine import ROOT, as_flags
 
 from minimind_mcore import arguments
-from minimind_mcore.arguments import (
-    IMPLEMENTED,
-    NO_EFFECT,
-    POSTTRAIN,
-    POSTTRAIN_NO_EFFECT,
-    VALUES,
-    build_parser,
-    flag_table,
-    parse,
-)  # fmt: skip
+from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, POSTTRAIN, POSTTRAIN_NO_EFFECT, VALUES, parse
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import build_parser, flag_table  # fmt: skip
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.models.recipes import RECIPES

@@ -19,8 +19,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu_check import plan, presets, rows, runner, wheels
 
-from minimind_mcore.mfu import mfu
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.training.mfu import mfu
 
 
 def run_script(*flags: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:

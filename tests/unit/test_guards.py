@@ -28,7 +28,7 @@ UPSTREAM_NAMES = {
         "npu_deterministic", "hccl_group_buffer", "hccl_group_buffer_adaptive", "hccl_op_mode",
     ),
     "minimind_mcore/fused/install.py": ("fused_weight_gradient_mlp_cuda",),
-    "minimind_mcore/ranges.py": ("num_npus",),
+    "minimind_mcore/inputs/ranges.py": ("num_npus",),
     "minimind_mcore/rl/config/check.py": ("num_npus",),
     "minimind_mcore/rl/config/migrate.py": ("npu_deterministic",),
     "minimind_mcore/rl/config/schema.py": ("num_npus",),

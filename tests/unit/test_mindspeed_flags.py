@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.weights_on_disk import write_arguments
 
-from minimind_mcore.arguments import build_parser
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.mindspeed.flags import complete
 from minimind_mcore.mindspeed.launch import size
 from minimind_mcore.models.presets import PRESETS

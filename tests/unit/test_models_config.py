@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimind_mcore.arguments import build_parser, parse
+from minimind_mcore.arguments import parse
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.models import hf_config, recipes
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.presets import PRESETS, get_preset

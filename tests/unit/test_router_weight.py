@@ -14,6 +14,7 @@ from helpers.weights_on_disk import MODELS, SMALL, config_json, state_dict, writ
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.mindspeed.flags import complete, router_weight_of
 from minimind_mcore.mindspeed.rl_launch import require_normalized
 from minimind_mcore.models.config import ROUTER_WEIGHTS, ModelConfig, MoEConfig, RouterWeight
@@ -192,7 +193,7 @@ def test_mindspeed_llm_continues_with_the_rule_of_the_checkpoint(rule: RouterWei
 
 def test_mindspeed_llm_writes_the_rule_into_its_checkpoints_by_the_spec(tmp_path: Path) -> None:
     # MindSpeed-LLM saves the arguments that it parsed: they have --spec and no --router-weight.
-    parsed = arguments.build_parser().parse_args(mindspeed("straight_through"))
+    parsed = build_parser().parse_args(mindspeed("straight_through"))
     assert not hasattr(parsed, "router_weight")
     moe = ModelConfig.from_args(parsed).moe
     assert moe and moe.router_weight == "straight_through"

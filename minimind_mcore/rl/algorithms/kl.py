@@ -16,13 +16,12 @@ With d = log pi(token) - log pi_ref(token), of a token that pi drew (Schulman, "
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.rl.algorithms.masked import masked_mean
 
 ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
@@ -34,9 +33,8 @@ def kind_of(name: str) -> str:
     kind = ALIASES.get(name, name)
     if kind not in KINDS:
         known = [*KINDS, *ALIASES]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
-        raise UserError(f"kl_penalty: found {name!r}. {hint}")
+        hint = did_you_mean(name, known, begin=". Did") or f". Expected one of {', '.join(known)}."
+        raise UserError(f"kl_penalty: found {name!r}{hint}")
     return kind
 
 

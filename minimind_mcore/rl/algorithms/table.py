@@ -12,11 +12,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.rl.algorithms.advantages import Spread
 from minimind_mcore.rl.algorithms.losses import Aggregation, Kind
 
@@ -70,7 +69,6 @@ ALGORITHMS: dict[str, Algorithm] = {
 def algorithm(name: str) -> Algorithm:
     """The algorithm of that name, or a `UserError` that suggests the nearest."""
     if name not in ALGORITHMS:
-        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(ALGORITHMS)}."
-        raise UserError(f"algorithm: found {name!r}. {hint}")
+        hint = did_you_mean(name, ALGORITHMS, begin=". Did") or f". Expected one of {', '.join(ALGORITHMS)}."
+        raise UserError(f"algorithm: found {name!r}{hint}")
     return ALGORITHMS[name]

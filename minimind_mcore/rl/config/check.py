@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minimind_mcore.ranges import problem
+from minimind_mcore.errors import did_you_mean
+from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.rl.algorithms.batches import uneven
 from minimind_mcore.rl.config.objective import objective
-from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults, nearest
+from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults
 
 # MindSpeed-RL's: mindspeed_rl/utils/compute.py, trainer/base.py, trainer/utils/compute_utils.py; its three programs.
 STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
@@ -62,7 +63,7 @@ def values(config: Config, target: str) -> Iterator[Problem]:
         value = _value(config, key)
         known = (*names, *(MORE.get(key, ()) if target == "embedded" else ()))
         if value not in known and not (value is None and key in OPTIONAL):
-            yield key, f"found {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"
+            yield key, f"found {value!r}, expected one of {', '.join(known)}{did_you_mean(str(value), known)}"
     yield from ((key, "found None, expected a whole number") for key in REQUIRED if _value(config, key) is None)
 
 

@@ -18,16 +18,15 @@ from typing import Any
 
 import yaml
 
-from minimind_mcore.errors import UserError
-from minimind_mcore.json_files import parse_object
+from minimind_mcore.errors import UserError, did_you_mean
+from minimind_mcore.inputs.documents import checked_yaml, parse_object, read_yaml
 from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.rl.config.check import STAGES, problems, workers
 from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.rl.config.objective import objective, with_table
-from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, keys, nearest, of_error, refuse
+from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
-from minimind_mcore.yaml_files import checked_yaml, read_yaml
 
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
 LEVELS = ("error", "warning", "note")
@@ -234,7 +233,7 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "rl_config.verifier_function",
-                f"{name} is unknown{nearest(name, known)} (known: {', '.join(sorted(known))})",
+                f"{name} is unknown{did_you_mean(name, known)} (known: {', '.join(sorted(known))})",
             )
     beside = prompts_path(config.actor.data_path)
     thinkers = THINKERS.intersection(names)

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind_mcore import paths
-from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, flag_table
-from minimind_mcore.errors import UserError
+from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT
+from minimind_mcore.errors import UserError, did_you_mean
+from minimind_mcore.inputs.documents import composed_files
+from minimind_mcore.inputs.flags import flag_table
 from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.rl.config import schema
 from minimind_mcore.rl.config.objective import Layer, command_line, layer_of, replaced
@@ -36,9 +38,7 @@ from minimind_mcore.rl.config.schema import (
     MiniMindConfig,
     Section,
     defaults,
-    nearest,
 )
-from minimind_mcore.yaml_files import composed_files
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -218,7 +218,7 @@ def compose(
     name = name.removesuffix(".yaml")
     if not (where / f"{name}.yaml").is_file():
         found = sorted(file.stem for file in where.glob("*.yaml")) if where.is_dir() else []
-        raise UserError(f"{where} has no {name}.yaml{nearest(name, found)} (it has {', '.join(found) or 'none'})")
+        raise UserError(f"{where} has no {name}.yaml{did_you_mean(name, found)} (it has {', '.join(found) or 'none'})")
     for file, content in composed_files(where, name).items():
         for section in (*SECTIONS, "minimind") if isinstance(content, dict) else ():
             if not isinstance(content.get(section, {}), dict | None):

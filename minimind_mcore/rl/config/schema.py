@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib.resources
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from minimind_mcore.arguments import TYPES, flag_table
-from minimind_mcore.errors import UserError
-from minimind_mcore.ranges import problem
+from minimind_mcore.errors import UserError, did_you_mean
+from minimind_mcore.inputs.flags import TYPES, flag_table
+from minimind_mcore.inputs.ranges import problem
 
 Problem = tuple[str, str]  # a key, and what is wrong with its value
 
@@ -183,12 +182,6 @@ class MiniMindConfig:
     max_restarts: int = 3
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """A hint for an error about an unknown key: "; did you mean X?", or nothing."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def minimind_config(section: Mapping[str, Any] | None) -> MiniMindConfig:
     """The section as its dataclass.
 
@@ -205,7 +198,7 @@ def _build(cls: type, section: Mapping[str, Any], where: str) -> Any:
     kinds = typing.get_type_hints(cls)
     for key in section:
         if key not in kinds:
-            raise UserError(f"{where}.{key}: unknown key{nearest(key, kinds)}")
+            raise UserError(f"{where}.{key}: unknown key{did_you_mean(key, kinds)}")
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     for key in required:
         if key not in section:
@@ -249,7 +242,7 @@ class Section(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(f"no key {name}{nearest(name, vars(self))}")
+        raise AttributeError(f"no key {name}{did_you_mean(name, vars(self))}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a configuration is not changed after it is resolved")
@@ -311,7 +304,7 @@ def keys(tree: Mapping[str, Any], version: str) -> list[Problem]:
         if name in OTHER_SECTIONS:
             continue
         if name not in SECTIONS:
-            found.append((name, f"unknown section{nearest(name, [*SECTIONS, *OTHER_SECTIONS])}"))
+            found.append((name, f"unknown section{did_you_mean(name, [*SECTIONS, *OTHER_SECTIONS])}"))
         elif not isinstance(section, Mapping):
             found.append((name, f"found {section!r}, expected a mapping of keys"))
         else:
@@ -337,7 +330,7 @@ def _section_keys(where: str, section: Mapping[str, Any], reader: str, version: 
         if key == "model" and reader == "MegatronConfig":
             continue
         if key not in known:
-            yield (f"{where}.{key}", f"unknown key{nearest(key, known)} (not in MindSpeed-RL {version})")
+            yield (f"{where}.{key}", f"unknown key{did_you_mean(key, known)} (not in MindSpeed-RL {version})")
         elif _misfit(value, value_type(reader, key, version), known[key], reader, key):
             kind = value_type(reader, key, version).__name__
             yield (f"{where}.{key}", f"found {value!r}, expected {kind}")
@@ -354,7 +347,7 @@ def _sub_keys(where: str, section: Mapping[str, Any], known: Mapping[str, Any]) 
     for name, value in section.items():
         kind = int if known.get(name) is None else type(known[name])
         if name not in known:
-            yield (f"{where}.{name}", f"unknown key{nearest(name, known)}")
+            yield (f"{where}.{name}", f"unknown key{did_you_mean(name, known)}")
         elif not fits(value, kind) or (value is None and known[name] is not None):
             yield (f"{where}.{name}", f"found {value!r}, expected {kind.__name__}")
 

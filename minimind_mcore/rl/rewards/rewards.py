@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections import Counter, deque
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.rl.rewards.length import overlong
 from minimind_mcore.rl.rewards.reward_model import Message, RewardModel
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
@@ -242,9 +241,8 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
     if name in VERIFIERS:
         return VERIFIERS[name]
     if ":" not in name:
-        near = difflib.get_close_matches(name, VERIFIERS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(VERIFIERS)},"
-        raise UserError(f"verifier_function: found {name!r}. {hint} or package.module:function of your own")
+        hint = did_you_mean(name, VERIFIERS, begin=". Did") or f". Expected one of {', '.join(VERIFIERS)},"
+        raise UserError(f"verifier_function: found {name!r}{hint} or package.module:function of your own")
     function = resolve(name)
     try:
         inspect.signature(function).bind("", "", **{"prompt": "", "length": 0, **dict.fromkeys(columns, "")})

@@ -1,0 +1,1 @@
+"""What users give: files, numbers and splits, each checked in one place."""

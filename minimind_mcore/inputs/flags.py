@@ -1,0 +1,101 @@
+"""The flags of MindSpeed-LLM's programs, and a parser for each program.
+
+`flags.json` lists every flag with its type and default, so a script written for MindSpeed-LLM is parsed here with the
+same meaning. An unknown flag is an error that suggests the nearest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.resources
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minimind_mcore.errors import UserError, did_you_mean
+from minimind_mcore.inputs.ranges import flag_type
+
+
+def _truth(text: str) -> bool | None:
+    values = {"true": True, "false": False, "none": None}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {', '.join(values)}")
+    return values[text.lower()]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"found {text[:1000]!r}, which is not valid JSON ({error})") from error
+
+
+TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "json": _json,
+    "truth": _truth,
+}
+
+
+@functools.cache
+def flag_table(program: str = "training") -> dict[str, dict[str, Any]]:
+    """The flags of one of MindSpeed-LLM's programs: {"--num-layers": record}, in its own order.
+
+    Args:
+        program: "training", "preprocess_data.py", "convert_ckpt_v2.py" or "convert_ckpt.py".
+    """
+    text = importlib.resources.files("minimind_mcore.inputs").joinpath("flags.json").read_text(encoding="utf-8")
+    records = [record for record in json.loads(text)["flags"] if record["program"] == program]
+    return {flag: record for record in records for flag in record["flags"]}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors that a `UserError` carries."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # argparse takes "-1,1,0" for a flag. As a value it reaches `parse_split`, whose error says what is expected.
+        self._negative_number_matcher = re.compile(r"-[\d.][\d.,/]*$")
+
+    def error(self, message: str) -> Any:
+        """Raise instead of exiting with status 2."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def build_parser(program: str = "training", prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that knows every flag of one of MindSpeed-LLM's programs, with its type and default."""
+    parser = _Parser(prog=prog, allow_abbrev=False, description="Megatron's flags are the interface.")
+    groups: dict[str, Any] = {}
+    for record in {id(r): r for r in flag_table(program).values()}.values():
+        group = groups.get(record["source"]) or parser.add_argument_group(record["source"])
+        groups[record["source"]] = group
+        options: dict[str, Any] = {"dest": record["dest"]}
+        for key in ("nargs", "default", "choices", "action", "const"):
+            if key in record:
+                options[key] = record[key]
+        if "action" not in record and "type" in record:
+            parsed = TYPES[record["type"]]
+            options["type"] = flag_type(record["dest"], parsed) if parsed in (int, float) else parsed
+        group.add_argument(*record["flags"], **options)
+    return parser
+
+
+def allow_any_template(parser: argparse.ArgumentParser) -> None:
+    """Let `--prompt-type` name any template that `--prompt-type-path`, or the kit's own file, has."""
+    next(action for action in parser._actions if action.dest == "prompt_type").choices = None
+
+
+def given_flags(argv: Sequence[str]) -> list[str]:
+    """The flags on a command line, without their values, each once, in order."""
+    return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))
+
+
+def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a `UserError` that names each unknown flag and the nearest known one."""
+    if unknown := [f"unknown flag {flag}{did_you_mean(flag, known)}" for flag in flags if flag not in known]:
+        raise UserError("\n  ".join(unknown))
