@@ -292,7 +292,7 @@ def read_entries(manifest: Path) -> dict[str, FileEntry] | None:
         entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not isinstance(entries, dict):
+    if not (isinstance(entries, dict) and entries):
         return None
     for name, entry in entries.items():
         if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minimind_mcore import unpickling
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
-from minimind_mcore.training.checkpoint_fit import check_model
+from minimind_mcore.training.checkpoint_fit import check_model, check_optimizer
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
 from minimind_mcore.training.optimizer import schedule_kept
 
@@ -112,16 +112,6 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if wants_rng:
         restore_rng(state["rng_state"])
     return {**saved, **state}
-
-
-def check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
-    """Refuse an optimizer whose state is kept in another form."""
-    found = bool(getattr(saved, "use_distributed_optimizer", False))
-    if found != bool(args.use_distributed_optimizer):
-        raise UserError(
-            f"{directory}: saved {'with' if found else 'without'} --use-distributed-optimizer, which keeps its state "
-            "in another form; do the same, or give --no-load-optim to take the weights alone"
-        )
 
 
 def fit_optimizers(loaded: dict[Any, Any], common: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:

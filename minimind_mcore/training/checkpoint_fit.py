@@ -112,6 +112,20 @@ def other_constants(
     return f"warning: {directory}: {'; '.join(differing)}. {used}"
 
 
+def check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
+    """Refuse another optimizer, or one whose state is kept in another form."""
+    instead = "do the same, or give --no-load-optim to take the weights alone"
+    kind = getattr(saved, "optimizer", "adam")
+    if kind != args.optimizer:
+        raise UserError(f"{directory}: saved with --optimizer {kind}, and the run has {args.optimizer}; {instead}")
+    found = bool(getattr(saved, "use_distributed_optimizer", False))
+    if found != bool(args.use_distributed_optimizer):
+        raise UserError(
+            f"{directory}: saved {'with' if found else 'without'} --use-distributed-optimizer, which keeps its state "
+            f"in another form; {instead}"
+        )
+
+
 def check_router(args: argparse.Namespace, topk: int, rule: RouterWeight | None, source: str) -> None:
     """Refuse weights whose router computes another function than the command line asks for.
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from minimind_mcore import device, unpickling
 from minimind_mcore.errors import UserError
-from minimind_mcore.training.checkpoint_fit import check_layout, check_model
+from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
 from minimind_mcore.training.optimizer import schedule_kept
 
 NAME = "model_optim_rng.pt"
@@ -110,6 +110,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     if args.finetune or args.no_load_optim or "optimizer" not in state:
         optimizer.reload_model_params()
     else:
+        check_optimizer(args, state["args"], directory)
         _convert_steps(state["optimizer"], int)
         with schedule_kept(args, optimizer):
             optimizer.load_state_dict(state["optimizer"])

@@ -48,6 +48,7 @@ from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoin
 from minimind_mcore.training.checkpoint_fit import (
     check_layout,
     check_model,
+    check_optimizer,
     content,
     is_converted,
     is_torch_dist,
@@ -70,7 +71,7 @@ def directory_of(root: Path, iteration: int) -> Path:
 def iterations_in(root: Path) -> list[int]:
     """Iterations that have a checkpoint directory, newest first."""
     names = [p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*") if p.is_dir()]
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -231,6 +232,7 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
         saved = form.read(args, directory, model, optimizer, scheduler)
+    _whole.discard(directory)
     progress = _progress(args, saved)
     if not args.finetune and (args.no_load_optim or "opt_param_scheduler" not in saved):
         _say(_place_in_schedule(args, directory, progress, scheduler))
@@ -373,9 +375,9 @@ def _preview(args: argparse.Namespace, begun: bool = True, schedule: bool = Fals
     if is_converted(directory):
         return f"{directory} {CONVERTED}"
     if not args.no_load_optim:
-        if is_torch_dist(directory):
-            checkpoint_dist.check_optimizer(args, saved, directory)
         state = content(directory).get("opt_param_scheduler")
+        if state is not None:
+            check_optimizer(args, saved, directory)
         if schedule and state is not None:
             checkpoint_torch.load_schedule(build_scheduler(args, argparse.Namespace(param_groups=[])), state, directory)
     return str(directory)
@@ -391,19 +393,23 @@ def _progress(args: argparse.Namespace, saved: dict[str, Any]) -> Progress:
     return Progress(iteration, consumed, skipped)
 
 
+_whole: set[Path] = set()  # checkpoints whose files were compared, and which are not loaded yet
+
+
 def choose(root: Path, step: int | None = None) -> Path | None:
     """The newest whole checkpoint below `root`, or that of `step`. Collective; None if there is none at all.
 
-    The tracker file is asked first; if it is empty or names something damaged, that is said and the
-    directories are tried from the newest on.
+    The tracker file is asked first. If it names nothing that is whole, that is said, and others are tried: older ones
+    first, then newer ones, each from the newest on.
     """
     # One rank looks, so that all try the same.
     candidates = distributed.from_main(lambda: [directory_of(root, step)] if step else _candidates(root))
     for directory in candidates:
-        problems = check(directory)
+        problems = [] if directory in _whole else check(directory)
         if not problems:
+            _whole.add(directory)
             return directory
-        _say("\n  ".join([f"checkpoint {directory} is damaged; trying an older one:", *problems]), sys.stderr)
+        _say("\n  ".join([f"checkpoint {directory} is damaged; trying another one:", *problems]), sys.stderr)
     if candidates:
         raise UserError(f"no whole checkpoint in {root}; tried {', '.join(d.name for d in candidates)}")
     return None
@@ -418,7 +424,8 @@ def _candidates(root: Path) -> list[Path]:
             told = f"{root / TRACKER}: found {text!r}, expected an iteration"
             _say(f"{told}; looking for the newest checkpoint", sys.stderr)
         return found
-    return [named, *(d for d in found if text == "release" or d.name < named.name)]
+    older = [d for d in found if text == "release" or d.name < named.name]
+    return [named, *older, *(d for d in found if d not in (named, *older))]
 
 
 def check(directory: Path) -> list[str]:

@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 # What Megatron's schedule reads from a parameter group in place of its own value, and Adam's constants.
 SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
 
@@ -45,8 +47,19 @@ def build_optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, An
         newer = "config_overrides" in inspect.signature(get_megatron_optimizer).parameters
         options = {"config_overrides": {}} if newer else {"no_weight_decay_cond": lambda name, parameter: False}
     optimizer = get_megatron_optimizer(config, model, **options)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # megatron-core 0.16.1 has none for SGD, and then cannot load a torch_dist checkpoint: TypeError.
+        part.init_state_fn = part.init_state_fn or _begin_momentum
     _connect(args, model, optimizer)
     return optimizer, build_scheduler(args, optimizer)
+
+
+def _begin_momentum(optimizer: Any, config: Any = None) -> None:
+    """Give the parameters that SGD has never updated zero momentum, which the first step replaces by the gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group.get("momentum") and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.data)
 
 
 def _connect(args: argparse.Namespace, model: list[Any], optimizer: Any) -> None:
@@ -116,7 +129,7 @@ def allocate_moments(optimizer: Any) -> None:
     megatron-core cannot save it: its distributed optimizer raises KeyError: 'exp_avg'.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.init_state_fn is not None and not getattr(part, "is_stub_optimizer", False):
+        if not getattr(part, "is_stub_optimizer", False):
             part.init_state_fn(part.optimizer, part.config)
             for group in part.optimizer.param_groups:
                 group.setdefault("step", 0)

@@ -190,8 +190,9 @@ def laboratory(
     reporter: Any = request.config.pluginmanager.getplugin("terminalreporter")
     names = sorted({name for name, _ in laboratory.outcomes})
     lines = [f"{name} | " + " | ".join(str(laboratory.outcomes[name, one]) for one in OUTCOMES) for name in names]
-    for line in ["", f"chaos, seed {chaos.SEED}: fault, trainer | {' | '.join(OUTCOMES)}", *lines]:
-        reporter.write_line(line)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        for line in ["", f"chaos, seed {chaos.SEED}: fault, trainer | {' | '.join(OUTCOMES)}", *lines]:
+            reporter.write_line(line)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_damage_leads_to_the_checkpoint_before(
     message = damage(copy / "iter_0000004")
     run = go_on(server, corpus, copy)
     assert run.codes == [0] and message in run.output and "Traceback" not in run.output, run.output
-    assert "iter_0000004 is damaged; trying an older one" in run.output
+    assert "iter_0000004 is damaged; trying another one" in run.output
     assert "iteration 2, 16 samples consumed" in run.output
 
 
@@ -135,6 +135,13 @@ def test_every_flipped_byte_of_a_manifest_is_survived(tmp_path: Path) -> None:
             except ValueError:
                 same = False
             assert same or check_manifest(tmp_path), bytes(changed)
+
+
+def test_a_manifest_that_lists_nothing_is_damaged(tmp_path: Path) -> None:
+    from minimind_mcore.storage import check_manifest
+
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    assert check_manifest(tmp_path) == [f"{tmp_path / 'manifest.json'}: not a readable manifest"]
 
 
 def test_records_are_compared_with_their_checksums(tmp_path: Path) -> None:

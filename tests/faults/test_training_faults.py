@@ -17,7 +17,7 @@ import psutil
 import pytest
 from helpers import chaos
 from helpers.disks import small_disk
-from helpers.engine import ROOT, Corpus, Run, Server, as_flags, layout
+from helpers.engine import ROOT, Corpus, Run, Server, as_flags, facts, layout
 from helpers.launcher import launched, ranks_of, wait_for_iteration
 
 from minimind_mcore.models.presets import PRESETS
@@ -157,10 +157,17 @@ def tracker_names_nothing(directory: Path) -> str:
     return "iter_0000009 is damaged"
 
 
+def tracker_names_nothing_older(directory: Path) -> str:
+    (directory.parent / TRACKER).write_text("1")  # a "12" that lost its end looks like that
+    return "iter_0000001 is damaged"
+
+
 def test_damaged_checkpoints_are_named_and_the_newest_whole_one_loaded(
     server: Server, corpus: Corpus, tmp_path: Path, form: str
 ) -> None:
-    damages: list[tuple[Callable[[Path], str], int]] = [(empty_tracker, 4), (tracker_names_nothing, 4), (truncate, 2)]
+    damages: list[tuple[Callable[[Path], str], int]] = [
+        (empty_tracker, 4), (tracker_names_nothing, 4), (tracker_names_nothing_older, 4), (truncate, 2),
+    ]  # fmt: skip
     if form == "torch_dist":
         damages[-1] = (delete_a_file, 2)
     saved_run(server, corpus, tmp_path, form)
@@ -173,6 +180,35 @@ def test_damaged_checkpoints_are_named_and_the_newest_whole_one_loaded(
     run = go_on(server, corpus, tmp_path, form, check=False)
     assert run.codes == [1] and re.search(message, run.output), run.output
     assert "no whole checkpoint in" in run.output and "Traceback" not in run.output
+
+
+@pytest.mark.parametrize("saved, given", [("adam", "sgd"), ("sgd", "adam"), ("sgd", "sgd")])
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
+def test_another_optimizer_than_the_checkpoints_is_refused(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str, saved: str, given: str, dry: bool
+) -> None:
+    flags = {"train_iters": 2, "save": tmp_path / "saved", "ckpt_format": form, "lr_decay_style": "constant"}
+    server.run(corpus.flags(CONFIG, **flags, optimizer=saved, exit_interval=1), tmp_path / "run")
+    argv = corpus.flags(CONFIG, **flags, load=tmp_path / "saved", optimizer=given, dry_run=dry)
+    run = server.run(argv, tmp_path / "run", check=False)
+    assert "Traceback" not in run.output, run.output
+    if saved == given:
+        assert run.codes == [0], run.output
+        whole = server.run(corpus.flags(CONFIG, **flags, optimizer=saved), tmp_path / "whole")
+        assert dry or facts(run) == facts(whole)
+        return
+    message = f"saved with --optimizer {saved}, and the run has {given}; do the same, or give --no-load-optim"
+    assert run.codes == [1] and message in run.output, run.output
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
+def test_another_form_of_the_optimizer_is_refused(
+    server: Server, corpus: Corpus, tmp_path: Path, form: str, dry: bool
+) -> None:
+    saved_run(server, corpus, tmp_path, form)
+    flags = {"train_iters": 4, "load": tmp_path / "saved", "ckpt_format": form, "use_distributed_optimizer": True}
+    run = server.run(corpus.flags(CONFIG, **flags, dry_run=dry), tmp_path / "run", check=False)
+    assert run.codes == [1] and "saved without --use-distributed-optimizer" in run.output, run.output
 
 
 def test_another_schedule_than_the_checkpoints_is_a_choice(server: Server, corpus: Corpus, tmp_path: Path) -> None:
