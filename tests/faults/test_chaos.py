@@ -190,7 +190,8 @@ def laboratory(
     reporter: Any = request.config.pluginmanager.getplugin("terminalreporter")
     names = sorted({name for name, _ in laboratory.outcomes})
     lines = [f"{name} | " + " | ".join(str(laboratory.outcomes[name, one]) for one in OUTCOMES) for name in names]
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
         for line in ["", f"chaos, seed {chaos.SEED}: fault, trainer | {' | '.join(OUTCOMES)}", *lines]:
             reporter.write_line(line)
 
