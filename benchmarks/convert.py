@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.tensors import Slot, create_safetensors
 from minimind_mcore.converters.convert import convert
-from minimind_mcore.converters.files import Slot, create_safetensors
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.converters.hf_files import hf_config
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore import unpickling
-from minimind_mcore.converters import assumptions
+from minimind_mcore.checkpoint import assumptions, unpickling
+from minimind_mcore.checkpoint.layout import Sharding, parse_numbers
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
-from minimind_mcore.converters.sharding import Sharding, parse_numbers
 from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser, given_flags, refuse_unknown

@@ -24,10 +24,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from minimind_mcore.converters.files import as_bytes
+from minimind_mcore.checkpoint.source import Lazy, Source
+from minimind_mcore.checkpoint.tensors import as_bytes
 from minimind_mcore.converters.progress import Progress
 from minimind_mcore.converters.sealing import Sealing
-from minimind_mcore.converters.source import Lazy, Source
 from minimind_mcore.converters.target import Target
 from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minimind_mcore.converters.source import Source
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import yarn
 from minimind_mcore.models.config import ModelConfig

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from minimind_mcore.converters import assumptions, lora, peft
+from minimind_mcore.checkpoint import assumptions, lora
+from minimind_mcore.checkpoint.files import iteration_directory
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.megatron import open_adapters
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.source import Source, cast, resize_vocabulary
+from minimind_mcore.converters import peft
 from minimind_mcore.converters.convert import Result, convert, require_free, require_space
 from minimind_mcore.converters.hf import SHARD_BYTES, HFTarget, PthTarget
-from minimind_mcore.converters.megatron import MegatronTarget, iteration_directory, open_adapters
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
-from minimind_mcore.converters.source import Source, cast, resize_vocabulary
+from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.converters.target import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig

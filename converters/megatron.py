@@ -1,265 +1,23 @@
-"""Megatron checkpoints of format `torch`, at any parallel layout: MindSpeed-LLM's, its converter's, ours.
-
-checkpoint/latest_checkpointed_iteration.txt
-           iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt     args, model (or model0, model1, ...)
-"""
+"""Write Megatron checkpoints of format `torch`; `checkpoint/megatron.py` reads them."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimind_mcore import arguments
-from minimind_mcore.converters import lora
-from minimind_mcore.converters.files import Slot, TensorFile
-from minimind_mcore.converters.megatron_config import model_config
-from minimind_mcore.converters.sharding import Part, Sharding
-from minimind_mcore.converters.source import Lazy, Source, Training
+from minimind_mcore.checkpoint.files import NAME, TRACKER, directory_of
+from minimind_mcore.checkpoint.layout import Part, Sharding
+from minimind_mcore.checkpoint.source import Source
+from minimind_mcore.checkpoint.tensors import Slot
+from minimind_mcore.checkpoint.torch_zip import create_torch
 from minimind_mcore.converters.target import Target
-from minimind_mcore.converters.torch_zip import Archive, StoredTensor, create_torch, read_archive
-from minimind_mcore.errors import UserError
-from minimind_mcore.models import weights
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import FileEntry, atomic_write_text, write_manifest
-
-NAME = "model_optim_rng.pt"
-TRACKER = "latest_checkpointed_iteration.txt"
-Files = Mapping[str, TensorFile]  # by folder; a tensor of chunk "model" is "model/NAME" there
-
-
-# ---------------------------------------------------------------------------------------------------- finding
-
-
-def iteration_directory(path: Path) -> Path | None:
-    """The directory of the checkpoint that `path` is, or whose tracker file it has; None if it is neither.
-
-    Raises:
-        UserError: the tracker names a directory that is not there.
-    """
-    if (path / "metadata.json").is_file() or any(path.glob("mp_rank_*")):
-        return path
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        found = sorted(p for p in path.glob("iter_*") if p.is_dir())
-        return found[-1] if found else None
-    text = read_tracker(path)
-    directory = tracked_directory(path, text)
-    if directory is None:
-        raise UserError(
-            f"{tracker}: found {text!r}, expected an iteration or 'release': the file is damaged; give the directory "
-            f"of one checkpoint, such as {path}/iter_0000100"
-        )
-    if not directory.is_dir():
-        raise UserError(f"{tracker} says {text!r}, but there is no {directory.name}: an unfinished or damaged copy")
-    return directory
-
-
-def read_tracker(root: Path) -> str:
-    """Return the text of the tracker file below `root`, "" if there is none; bytes that are not UTF-8 are replaced.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    tracker = root / TRACKER
-    try:
-        return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
-    except OSError as error:
-        raise UserError(f"{tracker}: cannot be read ({error.strerror})") from error
-
-
-def tracked_directory(root: Path, text: str) -> Path | None:
-    """Return the directory that the text of a tracker file names, or None if the text is damaged."""
-    if text == "release":
-        return root / text
-    return root / f"iter_{int(text):07d}" if re.fullmatch("[0-9]{1,18}", text) else None
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
-    """Open the checkpoint of one iteration.
-
-    Args:
-        directory: with `mp_rank_*` in it.
-        config: the architecture, for what the checkpoint's arguments do not say.
-
-    Raises:
-        UserError: a file is missing or damaged, or its tensors are not those of the model.
-    """
-    first = sorted(directory.glob("mp_rank_*"))[0] / NAME
-    args = _arguments(read_archive(first))
-    sharding = Sharding.from_args(args)
-    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, sharding)}
-    files = {folder: _tensors(archive) for folder, archive in archives.items()}
-    found = {lora.without_base_layer(n): e.shape for file in files.values() for n, e in file.entries.items()}
-    model = model_config(directory, args, sharding, found, config)
-    sharding.check(model)
-    parts = sharding.parts(model)
-    adapters = lora.adapter_parts(sharding, model, files)
-    _account(directory, parts, adapters, files)
-    shapes = weights.mcore_shapes(model)
-    return Source(
-        path=directory,
-        kind=f"Megatron torch, {sharding}",
-        config=model,
-        tensors={name: _whole(name, shapes[name], parts[name], files, sharding.tp) for name in shapes},
-        files=tuple(files.values()),
-        sharding=sharding,
-        training=training_of(args, archives[first.parent.name].content),
-        adapters={name: lora.whole(name, found, files, sharding.tp) for name, found in adapters.items()},
-    )
-
-
-def open_adapters(directory: Path, base: Source) -> Source:
-    """The base with the adapters of another checkpoint, at whatever layout that has.
-
-    Raises:
-        UserError: damaged, without adapters, or with those of another model.
-    """
-    first = sorted(directory.glob("mp_rank_*"))[0] / NAME
-    content = read_archive(first)
-    args = _arguments(content)
-    sharding = Sharding.from_args(args)
-    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, sharding)}
-    files = lora.only_adapters({folder: _tensors(archive) for folder, archive in archives.items()})
-    adapters = lora.adapter_parts(sharding, base.config, files)
-    if not adapters:
-        raise UserError(f"{directory}: found no LoRA adapters there; expected linear_*.lora_A.default.weight")
-    _account(directory, {}, adapters, files)
-    return base.replace(
-        adapters={name: lora.whole(name, found, files, sharding.tp) for name, found in adapters.items()},
-        files=(*base.files, *files.values()),
-        training=base.training.replace(lora_alpha=training_of(args, content.content).lora_alpha),
-    )
-
-
-def _arguments(archive: Archive) -> argparse.Namespace:
-    content = archive.content
-    if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
-        raise UserError(f"{archive.path}: no checkpoint of Megatron: it has no args")
-    model = content.get("model")
-    if isinstance(model, dict) and "language_model" in model:
-        raise UserError(
-            f"{archive.path}: a Megatron-legacy checkpoint (language_model): only mcore checkpoints are supported; "
-            "convert it with the tools it was made with"
-        )
-    args: argparse.Namespace = content["args"]
-    return args
-
-
-def _folders(directory: Path, sharding: Sharding) -> list[str]:
-    """The folders of all ranks, which must be those that are there."""
-    expected = sharding.folders()
-    found = {p.name for p in directory.glob("mp_rank_*")}
-    missing = [name for name in expected if not (directory / name / NAME).is_file()]
-    if missing:
-        raise UserError(
-            f"{directory}: missing {', '.join(f'{m}/{NAME}' for m in missing)}; it was saved with {sharding}"
-        )
-    if extra := sorted(found - set(expected)):
-        raise UserError(f"{directory}: {', '.join(extra)} does not belong to a checkpoint saved with {sharding}")
-    return expected
-
-
-def _tensors(archive: Archive) -> TensorFile:
-    state: dict[str, StoredTensor] = {}
-    for key, chunk in archive.content.items():
-        if key.removeprefix("model").isdigit() or key == "model":
-            # Transformer Engine's, without meaning here
-            state |= {f"{key}/{name}": value for name, value in chunk.items() if not name.endswith("_extra_state")}
-    return archive.tensors(state)
-
-
-def _account(
-    directory: Path, parts: Mapping[str, list[Part]], adapters: Mapping[str, list[Part]], files: Files
-) -> None:
-    """Every tensor of every file must be a part of a tensor of the model, and every part must be there."""
-    expected: dict[str, set[str]] = defaultdict(set)
-    for part in (part for table in (parts, adapters) for found in table.values() for part in found):
-        expected[part.folder].add(f"{part.chunk}/{part.name}")
-    for folder, file in files.items():
-        # with adapters Megatron's LoRA puts the weight itself a level lower
-        renamed = {lora.without_base_layer(name) for name in file.entries}
-        problems = []
-        for kind, names in (("missing", expected[folder] - renamed), ("unknown", renamed - expected[folder])):
-            if names:
-                problems.append(f"{len(names)} {kind} tensors: {', '.join(sorted(names)[:4])}")
-        if problems:
-            raise UserError(f"{directory / folder / NAME}: does not fit the model: {'; '.join(problems)}")
-
-
-def _whole(name: str, shape: tuple[int, ...], parts: list[Part], files: Files, tp: int) -> Lazy:
-    """A tensor of the whole model, from its parts."""
-    dtypes = {entry_of(files, part).dtype for part in parts}
-    if len(dtypes) > 1:
-        raise UserError(f"{name}: its parts have dtypes {', '.join(map(str, dtypes))}, expected one")
-
-    def read() -> Tensor:
-        by_rank: dict[int, list[Tensor]] = defaultdict(list)
-        for part in parts:
-            tensor = read_part(files, part, part.shape(name, shape, tp))
-            by_rank[part.rank if weights.is_split(name) else 0].append(tensor.t() if part.grouped else tensor)
-        for copies in by_rank.values():
-            if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
-                where = ", ".join(f"{part.folder} {part.name}" for part in parts)
-                raise UserError(f"{name}: the ranks' copies differ ({where}): the checkpoint is damaged")
-        return weights.unshard(name, [by_rank[rank][0] for rank in sorted(by_rank)])
-
-    return Lazy(shape, dtypes.pop(), read)
-
-
-def entry_of(files: Files, part: Part) -> Slot:
-    """The tensor of a file that a part is (in)."""
-    return files[part.folder].entries[_stored_name(files, part)]
-
-
-def read_part(files: Files, part: Part, expected: tuple[int, ...]) -> Tensor:
-    """A part as its file has it.
-
-    Raises:
-        UserError: it has another shape.
-    """
-    file, name = files[part.folder], _stored_name(files, part)
-    found = file.entries[name].shape
-    if (found if part.blocks == 1 else (torch.Size(found).numel(),)) != (
-        expected if part.blocks == 1 else (torch.Size(expected).numel() * part.blocks,)
-    ):
-        raise UserError(f"{file.path}: {name}: found shape {found}, expected {expected}, in {part.blocks} blocks")
-    return file.read(name, part.block, part.blocks).view(expected)
-
-
-def _stored_name(files: Files, part: Part) -> str:
-    name = f"{part.chunk}/{part.name}"
-    return name if name in files[part.folder].entries else lora.with_base_layer(name)
-
-
-def training_of(args: argparse.Namespace, content: Mapping[str, Any]) -> Training:
-    """What a checkpoint with these arguments says of its training."""
-
-    def text(name: str) -> str | None:
-        value = getattr(args, name, None)
-        return value if isinstance(value, str) else None
-
-    # every command line has an alpha; it was used where modules are named
-    alpha = getattr(args, "lora_alpha", None) if getattr(args, "lora_target_modules", None) else None
-    return Training(
-        iteration=content["iteration"] if isinstance(content.get("iteration"), int) else 1,
-        consumed_samples=getattr(args, "consumed_train_samples", 0) or 0,
-        tokenizer=text("tokenizer_name_or_path") or text("tokenizer_model"),
-        fingerprint=text("tokenizer_fingerprint"),
-        lora_alpha=float(alpha) if isinstance(alpha, int | float) else None,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 class MegatronTarget(Target):
@@ -308,7 +66,7 @@ class MegatronTarget(Target):
         args = checkpoint_args(self.source, self.sharding)
         content = {"args": args, "checkpoint_version": 3.0, "iteration": self.iteration}
         for folder in self.sharding.folders():
-            path = root / f"iter_{self.iteration:07d}" / folder / NAME
+            path = directory_of(root, self.iteration) / folder / NAME
             path.parent.mkdir(parents=True)
             chunks = {key: self._slots[folder][key] for key in self.sharding.chunk_keys(self.source.config)}
             self.writers.append(create_torch(path, content, chunks))
@@ -325,7 +83,7 @@ class MegatronTarget(Target):
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`. The tracker is written last."""
-        directory = self._root / f"iter_{self.iteration:07d}"
+        directory = directory_of(self._root, self.iteration)
         entries = {str(Path(name).relative_to(directory.name)): entry for name, entry in manifest.items()}
         write_manifest(directory, entries, **about)
         atomic_write_text(self._root / TRACKER, str(self.iteration))

@@ -1,157 +1,26 @@
-"""Megatron checkpoints of format `torch_dist`: megatron-core's, which load into any layout.
+"""Write Megatron checkpoints of format `torch_dist`, through megatron-core; `checkpoint/megatron_dist.py` reads them.
 
-A tensor there is the whole model's, those of all layers stacked, in chunks by the ranks that saved it. Reading
-takes each chunk from its place; writing goes through megatron-core, so that the whole model is in memory.
+The whole model is in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
-import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from minimind_mcore import unpickling
-from minimind_mcore.converters.files import Entry, Shape, TensorFile
-from minimind_mcore.converters.megatron import TRACKER, checkpoint_args, training_of
-from minimind_mcore.converters.megatron_config import model_config
-from minimind_mcore.converters.sharding import Sharding
-from minimind_mcore.converters.source import Lazy, Source
+from minimind_mcore.checkpoint.files import TRACKER, directory_of
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.megatron_dist import stacked
+from minimind_mcore.checkpoint.source import Source
+from minimind_mcore.converters.megatron import checkpoint_args
 from minimind_mcore.converters.target import Target
-from minimind_mcore.converters.torch_zip import StoredTensor, read_archive
-from minimind_mcore.errors import UserError
-from minimind_mcore.models import weights
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import FileEntry, atomic_write_text, file_entry, write_manifest
-
-_EXPERT = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.(.*)$")
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
-
-
-def stacked(name: str) -> tuple[str, tuple[int, ...]]:
-    """The tensor of a checkpoint that holds one of the whole model, and its place along the first axes.
-
-    `decoder.layers.3.mlp.linear_fc2.weight` is number 3 of `decoder.layers.mlp.linear_fc2.weight`; experts are
-    stacked by layer, then by number (megatron-core 0.16.1, SequentialMLP.sharded_state_dict).
-    """
-    if match := _EXPERT.match(name):
-        return f"decoder.layers.mlp.experts.experts.{match[3]}", (int(match[1]), int(match[2]))
-    if match := _LAYER.match(name):
-        return f"decoder.layers.{match[2]}", (int(match[1]),)
-    return name, ()
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a stacked tensor: where it lies in it, and under which name in which file."""
-
-    offsets: Shape
-    sizes: Shape
-    file: TensorFile
-    name: str
-
-
-def open_megatron_dist(directory: Path, config: ModelConfig | None = None) -> Source:
-    """Open the checkpoint of one iteration.
-
-    Args:
-        directory: with `.metadata` in it.
-        config: the architecture, for what the checkpoint's arguments do not say.
-
-    Raises:
-        UserError: a file is missing or damaged, or its tensors are not those of the model.
-    """
-    sizes, chunks, files = _chunks(directory)
-    common = read_archive(directory / "common.pt").content
-    shapes = {}
-    for key, size in sizes.items():
-        if ".experts.experts." in key:
-            key, size = key.replace("decoder.layers.", "decoder.layers.0."), size[2:]
-            key = key.replace(".experts.experts.", ".experts.local_experts.0.")
-        elif key.startswith("decoder.layers."):
-            key, size = key.replace("decoder.layers.", "decoder.layers.0."), size[1:]
-        shapes[key] = size
-    args = common["args"]
-    noop = Sharding.from_args(args).noop_layers
-    model = model_config(directory, args, Sharding(noop_layers=noop), shapes, config)
-    whole = weights.mcore_shapes(model)
-    known = {stacked(name)[0] for name in whole}
-    weights.account(sizes, known, known)
-    return Source(
-        path=directory,
-        kind="Megatron torch_dist",
-        config=model,
-        tensors={name: _whole(directory, name, shape, chunks) for name, shape in whole.items()},
-        files=files,
-        training=training_of(args, common),
-    )
-
-
-def _chunks(directory: Path) -> tuple[dict[str, Shape], dict[str, list[Chunk]], tuple[TensorFile, ...]]:
-    """Sizes of the stacked tensors, their chunks, and the files with these."""
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-
-    if not (directory / ".metadata").is_file():
-        raise UserError(f"{directory}: .metadata is missing: an unfinished or damaged copy")
-    metadata = unpickling.load_pickle(directory / ".metadata")
-    places: dict[str, list[tuple[str, Shape, Shape, str]]] = defaultdict(list)
-    entries: dict[str, dict[str, Entry]] = defaultdict(dict)
-    sizes: dict[str, Shape] = {}
-    for key, tensor in metadata.state_dict_metadata.items():
-        if not isinstance(tensor, TensorStorageMetadata) or key.startswith("optimizer"):
-            continue
-        sizes[key] = tuple(tensor.size)
-        for chunk in tensor.chunks:
-            info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            name = f"{key}@{','.join(map(str, chunk.offsets))}"
-            entries[info.relative_path][name] = _entry(directory / info.relative_path, info.offset, info.length)
-            places[key].append((info.relative_path, tuple(chunk.offsets), tuple(chunk.sizes), name))
-    files = {path: TensorFile(directory / path, found) for path, found in entries.items()}
-    chunks = {k: [Chunk(o, s, files[path], n) for path, o, s, n in found] for k, found in places.items()}
-    return sizes, chunks, tuple(files.values())
-
-
-def _entry(path: Path, offset: int, length: int) -> Entry:
-    archive = read_archive(path, offset, length)
-    if not isinstance(archive.content, StoredTensor):
-        raise UserError(f"{path}: at {offset} found no tensor: damaged")
-    return archive.entry(archive.content, f"the tensor at {offset}")
-
-
-def _whole(directory: Path, name: str, shape: Shape, chunks: Mapping[str, list[Chunk]]) -> Lazy:
-    key, place = stacked(name)
-    axes = len(place)
-    mine = [c for c in chunks[key] if all(o <= p < o + s for p, o, s in zip(place, c.offsets, c.sizes, strict=False))]
-    covered = sum(torch.Size(chunk.sizes[axes:]).numel() for chunk in mine)
-    if covered != torch.Size(shape).numel() or any(set(chunk.sizes[:axes]) - {1} for chunk in mine):
-        raise UserError(
-            f"{directory}: the chunks of {name} do not make a tensor of {shape}: not saved by megatron-core"
-        )
-
-    def read() -> Tensor:
-        if len(mine) == 1:
-            return mine[0].file.read(mine[0].name).view(shape)
-        tensor = torch.empty(shape, dtype=mine[0].file.entries[mine[0].name].dtype)
-        for chunk in mine:
-            where = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True))
-            tensor[where] = chunk.file.read(chunk.name).view(chunk.sizes[axes:])
-        return tensor
-
-    return Lazy(shape, mine[0].file.entries[mine[0].name].dtype, read)
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 class MegatronDistTarget(Target):
@@ -191,7 +60,7 @@ class MegatronDistTarget(Target):
 
     @property
     def _directory(self) -> Path:
-        return self._root / f"iter_{self.source.training.iteration:07d}"
+        return directory_of(self._root, self.source.training.iteration)
 
     def finish(self) -> None:
         """See `Target`."""

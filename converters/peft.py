@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind_mcore.converters.files import Slot, create_safetensors, open_safetensors
-from minimind_mcore.converters.lora import Adapter, adapters_of, scale_of
-from minimind_mcore.converters.source import Lazy, Source
+from minimind_mcore.checkpoint.lora import Adapter, adapters_of, scale_of
+from minimind_mcore.checkpoint.source import Lazy, Source
+from minimind_mcore.checkpoint.tensors import Slot, create_safetensors, open_safetensors
 from minimind_mcore.converters.target import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.converters.hf import HFTarget
-from minimind_mcore.converters.source import Lazy, Source
 from minimind_mcore.converters.target import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from minimind_mcore.converters.files import TensorWriter
+from minimind_mcore.checkpoint.tensors import TensorWriter
 from minimind_mcore.device import usable_cores
 from minimind_mcore.storage import FileEntry
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minimind_mcore.converters.files import TensorWriter
-from minimind_mcore.converters.source import Lazy
+from minimind_mcore.checkpoint.source import Lazy
+from minimind_mcore.checkpoint.tensors import TensorWriter
 from minimind_mcore.storage import FileEntry
 
 
@@ -54,7 +54,7 @@ class Target(ABC):
 
     def reopen(self, root: Path) -> Mapping[str, Lazy]:
         """The tensors of the whole megatron-core model, as they are read from what was written."""
-        from minimind_mcore.converters.opening import open_source
+        from minimind_mcore.checkpoint.opening import open_source
 
         return open_source(root).tensors
 

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from minimind_mcore import unpickling
+from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.inputs.ranges import flag_type

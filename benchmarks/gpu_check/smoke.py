@@ -189,8 +189,8 @@ def generate(checkpoints: Path, data: Data) -> None:
     """Greedy tokens of the kit's decoder against transformers' own `generate`, one prompt and a padded batch."""
     import torch
 
+    from minimind_mcore.checkpoint.layout import Sharding
     from minimind_mcore.converters.job import Job
-    from minimind_mcore.converters.sharding import Sharding
     from minimind_mcore.inference.generation import Generator
     from minimind_mcore.inference.loading import load, open_both
     from minimind_mcore.inference.sampling import Sampling

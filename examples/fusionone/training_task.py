@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore import arguments
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.source import Source
+from minimind_mcore.checkpoint.files import saved_args
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.doctor.job import DATASET
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.training.checkpoint_fit import check_model, conversion, saved_args
+from minimind_mcore.training.checkpoint_fit import check_model, conversion
 
 ALGORITHM = "/workspace/algorithm"
 MOUNTS = {"data": "/data", "models": "/models", "outputs": "/outputs"}

@@ -119,7 +119,7 @@ def _tokenizer(path: Path) -> Finding:
 
 
 def _checkpoint(flag: str, path: Path, words: Sequence[str]) -> Finding:
-    from minimind_mcore.converters.megatron import iteration_directory
+    from minimind_mcore.checkpoint.files import iteration_directory
     from minimind_mcore.training.checkpoint_weights import is_model
 
     try:
@@ -139,7 +139,7 @@ def _checkpoint(flag: str, path: Path, words: Sequence[str]) -> Finding:
 
 
 def _layout(flag: str, directory: Path, words: Sequence[str]) -> Finding:
-    from minimind_mcore.converters.opening import open_source
+    from minimind_mcore.checkpoint.opening import open_source
     from minimind_mcore.training.checkpoint_fit import conversion
 
     sharding = open_source(directory).sharding

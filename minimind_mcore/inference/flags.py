@@ -10,10 +10,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minimind_mcore import arguments, unpickling
-from minimind_mcore.converters import assumptions
+from minimind_mcore import arguments
+from minimind_mcore.checkpoint import assumptions, unpickling
+from minimind_mcore.checkpoint.files import directory_of
+from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.converters.job import Job
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.models.config import ModelConfig
@@ -136,7 +137,7 @@ def _checkpoint(args: argparse.Namespace) -> Path:
     """
     if args.ckpt_step is None:
         return Path(args.load)
-    found = Path(args.load) / f"iter_{args.ckpt_step:07d}"
+    found = directory_of(Path(args.load), args.ckpt_step)
     if not found.is_dir():
         raise UserError(f"--ckpt-step {args.ckpt_step}: {args.load} has no {found.name}")
     return found

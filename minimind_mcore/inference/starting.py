@@ -7,8 +7,8 @@ import sys
 import time
 
 from minimind_mcore import cpu, device
-from minimind_mcore.converters import assumptions
-from minimind_mcore.converters.source import Source
+from minimind_mcore.checkpoint import assumptions
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import Loaded, default_dtype, load, open_both
 from minimind_mcore.preprocess.tokenize import TokenizerInfo

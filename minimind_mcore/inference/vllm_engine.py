@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
-from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Completion
 from minimind_mcore.inference.sampling import Sampling

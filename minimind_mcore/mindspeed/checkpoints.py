@@ -10,9 +10,17 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimind_mcore import unpickling
-from minimind_mcore.converters.megatron import NAME, TRACKER, read_tracker, tracked_directory
-from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.checkpoint.files import (
+    NAME,
+    TRACKER,
+    is_converted,
+    is_torch_dist,
+    read_tracker,
+    saved_args,
+    tracked_directory,
+)
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.torch_zip import check_checkpoint
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training import sample_order
@@ -20,11 +28,8 @@ from minimind_mcore.training.checkpoint_fit import (
     check_layout,
     check_model,
     conversion,
-    is_converted,
-    is_torch_dist,
     layout_settings,
     other_constants,
-    saved_args,
 )
 
 HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
@@ -134,7 +139,7 @@ def resume_remarks(args: argparse.Namespace, directory: Path) -> list[str]:
 def check_pickles(root: Path) -> None:
     """Refuse the newest checkpoint below `root`, if there is one, when its pickles name classes that could run code."""
     if _exists(root):
-        unpickling.check_checkpoint(_iteration(root))
+        check_checkpoint(_iteration(root))
 
 
 def _exists(root: str | Path | None) -> bool:
@@ -171,7 +176,7 @@ def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
     convert = f"convert it:\n    {conversion(root, 'mcore2mcore', layout_settings(args))}"
     if is_torch_dist(directory) and not args.auto_detect_ckpt_format:
         raise UserError(f"{flag} {directory} is of the format torch_dist, and MindSpeed-LLM reads torch; {convert}")
-    unpickling.check_checkpoint(directory)
+    check_checkpoint(directory)
     saved = saved_args(directory)
     if not (args.use_checkpoint_args or args.load_checkpoint_loosely):
         check_model(args, saved, directory)

@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from minimind_mcore import unpickling
 from minimind_mcore.arguments import DPO_LOSSES, STAGES, fill_model, kit_flags
+from minimind_mcore.checkpoint import unpickling
+from minimind_mcore.checkpoint.files import is_converted
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.inputs.splits import parse_split
@@ -28,7 +29,6 @@ from minimind_mcore.models.config import (
 )
 from minimind_mcore.preprocess.blends import parse_blend
 from minimind_mcore.preprocess.check import datasets_at, quick_check
-from minimind_mcore.training.checkpoint_fit import is_converted
 from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.

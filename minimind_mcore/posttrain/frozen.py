@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import device
-from minimind_mcore.converters import assumptions
-from minimind_mcore.converters.source import Source
+from minimind_mcore.checkpoint import assumptions
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
 from minimind_mcore.posttrain.sft import run_model

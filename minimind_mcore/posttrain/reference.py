@@ -25,6 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from minimind_mcore import device
+from minimind_mcore.checkpoint.files import directory_of, is_converted, iterations_in
 from minimind_mcore.errors import UserError
 from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining
@@ -79,10 +80,10 @@ def reference_path(args: argparse.Namespace) -> str | None:
         return str(args.ref_model or args.pretrained_checkpoint)
     if args.load and (args.finetune or checkpoint_weights.is_model(Path(args.load))):
         return str(args.load)
-    if not args.load or not checkpointing.iterations_in(Path(args.load)):
+    if not args.load or not iterations_in(Path(args.load)):
         return None
     begun = checkpointing.choose(Path(args.load), args.ckpt_step)
-    if begun is not None and checkpoint_fit.is_converted(begun):
+    if begun is not None and is_converted(begun):
         return str(args.load)
     raise UserError(
         f"--load {args.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the weights that it "
@@ -109,8 +110,8 @@ def _cache_path(job: PostTraining, source: str | None) -> Path | None:
 
 def _weights_digest(path: Path) -> list[str]:
     """Of a directory of checkpoints, its newest; of anything else, its files."""
-    iterations = checkpointing.iterations_in(path)
-    folder = checkpointing.directory_of(path, iterations[0]) if iterations else path
+    iterations = iterations_in(path)
+    folder = directory_of(path, iterations[0]) if iterations else path
     if (folder / MANIFEST).is_file():  # it has the digests of the others
         return [sha256(folder / MANIFEST)]
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())

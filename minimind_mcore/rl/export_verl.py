@@ -169,8 +169,8 @@ def _copy_module(name: str, folder: Path) -> bool:
 
 def _model(config: Config, folder: Path) -> None:
     """The weights as transformers and vLLM load them."""
+    from minimind_mcore.checkpoint.layout import Sharding
     from minimind_mcore.converters.job import Job, run_job
-    from minimind_mcore.converters.sharding import Sharding
 
     if not config.actor.load or not Path(config.actor.load).exists():
         raise UserError(f"actor_config.load: {config.actor.load} does not exist; expected the weights to begin with")

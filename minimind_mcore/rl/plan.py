@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from minimind_mcore import device
+from minimind_mcore.checkpoint.files import iterations_in
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.preprocess.tokenize import tokenizer_info
@@ -16,7 +17,6 @@ from minimind_mcore.rl.groups import devices
 from minimind_mcore.rl.rank import command_line
 from minimind_mcore.rl.trainer import prompt_dataset
 from minimind_mcore.rl.workers.reward import build
-from minimind_mcore.training import checkpointing
 from minimind_mcore.training.layout import validate
 
 
@@ -74,7 +74,7 @@ def require(config: Config) -> None:
 
 def _begins(config: Config) -> str:
     save, load = config.actor.save, config.actor.load
-    if save and checkpointing.iterations_in(Path(save)):
+    if save and iterations_in(Path(save)):
         return f"from the last checkpoint of {save}"
     if load and not Path(load).exists():
         raise UserError(f"load: {load} does not exist; expected the weights to begin with")

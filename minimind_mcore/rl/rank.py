@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import arguments, device
-from minimind_mcore.converters.opening import open_source
+from minimind_mcore.checkpoint.files import directory_of, iterations_in, saved_args
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.rl import sync
@@ -30,7 +31,7 @@ from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
 from minimind_mcore.rl.metrics import MOST_DIFFERENT, SAME_WEIGHTS
-from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, data, distributed, step
+from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import build_chunks, build_model, weights_gathered
@@ -160,7 +161,7 @@ class Rank:
         if self.role == "reference":
             self.frozen = self._frozen()
             return {"iteration": 0, "state": None}
-        saved = checkpointing.iterations_in(Path(self.args.save)) if self.args.save else []
+        saved = iterations_in(Path(self.args.save)) if self.args.save else []
         if at and at not in saved:
             raise UserError(
                 f"{self.args.save}: found no checkpoint of iteration {at}, from which the actor goes on (there is "
@@ -188,8 +189,8 @@ class Rank:
         changes = {"load": self.args.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
         args = argparse.Namespace(**vars(self.args) | changes)
         self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
-        chosen = checkpointing.directory_of(Path(self.args.save), self.progress.iteration)
-        saved = distributed.from_main(lambda: getattr(checkpoint_fit.saved_args(chosen), "rl_state", None))
+        chosen = directory_of(Path(self.args.save), self.progress.iteration)
+        saved = distributed.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
         return saved
 
     def _begin(self) -> None:

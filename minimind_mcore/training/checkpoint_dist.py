@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from minimind_mcore import unpickling
+from minimind_mcore.checkpoint import unpickling
+from minimind_mcore.checkpoint.torch_zip import check_checkpoint
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_fit import check_model, check_optimizer
@@ -82,7 +83,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     from megatron.core import dist_checkpointing
 
     _require_support()
-    unpickling.check_checkpoint(directory)
+    check_checkpoint(directory)
     with unpickling.restricted():
         saved = dist_checkpointing.load_common_state_dict(str(directory))
     check_model(args, saved["args"], directory)

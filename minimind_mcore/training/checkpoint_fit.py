@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
-from minimind_mcore.converters.megatron import NAME
-from minimind_mcore.converters.sharding import Sharding
-from minimind_mcore.converters.torch_zip import read_archive
+from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training.sample_order import values_differ
@@ -31,43 +28,6 @@ MODEL_ARGS = (
     "untie_embeddings_and_output_weights",
     "qk_layernorm",
 )
-
-
-def is_torch_dist(directory: Path) -> bool:
-    """True for a `torch_dist` checkpoint, False for a `torch` one."""
-    return (directory / "metadata.json").is_file()
-
-
-def content(directory: Path) -> Any:
-    """What the checkpoint of an iteration, of either format, holds beside tensors.
-
-    Raises:
-        UserError: it is damaged, or no checkpoint of Megatron.
-    """
-    common = directory / "common.pt"  # of torch_dist
-    first = next(iter(sorted(directory.glob("mp_rank_*"))), directory / "mp_rank_00")
-    archive = read_archive(common if common.is_file() else first / NAME)
-    if not isinstance(archive.content, dict) or not isinstance(archive.content.get("args"), argparse.Namespace):
-        raise UserError(f"{archive.path}: no checkpoint of Megatron: it has no args")
-    return archive.content
-
-
-def saved_args(directory: Path) -> argparse.Namespace:
-    """The arguments that the checkpoint of an iteration carries; see `content`."""
-    args: argparse.Namespace = content(directory)["args"]
-    return args
-
-
-def is_converted(directory: Path) -> bool:
-    """Return whether the checkpoint of an iteration holds weights alone, as converters write it.
-
-    MindSpeed-LLM's converters write iteration 1, and the kit's keep the iteration of the source. A run has to begin at
-    iteration 0 with either. A run under `--no-save-optim` saves weights alone, too, but has consumed samples.
-    """
-    found = content(directory)
-    args = found["args"]
-    by_a_run = getattr(args, "no_save_optim", None) and getattr(args, "consumed_train_samples", 0)
-    return "opt_param_scheduler" not in found and not by_a_run
 
 
 def check_model(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device, unpickling
+from minimind_mcore import device
+from minimind_mcore.checkpoint.files import NAME
+from minimind_mcore.checkpoint.torch_zip import load_torch
 from minimind_mcore.errors import UserError
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
 from minimind_mcore.training.optimizer import schedule_kept
 
-NAME = "model_optim_rng.pt"
 OPTIMIZER_NAME = "distrib_optim.pt"
 INSTEAD = (
     "give --reshard to take its weights into this layout, or convert it (convert_ckpt_v2.py), or save with "
@@ -97,7 +98,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
             f"{directory}: no {folder.name}, which this layout needs; it has {found}. A torch checkpoint loads into "
             f"the layout that saved it: {INSTEAD}"
         )
-    state: dict[str, Any] = unpickling.load_torch(folder / NAME)
+    state: dict[str, Any] = load_torch(folder / NAME)
     check_model(args, state["args"], directory)
     check_layout(args, state["args"], directory, INSTEAD)
     for key, chunk in zip(model_keys(model), model, strict=True):

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from minimind_mcore.checkpoint.files import content, saved_args
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.minimind import is_pth
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.convert import require_finite
-from minimind_mcore.converters.minimind import is_pth
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
-from minimind_mcore.converters.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, named_router_weight
-from minimind_mcore.training.checkpoint_fit import check_router, check_tokenizer, content, saved_args
+from minimind_mcore.training.checkpoint_fit import check_router, check_tokenizer
 from minimind_mcore.training.checkpoint_torch import load_schedule
 
 

@@ -23,9 +23,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from minimind_mcore.converters import torch_zip
-from minimind_mcore.converters.megatron import TRACKER, read_tracker, tracked_directory
-from minimind_mcore.converters.opening import open_source
+from minimind_mcore.checkpoint import torch_zip
+from minimind_mcore.checkpoint.files import (
+    PREFIX,
+    TRACKER,
+    content,
+    directory_of,
+    is_converted,
+    is_torch_dist,
+    iterations_in,
+    read_tracker,
+    saved_args,
+    tracked_directory,
+)
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import (
     ModelConfig,
@@ -45,33 +56,12 @@ from minimind_mcore.storage import (
     write_manifest,
 )
 from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed, sample_order
-from minimind_mcore.training.checkpoint_fit import (
-    check_layout,
-    check_model,
-    check_optimizer,
-    content,
-    is_converted,
-    is_torch_dist,
-    other_constants,
-    saved_args,
-)
+from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer, other_constants
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
 from minimind_mcore.training.optimizer import allocate_moments, build_scheduler
 
-PREFIX = "iter_"
 CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with sample 0, as with --finetune"
-
-
-def directory_of(root: Path, iteration: int) -> Path:
-    """Directory of an iteration's checkpoint."""
-    return root / f"{PREFIX}{iteration:07d}"
-
-
-def iterations_in(root: Path) -> list[int]:
-    """Iterations that have a checkpoint directory, newest first."""
-    names = [p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*") if p.is_dir()]
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------- save

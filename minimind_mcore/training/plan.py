@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from minimind_mcore import device
+from minimind_mcore.checkpoint.files import directory_of
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.storage import require_writable
@@ -155,7 +156,7 @@ def say_what_next(args: argparse.Namespace, progress: Progress) -> None:
     if args.tensorboard_dir:
         print(f"  tensorboard tensorboard --logdir {args.tensorboard_dir}")
     if args.save:
-        print(f"  checkpoint  {checkpointing.directory_of(Path(args.save), progress.iteration)}")
+        print(f"  checkpoint  {directory_of(Path(args.save), progress.iteration)}")
         where = "" if args.load == args.save else f" with --load {args.save}"
         more = " and more --train-iters (TRAIN_ITERS), --override-opt_param-scheduler" if done else ""
         print(f"  go on       the same command{where}{more}")

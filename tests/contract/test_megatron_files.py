@@ -14,10 +14,10 @@ import torch
 from helpers.weights_on_disk import state_dict, write_hf
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 
 # The model of MindSpeed-LLM's run: 4 layers, hidden 128, 8 query and 4 key-value heads of 16, MLP 384.

@@ -110,7 +110,7 @@ def test_a_damaged_tracker_leads_to_the_newest_checkpoint(
 
 
 def test_a_damaged_tracker_is_named_by_the_converters(copy: Path) -> None:
-    from minimind_mcore.converters.opening import open_source
+    from minimind_mcore.checkpoint.opening import open_source
     from minimind_mcore.errors import UserError
 
     (copy / TRACKER).write_bytes(b"\xff4")
@@ -147,7 +147,7 @@ def test_a_manifest_that_lists_nothing_is_damaged(tmp_path: Path) -> None:
 def test_records_are_compared_with_their_checksums(tmp_path: Path) -> None:
     import torch
 
-    from minimind_mcore.converters.torch_zip import check_records
+    from minimind_mcore.checkpoint.torch_zip import check_records
 
     file = tmp_path / "weights.pt"
     torch.save({"a": torch.arange(1000), "b": torch.ones(7)}, file)

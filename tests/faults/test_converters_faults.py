@@ -19,13 +19,13 @@ from helpers.engine import ROOT
 from helpers.weights_on_disk import SMALL, config_json, read_hf, state_dict, write_hf
 from safetensors.torch import load_file, save_file
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.tensors import TensorWriter
 from minimind_mcore.converters import convert as convert_module
 from minimind_mcore.converters.cli import main_v1, main_v2
-from minimind_mcore.converters.files import TensorWriter
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 
 CONFIG = SMALL["minimind3"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import engine
 
-from minimind_mcore import unpickling
+from minimind_mcore.checkpoint import torch_zip, unpickling
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.mindspeed import checkpoints
@@ -132,12 +132,12 @@ def test_objects_between_the_tensors_are_looked_at(
     place.relative_path, place.offset, place.length = "hostile.distcp", 0, len(buffer.getvalue())
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=r"hostile\.distcp: names posix\.system"):
-        unpickling.check_checkpoint(directory)
+        torch_zip.check_checkpoint(directory)
     assert not witness.exists()
 
 
 def test_an_intact_checkpoint_passes(trained: tuple[Path, list[str]]) -> None:
-    unpickling.check_checkpoint(trained[0] / "iter_0000001")
+    torch_zip.check_checkpoint(trained[0] / "iter_0000001")
 
 
 def test_megatrons_own_objects_pass(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_megatrons_own_objects_pass(tmp_path: Path) -> None:
     args.params_dtype, args.path = torch.bfloat16, Path("a")
     states = [{"np_rng_state": np.random.get_state(), "loss": np.float64(1.5), "seen": {1, 2}}]
     torch.save({"args": args, "rng_state": states, "weight": torch.ones(2)}, tmp_path / "file.pt")
-    found = unpickling.load_torch(tmp_path / "file.pt")
+    found = torch_zip.load_torch(tmp_path / "file.pt")
     assert found["args"] == args and found["rng_state"][0]["loss"] == 1.5 and found["rng_state"][0]["seen"] == {1, 2}
     assert (found["rng_state"][0]["np_rng_state"][1] == states[0]["np_rng_state"][1]).all()  # type: ignore[index]
 
@@ -158,10 +158,10 @@ def test_megatrons_own_objects_pass(tmp_path: Path) -> None:
 def test_trust_lifts_the_restriction(tmp_path: Path, witness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"args": Touch(witness)}, tmp_path / "file.pt")
     with pytest.raises(UserError, match=r"posix\.system.*--trust-checkpoints"):
-        unpickling.load_torch(tmp_path / "file.pt")
+        torch_zip.load_torch(tmp_path / "file.pt")
     assert not witness.exists()
     monkeypatch.setenv("MINIMIND_TRUST_CHECKPOINTS", "1")
-    unpickling.load_torch(tmp_path / "file.pt")
+    torch_zip.load_torch(tmp_path / "file.pt")
     assert witness.exists()
 
 
@@ -186,13 +186,13 @@ def test_an_archive_with_a_second_pickle_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "file.pt", "a") as archive:
         archive.writestr("file/DATA.PKL", b"x")
     with pytest.raises(UserError, match="several archives"):
-        unpickling.check_file(tmp_path / "file.pt")
+        torch_zip.check_file(tmp_path / "file.pt")
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "file.pt"))
     with pytest.raises(UserError, match="TorchScript"):
-        unpickling.check_file(tmp_path / "file.pt")
+        torch_zip.check_file(tmp_path / "file.pt")
 
 
 def test_a_hostile_pth_is_refused(tmp_path: Path, witness: Path) -> None:

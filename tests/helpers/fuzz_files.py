@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from helpers.fuzz import NOT_JSON, Case, flipped, write
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
-from minimind_mcore.converters.opening import open_source
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.models import weights
 from minimind_mcore.preprocess import cli as preprocess
 from minimind_mcore.preprocess.check import quick_check

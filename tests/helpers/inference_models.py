@@ -11,8 +11,8 @@ import torch
 
 from helpers.engine import Corpus
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
+from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.converters.job import Job
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.inference import main
 from minimind_mcore.inference.loading import Loaded, load, open_both
 from minimind_mcore.models import weights

@@ -10,7 +10,7 @@ from helpers import engine, rehearsal
 from helpers.engine import worst_difference
 from helpers.rehearsal import Pretrain
 
-from minimind_mcore.converters.opening import open_source
+from minimind_mcore.checkpoint.opening import open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

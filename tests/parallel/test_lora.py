@@ -28,9 +28,9 @@ from helpers.twin import load_twin, train
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.job import Job
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.inference import loading
 from minimind_mcore.models import weights
 from minimind_mcore.models.init import initial_tensor

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from helpers import engine, rl_ray, rl_trees
 
+from minimind_mcore.checkpoint.files import iterations_in
 from minimind_mcore.rl.config.load import compose, plain
-from minimind_mcore.training.checkpointing import iterations_in
 
 SAME = ("grpo/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm")
 

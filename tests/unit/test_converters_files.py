@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.tensors import open_safetensors
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert
-from minimind_mcore.converters.files import open_safetensors
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

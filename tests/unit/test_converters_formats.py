@@ -14,12 +14,12 @@ from helpers.weights_on_disk import SMALL, assert_same_bits, config_json, read_h
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.source import Source, cast, resize_vocabulary
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget, PthTarget
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
-from minimind_mcore.converters.source import Source, cast, resize_vocabulary
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import to_native_config

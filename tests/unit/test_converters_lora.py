@@ -11,11 +11,11 @@ import torch
 from helpers.weights_on_disk import SMALL, assert_same_bits, read_hf, state_dict, write_hf
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig

@@ -18,12 +18,12 @@ import torch
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget, PthTarget
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
 from minimind_mcore.converters.probe import directory_logits
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.models.config import ModelConfig
 
 TRANSFORMERS_4 = """

@@ -24,11 +24,11 @@ from helpers.weights_on_disk import (
     write_hf,
 )
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 
 GRID = {
     "model": list(MODELS),

@@ -16,10 +16,10 @@ import pytest
 from helpers.engine import ROOT
 from helpers.weights_on_disk import state_dict, write_hf
 
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.opening import open_source
-from minimind_mcore.converters.sharding import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 

@@ -15,7 +15,7 @@ from helpers.engine import ROOT
 
 IMPORT = """
 import minimind_mcore
-from minimind_mcore.converters import assumptions
+from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.models import config
 from minimind_mcore.preprocess import templates
 assert templates.read_templates(None)  # a data file of a linked folder

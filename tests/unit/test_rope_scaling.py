@@ -23,8 +23,8 @@ from helpers.weights_on_disk import SMALL, state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.cli import main_v2
-from minimind_mcore.converters.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.loading import build_model
@@ -121,7 +121,7 @@ with torch.no_grad():
 MEGATRON = """
 import sys, torch
 from pathlib import Path
-from minimind_mcore.converters.opening import open_source
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.probe import megatron_logits
 source = open_source(Path(sys.argv[2]))
 with torch.no_grad():

@@ -23,9 +23,9 @@ from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert as convert_weights
 from minimind_mcore.converters.hf import HFTarget
-from minimind_mcore.converters.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import heldout
 from minimind_mcore.inference.loading import Loaded, load_tokenizer

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore.converters.assumptions import Assumption
-from minimind_mcore.converters.files import Shape, TensorFile
-from minimind_mcore.converters.hf import assemble
-from minimind_mcore.converters.source import Source
-from minimind_mcore.converters.torch_zip import Archive, StoredTensor, read_archive
+from minimind_mcore.checkpoint.assumptions import Assumption
+from minimind_mcore.checkpoint.hf import assemble
+from minimind_mcore.checkpoint.source import Source
+from minimind_mcore.checkpoint.tensors import Shape, TensorFile
+from minimind_mcore.checkpoint.torch_zip import Archive, StoredTensor, read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 

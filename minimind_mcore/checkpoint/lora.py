@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind_mcore.converters.files import Entry, TensorFile
-from minimind_mcore.converters.sharding import Part, Sharding
-from minimind_mcore.converters.source import Lazy, Source
-from minimind_mcore.converters.torch_zip import read_archive
+from minimind_mcore.checkpoint.layout import Part, Sharding
+from minimind_mcore.checkpoint.source import Lazy, Source
+from minimind_mcore.checkpoint.tensors import Entry, TensorFile
+from minimind_mcore.checkpoint.torch_zip import read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig

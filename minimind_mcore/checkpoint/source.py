@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind_mcore.converters.assumptions import Assumption
-from minimind_mcore.converters.files import Slot, TensorFile
-from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.checkpoint.assumptions import Assumption
+from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.tensors import Slot, TensorFile
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig

@@ -3,10 +3,10 @@
 `.pth`, `model_optim_rng.pt`, `common.pt` and `.metadata` are pickles, and a pickle calls whatever function it names.
 Checkpoints come from other people, so every reader of this kit refuses a file that names anything outside `ALLOWED`:
 
-    check_checkpoint(directory)    before Megatron, or MindSpeed-LLM, loads a checkpoint
-    load_torch(file)               in place of torch.load
-    load_pickle(file)              in place of pickle.load, for `.metadata` of torch_dist
-    restricted()                   around Megatron's own loading
+    torch_zip.check_checkpoint(directory)    before Megatron, or MindSpeed-LLM, loads a checkpoint
+    torch_zip.load_torch(file)               in place of torch.load
+    load_pickle(file)                        in place of pickle.load, for `.metadata` of torch_dist
+    restricted()                             around Megatron's own loading
 
 `trust()`, the flag `--trust-checkpoints`, lifts the restriction for this process and those that it starts.
 """
@@ -169,58 +169,6 @@ def load_pickle(path: Path) -> Any:
         raise UserError(f"{path}: truncated, or not a pickle ({error}); get it again") from error
     except (TypeError, ValueError, MemoryError, OverflowError) as error:  # well-formed opcodes without sense
         raise UserError(f"{path}: damaged ({error}); get it again") from error
-
-
-def load_torch(path: Path) -> Any:
-    """Load a file of `torch.save` onto the CPU.
-
-    Raises:
-        UserError: the file is damaged, or names a class outside `ALLOWED`.
-    """
-    if is_trusted():
-        return torch.load(path, map_location="cpu", weights_only=False)
-    check_file(path)
-    try:
-        with restricted():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: cannot be loaded safely ({error}); if you trust it, give {TRUST_FLAG}") from error
-
-
-def check_file(path: Path, offset: int = 0, size: int | None = None) -> None:
-    """Refuse a file of `torch.save`, or one inside another file, that names a class outside `ALLOWED`.
-
-    Nothing of the file is executed and no tensor is read.
-    """
-    from minimind_mcore.converters.torch_zip import read_archive
-
-    read_archive(path, offset, size)
-
-
-def check_checkpoint(directory: Path) -> None:
-    """Refuse the checkpoint of an iteration, of either format, if a pickle in it names a class outside `ALLOWED`.
-
-    Reads the pickles alone: milliseconds for a checkpoint of any size.
-
-    Raises:
-        UserError: such a pickle, or a damaged one; the message names the file.
-    """
-    if is_trusted():
-        return
-    for path in sorted(p for p in directory.rglob("*.pt") if p.is_file()):
-        check_file(path)
-    if (directory / ".metadata").is_file():
-        _check_objects(directory)
-
-
-def _check_objects(directory: Path) -> None:
-    """Check the pickled objects between the tensors of a torch_dist checkpoint."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-    metadata = load_pickle(directory / ".metadata")
-    for index, place in (metadata.storage_data or {}).items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            check_file(directory / place.relative_path, place.offset, place.length)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore.converters.sharding import Sharding
+from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig, MoEConfig, named_router_weight

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from minimind_mcore.converters.hf import is_hf, open_hf
-from minimind_mcore.converters.megatron import iteration_directory, open_megatron
-from minimind_mcore.converters.minimind import is_pth, open_pth
-from minimind_mcore.converters.source import Source
+from minimind_mcore.checkpoint.files import is_torch_dist, iteration_directory
+from minimind_mcore.checkpoint.hf import is_hf, open_hf
+from minimind_mcore.checkpoint.megatron import open_megatron
+from minimind_mcore.checkpoint.minimind import is_pth, open_pth
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError, naming
 from minimind_mcore.models.config import ModelConfig
 
@@ -42,8 +43,8 @@ def _open(path: Path, config: ModelConfig | None, stated: Mapping[str, object] |
             f"{path}: found {found}; expected a Hugging Face directory (config.json), a Megatron checkpoint "
             "(latest_checkpointed_iteration.txt, or mp_rank_*), or a .pth file of MiniMind"
         )
-    if (directory / "metadata.json").is_file():
-        from minimind_mcore.converters.megatron_dist import open_megatron_dist
+    if is_torch_dist(directory):
+        from minimind_mcore.checkpoint.megatron_dist import open_megatron_dist
 
         return open_megatron_dist(directory, config)
     return open_megatron(directory, config)
