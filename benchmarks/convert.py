@@ -33,9 +33,9 @@ from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.converters.hf_files import hf_config
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform.cpu import keep_freed_memory
 from minimind_mcore.storage import sha256
 
 # MiniMind's architecture at forty times its size.

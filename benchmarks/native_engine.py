@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore import arguments, device
+from minimind_mcore import arguments
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 
 
 class NativeEngine:
-    """A model and its optimizer as pretrain_gpt.py builds them. `minimind_mcore.device.setup()` comes first.
+    """A model and its optimizer as pretrain_gpt.py builds them. `minimind_mcore.platform.device.setup()` comes first.
 
     Args:
         config: the architecture.

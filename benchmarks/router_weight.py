@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore import arguments, device
+from minimind_mcore import arguments
 from minimind_mcore.errors import run
 from minimind_mcore.models.config import ROUTER_WEIGHTS
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.models.recipes import get_recipe
+from minimind_mcore.platform import device
 from minimind_mcore.preprocess.corpus import build
 from minimind_mcore.storage import atomic_write_text
 from minimind_mcore.training import data, pretrain

@@ -6,14 +6,12 @@ asked for. So a `Source` is a table of lazy tensors over memory-mapped files, a 
 every byte has its place before the first is written, and a conversion (`convert.py`) one pass that reads
 each tensor once and hands it to the target. Reading back what was written is the same code again.
 
-    files.py       tensor files, mapped for reading, laid out for writing; every byte counted
-    torch_zip.py   the format of torch.save, without executing what is in it
-    sharding.py    which file of a Megatron checkpoint holds which part of which tensor
-    source.py      what a conversion reads from: tables of lazy tensors, and changes to them
-    hf.py minimind.py megatron.py megatron_dist.py    the formats
-    lora.py        adapters: merged, or as PEFT has them
+    target.py      what a conversion writes to; hf.py, megatron.py, megatron_dist.py and peft.py write the formats
     convert.py     the conversion, top to bottom
+    job.py         a conversion as the command lines ask for it
     cli.py         the command lines of convert_ckpt_v2.py and convert_ckpt.py
+
+`minimind_mcore/checkpoint/` reads the formats.
 """
 
 if __name__ == "converters":

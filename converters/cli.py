@@ -15,10 +15,10 @@ from typing import Any
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.layout import Sharding, parse_numbers
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
-from minimind_mcore.cpu import keep_freed_memory
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser, given_flags, refuse_unknown
 from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.platform.cpu import keep_freed_memory
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
 

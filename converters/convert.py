@@ -29,9 +29,9 @@ from minimind_mcore.checkpoint.tensors import as_bytes
 from minimind_mcore.converters.progress import Progress
 from minimind_mcore.converters.sealing import Sealing
 from minimind_mcore.converters.target import Target
-from minimind_mcore.device import usable_cores
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
+from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.storage import (
     MANIFEST,
     check_manifest,

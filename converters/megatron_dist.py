@@ -118,7 +118,7 @@ def _save(directory: Path, state: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
     """megatron-core's parallel state, of this process alone."""
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     device.setup()
     import torch.distributed as dist

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from minimind_mcore.checkpoint.tensors import TensorWriter
-from minimind_mcore.device import usable_cores
+from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.storage import FileEntry
 
 

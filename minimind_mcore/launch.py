@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minimind_mcore import errors, hosts
-from minimind_mcore.device import usable_cores
+from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.training.stop import LAUNCHER, SIGNALS, hangup_ignored
 
 

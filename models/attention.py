@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.fused.attention import SHORT, causal_attention, scaled_dot_product
+from minimind_mcore.platform.fused.attention import SHORT, causal_attention, scaled_dot_product
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

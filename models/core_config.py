@@ -1,6 +1,6 @@
 """`ModelConfig` as megatron-core's `TransformerConfig`, and the `GPTModel` built from it.
 
-Imports megatron-core: call `minimind_mcore.device.setup()` first.
+Imports megatron-core: call `minimind_mcore.platform.device.setup()` first.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ built, qk-norm or none, dense or mixture of experts, shared expert or none. So i
 needs neither global arguments nor Transformer Engine, and it serves plain megatron-core (0.12.1,
 0.16.1), Megatron-LM and MindSpeed-LLM alike. Never import it from a package's `__init__`: MindSpeed
 patches megatron-core first. Under MindSpeed its norm, attention and router are MindSpeed's, so that
-the fused kernels run.
+the fused kernels run. The norm after the last layer is not part of a layer: `device.setup()` has
+megatron-core build `Norm` there, too (`platform/patches.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import dataclasses
 import inspect
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig, transformer_block
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,41 +27,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 
-from minimind_mcore.fused.elementwise import rms_norm
-from minimind_mcore.mindspeed import layers as mindspeed
 from minimind_mcore.models.attention import SDPACoreAttention
 from minimind_mcore.models.moe import MiniMindRouter, StraightThroughRouter, build_moe
-
-
-class RMSNorm(torch.nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32 and rounded once.
-
-    That is minimind-3's order. MiniMind2 rounds to half precision before it multiplies with the
-    weight; in float32 there is no difference.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each rank sees a part of the sequence: Megatron must add up the weight's gradients.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [..., hidden_size]."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Norm:
-    """The norm of this platform."""
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        """Build it."""
-        if mindspeed.active():
-            return mindspeed.norm(config, hidden_size, eps)
-        return RMSNorm(config, hidden_size, eps)
+from minimind_mcore.platform import ascend
+from minimind_mcore.platform.fused.norm import Norm
 
 
 class QKNorm:
@@ -77,7 +47,7 @@ class CoreAttention:
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
         """Build it."""
-        if mindspeed.active():
+        if ascend.active():
             return DotProductAttention(config=config, **kwargs)
         if getattr(config, "transformer_impl", "local") == "transformer_engine":
             from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -92,7 +62,7 @@ class FeedForward:
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
         """Build it."""
         if config.num_moe_experts:
-            return build_moe(config, None if mindspeed.active() else MiniMindRouter)
+            return build_moe(config, None if ascend.active() else MiniMindRouter)
         if "ffn_hidden_size" in inspect.signature(MLP.__init__).parameters:
             kwargs["ffn_hidden_size"] = config.ffn_hidden_size  # 0.16.1 warns of its own default
         return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
@@ -106,7 +76,7 @@ class StraightThroughFeedForward(FeedForward):
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
         """Build it."""
-        router = StraightThroughRouter if mindspeed.active() else MiniMindRouter
+        router = StraightThroughRouter if ascend.active() else MiniMindRouter
         return build_moe(config, router)
 
 
@@ -136,8 +106,3 @@ straight_through_layer_spec = ModuleSpec(
     module=TransformerLayer,
     submodules=dataclasses.replace(layer_spec.submodules, mlp=StraightThroughFeedForward),  # pyright: ignore[reportArgumentType]
 )
-
-# The norm after the last layer is no part of a layer's spec: the block builds this class. What
-# megatron-core would take (torch's, without Transformer Engine) refuses sequence parallelism.
-if not mindspeed.active():
-    transformer_block.LayerNormImpl = Norm

@@ -48,7 +48,7 @@ def missing_requirements() -> list[str]:
 def _device(tiny: bool) -> None:
     import torch
 
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
     from minimind_mcore.training.mfu import matmul_rate
 
     found = device.current()
@@ -69,7 +69,7 @@ def copy_rate(size: int) -> float:
     """Bytes per second, read and written, of a copy of `size` bytes on the device."""
     import torch
 
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device.current().torch_device)
     target = torch.empty_like(source)

@@ -9,8 +9,8 @@ import generate
 import torch
 
 from gpu_check.rows import emit
-from minimind_mcore import device
 from minimind_mcore.models.presets import get_preset
+from minimind_mcore.platform import device
 
 PROMPT = 32
 

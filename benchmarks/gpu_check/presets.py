@@ -52,8 +52,8 @@ def results(
     import torch
     from native_engine import NativeEngine
 
-    from minimind_mcore import device
     from minimind_mcore.models.presets import get_preset
+    from minimind_mcore.platform import device
 
     config = get_preset(name).replace(vocab_size=VOCABULARY)
     engine = NativeEngine(config, BATCH, SEQUENCE, bf16, flags=("--seed", str(seed), "--init-method-std", "0.05"))
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="compute the values again, on the CPU")
     parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
     args = parser.parse_args()
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     found = device.setup()
     if args.record:

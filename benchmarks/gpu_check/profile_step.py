@@ -10,8 +10,8 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_check.rows import emit
-from minimind_mcore import device
 from minimind_mcore.models.presets import get_preset
+from minimind_mcore.platform import device
 
 OPERATORS = 10
 

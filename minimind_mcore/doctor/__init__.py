@@ -8,5 +8,5 @@
 | `job.py` | the paths of one script, from its own dry run |
 | `main.py` | the command: gathers, judges, prints |
 
-With `minimind_mcore/device.py` and `minimind_mcore/mindspeed/` the only place that names devices.
+With `minimind_mcore/platform/device.py` and `minimind_mcore/mindspeed/` the only place that names devices.
 """

@@ -31,7 +31,7 @@ class Card:
 
 
 def kind(host: Host) -> str:
-    """The device that a job would take, as `minimind_mcore.device` decides, but told without importing torch.
+    """The device that a job would take, as `minimind_mcore.platform.device` decides, but told without importing torch.
 
     An NPU counts if its device files or torch_npu are there: one without the other is what the doctor is for.
     """

@@ -16,11 +16,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minimind_mcore.device import KINDS
 from minimind_mcore.doctor import devices, host, job, matrix, rehearsal
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
+from minimind_mcore.platform.device import KINDS
 
 INSTALL = {
     "CANN": "install toolkit, ops and nnal of CANN {cann}, then source set_env.sh: docs/install_ascend.md, CANN",
@@ -171,7 +171,7 @@ def pairing(versions: Mapping[str, str | None], stack: matrix.Stack) -> list[Fin
 
 def loads(where: Host, device: str) -> list[Finding]:
     """Whether torch itself, in the interpreter of the job, sees the device."""
-    printed = where.run(where.python, "-m", "minimind_mcore.device", timeout=120)
+    printed = where.run(where.python, "-m", "minimind_mcore.platform.device", timeout=120)
     if printed is not None and printed.split()[:1] == [device]:
         return [ok("torch", f"sees {printed.strip()}")]
     saw = printed.strip() if printed else "nothing"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_mcore.fused.attention import scaled_dot_product
+from minimind_mcore.platform.fused.attention import scaled_dot_product
 
 ROOM = 128  # positions that a cache grows by at least
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from minimind_mcore import device
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.job import DTYPE_NAMES, Job, open_model, prepare
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.decoder import Decoder
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.preprocess import hf_tokenizer
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, tokenizer_info
 

@@ -6,11 +6,11 @@ import argparse
 import sys
 import time
 
-from minimind_mcore import cpu, device
 from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import Loaded, default_dtype, load, open_both
+from minimind_mcore.platform import cpu, device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 
 

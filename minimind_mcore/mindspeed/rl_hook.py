@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.mindspeed.patching import after_import
+from minimind_mcore.platform.after_import import after_import
 
 if TYPE_CHECKING:
     from minimind_mcore.rl.rewards.rewards import Rewards

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore import device
 from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
+from minimind_mcore.platform import device
 from minimind_mcore.posttrain.sft import run_model
 from minimind_mcore.training import distributed
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from minimind_mcore import device
 from minimind_mcore.checkpoint.files import directory_of, is_converted, iterations_in
 from minimind_mcore.errors import UserError
+from minimind_mcore.platform import device
 from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining
 from minimind_mcore.preprocess.indexed import bin_path

@@ -20,9 +20,9 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
+from minimind_mcore.platform import cpu
 from minimind_mcore.rl.hosts import require_ray
 
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
@@ -212,7 +212,7 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
                 raise UserError(f"RAY_ADDRESS={asked}: no Ray cluster answers there; start it, or unset it") from error
     ray.init(
         address="local",
-        num_cpus=max(cpus, device.usable_cores()),
+        num_cpus=max(cpus, cpu.usable_cores()),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=os.environ.get("RAY_TMPDIR"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minimind_mcore import device
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.rl import supervise
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.cluster import Cluster, connect, where

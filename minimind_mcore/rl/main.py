@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minimind_mcore import device, errors
+from minimind_mcore import errors
 from minimind_mcore.errors import UserError
+from minimind_mcore.platform import device
 from minimind_mcore.rl.config.load import command_parser, compose, plain
 from minimind_mcore.rl.config.schema import Config
 

@@ -6,10 +6,10 @@ import importlib.util
 import os
 from pathlib import Path
 
-from minimind_mcore import device
 from minimind_mcore.checkpoint.files import iterations_in
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minimind_mcore import arguments, device
+from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import directory_of, iterations_in, saved_args
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.rl import sync
 from minimind_mcore.rl.algorithms.batches import mini_batches
 from minimind_mcore.rl.algorithms.losses import denominator

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device
 from minimind_mcore.checkpoint.files import NAME
 from minimind_mcore.checkpoint.torch_zip import load_torch
 from minimind_mcore.errors import UserError
+from minimind_mcore.platform import device
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
 from minimind_mcore.training.optimizer import schedule_kept
 

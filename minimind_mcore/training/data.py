@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
+from minimind_mcore.platform import device
 from minimind_mcore.preprocess.blends import parse_blend, sizes
 from minimind_mcore.preprocess.check import idx_digest, quick_check
 from minimind_mcore.preprocess.indexed import read_index

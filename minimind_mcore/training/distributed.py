@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device, hosts
+from minimind_mcore import hosts
 from minimind_mcore.errors import UserError
+from minimind_mcore.platform import device
 from minimind_mcore.storage import writing
 from minimind_mcore.training.layout import Layout
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.storage import append_line, atomic_write_text, writing
 from minimind_mcore.training import distributed, step
 from minimind_mcore.training.job import Job

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from minimind_mcore import device
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 
 LARGEST = 8192  # rows of the matrices; an H100 multiplies two of them in 1.4 ms
 ENOUGH_SECONDS = 1e-3  # one product of this length hides the launch of a kernel

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.training.layout import Layout
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def core_config(args: argparse.Namespace, layout: Layout, model: ModelConfig | N
         "recompute_granularity": args.recompute_granularity,
         "recompute_method": args.recompute_method,
         "recompute_num_layers": args.recompute_num_layers,
-        # Where Apex is missing, by minimind_mcore.fused.
+        # Where Apex is missing, by minimind_mcore.platform.fused.
         "gradient_accumulation_fusion": True,
         "bias_activation_fusion": True,
         # Fusions that need Transformer Engine or a compiler.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minimind_mcore import device
 from minimind_mcore.checkpoint.files import directory_of
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import device
 from minimind_mcore.storage import require_writable
 from minimind_mcore.training import checkpointing, data, distributed
 from minimind_mcore.training.job import Job

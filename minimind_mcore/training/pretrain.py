@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from minimind_mcore import arguments, device
+from minimind_mcore import arguments
+from minimind_mcore.platform import device
 from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, run_lock, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import Layout, validate

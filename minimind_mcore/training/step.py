@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
+from minimind_mcore.platform import device
 from minimind_mcore.training import liveness
 from minimind_mcore.training.job import Job
 

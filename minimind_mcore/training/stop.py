@@ -17,7 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import device
+from minimind_mcore.platform import device
 
 # Ctrl-C reaches a rank twice within moments, from the terminal and from torchrun: that is one request.
 _SAME_REQUEST_SECONDS = 3.0

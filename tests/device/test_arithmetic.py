@@ -13,16 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minimind_mcore import device
-from minimind_mcore.fused import elementwise
-from minimind_mcore.fused.adam import FusedAdam
-from minimind_mcore.fused.attention import scaled_dot_product
-from minimind_mcore.fused.install import add_weight_gradient
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.sampling import Sampling
-from minimind_mcore.megatron_fixes import _l2_norm
 from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.platform import device
+from minimind_mcore.platform.fused import elementwise
+from minimind_mcore.platform.fused.adam import FusedAdam
+from minimind_mcore.platform.fused.attention import scaled_dot_product
+from minimind_mcore.platform.patches import _l2_norm, add_weight_gradient
 from minimind_mcore.posttrain.dpo import pair_log_probs
 from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
 from minimind_mcore.rl.rollout.engine import Draw

@@ -300,7 +300,7 @@ def free_port() -> int:
 
 def serve() -> None:
     """Read jobs from stdin, one JSON object a line; answer with the exit statuses of their ranks."""
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -244,7 +244,7 @@ def _experts(w: dict[str, Tensor], p: str, moe: MoEConfig, x: Tensor) -> tuple[T
 
 def main(work: str, rank: int, processes: int) -> None:
     """Run every check that takes so many processes; rank 0 writes the results."""
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     device.setup()
     import torch.distributed as dist

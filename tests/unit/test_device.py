@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from minimind_mcore import device
+from minimind_mcore.platform import device
 
 PROGRAM = """
 import json, os, torch, torch.distributed as dist
-from minimind_mcore import device
+from minimind_mcore.platform import device
 
 found = {"kind": device.setup().kind}
 device.setup()  # twice is once
@@ -159,7 +159,8 @@ def test_a_device_context_steers_the_factories(found: dict[str, Any]) -> None:
 
 def current(asked: str, work: Path) -> subprocess.CompletedProcess[str]:
     """The device in use under DEVICE=asked, in a process without accelerators."""
-    program = "from minimind_mcore import device, errors\nerrors.run(lambda: print(device.current().kind))"
+    imports = "from minimind_mcore import errors\nfrom minimind_mcore.platform import device\n"
+    program = f"{imports}errors.run(lambda: print(device.current().kind))"
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DEVICE": asked}
     return subprocess.run(
         [sys.executable, "-c", program], env=os.environ | hidden, capture_output=True, text=True, cwd=work, timeout=60

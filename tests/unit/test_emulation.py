@@ -35,7 +35,7 @@ def test_it_is_asked_for_by_path_alone() -> None:
 
 
 def test_with_it_the_kit_sees_npus() -> None:
-    done = run("-m", "minimind_mcore.device", path=[PLACE, ROOT])
+    done = run("-m", "minimind_mcore.platform.device", path=[PLACE, ROOT])
     assert done.stdout.split() == ["npu", "8"], done.stdout + done.stderr
 
 

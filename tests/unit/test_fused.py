@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from helpers.engine import ROOT
 from torch import Tensor
 
-from minimind_mcore.fused import elementwise
-from minimind_mcore.fused.adam import FusedAdam
-from minimind_mcore.fused.attention import BLOCK, causal_attention
-from minimind_mcore.fused.install import add_weight_gradient
+from minimind_mcore.platform.fused import elementwise
+from minimind_mcore.platform.fused.adam import FusedAdam
+from minimind_mcore.platform.fused.attention import BLOCK, causal_attention
+from minimind_mcore.platform.patches import add_weight_gradient
 
 SEQUENCE, BATCH, HEADS, WIDTH = 7, 2, 4, 6
 
@@ -117,12 +117,12 @@ def test_weight_gradients_add_up_in_the_precision_of_the_sum(dtype: torch.dtype)
 
 
 USED = """
-from minimind_mcore import device
+from minimind_mcore.platform import device
 device.setup()
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-from minimind_mcore.models.minimind_spec import RMSNorm
+from minimind_mcore.platform.fused.norm import RMSNorm
 from types import SimpleNamespace
 config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
 x = torch.randn(3, 2, 4, 8, requires_grad=True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from minimind_mcore import device
-from minimind_mcore.fused import compiled
+from minimind_mcore.platform import device
+from minimind_mcore.platform.fused import compiled
 
 
 @pytest.fixture(autouse=True)

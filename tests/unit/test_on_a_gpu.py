@@ -18,9 +18,9 @@ from helpers.engine import ROOT, Corpus, Server, load
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minimind_mcore import device
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.platform import device
 
 
 def run_python(code: str, **variables: str) -> str:
@@ -42,7 +42,7 @@ def test_setup_leaves_torch_compile_to_others() -> None:
             def find_spec(self, name, path, target=None):
                 seen.append(torch.compile is real)
         sys.meta_path.insert(0, Watch())
-        from minimind_mcore import device
+        from minimind_mcore.platform import device
         device.setup()
         import megatron.core.jit, megatron.core.fusions.fused_bias_gelu as fusion
         print(all(seen), len(seen) > 100, torch.compile is real, type(fusion.bias_gelu).__name__)
@@ -54,7 +54,7 @@ def test_setup_leaves_torch_compile_to_others() -> None:
 def test_torch_compile_works_after_setup() -> None:
     found = run_python(
         """
-        from minimind_mcore import device
+        from minimind_mcore.platform import device
         device.setup()
         import torch
         from torch._inductor.codecache import CacheBase
@@ -66,7 +66,7 @@ def test_torch_compile_works_after_setup() -> None:
 
 
 def test_setup_prepares_cublas_for_deterministic_mode() -> None:
-    found = run_python("from minimind_mcore import device; import os; device.setup(); print(dict(os.environ))")
+    found = run_python("from minimind_mcore.platform import device; import os; device.setup(); print(dict(os.environ))")
     assert "'CUBLAS_WORKSPACE_CONFIG': ':4096:8'" in found
 
 
@@ -208,7 +208,7 @@ def test_fp32_attention_on_a_gpu_repeats_grouped_heads(monkeypatch: pytest.Monke
     """With enable_gqa a GPU has no kernel for fp32 but the one that keeps all scores."""
     import torch.nn.functional as functional
 
-    from minimind_mcore.fused import attention
+    from minimind_mcore.platform.fused import attention
 
     asked: list[tuple[bool, int]] = []
 

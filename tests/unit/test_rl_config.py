@@ -60,7 +60,7 @@ def test_every_configuration_is_fit_for_every_target(name: str, target: str) -> 
 
 
 def test_the_device_found_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     monkeypatch.setenv("DEVICE", "cpu")
     device.current.cache_clear()

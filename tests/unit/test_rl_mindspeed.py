@@ -15,7 +15,8 @@ import yaml
 from helpers.engine import ROOT
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.mindspeed import patching, rl_hook, rl_launch
+from minimind_mcore.mindspeed import rl_hook, rl_launch
+from minimind_mcore.platform import after_import as patching
 
 MODULES = {
     "workers/resharding/weight_adaptor.py": """

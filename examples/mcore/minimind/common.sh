@@ -66,7 +66,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 
 # kind and number of devices, e.g. "cpu 2"
-read -r DEVICE DEVICES <<< "$("$PYTHON" -m minimind_mcore.device)"
+read -r DEVICE DEVICES <<< "$("$PYTHON" -m minimind_mcore.platform.device)"
 [ -n "$DEVICE" ] || exit 1 # the message is above
 export DEVICE
 BACKEND=${BACKEND:-$([ "$DEVICE" = npu ] && echo mindspeed-llm || echo native)}

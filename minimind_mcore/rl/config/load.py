@@ -212,7 +212,7 @@ def compose(
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from minimind_mcore import device as devices
+    from minimind_mcore.platform import device as devices
 
     where = Path(directory or CONFIGS).expanduser().resolve()
     name = name.removesuffix(".yaml")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore import device
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.loading import empty_model, fill_model
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import detect_form, mcore_to_hf
+from minimind_mcore.platform import device
 from minimind_mcore.rl.rollout.engine import Draw, Response, uniforms
 
 SHRINK = 0.75  # responses that have ended leave the batch when so few of it are left

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 import torch
 
-from minimind_mcore import cpu, device
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import cpu, device
 from minimind_mcore.rl import sync
 from minimind_mcore.rl.cluster import Place
 from minimind_mcore.rl.config.schema import Config
@@ -93,7 +93,7 @@ class RolloutGroup:
         self.shards: list[Any] = []
 
         def start(number: int) -> Any:
-            place, threads = places[number], max(1, device.usable_cores() // beside[number])
+            place, threads = places[number], max(1, cpu.usable_cores() // beside[number])
             remote: Any = ray.remote(RolloutWorker)
             actor = remote.options(**place.options(**gpus)).remote(config, model, known, threads)
             if self.shards:

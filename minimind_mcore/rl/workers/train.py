@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from minimind_mcore import device
+from minimind_mcore.platform import cpu, device
 from minimind_mcore.rl import supervise
 from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.cluster import Place
@@ -108,7 +108,7 @@ class TrainGroup:
     def _threads(self, rank: int) -> int:
         """Threads of a rank: the cores of its host, shared with the ranks beside it."""
         beside = sum(place.node == self.places[rank].node for place in self.places)
-        return max(1, device.usable_cores() // beside)
+        return max(1, cpu.usable_cores() // beside)
 
     def submit(self, method: str, *arguments: Any) -> list[Any]:
         """Begin a call of `Rank`'s method on every rank; returns the references of what they return."""

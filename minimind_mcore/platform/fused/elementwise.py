@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimind_mcore.fused import compiled
+from minimind_mcore.platform.fused import compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,19 +1,17 @@
 """The device: found, not asked for; and the CPU made into one that megatron-core runs on.
 
-    from minimind_mcore import device
+    from minimind_mcore.platform import device
 
     device.setup()              # once, before the first import of megatron
     device.current().kind       # "npu", "cuda" or "cpu"; DEVICE=cpu in the environment overrides
 
-Megatron reaches its accelerator through `torch.cuda` and `nccl`. `torch_npu` makes it run on an NPU
-by redirecting both; `cpu_as_cuda.py` does the same for the CPU and gloo. With it and
-`minimind_mcore/mindspeed/`, with `minimind_mcore/hosts.py`, which connects hosts, and with `minimind_mcore/doctor/`,
-which examines one, this is the only place that names devices and their backends.
+Megatron reaches its accelerator through `torch.cuda` and `nccl`. `torch_npu` makes it run on an NPU by redirecting
+both; `cpu_as_cuda.py` does the same for the CPU and gloo. `patches.py` lists what is changed in megatron-core. Only
+this package, `mindspeed/`, `hosts.py` (connects hosts) and `doctor/` (examines a host) name devices and their backends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -26,8 +24,8 @@ from typing import Any
 import psutil
 import torch
 
-from minimind_mcore import cpu
 from minimind_mcore.errors import UserError
+from minimind_mcore.platform import ascend, cpu, cpu_as_cuda, patches
 
 KINDS = ("npu", "cuda", "cpu")
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -112,29 +110,13 @@ def _device_index(count: int) -> int:
 
 def _describe(kind: str) -> Device:
     if kind == "cpu":
-        return Device("cpu", cpu_name(), usable_cores(), psutil.virtual_memory().total)
+        return Device("cpu", cpu.cpu_name(), cpu.usable_cores(), psutil.virtual_memory().total)
     api: Any = getattr(torch, kind)
     count = api.device_count()
     index = _device_index(count)
     # Asking for a name opens a context on the current device: without this line every rank takes memory of device 0.
     api.set_device(index)
     return Device(kind, api.get_device_name(index), count, api.get_device_properties(index).total_memory)
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    """The maker's name of the CPU."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        for line in f:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    import platform
-
-    return platform.processor() or platform.machine()
 
 
 def setup() -> Device:
@@ -149,21 +131,13 @@ def setup() -> Device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = current()
     if device.kind == "cpu":
-        from minimind_mcore import cpu_as_cuda
-
         cpu_as_cuda.emulate()
         cpu.tune()
     else:
         getattr(torch, device.kind).set_device(device.index)  # `current` may have run in another thread
         if device.kind == "npu":
-            from minimind_mcore.mindspeed import adaptor
-
-            adaptor.adapt()
-    from minimind_mcore import megatron_fixes
-    from minimind_mcore.fused.install import install
-
-    megatron_fixes.apply()
-    install()
+            ascend.adapt()
+    patches.apply()
     return device
 
 

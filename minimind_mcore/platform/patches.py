@@ -1,0 +1,340 @@
+"""Every change that the kit makes to megatron-core, in one table; `device.setup()` applies it, an import never does.
+
+A row names the target, the versions of megatron-core that need the change, the reason, and the test that fails without
+the change. `sources` are the definitions of megatron-core that the change relies on: tests/contract/test_patches.py
+compares them with those that were read when the row was written, and fails when a newer version has changed one.
+
+Two other places change other programs: `cpu_as_cuda.py` redirects torch's CUDA functions, and
+`mindspeed/rl_hook.py` changes MindSpeed-RL.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_mcore.platform import ascend
+from minimind_mcore.platform.after_import import after_import
+from minimind_mcore.platform.fused import compiled
+from minimind_mcore.platform.fused.adam import FusedAdam
+from minimind_mcore.platform.fused.compiled import cross_entropy
+from minimind_mcore.platform.fused.elementwise import rotate, swiglu
+from minimind_mcore.platform.fused.norm import Norm
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row of the table.
+
+    Attributes:
+        target: the name that is replaced, "module:name".
+        versions: of megatron-core that need the change.
+        reason: what is wrong without it.
+        test: the test that fails without it.
+        sources: definitions of megatron-core that the change relies on, "module:name", or whole modules, "module:*".
+        apply: makes the change, where it is needed.
+    """
+
+    target: str
+    versions: str
+    reason: str
+    test: str
+    sources: tuple[str, ...]
+    apply: Callable[[], None]
+
+
+@functools.cache
+def apply() -> None:
+    """Import megatron-core and apply every patch. Idempotent."""
+    # Transformer Engine and Apex are optional here, and their absence is not news on every rank.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
+    warnings.filterwarnings("ignore", message="full scope is deprecated.*")
+    # The distributed optimizer looks for gradients on the fp32 parts of parameters that it made itself.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
+    # torch 2.13 renamed collectives that megatron-core (0.12 to 0.16) calls by their old names.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
+    for patch in PATCHES:
+        patch.apply()
+
+
+# ----------------------------------------------------------------------------- what is broken without TE or Apex
+
+
+def _jit_fuser() -> None:
+    after_import("megatron.core.jit", lambda module: setattr(module, "jit_fuser", _undecorated))
+    importlib.import_module("megatron.core.jit")
+
+
+def _undecorated(function: Any = None, **options: Any) -> Any:
+    """A decorator that changes nothing, with options or without."""
+    return _undecorated if function is None else function
+
+
+def _te_general_gemm() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _l2_norm_impl() -> None:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors together [1], as apex's multi_tensor_l2norm: rows first, then the norms of rows."""
+    if tensor_lists[0] and tensor_lists[0][0].device.type != "cpu":
+        norms = torch._foreach_norm(tensor_lists[0], dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+    rows = []
+    for tensor in tensor_lists[0]:
+        flat = tensor.detach().reshape(-1)
+        whole = flat.numel() // 1024 * 1024
+        rows += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), flat[whole:]]
+    rest = torch.cat([row.float() for row in rows])
+    whole = rest.numel() // 1024 * 1024
+    parts = [torch.linalg.vector_norm(rest[:whole].view(-1, 1024), dim=1), rest[whole:]]
+    return torch.linalg.vector_norm(torch.cat(parts)).reshape(1), None
+
+
+def _quantize_param_shard() -> None:
+    from megatron.core.optimizer import distrib_optimizer
+
+    quantize = getattr(distrib_optimizer, "quantize_param_shard", None)
+    if quantize is not None:
+
+        def quantize_if_any(parameters: Any, *args: Any) -> None:
+            if parameters:
+                quantize(parameters, *args)
+
+        distrib_optimizer.quantize_param_shard = quantize_if_any
+
+
+def _word_embedding_grads() -> None:
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    if hasattr(module, "_allreduce_embedding_grad"):  # newer
+        return
+    all_reduce = module._allreduce_word_embedding_grads
+
+    def all_reduce_if_any(model: Any, config: Any) -> None:
+        named = (pair for chunk in model for pair in chunk.named_parameters())
+        if any(p.requires_grad for name, p in named if "embedding" in name or "output_layer" in name):
+            all_reduce(model, config)
+
+    module._allreduce_word_embedding_grads = all_reduce_if_any
+
+
+def _final_norm() -> None:
+    if not ascend.active():
+        from megatron.core.transformer import transformer_block
+
+        transformer_block.LayerNormImpl = Norm
+
+
+# ------------------------------------------------------------- what is slow without TE or Apex: operations of `fused`
+
+
+def _adam() -> None:
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if optimizer.Adam is torch.optim.AdamW:
+        optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        # 0.16.1 asks in these ways which one it has
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _swiglu() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    # What follows the tensors are options of fp8 and offloading.
+    fused_bias_swiglu.SwiGLUFunction = types.SimpleNamespace(apply=lambda x, *options: swiglu(x))
+    fused_bias_swiglu.WeightedSwiGLUFunction = types.SimpleNamespace(
+        apply=lambda x, weights, *options: (swiglu(x) * weights).to(x.dtype)  # weights [tokens, 1], of the router
+    )
+
+
+def _rotary() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    unfused: Any = rope_utils._apply_rotary_pos_emb_bshd
+
+    def apply(t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, *args: Any, **kwargs: Any) -> Tensor:
+        plain = not (rotary_interleaved or any(args) or kwargs.get("multi_latent_attention"))
+        if not plain or kwargs.get("mscale", 1.0) != 1.0 or freqs.shape[-1] != t.shape[-1]:
+            other: Tensor = unfused(t, freqs, rotary_interleaved, *args, **kwargs)
+            return other
+        angles = freqs[..., : freqs.shape[-1] // 2]  # the second half repeats them
+        return rotate(t, angles.cos().to(t.dtype), angles.sin().to(t.dtype))
+
+    rope_utils._apply_rotary_pos_emb_bshd = apply
+
+
+def _weight_gradient() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+            wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient
+        )
+        layers._grad_accum_fusion_available = True
+
+
+def add_weight_gradient(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
+    """`main_grad += grad^T inputs`, for `inputs` [tokens, in], `grad` [tokens, out], `main_grad` [out, in]."""
+    if inputs.dtype == main_grad.dtype:
+        main_grad.addmm_(grad.t(), inputs)
+    else:  # gradients of half-precision weights are summed in fp32
+        main_grad.add_(grad.t() @ inputs)
+
+
+def _clipping() -> None:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _scale(chunk_size: int, overflow: Any, tensor_lists: Any, scale: float) -> None:
+    """Multiply gradients, which are both the first and the second of `tensor_lists`, as apex's multi_tensor_scale."""
+    torch._foreach_mul_(tensor_lists[1], scale)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _cross_entropy() -> None:
+    if not compiled.usable():
+        return
+    from megatron.core import tensor_parallel
+
+    unfused: Any = tensor_parallel.vocab_parallel_cross_entropy
+
+    def apply(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        loss: Tensor = unfused(logits, target, label_smoothing) if label_smoothing else cross_entropy(logits, target)
+        return loss
+
+    tensor_parallel.vocab_parallel_cross_entropy = apply
+
+
+_FUSED = "tests/unit/test_fused.py::test_megatron_core_uses_them_and_the_cpu_flushes_denormals"
+_CONTRACT = "tests/contract/test_patches.py::test_what_setup_changes"
+PATCHES = (
+    Patch(
+        "megatron.core.jit:jit_fuser",
+        "all",
+        "small functions are decorated with torch.compile at import, which needs a C++ compiler at run time. The fuser "
+        "is replaced before any other module reads it; torch.compile itself stays as it is",
+        _CONTRACT,
+        ("megatron.core.jit:*",),
+        _jit_fuser,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils:te_general_gemm",
+        "0.16",
+        "RouterGatingLinearFunction tests this name, which is defined only where Transformer Engine is installed",
+        _CONTRACT,
+        ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",),
+        _te_general_gemm,
+    ),
+    Patch(
+        "megatron.core.optimizer.clip_grads:l2_norm_impl",
+        "all",
+        "the fallback norm adds up millions of squares in one fp32 sum, on a CPU wrong by up to 1e-3",
+        "tests/device/test_arithmetic.py::test_gradient_sums_and_their_norm",
+        ("megatron.core.utils:local_multi_tensor_l2_norm", "megatron.core.optimizer.clip_grads:get_grad_norm_fp32"),
+        _l2_norm_impl,
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer:quantize_param_shard",
+        "0.12",
+        "copying weights back asks Transformer Engine to quantise the fp8 weights even where there are none",
+        _CONTRACT,
+        ("megatron.core.fp8_utils:quantize_param_shard",),
+        _quantize_param_shard,
+    ),
+    Patch(
+        "megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",
+        "0.12",
+        "the gradients of a tied embedding are added up over the first and last stage even where there are none (LoRA)",
+        "tests/parallel/test_lora.py::test_lora_on_core_012",
+        ("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
+        _word_embedding_grads,
+    ),
+    Patch(
+        "megatron.core.transformer.transformer_block:LayerNormImpl",
+        "all",
+        "the norm after the last layer is not part of a layer's spec; without Transformer Engine it is torch's, which "
+        "refuses sequence parallelism",
+        _CONTRACT,
+        ("megatron.core.transformer.transformer_block:_get_block_submodules",),
+        _final_norm,
+    ),
+    Patch(
+        "megatron.core.optimizer:Adam",
+        "all",
+        "torch's AdamW is a Python loop over parameters here, with a `step` per parameter on which the distributed "
+        "optimizer fails when it saves or loads (KeyError: 'step')",
+        "tests/device/test_arithmetic.py::test_adam_is_torchs_adamw",
+        ("megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",),
+        _adam,
+    ),
+    Patch(
+        "megatron.core.fusions.fused_bias_swiglu:SwiGLUFunction",
+        "all",
+        "--bias-swiglu-fusion is a chain for torch.compile; left eager it is slower than the unfused chain",
+        _FUSED,
+        (
+            "megatron.core.fusions.fused_bias_swiglu:bias_swiglu_impl",
+            "megatron.core.fusions.fused_bias_swiglu:weighted_bias_swiglu_impl",
+        ),
+        _swiglu,
+    ),
+    Patch(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+        "all",
+        "cosine, sine, halves and their joining are each an operation",
+        _FUSED,
+        ("megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",),
+        _rotary,
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
+        "all",
+        "--gradient-accumulation-fusion is Apex's; torch's matrix product can add to its result as well",
+        "tests/unit/test_fused.py::test_weight_gradients_add_up_in_the_precision_of_the_sum",
+        ("megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",),
+        _weight_gradient,
+    ),
+    Patch(
+        "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+        "all",
+        "clipping makes a scaled copy of every gradient and copies it back",
+        _CONTRACT,
+        (
+            "megatron.core.utils:local_multi_tensor_scale",
+            "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+        ),
+        _clipping,
+    ),
+    Patch(
+        "megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
+        "all, on a GPU",
+        "the loss copies the logits to fp32 and passes over them ten times",
+        "tests/unit/test_fused_compiled.py::test_cross_entropy_of_a_split_vocabulary",
+        ("megatron.core.tensor_parallel.cross_entropy:vocab_parallel_cross_entropy",),
+        _cross_entropy,
+    ),
+)
