@@ -293,8 +293,11 @@ def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
         if not given.isdecimal() or not 0 < int(given) < 65536:
             raise UserError(f"MASTER_PORT={given} is no port; expected 1 to 65535:\n    export MASTER_PORT={PORT}")
         return int(given)
-    if hosts.count > 1:
-        return PORT
+    return PORT if hosts.count > 1 else free_port()
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

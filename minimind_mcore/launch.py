@@ -45,9 +45,15 @@ def main() -> None:
 def _launch(arguments: list[str]) -> int:
     """Run torchrun; returns the exit status."""
     given = run.parse_args(arguments)  # type: ignore[no-untyped-call]
+    # torchrun would listen on some port, and tell its ranks 0, which none of them can reach.
+    if given.master_port == 0:
+        if given.nnodes not in ("1", "1:1"):
+            print("error: --master-port 0: several hosts need the same port, as 29500 (MASTER_PORT)", file=sys.stderr)
+            return 1
+        given.master_port = hosts.free_port()
     try:
         with hosts.port_errors(given.master_addr, str(given.master_port)):
-            run.main(arguments)
+            run.run(given)  # type: ignore[no-untyped-call]
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--num-experts" in flags:
         print(f"router weight: {router_weight_of(flags)}", file=sys.stderr)
     program = [*RANK, words[at], *([] if "--spec" in flags else SPEC), *spelled(flags, folder)]
-    command = [sys.executable, "-m", "torch.distributed.run", *words[:at], *program]
+    command = [sys.executable, "-m", "minimind_mcore.launch", *words[:at], *program]
     print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}", flush=True)
     if "--dry-run" in words:
         return

@@ -136,7 +136,7 @@ def parsed(line: str, home: Path) -> Command:
     words = shlex.split(line)
     assert words[:3] == ["cd", str(home), "&&"]
     at = next(n for n, word in enumerate(words) if word.endswith("_gpt.py"))
-    start = words.index("torch.distributed.run") + 1
+    start = words.index("minimind_mcore.launch") + 1
     torchrun = dict(zip(words[start:at:2], words[start + 1 : at : 2], strict=True))
     flags = words[at + 1 :]
     # argparse, with every flag of theirs: an unknown flag, a wrong arity, type or choice is an error

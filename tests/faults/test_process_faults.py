@@ -296,6 +296,12 @@ def test_a_port_in_use_is_one_sentence(corpus: Corpus, tmp_path: Path) -> None:
     assert last_line(done.stderr).startswith(f"error: MASTER_PORT={port} is in use on this host"), done.stderr
 
 
+def test_port_0_is_a_free_port(corpus: Corpus, tmp_path: Path) -> None:
+    with launched(corpus.flags(CONFIG, train_iters=1), tmp_path, 2, port=0) as job:
+        output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+
+
 @pytest.mark.parametrize(("flag", "name"), [("log_file", "a/train.log"), ("tensorboard_dir", "a"), ("save", "a")])
 @pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
 def test_a_place_that_cannot_be_written_is_one_sentence(

@@ -17,11 +17,14 @@ from helpers.engine import ROOT, free_port
 
 
 @contextlib.contextmanager
-def launched(argv: list[str], folder: Path, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
+def launched(
+    argv: list[str], folder: Path, processes: int = 2, port: int | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A real run under the launcher, in a session of its own that ends with the block."""
     command = [
         sys.executable, "-m", "minimind_mcore.launch", "--nproc-per-node", str(processes),
-        "--master-port", str(free_port()), str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
+        "--master-port", str(free_port() if port is None else port),
+        str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(

@@ -29,11 +29,11 @@ class TrainWorker:
     """One rank. It first says where it is; then it joins the others, and answers calls of `Rank`'s methods."""
 
     def where(self) -> tuple[str, int]:
-        """Address of this host, and a free port of it."""
+        """Address of this host, and a port of it that stays reserved until this rank joins the group."""
         address = own_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, int(probe.getsockname()[1])
+        self._reserved = socket.socket()
+        self._reserved.bind((address, 0))
+        return address, int(self._reserved.getsockname()[1])
 
     def start(
         self,
@@ -56,8 +56,9 @@ class TrainWorker:
         device.use_interface(own_address())
         torch.set_num_threads(threads)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        from minimind_mcore.rl.rank import Rank
+        from minimind_mcore.rl.rank import Rank  # seconds, in which another program could take the port
 
+        self._reserved.close()
         self.rank = Rank(config, role, reference)
         return os.getpid()
 
