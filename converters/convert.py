@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from minimind_mcore.checkpoint.source import Lazy, Source
+from minimind_mcore.checkpoint.source import Lazy, Source, require_finite
 from minimind_mcore.checkpoint.tensors import as_bytes
 from minimind_mcore.converters.progress import Progress
 from minimind_mcore.converters.sealing import Sealing
@@ -146,12 +146,6 @@ def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise UserError(f"{name}: found {found}, expected {expected.shape} {expected.dtype}")
     return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(as_bytes(tensor))}"
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raise a `UserError` if a value is NaN or infinite."""
-    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN goes through both
-        raise UserError(f"{name}: NaN or infinity among its values (in {tensor.dtype}): not usable weights")
 
 
 def combined(digests: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, naming
 from minimind_mcore.inputs.ranges import problem
 
 if TYPE_CHECKING:
@@ -304,9 +304,13 @@ class ModelConfig:
         Raises:
             UserError: the file is missing or not JSON, or describes something else.
         """
-        from minimind_mcore.models.hf_config import read_hf_config
+        from minimind_mcore.models.hf_config import load_config, read_fields
 
-        return read_hf_config(config)
+        raw, name = load_config(config)
+        with naming(name):
+            fields = read_fields(raw, name)
+            moe = fields.pop("moe")
+            return cls(**fields, moe=moe and MoEConfig(**moe))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""

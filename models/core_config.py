@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from minimind_mcore.models import yarn
-from minimind_mcore.models.config import ModelConfig, RouterWeight
+
+if TYPE_CHECKING:
+    from minimind_mcore.models.config import ModelConfig, RouterWeight
 
 
 @dataclass

@@ -20,14 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind_mcore.errors import UserError, naming
+from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.inputs.ranges import RANGES, problem
 from minimind_mcore.models import yarn
-from minimind_mcore.models.config import ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from minimind_mcore.models.config import ModelConfig, MoEConfig
 
 _CLASSES = {
     "llama": "LlamaConfig",
@@ -194,15 +195,17 @@ def _common_fields(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_hf_config(source: Mapping[str, Any] | str | Path) -> ModelConfig:
-    """See `ModelConfig.from_hf_config`."""
-    raw, name = _load(source)
-    with naming(name):
-        return _read(_Reader(raw, name))
+def read_fields(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that a config gives; "moe" is None, or the fields of `MoEConfig`.
 
+    Args:
+        raw: content of the config.
+        name: of the config, for messages.
 
-def _read(reader: _Reader) -> ModelConfig:
-    raw, name = reader.raw, reader.name
+    Raises:
+        UserError: the config describes something else than a MiniMind.
+    """
+    reader = _Reader(raw, name)
     model_type = raw.get("model_type")
     if model_type == "minimind":
         return _read_native(reader)
@@ -287,11 +290,13 @@ class _Reader:
         return int(theta)
 
 
-def _read_common(reader: _Reader, *, qk_layernorm: bool, tied_default: bool, moe: MoEConfig | None) -> ModelConfig:
+def _read_common(
+    reader: _Reader, *, qk_layernorm: bool, tied_default: bool, moe: dict[str, Any] | None
+) -> dict[str, Any]:
     reader.expect("hidden_act", "silu")
     raw, get = reader.raw, reader.get
     heads, hidden = get("num_attention_heads"), get("hidden_size")
-    return ModelConfig(
+    return dict(
         vocab_size=get("vocab_size"),
         hidden_size=hidden,
         num_layers=get("num_hidden_layers"),
@@ -309,11 +314,11 @@ def _read_common(reader: _Reader, *, qk_layernorm: bool, tied_default: bool, moe
     )
 
 
-def _read_moe(reader: _Reader, model_type: str) -> MoEConfig:
+def _read_moe(reader: _Reader, model_type: str) -> dict[str, Any]:
     reader.expect("decoder_sparse_step", 1)
     reader.expect("mlp_only_layers", [])
     shared = model_type == "qwen2_moe"
-    return MoEConfig(
+    return dict(
         num_experts=reader.get("num_experts", "num_local_experts"),
         topk=reader.get("num_experts_per_tok"),
         ffn_hidden_size=reader.get("moe_intermediate_size"),
@@ -326,7 +331,7 @@ def _read_moe(reader: _Reader, model_type: str) -> MoEConfig:
     )
 
 
-def _read_native(reader: _Reader) -> ModelConfig:
+def _read_native(reader: _Reader) -> dict[str, Any]:
     if "n_layers" in reader.raw:
         reader = _Reader(_legacy_as_native(reader), reader.name)
     reader.expect("dropout", 0.0)
@@ -367,9 +372,9 @@ def _legacy_as_native(reader: _Reader) -> dict[str, Any]:
     return raw
 
 
-def _read_moe2(reader: _Reader) -> MoEConfig:
+def _read_moe2(reader: _Reader) -> dict[str, Any]:
     width = reader.get("intermediate_size")
-    return MoEConfig(
+    return dict(
         num_experts=reader.get("n_routed_experts"),
         topk=reader.get("num_experts_per_tok"),
         ffn_hidden_size=width,
@@ -381,9 +386,9 @@ def _read_moe2(reader: _Reader) -> MoEConfig:
     )
 
 
-def _read_moe3(reader: _Reader) -> MoEConfig:
+def _read_moe3(reader: _Reader) -> dict[str, Any]:
     topk = reader.get("num_experts_per_tok")
-    return MoEConfig(
+    return dict(
         num_experts=reader.get("num_experts"),
         topk=topk,
         ffn_hidden_size=reader.get("moe_intermediate_size"),
@@ -394,7 +399,8 @@ def _read_moe3(reader: _Reader) -> MoEConfig:
     )
 
 
-def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:
+def load_config(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:
+    """Return the content of a config, its file or its directory, and its name for messages."""
     if isinstance(source, Mapping):
         return source, "config"
     path = Path(source)

@@ -7,7 +7,7 @@ numbered from 0, as in `weights.py`. Requires megatron-core's parallel state.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.wrappers import unwrap
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
@@ -70,12 +69,3 @@ def tensor_parallel_place(name: str) -> tuple[int, int]:
     if _EXPERT.search(name):
         return ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()
     return ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-
-
-def load_hf_into(chunks: Sequence[torch.nn.Module], state: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Fill this rank's model chunks, of any TP, PP, VPP and EP layout, from a whole HF state dict.
-
-    Raises:
-        UserError: see `weights.hf_to_mcore` and `load_into`.
-    """
-    load_into(chunks, weights.hf_to_mcore(state, config).__getitem__)

@@ -135,3 +135,9 @@ def resize_vocabulary(source: Source, rows: int) -> Source:
     }
     tensors = {**source.tensors, **changed}
     return source.replace(config=source.config.replace(vocab_size=rows), tensors=tensors, as_stored=False)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise a `UserError` if a value is NaN or infinite."""
+    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN goes through both
+        raise UserError(f"{name}: NaN or infinity among its values (in {tensor.dtype}): not usable weights")

@@ -13,8 +13,7 @@ from minimind_mcore.checkpoint.files import content, saved_args
 from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.checkpoint.minimind import is_pth
 from minimind_mcore.checkpoint.opening import open_source
-from minimind_mcore.checkpoint.source import Source
-from minimind_mcore.converters.convert import require_finite
+from minimind_mcore.checkpoint.source import Source, require_finite
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, named_router_weight
 from minimind_mcore.training.checkpoint_fit import check_router, check_tokenizer

@@ -347,7 +347,8 @@ def check_logits(config: ModelConfig) -> dict[str, Any]:
     """Logits of the mcore model against those of transformers, causal and with that mask spelled out."""
     import transformers
 
-    from minimind_mcore.models.loading import load_hf_into
+    from minimind_mcore.models.loading import load_into
+    from minimind_mcore.models.weights import hf_to_mcore
 
     torch.manual_seed(3)
     twin = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()
@@ -361,7 +362,7 @@ def check_logits(config: ModelConfig) -> dict[str, Any]:
             else:
                 parameter.mul_(2)
         (model,) = build(config, {})
-        load_hf_into([model], twin.state_dict(), config)
+        load_into([model], hf_to_mcore(twin.state_dict(), config).__getitem__)
         model.eval()
         ids = torch.randint(0, config.vocab_size, (2, 48))
         positions = torch.arange(48).expand(2, 48)
@@ -380,7 +381,8 @@ def check_router(rule: RouterWeight) -> dict[str, float]:
     """Language-model loss and gradients of the routers against transformers' Qwen3-MoE, without an auxiliary loss."""
     import transformers
 
-    from minimind_mcore.models.loading import load_hf_into
+    from minimind_mcore.models.loading import load_into
+    from minimind_mcore.models.weights import hf_to_mcore
 
     moe = dataclasses.replace(_TOP1, router_weight=rule, aux_loss_coeff=0.0)
     config = PRESETS["minimind3_moe_tiny"].replace(vocab_size=512, moe=moe)
@@ -390,7 +392,7 @@ def check_router(rule: RouterWeight) -> dict[str, float]:
         for name, parameter in twin.named_parameters():
             parameter.mul_(10 if name.endswith("mlp.gate.weight") else 1)  # a router that decides
     (model,) = build(config, {}, parallel_output=True)
-    load_hf_into([model], twin.state_dict(), config)
+    load_into([model], hf_to_mcore(twin.state_dict(), config).__getitem__)
     ids = torch.randint(0, config.vocab_size, (2, 33))
     labels = ids[:, 1:].contiguous()
     expected = F.cross_entropy(twin(ids[:, :-1]).logits.flatten(0, 1), labels.flatten())

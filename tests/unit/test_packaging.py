@@ -15,13 +15,14 @@ from helpers.engine import ROOT
 
 IMPORT = """
 import minimind_mcore
-from minimind_mcore.checkpoint import assumptions
+from minimind_mcore.converters import progress
 from minimind_mcore.models import config
 from minimind_mcore.preprocess import templates
 assert templates.read_templates(None)  # a data file of a linked folder
-print(*minimind_mcore.__path__, assumptions.__file__, config.__file__, templates.__file__)
+print(*minimind_mcore.__path__, progress.__file__, config.__file__, templates.__file__)
 """
 PACKED = "minimind_mcore/configs"
+LINKED = ("converters", "models", "preprocess")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -78,8 +79,12 @@ def test_a_checkout_that_is_not_installed(checkout: Path) -> None:
     assert_imports(checkout)
 
 
-def test_the_wheel_of_a_checkout(wheel: Path) -> None:
+def test_the_wheel_of_a_checkout(checkout: Path, wheel: Path) -> None:
     assert_imports(wheel)
+    modules = {file.relative_to(checkout) for file in (checkout / "minimind_mcore").rglob("*.py")}
+    for name in LINKED:
+        modules |= {Path("minimind_mcore") / file.relative_to(checkout) for file in (checkout / name).rglob("*.py")}
+    assert {file for file in modules if not (wheel / file).is_file()} == set()
     assert sorted(path.name for path in wheel.iterdir() if path.suffix != ".dist-info") == ["minimind_mcore"]
 
 
@@ -134,7 +139,7 @@ def test_every_configuration_is_installed(wheel: Path) -> None:
 
 
 def test_the_stand_in_is_a_package_of_its_own(checkout: Path, wheel: Path, tmp_path: Path) -> None:
-    assert not [path for path in wheel.rglob("*") if "npu" in path.name.lower() or "rehearsal" in path.parts]
+    assert not [path for path in wheel.rglob("*") if "torch_npu" in path.name or "rehearsal" in path.parts]
     site = unpacked(built(checkout / "rehearsal", "wheel", tmp_path), tmp_path / "site")
     folder = Path(run(Path("/"), "-m", "minimind_mcore_rehearsal", path=site).strip())
     assert folder == site / "minimind_mcore_rehearsal/python"
@@ -146,7 +151,7 @@ def test_the_stand_in_is_a_package_of_its_own(checkout: Path, wheel: Path, tmp_p
     assert files[0] == files[1] and Path("torch_npu-2.7.1.dist-info/entry_points.txt") in files[1]
 
 
-@pytest.mark.parametrize("name", ["converters", "models", "preprocess"])
+@pytest.mark.parametrize("name", LINKED)
 def test_the_name_at_the_top_is_refused(name: str) -> None:
     """`import models.config` would make a second ModelConfig."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry: import {name}\nexcept ImportError as e: print(e)"
