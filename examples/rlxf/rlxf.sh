@@ -8,7 +8,8 @@
 #   MASTER_PORT    Ray's port on the head (default 6766, as in MindSpeed-RL's scripts; its older guides have 6344)
 #   SOCKET_IFNAME  interface by which this host talks to the others (default: that of the way to the head)
 #   NUM_CPUS       that Ray gives away on this host (default: all cores)
-#   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: a new directory, /tmp/minimind-ray-XXXXXX)
+#   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: a new directory, /tmp/minimind-ray-XXXXXX, which is
+#                  removed at the end unless the run fails)
 #   RAY_FLAGS      more flags of `ray start`, such as "--min-worker-port 20000 --max-worker-port 20999"
 #   WAIT_SECONDS   how long to wait for the head or for hosts (default 600)
 # Arguments are hydra overrides, such as actor_config.lr=1e-6; paths in the YAML and in them are relative to the
@@ -30,7 +31,7 @@ export BACKEND
 [[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$NODES: expected the number of hosts"
 WAIT_SECONDS=${WAIT_SECONDS:-600}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} # hosts share no secret; give RAY_AUTH_MODE=token where they do
-RAY_PID="" TRAINING_PID=""
+RAY_PID="" TRAINING_PID="" MADE_TMPDIR=""
 
 OVERRIDES=() PREPARED=() PENDING=""
 for argument in "$@"; do
@@ -72,7 +73,8 @@ start_ray() {
     # A name that can be guessed could be a link that another user has made there.
     if [ -z "${RAY_TMPDIR:-}" ]; then
         RAY_TMPDIR=/tmp/minimind-ray-XXXXXX
-        [ -n "$DRY_RUN" ] || RAY_TMPDIR=$(mktemp -d "$RAY_TMPDIR")
+        [ -n "$DRY_RUN" ] || MADE_TMPDIR=$(mktemp -d "$RAY_TMPDIR")
+        RAY_TMPDIR=${MADE_TMPDIR:-$RAY_TMPDIR}
     fi
     # Below it go 65 more letters, and the path of a socket has at most 107.
     [ "${#RAY_TMPDIR}" -le 40 ] || fail "RAY_TMPDIR=$RAY_TMPDIR is too long for the paths of sockets: at most 40 letters"
@@ -108,7 +110,11 @@ ask_to_end() {
 
 # shellcheck disable=SC2317,SC2329  # called by the trap
 stop_ray() {
+    local status=$?
     [ -z "$RAY_PID" ] || hosts end --process "$RAY_PID"
+    case $status in
+        0 | 130 | 143) [ -z "$MADE_TMPDIR" ] || rm -rf "$MADE_TMPDIR" ;;
+    esac
 }
 
 tell_log() {

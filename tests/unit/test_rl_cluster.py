@@ -113,6 +113,19 @@ def test_the_directory_of_ray_cannot_be_guessed(tmp_path: Path) -> None:
     assert all(Path(folder).parent == made and Path(folder).stat().st_mode & 0o077 == 0 for folder in found)
 
 
+@pytest.mark.parametrize("status, kept", [(0, False), (143, False), (1, True)])
+def test_the_directory_of_ray_is_removed_unless_the_run_fails(tmp_path: Path, status: int, kept: bool) -> None:
+    script = (SCRIPTS / "rlxf.sh").read_text(encoding="utf-8")
+    body = script[script.index("start_ray()") : script.index("tell_log()")]
+    fakes = f"show() {{ :; }}; hosts() {{ :; }}; mktemp() {{ command mktemp -d {tmp_path}/XXXXXX; }}"
+    run = f"DEVICE=cpu DRY_RUN= MASTER_PORT=1 RAY_PID= MADE_TMPDIR=; PYTHON=true; start_ray head; exit {status}"
+    done = subprocess.run(
+        ["bash", "-c", f"{fakes}\n{body}\n{run}"],
+        env={k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"} | {"NUM_CPUS": "1"},
+    )
+    assert done.returncode == status and bool(list(tmp_path.iterdir())) == kept
+
+
 def test_a_host_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from minimind_mcore.rl import cluster
 
