@@ -6,15 +6,20 @@ RAY_ADDRESS names, or that was started on this host. Where there is none it star
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import select
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -27,6 +32,12 @@ from minimind_mcore.rl.hosts import require_ray
 
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
 SAY_EVERY_SECONDS = 10.0
+
+RAYLET_ENDED = (
+    "Ray's process of this host (raylet) has ended, and this run cannot go on without it. Nothing of the step that was "
+    "under way is saved; checkpoints are whole, and the same command goes on from the last. Ray's logs say why it "
+    "ended (session_latest/logs in RAY_TMPDIR, or in /tmp/ray)"
+)
 
 Say = Callable[[str], None]
 
@@ -42,6 +53,7 @@ class Cluster:
         hosts: addresses of the hosts where they are.
         node: Ray's id of this host, to which the driver is bound for as long as it runs.
         waiting: a context in which to wait for hosts: a signal then ends the program at once.
+        closed: the run does not need the cluster any more.
     """
 
     own: bool
@@ -50,6 +62,7 @@ class Cluster:
     hosts: set[str] = field(default_factory=set)
     node: str = field(default_factory=lambda: str(ray.get_runtime_context().get_node_id()))
     waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    closed: threading.Event = field(default_factory=threading.Event)
 
     def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Place]:
         """So many places of the same resources, on as few hosts as possible; those of a host are neighbours.
@@ -103,11 +116,7 @@ class Cluster:
         """
         api: Any = ray
         if any(node["NodeID"] == self.node and not node["Alive"] for node in api.nodes()):
-            raise UserError(
-                "Ray's process of this host (raylet) has ended, and this run cannot go on without it. Nothing of the "
-                "step that was under way is saved; checkpoints are whole, and the same command goes on from the last. "
-                "Ray's logs say why it ended (session_latest/logs in RAY_TMPDIR, or in /tmp/ray)"
-            )
+            raise UserError(RAYLET_ENDED)
 
     def _wait_for_hosts(self, patience: float) -> None:
         started, said = time.monotonic(), 0.0
@@ -150,6 +159,7 @@ class Cluster:
         for group in self.groups:
             remove_placement_group(group)
         self.groups = []
+        self.closed.set()
         if self.own:
             ray.shutdown()
 
@@ -206,7 +216,7 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         try:
             ray.init(address=asked or "auto", **common)
             say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-            return Cluster(False, say)
+            return _watched(Cluster(False, say))
         except ConnectionError as error:
             if asked:
                 raise UserError(f"RAY_ADDRESS={asked}: no Ray cluster answers there; start it, or unset it") from error
@@ -218,4 +228,26 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         _temp_dir=os.environ.get("RAY_TMPDIR"),
         **common,
     )
-    return Cluster(True, say)
+    return _watched(Cluster(True, say))
+
+
+def _watched(cluster: Cluster) -> Cluster:
+    """End this program with a sentence when this host's raylet ends. Ray 2.60 ends a driver without a reason."""
+    flag = f"--node_id={cluster.node}"
+    found = [p for p in psutil.process_iter(["cmdline"]) if flag in (p.info["cmdline"] or [])]
+    if found and hasattr(os, "pidfd_open"):
+        atexit.register(cluster.closed.set)  # before Ray's own, which ends the raylet
+        watch_process(found[0].pid, cluster.closed)
+    return cluster
+
+
+def watch_process(process: int, closed: threading.Event) -> None:
+    """Start a thread that ends this program when the raylet `process` has ended, unless `closed` is set."""
+
+    def watch(descriptor: int) -> None:
+        select.select([descriptor], [], [])
+        if not closed.is_set():
+            print(f"error: {RAYLET_ENDED}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, args=(os.pidfd_open(process),), name="raylet", daemon=True).start()

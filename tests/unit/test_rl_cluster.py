@@ -126,6 +126,18 @@ def test_the_directory_of_ray_is_removed_unless_the_run_fails(tmp_path: Path, st
     assert done.returncode == status and bool(list(tmp_path.iterdir())) == kept
 
 
+@pytest.mark.parametrize("closed, status", [(False, 1), (True, 0)])
+def test_a_driver_whose_raylet_has_ended_says_so(closed: bool, status: int) -> None:
+    script = (
+        "import subprocess, threading, time; from minimind_mcore.rl import cluster; closed = threading.Event(); "
+        "raylet = subprocess.Popen(['sleep', '60']); cluster.watch_process(raylet.pid, closed); "
+        f"closed.set() if {closed} else None; raylet.kill(); raylet.wait(); time.sleep(0 if {closed} else 30)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert ("error: Ray's process of this host (raylet) has ended" in done.stderr) != closed
+
+
 def test_a_host_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from minimind_mcore.rl import cluster
 
