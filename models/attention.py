@@ -111,10 +111,11 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
     ) -> tuple[Tensor | None, bool]:
         """The mask in torch's sense (True: may look), and whether it is the plain causal one."""
         length, keys = query.shape[2], key.shape[2]
-        causal = mask_type in _CAUSAL and length > 1
         if attention_mask is None:
-            if not causal or length == keys:
-                return None, causal
+            if mask_type not in _CAUSAL or length == 1:
+                return None, False
+            if length == keys:
+                return None, True
             return _causal_mask(length, keys, query.device), False
         allowed = ~attention_mask
         if mask_type == AttnMaskType.padding_causal and length > 1:

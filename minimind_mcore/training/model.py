@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.fused import compiled
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.training.layout import Layout
@@ -128,6 +129,8 @@ def build_chunks(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any
         chunks.append(chunk.to(device.current().torch_device))
     initialize(chunks, model_config, scheme=args.minimind_init or "megatron", seed=args.seed, std=args.init_method_std)
     job.prepare_model(chunks, layout)
+    if compiled.usable():
+        compiled.compile_layers(chunks)
     if args.params_dtype != torch.float32:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     return chunks

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.engine import ROOT
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from minimind_mcore.platform import device
 from minimind_mcore.platform.fused import compiled
-
-
-@pytest.fixture(autouse=True)
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trace, differentiate and partition as for a GPU, and run the result operation by operation."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(compiled, "compiled", functools.cache(functools.partial(torch.compile, backend="aot_eager")))
-    yield
-    torch._dynamo.reset()
 
 
 def check(
@@ -46,7 +41,6 @@ def check(
         assert float((a.detach().double() - b.detach()).norm() / b.detach().norm()) < bound
 
 
-SHAPES = [(7, 2, 16), (5, 3, 16), (7, 2, 4, 8), (9, 2, 2, 8), (1, 1, 1, 8)]
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 
 
@@ -55,7 +49,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
-def test_norm_activation_and_rotation(dtype: torch.dtype, bound: float) -> None:
+def test_formulas(dtype: torch.dtype, bound: float) -> None:
     def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
         return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
@@ -63,19 +57,64 @@ def test_norm_activation_and_rotation(dtype: torch.dtype, bound: float) -> None:
         gate, up = x.chunk(2, dim=-1)
         return gate * torch.sigmoid(gate) * up
 
-    for shape in SHAPES:  # one compiled function serves them all
-        x, weight = normal(*shape), normal(shape[-1], seed=1)
-        angles = normal(shape[0], *[1] * (len(shape) - 2), shape[-1] // 2, seed=2)
-        cos, sin = angles.cos(), angles.sin()
+    def rotate(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
-        def rotate(x: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
-            left, right = x.chunk(2, dim=-1)
-            return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    x, weight, angles = normal(7, 2, 4, 8), normal(8, seed=1), normal(7, 1, 1, 4, seed=2)
+    cos, sin = angles.cos(), angles.sin()
+    check(lambda x, w: compiled.rms_norm(x, w, 1e-5), rms_norm, [x, weight], dtype, bound)
+    check(compiled.swiglu, swiglu, [x], dtype, bound)
+    check(lambda x: compiled.rotate(x, cos.to(dtype), sin.to(dtype)), rotate, [x], dtype, bound)
 
-        check(lambda x, w: compiled.rms_norm(x, w, 1e-5), rms_norm, [x, weight], dtype, bound)
-        check(compiled.swiglu, swiglu, [x], dtype, bound)
-        turned = functools.partial(compiled.rotate, cos=cos.to(dtype), sin=sin.to(dtype))
-        check(turned, rotate, [x], dtype, bound)
+
+MODEL = """
+import functools, json, sys
+sys.path.append(sys.argv[1])
+import torch
+from minimind_mcore import device
+device.setup()
+torch.set_num_threads(1)
+from native_engine import NativeEngine
+from minimind_mcore.fused import compiled
+from minimind_mcore.models.presets import get_preset
+
+compile = torch.compile
+# What the compiler cannot trace is an error, and not a cut; operations then run one by one, so no C compiler is needed.
+torch.compile = functools.partial(compile, backend="aot_eager", fullgraph=True)
+graphs = torch._dynamo.utils.counters["stats"]
+found = {}
+for on in (False, True):
+    compiled.usable = lambda: on
+    config = get_preset(sys.argv[2]).replace(vocab_size=64)
+    engine = NativeEngine(config, 2, 24, sys.argv[3] == "bf16", flags=sys.argv[4:])
+    numbers = torch.Generator().manual_seed(1)
+    losses = [float(engine.step(torch.randint(0, 64, (2, n + 1), generator=numbers))) for n in (24, 24, 17)]
+    found[str(on)] = {"losses": losses, "graphs": graphs["unique_graphs"]}
+    engine.close()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "flags", "graphs", "bound"),
+    [
+        ("minimind3_tiny", "fp32", (), 2, 1e-6),  # one for all layers; one more for another length
+        ("minimind2_small_tiny", "bf16", (), 2, 1e-3),
+        ("minimind3_moe_tiny", "fp32", (), 2, 1e-6),
+        ("minimind3_tiny", "fp32", ("--attention-dropout", "0.1"), 0, 0.0),  # stays as it is
+    ],
+)
+def test_compiled_layers_train_as_others(
+    model: str, precision: str, flags: tuple[str, ...], graphs: int, bound: float
+) -> None:
+    command = [sys.executable, "-c", MODEL, str(ROOT / "benchmarks"), model, precision, *flags]
+    environment = os.environ | {"DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["False"]["graphs"] == 0 and found["True"]["graphs"] == graphs
+    assert found["True"]["losses"] == pytest.approx(found["False"]["losses"], rel=bound)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,9 +1,9 @@
-"""The operations of a layer and the loss for a GPU: plain formulas, each of which torch.compile turns into one kernel.
+"""What torch.compile makes of a model on a GPU: each layer, and the loss.
 
-torch's eager operations read and write a tensor each; between the matrix products of a small model these took more than
-half of a step on an H200 (docs/benchmarks.md). Only these functions are compiled, not the model: the compiler does not
-meet Megatron's autograd functions, and all of them are ready seconds after the first step has begun. The formulas
-compute in fp32 and round their result once.
+torch's eager operations read and write a tensor each; between the matrix products of a small model these took two
+thirds of a step on an H200. Compiled one by one they are fast, but a call of a compiled function costs the host 0.1 ms,
+and the GPU waits for it. Therefore a whole layer is compiled: all layers of a model share one graph
+(docs/benchmarks.md). `TORCH_COMPILE_DISABLE=1` turns this off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,30 +21,69 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimind_mcore import device
+
 
 @functools.cache
 def usable() -> bool:
     """Whether torch.compile can make kernels here: for CUDA it needs Triton, and Triton needs a C compiler."""
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "cc", "clang"))
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and has_compiler
+    return device.current().kind == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler
+
+
+def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
+    """Compile the layers of a model: dense ones as a whole, of a mixture of experts the attention.
+
+    How many tokens an expert gets is not known in advance, so mixtures stay as they are. So do layers that the compiler
+    would have to cut: with tensor parallelism (collectives), frozen weights (LoRA), dropout of attention (Megatron's
+    random states) or recomputation within the layer.
+    """
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerLayer)]
+    for layer in layers:
+        config: Any = layer.config
+        frozen = not all(parameter.requires_grad for parameter in layer.parameters())
+        if config.tensor_model_parallel_size > 1 or frozen or config.attention_dropout or config.recompute_granularity:
+            continue
+        name = "_forward_attention" if config.num_moe_experts else "forward"
+        eager = getattr(layer, name)
+        setattr(layer, name, functools.partial(_run, torch.compile(eager), eager))
+        part = layer.self_attention if config.num_moe_experts else layer
+        for module in part.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                # Megatron's own function adds the weight's gradient to a buffer within the backward pass, which the
+                # compiler cannot trace. The hooks of Megatron's DistributedDataParallel add what autograd returns.
+                module._forward_impl = _linear  # type: ignore[method-assign,assignment]
+
+
+def _run(fast: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward pass; packed samples, whose number differs from batch to batch, are not compiled."""
+    return (eager if kwargs.get("packed_seq_params") is not None else fast)(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """Under the names of Megatron's `linear_with_grad_accumulation_and_async_allreduce`."""
+    return F.linear(input, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `elementwise.rms_norm`."""
-    return compiled(_rms_norm)(_rows(x), weight, eps).view(x.shape)
+    """As `elementwise.rms_norm`, for the compiler: fp32, rounded once."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """As `elementwise.swiglu`, but `x` stays as it is."""
-    return compiled(_swiglu)(_rows(x)).view(*x.shape[:-1], -1)
+    """As `elementwise.swiglu`, for the compiler; `x` stays as it is."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `elementwise.rotate`, for angles [sequence, 1, ..., n/2] that only the position decides."""
-    positions = x.shape[0]
-    flat = _dynamic(x.reshape(positions, -1, x.shape[-1]))
-    angles = [_dynamic(part.reshape(positions, 1, -1)) for part in (cos, sin)]
-    return compiled(_rotate)(flat, *angles).view(x.shape)
+    """As `elementwise.rotate`, for the compiler."""
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -61,7 +100,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @functools.cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` compiled. Not a decorator: torch.compile imports its compiler, which takes seconds."""
     return torch.compile(function)
 
@@ -81,21 +120,6 @@ def _dynamic(x: Tensor) -> Tensor:
     return x
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
-
-
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(x.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.float().chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -105,7 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows = _rows(logits)
         # Ids of this rank's part of the vocabulary; others are found nowhere.
         local = _dynamic((labels.reshape(-1, 1) - dist.get_rank(group) * logits.shape[-1]).contiguous())
-        largest = compiled(_largest)(rows)
+        largest = _dynamic(compiled(_largest)(rows))
         if dist.get_world_size(group) > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         sums = compiled(_sums)(rows, local, largest)
@@ -120,7 +144,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, local, log_sum = ctx.saved_tensors
-        found = compiled(_logits_gradient)(_dynamic(rows), _dynamic(local), log_sum, grad.reshape(-1, 1))
+        found = compiled(_logits_gradient)(*map(_dynamic, (rows, local, log_sum, grad.reshape(-1, 1))))
         return found.view(ctx.shape), None
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary embedding, each as one node of autograd's graph; on a GPU those of `compiled`.
+"""RMSNorm, SwiGLU and rotary embedding, each as one node of autograd's graph; for torch.compile their formulas.
 
 An eager backward pass of such a chain costs many times its arithmetic in memory traffic: one tensor an
 operation, a copy for every `chunk`. These save the input alone and write into their results.
@@ -18,7 +18,7 @@ from minimind_mcore.platform.fused import compiled
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of `x` [..., n], in fp32; `weight` is [n]."""
-    if _on_gpu(x):
+    if torch.compiler.is_compiling():
         return compiled.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _apply(_RMSNorm, x, weight, eps)
@@ -30,7 +30,7 @@ def swiglu(x: Tensor) -> Tensor:
 
     The backward pass overwrites `x`, so nothing else may need it, and there is one such pass only.
     """
-    if _on_gpu(x):
+    if torch.compiler.is_compiling():
         return compiled.swiglu(x)
     return _apply(_SwiGLU, x)
 
@@ -43,13 +43,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: cosines of the n/2 angles, of a shape that broadcasts to x's halves.
         sin: their sines.
     """
-    if _on_gpu(x) and cos.shape[0] == x.shape[0] and cos[0].numel() == cos.shape[-1]:
+    if torch.compiler.is_compiling():
         return compiled.rotate(x, cos, sin)
     return _apply(_Rotary, x, cos, sin)
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda" and compiled.usable()
 
 
 def _apply(function: Any, *args: Any) -> Tensor:
