@@ -55,7 +55,7 @@ def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 # Megatron's own function adds the weight's gradient to a buffer within the backward pass, which the
                 # compiler cannot trace. The hooks of Megatron's DistributedDataParallel add what autograd returns.
-                module._forward_impl = _linear  # type: ignore[method-assign,assignment]
+                module._forward_impl = _linear
 
 
 def _run(fast: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +132,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest = _dynamic(compiled(_largest)(rows))
         if dist.get_world_size(group) > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        sums = compiled(_sums)(rows, local, largest)
+        sums: Tensor = compiled(_sums)(rows, local, largest)
         if dist.get_world_size(group) > 1:
             dist.all_reduce(sums, group=group)
         log_sum = sums[0].log() + largest
@@ -144,7 +144,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, local, log_sum = ctx.saved_tensors
-        found = compiled(_logits_gradient)(*map(_dynamic, (rows, local, log_sum, grad.reshape(-1, 1))))
+        found: Tensor = compiled(_logits_gradient)(*map(_dynamic, (rows, local, log_sum, grad.reshape(-1, 1))))
         return found.view(ctx.shape), None
 
 
