@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.fused import compiled
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
+from minimind_mcore.platform.fused import compiled
 from minimind_mcore.training.layout import Layout
 
 if TYPE_CHECKING:

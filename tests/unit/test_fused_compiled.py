@@ -72,11 +72,11 @@ MODEL = """
 import functools, json, sys
 sys.path.append(sys.argv[1])
 import torch
-from minimind_mcore import device
+from minimind_mcore.platform import device
 device.setup()
 torch.set_num_threads(1)
 from native_engine import NativeEngine
-from minimind_mcore.fused import compiled
+from minimind_mcore.platform.fused import compiled
 from minimind_mcore.models.presets import get_preset
 
 compile = torch.compile

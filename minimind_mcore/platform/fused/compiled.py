@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimind_mcore import device
+from minimind_mcore.platform import device
 
 
 @functools.cache
 def usable() -> bool:
     """Whether torch.compile can make kernels here: for CUDA it needs Triton, and Triton needs a C compiler."""
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "cc", "clang"))
-    return device.current().kind == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler
+    return device.current().is_gpu and importlib.util.find_spec("triton") is not None and has_compiler
 
 
 def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
