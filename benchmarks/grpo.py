@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace, model: str, folder: Path) -> None:
 def ours(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, float]]:
     """Steps of this kit's trainer."""
     from minimind_mcore.rl.config.load import resolve
-    from minimind_mcore.rl.trainer import train
+    from minimind_mcore.rl.runtime.trainer import run
 
     rows = args.prompts * args.responses
     length = 2 * args.prompt_length + args.tokens
@@ -88,7 +88,7 @@ def ours(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, f
         "minimind": {"precision": "fp32", "output_dir": str(folder / "ours"), "sample_interval": 0},
     }  # fmt: skip
     os.environ.setdefault("RAY_ADDRESS", "local")
-    train(resolve(tree))
+    run(resolve(tree))
     lines = (folder / "ours/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k.startswith("timing/")} for line in lines]
 

@@ -38,7 +38,7 @@ for argument in "$@"; do
     [ "$argument" = --dry-run ] || OVERRIDES+=("$argument")
 done
 
-hosts() { "$PYTHON" -m minimind_mcore.rl.hosts "$@"; }
+hosts() { "$PYTHON" -m minimind_mcore.rl.runtime.hosts "$@"; }
 
 # lead: start the head of a cluster on this host and wait until the others are there.
 lead() {

@@ -31,11 +31,12 @@ from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
-from minimind_mcore.rl.data import PromptDataset
 from minimind_mcore.rl.rewards.workers import resolve
+from minimind_mcore.rl.runtime.data import PromptDataset
 from minimind_mcore.storage import MANIFEST, atomic_directory
 
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+OWN = "verl finds functions of your own by @register_policy_loss and @register_adv_est"
 KL = {kind: alias for alias, kind in ALIASES.items()} | {"abs": "abs"}
 SCHEDULES = ("constant", "cosine")  # of FSDPOptimizerConfig, verl/workers/config/optimizer.py
 ALGORITHMS = ("grpo", "dr_grpo", "cispo", "ppo")
@@ -240,8 +241,9 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
     if ours.algorithm not in ALGORITHMS:
         known = ", ".join(ALGORITHMS)
         raise UserError(f"minimind.algorithm: {ours.algorithm} is not in verl's main_ppo; it has {known}")
-    if ours.reward_model:
-        raise UserError(f"minimind.reward_model: {ours.reward_model} cannot be exported: reward.py has rules alone")
+    for key, why in (("reward_model", "reward.py has rules alone"), ("policy_loss", OWN), ("advantage", OWN)):
+        if found := getattr(ours, key):
+            raise UserError(f"minimind.{key}: {found} cannot be exported: {why}")
     chosen = objective(config)
     if chosen.overlong and rl.overlong_buffer:
         raise UserError(

@@ -47,8 +47,8 @@ def _run(name: str, argv: Sequence[str]) -> None:
 
         rl_launch.run(name, argv)
         return
-    from minimind_mcore.rl import plan
     from minimind_mcore.rl.config.lint import fit
+    from minimind_mcore.rl.runtime import plan
 
     flags = [word for word in argv if word in ("--dry-run", "--data-pending")]
     args = command_parser(name, "").parse_intermixed_args([word for word in argv if word not in flags])
@@ -59,9 +59,9 @@ def _run(name: str, argv: Sequence[str]) -> None:
         plan.show(config, "--data-pending" in flags)
         return
     plan.require(config)
-    from minimind_mcore.rl.trainer import train
+    from minimind_mcore.rl.runtime import trainer
 
-    train(config)
+    trainer.run(config)
 
 
 def backend() -> str:

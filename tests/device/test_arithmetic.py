@@ -23,9 +23,9 @@ from minimind_mcore.platform.fused.adam import FusedAdam
 from minimind_mcore.platform.fused.attention import scaled_dot_product
 from minimind_mcore.platform.patches import _l2_norm, add_weight_gradient
 from minimind_mcore.posttrain.dpo import pair_log_probs
-from minimind_mcore.rl.rollout.decoder import DecoderEngine, choose
-from minimind_mcore.rl.rollout.engine import Draw
-from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine, choose
+from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
+from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
 PLACE = device.current().torch_device
@@ -200,7 +200,7 @@ def test_rollouts_end_at_the_stop_token_and_know_their_log_probabilities() -> No
     engine = DecoderEngine(PRESETS["minimind3_tiny"].replace(vocab_size=64), 64, torch.float32, batch=8)
     engine.model, engine.decoder = model, Decoder(model)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
-    draw = Draw(temperature=8.0, max_tokens=24, stop=tuple(range(20, 44)))
+    draw = SamplingParams(temperature=8.0, max_tokens=24, stop=tuple(range(20, 44)))
     responses = engine.generate(prompts, 4, draw, list(range(8)))
     assert {len(response.ids) for response in responses} != {24}
     for number, response in enumerate(responses):
@@ -216,7 +216,7 @@ def test_rollouts_end_at_the_stop_token_and_know_their_log_probabilities() -> No
 def test_a_number_chooses_the_token_at_its_place() -> None:
     p = torch.tensor([[0.1, 0.2, 0.3, 0.4]], device=PLACE).expand(4, -1)
     numbers = torch.tensor([0.05, 0.15, 0.59, 0.61], device=PLACE)
-    draw = Draw(temperature=1.0, max_tokens=1)
+    draw = SamplingParams(temperature=1.0, max_tokens=1)
     tokens, logp = choose(p.log(), 4, draw, numbers)
     assert tokens.tolist() == [0, 1, 2, 3]
     assert logp.exp().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=1e-5)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from helpers import engine, rl_ray, rl_trees
 
-from minimind_mcore.rl.hosts import end, own_address
+from minimind_mcore.rl.runtime.hosts import end, own_address
 from minimind_mcore.storage import atomic_write_text
 
 STEPS = 6

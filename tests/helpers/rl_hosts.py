@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from minimind_mcore.rl.hosts import own_address
+from minimind_mcore.rl.runtime.hosts import own_address
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "rlxf"

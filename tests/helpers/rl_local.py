@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from minimind_mcore.rl import groups, trainer
-from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.rank import Rank
-from minimind_mcore.rl.workers.group import Restarts
-from minimind_mcore.rl.workers.reward import RewardWorker
-from minimind_mcore.rl.workers.rollout import RolloutWorker
+from minimind_mcore.rl.runtime import placement, trainer
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.rank import Rank
+from minimind_mcore.rl.runtime.supervise import Restarts
+from minimind_mcore.rl.runtime.workers.reward import RewardWorker
+from minimind_mcore.rl.runtime.workers.rollout import RolloutWorker
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tree", type=Path)
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args(argv)
-    trainer.Groups = LocalGroups  # type: ignore[assignment,misc]
-    trainer.train(resolve(json.loads(args.tree.read_text(encoding="utf-8"))))
+    trainer.WorkerGroups = LocalGroups  # type: ignore[assignment,misc]
+    trainer.run(resolve(json.loads(args.tree.read_text(encoding="utf-8"))))
     from minimind_mcore.training import distributed
 
     distributed.finish()
@@ -97,20 +97,20 @@ class LocalRollout:
 
 
 class LocalGroups:
-    """`Groups` of this process."""
+    """`WorkerGroups` of this process."""
 
-    start = groups.Groups.start
-    training = groups.Groups.training
+    start = placement.WorkerGroups.start
+    training = placement.WorkerGroups.training
 
-    def __init__(self, config: Config, algorithm: Any, known: int) -> None:
+    def __init__(self, config: Config, algorithm: Any, vocab_size: int) -> None:
         self.restarts = Restarts("training ranks", 1, print, lambda: None)
         self.cluster, self.patience = SimpleNamespace(wait_for_hosts=lambda patience: None), 0.0
         apart = algorithm.kl != "none" and not config.rl.use_integrated_worker
         self.actor = LocalTrain(config, "actor", reference=algorithm.kl != "none" and not apart)
         self.reference = LocalTrain(config, "reference") if apart else None
         self.critic = LocalTrain(config, "critic") if algorithm.advantage == "gae" else None
-        model = groups.ModelConfig.from_args(groups.command_line(config, "actor"))
-        self.rollout = LocalRollout(RolloutWorker(config, model, known, 1))
+        model = placement.ModelConfig.from_args(placement.command_line(config, "actor"))
+        self.rollout = LocalRollout(RolloutWorker(config, model, vocab_size, 1))
         worker = RewardWorker(config)
         self.rewards = SimpleNamespace(
             submit=lambda method, parts: Done(getattr(worker, method)(*parts[0])),

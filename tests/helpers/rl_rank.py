@@ -7,6 +7,7 @@ It is given `--task FILE` (a torch file with the YAML tree and a batch, or promp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.rl_trees import N
-from minimind_mcore.rl import batch as batches
-from minimind_mcore.rl import sync
-from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config.load import resolve
-from minimind_mcore.rl.rank import Rank, Share
-from minimind_mcore.rl.rollout.decoder import DecoderEngine
-from minimind_mcore.rl.rollout.engine import Draw
+from minimind_mcore.rl.runtime import batch as batches
+from minimind_mcore.rl.runtime import weight_sync
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
+from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
+from minimind_mcore.rl.runtime.rank import Rank, Share
 from minimind_mcore.training import distributed
 
-DRAW = Draw(max_tokens=8, temperature=0.8, top_k=50, top_p=0.95)
+DRAW = SamplingParams(max_tokens=8, temperature=0.8, top_k=50, top_p=0.95)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     found: dict[str, Any] = {"batch": batch.state_dict(), "weights": weights}
     found["before"] = columns(rank.measure(batch), batch)
     found["reference"] = columns(rank.measure(batch, reference=True), batch)
-    batch = batch.with_columns(ref_logp=found["reference"]["logp"])
+    batch = dataclasses.replace(batch, ref_logp=found["reference"]["logp"])
     found["metrics"] = [rank.update(batch, step) for step in range(1, task.get("updates", 0) + 1)]
     found["after"] = columns(rank.measure(batch), batch)
     found["weights_after"] = whole(rank)
@@ -63,7 +64,7 @@ def gathered(value: Any) -> list[Any]:
 
 def whole(rank: Rank) -> dict[str, Tensor]:
     """The weights, joined as a rollout engine joins them."""
-    return {name: tensor.clone() for name, tensor in sync.join(gathered(rank.shards())).items()}
+    return {name: tensor.clone() for name, tensor in weight_sync.join(gathered(rank.shards())).items()}
 
 
 def columns(share: Share | None, batch: Batch) -> dict[str, Tensor]:
@@ -95,4 +96,4 @@ def write(rank: Rank, weights: dict[str, Tensor], prompts: list[list[int]]) -> B
         [row // N for row in range(len(found))],
     )
     advantages = torch.randn(len(found), 1, generator=lengths) * batch.mask
-    return batch.with_columns(rewards=torch.rand(len(found), generator=lengths), advantages=advantages)
+    return dataclasses.replace(batch, rewards=torch.rand(len(found), generator=lengths), advantages=advantages)

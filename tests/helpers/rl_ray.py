@@ -67,7 +67,7 @@ def main() -> None:
     from ray.exceptions import RayActorError
 
     from minimind_mcore.rl.config.load import resolve
-    from minimind_mcore.rl.trainer import Trainer
+    from minimind_mcore.rl.runtime.trainer import Trainer, train
 
     class Victim(Trainer):
         """Kills its own actors where it is told to, once each."""
@@ -75,8 +75,8 @@ def main() -> None:
         kills: dict[str, list[str]]
         number = 0
 
-        def step(self, number: int) -> None:
-            self.number = number
+        def generate(self) -> Any:
+            self.number = self.done + 1
             # Asked beforehand: a busy actor does not answer.
             pools = {"rollout": self.groups.rollout.pool, "reward": self.groups.rewards}
             self.pids = {}
@@ -86,7 +86,18 @@ def main() -> None:
             for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
                 group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
                 self.pids[group.role] = group.pids[-1]
-            super().step(number)
+            self.rollouts.begin()
+            self.at("rollout")
+            found = super().generate()
+            score = type(self.rollouts).score.__get__(self.rollouts)
+
+            def scored(experience: Any) -> Any:
+                fill = score(experience)
+                self.at("reward")
+                return fill
+
+            self.rollouts.score = scored  # type: ignore[method-assign]
+            return found
 
         def at(self, phase: str) -> None:
             """Kill who is to be killed now."""
@@ -106,20 +117,6 @@ def main() -> None:
 
             return call
 
-        def rollouts(self, number: int) -> Any:
-            self.source.begin()
-            self.at("rollout")
-            found = super().rollouts(number)
-            score = type(self.source).score.__get__(self.source)
-
-            def scored(experience: Any) -> Any:
-                fill = score(experience)
-                self.at("reward")
-                return fill
-
-            self.source.score = scored  # type: ignore[method-assign]
-            return found
-
     folder = Path(sys.argv[1])
     ray.init(
         address="local",
@@ -134,7 +131,7 @@ def main() -> None:
         trainer = Victim(resolve(task["tree"]))
         trainer.kills = task.get("kills", {})
         try:
-            trainer.run()
+            train(trainer)
         finally:
             trainer.groups.close()
         assert not any(trainer.kills.values()), f"not killed: {trainer.kills}"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from helpers import engine
 from minimind_mcore.models.presets import PRESETS
@@ -80,6 +82,20 @@ def unhurried(response: str, label: str, **context: Any) -> float:
     """`rewarded`, slow enough for a test to do something meanwhile."""
     time.sleep(0.05)
     return rewarded(response, label, **context)
+
+
+def unclipped(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """A policy loss -A logp that calls the second token of every response clipped."""
+    second = torch.zeros_like(mask, dtype=torch.bool)
+    second[:, 1:2] = True
+    return -advantages * logp, second
+
+
+def above_a_quarter(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: str) -> Tensor:
+    """The advantage of every token: how far the reward is above 1/4."""
+    return (rewards - 0.25).unsqueeze(1) * mask
 
 
 _asked = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import engine, rl_ray, rl_trees
 
 DEADLINE = 900.0
@@ -27,6 +28,8 @@ def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
 
     resources = {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
     kept = {"save_rollouts": str(folder / "rollouts")}
+    own = {"policy_loss": "helpers.rl_trees:unclipped", "advantage": "helpers.rl_trees:above_a_quarter"}
+    own |= {"save_rollouts": str(folder / "own" / "rollouts")}
     dapo = {
         "filter_groups_enable": True,
         "filter_groups_max_batches": 3,
@@ -46,6 +49,7 @@ def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
         "cispo": variant("cispo", {}, {"algorithm": "cispo"}),
         "dr_grpo": variant("dr_grpo", {}, {"algorithm": "dr_grpo"}),
         "ppo": variant("ppo", {"adv_estimator": "gae"}, {"algorithm": "ppo"}),
+        "own": variant("own", {"init_kl_coef": 0, "entropy_coeff": 0}, own),
     }
 
 
@@ -65,7 +69,7 @@ def runs(
         (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
         output += server.run(["--tree", str(folder / f"{name}.json")], folder / name, module="helpers.rl_local").output
     assert "spoilt, sent again, equal" in output
-    return {name: rl_ray.rows(folder / name) for name in trees}
+    return {name: [row | {"folder": folder / name} for row in rl_ray.rows(folder / name)] for name in trees}
 
 
 def test_every_algorithm_trains(runs: Rows) -> None:
@@ -113,3 +117,14 @@ def test_ppo_s_critic_learns_what_to_expect(runs: Rows) -> None:
 def test_spo_s_baseline_moves_towards_the_rewards(runs: Rows) -> None:
     first, second = runs["spo"]
     assert first["spo/baseline"] == 0 and 0 < second["spo/baseline"] < 1
+
+
+def test_a_loss_and_an_advantage_of_the_user_s_are_trained_on(runs: Rows) -> None:
+    """The policy's loss is -(reward - 1/4) logp, averaged over the tokens of all responses."""
+    for row in runs["own"]:
+        batch = torch.load(f"{row['folder']}/rollouts/rollouts-{row['iteration']:07d}.pt")["batch"]
+        lengths = batch["response_lengths"]
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        weighed = (0.25 - batch["rewards"])[:, None] * batch["rollout_logp"]
+        assert row["actor/pg_loss"] == pytest.approx(weighed[inside].mean().item(), rel=1e-4)
+        assert row["actor/pg_clipfrac"] == pytest.approx((lengths > 1).sum().item() / inside.sum().item())

@@ -12,7 +12,7 @@ from helpers import engine, rl_rank
 from helpers.rl_trees import tree
 
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.runtime.batch import Batch
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),

@@ -63,8 +63,8 @@ def test_a_run_killed_between_the_saves_goes_on_from_the_pair_before(
 
 def lose_a_rank_once() -> None:
     """Called in the run's process: a rank is lost while the weights to begin with are evaluated."""
-    from minimind_mcore.rl.supervise import Lost
-    from minimind_mcore.rl.trainer import Trainer
+    from minimind_mcore.rl.runtime.supervise import Lost
+    from minimind_mcore.rl.runtime.trainer import Trainer
 
     evaluate, losses = Trainer.evaluate, [Lost(["actor rank 0"], "died")]
 
@@ -125,17 +125,17 @@ def shipped_tree(corpus: engine.Corpus, name: str, folder: Path) -> dict[str, An
 
 def lose_a_rank_at_step_3() -> None:
     """Called in the run's process: a rank is lost in the third step, after the checkpoint of the second."""
-    from minimind_mcore.rl.supervise import Lost
-    from minimind_mcore.rl.trainer import Trainer
+    from minimind_mcore.rl.runtime.supervise import Lost
+    from minimind_mcore.rl.runtime.trainer import Trainer
 
-    step, losses = Trainer.step, [Lost(["actor rank 0"], "died")]
+    generate, losses = Trainer.generate, [Lost(["actor rank 0"], "died")]
 
-    def losing(self: Trainer, number: int) -> None:
-        if number == 3 and losses:
+    def losing(self: Trainer) -> Any:
+        if self.done + 1 == 3 and losses:
             raise losses.pop()
-        step(self, number)
+        return generate(self)
 
-    Trainer.step = losing  # type: ignore[method-assign]
+    Trainer.generate = losing  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -12,12 +12,12 @@ from helpers import engine, rl_ray, rl_trees
 from helpers.weights_on_disk import state_dict, write_hf
 
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.rl.batch import Batch
+from minimind_mcore.rl.runtime.batch import Batch
 
 
 def forget_the_output_layer() -> None:
     """Break the engine as vLLM was once seen: the output layer, tied to the embedding, keeps its first values."""
-    from minimind_mcore.rl.rollout.decoder import DecoderEngine
+    from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
 
     load = DecoderEngine.load_weights
 
@@ -32,7 +32,7 @@ def forget_the_output_layer() -> None:
 
 def load_only_once() -> None:
     """Break the sync: the engine keeps the weights that the run began with."""
-    from minimind_mcore.rl.rollout.decoder import DecoderEngine
+    from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
 
     load, loaded = DecoderEngine.load_weights, list[bool]()
 

@@ -33,7 +33,7 @@ UPSTREAM_NAMES = {
     "minimind_mcore/rl/config/migrate.py": ("npu_deterministic",),
     "minimind_mcore/rl/config/schema.py": ("num_npus",),
     "minimind_mcore/rl/export_verl.py": ("num_npus",),
-    "minimind_mcore/rl/groups.py": ("num_npus",),
+    "minimind_mcore/rl/runtime/placement.py": ("num_npus",),
     "models/attention.py": ("get_cuda_rng_tracker",),
     "converters/probe.py": ("model_parallel_cuda_manual_seed",),
     "minimind_mcore/training/checkpoint_torch.py": ("cuda_rng_state", "get_cuda_rng_tracker"),

@@ -17,9 +17,9 @@ import pytest
 from helpers.engine import ROOT
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl import hosts
 from minimind_mcore.rl.config.load import CONFIGS
 from minimind_mcore.rl.main import program
+from minimind_mcore.rl.runtime import hosts
 
 SCRIPTS = ROOT / "examples" / "rlxf"
 
@@ -74,7 +74,7 @@ def test_an_address_of_something_that_is_not_ray_is_refused_and_named(
             time.sleep(1 if not answer else 0.1)
 
     threading.Thread(target=serve, daemon=True).start()
-    from minimind_mcore.rl.cluster import connect
+    from minimind_mcore.rl.runtime.cluster import connect
 
     with pytest.raises(UserError, match=rf"RAY_ADDRESS={address_of(listener)}: what listens there is not Ray"):
         connect(print)
@@ -139,7 +139,7 @@ def test_a_driver_whose_raylet_has_ended_says_so(closed: bool, status: int) -> N
 
 
 def test_a_host_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minimind_mcore.rl import cluster
+    from minimind_mcore.rl.runtime import cluster
 
     gone = {"NodeID": "own", "Alive": False, "NodeManagerAddress": "10.0.0.1"}
     for name, found in (

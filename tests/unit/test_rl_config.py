@@ -24,8 +24,8 @@ from minimind_mcore.rl.config.migrate import RENAMED, migrate
 from minimind_mcore.rl.config.schema import VERSIONS, Config, defaults, fits, value_type
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.models import model_yaml
-from minimind_mcore.rl.plan import require
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
+from minimind_mcore.rl.runtime.plan import require
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 
@@ -231,6 +231,9 @@ BROKEN = [
     ("minimind.save_rollouts=x", "mindspeed-rl-master", "minimind.save_rollouts"),
     ("minimind.rollout_engine=transformers", "mindspeed-rl-master", "minimind.rollout_engine"),
     ("actor_config.n_shared_experts=1 actor_config.num_experts=4", "mindspeed-rl-master", "actor_config.model"),
+    ("minimind.policy_loss=no_such_module:loss", "embedded", "minimind.policy_loss"),
+    ("minimind.advantage=helpers.rl_trees:unclipped", "embedded", "minimind.advantage"),
+    ("minimind.policy_loss=helpers.rl_trees:unclipped", "mindspeed-rl-master", "minimind.policy_loss"),
 ]
 
 

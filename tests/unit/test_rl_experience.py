@@ -19,17 +19,17 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.options import ChatOptions, Options
-from minimind_mcore.rl import plan
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.data import PromptDataset
-from minimind_mcore.rl.experience import Source
 from minimind_mcore.rl.rewards.rewards import Rewards
-from minimind_mcore.rl.rollout.engine import Response
-from minimind_mcore.rl.supervise import Lost
-from minimind_mcore.rl.trainer import Trainer, prompt_dataset
-from minimind_mcore.rl.workers.reward import RewardWorker
+from minimind_mcore.rl.runtime import plan
+from minimind_mcore.rl.runtime.data import PromptDataset
+from minimind_mcore.rl.runtime.engines.protocol import Response
+from minimind_mcore.rl.runtime.rollouts import RolloutManager
+from minimind_mcore.rl.runtime.supervise import Lost
+from minimind_mcore.rl.runtime.trainer import Trainer, prompt_dataset, train
+from minimind_mcore.rl.runtime.workers.reward import RewardWorker
 from minimind_mcore.training.metrics import read_history
 
 QUESTIONS = ["how are you", "what is this", "one two", "three four"]
@@ -57,7 +57,7 @@ def configured(corpus: Corpus, prefix: Path, verifiers: list[str], **sections: d
     return resolve(tree)
 
 
-def source_of(config: Config, answer: Callable[[int], str], model: Any = None) -> Source:
+def source_of(config: Config, answer: Callable[[int], str], model: Any = None) -> RolloutManager:
     """Writes `answer(number of the response)`; `model` takes the place of a reward model."""
     tokenizer = AutoTokenizer.from_pretrained(config.actor.tokenizer_name_or_path)
     worker = RewardWorker(config)
@@ -78,7 +78,7 @@ def source_of(config: Config, answer: Callable[[int], str], model: Any = None) -
     rewards: Any = SimpleNamespace(run=run, submit=lambda *task: SimpleNamespace(result=lambda: run(*task)))
     engines: Any = SimpleNamespace(generate=generate)
     prompts = prompt_dataset(config, config.actor.data_path)
-    source = Source(config, objective(config), prompts, tokenizer, 0, engines, rewards)
+    source = RolloutManager(config, objective(config), prompts, tokenizer, 0, engines, rewards)
     source.go_to(0)
     return source
 
@@ -86,7 +86,7 @@ def source_of(config: Config, answer: Callable[[int], str], model: Any = None) -
 def test_questions_without_answers_are_scored_by_what_needs_none(corpus: Corpus, rlaif: Path) -> None:
     config = configured(corpus, rlaif, ["minimind_shape"], megatron_training={"dataset_additional_keys": []})
     source = source_of(config, lambda row: "a" * (5 if row % 2 else 30))
-    experience = source.take()
+    experience = source.generate()
     source.score(experience)()
     assert {text["label"] for text in experience.texts} == {""}
     assert experience.batch.rewards is not None and experience.batch.rewards.tolist() == [0.5, -0.5] * 8
@@ -149,7 +149,7 @@ def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
     source = source_of(config, lambda row: "a" if row < 3 else "a a")
     assert source.evaluate(source.prompts, 4) == {"eval/accuracy": 0.75}
     assert "my_evaluated:fails: ValueError: a; label ''" in capsys.readouterr().out
-    experience = source.take()
+    experience = source.generate()
     with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
         source.score(experience)()
 
@@ -163,7 +163,7 @@ def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, 
             writer.add(np.concatenate(rows), np.array([len(row) for row in rows]))
     keys = {"dataset_additional_keys": ["labels", "level", "categories"], "no_shuffle": True}
     source = source_of(configured(corpus, prefix, [f"{mine}:graded"], megatron_training=keys), lambda row: "a")
-    experience = source.take()
+    experience = source.generate()
     source.score(experience)()
     expected = [len(text) * (place in (0, 3)) for place, text in enumerate(texts)]
     assert experience.batch.rewards is not None
@@ -182,12 +182,12 @@ class Rehearsal(Trainer):
     """A trainer whose steps and checkpoints are words."""
 
     def __init__(self, config: Config, done: int, told: list[str], accuracy: list[Callable[[], float]]) -> None:
-        self.config, self.ours, self.steps, self.told, self.left = config, config.minimind, 4, told, False
+        self.config, self.minimind, self.steps, self.told, self.left = config, config.minimind, 4, told, False
         self.done = self.saved = done
         self.consumed, self.held_out = 0, cast(PromptDataset, [])
         self.order: dict[str, Any] = {}
         self.loading = cast(Any, SimpleNamespace(result=lambda: None))
-        self.source = cast(Any, SimpleNamespace(evaluate=lambda *_: {"eval/accuracy": accuracy.pop(0)()}))
+        self.rollouts = cast(Any, SimpleNamespace(evaluate=lambda *_: {"eval/accuracy": accuracy.pop(0)()}))
         self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
         actor = SimpleNamespace(save=lambda step, *_: told.append(f"save {step}"))
         self.groups = cast(Any, SimpleNamespace(training=lambda: [actor], cluster=SimpleNamespace(waiting=None)))
@@ -195,10 +195,24 @@ class Rehearsal(Trainer):
     def recover(self, loss: Lost | None = None) -> None:
         pass
 
-    def step(self, number: int) -> None:
-        self.done = number
-        self.told.append(f"step {number}")
-        self.log.step(number, {"grpo/score/mean": 0.5})
+    def generate(self) -> Any:
+        self.told.append(f"step {self.done + 1}")
+
+    def score(self, experience: Any) -> None:
+        pass
+
+    def compute_advantages(self, experience: Any) -> dict[str, float]:
+        return {}
+
+    def update(self, experience: Any) -> dict[str, float]:
+        return {"grpo/score/mean": 0.5}
+
+    def sync_weights(self) -> None:
+        pass
+
+    def report(self, experience: Any, metrics: dict[str, float]) -> None:
+        self.done += 1
+        self.log.step(self.done, metrics)
 
     def evaluate(self) -> None:
         self.told.append(f"evaluate {self.done}")
@@ -215,13 +229,13 @@ def test_a_step_is_saved_before_it_is_evaluated_and_a_lost_evaluation_is_made_up
         raise UserError("spoilt")
 
     with pytest.raises(UserError, match="spoilt"):
-        Rehearsal(config, 0, told, [lambda: 0.1, spoilt]).run()
+        train(Rehearsal(config, 0, told, [lambda: 0.1, spoilt]))
     assert told == ["evaluate 0", "step 1", "step 2", "save 2", "evaluate 2"]
     told.clear()
-    Rehearsal(config, 2, told, [lambda: 0.3, lambda: 0.5]).run()
+    train(Rehearsal(config, 2, told, [lambda: 0.3, lambda: 0.5]))
     assert told == ["evaluate 2", "step 3", "step 4", "save 4", "evaluate 4"]
     told.clear()
-    Rehearsal(config, 4, told, []).run()
+    train(Rehearsal(config, 4, told, []))
     assert told == []
     rows = read_history(Path(config.minimind.output_dir) / "metrics.jsonl")
     assert [(row["iteration"], row.get("eval/accuracy")) for row in rows] == [
@@ -244,7 +258,7 @@ def test_metrics_of_dynamic_sampling_are_those_of_the_rows_that_are_trained_on(
     # Two groups of four responses in each batch: which of them differ, and where a response cannot be scored.
     groups = ["a b b b", "b b b b", "a a a a", "b c b b", "a a b b", "a a a a"]
     source = source_of(config, lambda row: " ".join(groups).split()[row])
-    whole = source.take_differing()
+    whole = source.generate_differing()
     assert whole.batch.rewards is not None and whole.batch.rewards.tolist() == [1, 0, 0, 0, 1, 1, 0, 0]
     expected = {
         f"{name}_rewards/mean": 3 / 8, f"{name}_rewards/failures": 1.0, "group/zero_std": 0.0, "group/best": 1.0,
@@ -267,4 +281,4 @@ def test_a_batch_that_is_all_right_is_not_called_all_wrong(
     )  # fmt: skip
     source = source_of(config, lambda row: f"Answer: {labels[row // 4] if boxed == 'right' else 'no'}")
     labels = source._column([source.prompts[place] for place in range(4)], "labels")
-    assert source.take_differing().metrics[f"group/dropped/{reason}"] == 4
+    assert source.generate_differing().metrics[f"group/dropped/{reason}"] == 4

@@ -16,7 +16,7 @@ from minimind_mcore.rl.config.lint import lint
 from minimind_mcore.rl.config.load import CONFIGS, compose, resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.main import grpo
-from minimind_mcore.rl.workers.reward import build
+from minimind_mcore.rl.runtime.workers.reward import build
 
 
 def chosen(name: str, *overrides: str, directory: Path | None = None) -> Algorithm:

@@ -13,15 +13,15 @@ from helpers.engine import Corpus
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification, Qwen3Model
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.experience import Experience, Source
 from minimind_mcore.rl.export_verl import verl_overrides
 from minimind_mcore.rl.rewards.reward_model import RewardModel, folded
 from minimind_mcore.rl.rewards.rewards import Rewards
-from minimind_mcore.rl.workers.reward import RewardWorker, build
+from minimind_mcore.rl.runtime import batch as batches
+from minimind_mcore.rl.runtime.rollouts import Experience, RolloutManager
+from minimind_mcore.rl.runtime.workers.reward import RewardWorker, build
 
 CODE = """
 from transformers import Qwen3Config, Qwen3Model
@@ -109,7 +109,7 @@ def rewards_of(config: Config, responses: list[str], talks: list[list[dict[str, 
     worker = RewardWorker(config)
     answer = lambda method, parts: SimpleNamespace(result=lambda: [getattr(worker, method)(*parts[0])])  # noqa: E731
     pool: Any = SimpleNamespace(submit=answer)
-    source = Source(config, objective(config), None, None, 0, None, pool)  # type: ignore[arg-type]
+    source = RolloutManager(config, objective(config), None, None, 0, None, pool)  # type: ignore[arg-type]
     count = len(responses)
     batch = batches.make([[5]] * count, [[1, 2]] * count, [[-1.0, -1.0]] * count, [True] * count, [0] * count)
     texts = [{"prompt": "p", "response": response, "label": ""} for response in responses]

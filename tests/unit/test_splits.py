@@ -19,7 +19,7 @@ from minimind_mcore.models import recipes
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.posttrain.data import split_ranges
 from minimind_mcore.preprocess.indexed import IndexedWriter
-from minimind_mcore.rl.data import PromptDataset
+from minimind_mcore.rl.runtime.data import PromptDataset
 
 EXPECTED = "expected the weights of training, validation and test, such as 99,1,0"
 WRONG = ["90,abc5,5", "-1,1,0", "1,2,3,4", "0,0,0", "90,,5", "nan,1,0", "inf,1,0", "1e2,1,0", "90;5;5", ""]

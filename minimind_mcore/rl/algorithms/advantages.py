@@ -4,24 +4,31 @@
 |-----------|-----------------------------------------------|-------------------------------------------|
 | group     | mean of the prompt's other samples            | GRPO, arXiv 2402.03300; Dr.GRPO 2503.20783 |
 | gae       | a critic's value of each prefix               | PPO, 1707.06347; GAE, 1506.02438          |
-| baseline  | a running mean over prompts (`spo.Baseline`)  | MiniMind-Ascend's train_spo.py            |
+| baseline  | a running mean over prompts (`Baseline`)    | MiniMind-Ascend's train_spo.py            |
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from minimind_mcore.rl.algorithms.masked import whiten
+from minimind_mcore.rl.registry import register
 
 Spread = Literal["unbiased", "biased", "none"]
 # The deviation's correction (degrees of freedom) and what is added to it; None does not divide.
+# Functions (rewards [B], mask [B, T], n_samples, *, spread) -> advantages [B, T].
+Advantage = Callable[..., Tensor]
+ADVANTAGES: dict[str, Advantage] = {}
 _SPREADS: dict[Spread, tuple[int, float] | None] = {"unbiased": (1, 1e-6), "biased": (0, 1e-4), "none": None}
 
 
-def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, spread: Spread = "unbiased") -> Tensor:
+@register("group", ADVANTAGES)
+def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread = "unbiased") -> Tensor:
     """GRPO: A = (r - mean) / (std + eps) within the samples of a prompt, the same for every token.
 
     A group whose answers all score alike has nothing to teach: its advantages are 0 (see `groups`).
@@ -44,11 +51,6 @@ def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, spread: Spread = "
         correction, eps = division
         centred = centred / (scores.std(dim=1, correction=correction, keepdim=True) + eps)
     return per_token(centred.view(-1), mask)
-
-
-def dr_grpo(rewards: Tensor, mask: Tensor, n_samples: int) -> Tensor:
-    """Dr.GRPO: A = r - mean within the samples of a prompt. See `group_norm`."""
-    return group_norm(rewards, mask, n_samples, "none")
 
 
 def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -97,3 +99,69 @@ def gae(
         advantages[:, t] = advantage * inside
     returns = torch.where(mask.bool(), advantages + values, torch.zeros_like(values))
     return (whiten(advantages, mask) if whitened else advantages), returns
+
+
+@dataclass
+class Baseline:
+    """SPO: one answer per prompt, and a running mean of all answers as the expectation.
+
+    The baseline is the mean of a Beta distribution whose counts fade: the further the policy has moved since, the
+    faster (MiniMind-Ascend's train_spo.py; after single-stream policy optimization, arXiv 2509.13232).
+
+        rho      = clip(2^(-|change of mean logp| / half_life), low, high)
+        alpha    = rho alpha + mean reward, scaled from [-scale, scale] to [0, 1]
+        beta     = rho beta + 1 - the same
+        baseline = alpha / (alpha + beta), scaled back
+        A        = clip(r - baseline, -5, 5)
+
+    Attributes:
+        scale: rewards lie in [-scale, scale].
+        half_life: change of the mean log-probability at which the past counts half.
+        low: smallest share of the past that is kept; high: greatest.
+        first_rho: the share at the first update, when no change is known.
+        cap: advantages are cut to +-cap.
+        alpha: what spoke for the greatest reward; beta: for the smallest. Both begin at 1 / (1 - low) / 2.
+        mean_logp: of the batch before.
+    """
+
+    scale: float = 3.0
+    half_life: float = 0.06
+    low: float = 0.5
+    high: float = 0.96
+    first_rho: float = 0.9
+    cap: float = 5.0
+    alpha: float = 1.0
+    beta: float = 1.0
+    mean_logp: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The expected reward, in [-scale, scale]."""
+        return (2 * self.alpha / (self.alpha + self.beta) - 1) * self.scale
+
+    def advantages(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        """[B, T] from rewards [B] and mask [B, T], against the answers before this batch."""
+        return per_token((rewards - self.value).clamp(-self.cap, self.cap), mask)
+
+    def update(self, mean_reward: float, mean_logp: float) -> float:
+        """Take in a batch: its mean reward, and the mean log-probability of its tokens. Returns rho.
+
+        The means are those of the whole batch: of all data-parallel ranks.
+        """
+        rho = self.first_rho
+        if self.mean_logp is not None:
+            rho = min(max(2 ** (-abs(self.mean_logp - mean_logp) / self.half_life), self.low), self.high)
+        self.mean_logp = mean_logp
+        share = (mean_reward + self.scale) / (2 * self.scale)
+        self.alpha = rho * self.alpha + share
+        self.beta = rho * self.beta + 1 - share
+        return rho
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a resumed run needs."""
+        return {name: asdict(self)[name] for name in ("alpha", "beta", "mean_logp")}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Go on where `state_dict` was taken."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError, did_you_mean
-from minimind_mcore.rl.algorithms.masked import masked_mean
 
 ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KINDS = ("k1", "k2", "k3", "abs")
@@ -52,14 +51,9 @@ def kl(logp: Tensor, ref_logp: Tensor, kind: str = "low_var_kl") -> Tensor:
             return (logp - ref_logp).abs()
 
 
-def in_reward(rewards: Tensor, divergence: Tensor, mask: Tensor, coefficient: float) -> tuple[Tensor, float]:
-    """PPO with the penalty in the reward: r_t - coefficient KL_t; all [B, T].
-
-    Returns:
-        The rewards, and the batch's divergence for `Controller.update`: mean over tokens, then over responses.
-    """
-    penalised = rewards - coefficient * torch.where(mask.bool(), divergence, torch.zeros_like(divergence))
-    return penalised, masked_mean(divergence, mask, dim=-1).mean().item()
+def in_reward(rewards: Tensor, divergence: Tensor, mask: Tensor, coefficient: float) -> Tensor:
+    """PPO with the penalty in the reward: r_t - coefficient KL_t; all [B, T]."""
+    return rewards - coefficient * torch.where(mask.bool(), divergence, torch.zeros_like(divergence))
 
 
 @dataclass

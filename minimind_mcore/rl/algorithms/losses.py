@@ -18,16 +18,47 @@ With the ratio rho = exp(logp - old_logp) and the advantage A of each token:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from minimind_mcore.rl.algorithms.masked import masked_mean, masked_sum
+from minimind_mcore.rl.algorithms.masked import masked_mean, masked_sum, require_shape
+from minimind_mcore.rl.registry import lookup, register
 
-Kind = Literal["clip", "cispo", "reinforce"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Stats = dict[str, Tensor]
+# Functions (logp, old_logp, advantages, mask, *, clip_low, clip_high) -> (loss of each token, whether it is cut).
+PolicyLoss = Callable[..., tuple[Tensor, Tensor]]
+POLICY_LOSSES: dict[str, PolicyLoss] = {}
+
+
+@register("clip", POLICY_LOSSES)
+def clip(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """PPO and DAPO: the smaller gain of the ratio and of the clipped ratio."""
+    ratio = (logp - old_logp).exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+@register("cispo", POLICY_LOSSES)
+def cispo(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """CISPO: every token keeps its gradient, weighted by the ratio, which is cut at `clip_high`."""
+    ratio = (logp - old_logp).exp()
+    return -advantages * ratio.detach().clamp(max=clip_high) * logp, ratio > clip_high
+
+
+@register("reinforce", POLICY_LOSSES)
+def reinforce(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE: no ratio, which is right for a single update."""
+    return -advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
 
 
 def policy_loss(
@@ -36,21 +67,21 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    kind: Kind = "clip",
+    kind: str = "clip",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     rollout_logp: Tensor | None = None,
     tis_cap: float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Loss of each token [B, T]; see the module's table. Its mean is `aggregate`'s.
+    """Return the loss of each token [B, T]; see the module's table. `aggregate` takes its mean.
 
     Args:
         logp: [B, T], of the policy being trained, with gradient.
-        old_logp: [B, T], of the policy before this step's updates. None: it is `logp` itself (the first and only
-            update: rho is 1, its gradient that of logp).
+        old_logp: [B, T], of the policy before this step's updates. None: the same as `logp` (the first and only
+            update: the ratio is 1, its gradient that of logp).
         advantages: [B, T].
         mask: [B, T].
-        kind: a row of the table.
+        kind: a name of `POLICY_LOSSES`, or the import path of a function with the same signature.
         clip_low: how far the ratio may fall below 1 where that lowers the loss (clip).
         clip_high: how far it may rise above 1 (clip); the greatest ratio itself (cispo, MiniMind's 5).
         rollout_logp: [B, T], of the engine that wrote the answers. Where its arithmetic differs from the trainer's
@@ -64,15 +95,9 @@ def policy_loss(
         ratio is cut), `actor/ppo_kl` (mean of old_logp - logp) and, with a cap, `actor/tis_*`.
     """
     old = logp.detach() if old_logp is None else old_logp
-    ratio = (logp - old).exp()
-    plain = -advantages * ratio
-    if kind == "clip":
-        clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-        loss, cut = torch.maximum(plain, clipped), clipped > plain
-    elif kind == "cispo":
-        loss, cut = -advantages * ratio.detach().clamp(max=clip_high) * logp, ratio > clip_high
-    else:
-        loss, cut = -advantages * logp, torch.zeros_like(ratio, dtype=torch.bool)
+    function = lookup(kind, POLICY_LOSSES, "minimind.policy_loss")
+    loss, cut = function(logp, old, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+    require_shape(loss, mask, f"minimind.policy_loss: {kind}")
     stats = {"actor/pg_clipfrac": cut.float(), "actor/ppo_kl": old - logp}
     if tis_cap is not None and rollout_logp is not None:
         weight = (old - rollout_logp).detach().exp()

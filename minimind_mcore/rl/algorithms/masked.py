@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minimind_mcore.errors import UserError
+
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of `values` [B, T] where `mask` [B, T] is 1; over everything, or along `dim`."""
@@ -24,3 +26,14 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     centred = values - masked_mean(values, mask)
     variance = masked_sum(centred.square(), mask) / (count - 1).clamp(min=1)
     return torch.where(mask.bool(), centred * torch.rsqrt(variance + 1e-8), torch.zeros_like(values))
+
+
+def require_shape(values: Tensor, mask: Tensor, what: str) -> None:
+    """Refuse a result of a user's function that does not have one value per token.
+
+    Raises:
+        UserError: the shape is not that of the mask.
+    """
+    found, wanted = list(values.shape), list(mask.shape)
+    if found != wanted:
+        raise UserError(f"{what}: found a result of shape {found}, expected {wanted}: one value per token")

@@ -17,9 +17,8 @@ from typing import Literal
 
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.rl.algorithms.advantages import Spread
-from minimind_mcore.rl.algorithms.losses import Aggregation, Kind
+from minimind_mcore.rl.algorithms.losses import Aggregation
 
-Advantage = Literal["group", "gae", "baseline"]
 Placement = Literal["loss", "reward", "none"]
 
 
@@ -28,9 +27,10 @@ class Algorithm:
     """What an algorithm is made of; defaults are MindSpeed-RL's GRPO.
 
     Attributes:
-        advantage: "group" (`group_norm`), "gae" (a critic) or "baseline" (`spo.Baseline`).
+        advantage: "gae" (a critic), "baseline" (`advantages.Baseline`), a name of `advantages.ADVANTAGES`, or the
+            import path of a function with the same signature.
         spread: what a group's advantages are divided by (`group_norm`).
-        loss: `policy_loss`'s kind.
+        loss: a name of `losses.POLICY_LOSSES`, or the import path of a function with the same signature.
         clip_low: see `policy_loss`.
         clip_high: see `policy_loss`.
         aggregation: `aggregate`'s how.
@@ -41,9 +41,9 @@ class Algorithm:
         overlong: rewards are lowered towards the end of the room (`rewards.overlong`).
     """
 
-    advantage: Advantage = "group"
+    advantage: str = "group"
     spread: Spread = "unbiased"
-    loss: Kind = "clip"
+    loss: str = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     aggregation: Aggregation = "token-mean"

@@ -11,15 +11,19 @@ keeps to them, except for what it does not need, and has a few of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minimind_mcore.errors import did_you_mean
+from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.ranges import problem
+from minimind_mcore.rl.algorithms.advantages import ADVANTAGES
 from minimind_mcore.rl.algorithms.batches import uneven
+from minimind_mcore.rl.algorithms.losses import POLICY_LOSSES
 from minimind_mcore.rl.config.objective import objective
-from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults
+from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults, of_error
+from minimind_mcore.rl.registry import imported
 
 # MindSpeed-RL's: mindspeed_rl/utils/compute.py, trainer/base.py, trainer/utils/compute_utils.py; its three programs.
 STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
@@ -471,11 +475,27 @@ ABSENT = {
 }
 
 
+def unfit(path: str, key: str, example: Callable[..., Any]) -> Iterator[Problem]:
+    """A function of the user's that cannot be imported, or called with the arguments of `example`."""
+    parameters = inspect.signature(example).parameters.values()
+    positional = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    named = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    try:
+        inspect.signature(imported(path, key)).bind(*positional, **dict.fromkeys(named))
+    except UserError as error:
+        yield of_error(error)
+    except TypeError as error:
+        yield key, f"{path}: {error}. Expected a function ({', '.join(positional)}, *, {', '.join(named)})"
+
+
 def unheeded(config: Config) -> Iterator[Problem]:
     """Keys that ask for what there is not, so that a run would silently be another one."""
     rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given, known = config.tree["rl_config"], defaults("RLConfig")
     where = "the embedded trainer does not heed it"
+    for key, example in (("policy_loss", POLICY_LOSSES["clip"]), ("advantage", ADVANTAGES["group"])):
+        if path := getattr(config.minimind, key):
+            yield from unfit(path, f"minimind.{key}", example)
     for key, why in ABSENT.items():
         value = getattr(rl, key)
         if value is not None and value != known[key]:

@@ -54,6 +54,8 @@ def objective(config: Config) -> Algorithm:
         changes["aggregation"] = "token-mean" if rl.token_level_loss else "seq-mean-token-mean"
     if rl.use_kl_in_reward:
         changes["kl"] = "reward"
+    changes |= {"loss": config.minimind.policy_loss} if config.minimind.policy_loss else {}
+    changes |= {"advantage": config.minimind.advantage} if config.minimind.advantage else {}
     chosen = dataclasses.replace(chosen, **changes)
     return dataclasses.replace(chosen, kl="none") if chosen.kl_coef == 0 else chosen
 

@@ -119,6 +119,9 @@ class MiniMindConfig:
 
     Attributes:
         algorithm: advantages and loss; the settings of each are MindSpeed-RL's own keys of rl_config.
+        policy_loss: "package.module:function", a function of the user's in place of the algorithm's policy loss; see
+            `losses.POLICY_LOSSES` for its signature.
+        advantage: likewise in place of the algorithm's advantage; see `advantages.ADVANTAGES`.
         cispo_clip: CISPO: the importance ratio is cut at this, and no gradient goes through it.
         spo_half_life: SPO: KL at which the weight of the past of a prompt's baseline halves.
         spo_rho: SPO: smallest and largest weight of the past.
@@ -154,6 +157,8 @@ class MiniMindConfig:
     """
 
     algorithm: Literal["grpo", "dr_grpo", "dapo", "cispo", "ppo", "spo"] = "grpo"
+    policy_loss: str | None = None
+    advantage: str | None = None
     cispo_clip: float = 5.0
     spo_half_life: float = 0.06
     spo_rho: tuple[float, float] = (0.5, 0.96)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import multiprocessing
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.rl.registry import imported
 
 # Of one worker: sympy can ask for all memory of the machine over a tower of powers.
 _MEMORY = 4 << 30
@@ -81,15 +80,7 @@ def resolve(name: str) -> Callable[..., float]:
 
     if name in VERIFIERS:
         return VERIFIERS[name].score
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"verifier_function: cannot import {name!r}: {error}. Expected package.module:function, "
-            "importable from the run's directory or PYTHONPATH"
-        ) from error
-    return found  # type: ignore[no-any-return]
+    return imported(name, "verifier_function")  # type: ignore[no-any-return]
 
 
 def _begin(names: list[str]) -> None:

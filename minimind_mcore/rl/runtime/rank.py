@@ -22,16 +22,16 @@ from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
-from minimind_mcore.rl import sync
 from minimind_mcore.rl.algorithms.batches import mini_batches
 from minimind_mcore.rl.algorithms.losses import denominator
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config.load import megatron_flags
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
-from minimind_mcore.rl.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
-from minimind_mcore.rl.metrics import MOST_DIFFERENT, SAME_WEIGHTS
+from minimind_mcore.rl.runtime import weight_sync
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
+from minimind_mcore.rl.runtime.metrics import MOST_DIFFERENT, SAME_WEIGHTS
 from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress
@@ -248,10 +248,10 @@ class Rank:
             )
         return Path(path) if path else None
 
-    def shards(self) -> list[sync.Shard]:
+    def shards(self) -> list[weight_sync.Shard]:
         """This rank's part of the weights."""
         with weights_gathered(self.args, self.model):
-            return sync.shards(self.model)
+            return weight_sync.shards(self.model)
 
     def model_config(self) -> ModelConfig:
         """The architecture."""

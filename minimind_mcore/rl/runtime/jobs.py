@@ -19,8 +19,8 @@ from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
 from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.job import Job, LossFunction, averaged
 from minimind_mcore.training.layout import Layout
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from minimind_mcore.rl.algorithms.advantages import at_last_token, gae, group_norm
+from minimind_mcore.rl.algorithms.advantages import ADVANTAGES, Baseline, at_last_token, gae
 from minimind_mcore.rl.algorithms.kl import Controller, in_reward, kl
-from minimind_mcore.rl.algorithms.masked import masked_mean
-from minimind_mcore.rl.algorithms.spo import Baseline
+from minimind_mcore.rl.algorithms.masked import masked_mean, require_shape
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.metrics import Row
+from minimind_mcore.rl.registry import lookup
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.metrics import Row
 
 
 class Advantages:
@@ -41,41 +39,35 @@ class Advantages:
     def fill(self, batch: Batch) -> Row:
         """Set `advantages` (and `returns`) from `rewards` and what else the algorithm needs; returns metrics."""
         assert batch.rewards is not None
-        mask, metrics = batch.mask, dict[str, float]()
+        rl, chosen, mask, rewards, metrics = self.rl, self.algorithm, batch.mask, batch.rewards, dict[str, float]()
         logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
         divergence = None
-        if self.algorithm.kl == "reward":
+        if chosen.kl == "reward":
             assert batch.ref_logp is not None and logp is not None
-            divergence = kl(logp, batch.ref_logp, self.algorithm.kl_kind)
-        if self.algorithm.advantage == "gae":
-            metrics |= self._gae(batch, divergence)
-        elif self.algorithm.advantage == "baseline":
+            divergence = kl(logp, batch.ref_logp, chosen.kl_kind)
+        if chosen.advantage == "gae":
+            assert batch.values is not None
+            rewards = at_last_token(rewards, mask)
+            if divergence is not None:
+                rewards = in_reward(rewards, divergence, mask, self.kl_coef)
+            batch.advantages, batch.returns = gae(rewards, batch.values, mask, rl.gamma, rl.lam, rl.advantage_whiten)
+            metrics["critic/values/mean"] = masked_mean(batch.values, mask).item()
+            metrics["critic/returns/mean"] = masked_mean(batch.returns, mask).item()
+        elif chosen.advantage == "baseline":
             assert logp is not None
             metrics["spo/baseline"] = self.baseline.value
-            batch.advantages = self.baseline.advantages(batch.rewards, mask)
-            metrics["spo/rho"] = self.baseline.update(batch.rewards.mean().item(), masked_mean(logp, mask).item())
+            batch.advantages = self.baseline.advantages(rewards, mask)
+            metrics["spo/rho"] = self.baseline.update(rewards.mean().item(), masked_mean(logp, mask).item())
         else:
-            rewards = batch.rewards
             if divergence is not None:
                 rewards = rewards - self.kl_coef * (divergence * mask).sum(1)
-            batch.advantages = group_norm(rewards, mask, self.rl.n_samples_per_prompt, self.algorithm.spread)
+            advantage = lookup(chosen.advantage, ADVANTAGES, "minimind.advantage")
+            batch.advantages = advantage(rewards, mask, rl.n_samples_per_prompt, spread=chosen.spread)
+            require_shape(batch.advantages, mask, f"minimind.advantage: {chosen.advantage}")
         if divergence is not None:
             metrics["actor/reward_kl"] = masked_mean(divergence, mask).item()
             self.controller.update(masked_mean(divergence, mask, dim=1).mean().item(), len(batch))
         return metrics
-
-    def _gae(self, batch: Batch, divergence: torch.Tensor | None) -> Row:
-        assert batch.rewards is not None and batch.values is not None
-        mask = batch.mask
-        rewards = at_last_token(batch.rewards, mask)
-        if divergence is not None:
-            rewards, _ = in_reward(rewards, divergence, mask, self.kl_coef)
-        rl = self.rl
-        batch.advantages, batch.returns = gae(rewards, batch.values, mask, rl.gamma, rl.lam, rl.advantage_whiten)
-        return {
-            "critic/values/mean": masked_mean(batch.values, mask).item(),
-            "critic/returns/mean": masked_mean(batch.returns, mask).item(),
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

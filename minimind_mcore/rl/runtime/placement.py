@@ -6,19 +6,19 @@ from typing import Any
 
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
-from minimind_mcore.rl import supervise
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.cluster import Cluster, connect, where
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.metrics import say
-from minimind_mcore.rl.rank import command_line
-from minimind_mcore.rl.workers.group import Pool, Restarts
-from minimind_mcore.rl.workers.reward import reward_pool
-from minimind_mcore.rl.workers.rollout import RolloutGroup
-from minimind_mcore.rl.workers.train import TrainGroup
+from minimind_mcore.rl.runtime import supervise
+from minimind_mcore.rl.runtime.cluster import Cluster, connect, where
+from minimind_mcore.rl.runtime.metrics import say
+from minimind_mcore.rl.runtime.rank import command_line
+from minimind_mcore.rl.runtime.supervise import Pool, Restarts
+from minimind_mcore.rl.runtime.workers.reward import reward_pool
+from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
+from minimind_mcore.rl.runtime.workers.train import TrainGroup
 
 
-class Groups:
+class WorkerGroups:
     """The actors of a run.
 
     The ranks of the actor and the rollout engines share devices, and work in turn; a reference is kept by the
@@ -27,13 +27,13 @@ class Groups:
     Args:
         config: of the run.
         algorithm: what is optimised.
-        known: ids that the tokenizer has.
+        vocab_size: ids that the tokenizer has.
 
     Raises:
         UserError: the cluster does not have what the run needs.
     """
 
-    def __init__(self, config: Config, algorithm: Algorithm, known: int) -> None:
+    def __init__(self, config: Config, algorithm: Algorithm, vocab_size: int) -> None:
         rl, kl = config.rl, algorithm.kl != "none"
         apart, critic = kl and not rl.use_integrated_worker, algorithm.advantage == "gae"
         self.patience, most, world = config.minimind.cluster_wait_s, config.minimind.max_restarts, devices(rl, "actor")
@@ -53,7 +53,7 @@ class Groups:
             self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
             self.restarts = self._restarts("training ranks", most)
             engines = self.places[: config.generate.data_parallel_size or world]
-            self.rollout = RolloutGroup(config, model, known, engines, 0.4, self._rollout_restarts(most))
+            self.rollout = RolloutGroup(config, model, vocab_size, engines, 0.4, self._rollout_restarts(most))
             self.rewards: Pool = reward_pool(config, self._restarts("reward actors", most))
         except BaseException:
             self.cluster.close()

@@ -21,7 +21,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import mcore_to_hf
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.rollout.engine import Draw, Response
+from minimind_mcore.rl.runtime.engines.protocol import Response, SamplingParams
 
 
 class VLLMEngine:
@@ -83,19 +83,21 @@ class VLLMEngine:
 
         self.engine.apply_model(spoil)
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Response]:
         """See `Engine`."""
         vllm: Any = importlib.import_module("vllm")
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
         parameters = [
             vllm.SamplingParams(
-                max_tokens=draw.max_tokens,
-                temperature=draw.temperature,
-                top_k=draw.top_k if draw.top_k > 0 else -1,
-                top_p=draw.top_p,
-                min_p=draw.min_p,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k if sampling.top_k > 0 else -1,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
                 seed=seed & (2**63 - 1),
-                stop_token_ids=list(draw.stop),
+                stop_token_ids=list(sampling.stop),
                 logprobs=0,
                 detokenize=False,
             )

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config.schema import Config
+from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.storage import append_line, writing
 from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
 

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform import cpu
-from minimind_mcore.rl.hosts import require_ray
+from minimind_mcore.rl.runtime.hosts import require_ray
 
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
 SAY_EVERY_SECONDS = 10.0
@@ -64,7 +64,7 @@ class Cluster:
     waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     closed: threading.Event = field(default_factory=threading.Event)
 
-    def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Place]:
+    def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Bundle]:
         """So many places of the same resources, on as few hosts as possible; those of a host are neighbours.
 
         Raises:
@@ -80,7 +80,7 @@ class Cluster:
         api: Any = ray
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in api.nodes()}
         self.hosts |= {addresses[node] for node in nodes.values()}
-        return [Place(group, i, nodes[i], addresses[nodes[i]]) for i in order]
+        return [Bundle(group, i, nodes[i], addresses[nodes[i]]) for i in order]
 
     def _wait(self, group: Any, count: int, bundle: dict[str, float], patience: float, what: str) -> None:
         started, said = time.monotonic(), 0.0
@@ -165,7 +165,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Place:
+class Bundle:
     """Where an actor runs: a bundle of a placement group, and its host (as it was when it was reserved)."""
 
     group: Any
@@ -181,7 +181,7 @@ class Place:
         return {"scheduling_strategy": strategy, "num_cpus": 0, **resources}
 
 
-def where(places: Sequence[Place]) -> str:
+def where(places: Sequence[Bundle]) -> str:
     """Which ranks are on which host, for messages."""
     hosts: dict[str, list[str]] = {}
     for rank, place in enumerate(places):

@@ -17,7 +17,7 @@ from minimind_mcore.inference.loading import empty_model, fill_model
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import detect_form, mcore_to_hf
 from minimind_mcore.platform import device
-from minimind_mcore.rl.rollout.engine import Draw, Response, uniforms
+from minimind_mcore.rl.runtime.engines.protocol import Response, SamplingParams, uniforms
 
 SHRINK = 0.75  # responses that have ended leave the batch when so few of it are left
 
@@ -27,13 +27,13 @@ class DecoderEngine:
 
     Args:
         config: the architecture.
-        known: ids that the tokenizer has; rows of the vocabulary behind them are padding and never drawn.
+        vocab_size: ids that the tokenizer has; rows of the vocabulary behind them are padding and never drawn.
         dtype: of the arithmetic.
         batch: responses at a time.
     """
 
-    def __init__(self, config: ModelConfig, known: int, dtype: torch.dtype, batch: int) -> None:
-        self.config, self.known, self.dtype, self.batch = config, known, dtype, max(1, batch)
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype, batch: int) -> None:
+        self.config, self.vocab_size, self.dtype, self.batch = config, vocab_size, dtype, max(1, batch)
         self.model: Any = None
         self.decoder: Any = None
         self.form = "hf"
@@ -64,7 +64,9 @@ class DecoderEngine:
                 parameter.fill_(float("nan"))
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Response]:
         """See `Engine`."""
         at_a_time = max(1, self.batch // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
@@ -72,20 +74,22 @@ class DecoderEngine:
         for start in range(0, len(order), at_a_time):
             some = order[start : start + at_a_time]
             rows = [i * n + k for i in some for k in range(n)]
-            responses = self._generate([prompts[i] for i in some], n, draw, [seeds[row] for row in rows])
+            responses = self._generate([prompts[i] for i in some], n, sampling, [seeds[row] for row in rows])
             for row, response in zip(rows, responses, strict=True):
                 found[row] = response
         return found
 
-    def _generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Response]:
         """One batch of responses."""
         place, rows = self.model.device, len(prompts) * n
         longest = max(map(len, prompts))
-        room = min(draw.max_tokens, self.config.max_position_embeddings - longest)
+        room = min(sampling.max_tokens, self.config.max_position_embeddings - longest)
         padding = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[*[p[0]] * pad, *p] for p, pad in zip(prompts, padding, strict=True)], device=place)
         numbers = torch.from_numpy(uniforms(seeds, room)).to(place)
-        stop = torch.tensor(draw.stop, device=place)
+        stop = torch.tensor(sampling.stop, device=place)
         cache = Cache(len(prompts), padding)
         logits = self.decoder(ids, cache).repeat_interleave(n, dim=0)
         cache.select(torch.arange(len(prompts), device=place).repeat_interleave(n))
@@ -95,7 +99,7 @@ class DecoderEngine:
         running = torch.arange(rows, device=place)  # rows that are still in the batch
         going = torch.ones(rows, dtype=torch.bool, device=place)
         for at in range(room):
-            tokens, found = choose(logits, self.known, draw, numbers[running, at])
+            tokens, found = choose(logits, self.vocab_size, sampling, numbers[running, at])
             written[running, at], logp[running, at] = tokens, found
             alive = going[running]
             ended = torch.isin(tokens, stop) & alive
@@ -121,26 +125,26 @@ def _responses(written: Tensor, logp: Tensor, lengths: Tensor, going: Tensor) ->
     ]
 
 
-def choose(logits: Tensor, known: int, draw: Draw, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, vocab_size: int, sampling: SamplingParams, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """A token for each row, and its log-probability.
 
     Args:
         logits: [rows, vocabulary].
-        known: ids from here on are never drawn.
-        draw: how.
+        vocab_size: ids from here on are never drawn.
+        sampling: how tokens are drawn.
         numbers: [rows] in [0, 1): which token, on the scale of the cumulative probabilities.
 
     Returns:
         Ids [rows], and log softmax(logits / temperature) of them over the whole vocabulary [rows].
     """
-    scaled = logits.float() / draw.temperature
-    allowed = scaled[:, :known]
-    if draw.top_k > 0 or draw.top_p < 1 or draw.min_p > 0:
-        k = min(draw.top_k, known) if draw.top_k > 0 else known
+    scaled = logits.float() / sampling.temperature
+    allowed = scaled[:, :vocab_size]
+    if sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0:
+        k = min(sampling.top_k, vocab_size) if sampling.top_k > 0 else vocab_size
         values, order = allowed.topk(k, dim=-1)
         p = values.softmax(-1)
         before = p.cumsum(-1) - p
-        p = p.masked_fill((before >= draw.top_p) | (p < draw.min_p * p[:, :1]), 0.0)
+        p = p.masked_fill((before >= sampling.top_p) | (p < sampling.min_p * p[:, :1]), 0.0)
     else:
         order, p = None, allowed.softmax(-1)
     steps = p.cumsum(-1)

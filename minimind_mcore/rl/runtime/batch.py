@@ -106,10 +106,6 @@ class Batch:
         """The same on a device."""
         return dataclasses.replace(self, **{name: value.to(place) for name, value in self._tensors()})
 
-    def with_columns(self, **columns: Tensor) -> Batch:
-        """The same with more known, or something else."""
-        return dataclasses.replace(self, **columns)
-
     def state_dict(self) -> dict[str, Tensor]:
         """What is known, for a file."""
         return dict(self._tensors())
@@ -157,15 +153,3 @@ def concat(batches: Sequence[Batch]) -> Batch:
         parts = [getattr(b, name) for b in batches]
         columns[name] = torch.cat([_resized(part, size) for part in parts] if first.dim() == 2 else parts)
     return Batch(**columns)
-
-
-def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Rows for each of `parts` workers, so that each gets about as many tokens; equal numbers of rows."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    shares: list[list[int]] = [[] for _ in range(parts)]
-    for start in range(0, len(order), parts):
-        block = order[start : start + parts]
-        # forth and back, as one draws teams
-        for share, row in zip(shares if start // parts % 2 == 0 else shares[::-1], block, strict=False):
-            share.append(row)
-    return shares

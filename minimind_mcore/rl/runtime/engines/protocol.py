@@ -14,7 +14,7 @@ from minimind_mcore.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class SamplingParams:
     """How tokens are drawn; the names are those of vLLM and of `generate_config.sampling_config`.
 
     Attributes:
@@ -73,13 +73,15 @@ class Engine(Protocol):
     def perturb(self) -> None:
         """Spoil every weight: the next `load_weights` must put all of them right."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, draw: Draw, seeds: Sequence[int]) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Response]:
         """`n` responses to each prompt, neighbours in the result.
 
         Args:
             prompts: ids.
             n: of each.
-            draw: how.
+            sampling: how tokens are drawn.
             seeds: one for each response: the same seed and weights write the same response, whoever runs it.
         """
         ...

@@ -14,7 +14,7 @@ from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.reward_model import RewardModel
 from minimind_mcore.rl.rewards.rewards import Overlong, Rewards, Scores
-from minimind_mcore.rl.workers.group import Pool, Restarts
+from minimind_mcore.rl.runtime.supervise import Pool, Restarts
 
 
 class RewardWorker:

@@ -1,11 +1,11 @@
 """Hosts of a Ray cluster, for the scripts of examples/rlxf. ADDRESS is the head's, HOST:PORT.
 
-python -m minimind_mcore.rl.hosts address --towards ADDRESS        # of this host, as the head sees it
-python -m minimind_mcore.rl.hosts free ADDRESS                     # nothing listens there yet
-python -m minimind_mcore.rl.hosts wait ADDRESS --nodes 2           # until the cluster has so many hosts
-python -m minimind_mcore.rl.hosts reach ADDRESS --seconds 600      # until it answers
-python -m minimind_mcore.rl.hosts follow ADDRESS --process PID     # until it is gone
-python -m minimind_mcore.rl.hosts end --process PID                # the Ray of this host that this process is
+python -m minimind_mcore.rl.runtime.hosts address --towards ADDRESS        # of this host, as the head sees it
+python -m minimind_mcore.rl.runtime.hosts free ADDRESS                     # nothing listens there yet
+python -m minimind_mcore.rl.runtime.hosts wait ADDRESS --nodes 2           # until the cluster has so many hosts
+python -m minimind_mcore.rl.runtime.hosts reach ADDRESS --seconds 600      # until it answers
+python -m minimind_mcore.rl.runtime.hosts follow ADDRESS --process PID     # until it is gone
+python -m minimind_mcore.rl.runtime.hosts end --process PID                # the Ray of this host that this process is
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.rl.metrics import say
+from minimind_mcore.rl.runtime.metrics import say
 
 POLL_SECONDS = 2.0
 SAY_EVERY_SECONDS = 10.0
@@ -241,9 +241,8 @@ def end(process: int) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="minimind_mcore.rl.hosts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="minimind_mcore.rl.runtime.hosts", description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("address", "free", "wait", "reach", "follow", "end"))
     parser.add_argument("address", nargs="?", default="", help="of the head, HOST:PORT")
     parser.add_argument("--nodes", type=int, default=1, help="hosts to wait for")

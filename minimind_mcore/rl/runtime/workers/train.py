@@ -12,11 +12,11 @@ import ray
 import torch
 
 from minimind_mcore.platform import cpu, device
-from minimind_mcore.rl import supervise
-from minimind_mcore.rl.batch import Batch
-from minimind_mcore.rl.cluster import Place
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.supervise import collect
+from minimind_mcore.rl.runtime import supervise
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.cluster import Bundle
+from minimind_mcore.rl.runtime.supervise import collect
 
 
 def own_address() -> str:
@@ -56,7 +56,7 @@ class TrainWorker:
         device.use_interface(own_address())
         torch.set_num_threads(threads)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        from minimind_mcore.rl.rank import Rank  # seconds, in which another program could take the port
+        from minimind_mcore.rl.runtime.rank import Rank  # seconds, in which another program could take the port
 
         self._reserved.close()
         self.rank = Rank(config, role, reference)
@@ -79,7 +79,7 @@ class TrainGroup:
     """
 
     def __init__(
-        self, config: Config, role: str, places: Sequence[Place], share: float, reference: bool = False
+        self, config: Config, role: str, places: Sequence[Bundle], share: float, reference: bool = False
     ) -> None:
         self.config, self.role, self.places, self.reference = config, role, list(places), reference
         self.timeout = config.minimind.actor_timeout_s

@@ -13,10 +13,10 @@ from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.groups import devices
-from minimind_mcore.rl.rank import command_line
-from minimind_mcore.rl.trainer import prompt_dataset
-from minimind_mcore.rl.workers.reward import build
+from minimind_mcore.rl.runtime.placement import devices
+from minimind_mcore.rl.runtime.rank import command_line
+from minimind_mcore.rl.runtime.trainer import prompt_dataset
+from minimind_mcore.rl.runtime.workers.reward import build
 from minimind_mcore.training.layout import validate
 
 

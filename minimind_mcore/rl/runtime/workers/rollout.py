@@ -12,22 +12,22 @@ import torch
 
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import cpu, device
-from minimind_mcore.rl import sync
-from minimind_mcore.rl.cluster import Place
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.rollout.engine import Draw, Engine, Response
-from minimind_mcore.rl.sync import Shard
-from minimind_mcore.rl.workers.group import Pool, Restarts, Task
+from minimind_mcore.rl.runtime import weight_sync
+from minimind_mcore.rl.runtime.cluster import Bundle
+from minimind_mcore.rl.runtime.engines.protocol import Engine, Response, SamplingParams
+from minimind_mcore.rl.runtime.supervise import Pool, Restarts, Task
+from minimind_mcore.rl.runtime.weight_sync import Shard
 
 
 class RolloutWorker:
     """One engine."""
 
-    def __init__(self, config: Config, model: ModelConfig, known: int, threads: int) -> None:
+    def __init__(self, config: Config, model: ModelConfig, vocab_size: int, threads: int) -> None:
         torch.set_num_threads(threads)
         if device.current().kind == "cpu":
             cpu.tune()
-        self.make = partial(build_engine, config, model, known)
+        self.make = partial(build_engine, config, model, vocab_size)
 
     @cached_property
     def engine(self) -> Engine:
@@ -40,7 +40,7 @@ class RolloutWorker:
 
     def load(self, *parts: list[Shard]) -> None:
         """Take weights: the shards of every training rank."""
-        self.engine.load_weights(sync.join(parts))
+        self.engine.load_weights(weight_sync.join(parts))
 
     def check(self, *parts: list[Shard]) -> list[str]:
         """Snapshot, spoil every weight, load, compare; returns the names that are not what they were."""
@@ -50,21 +50,21 @@ class RolloutWorker:
         after = self.engine.weights()
         return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
-    def generate(self, prompts: list[list[int]], n: int, draw: Draw, seeds: list[int]) -> list[Response]:
+    def generate(self, prompts: list[list[int]], n: int, sampling: SamplingParams, seeds: list[int]) -> list[Response]:
         """See `Engine`."""
-        return self.engine.generate(prompts, n, draw, seeds)
+        return self.engine.generate(prompts, n, sampling, seeds)
 
 
-def build_engine(config: Config, model: ModelConfig, known: int) -> Engine:
+def build_engine(config: Config, model: ModelConfig, vocab_size: int) -> Engine:
     """The engine of `minimind.rollout_engine`."""
     if config.minimind.rollout_engine == "vllm":
-        from minimind_mcore.rl.rollout.vllm import VLLMEngine
+        from minimind_mcore.rl.runtime.engines.vllm import VLLMEngine
 
         return VLLMEngine(config, model)
-    from minimind_mcore.rl.rollout.decoder import DecoderEngine
+    from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
 
     dtype = getattr(torch, config.generate.dtype)
-    return DecoderEngine(model, known, dtype, config.generate.max_num_seqs)
+    return DecoderEngine(model, vocab_size, dtype, config.generate.max_num_seqs)
 
 
 class RolloutGroup:
@@ -73,7 +73,7 @@ class RolloutGroup:
     Args:
         config: of the run.
         model: the architecture.
-        known: ids that the tokenizer has.
+        vocab_size: ids that the tokenizer has.
         places: one for each engine.
         share: of a device that an engine takes.
         restarts: see `Restarts`.
@@ -83,8 +83,8 @@ class RolloutGroup:
         self,
         config: Config,
         model: ModelConfig,
-        known: int,
-        places: Sequence[Place],
+        vocab_size: int,
+        places: Sequence[Bundle],
         share: float,
         restarts: Restarts,
     ) -> None:
@@ -95,7 +95,7 @@ class RolloutGroup:
         def start(number: int) -> Any:
             place, threads = places[number], max(1, cpu.usable_cores() // beside[number])
             remote: Any = ray.remote(RolloutWorker)
-            actor = remote.options(**place.options(**gpus)).remote(config, model, known, threads)
+            actor = remote.options(**place.options(**gpus)).remote(config, model, vocab_size, threads)
             if self.shards:
                 actor.load.remote(*self.shards)  # answered before whatever it is asked next
             return actor
@@ -112,12 +112,14 @@ class RolloutGroup:
         return [name for names in self.pool.everywhere("check", *self.shards) for name in names]
 
     def generate(
-        self, prompts: Sequence[list[int]], n: int, draw: Draw, seeds: Sequence[int]
+        self, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
     ) -> Callable[[], list[Response]]:
         """Begin to write `n` responses to each prompt; what is returned waits for them, in the prompts' order."""
         shares = [list(range(i, len(prompts), len(self.pool))) for i in range(len(self.pool))]
         shares = [share for share in shares if share]
-        parts = [([prompts[i] for i in s], n, draw, [seeds[i * n + k] for i in s for k in range(n)]) for s in shares]
+        parts = [
+            ([prompts[i] for i in s], n, sampling, [seeds[i * n + k] for i in s for k in range(n)]) for s in shares
+        ]
         task = self.pool.submit("generate", parts)
 
         def finish() -> list[Response]:

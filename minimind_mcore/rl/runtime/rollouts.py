@@ -16,18 +16,18 @@ from typing import Any
 import torch
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl import batch as batches
 from minimind_mcore.rl.algorithms.groups import Groups, select, statistics
 from minimind_mcore.rl.algorithms.table import Algorithm
-from minimind_mcore.rl.batch import Batch
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.data import Prompt, PromptDataset
-from minimind_mcore.rl.metrics import Row, say
 from minimind_mcore.rl.rewards.rewards import Scores
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
-from minimind_mcore.rl.rollout.engine import Draw
-from minimind_mcore.rl.workers.group import Pool
-from minimind_mcore.rl.workers.rollout import RolloutGroup
+from minimind_mcore.rl.runtime import batch as batches
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.data import Prompt, PromptDataset
+from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
+from minimind_mcore.rl.runtime.metrics import Row, say
+from minimind_mcore.rl.runtime.supervise import Pool
+from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
 from minimind_mcore.storage import atomic_file
 
 _SHOWN = 3  # failures shown of a step that took several batches
@@ -66,7 +66,7 @@ class Experience:
         return {**scores.metrics(), **statistics(self.batch.rewards, n)}
 
 
-class Source:
+class RolloutManager:
     """Writes and scores responses.
 
     Args:
@@ -93,7 +93,7 @@ class Source:
         self.rollout, self.rewards = rollout, rewards
         self.n = config.rl.n_samples_per_prompt
         sampling = config.generate.sampling_config
-        self.draw = Draw(
+        self.sampling = SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=float(sampling.temperature),
             top_k=sampling.top_k,
@@ -115,7 +115,7 @@ class Source:
         if self.pending is None:
             self.pending = self._write(next(self.stream))
 
-    def take(self) -> Experience:
+    def generate(self) -> Experience:
         """The responses that were begun, not yet scored."""
         self.begin()
         assert self.pending is not None
@@ -128,7 +128,7 @@ class Source:
         consumed = self.consumed
         seeds = [(seed << 64) + (first + i) * self.n + k for i in range(len(prompts)) for k in range(self.n)]
         ids = [prompt.ids.tolist() for prompt in prompts]
-        finish = self.rollout.generate(ids, self.n, self.draw, seeds)
+        finish = self.rollout.generate(ids, self.n, self.sampling, seeds)
 
         def experience() -> Experience:
             found = finish()
@@ -185,7 +185,7 @@ class Source:
 
     # -------------------------------------------------------------------------------------- dynamic sampling
 
-    def take_differing(self) -> Experience:
+    def generate_differing(self) -> Experience:
         """Scored responses of groups whose scores differ: prompts are drawn until there are enough (DAPO).
 
         After `filter_groups_max_batches` batches the step is filled up with groups that do not.
@@ -197,7 +197,7 @@ class Source:
         count = generated = 0
         while count < wanted and generated < rl.filter_groups_max_batches:
             generated += 1
-            experience = self.take()
+            experience = self.generate()
             self.score(experience)()
             groups = self._select(experience)
             dropped += groups.reasons
@@ -236,7 +236,9 @@ class Source:
         Right is what the first verifier accepts that tells right from wrong; a reward model does not.
         """
         asked = [prompts[i] for i in range(min(count, len(prompts)))]
-        greedy = Draw(max_tokens=self.draw.max_tokens, temperature=self.draw.temperature, top_k=1, stop=self.draw.stop)
+        greedy = SamplingParams(
+            max_tokens=self.sampling.max_tokens, temperature=self.sampling.temperature, top_k=1, stop=self.sampling.stop
+        )
         found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
         texts = self._texts(asked, [response.ids for response in found], 1)
         lengths = torch.tensor([len(response.ids) for response in found])
