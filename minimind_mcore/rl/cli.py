@@ -86,7 +86,7 @@ def _lint(args: argparse.Namespace) -> None:
 
 
 def _export_verl(args: argparse.Namespace) -> None:
-    from minimind_mcore.rl.export_verl import export
+    from minimind_mcore.rl.verl.export import export
 
     file = find(args.config)
     config = resolve(compose(file.stem, args.overrides, file.parent, args.device))

@@ -69,6 +69,9 @@ def main() -> None:
     from minimind_mcore.rl.config.load import resolve
     from minimind_mcore.rl.runtime.trainer import Trainer, train
 
+    def process_id(actor: Any) -> int:
+        return int(ray.get(actor.__ray_call__.remote(lambda worker: os.getpid())))
+
     class Victim(Trainer):
         """Kills its own actors where it is told to, once each."""
 
@@ -82,10 +85,10 @@ def main() -> None:
             self.pids = {}
             for kind, pool in pools.items():
                 with contextlib.suppress(RayActorError):  # killed behind its last use
-                    self.pids[kind] = ray.get(pool.actors[0].pid.remote())
+                    self.pids[kind] = process_id(pool.actors[0])
             for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
                 group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
-                self.pids[group.role] = group.pids[-1]
+                self.pids[group.role] = process_id(group.actors[-1])
             self.rollouts.begin()
             self.at("rollout")
             found = super().generate()

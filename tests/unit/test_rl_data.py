@@ -20,9 +20,9 @@ from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.math_problems import FORGETS, careless, carries, problems, unseen_problems
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.rl.config.load import compose, resolve
-from minimind_mcore.rl.export_verl import export
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.runtime.data import PromptDataset
+from minimind_mcore.rl.verl.export import export
 
 R1 = "R1AlpacaStyleInstructionHandler"
 COLUMNS = {"prompt": "question", "query": "", "response": "answer"}

@@ -16,12 +16,12 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.export_verl import verl_overrides
 from minimind_mcore.rl.rewards.reward_model import RewardModel, folded
 from minimind_mcore.rl.rewards.rewards import Rewards
 from minimind_mcore.rl.runtime import batch as batches
 from minimind_mcore.rl.runtime.rollouts import Experience, RolloutManager
 from minimind_mcore.rl.runtime.workers.reward import RewardWorker, build
+from minimind_mcore.rl.verl.export import verl_overrides
 
 CODE = """
 from transformers import Qwen3Config, Qwen3Model

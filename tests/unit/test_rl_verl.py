@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl import export_verl
 from minimind_mcore.rl.config.load import compose, resolve
 from minimind_mcore.rl.config.schema import Config
+from minimind_mcore.rl.verl import export as export_verl
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -44,7 +44,7 @@ def test_a_penalty_in_the_reward_and_the_critic_s_schedule() -> None:
     assert found["algorithm.kl_ctrl.kl_coef"] == 0.02 and not found[f"{ACTOR}.use_kl_loss"]
     assert found["critic.optim.lr"] == 5e-6 and found["critic.optim.lr_scheduler_type"] == "cosine"
     assert found["++reward.custom_reward_function.name"] == "compute_score"
-    assert "++reward.custom_reward_function.path=" in export_verl.SCRIPT
+    assert "++reward.custom_reward_function.path=" in (export_verl.TEMPLATES / "run.sh.in").read_text()
 
 
 def test_what_verl_does_not_have_is_refused_or_said() -> None:

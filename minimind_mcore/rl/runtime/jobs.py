@@ -19,6 +19,7 @@ from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
 from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.job import Job, LossFunction, averaged
@@ -109,37 +110,21 @@ class Actor(ResponseJob):
     The losses of all micro-batches and data-parallel ranks add up to that of the mini-batch, however it is cut:
     each is divided by `total`, the mini-batch's denominator, or by `tokens`, its number of response tokens. So do the
     metrics.
-
-    Args:
-        args: of the run.
-        algorithm: what is optimised.
-        temperature: of the sampling.
-        entropy_coef: weight of the entropy.
-        tis_cap: see `policy_loss`.
-        length: the longest response allowed.
     """
 
     title = "policy"
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        algorithm: Algorithm,
-        temperature: float,
-        entropy_coef: float = 0.0,
-        tis_cap: float | None = None,
-        length: int | None = None,
-    ) -> None:
-        super().__init__(args, temperature)
-        self.algorithm, self.entropy_coef, self.tis_cap, self.length = algorithm, entropy_coef, tis_cap, length
-        self.kl_coef = algorithm.kl_coef
+    def __init__(self, args: argparse.Namespace, config: Config, algorithm: Algorithm) -> None:
+        sampling, minimind = config.generate.sampling_config, config.minimind
+        super().__init__(args, float(sampling.temperature))
+        self.algorithm, self.kl_coef, self.entropy_coef = algorithm, algorithm.kl_coef, config.rl.entropy_coeff
+        self.tis_cap = minimind.rollout_correction_cap if minimind.rollout_correction == "tis" else None
+        self.length = sampling.max_tokens
         self.total: Tensor | None = None
         self.tokens: Tensor | None = None
         self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "rollout/logp_diff")
-        if algorithm.kl == "loss":
-            self.metrics += ("actor/kl_loss",)
-        if tis_cap is not None:
-            self.metrics += ("actor/tis_weight", "actor/tis_clipfrac")
+        self.metrics += ("actor/kl_loss",) if algorithm.kl == "loss" else ()
+        self.metrics += ("actor/tis_weight", "actor/tis_clipfrac") if self.tis_cap is not None else ()
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
@@ -150,21 +135,11 @@ class Actor(ResponseJob):
         logp, entropy = self.log_probs(rows, logits)
         assert rows.advantages is not None
         loss, stats = actor_loss(
-            self.algorithm,
-            logp,
-            rows.advantages,
-            rows.mask,
-            old_logp=rows.old_logp,
-            ref_logp=rows.ref_logp,
-            rollout_logp=rows.rollout_logp,
-            entropy=entropy if self.entropy_coef else entropy.detach(),
-            kl_coef=self.kl_coef,
-            entropy_coef=self.entropy_coef,
-            tis_cap=self.tis_cap,
-            length=self.length,
-            total=self.total,
-            tokens=self.tokens,
-        )
+            self.algorithm, logp, rows.advantages, rows.mask,
+            old_logp=rows.old_logp, ref_logp=rows.ref_logp, rollout_logp=rows.rollout_logp,
+            entropy=entropy if self.entropy_coef else entropy.detach(), entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef, tis_cap=self.tis_cap, length=self.length, total=self.total, tokens=self.tokens,
+        )  # fmt: skip
         apart = torch.zeros_like(logp) if rows.rollout_logp is None else (logp.detach() - rows.rollout_logp).abs()
         stats["rollout/logp_diff"] = masked_mean(apart, rows.mask)
         # megatron-core takes the mean over micro-batches and data-parallel ranks.

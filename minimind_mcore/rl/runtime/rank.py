@@ -7,7 +7,6 @@ are collective: every rank of the model calls them with the same arguments.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,9 @@ from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import directory_of, iterations_in, saved_args
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.rl.algorithms.batches import mini_batches
 from minimind_mcore.rl.algorithms.losses import denominator
-from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.load import megatron_flags
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
@@ -114,8 +111,14 @@ class Rank:
         self.args.tokenizer_fingerprint = data.DatasetTokenizer(
             data.tokenizer_path(self.args), self.args.padded_vocab_size
         ).fingerprint
-        self.job, self.ask = self._jobs(objective(config))
         self.algorithm = objective(config)
+        self.job: Any  # trains the model; `ask` measures it
+        self.ask: ResponseJob
+        if role == "critic":
+            self.job, self.ask = Critic(self.args, config.rl.cliprange_value), Values(self.args)
+        else:
+            self.job = Actor(self.args, config, self.algorithm)
+            self.ask = LogProbs(self.args, self.job.temperature)
         self.model: list[Any] = []
         self.frozen: list[Any] = []
         self.optimizer: Any = None
@@ -124,23 +127,6 @@ class Rank:
         self.wants_reference = reference
         # `rl_config.blocking: false`: the weights before the last update, with which the engines wrote the next batch.
         self.earlier: list[Tensor] = []
-
-    def _jobs(self, algorithm: Algorithm) -> tuple[Any, ResponseJob]:
-        """What trains the model, and what only asks it."""
-        config = self.config
-        if self.role == "critic":
-            return Critic(self.args, config.rl.cliprange_value), Values(self.args)
-        temperature = float(config.generate.sampling_config.temperature)
-        ours = config.minimind
-        actor = Actor(
-            self.args,
-            algorithm,
-            temperature,
-            entropy_coef=config.rl.entropy_coeff,
-            tis_cap=ours.rollout_correction_cap if ours.rollout_correction == "tis" else None,
-            length=config.generate.sampling_config.max_tokens,
-        )
-        return actor, LogProbs(self.args, temperature)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -252,10 +238,6 @@ class Rank:
         """This rank's part of the weights."""
         with weights_gathered(self.args, self.model):
             return weight_sync.shards(self.model)
-
-    def model_config(self) -> ModelConfig:
-        """The architecture."""
-        return ModelConfig.from_args(self.args)
 
     def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
         """Write a checkpoint that `load` goes on from; `state` is the driver's."""
@@ -428,9 +410,3 @@ class Rank:
         ordered = sorted(range(len(mini)), key=lambda row: int(mini.lengths[row]))
         parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         return parts[rank::dp]
-
-
-def close() -> None:
-    """Leave the process groups."""
-    if os.environ.get("RANK"):
-        distributed.finish()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,6 @@ class RewardWorker:
     def prepare(self) -> None:
         """Load what there is to load."""
         self.rewards  # noqa: B018
-
-    def pid(self) -> int:
-        """Of this process."""
-        return os.getpid()
 
     def score(
         self, responses: list[str], labels: list[str], messages: list[list[dict[str, str]]], more: dict[str, Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -33,10 +32,6 @@ class RolloutWorker:
     def engine(self) -> Engine:
         """Made when first needed: an error would end an actor's `__init__`."""
         return self.make()
-
-    def pid(self) -> int:
-        """Of this process."""
-        return os.getpid()
 
     def load(self, *parts: list[Shard]) -> None:
         """Take weights: the shards of every training rank."""

@@ -43,8 +43,8 @@ class TrainWorker:
         place: tuple[int, int],
         rendezvous: tuple[str, int],
         threads: int,
-    ) -> int:
-        """Join the group as rank `place[0]` of `place[1]`; returns this process's id."""
+    ) -> None:
+        """Join the group as rank `place[0]` of `place[1]`."""
         rank, world = place
         os.environ.update(
             RANK=str(rank),
@@ -60,7 +60,6 @@ class TrainWorker:
 
         self._reserved.close()
         self.rank = Rank(config, role, reference)
-        return os.getpid()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the rank."""
@@ -86,7 +85,6 @@ class TrainGroup:
         self.share = share
         self.names = [f"{role} rank {rank}" for rank in range(len(self.places))]
         self.actors: list[Any] = []
-        self.pids: list[int] = []
 
     def start(self, at: int | None = None) -> dict[str, Any]:
         """Start the ranks and load their weights (of iteration `at`); returns what `Rank.load` does."""
@@ -102,7 +100,7 @@ class TrainGroup:
             actor.start.remote(self.config, self.role, self.reference, (rank, world), rendezvous, self._threads(rank))
             for rank, actor in enumerate(self.actors)
         ]
-        self.pids = collect(refs, self.names, "start", self.timeout)
+        collect(refs, self.names, "start", self.timeout)
         found: dict[str, Any] = self.call("load", at)[0]
         return found
 

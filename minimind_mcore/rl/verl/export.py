@@ -41,68 +41,8 @@ KL = {kind: alias for alias, kind in ALIASES.items()} | {"abs": "abs"}
 SCHEDULES = ("constant", "cosine")  # of FSDPOptimizerConfig, verl/workers/config/optimizer.py
 ALGORITHMS = ("grpo", "dr_grpo", "cispo", "ppo")
 
-REWARD = '''"""Rewards of this run, for verl's custom_reward_function: the kit must be installed beside verl."""
-{path}
-from minimind_mcore.rl.rewards.rewards import Rewards
-
-NAMES = {names!r}
-WEIGHTS = {weights!r}
-_rewards = None
-
-
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
-    """The weighed sum of the verifiers' scores of a response."""
-    global _rewards
-    if _rewards is None:
-        _rewards = Rewards(NAMES, WEIGHTS, timeout={timeout!r}, parallel=1, max_failures={failures!r})
-    prompt = (extra_info or {{}}).get("prompt", "")
-    return float(_rewards.score([solution_str], [ground_truth], prompts=[prompt]).total[0])
-'''
-BESIDE = """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-"""
-
-SCRIPT = """#!/usr/bin/env bash
-# {name} on verl, with vLLM. Further overrides pass through: bash run.sh trainer.nnodes=2
-set -euo pipefail
-HERE=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
-PYTHON=${{PYTHON:-python3}}
-# DEVICE: verl's trainer.device, where it is not its default
-exec "$PYTHON" -m verl.trainer.main_ppo \\
-{overrides}
-    ${{DEVICE:+"trainer.device=$DEVICE"}} \\
-    data.train_files="$HERE/train.parquet" \\
-    data.val_files="$HERE/test.parquet" \\
-    actor_rollout_ref.model.path="$HERE/model" critic.model.path="$HERE/model" \\
-    ++reward.custom_reward_function.path="$HERE/reward.py" ++custom_reward_function.path="$HERE/reward.py" \\
-    trainer.default_local_dir="$HERE/checkpoints" \\
-    "$@"
-"""
-
-README = """# {name} on verl
-
-Written by `minimind-mcore rl export-verl`. `bash run.sh` trains where verl, vLLM and this kit are installed in one
-Python; DEVICE is verl's trainer.device, for an Ascend host. The keys are those of verl of 2026-08 (the reward function
-by its older name too), against whose configuration they were checked; no training was run.
-
-| MindSpeed-RL | here |
-|---|---|
-| global_batch_size {prompts}, n_samples_per_prompt {samples} | data.train_batch_size, actor_rollout_ref.rollout.n |
-| mini_batch_size {mini}, in prompts | actor_rollout_ref.actor.ppo_mini_batch_size, in prompts too |
-| load {load} | model/: fp32 or bf16 as the checkpoint, trained by FSDP, not Megatron |
-| verifier_function {verifiers} | reward.py |
-| data_path {data} | train.parquet; test.parquet has {unseen} |
-
-What verl does otherwise:
-
-{differences}
-
-The chat template in model/ passes prompts through, as they hold theirs already; to chat with the trained model put
-chat_template.jinja.orig back in its place.
-"""
+BESIDE = "\nimport sys\nfrom pathlib import Path\n\nsys.path.insert(0, str(Path(__file__).parent))\n"
+TEMPLATES = Path(__file__).parent  # reward.py.in, run.sh.in and README.md.in, for str.format
 
 
 def export(config: Config, name: str, output: Path) -> None:
@@ -117,8 +57,9 @@ def export(config: Config, name: str, output: Path) -> None:
         unseen = _data(config, folder)
         rl, names = config.rl, _reward(config, folder)
         words = "\n".join(f"    {shlex.quote(f'{key}={value}')} \\" for key, value in overrides.items())
-        (folder / "run.sh").write_text(SCRIPT.format(name=name, overrides=words), encoding="utf-8")
-        readme = README.format(
+        _fill(folder / "run.sh", name=name, overrides=words)
+        _fill(
+            folder / "README.md",
             name=name,
             prompts=config.actor.global_batch_size,
             samples=rl.n_samples_per_prompt,
@@ -129,21 +70,26 @@ def export(config: Config, name: str, output: Path) -> None:
             unseen=unseen,
             differences="\n".join(f"- {line}" for line in differences(config)),
         )
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _fill(file: Path, **values: Any) -> None:
+    """Write a file from its template."""
+    text = (TEMPLATES / f"{file.name}.in").read_text(encoding="utf-8")
+    file.write_text(text.format(**values), encoding="utf-8")
 
 
 def _reward(config: Config, folder: Path) -> list[str]:
     """Write reward.py, with the user's own modules beside it; returns the names of the rewards."""
     names = config.reward_names
     copied = [_copy_module(name, folder) for name in names if ":" in name]
-    text = REWARD.format(
+    _fill(
+        folder / "reward.py",
         names=names,
         weights=config.reward_weights,
         timeout=config.rl.verifier_timeout,
         failures=config.minimind.reward_failure_limit,
         path=BESIDE if any(copied) else "",
     )
-    (folder / "reward.py").write_text(text, encoding="utf-8")
     return names
 
 

@@ -1,0 +1,1 @@
+"""A run for verl: the YAML of this kit in the words of verl."""
