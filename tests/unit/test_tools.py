@@ -17,8 +17,8 @@ USES = (
     ("minimind_mcore/inference/loading.py", "ModelConfig"),  # models
     ("minimind_mcore/mindspeed/flags.py", "quick_check"),  # preprocess
     ("minimind_mcore/posttrain/dpo.py", "unwrap"),  # models
-    ("minimind_mcore/rl/jobs.py", "averaged"),  # training
-    ("minimind_mcore/rl/rank.py", "open_source"),  # converters
+    ("minimind_mcore/rl/runtime/jobs.py", "averaged"),  # training
+    ("minimind_mcore/rl/runtime/rank.py", "open_source"),  # converters
     ("minimind_mcore/training/data.py", "tokenizer_info"),  # preprocess
     ("models/recipes.py", "parse_blend"),  # preprocess
     ("preprocess/cli.py", "build_parser"),  # the package itself
