@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,5 +98,7 @@ class NativeEngine:
         where.get_moe_layer_wise_logging_tracker().clear()
         self.model = self.optimizer = self.scheduler = None
         parallel_state.destroy_model_parallel()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # another shape would else be compiled for any shape, and be slower
         if device.current().kind == "cuda":
             torch.cuda.empty_cache()

@@ -104,6 +104,7 @@ def _run(
     site, newer = scratch / "site", scratch / "newer"
     site.mkdir()
     environment = _environment(args, [site])
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")  # of all programs, which have their own TMPDIR
     unpack = plan.unpack(WHEELS, site, newer)
     results: dict[str, list[Row]] = {}
     logs: list[str] = []
@@ -158,7 +159,7 @@ def _run_checks(
 ) -> list[Outcome]:
     """The outcomes of one part's programs; what needs a newer megatron-core comes last."""
     deadline = time.monotonic() + seconds
-    workers = max(2, min(4, len(os.sched_getaffinity(0)) // 2))
+    workers = max(2, min(5, len(os.sched_getaffinity(0)) // 2))
     usual = [check for check in checks if not check.newer]
     outcomes = run_part(usual, environment, seconds, workers, ROOT)
     for check in (check for check in checks if check.newer):
