@@ -29,11 +29,10 @@ from minimind_mcore.inputs.flags import allow_any_template, build_parser, flag_t
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
-from minimind_mcore.preprocess.config import from_dataset_info, with_config
 from minimind_mcore.preprocess.convert import convert, preview
 from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.meta import read_meta
-from minimind_mcore.preprocess.options import ChatOptions, Options
+from minimind_mcore.preprocess.options import ChatOptions, Options, from_dataset_info, with_config
 from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_info
 
 PROGRAM = "preprocess_data.py"

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.preprocess.dialogues import SUMMANDS, dialogues, held_out, preferences
-from minimind_mcore.preprocess.drills import drills
+from minimind_mcore.preprocess.dialogues import SUMMANDS, dialogues, drills, held_out, preferences
 from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.storage import atomic_file

@@ -164,7 +164,7 @@ class ChatHandler:
             after the first two are texts that go with it, each encoded: `labels`, the right answer, and fields
             of the record.
         answer: of tasks: the right answer.
-        fixed_prompt: the text is that of `prompter`, not of a chat template.
+        fixed_prompt: the text is that of `templates.PROMPTER_HEAD`, not of a chat template.
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
         others: fields that are read under their own names.
     """

@@ -1,22 +1,32 @@
-"""What a conversion is asked for, and what identifies the request."""
+"""What a conversion is asked for, in flags or in files, and what identifies the request.
+
+Files are YAML (--config) and LLaMA-Factory's dataset_info.json (--dataset-dir). YAML names any flag of
+preprocess_data.py without its dashes:
+
+    input: dataset/sft_t2t_mini.jsonl
+    handler_name: MiniMindInstructionHandler
+    tokenizer_name_or_path: tokenizer
+    map_keys: {messages: chats}
+    pack: true
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.documents import read_object, read_yaml
 from minimind_mcore.inputs.ranges import problem
-from minimind_mcore.preprocess import prompter
-from minimind_mcore.preprocess.handlers import ChatHandler, Handler, find_handler
+from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler, Handler, find_handler
 from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.preprocess.readers import Source
-from minimind_mcore.preprocess.templates import template_entry
+from minimind_mcore.preprocess.templates import PROMPTER_HEAD, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
 
@@ -33,7 +43,7 @@ class ChatOptions:
         prompt_type: a template of MindSpeed-LLM's format; None: the tokenizer's own chat template.
         prompt_type_path: the JSON file it is in; None: `templates.json` of this kit.
         enable_thinking: of templates that know it; of tasks: whether the model is to think.
-        seed: of MiniMind's random changes (`augment`).
+        seed: of MiniMind's random changes (`stages.draw`).
         system_ratio: share of conversations that get a system prompt; None: MiniMind's for its own
             formats (0.2), none for others.
         empty_think_ratio: share of texts that keep their empty thoughts; None: MiniMind's for its own
@@ -240,7 +250,7 @@ def template_digest(options: Options) -> str:
     chat = options.chat
     handler = options.find_handler()
     if isinstance(handler, ChatHandler) and handler.fixed_prompt:
-        source = prompter.HEAD
+        source = PROMPTER_HEAD
     elif chat.prompt_type is None:
         source = template_source(options.tokenizer)
     else:
@@ -261,3 +271,76 @@ def output_prefix(options: Options, sources: Sequence[Source], request: str) -> 
     first = Path(sources[0].path)
     name = first.name.split(".")[0] if len(sources) == 1 else first.parent.name
     return Path(options.cache_dir).expanduser() / f"{name}-{request[:12]}"
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """A command line with the flags of its --config file before its own, which win.
+
+    Raises:
+        UserError: no such file, or not a mapping of flags.
+    """
+    words = list(argv)
+    for place, word in enumerate(words):
+        if word == "--config" and place + 1 < len(words):
+            return [*read_config(words[place + 1]), *words[:place], *words[place + 2 :]]
+        if word.startswith("--config="):
+            return [*read_config(word.partition("=")[2]), *words[:place], *words[place + 1 :]]
+    return words
+
+
+def read_config(path: str) -> list[str]:
+    """The flags in a YAML file, as words of a command line.
+
+    Raises:
+        UserError: no such file, or not a mapping of flags.
+    """
+    content = read_yaml(Path(path).expanduser(), f"--config {path}")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"--config {path}: expected a mapping of flags, such as `input: data.jsonl`")
+    words = []
+    for key, value in content.items():
+        flag = f"--{key.removeprefix('--').replace('_', '-')}"
+        if value is True and flag != "--enable-thinking":
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and (value is not False or flag == "--enable-thinking"):
+            words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def from_dataset_info(options: Options, directory: str | None) -> Options:
+    """LlamaFactoryInstructionHandler: --input names entries of `dataset_info.json` in --dataset-dir.
+
+    Raises:
+        UserError: no such file or entry, or entries that need different handlers or columns.
+    """
+    if directory is None:
+        raise UserError("LlamaFactoryInstructionHandler: --dataset-dir is missing, where dataset_info.json is")
+    folder = Path(directory).expanduser()
+    path = folder / "dataset_info.json"
+    known = read_object(path, "give the directory of LLaMA-Factory's dataset_info.json with --dataset-dir")
+    entries: dict[str, Any] = {name.strip(): known.get(name.strip()) for name in options.input.split(",")}
+    missing = [name for name, entry in entries.items() if not isinstance(entry, dict) or "file_name" not in entry]
+    if missing:
+        raise UserError(f"--input {missing[0]}: {path} describes no file under that name; it has {', '.join(known)}")
+    kinds = [_kind(name, entry) for name, entry in entries.items()]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError(f"--input {options.input}: their formats or columns differ in {path}; convert them one by one")
+    handler, columns = kinds[0]
+    chat = dataclasses.replace(options.chat, map_keys={**columns, **(options.chat.map_keys or {})})
+    files = ",".join(str(folder / entry["file_name"]) for entry in entries.values())
+    return dataclasses.replace(options, input=files, handler=handler, chat=chat)
+
+
+def _kind(name: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The handler of an entry, and its --map-keys."""
+    formatting = entry.get("formatting", "alpaca")
+    style = {"alpaca": "AlpacaStyle", "sharegpt": "SharegptStyle", "openai": "OpenAI"}.get(formatting)
+    handler = f"{style}{'Pairwise' if entry.get('ranking') else 'Instruction'}Handler"
+    if handler not in CHAT_HANDLERS:
+        raise UserError(f"{name}: formatting {formatting!r} is not known here; expected alpaca, sharegpt or openai")
+    columns = dict(entry.get("columns") or {})
+    if entry.get("tags"):
+        columns["tags"] = entry["tags"]
+    return handler, columns

@@ -298,3 +298,35 @@ def _share_at_least_one(source: int, target: int, room: int) -> tuple[int, int]:
     """What is kept of a question and its answer: in proportion to their lengths."""
     most = max(int(room * (target / (source + target))) if source + target else 0, 1)
     return room - min(most, target), most
+
+
+PROMPTER_USER, PROMPTER_ASSISTANT = "### Instruction:", "### Response:"
+PROMPTER_HEAD = (
+    "\nBelow is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request. "
+    "Please note that you need to think through your response logically and step by step.\n"
+)
+
+
+class Prompter:
+    """The fixed prompt of MindSpeed-LLM's first instruction handlers, a `ChatTemplate` that ignores --prompt-type.
+
+    The loss is on what follows the last "### Response:", the answer itself: earlier answers are context. The prompt's
+    length is that of its text encoded alone, as MindSpeed-LLM counts it.
+    """
+
+    unwritten = frozenset[str]()
+
+    def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
+        """Return the whole text, and the text before the last answer."""
+        text = PROMPTER_HEAD
+        for message in conversation.messages:
+            text += f"{PROMPTER_USER if message['role'] == 'user' else PROMPTER_ASSISTANT}\n{message['content']}\n"
+        return [[text], [text.rpartition(PROMPTER_ASSISTANT)[0] + PROMPTER_ASSISTANT + "\n"]]
+
+    def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
+        """Return the ids, and labels on the last answer alone."""
+        ids, asked = turns
+        labels = ids.copy()
+        labels[: len(asked)] = IGNORED
+        return ids, labels, False

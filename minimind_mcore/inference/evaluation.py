@@ -10,23 +10,98 @@ that cannot be scored ends the program with an error.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
-from minimind_mcore.inference.exact_match import Question, ask, read_questions
-from minimind_mcore.inference.harness import require_harness, run_harness
-from minimind_mcore.inference.heldout import Document, documents
-from minimind_mcore.inference.scores import Scores
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.scores import Question, Scores, ask, read_questions
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.inference.starting import opened, start
 from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.preprocess.check import quick_check
+from minimind_mcore.preprocess.indexed import bin_path, idx_path, read_index
+from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+
+KEY = "text"
+Document = tuple[list[int], int]
+
+
+def documents(path: str, loaded: Loaded) -> Iterator[Document]:
+    """The ids of each document, bos and eos among them, and the bytes of its text.
+
+    Args:
+        path: files as preprocess_data.py reads them (.jsonl with `text`, .txt, .parquet), or the prefix of a dataset.
+        loaded: whose tokenizer it is.
+
+    Raises:
+        UserError: nothing there, a record without text, or ids of another tokenizer.
+    """
+    yield from _of_dataset(path, loaded) if idx_path(path).is_file() else _of_files(path, loaded)
+
+
+def _of_files(path: str, loaded: Loaded) -> Iterator[Document]:
+    tokenizer: Any = loaded.tokenizer
+    before, after = loaded.info.frame()
+    for shard in plan_shards(find_sources(path), subsets=1):
+        for line, record in ShardReader(shard, [KEY]):
+            where = f"{shard.source.path}, record {line}"
+            if isinstance(record, Reject):
+                raise UserError(f"{where}: {record.reason}")
+            if record is None:
+                continue
+            text = record.get(KEY) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{where}: expected an object with a {KEY!r} that is a text")
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            yield [*before, *ids, *after], len(text.encode())
+
+
+def _of_dataset(prefix: str, loaded: Loaded) -> Iterator[Document]:
+    quick_check(prefix, loaded.info.fingerprint)
+    index = read_index(prefix)
+    tokens = np.memmap(bin_path(prefix), index.dtype, "r")
+    for length, pointer in zip(index.lengths, index.pointers, strict=True):
+        start = int(pointer) // index.dtype.itemsize
+        ids = tokens[start : start + int(length)].tolist()
+        if max(ids) >= loaded.config.vocab_size or min(ids) < 0:
+            raise UserError(f"{prefix}: an id of {max(ids)}, but the model has {loaded.config.vocab_size}")
+        yield ids, len(loaded.tokenizer.decode(ids, skip_special_tokens=True).encode())
+
+
+def run_harness(loaded: Loaded, tasks: Sequence[str], shots: int, batch: int, limit: int | None) -> dict[str, Any]:
+    """Its results by task.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    require_harness()
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+    found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, limit=limit)
+    results: dict[str, Any] = found["results"]
+    return results
+
+
+def require_harness() -> None:
+    """Raise a `UserError` unless lm-evaluation-harness is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--harness: lm-evaluation-harness is not installed (pip install lm-eval); C-Eval, CMMLU, MMLU, OpenBookQA "
+            "and perplexity run without it, by --task"
+        )
+
 
 PROGRAM = "evaluation.py"
 EXACT_MATCH, PERPLEXITY = "exact_match", "perplexity"

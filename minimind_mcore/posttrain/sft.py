@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, and what every stage of post-training shares."""
+"""Supervised fine-tuning, MiniMind2's reasoning distillation, and what every stage of post-training shares."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.check import idx_digest
+from minimind_mcore.preprocess.tokenize import load_encoder
 from minimind_mcore.training import checkpointing, distributed, sample_order
 from minimind_mcore.training import data as training_data
-from minimind_mcore.training.job import Job, LossFunction, token_loss
+from minimind_mcore.training.data import tokenizer_path
+from minimind_mcore.training.job import Job, LossFunction, averaged, token_loss
 from minimind_mcore.training.layout import Layout, require
 
 
@@ -130,3 +132,34 @@ def run_model(model: Any, batch: dict[str, Any], labels: Tensor | None = None) -
         packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
     output: Tensor = model(batch["tokens"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
     return output
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAG_WEIGHT = 10.0
+
+
+class Reason(SFT):
+    """SFT in which every token that is a piece of a tag counts ten times, wherever it stands.
+
+    In MiniMind2's vocabulary the tags are several pieces, `<` and `>` among them. The weighted sum is
+    divided by the number of labels without their weights.
+    """
+
+    title = "reasoning distillation"
+
+    @functools.cached_property
+    def pieces(self) -> Tensor:
+        """Token ids of which the tags are made."""
+        tokens, _ = load_encoder(tokenizer_path(self.args), backend="tokenizers").encode(list(TAGS))
+        return torch.tensor(sorted(set(tokens.tolist())))
+
+    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """See `Job`."""
+        mask: Tensor = batch["loss_mask"]
+        is_piece = torch.isin(batch["labels"], self.pieces.to(mask.device))
+        weights = mask * torch.where(is_piece, TAG_WEIGHT, 1.0)
+
+        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return averaged((losses.float() * weights).sum(), mask.sum())
+
+        return run_model(model, batch, labels=batch["labels"]), loss

@@ -19,7 +19,8 @@ from helpers.engine import Corpus
 from helpers.inference_models import open_model, run_inference, twin, write_model
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference import evaluation, exact_match
+from minimind_mcore.inference import evaluation
+from minimind_mcore.inference import scores as scores_module
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Question, Subject, load_benchmark
 from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
@@ -308,24 +309,24 @@ def test_exact_match_counts_what_generation_gives(
 
 def test_answers_of_several_files_are_counted_together() -> None:
     """A task that is in both, as without `task` in files of one name."""
-    scores, question = Scores({}), exact_match.Question("addition", from_text("1+1"), "2")
+    scores, question = Scores({}), scores_module.Question("addition", from_text("1+1"), "2")
     for said in (["2", "3", "2"], ["4"]):
-        scores.add_answers("exact_match", [exact_match.Answered(question, text) for text in said])
+        scores.add_answers("exact_match", [scores_module.Answered(question, text) for text in said])
     assert scores.accuracies == {"exact_match": {"addition": Accuracy(4, 2)}}
 
 
 def test_an_answer_of_many_tokens_can_be_right(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a model that knows all answers, each with the token that ends it, and writes as much as it is allowed to."""
-    questions = [exact_match.Question("t", from_text(str(n)), " ".join(["abcd"] * n)) for n in (1, 400)]
+    questions = [scores_module.Question("t", from_text(str(n)), " ".join(["abcd"] * n)) for n in (1, 400)]
     known = [loaded.tokenizer(q.answer)["input_ids"] + [loaded.tokenizer.eos_token_id] for q in questions]
-    assert len(known[1]) > exact_match.LONGEST
+    assert len(known[1]) > scores_module.LONGEST
 
     def complete(self: Generator, prompts: list[list[int]]) -> list[Completion]:
         cut = [ids[: self.sampling.max_new_tokens] for ids in known]
         return [Completion([i for i in ids if i not in self.stop], ids[-1] in self.stop) for ids in cut]
 
     monkeypatch.setattr(Generator, "complete", complete)
-    assert [answered.right for answered in exact_match.ask(loaded, questions, 2)] == [True, True]
+    assert [answered.right for answered in scores_module.ask(loaded, questions, 2)] == [True, True]
 
 
 def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess import augment, train_tokenizer
+from minimind_mcore.preprocess import stages, train_tokenizer
 from minimind_mcore.preprocess.conversations import Conversation
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, find_handler
 from minimind_mcore.preprocess.options import ChatOptions, Options, validate
@@ -423,15 +423,15 @@ def many(count: int) -> Iterator[Conversation]:
 
 
 def test_draws_are_uniform_and_independent_of_each_other() -> None:
-    draws = [augment.draw(1, conversation) for conversation in many(4000)]
+    draws = [stages.draw(1, conversation) for conversation in many(4000)]
     for name in ("system", "prompt", "empty_think", "thinking"):
         values = [getattr(drawn, name) for drawn in draws]
         assert all(0 <= value < 1 for value in values)
         assert all(abs(sum(value < x for value in values) / 4000 - x) < 0.03 for x in (0.05, 0.2, 0.5, 0.9))
     both = sum(drawn.system < 0.2 and drawn.empty_think < 0.2 for drawn in draws)
     assert abs(both / 4000 - 0.04) < 0.015
-    assert draws == [augment.draw(1, conversation) for conversation in many(4000)]
-    assert draws != [augment.draw(2, conversation) for conversation in many(4000)]
+    assert draws == [stages.draw(1, conversation) for conversation in many(4000)]
+    assert draws != [stages.draw(2, conversation) for conversation in many(4000)]
 
 
 def test_system_prompts_and_thoughts_come_and_go_as_often_as_in_minimind(tokenizer: str) -> None:
@@ -446,7 +446,7 @@ def test_system_prompts_and_thoughts_come_and_go_as_often_as_in_minimind(tokeniz
         text for text in texts if text.startswith("<|im_start|>system") and "You are a helpful assistant<" not in text
     ]
     assert abs(len(given) / 600 - 0.2) < 0.05
-    assert {text.split("\n")[1].removesuffix("<|im_end|>") for text in given} == set(augment.SYSTEM_PROMPTS)
+    assert {text.split("\n")[1].removesuffix("<|im_end|>") for text in given} == set(stages.SYSTEM_PROMPTS)
     kept = sum(EMPTY_THINK in text for text in texts) / 600
     assert abs(kept - (0.05 if generation(tokenizer) == "v2" else 0.2)) < 0.05
     with_tools = stage.prepare({"conversations": DIALOGUES["tools"]})

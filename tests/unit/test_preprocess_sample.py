@@ -16,8 +16,7 @@ from minimind_mcore.preprocess import cli, train_tokenizer
 from minimind_mcore.preprocess import corpus as corpus_program
 from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.corpus import build, problems
-from minimind_mcore.preprocess.dialogues import KEYS, dialogues, held_out, preferences
-from minimind_mcore.preprocess.drills import drills
+from minimind_mcore.preprocess.dialogues import KEYS, dialogues, drills, held_out, preferences
 from minimind_mcore.preprocess.handlers import find_handler
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.tokenize import tokenizer_info

@@ -27,7 +27,7 @@ from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert as convert_weights
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference import heldout
+from minimind_mcore.inference import evaluation
 from minimind_mcore.inference.loading import Loaded, load_tokenizer
 from minimind_mcore.inference.prompts import Encoder, from_text
 from minimind_mcore.preprocess import train_tokenizer
@@ -234,7 +234,7 @@ def prompt_and_document(folder: Path, text: str, tmp_path: Path) -> tuple[list[i
     tokenizer = load_tokenizer(info)
     loaded = Loaded(None, tokenizer, info, SMALL["minimind3"], "")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))
-    [(document, _)] = heldout.documents(str(tmp_path / "text.jsonl"), loaded)
+    [(document, _)] = evaluation.documents(str(tmp_path / "text.jsonl"), loaded)
     return Encoder(tokenizer, raw=True)(from_text(text)), document
 
 
