@@ -30,8 +30,7 @@ from minimind_mcore.checkpoint.layout import Sharding
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.tensors import Slot, create_safetensors
 from minimind_mcore.converters.convert import convert
-from minimind_mcore.converters.hf import HFTarget
-from minimind_mcore.converters.hf_files import hf_config
+from minimind_mcore.converters.hf import HFTarget, hf_config
 from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig

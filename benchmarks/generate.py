@@ -70,9 +70,8 @@ def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
     """What inference.py runs, with nothing to stop it."""
     import transformers
 
-    from minimind_mcore.inference.generation import Generator
+    from minimind_mcore.inference.generation import Generator, Sampling
     from minimind_mcore.inference.loading import Loaded
-    from minimind_mcore.inference.sampling import Sampling
     from minimind_mcore.preprocess.tokenize import TokenizerInfo
 
     model: Any = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()

@@ -6,8 +6,8 @@ asked for. So a `Source` is a table of lazy tensors over memory-mapped files, a 
 every byte has its place before the first is written, and a conversion (`convert.py`) one pass that reads
 each tensor once and hands it to the target. Reading back what was written is the same code again.
 
-    target.py      what a conversion writes to; hf.py, megatron.py, megatron_dist.py and peft.py write the formats
-    convert.py     the conversion, top to bottom
+    convert.py     the conversion, top to bottom, and the `Target` that it writes to
+    hf.py          writes directories of transformers and `.pth` files; megatron.py and peft.py write theirs
     job.py         a conversion as the command lines ask for it
     cli.py         the command lines of convert_ckpt_v2.py and convert_ckpt.py
 

@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +25,16 @@ from typing import TypeVar
 import torch
 import xxhash
 from torch import Tensor
+from tqdm import tqdm
 
 from minimind_mcore.checkpoint.source import Lazy, Source, require_finite
-from minimind_mcore.checkpoint.tensors import as_bytes
-from minimind_mcore.converters.progress import Progress
-from minimind_mcore.converters.sealing import Sealing
-from minimind_mcore.converters.target import Target
+from minimind_mcore.checkpoint.tensors import TensorWriter, as_bytes
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.storage import (
     MANIFEST,
+    FileEntry,
     check_manifest,
     disk_errors,
     fsync_directory,
@@ -41,6 +42,147 @@ from minimind_mcore.storage import (
     remove_abandoned,
     temporary_beside,
 )
+
+LINE_SECONDS = 5.0
+
+
+class Progress:
+    """Counts bytes.
+
+    Args:
+        what: is done.
+        total: bytes.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, max(1, total), 0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True)
+
+    def add(self, nbytes: int) -> None:
+        """So many more are done."""
+        self._done += nbytes
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(nbytes)
+        elif now - self._last >= LINE_SECONDS:
+            self._last = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            print(
+                f"{self._what}: {100 * self._done / self._total:.0f} % of {self._total / 1e9:.2f} GB, "
+                f"{rate / 1e9:.2f} GB/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Sealing:
+    """Threads beside those that write: a file is hashed by one at a time, in order, right behind what is written.
+
+    Args:
+        writers: of the files.
+    """
+
+    def __init__(self, writers: Sequence[TensorWriter]) -> None:
+        self._writers = writers
+        self._hashing: dict[Path, Future[None]] = {}
+        self._closing: dict[Path, Future[FileEntry]] = {}
+        self._executor = ThreadPoolExecutor(max(2, min(4, usable_cores())))
+
+    def advance(self) -> None:
+        """Hash on where there is something new."""
+        for writer in self._writers:
+            running = self._hashing.get(writer.path)
+            if writer.can_hash and (running is None or running.done()):
+                if running is not None:
+                    running.result()
+                self._hashing[writer.path] = self._executor.submit(writer.hash_written)
+
+    def finish(self) -> None:
+        """All is written: begin to close the files."""
+        self._closing = {writer.path: self._executor.submit(writer.close) for writer in self._writers}
+
+    def entries(self, root: Path) -> dict[str, FileEntry]:
+        """Wait for the files; their manifest entries by path below the root.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        return {str(path.relative_to(root)): future.result() for path, future in self._closing.items()}
+
+    def __enter__(self) -> Sealing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Target(ABC):
+    """Files to fill. `create` makes them, `write` fills them, `finish` adds small ones, `record` the manifest."""
+
+    single_file: str | None = None  # its name, where the output is no directory
+
+    def __init__(self) -> None:
+        self.writers: list[TensorWriter] = []
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """For people: what is written."""
+
+    @abstractmethod
+    def create(self, root: Path) -> None:
+        """Make the files in an empty directory, at their full sizes."""
+
+    @abstractmethod
+    def write(self, name: str, whole: Tensor) -> None:
+        """Write all that comes of one tensor of the whole megatron-core model."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what is not tensors; then it can be opened."""
+
+    @abstractmethod
+    def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
+        """Write the manifest, and what must come last.
+
+        Args:
+            manifest: size and digest of every tensor file, by its path below the root.
+            about: what else the manifest says.
+        """
+
+    def reopen(self, root: Path) -> Mapping[str, Lazy]:
+        """The tensors of the whole megatron-core model, as they are read from what was written."""
+        from minimind_mcore.checkpoint.opening import open_source
+
+        return open_source(root).tensors
+
+    def unwritten(self) -> list[str]:
+        """Places for tensors of which a byte was not written, or was written twice."""
+        return [f"{writer.path.name}: {name}" for writer in self.writers for name in writer.unwritten()]
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in self.writers:
+            writer.abandon()
+
 
 # What a small file, a header or a directory may need besides the tensors.
 SLACK_BYTES = 16 << 20

@@ -3,21 +3,168 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from minimind_mcore.checkpoint.hf import WEIGHTS
 from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.checkpoint.tensors import Slot, create_safetensors
 from minimind_mcore.checkpoint.torch_zip import create_torch
-from minimind_mcore.converters import hf_files
-from minimind_mcore.converters.target import Target
-from minimind_mcore.models import weights
-from minimind_mcore.models.hf_config import hf_model_type
+from minimind_mcore.converters.convert import Target
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import weights, yarn
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.hf_config import hf_model_type, to_native_config
 from minimind_mcore.models.rules import Rule, Zeros
+from minimind_mcore.preprocess.hf_tokenizer import export_config, require_auto_tokenizer
+from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
+from minimind_mcore.preprocess.train_tokenizer import SPECIAL, chat_template
 from minimind_mcore.storage import FileEntry, file_entry, write_manifest
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+# What `to_dict` writes too: of no causal language model, or of this installation.
+_NOT_THE_MODEL = (
+    *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "output_hidden_states", "output_attentions"),
+    *("return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
+)
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+
+def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | None, copy_code: bool = False) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files.
+
+    Args:
+        root: the directory.
+        source: what is converted.
+        native: MiniMind's own config.
+        folder: a directory with a tokenizer; otherwise the source's, or that of its training.
+        copy_code: with `native`, whether to copy MiniMind's modelling code too.
+
+    Raises:
+        UserError: the tokenizer is not the one that the model was trained with.
+    """
+    tokenizer = find_tokenizer(source, folder)
+    ids: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every MiniMind
+    if tokenizer is not None:
+        ids = copy_tokenizer(tokenizer, root)
+    config = native_config(source, folder, root, copy_code) if native else hf_config(source.config)
+    _write_json(root / "config.json", config | ids | dtype_fields(source.dtype))
+    _write_json(root / "generation_config.json", ids)
+    if tokenizer is not None:
+        require_auto_tokenizer(root)
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5, vLLM and MindSpeed-LLM all read."""
+    fields: dict[str, Any] = config.hf_config().to_dict()
+    for key in _NOT_THE_MODEL:
+        fields.pop(key, None)
+    fields["architectures"] = [_CLASSES[hf_model_type(config)]]
+    # transformers 5 has them in `rope_parameters`, and other names for the counts; the others know only these.
+    # Not `rope_scaling`: where it is there, if only as null, transformers 5 does not look at `rope_parameters`.
+    fields |= {"rope_theta": float(config.rope_theta), "tie_word_embeddings": config.tie_embeddings}
+    fields.pop("rope_scaling", None)
+    if config.inference_rope_scaling:  # in the one form that transformers 4 and 5 and vLLM read alike
+        fields.pop("rope_parameters", None)
+        fields["rope_scaling"] = yarn.PARAMETERS | yarn.SERVING
+    if config.moe:
+        fields["num_experts"] = config.moe.num_experts
+        fields["router_weight"] = config.moe.router_weight or "normalized"
+    return fields
+
+
+def native_config(source: Source, folder: Path | None, root: Path, copy_code: bool) -> dict[str, Any]:
+    """Return MiniMind's own config.json.
+
+    With `copy_code`, copy `model_minimind.py` from `folder` or the source, and name the file in `auto_map`, so that
+    transformers runs it under `trust_remote_code`. Without the flag, code of an unknown author does not spread.
+    """
+    fields = to_native_config(source.config)
+    if moe := source.config.moe:
+        fields["router_weight"] = moe.router_weight or "normalized"
+    for place in filter(None, (folder, source.folder)):
+        code = place / "model_minimind.py"
+        if code.is_file() and not copy_code:
+            print(
+                f"{code} was not copied: it is code, which transformers runs under trust_remote_code. Give --copy-code "
+                "to copy it, if you trust it",
+                file=sys.stderr,
+            )
+            break
+        if code.is_file():
+            print(f"copied {code}: transformers runs this code under trust_remote_code", file=sys.stderr)
+            shutil.copy(code, root / code.name)
+            classes = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
+            return fields | {"auto_map": {auto: f"model_minimind.{name}" for auto, name in classes.items()}}
+    return fields
+
+
+def dtype_fields(dtype: torch.dtype) -> dict[str, str]:
+    """The dtype under the name of transformers 4, which 5 reads too, as does MindSpeed-LLM (it knows no other)."""
+    return {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def find_tokenizer(source: Source, folder: Path | None) -> Path | None:
+    """The directory of the model's tokenizer, or None; says so if there is none."""
+    trained = Path(source.training.tokenizer) if source.training.tokenizer else None
+    for place in filter(None, (folder, source.folder, trained)):
+        if (place / "tokenizer.json").is_file():
+            fingerprint = tokenizer_fingerprint(place)
+            if source.training.fingerprint and fingerprint != source.training.fingerprint:
+                raise UserError(
+                    f"{place}: not the tokenizer that the model was trained with (fingerprint {fingerprint[:12]}, "
+                    f"expected {source.training.fingerprint[:12]}); give its directory as --hf-cfg-dir"
+                )
+            return place
+    print(
+        "no tokenizer was given (--hf-cfg-dir, or --tokenizer-name-or-path): the output has weights and configs, "
+        "and needs its tokenizer's files",
+        file=sys.stderr,
+    )
+    return None
+
+
+def copy_tokenizer(tokenizer: Path, root: Path) -> dict[str, int | None]:
+    """Copy a tokenizer's files, with a tokenizer_config.json that has a chat template and makes AutoTokenizer load
+    tokenizer.json; returns the special ids by config key, None for a token that the tokenizer does not have.
+    """
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, root / name)
+    config_file = root / "tokenizer_config.json"
+    config = export_config(tokenizer)
+    info = tokenizer_info(tokenizer)
+    content = json.loads((root / "tokenizer.json").read_text(encoding="utf-8"))
+    names = {token["content"] for token in content.get("added_tokens") or []}
+    if "chat_template" not in config and set(SPECIAL[:3]) <= names:
+        config["chat_template"] = chat_template()
+    if not config_file.is_file() or json.loads(config_file.read_text(encoding="utf-8")) != config:
+        _write_json(config_file, config)
+    return {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": info.pad_id}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
 
 SHARD_BYTES = 2 << 30
 
@@ -116,7 +263,7 @@ class HFTarget(StateTarget):
     def finish(self) -> None:
         """See `Target`."""
         native = self.form == "native"
-        hf_files.write(self._root, self.source, native=native, folder=self.folder, copy_code=self.copy_code)
+        write_sidecars(self._root, self.source, native=native, folder=self.folder, copy_code=self.copy_code)
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
         """See `Target`."""

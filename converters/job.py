@@ -17,10 +17,9 @@ from minimind_mcore.checkpoint.megatron import open_adapters
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.source import Source, cast, resize_vocabulary
 from minimind_mcore.converters import peft
-from minimind_mcore.converters.convert import Result, convert, require_free, require_space
+from minimind_mcore.converters.convert import Result, Target, convert, require_free, require_space
 from minimind_mcore.converters.hf import SHARD_BYTES, HFTarget, PthTarget
 from minimind_mcore.converters.megatron import MegatronTarget
-from minimind_mcore.converters.target import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type
@@ -233,7 +232,7 @@ def make_target(job: Job, source: Source) -> Target:
     if job.ckpt_format == "torch":
         return MegatronTarget(source, job.sharding)
     if job.ckpt_format == "torch_dist":
-        from minimind_mcore.converters.megatron_dist import MegatronDistTarget
+        from minimind_mcore.converters.megatron import MegatronDistTarget
 
         return MegatronDistTarget(source)
     raise UserError(f"--ckpt-format {job.ckpt_format}: expected torch or torch_dist")

@@ -12,7 +12,7 @@ from torch import Tensor
 from minimind_mcore.checkpoint.lora import Adapter, adapters_of, scale_of
 from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.checkpoint.tensors import Slot, create_safetensors, open_safetensors
-from minimind_mcore.converters.target import Target
+from minimind_mcore.converters.convert import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.rules import Rule

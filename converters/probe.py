@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.checkpoint.source import Lazy, Source
+from minimind_mcore.converters.convert import Target
 from minimind_mcore.converters.hf import HFTarget
-from minimind_mcore.converters.target import Target
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
@@ -89,7 +89,7 @@ def directory_logits(root: Path, ids: Tensor) -> Tensor:
 
 def megatron_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: Tensor) -> Tensor:
     """Of the megatron-core model with these weights."""
-    from minimind_mcore.converters.megatron_dist import single_process
+    from minimind_mcore.converters.megatron import single_process
 
     with single_process():
         from megatron.core import tensor_parallel

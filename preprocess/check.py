@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.chat import IGNORED
 from minimind_mcore.preprocess.indexed import BLOCK_BYTES, Index, bin_path, copy_chunks, idx_path, read_index
 from minimind_mcore.preprocess.meta import DatasetMeta, meta_path, prompts_path, read_meta
+from minimind_mcore.preprocess.templates import IGNORED
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import sha256
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_mcore.preprocess.chat import IGNORED
 from minimind_mcore.preprocess.indexed import IndexedWriter, Int64s, Written, bin_path, read_index
+from minimind_mcore.preprocess.templates import IGNORED
 
 Prefix = str | os.PathLike[str]
 BATCH = 1024

@@ -25,12 +25,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_mcore.preprocess.chat import IGNORED, ChatTemplate, Ids, TokenizerTemplate, Turns, checked
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler
 from minimind_mcore.preprocess.messages import Conversation, Unusable
 from minimind_mcore.preprocess.options import Options
 from minimind_mcore.preprocess.readers import Reject, rejected
-from minimind_mcore.preprocess.templates import Prompter, Settings, SlotTemplate, template_entry
+from minimind_mcore.preprocess.templates import (
+    IGNORED,
+    ChatTemplate,
+    Ids,
+    Prompter,
+    Settings,
+    SlotTemplate,
+    TokenizerTemplate,
+    Turns,
+    checked,
+    template_entry,
+)
 from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, token_text
 
 # MiniMind changes a conversation at random each time it reads the record (dataset/lm_dataset.py): one in five gets a

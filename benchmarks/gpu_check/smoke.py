@@ -191,9 +191,8 @@ def generate(checkpoints: Path, data: Data) -> None:
 
     from minimind_mcore.checkpoint.layout import Sharding
     from minimind_mcore.converters.job import Job
-    from minimind_mcore.inference.generation import Generator
+    from minimind_mcore.inference.generation import Generator, Sampling
     from minimind_mcore.inference.loading import load, open_both
-    from minimind_mcore.inference.sampling import Sampling
 
     job = Job(load_dir=checkpoints, save_dir=Path(), save_type="hf", sharding=Sharding(), dtype="fp32")
     loaded = load(*open_both(job, str(data.tokenizer)))

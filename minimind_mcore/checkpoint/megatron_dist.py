@@ -17,8 +17,7 @@ from torch import Tensor
 
 from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.checkpoint.layout import Sharding
-from minimind_mcore.checkpoint.megatron import training_of
-from minimind_mcore.checkpoint.megatron_config import model_config
+from minimind_mcore.checkpoint.megatron import model_config, training_of
 from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.checkpoint.tensors import Entry, Shape, TensorFile
 from minimind_mcore.checkpoint.torch_zip import StoredTensor, read_archive

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
-from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.loading import Loaded, opened, start
 from minimind_mcore.inference.scores import Question, Scores, ask, read_questions
 from minimind_mcore.inference.scoring import Accuracy, Scorer
-from minimind_mcore.inference.starting import opened, start
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import bin_path, idx_path, read_index

@@ -6,20 +6,25 @@ loaded.model                            # a transformers model: Llama, Qwen3, Qw
 
 from __future__ import annotations
 
+import argparse
 import functools
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.job import DTYPE_NAMES, Job, open_model, prepare
 from minimind_mcore.errors import UserError
+from minimind_mcore.inference import flags
 from minimind_mcore.inference.decoder import Decoder
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.platform import device
+from minimind_mcore.platform import cpu, device
 from minimind_mcore.preprocess import hf_tokenizer
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, tokenizer_info
 
@@ -172,3 +177,34 @@ def load_tokenizer(info: TokenizerInfo) -> Any:
             f"the tokenizer {info.path}: its tokenizer_config.json names no eos_token that is in the vocabulary"
         )
     return hf_tokenizer.load_tokenizer(info.path)
+
+
+def opened(args: argparse.Namespace) -> tuple[Source, TokenizerInfo]:
+    """The model and the tokenizer that a command line names; no weights are read.
+
+    Raises:
+        UserError: see `open_both` and `flags.check_model`.
+    """
+    source, info = open_both(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
+    flags.check_model(args, source.config)
+    size = source.config.num_parameters() / 1e6
+    print(f"model      {args.load}: {source.kind}, {size:.1f}M parameters", file=sys.stderr)
+    for line in assumptions.described(args.load, source.assumptions):
+        print(line, file=sys.stderr)
+    print(f"tokenizer  {info.path} (fingerprint {info.fingerprint[:12]})", file=sys.stderr, flush=True)
+    return source, info
+
+
+def start(source: Source, info: TokenizerInfo) -> Loaded:
+    """Load the model onto the device.
+
+    Raises:
+        UserError: see `load`.
+    """
+    if device.current().kind == "cpu":
+        cpu.tune()
+    began = time.perf_counter()
+    loaded = load(source, info)
+    seconds = time.perf_counter() - began
+    print(f"loaded     {loaded.dtype} on {device.current().kind} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    return loaded

@@ -19,11 +19,9 @@ from typing import Any
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import chat, flags
-from minimind_mcore.inference.generation import Generator
-from minimind_mcore.inference.loading import load_tokenizer
+from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.loading import load_tokenizer, opened, start
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts, read_tools
-from minimind_mcore.inference.sampling import Sampling
-from minimind_mcore.inference.starting import opened, start
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry

@@ -13,10 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.generation import Generator
+from minimind_mcore.inference.generation import Generator, Sampling
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, records
-from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.inference.scoring import Accuracy, Perplexity
 from minimind_mcore.storage import atomic_file, atomic_write_text
 

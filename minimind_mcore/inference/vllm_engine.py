@@ -16,8 +16,7 @@ from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.generation import Completion
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.generation import Completion, Sampling
 
 
 def require_vllm(tasks: Sequence[str]) -> None:

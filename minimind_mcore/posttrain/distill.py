@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minimind_mcore.models.wrappers import unwrap
-from minimind_mcore.posttrain.frozen import FrozenModel
+from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import SFT, run_model
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.layout import Layout, require

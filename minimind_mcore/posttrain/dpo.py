@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain import data, reference
-from minimind_mcore.posttrain.frozen import FrozenModel
+from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.layout import Layout, require

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -23,17 +24,70 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
+from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.files import directory_of, is_converted, iterations_in
+from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.weights import EMBEDDING, OUTPUT
 from minimind_mcore.platform import device
 from minimind_mcore.posttrain import data
-from minimind_mcore.posttrain.sft import PostTraining
+from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.preprocess.indexed import bin_path
 from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record_files, sha256, writing
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
-from minimind_mcore.training.model import weights_gathered
+from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
+from minimind_mcore.training.layout import Layout
+from minimind_mcore.training.model import core_config, weights_gathered
+
+
+class FrozenModel:
+    """It is whole on every rank of the last pipeline stage, where the loss is; its tensors are split as the run's are.
+
+    Args:
+        args: of the run.
+        layout: of the run.
+        path: weights of Hugging Face, MiniMind or Megatron.
+
+    Raises:
+        UserError: nothing there that can be read, or a model of another vocabulary.
+    """
+
+    def __init__(self, args: argparse.Namespace, layout: Layout, path: str) -> None:
+        from megatron.core import parallel_state
+
+        source = open_weights(args, Path(path))
+        if distributed.is_main():
+            for line in assumptions.described(path, source.assumptions):
+                print(line, flush=True)
+        if source.config.vocab_size != args.padded_vocab_size:
+            raise UserError(
+                f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is {args.padded_vocab_size}"
+            )
+        self.model: Any = None
+        if parallel_state.get_pipeline_model_parallel_rank() == layout.pp - 1:
+            self.model = _build(args, layout, source)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any], labels: Tensor | None = None) -> Tensor:
+        """See `run_model`."""
+        return run_model(self.model, batch, labels)
+
+
+def _build(args: argparse.Namespace, layout: Layout, source: Source) -> Any:
+    from minimind_mcore.models.core_config import build_gpt_model
+    from minimind_mcore.models.loading import load_into
+
+    # One stage, whatever the run's pipeline; untied, as megatron-core adds up tied weights over all stages.
+    alone = dataclasses.replace(layout, pp=1, vpp=None)
+    untied = source.config.replace(tie_embeddings=False)
+    model = build_gpt_model(untied, core_config(args, alone, untied)).to(device.current().torch_device)
+    tied = {OUTPUT: EMBEDDING} if source.config.tie_embeddings else {}
+    load_into([model], lambda name: read_tensor(source, tied.get(name, name)))
+    return model.to(args.params_dtype).requires_grad_(False).eval()
+
 
 LogProbs = NDArray[np.float32]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.inference.decoder import Cache, Decoder
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.generation import Sampling
 from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.platform import device

@@ -14,7 +14,7 @@ from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
-from minimind_mcore.inference.starting import opened
+from minimind_mcore.inference.loading import opened
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import to_native_config
 

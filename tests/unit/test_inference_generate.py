@@ -23,13 +23,11 @@ from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main
 from minimind_mcore.inference.decoder import Cache, Decoder
-from minimind_mcore.inference.generation import Completion, Generator
+from minimind_mcore.inference.generation import Completion, Generator, Sampling
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
-from minimind_mcore.inference.sampling import Sampling
-from minimind_mcore.preprocess.chat import TokenizerTemplate
 from minimind_mcore.preprocess.conversations import MINIMIND, Conversation, read_minimind
-from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
+from minimind_mcore.preprocess.templates import Settings, SlotTemplate, TokenizerTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import load_encoder
 
 SAMPLES = os.environ.get("MINIMIND_SAMPLES_DIR", "")
