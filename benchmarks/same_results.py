@@ -98,7 +98,6 @@ def weights_digest(checkout: Path, work: Path, checkpoint: Path) -> str:
     """Return a digest of names, dtypes, shapes and bytes of the weights of every rank."""
     code = (
         "import hashlib, pathlib, sys, torch\n"
-        "import minimind_mcore.platform.device as device; device.setup()\n"
         "digest = hashlib.sha256()\n"
         "for file in sorted(pathlib.Path(sys.argv[1]).rglob('model_optim_rng.pt')):\n"
         "    digest.update(file.parent.name.encode())\n"
