@@ -11,6 +11,7 @@ and one with another order trains on other samples. Here an order that has no di
 from __future__ import annotations
 
 import copy
+import glob
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets import blended_dataset, blended_megatron_dataset_builder, gpt_dataset
+from numpy.lib.format import MAGIC_PREFIX
 from typing_extensions import override
 
 from minimind_mcore.storage import (
@@ -72,12 +74,23 @@ def _cached(dataset: Any, directory: Path, split: str, build: Callable[[], Any])
     base = directory / f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
     record = Path(f"{base}-digests.json")
     if record.is_file():
-        problems = check_manifest(directory, name=record.name)
+        problems = check_manifest(directory, name=record.name) + _pickles(base)
         if not problems:
             return build()
         print("\n  ".join(["the cached sample order is damaged; building it again:", *problems]), file=sys.stderr)
     with writing(directory, "give a directory that can be written with --data-cache-path"):
         return _rebuilt(dataset, base, record, build)
+
+
+def _pickles(base: Path) -> list[str]:
+    """Problems of files that numpy.load would unpickle: megatron-core allows that, and a pickle can run code."""
+    files = sorted(base.parent.glob(f"{glob.escape(base.name)}-*.npy"))
+    return [f"{file}: not an array of numpy" for file in files if not _is_array(file)]
+
+
+def _is_array(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return content.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
 
 
 def _rebuilt(dataset: Any, base: Path, record: Path, build: Callable[[], Any]) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import zlib
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess import check as checks
 from minimind_mcore.preprocess import cli
 from minimind_mcore.preprocess.indexed import HEADER, IndexedWriter
+from minimind_mcore.storage import record_files
 
 CONFIG = PRESETS["minimind2_small_tiny"]
 SUFFIXES = (".bin", ".idx", ".meta.json")
@@ -221,7 +224,28 @@ def damaged_record(cache: Path) -> None:
         file.write_bytes(b"\xff{")
 
 
-@pytest.mark.parametrize("damage", [truncate_shuffle, reverse_shuffle, reverse_blend, half_written, damaged_record])
+class Hostile:
+    """Makes a directory where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def pickled(cache: Path) -> None:
+    """A file that numpy.load unpickles, with a record that has its digest."""
+    for file in cache.glob("*-GPTDataset-train-shuffle_index.npy"):
+        file.write_bytes(pickle.dumps(Hostile(cache.parent / "code has run")))
+        record = file.with_name(file.name.replace("shuffle_index.npy", "digests.json"))
+        record_files(record, [cache / name for name in json.loads(record.read_text())["files"]])
+
+
+DAMAGES = [truncate_shuffle, reverse_shuffle, reverse_blend, half_written, damaged_record, pickled]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_built_again_and_changes_no_loss(
     server: Server, corpus: Corpus, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -236,6 +260,7 @@ def test_a_damaged_cache_is_built_again_and_changes_no_loss(
     names = {file.name for file in (tmp_path / "cache").iterdir()}
     damage(tmp_path / "cache")
     run = server.run(argv, tmp_path / "second", 2, check=False)
+    assert not (tmp_path / "code has run").exists()
     assert run.codes == [0, 0] and run.column() == expected, run.output
     assert damage is half_written or "the cached sample order is damaged; building it again" in run.output
     assert {file.name for file in (tmp_path / "cache").iterdir()} == names
