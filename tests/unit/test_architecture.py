@@ -18,7 +18,6 @@ def names(page: Path) -> set[str]:
     return set(re.findall(r"`([\w./]+(?:\.py(?::\w+)?|/))`", page.read_text(encoding="utf-8")))
 
 
-@pytest.mark.xfail(reason="the page describes moves that land one by one", strict=False)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_names_of_the_page_exist(page: Path) -> None:
     found = names(page)

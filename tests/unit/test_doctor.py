@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import matrix_tables
 from helpers.engine import ROOT
 
 from minimind_mcore import hosts
-from minimind_mcore.doctor import devices, host, installed, job, main, matrix, rehearsal, tables
+from minimind_mcore.doctor import devices, host, installed, job, main, matrix, rehearsal
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
@@ -679,16 +680,16 @@ def test_unknown_commands_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((ROOT / "minimind_mcore/doctor/matrix.json").read_text()) == matrix.data()
 
 
-@pytest.mark.parametrize("file", tables.FILES)
+@pytest.mark.parametrize("file", matrix_tables.FILES)
 def test_documents_have_the_tables_of_the_matrix(file: str) -> None:
-    text = (tables.DOCS / file).read_text(encoding="utf-8")
-    assert text == tables.rendered(file), "run python -m minimind_mcore.doctor.tables"
+    text = (matrix_tables.DOCS / file).read_text(encoding="utf-8")
+    assert text == matrix_tables.rendered(file), "run PYTHONPATH=tests python -m helpers.matrix_tables"
     assert text.count("<!-- matrix:") == 5
 
 
 def test_both_languages_have_the_same_commands() -> None:
     for name in ("install_ascend", "fusionone"):
-        texts = [(tables.DOCS / f"{name}{suffix}.md").read_text(encoding="utf-8") for suffix in ("", "_zh")]
+        texts = [(matrix_tables.DOCS / f"{name}{suffix}.md").read_text(encoding="utf-8") for suffix in ("", "_zh")]
         english, chinese = (
             [
                 line.split("#")[0].rstrip()

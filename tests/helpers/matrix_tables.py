@@ -1,6 +1,6 @@
 """The matrix as the tables of docs/install_ascend.md and docs/install_ascend_zh.md.
 
-    python -m minimind_mcore.doctor.tables          # writes them again, between their marks
+    PYTHONPATH=tests python -m helpers.matrix_tables    # write them again, between their marks
 
 A table begins behind `<!-- matrix: NAME -->` and ends at `<!-- end -->`.
 """
