@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.tensors import Slot, create_safetensors
 from minimind_mcore.converters.convert import convert
@@ -49,7 +49,7 @@ MODEL = ModelConfig(
     qk_layernorm=True,
     norm_eps=1e-6,
 )
-LAYOUT = Sharding(tp=2, pp=2)
+LAYOUT = ParallelLayout(tp=2, pp=2)
 REQUIRED_RATIO = 0.7
 GIB = 1 << 30
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import arguments
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import run
 from minimind_mcore.models.config import ROUTER_WEIGHTS
 from minimind_mcore.models.presets import get_preset
@@ -36,7 +37,6 @@ from minimind_mcore.preprocess.corpus import build
 from minimind_mcore.storage import atomic_write_text
 from minimind_mcore.training import data, pretrain
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.layout import Layout
 from minimind_mcore.training.metrics import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ class Measured(Job):
         _, valid, _ = data.build_datasets(argparse.Namespace(**vars(self.args) | once))
         return [train, valid, None]
 
-    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
         """Watch the router of every layer."""
         for number, layer in enumerate(chunks[0].decoder.layers):
             layer.mlp.router.register_forward_hook(

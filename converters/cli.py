@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.checkpoint import assumptions, unpickling
-from minimind_mcore.checkpoint.layout import Sharding, parse_numbers
+from minimind_mcore.checkpoint.layout import ParallelLayout, parse_numbers
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser, given_flags, refuse_unknown
@@ -153,7 +153,7 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "load_dir": Path(args.load_dir),
         "load_type": args.load_model_type if "--load-model-type" in given else None,
         "save_type": "hf" if args.save_model_type == "hf" else "mg",
-        "sharding": Sharding(
+        "layout": ParallelLayout(
             tp=tp,
             pp=args.target_pipeline_parallel_size,
             ep=args.target_expert_parallel_size,

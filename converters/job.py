@@ -12,7 +12,7 @@ import torch
 
 from minimind_mcore.checkpoint import assumptions, lora
 from minimind_mcore.checkpoint.files import iteration_directory
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.megatron import open_adapters
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.source import Source, cast, resize_vocabulary
@@ -40,7 +40,7 @@ class Job:
     load_dir: Path
     save_dir: Path
     save_type: str
-    sharding: Sharding
+    layout: ParallelLayout
     load_type: str | None = None
     ckpt_format: str = "torch"
     model_type: str | None = None
@@ -199,7 +199,7 @@ def _rows(job: Job, source: Source) -> int:
         rows = true
     if job.save_type == "hf":
         return rows
-    unit = job.vocab_divisible_by * job.sharding.tp if job.vocab_divisible_by > 1 else 1
+    unit = job.vocab_divisible_by * job.layout.tp if job.vocab_divisible_by > 1 else 1
     padded = job.padded_vocab_size or -(-rows // unit) * unit
     if padded < rows:
         raise UserError(f"--padded-vocab-size {padded}: the vocabulary has {rows} rows already")
@@ -230,7 +230,7 @@ def make_target(job: Job, source: Source) -> Target:
         )
     source = _with_tokenizer(source, folder)
     if job.ckpt_format == "torch":
-        return MegatronTarget(source, job.sharding)
+        return MegatronTarget(source, job.layout)
     if job.ckpt_format == "torch_dist":
         from minimind_mcore.converters.megatron import MegatronDistTarget
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import NAME, TRACKER, directory_of
-from minimind_mcore.checkpoint.layout import Part, Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout, Part
 from minimind_mcore.checkpoint.megatron_dist import stacked
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.checkpoint.tensors import Slot
@@ -34,23 +34,23 @@ class MegatronTarget(Target):
 
     Args:
         source: what is converted.
-        sharding: the layout.
+        layout: the layout.
 
     Raises:
         UserError: the model cannot have that layout.
     """
 
-    def __init__(self, source: Source, sharding: Sharding) -> None:
+    def __init__(self, source: Source, layout: ParallelLayout) -> None:
         super().__init__()
-        sharding.check(source.config)
-        self.source, self.sharding = source, sharding
-        self._parts = sharding.parts(source.config)
+        layout.check(source.config)
+        self.source, self.layout = source, layout
+        self._parts = layout.parts(source.config)
         self._root = Path()
         # all values of a tensor that several ranks have are counted for each
         self._slots: dict[str, dict[str, dict[str, Slot]]] = defaultdict(lambda: defaultdict(dict))
         for name, tensor in source.tensors.items():
             for part in self._parts[name]:
-                shape = _joined_shape(part, part.shape(name, tensor.shape, sharding.tp))
+                shape = _joined_shape(part, part.shape(name, tensor.shape, layout.tp))
                 self._slots[part.folder][part.chunk][part.name] = Slot(shape, tensor.dtype)
 
     @property
@@ -62,7 +62,7 @@ class MegatronTarget(Target):
     @property
     def kind(self) -> str:
         """See `Target`."""
-        return f"Megatron torch, {self.sharding}"
+        return f"Megatron torch, {self.layout}"
 
     @property
     def iteration(self) -> int:
@@ -72,19 +72,19 @@ class MegatronTarget(Target):
     def create(self, root: Path) -> None:
         """See `Target`."""
         self._root = root
-        args = checkpoint_args(self.source, self.sharding)
+        args = checkpoint_args(self.source, self.layout)
         content = {"args": args, "checkpoint_version": 3.0, "iteration": self.iteration}
-        for folder in self.sharding.folders():
+        for folder in self.layout.folders():
             path = directory_of(root, self.iteration) / folder / NAME
             path.parent.mkdir(parents=True)
-            chunks = {key: self._slots[folder][key] for key in self.sharding.chunk_keys(self.source.config)}
+            chunks = {key: self._slots[folder][key] for key in self.layout.chunk_keys(self.source.config)}
             self.writers.append(create_torch(path, content, chunks))
 
     def write(self, name: str, whole: Tensor) -> None:
         """See `Target`."""
         writers = {writer.path.parent.name: writer for writer in self.writers}
         for part in self._parts[name]:
-            tensor = part.cut(name, whole, self.sharding.tp)
+            tensor = part.cut(name, whole, self.layout.tp)
             writers[part.folder].write(f"{part.chunk}/{part.name}", tensor, part.block, part.blocks)
 
     def finish(self) -> None:
@@ -106,17 +106,17 @@ def _joined_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (first, second * part.blocks) if part.name.endswith("weight1") else (first * part.blocks, second)
 
 
-def checkpoint_args(source: Source, sharding: Sharding) -> argparse.Namespace:
+def checkpoint_args(source: Source, layout: ParallelLayout) -> argparse.Namespace:
     """The arguments that a checkpoint carries: what training would have been given for this model and layout."""
     precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(source.dtype, [])
-    args = arguments.parse([*source.config.megatron_flags(), *sharding.flags(), *precision])
-    per, places = sharding.layers_per_virtual_stage, sharding.places(source.config)
+    args = arguments.parse([*source.config.megatron_flags(), *layout.flags(), *precision])
+    per, places = layout.layers_per_virtual_stage, layout.places(source.config)
     args.num_layers = places
-    args.moe_grouped_gemm = sharding.grouped_experts
-    args.noop_layers = ",".join(map(str, sharding.noop_layers)) or None
-    args.num_layer_list = ",".join(map(str, sharding.layers_per_stage or ())) or None
-    args.virtual_pipeline_model_parallel_size = places // sharding.pp // per if per else None
-    args.expert_tensor_parallel_size = sharding.tp
+    args.moe_grouped_gemm = layout.grouped_experts
+    args.noop_layers = ",".join(map(str, layout.noop_layers)) or None
+    args.num_layer_list = ",".join(map(str, layout.layers_per_stage or ())) or None
+    args.virtual_pipeline_model_parallel_size = places // layout.pp // per if per else None
+    args.expert_tensor_parallel_size = layout.tp
     args.params_dtype = source.dtype
     args.consumed_train_samples = source.training.consumed_samples
     args.skipped_train_samples = 0
@@ -171,7 +171,7 @@ class MegatronDistTarget(Target):
         """See `Target`."""
         self._directory.mkdir(parents=True)
         state: dict[str, Any] = {
-            "args": checkpoint_args(self.source, Sharding()),
+            "args": checkpoint_args(self.source, ParallelLayout()),
             "checkpoint_version": 3.0,
             "iteration": self.source.training.iteration,
             "num_floating_point_operations_so_far": 0,

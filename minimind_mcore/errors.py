@@ -21,6 +21,12 @@ class UserError(Exception):
     """
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def did_you_mean(name: str, known: Iterable[str], begin: str = "; did") -> str:
     """Return the end of a message about an unknown name: "; did you mean X?", or nothing if no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)

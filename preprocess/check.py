@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.indexed import BLOCK_BYTES, Index, bin_path, copy_chunks, idx_path, read_index
+from minimind_mcore.preprocess.indexed import BLOCK_BYTES, Column, Index, bin_path, copy_chunks, idx_path, read_index
 from minimind_mcore.preprocess.meta import DatasetMeta, meta_path, prompts_path, read_meta
 from minimind_mcore.preprocess.templates import IGNORED
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
@@ -128,8 +128,7 @@ def _answers(prefixes: Sequence[str]) -> list[str]:
     for prefix in prefixes:
         size = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else 0
         if size and prefix.endswith("_packed_labels_document"):
-            tokens = np.memmap(bin_path(prefix), read_index(prefix).dtype, "r")
-            found += [] if (tokens[:CHUNK] == IGNORED).any() else [prefix]
+            found += [] if (Column(prefix).tokens[:CHUNK] == IGNORED).any() else [prefix]
     return found
 
 

@@ -118,6 +118,26 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     )
 
 
+class Column:
+    """The sequences of one dataset, by number; they stay in the file until they are asked for."""
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix, self.index = os.fspath(prefix), read_index(prefix)
+        self.tokens: NDArray[Any] = np.empty(0, self.index.dtype)
+        if self.index.sequences:
+            self.tokens = np.memmap(bin_path(prefix), dtype=self.index.dtype, mode="r")
+
+    def __len__(self) -> int:
+        return self.index.sequences
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        start = int(self.index.pointers[number]) // self.index.dtype.itemsize
+        return self.tokens[start : start + int(self.index.lengths[number])]
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.prefix,)  # a worker process opens the files again
+
+
 class HashingFile:
     """A binary file being written, with the SHA-256 of its bytes and the CRC-32 of each block of `BLOCK_BYTES`."""
 

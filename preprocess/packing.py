@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_mcore.preprocess.indexed import IndexedWriter, Int64s, Written, bin_path, read_index
+from minimind_mcore.preprocess.indexed import Column, IndexedWriter, Int64s, Written
 from minimind_mcore.preprocess.templates import IGNORED
 
 Prefix = str | os.PathLike[str]
@@ -86,17 +86,13 @@ class Samples:
     """The samples of one key of all parts, by number."""
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:
-        parts = [(prefix, read_index(prefix)) for prefix in prefixes]
-        parts = [(prefix, index) for prefix, index in parts if index.sequences]
-        self._data = [np.memmap(bin_path(prefix), index.dtype, "r") for prefix, index in parts]
-        self._starts = [index.pointers // index.dtype.itemsize for _, index in parts]
-        self.lengths = np.concatenate([np.empty(0, np.int32), *(index.lengths for _, index in parts)])
-        self._first = np.cumsum([0, *(index.sequences for _, index in parts)])
+        self._parts = [column for column in map(Column, prefixes) if len(column)]
+        self.lengths = np.concatenate([np.empty(0, np.int32), *(column.index.lengths for column in self._parts)])
+        self._first = np.cumsum([0, *map(len, self._parts)])
 
     def __getitem__(self, number: int) -> NDArray[Any]:
         part = int(np.searchsorted(self._first, number, "right")) - 1
-        start = self._starts[part][number - self._first[part]]
-        return self._data[part][start : start + self.lengths[number]]
+        return self._parts[part][number - int(self._first[part])]
 
 
 def write_packed(parts: Sequence[Prefix], key: str, plan: Plan, target: Prefix, filling: Filling) -> Written:

@@ -189,12 +189,12 @@ def generate(checkpoints: Path, data: Data) -> None:
     """Greedy tokens of the kit's decoder against transformers' own `generate`, one prompt and a padded batch."""
     import torch
 
-    from minimind_mcore.checkpoint.layout import Sharding
+    from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.converters.job import Job
     from minimind_mcore.inference.generation import Generator, Sampling
     from minimind_mcore.inference.loading import load, open_both
 
-    job = Job(load_dir=checkpoints, save_dir=Path(), save_type="hf", sharding=Sharding(), dtype="fp32")
+    job = Job(load_dir=checkpoints, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
     loaded = load(*open_both(job, str(data.tokenizer)))
     prompts = [[1, 70, 71, 72], [1, 300], [1, 44, 45, 46, 47, 48]]
     expected = []

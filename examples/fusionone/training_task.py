@@ -133,14 +133,14 @@ def layout(args: argparse.Namespace, source: Source | None) -> dict[str, int]:
     given = {"TP": args.tp, "PP": args.pp, "EP": args.ep}
     have = {"TP": 1, "PP": 1, "EP": 1}
     if source is not None:
-        if source.sharding is None:
+        if source.layout is None:
             asked = {key: value for key, value in given.items() if value is not None}
             kind = "mcore2mcore" if source.kind.startswith("Megatron") else "hf2mcore"
             raise UserError(
                 f"--load {args.load} is {source.kind}; a task starts MindSpeed-LLM, which wants a Megatron checkpoint "
                 f"in the torch format. Convert it:\n  {conversion(args.load, kind, settings(asked))}"
             )
-        have = {"TP": source.sharding.tp, "PP": source.sharding.pp, "EP": source.sharding.ep}
+        have = {"TP": source.layout.tp, "PP": source.layout.pp, "EP": source.layout.ep}
     wanted = {key: have[key] if value is None else value for key, value in given.items()}
     if source is not None and wanted != have:
         raise UserError(
@@ -176,7 +176,7 @@ def same_model(model: ModelConfig, source: Source) -> None:
     """Refuse a Megatron checkpoint of another model; others are refused by their format."""
     if source.kind.startswith("Megatron"):
         args = arguments.parse(model.megatron_flags())
-        args.num_layers += len(source.sharding.noop_layers) if source.sharding else 0  # Megatron counts their places
+        args.num_layers += len(source.layout.noop_layers) if source.layout else 0  # Megatron counts their places
         check_model(args, saved_args(source.path), source.path)
 
 

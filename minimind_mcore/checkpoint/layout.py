@@ -1,7 +1,7 @@
 """Which file of a Megatron checkpoint holds which part of which tensor.
 
-    sharding = Sharding(tp=2, pp=2)
-    sharding.parts(config)["decoder.layers.5.mlp.linear_fc2.weight"]
+    layout = ParallelLayout(tp=2, pp=2)
+    layout.parts(config)["decoder.layers.5.mlp.linear_fc2.weight"]
     [Part(folder='mp_rank_00_001', chunk='model', name='decoder.layers.1.mlp.linear_fc2.weight', rank=0, ...), ...]
 
 That table serves reading and writing alike. Source: Megatron-LM core_v0.12.1 (megatron/training/checkpointing.py)
@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, require
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig, format_flags
 from minimind_mcore.models.rules import Shape
@@ -62,8 +62,8 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharding:
-    """The parallel layout of a checkpoint.
+class ParallelLayout:
+    """How ranks share a model: the layout of a checkpoint, and with a world size that of a run.
 
     Attributes:
         tp, pp, ep: ranks of tensor, pipeline and expert parallelism; experts are also cut by `tp`.
@@ -71,6 +71,8 @@ class Sharding:
         layers_per_stage: for each stage, where they differ (`--num-layer-list`).
         noop_layers: places in the pipeline that hold no layer (`--noop-layers`), counted from 0.
         grouped_experts: the experts of a layer in two tensors (`--moe-grouped-gemm`).
+        world_size: processes of a run; 0 for a checkpoint, which loads with any number of data-parallel ranks.
+        vpp: virtual stages of a run's pipeline ranks; None without an interleaved pipeline.
     """
 
     tp: int = 1
@@ -80,8 +82,19 @@ class Sharding:
     layers_per_stage: tuple[int, ...] | None = None
     noop_layers: tuple[int, ...] = ()
     grouped_experts: bool = False
+    world_size: int = field(default=0, compare=False)
+    vpp: int | None = field(default=None, compare=False)
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks of a run."""
+        return self.world_size // (self.tp * self.pp)
 
     def __str__(self) -> str:
+        if self.world_size:
+            vpp = f" VPP={self.vpp}" if self.vpp else ""
+            sizes = f"TP={self.tp} PP={self.pp}{vpp} CP=1 EP={self.ep} DP={self.dp}"
+            return f"{sizes} on {self.world_size} processes"
         words = [f"TP={self.tp} PP={self.pp} EP={self.ep}"]
         if self.layers_per_virtual_stage:
             words.append(f"{self.layers_per_virtual_stage} layers per virtual stage")
@@ -92,7 +105,7 @@ class Sharding:
         return ", ".join([*words, *(["grouped experts"] if self.grouped_experts else [])])
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Sharding:
+    def from_args(cls, args: argparse.Namespace) -> ParallelLayout:
         """From the arguments that a checkpoint carries, of training or of a converter."""
 
         def numbers(name: str) -> tuple[int, ...]:
@@ -209,30 +222,30 @@ class Sharding:
             UserError: names the flag, what was found, what would fit.
         """
         for name, size in (("tensor", self.tp), ("pipeline", self.pp), ("expert", self.ep)):
-            _require(size >= 1, f"--target-{name}-parallel-size: found {size}, expected 1 or more")
+            require(size >= 1, f"--target-{name}-parallel-size: found {size}, expected 1 or more")
         self._check_tensor_parallel(config)
         self._check_pipeline(config)
         experts = config.moe.num_experts if config.moe else 1
-        _require(
+        require(
             experts % self.ep == 0,
             f"--target-expert-parallel-size {self.ep} does not divide the {experts} experts of a layer"
             if config.moe
             else f"--target-expert-parallel-size {self.ep}: this model has no experts; expected 1",
         )
-        _require(bool(config.moe) or not self.grouped_experts, "--moe-grouped-gemm: this model has no experts")
+        require(bool(config.moe) or not self.grouped_experts, "--moe-grouped-gemm: this model has no experts")
 
     def _check_tensor_parallel(self, config: ModelConfig) -> None:
         flag = f"--target-tensor-parallel-size {self.tp} does not divide"
         widths = {"MLP": config.ffn_hidden_size} if config.moe is None else {"experts": config.moe.ffn_hidden_size}
         if config.moe and config.moe.shared_ffn_hidden_size:
             widths["shared expert"] = config.moe.shared_ffn_hidden_size
-        _require(
+        require(
             config.num_kv_heads % self.tp == 0,
             f"{flag} the {config.num_kv_heads} key-value heads; expected a divisor of {config.num_kv_heads}",
         )
         for name, width in widths.items():
-            _require(width % self.tp == 0, f"{flag} the width {width} of the {name}")
-        _require(
+            require(width % self.tp == 0, f"{flag} the width {width} of the {name}")
+        require(
             config.vocab_size % self.tp == 0,
             f"{flag} the vocabulary of {config.vocab_size}; pad it with --padded-vocab-size "
             f"{-(-config.vocab_size // self.tp) * self.tp}",
@@ -242,25 +255,25 @@ class Sharding:
         places, stages, per = self.places(config), self.layers_per_stage, self.layers_per_virtual_stage
         counted = f"{places} layers" + (f" ({len(self.noop_layers)} of them noop)" if self.noop_layers else "")
         wrong = [p for p in self.noop_layers if not 0 <= p < places]
-        _require(not wrong, f"--noop-layers {wrong}: expected numbers from 0 to {places - 1}")
-        _require(len(set(self.noop_layers)) == len(self.noop_layers), "--noop-layers names a layer twice")
+        require(not wrong, f"--noop-layers {wrong}: expected numbers from 0 to {places - 1}")
+        require(len(set(self.noop_layers)) == len(self.noop_layers), "--noop-layers names a layer twice")
         if stages:
-            _require(per is None, "--num-layer-list and --num-layers-per-virtual-pipeline-stage exclude each other")
-            _require(not self.noop_layers, "--num-layer-list and --noop-layers exclude each other")
+            require(per is None, "--num-layer-list and --num-layers-per-virtual-pipeline-stage exclude each other")
+            require(not self.noop_layers, "--num-layer-list and --noop-layers exclude each other")
             found = f"--num-layer-list {','.join(map(str, stages))}:"
-            _require(len(stages) == self.pp, f"{found} {len(stages)} stages, expected {self.pp}")
-            _require(
+            require(len(stages) == self.pp, f"{found} {len(stages)} stages, expected {self.pp}")
+            require(
                 sum(stages) == places and min(stages) > 0, f"{found} expected {self.pp} numbers that add to {places}"
             )
             return
-        _require(
+        require(
             places % self.pp == 0,
             f"--target-pipeline-parallel-size {self.pp} does not divide {counted}; choose a divisor, or give "
             "--num-layer-list or --noop-layers",
         )
         if per is not None:
-            _require(self.pp > 1, "--num-layers-per-virtual-pipeline-stage needs a pipeline of 2 stages or more")
-            _require(
+            require(self.pp > 1, "--num-layers-per-virtual-pipeline-stage needs a pipeline of 2 stages or more")
+            require(
                 0 < per < places // self.pp and places // self.pp % per == 0,
                 f"--num-layers-per-virtual-pipeline-stage {per} does not divide the {places // self.pp} layers of a "
                 f"stage into two parts or more ({counted}, PP={self.pp})",
@@ -277,8 +290,3 @@ def parse_numbers(name: str, value: Any) -> tuple[int, ...]:
         return tuple(int(x) for x in (value.split(",") if isinstance(value, str) else value) if str(x).strip())
     except ValueError:
         raise UserError(f"--{name.replace('_', '-')} {value}: expected numbers separated by commas") from None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

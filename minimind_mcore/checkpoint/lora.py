@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Part, Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout, Part
 from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.checkpoint.tensors import Entry, TensorFile
 from minimind_mcore.checkpoint.torch_zip import read_archive
@@ -63,10 +63,12 @@ def _adapter_name(weight: str, letter: str) -> str:
     return f"{weight.removesuffix('.weight')}.lora_{letter}.default.weight"
 
 
-def adapter_parts(sharding: Sharding, config: ModelConfig, files: Mapping[str, TensorFile]) -> dict[str, list[Part]]:
+def adapter_parts(
+    layout: ParallelLayout, config: ModelConfig, files: Mapping[str, TensorFile]
+) -> dict[str, list[Part]]:
     """The parts of all adapters in a checkpoint, by the name of A or B in the whole model."""
     table: dict[str, list[Part]] = {}
-    for weight, parts in sharding.parts(config).items():
+    for weight, parts in layout.parts(config).items():
         for letter in "AB":
             own = [dataclasses.replace(part, name=_adapter_name(part.name, letter)) for part in parts]
             if any(f"{part.chunk}/{part.name}" in files[part.folder].entries for part in own):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minimind_mcore.checkpoint import lora
 from minimind_mcore.checkpoint.files import NAME, args_in
-from minimind_mcore.checkpoint.layout import Part, Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout, Part
 from minimind_mcore.checkpoint.source import Lazy, Source, Training
 from minimind_mcore.checkpoint.tensors import Slot, TensorFile
 from minimind_mcore.checkpoint.torch_zip import Archive, StoredTensor, read_archive
@@ -39,7 +39,7 @@ _SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def model_config(
     directory: Path,
     args: argparse.Namespace,
-    sharding: Sharding,
+    layout: ParallelLayout,
     shapes: Shapes,
     given: ModelConfig | None,
 ) -> ModelConfig:
@@ -48,42 +48,42 @@ def model_config(
     Args:
         directory: for messages.
         args: of the checkpoint.
-        sharding: its layout.
+        layout: its layout.
         shapes: of tensors of its files, by name.
         given: where the arguments may be incomplete, the architecture that they belong to.
 
     Raises:
         UserError: something is neither in the arguments nor given, or they contradict each other.
     """
-    rows = _size(directory, shapes, weights.EMBEDDING, 0) * sharding.tp
+    rows = _size(directory, shapes, weights.EMBEDDING, 0) * layout.tp
     if given is not None:
-        _compare(directory, args, sharding, given)
+        _compare(directory, args, layout, given)
         return given.replace(vocab_size=rows)
     values: dict[str, Any] = {name: _first(directory, args, names) for name, names in _SETTINGS}
     hidden = _size(directory, shapes, weights.EMBEDDING, 1)
     experts = _shape(shapes, "mlp.router.weight")
     dense = _shape(shapes, ".mlp.linear_fc1.weight")
-    ffn = dense[0] * sharding.tp // 2 if dense else None
+    ffn = dense[0] * layout.tp // 2 if dense else None
     width = getattr(args, "moe_ffn_hidden_size", None) or getattr(args, "moe_intermediate_size", None)
     # grouped experts have one shape for all, and the number is known
     expert = _shape(shapes, ".local_experts.0.linear_fc1.weight")
-    width = expert[0] * sharding.tp // 2 if expert else width
+    width = expert[0] * layout.tp // 2 if expert else width
     return ModelConfig(
         **values | {"rope_theta": int(values["rope_theta"])},
         vocab_size=rows,
         hidden_size=hidden,
-        num_layers=args.num_layers - len(sharding.noop_layers),
+        num_layers=args.num_layers - len(layout.noop_layers),
         head_dim=getattr(args, "kv_channels", None) or hidden // values["num_heads"],
         ffn_hidden_size=ffn or getattr(args, "ffn_hidden_size", None) or width or 0,
         qk_layernorm=_shape(shapes, "q_layernorm.weight") is not None,
         inference_rope_scaling=bool(getattr(args, "inference_rope_scaling", False)),
         tie_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
-        moe=_experts(directory, args, sharding, shapes, experts[0], width) if experts else None,
+        moe=_experts(directory, args, layout, shapes, experts[0], width) if experts else None,
     )
 
 
 def _experts(
-    directory: Path, args: argparse.Namespace, sharding: Sharding, shapes: Shapes, count: int, width: int | None
+    directory: Path, args: argparse.Namespace, layout: ParallelLayout, shapes: Shapes, count: int, width: int | None
 ) -> MoEConfig:
     if width is None:
         raise _unknown(directory, "moe_ffn_hidden_size")
@@ -94,17 +94,17 @@ def _experts(
         num_experts=count,
         topk=topk,
         ffn_hidden_size=width,
-        shared_ffn_hidden_size=shared[0] * sharding.tp // 2 if shared else 0,
+        shared_ffn_hidden_size=shared[0] * layout.tp // 2 if shared else 0,
         router_weight=named_router_weight(args),
         load_balancing=balancing if isinstance(balancing, str) else "aux_loss",
         aux_loss_coeff=getattr(args, "moe_aux_loss_coeff", 0.0),
     )
 
 
-def _compare(directory: Path, args: argparse.Namespace, sharding: Sharding, given: ModelConfig) -> None:
+def _compare(directory: Path, args: argparse.Namespace, layout: ParallelLayout, given: ModelConfig) -> None:
     """Refuse a config that is not this checkpoint's; what shapes tell is compared later, tensor by tensor."""
     expected: dict[str, Any] = {names[0]: getattr(given, name) for name, names in _SETTINGS[:4]}
-    expected |= {"num_layers": sharding.places(given), "kv_channels": given.head_dim}
+    expected |= {"num_layers": layout.places(given), "kv_channels": given.head_dim}
     expected["untie_embeddings_and_output_weights"] = not given.tie_embeddings
     expected["inference_rope_scaling"] = given.inference_rope_scaling  # of converted checkpoints; training says nothing
     if given.moe:
@@ -152,25 +152,25 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
     """
     first = sorted(directory.glob("mp_rank_*"))[0] / NAME
     args = _arguments(read_archive(first))
-    sharding = Sharding.from_args(args)
-    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, sharding)}
+    layout = ParallelLayout.from_args(args)
+    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, layout)}
     files = {folder: _tensors(archive) for folder, archive in archives.items()}
     found = {lora.without_base_layer(n): e.shape for file in files.values() for n, e in file.entries.items()}
-    model = model_config(directory, args, sharding, found, config)
-    sharding.check(model)
-    parts = sharding.parts(model)
-    adapters = lora.adapter_parts(sharding, model, files)
+    model = model_config(directory, args, layout, found, config)
+    layout.check(model)
+    parts = layout.parts(model)
+    adapters = lora.adapter_parts(layout, model, files)
     _account(directory, parts, adapters, files)
     shapes = weights.mcore_shapes(model)
     return Source(
         path=directory,
-        kind=f"Megatron torch, {sharding}",
+        kind=f"Megatron torch, {layout}",
         config=model,
-        tensors={name: _whole(name, shapes[name], parts[name], files, sharding.tp) for name in shapes},
+        tensors={name: _whole(name, shapes[name], parts[name], files, layout.tp) for name in shapes},
         files=tuple(files.values()),
-        sharding=sharding,
+        layout=layout,
         training=training_of(args, archives[first.parent.name].content),
-        adapters={name: lora.whole(name, found, files, sharding.tp) for name, found in adapters.items()},
+        adapters={name: lora.whole(name, found, files, layout.tp) for name, found in adapters.items()},
     )
 
 
@@ -183,15 +183,15 @@ def open_adapters(directory: Path, base: Source) -> Source:
     first = sorted(directory.glob("mp_rank_*"))[0] / NAME
     content = read_archive(first)
     args = _arguments(content)
-    sharding = Sharding.from_args(args)
-    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, sharding)}
+    layout = ParallelLayout.from_args(args)
+    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, layout)}
     files = lora.only_adapters({folder: _tensors(archive) for folder, archive in archives.items()})
-    adapters = lora.adapter_parts(sharding, base.config, files)
+    adapters = lora.adapter_parts(layout, base.config, files)
     if not adapters:
         raise UserError(f"{directory}: found no LoRA adapters there; expected linear_*.lora_A.default.weight")
     _account(directory, {}, adapters, files)
     return base.replace(
-        adapters={name: lora.whole(name, found, files, sharding.tp) for name, found in adapters.items()},
+        adapters={name: lora.whole(name, found, files, layout.tp) for name, found in adapters.items()},
         files=(*base.files, *files.values()),
         training=base.training.replace(lora_alpha=training_of(args, content.content).lora_alpha),
     )
@@ -208,17 +208,15 @@ def _arguments(archive: Archive) -> argparse.Namespace:
     return args
 
 
-def _folders(directory: Path, sharding: Sharding) -> list[str]:
+def _folders(directory: Path, layout: ParallelLayout) -> list[str]:
     """The folders of all ranks, which must be those that are there."""
-    expected = sharding.folders()
+    expected = layout.folders()
     found = {p.name for p in directory.glob("mp_rank_*")}
     missing = [name for name in expected if not (directory / name / NAME).is_file()]
     if missing:
-        raise UserError(
-            f"{directory}: missing {', '.join(f'{m}/{NAME}' for m in missing)}; it was saved with {sharding}"
-        )
+        raise UserError(f"{directory}: missing {', '.join(f'{m}/{NAME}' for m in missing)}; it was saved with {layout}")
     if extra := sorted(found - set(expected)):
-        raise UserError(f"{directory}: {', '.join(extra)} does not belong to a checkpoint saved with {sharding}")
+        raise UserError(f"{directory}: {', '.join(extra)} does not belong to a checkpoint saved with {layout}")
     return expected
 
 

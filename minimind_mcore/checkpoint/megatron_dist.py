@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.checkpoint import unpickling
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.megatron import model_config, training_of
 from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.checkpoint.tensors import Entry, Shape, TensorFile
@@ -73,8 +73,8 @@ def open_megatron_dist(directory: Path, config: ModelConfig | None = None) -> So
             key, size = key.replace("decoder.layers.", "decoder.layers.0."), size[1:]
         shapes[key] = size
     args = common["args"]
-    noop = Sharding.from_args(args).noop_layers
-    model = model_config(directory, args, Sharding(noop_layers=noop), shapes, config)
+    noop = ParallelLayout.from_args(args).noop_layers
+    model = model_config(directory, args, ParallelLayout(noop_layers=noop), shapes, config)
     whole = weights.mcore_shapes(model)
     known = {stacked(name)[0] for name in whole}
     weights.account(sizes, known, known)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.checkpoint.assumptions import Assumption
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.tensors import Slot, TensorFile
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
@@ -63,7 +63,7 @@ class Source:
         tensors: the whole megatron-core model, in its order.
         files: all tensor files that belong to it.
         checks: what must hold of tensors that are read and that the model has not.
-        sharding: of a Megatron checkpoint of format `torch`.
+        layout: of a Megatron checkpoint of format `torch`.
         training: what it knows of its training.
         folder: where its config and tokenizer may lie.
         adapters: tensors of LoRA adapters by whole name, not yet part of the weights.
@@ -77,7 +77,7 @@ class Source:
     tensors: Mapping[str, Lazy]
     files: tuple[TensorFile, ...]
     checks: tuple[Callable[[], object], ...] = ()
-    sharding: Sharding | None = None
+    layout: ParallelLayout | None = None
     training: Training = Training()
     folder: Path | None = None
     adapters: Mapping[str, Lazy] = field(default_factory=dict)

@@ -142,10 +142,10 @@ def _layout(flag: str, directory: Path, words: Sequence[str]) -> Finding:
     from minimind_mcore.checkpoint.opening import open_source
     from minimind_mcore.training.checkpoint_fit import conversion
 
-    sharding = open_source(directory).sharding
-    if sharding is None:  # torch_dist fits any layout
+    layout = open_source(directory).layout
+    if layout is None:  # torch_dist fits any layout
         return ok("checkpoint", f"{flag} {directory}, fits any layout")
-    have = {"TP": sharding.tp, "PP": sharding.pp, "EP": sharding.ep}
+    have = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep}
     flags = {"TP": "tensor", "PP": "pipeline", "EP": "expert"}
     want = {key: int((values(words, f"--{name}-model-parallel-size") or ["1"])[0]) for key, name in flags.items()}
     # the kit's own engine takes what it begins with in any layout; MindSpeed-LLM has --spec, and does not
@@ -154,10 +154,10 @@ def _layout(flag: str, directory: Path, words: Sequence[str]) -> Finding:
         setting = " ".join(f"{key}={size}" for key, size in want.items())
         return fail(
             "checkpoint",
-            f"{flag} {directory} was saved with {sharding}, and the job has {setting}",
+            f"{flag} {directory} was saved with {layout}, and the job has {setting}",
             conversion(directory.parent, "mcore2mcore", setting),
         )
-    return ok("checkpoint", f"{flag} {directory}, {sharding}")
+    return ok("checkpoint", f"{flag} {directory}, {layout}")
 
 
 def _writable(path: Path) -> Finding:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from minimind_mcore.errors import UserError
@@ -28,7 +27,7 @@ from minimind_mcore.inference.scores import Question, Scores, ask, read_question
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.check import quick_check
-from minimind_mcore.preprocess.indexed import bin_path, idx_path, read_index
+from minimind_mcore.preprocess.indexed import Column, idx_path
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 
 KEY = "text"
@@ -67,11 +66,9 @@ def _of_files(path: str, loaded: Loaded) -> Iterator[Document]:
 
 def _of_dataset(prefix: str, loaded: Loaded) -> Iterator[Document]:
     quick_check(prefix, loaded.info.fingerprint)
-    index = read_index(prefix)
-    tokens = np.memmap(bin_path(prefix), index.dtype, "r")
-    for length, pointer in zip(index.lengths, index.pointers, strict=True):
-        start = int(pointer) // index.dtype.itemsize
-        ids = tokens[start : start + int(length)].tolist()
+    column = Column(prefix)
+    for number in range(len(column)):
+        ids = column[number].tolist()
         if max(ids) >= loaded.config.vocab_size or min(ids) < 0:
             raise UserError(f"{prefix}: an id of {max(ids)}, but the model has {loaded.config.vocab_size}")
         yield ids, len(loaded.tokenizer.decode(ids, skip_special_tokens=True).encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.files import directory_of
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.job import Job
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
@@ -110,7 +110,7 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
         load_dir=_checkpoint(args),
         save_dir=Path(),  # nothing is written
         save_type="hf",
-        sharding=Sharding(),
+        layout=ParallelLayout(),
         dtype=asked.pop() if asked else default_dtype,
         hf_cfg_dir=Path(args.hf_cfg_dir) if args.hf_cfg_dir else None,
         lora_load=Path(args.lora_load) if args.lora_load else None,

@@ -19,7 +19,7 @@ from minimind_mcore.checkpoint.files import (
     saved_args,
     tracked_directory,
 )
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.torch_zip import check_checkpoint
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
@@ -183,6 +183,6 @@ def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
     if args.use_checkpoint_args or is_torch_dist(directory):
         return
     check_layout(args, saved, directory, convert)
-    missing = [name for name in Sharding.from_args(saved).folders() if not (directory / name / NAME).is_file()]
+    missing = [name for name in ParallelLayout.from_args(saved).folders() if not (directory / name / NAME).is_file()]
     if missing and hosts == 1:  # each of several may have its own part on its own disk
         raise UserError(f"{flag} {directory}: missing {', '.join(f'{name}/{NAME}' for name in missing)}")

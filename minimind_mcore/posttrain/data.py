@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.preprocess.check import quick_check
-from minimind_mcore.preprocess.indexed import Index, bin_path, idx_path, read_index
+from minimind_mcore.preprocess.indexed import Column, idx_path, read_index
 from minimind_mcore.training.data import DatasetTokenizer
 
 IGNORED = -100
@@ -35,25 +35,6 @@ PAIRWISE = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected
 SCAN_TOKENS = 1 << 24
 
 Tokens = NDArray[np.int32]
-
-
-class Column:
-    """One of the files: a run of int32 numbers for each sample."""
-
-    def __init__(self, prefix: str, name: str) -> None:
-        self.source, self.prefix = (prefix, name), file_prefix(prefix, name)
-        self.index: Index = read_index(self.prefix)
-        self.data: Tokens = np.memmap(bin_path(self.prefix), dtype=self.index.dtype, mode="r")
-
-    def __len__(self) -> int:
-        return self.index.sequences
-
-    def __getitem__(self, i: int) -> Tokens:
-        start = int(self.index.pointers[i]) // self.index.dtype.itemsize
-        return self.data[start : start + int(self.index.lengths[i])]
-
-    def __reduce__(self) -> Any:
-        return Column, self.source  # a worker process opens the files again
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -67,7 +48,7 @@ class Samples(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, prefix: str, columns: tuple[str, ...], order: NDArray[np.int64], seq_length: int) -> None:
-        self.columns = {name: Column(prefix, name) for name in columns}
+        self.columns = {name: open_column(prefix, name) for name in columns}
         self.order, self.seq_length = order, seq_length
         self.extra: dict[str, NDArray[Any]] = {}  # more about each document, by its number
 
@@ -83,6 +64,11 @@ class Samples(Dataset[dict[str, Any]]):
 def file_prefix(prefix: str, name: str) -> str:
     """The prefix of one column's pair of files."""
     return f"{prefix}_packed_{name}_document"
+
+
+def open_column(prefix: str, name: str) -> Column:
+    """One of the files: a run of int32 numbers for each sample."""
+    return Column(file_prefix(prefix, name))
 
 
 def data_prefix(args: argparse.Namespace) -> str:
@@ -151,7 +137,7 @@ def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_s
         UserError: names the first such samples.
     """
     for name in columns:
-        column = Column(prefix, name)
+        column = open_column(prefix, name)
         if name.endswith("labels"):
             _check_label_column(column, seq_length, vocab_size)
             if cut := int((column.index.lengths > seq_length).sum()):
@@ -197,7 +183,7 @@ def _documents_where(column: Column, length: int, condition: Any, first: int = 0
     for start in range(0, len(column), step):
         sizes = lengths[start : start + step].astype(np.int64)
         begin = int(column.index.pointers[start]) // column.index.dtype.itemsize
-        values = np.asarray(column.data[begin : begin + int(sizes.sum())])
+        values = np.asarray(column.tokens[begin : begin + int(sizes.sum())])
         starts = np.cumsum(sizes) - sizes
         places = np.arange(len(values)) - np.repeat(starts, sizes)
         holds = condition(values) & (places >= first) & (places < length)

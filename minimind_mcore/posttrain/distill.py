@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import SFT, run_model
 from minimind_mcore.training.job import LossFunction, averaged
-from minimind_mcore.training.layout import Layout, require
 
 
 class Distill(SFT):
@@ -33,14 +34,14 @@ class Distill(SFT):
         args = self.args
         require(bool(args.teacher_model), "--teacher-model is missing: an HF directory, or a directory of checkpoints")
 
-    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
         """See `Job`."""
         super().prepare_model(chunks, layout)
         if self.args.num_experts:
             for config in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
                 config.moe_aux_loss_coeff *= self.args.distill_alpha
 
-    def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
+    def begin(self, layout: ParallelLayout, model: list[Any], datasets: list[Any]) -> None:
         """See `Job`."""
         self.teacher = FrozenModel(self.args, layout, self.args.teacher_model)
 

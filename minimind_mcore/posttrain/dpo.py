@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain import data, reference
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.training.job import LossFunction, averaged
-from minimind_mcore.training.layout import Layout, require
 
 
 class DPO(PostTraining):
@@ -55,7 +56,7 @@ class DPO(PostTraining):
             "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
         )
 
-    def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
+    def begin(self, layout: ParallelLayout, model: list[Any], datasets: list[Any]) -> None:
         """See `Job`: the reference's log-probabilities of every pair that the run reads."""
         if self.args.reference_live:
             self.reference = FrozenModel(self.args, layout, self.args.ref_model)

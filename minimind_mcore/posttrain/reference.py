@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.files import directory_of, is_converted, iterations_in
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
@@ -39,7 +40,6 @@ from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, distributed, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
-from minimind_mcore.training.layout import Layout
 from minimind_mcore.training.model import core_config, weights_gathered
 
 
@@ -55,7 +55,7 @@ class FrozenModel:
         UserError: nothing there that can be read, or a model of another vocabulary.
     """
 
-    def __init__(self, args: argparse.Namespace, layout: Layout, path: str) -> None:
+    def __init__(self, args: argparse.Namespace, layout: ParallelLayout, path: str) -> None:
         from megatron.core import parallel_state
 
         source = open_weights(args, Path(path))
@@ -76,7 +76,7 @@ class FrozenModel:
         return run_model(self.model, batch, labels)
 
 
-def _build(args: argparse.Namespace, layout: Layout, source: Source) -> Any:
+def _build(args: argparse.Namespace, layout: ParallelLayout, source: Source) -> Any:
     from minimind_mcore.models.core_config import build_gpt_model
     from minimind_mcore.models.loading import load_into
 
@@ -105,7 +105,7 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
     """
     args, used = job.args, [dataset for dataset in datasets if dataset is not None]
     source = reference_path(args)
-    count = len(data.Column(data.data_prefix(args), job.columns[0]))
+    count = len(data.open_column(data.data_prefix(args), job.columns[0]))
     needed = np.unique(np.concatenate([dataset.order for dataset in used]))
     cache = distributed.from_main(lambda: _cache_path(job, source))
     known: LogProbs = distributed.from_main(lambda: _read(cache, count))
@@ -201,7 +201,7 @@ def _measure(job: PostTraining, model: list[Any], documents: NDArray[np.int64]) 
     from megatron.core import parallel_state
 
     args, prefix = job.args, data.data_prefix(job.args)
-    total = len(data.Column(prefix, job.columns[0]))
+    total = len(data.open_column(prefix, job.columns[0]))
     rounds = -(-len(documents) // args.global_batch_size)
     order = np.resize(documents, rounds * args.global_batch_size)  # the last round repeats the first pairs
     samples = data.Samples(prefix, job.columns, order, args.seq_length)

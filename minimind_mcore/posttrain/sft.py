@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.errors import UserError, require
 from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.tokenize import load_encoder
@@ -17,7 +18,6 @@ from minimind_mcore.training import checkpointing, distributed, sample_order
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.data import tokenizer_path
 from minimind_mcore.training.job import Job, LossFunction, averaged, token_loss
-from minimind_mcore.training.layout import Layout, require
 
 
 class PostTraining(Job):
@@ -52,7 +52,7 @@ class PostTraining(Job):
             f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
         )
 
-    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
         """See `Job`."""
         if self.args.lora_target_modules:
             checkpointing.load_weights(self.args, Path(self.args.pretrained_checkpoint), chunks)
@@ -78,7 +78,7 @@ class PostTraining(Job):
         training_data.require_same_everywhere(args, tokenizer)
         digests = [sample_order.data_digest(data.file_prefix(prefix, name)) for name in self.columns]
         args.sample_order = sample_order.record(args, digests)
-        first = data.Column(prefix, self.columns[0])
+        first = data.open_column(prefix, self.columns[0])
         ranges = data.split_ranges(args.split, len(first))
         if not ranges[0]:
             raise UserError(

@@ -10,7 +10,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training.sample_order import values_differ
@@ -113,7 +113,7 @@ def check_router(args: argparse.Namespace, topk: int, rule: RouterWeight | None,
 
 def check_layout(args: argparse.Namespace, saved: argparse.Namespace, directory: Path, instead: str) -> None:
     """Refuse a `torch` checkpoint of another layout; `instead` is what to do."""
-    found, expected = Sharding.from_args(saved), Sharding.from_args(args)
+    found, expected = ParallelLayout.from_args(saved), ParallelLayout.from_args(args)
     if found != expected:
         raise UserError(f"{directory} has the layout {found}, and the run has {expected}; {instead}")
 
@@ -136,8 +136,8 @@ def conversion(path: Path | str, kind: str, settings: str) -> str:
 
 def layout_settings(args: argparse.Namespace) -> str:
     """TP, PP, VPP and EP of a command line, as that script takes them."""
-    sharding = Sharding.from_args(args)
-    sizes = {"TP": sharding.tp, "PP": sharding.pp, "EP": sharding.ep}
-    if sharding.layers_per_virtual_stage:
-        sizes["VPP"] = sharding.layers_per_virtual_stage
+    layout = ParallelLayout.from_args(args)
+    sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep}
+    if layout.layers_per_virtual_stage:
+        sizes["VPP"] = layout.layers_per_virtual_stage
     return " ".join(f"{name}={size}" for name, size in sizes.items())

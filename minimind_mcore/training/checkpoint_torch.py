@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_mcore.checkpoint.files import NAME
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.torch_zip import load_torch
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device
@@ -37,12 +38,11 @@ def rank_directory(directory: Path) -> Path:
     """Directory of this rank's part: `mp_rank_TT`, then `_PPP` if PP > 1, then `_EEE` if EP > 1."""
     from megatron.core import parallel_state as ps
 
-    name = f"mp_rank_{ps.get_tensor_model_parallel_rank():02d}"
-    if ps.get_pipeline_model_parallel_world_size() > 1:
-        name += f"_{ps.get_pipeline_model_parallel_rank():03d}"
-    if ps.get_expert_model_parallel_world_size() > 1:
-        name += f"_{ps.get_expert_model_parallel_rank():03d}"
-    return directory / name
+    layout = ParallelLayout(
+        pp=ps.get_pipeline_model_parallel_world_size(), ep=ps.get_expert_model_parallel_world_size()
+    )
+    stage, part = ps.get_pipeline_model_parallel_rank(), ps.get_expert_model_parallel_rank()
+    return directory / layout.folder(ps.get_tensor_model_parallel_rank(), stage, part)
 
 
 def model_keys(model: list[Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from minimind_mcore.checkpoint.files import content, saved_args
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.minimind import is_pth
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.source import Source, require_finite
@@ -27,12 +27,12 @@ def is_model(path: Path) -> bool:
 
 def is_resharded(args: argparse.Namespace, directory: Path) -> bool:
     """Whether a `torch` checkpoint was saved in another layout than this run's."""
-    return saved_sharding(directory) != Sharding.from_args(args)
+    return saved_layout(directory) != ParallelLayout.from_args(args)
 
 
-def saved_sharding(directory: Path) -> Sharding:
+def saved_layout(directory: Path) -> ParallelLayout:
     """The layout of a `torch` checkpoint."""
-    return Sharding.from_args(saved_args(directory))
+    return ParallelLayout.from_args(saved_args(directory))
 
 
 def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer: Any) -> Source:

@@ -218,7 +218,7 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     resharded = args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory)
     if resharded:
         saved = checkpoint_weights.reshard(args, directory, model, optimizer, scheduler)
-        _say(f"resharded {directory} from {checkpoint_weights.saved_sharding(directory)}: its optimizer starts anew")
+        _say(f"resharded {directory} from {checkpoint_weights.saved_layout(directory)}: its optimizer starts anew")
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
         saved = form.read(args, directory, model, optimizer, scheduler)

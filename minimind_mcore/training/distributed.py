@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from minimind_mcore import hosts
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device
 from minimind_mcore.storage import writing
-from minimind_mcore.training.layout import Layout
 
 # A rank that makes no progress is named after --distributed-timeout-minutes (liveness.py); only then libraries raise.
 GRACE_MINUTES = 2
@@ -32,7 +32,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(args: argparse.Namespace, layout: Layout) -> None:
+def initialize(args: argparse.Namespace, layout: ParallelLayout) -> None:
     """Join the process group, make Megatron's groups for `layout`, and seed every generator."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -61,7 +61,7 @@ def initialize(args: argparse.Namespace, layout: Layout) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _require_simple(args: argparse.Namespace, layout: Layout) -> None:
+def _require_simple(args: argparse.Namespace, layout: ParallelLayout) -> None:
     """Refuse a layout that gloo cannot run on a GPU.
 
     Of tensors on a GPU it only all-reduces, broadcasts and gathers (torch 2.7 to 2.13, ProcessGroupGloo.cpp).

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.training import data
-from minimind_mcore.training.layout import Layout
 
 # What megatron-core makes of a model's output: the summed loss, what to divide it by, and what to log.
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -66,10 +66,10 @@ class Job:
         batch: dict[str, Any] = default_collate(samples)
         return batch
 
-    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
         """Change this rank's GPTModels, initialised but not yet wrapped."""
 
-    def begin(self, layout: Layout, model: list[Any], datasets: list[Any]) -> None:
+    def begin(self, layout: ParallelLayout, model: list[Any], datasets: list[Any]) -> None:
         """What must be there before the first step; checkpoints are loaded after it. Collective."""
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:

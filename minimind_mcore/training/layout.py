@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.errors import UserError, require
 from minimind_mcore.inputs import ranges
 from minimind_mcore.models.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How `world_size` processes share the model (tp, pp, vpp, ep) and the data (dp)."""
-
-    world_size: int
-    tp: int
-    pp: int
-    vpp: int | None
-    cp: int
-    ep: int
-    dp: int
-
-    def __str__(self) -> str:
-        vpp = f" VPP={self.vpp}" if self.vpp else ""
-        return f"TP={self.tp} PP={self.pp}{vpp} CP={self.cp} EP={self.ep} DP={self.dp} on {self.world_size} processes"
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a `UserError` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def validate(args: argparse.Namespace, world_size: int) -> Layout:
+def validate(args: argparse.Namespace, world_size: int) -> ParallelLayout:
     """Check a parsed command line and fill in what follows from it, under Megatron's names.
 
     Raises:
@@ -65,7 +43,7 @@ def validate(args: argparse.Namespace, world_size: int) -> Layout:
     return layout
 
 
-def _layout(args: argparse.Namespace, world_size: int) -> Layout:
+def _layout(args: argparse.Namespace, world_size: int) -> ParallelLayout:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, ep = args.context_parallel_size, args.expert_model_parallel_size
     require(
@@ -84,7 +62,8 @@ def _layout(args: argparse.Namespace, world_size: int) -> Layout:
         f"--expert-model-parallel-size {ep} does not divide the {dp} data-parallel ranks of TP={tp} PP={pp} "
         f"on {world_size} processes",
     )
-    return Layout(world_size, tp, pp, _virtual_stages(args, pp), cp, ep, dp)
+    vpp = _virtual_stages(args, pp)
+    return dataclasses.replace(ParallelLayout.from_args(args), world_size=world_size, vpp=vpp)
 
 
 def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
@@ -105,7 +84,7 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
     return int(layers // per_stage) if layers > per_stage else None
 
 
-def _check_model(model: ModelConfig, layout: Layout, args: argparse.Namespace) -> None:
+def _check_model(model: ModelConfig, layout: ParallelLayout, args: argparse.Namespace) -> None:
     divisions = [
         ("--num-layers", model.num_layers, "PP", layout.pp),
         ("--num-attention-heads", model.num_heads, "TP", layout.tp),
@@ -128,7 +107,7 @@ def _check_model(model: ModelConfig, layout: Layout, args: argparse.Namespace) -
     )
 
 
-def _fill_batch(args: argparse.Namespace, layout: Layout) -> None:
+def _fill_batch(args: argparse.Namespace, layout: ParallelLayout) -> None:
     require(bool(args.micro_batch_size), "--micro-batch-size is missing")
     step = args.micro_batch_size * layout.dp
     args.global_batch_size = args.global_batch_size or step

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.storage import append_line, atomic_write_text, writing
 from minimind_mcore.training import distributed, step
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.layout import Layout
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
 OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
@@ -47,7 +47,7 @@ def output_dir(args: argparse.Namespace) -> Path:
 class Metrics:
     """Collects steps and reports every `--log-interval` of them."""
 
-    def __init__(self, args: argparse.Namespace, job: Job, layout: Layout, progress: Progress) -> None:
+    def __init__(self, args: argparse.Namespace, job: Job, layout: ParallelLayout, progress: Progress) -> None:
         self.args, self.job, self.layout = args, job, layout
         self.model = ModelConfig.from_args(args)
         # Measured once, before the first step. A CPU's cores are shared between ranks and programs: it has no MFU.

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.platform.fused import compiled
-from minimind_mcore.training.layout import Layout
 
 if TYPE_CHECKING:
     from minimind_mcore.training.job import Job
@@ -24,7 +24,7 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def core_config(args: argparse.Namespace, layout: Layout, model: ModelConfig | None = None) -> Any:
+def core_config(args: argparse.Namespace, layout: ParallelLayout, model: ModelConfig | None = None) -> Any:
     """megatron-core's `TransformerConfig` for a validated command line; of another `model` in place of its own."""
     overrides: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
@@ -80,7 +80,7 @@ def _transformer_engine() -> str:
     return "transformer_engine"
 
 
-def build_model(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]:
+def build_model(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> list[Any]:
     """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them), for training.
 
     The weights depend on `--seed` and their names only: every layout starts from the same model. The
@@ -103,7 +103,7 @@ def build_model(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]
     ]
 
 
-def build_chunks(args: argparse.Namespace, layout: Layout, job: Job) -> list[Any]:
+def build_chunks(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> list[Any]:
     """The chunks of this rank, initialised, in the run's precision; not wrapped for data parallelism."""
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module

@@ -6,19 +6,20 @@ import argparse
 from pathlib import Path
 
 from minimind_mcore.checkpoint.files import directory_of
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.storage import require_writable
 from minimind_mcore.training import checkpointing, data, distributed
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.layout import Layout, validate
+from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress, output_dir
 
 GIB = 2**30
 
 
-def rank_parameters(model: ModelConfig, layout: Layout) -> int:
+def rank_parameters(model: ModelConfig, layout: ParallelLayout) -> int:
     """Parameters of the rank that has most: the stage with the embedding (and, tied, its copy on the last)."""
     embedding = model.vocab_size * model.hidden_size
     tables = 1 if model.tie_embeddings or layout.pp > 1 else 2
@@ -29,7 +30,7 @@ def rank_parameters(model: ModelConfig, layout: Layout) -> int:
     return ((layers - experts) // layout.pp + tables * embedding) // layout.tp + expert_parameters(model, layout)
 
 
-def expert_parameters(model: ModelConfig, layout: Layout) -> int:
+def expert_parameters(model: ModelConfig, layout: ParallelLayout) -> int:
     """Those of `rank_parameters` that are routed experts: their optimizer is sharded over fewer ranks."""
     if model.moe is None:
         return 0
@@ -37,7 +38,7 @@ def expert_parameters(model: ModelConfig, layout: Layout) -> int:
     return model.moe.num_experts * one // (layout.pp * layout.ep * layout.tp)
 
 
-def memory_estimate(args: argparse.Namespace, layout: Layout, sequences: int = 1) -> dict[str, float]:
+def memory_estimate(args: argparse.Namespace, layout: ParallelLayout, sequences: int = 1) -> dict[str, float]:
     """Bytes per rank, by what they are for. A teacher, or a reference that is run in every step, comes on top.
 
     Args:
@@ -76,7 +77,7 @@ def memory_estimate(args: argparse.Namespace, layout: Layout, sequences: int = 1
     }
 
 
-def announce(args: argparse.Namespace, layout: Layout, sequences: int = 1, router: str = "") -> None:
+def announce(args: argparse.Namespace, layout: ParallelLayout, sequences: int = 1, router: str = "") -> None:
     """Print device, layout, sizes, router weight, memory and the flags without effect."""
     found, model = device.current(), ModelConfig.from_args(args)
     total, active = model.num_parameters(), model.num_active_parameters()

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from minimind_mcore import arguments
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.platform import device
 from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, run_lock, step
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.layout import Layout, validate
+from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
 from minimind_mcore.training.model import build_model, weights_gathered
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
@@ -69,7 +70,9 @@ def lock(args: argparse.Namespace) -> None:
     run_lock.take(output_dir(args), save, "give another directory with --output-dir and --save (OUTPUT_DIR)")
 
 
-def train(args: argparse.Namespace, job: Job, layout: Layout, stop: StopSignal, watch: liveness.Liveness) -> None:
+def train(
+    args: argparse.Namespace, job: Job, layout: ParallelLayout, stop: StopSignal, watch: liveness.Liveness
+) -> None:
     """Train until `--train-iters`, a signal, or a limit; save, and draw the curves."""
     started = time.monotonic()
     stop.watch_launcher()

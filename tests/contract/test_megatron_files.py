@@ -14,7 +14,7 @@ import torch
 from helpers.weights_on_disk import state_dict, write_hf
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget
@@ -53,11 +53,11 @@ def layers(numbers: list[int], *tables: dict[str, tuple[int, ...]]) -> dict[str,
     return {f"decoder.layers.{n}.{name}": shape for n in numbers for table in tables for name, shape in table.items()}
 
 
-def converted(folder: Path, config: ModelConfig, sharding: Sharding) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def converted(folder: Path, config: ModelConfig, layout: ParallelLayout) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The Hugging Face weights, and what torch loads from each file of the checkpoint, by folder."""
     state = state_dict(config, "hf")
     source = open_source(write_hf(folder / "hf", config, state))
-    root = convert(source, MegatronTarget(source, sharding), folder / "mcore").path
+    root = convert(source, MegatronTarget(source, layout), folder / "mcore").path
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "1"
     files = sorted((root / "iter_0000001").glob("*/model_optim_rng.pt"))
     return state, {file.parent.name: torch.load(file, weights_only=False) for file in files}
@@ -79,7 +79,7 @@ def qkv_rows(state: dict[str, Tensor], number: int, groups: range) -> Tensor:
 
 
 def test_tensor_parallel_dense(tmp_path: Path) -> None:
-    state, files = converted(tmp_path, DENSE, Sharding(tp=2))
+    state, files = converted(tmp_path, DENSE, ParallelLayout(tp=2))
     assert list(files) == ["mp_rank_00", "mp_rank_01"]
     # tied on a single stage: no output layer
     expected = {EMBEDDING: (3200, 128), **layers([0, 1, 2, 3], ATTENTION_TP2, MLP_TP2), NORM: (128,)}
@@ -107,7 +107,7 @@ def test_tensor_parallel_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_pipeline(tied: bool, tmp_path: Path) -> None:
-    state, files = converted(tmp_path, DENSE.replace(tie_embeddings=tied), Sharding(pp=2))
+    state, files = converted(tmp_path, DENSE.replace(tie_embeddings=tied), ParallelLayout(pp=2))
     assert list(files) == ["mp_rank_00_000", "mp_rank_00_001"]
     first, last = (content["model"] for content in files.values())
     assert shapes(first) == {EMBEDDING: (6400, 128), **layers([0, 1], ATTENTION, MLP)}
@@ -118,12 +118,12 @@ def test_pipeline(tied: bool, tmp_path: Path) -> None:
 
 
 def test_untied_on_one_stage_has_an_output_layer(tmp_path: Path) -> None:
-    _, files = converted(tmp_path, DENSE.replace(tie_embeddings=False), Sharding(tp=2))
+    _, files = converted(tmp_path, DENSE.replace(tie_embeddings=False), ParallelLayout(tp=2))
     assert shapes(files["mp_rank_01"]["model"])[OUTPUT] == (3200, 128)
 
 
 def test_virtual_stages(tmp_path: Path) -> None:
-    state, files = converted(tmp_path, DENSE, Sharding(pp=2, layers_per_virtual_stage=1))
+    state, files = converted(tmp_path, DENSE, ParallelLayout(pp=2, layers_per_virtual_stage=1))
     # stage 0 has layers 0 and 2, stage 1 layers 1 and 3; each chunk numbers from 0
     expected = {
         ("mp_rank_00_000", "model0"): ({EMBEDDING: (6400, 128), **layers([0], ATTENTION, MLP)}, 0),
@@ -139,7 +139,7 @@ def test_virtual_stages(tmp_path: Path) -> None:
 
 
 def test_noop_layers_leave_gaps_in_the_numbers(tmp_path: Path) -> None:
-    state, files = converted(tmp_path, DENSE, Sharding(pp=2, noop_layers=(1, 5)))
+    state, files = converted(tmp_path, DENSE, ParallelLayout(pp=2, noop_layers=(1, 5)))
     first, last = (content["model"] for content in files.values())
     assert shapes(first) == {EMBEDDING: (6400, 128), **layers([0, 2], ATTENTION, MLP)}
     assert shapes(last) == {**layers([0, 1], ATTENTION, MLP), NORM: (128,), OUTPUT: (6400, 128)}
@@ -148,7 +148,7 @@ def test_noop_layers_leave_gaps_in_the_numbers(tmp_path: Path) -> None:
 
 
 def test_layers_by_stage(tmp_path: Path) -> None:
-    state, files = converted(tmp_path, DENSE, Sharding(pp=2, layers_per_stage=(1, 3)))
+    state, files = converted(tmp_path, DENSE, ParallelLayout(pp=2, layers_per_stage=(1, 3)))
     first, last = (content["model"] for content in files.values())
     assert shapes(first) == {EMBEDDING: (6400, 128), **layers([0], ATTENTION, MLP)}
     assert shapes(last) == {**layers([0, 1, 2], ATTENTION, MLP), NORM: (128,), OUTPUT: (6400, 128)}
@@ -156,7 +156,7 @@ def test_layers_by_stage(tmp_path: Path) -> None:
 
 
 def test_sequential_experts(tmp_path: Path) -> None:
-    state, files = converted(tmp_path, MOE, Sharding(tp=2, ep=2))
+    state, files = converted(tmp_path, MOE, ParallelLayout(tp=2, ep=2))
     assert list(files) == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]  # TT_EEE
     experts = {"mlp.router.weight": (4, 128)}
     for e in range(2):
@@ -172,7 +172,7 @@ def test_sequential_experts(tmp_path: Path) -> None:
 
 
 def test_grouped_experts(tmp_path: Path) -> None:
-    state, files = converted(tmp_path, MOE, Sharding(tp=2, pp=2, ep=2, grouped_experts=True))
+    state, files = converted(tmp_path, MOE, ParallelLayout(tp=2, pp=2, ep=2, grouped_experts=True))
     assert list(files) == [f"mp_rank_{t:02d}_{p:03d}_{e:03d}" for t in (0, 1) for p in (0, 1) for e in (0, 1)]
     experts = {
         "mlp.router.weight": (4, 128),
@@ -191,7 +191,7 @@ def test_grouped_experts(tmp_path: Path) -> None:
 
 
 def test_what_mindspeed_reads_besides_tensors(tmp_path: Path) -> None:
-    _, files = converted(tmp_path, MOE, Sharding(tp=2, pp=2, ep=2, grouped_experts=True))
+    _, files = converted(tmp_path, MOE, ParallelLayout(tp=2, pp=2, ep=2, grouped_experts=True))
     content = files["mp_rank_00_000_000"]
     assert set(content) == {"args", "checkpoint_version", "iteration", "model"}
     assert content["checkpoint_version"] == 3.0 and content["iteration"] == 1

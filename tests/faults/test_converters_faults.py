@@ -19,7 +19,7 @@ from helpers.engine import ROOT
 from helpers.weights_on_disk import SMALL, config_json, read_hf, state_dict, write_hf
 from safetensors.torch import load_file, save_file
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.tensors import TensorWriter
 from minimind_mcore.converters import convert as convert_module
@@ -44,7 +44,7 @@ def hf(tmp_path: Path) -> Path:
 @pytest.fixture
 def mcore(hf: Path, tmp_path: Path) -> Path:
     source = open_source(hf)
-    return convert_module.convert(source, MegatronTarget(source, Sharding(tp=2, pp=2)), tmp_path / "mcore").path
+    return convert_module.convert(source, MegatronTarget(source, ParallelLayout(tp=2, pp=2)), tmp_path / "mcore").path
 
 
 def rank_file(mcore: Path, folder: str = "mp_rank_01_000") -> Path:
@@ -305,7 +305,7 @@ def test_a_tensor_read_twice_is_noticed(hf: Path, tmp_path: Path) -> None:
     source = open_source(hf)
     source.files[0].read("model.norm.weight")
     with pytest.raises(UserError, match=r"read twice, in the source: model\.safetensors: model\.norm\.weight"):
-        convert_module.convert(source, MegatronTarget(source, Sharding()), tmp_path / "out")
+        convert_module.convert(source, MegatronTarget(source, ParallelLayout()), tmp_path / "out")
 
 
 def test_logits_that_differ_are_a_miss(hf: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import NAME, TRACKER
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.hf_config import hf_model_type
@@ -170,7 +170,7 @@ def whole_grid(grid: dict[str, Sequence[Any]], valid: Callable[..., bool]) -> It
 def write_arguments(root: Path, flags: Sequence[str]) -> Path:
     """A Megatron checkpoint with its arguments and no tensor: what is told of one before it is loaded."""
     args = arguments.parse(flags)
-    for folder in Sharding.from_args(args).folders():
+    for folder in ParallelLayout.from_args(args).folders():
         file = root / "iter_0000001" / folder / NAME
         file.parent.mkdir(parents=True)
         torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 1, "model": {}}, file)

@@ -28,7 +28,7 @@ from helpers.twin import load_twin, train
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.job import Job
 from minimind_mcore.inference import loading
@@ -185,7 +185,7 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge_to_the_same_model(
     assert difference <= 1e-5 < (unadapted - live).abs().max()
 
     # Inference from the two directories of checkpoints.
-    job = Job(load_dir=start, save_dir=Path(), save_type="hf", sharding=Sharding(), dtype="fp32", lora_load=two)
+    job = Job(load_dir=start, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32", lora_load=two)
     loaded = loading.load(*loading.open_both(job, str(dialogues.tokenizer)))
     with torch.no_grad():
         assert (loaded.model(dumped[0][0], use_cache=False).logits - live).abs().max() <= 1e-5

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.tensors import open_safetensors
 from minimind_mcore.converters.cli import main_v2
@@ -114,7 +114,7 @@ def test_weights_that_are_not_floating_point_numbers_are_refused(dtype: torch.dt
         (path / "model.safetensors").unlink()
         whole_hf = write_hf(tmp_path / "whole", config, state_dict(config, "hf"))
         source = open_source(whole_hf)
-        path = convert(source, MegatronTarget(source, Sharding()), tmp_path / "mg").path
+        path = convert(source, MegatronTarget(source, ParallelLayout()), tmp_path / "mg").path
         file = next(path.rglob("model_optim_rng.pt"))
         content = torch.load(file, weights_only=False)
         name = "decoder.final_layernorm.weight"
@@ -143,7 +143,7 @@ def test_tensors_of_another_form_are_refused_by_name(kind: str, form: str, tmp_p
     path = tmp_path / "full_sft.pth"
     if form == "Megatron":
         source = open_source(write_hf(tmp_path / "hf", config, state))
-        path, name = convert(source, MegatronTarget(source, Sharding()), tmp_path / "mg").path, IN_MEGATRON
+        path, name = convert(source, MegatronTarget(source, ParallelLayout()), tmp_path / "mg").path, IN_MEGATRON
         file = next(path.rglob("model_optim_rng.pt"))
         content = torch.load(file, weights_only=False)
         content["model"][name] = change(content["model"][name].float())

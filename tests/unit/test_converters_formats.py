@@ -14,7 +14,7 @@ from helpers.weights_on_disk import SMALL, assert_same_bits, config_json, read_h
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.source import Source, cast, resize_vocabulary
 from minimind_mcore.converters.convert import convert
@@ -282,7 +282,7 @@ def test_a_halving_that_loses_bits_is_refused(tmp_path: Path) -> None:
     state["model.layers.1.mlp.shared_expert.down_proj.weight"][0, 0] = 6e-8  # the smallest there is
     source = open_source(write_hf(tmp_path / "hf", config, state))
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.shared_expert\.down_proj.*--params-dtype fp32"):
-        convert(source, MegatronTarget(source, Sharding()), tmp_path / "out")
+        convert(source, MegatronTarget(source, ParallelLayout()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -294,7 +294,7 @@ def test_a_padded_vocabulary_is_trimmed_and_restored(tmp_path: Path) -> None:
     state = state_dict(config, "hf")
     source = open_source(write_hf(tmp_path / "hf", config, state))
     padded = resize_vocabulary(source, 100)
-    mcore = convert(padded, MegatronTarget(padded, Sharding(tp=2, pp=2)), tmp_path / "mcore").path
+    mcore = convert(padded, MegatronTarget(padded, ParallelLayout(tp=2, pp=2)), tmp_path / "mcore").path
     tensors = read_mcore(mcore)
     assert tensors[f"mp_rank_01_000/model/{EMBEDDING}"].shape == (50, 32)
     assert not tensors[f"mp_rank_01_000/model/{EMBEDDING}"][47:].any()
@@ -310,7 +310,7 @@ def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
     state["model.norm.weight"][3] = 70_000.0
     source = cast(open_source(write_hf(tmp_path / "hf", config, state)), torch.float16)
     with pytest.raises(UserError, match=r"final_layernorm\.weight: NaN or infinity .*float16"):
-        convert(source, MegatronTarget(source, Sharding()), tmp_path / "out")
+        convert(source, MegatronTarget(source, ParallelLayout()), tmp_path / "out")
 
 
 def test_checkpoints_of_a_trained_model_keep_iteration_and_tokenizer(tmp_path: Path, published_tokenizer: Path) -> None:
@@ -319,10 +319,10 @@ def test_checkpoints_of_a_trained_model_keep_iteration_and_tokenizer(tmp_path: P
     shutil.copy(published_tokenizer / "tokenizer.json", hf)
     source = open_source(hf)
     source = source.replace(training=source.training.replace(iteration=300, consumed_samples=9600))
-    first = convert(source, MegatronTarget(source, Sharding(tp=2)), tmp_path / "one").path
+    first = convert(source, MegatronTarget(source, ParallelLayout(tp=2)), tmp_path / "one").path
     assert (first / "iter_0000300" / "mp_rank_01" / "model_optim_rng.pt").is_file()
     opened = open_source(first)
-    second = open_source(convert(opened, MegatronTarget(opened, Sharding(pp=2)), tmp_path / "two").path)
+    second = open_source(convert(opened, MegatronTarget(opened, ParallelLayout(pp=2)), tmp_path / "two").path)
     assert second.training == source.training and second.training.fingerprint
     with pytest.raises(UserError, match="not the tokenizer that the model was trained with"):
         other = published_tokenizer.parent / ("v2" if published_tokenizer.name == "v3" else "v3")

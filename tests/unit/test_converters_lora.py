@@ -11,7 +11,7 @@ import torch
 from helpers.weights_on_disk import SMALL, assert_same_bits, read_hf, state_dict, write_hf
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert
@@ -23,7 +23,11 @@ from minimind_mcore.models.config import ModelConfig
 RANK, ALPHA = 4, 8
 MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 CONFIG = SMALL["minimind3"]
-LAYOUTS = {"TP1": Sharding(), "TP2 PP2": Sharding(tp=2, pp=2), "VPP": Sharding(pp=2, layers_per_virtual_stage=1)}
+LAYOUTS = {
+    "TP1": ParallelLayout(),
+    "TP2 PP2": ParallelLayout(tp=2, pp=2),
+    "VPP": ParallelLayout(pp=2, layers_per_virtual_stage=1),
+}
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -48,12 +52,12 @@ def cut(name: str, a: Tensor, b: Tensor, rank: int, tp: int) -> tuple[Tensor, Te
 
 
 def lora_checkpoint(
-    base: Path, folder: Path, config: ModelConfig, pairs: Pairs, sharding: Sharding, alone: bool
+    base: Path, folder: Path, config: ModelConfig, pairs: Pairs, layout: ParallelLayout, alone: bool
 ) -> Path:
     """A checkpoint as MindSpeed-LLM's LoRA training writes it: adapters beside the weights, or alone."""
     source = open_source(base)
-    root = convert(source, MegatronTarget(source, sharding), folder).path
-    parts = sharding.parts(config)
+    root = convert(source, MegatronTarget(source, layout), folder).path
+    parts = layout.parts(config)
     for file in root.glob("iter_*/*/model_optim_rng.pt"):
         content = torch.load(file, weights_only=False)
         content["args"].lora_r, content["args"].lora_alpha = RANK, ALPHA
@@ -63,7 +67,7 @@ def lora_checkpoint(
                 stem = part.name.removesuffix(".weight")
                 chunk = content[part.chunk]
                 chunk[stem + ".base_layer.weight"] = chunk.pop(part.name)
-                a_part, b_part = cut(whole, a, b, part.rank, sharding.tp)
+                a_part, b_part = cut(whole, a, b, part.rank, layout.tp)
                 chunk[stem + ".lora_A.default.weight"] = a_part.clone()
                 chunk[stem + ".lora_B.default.weight"] = b_part.clone()
         if alone:
@@ -107,7 +111,7 @@ def test_adapters_of_another_checkpoint_and_layout_merge(where: str, base: Path,
     pairs = random_adapters(CONFIG)
     adapters = lora_checkpoint(base, tmp_path / "adapters", CONFIG, pairs, LAYOUTS[where], alone=True)
     source = open_source(base)
-    mcore = convert(source, MegatronTarget(source, Sharding(tp=2)), tmp_path / "mcore").path
+    mcore = convert(source, MegatronTarget(source, ParallelLayout(tp=2)), tmp_path / "mcore").path
     inside = lora_checkpoint(base, tmp_path / "inside", CONFIG, pairs, LAYOUTS["TP1"], alone=False)
     expected = read_hf(run(inside, tmp_path / "expected"))
     assert_same_bits(read_hf(run(mcore, tmp_path / "one", "--lora-load", str(adapters))), expected)
@@ -118,7 +122,7 @@ def test_adapters_of_experts_merge(tmp_path: Path) -> None:
     config = SMALL["minimind3_moe"]
     base = write_hf(tmp_path / "base", config, state_dict(config, "hf"))
     pairs = random_adapters(config)
-    trained = lora_checkpoint(base, tmp_path / "trained", config, pairs, Sharding(tp=2, ep=2), alone=False)
+    trained = lora_checkpoint(base, tmp_path / "trained", config, pairs, ParallelLayout(tp=2, ep=2), alone=False)
     found = read_hf(run(trained, tmp_path / "merged"))
     for name, tensor in merged_state(config, read_hf(base), pairs, ALPHA / RANK).items():
         assert torch.allclose(found[name], tensor, atol=1e-6), name
@@ -214,7 +218,7 @@ def test_adapters_of_q_k_and_v_share_one_a(tmp_path: Path) -> None:
 
 def test_wrong_flags_and_damage_are_said(base: Path, tmp_path: Path) -> None:
     pairs = random_adapters(CONFIG)
-    trained = lora_checkpoint(base, tmp_path / "trained", CONFIG, pairs, Sharding(tp=2), alone=False)
+    trained = lora_checkpoint(base, tmp_path / "trained", CONFIG, pairs, ParallelLayout(tp=2), alone=False)
     for flags, message in (
         (["--lora-r", "16"], "--lora-r 16: the adapters have rank 4"),
         (["--lora-alpha", "32"], "--lora-alpha 32: the checkpoint was trained with 8"),
@@ -233,7 +237,7 @@ def test_wrong_flags_and_damage_are_said(base: Path, tmp_path: Path) -> None:
 
 def test_alpha_must_come_from_somewhere(base: Path, tmp_path: Path) -> None:
     pairs = random_adapters(CONFIG)
-    trained = lora_checkpoint(base, tmp_path / "trained", CONFIG, pairs, Sharding(), alone=False)
+    trained = lora_checkpoint(base, tmp_path / "trained", CONFIG, pairs, ParallelLayout(), alone=False)
     file = next(trained.glob("iter_*/mp_rank_00/model_optim_rng.pt"))
     content = torch.load(file, weights_only=False)
     content["args"] = argparse.Namespace(**{k: v for k, v in vars(content["args"]).items() if "lora" not in k})

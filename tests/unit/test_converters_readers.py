@@ -18,7 +18,7 @@ import torch
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget, PthTarget
@@ -63,7 +63,7 @@ def make(folder: Path, config: ModelConfig, ids: Tensor) -> tuple[Path, Tensor]:
     """A Megatron checkpoint, and the logits of transformers with the weights that it was made of."""
     hf = write_hf(folder / "hf", config, state_dict(config, "hf"))
     source = open_source(hf)
-    mcore = convert(source, MegatronTarget(source, Sharding(tp=2, pp=2)), folder / "mcore").path
+    mcore = convert(source, MegatronTarget(source, ParallelLayout(tp=2, pp=2)), folder / "mcore").path
     torch.save(ids, folder / "ids.pt")
     with torch.no_grad():
         return mcore, directory_logits(hf, ids)

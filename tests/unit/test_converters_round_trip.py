@@ -24,7 +24,7 @@ from helpers.weights_on_disk import (
     write_hf,
 )
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
@@ -55,8 +55,8 @@ def name_of(case: dict[str, Any]) -> str:
     return "-".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in case.items())
 
 
-def sharding_of(case: dict[str, Any]) -> Sharding:
-    return Sharding(
+def sharding_of(case: dict[str, Any]) -> ParallelLayout:
+    return ParallelLayout(
         tp=case["tp"],
         pp=case["pp"],
         ep=case["ep"],
@@ -65,9 +65,9 @@ def sharding_of(case: dict[str, Any]) -> Sharding:
     )
 
 
-def to_mcore(source: Path, sharding: Sharding, output: Path) -> Path:
+def to_mcore(source: Path, layout: ParallelLayout, output: Path) -> Path:
     opened = open_source(source)
-    return convert(opened, MegatronTarget(opened, sharding), output).path
+    return convert(opened, MegatronTarget(opened, layout), output).path
 
 
 def to_hf(source: Path, output: Path) -> Path:
@@ -117,33 +117,35 @@ def test_pairs_cover_the_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    "sharding",
+    "layout",
     [
-        Sharding(tp=2, pp=2, layers_per_stage=(3, 5)),
-        Sharding(pp=3, layers_per_stage=(1, 6, 1)),
-        Sharding(tp=2, pp=3, noop_layers=(8,)),
-        Sharding(pp=4, noop_layers=(0, 1, 2, 11)),
-        Sharding(pp=2, layers_per_virtual_stage=3, noop_layers=(0, 5, 6, 11)),
+        ParallelLayout(tp=2, pp=2, layers_per_stage=(3, 5)),
+        ParallelLayout(pp=3, layers_per_stage=(1, 6, 1)),
+        ParallelLayout(tp=2, pp=3, noop_layers=(8,)),
+        ParallelLayout(pp=4, noop_layers=(0, 1, 2, 11)),
+        ParallelLayout(pp=2, layers_per_virtual_stage=3, noop_layers=(0, 5, 6, 11)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("model", ["minimind3", "minimind2_moe"])
-def test_uneven_pipelines_round_trip(model: str, sharding: Sharding, tmp_path: Path) -> None:
+def test_uneven_pipelines_round_trip(model: str, layout: ParallelLayout, tmp_path: Path) -> None:
     state = state_dict(MODELS[model], "hf")
     hf = write_hf(tmp_path / "hf", MODELS[model], state)
-    mcore = to_mcore(hf, sharding, tmp_path / "mcore")
-    assert open_source(mcore).sharding == sharding
+    mcore = to_mcore(hf, layout, tmp_path / "mcore")
+    assert open_source(mcore).layout == layout
     assert_same_bits(read_hf(to_hf(mcore, tmp_path / "back")), state)
-    even = to_mcore(mcore, Sharding(pp=2), tmp_path / "even")
-    assert_same_bits(read_mcore(to_mcore(even, sharding, tmp_path / "again")), read_mcore(mcore))
+    even = to_mcore(mcore, ParallelLayout(pp=2), tmp_path / "even")
+    assert_same_bits(read_mcore(to_mcore(even, layout, tmp_path / "again")), read_mcore(mcore))
 
 
 def test_the_digest_of_the_weights_is_that_of_no_format(tmp_path: Path) -> None:
     config = MODELS["minimind2_moe"]
     source = open_source(write_hf(tmp_path / "hf", config, state_dict(config, "hf")))
-    first = convert(source, MegatronTarget(source, Sharding(tp=2, ep=2, grouped_experts=True)), tmp_path / "mcore")
+    first = convert(
+        source, MegatronTarget(source, ParallelLayout(tp=2, ep=2, grouped_experts=True)), tmp_path / "mcore"
+    )
     mcore = open_source(first.path)
     second = convert(mcore, HFTarget(mcore, native=True, folder=None), tmp_path / "native")
     other = open_source(write_hf(tmp_path / "other", config, state_dict(config, "hf", seed=2)))
-    third = convert(other, MegatronTarget(other, Sharding()), tmp_path / "third")
+    third = convert(other, MegatronTarget(other, ParallelLayout()), tmp_path / "third")
     assert first.digest == second.digest != third.digest

@@ -16,7 +16,7 @@ import pytest
 from helpers.engine import ROOT
 from helpers.weights_on_disk import state_dict, write_hf
 
-from minimind_mcore.checkpoint.layout import Sharding
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget
@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "models/link").symlink_to(root / "elsewhere")
     config = PRESETS[MODEL]
     source = open_source(write_hf(root / "models/hf", config, state_dict(config, "hf")))
-    convert(source, MegatronTarget(source, Sharding(tp=2)), root / "models/mcore")
+    convert(source, MegatronTarget(source, ParallelLayout(tp=2)), root / "models/mcore")
     return root
 
 

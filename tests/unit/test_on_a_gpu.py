@@ -175,15 +175,15 @@ def test_more_processes_than_gpus_need_gloo(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_layouts_that_gloo_cannot_run_on_a_gpu_are_refused(changes: dict[str, Any], flag: str) -> None:
+    from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.training.distributed import _require_simple
-    from minimind_mcore.training.layout import Layout
 
     flags = {"sequence_parallel": False, "use_distributed_optimizer": False, "overlap_grad_reduce": False}
     args = argparse.Namespace(**flags | {"ckpt_format": "torch", "save": None} | changes)
     with pytest.raises(UserError, match=flag):
-        _require_simple(args, Layout(2, 1, changes.get("pp", 1), None, 1, 1, 2))
+        _require_simple(args, ParallelLayout(world_size=2, pp=changes.get("pp", 1)))
     plain = argparse.Namespace(**flags | {"ckpt_format": "torch", "save": None})
-    _require_simple(plain, Layout(2, 2, 1, None, 1, 1, 1))
+    _require_simple(plain, ParallelLayout(world_size=2, tp=2))
 
 
 def test_gradients_are_reduced_without_coalescing(server: Server, corpus: Corpus, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import parse_object
 from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.preprocess.check import datasets_at, quick_check
-from minimind_mcore.preprocess.indexed import Index, bin_path, read_index
+from minimind_mcore.preprocess.indexed import Column
 from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.training.sample_order import data_digest
 
@@ -91,7 +91,7 @@ class PromptDataset:
         self.seed, self.shuffle = seed, shuffle
         self._limits = {"split": split or "100,0,0", "max_prompt_length": max_prompt_length}
         found = _find(self.prefix, columns, optional)
-        self._columns = {name: _Column(path, tokenizer) for name, path in found.items()}
+        self._columns = {name: _column(path, tokenizer) for name, path in found.items()}
         self.columns = [name for name in found if name not in (IDS, MASK)]
         counts = {name: column.index.sequences for name, column in self._columns.items()}
         if len(set(counts.values())) > 1:
@@ -112,7 +112,7 @@ class PromptDataset:
 
     def __getitem__(self, place: int) -> Prompt:
         index = int(self._kept[place])
-        columns = {name: column[index] for name, column in self._columns.items()}
+        columns = {name: np.array(column[index], dtype=np.int32) for name, column in self._columns.items()}
         ids = columns.pop(IDS)
         columns.pop(MASK, None)
         return Prompt(index, ids, columns, self._records[index] if self._records else {})
@@ -192,17 +192,10 @@ def _share(count: int, split: str | None, part: int) -> tuple[int, int]:
     return bounds[part], bounds[part + 1]
 
 
-class _Column:
-    """One dataset, by document."""
-
-    def __init__(self, prefix: str, tokenizer: str | None) -> None:
-        quick_check(prefix, tokenizer)
-        self.index: Index = read_index(prefix)
-        self._tokens = np.memmap(bin_path(prefix), self.index.dtype, "r") if self.index.sequences else np.empty(0)
-
-    def __getitem__(self, document: int) -> Ids:
-        start = int(self.index.pointers[document]) // self.index.dtype.itemsize
-        return np.array(self._tokens[start : start + int(self.index.lengths[document])], dtype=np.int32)
+def _column(prefix: str, tokenizer: str | None) -> Column:
+    """One dataset, checked."""
+    quick_check(prefix, tokenizer)
+    return Column(prefix)
 
 
 class _Lines:

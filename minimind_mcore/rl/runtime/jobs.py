@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
@@ -23,7 +24,6 @@ from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.job import Job, LossFunction, averaged
-from minimind_mcore.training.layout import Layout
 
 
 def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Values(ResponseJob):
 
     title = "critic"
 
-    def prepare_model(self, chunks: list[Any], layout: Layout) -> None:
+    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
         """See `Job`: a value head in place of the output layer."""
         for chunk in chunks:
             if chunk.post_process:

@@ -116,14 +116,14 @@ def _copy_module(name: str, folder: Path) -> bool:
 
 def _model(config: Config, folder: Path) -> None:
     """The weights as transformers and vLLM load them."""
-    from minimind_mcore.checkpoint.layout import Sharding
+    from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.converters.job import Job, run_job
 
     if not config.actor.load or not Path(config.actor.load).exists():
         raise UserError(f"actor_config.load: {config.actor.load} does not exist; expected the weights to begin with")
     tokenizer = Path(config.actor.tokenizer_name_or_path)
     job = Job(
-        load_dir=Path(config.actor.load), save_dir=folder, save_type="hf", sharding=Sharding(), tokenizer=tokenizer
+        load_dir=Path(config.actor.load), save_dir=folder, save_type="hf", layout=ParallelLayout(), tokenizer=tokenizer
     )
     run_job(job)
     template = folder / "chat_template.jinja"
