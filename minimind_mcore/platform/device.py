@@ -58,11 +58,6 @@ class Device:
         return self.kind == "npu"
 
     @property
-    def is_gpu(self) -> bool:
-        """Whether it is one that Triton makes kernels for."""
-        return self.kind == "cuda"
-
-    @property
     def torch_device(self) -> torch.device:
         """This process's device, for `tensor.to`."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)

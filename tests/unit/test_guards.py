@@ -39,6 +39,7 @@ UPSTREAM_NAMES = {
     "minimind_mcore/training/checkpoint_torch.py": ("cuda_rng_state", "get_cuda_rng_tracker"),
     "minimind_mcore/training/distributed.py": ("model_parallel_cuda_manual_seed",),
     "minimind_mcore/checkpoint/unpickling.py": ("CudaGraphScope",),
+    "minimind_mcore/platform/fused/compiled.py": ("cuda",),  # whether Triton can compile for the device
     "minimind_mcore/training/model.py": ("cuda",),  # Transformer Engine exists for nothing else
 }  # fmt: skip
 

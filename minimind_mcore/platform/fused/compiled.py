@@ -21,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimind_mcore.platform import device
-
 
 @functools.cache
 def usable() -> bool:
     """Whether torch.compile can make kernels here: for CUDA it needs Triton, and Triton needs a C compiler."""
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "cc", "clang"))
-    return device.current().is_gpu and importlib.util.find_spec("triton") is not None and has_compiler
+    # On an NPU torch.cuda answers for the NPU, but torch is built for neither CUDA nor ROCm. On a CPU `device.setup()`
+    # has made torch.cuda answer no. device.py imports this module through patches.py, so it cannot be asked here.
+    built = torch.version.cuda or torch.version.hip
+    return bool(built) and torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and has_compiler
 
 
 def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
