@@ -99,7 +99,7 @@ class LocalRollout:
 class LocalGroups:
     """`WorkerGroups` of this process."""
 
-    start = placement.WorkerGroups.start
+    start, _wait = placement.WorkerGroups.start, placement.WorkerGroups._wait
     training = placement.WorkerGroups.training
 
     def __init__(self, config: Config, algorithm: Any, vocab_size: int) -> None:

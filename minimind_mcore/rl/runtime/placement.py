@@ -41,7 +41,8 @@ class WorkerGroups:
         model = ModelConfig.from_args(command_line(config, "actor"))
         self.cluster: Cluster = connect(say, cpus=world + (devices(rl, "reference") if apart else 0))
         try:
-            bundle = self._bundle(config)
+            cpus = {"CPU": float(rl.num_cpus_for_placement_group)}
+            bundle = cpus if device.current().kind == "cpu" else {"GPU": 1.0, **cpus}
             self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")
             say(f"actor: {where(self.places)}")
             share = 0.3 if critic else 0.5
@@ -51,33 +52,26 @@ class WorkerGroups:
                 own = self.cluster.reserve(devices(rl, "reference"), bundle, self.patience, "the reference")
                 self.reference = TrainGroup(config, "reference", own, 1.0)
             self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
-            self.restarts = self._restarts("training ranks", most)
+            self.restarts = Restarts("training ranks", most, say, self._wait)
             engines = self.places[: config.generate.data_parallel_size or world]
-            self.rollout = RolloutGroup(config, model, vocab_size, engines, 0.4, self._rollout_restarts(most))
-            self.rewards: Pool = reward_pool(config, self._restarts("reward actors", most))
+            restarts = Restarts("rollout actors", most, say, self._wait_for_ranks)
+            self.rollout = RolloutGroup(config, model, vocab_size, engines, 0.4, restarts)
+            self.rewards: Pool = reward_pool(config, Restarts("reward actors", most, say, self._wait))
         except BaseException:
             self.cluster.close()
             raise
 
-    def _restarts(self, kind: str, most: int) -> Restarts:
-        return Restarts(kind, most, say, lambda: self.cluster.wait_for_hosts(self.patience))
+    def _wait(self) -> None:
+        self.cluster.wait_for_hosts(self.patience)
 
-    def _rollout_restarts(self, most: int) -> Restarts:
+    def _wait_for_ranks(self) -> None:
         """An engine is replaced only where there are ranks to give it weights: `Lost` says if there are not."""
-
-        def wait() -> None:
-            self.cluster.wait_for_hosts(self.patience)
-            supervise.require_alive(self.actor.actors, self.actor.names)
-
-        return Restarts("rollout actors", most, say, wait)
-
-    def _bundle(self, config: Config) -> dict[str, float]:
-        cpus = float(config.rl.num_cpus_for_placement_group)
-        return {"CPU": cpus} if device.current().kind == "cpu" else {"GPU": 1.0, "CPU": cpus}
+        self._wait()
+        supervise.require_alive(self.actor.actors, self.actor.names)
 
     def start(self) -> dict[str, Any]:
         """Start (again) all training ranks; returns where the actor's checkpoint is: see `Rank.load`."""
-        self.cluster.wait_for_hosts(self.patience)
+        self._wait()
         found = self.actor.start()
         for group in (self.reference, self.critic):
             if group is not None:

@@ -44,32 +44,28 @@ def collect(refs: Sequence[Any], names: Sequence[str], what: str, timeout: float
         UserError: as the actor raised it.
         RuntimeError: another error in an actor; its traceback is in the message.
     """
-    place = {ref: i for i, ref in enumerate(refs)}
-    found: list[Any] = [None] * len(refs)
-    began = time.monotonic()
+    named, found, began = dict(zip(refs, names, strict=True)), dict[Any, Any](), time.monotonic()
     waiting, deadline, due = list(refs), began + timeout, SAY_AFTER_SECONDS
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
         for ref in done:
-            found[place[ref]] = _result(ref, names[place[ref]], waiting, place, names, what, deadline)
+            found[ref] = _result(ref, named, waiting, what, deadline)
         now = time.monotonic()
         if waiting and now - began > due:
             due *= 2
-            slow = ", ".join(names[place[ref]] for ref in waiting)
-            quick = ", ".join(names[place[ref]] for ref in refs if ref not in waiting)
+            slow = ", ".join(named[ref] for ref in waiting)
+            quick = ", ".join(named[ref] for ref in refs if ref not in waiting)
             say(
                 f"the driver is waiting for {slow} ({what}, {now - began:.0f} of {timeout:g} s"
                 f"{f'; {quick} answered' if quick else ''})"
             )
         if waiting and now > deadline:
-            late = [names[place[ref]] for ref in waiting]
-            raise Lost(late, f"no answer within {timeout:g} s ({what})")
-    return found
+            raise Lost([named[ref] for ref in waiting], f"no answer within {timeout:g} s ({what})")
+    return [found[ref] for ref in refs]
 
 
-def _result(
-    ref: Any, name: str, waiting: list[Any], place: dict[Any, int], names: Sequence[str], what: str, deadline: float
-) -> Any:
+def _result(ref: Any, named: dict[Any, str], waiting: list[Any], what: str, deadline: float) -> Any:
+    name = named[ref]
     try:
         return ray.get(ref, timeout=max(POLL_SECONDS, deadline - time.monotonic()))
     except GetTimeoutError as error:
@@ -77,8 +73,7 @@ def _result(
     except RayTaskError as error:
         if isinstance(error.cause, RayError):  # weights of a rank that has died since
             raise Lost([name], f"what it was given is lost ({what})") from error
-        dead = _dead(waiting, place, names)
-        if dead:
+        if dead := _dead(waiting, named):
             raise Lost(dead, f"died ({what})") from error
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
@@ -87,7 +82,7 @@ def _result(
         raise Lost([name], f"died ({what}): {str(error).splitlines()[0]}") from error
 
 
-def _dead(waiting: list[Any], place: dict[Any, int], names: Sequence[str]) -> list[str]:
+def _dead(waiting: list[Any], named: dict[Any, str]) -> list[str]:
     """Actors that are known to have died within the next seconds."""
     end = time.monotonic() + GRACE_SECONDS
     while waiting and time.monotonic() < end:
@@ -96,7 +91,7 @@ def _dead(waiting: list[Any], place: dict[Any, int], names: Sequence[str]) -> li
             try:
                 ray.get(ref, timeout=POLL_SECONDS)
             except RayActorError:
-                return [names[place[ref]]]
+                return [named[ref]]
             except RayError:
                 continue
     return []

@@ -113,18 +113,14 @@ class TrainGroup:
         """Begin a call of `Rank`'s method on every rank; returns the references of what they return."""
         return [actor.call.remote(method, *arguments) for actor in self.actors]
 
-    def finish(self, refs: list[Any], method: str) -> list[Any]:
-        """What the ranks return.
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of `Rank` on every rank, and return what the ranks return.
 
         Raises:
             Lost: a rank died, or does not answer: `start` again.
             UserError: as a rank raised it.
         """
-        return collect(refs, self.names, f"{self.role}: {method}", self.timeout)
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `Rank`'s method on every rank and wait."""
-        return self.finish(self.submit(method, *arguments), method)
+        return collect(self.submit(method, *arguments), self.names, f"{self.role}: {method}", self.timeout)
 
     def measure(self, batch: Batch, reference: bool = False) -> dict[str, torch.Tensor]:
         """Columns [rows, T] of a batch: see `Rank.measure`."""
