@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     name = f"{args.model}_tiny" if args.tiny else args.model
-    steps, warmup = (2, 1) if args.tiny else (20, 5)
+    steps, warmup = (2, 1) if args.tiny else (12, 4)
     common = argparse.Namespace(
         model=[name],
         side=args.side,

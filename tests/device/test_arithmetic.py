@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from minimind_mcore.platform.fused import elementwise
 from minimind_mcore.platform.fused.adam import FusedAdam
 from minimind_mcore.platform.fused.attention import scaled_dot_product
 from minimind_mcore.platform.patches import _l2_norm, add_weight_gradient
+from minimind_mcore.posttrain.data import batch_of
 from minimind_mcore.posttrain.dpo import pair_log_probs
 from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine, choose
 from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
@@ -255,3 +257,14 @@ def test_the_straight_through_router_weight_is_one_and_has_the_gradient_of_the_s
     assert torch.equal(weights.cpu(), chosen.to(dtype))
     assert narrow.grad is not None and wide.grad is not None
     assert distance(narrow.grad, wide.grad) < TOLERANCE[dtype]
+
+
+def test_a_batch_of_fine_tuning_can_be_pinned() -> None:
+    rows = [np.array([5, 6, 7]), np.array([8, 9])]
+    for name, tensor in batch_of(rows, rows, 4).items():
+        # torch refuses to pin a tensor whose elements share memory; a CPU without a device cannot pin at all.
+        assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size(), (
+            name
+        )
+        if PLACE.type == "cuda":
+            assert torch.equal(tensor.pin_memory().to(PLACE, non_blocking=True).cpu(), tensor)
