@@ -21,7 +21,8 @@ def make(root: Path, iteration: int) -> Path:
 def save(root: Path, iteration: int, keep_last: int) -> None:
     tmp = make(root / "tmp", iteration)
     args = argparse.Namespace(iteration=iteration, keep_last=keep_last)
-    ck._publish(root, tmp, ck.directory_of(root, iteration), [], args)
+    entries = [{"weights.pt": file_entry(tmp / "weights.pt")}]
+    ck._publish(root, tmp, ck.directory_of(root, iteration), entries, args)
 
 
 def test_keeping_the_last_never_removes_the_one_just_written(tmp_path: Path) -> None:
