@@ -77,6 +77,8 @@ def read(script: Path) -> set[str]:
     """Return the variables that a script allows to be unset, as in ${NAME:-default}: those it does not set itself."""
     text = re.sub(r"^\s*#.*$", "", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
     own = {name for name, value in re.findall(r"^([A-Z][A-Z0-9_]*)=(.*)$", text, re.MULTILINE) if name not in value}
+    for line in re.findall(r'^(?:[A-Z][A-Z0-9_]*="" ?)+$', text, re.MULTILINE):  # several on a line, empty at first
+        own |= set(re.findall(r"\w+(?==)", line))
     return set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?[-+]", text)) - own
 
 

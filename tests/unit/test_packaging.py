@@ -15,11 +15,11 @@ from helpers.engine import ROOT
 
 IMPORT = """
 import minimind_mcore
-from minimind_mcore.converters import progress
+from minimind_mcore import converters
 from minimind_mcore.models import config
 from minimind_mcore.preprocess import templates
 assert templates.read_templates(None)  # a data file of a linked folder
-print(*minimind_mcore.__path__, progress.__file__, config.__file__, templates.__file__)
+print(*minimind_mcore.__path__, converters.__file__, config.__file__, templates.__file__)
 """
 PACKED = "minimind_mcore/configs"
 LINKED = ("converters", "models", "preprocess")
