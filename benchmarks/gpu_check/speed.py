@@ -11,6 +11,7 @@ import train
 from gpu_check.plan import RATE
 from gpu_check.rows import emit
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.platform import device
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
 # Sequences and their length: as many tokens either way.
@@ -20,14 +21,12 @@ TINY_SHAPES = ((2, 34), (1, 64))
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--side", choices=("native", "plain"), required=True)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    name = f"{args.model}_tiny" if args.tiny else args.model
     steps, warmup = (2, 1) if args.tiny else (12, 4)
     common = argparse.Namespace(
-        model=[name],
         side=args.side,
         dtype="bf16",
         threads=torch.get_num_threads(),
@@ -39,12 +38,16 @@ def main() -> None:
     # One rate for all rows of a check: part 1 measured it. Alone, this program measures it.
     known = os.environ.get(RATE)
     rate = float(known) * 1e12 if known else matmul_rate(torch.bfloat16, 512 if args.tiny else 8192)
-    for batch, seq in TINY_SHAPES if args.tiny else SHAPES:
-        found = train.measure(argparse.Namespace(**vars(common), batch=batch, seq=seq))
-        share = mfu(PRESETS[name], seq, found["wall"], rate)
-        label, side = f"{name}, {batch} x {seq}", "native engine" if args.side == "native" else "plain loop"
-        emit(f"{label}: {side}", found["wall"], "tokens/s", note=f"{found['memory'] / 1e9:.2f} GB at most")
-        emit(f"{label}: {side}, MFU", 100 * share, "%", note=f"over {rate / 1e12:.1f} TFLOP/s, measured in this run")
+    side = "native engine" if args.side == "native" else "plain loop"
+    for name in (f"{model}_tiny" if args.tiny else model for model in args.models):
+        for batch, seq in TINY_SHAPES if args.tiny else SHAPES:
+            if device.current().kind == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # the peak of the shape before is not this one's
+            found = train.measure(argparse.Namespace(**vars(common), model=[name], batch=batch, seq=seq))
+            share = mfu(PRESETS[name], seq, found["wall"], rate)
+            label = f"{name}, {batch} x {seq}: {side}"
+            emit(label, found["wall"], "tokens/s", note=f"{found['memory'] / 1e9:.2f} GB at most")
+            emit(f"{label}, MFU", 100 * share, "%", note=f"over {rate / 1e12:.1f} TFLOP/s, measured in this run")
 
 
 if __name__ == "__main__":
