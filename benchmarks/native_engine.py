@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -100,5 +101,6 @@ class NativeEngine:
         parallel_state.destroy_model_parallel()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # another shape would else be compiled for any shape, and be slower
+        gc.collect()  # compiled layers refer to themselves
         if device.current().kind == "cuda":
             torch.cuda.empty_cache()

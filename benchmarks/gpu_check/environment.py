@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import platform
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,12 @@ def _device(tiny: bool) -> None:
     found = device.current()
     emit("device", found.name, note=f"{found.kind}, {found.count} on this host")
     emit("CUDA of torch", torch.version.cuda or "none")
+    emit("CPU cores", device.usable_cores())
     if found.kind == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError):
+            driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.split()
+            emit("driver", ", ".join(dict.fromkeys(driver)) or "unknown")
         capability = torch.cuda.get_device_capability()
         emit("compute capability", f"{capability[0]}.{capability[1]}")
         emit("memory, free", torch.cuda.mem_get_info()[0] / 1e9, "GB")

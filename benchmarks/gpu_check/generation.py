@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    name, tokens = ("minimind3_tiny", 4) if args.tiny else ("minimind3", 128)
+    name, tokens = ("minimind3_tiny", 4) if args.tiny else ("minimind3", 64)
     config, dtype = get_preset(name), "fp32" if args.tiny else "bf16"
     torch.manual_seed(1)
     settings = argparse.Namespace(tokens=tokens, dtype=dtype)

@@ -31,7 +31,7 @@ export BACKEND
 [[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$NODES: expected the number of hosts"
 WAIT_SECONDS=${WAIT_SECONDS:-600}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} # hosts share no secret; give RAY_AUTH_MODE=token where they do
-RAY_PID="" TRAINING_PID="" MADE_TMPDIR=""
+RAY_PID="" TRAINING_PID="" made_tmpdir=""
 
 OVERRIDES=() PREPARED=() PENDING=""
 for argument in "$@"; do
@@ -73,8 +73,8 @@ start_ray() {
     # A name that can be guessed could be a link that another user has made there.
     if [ -z "${RAY_TMPDIR:-}" ]; then
         RAY_TMPDIR=/tmp/minimind-ray-XXXXXX
-        [ -n "$DRY_RUN" ] || MADE_TMPDIR=$(mktemp -d "$RAY_TMPDIR")
-        RAY_TMPDIR=${MADE_TMPDIR:-$RAY_TMPDIR}
+        [ -n "$DRY_RUN" ] || made_tmpdir=$(mktemp -d "$RAY_TMPDIR")
+        RAY_TMPDIR=${made_tmpdir:-$RAY_TMPDIR}
     fi
     # Below it go 65 more letters, and the path of a socket has at most 107.
     [ "${#RAY_TMPDIR}" -le 40 ] || fail "RAY_TMPDIR=$RAY_TMPDIR is too long for the paths of sockets: at most 40 letters"
@@ -113,7 +113,7 @@ stop_ray() {
     local status=$?
     [ -z "$RAY_PID" ] || hosts end --process "$RAY_PID"
     case $status in
-        0 | 130 | 143) [ -z "$MADE_TMPDIR" ] || rm -rf "$MADE_TMPDIR" ;;
+        0 | 130 | 143) [ -z "$made_tmpdir" ] || rm -rf "$made_tmpdir" ;;
     esac
 }
 

@@ -129,7 +129,8 @@ def build_chunks(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> 
         chunks.append(chunk.to(device.current().torch_device))
     initialize(chunks, model_config, scheme=args.minimind_init or "megatron", seed=args.seed, std=args.init_method_std)
     job.prepare_model(chunks, layout)
-    if compiled.usable():
+    # The hooks that gather weights within a forward pass would be traced.
+    if compiled.usable() and not args.overlap_param_gather:
         compiled.compile_layers(chunks)
     if args.params_dtype != torch.float32:
         chunks = [Float16Module(config, chunk) for chunk in chunks]

@@ -118,7 +118,7 @@ def test_the_directory_of_ray_is_removed_unless_the_run_fails(tmp_path: Path, st
     script = (SCRIPTS / "rlxf.sh").read_text(encoding="utf-8")
     body = script[script.index("start_ray()") : script.index("tell_log()")]
     fakes = f"show() {{ :; }}; hosts() {{ :; }}; mktemp() {{ command mktemp -d {tmp_path}/XXXXXX; }}"
-    run = f"DEVICE=cpu DRY_RUN= MASTER_PORT=1 RAY_PID= MADE_TMPDIR=; PYTHON=true; start_ray head; exit {status}"
+    run = f"DEVICE=cpu DRY_RUN= MASTER_PORT=1 RAY_PID= made_tmpdir=; PYTHON=true; start_ray head; exit {status}"
     done = subprocess.run(
         ["bash", "-c", f"{fakes}\n{body}\n{run}"],
         env={k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"} | {"NUM_CPUS": "1"},

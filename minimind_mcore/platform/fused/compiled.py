@@ -12,7 +12,9 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,35 +26,49 @@ from torch.autograd.function import once_differentiable
 
 @functools.cache
 def usable() -> bool:
-    """Whether torch.compile can make kernels here: for CUDA it needs Triton, and Triton needs a C compiler."""
+    """Whether torch.compile can make kernels here: for CUDA it needs Triton, a C compiler and Python's headers."""
+    # torch's own ways of turning it off.
+    if any(os.environ.get(name, "0") == "1" for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
+        return False
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "cc", "clang"))
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
     # On an NPU torch.cuda answers for the NPU, but torch is built for neither CUDA nor ROCm. On a CPU `device.setup()`
     # has made torch.cuda answer no. device.py imports this module through patches.py, so it cannot be asked here.
     built = torch.version.cuda or torch.version.hip
-    return bool(built) and torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and has_compiler
+    if not (built and torch.cuda.is_available() and has_compiler and has_headers):
+        return False
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
-    """Compile the layers of a model: dense ones as a whole, of a mixture of experts the attention.
+    """Compile the layers of a dense model.
 
-    How many tokens an expert gets is not known in advance, so mixtures stay as they are. So do layers that the compiler
-    would have to cut: with tensor parallelism (collectives), frozen weights (LoRA), dropout of attention (Megatron's
-    random states) or recomputation within the layer.
+    How many tokens an expert gets is not known in advance, so mixtures stay as they are: compiling their attention
+    alone gained nothing. So do layers that the compiler would have to cut: with tensor parallelism, frozen
+    weights (LoRA), dropout of attention (it has random states of its own), Transformer Engine or recomputation.
     """
+    import torch._dynamo
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:
         config: Any = layer.config
-        frozen = not all(parameter.requires_grad for parameter in layer.parameters())
-        if config.tensor_model_parallel_size > 1 or frozen or config.attention_dropout or config.recompute_granularity:
+        obstacles = (
+            config.tensor_model_parallel_size > 1,
+            config.num_moe_experts,
+            config.attention_dropout,
+            config.recompute_granularity,
+            getattr(config, "transformer_impl", "local") != "local",
+            not all(parameter.requires_grad for parameter in layer.parameters()),
+        )
+        if any(obstacles):
             continue
-        name = "_forward_attention" if config.num_moe_experts else "forward"
-        eager = getattr(layer, name)
-        setattr(layer, name, functools.partial(_run, torch.compile(eager), eager))
-        part = layer.self_attention if config.num_moe_experts else layer
-        for module in part.modules():
+        # Training, evaluation and a reference model, at one length or at many: each has a graph. torch's limit of 8
+        # would leave the ninth uncompiled.
+        torch._dynamo.config.recompile_limit = 32  # pyright: ignore[reportAttributeAccessIssue]
+        layer.forward = functools.partial(_run, torch.compile(layer.forward), layer.forward)
+        for module in layer.modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 # Megatron's own function adds the weight's gradient to a buffer within the backward pass, which the
                 # compiler cannot trace. The hooks of Megatron's DistributedDataParallel add what autograd returns.
