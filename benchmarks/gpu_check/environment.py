@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -55,7 +56,7 @@ def _device(tiny: bool) -> None:
     found = device.current()
     emit("device", found.name, note=f"{found.kind}, {found.count} on this host")
     emit("CUDA of torch", torch.version.cuda or "none")
-    emit("CPU cores", device.usable_cores())
+    emit("CPU cores", len(os.sched_getaffinity(0)))
     if found.kind == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError):
