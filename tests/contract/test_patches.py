@@ -147,6 +147,23 @@ def test_what_setup_changes(folder: Path) -> None:
     ]  # fmt: skip
 
 
+LEFT = (
+    STATE
+    + """
+from minimind_mcore.platform import device
+device.setup()
+from minimind_mcore.platform.patches import PATCHES
+owners = [(patch, getattr(target, "__module__", "")) for patch, target in zip(PATCHES, targets())]
+print([patch.target for patch, owner in owners if patch.versions == "all" and owner.startswith("megatron")])
+"""
+)
+
+
+@pytest.mark.parametrize("folder", folders(), ids=version_of)
+def test_setup_replaces_every_target(folder: Path) -> None:
+    assert fresh(LEFT, folder if folder != installed() else ROOT) == ["[]"]
+
+
 def test_an_import_changes_nothing() -> None:
     assert fresh(IMPORTS, ROOT) == ["0"]
 
