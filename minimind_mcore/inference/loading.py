@@ -1,6 +1,6 @@
 """A model in memory for inference, from any format that the converters read; nothing is written.
 
-loaded = load(Job(load_dir=Path("outputs/minimind3/checkpoints"), ...), tokenizer=None)
+loaded = load(*open_both(job, tokenizer))
 loaded.model                            # a transformers model: Llama, Qwen3, Qwen2-MoE or Qwen3-MoE
 """
 

@@ -1,1 +1,1 @@
-"""The only place that touches MindSpeed, MindSpeed-LLM or MindSpeed-RL."""
+"""Runs on MindSpeed-LLM and MindSpeed-RL. Only this package and `platform/ascend.py` touch MindSpeed's code."""

@@ -1,7 +1,6 @@
-"""What Megatron takes from Apex and Transformer Engine, in torch: chains of operations as one.
+"""Fused operations in torch, in place of those of Apex and Transformer Engine.
 
-megatron-core without those two computes each chain an operation at a time, and autograd keeps and
-copies what lies between. Here a chain is one node of the graph that passes over memory as often as it
-must; `install` puts them where megatron-core looks for the fused ones. The results are those of the
-unfused chains but for the order of additions.
+Without these two megatron-core runs each operation of a chain by itself, and autograd keeps and copies what lies
+between. Here a chain is one node of autograd's graph. `platform/patches.py` puts the operations where megatron-core
+looks for the fused ones. Results differ from those of the unfused chains in the order of additions only.
 """

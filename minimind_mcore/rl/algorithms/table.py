@@ -38,7 +38,7 @@ class Algorithm:
         kl_kind: see `kl.kl`.
         kl_coef: its coefficient.
         dynamic_sampling: train only on groups that differ (`groups.select`).
-        overlong: rewards are lowered towards the end of the room (`rewards.overlong`).
+        overlong: rewards are lowered towards the end of the room (`rl/rewards/length.py`).
     """
 
     advantage: str = "group"

@@ -2,8 +2,8 @@
 
     findings, tree, changes = lint("configs/rlxf/grpo_minimind3.yaml", "mindspeed-rl-master")
 
-It migrates what is older (`migrate`), then looks at keys and types, at the rules of sizes and modes (`rules`), and
-for MindSpeed-RL at what goes wrong there without an error (TRAPS) and at what of our own section it cannot honour.
+It migrates older files (`migrate`), then checks keys, types, sizes and modes (`check`). For MindSpeed-RL it also lists
+what fails there without an error (TRAPS), and the keys of the `minimind` section that MindSpeed-RL cannot honour.
 """
 
 from __future__ import annotations

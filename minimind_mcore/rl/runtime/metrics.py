@@ -19,7 +19,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
@@ -216,13 +215,3 @@ def _taken(text: str, width: int) -> str:
 def _columns(text: str) -> int:
     """Columns of a terminal: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def mean(values: Tensor, mask: Tensor) -> float:
-    """Of [rows, T] where the mask is 1."""
-    return float((values * mask).sum() / mask.sum().clamp(min=1))
-
-
-def finite(row: Row) -> Row:
-    """Without what is no number."""
-    return {name: value for name, value in row.items() if torch.isfinite(torch.tensor(value))}

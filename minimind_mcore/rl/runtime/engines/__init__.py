@@ -1,1 +1,1 @@
-"""Engines that write responses, behind one protocol (`engine.py`)."""
+"""Engines that generate responses, behind one protocol (`protocol.py`)."""
