@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.init import initial_tensor
+from minimind_mcore.platform import ranks
 
 
 def adapt(args: argparse.Namespace, chunks: list[Any]) -> None:
@@ -85,9 +85,7 @@ def base_digest(chunks: list[Any]) -> str:
         (name, tensor_parallel_place(name)[0] if weights.is_split(name) else 0): content_sum(parameter.detach())
         for name, parameter in whole_model_parameters(chunks)
     }
-    gathered: list[dict[tuple[str, int], int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return digest_of({part: value for parts in gathered for part, value in parts.items()})
+    return digest_of({part: value for parts in ranks.gather(mine) for part, value in parts.items()})
 
 
 def digest_of(parts: Mapping[tuple[str, int], int]) -> str:

@@ -27,17 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind_mcore.checkpoint import assumptions
+from minimind_mcore.checkpoint.choose import choose
 from minimind_mcore.checkpoint.files import directory_of, is_converted, iterations_in
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.posttrain import data
 from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.preprocess.indexed import bin_path
 from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record_files, sha256, writing
-from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, distributed, step
+from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
 from minimind_mcore.training.model import core_config, weights_gathered
@@ -59,7 +60,7 @@ class FrozenModel:
         from megatron.core import parallel_state
 
         source = open_weights(args, Path(path))
-        if distributed.is_main():
+        if ranks.is_main():
             for line in assumptions.described(path, source.assumptions):
                 print(line, flush=True)
         if source.config.vocab_size != args.padded_vocab_size:
@@ -107,11 +108,11 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
     source = reference_path(args)
     count = len(data.open_column(data.data_prefix(args), job.columns[0]))
     needed = np.unique(np.concatenate([dataset.order for dataset in used]))
-    cache = distributed.from_main(lambda: _cache_path(job, source))
-    known: LogProbs = distributed.from_main(lambda: _read(cache, count))
+    cache = ranks.from_main(lambda: _cache_path(job, source))
+    known: LogProbs = ranks.from_main(lambda: _read(cache, count))
     missing = needed[np.isnan(known[needed, 0])]
     if len(missing):
-        if distributed.is_main():
+        if ranks.is_main():
             print(
                 f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the weights at hand'}",
                 flush=True,
@@ -119,7 +120,7 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
         # The adapters of LoRA are not loaded yet, and zero: the model is its base.
         with _weights_of(args, None if args.lora_target_modules else source, model):
             known[missing] = _measure(job, model, missing)[missing]
-        if distributed.is_main() and cache:
+        if ranks.is_main() and cache:
             with writing(cache, "give another directory with --save (CKPT_SAVE_DIR)"):
                 with atomic_file(cache) as f:
                     np.save(f, known)
@@ -136,7 +137,7 @@ def reference_path(args: argparse.Namespace) -> str | None:
         return str(args.load)
     if not args.load or not iterations_in(Path(args.load)):
         return None
-    begun = checkpointing.choose(Path(args.load), args.ckpt_step)
+    begun = choose(Path(args.load), args.ckpt_step)
     if begun is not None and is_converted(begun):
         return str(args.load)
     raise UserError(

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError, require
+from minimind_mcore.platform import ranks
 from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.tokenize import load_encoder
-from minimind_mcore.training import checkpointing, distributed, sample_order
+from minimind_mcore.training import checkpointing, sample_order
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.data import tokenizer_path
 from minimind_mcore.training.job import Job, LossFunction, averaged, token_loss
@@ -64,7 +65,7 @@ class PostTraining(Job):
         args, prefix = self.args, data.data_prefix(self.args)
         data.check_files(prefix, self.columns, tokenizer, args.verify_data)
         # Reads all of it: once is enough.
-        distributed.check_on_main(
+        ranks.check_on_main(
             lambda: data.check_labels(prefix, self.columns, args.seq_length, tokenizer.vocab_size, args.neat_pack)
         )
 

@@ -23,7 +23,7 @@ from minimind_mcore.checkpoint.files import NAME
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.torch_zip import load_torch
 from minimind_mcore.errors import UserError
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
 from minimind_mcore.training.optimizer import schedule_kept
 
@@ -201,9 +201,7 @@ def rng_states() -> list[dict[str, Any]]:
         "cuda_rng_state": device.rng_state(),
         "rng_tracker_states": tracker.get_states(),
     }
-    gathered: list[Any] = [None] * ps.get_data_parallel_world_size()
-    dist.all_gather_object(gathered, mine, group=ps.get_data_parallel_group())
-    return gathered
+    return ranks.gather(mine, ps.get_data_parallel_group())
 
 
 def restore_rng(states: list[dict[str, Any]]) -> None:

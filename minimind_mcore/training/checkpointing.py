@@ -21,9 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from minimind_mcore.checkpoint import torch_zip
+from minimind_mcore.checkpoint.choose import choose, forget
 from minimind_mcore.checkpoint.files import (
     PREFIX,
     TRACKER,
@@ -32,9 +30,7 @@ from minimind_mcore.checkpoint.files import (
     is_converted,
     is_torch_dist,
     iterations_in,
-    read_tracker,
     saved_args,
-    tracked_directory,
 )
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
@@ -45,17 +41,16 @@ from minimind_mcore.models.config import (
     named_router_weight,
     set_router_weight,
 )
+from minimind_mcore.platform import ranks
 from minimind_mcore.storage import (
-    MANIFEST,
     atomic_write_text,
-    check_manifest,
     disk_errors,
     disk_full,
     file_entry,
     publish_directory,
     write_manifest,
 )
-from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, distributed, sample_order
+from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, sample_order
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer, other_constants
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
@@ -79,18 +74,18 @@ def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: An
     args.iteration = progress.iteration
     args.consumed_train_samples = progress.consumed
     args.skipped_train_samples = progress.skipped * args.global_batch_size
-    if distributed.is_main():
+    if ranks.is_main():
         for stale in root.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(stale)
         tmp.mkdir(parents=True)
-    _together(lambda: _require_space(args, tmp) if distributed.is_main() else None, tmp)
+    _together(lambda: _require_space(args, tmp) if ranks.is_main() else None, tmp)
     form = checkpoint_dist if args.ckpt_format == "torch_dist" else checkpoint_torch
     if not args.no_save_optim:
         allocate_moments(optimizer)
     with weights_gathered(args, model):
         entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
-    _together(lambda: _publish(root, tmp, final, entries, args) if distributed.is_main() else None, tmp)
-    if distributed.is_main():
+    _together(lambda: _publish(root, tmp, final, entries, args) if ranks.is_main() else None, tmp)
+    if ranks.is_main():
         print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
 
 
@@ -106,17 +101,14 @@ def require_shared_directory(path: Path) -> None:
             return f"{path}: cannot be written ({error.strerror}); give a directory of yours"
         return ""
 
-    problem = distributed.from_main(write)
+    problem = ranks.from_main(write)
     if not problem and not probe.exists():
-        problem = f"{path}: rank {distributed.rank()} does not see what rank 0 wrote there; hosts must share it"
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if distributed.is_main():
-        probe.unlink(missing_ok=True)
-    for problem in filter(None, problems):
-        raise UserError(problem)
+        problem = f"{path}: rank {ranks.rank()} does not see what rank 0 wrote there; hosts must share it"
+    try:
+        ranks.refuse_together(problem)
+    finally:  # every rank has looked
+        if ranks.is_main():
+            probe.unlink(missing_ok=True)
 
 
 def expected_bytes(args: argparse.Namespace) -> int:
@@ -177,11 +169,10 @@ def _together(work: Any, tmp: Path) -> list[Any]:
         result = work()
     except UserError as error:
         problem = str(error)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (result, problem))
+    gathered = ranks.gather((result, problem))
     problems = [problem for _, problem in gathered if problem]
     if problems:
-        if distributed.is_main():
+        if ranks.is_main():
             shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(problems[0])
     return [result for result, _ in gathered]
@@ -222,7 +213,7 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
         saved = form.read(args, directory, model, optimizer, scheduler)
-    _whole.discard(directory)
+    forget(directory)
     progress = _progress(args, saved)
     if not args.finetune and (args.no_load_optim or "opt_param_scheduler" not in saved):
         _say(_place_in_schedule(args, directory, progress, scheduler))
@@ -383,65 +374,8 @@ def _progress(args: argparse.Namespace, saved: dict[str, Any]) -> Progress:
     return Progress(iteration, consumed, skipped)
 
 
-_whole: set[Path] = set()  # checkpoints whose files were compared, and which are not loaded yet
-
-
-def choose(root: Path, step: int | None = None) -> Path | None:
-    """The newest whole checkpoint below `root`, or that of `step`. Collective; None if there is none at all.
-
-    The tracker file is asked first. If it names nothing that is whole, that is said, and others are tried: older ones
-    first, then newer ones, each from the newest on.
-    """
-    # One rank looks, so that all try the same.
-    candidates = distributed.from_main(lambda: [directory_of(root, step)] if step else _candidates(root))
-    for directory in candidates:
-        problems = [] if directory in _whole else check(directory)
-        if not problems:
-            _whole.add(directory)
-            return directory
-        _say("\n  ".join([f"checkpoint {directory} is damaged; trying another one:", *problems]), sys.stderr)
-    if candidates:
-        raise UserError(f"no whole checkpoint in {root}; tried {', '.join(d.name for d in candidates)}")
-    return None
-
-
-def _candidates(root: Path) -> list[Path]:
-    found = [directory_of(root, iteration) for iteration in iterations_in(root)]
-    text = read_tracker(root)
-    named = tracked_directory(root, text)
-    if named is None:
-        if found:
-            told = f"{root / TRACKER}: found {text!r}, expected an iteration"
-            _say(f"{told}; looking for the newest checkpoint", sys.stderr)
-        return found
-    older = [d for d in found if text == "release" or d.name < named.name]
-    return [named, *older, *(d for d in found if d not in (named, *older))]
-
-
-def check(directory: Path) -> list[str]:
-    """Problems of a checkpoint's files, the same list on every rank. Collective: each checks a share."""
-    if not dist.is_initialized():
-        return _check_share(directory, 0, 1)
-    mine = _check_share(directory, dist.get_rank(), dist.get_world_size())
-    gathered: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return list(dict.fromkeys(problem for problems in gathered for problem in problems))
-
-
-def _check_share(directory: Path, rank: int, ranks: int) -> list[str]:
-    if not directory.is_dir():
-        return [f"{directory}: missing"]
-    if (directory / MANIFEST).is_file():
-        return check_manifest(directory, rank, ranks)
-    # Without a manifest, as other programs write: torch.load compares no checksums, the archives have them.
-    files = sorted(file for pattern in ("*.pt", "*.distcp") for file in directory.rglob(pattern))
-    if not files:
-        return [f"{directory}: no checkpoint files"]
-    return [problem for file in files[rank::ranks] for problem in torch_zip.check_records(file)]
-
-
 def _say(text: str, file: Any = None) -> None:
-    if distributed.is_main():
+    if ranks.is_main():
         print(text, file=file or sys.stdout, flush=True)
 
 

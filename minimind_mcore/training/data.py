@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.preprocess.blends import parse_blend, sizes
 from minimind_mcore.preprocess.check import idx_digest, quick_check
 from minimind_mcore.preprocess.indexed import read_index
@@ -193,10 +192,7 @@ def compile_helpers() -> None:
                 f"{Path(utils.__file__).parent}: found no compiled {name}, and `make` failed there (see above). "
                 "Install make, g++ and pybind11 for this Python, and run the same command again"
             )
-    problems = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        raise UserError(problem)
+    ranks.refuse_together(problem)
     importlib.invalidate_caches()  # another rank may have compiled them
 
 
@@ -204,8 +200,7 @@ def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenize
     """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
     names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
     mine = {name: getattr(args, name) for name in names} | dict(tokenizer.unique_identifiers)
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    everywhere = ranks.gather(mine)
     for rank, other in enumerate(everywhere):
         differing = [name for name in mine if other[name] != everywhere[0][name]]
         if differing:

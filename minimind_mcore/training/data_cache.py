@@ -23,6 +23,7 @@ from megatron.core.datasets import blended_dataset, blended_megatron_dataset_bui
 from numpy.lib.format import MAGIC_PREFIX
 from typing_extensions import override
 
+from minimind_mcore.platform import ranks
 from minimind_mcore.storage import (
     check_manifest,
     disk_errors,
@@ -31,7 +32,6 @@ from minimind_mcore.storage import (
     temporary_beside,
     writing,
 )
-from minimind_mcore.training import distributed
 
 
 class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
@@ -69,7 +69,7 @@ class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):  
 
 def _cached(dataset: Any, directory: Path, split: str, build: Callable[[], Any]) -> Any:
     """Return the order that `build` makes or loads; before, the main rank replaces a cached one that is damaged."""
-    if not distributed.is_main():
+    if not ranks.is_main():
         return build()
     base = directory / f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
     record = Path(f"{base}-digests.json")

@@ -8,9 +8,9 @@ import datetime
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from minimind_mcore import hosts
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.storage import writing
 
 # A rank that makes no progress is named after --distributed-timeout-minutes (liveness.py); only then libraries raise.
@@ -95,42 +95,6 @@ def _reduce_one_by_one() -> None:
     param_and_grad_buffer._coalescing_manager = one_by_one
 
 
-def rank() -> int:
-    """Rank of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_main() -> bool:
-    """True in the one process that writes logs and pictures."""
-    return rank() == 0
-
-
-T = TypeVar("T")
-
-
-def from_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main rank, on every rank. Collective; without process groups a plain call."""
-    if not dist.is_initialized():
-        return work()
-    box: list[Any] = [work() if is_main() else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[no-any-return]
-
-
-def check_on_main(check: Callable[[], None]) -> None:
-    """Run a check on the main rank alone; what it refuses, every rank refuses. Collective, as `from_main`."""
-
-    def problem() -> str:
-        try:
-            check()
-        except UserError as error:
-            return str(error)
-        return ""
-
-    if found := from_main(problem):
-        raise UserError(found)
-
-
 class Tee:
     """Standard output that goes to a file too."""
 
@@ -157,7 +121,7 @@ class Tee:
 
 def log_to(path: str | None) -> None:
     """Let what the main rank prints go to `path` too."""
-    if path and is_main():
+    if path and ranks.is_main():
         with writing(Path(path), OTHER_FILE):
             tee: Any = Tee(sys.stdout, path)
         sys.stdout = tee

@@ -33,7 +33,7 @@ import psutil
 import torch.distributed as dist
 
 from minimind_mcore import errors
-from minimind_mcore.training import distributed
+from minimind_mcore.platform import ranks
 
 INTERVAL_SECONDS = 5.0
 SILENT_SECONDS = 40.0
@@ -150,7 +150,7 @@ class Liveness:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self.rank = distributed.rank()
+        self.rank = ranks.rank()
         self.peers: list[_Peer] = []
         self.main = threading.main_thread().ident
         self._lock = threading.Lock()
@@ -163,7 +163,7 @@ class Liveness:
         mark()
         master = os.environ.get("MASTER_ADDR", "127.0.0.1")
         server = _listening(master) if self.rank == 0 else None
-        port, token = distributed.from_main(lambda: (server.getsockname()[1] if server else 0, secrets.token_hex(16)))
+        port, token = ranks.from_main(lambda: (server.getsockname()[1] if server else 0, secrets.token_hex(16)))
         if server is not None:
             self._run("accept", self._accept, server, token, dist.get_world_size() - 1)
         else:

@@ -21,9 +21,9 @@ from typing import Any
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.storage import append_line, atomic_write_text, writing
-from minimind_mcore.training import distributed, step
+from minimind_mcore.training import step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
@@ -57,7 +57,7 @@ class Metrics:
         self.speed: float | None = None
         self.sinks: list[Any] = []
         self.history: Path | None = None
-        if distributed.is_main():
+        if ranks.is_main():
             self.history = output_dir(args) / "metrics.jsonl"
             with writing(self.history.parent, OTHER_PLACE):
                 self.history.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Metrics:
         seconds = (now - self.since) / len(self.steps)
         row = self._row(progress, lr, seconds)
         self.steps, self.since = [], time.perf_counter()
-        if distributed.is_main():
+        if ranks.is_main():
             print(self._line(row), flush=True)
             self._write(row)
 
@@ -150,7 +150,7 @@ class Metrics:
 
     def record_evaluation(self, progress: Progress, loss: float) -> None:
         """Report a validation loss (mean over tokens, nats)."""
-        if distributed.is_main():
+        if ranks.is_main():
             print(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |", flush=True)
             self._write({"iteration": progress.iteration, "validation_loss": loss})
 

@@ -16,7 +16,7 @@ import torch
 
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint.layout import ParallelLayout
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, run_lock, step
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import validate
@@ -46,10 +46,10 @@ def run(job: Job) -> None:
     stop = StopSignal()
     watch = liveness.Liveness(args.distributed_timeout_minutes * 60)
     try:
-        distributed.check_on_main(lambda: lock(args))
+        ranks.check_on_main(lambda: lock(args))
         distributed.log_to(args.log_file)
         router = checkpointing.settle_router_weight(args)
-        if distributed.is_main():
+        if ranks.is_main():
             plan.announce(args, layout, job.sequences, router)
         train(args, job, layout, stop, watch)
         stop.leave()
@@ -116,7 +116,7 @@ def train(
             checkpointing.save(args, progress, model, optimizer, scheduler)
     watch.close()
     metrics.close()
-    if distributed.is_main():
+    if ranks.is_main():
         report.write_report(output_dir(args), f"MiniMind {job.title}, {args.num_layers} x {args.hidden_size}")
         plan.say_what_next(args, progress)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from minimind_mcore.checkpoint.choose import check
 from minimind_mcore.storage import file_entry, write_manifest
 from minimind_mcore.training import checkpointing as ck
 
@@ -38,4 +39,4 @@ def test_every_file_is_checked_without_process_groups(tmp_path: Path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "4")
     directory = make(tmp_path, 100)
     (directory / "weights.pt").unlink()
-    assert ck.check(directory)
+    assert check(directory)

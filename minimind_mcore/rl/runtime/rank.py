@@ -19,7 +19,7 @@ from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import directory_of, iterations_in, saved_args
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
-from minimind_mcore.platform import device
+from minimind_mcore.platform import device, ranks
 from minimind_mcore.rl.algorithms.batches import mini_batches
 from minimind_mcore.rl.algorithms.losses import denominator
 from minimind_mcore.rl.config.load import megatron_flags
@@ -177,7 +177,7 @@ class Rank:
         args = argparse.Namespace(**vars(self.args) | changes)
         self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
         chosen = directory_of(Path(self.args.save), self.progress.iteration)
-        saved = distributed.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
+        saved = ranks.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
         return saved
 
     def _begin(self) -> None:

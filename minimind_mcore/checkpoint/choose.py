@@ -1,0 +1,77 @@
+"""The checkpoint that a run goes on from: the newest one whose files are whole."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from minimind_mcore.checkpoint import torch_zip
+from minimind_mcore.checkpoint.files import TRACKER, directory_of, iterations_in, read_tracker, tracked_directory
+from minimind_mcore.errors import UserError
+from minimind_mcore.platform import ranks
+from minimind_mcore.storage import MANIFEST, check_manifest
+
+_whole: set[Path] = set()  # checkpoints whose files were compared, and which are not loaded yet
+
+
+def choose(root: Path, step: int | None = None) -> Path | None:
+    """The newest whole checkpoint below `root`, or that of `step`. Collective; None if there is none at all.
+
+    The tracker file is asked first. If it names nothing that is whole, that is said, and others are tried: older ones
+    first, then newer ones, each from the newest on.
+    """
+    # One rank looks, so that all try the same.
+    candidates = ranks.from_main(lambda: [directory_of(root, step)] if step else _candidates(root))
+    for directory in candidates:
+        problems = [] if directory in _whole else check(directory)
+        if not problems:
+            _whole.add(directory)
+            return directory
+        _warn("\n  ".join([f"checkpoint {directory} is damaged; trying another one:", *problems]))
+    if candidates:
+        raise UserError(f"no whole checkpoint in {root}; tried {', '.join(d.name for d in candidates)}")
+    return None
+
+
+def forget(directory: Path) -> None:
+    """Compare the files of this checkpoint again when it is chosen the next time."""
+    _whole.discard(directory)
+
+
+def _candidates(root: Path) -> list[Path]:
+    found = [directory_of(root, iteration) for iteration in iterations_in(root)]
+    text = read_tracker(root)
+    named = tracked_directory(root, text)
+    if named is None:
+        if found:
+            told = f"{root / TRACKER}: found {text!r}, expected an iteration"
+            _warn(f"{told}; looking for the newest checkpoint")
+        return found
+    older = [d for d in found if text == "release" or d.name < named.name]
+    return [named, *older, *(d for d in found if d not in (named, *older))]
+
+
+def check(directory: Path) -> list[str]:
+    """Problems of a checkpoint's files, the same list on every rank. Collective: each checks a share."""
+    number = dist.get_world_size() if dist.is_initialized() else 1
+    found = ranks.gather(_check_share(directory, ranks.rank(), number))
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+def _check_share(directory: Path, rank: int, number: int) -> list[str]:
+    if not directory.is_dir():
+        return [f"{directory}: missing"]
+    if (directory / MANIFEST).is_file():
+        return check_manifest(directory, rank, number)
+    # Without a manifest, as other programs write: torch.load compares no checksums, the archives have them.
+    files = sorted(file for pattern in ("*.pt", "*.distcp") for file in directory.rglob(pattern))
+    if not files:
+        return [f"{directory}: no checkpoint files"]
+    return [problem for file in files[rank::number] for problem in torch_zip.check_records(file)]
+
+
+def _warn(text: str) -> None:
+    if ranks.is_main():
+        print(text, file=sys.stderr, flush=True)

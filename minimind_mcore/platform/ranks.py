@@ -1,0 +1,66 @@
+"""What the ranks of a run agree on. Without process groups each function is that of a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from minimind_mcore.errors import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Rank of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """True in the one process that writes logs and pictures."""
+    return rank() == 0
+
+
+def gather(value: T, group: Any = None) -> list[T]:
+    """The values of all ranks of a group, or of the run, in the order of the ranks. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main rank, on every rank. Collective."""
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [work() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def refuse_together(problem: str) -> None:
+    """Raise on every rank the problem of the first rank that has one; "" is none. Collective.
+
+    A rank that failed alone would leave the others waiting for it.
+
+    Raises:
+        UserError: the problem.
+    """
+    if problems := list(filter(None, gather(problem))):
+        raise UserError(problems[0])
+
+
+def check_on_main(check: Callable[[], None]) -> None:
+    """Run a check on the main rank alone; what it refuses, every rank refuses. Collective."""
+
+    def problem() -> str:
+        try:
+            check()
+        except UserError as error:
+            return str(error)
+        return ""
+
+    if found := from_main(problem):
+        raise UserError(found)
