@@ -87,7 +87,7 @@ class Progress:
 
 
 class Sealing:
-    """Threads beside those that write: a file is hashed by one at a time, in order, right behind what is written.
+    """Hash files in threads of their own while other threads write them. One thread at a time hashes a file, in order.
 
     Args:
         writers: of the files.
@@ -155,7 +155,7 @@ class Target(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what is not tensors; then it can be opened."""
+        """Write the files that hold no tensors. Afterwards the target can be opened."""
 
     @abstractmethod
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:

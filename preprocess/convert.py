@@ -134,13 +134,7 @@ def convert(options: Options) -> list[str]:
         UserError: bad options, unusable input, too many rejects, a full disk, a dead worker.
         RuntimeError: a defect, with the traceback of the worker it showed in.
     """
-    sources = find_sources(options.input)
-    info = tokenizer_info(options.tokenizer)
-    validate(options, info)
-    if options.prepend_bos and info.bos_id is None:
-        _say(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
-    request = request_fingerprint(options, info, sources)
-    prefix = output_prefix(options, sources, request)
+    sources, info, request, prefix = _prepare(options)
     with disk_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(prefix):
@@ -152,6 +146,18 @@ def convert(options: Options) -> list[str]:
     return data_paths(options, prefix)
 
 
+def _prepare(options: Options) -> tuple[list[Source], TokenizerInfo, str, Path]:
+    """Check the options. Return the input files, the tokenizer, the digest of the request and the output prefix."""
+    sources = find_sources(options.input)
+    info = tokenizer_info(options.tokenizer)
+    validate(options, info)
+    if options.prepend_bos and info.bos_id is None:
+        _say(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
+    request = request_fingerprint(options, info, sources)
+    prefix = output_prefix(options, sources, request)
+    return sources, info, request, prefix
+
+
 def preview(options: Options) -> list[str]:
     """Check all that can be checked without converting, and say what would be converted.
 
@@ -161,13 +167,7 @@ def preview(options: Options) -> list[str]:
     Raises:
         UserError: what `convert` would raise at once, or none of the first records is usable.
     """
-    sources = find_sources(options.input)
-    info = tokenizer_info(options.tokenizer)
-    validate(options, info)
-    if options.prepend_bos and info.bos_id is None:
-        _say(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
-    request = request_fingerprint(options, info, sources)
-    prefix = output_prefix(options, sources, request)
+    sources, info, request, prefix = _prepare(options)
     if _done(options, prefix, request):
         _say(f"{prefix}: up to date, nothing to do")
         return data_paths(options, prefix)

@@ -17,7 +17,7 @@ _whole: set[Path] = set()  # checkpoints whose files were compared, and which ar
 
 
 def choose(root: Path, step: int | None = None) -> Path | None:
-    """The newest whole checkpoint below `root`, or that of `step`. Collective; None if there is none at all.
+    """Return the newest undamaged checkpoint below `root`, or that of iteration `step`; None without any. Collective.
 
     The tracker file is asked first. If it names nothing that is whole, that is said, and others are tried: older ones
     first, then newer ones, each from the newest on.

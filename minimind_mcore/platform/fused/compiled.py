@@ -47,7 +47,6 @@ def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
     alone gained nothing. So do layers that the compiler would have to cut: with tensor parallelism, frozen
     weights (LoRA), dropout of attention (it has random states of its own), Transformer Engine or recomputation.
     """
-    import torch._dynamo
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -66,6 +65,8 @@ def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
             continue
         # Training, evaluation and a reference model, at one length or at many: each has a graph. torch's limit of 8
         # would leave the ninth uncompiled.
+        import torch._dynamo  # takes seconds, which other models need not wait for
+
         torch._dynamo.config.recompile_limit = 32  # pyright: ignore[reportAttributeAccessIssue]
         layer.forward = functools.partial(_run, torch.compile(layer.forward), layer.forward)
         for module in layer.modules():
