@@ -14,7 +14,7 @@ heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE and Qwen3-MoE, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,37 @@ from torch import Tensor
 from minimind_mcore.platform.fused.attention import scaled_dot_product
 
 ROOM = 128  # positions that a cache grows by at least
+
+
+class Window(NamedTuple):
+    """Where a call of the decoder puts its tokens.
+
+    Attributes:
+        cos, sin: rotary tables of the new positions, [batch or 1, tokens, 1, head_dim].
+        mask: cached positions that each query may read, broadcast to [batch, heads, tokens, positions]; None: all of
+            them for one token, the causal ones for several.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+
+class KeyValues(Protocol):
+    """What the decoder asks of a cache: `open` before the layers, `store` in each layer, `close` behind them."""
+
+    def open(self, decoder: Decoder, tokens: int) -> Window:
+        """Make room for that many tokens in each row."""
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [batch, tokens, kv_heads, head_dim].
+
+        Returns:
+            Those to read, [batch, kv_heads, positions, head_dim].
+        """
+
+    def close(self) -> None:
+        """Count the tokens that were stored."""
 
 
 class Cache:
@@ -35,7 +66,7 @@ class Cache:
 
     def __init__(self, batch: int, padding: Sequence[int] | None = None) -> None:
         self.batch = batch
-        self.length = 0
+        self.length = self.stop = 0
         self.padding = list(padding) if padding and any(padding) else None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -46,6 +77,52 @@ class Cache:
     def room(self) -> int:
         """Positions that there is memory for."""
         return self.keys[0].shape[2] if self.keys else 0
+
+    def open(self, decoder: Decoder, tokens: int) -> Window:
+        """Make room for that many tokens in each row."""
+        self._reserve(decoder, tokens)
+        self.stop = self.length + tokens
+        cos, sin = (table[:, self.length : self.stop, None] for table in (self.cos, self.sin))
+        return Window(cos, sin, self._mask(tokens))
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new positions of a layer; return all of its positions so far."""
+        for table, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            table[:, :, self.length : self.stop] = new.transpose(1, 2)
+        return self.keys[layer][:, :, : self.stop], self.values[layer][:, :, : self.stop]
+
+    def close(self) -> None:
+        """Count the tokens that were stored."""
+        self.length = self.stop
+
+    def _mask(self, tokens: int) -> Tensor | None:
+        """Which positions may be read, [batch or 1, 1, tokens, stop]; None where plain causality says it."""
+        if tokens == 1 or (self.length == 0 and self.visible is None):
+            return None if self.visible is None else self.visible[..., : self.stop]
+        here = torch.arange(self.stop, device=self.cos.device)
+        causal = here <= here[self.length :, None]
+        if self.visible is None:
+            return causal[None, None]
+        # Padding reads itself alone: a softmax over nothing would be no number.
+        return (causal & self.visible[..., : self.stop]) | (here == here[self.length :, None])
+
+    def _reserve(self, decoder: Decoder, tokens: int) -> None:
+        """Give the cache room for more positions."""
+        if self.length + tokens <= self.room:
+            return
+        room = max(2 * self.room, self.length + tokens + ROOM)
+        like = decoder.weight
+        for tables in (self.keys, self.values):
+            grown = [like.new_empty(self.batch, decoder.kv_heads, room, decoder.head_dim) for _ in decoder.layers]
+            for old, new in zip(tables, grown, strict=False):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            tables[:] = grown
+        positions = torch.arange(room, device=like.device)[None]
+        if self.padding is not None:
+            padding = torch.tensor(self.padding, device=like.device)[:, None]
+            self.visible = (positions >= padding)[:, None, None]
+            positions = (positions - padding).clamp(min=0)
+        self.cos, self.sin = decoder.rotary(positions)
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the sequences, or several times with one: `rows` [sequences] are their numbers."""
@@ -75,72 +152,52 @@ class Decoder:
         self.scale = self.head_dim**-0.5
         self.layers = [_Layer(layer) for layer in model.model.layers]
 
-    def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits [batch, vocabulary] of the token behind `ids` [batch, tokens], which the cache then has."""
-        self._reserve(cache, ids.shape[1])
-        start, stop = cache.length, cache.length + ids.shape[1]
-        cos, sin = (table[:, start:stop, None] for table in (cache.cos, cache.sin))
-        mask = self._mask(cache, start, stop)
+    @property
+    def weight(self) -> Tensor:
+        """The embedding [vocabulary, hidden]: its device and dtype are the model's."""
+        weight: Tensor = self.model.model.embed_tokens.weight
+        return weight
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [batch, tokens, head_dim] of positions [batch, tokens]."""
+        tables: tuple[Tensor, Tensor] = self.model.model.rotary_emb(self.weight, positions)
+        return tables
+
+    def __call__(self, ids: Tensor, cache: KeyValues, last: Tensor | None = None) -> Tensor:
+        """Logits [batch, vocabulary] of the token behind `ids` [batch, tokens], which the cache then has.
+
+        Args:
+            ids: new tokens of each sequence.
+            cache: of the tokens before.
+            last: index of each sequence's last token in `ids`, [batch]; None: they are all as long.
+        """
+        window = cache.open(self, ids.shape[1])
         x = self.model.model.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
-            x = x + layer.project(self._attend(layer, layer.norm1(x), cos, sin, mask, cache, number))
+            x = x + layer.project(self._attend(layer, layer.norm1(x), window, cache, number))
             x = x + layer.mlp(layer.norm2(x))
-        cache.length = stop
+        cache.close()
         norm = self.model.model.norm
-        logits: Tensor = self.model.lm_head(_norm(x[:, -1], norm.weight, norm.variance_epsilon))
+        x = x[:, -1] if last is None else x[torch.arange(len(last), device=x.device), last]
+        logits: Tensor = self.model.lm_head(_norm(x, norm.weight, norm.variance_epsilon))
         return logits
 
-    def _attend(
-        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, number: int
-    ) -> Tensor:
+    def _attend(self, layer: _Layer, x: Tensor, window: Window, cache: KeyValues, number: int) -> Tensor:
         """What the heads of a layer read, [batch, tokens, heads * head_dim]."""
         batch, tokens, _ = x.shape
-        start, stop, both = cache.length, cache.length + tokens, self.heads + self.kv_heads
+        cos, sin, mask = window
+        both = self.heads + self.kv_heads
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(batch, tokens, -1, self.head_dim)
         qk = layer.norm_heads(qkv[:, :, :both], self.heads)
         left, right = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
-        keys, values = cache.keys[number], cache.values[number]
-        keys[:, :, start:stop] = qk[:, :, self.heads :].transpose(1, 2)
-        values[:, :, start:stop] = qkv[:, :, both:].transpose(1, 2)
-        keys, values = keys[:, :, :stop], values[:, :, :stop]
+        keys, values = cache.store(number, qk[:, :, self.heads :], qkv[:, :, both:])
         if tokens == 1:  # the query heads of a key-value head are as many queries to it
             q = qk[:, 0, : self.heads].view(batch, self.kv_heads, -1, self.head_dim)
             return scaled_dot_product(q, keys, values, mask, False, self.scale).reshape(batch, 1, -1)
         q = qk[:, :, : self.heads].transpose(1, 2)
         out = scaled_dot_product(q, keys, values, mask, mask is None, self.scale)
         return out.transpose(1, 2).reshape(batch, tokens, -1)
-
-    def _mask(self, cache: Cache, start: int, stop: int) -> Tensor | None:
-        """Which positions may be read, [batch or 1, 1, tokens, stop]; None where plain causality says it."""
-        tokens = stop - start
-        if tokens == 1 or (start == 0 and cache.visible is None):
-            return None if cache.visible is None else cache.visible[..., :stop]
-        here = torch.arange(stop, device=self.model.device)
-        causal = here <= here[start:, None]
-        if cache.visible is None:
-            return causal[None, None]
-        # Padding reads itself alone: a softmax over nothing would be no number.
-        return (causal & cache.visible[..., :stop]) | (here == here[start:, None])
-
-    def _reserve(self, cache: Cache, tokens: int) -> None:
-        """Give a cache room for more positions."""
-        if cache.length + tokens <= cache.room:
-            return
-        room = max(2 * cache.room, cache.length + tokens + ROOM)
-        like = self.model.model.embed_tokens.weight
-        shape = (cache.batch, self.kv_heads, room, self.head_dim)
-        for tables in (cache.keys, cache.values):
-            grown = [like.new_empty(shape) for _ in self.layers]
-            for old, new in zip(tables, grown, strict=False):
-                new[:, :, : cache.length] = old[:, :, : cache.length]
-            tables[:] = grown
-        positions = torch.arange(room, device=like.device)[None]
-        if cache.padding is not None:
-            padding = torch.tensor(cache.padding, device=like.device)[:, None]
-            cache.visible = (positions >= padding)[:, None, None]
-            positions = (positions - padding).clamp(min=0)
-        cache.cos, cache.sin = self.model.model.rotary_emb(like, positions)
 
 
 class _Layer:

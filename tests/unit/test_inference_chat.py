@@ -14,7 +14,8 @@ from helpers.inference_models import open_model, write_model
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main
-from minimind_mcore.inference.chat import Call, Part, Session, calls, detokenize, parts, run
+from minimind_mcore.inference.answers import Call, Part, calls, detokenize, parts
+from minimind_mcore.inference.chat import Session, run
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts, read_tools
