@@ -22,6 +22,7 @@ from minimind_mcore.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("minimind_mcore.doctor.main", "what is installed here, what is wrong, and the command that fixes it"),
     "rl": ("minimind_mcore.rl.cli", "check a configuration of reinforcement learning, or write it for another trainer"),
+    "serve": ("minimind_mcore.serve.main", "answer OpenAI's HTTP requests with a model in any form"),
 }
 
 

@@ -1,0 +1,81 @@
+"""Which program answers the requests: the embedded server, or vLLM.
+
+An engine is a module of this package with two functions:
+
+    problem(source: Source) -> str | None             why the engine cannot serve this model here; None if it can
+    run(source: Source, info: TokenizerInfo, options: Options) -> int    serve until a signal; the exit status
+
+It is imported only when it is asked for, or when the choice depends on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from minimind_mcore.checkpoint.source import Source
+from minimind_mcore.errors import UserError
+from minimind_mcore.platform import device
+
+ENGINES = ("auto", "embedded", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of a server.
+
+    Attributes:
+        host, port: address to listen at.
+        name: `model` of requests and replies; "minimind" always works too.
+        api_key: bearer token that requests must have; None: no key is asked for.
+        raw: the model is only pretrained: there are no chats, and a prompt is BOS and text.
+        thinking: whether chats think that do not say; None: as the chat template does.
+        max_model_len: tokens of a prompt and its answer; None: the model's positions.
+        max_batch_size: requests that run at a time.
+        max_queue: requests that may wait; None: the engine's default.
+        kv_cache_gib: memory for keys and values; None: the engine's default.
+        defaults: sampling parameters of requests that do not give them: temperature, top_p, top_k, ...
+        cors_origins: web pages that may send requests.
+        extra: further flags of the engine's own.
+    """
+
+    host: str
+    port: int
+    name: str
+    api_key: str | None = None
+    raw: bool = False
+    thinking: bool | None = None
+    max_model_len: int | None = None
+    max_batch_size: int = 32
+    max_queue: int = 256
+    kv_cache_gib: float | None = None
+    defaults: tuple[tuple[str, float], ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
+def engine(name: str) -> ModuleType:
+    """The module of an engine."""
+    return importlib.import_module(f"minimind_mcore.serve.{name}")
+
+
+def choose(asked: str, source: Source) -> tuple[str, str]:
+    """The engine that serves a model, and the reason.
+
+    Args:
+        asked: one of `ENGINES`. "auto" takes vLLM where it is installed and supports the model's shape, except on an
+            NPU: its attention operator there takes few head sizes.
+        source: the model.
+
+    Raises:
+        UserError: the engine that is asked for cannot serve it.
+    """
+    if asked == "auto":
+        if device.current().is_ascend:
+            return "embedded", "the default on an NPU; ENGINE=vllm asks for vLLM"
+        problem = engine("vllm").problem(source)
+        return ("embedded", problem) if problem else ("vllm", "vLLM is installed and supports this model")
+    if problem := engine(asked).problem(source):
+        raise UserError(f"ENGINE={asked}: {problem}. ENGINE=embedded needs neither vLLM nor a certain head size")
+    return asked, f"ENGINE={asked}"

@@ -1,0 +1,114 @@
+"""minimind-mcore serve: answer OpenAI's HTTP requests with a model in any form.
+
+minimind-mcore serve --load outputs/minimind3/sft/checkpoints
+minimind-mcore serve --load out/full_sft_768.pth --tokenizer-name-or-path tokenizer --lora-load lora --port 8000
+API_KEY=... minimind-mcore serve --load minimind-3 --host 0.0.0.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+
+from minimind_mcore.checkpoint import assumptions
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import flags
+from minimind_mcore.inference.loading import default_dtype, load_tokenizer, open_both
+from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.serve import engines
+from minimind_mcore.serve.engines import Options
+
+PROGRAM = "minimind-mcore serve"
+SAMPLING = ("temperature", "top_p", "top_k")
+USED = frozenset(("enable_thinking", *SAMPLING))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `serve`; returns its exit status."""
+    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags)
+    if args.no_effect:
+        print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+    options = _options(args)
+    source, info = open_both(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
+    flags.check_model(args, source.config)
+    # Paths stay out of what a server prints.
+    print(f"model      {source.kind}, {source.config.num_parameters() / 1e6:.1f}M parameters", file=sys.stderr)
+    for line in assumptions.described("model", source.assumptions):
+        print(line, file=sys.stderr)
+    if not options.raw and not load_tokenizer(info).chat_template:
+        raise UserError("the tokenizer has no chat template; set RAW=1 (--raw) to serve /v1/completions alone")
+    name, reason = engines.choose(args.engine, source)
+    print(f"engine     {name}: {reason}", file=sys.stderr, flush=True)
+    if args.dry_run:
+        print("a dry run: everything is valid, nothing was served", flush=True)
+        return 0
+    return int(engines.engine(name).run(source, info, options))
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server", "flags of this kit; MindSpeed-LLM does not know them")
+    group.add_argument("--engine", choices=engines.ENGINES, default="auto", help="what answers (default: auto)")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this host alone)")
+    group.add_argument("--port", type=int, default=8998, help="port to listen at (default: 8998, MiniMind's)")
+    group.add_argument("--served-model-name", default="minimind", help="`model` of requests and replies")
+    group.add_argument(
+        "--allow-anonymous", action="store_true", help="serve other hosts without a key; the key is API_KEY"
+    )
+    group.add_argument("--raw", action="store_true", help="a model that is only pretrained: /v1/completions alone")
+    group.add_argument("--max-model-len", type=flag_type("max_model_len"), help="tokens of a prompt and its answer")
+    group.add_argument(
+        "--max-num-seqs", type=flag_type("max_num_seqs"), default=32, help="requests that run at a time (default: 32)"
+    )
+    group.add_argument(
+        "--max-queue", type=flag_type("max_num_seqs"), default=256, help="requests that may wait (default: 256)"
+    )
+    group.add_argument("--kv-cache-gib", type=float, help="memory for keys and values (default: a fifth of all)")
+    group.add_argument("--cors-origin", action="append", default=[], help="a web page's origin that may send requests")
+
+
+def _options(args: argparse.Namespace) -> Options:
+    """The settings of the server.
+
+    Raises:
+        UserError: a port or an amount of memory is out of its range, or other hosts would be served without a key.
+    """
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port {args.port}: expected 0 to 65535; 0 takes a free port")
+    if args.kv_cache_gib is not None and not args.kv_cache_gib > 0:
+        raise UserError(f"--kv-cache-gib {args.kv_cache_gib}: expected more than 0")
+    key = os.environ.get("API_KEY") or None
+    if key is None and not args.allow_anonymous and not is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} serves other hosts, and API_KEY is not set. Set API_KEY to the key that clients must "
+            "send, or give --allow-anonymous to serve everybody"
+        )
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError("API_KEY: expected ASCII characters without spaces, as a HTTP header carries it")
+    given = [name for name in SAMPLING if f"--{name.replace('_', '-')}" in args.given]
+    return Options(
+        host=args.host,
+        port=args.port,
+        name=args.served_model_name,
+        api_key=key,
+        raw=args.raw,
+        thinking=args.enable_thinking,
+        max_model_len=args.max_model_len,
+        max_batch_size=args.max_num_seqs,
+        max_queue=args.max_queue,
+        kv_cache_gib=args.kv_cache_gib,
+        defaults=tuple((name, getattr(args, name)) for name in given),
+        cors_origins=tuple(args.cors_origin),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
