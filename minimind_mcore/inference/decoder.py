@@ -44,6 +44,7 @@ class KeyValues(Protocol):
 
     def open(self, decoder: Decoder, tokens: int) -> Window:
         """Make room for that many tokens in each row."""
+        ...
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [batch, tokens, kv_heads, head_dim].
@@ -51,6 +52,7 @@ class KeyValues(Protocol):
         Returns:
             Those to read, [batch, kv_heads, positions, head_dim].
         """
+        ...
 
     def close(self) -> None:
         """Count the tokens that were stored."""
