@@ -165,7 +165,7 @@ def run_script(name: str, *arguments: str, **settings: str | bool) -> Result:
     environment = {name: str(value) for name, value in settings.items()}
     script = SCRIPTS / (name if name.endswith(".sh") else f"{name}_minimind_ptd.sh")
     changes = (
-        {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1"}
+        {"REHEARSE": "1", "NPU_EMULATION_TRACE": "1", "NPU_EMULATION_STRICT": "raise"}
         if rehearse
         else {"BACKEND": "native", "DEVICE": "cpu", "PYTHON": sys.executable}
     )
@@ -239,6 +239,7 @@ def run_program(program: Path, *arguments: str) -> str:
         "HF_DATASETS_OFFLINE": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",
+        "NPU_EMULATION_STRICT": "raise",
     }
     done = subprocess.run(
         [str(PYTHON), str(program), *arguments], cwd=program.parent, env=environment, timeout=TIMEOUT,

@@ -1,6 +1,6 @@
 """Eager CPU versions of the fused Ascend operators, differentiable through autograd.
 
-Written from the public operator descriptions (torch_npu API reference).
+Written from the public operator descriptions (torch_npu API reference). `_strict` checks every call.
 With NPU_EMULATION_TRACE=1 each process prints at exit which ran how often.
 """
 
@@ -11,8 +11,10 @@ import collections
 import functools
 import os
 import sys
+import types
 from typing import Any
 
+from .. import _strict
 from .attention import (
     npu_fused_infer_attention_score,
     npu_fused_infer_attention_score_v2,
@@ -84,10 +86,8 @@ __all__ = [
     "npu_get_float_status",
     "npu_grouped_matmul",
     "npu_grouped_matmul_add_",
-    "npu_groupmatmul_add_fp32",
     "npu_incre_flash_attention",
     "npu_linear",
-    "npu_matmul_add_fp32",
     "npu_mm_all_reduce_base",
     "npu_mm_reduce_scatter_base",
     "npu_moe_gating_top_k_softmax",
@@ -97,7 +97,6 @@ __all__ = [
     "npu_rms_norm",
     "npu_rms_norm_backward",
     "npu_rotary_mul",
-    "npu_rotary_position_embedding",
     "npu_scaled_masked_softmax",
     "npu_swiglu",
     "npu_swiglu_backward",
@@ -105,27 +104,31 @@ __all__ = [
 ]
 
 
-def _count_calls() -> None:
-    counts: collections.Counter[str] = collections.Counter()
+_CALLS: collections.Counter[str] = collections.Counter()
 
-    def counted(name: str, function: Any) -> Any:
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return function(*args, **kwargs)
 
-        return wrapper
+def _counted(name: str, function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _CALLS[name] += 1
+        return function(*args, **kwargs)
 
-    for name in __all__:
-        globals()[name] = counted(name, globals()[name])
+    return wrapper
 
-    def report() -> None:
-        if counts:
-            rank = os.environ.get("RANK", "0")
-            print(f"npu_emulation rank {rank}: {dict(counts)}", file=sys.stderr, flush=True)
 
-    atexit.register(report)
+def _report_calls() -> None:
+    if _CALLS:
+        rank = os.environ.get("RANK", "0")
+        print(f"npu_emulation rank {rank}: {dict(_CALLS)}", file=sys.stderr, flush=True)
 
+
+# What MindSpeed compiles at run time (`_op_modules`): operators of its own, and torch_npu's in other signatures.
+compiled = types.SimpleNamespace()
+_OF_MINDSPEED = ("npu_groupmatmul_add_fp32", "npu_matmul_add_fp32", "npu_rotary_position_embedding")
+for _name in (*__all__, *_OF_MINDSPEED):
+    _function = _counted(_name, globals()[_name])
+    setattr(compiled, _name, _strict.hold(_name, _function, signature=False))
+    globals()[_name] = _strict.hold(_name, _function)
 
 if os.environ.get("NPU_EMULATION_TRACE"):
-    _count_calls()
+    atexit.register(_report_calls)

@@ -58,18 +58,22 @@ def _from_bnsd(t: torch.Tensor, layout: str) -> Any:
 def _blocked(
     q: torch.Tensor, k: torch.Tensor, sparse_mode: int, atten_mask: Any, pre_tokens: int, next_tokens: int
 ) -> Any:
-    """True where a key may NOT be seen, or None; broadcastable to (B, N, Sq, Skv), as q and k are (B, N, S, D)."""
+    """True where a key may NOT be seen, or None; broadcastable to (B, N, Sq, Skv), as q and k are (B, N, S, D).
+
+    Without a mask a device attends to every key, whatever the sparse mode is. The masks of modes 2, 3 and 4 are
+    triangles of 2048 x 2048 (`_rules` checks them), which the device moves along the diagonal.
+    """
+    if atten_mask is None:
+        return None
     sq, skv = q.shape[2], k.shape[2]
     i = torch.arange(sq).unsqueeze(1)
     j = torch.arange(skv).unsqueeze(0)
     if sparse_mode == 0:
-        if atten_mask is None:
-            return None
         band = (j < i - pre_tokens) | (j > i + next_tokens)
         m = atten_mask.bool()
         return m[..., :sq, :skv] | band
     if sparse_mode == 1:
-        return None if atten_mask is None else atten_mask.bool()[..., :sq, :skv]
+        return atten_mask.bool()[..., :sq, :skv]
     if sparse_mode == 2:  # causal, aligned at the upper left
         return j > i
     if sparse_mode == 3:  # causal, aligned at the lower right
