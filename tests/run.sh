@@ -29,6 +29,13 @@ if [ ! -d "$TRANSFORMERS_4_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --
     echo "tests: transformers 4 cannot be installed; its tests skip" >&2
     unset TRANSFORMERS_4_DIR
 fi
+# The client that most programs still have.
+export OPENAI_1_DIR=$PWD/.venv/openai-1
+if [ ! -d "$OPENAI_1_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --only-binary :all: \
+    --target "$OPENAI_1_DIR" openai==1.109.1 2> /dev/null; then
+    echo "tests: openai 1.x cannot be installed; its tests skip" >&2
+    unset OPENAI_1_DIR
+fi
 
 if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .

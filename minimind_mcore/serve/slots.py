@@ -27,6 +27,7 @@ class Slots:
 
     def __init__(self, decoder: Decoder, budget: int) -> None:
         self.decoder, self.budget = decoder, budget
+        self.used = 0  # slots of running sequences
         self.tokens: list[list[int]] = []  # of each slot: the ids whose keys and values it has
         self.keys: list[Tensor] = []  # of each layer: [slots, room, kv_heads, head_dim]
         self.values: list[Tensor] = []
@@ -41,27 +42,32 @@ class Slots:
         """Whether so many slots of so many positions are within the budget."""
         return slots * room <= self.budget
 
-    def reserve(self, slots: int, room: int) -> None:
-        """Have this many slots, of at least that many positions; further ones are dropped to stay in the budget."""
-        if room > self.room:
-            room = max(room, min(self.budget // max(slots, 1), -(-room // ROOM) * ROOM + self.room // 2))
-        room = max(room, self.room)
-        kept = min(max(slots, len(self.tokens)), max(slots, self.budget // max(room, 1)))
-        del self.tokens[kept:]
-        self.tokens += [[] for _ in range(kept - len(self.tokens))]
-        if self.keys and self.keys[0].shape[:2] == (kept, room):
+    def reserve(self, used: int, room: int) -> None:
+        """Have at least `used` slots, of at least `room` positions; idle slots are dropped to stay in the budget."""
+        if room > self.room:  # some more than asked for, so that not every step copies the table
+            room = max(room, min(self.budget // max(used, 1), -(-room // ROOM) * ROOM + self.room // 2))
+        self._resize(max(used, min(len(self.tokens), self.budget // max(room, self.room))), max(room, self.room))
+
+    def shrink(self, used: int, room: int) -> None:
+        """Forget idle slots and positions that no running sequence has."""
+        self._resize(used, room)
+
+    def _resize(self, slots: int, room: int) -> None:
+        del self.tokens[slots:]
+        self.tokens += [[] for _ in range(slots - len(self.tokens))]
+        if self.keys and self.keys[0].shape[:2] == (slots, room):
             return
         like = self.decoder.weight
         for tables in (self.keys, self.values):
             for number in range(len(self.decoder.layers)):
                 # Zeros: what is masked is multiplied by zero, which must not meet a NaN of old memory.
-                new = like.new_zeros(kept, room, self.decoder.kv_heads, self.decoder.head_dim)
-                if number < len(tables):
-                    old = tables[number][:kept]
-                    new[: len(old), : old.shape[1]] = old
-                    tables[number] = new
-                else:
+                new = like.new_zeros(slots, room, self.decoder.kv_heads, self.decoder.head_dim)
+                if number == len(tables):
                     tables.append(new)
+                    continue
+                old = tables[number][:slots, :room]
+                new[: old.shape[0], : old.shape[1]] = old
+                tables[number] = new
         if room > len(self.cos):
             cos, sin = self.decoder.rotary(torch.arange(room, device=like.device)[None])
             self.cos, self.sin = cos[0], sin[0]
@@ -93,7 +99,7 @@ class Slots:
         last = None
         if longest > 1 and min(map(len, new)) < longest:
             last = torch.tensor([len(row) - 1 for row in new], device=device)
-        self.reserve(len(self.tokens), max(len(self.tokens[first + n]) for n in range(len(new))) + longest)
+        self.reserve(self.used, max(len(self.tokens[first + n]) for n in range(len(new))) + longest)
         logits = self.decoder(ids, _Rows(self, first, len(new)), last)
         for number, row in enumerate(new, first):
             self.tokens[number] += row

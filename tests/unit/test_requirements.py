@@ -53,9 +53,9 @@ def python(folder: Path, version: str) -> str:
 
 
 def wanted_on_ascend(requirement: str) -> bool:
-    """Whether a requirement of the package is a plain one, or one of LoRA's or reinforcement learning's."""
+    """Whether a requirement of the package is a plain one, or one of LoRA, reinforcement learning or serving."""
     extra = re.search(r"extra == .(\w+)", requirement)
-    return extra is None or extra[1] in ("lora", "rl")
+    return extra is None or extra[1] in ("lora", "rl", "serve")
 
 
 def test_an_ascend_host_gets_what_the_package_needs() -> None:

@@ -1,0 +1,353 @@
+"""The HTTP interface of the embedded server: OpenAI's endpoints, and a few of vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
+from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
+from pydantic import BaseModel, ValidationError
+from sse_starlette import EventSourceResponse  # pyright: ignore[reportMissingImports]
+from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
+from starlette.middleware.cors import CORSMiddleware  # pyright: ignore[reportMissingImports]
+from starlette.types import ASGIApp, Message, Receive, Scope, Send  # pyright: ignore[reportMissingImports]
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.serve.metrics import Metrics
+from minimind_mcore.serve.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    RequestError,
+    TokenizeBody,
+    TokenizeChatBody,
+)
+from minimind_mcore.serve.replies import error, usage
+from minimind_mcore.serve.scheduler import Piece, QueueFull
+from minimind_mcore.serve.service import Job, Service
+
+logger = logging.getLogger(__name__)
+MAX_BODY = 8 << 20  # bytes
+MAX_DEPTH = 100  # of lists and objects in a body
+BODY_SECONDS = 30.0  # that a client may take to send a body
+SEND_SECONDS = 120.0  # that a client may take to read a chunk
+ROUTES = (
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
+)  # fmt: skip
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
+Batches = AsyncGenerator[list[tuple[int, Piece]], None]
+
+
+def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> ASGIApp:
+    """The application.
+
+    Args:
+        service: answers; its model may still be loading.
+        api_key: what clients must send as bearer token.
+        cors_origins: web pages that may send requests.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(UserError, _user_error)
+    app.add_exception_handler(QueueFull, _queue_full)
+    app.add_exception_handler(Exception, _unexpected)
+    _add_information(app, service)
+    _add_answers(app, service)
+    return Gate(app, service.metrics, api_key)
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"}) if service.alive else _reply(503, "the model is not loaded yet")
+
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [service.card()]})
+
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return JSONResponse(service.card())
+
+    async def tokenize(request: Request) -> Response:
+        content = await read_json(request)
+        body: TokenizeBody | TokenizeChatBody
+        if isinstance(content, dict) and "messages" in content:
+            body = parse(TokenizeChatBody, content)
+            service.check_model(body.model)
+            ids, _ = service.chat_ids(body, body.tools, bool(body.add_generation_prompt))
+        else:
+            body = parse(TokenizeBody, content)
+            service.check_model(body.model)
+            ids = service.prompts.raw(body.prompt) if body.add_special_tokens else service.prompts.encode(body.prompt)
+        found: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
+        texts = [service.tokens.text(token) for token in ids] if body.return_token_strs else None
+        return JSONResponse(found | {"token_strs": texts})
+
+    async def detokenize(request: Request) -> Response:
+        body = parse(DetokenizeBody, await read_json(request))
+        service.check_model(body.model)
+        service.check_ids(body.tokens, "tokens")
+        text = service.loaded.tokenizer.backend_tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return JSONResponse({"prompt": text})
+
+    for path, endpoint in (("/health", health), ("/metrics", metrics), ("/v1/models", models)):
+        app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
+    app.add_api_route("/tokenize", tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", detokenize, methods=["POST"])
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    async def chat(request: Request) -> Response:
+        body = parse(ChatBody, await read_json(request))
+        return await _answer(request, service, body, service.chat(body), "chat.completion", "chatcmpl-")
+
+    async def completions(request: Request) -> Response:
+        body = parse(CompletionBody, await read_json(request))
+        return await _answer(request, service, body, service.completion(body), "text_completion", "cmpl-")
+
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_api_route("/v1/completions", completions, methods=["POST"])
+
+
+async def _answer(
+    request: Request, service: Service, body: ChatBody | CompletionBody, job: Job, kind: str, prefix: str
+) -> Response:
+    """Run a job, and reply whole or as a stream."""
+    head = {"id": prefix + (body.request_id or uuid.uuid4().hex), "object": kind, "created": int(time.time())}
+    head |= {"model": service.name}
+    pieces = service.submit(job)
+    if not body.stream:
+        async with contextlib.aclosing(_until_disconnected(request, pieces)) as found:
+            async for index, piece in found:
+                _check(piece)
+                job.choices[index].add(piece)
+        if any(choice.finish is None for choice in job.choices):
+            return Response(status_code=499)  # the client has left
+        whole: list[dict[str, Any]] = [choice.whole(index) for index, choice in enumerate(job.choices)]
+        extra = {"prompt_token_ids": job.prompts[0]} if body.return_token_ids else {}
+        return JSONResponse(head | {"choices": whole, "usage": usage(job.prompt_tokens, job.choices)} | extra)
+    chunk = head | {"object": "chat.completion.chunk" if kind == "chat.completion" else kind}
+    events = _events(job, pieces, chunk, body)
+    return EventSourceResponse(events, ping=15, sep="\n", send_timeout=SEND_SECONDS)
+
+
+async def _events(
+    job: Job, pieces: Batches, head: dict[str, Any], body: ChatBody | CompletionBody
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream."""
+    last = {"usage": None} if body.include_usage else {}
+
+    def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return b"data: " + _dumps(head | {"choices": choices} | last | more) + b"\n\n"
+
+    if isinstance(body, ChatBody):
+        more = {"prompt_token_ids": job.prompts[0]} if body.return_token_ids else {}
+        role = {"role": "assistant", "content": ""}
+        first = [{"index": n, "delta": role, "logprobs": None, "finish_reason": None} for n in range(len(job.choices))]
+        yield b"".join(event([choice], **more) for choice in first)
+    async with contextlib.aclosing(pieces) as batches:
+        async for batch in batches:
+            events: list[bytes] = []
+            for index, piece in batch:
+                if piece.finish in ("abort", "error"):
+                    yield b"".join([*events, b"data: ", _dumps(error(_reason(piece), 500)), b"\n\n"])
+                    return
+                events += [event([choice]) for choice in job.choices[index].chunks(index, piece)]
+            if events:
+                yield b"".join(events)
+    if body.include_usage:
+        yield event([], usage=usage(job.prompt_tokens, job.choices))
+    yield b"data: [DONE]\n\n"
+
+
+async def _until_disconnected(request: Request, pieces: Batches) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of a job; they end when the client leaves."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.ensure_future(left())
+    try:
+        async with contextlib.aclosing(pieces) as batches:
+            while True:
+                batch = asyncio.ensure_future(anext(batches, None))
+                await asyncio.wait({batch, watcher}, return_when=asyncio.FIRST_COMPLETED)
+                if not batch.done():
+                    batch.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await batch
+                    return
+                found = batch.result()
+                if found is None:
+                    return
+                for one in found:
+                    yield one
+    finally:
+        watcher.cancel()
+
+
+def _check(piece: Piece) -> None:
+    """Raise where an answer has failed."""
+    if piece.finish == "abort":
+        raise HTTPException(503, _reason(piece))
+    if piece.finish == "error":
+        raise HTTPException(500, _reason(piece))
+
+
+def _reason(piece: Piece) -> str:
+    return "the server is shutting down" if piece.finish == "abort" else "the answer failed; the server's log says why"
+
+
+async def read_json(request: Request) -> Any:
+    """The body of a request.
+
+    Raises:
+        RequestError: it is too large, too slow, not JSON, or nested too deeply.
+    """
+    data = bytearray()
+
+    async def receive() -> None:
+        async for part in request.stream():
+            data.extend(part)
+            if len(data) > MAX_BODY:
+                raise RequestError(f"the body has more than {MAX_BODY >> 20} MiB", status=413)
+
+    try:
+        await asyncio.wait_for(receive(), BODY_SECONDS)
+    except asyncio.TimeoutError as problem:
+        raise RequestError(f"the body did not arrive within {BODY_SECONDS:.0f} s", status=408) from problem
+    try:
+        content = json.loads(data, parse_constant=_refuse)
+    except (ValueError, RecursionError) as problem:
+        raise RequestError(f"the body is not JSON in UTF-8: {str(problem)[:100]}") from problem
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels")
+        inner = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def parse(kind: type[AnyBody], content: Any) -> AnyBody:
+    """A body as one of the classes of `protocol.py`.
+
+    Raises:
+        RequestError: a field is missing or has a wrong value.
+    """
+    if not isinstance(content, dict):
+        raise RequestError(f"the body is a JSON {type(content).__name__}; expected an object")
+    try:
+        body = kind.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
+        value = first.get("input")
+        found = f"; found {value!r}" if isinstance(value, str | int | float | bool) and len(repr(value)) <= 60 else ""
+        raise RequestError(f"{field}: {first['msg']}{found}"[:500], param=field.split(".")[0] or None) from problem
+    check: Callable[[], None] | None = getattr(body, "check", None)
+    if check is not None:
+        check()
+    return body
+
+
+def _dumps(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _reply(status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> Response:
+    return JSONResponse(error(message, status, param, code), status, headers)
+
+
+async def _http_error(request: Request, problem: Any) -> Response:
+    detail = problem.detail if problem.status_code not in (404, 405) else f"no {request.method} at this address"
+    return _reply(problem.status_code, str(detail), None, None, **(problem.headers or {}))
+
+
+async def _user_error(request: Request, problem: Exception) -> Response:
+    if isinstance(problem, RequestError):
+        return _reply(problem.status, str(problem), problem.param, problem.code)
+    return _reply(400, str(problem))
+
+
+async def _queue_full(request: Request, problem: Exception) -> Response:
+    return _reply(429, f"the server is busy: {problem}; try again later", None, "queue_full", **{"Retry-After": "1"})
+
+
+async def _unexpected(request: Request, problem: Exception) -> Response:
+    return _reply(500, "the server failed; its log says where")
+
+
+class Gate:
+    """Asks for the key, counts and logs requests, and keeps exceptions to itself.
+
+    The log has neither bodies nor addresses that a client made up.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+        self.app, self.metrics = app, metrics
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+        route = path if path in ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
+        began, status = time.perf_counter(), 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if path != "/health" and not self._allowed(scope):
+                refused = _reply(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", None,
+                                 "invalid_api_key", **{"WWW-Authenticate": "Bearer"})  # fmt: skip
+                await refused(scope, receive, counted)
+            else:
+                await self.app(scope, receive, counted)
+        except Exception as problem:
+            report(logger, "a request failed", problem)
+        seconds = time.perf_counter() - began
+        self.metrics.request(route, status)
+        level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
+        logger.log(level, "%s %s %d %.3f s", scope["method"][:8], route, status, seconds)
+
+    def _allowed(self, scope: Scope) -> bool:
+        if self._expected is None or scope["method"] == "OPTIONS":  # a browser asks without the key
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._expected)
+
+
+def report(log: logging.Logger, what: str, problem: BaseException) -> None:
+    """Log an exception without its message, which may have the text of a request."""
+    trace = problem.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace else "?"
+    log.error("%s: %s in %s", what, type(problem).__name__, where)
+    log.debug("%s", what, exc_info=problem)

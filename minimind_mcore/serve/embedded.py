@@ -1,0 +1,121 @@
+"""The embedded server: this kit's own decoder behind FastAPI and uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import socket
+import sys
+from collections.abc import Iterator
+
+from minimind_mcore.checkpoint.source import Source
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.loading import Loaded, start
+from minimind_mcore.platform import device
+from minimind_mcore.preprocess.tokenize import TokenizerInfo
+from minimind_mcore.serve.engines import Options
+
+NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
+DRAIN_SECONDS = 30  # that running answers get when the server ends
+SHARE = 0.2  # of the device's memory, for keys and values
+
+
+def problem(source: Source) -> str | None:
+    """Why the embedded server cannot run; None if it can."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: pip install 'minimind-mcore[serve]'"
+    return None
+
+
+def run(source: Source, info: TokenizerInfo, options: Options) -> int:
+    """Serve until SIGINT or SIGTERM; running answers are finished first.
+
+    Raises:
+        UserError: the address cannot be used, or the weights are damaged.
+    """
+    if reason := problem(source):
+        raise UserError(reason)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    with listening(options.host, options.port) as listener:
+        return asyncio.run(_serve(source, info, options, listener))
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens at an address.
+
+    Raises:
+        UserError: the address is not this host's, or its port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"--host {host}: {error.strerror}; give an address of this host") from error
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError as error:
+            raise UserError(f"--host {host} --port {port}: {error.strerror}; give another --port or --host") from error
+        yield listener
+
+
+def key_value_budget(loaded: Loaded, gib: float | None, max_model_len: int) -> int:
+    """Positions of keys and values that memory is used for; one sequence always has room."""
+    config = loaded.config
+    width = 2 * config.num_layers * config.num_kv_heads * loaded.decoder.head_dim * loaded.decoder.weight.element_size()
+    memory = gib * 2**30 if gib else device.current().memory * SHARE
+    return max(int(memory / width), max_model_len + 1)
+
+
+async def _serve(source: Source, info: TokenizerInfo, options: Options, listener: socket.socket) -> int:
+    import uvicorn  # pyright: ignore[reportMissingImports]
+    from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
+
+    from minimind_mcore.serve.api import create_app
+    from minimind_mcore.serve.scheduler import Scheduler
+    from minimind_mcore.serve.service import Outbox, Service
+
+    AppStatus.enable_automatic_graceful_drain = False  # which would cut streams at the signal
+    service = Service(options)
+    config = uvicorn.Config(
+        create_app(service, options.api_key, options.cors_origins),
+        log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+        timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=30,
+    )  # fmt: skip
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    server = uvicorn.Server(config)
+    schedulers: list[Scheduler] = []
+
+    def load() -> tuple[Loaded, Scheduler, int]:
+        loaded = start(source, info)
+        positions = loaded.config.max_position_embeddings
+        length = min(options.max_model_len or positions, positions)
+        budget = key_value_budget(loaded, options.kv_cache_gib, length)
+        outbox = Outbox(loop)
+        scheduler = Scheduler(loaded, options.max_batch_size, options.max_queue, budget, service.metrics, outbox.flush)
+        service.start(loaded, scheduler, outbox, length)
+        schedulers.append(scheduler)
+        return loaded, scheduler, length
+
+    loop = asyncio.get_running_loop()
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        await asyncio.to_thread(load)
+    except BaseException:
+        server.should_exit = True
+        await serving
+        raise
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving    http://{shown}:{port}/v1 as {options.name}", file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        await serving
+    for scheduler in schedulers:
+        scheduler.close()
+    print("the server has ended", file=sys.stderr, flush=True)
+    return 0

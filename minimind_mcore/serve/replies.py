@@ -1,0 +1,238 @@
+"""Answers in OpenAI's form, whole or as chunks. Both are made from the same pieces, so that they have the same text."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from minimind_mcore.inference.answers import TAGS, Part, Splitter, parse_call
+from minimind_mcore.serve.sampling import Logprob
+from minimind_mcore.serve.scheduler import Piece
+
+ARGUMENTS = 64  # characters of a call's arguments in one chunk
+
+
+class Tokens:
+    """Texts and bytes of single tokens, for log-probabilities.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._bytes = {chr(code): byte for byte, code in _byte_characters().items()}
+        self._added = self._backend.get_added_tokens_decoder()
+        self._byte_level = "ByteLevel" in str(json.loads(self._backend.to_str())["decoder"])
+
+    def text(self, token: int) -> str:
+        """What a token alone is decoded to."""
+        text: str = self._backend.decode([token], skip_special_tokens=False)
+        return text
+
+    def raw(self, token: int) -> list[int]:
+        """Its bytes, which may be a part of a character."""
+        piece = self._backend.id_to_token(token) or ""
+        if self._byte_level and token not in self._added and all(character in self._bytes for character in piece):
+            return [self._bytes[character] for character in piece]
+        return list(self.text(token).encode())
+
+    def chat(self, logprob: Logprob) -> dict[str, Any]:
+        """A position as chats report it."""
+        top = [self._entry(token, value) for token, value in logprob.top]
+        return self._entry(logprob.token, logprob.value) | {"top_logprobs": top}
+
+    def _entry(self, token: int, value: float) -> dict[str, Any]:
+        return {"token": self.text(token), "logprob": max(value, -9999.0), "bytes": self.raw(token)}
+
+
+def _byte_characters() -> dict[int, int]:
+    """GPT-2's character (its code) of each byte: printable ones are their own."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: byte for byte in printable} | {byte: 256 + number for number, byte in enumerate(others)}
+
+
+class ChatChoice:
+    """One answer of a chat.
+
+    Args:
+        thinking: the prompt has opened a thought.
+        tools: calls are looked for.
+        parallel: more than one call is returned.
+        tokens: for log-probabilities; None without.
+        with_ids: ids are returned.
+    """
+
+    def __init__(self, thinking: bool, tools: bool, parallel: bool, tokens: Tokens | None, with_ids: bool) -> None:
+        self.tokens, self.with_ids, self.parallel = tokens, with_ids, parallel
+        self.content = self.reasoning = ""
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.ids: list[int] = []
+        self.reasoning_tokens = 0
+        self.finish: str | None = None
+        self.stop_reason: str | int | None = None
+        self._splitter = Splitter(thinking, ("thinking", "call") if tools else ("thinking",))
+        self._kind = self._splitter.kind
+        self._fresh = thinking  # newlines at the beginning of a part are left out
+        self._held = ""  # newlines at the end of one, too, unless more text comes
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Take a piece; returns the deltas that it makes."""
+        deltas: list[dict[str, Any]] = []
+        if self._splitter.kind == "thinking":
+            self.reasoning_tokens += len(piece.ids)
+        self.ids += piece.ids
+        if piece.logprob is not None and self.tokens is not None:
+            self.logprobs.append(self.tokens.chat(piece.logprob))
+        for part in self._splitter.add(piece.text):
+            deltas += self._part(part)
+        if piece.finish is not None:
+            for part in self._splitter.end():
+                deltas += self._part(part)
+            if self._held and self._kind == "answer":
+                deltas.append(self._text(self._held))
+            self.finish = "tool_calls" if self.calls and piece.finish == "stop" else piece.finish
+            self.stop_reason = piece.stop_reason
+        return deltas
+
+    def _part(self, part: Part) -> list[dict[str, Any]]:
+        if part.kind != "call":
+            return self._trimmed(part.kind, part.text)
+        call = parse_call(part.text)
+        if call.name is None:  # not a call after all: as it was written
+            opening, closing = TAGS["call"]
+            return self._trimmed("answer", opening + part.text + (closing if part.closed else ""))
+        self._kind, self._held, self._fresh = "call", "", True
+        if self.calls and not self.parallel:
+            return []
+        number = len(self.calls)
+        head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        self.calls.append(head | {"function": {"name": call.name, "arguments": call.raw}})
+        begun = head | {"index": number, "function": {"name": call.name, "arguments": ""}}
+        pieces = [call.raw[start : start + ARGUMENTS] for start in range(0, len(call.raw), ARGUMENTS)]
+        rest = [{"index": number, "function": {"arguments": piece}} for piece in pieces]
+        return [{"tool_calls": [one]} for one in (begun, *rest)]
+
+    def _trimmed(self, kind: str, text: str) -> list[dict[str, Any]]:
+        """The delta of some text of a thought or an answer, less the newlines around it."""
+        if kind != self._kind:
+            self._kind, self._held, self._fresh = kind, "", True
+        if self._fresh:
+            text = text.lstrip("\n")
+        if not text:
+            return []
+        self._fresh = False
+        text = self._held + text
+        certain = text.rstrip("\n")
+        self._held = text[len(certain) :]
+        return [self._text(certain)] if certain else []
+
+    def _text(self, text: str) -> dict[str, Any]:
+        if self._kind == "thinking":
+            self.reasoning += text
+            return {"reasoning_content": text, "reasoning": text}
+        self.content += text
+        return {"content": text}
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """The choice of a reply that is not streamed."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or (None if self.calls else "")}
+        message |= {"refusal": None, "reasoning_content": self.reasoning or None, "reasoning": self.reasoning or None}
+        if self.calls:
+            message["tool_calls"] = self.calls
+        choice = {"index": index, "message": message, "finish_reason": self.finish, "stop_reason": self.stop_reason}
+        choice["logprobs"] = {"content": self.logprobs, "refusal": None} if self.tokens else None
+        return choice | ({"token_ids": self.ids} if self.with_ids else {})
+
+    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """The choices of the chunks that a piece makes."""
+        seen = len(self.logprobs)
+        deltas = self.add(piece)
+        if not deltas and (self.tokens or self.with_ids) and piece.ids:
+            deltas = [{}]  # a token of its own, though no text is certain
+        choices: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
+        if choices and self.tokens:
+            choices[0]["logprobs"] = {"content": self.logprobs[seen:], "refusal": None}
+        if choices and self.with_ids:
+            choices[0]["token_ids"] = list(piece.ids)
+        if piece.finish is not None:
+            last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": self.finish}
+            choices.append(last | {"stop_reason": self.stop_reason})
+        return choices
+
+
+class TextChoice:
+    """One answer of a completion.
+
+    Args:
+        tokens: for log-probabilities; None without.
+        with_ids: ids are returned.
+    """
+
+    def __init__(self, tokens: Tokens | None, with_ids: bool) -> None:
+        self.tokens, self.with_ids = tokens, with_ids
+        self.text = ""
+        self.ids: list[int] = []
+        self.reasoning_tokens = 0
+        self.finish: str | None = None
+        self.stop_reason: str | int | None = None
+        self._logprobs: dict[str, list[Any]] = _no_logprobs()
+        self._offset = 0
+
+    def add(self, piece: Piece) -> None:
+        """Take a piece."""
+        self.text += piece.text
+        self.ids += piece.ids
+        self.finish, self.stop_reason = piece.finish, piece.stop_reason
+        if piece.logprob is not None and self.tokens is not None:
+            found = self.tokens.chat(piece.logprob)
+            self._logprobs["tokens"].append(found["token"])
+            self._logprobs["token_logprobs"].append(found["logprob"])
+            self._logprobs["top_logprobs"].append({top["token"]: top["logprob"] for top in found["top_logprobs"]})
+            self._logprobs["text_offset"].append(self._offset)
+            self._offset += len(found["token"])
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """The choice of a reply that is not streamed."""
+        choice = {"index": index, "text": self.text, "finish_reason": self.finish, "stop_reason": self.stop_reason}
+        choice["logprobs"] = self._logprobs if self.tokens else None
+        return choice | ({"token_ids": self.ids} if self.with_ids else {})
+
+    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """The choices of the chunks that a piece makes."""
+        self._logprobs = _no_logprobs()
+        self.add(piece)
+        if not (piece.text or piece.finish or (piece.ids and (self.tokens or self.with_ids))):
+            return []
+        choice = {"index": index, "text": piece.text, "finish_reason": piece.finish, "stop_reason": piece.stop_reason}
+        choice["logprobs"] = self._logprobs if self.tokens else None
+        return [choice | ({"token_ids": list(piece.ids)} if self.with_ids else {})]
+
+
+def _no_logprobs() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def usage(prompt_tokens: int, choices: Sequence[ChatChoice | TextChoice]) -> dict[str, Any]:
+    """The tokens of a request."""
+    written = sum(len(choice.ids) for choice in choices)
+    thought = sum(choice.reasoning_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "completion_tokens_details": {"reasoning_tokens": thought},
+    }
+
+
+def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,191 @@
+"""The next token of every sequence in a batch, each with settings of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from minimind_mcore.serve.grammar import Grammar
+
+LIKELIEST = 256  # tokens that top_p looks at first; a full sort of 6400 takes ten times as long
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How the tokens of one sequence are chosen; names and meanings are those of OpenAI and vLLM.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_k: 0 for all.
+        seed: of the draws; None: another one each time.
+        logprobs: how many of the likeliest tokens each position reports; None: no log-probabilities.
+        banned: ids that are not drawn before `min_tokens` are there.
+        grammar: what the text must follow.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    min_tokens: int = 0
+    banned: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature and truncation is applied."""
+        penalties = (self.repetition_penalty != 1, self.presence_penalty, self.frequency_penalty)
+        return bool(any(penalties) or self.logit_bias or self.min_tokens or self.grammar)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probabilities at one position, before temperature and truncation.
+
+    Attributes:
+        token: that was chosen.
+        value: its log-probability.
+        top: the likeliest tokens and theirs.
+    """
+
+    token: int
+    value: float
+    top: list[tuple[int, float]]
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; the numbers that it draws do not depend on the rest of the batch.
+
+    Args:
+        settings: how.
+        prompt: ids, for the penalty for repetition.
+    """
+
+    def __init__(self, settings: Sampling, prompt: SequenceOf[int]) -> None:
+        self.settings, self.prompt = settings, prompt
+        self._random = random.Random(settings.seed)
+        self._seen: Tensor | None = None  # [vocabulary]: tokens of the prompt and of the answer
+        self._counts: Tensor | None = None  # [vocabulary]: of the answer
+
+    def uniform(self) -> float:
+        """A number of [0, 1)."""
+        return self._random.random()
+
+    def adjust(self, logits: Tensor, ids: SequenceOf[int]) -> None:
+        """Apply penalties, biases and the grammar to logits [vocabulary], in place.
+
+        Args:
+            logits: of the next token.
+            ids: of the answer so far.
+        """
+        how = self.settings
+        if how.repetition_penalty != 1 or how.presence_penalty or how.frequency_penalty:
+            if self._seen is None or self._counts is None:
+                self._seen = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+                self._counts = torch.zeros(len(logits), device=logits.device)
+                self._seen[[token for token in self.prompt if token < len(logits)]] = True
+                for token in ids:
+                    self._counts[token] += 1
+            elif ids:
+                self._counts[ids[-1]] += 1
+            seen = self._seen | (self._counts > 0)
+            penalised = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+            torch.where(seen, penalised, logits, out=logits)
+            logits -= how.frequency_penalty * self._counts + how.presence_penalty * (self._counts > 0)
+        for token, bias in how.logit_bias.items():
+            logits[token] += bias
+        if len(ids) < how.min_tokens:
+            logits[list(how.banned)] = float("-inf")
+        if how.grammar is not None:
+            how.grammar.mask(logits)
+
+
+def choose(logits: Tensor, samplers: SequenceOf[Sampler], answers: SequenceOf[SequenceOf[int]]) -> list[int]:
+    """The next token of each sequence.
+
+    Args:
+        logits: [sequences, vocabulary]; changed in place.
+        samplers: of each sequence.
+        answers: its ids so far.
+    """
+    for row, (sampler, ids) in enumerate(zip(samplers, answers, strict=True)):
+        if sampler.settings.changes_logits:
+            sampler.adjust(logits[row], ids)
+    chosen: list[int] = logits.argmax(-1).tolist()
+    drawn = [row for row, sampler in enumerate(samplers) if sampler.settings.temperature > 0]
+    if drawn:
+        tokens = _draw(logits if len(drawn) == len(samplers) else logits[drawn], [samplers[row] for row in drawn])
+        for row, token in zip(drawn, tokens, strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def _draw(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
+    """Draw a token for each row of logits [sequences, vocabulary]."""
+    settings, size = [sampler.settings for sampler in samplers], logits.shape[1]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    scaled = logits.float() / column([max(how.temperature, 1e-5) for how in settings])
+    order = None
+    if all(how.top_p == 1 and not how.top_k for how in settings):
+        probabilities = scaled.softmax(-1)
+    else:
+        scaled, order, total = _likeliest(scaled, settings)
+        limits = column([how.top_k or size for how in settings])
+        scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=logits.device) >= limits, float("-inf"))
+        total = torch.where(limits <= scaled.shape[1], scaled.logsumexp(-1, keepdim=True), total)
+        probabilities = (scaled - total).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= column([how.top_p for how in settings]), 0.0)
+    if any(how.min_p for how in settings):
+        least = column([how.min_p for how in settings]) * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    sums = probabilities.cumsum(-1)
+    point = column([sampler.uniform() for sampler in samplers]) * sums[:, -1:]
+    index = torch.searchsorted(sums, point, right=True).clamp_(max=sums.shape[1] - 1)
+    tokens = index if order is None else order.gather(1, index)
+    found: list[int] = tokens.squeeze(1).tolist()
+    return found
+
+
+def _likeliest(scaled: Tensor, settings: SequenceOf[Sampling]) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest tokens of each row in order, as many as top_k and top_p need.
+
+    Returns:
+        Values and ids [sequences, tokens], and the logarithm of the sum over all tokens, [sequences, 1].
+    """
+    total = scaled.logsumexp(-1, keepdim=True)
+    values, order = scaled.topk(min(LIKELIEST, scaled.shape[1]), dim=-1)
+    shares = (values.logsumexp(-1, keepdim=True) - total).exp().flatten().tolist()
+    for share, how in zip(shares, settings, strict=True):
+        if not 0 < how.top_k <= LIKELIEST and (how.top_k or share < how.top_p or how.top_p == 1):
+            values, order = scaled.sort(dim=-1, descending=True)
+            break
+    return values, order, total
+
+
+def logprobs(logits: Tensor, token: int, top: int) -> Logprob:
+    """Log-probabilities at a position.
+
+    Args:
+        logits: [vocabulary], as the model gave them.
+        token: that was chosen.
+        top: how many of the likeliest to report.
+    """
+    values = logits.float().log_softmax(-1)
+    best, order = values.topk(min(top, len(values)))
+    return Logprob(token, float(values[token]), list(zip(order.tolist(), best.tolist(), strict=True)))
