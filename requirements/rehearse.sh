@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv-rehearsal, in which MindSpeed-LLM's own programs run on this CPU (REHEARSE=1, see docs/ascend.md).
-# Run again, it does only what has changed; the scripts call it.
+# Makes .venv-rehearsal, in which MindSpeed-LLM's own programs run on this CPU (REHEARSE=1, see docs/ascend.md), and with
+# `rl` .venv-rehearsal-rl, which adds what MindSpeed-RL imports. Run again, it does only what has changed; the scripts call it.
 #
-#   MINDSPEED_LLM_HOME=... MINDSPEED_HOME=... MEGATRON_HOME=... bash requirements/rehearse.sh
+#   MINDSPEED_LLM_HOME=... MINDSPEED_HOME=... MEGATRON_HOME=... bash requirements/rehearse.sh [rl]
 #
 # MINDSPEED_LLM_HOME  MindSpeed-LLM's sources, v26.1.0 (default: beside this checkout, then /workspace/MindSpeed-LLM)
 # MINDSPEED_HOME      MindSpeed's, 26.1.0_core_r0.12.1 (default: beside MindSpeed-LLM)
@@ -21,6 +21,20 @@ cd "$HERE/.."
 [ -n "$MINDSPEED_HOME" ] || fail "found no MindSpeed in $(dirname "$MINDSPEED_LLM_HOME"); set MINDSPEED_HOME to its sources"
 [ -n "$MEGATRON_HOME" ] || fail "found no Megatron-LM in $(dirname "$MINDSPEED_LLM_HOME"); set MEGATRON_HOME to its sources"
 
+if [ "${1:-}" = rl ]; then
+    bash requirements/rehearse.sh
+    BASE=$PWD/.venv-rehearsal VENV=.venv-rehearsal-rl
+    INPUTS=(requirements/rehearsal-rl.txt requirements/rehearsal.txt)
+    begin
+    PYTHON=$BASE/bin/python make_venv 12
+    packages() { "$1" -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }
+    packages "$BASE/bin/python" > "$(packages "$VENV/bin/python")/rehearsal.pth" # torch and all else is there already
+    say requirements/rehearsal-rl.txt
+    pip install -qq -r requirements/rehearsal-rl.txt
+    record
+    exit
+fi
+
 VENV=.venv-rehearsal
 INPUTS=(requirements/rehearsal.txt "$MEGATRON_HOME/megatron/core/package_info.py")
 begin
@@ -36,7 +50,4 @@ say "a copy of $MEGATRON_HOME/megatron"
 rm -rf "$VENV/megatron-lm"
 mkdir -p "$VENV/megatron-lm"
 cp -R "$MEGATRON_HOME/megatron" "$VENV/megatron-lm/megatron"
-for file in "${INPUTS[@]}"; do
-    cksum "$file"
-done > "$VENV/installed"
-say "done"
+record

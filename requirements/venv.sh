@@ -23,6 +23,15 @@ begin() {
     if finished; then exit 0; fi # by the one that we waited for
 }
 
+# All is installed: the next run has nothing to do.
+record() {
+    local file
+    for file in "${INPUTS[@]}"; do
+        cksum "$file"
+    done > "$VENV/installed"
+    say "done"
+}
+
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # make_venv NEWEST: an empty one, unless it is there, of PYTHON 3.10 to 3.NEWEST.

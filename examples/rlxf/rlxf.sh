@@ -19,6 +19,7 @@ RL_BACKEND=${BACKEND:-} LEADER=${MASTER_ADDR:-} NODES=${NNODES:-1}
 BACKEND=native NNODES=1 HOSTFILE= # common.sh's are those of torchrun
 MASTER_PORT=${MASTER_PORT:-6766}
 export -n MASTER_ADDR MASTER_PORT NNODES # nor are they for the actors, who agree on their own
+REHEARSAL=rl # what REHEARSE=1 runs: MindSpeed-RL
 source "$(dirname "${BASH_SOURCE[0]}")/../mcore/minimind/common.sh"
 
 CONFIG=${CONFIG:-$([ "$DEVICE" = cpu ] && echo grpo_minimind_tiny || echo grpo_minimind3)}

@@ -33,6 +33,7 @@ MODELS: dict[str, ModelConfig] = {
     name: config.replace(num_layers=2, hidden_size=64, head_dim=8, vocab_size=VOCABULARY)
     for name, config in weights_on_disk.SMALL.items()
 }
+MODELS["minimind3_deep"] = MODELS["minimind3"].replace(num_layers=4)  # for virtual stages, and stages of unequal length
 for _rule in ("softmax", "straight_through"):
     _moe = MODELS["minimind3_moe"].moe
     assert _moe is not None

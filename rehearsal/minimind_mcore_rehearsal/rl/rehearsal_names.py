@@ -1,0 +1,107 @@
+"""What an Ascend host has and this host has not, as far as MindSpeed-RL imports it.
+
+* Modules below `vllm` and `vllm_ascend` that are not written here are made of classes that do nothing. So are
+  optional packages that are not installed.
+* Megatron-LM 0.12.1 writes `torch_dist` checkpoints with a private function of torch, which takes another argument
+  from torch 2.9 on. An Ascend host has torch 2.7.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+OPTIONAL = ("torchvision", "qwen_vl_utils", "av", "mathruler", "latex2sympy2", "word2number")
+
+
+class _Names(types.ModuleType):
+    """A module each of whose names is a class that can be subclassed, subscripted and called."""
+
+    __path__: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = type(name, (), {
+            "__module__": self.__name__,
+            "__class_getitem__": classmethod(lambda cls, item: cls),
+            "__init__": lambda self, *args, **kwargs: None,
+            "__call__": lambda self, *args, **kwargs: args[0] if args else self,
+        })  # fmt: skip
+        setattr(self, name, made)
+        return made
+
+
+class _NamesFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds every module of some packages; the last finder, so that real files come first."""
+
+    def __init__(self, packages: set[str]) -> None:
+        self.packages = packages
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.split(".")[0] in self.packages:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Names(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _Behind(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Runs a function behind a module's own code."""
+
+    def __init__(self, name: str, function: Callable[[Any], None]) -> None:
+        self.name, self.function, self.busy = name, function, False
+        self.inner: Any = None
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name or self.busy:
+            return None
+        self.busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.busy = False
+        if spec is not None:
+            self.inner, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        created: types.ModuleType | None = self.inner.create_module(spec)
+        return created
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        self.inner.exec_module(module)
+        self.function(module)
+
+
+def _write_as_torch_saves(module: Any) -> None:
+    """Give `_write_item` the format that it had before there was a choice."""
+    from torch.distributed.checkpoint import filesystem
+
+    write = module._write_item
+    if "serialization_format" in inspect.signature(write).parameters:
+        form = filesystem.SerializationFormat.TORCH_SAVE
+        module._write_item = functools.partial(write, serialization_format=form)
+
+
+def install() -> None:
+    """Arrange for both; importing nothing."""
+    missing = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
+    sys.meta_path.append(_NamesFinder({"vllm", "vllm_ascend"} | missing))
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    sys.meta_path.insert(0, _Behind(f"{strategies}.filesystem_async", _write_as_torch_saves))

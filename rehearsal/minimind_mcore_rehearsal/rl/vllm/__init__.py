@@ -1,0 +1,10 @@
+"""A small generator in the place of vLLM 0.11, as MindSpeed-RL uses it: external launcher, dummy weights.
+
+Its models have vLLM's class names and parameter names, whole or in tensor-parallel shards. The weights come from
+MindSpeed-RL's resharding. Each token takes a pass over the whole sequence: there is no cache of keys and values.
+"""
+
+from .engine import LLM, RequestOutput, SamplingParams
+
+__version__ = "0.11.0"
+__all__ = ["LLM", "RequestOutput", "SamplingParams"]
