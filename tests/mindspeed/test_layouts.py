@@ -19,8 +19,7 @@ HOW = (
     "--use-distributed-optimizer", "--context-parallel-algo", "--num-layer-list", "--noop-layers", "--load", "--save",
     "--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-activation-function",
     "--overlap-grad-reduce", "--overlap-param-gather", "--moe-grouped-gemm", "--moe-permutation-async-comm",
-    "--moe-token-dispatcher-type", "--moe-alltoall-overlap-comm", "--reuse-fp32-param", "--num-layers", "--swap-attention",
-    "--use-fused-ring-attention-update", "--use-cp-send-recv-overlap", "--moe-tp-extend-ep", "--tp-2d", "--spec",
+    "--moe-token-dispatcher-type", "--reuse-fp32-param", "--num-layers", "--spec",
 )  # fmt: skip
 
 
