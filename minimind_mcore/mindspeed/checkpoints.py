@@ -85,11 +85,22 @@ def saved_router_weight(root: Path, step: int | None = None) -> RouterWeight | N
     Raises:
         UserError: the checkpoint is damaged.
     """
-    if not _exists(root):
+    saved = _saved_mixture(root, step)
+    return named_router_weight(saved) if saved else None
+
+
+def saved_layout(root: Path) -> ParallelLayout | None:
+    """Return the layout of the newest checkpoint below `root`; None if it has no experts, or is not there."""
+    saved = _saved_mixture(root)
+    return ParallelLayout.from_args(saved) if saved else None
+
+
+def _saved_mixture(root: Path, step: int | None = None) -> argparse.Namespace | None:
+    """The arguments of a checkpoint with experts."""
+    if not _exists(root) or not (directory := _iteration(root, step)).is_dir():
         return None
-    directory = _iteration(root, step)
-    saved = saved_args(directory) if directory.is_dir() else argparse.Namespace()
-    return named_router_weight(saved) if getattr(saved, "num_experts", None) else None
+    saved = saved_args(directory)
+    return saved if getattr(saved, "num_experts", None) else None
 
 
 def resumed(args: argparse.Namespace) -> Path | None:

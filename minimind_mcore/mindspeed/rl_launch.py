@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.mindspeed.checkpoints import check_pickles, saved_router_weight
+from minimind_mcore.mindspeed.checkpoints import check_pickles, saved_layout, saved_router_weight
 from minimind_mcore.mindspeed.launch import sources
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform.cpu import usable_cores
@@ -118,6 +118,7 @@ def _check_checkpoints(tree: Mapping[str, Any]) -> None:
             if section.get(key):
                 check_pickles(Path(section[key]).expanduser())
         require_normalized(section.get("load"))
+        require_grouped(section.get("load"))
 
 
 def require_normalized(load: str | None) -> None:
@@ -131,6 +132,21 @@ def require_normalized(load: str | None) -> None:
         raise UserError(
             f"load {load}: its router weight is {rule}. MindSpeed-RL trains normalized only: it has no key for "
             "--moe-router-pre-softmax, which the other two rules need. Train on the embedded trainer (BACKEND=embedded)"
+        )
+
+
+def require_grouped(load: str | None) -> None:
+    """Refuse a mixture whose experts MindSpeed-RL could not send to vLLM: its weight adaptor knows grouped ones only.
+
+    Raises:
+        UserError: each expert of the checkpoint has weights of its own.
+    """
+    layout = saved_layout(Path(load).expanduser()) if load else None
+    if layout and not layout.grouped_experts:
+        raise UserError(
+            f"load {load}: each expert has weights of its own, and MindSpeed-RL sends only grouped experts to vLLM. "
+            f"Convert it:\n    LOAD_DIR={shlex.quote(str(load))} bash "
+            "examples/mcore/minimind/ckpt_convert_minimind_mcore2mcore.sh --moe-grouped-gemm"
         )
 
 
@@ -176,7 +192,9 @@ def _for_mindspeed_rl(tree: Mapping[str, Any], environment: Path) -> dict[str, A
         for key in PATHS:
             if section.get(key):
                 section[key] = str(Path(section[key]).expanduser().resolve())
-    rl = new["rl_config"]
+    rl, training = new["rl_config"], new["megatron_training"]
+    if (new.get("model") or {}).get(training.get("model"), {}).get("num_experts"):
+        training["moe_grouped_gemm"] = True  # see require_grouped
     rl["runtime_env_path"] = str(environment)
     rl["verifier_function"], rl["verifier_weight"] = _rewards(tree)
     return new

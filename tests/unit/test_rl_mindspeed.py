@@ -210,6 +210,7 @@ def test_what_is_launched_has_its_version_s_keys_and_absolute_paths(
     tree = yaml.safe_load(job.config.read_text())
     assert set(tree) == {"model", "megatron_training", "actor_config", "rl_config", "generate_config"}
     assert "moe_intermediate_size" in tree["model"]["minimind3_moe"] and tree["rl_config"]["epochs"] == 3
+    assert tree["megatron_training"]["moe_grouped_gemm"] is True  # its weight adaptor knows grouped experts only
     paths = [tree["megatron_training"][key] for key in ("data_path", "tokenizer_name_or_path")]
     paths += [tree["actor_config"]["load"], tree["actor_config"]["save"], tree["rl_config"]["runtime_env_path"]]
     assert all(Path(path).is_absolute() for path in paths)

@@ -16,7 +16,7 @@ from minimind_mcore import arguments
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.mindspeed.flags import complete, router_weight_of
-from minimind_mcore.mindspeed.rl_launch import require_normalized
+from minimind_mcore.mindspeed.rl_launch import require_grouped, require_normalized
 from minimind_mcore.models.config import ROUTER_WEIGHTS, ModelConfig, MoEConfig, RouterWeight
 from minimind_mcore.models.hf_config import to_native_config
 from minimind_mcore.models.moe import straight_through
@@ -216,6 +216,20 @@ def test_mindspeed_rl_trains_normalized_only(rule: RouterWeight | None, tmp_path
         return
     with pytest.raises(UserError, match=f"its router weight is {rule}"):
         require_normalized(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_mindspeed_rl_takes_grouped_experts_only(grouped: bool, tmp_path: Path) -> None:
+    write_arguments(tmp_path / "saved", with_rule("normalized").megatron_flags())
+    if grouped:
+        for file in (tmp_path / "saved").rglob("*.pt"):
+            content = torch.load(file, weights_only=False)
+            content["args"].moe_grouped_gemm = True
+            torch.save(content, file)
+        require_grouped(str(tmp_path / "saved"))
+        return
+    with pytest.raises(UserError, match="sends only grouped experts to vLLM"):
+        require_grouped(str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("target", TARGETS)

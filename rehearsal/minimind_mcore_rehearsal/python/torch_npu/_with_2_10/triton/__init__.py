@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import language
+from . import language, runtime
 
 __version__ = "3.2.0"
 
