@@ -67,6 +67,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "TensorStorageMetadata _MEM_FORMAT_ENCODING"
         ),
         "torch.distributed.checkpoint.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
+        "megatron.core.dist_checkpointing.strategies.torch": "MCoreSavePlan",
         "megatron.core.enums": "ModelType",
         "megatron.core.transformer.enums": "AttnBackend CudaGraphScope AttnMaskType LayerType AttnType",
         "megatron.core.optimizer": "OptimizerConfig",

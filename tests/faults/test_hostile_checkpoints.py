@@ -140,6 +140,21 @@ def test_an_intact_checkpoint_passes(trained: tuple[Path, list[str]]) -> None:
     torch_zip.check_checkpoint(trained[0] / "iter_0000001")
 
 
+def test_the_plans_that_megatron_0_12_1_saves_pass(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """MindSpeed-RL saves torch_dist with megatron-core 0.12.1, whose `.metadata` holds every rank's plan."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlan
+
+    directory = shutil.copytree(trained[0] / "iter_0000001", tmp_path / "iter_0000001")
+    if not (directory / ".metadata").is_file():
+        pytest.skip("the torch format has no plans")
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.all_local_plans = [MCoreSavePlan.__new__(MCoreSavePlan)]
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch_zip.check_checkpoint(directory)
+    found = unpickling.load_pickle(directory / ".metadata")
+    assert found.state_dict_metadata.keys() == metadata.state_dict_metadata.keys()
+
+
 def test_megatrons_own_objects_pass(tmp_path: Path) -> None:
     """What Megatron's training programs write beside numbers: enumerations, dtypes, arrays, paths."""
     import numpy as np
