@@ -130,6 +130,12 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="minimind: MiniMind's own; a --save-dir ending in .pth is a file",
     )
+    add(
+        "--pad-head-dim",
+        type=flag_type("kv_channels"),
+        metavar="SIZE",
+        help="pad the heads with zeros; for vLLM on an NPU, which has kernels for 128 and not for 96 or 80",
+    )
     add("--copy-code", action="store_true", help="with --format minimind: copy model_minimind.py, which is code")
     unpickling.add_trust_flag(group)
     add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
@@ -167,6 +173,7 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "dtype": args.params_dtype,
         "format": args.format,
         "copy_code": args.copy_code,
+        "pad_head_dim": args.pad_head_dim,
         "tokenizer": _first_path(args.tokenizer_name_or_path),
         "true_vocab_size": args.true_vocab_size,
         "padded_vocab_size": args.padded_vocab_size,

@@ -81,7 +81,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     fields["architectures"] = [_CLASSES[hf_model_type(config)]]
     # transformers 5 has them in `rope_parameters`, and other names for the counts; the others know only these.
     # Not `rope_scaling`: where it is there, if only as null, transformers 5 does not look at `rope_parameters`.
-    fields |= {"rope_theta": float(config.rope_theta), "tie_word_embeddings": config.tie_embeddings}
+    fields |= {"rope_theta": config.rotary_base, "tie_word_embeddings": config.tie_embeddings}
     fields.pop("rope_scaling", None)
     if config.inference_rope_scaling:  # in the one form that transformers 4 and 5 and vLLM read alike
         fields.pop("rope_parameters", None)

@@ -15,6 +15,7 @@ from minimind_mcore.checkpoint.files import iteration_directory
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.megatron import open_adapters
 from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.padding import pad_heads
 from minimind_mcore.checkpoint.source import Source, cast, resize_vocabulary
 from minimind_mcore.converters import peft
 from minimind_mcore.converters.convert import Result, Target, convert, require_free, require_space
@@ -47,6 +48,7 @@ class Job:
     dtype: str | None = None
     format: str = "hf"
     copy_code: bool = False
+    pad_head_dim: int | None = None
     hf_cfg_dir: Path | None = None
     tokenizer: Path | None = None
     true_vocab_size: int | None = None
@@ -69,7 +71,8 @@ def run_job(job: Job) -> Result | None:
     Raises:
         UserError: see the functions below, and `convert`.
     """
-    source = prepare(job, open_model(job))
+    unpadded = prepare(job, open_model(job))
+    source = with_padded_heads(job, unpadded)
     target = make_target(job, source)
     print(f"from  {job.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB", flush=True)
     print(f"to    {job.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB", flush=True)
@@ -90,7 +93,7 @@ def run_job(job: Job) -> Result | None:
     if job.verify == "logits" and not job.lora_only:
         from minimind_mcore.converters.probe import compare_logits
 
-        probe = partial(compare_logits, source, target)
+        probe = partial(compare_logits, unpadded, target)
     result = convert(source, target, job.save_dir, probe)
     print(f"check {result.tensors} tensors read back, equal; digest of the weights {result.digest}", flush=True)
     rate = result.nbytes / 1e9 / result.seconds
@@ -185,6 +188,22 @@ def prepare(job: Job, source: Source) -> Source:
             raise UserError(f"--params-dtype {job.dtype}: expected one of {', '.join(DTYPES)}")
         source = cast(source, DTYPES[name])
     return source
+
+
+def with_padded_heads(job: Job, source: Source) -> Source:
+    """The source with the heads of `--pad-head-dim`.
+
+    Raises:
+        UserError: the output cannot hold padded heads, or the heads cannot be padded to that size.
+    """
+    if job.lora_only or job.save_type != "hf" or job.format != "hf" or job.save_dir.suffix == ".pth":
+        source.config.require_unpadded()
+        if job.pad_head_dim is not None:
+            raise UserError(
+                f"--pad-head-dim {job.pad_head_dim}: only a Hugging Face directory can hold padded heads; give "
+                "--save-model-type hf and --format hf, a --save-dir that does not end in .pth, and no --save-lora-to-hf"
+            )
+    return source if job.pad_head_dim is None else pad_heads(source, job.pad_head_dim)
 
 
 def _rows(job: Job, source: Source) -> int:

@@ -126,6 +126,8 @@ class ModelConfig:
     Sizes are those of the whole model, whatever the parallel layout. `vocab_size` counts the rows
     of the embedding. `rope_theta` is an integer because Megatron's `--rotary-base` takes no other.
     `inference_rope_scaling` is MiniMind's YaRN (`yarn.py`). No flag of Megatron says it: training runs without.
+    `unpadded_head_dim` is the head size that the model was trained with, where its heads are padded with zeros for an
+    engine that has no kernels for that size (`checkpoint/padding.py`).
     """
 
     vocab_size: int = 6400
@@ -141,6 +143,7 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     tie_embeddings: bool = True
     inference_rope_scaling: bool = False
+    unpadded_head_dim: int | None = None
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +155,26 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim: found {self.head_dim}, expected an even number (RoPE rotates pairs)")
+        unpadded = self.unpadded_head_dim
+        if unpadded is not None and (unpadded % 2 or not 0 < unpadded < self.head_dim):
+            raise UserError(f"unpadded_head_dim: found {unpadded}, expected an even number below {self.head_dim}")
+
+    @property
+    def rotary_base(self) -> float:
+        """The base of the rotary embedding over `head_dim`.
+
+        Padded heads keep their frequencies: theta' ^ (-2i / head_dim) is rope_theta ^ (-2i / unpadded_head_dim).
+        """
+        return float(self.rope_theta) ** (self.head_dim / (self.unpadded_head_dim or self.head_dim))
+
+    def require_unpadded(self) -> None:
+        """Raise a `UserError` if the heads are padded."""
+        if self.unpadded_head_dim:
+            raise UserError(
+                f"the heads of this model are padded from {self.unpadded_head_dim} to {self.head_dim} "
+                "(unpadded_head_dim of its config.json). A padded model is for inference from a Hugging Face "
+                "directory; training and other formats need the model from which it was converted"
+            )
 
     # Sizes
 
@@ -219,6 +242,7 @@ class ModelConfig:
         """The megatron-core config (imports megatron-core). `overrides` name its fields and win."""
         from minimind_mcore.models.core_config import transformer_config
 
+        self.require_unpadded()
         return transformer_config(self, **overrides)
 
     def megatron_flags(self) -> list[str]:
@@ -227,7 +251,11 @@ class ModelConfig:
         All of them are flags of MindSpeed-LLM's training programs, except `--router-weight`: with one expert per
         token MindSpeed-LLM's flags do not distinguish `normalized` from `straight_through`. They say nothing about
         the run (layout, precision, batch, `--spec`).
+
+        Raises:
+            UserError: the heads are padded.
         """
+        self.require_unpadded()
         flags: dict[str, object] = {
             "--num-layers": self.num_layers,
             "--hidden-size": self.hidden_size,

@@ -45,6 +45,7 @@ _NUMBERS = {
     "num_attention_heads": "num_attention_heads",
     "num_key_value_heads": "num_query_groups",
     "head_dim": "kv_channels",
+    "unpadded_head_dim": "kv_channels",
     "intermediate_size": "ffn_hidden_size",
     "rms_norm_eps": "norm_epsilon",
     "max_position_embeddings": "max_position_embeddings",
@@ -95,9 +96,11 @@ def to_hf_config(config: ModelConfig) -> PretrainedConfig:
     model_type = hf_model_type(config)
     fields = _common_fields(config)
     # transformers 5 keeps it in `rope_parameters`, and accepts it here as 4 does.
-    fields["rope_theta"] = float(config.rope_theta)
+    fields["rope_theta"] = config.rotary_base
+    if config.unpadded_head_dim:
+        fields["unpadded_head_dim"] = config.unpadded_head_dim
     if config.inference_rope_scaling:
-        if not yarn.transformers_agrees(config.head_dim, config.rope_theta):
+        if not yarn.transformers_agrees(config.head_dim, config.rotary_base):
             raise UserError(
                 f"inference_rope_scaling with head_dim {config.head_dim} and rope_theta {config.rope_theta}: here the "
                 "YaRN of transformers differs from MiniMind's. Keep MiniMind's own form (--format minimind)"
@@ -126,8 +129,9 @@ def to_native_config(config: ModelConfig) -> dict[str, Any]:
     """The content of MiniMind's own `config.json`.
 
     Raises:
-        UserError: MiniMind's code cannot express this mixture of experts.
+        UserError: MiniMind's code cannot express this mixture of experts or padded heads.
     """
+    config.require_unpadded()
     if config.inference_rope_scaling and config.max_position_embeddings <= yarn.TRAINED_LENGTH:
         raise UserError(
             f"inference_rope_scaling with max_position_embeddings {config.max_position_embeddings}: MiniMind's class "
@@ -284,10 +288,21 @@ class _Reader:
             raise UserError(f"{self.name}: partial_rotary_factor: expected 1.0")
         theta = parameters.get("rope_theta")
         theta = self.get("rope_theta") if theta is None else theta
+        if unpadded := self.raw.get("unpadded_head_dim"):
+            return self._unpadded_theta(theta, unpadded / self.get("head_dim"))
         self._require("rope_theta", _ROPE_THETA.problem(theta))
         if theta != int(theta):
             raise UserError(f"{self.name}: rope_theta: found {theta}, expected an integer (Megatron takes no other)")
         return int(theta)
+
+    def _unpadded_theta(self, theta: object, share: float) -> int:
+        """The base of the rotary embedding before the heads were padded; `share` is the part that is not padding."""
+        number = theta if isinstance(theta, int | float) and theta > 1 else math.nan
+        unpadded = number**share
+        self._require("rope_theta", _ROPE_THETA.problem(unpadded))
+        if not math.isclose(round(unpadded) ** (1 / share), number, rel_tol=1e-9):
+            self._require("rope_theta", f"found {theta}, which is not the base of heads padded by --pad-head-dim")
+        return round(unpadded)
 
 
 def _read_common(
@@ -309,6 +324,7 @@ def _read_common(
         inference_rope_scaling=reader.inference_rope_scaling(),
         rope_theta=reader.rope_theta(),
         max_position_embeddings=get("max_position_embeddings"),
+        unpadded_head_dim=raw.get("unpadded_head_dim"),
         tie_embeddings=raw.get("tie_word_embeddings", tied_default),
         moe=moe,
     )

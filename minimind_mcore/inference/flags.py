@@ -149,13 +149,15 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
     Raises:
         UserError: one says something else.
     """
+    table = flag_table()
+    checked = {flag: table[flag]["dest"] for flag in args.given if flag in table and table[flag]["dest"] in CHECKED}
+    if not checked:
+        return
     parser = build_parser()
     arguments.add_router_weight(parser)
     expected = parser.parse_args(config.megatron_flags())
-    table = flag_table()
-    for flag in args.given:
-        dest = table[flag]["dest"] if flag in table else None
-        if dest in CHECKED and getattr(args, dest) != getattr(expected, dest):
+    for flag, dest in checked.items():
+        if getattr(args, dest) != getattr(expected, dest):
             found = getattr(args, dest)
             raise UserError(f"{flag}: says {found}, but the model in {args.load} has {getattr(expected, dest)}")
 
