@@ -17,7 +17,7 @@ from helpers.weights_on_disk import read_hf, state_dict, write_hf
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
-from minimind_mcore.converters.cli import main_v1, main_v2
+from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.errors import UserError
@@ -104,16 +104,6 @@ def test_pads_from_every_form(form: str, tmp_path: Path) -> None:
         convert(source, MegatronTarget(source, ParallelLayout(tp=2 if form.endswith("2") else 1)), other)
     found = read_hf(pad(other, tmp_path / "found", *kept))
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-def test_the_older_program_pads_too(tmp_path: Path) -> None:
-    plain = write(tmp_path / "plain", CONFIGS["minimind2"])
-    expected = read_hf(pad(plain, tmp_path / "expected"))
-    main_v1(["--model-type", "GPT", "--use-mcore-models", "--save-model-type", "hf", "--load-dir", str(plain),
-             "--save-dir", str(tmp_path / "v1"),
-             "--pad-head-dim", "128"])  # fmt: skip
-    found = read_hf(tmp_path / "v1/mg2hf")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
