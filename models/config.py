@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ class ModelConfig:
 
         Padded heads keep their frequencies: theta' ^ (-2i / head_dim) is rope_theta ^ (-2i / unpadded_head_dim).
         """
-        return float(self.rope_theta) ** (self.head_dim / (self.unpadded_head_dim or self.head_dim))
+        return math.pow(self.rope_theta, self.head_dim / (self.unpadded_head_dim or self.head_dim))
 
     def require_unpadded(self) -> None:
         """Raise a `UserError` if the heads are padded."""

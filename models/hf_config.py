@@ -298,9 +298,9 @@ class _Reader:
     def _unpadded_theta(self, theta: object, share: float) -> int:
         """The base of the rotary embedding before the heads were padded; `share` is the part that is not padding."""
         number = theta if isinstance(theta, int | float) and theta > 1 else math.nan
-        unpadded = number**share
+        unpadded = math.pow(number, share)
         self._require("rope_theta", _ROPE_THETA.problem(unpadded))
-        if not math.isclose(round(unpadded) ** (1 / share), number, rel_tol=1e-9):
+        if not math.isclose(math.pow(round(unpadded), 1 / share), number, rel_tol=1e-9):
             self._require("rope_theta", f"found {theta}, which is not the base of heads padded by --pad-head-dim")
         return round(unpadded)
 

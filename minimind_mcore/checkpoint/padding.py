@@ -86,8 +86,8 @@ def padded_config(config: ModelConfig, head_dim: int) -> ModelConfig:
 
 def _pad(tensor: Tensor, config: ModelConfig, head_dim: int, axis: int) -> Tensor:
     """Pad each half of each head along an axis."""
-    halves = tensor.movedim(axis, -1).unflatten(-1, (-1, 2, config.head_dim // 2))
-    padded = F.pad(halves, (0, (head_dim - config.head_dim) // 2))
+    last = tensor.movedim(axis, -1)
+    padded = F.pad(last.reshape(*last.shape[:-1], -1, 2, config.head_dim // 2), (0, (head_dim - config.head_dim) // 2))
     return padded.flatten(-3).movedim(-1, axis).contiguous()
 
 
