@@ -41,6 +41,7 @@ class NativeEngine:
         from minimind_mcore.training.layout import validate
         from minimind_mcore.training.model import build_model
         from minimind_mcore.training.optimizer import build_optimizer
+        from minimind_mcore.training.step import Engine
 
         sizes = {
             "--seq-length": seq,
@@ -56,8 +57,7 @@ class NativeEngine:
         self.job, layout = Job(self.args), validate(self.args, 1)
         distributed.initialize(self.args, layout)
         self.model: Any = build_model(self.args, layout, self.job)
-        self.optimizer: Any
-        self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
+        self.engine: Engine | None = Engine(self.args, self.model, *build_optimizer(self.args, self.model))
 
     def step(self, ids: Tensor) -> Tensor:
         """One update; returns the mean loss (nats per token), a tensor on the device.
@@ -65,10 +65,10 @@ class NativeEngine:
         Args:
             ids: [micro-batches * batch, seq + 1], on the device.
         """
-        from minimind_mcore.training.step import train_step
-
         batches = iter([self._batch(part) for part in ids.chunk(self.args.num_microbatches)])
-        result = train_step(self.args, self.job, self.model, self.optimizer, self.scheduler, [batches])
+        assert self.engine is not None
+        count, samples = self.args.num_microbatches, self.args.global_batch_size
+        result = self.engine.step(self.job, [batches], count, samples, 0)
         total = torch.stack(result.losses).double().sum(0)
         return total[0] / total[1]
 
@@ -97,7 +97,7 @@ class NativeEngine:
         # The logged losses of a mixture of experts, which have as many numbers as this model layers.
         where: Any = moe_utils if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker") else parallel_state
         where.get_moe_layer_wise_logging_tracker().clear()
-        self.model = self.optimizer = self.scheduler = None
+        self.model = self.engine = None
         parallel_state.destroy_model_parallel()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # another shape would else be compiled for any shape, and be slower

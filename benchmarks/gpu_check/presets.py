@@ -62,7 +62,8 @@ def results(
     try:
         if noise:
             _disturb(engine.model, noise)
-            engine.optimizer.reload_model_params()
+            assert engine.engine is not None
+            engine.engine.take_weights()
         ids = torch.randint(0, VOCABULARY, (STEPS + 1, BATCH, SEQUENCE + 1), generator=numbers).to(place)
         with _routed(engine.model, experts) as chosen:
             logits = engine.logits(ids[0, :, :-1])[:, ::ROWS, ::COLUMNS].flatten().tolist()

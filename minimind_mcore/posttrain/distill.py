@@ -20,6 +20,7 @@ from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import SFT, run_model
 from minimind_mcore.training.job import LossFunction, averaged
+from minimind_mcore.training.step import Engine
 
 
 class Distill(SFT):
@@ -41,7 +42,7 @@ class Distill(SFT):
             for config in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
                 config.moe_aux_loss_coeff *= self.args.distill_alpha
 
-    def begin(self, layout: ParallelLayout, model: list[Any], datasets: list[Any]) -> None:
+    def begin(self, layout: ParallelLayout, engine: Engine, datasets: list[Any]) -> None:
         """See `Job`."""
         self.teacher = FrozenModel(self.args, layout, self.args.teacher_model)
 

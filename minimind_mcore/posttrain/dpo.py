@@ -31,6 +31,7 @@ from minimind_mcore.posttrain import data, reference
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.training.job import LossFunction, averaged
+from minimind_mcore.training.step import Engine
 
 
 class DPO(PostTraining):
@@ -56,12 +57,12 @@ class DPO(PostTraining):
             "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
         )
 
-    def begin(self, layout: ParallelLayout, model: list[Any], datasets: list[Any]) -> None:
+    def begin(self, layout: ParallelLayout, engine: Engine, datasets: list[Any]) -> None:
         """See `Job`: the reference's log-probabilities of every pair that the run reads."""
         if self.args.reference_live:
             self.reference = FrozenModel(self.args, layout, self.args.ref_model)
         elif self.args.dpo_loss_type != "simpo":
-            reference.attach(Reference(self.args), model, datasets)
+            reference.attach(Reference(self.args), engine, datasets)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """See `Job`; `reference` [pairs, 2] are its summed log-probabilities of chosen and rejected."""

@@ -41,7 +41,7 @@ from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
-from minimind_mcore.training.model import core_config, weights_gathered
+from minimind_mcore.training.model import core_config
 
 
 class FrozenModel:
@@ -93,12 +93,12 @@ def _build(args: argparse.Namespace, layout: ParallelLayout, source: Source) -> 
 LogProbs = NDArray[np.float32]
 
 
-def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
+def attach(job: PostTraining, engine: step.Engine, datasets: list[Any]) -> None:
     """Give every dataset the reference's log-probabilities of its pairs. Collective.
 
     Args:
         job: whose loss function logs the log-probabilities [2, pairs] of a micro-batch.
-        model: this rank's chunks.
+        engine: of the policy.
         datasets: None among them is left out.
 
     Raises:
@@ -118,8 +118,8 @@ def attach(job: PostTraining, model: list[Any], datasets: list[Any]) -> None:
                 flush=True,
             )
         # The adapters of LoRA are not loaded yet, and zero: the model is its base.
-        with _weights_of(args, None if args.lora_target_modules else source, model):
-            known[missing] = _measure(job, model, missing)[missing]
+        with _weights_of(args, None if args.lora_target_modules else source, engine.model):
+            known[missing] = _measure(job, engine, missing)[missing]
         if ranks.is_main() and cache:
             with writing(cache, "give another directory with --save (CKPT_SAVE_DIR)"):
                 with atomic_file(cache) as f:
@@ -197,7 +197,7 @@ def _weights_of(args: argparse.Namespace, source: str | None, model: list[Any]) 
         chunk.load_state_dict(state, strict=False)  # the rest is not tensors
 
 
-def _measure(job: PostTraining, model: list[Any], documents: NDArray[np.int64]) -> LogProbs:
+def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64]) -> LogProbs:
     """[pairs of the data, 2], filled in for `documents`; the same on every rank. Collective."""
     from megatron.core import parallel_state
 
@@ -206,18 +206,12 @@ def _measure(job: PostTraining, model: list[Any], documents: NDArray[np.int64]) 
     rounds = -(-len(documents) // args.global_batch_size)
     order = np.resize(documents, rounds * args.global_batch_size)  # the last round repeats the first pairs
     samples = data.Samples(prefix, job.columns, order, args.seq_length)
-    batches = [training_data.micro_batches(args, job, samples, 0, workers=0) for _ in model]
+    batches = [training_data.micro_batches(args, job, samples, 0, workers=0) for _ in engine.model]
     found = torch.zeros(total, 2, dtype=torch.float32, device=device.current().torch_device)
-    for chunk in model:
-        chunk.eval()
-    with torch.no_grad(), weights_gathered(args, model):
-        for _ in range(rounds):
-            result = step.forward_backward(args, job, model, batches, forward_only=True)
-            step.check_losses(result, 0)
-            for indices, log_probs in zip(result.indices, result.losses, strict=True):
-                found[indices] = log_probs.t()
-    for chunk in model:
-        chunk.train()
+    for result in engine.measure(job, batches, args.num_microbatches, rounds):
+        step.check_losses(result, 0)
+        for indices, log_probs in zip(result.indices, result.losses, strict=True):
+            found[indices] = log_probs.t()
     # Each data-parallel rank of the last stage has its share; a pair that was read twice is the same twice.
     dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
     dist.broadcast(found, src=dist.get_world_size() - 1)

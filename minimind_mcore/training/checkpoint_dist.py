@@ -17,6 +17,7 @@ from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_fit import check_model, check_optimizer
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
 from minimind_mcore.training.optimizer import schedule_kept
+from minimind_mcore.training.step import Engine
 
 
 def _metadata(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def _rng_object() -> Any:
     return ShardedObject("rng_state", rng_states(), shape, place, replica_id=replica)
 
 
-def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
+def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Path]:
     """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -63,8 +64,8 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     _require_support()
     # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
     filesystem_async._results_queue = queue.Queue()
-    state = _sharded_state(args, model, None if args.no_save_optim else optimizer, loading=False)
-    common = common_state(args, optimizer, scheduler)
+    state = _sharded_state(args, engine.model, None if args.no_save_optim else engine.optimizer, loading=False)
+    common = common_state(args, engine)
     common.pop("optimizer", None)
     state |= common
     if not args.no_save_rng:
@@ -78,7 +79,7 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     return sorted(p for p in directory.rglob("*") if p.is_file())[dist.get_rank() :: dist.get_world_size()]
 
 
-def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str, Any]:
     """Load into whatever layout this run has; returns the saved dictionary."""
     from megatron.core import dist_checkpointing
 
@@ -90,7 +91,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     wants_optimizer = not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved
     if wants_optimizer:
         check_optimizer(args, saved["args"], directory)
-    state: Any = _sharded_state(args, model, optimizer if wants_optimizer else None)
+    state: Any = _sharded_state(args, engine.model, engine.optimizer if wants_optimizer else None)
     # A converter's checkpoint has no world size, and one of --no-save-rng no random states.
     same = all(
         getattr(saved["args"], name, None) == getattr(args, name)
@@ -101,15 +102,15 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
         state["rng_state"] = _rng_object()
     with unpickling.restricted():
         state = dist_checkpointing.load(state, str(directory))
-    for key, chunk in zip(model_keys(model), model, strict=True):
+    for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         unwrap(chunk).load_state_dict(state[key], strict=True)
     if wants_optimizer:
-        fitted = fit_optimizers(state["optimizer"], saved["optimizer"], optimizer.chained_optimizers)
-        with schedule_kept(args, optimizer):
-            optimizer.load_state_dict(fitted)
-        load_schedule(scheduler, saved["opt_param_scheduler"], directory)
+        fitted = fit_optimizers(state["optimizer"], saved["optimizer"], engine.optimizer.chained_optimizers)
+        with schedule_kept(args, engine.optimizer):
+            engine.optimizer.load_state_dict(fitted)
+        load_schedule(engine.scheduler, saved["opt_param_scheduler"], directory)
     else:
-        optimizer.reload_model_params()
+        engine.take_weights()
     if wants_rng:
         restore_rng(state["rng_state"])
     return {**saved, **state}

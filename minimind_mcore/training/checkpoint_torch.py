@@ -26,6 +26,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
 from minimind_mcore.training.optimizer import schedule_kept
+from minimind_mcore.training.step import Engine
 
 OPTIMIZER_NAME = "distrib_optim.pt"
 INSTEAD = (
@@ -50,21 +51,21 @@ def model_keys(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
 
 
-def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
+def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Path]:
     """Write this rank's files; returns them. Collective."""
     from megatron.core import parallel_state as ps
 
     folder, files = rank_directory(directory), []
     if args.use_distributed_optimizer and not args.no_save_optim:
         folder.mkdir(exist_ok=True)
-        optimizer.save_parameter_state(str(folder / OPTIMIZER_NAME))
+        engine.optimizer.save_parameter_state(str(folder / OPTIMIZER_NAME))
         # Experts have data-parallel groups of their own, and a file for each of their ranks.
         files = [p for p in [folder / OPTIMIZER_NAME] if p.is_file() and ps.get_expert_data_parallel_rank() == 0]
     rng = rng_states()
     if ps.get_expert_data_parallel_rank() != 0:
         return files
-    state = common_state(args, optimizer, scheduler)
-    for key, chunk in zip(model_keys(model), model, strict=True):
+    state = common_state(args, engine)
+    for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         state[key] = chunk.state_dict_for_save_checkpoint()
         if args.lora_target_modules:  # the weights below the adapters are where they came from
             state[key] = _adapters(state[key])
@@ -76,7 +77,7 @@ def write(args: argparse.Namespace, directory: Path, model: list[Any], optimizer
     return [*files, folder / NAME]
 
 
-def common_state(args: argparse.Namespace, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+def common_state(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:
     """What a checkpoint holds besides weights and random states."""
     state: dict[str, Any] = {
         "args": args,
@@ -85,11 +86,11 @@ def common_state(args: argparse.Namespace, optimizer: Any, scheduler: Any) -> di
         "num_floating_point_operations_so_far": 0,
     }
     if not args.no_save_optim:
-        state |= {"optimizer": optimizer.state_dict(), "opt_param_scheduler": scheduler.state_dict()}
+        state |= {"optimizer": engine.optimizer.state_dict(), "opt_param_scheduler": engine.scheduler.state_dict()}
     return state
 
 
-def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str, Any]:
     """Load this rank's part into the model and the rest; returns the saved dictionary."""
     folder = rank_directory(directory)
     if not (folder / NAME).is_file():
@@ -101,7 +102,7 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
     state: dict[str, Any] = load_torch(folder / NAME)
     check_model(args, state["args"], directory)
     check_layout(args, state["args"], directory, INSTEAD)
-    for key, chunk in zip(model_keys(model), model, strict=True):
+    for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         if key not in state:
             raise UserError(
                 f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages; give --reshard to "
@@ -109,16 +110,16 @@ def read(args: argparse.Namespace, directory: Path, model: list[Any], optimizer:
             )
         _load_chunk(args, chunk, state, key, directory)
     if args.finetune or args.no_load_optim or "optimizer" not in state:
-        optimizer.reload_model_params()
+        engine.take_weights()
     else:
         check_optimizer(args, state["args"], directory)
         _convert_steps(state["optimizer"], int)
-        with schedule_kept(args, optimizer):
-            optimizer.load_state_dict(state["optimizer"])
+        with schedule_kept(args, engine.optimizer):
+            engine.optimizer.load_state_dict(state["optimizer"])
         if args.use_distributed_optimizer:
             with torch.no_grad():  # megatron-core 0.12.1 copies into views of leaves that need gradients
-                optimizer.load_parameter_state(str(folder / OPTIMIZER_NAME))
-        load_schedule(scheduler, state["opt_param_scheduler"], directory)
+                engine.optimizer.load_parameter_state(str(folder / OPTIMIZER_NAME))
+        load_schedule(engine.scheduler, state["opt_param_scheduler"], directory)
     if not (args.finetune or args.no_load_rng) and "rng_state" in state:
         restore_rng(state["rng_state"])
     return state

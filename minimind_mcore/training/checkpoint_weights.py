@@ -18,6 +18,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, named_router_weight
 from minimind_mcore.training.checkpoint_fit import check_router, check_tokenizer
 from minimind_mcore.training.checkpoint_torch import load_schedule
+from minimind_mcore.training.step import Engine
 
 
 def is_model(path: Path) -> bool:
@@ -35,7 +36,7 @@ def saved_layout(directory: Path) -> ParallelLayout:
     return ParallelLayout.from_args(saved_args(directory))
 
 
-def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer: Any) -> Source:
+def read_model(args: argparse.Namespace, path: Path, engine: Engine) -> Source:
     """Fill this rank's chunks from a model in files; the optimizer starts anew.
 
     Raises:
@@ -44,8 +45,8 @@ def read_model(args: argparse.Namespace, path: Path, model: list[Any], optimizer
     from minimind_mcore.models.loading import load_into  # imports megatron
 
     source = open_model(args, path)
-    load_into(model, lambda name: read_tensor(source, name))
-    optimizer.reload_model_params()
+    load_into(engine.model, lambda name: read_tensor(source, name))
+    engine.take_weights()
     return source
 
 
@@ -91,12 +92,10 @@ def read_tensor(source: Source, name: str) -> Tensor:
     return tensor
 
 
-def reshard(
-    args: argparse.Namespace, directory: Path, model: list[Any], optimizer: Any, scheduler: Any
-) -> dict[str, Any]:
+def reshard(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str, Any]:
     """Fill this rank's chunks from a `torch` checkpoint of another layout; returns the saved dictionary."""
-    read_model(args, directory, model, optimizer)
+    read_model(args, directory, engine)
     saved: dict[str, Any] = content(directory)
     if not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved:
-        load_schedule(scheduler, saved["opt_param_scheduler"], directory)
+        load_schedule(engine.scheduler, saved["opt_param_scheduler"], directory)
     return saved

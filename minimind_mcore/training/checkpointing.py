@@ -55,6 +55,7 @@ from minimind_mcore.training.checkpoint_fit import check_layout, check_model, ch
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
 from minimind_mcore.training.optimizer import allocate_moments, build_scheduler
+from minimind_mcore.training.step import Engine
 
 CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with sample 0, as with --finetune"
 
@@ -62,7 +63,7 @@ CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with
 # ---------------------------------------------------------------------------------------------------- save
 
 
-def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: Any, scheduler: Any) -> None:
+def save(args: argparse.Namespace, progress: Progress, engine: Engine) -> None:
     """Write the checkpoint of this iteration. Collective.
 
     Raises:
@@ -81,9 +82,9 @@ def save(args: argparse.Namespace, progress: Progress, model: Any, optimizer: An
     _together(lambda: _require_space(args, tmp) if ranks.is_main() else None, tmp)
     form = checkpoint_dist if args.ckpt_format == "torch_dist" else checkpoint_torch
     if not args.no_save_optim:
-        allocate_moments(optimizer)
-    with weights_gathered(args, model):
-        entries = _together(lambda: _write(form, args, tmp, model, optimizer, scheduler), tmp)
+        allocate_moments(engine.optimizer)
+    with weights_gathered(args, engine.model):
+        entries = _together(lambda: _write(form, args, tmp, engine), tmp)
     _together(lambda: _publish(root, tmp, final, entries, args) if ranks.is_main() else None, tmp)
     if ranks.is_main():
         print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
@@ -130,12 +131,10 @@ def _require_space(args: argparse.Namespace, tmp: Path) -> None:
         raise disk_full(tmp, free, tmp)
 
 
-def _write(
-    form: Any, args: argparse.Namespace, tmp: Path, model: Any, optimizer: Any, scheduler: Any
-) -> dict[str, Any]:
+def _write(form: Any, args: argparse.Namespace, tmp: Path, engine: Engine) -> dict[str, Any]:
     """This rank's files of the checkpoint; returns their manifest entries."""
     with disk_errors(tmp):
-        files = form.write(args, tmp, model, optimizer, scheduler)
+        files = form.write(args, tmp, engine)
         return {str(file.relative_to(tmp)): file_entry(file) for file in files}
 
 
@@ -181,7 +180,7 @@ def _together(work: Any, tmp: Path) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------- load
 
 
-def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -> Progress:
+def load(args: argparse.Namespace, engine: Engine) -> Progress:
     """Load `--load` into the model and, unless told otherwise, everything else. Collective.
 
     Returns:
@@ -196,7 +195,7 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
         return Progress()
     root = Path(args.load)
     if checkpoint_weights.is_model(root):
-        source = checkpoint_weights.read_model(args, root, model, optimizer)
+        source = checkpoint_weights.read_model(args, root, engine)
         _say(f"loaded weights of {root}: {source.kind}; training starts at the beginning")
         return Progress()
     directory = _chosen(args, root)
@@ -208,15 +207,15 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
         args = argparse.Namespace(**vars(args) | {"finetune": True})
     resharded = args.reshard and not is_torch_dist(directory) and checkpoint_weights.is_resharded(args, directory)
     if resharded:
-        saved = checkpoint_weights.reshard(args, directory, model, optimizer, scheduler)
+        saved = checkpoint_weights.reshard(args, directory, engine)
         _say(f"resharded {directory} from {checkpoint_weights.saved_layout(directory)}: its optimizer starts anew")
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
-        saved = form.read(args, directory, model, optimizer, scheduler)
+        saved = form.read(args, directory, engine)
     forget(directory)
     progress = _progress(args, saved)
     if not args.finetune and (args.no_load_optim or "opt_param_scheduler" not in saved):
-        _say(_place_in_schedule(args, directory, progress, scheduler))
+        _say(_place_in_schedule(args, directory, progress, engine))
     elif not args.finetune and not resharded and (line := other_constants(args, saved["args"], directory)):
         _say(line, sys.stderr)
     _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
@@ -227,7 +226,7 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
     return progress
 
 
-def _place_in_schedule(args: argparse.Namespace, directory: Path, progress: Progress, scheduler: Any) -> str:
+def _place_in_schedule(args: argparse.Namespace, directory: Path, progress: Progress, engine: Engine) -> str:
     """Continue the learning-rate schedule at the iteration of a checkpoint that gives no optimizer.
 
     Megatron-LM lets the schedule begin again at 0 under `--no-load-optim`, so that the learning rate of a resumed run
@@ -237,7 +236,7 @@ def _place_in_schedule(args: argparse.Namespace, directory: Path, progress: Prog
         What a user should know.
     """
     updates = (progress.iteration - progress.skipped) * getattr(args, "updates_per_iteration", 1)
-    scheduler.step(increment=updates * args.global_batch_size)
+    engine.scheduler.step(increment=updates * args.global_batch_size)
     why = "--no-load-optim" if args.no_load_optim else f"{directory} holds no optimizer (--no-save-optim)"
     return (
         f"{why}: Adam begins with zero moments, and the learning-rate schedule goes on at iteration "
@@ -265,20 +264,13 @@ def _chosen(args: argparse.Namespace, root: Path) -> Path | None:
     return directory
 
 
-class _NoOptimizer:
-    """In the place of an optimizer that does not learn of the weights that are loaded."""
-
-    def reload_model_params(self) -> None:
-        """Nothing."""
-
-
 def load_weights(args: argparse.Namespace, path: Path, model: list[Any]) -> None:
     """The weights below `path` into the model, wrapped or not, and nothing else. Collective.
 
     Raises:
         UserError: as `load`.
     """
-    load(_beginning(args, path), model, _NoOptimizer(), None)
+    load(_beginning(args, path), Engine(args, model))
 
 
 def previews(args: argparse.Namespace, schedule: bool = True) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.utils.data import default_collate
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.training import data
+
+if TYPE_CHECKING:
+    from minimind_mcore.training.step import Engine
 
 # What megatron-core makes of a model's output: the summed loss, what to divide it by, and what to log.
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -69,7 +72,7 @@ class Job:
     def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
         """Change this rank's GPTModels, initialised but not yet wrapped."""
 
-    def begin(self, layout: ParallelLayout, model: list[Any], datasets: list[Any]) -> None:
+    def begin(self, layout: ParallelLayout, engine: Engine, datasets: list[Any]) -> None:
         """What must be there before the first step; checkpoints are loaded after it. Collective."""
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:

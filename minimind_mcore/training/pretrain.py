@@ -21,7 +21,7 @@ from minimind_mcore.training import checkpointing, data, distributed, liveness, 
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
-from minimind_mcore.training.model import build_model, weights_gathered
+from minimind_mcore.training.model import build_model
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
 from minimind_mcore.training.stop import StopSignal
 
@@ -80,19 +80,17 @@ def train(
         checkpointing.require_shared_directory(Path(args.save))
     datasets = train_set, valid_set, _ = job.build_datasets()
     model = build_model(args, layout, job)
-    optimizer, scheduler = build_optimizer(args, model)
-    job.begin(layout, model, datasets)
-    progress = checkpointing.load(args, model, optimizer, scheduler)
+    engine = step.Engine(args, model, *build_optimizer(args, model))
+    job.begin(layout, engine, datasets)
+    progress = checkpointing.load(args, engine)
     batches = [data.micro_batches(args, job, train_set, progress.consumed) for _ in model]
     metrics = Metrics(args, job, layout, progress)
     saved = progress.iteration
 
-    for chunk in model:
-        chunk.train()
     watch.start()
     while progress.iteration < args.train_iters:
-        lr = learning_rate(optimizer)
-        result = step.train_step(args, job, model, optimizer, scheduler, batches, progress.iteration + 1)
+        lr = learning_rate(engine.optimizer)
+        result = engine.step(job, batches, args.num_microbatches, args.global_batch_size, progress.iteration + 1)
         progress.iteration += 1
         progress.consumed += args.global_batch_size
         progress.skipped += not result.updated
@@ -101,19 +99,19 @@ def train(
         last = progress.iteration == args.train_iters
         if valid_set is not None and args.eval_iters and (last or _is_due(progress.iteration, args.eval_interval)):
             with metrics.pause():
-                loss = evaluate(args, job, model, valid_set)
+                loss = evaluate(args, job, engine, valid_set)
             metrics.record_evaluation(progress, loss)
         stopping = stop.agreed(also=_limit_reached(args, progress, started))
         if args.save and (stopping or _is_due(progress.iteration, args.save_interval)):
             with metrics.pause(), liveness.busy():
-                checkpointing.save(args, progress, model, optimizer, scheduler)
+                checkpointing.save(args, progress, engine)
             saved = progress.iteration
         if stopping:
             break
 
     if args.save and saved != progress.iteration:
         with liveness.busy():
-            checkpointing.save(args, progress, model, optimizer, scheduler)
+            checkpointing.save(args, progress, engine)
     watch.close()
     metrics.close()
     if ranks.is_main():
@@ -121,18 +119,12 @@ def train(
         plan.say_what_next(args, progress)
 
 
-def evaluate(args: argparse.Namespace, job: Job, model: Any, dataset: Any) -> float:
+def evaluate(args: argparse.Namespace, job: Job, engine: step.Engine, dataset: Any) -> float:
     """Mean loss (pretraining: nats per token) of the first `--eval-iters` global batches of the validation set."""
-    for chunk in model:
-        chunk.eval()
-    # Started anew each time: worker processes would cost more than the few batches.
-    batches = [data.micro_batches(args, job, dataset, 0, workers=0) for _ in model]
+    # Iterators of its own each time: worker processes would cost more than the few batches.
+    batches = [data.micro_batches(args, job, dataset, 0, workers=0) for _ in engine.model]
     rounds = min(args.eval_iters, len(dataset) // args.global_batch_size)
-    with torch.no_grad(), weights_gathered(args, model):
-        results = [step.forward_backward(args, job, model, batches, forward_only=True) for _ in range(rounds)]
-    for chunk in model:
-        chunk.train()
-    return step.averages(args, job, results)[0][0]
+    return step.averages(args, job, engine.measure(job, batches, args.num_microbatches, rounds))[0][0]
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:

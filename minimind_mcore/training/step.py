@@ -17,6 +17,7 @@ from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.platform import device
 from minimind_mcore.training import liveness
 from minimind_mcore.training.job import Job
+from minimind_mcore.training.model import weights_gathered
 
 Batches = list[Iterator[dict[str, Any]]]
 
@@ -53,56 +54,82 @@ def _forward_step(job: Job, result: StepResult, batches: Iterator[dict[str, Any]
     return job.forward_step(batch, model)
 
 
-def forward_backward(
-    args: argparse.Namespace, job: Job, model: Any, batches: Batches, forward_only: bool = False
-) -> StepResult:
-    """Run the pipeline schedule over the micro-batches of one global batch."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+class Engine:
+    """A model, and how it is trained: pretraining, post-training and reinforcement learning take their steps here.
 
-    result = StepResult()
-    result.losses = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, job, result),
-        data_iterator=batches if len(model) > 1 else batches[0],
-        model=model,
-        num_microbatches=args.num_microbatches,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size * job.sequences,
-        forward_only=forward_only,
-    )
-    return result
-
-
-def train_step(
-    args: argparse.Namespace, job: Job, model: Any, optimizer: Any, scheduler: Any, batches: Batches, iteration: int = 0
-) -> StepResult:
-    """One update of the weights; `iteration` is its number, for messages.
-
-    Raises:
-        UserError: a loss or the gradient norm is not finite; the run must end there.
+    Args:
+        args: of the run.
+        model: this rank's chunks.
+        optimizer: None for a model that is only measured.
+        scheduler: of the learning rate; it counts samples.
     """
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    result = forward_backward(args, job, model, batches)
-    finish_step(args, result, optimizer, iteration)
-    if result.updated:
-        scheduler.step(increment=args.global_batch_size)
-    return result
 
+    def __init__(
+        self, args: argparse.Namespace, model: list[Any], optimizer: Any = None, scheduler: Any = None
+    ) -> None:
+        self.args, self.model, self.optimizer, self.scheduler = args, model, optimizer, scheduler
 
-def finish_step(args: argparse.Namespace, result: StepResult, optimizer: Any, iteration: int) -> None:
-    """Update the weights by the gradients of `forward_backward`, and note in `result` how that went.
+    def forward_backward(self, job: Job, batches: Batches, micro_batches: int, forward_only: bool) -> StepResult:
+        """Run the pipeline schedule over that many micro-batches of each iterator of `batches`, one for each chunk."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    The losses are looked at after the update: the host waits for the device once in a step, where Megatron asks for
-    the gradient norm. Nothing is saved of a step that ends in an error.
+        result = StepResult()
+        result.losses = get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward_step, job, result),
+            data_iterator=batches if len(self.model) > 1 else batches[0],
+            model=self.model,
+            num_microbatches=micro_batches,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size * job.sequences,
+            forward_only=forward_only,
+        )
+        return result
 
-    Raises:
-        UserError: see `train_step`.
-    """
-    result.updated, norm, result.zeros = optimizer.step()
-    result.grad_norm = float(norm or 0.0)
-    check_losses(result, iteration)
-    check_norm(args, result, iteration)
+    def step(self, job: Job, batches: Batches, micro_batches: int, samples: int, iteration: int) -> StepResult:
+        """Update the weights once.
+
+        The losses are looked at after the update: the host waits for the device once in a step, where Megatron asks
+        for the gradient norm. Nothing is saved of a step that ends in an error.
+
+        Args:
+            job: has the loss.
+            batches: an iterator over micro-batches for each chunk.
+            micro_batches: that this rank takes from each.
+            samples: of the global batch; the schedule moves on by so many.
+            iteration: for messages.
+
+        Raises:
+            UserError: a loss or the gradient norm is not finite; the run must end there.
+        """
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        result = self.forward_backward(job, batches, micro_batches, forward_only=False)
+        result.updated, norm, result.zeros = self.optimizer.step()
+        result.grad_norm = float(norm or 0.0)
+        check_losses(result, iteration)
+        if not self.args.fp16 and not math.isfinite(result.grad_norm):  # under fp16 it overflowed: the step was skipped
+            raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
+        if result.updated:
+            self.scheduler.step(increment=samples)
+        return result
+
+    def take_weights(self) -> None:
+        """Let the optimizer know that other weights have been loaded into the model."""
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def measure(self, job: Job, batches: Batches, micro_batches: int, rounds: int = 1) -> list[StepResult]:
+        """Run the model without dropout and without gradients, `rounds` times over that many micro-batches."""
+        trained = self.optimizer is not None
+        for chunk in self.model:
+            chunk.eval()
+        with weights_gathered(self.args, self.model if trained else []):
+            found = [self.forward_backward(job, batches, micro_batches, forward_only=True) for _ in range(rounds)]
+        for chunk in self.model:
+            chunk.train(trained)
+        return found
 
 
 def check_losses(result: StepResult, iteration: int) -> None:
@@ -115,12 +142,6 @@ def check_losses(result: StepResult, iteration: int) -> None:
         f"{_where(bad, iteration)}: the loss is not finite. Nothing of this iteration is saved; go on from the last "
         "checkpoint with a lower --lr or other data"
     )
-
-
-def check_norm(args: argparse.Namespace, result: StepResult, iteration: int) -> None:
-    """Raise if the gradient norm is not finite; under fp16 that is an overflow, and the step was skipped."""
-    if not args.fp16 and not math.isfinite(result.grad_norm):
-        raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
 
 
 def _where(indices: list[list[int]], iteration: int) -> str:

@@ -127,7 +127,7 @@ def ask_rank_1() -> None:
     """Rank 1 is asked to stop in the second step."""
     from minimind_mcore.training import step, stop
 
-    train_step, calls = step.train_step, []
+    train_step, calls = step.Engine.step, []
     lost, number = map(int, os.environ["ASK"].split())
 
     def asked(*arguments: Any) -> Any:
@@ -149,7 +149,7 @@ def ask_rank_1() -> None:
         instances.append(self)
 
     stop.StopSignal.__init__ = noted  # type: ignore[method-assign]
-    step.train_step = asked
+    step.Engine.step = asked  # type: ignore[method-assign]
 
 
 def test_a_signal_to_one_rank_ends_the_run_with_its_status(corpus: Corpus, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def sleep_rank() -> None:
 def in_third_step(fault: Callable[[], object]) -> None:
     from minimind_mcore.training import step
 
-    train_step, calls = step.train_step, []
+    train_step, calls = step.Engine.step, []
 
     def broken(*arguments: Any) -> Any:
         calls.append(0)
@@ -249,7 +249,7 @@ def in_third_step(fault: Callable[[], object]) -> None:
             fault()
         return train_step(*arguments)
 
-    step.train_step = broken
+    step.Engine.step = broken  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("broken", [0, 1])

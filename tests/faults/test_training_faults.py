@@ -64,15 +64,15 @@ def poison_third_step() -> None:
     """On rank 1, a weight becomes NaN before the third step."""
     from minimind_mcore.training import step
 
-    train_step, calls = step.train_step, []
+    train_step, calls = step.Engine.step, []
 
-    def poisoned(args: Any, job: Any, model: Any, *rest: Any) -> Any:
+    def poisoned(self: Any, *rest: Any) -> Any:
         calls.append(0)
         if len(calls) == 3 and os.environ["RANK"] == "1":
-            next(iter(model[0].parameters())).data.fill_(float("nan"))
-        return train_step(args, job, model, *rest)
+            next(iter(self.model[0].parameters())).data.fill_(float("nan"))
+        return train_step(self, *rest)
 
-    step.train_step = poisoned
+    step.Engine.step = poisoned  # type: ignore[method-assign]
 
 
 def believe_in_space() -> None:

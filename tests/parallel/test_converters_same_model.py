@@ -42,10 +42,10 @@ def save_logits() -> None:
 
     load = checkpointing.load
 
-    def load_and_run(args: Any, model: list[Any], optimizer: Any, scheduler: Any) -> Any:
-        progress = load(args, model, optimizer, scheduler)
+    def load_and_run(args: Any, engine: Any) -> Any:
+        progress = load(args, engine)
         folder = Path(os.environ[RESULT])
-        logits = _forward(args, model, torch.load(folder / "ids.pt"))
+        logits = _forward(args, engine.model, torch.load(folder / "ids.pt"))
         if logits is not None:
             torch.save(logits, folder / "logits.pt")
         if not os.environ.get("TRAIN"):

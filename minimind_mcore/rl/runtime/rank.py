@@ -120,9 +120,8 @@ class Rank:
             self.job = Actor(self.args, config, self.algorithm)
             self.ask = LogProbs(self.args, self.job.temperature)
         self.model: list[Any] = []
-        self.frozen: list[Any] = []
-        self.optimizer: Any = None
-        self.scheduler: Any = None
+        self.frozen: step.Engine  # the reference
+        self.engine: step.Engine
         self.progress = Progress()
         self.wants_reference = reference
         # `rl_config.blocking: false`: the weights before the last update, with which the engines wrote the next batch.
@@ -158,7 +157,7 @@ class Rank:
         begin = {"load": self.args.save, "ckpt_step": at} if resumed else {"ckpt_step": None}
         checkpointing.settle_router_weight(self.args, pretrained_checkpoint=None, **begin)
         self.model = build_model(self.args, self.layout, self.job)
-        self.optimizer, self.scheduler = build_optimizer(self.args, self.model)
+        self.engine = step.Engine(self.args, self.model, *build_optimizer(self.args, self.model))
         if self.args.save:
             checkpointing.require_shared_directory(Path(self.args.save))
         state = None
@@ -175,7 +174,7 @@ class Rank:
         everything = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
         changes = {"load": self.args.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
         args = argparse.Namespace(**vars(self.args) | changes)
-        self.progress = checkpointing.load(args, self.model, self.optimizer, self.scheduler)
+        self.progress = checkpointing.load(args, self.engine)
         chosen = directory_of(Path(self.args.save), self.progress.iteration)
         saved = ranks.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
         return saved
@@ -188,7 +187,7 @@ class Rank:
             self._load_trunk(Path(self.args.load))
         else:
             self._load_weights(Path(self.args.load), self.model)
-        self.optimizer.reload_model_params()
+        self.engine.take_weights()
 
     def _load_weights(self, path: Path, model: list[Any]) -> None:
         if not path.exists():
@@ -208,15 +207,15 @@ class Rank:
         own = {name: p.detach().clone() for name, p in whole_model_parameters(self.model) if name == OUTPUT}
         load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))
 
-    def _frozen(self) -> list[Any]:
+    def _frozen(self) -> step.Engine:
         """The reference model, in this layout; it takes no part in the training."""
         chunks = build_chunks(self.args, self.layout, self.ask)
         path = self._reference_path()
         if path is not None:
             self._load_weights(path, chunks)
         for chunk in chunks:
-            chunk.requires_grad_(False).eval()
-        return chunks
+            chunk.requires_grad_(False)
+        return step.Engine(self.args, chunks)
 
     def _reference_path(self) -> Path | None:
         """Whose weights are the reference: what the run began with."""
@@ -243,7 +242,7 @@ class Rank:
         """Write a checkpoint that `load` goes on from; `state` is the driver's."""
         self.progress = Progress(iteration, consumed, self.progress.skipped)
         self.args.rl_state = state
-        checkpointing.save(self.args, self.progress, self.model, self.optimizer, self.scheduler)
+        checkpointing.save(self.args, self.progress, self.engine)
 
     # ------------------------------------------------------------------------------------------ computing
 
@@ -258,8 +257,9 @@ class Rank:
         rows = self._order(batch)
         size = self.forward_size
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        model = self.frozen if reference or self.role == "reference" else self.model
-        result = self._forward(model, batch, parts)
+        engine = self.frozen if reference or self.role == "reference" else self.engine
+        micro = [batch.select(torch.tensor(part).clamp(min=0)) for part in parts]
+        [result] = engine.measure(self.ask, self._stream(micro, engine.model), len(micro))
         if not result.losses or self._is_copy():
             return None
         found = [part.unsqueeze(0) if self.role == "critic" else part for part in result.losses]
@@ -286,14 +286,8 @@ class Rank:
         ordered = [-1] * (-len(ordered) % unit) + ordered
         return ordered[rank::dp]
 
-    def _forward(self, model: list[Any], batch: Batch, parts: list[list[int]]) -> step.StepResult:
-        micro = [batch.select(torch.tensor(part).clamp(min=0)) for part in parts]
-        for chunk in model:
-            chunk.eval()
-        with torch.no_grad(), weights_gathered(self.args, model if model is self.model else []):
-            return self._schedule(self.ask, model, micro, forward_only=True)
-
-    def _schedule(self, job: ResponseJob, model: list[Any], micro: list[Batch], forward_only: bool) -> step.StepResult:
+    def _stream(self, micro: list[Batch], model: list[Any]) -> list[Iterator[dict[str, Any]]]:
+        """An iterator over the micro-batches for each chunk of a model."""
         self.args.num_microbatches = len(micro)
         place = device.current().torch_device
 
@@ -302,7 +296,7 @@ class Rank:
                 # The ids of the prompts are read on the CPU: asking the device for them would stop the step.
                 yield micro_batch(rows.to(place), self.unit) | {"index": rows.prompt_ids.tolist()}
 
-        return step.forward_backward(self.args, job, model, [stream() for _ in model], forward_only=forward_only)
+        return [stream() for _ in model]
 
     @property
     def unit(self) -> int:
@@ -332,13 +326,11 @@ class Rank:
         if kl_coef is not None and isinstance(self.job, Actor):
             self.job.kl_coef = kl_coef
         apart = self._same_weights(batch) if self.role == "actor" and not rl.blocking else {}
-        for chunk in self.model:
-            chunk.train()
         prompts, n = len(batch) // rl.n_samples_per_prompt, rl.n_samples_per_prompt
         orders = mini_batches(
             prompts, n, rl.mini_batch_size // n, rl.epochs, rl.shuffle_mini_batch, self.args.seed + iteration
         )
-        lr = learning_rate(self.optimizer)
+        lr = learning_rate(self.engine.optimizer)
         rows = [self._update_once(batch.select(order), iteration) for order in orders]
         self.progress.skipped += sum(row.pop("skipped") for row in rows) > 0
         role = "critic" if self.role == "critic" else "actor"
@@ -390,13 +382,8 @@ class Rank:
         self.job.total = denominator(mini.mask, self.algorithm.aggregation if self.role == "actor" else "token-mean")
         if isinstance(self.job, Actor):
             self.job.tokens = mini.mask.sum()
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        result = self._schedule(self.job, self.model, micro, forward_only=False)
-        step.finish_step(self.args, result, self.optimizer, iteration)
-        if result.updated:
-            self.scheduler.step(increment=len(mini))
+        batches = self._stream(micro, self.model)
+        result = self.engine.step(self.job, batches, len(micro), len(mini), iteration)
         (_, *metrics), _ = step.averages(self.args, self.job, [result])
         role = "critic" if self.role == "critic" else "actor"
         named = dict(zip(self.job.metrics, metrics, strict=True))
