@@ -150,11 +150,7 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
     Raises:
         UserError: a file is missing or damaged, or its tensors are not those of the model.
     """
-    first = sorted(directory.glob("mp_rank_*"))[0] / NAME
-    args = _arguments(read_archive(first))
-    layout = ParallelLayout.from_args(args)
-    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, layout)}
-    files = {folder: _tensors(archive) for folder, archive in archives.items()}
+    first, args, layout, files = _open(directory)
     found = {lora.without_base_layer(n): e.shape for file in files.values() for n, e in file.entries.items()}
     model = model_config(directory, args, layout, found, config)
     layout.check(model)
@@ -169,7 +165,7 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
         tensors={name: _whole(name, shapes[name], parts[name], files, layout.tp) for name in shapes},
         files=tuple(files.values()),
         layout=layout,
-        training=training_of(args, archives[first.parent.name].content),
+        training=training_of(args, first.content),
         adapters={name: lora.whole(name, found, files, layout.tp) for name, found in adapters.items()},
     )
 
@@ -180,12 +176,8 @@ def open_adapters(directory: Path, base: Source) -> Source:
     Raises:
         UserError: damaged, without adapters, or with those of another model.
     """
-    first = sorted(directory.glob("mp_rank_*"))[0] / NAME
-    content = read_archive(first)
-    args = _arguments(content)
-    layout = ParallelLayout.from_args(args)
-    archives = {folder: read_archive(directory / folder / NAME) for folder in _folders(directory, layout)}
-    files = lora.only_adapters({folder: _tensors(archive) for folder, archive in archives.items()})
+    first, args, layout, opened = _open(directory)
+    files = lora.only_adapters(opened)
     adapters = lora.adapter_parts(layout, base.config, files)
     if not adapters:
         raise UserError(f"{directory}: found no LoRA adapters there; expected linear_*.lora_A.default.weight")
@@ -193,19 +185,22 @@ def open_adapters(directory: Path, base: Source) -> Source:
     return base.replace(
         adapters={name: lora.whole(name, found, files, layout.tp) for name, found in adapters.items()},
         files=(*base.files, *files.values()),
-        training=base.training.replace(lora_alpha=training_of(args, content.content).lora_alpha),
+        training=base.training.replace(lora_alpha=training_of(args, first.content).lora_alpha),
     )
 
 
-def _arguments(archive: Archive) -> argparse.Namespace:
-    args = args_in(archive)
-    model = archive.content.get("model")
+def _open(directory: Path) -> tuple[Archive, argparse.Namespace, ParallelLayout, dict[str, TensorFile]]:
+    """The file of the first rank, what it says of the run, and the tensors of every rank by folder."""
+    first = read_archive(sorted(directory.glob("mp_rank_*"))[0] / NAME)
+    args, model = args_in(first), first.content.get("model")
     if isinstance(model, dict) and "language_model" in model:
         raise UserError(
-            f"{archive.path}: a Megatron-legacy checkpoint (language_model): only mcore checkpoints are supported; "
+            f"{first.path}: a Megatron-legacy checkpoint (language_model): only mcore checkpoints are supported; "
             "convert it with the tools it was made with"
         )
-    return args
+    layout = ParallelLayout.from_args(args)
+    folders = _folders(directory, layout)
+    return first, args, layout, {folder: _tensors(read_archive(directory / folder / NAME)) for folder in folders}
 
 
 def _folders(directory: Path, layout: ParallelLayout) -> list[str]:

@@ -88,11 +88,10 @@ def given_router_weight(argv: Sequence[str]) -> RouterWeight | None:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--router-weight")
-    given, _ = parser.parse_known_args(list(argv))
-    for rule in (None, *ROUTER_WEIGHTS):
-        if given.router_weight == rule:
-            return rule
-    raise UserError(f"--router-weight: found {given.router_weight!r}, expected one of {', '.join(ROUTER_WEIGHTS)}")
+    given = parser.parse_known_args(list(argv))[0].router_weight
+    if given not in (None, *ROUTER_WEIGHTS):
+        raise UserError(f"--router-weight: found {given!r}, expected one of {', '.join(ROUTER_WEIGHTS)}")
+    return given  # type: ignore[no-any-return]
 
 
 def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int = 1) -> tuple[list[str], list[str]]:

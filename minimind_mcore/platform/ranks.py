@@ -40,27 +40,26 @@ def from_main(work: Callable[[], T]) -> T:
     return box[0]  # type: ignore[no-any-return]
 
 
-def refuse_together(problem: str) -> None:
-    """Raise on every rank the problem of the first rank that has one; "" is none. Collective.
+def together(work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank and gather what it returns. If it refuses something on one rank, all refuse it.
 
-    A rank that failed alone would leave the others waiting for it.
+    A rank that failed alone would leave the others waiting for it. Collective.
 
     Raises:
-        UserError: the problem.
+        UserError: that of the first rank that has one.
     """
-    if problems := list(filter(None, gather(problem))):
-        raise UserError(problems[0])
+    found: T | UserError
+    try:
+        found = work()
+    except UserError as error:
+        found = error
+    results = gather(found)
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
+    return results  # type: ignore[return-value]
 
 
 def check_on_main(check: Callable[[], None]) -> None:
     """Run a check on the main rank alone; what it refuses, every rank refuses. Collective."""
-
-    def problem() -> str:
-        try:
-            check()
-        except UserError as error:
-            return str(error)
-        return ""
-
-    if found := from_main(problem):
-        raise UserError(found)
+    together(lambda: check() if is_main() else None)

@@ -72,8 +72,7 @@ class PostTraining(Job):
     def build_datasets(self) -> list[Any]:
         """See `Job`."""
         args, prefix = self.args, data.data_prefix(self.args)
-        tokenizer = training_data.DatasetTokenizer(training_data.tokenizer_path(args), args.padded_vocab_size)
-        args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
+        tokenizer = training_data.open_tokenizer(args)
         self.check_data(tokenizer)
         tokenizer.unique_identifiers["indices"] = self.data_digests()
         training_data.require_same_everywhere(args, tokenizer)

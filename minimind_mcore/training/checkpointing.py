@@ -49,6 +49,7 @@ from minimind_mcore.storage import (
     file_entry,
     publish_directory,
     write_manifest,
+    writing,
 )
 from minimind_mcore.training import checkpoint_dist, checkpoint_torch, checkpoint_weights, sample_order
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer, other_constants
@@ -94,19 +95,18 @@ def require_shared_directory(path: Path) -> None:
     """Refuse a directory that cannot be written, or that is not the same one on every host. Collective."""
     probe = path / ".shared-probe"
 
-    def write() -> str:
-        try:
+    def write() -> None:
+        with writing(path, "give a directory of yours with --save (CKPT_SAVE_DIR)"):
             path.mkdir(parents=True, exist_ok=True)
-            probe.write_text("", encoding="utf-8")
-        except OSError as error:
-            return f"{path}: cannot be written ({error.strerror}); give a directory of yours"
-        return ""
+            probe.touch()
 
-    problem = ranks.from_main(write)
-    if not problem and not probe.exists():
-        problem = f"{path}: rank {ranks.rank()} does not see what rank 0 wrote there; hosts must share it"
+    def look() -> None:
+        if not probe.exists():
+            raise UserError(f"{path}: rank {ranks.rank()} does not see what rank 0 wrote there; hosts must share it")
+
+    ranks.check_on_main(write)
     try:
-        ranks.refuse_together(problem)
+        ranks.together(look)
     finally:  # every rank has looked
         if ranks.is_main():
             probe.unlink(missing_ok=True)
@@ -159,22 +159,13 @@ def _remove(directory: Path) -> None:
 
 
 def _together(work: Any, tmp: Path) -> list[Any]:
-    """Run `work` on every rank and gather what it returns; if it fails on one, it fails on all.
-
-    Without this a rank whose disk is full would leave the others waiting for it.
-    """
-    result, problem = None, None
+    """See `ranks.together`; where a rank fails, what was written is removed."""
     try:
-        result = work()
-    except UserError as error:
-        problem = str(error)
-    gathered = ranks.gather((result, problem))
-    problems = [problem for _, problem in gathered if problem]
-    if problems:
+        return ranks.together(work)
+    except UserError:
         if ranks.is_main():
             shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(problems[0])
-    return [result for result, _ in gathered]
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------- load

@@ -63,23 +63,21 @@ class NumberedDataset(Dataset[dict[str, Any]]):
         return {"index": index, **self.dataset[index]}
 
 
-class MicroBatchSampler:
+def micro_batch_indices(total: int, consumed: int, mbs: int, rank: int, dp: int) -> Iterator[list[int]]:
     """Indices of this data-parallel rank's micro-batches, starting after `consumed` samples.
 
     A global batch is the next `global_batch_size` samples; micro-batch m of rank r has its samples
     `m * dp * mbs + r * mbs` to `... + mbs - 1`. It ends with the last whole global batch.
     """
+    for start in range(consumed + rank * mbs, total - (dp - 1 - rank) * mbs - mbs + 1, mbs * dp):
+        yield list(range(start, start + mbs))
 
-    def __init__(self, total: int, consumed: int, mbs: int, rank: int, dp: int) -> None:
-        self.starts = range(consumed + rank * mbs, total - (dp - 1 - rank) * mbs - mbs + 1, mbs * dp)
-        self.mbs = mbs
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in self.starts:
-            yield list(range(start, start + self.mbs))
-
-    def __len__(self) -> int:
-        return len(self.starts)
+def open_tokenizer(args: argparse.Namespace) -> DatasetTokenizer:
+    """The tokenizer of the run; checkpoints carry its fingerprint."""
+    tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
+    args.tokenizer_fingerprint = tokenizer.fingerprint
+    return tokenizer
 
 
 def build_datasets(args: argparse.Namespace) -> list[Any]:
@@ -92,8 +90,7 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
 
     from minimind_mcore.training.data_cache import Builder, GPTDataset  # imports megatron
 
-    tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
-    args.tokenizer_fingerprint = tokenizer.fingerprint  # checkpoints carry it
+    tokenizer = open_tokenizer(args)
     check_prefixes(args, tokenizer)
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
     tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(args)]
@@ -181,18 +178,21 @@ def compile_helpers() -> None:
     Raises:
         UserError: they cannot be compiled.
     """
-    name, problem = "megatron.core.datasets.helpers_cpp", ""
-    if importlib.util.find_spec(name) is None and os.environ.get("LOCAL_RANK", "0") == "0":
+    name = "megatron.core.datasets.helpers_cpp"
+
+    def compile_here() -> None:
         from megatron.core.datasets import utils
 
         try:
             utils.compile_helpers()
-        except (SystemExit, OSError):
-            problem = (
+        except (SystemExit, OSError) as error:
+            raise UserError(
                 f"{Path(utils.__file__).parent}: found no compiled {name}, and `make` failed there (see above). "
                 "Install make, g++ and pybind11 for this Python, and run the same command again"
-            )
-    ranks.refuse_together(problem)
+            ) from error
+
+    missing = importlib.util.find_spec(name) is None and os.environ.get("LOCAL_RANK", "0") == "0"
+    ranks.together(compile_here if missing else lambda: None)
     importlib.invalidate_caches()  # another rank may have compiled them
 
 
@@ -251,7 +251,7 @@ def micro_batches(
     """
     from megatron.core import parallel_state
 
-    sampler = MicroBatchSampler(
+    indices = micro_batch_indices(
         len(dataset),
         consumed,
         args.micro_batch_size,
@@ -261,7 +261,7 @@ def micro_batches(
     pin = device.current().kind != "cpu"
     loader: DataLoader[dict[str, Any]] = DataLoader(
         NumberedDataset(dataset),
-        batch_sampler=sampler,
+        batch_sampler=indices,
         collate_fn=job.collate,
         num_workers=args.num_workers if workers is None else workers,
         pin_memory=pin,

@@ -132,8 +132,7 @@ def show(args: argparse.Namespace, job: Job) -> None:
     if args.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
-        tokenizer = data.DatasetTokenizer(data.tokenizer_path(args), args.padded_vocab_size)
-        args.tokenizer_fingerprint = tokenizer.fingerprint
+        tokenizer = data.open_tokenizer(args)
         job.check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")

@@ -20,7 +20,7 @@ from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.readers import Reject
 from minimind_mcore.preprocess.stages import Encoded, make_stage
 from minimind_mcore.preprocess.tokenize import load_encoder, tokenizer_info
-from minimind_mcore.training.data import DatasetTokenizer, MicroBatchSampler
+from minimind_mcore.training.data import DatasetTokenizer, micro_batch_indices
 
 LENGTH = 16
 AS_IT_IS = ChatOptions(system_ratio=0.0, empty_think_ratio=1.0, thinking_ratio=0.0)
@@ -191,7 +191,7 @@ def updates(steps: int, accumulation: int, offset: int, rest: bool) -> list[int]
 def test_every_update_has_as_many_micro_batches() -> None:
     assert updates(10, 4, offset=0, rest=True) == [4, 4, 2]  # minimind
     assert updates(10, 4, offset=1, rest=False) == [3, 4]  # minimind-ascend: 3 micro-batches are left over
-    read = list(MicroBatchSampler(total=20, consumed=0, mbs=1, rank=0, dp=1))  # two epochs of 10
+    read = list(micro_batch_indices(total=20, consumed=0, mbs=1, rank=0, dp=1))  # two epochs of 10
     groups = [read[first : first + 4] for first in range(0, len(read), 4)]
     assert [len(group) for group in groups] == [4] * 5
     assert [index for group in read for index in group] == list(range(20))

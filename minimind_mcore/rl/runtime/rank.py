@@ -108,9 +108,7 @@ class Rank:
         self.layout = validate(self.args, world)
         device.setup()
         distributed.initialize(self.args, self.layout)
-        self.args.tokenizer_fingerprint = data.DatasetTokenizer(
-            data.tokenizer_path(self.args), self.args.padded_vocab_size
-        ).fingerprint
+        data.open_tokenizer(self.args)
         self.algorithm = objective(config)
         self.job: Any  # trains the model; `ask` measures it
         self.ask: ResponseJob
