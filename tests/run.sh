@@ -32,7 +32,7 @@ fi
 # The client that most programs still have.
 export OPENAI_1_DIR=$PWD/.venv/openai-1
 if [ ! -d "$OPENAI_1_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --only-binary :all: \
-    --target "$OPENAI_1_DIR" openai==1.109.1 2> /dev/null; then
+    --target "$OPENAI_1_DIR" openai==1.109.1 distro==1.9.0 sniffio==1.3.1 2> /dev/null; then
     echo "tests: openai 1.x cannot be installed; its tests skip" >&2
     unset OPENAI_1_DIR
 fi

@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
@@ -34,13 +37,17 @@ def run(source: Source, info: TokenizerInfo, options: Options) -> int:
     """Serve until SIGINT or SIGTERM; running answers are finished first.
 
     Raises:
-        UserError: the address cannot be used, or the weights are damaged.
+        UserError: a package is missing, the address cannot be used, or the weights are damaged.
     """
     if reason := problem(source):
         raise UserError(reason)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    with listening(options.host, options.port) as listener:
-        return asyncio.run(_serve(source, info, options, listener))
+    # The event loop and the scheduler's thread share an interpreter: at 5 ms each step would wait for the other one.
+    sys.setswitchinterval(0.0005)
+    with listening(options.host, options.port) as listener, contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(Server(source, info, options).run(listener))
+    print("the server has ended", file=sys.stderr, flush=True)
+    return 0
 
 
 @contextlib.contextmanager
@@ -72,50 +79,72 @@ def key_value_budget(loaded: Loaded, gib: float | None, max_model_len: int) -> i
     return max(int(memory / width), max_model_len + 1)
 
 
-async def _serve(source: Source, info: TokenizerInfo, options: Options, listener: socket.socket) -> int:
-    import uvicorn  # pyright: ignore[reportMissingImports]
-    from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
+class Server:
+    """One server, which `run` drives.
 
-    from minimind_mcore.serve.api import create_app
-    from minimind_mcore.serve.scheduler import Scheduler
-    from minimind_mcore.serve.service import Outbox, Service
+    Args:
+        source: the model, not yet read.
+        info: its tokenizer.
+        options: of the server.
+    """
 
-    AppStatus.enable_automatic_graceful_drain = False  # which would cut streams at the signal
-    service = Service(options)
-    config = uvicorn.Config(
-        create_app(service, options.api_key, options.cors_origins),
-        log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-        timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=30,
-    )  # fmt: skip
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = uvicorn.Server(config)
-    schedulers: list[Scheduler] = []
+    def __init__(self, source: Source, info: TokenizerInfo, options: Options) -> None:
+        import uvicorn  # pyright: ignore[reportMissingImports]
+        from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
 
-    def load() -> tuple[Loaded, Scheduler, int]:
-        loaded = start(source, info)
+        from minimind_mcore.serve.api import create_app
+        from minimind_mcore.serve.service import Service
+
+        AppStatus.enable_automatic_graceful_drain = False  # it would cut streams at the signal
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        self.source, self.info, self.options = source, info, options
+        self.service = Service(options)
+        config = uvicorn.Config(
+            create_app(self.service, options.api_key, options.cors_origins),
+            log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+            timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=30,
+        )  # fmt: skip
+        self.server = uvicorn.Server(config)
+
+    def stop(self) -> None:
+        """Finish the running answers and end; may be called from any thread."""
+        self.server.should_exit = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """End; a second Ctrl-C does not wait for the running answers."""
+        self.server.force_exit = self.server.should_exit and number == signal.SIGINT
+        self.stop()
+
+    async def run(self, listener: socket.socket) -> None:
+        """Answer at a socket until `stop`, or a signal; /health says when the model is loaded.
+
+        Raises:
+            UserError: the weights are damaged.
+        """
+        serving = asyncio.ensure_future(self.server.serve(sockets=[listener]))
+        try:
+            await asyncio.to_thread(self._load, asyncio.get_running_loop())
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn would send the signal on when it has ended
+                    signal.signal(number, self._on_signal)
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            print(f"serving    http://{shown}:{port}/v1 as {self.options.name}", file=sys.stderr, flush=True)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            await serving
+            self.service.close()
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        from minimind_mcore.serve.scheduler import Scheduler
+        from minimind_mcore.serve.service import Outbox
+
+        options, loaded = self.options, start(self.source, self.info)
         positions = loaded.config.max_position_embeddings
         length = min(options.max_model_len or positions, positions)
         budget = key_value_budget(loaded, options.kv_cache_gib, length)
-        outbox = Outbox(loop)
-        scheduler = Scheduler(loaded, options.max_batch_size, options.max_queue, budget, service.metrics, outbox.flush)
-        service.start(loaded, scheduler, outbox, length)
-        schedulers.append(scheduler)
-        return loaded, scheduler, length
-
-    loop = asyncio.get_running_loop()
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    try:
-        await asyncio.to_thread(load)
-    except BaseException:
-        server.should_exit = True
-        await serving
-        raise
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving    http://{shown}:{port}/v1 as {options.name}", file=sys.stderr, flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        await serving
-    for scheduler in schedulers:
-        scheduler.close()
-    print("the server has ended", file=sys.stderr, flush=True)
-    return 0
+        outbox, metrics = Outbox(loop), self.service.metrics
+        scheduler = Scheduler(loaded, options.max_batch_size, options.max_queue, budget, metrics, outbox.flush)
+        self.service.start(loaded, scheduler, outbox, length)

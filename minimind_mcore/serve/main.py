@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(args)
     source, info = open_both(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
     flags.check_model(args, source.config)
-    # Paths stay out of what a server prints.
-    print(f"model      {source.kind}, {source.config.num_parameters() / 1e6:.1f}M parameters", file=sys.stderr)
+    # Paths, and `source.kind` has the directory's name, stay out of what a server prints.
+    size, layers = source.config.num_parameters() / 1e6, source.config.num_layers
+    print(f"model      {size:.1f}M parameters in {layers} layers", file=sys.stderr)
     for line in assumptions.described("model", source.assumptions):
         print(line, file=sys.stderr)
     if not options.raw and not load_tokenizer(info).chat_template:

@@ -99,6 +99,11 @@ class Service:
         scheduler.start()
         self._scheduler = scheduler
 
+    def close(self) -> None:
+        """End; what is unfinished is aborted."""
+        if self._scheduler is not None:
+            self._scheduler.close()
+
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
@@ -268,8 +273,8 @@ class Service:
                 logit_bias=bias,
                 seed=None if body.seed is None else body.seed + number,
                 logprobs=logprobs,
-                min_tokens=(2**31 if body.ignore_eos else 0) or body.min_tokens or 0,
-                banned=self.eos if body.ignore_eos else banned,
+                min_tokens=body.min_tokens or 0,
+                banned=banned,
                 grammar=grammar() if grammar else None,
             )
 

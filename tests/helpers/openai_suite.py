@@ -1,0 +1,345 @@
+"""What OpenAI's official client may do with a server: every endpoint, field and error.
+
+    PYTHONPATH=tests python -m helpers.openai_suite http://127.0.0.1:8998/v1 [--skip CHECK ...]
+
+A program, so that each version of the client can be tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai  # pyright: ignore[reportMissingImports]
+
+CHECKS: dict[str, Callable[[Any], None]] = {}
+HELLO = [{"role": "user", "content": "hello"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "something",
+            "parameters": {
+                "type": "object",
+                "properties": {"unit": {"enum": ["celsius", "fahrenheit"]}},
+                "required": ["unit"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("get_weather", "get_time")
+]
+
+
+def check(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Register a check."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+@contextmanager
+def refused(status: int, word: str = "", param: str | None = None) -> Iterator[None]:
+    """A request fails with this status, and a message that has the word."""
+    try:
+        yield
+    except openai.APIStatusError as error:
+        assert error.status_code == status, (error.status_code, error.message)
+        assert word in error.message, error.message
+        body: Any = error.body
+        assert isinstance(body, dict) and {"message", "type", "param", "code"} <= set(body), body
+        if param is not None:
+            assert body["param"] == param, body
+    else:
+        raise AssertionError(f"expected status {status}")
+
+
+def chat(client: Any, **fields: Any) -> Any:
+    """A short chat at temperature 0."""
+    given = {"model": "minimind", "messages": HELLO, "max_tokens": 12, "temperature": 0}
+    extra = fields.pop("extra_body", {}) | {"ignore_eos": fields.pop("ignore_eos", True)}
+    return client.chat.completions.create(**given | fields, extra_body=extra)
+
+
+def text_of(stream: Any) -> str:
+    """The content of a stream."""
+    return "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+
+
+@check
+def models(client: Any) -> None:
+    listed = client.models.list().data
+    assert [model.object for model in listed] == ["model"]
+    assert client.models.retrieve(listed[0].id).id == listed[0].id
+    assert chat(client, model=listed[0].id).model == listed[0].id
+    with refused(404, "does not exist", "model"):
+        chat(client, model="gpt-4o")
+
+
+@check
+def whole_chat(client: Any) -> None:
+    reply = chat(client)
+    assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-") and reply.created > 1e9
+    [choice] = reply.choices
+    assert choice.message.role == "assistant" and choice.message.content and choice.index == 0
+    assert choice.finish_reason == "length" and choice.message.tool_calls is None
+    assert reply.usage.completion_tokens == 12 and reply.usage.prompt_tokens > 0
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 12
+    assert reply.id != chat(client).id and chat(client).choices[0].message.content == choice.message.content
+
+
+@check
+def streamed_chat(client: Any) -> None:
+    whole = chat(client)
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert text_of(chunks) == whole.choices[0].message.content
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["length"]
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len(chunks) > 6
+
+
+@check
+def conversations(client: Any) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": '{"unit": "celsius"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+        {"role": "assistant", "content": "noon", "reasoning_content": "twelve"},
+        {"role": "user", "content": "and now?"},
+    ]
+    assert chat(client, messages=messages, tools=TOOLS).choices[0].message.content is not None
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]
+    with refused(400, param="messages"):
+        chat(client, messages=picture)
+    with refused(400, param="messages"):
+        chat(client, messages=[])
+    with refused(400, param="messages"):
+        chat(client, messages=[{"role": "robot", "content": "x"}])
+
+
+@check
+def stops(client: Any) -> None:
+    text = chat(client).choices[0].message.content
+    word = text[3:5]
+    for stop in (word, [word, "never to be seen"]):
+        reply = chat(client, stop=stop)
+        assert reply.choices[0].finish_reason == "stop"
+        assert reply.choices[0].message.content == text[: text.index(word)]
+        assert text_of(chat(client, stop=stop, stream=True)) == text[: text.index(word)]
+    kept = chat(client, stop=word, extra_body={"include_stop_str_in_output": True})
+    assert kept.choices[0].message.content == text[: text.index(word) + len(word)]
+
+
+@check
+def choices(client: Any) -> None:
+    reply = chat(client, n=3, temperature=1.5, seed=7)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    texts = [choice.message.content for choice in reply.choices]
+    assert len(set(texts)) == 3 and reply.usage.completion_tokens == 36
+    found = ["", "", ""]
+    for chunk in chat(client, n=3, temperature=1.5, seed=7, stream=True):
+        for choice in chunk.choices:
+            found[choice.index] += choice.delta.content or ""
+    assert found == texts
+
+
+@check
+def seeds(client: Any) -> None:
+    def drawn(seed: int | None) -> str:
+        text: str = chat(client, temperature=1.5, seed=seed).choices[0].message.content
+        return text
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert drawn(None) != drawn(None)
+    narrow = {"temperature": 2, "extra_body": {"top_k": 1}}
+    assert chat(client, **narrow).choices[0].message.content == chat(client).choices[0].message.content
+    assert chat(client, temperature=2, top_p=1e-9).choices[0].message.content == chat(client).choices[0].message.content
+
+
+@check
+def logprobs(client: Any) -> None:
+    reply = chat(client, logprobs=True, top_logprobs=3)
+    content = reply.choices[0].logprobs.content
+    assert len(content) == 12
+    for position in content:
+        assert len(position.top_logprobs) == 3 and position.logprob <= 0
+        assert position.top_logprobs[0].logprob == position.logprob  # greedy
+    ordinary = [position for position in content if not position.token.startswith("<|")]  # special tokens have no text
+    written = b"".join(bytes(position.bytes) for position in ordinary).decode(errors="replace")
+    assert written == reply.choices[0].message.content
+    streamed = [chunk.choices[0].logprobs for chunk in chat(client, logprobs=True, stream=True) if chunk.choices]
+    tokens = [position.token for found in streamed if found for position in found.content]
+    assert tokens == [position.token for position in content]
+    with refused(400, param="top_logprobs"):
+        chat(client, logprobs=True, top_logprobs=21)
+    with refused(400, "logprobs"):
+        chat(client, top_logprobs=1)
+
+
+@check
+def penalties(client: Any) -> None:
+    word = chat(client, logprobs=True).choices[0].logprobs.content[0].token
+    ids = json.loads(raw(client, "tokenize", prompt=word, add_special_tokens=False))["tokens"]
+    banned = chat(client, logprobs=True, logit_bias={str(token): -100 for token in ids})
+    assert banned.choices[0].logprobs.content[0].token != word
+    for field in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 5.0}}):
+        reply = chat(client, max_tokens=40, logprobs=True, **field)
+        tokens = [position.token for position in reply.choices[0].logprobs.content]
+        plain = [p.token for p in chat(client, max_tokens=40, logprobs=True).choices[0].logprobs.content]
+        assert len(set(tokens)) >= len(set(plain))
+
+
+def raw(client: Any, path: str, **fields: Any) -> str:
+    """A POST to an endpoint that the client does not know."""
+    address = str(client.base_url).replace("/v1/", f"/{path}")
+    text: str = client._client.post(address, json=fields, headers=client.auth_headers).text
+    return text
+
+
+@check
+def tool_choices(client: Any) -> None:
+    assert chat(client, tools=TOOLS).choices[0].message.content is not None
+    assert chat(client, tools=TOOLS, tool_choice="auto").choices[0].message.content is not None
+    assert chat(client, tools=TOOLS, tool_choice="none").choices[0].message.tool_calls is None
+    named = {"type": "function", "function": {"name": "get_time"}}
+    for choice, names in (("required", {"get_weather", "get_time"}), (named, {"get_time"})):
+        wanted = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 300, "ignore_eos": False}
+        reply = chat(client, **wanted).choices[0]
+        [call] = reply.message.tool_calls
+        assert call.function.name in names and call.type == "function" and call.id
+        assert json.loads(call.function.arguments)["unit"] in ("celsius", "fahrenheit")
+        assert reply.finish_reason in ("tool_calls", "stop") and not reply.message.content
+        found: dict[int, list[str]] = {}
+        for chunk in chat(client, stream=True, **wanted):
+            for delta in chunk.choices[0].delta.tool_calls or []:
+                entry = found.setdefault(delta.index, ["", ""])
+                entry[0] += delta.function.name or ""
+                entry[1] += delta.function.arguments or ""
+        assert found == {0: [call.function.name, call.function.arguments]}
+    with refused(400, param="tool_choice"):
+        chat(client, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "unknown"}})
+    with refused(400, param="tool_choice"):
+        chat(client, tool_choice="required")
+
+
+@check
+def formats(client: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    reply = chat(client, response_format=form, max_tokens=200, ignore_eos=False).choices[0]
+    assert json.loads(reply.message.content)["a"] in (1, 2) and reply.finish_reason == "stop"
+    assert (
+        chat(client, response_format={"type": "text"}).choices[0].message.content
+        == chat(client).choices[0].message.content
+    )
+    with refused(400, param="response_format"):
+        chat(client, response_format={"type": "xml"})
+
+
+@check
+def thinking(client: Any) -> None:
+    """MiniMind's chat client: what opens a thought, and where it arrives."""
+    for extra in ({"chat_template_kwargs": {"open_thinking": True}, "reasoning_effort": "medium"},
+                  {"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "high"}):  # fmt: skip
+        reply = chat(client, extra_body=extra).choices[0].message
+        assert reply.reasoning_content and reply.reasoning_content == reply.reasoning and not reply.content, reply
+        streamed = [chunk.choices[0].delta for chunk in chat(client, extra_body=extra, stream=True) if chunk.choices]
+        thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in streamed)
+        assert thought == reply.reasoning_content
+    for extra in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        assert chat(client, extra_body=extra).choices[0].message.content
+    usage = chat(client, extra_body={"chat_template_kwargs": {"open_thinking": True}}).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 12
+
+
+@check
+def completions(client: Any) -> None:
+    common = {"model": "minimind", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    reply = client.completions.create(prompt="one two", **common)
+    assert reply.object == "text_completion" and reply.choices[0].finish_reason == "length"
+    assert reply.usage.completion_tokens == 8
+    streamed = "".join(c.choices[0].text for c in client.completions.create(prompt="one two", stream=True, **common))
+    assert streamed == reply.choices[0].text
+    ids = json.loads(raw(client, "tokenize", prompt="one two"))["tokens"]
+    several = client.completions.create(prompt=["one two", "three"], n=2, **common)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert several.choices[0].text == several.choices[1].text == reply.choices[0].text != several.choices[2].text
+    assert client.completions.create(prompt=ids, **common).choices[0].text == reply.choices[0].text
+    scored = client.completions.create(prompt="one two", logprobs=2, **common).choices[0].logprobs
+    assert len(scored.tokens) == len(scored.token_logprobs) == len(scored.top_logprobs) == 8
+    with refused(400):
+        client.completions.create(prompt="x", suffix="y", **common)
+
+
+@check
+def limits(client: Any) -> None:
+    both = {"max_completion_tokens": 5, "max_tokens": None}
+    assert chat(client, **both).usage.completion_tokens == 5
+    with refused(400, "context"):
+        chat(client, messages=[{"role": "user", "content": "word " * 40000}])
+    for field, value in {
+        "temperature": -1, "top_p": 1.5, "max_tokens": 0, "n": 0, "presence_penalty": 9, "frequency_penalty": "x",
+        "stop": [1], "seed": "a", "stream": "yes", "messages": "hello", "logit_bias": {"a": 1}, "tools": {},
+    }.items():  # fmt: skip
+        with refused(400):
+            chat(client, **{field: value})
+
+
+@check
+def unknown_fields(client: Any) -> None:
+    for field, value in {"prediction": {"type": "content", "content": "x"}, "store": True, "modalities": ["audio"],
+                         "audio": {"voice": "a", "format": "wav"}, "functions": [{"name": "f"}]}.items():  # fmt: skip
+        with refused(400, field, field):
+            chat(client, **{field: value})
+    for name, extra in {"prompt_logprobs": 1, "use_beam_search": True, "echo": True}.items():
+        with refused(400, name):
+            chat(client, extra_body={name: extra})
+    defaults = {"prompt_logprobs": None, "use_beam_search": False, "length_penalty": 1.0, "made_up": [1]}
+    assert chat(client, extra_body=defaults, store=False).choices
+
+
+@check
+def tokens(client: Any) -> None:
+    found = json.loads(raw(client, "tokenize", prompt="hello world", return_token_strs=True))
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) and found["max_model_len"] > 0
+    bare = json.loads(raw(client, "tokenize", prompt="hello world", add_special_tokens=False))["tokens"]
+    assert json.loads(raw(client, "detokenize", tokens=bare))["prompt"] == "hello world"
+    asked = json.loads(raw(client, "tokenize", messages=HELLO))
+    assert asked["count"] == chat(client).usage.prompt_tokens
+
+
+def main() -> None:
+    """Run the checks; the exit status is 1 if one fails."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("--skip", nargs="*", default=[])
+    args = parser.parse_args()
+    client = openai.OpenAI(base_url=args.address, api_key=os.environ.get("API_KEY", "any"), max_retries=0, timeout=120)
+    failed = []
+    for name, function in CHECKS.items():
+        if name in args.skip:
+            continue
+        try:
+            function(client)
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            failed.append(f"{name}: {type(error).__name__} {str(error)[:300]}")
+    print(f"openai {openai.__version__}: {len(CHECKS) - len(args.skip)} checks", *failed, sep="\n", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
