@@ -100,7 +100,7 @@ def find(device: str, backend: str, versions: Mapping[str, str | None]) -> Stack
         backend: see `Stack`.
         versions: what is installed, by component.
     """
-    for stack in stacks():
+    for stack in sorted(stacks(), key=lambda stack: -len(stack.programs)):  # a row without programs fits all
         if (stack.device, stack.backend) == (device, backend) and all(
             versions.get(name) == version for name, version in stack.programs.items()
         ):

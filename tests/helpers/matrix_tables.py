@@ -21,7 +21,10 @@ HEADS = {
     "install_ascend.md": ("stack", "proof", "needs", "released together or tried here", "source", "guide"),
     "install_ascend_zh.md": ("组合", "验证程度", "必须", "同期发布或在此试过", "来源", "指南"),
 }
-KIT_ON_NPU = {"the kit's own engine on an NPU": "本套件自己的引擎，在 NPU 上"}
+KIT_ON_NPU = {
+    "the kit's own engine on an NPU": "本套件自己的引擎，在 NPU 上",
+    "the kit's own engine on an NPU, MindSpeed core_r0.16.0": "本套件自己的引擎，在 NPU 上，MindSpeed core_r0.16.0",
+}
 PROOF = {"tested in CI": "CI 测试", "rehearsed": "已演练", "untested": "未测试"}
 
 

@@ -59,7 +59,9 @@ CASES = {
         flags=("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
     ),
     "selective recomputation": Case(flags=("--recompute-activation-function",)),
-    "overlap": Case(layout=DP2, flags=("--overlap-grad-reduce", "--overlap-param-gather")),
+    "overlap": Case(
+        layout=DP2 | {"PRECISION": "bf16"}, bound=2e-2, flags=("--overlap-grad-reduce", "--overlap-param-gather")
+    ),
     "fp16": Case(layout={"PRECISION": "fp16"}, bound=2e-2),
     "bf16 DP2": Case(layout=DP2 | {"PRECISION": "bf16"}, bound=2e-2),
     "reuse of fp32 parameters": Case(layout=DP2 | {"PRECISION": "bf16"}, flags=("--reuse-fp32-param",), bound=2e-2),
