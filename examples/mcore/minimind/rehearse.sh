@@ -9,7 +9,10 @@ find_sources
 PYTHON="${PYTHON:-}" bash "$ROOT/requirements/rehearse.sh" ${REHEARSAL:+"$REHEARSAL"}
 VENV=$ROOT/.venv-rehearsal${REHEARSAL:+-$REHEARSAL}
 MEGATRON=$ROOT/.venv-rehearsal/megatron-lm
-[ -z "${REHEARSAL:-}" ] || export MEGATRON_HOME=$MEGATRON # Ray's workers get it, and compile in it
+if [ "${REHEARSAL:-}" = rl ]; then
+    export MEGATRON_HOME=$MEGATRON # Ray's workers get it, and compile in it
+    export NUM_CPUS=${NUM_CPUS:-64} # Ray waits for ever for the cores of an Ascend host
+fi
 STAND_IN=$ROOT/rehearsal/minimind_mcore_rehearsal
 PYTHON=$VENV/bin/python
 PATH=$VENV/bin:$PATH # the compilation of Megatron-LM's helpers asks python3 for its headers
