@@ -331,25 +331,34 @@ def _user_of(number: str) -> str:
     return ""
 
 
-def main() -> None:
-    """See the module."""
-    hosts = read(os.environ)
-    settings = {"NNODES": hosts.count, "NODE_RANK": hosts.rank, "MASTER_ADDR": hosts.master}
-    settings["MASTER_PORT"] = port(hosts, os.environ)
-    named: dict[str, str] = {}
+def named(hosts: Hosts, ascend: bool, dry: bool) -> dict[str, str]:
+    """Return the variables that name the interfaces of a job on several Ascend hosts, and say which.
+
+    Raises:
+        UserError: the job would fail on this host. A dry run, which may be made on another host, only says so.
+    """
+    found: dict[str, str] = {}
     if hosts.count > 1:
         try:
             if doubt := check_master(hosts):
                 print(doubt, file=sys.stderr)
-            named = network(hosts, os.environ) if "npu" in sys.argv else {}
+            found = network(hosts, os.environ) if ascend else {}
         except UserError as error:
-            if "--dry-run" not in sys.argv:  # which may be run where the job will not
+            if not dry:
                 raise
             print(f"the job would fail on this host: {error}", file=sys.stderr)
-    for name, value in (settings | named).items():
+    if found:
+        print("network:", *(f"{name}={value}" for name, value in found.items()), file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    """Print the settings."""
+    hosts = read(os.environ)
+    settings = {"NNODES": hosts.count, "NODE_RANK": hosts.rank, "MASTER_ADDR": hosts.master}
+    settings["MASTER_PORT"] = port(hosts, os.environ)
+    for name, value in (settings | named(hosts, "npu" in sys.argv, "--dry-run" in sys.argv)).items():
         print(f"{name}={value}")
-    if named:
-        print("network:", *(f"{name}={value}" for name, value in named.items()), file=sys.stderr)
 
 
 if __name__ == "__main__":

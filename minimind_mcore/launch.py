@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.distributed import run
@@ -21,12 +22,12 @@ from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.training.stop import LAUNCHER, SIGNALS, hangup_ignored
 
 
-def main() -> None:
-    """Run torchrun with the arguments of the command line.
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run torchrun with the arguments of a command line.
 
     Exits with status 1 if a rank fails, and with 128 + the signal's number if one ended the job.
     """
-    arguments = sys.argv[1:]
+    arguments = list(sys.argv[1:] if argv is None else argv)
     processes = run.parse_args(arguments).nproc_per_node  # type: ignore[no-untyped-call]
     # torchrun would give every process one thread, whatever the machine.
     threads = usable_cores() // int(processes) if processes.isdigit() else 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -127,21 +127,26 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def flags_of(name: str) -> list[str]:
+    """Return a model's Megatron flags, and say what training leaves out."""
+    config = find_model(name)
+    if config.inference_rope_scaling:
+        print(f"note: {name} has inference_rope_scaling; training runs without it, as MiniMind's", file=sys.stderr)
+    return config.megatron_flags()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a preset's Megatron flags, one word a line, or the table."""
-    parser = argparse.ArgumentParser(prog="minimind_mcore.models.presets", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="minimind-mcore presets", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="a preset, or an HF directory or config.json")
     parser.add_argument("--list", action="store_true", help="print the table of presets")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.list:
         print(table())
         return
     if args.name is None:
         parser.error("give a preset's name, or --list")
-    config = find_model(args.name)
-    if config.inference_rope_scaling:
-        print(f"note: {args.name} has inference_rope_scaling; training runs without it, as MiniMind's", file=sys.stderr)
-    print("\n".join(config.megatron_flags()))
+    print("\n".join(flags_of(args.name)))
 
 
 if __name__ == "__main__":

@@ -151,9 +151,18 @@ def training_share(split: str) -> float:
     return parse_split(split)[0]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a recipe's Megatron flags, one word a line, or the names of all."""
-    parser = argparse.ArgumentParser(prog="minimind_mcore.models.recipes", description=main.__doc__)
+    print("\n".join(words(argv)))
+
+
+def words(argv: Sequence[str] | None = None) -> list[str]:
+    """Return what `main` prints.
+
+    Raises:
+        UserError: there is no such recipe, or its batches do not divide.
+    """
+    parser = argparse.ArgumentParser(prog="minimind-mcore recipes", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="a recipe (default: the one that suits --model)")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--model", help="a preset, or an HF directory or config.json")
@@ -169,10 +178,9 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=flag_type("global_batch_size"), help="in place of the recipe's")
     for name in ("epochs", "lr", "seq-length", "micro-batch-size"):
         parser.add_argument(f"--{name}", type=flag_type(name.replace("-", "_")), help="in place of the recipe's")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.list:
-        print("\n".join(RECIPES))
-        return
+        return list(RECIPES)
     share = training_share(args.split)
     if args.name is None and args.model is None:
         parser.error("give a recipe's name, or --model, or --list")
@@ -187,13 +195,13 @@ def main() -> None:
             f"a global batch of {batch} does not divide into micro-batches of {recipe.micro_batch_size} on "
             f"{args.data_parallel_size} data-parallel ranks: set MBS or GBS (--micro-batch-size, --global-batch-size)"
         )
-    words = recipe.megatron_flags(args.data_parallel_size, batch)
+    flags = recipe.megatron_flags(args.data_parallel_size, batch)
     if args.train_iters:
-        words += ["--train-iters", str(args.train_iters)]
+        flags += ["--train-iters", str(args.train_iters)]
     elif args.data:
         samples = count_samples(args.data, recipe.seq_length) * share
-        words += ["--train-iters", str(recipe.iterations(samples, batch))]
-    print("\n".join(words))
+        flags += ["--train-iters", str(recipe.iterations(samples, batch))]
+    return flags
 
 
 if __name__ == "__main__":

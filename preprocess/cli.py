@@ -113,22 +113,33 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert or check, as the command line says.
+    """Convert or check, as the command line says. Print the words of --data-path, one a line.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    for word in prepare(sys.argv[1:] if argv is None else argv):
+        print(word, flush=True)
+
+
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Convert or check, as a command line says. Return the words of --data-path.
 
     Raises:
         UserError: anything the user can put right.
     """
     # Ending through an exception lets the workers be stopped and temporary files be removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    args = parse(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    args = parse(argv)
     try:
-        if args.check is not None:
-            check(args.check, args.tokenizer_name_or_path)
-            return
-        for prefix in _convert(args):
-            print(prefix, flush=True)
+        if args.check is None:
+            return _convert(args)
+        check(args.check, args.tokenizer_name_or_path)
+        return []
     except OSError as error:  # no permission, no such directory: the system names the file
         raise UserError(str(error)) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _convert(args: argparse.Namespace) -> list[str]:

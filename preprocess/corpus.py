@@ -196,9 +196,10 @@ def build(seed: int) -> list[str]:
     return texts
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="minimind-mcore corpus", description=__doc__, formatter_class=raw)
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
@@ -209,7 +210,7 @@ def main() -> None:
         "math problems for reinforcement learning, dialogues that solve such",
     )
     parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft or math: questions that are in neither")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unseen = {"sft": held_out, "math": unseen_problems}
     if args.held_out and args.kind not in unseen:
         raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with {' or '.join(unseen)}")

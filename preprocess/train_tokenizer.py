@@ -154,7 +154,8 @@ def save(tokenizer: Tokenizer, directory: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="minimind-mcore tokenizer", description=__doc__, formatter_class=raw)
     parser.add_argument("--input", required=True, help="files, directories, globs, separated by commas")
     parser.add_argument("--output", required=True, help="the directory to write")
     parser.add_argument("--vocab-size", type=flag_type("vocab_size"), default=6400)

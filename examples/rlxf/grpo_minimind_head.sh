@@ -9,6 +9,4 @@
 # rlxf.sh has the other settings. docs/rl_cluster.md says what the hosts must share, and what messages mean.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 
-prepare
-lead
-run_training
+run rl head "$@"

@@ -8,9 +8,4 @@
 # rlxf.sh has the settings.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 
-prepare
-if [ "$BACKEND" = mindspeed-rl ] && [ -z "${RAY_ADDRESS:-}" ]; then
-    lead # MindSpeed-RL is told of its NPUs by the cluster
-fi
-export RAY_ADDRESS=${RAY_ADDRESS:-local}
-run_training
+run rl single "$@"

@@ -8,5 +8,4 @@
 # rlxf.sh has the other settings.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 
-[ -n "$LEADER" ] || fail "MASTER_ADDR is not set: give the address of the host that runs grpo_minimind_head.sh"
-follow
+run rl worker "$@"

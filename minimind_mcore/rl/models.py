@@ -8,6 +8,7 @@ A test holds the files to the presets.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ def model_yaml(name: str) -> str:
     return f"# Written by `python -m minimind_mcore.rl.models`, from models/presets.py.\n{text}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the file of every preset."""
-    parser = argparse.ArgumentParser(prog="minimind_mcore.rl.models", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="minimind-mcore rl models", description=main.__doc__)
     parser.add_argument("--output", required=True, type=Path, help="directory: configs/rlxf/model")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in PRESETS:
         atomic_write_text(args.output / f"{name}.yaml", model_yaml(name))
         print(args.output / f"{name}.yaml")

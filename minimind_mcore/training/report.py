@@ -5,9 +5,9 @@ python -m minimind_mcore.training.report OUTPUT_DIR
 
 from __future__ import annotations
 
+import argparse
 import html
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,13 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     return "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in facts.items())
 
 
-def main() -> None:
-    """Draw the report of the directory given on the command line."""
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
-        raise errors.UserError("usage: python -m minimind_mcore.training.report DIRECTORY (one that has metrics.jsonl)")
-    directory = Path(sys.argv[1])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the report of a directory again."""
+    parser = argparse.ArgumentParser(prog="minimind-mcore report", description=main.__doc__)
+    parser.add_argument("directory", type=Path, help="the OUTPUT_DIR of a training, which has metrics.jsonl")
+    directory = parser.parse_args(argv).directory
+    if not (directory / "metrics.jsonl").is_file():
+        raise errors.UserError(f"{directory}: found no metrics.jsonl there; expected the OUTPUT_DIR of a training")
     write_report(directory, f"MiniMind, {directory.name}")
     print(directory / "loss.png", directory / "report.html", sep="\n")
 

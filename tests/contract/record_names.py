@@ -8,6 +8,7 @@ disappears breaks somebody's command.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -82,6 +83,27 @@ def read(script: Path) -> set[str]:
     return set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?[-+]", text)) - own
 
 
+SETTING = re.compile(r"[A-Z][A-Z0-9_]*( --[a-z-]+)?")
+READERS = {"env", "count", "path", "flags", "path_flags", "choice"}  # of minimind_mcore/cli/settings.py
+
+
+def read_by_commands(checkout: Path) -> set[str]:
+    """Return the settings that the commands read: words that the functions of cli/settings.py are called with."""
+    names: set[str] = set()
+    for file in (checkout / "minimind_mcore/cli").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in READERS:
+                words = [str(word.value) for word in node.args if isinstance(word, ast.Constant)]
+                words = words if node.func.id in ("flags", "path_flags") else words[:1]
+                names |= {word.split()[0] for word in words if SETTING.fullmatch(word)}
+            elif isinstance(node, ast.Dict | ast.Tuple):  # tables of settings
+                row = node.keys if isinstance(node, ast.Dict) else node.elts
+                words = [str(word.value) for word in row if isinstance(word, ast.Constant)]
+                if words and all(map(SETTING.fullmatch, words)):
+                    names |= {word.split()[0] for word in words}
+    return names
+
+
 def record(checkout: Path) -> dict[str, dict[str, list[str]]]:
     """Return the names of a checkout: flags by command, documented settings by script, settings that scripts read."""
     scripts = sorted(file for name in ("examples", "requirements") for file in (checkout / name).rglob("*.sh"))
@@ -89,7 +111,7 @@ def record(checkout: Path) -> dict[str, dict[str, list[str]]]:
     return {
         "flags": flags(checkout),
         "documented settings": {script: names for script, names in found.items() if names},
-        "settings": {"read": sorted(set().union(*map(read, scripts)))},
+        "settings": {"read": sorted(set().union(*map(read, scripts), read_by_commands(checkout)))},
     }
 
 

@@ -143,10 +143,15 @@ def test_a_checkpoint_that_is_given_must_be_there(backend: str, ascend: dict[str
 def test_a_hostfile_gives_the_flags_of_torchrun_and_the_network(ascend: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("198.51.100.77 slots=8\nnode-2 slots=8\n")
     hosts = {"HOSTFILE": str(tmp_path / "hosts"), "NODE_RANK": "1", "HCCL_SOCKET_IFNAME": "=lo"}
-    shown = 'source "$0/common.sh"; printenv HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME; echo $WORLD_SIZE $MASTER_PORT'
-    done = subprocess.run(["bash", "-c", shown, str(SCRIPTS)], env=ascend | hosts, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["=lo", "lo", "16 29500"], done.stderr
+    done = script(ascend | hosts, "--dry-run")
+    assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr 198.51.100.77 --master-port 29500" in done.stdout
     assert "network: HCCL_SOCKET_IFNAME==lo GLOO_SOCKET_IFNAME=lo" in done.stderr
+    python = "from minimind_mcore.cli import place; place.find([]); import os; print(os.environ['HCCL_SOCKET_IFNAME'])"
+    shown = 'source "$0/common.sh"; exec "$PYTHON" -c "$1; print(os.environ[\'GLOO_SOCKET_IFNAME\'])"'
+    told = subprocess.run(
+        ["bash", "-c", shown, str(SCRIPTS), python], env=ascend | hosts, capture_output=True, text=True
+    )
+    assert told.stdout.splitlines() == ["=lo", "lo"], told.stderr
     refused = script(ascend | hosts | {"HCCL_SOCKET_IFNAME": "roce9"})  # no dry run: it stops before anything is made
     assert refused.returncode == 1 and "error: HCCL_SOCKET_IFNAME=roce9 matches no interface" in refused.stderr
 

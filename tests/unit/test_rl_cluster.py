@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.engine import ROOT
 
+from minimind_mcore.cli import rl
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config.load import CONFIGS
 from minimind_mcore.rl.main import program
@@ -94,36 +96,41 @@ def test_a_grpc_server_may_be_a_ray_head(listener: socket.socket) -> None:
     hosts.require_ray(address_of(listener), "RAY_ADDRESS")
 
 
-def test_the_directory_of_ray_cannot_be_guessed(tmp_path: Path) -> None:
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rl.Job:
+    """A run whose Ray is a program that waits, and whose directories are made in tmp_path."""
+    for name in ("RAY_TMPDIR", "CONFIG", "BACKEND", "NNODES"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the job writes to it
+    make, start = tempfile.mkdtemp, subprocess.Popen
+    monkeypatch.setattr(rl.tempfile, "mkdtemp", lambda **words: make(**words | {"dir": str(tmp_path)}))
+    monkeypatch.setattr(rl.subprocess, "Popen", lambda words, **rest: start(["sleep", "60"], **rest))
+    monkeypatch.chdir(tmp_path)
+    return rl.Job([])
+
+
+def test_the_directory_of_ray_cannot_be_guessed(job: rl.Job, tmp_path: Path) -> None:
     """What an earlier run's, or another user's, link of that name points to is left alone."""
-    script = (SCRIPTS / "rlxf.sh").read_text(encoding="utf-8")
-    body = script[script.index("start_ray()") : script.index("# ask_to_end")]
-    made = tmp_path / "made"
-    made.mkdir()
-    show = f"show() {{ :; }}; stop_ray() {{ :; }}; mktemp() {{ command mktemp -d {made}/XXXXXX; }}; {body}"
-    run = 'DEVICE=cpu DRY_RUN= MASTER_PORT=1; PYTHON=true; start_ray head; echo "$RAY_TMPDIR"'
-    found = [
-        subprocess.run(
-            ["bash", "-c", f"{show}\n{run}"], capture_output=True, text=True, check=True,
-            env={k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"} | {"NUM_CPUS": "1"},
-        ).stdout.strip()
-        for _ in range(2)
-    ]  # fmt: skip
+    found = []
+    for _ in range(2):
+        os.environ["RAY_TMPDIR"] = ""
+        with job.ray("head", []):
+            found.append(Path(os.environ["RAY_TMPDIR"]))
     assert found[0] != found[1]
-    assert all(Path(folder).parent == made and Path(folder).stat().st_mode & 0o077 == 0 for folder in found)
+    assert all(folder.parent == tmp_path and folder.name.startswith("minimind-ray-") for folder in found)
 
 
 @pytest.mark.parametrize("status, kept", [(0, False), (143, False), (1, True)])
-def test_the_directory_of_ray_is_removed_unless_the_run_fails(tmp_path: Path, status: int, kept: bool) -> None:
-    script = (SCRIPTS / "rlxf.sh").read_text(encoding="utf-8")
-    body = script[script.index("start_ray()") : script.index("tell_log()")]
-    fakes = f"show() {{ :; }}; hosts() {{ :; }}; mktemp() {{ command mktemp -d {tmp_path}/XXXXXX; }}"
-    run = f"DEVICE=cpu DRY_RUN= MASTER_PORT=1 RAY_PID= made_tmpdir=; PYTHON=true; start_ray head; exit {status}"
-    done = subprocess.run(
-        ["bash", "-c", f"{fakes}\n{body}\n{run}"],
-        env={k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"} | {"NUM_CPUS": "1"},
-    )
-    assert done.returncode == status and bool(list(tmp_path.iterdir())) == kept
+def test_the_directory_of_ray_is_removed_unless_the_run_fails(
+    job: rl.Job, tmp_path: Path, status: int, kept: bool
+) -> None:
+    with pytest.raises(SystemExit), job.ray("head", []) as process:
+        folder = Path(os.environ["RAY_TMPDIR"])
+        assert folder.stat().st_mode & 0o077 == 0 and process is not None
+        sys.exit(status)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder] * kept
+    assert process is not None and not hosts.runs(process)
 
 
 @pytest.mark.parametrize("closed, status", [(False, 1), (True, 0)])

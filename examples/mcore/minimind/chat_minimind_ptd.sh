@@ -19,14 +19,4 @@
 # --dry-run checks everything and runs nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-model_flags
-sampling_flags
-CHAT_ARGS=(
-    --history-turns "${HISTORY_TURNS:-3}"
-    ${PROMPT_TYPE:+--prompt-type "$PROMPT_TYPE"}
-    ${SYSTEM:+--system "$SYSTEM"}
-    ${TOOLS:+--tools "$(absolute "$TOOLS")"}
-    ${THINKING:+--enable-thinking "$THINKING"}
-)
-[ "${RAW:-0}" = 0 ] || CHAT_ARGS+=(--raw)
-run_here inference.py "${MODEL_ARGS[@]}" --task chat "${CHAT_ARGS[@]}" ${SAMPLING_ARGS[@]+"${SAMPLING_ARGS[@]}"} "$@"
+run chat "$@"

@@ -17,4 +17,4 @@
 # Further flags of convert_ckpt_v2.py pass through as arguments and win; --dry-run checks everything and writes nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-convert_checkpoint mg hf -hf ${FORMAT:+--format "$FORMAT"} ${PAD_HEAD_DIM:+--pad-head-dim "$PAD_HEAD_DIM"} "$@"
+run convert mcore2hf "$@"

@@ -18,14 +18,4 @@
 # Further flags of convert_ckpt_v2.py pass through as arguments and win; --dry-run checks everything and writes nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-LORA_ARGS=(
-    ${LORA_DIR:+--lora-load "$(absolute "$LORA_DIR")"}
-    ${LORA_R:+--lora-r "$LORA_R"}
-    ${LORA_ALPHA:+--lora-alpha "$LORA_ALPHA"}
-)
-SUFFIX=-hf
-if [ "${MERGE:-1}" = 0 ]; then
-    SUFFIX=-peft
-    LORA_ARGS+=(--save-lora-to-hf)
-fi
-convert_checkpoint mg hf "$SUFFIX" ${LORA_ARGS[@]+"${LORA_ARGS[@]}"} "$@"
+run convert mcore2hf_lora "$@"

@@ -17,5 +17,4 @@
 # Further flags of convert_ckpt_v2.py pass through as arguments and win; --dry-run checks everything and writes nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-layout_flags
-convert_checkpoint mg mg "-mcore$LAYOUT_NAME" "${LAYOUT_ARGS[@]}" "$@"
+run convert mcore2mcore "$@"

@@ -18,6 +18,4 @@
 # WORKERS          processes
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-DATA_KIND=sft
-prepare_data "$@"
-[ "${#DATA_PREFIXES[@]}" = 0 ] || printf '%s\n' "${DATA_PREFIXES[@]}"
+run data sft "$@"

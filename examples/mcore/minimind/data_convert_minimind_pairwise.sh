@@ -15,6 +15,4 @@
 # WORKERS          processes
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-DATA_KIND=dpo
-prepare_data "$@"
-[ "${#DATA_PREFIXES[@]}" = 0 ] || printf '%s\n' "${DATA_PREFIXES[@]}"
+run data dpo "$@"

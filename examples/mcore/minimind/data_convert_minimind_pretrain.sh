@@ -12,5 +12,4 @@
 # JSON_KEYS, HANDLER_NAME, WORKERS   as the flags of preprocess_data.py
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-prepare_data "$@"
-[ "${#DATA_PREFIXES[@]}" = 0 ] || printf '%s\n' "${DATA_PREFIXES[@]}"
+run data "${DATA_KIND:-text}" "$@"

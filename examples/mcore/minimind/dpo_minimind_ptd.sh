@@ -10,12 +10,6 @@
 # CKPT_LOAD_DIR    the weights to begin with (default: outputs/MODEL/sft/checkpoints)
 # Beta and loss are the recipe's, or --dpo-beta --dpo-loss-type --dpo-label-smoothing --pref-ftx.
 # train.sh has the settings of every training.
-STAGE=dpo
-DATA_KIND=dpo
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-$MODEL_DIR/sft/checkpoints}
-# Named, since a run that goes on would take its own weights for the reference; that of adapters is what they adapt.
-REFERENCE=(--ref-model "$(absolute "$CKPT_LOAD_DIR")")
-given --reference-live || ! given --lora-target-modules || REFERENCE=()
-post_train "$CKPT_LOAD_DIR" --stage dpo --is-pairwise-dataset --no-pad-to-seq-lengths ${REFERENCE[@]+"${REFERENCE[@]}"}
+run dpo "$@"

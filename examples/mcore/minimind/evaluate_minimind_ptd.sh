@@ -21,18 +21,4 @@
 # Further flags of evaluation.py pass through as arguments and win; --dry-run checks everything and runs nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-model_flags
-NAME=$(basename "$LOAD_DIR" .pth)
-[ "$NAME" != checkpoints ] || NAME=$(basename "$(dirname "$(absolute "$LOAD_DIR")")") # outputs/MODEL/checkpoints
-read -r -a TASKS <<< "${TASK:-}"
-read -r -a PATHS <<< "${TASK_DATA_PATH:-}"
-read -r -a HARNESS_TASKS <<< "${HARNESS:-}"
-EVALUATION_ARGS=(
-    ${TASKS[@]+--task "${TASKS[@]}"}
-    ${PATHS[@]+--task-data-path "${PATHS[@]}"}
-    ${HARNESS_TASKS[@]+--harness "${HARNESS_TASKS[@]}"}
-    ${NUM_FEWSHOT:+--num-fewshot "$NUM_FEWSHOT"}
-    ${BATCH:+--evaluation-batch-size "$BATCH"}
-    --output-dir "$(absolute "${OUTPUT_DIR:-$ROOT/outputs/$NAME/evaluation}")"
-)
-run_here evaluation.py "${MODEL_ARGS[@]}" "${EVALUATION_ARGS[@]}" "$@"
+run evaluate "$@"

@@ -16,10 +16,4 @@
 # Further flags of inference.py pass through as arguments and win; --dry-run checks everything and runs nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-read -r -a TASKS <<< "${TASK:-greedy}"
-model_flags
-sampling_flags
-TEMPLATE=(--hf-chat-template)
-[ -z "${PROMPT_TYPE:-}" ] || TEMPLATE=(--prompt-type "$PROMPT_TYPE")
-[ "${RAW:-0}" = 0 ] || TEMPLATE=(--raw)
-run_here inference.py "${MODEL_ARGS[@]}" --task "${TASKS[@]}" "${TEMPLATE[@]}" ${SAMPLING_ARGS[@]+"${SAMPLING_ARGS[@]}"} "$@"
+run generate "$@"

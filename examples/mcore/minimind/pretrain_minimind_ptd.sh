@@ -10,12 +10,6 @@
 #                  (without weights, "one two.jsonl", each set counts by its tokens)
 # CKPT_LOAD_DIR    where to go on from; there must be a checkpoint (default CKPT_SAVE_DIR: the same command resumes)
 # train.sh has the settings of every training.
-STAGE=pretrain
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-BEGIN=(--load "$CKPT_SAVE_DIR")
-if [ -n "${CKPT_LOAD_DIR:-}" ]; then
-    # one that is given is meant: a mistyped one would train from random weights
-    BEGIN=(--load "$(absolute "$CKPT_LOAD_DIR")" --exit-on-missing-checkpoint)
-fi
-train pretrain_gpt.py "${BEGIN[@]}"
+run pretrain "$@"

@@ -16,8 +16,7 @@ fi
 STAND_IN=$ROOT/rehearsal/minimind_mcore_rehearsal
 PYTHON=$VENV/bin/python
 PATH=$VENV/bin:$PATH # the compilation of Megatron-LM's helpers asks python3 for its headers
-DEVICE=npu
-NPUS_PER_NODE=${NPUS_PER_NODE:-2}
+export DEVICE=npu NPUS_PER_NODE=${NPUS_PER_NODE:-2}
 export PYTHONPATH="${REHEARSAL:+$STAND_IN/$REHEARSAL:}$STAND_IN/python:$MINDSPEED_HOME:$MEGATRON:$PYTHONPATH"
 export PYTHONPYCACHEPREFIX=$VENV/pycache # nothing is written to the sources
 export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions # MindSpeed removes this folder

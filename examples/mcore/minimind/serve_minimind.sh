@@ -16,12 +16,4 @@
 # Further flags of minimind-mcore serve pass through as arguments and win; --dry-run checks everything and serves nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-model_flags
-unset MAX_NEW_TOKENS SEED # of requests, not of the server
-sampling_flags
-SERVE_ARGS=(${ENGINE:+--engine "$ENGINE"} ${HOST:+--host "$HOST"} ${PORT:+--port "$PORT"})
-[ "${RAW:-0}" = 0 ] || SERVE_ARGS+=(--raw)
-COMMAND=("$PYTHON" -m minimind_mcore.cli serve "${MODEL_ARGS[@]}" ${SAMPLING_ARGS[@]+"${SAMPLING_ARGS[@]}"}
-    ${SERVE_ARGS[@]+"${SERVE_ARGS[@]}"} "$@")
-[ -z "$DRY_RUN" ] || show "${COMMAND[@]}"
-exec "${COMMAND[@]}"
+run serve "$@"

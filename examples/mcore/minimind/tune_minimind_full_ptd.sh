@@ -12,26 +12,6 @@
 # PACK             1: several conversations share a sequence and do not see each other; data that is converted already
 #                  must have been packed then (`--pack --neat-pack`)
 # train.sh has the settings of every training.
-STAGE=${STAGE:-sft}
-DATA_KIND=sft
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-length_flags
-case $STAGE in
-    sft)
-        BEGIN=$MODEL_DIR/checkpoints
-        STAGE_ARGS=(--stage sft --is-instruction-dataset)
-        ;;
-    reason)
-        BEGIN=$MODEL_DIR/dpo/checkpoints
-        STAGE_ARGS=(--stage reason)
-        ;;
-    distill)
-        [ -n "${TEACHER:-}" ] || fail "TEACHER is not set: give the model to learn from, an HF directory or checkpoints"
-        BEGIN=$MODEL_DIR/sft/checkpoints
-        STAGE_ARGS=(--stage distill --teacher-model "$(absolute "$TEACHER")")
-        ;;
-    *) fail "STAGE=$STAGE: expected sft, reason or distill" ;;
-esac
-[ "$BACKEND" = native ] || [ "$STAGE" = sft ] || fail "STAGE=$STAGE: MindSpeed-LLM has no such stage; use BACKEND=native"
-post_train "$BEGIN" "${STAGE_ARGS[@]}" "${LENGTH_ARGS[@]}"
+run tune "$@"

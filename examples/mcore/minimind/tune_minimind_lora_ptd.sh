@@ -11,9 +11,6 @@
 #                  must have been packed then (`--pack --neat-pack`)
 # Rank, alpha and targets are the recipe's, or --lora-r --lora-alpha --lora-target-modules.
 # train.sh has the settings of every training.
-STAGE=lora
-DATA_KIND=sft
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-length_flags
-post_train "$MODEL_DIR/sft/checkpoints" --stage sft --is-instruction-dataset "${LENGTH_ARGS[@]}"
+run lora "$@"

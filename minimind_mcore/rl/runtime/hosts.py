@@ -1,16 +1,7 @@
-"""Hosts of a Ray cluster, for the scripts of examples/rlxf. ADDRESS is the head's, HOST:PORT.
-
-python -m minimind_mcore.rl.runtime.hosts address --towards ADDRESS        # of this host, as the head sees it
-python -m minimind_mcore.rl.runtime.hosts free ADDRESS                     # nothing listens there yet
-python -m minimind_mcore.rl.runtime.hosts wait ADDRESS --nodes 2           # until the cluster has so many hosts
-python -m minimind_mcore.rl.runtime.hosts reach ADDRESS --seconds 600      # until it answers
-python -m minimind_mcore.rl.runtime.hosts follow ADDRESS --process PID     # until it is gone
-python -m minimind_mcore.rl.runtime.hosts end --process PID                # the Ray of this host that this process is
-"""
+"""Hosts of a Ray cluster: addresses, and waiting for each other. ADDRESS is the head's, HOST:PORT."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -20,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from minimind_mcore.errors import UserError, run
+from minimind_mcore.errors import UserError
 from minimind_mcore.rl.runtime.metrics import say
 
 POLL_SECONDS = 2.0
@@ -237,37 +228,3 @@ def end(process: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(left, timeout=END_SECONDS)
-
-
-def main() -> None:
-    """See the module."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="minimind_mcore.rl.runtime.hosts", description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=("address", "free", "wait", "reach", "follow", "end"))
-    parser.add_argument("address", nargs="?", default="", help="of the head, HOST:PORT")
-    parser.add_argument("--nodes", type=int, default=1, help="hosts to wait for")
-    parser.add_argument("--seconds", type=float, default=600.0, help="to wait at most")
-    parser.add_argument("--process", type=int, help="id of the process that is Ray on this host")
-    parser.add_argument("--towards", help="HOST:PORT that is to reach this host")
-    parser.add_argument("--interface", help="whose address this host has")
-    args = parser.parse_args()
-    if args.what == "address":
-        print(own_address(args.towards, args.interface))
-        return
-    if args.what == "end":
-        end(args.process)
-        return
-    split(args.address)
-    patience = Patience(args.seconds, args.process)
-    if args.what == "free":
-        require_free(args.address)
-    elif args.what == "wait":
-        wait(args.address, args.nodes, patience)
-    elif args.what == "reach":
-        reach(args.address, patience)
-    else:
-        follow(args.address, args.process)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,0 +1,261 @@
+"""minimind-mcore rl ...: reinforcement learning.
+
+    minimind-mcore rl single                    # train on this host
+    NNODES=2 minimind-mcore rl head             # train on several hosts: this one leads
+    MASTER_ADDR=10.0.0.1 minimind-mcore rl worker     # lend this host to the run that another one leads
+    minimind-mcore rl show|lint|export-verl     # print, check or export a configuration; `rl lint --help`
+    minimind-mcore rl models                    # write the presets as MindSpeed-RL's model/*.yaml
+
+Settings of the first three, from the environment:
+  CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU grpo_minimind_tiny, elsewhere
+                 grpo_minimind3)
+  BACKEND        embedded or mindspeed-rl
+  NNODES MASTER_ADDR MASTER_PORT NODE_ADDR SOCKET_IFNAME   the hosts, and how they reach each other
+  NPUS_PER_NODE NUM_CPUS    devices and cores that Ray gives away on this host
+  RAY_ADDRESS    of single: the cluster to use, HOST:PORT (default: a Ray of its own, which ends with the run)
+  RAY_TMPDIR RAY_FLAGS WAIT_SECONDS   where Ray logs, more flags of `ray start`, how long to wait for hosts
+Further words are hydra overrides, such as actor_config.lr=1e-6. --dry-run checks everything and starts nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minimind_mcore.cli import place, quickstart
+from minimind_mcore.cli.data import PROBLEMS
+from minimind_mcore.cli.settings import CLI, choice, data_dir, env, help_of, show, wait_for
+from minimind_mcore.errors import UserError
+from minimind_mcore.paths import default_outputs
+from minimind_mcore.platform import device
+from minimind_mcore.platform.cpu import usable_cores
+
+LONGEST = 40  # letters of RAY_TMPDIR: below it go 65 more, and the path of a socket has at most 107
+STOPPED = (0, 130, 143)  # exit statuses of a run that has not failed
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, or run one of the tools of configurations."""
+    command, *rest = argv or ["--help"]
+    if command in ("single", "head", "worker"):
+        help_of(rest, __doc__)
+        sys.exit(run(command, rest))
+    if command == "models":
+        from minimind_mcore.rl import models
+
+        models.main(rest)
+    else:
+        from minimind_mcore.rl import cli
+
+        if command in ("-h", "--help"):
+            print(__doc__)
+        cli.main([command, *rest])
+
+
+def run(role: str, argv: Sequence[str]) -> int:
+    """Train on this host, lead a run of several, or lend this host. Return the exit status."""
+    job = Job(argv)
+    if role == "worker" and not job.leader:
+        raise UserError("MASTER_ADDR is not set: give the address of the host that runs grpo_minimind_head.sh")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if role == "worker":
+        return job.follow()
+    job.prepare()
+    # MindSpeed-RL learns of its NPUs from the cluster.
+    if role == "head" or (job.backend == "mindspeed-rl" and not env("RAY_ADDRESS")):
+        return job.lead()
+    os.environ["RAY_ADDRESS"] = env("RAY_ADDRESS", "local")
+    return job.train()
+
+
+class Job:
+    """A run of reinforcement learning, or this host's part of one.
+
+    Args:
+        argv: hydra overrides, and --dry-run.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.dry = "--dry-run" in argv
+        self.overrides = [word for word in argv if word != "--dry-run"]
+        self.leader, self.port = env("MASTER_ADDR"), env("MASTER_PORT", "6766")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):  # of Ray: the actors agree on their own
+            os.environ.pop(name, None)
+        found = device.current()
+        os.environ["DEVICE"] = found.kind
+        self.on_cpu, self.ascend, self.devices = found.kind == "cpu", found.is_ascend, place.processes()
+        config = env("CONFIG", "grpo_minimind_tiny" if self.on_cpu else "grpo_minimind3")
+        self.config = Path(config).absolute() if Path(config).is_file() else Path(config)
+        os.chdir(default_outputs())  # paths in the YAML and in the overrides are relative to the repository
+        self.backend = choice("BACKEND", "mindspeed-rl" if self.ascend else "embedded", "embedded", "mindspeed-rl")
+        if not re.fullmatch("[1-9][0-9]*", nodes := env("NNODES", "1")):
+            raise UserError(f"NNODES={nodes}: expected the number of hosts")
+        self.nodes, self.seconds = int(nodes), float(env("WAIT_SECONDS", "600"))
+        # MindSpeed-RL's prompts must divide among the hosts: the linter reads NNODES.
+        os.environ.update(NNODES=nodes, BACKEND=self.backend, RAY_AUTH_MODE=env("RAY_AUTH_MODE", "disabled"))
+        self.where = ["--config-name", self.config.name.removesuffix(".yaml")]
+        if self.config.is_file():
+            self.where += ["--config-dir", str(self.config.parent)]
+        self.prepared: list[str] = []  # overrides that name the sample data
+        self.pending = False  # a dry run would have to make data first
+
+    def lead(self) -> int:
+        """Start the head of a cluster, wait until the other hosts are there, and train."""
+        from minimind_mcore.rl.runtime import hosts
+
+        leader = self.leader or hosts.own_address(None, env("SOCKET_IFNAME") or None)
+        address = os.environ["RAY_ADDRESS"] = f"{leader}:{self.port}"
+        if not self.dry:
+            hosts.require_free(address)
+        head = ["--head", "--port", self.port, "--node-ip-address", leader, "--include-dashboard=false"]
+        with self.ray("head", head) as process:
+            if self.nodes > 1:
+                print(
+                    f"on each of the other {self.nodes - 1} hosts: MASTER_ADDR={leader} MASTER_PORT={self.port} "
+                    "bash examples/rlxf/grpo_minimind_worker.sh",
+                    flush=True,
+                )
+            if process:
+                hosts.wait(address, self.nodes, hosts.Patience(self.seconds, process))
+            return self.train()
+
+    def follow(self) -> int:
+        """Lend this host to the cluster of the head, until the head is gone."""
+        from minimind_mcore.rl.runtime import hosts
+
+        address = f"{self.leader}:{self.port}"
+        hosts.split(address)
+        if not self.dry:
+            hosts.reach(address, hosts.Patience(self.seconds, None))
+        own = env("NODE_ADDR") or hosts.own_address(address, env("SOCKET_IFNAME") or None)
+        with self.ray(f"worker-{own}", ["--address", address, "--node-ip-address", own]) as process:
+            if process:
+                hosts.follow(address, process)
+        return 0
+
+    @contextlib.contextmanager
+    def ray(self, name: str, flags: Sequence[str]) -> Iterator[int | None]:
+        """Run a Ray node on this host, which ends with the block and touches no other. Yield its process id."""
+        from minimind_mcore.rl.runtime import hosts
+
+        folder = env("RAY_TMPDIR", "/tmp/minimind-ray-XXXXXX")
+        if len(folder) > LONGEST:
+            raise UserError(f"RAY_TMPDIR={folder} is too long for the paths of sockets: at most {LONGEST} letters")
+        # A name that can be guessed could be a link that another user has made there.
+        made = "" if self.dry or env("RAY_TMPDIR") else tempfile.mkdtemp(prefix="minimind-ray-", dir="/tmp")
+        folder = os.environ["RAY_TMPDIR"] = made or folder
+        cpus = env("NUM_CPUS", str(usable_cores()))
+        node = ["--block", "--num-cpus", cpus, "--disable-usage-stats", "--temp-dir", folder, *flags]
+        if self.ascend:
+            node += ["--resources", f'{{"NPU": {self.devices}}}']
+        else:
+            node += ["--num-gpus", "0" if self.on_cpu else str(self.devices)]
+        node += shlex.split(env("RAY_FLAGS"))
+        if interface := env("SOCKET_IFNAME"):
+            device.name_interface(interface)
+        show(["ray", "start", *node])
+        if self.dry:
+            yield None
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        log = Path(folder, f"{name}.log")
+        with log.open("wb") as output:
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *node]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        status: int | str | None = 1
+        try:
+            yield process.pid
+            status = 0
+        except SystemExit as error:
+            status = error.code
+            raise
+        except KeyboardInterrupt:
+            status = 130
+            raise
+        except UserError:
+            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+            print(f"the end of {log}:", *last, sep="\n", file=sys.stderr)
+            raise
+        finally:
+            hosts.end(process.pid)
+            if made and status in STOPPED:
+                shutil.rmtree(made, ignore_errors=True)
+
+    def prepare(self) -> None:
+        """Make the sample sums of the tiny configurations, and a model that a careless teacher has tuned on them.
+
+        This happens before Ray starts: other hosts wait for Ray.
+        """
+        if not self.config.name.endswith("_tiny"):
+            return
+        own_data = any(".data_path=" in word for word in self.overrides)
+        own_model = any(word.startswith("actor_config.load=") for word in self.overrides)
+        if own_data and own_model:
+            return
+        folder, outputs = data_dir() / "quickstart", default_outputs() / "outputs"
+        iterations = env("QUICKSTART_SFT_ITERS", "1000")
+        tuned, begin = (
+            outputs / f"quickstart/sft-{iterations}/checkpoints",
+            outputs / "minimind3_tiny/math_sft/checkpoints",
+        )
+        here = {"BACKEND": "native", "DATA_DIR": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer")}
+        unset = ("OUTPUT_DIR", "NNODES")
+        if not (folder / f"{PROBLEMS}_unseen_packed_labels_document.idx").is_file() or not is_finished(tuned):
+            # This model adds correctly, and does not know the form of the answers.
+            self.make({**here, "QUICKSTART_SFT_ITERS": iterations, "LEAST": "0"}, unset, "quickstart")
+            self.make(here, unset, "data", PROBLEMS)
+        if not own_data:
+            self.prepared += [f"megatron_training.data_path={folder / PROBLEMS}"]
+            self.prepared += [f"megatron_training.tokenizer_name_or_path={here['TOKENIZER_PATH']}"]
+        if not own_model:
+            if not is_finished(begin):
+                tuning = {
+                    **here, **quickstart.sizes(self.devices), "PROMPT_TYPE": "chatml_de", "PACK": "1",
+                    "TRAIN_ITERS": "700", "DATA_PATH": str(folder / "sample_math_sft.jsonl"),
+                    "CKPT_LOAD_DIR": str(tuned), "OUTPUT_DIR": str(begin.parent),
+                }  # fmt: skip
+                self.make(tuning, unset, "sft", *quickstart.SCHEDULE)
+            self.prepared.append(f"actor_config.load={begin}")
+        if self.backend == "embedded" and not any(
+            word.startswith("minimind.eval_interval=") for word in self.overrides
+        ):
+            self.prepared.append("minimind.eval_interval=20")
+
+    def make(self, changes: dict[str, str], unset: Sequence[str], *command: str) -> None:
+        """Run a command of the kit with these settings. In a dry run show it."""
+        if self.dry:
+            self.pending = True
+            print("+", shlex.join(["env", *(f"{k}={v}" for k, v in changes.items()), *CLI, *command]), flush=True)
+            return
+        if status := wait_for([*CLI, *command], {**dict.fromkeys(unset), **changes}):
+            sys.exit(status)
+
+    def train(self) -> int:
+        """Run train_grpo.py, or the program of the configuration's algorithm. Return its exit status."""
+        from minimind_mcore.rl.main import program
+
+        name = program([*self.where, *self.overrides])
+        command = [*CLI, name, *self.where, *self.prepared, *self.overrides]
+        show(command)
+        if not self.dry:
+            return wait_for(command)
+        command += ["--dry-run", *(["--data-pending"] if self.pending else [])]
+        place.run_here(name, command[len(CLI) + 1 :])
+        return 0
+
+
+def is_finished(checkpoints: Path) -> bool:
+    """Whether a directory has checkpoints."""
+    return (checkpoints / "latest_checkpointed_iteration.txt").is_file()

@@ -1,0 +1,205 @@
+"""Training commands: the flags of model, recipe, layout, data and logs, from the settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minimind_mcore.cli import data
+from minimind_mcore.cli.place import Place, find, run_program
+from minimind_mcore.cli.settings import choice, count, env, flags, given, help_of, path
+from minimind_mcore.errors import UserError
+from minimind_mcore.models import presets, recipes
+from minimind_mcore.paths import default_outputs
+
+SETTINGS = """
+    Settings, from the environment:
+      MODEL            a name of `minimind-mcore presets --list`, or an HF directory or config.json
+                       (default: minimind3; for the sample data minimind3_tiny)
+      RECIPE           a name of `minimind-mcore recipes --list` (default: of MODEL's generation and the stage)
+      DATA_PATH        prefix of a finished dataset, or raw files, directories, globs, a blend (default: sample data)
+      TOKENIZER_PATH   directory with tokenizer.json
+      TP PP VPP EP CP  layout; VPP is the number of layers of a virtual stage
+      MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION(bf16|fp16|fp32)   in place of the recipe's
+      PACK             1: several conversations share a sequence and do not see each other
+      ROUTER_WEIGHT    normalized, softmax or straight_through: how a mixture of experts weighs its experts
+      CKPT_LOAD_DIR    the weights to begin with; TEACHER  the model to learn from (distill)
+      OUTPUT_DIR CKPT_SAVE_DIR LOG_DIR DATA_DIR   where results, checkpoints, logs and converted data go
+      SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS SPLIT SEED CKPT_FORMAT   as the Megatron flags
+      DEVICE BACKEND NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   where to train
+    Further Megatron flags pass through and win. --dry-run checks everything and trains nothing."""
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """minimind-mcore pretrain [Megatron flags]: pretrain a model."""
+    help_of(argv, f"{pretrain.__doc__}\n{SETTINGS}")
+    run = Run("pretrain", argv)
+    begin = ["--load", run.save]
+    if load := path("CKPT_LOAD_DIR"):
+        # A mistyped CKPT_LOAD_DIR would train from random weights.
+        begin = ["--load", load, "--exit-on-missing-checkpoint"]
+    run.train("pretrain_gpt.py", "text", begin)
+
+
+def sft(argv: Sequence[str]) -> None:
+    """minimind-mcore sft [Megatron flags]: fine-tune all weights on conversations."""
+    run = begin("sft", argv)
+    run.post_train("checkpoints", ["--stage", "sft", "--is-instruction-dataset", *run.packing()])
+
+
+def lora(argv: Sequence[str]) -> None:
+    """minimind-mcore lora [Megatron flags]: fine-tune LoRA adapters. The checkpoints hold the adapters alone."""
+    run = begin("lora", argv)
+    run.post_train("sft/checkpoints", ["--stage", "sft", "--is-instruction-dataset", *run.packing()])
+
+
+def reason(argv: Sequence[str]) -> None:
+    """minimind-mcore reason [Megatron flags]: fine-tune on reasoning, as MiniMind2 does."""
+    run = begin("reason", argv)
+    run.post_train("dpo/checkpoints", ["--stage", "reason", *run.packing()])
+
+
+def distill(argv: Sequence[str]) -> None:
+    """minimind-mcore distill [Megatron flags]: fine-tune on conversations and the logits of TEACHER."""
+    run = begin("distill", argv)
+    if not (teacher := path("TEACHER")):
+        raise UserError("TEACHER is not set: give the model to learn from, an HF directory or checkpoints")
+    run.post_train("sft/checkpoints", ["--stage", "distill", "--teacher-model", teacher, *run.packing()])
+
+
+def dpo(argv: Sequence[str]) -> None:
+    """minimind-mcore dpo [Megatron flags]: align a model with preferences. The reference is what it begins with."""
+    run = begin("dpo", argv)
+    # Named, since a run that is resumed would take its own weights. The reference of adapters is what they adapt.
+    own = given(argv, "--lora-target-modules") and not given(argv, "--reference-live")
+    reference = [] if own else ["--ref-model", path("CKPT_LOAD_DIR", run.models / "sft/checkpoints")]
+    run.post_train(
+        "sft/checkpoints", ["--stage", "dpo", "--is-pairwise-dataset", "--no-pad-to-seq-lengths", *reference]
+    )
+
+
+def tune(argv: Sequence[str]) -> None:
+    """minimind-mcore tune [Megatron flags]: sft, reason or distill, by the setting STAGE."""
+    stages = {"sft": sft, "reason": reason, "distill": distill}
+    stages[choice("STAGE", "sft", "sft", "reason", "distill")](argv)
+
+
+def begin(stage: str, argv: Sequence[str]) -> Run:
+    """Return the run of a post-training stage, or print its help."""
+    help_of(argv, f"{globals()[stage].__doc__}\n{SETTINGS}")
+    run = Run(stage, argv)
+    if run.place.backend != "native" and stage in ("reason", "distill"):
+        raise UserError(f"STAGE={stage}: MindSpeed-LLM has no such stage; use BACKEND=native")
+    return run
+
+
+class Run:
+    """A training, as the settings describe it.
+
+    Args:
+        stage: "pretrain", "sft", "lora", "dpo", "reason" or "distill".
+        argv: further Megatron flags, which win.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+
+    def __init__(self, stage: str, argv: Sequence[str]) -> None:
+        self.stage, self.argv = stage, list(argv)
+        self.place: Place = find(argv)
+        self.model = env("MODEL", "minimind3" if env("DATA_PATH") else "minimind3_tiny")
+        self.pp, self.ep, self.cp = count("PP", 1), count("EP", 1), count("CP", 1)
+        world, rest = self.place.world, self.pp * self.cp
+        # On a CPU, to show tensor parallelism. Not more: the tiny models have two key-value heads.
+        two = self.place.on_cpu and world % (2 * rest * self.ep) == 0
+        self.tp = count("TP", 2 if two else 1)
+        if world % (self.tp * rest):
+            raise UserError(f"{world} processes cannot be split into TP={self.tp} x PP={self.pp} x CP={self.cp}")
+        self.dp = world // (self.tp * rest)
+        name = Path(self.model).name.removesuffix(".json")
+        if name == "config":  # path/of/a/model/config.json
+            name = Path(self.model).absolute().parent.name
+        self.models = default_outputs() / "outputs" / name
+        self.output = path("OUTPUT_DIR", self.models if stage == "pretrain" else self.models / stage)
+        self.save = path("CKPT_SAVE_DIR", Path(self.output, "checkpoints"))
+        self.precision = choice("PRECISION", "fp32" if self.place.on_cpu else "bf16", "bf16", "fp16", "fp32")
+        self.split = env("SPLIT", "99,1,0")
+
+    def given(self, *names: str) -> bool:
+        """Whether one of these flags is among the further ones."""
+        return given(self.argv, *names)
+
+    def recipe(self, *more: str) -> list[str]:
+        """Return the flags of the recipe."""
+        sizes = flags("MBS --micro-batch-size", "GBS --global-batch-size", "SEQ_LENGTH", "EPOCHS", "LR")
+        chosen = [*([name] if (name := env("RECIPE")) else []), "--model", self.model, "--stage", self.stage]
+        # One word: argparse takes a negative number for a flag.
+        return recipes.words([*chosen, "--data-parallel-size", str(self.dp), *sizes, f"--split={self.split}", *more])
+
+    def train(self, program: str, kind: str, begin: Sequence[str]) -> None:
+        """Run one of the kit's programs.
+
+        Args:
+            program: "pretrain_gpt.py" or "posttrain_gpt.py".
+            kind: of the data: "text", "sft" or "dpo".
+            begin: flags of the stage.
+        """
+        model, recipe = presets.flags_of(self.model), self.recipe()
+        # Conversations are converted for the length that is trained: longer ones are counted, packs are as long.
+        length = "" if self.given("--seq-length") else recipe[recipe.index("--seq-length") + 1]
+        prefixes, tokenizer = data.prepare(kind, (), self.place.dry, length)
+        iterations = flags("TRAIN_ITERS") or ["--data", *prefixes][: 1 + len(prefixes) if prefixes else 0]
+        recipe = self.recipe(*([] if self.given("--train-iters", "--train-samples") else iterations))
+        fused = "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb"
+        words = [
+            *model, *flags("ROUTER_WEIGHT"), *recipe, "--transformer-impl", "local", *fused.split(),
+            "--seed", env("SEED", "42"), *self.parallel(), *(["--data-path", *prefixes] if prefixes else []),
+            "--split", self.split, "--tokenizer-type", "PretrainedFromHF", "--tokenizer-name-or-path", tokenizer,
+            *self.outputs(), *([] if prefixes or not self.place.dry else ["--data-pending"]), *begin, *self.argv,
+        ]  # fmt: skip
+        run_program(self.place, program, words)
+
+    def post_train(self, default: str, begin: Sequence[str]) -> None:
+        """Run posttrain_gpt.py on the weights of CKPT_LOAD_DIR, else of a directory of the model's outputs."""
+        start = ["--load", self.save, "--pretrained-checkpoint", path("CKPT_LOAD_DIR", self.models / default)]
+        self.train("posttrain_gpt.py", "dpo" if self.stage == "dpo" else "sft", [*start, *begin])
+
+    def parallel(self) -> list[str]:
+        """Return the flags of layout and precision."""
+        words = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
+        words += flags("VPP --num-layers-per-virtual-pipeline-stage")
+        words += ["--expert-model-parallel-size", str(self.ep), "--context-parallel-size", str(self.cp)]
+        words += ["--sequence-parallel", "--use-distributed-optimizer"]
+        chosen = "" if self.given("--bf16", "--fp16") or self.precision == "fp32" else f"--{self.precision}"
+        words += [chosen] if chosen else []
+        # Megatron's default of 2^32 overflows: it is halved once in a step, and about 16 steps would train nothing.
+        if (self.given("--fp16") or chosen == "--fp16") and not self.given("--initial-loss-scale", "--loss-scale"):
+            words += ["--initial-loss-scale", "65536"]
+        return words
+
+    def outputs(self) -> list[str]:
+        """Return the flags of checkpoints and logs."""
+        logs = path("LOG_DIR", Path(self.output, "logs"))
+        words = ["--save", self.save, "--tensorboard-dir", f"{logs}/tensorboard"]
+        defaults = {"SAVE_INTERVAL": 1000, "LOG_INTERVAL": 10, "EVAL_INTERVAL": 100, "EVAL_ITERS": 5}
+        for name, default in {**defaults, "CKPT_FORMAT": "torch"}.items():
+            words += flags(name) or [f"--{name.lower().replace('_', '-')}", str(default)]
+        if self.place.backend == "native":
+            words += ["--output-dir", self.output, "--log-file", f"{logs}/train.log"]
+            words += ["--num-workers", "0"] if self.place.on_cpu else []  # the cores are for training
+        return words
+
+    def packing(self) -> list[str]:
+        """Return the flags by which samples fill a micro-batch: packed data, or each as long as its longest."""
+        if env("PACK", "0") == "0":
+            return ["--no-pad-to-seq-lengths"]
+        if self.place.backend != "native" and not env("MBS") and not self.given("--micro-batch-size"):
+            os.environ["MBS"] = "1"
+            print(
+                "PACK=1: micro-batches of 1 (MBS=1), as in larger ones MindSpeed-LLM's packed samples see each other "
+                "(D9); the global batch stays as it is",
+                file=sys.stderr,
+            )
+        return ["--reset-attention-mask", "--neat-pack"]
