@@ -1,10 +1,10 @@
 """Measure how long a training takes to start.
 
-    python benchmarks/startup.py ../old .            # two checkouts, each with its own .venv; the first is the reference
+    python benchmarks/startup.py ../old .            # each with its own .venv; the first is the reference
     python benchmarks/startup.py --rounds 5 .
 
-Launch to first step: from the start of pretrain_minimind_ptd.sh (minimind3_tiny, TP=2, converted data) to the line of the
-first iteration. Dry run: the whole of the same command with --dry-run. The checkouts take turns; the table has the
+Launch to first step: from the start of pretrain_minimind_ptd.sh (minimind3_tiny, TP=2, converted data) to the line of
+the first iteration. Dry run: the whole of the same command with --dry-run. The checkouts take turns; the table has the
 smallest of the rounds, since a busy machine only ever makes a start longer.
 """
 
