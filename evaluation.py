@@ -1,7 +1,6 @@
 """Evaluate; flags as MindSpeed-LLM's evaluation.py."""
 
-from minimind_mcore import errors
-from minimind_mcore.inference import evaluation
+from minimind_mcore.cli import program
 
 if __name__ == "__main__":
-    errors.run(evaluation.main)
+    program(__file__)

@@ -1,7 +1,6 @@
 """Generate and chat; flags as MindSpeed-LLM's inference.py."""
 
-from minimind_mcore import errors
-from minimind_mcore.inference import main
+from minimind_mcore.cli import program
 
 if __name__ == "__main__":
-    errors.run(main.main)
+    program(__file__)

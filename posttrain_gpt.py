@@ -1,7 +1,6 @@
 """Fine-tune, align or distil MiniMind; flags as MindSpeed-LLM's posttrain_gpt.py."""
 
-from minimind_mcore import errors
-from minimind_mcore.posttrain import main
+from minimind_mcore.cli import program
 
 if __name__ == "__main__":
-    errors.run(main.main)
+    program(__file__)

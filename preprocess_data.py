@@ -1,7 +1,6 @@
 """Convert raw text into Megatron's indexed datasets; see minimind_mcore/preprocess (`preprocess/cli.py`)."""
 
-from minimind_mcore.errors import run
-from minimind_mcore.preprocess.cli import main
+from minimind_mcore.cli import program
 
 if __name__ == "__main__":
-    run(main)
+    program(__file__)

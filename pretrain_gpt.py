@@ -1,7 +1,6 @@
 """Pretrain MiniMind; flags as Megatron's and MindSpeed-LLM's pretrain_gpt.py."""
 
-from minimind_mcore import errors
-from minimind_mcore.training import pretrain
+from minimind_mcore.cli import program
 
 if __name__ == "__main__":
-    errors.run(pretrain.main)
+    program(__file__)

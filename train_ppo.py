@@ -1,7 +1,6 @@
 """Reinforcement learning of MiniMind by MindSpeed-RL's YAML: PPO, with a critic."""
 
-from minimind_mcore import errors
-from minimind_mcore.rl import main
+from minimind_mcore.cli import program
 
 if __name__ == "__main__":
-    errors.run(main.ppo)
+    program(__file__)

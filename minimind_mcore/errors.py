@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -69,16 +70,23 @@ def tell_launcher(problem: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`; a `UserError`, or a full disk, becomes one message on stderr and exit status 1.
 
-    Ctrl-C becomes one message and exit status 130.
+    Ctrl-C becomes one message and exit status 130. Where the reader of stdout has ended, as in `... | head`, the exit
+    status is 141.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept: the same command continues from there", file=sys.stderr)
         _exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         problem = str(error)
         if isinstance(error, OSError):  # of a file whose writer does not know what else to say, or of stdout
+            if error.errno == errno.EPIPE and _stdout_is_closed():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+                _exit(128 + signal.SIGPIPE)
             if error.errno not in NO_SPACE:
                 raise
             problem = f"{error.filename or 'an output file'}: {error.strerror}. Free some space, or raise the limit"
@@ -88,6 +96,13 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(3)
         print(f"error: {problem}", file=sys.stderr, flush=True)
         _exit(1)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _exit(status: int) -> NoReturn:
