@@ -37,6 +37,7 @@ class NativeEngine:
         flags: Sequence[str] = (),
     ) -> None:
         from minimind_mcore.training import checkpointing, distributed
+        from minimind_mcore.training.config import TrainConfig
         from minimind_mcore.training.job import Job
         from minimind_mcore.training.layout import validate
         from minimind_mcore.training.model import build_model
@@ -53,11 +54,12 @@ class NativeEngine:
         }
         words = [str(word) for pair in sizes.items() for word in pair]
         self.args = arguments.parse([*config.megatron_flags(), *words, *(["--bf16"] if bf16 else []), *flags])
-        checkpointing.settle_router_weight(self.args)
-        self.job, layout = Job(self.args), validate(self.args, 1)
-        distributed.initialize(self.args, layout)
-        self.model: Any = build_model(self.args, layout, self.job)
-        self.engine: Engine | None = Engine(self.args, self.model, *build_optimizer(self.args, self.model))
+        self.config = TrainConfig.from_args(self.args, validate(self.args, 1))
+        checkpointing.settle_router_weight(self.config)
+        self.job = Job(self.config)
+        distributed.initialize(self.config)
+        self.model: Any = build_model(self.config, self.job)
+        self.engine: Engine | None = Engine(self.config, self.model, *build_optimizer(self.config, self.model))
 
     def step(self, ids: Tensor) -> Tensor:
         """One update; returns the mean loss (nats per token), a tensor on the device.

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import arguments
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import run
 from minimind_mcore.models.config import ROUTER_WEIGHTS
 from minimind_mcore.models.presets import get_preset
@@ -36,6 +35,7 @@ from minimind_mcore.platform import device
 from minimind_mcore.preprocess.corpus import build
 from minimind_mcore.storage import atomic_write_text
 from minimind_mcore.training import data, pretrain
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.metrics import read_history
 
@@ -52,19 +52,19 @@ class Measured(Job):
         loads: by layer, tokens that each expert got in the newest evaluation.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
         self.loads: dict[int, Tensor] = {}
 
     def build_datasets(self) -> list[Any]:
         """The training set in the order of `--seed`; the validation set in an order that no seed changes."""
         train, _, _ = super().build_datasets()
         # As if there were one evaluation: the data of several is shuffled together, with repetitions.
-        once = {"seed": 0, "eval_interval": self.args.train_iters + 1}
-        _, valid, _ = data.build_datasets(argparse.Namespace(**vars(self.args) | once))
+        once = self.config.changed(seed=0, eval_interval=self.config.schedule.train_iters + 1)
+        _, valid, _ = data.build_datasets(once)
         return [train, valid, None]
 
-    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
+    def prepare_model(self, chunks: list[Any]) -> None:
         """Watch the router of every layer."""
         for number, layer in enumerate(chunks[0].decoder.layers):
             layer.mlp.router.register_forward_hook(
@@ -140,8 +140,8 @@ def work(args: argparse.Namespace) -> None:
     folder = args.output / f"{rule}-{seed}"
     torch.set_num_threads(args.threads)
     started = time.monotonic()
-    job = Measured(arguments.parse(command_line(args, rule, seed, folder)))
-    pretrain.run(job)
+    job = pretrain.run(Measured, arguments.parse(command_line(args, rule, seed, folder)))
+    assert job is not None
     history = read_history(folder / "metrics.jsonl")
     loads = [(counts / counts.sum()).tolist() for _, counts in sorted(job.loads.items())]
     results = {

@@ -13,7 +13,6 @@ Each epoch is a shuffle of the documents by one generator, as MindSpeed-LLM shuf
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path, read_index
+from minimind_mcore.training.config import DataSection, TrainConfig
 from minimind_mcore.training.data import DatasetTokenizer
 
 IGNORED = -100
@@ -71,9 +71,9 @@ def open_column(prefix: str, name: str) -> Column:
     return Column(file_prefix(prefix, name))
 
 
-def data_prefix(args: argparse.Namespace) -> str:
+def data_prefix(data: DataSection) -> str:
     """The one prefix of `--data-path`, without `_packed_..._document`."""
-    paths = args.data_path or []
+    paths = data.data_path or []
     if len(paths) != 1:
         raise UserError(
             f"--data-path: found {len(paths)} words, expected one prefix: PREFIX of PREFIX_packed_..._document"
@@ -217,13 +217,16 @@ def sample_order(documents: range, samples: int, seed: int, shuffle: bool) -> ND
 # ------------------------------------------------------------------------------------------------ micro-batches
 
 
-def padded_length(longest: int, args: argparse.Namespace) -> int:
+def padded_length(longest: int, config: TrainConfig) -> int:
     """The length of a micro-batch: `--seq-length`, or under `--no-pad-to-seq-lengths` its longest sample's."""
-    if not args.no_pad_to_seq_lengths:
-        return int(args.seq_length)
+    if not config.data.no_pad_to_seq_lengths:
+        return int(config.data.seq_length)
     # Sequence parallelism cuts the sequence into equal parts.
-    unit = math.lcm(args.pad_to_multiple_of, args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    return min(-(-longest // unit) * unit, int(args.seq_length))
+    unit = math.lcm(
+        config.data.pad_to_multiple_of,
+        config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+    )
+    return min(-(-longest // unit) * unit, int(config.data.seq_length))
 
 
 def pad(rows: list[Tokens], length: int, value: int) -> torch.Tensor:

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import SFT, run_model
+from minimind_mcore.training.config import ObjectiveSection
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.step import Engine
 
@@ -29,42 +29,45 @@ class Distill(SFT):
     title = "distillation"
     metrics = ("ce_loss", "kl_loss")
 
-    def check(self) -> None:
+    @classmethod
+    def check(cls, args: argparse.Namespace) -> None:
         """See `Job`."""
-        super().check()
-        args = self.args
-        require(bool(args.teacher_model), "--teacher-model is missing: an HF directory, or a directory of checkpoints")
+        super().check(args)
+        require(
+            bool(args.teacher_model),
+            "--teacher-model is missing: an HF directory, or a directory of checkpoints",
+        )
 
-    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
+    def prepare_model(self, chunks: list[Any]) -> None:
         """See `Job`."""
-        super().prepare_model(chunks, layout)
-        if self.args.num_experts:
-            for config in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
-                config.moe_aux_loss_coeff *= self.args.distill_alpha
+        super().prepare_model(chunks)
+        if self.config.model.num_experts:
+            for core in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
+                core.moe_aux_loss_coeff *= self.config.objective.distill_alpha
 
-    def begin(self, layout: ParallelLayout, engine: Engine, datasets: list[Any]) -> None:
+    def begin(self, engine: Engine, datasets: list[Any]) -> None:
         """See `Job`."""
-        self.teacher = FrozenModel(self.args, layout, self.args.teacher_model)
+        self.teacher = FrozenModel(self.config, str(self.config.objective.teacher_model))
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
         taught: Any = self.teacher(batch) if unwrap(model).post_process else None  # other chunks have no loss
-        return run_model(model, batch), functools.partial(distillation_loss, self.args, batch, taught)
+        return run_model(model, batch), functools.partial(distillation_loss, self.config.objective, batch, taught)
 
 
 def distillation_loss(
-    args: argparse.Namespace, batch: dict[str, Any], taught: Tensor, logits: Tensor
+    objective: ObjectiveSection, batch: dict[str, Any], taught: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A `LossFunction`, of this rank's shards of the logits of teacher and student [rows, length, vocabulary / TP]."""
     from megatron.core.parallel_state import get_tensor_model_parallel_group
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    mask, temperature = batch["loss_mask"], float(args.distill_temperature)
+    mask, temperature = batch["loss_mask"], objective.distill_temperature
     kl = vocab_parallel_kl(logits, taught, temperature, get_tensor_model_parallel_group())
     # Last: megatron-core computes in the memory of the logits.
     ce = vocab_parallel_cross_entropy(logits.float(), batch["labels"])
     kl_total, ce_total = temperature**2 * (kl * mask).sum(), (ce * mask).sum()
-    total = args.distill_alpha * ce_total + (1 - args.distill_alpha) * kl_total
+    total = objective.distill_alpha * ce_total + (1 - objective.distill_alpha) * kl_total
     return averaged(total, mask.sum(), ce_total, kl_total)
 
 

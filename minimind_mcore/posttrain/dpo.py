@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain import data, reference
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
+from minimind_mcore.training.config import ObjectiveSection
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.step import Engine
 
@@ -42,12 +42,15 @@ class DPO(PostTraining):
     sequences = 2
     columns = data.PAIRWISE
 
-    def check(self) -> None:
+    @classmethod
+    def check(cls, args: argparse.Namespace) -> None:
         """See `Job`."""
-        super().check()
-        args = self.args
+        super().check(args)
         require(not args.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
-        require(not args.reference_live or bool(args.ref_model), "--reference-live needs --ref-model, its weights")
+        require(
+            not args.reference_live or bool(args.ref_model),
+            "--reference-live needs --ref-model, its weights",
+        )
         require(
             args.reference_live or not (args.ref_model and args.lora_target_modules),
             "--ref-model with --lora-target-modules: the reference is the base; leave it out, or give --reference-live",
@@ -57,29 +60,31 @@ class DPO(PostTraining):
             "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
         )
 
-    def begin(self, layout: ParallelLayout, engine: Engine, datasets: list[Any]) -> None:
+    def begin(self, engine: Engine, datasets: list[Any]) -> None:
         """See `Job`: the reference's log-probabilities of every pair that the run reads."""
-        if self.args.reference_live:
-            self.reference = FrozenModel(self.args, layout, self.args.ref_model)
-        elif self.args.dpo_loss_type != "simpo":
-            reference.attach(Reference(self.args), engine, datasets)
+        if self.config.objective.reference_live:
+            self.reference = FrozenModel(self.config, str(self.config.checkpoint.ref_model))
+        elif self.config.objective.dpo_loss_type != "simpo":
+            reference.attach(Reference(self.config), engine, datasets)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """See `Job`; `reference` [pairs, 2] are its summed log-probabilities of chosen and rejected."""
         sides = ("chosen", "rejected")
         tokens = [sample[f"{side}_input_ids"] for side in sides for sample in samples]
         labels = [sample[f"{side}_labels"] for side in sides for sample in samples]
-        batch = data.batch_of(tokens, labels, data.padded_length(max(map(len, tokens)), self.args))
+        batch = data.batch_of(tokens, labels, data.padded_length(max(map(len, tokens)), self.config))
         if "reference" in samples[0]:
             batch["reference"] = torch.from_numpy(np.stack([sample["reference"] for sample in samples]))
         return batch | {"index": torch.tensor([sample["index"] for sample in samples])}
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
-        if self.args.reference_live and unwrap(model).post_process:
+        if self.config.objective.reference_live and unwrap(model).post_process:
             losses = self.reference(batch, batch["labels"])
             batch["reference"] = pair_log_probs(batch["loss_mask"], losses).t()
-        return run_model(model, batch, labels=batch["labels"]), functools.partial(pair_loss, self.args, batch)
+        return run_model(model, batch, labels=batch["labels"]), functools.partial(
+            pair_loss, self.config.objective, batch
+        )
 
 
 class Reference(DPO):
@@ -100,29 +105,29 @@ def pair_log_probs(loss_mask: Tensor, losses: Tensor) -> Tensor:
     return -(losses.float() * loss_mask).sum(1).view(2, -1)
 
 
-def pair_loss(args: argparse.Namespace, batch: dict[str, Any], losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(objective: ObjectiveSection, batch: dict[str, Any], losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A `LossFunction`: mean over the pairs of a micro-batch; rewards are beta (log p - log p_ref)."""
     mask = batch["loss_mask"]
     log_probs, lengths = pair_log_probs(mask, losses), mask.sum(1).view(2, -1)
     reference_log_probs = batch["reference"].t() if "reference" in batch else torch.zeros_like(log_probs)
     gained = log_probs - reference_log_probs
-    if args.dpo_loss_type in ("ipo", "simpo"):
+    if objective.dpo_loss_type in ("ipo", "simpo"):
         gained = gained / lengths
-    total = (preference_losses(args, gained[0] - gained[1]) - args.pref_ftx * log_probs[0] / lengths[0]).sum()
-    rewards = args.dpo_beta * gained.detach()
+    total = (preference_losses(objective, gained[0] - gained[1]) - objective.pref_ftx * log_probs[0] / lengths[0]).sum()
+    rewards = objective.dpo_beta * gained.detach()
     margins = rewards[0] - rewards[1]
     # Not torch.tensor, whose copy from the host waits for the device.
     pairs = torch.full((), len(margins), device=losses.device)
     return averaged(total, pairs, rewards[0].sum(), rewards[1].sum(), (margins > 0).float().sum(), margins.sum())
 
 
-def preference_losses(args: argparse.Namespace, margins: Tensor) -> Tensor:
+def preference_losses(objective: ObjectiveSection, margins: Tensor) -> Tensor:
     """[pairs] the table above, from m [pairs]."""
-    beta, smoothing = float(args.dpo_beta), float(args.dpo_label_smoothing)
-    if args.dpo_loss_type == "hinge":
+    beta, smoothing = objective.dpo_beta, objective.dpo_label_smoothing
+    if objective.dpo_loss_type == "hinge":
         return torch.relu(1 - beta * margins)
-    if args.dpo_loss_type == "ipo":
+    if objective.dpo_loss_type == "ipo":
         return (margins - 1 / (2 * beta)).square()
-    if args.dpo_loss_type == "simpo":
-        margins = margins - args.gamma_beta_ratio
+    if objective.dpo_loss_type == "simpo":
+        margins = margins - objective.gamma_beta_ratio
     return -(1 - smoothing) * F.logsigmoid(beta * margins) - smoothing * F.logsigmoid(-beta * margins)

@@ -29,45 +29,48 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.init import initial_tensor
 from minimind_mcore.platform import ranks
+from minimind_mcore.training.config import TrainConfig
 
 
-def adapt(args: argparse.Namespace, chunks: list[Any]) -> None:
+def adapt(config: TrainConfig, chunks: list[Any]) -> None:
     """Freeze this rank's GPTModels and give their target layers adapters, the same whatever the layout."""
     from megatron.core import tensor_parallel
     from peft import LoraConfig, inject_adapter_in_model
 
     from minimind_mcore.posttrain.lora_layer import ParallelLora
 
-    config = LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules, init_lora_weights=False
+    lora = LoraConfig(
+        r=config.model.lora_r,
+        lora_alpha=config.model.lora_alpha,
+        target_modules=config.model.lora_target_modules,
+        init_lora_weights=False,
     )
     parallel = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
-    config._register_custom_module({kind: ParallelLora for kind in parallel})
+    lora._register_custom_module({kind: ParallelLora for kind in parallel})
     for chunk in chunks:
-        inject_adapter_in_model(config, chunk)
-        if args.recompute_granularity == "full" and chunk.pre_process:
+        inject_adapter_in_model(lora, chunk)
+        if config.model.recompute_granularity == "full" and chunk.pre_process:
             # What is computed again gets gradients only if its input does; that of the first layer is frozen.
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    _initialize(args, chunks)
+    _initialize(config, chunks)
 
 
 @torch.no_grad()
-def _initialize(args: argparse.Namespace, chunks: list[Any]) -> None:
+def _initialize(config: TrainConfig, chunks: list[Any]) -> None:
     """A as torch initialises a linear layer, from `--seed` and its name; B is zero."""
     from megatron.core import parallel_state
 
     from minimind_mcore.models.loading import whole_model_parameters
 
-    model = ModelConfig.from_args(args)
+    model = config.architecture
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in whole_model_parameters(chunks):
         if ".lora_A." in name:
             is_cut = getattr(parameter, "tensor_model_parallel", False)
             shape = (parameter.shape[0], parameter.shape[1] * (size if is_cut else 1))
-            whole = initial_tensor(name, shape, model, scheme="torch", seed=args.seed)
+            whole = initial_tensor(name, shape, model, scheme="torch", seed=config.data.seed)
             parameter.copy_(whole.chunk(size, dim=1)[rank] if is_cut else whole)
         elif ".lora_B." in name:
             parameter.zero_()
@@ -133,6 +136,9 @@ def check(args: argparse.Namespace) -> None:
     if args.ckpt_format != "torch":
         raise UserError(f"--ckpt-format {args.ckpt_format}: adapters are saved with --ckpt-format torch")
     adapters = args.lora_load or (args.load if args.pretrained_checkpoint else None)
-    args.pretrained_checkpoint, args.load = args.pretrained_checkpoint or args.load, adapters
+    args.pretrained_checkpoint, args.load = (
+        args.pretrained_checkpoint or args.load,
+        adapters,
+    )
     if not args.pretrained_checkpoint:
         raise UserError("--pretrained-checkpoint is missing (or --load): the model to adapt")

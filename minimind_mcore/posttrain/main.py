@@ -19,7 +19,7 @@ STAGES: dict[str, type[PostTraining]] = {"sft": SFT, "dpo": DPO, "reason": Reaso
 def main(argv: Sequence[str] | None = None) -> None:
     """Post-train, by the flags of a command line."""
     args = arguments.parse(sys.argv[1:] if argv is None else argv, posttrain=True)
-    pretrain.run(STAGES[stage_of(args)](args))
+    pretrain.run(STAGES[stage_of(args)], args)
 
 
 def stage_of(args: argparse.Namespace) -> str:

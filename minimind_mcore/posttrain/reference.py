@@ -10,7 +10,6 @@ reference's weights in it, so that any layout will do and no second model is in 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -29,7 +28,6 @@ from torch import Tensor
 from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.choose import choose
 from minimind_mcore.checkpoint.files import directory_of, is_converted, iterations_in
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
@@ -41,6 +39,7 @@ from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, step
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.model import core_config
 
 
@@ -48,28 +47,28 @@ class FrozenModel:
     """It is whole on every rank of the last pipeline stage, where the loss is; its tensors are split as the run's are.
 
     Args:
-        args: of the run.
-        layout: of the run.
+        config: of the run.
         path: weights of Hugging Face, MiniMind or Megatron.
 
     Raises:
         UserError: nothing there that can be read, or a model of another vocabulary.
     """
 
-    def __init__(self, args: argparse.Namespace, layout: ParallelLayout, path: str) -> None:
+    def __init__(self, config: TrainConfig, path: str) -> None:
         from megatron.core import parallel_state
 
-        source = open_weights(args, Path(path))
+        source = open_weights(config, Path(path))
         if ranks.is_main():
             for line in assumptions.described(path, source.assumptions):
                 print(line, flush=True)
-        if source.config.vocab_size != args.padded_vocab_size:
+        if source.config.vocab_size != config.model.padded_vocab_size:
             raise UserError(
-                f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is {args.padded_vocab_size}"
+                f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is "
+                f"{config.model.padded_vocab_size}"
             )
         self.model: Any = None
-        if parallel_state.get_pipeline_model_parallel_rank() == layout.pp - 1:
-            self.model = _build(args, layout, source)
+        if parallel_state.get_pipeline_model_parallel_rank() == config.layout.pp - 1:
+            self.model = _build(config, source)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], labels: Tensor | None = None) -> Tensor:
@@ -77,17 +76,17 @@ class FrozenModel:
         return run_model(self.model, batch, labels)
 
 
-def _build(args: argparse.Namespace, layout: ParallelLayout, source: Source) -> Any:
+def _build(config: TrainConfig, source: Source) -> Any:
     from minimind_mcore.models.core_config import build_gpt_model
     from minimind_mcore.models.loading import load_into
 
     # One stage, whatever the run's pipeline; untied, as megatron-core adds up tied weights over all stages.
-    alone = dataclasses.replace(layout, pp=1, vpp=None)
+    alone = dataclasses.replace(config.layout, pp=1, vpp=None)
     untied = source.config.replace(tie_embeddings=False)
-    model = build_gpt_model(untied, core_config(args, alone, untied)).to(device.current().torch_device)
+    model = build_gpt_model(untied, core_config(config, alone, untied)).to(device.current().torch_device)
     tied = {OUTPUT: EMBEDDING} if source.config.tie_embeddings else {}
     load_into([model], lambda name: read_tensor(source, tied.get(name, name)))
-    return model.to(args.params_dtype).requires_grad_(False).eval()
+    return model.to(config.precision.params_dtype).requires_grad_(False).eval()
 
 
 LogProbs = NDArray[np.float32]
@@ -104,9 +103,9 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[Any]) -> None:
     Raises:
         UserError: it is not known which weights are the reference, or there are none.
     """
-    args, used = job.args, [dataset for dataset in datasets if dataset is not None]
-    source = reference_path(args)
-    count = len(data.open_column(data.data_prefix(args), job.columns[0]))
+    config, used = job.config, [dataset for dataset in datasets if dataset is not None]
+    source = reference_path(config)
+    count = len(data.open_column(data.data_prefix(config.data), job.columns[0]))
     needed = np.unique(np.concatenate([dataset.order for dataset in used]))
     cache = ranks.from_main(lambda: _cache_path(job, source))
     known: LogProbs = ranks.from_main(lambda: _read(cache, count))
@@ -118,7 +117,7 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[Any]) -> None:
                 flush=True,
             )
         # The adapters of LoRA are not loaded yet, and zero: the model is its base.
-        with _weights_of(args, None if args.lora_target_modules else source, engine.model):
+        with _weights_of(config, None if config.model.lora_target_modules else source, engine.model):
             known[missing] = _measure(job, engine, missing)[missing]
         if ranks.is_main() and cache:
             with writing(cache, "give another directory with --save (CKPT_SAVE_DIR)"):
@@ -129,38 +128,42 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[Any]) -> None:
         dataset.extra["reference"] = known
 
 
-def reference_path(args: argparse.Namespace) -> str | None:
+def reference_path(config: TrainConfig) -> str | None:
     """Whose weights are the reference: `--ref-model`, else what the policy starts from; None: its initial weights."""
-    if args.ref_model or args.pretrained_checkpoint:
-        return str(args.ref_model or args.pretrained_checkpoint)
-    if args.load and (args.finetune or checkpoint_weights.is_model(Path(args.load))):
-        return str(args.load)
-    if not args.load or not iterations_in(Path(args.load)):
+    if config.checkpoint.ref_model or config.checkpoint.pretrained_checkpoint:
+        return str(config.checkpoint.ref_model or config.checkpoint.pretrained_checkpoint)
+    if config.checkpoint.load and (
+        config.checkpoint.finetune or checkpoint_weights.is_model(Path(config.checkpoint.load))
+    ):
+        return str(config.checkpoint.load)
+    if not config.checkpoint.load or not iterations_in(Path(config.checkpoint.load)):
         return None
-    begun = choose(Path(args.load), args.ckpt_step)
+    begun = choose(Path(config.checkpoint.load), config.checkpoint.ckpt_step)
     if begun is not None and is_converted(begun):
-        return str(args.load)
+        return str(config.checkpoint.load)
     raise UserError(
-        f"--load {args.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the weights that it "
-        "began with, which are the reference; or --finetune to begin with these"
+        f"--load {config.checkpoint.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the "
+        "weights that it began with, which are the reference; or --finetune to begin with these"
     )
 
 
 def _cache_path(job: PostTraining, source: str | None) -> Path | None:
     """Where the log-probabilities are kept; None without `--save`."""
-    args = job.args
-    if not args.save:
+    config = job.config
+    if not config.checkpoint.save:
         return None
-    prefix = data.data_prefix(args)
+    prefix = data.data_prefix(config.data)
     facts = {
         "data": [*job.data_digests(), *(sha256(bin_path(data.file_prefix(prefix, name))) for name in job.columns)],
-        "weights": _weights_digest(Path(source)) if source else [args.seed, args.minimind_init, args.init_method_std],
-        "model": [getattr(args, name) for name in checkpoint_fit.MODEL_ARGS],
-        "seq_length": args.seq_length,
-        "precision": [args.bf16, args.fp16],
+        "weights": _weights_digest(Path(source))
+        if source
+        else [config.data.seed, config.model.minimind_init, config.model.init_method_std],
+        "model": [getattr(config.args, name) for name in checkpoint_fit.MODEL_ARGS],
+        "seq_length": config.data.seq_length,
+        "precision": [config.precision.bf16, config.precision.fp16],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Path(args.save).parent / f"reference-{digest[:16]}.npy"
+    return config.checkpoint.directory.parent / f"reference-{digest[:16]}.npy"
 
 
 def _weights_digest(path: Path) -> list[str]:
@@ -185,13 +188,13 @@ def _read(cache: Path | None, count: int) -> LogProbs:
 
 
 @contextlib.contextmanager
-def _weights_of(args: argparse.Namespace, source: str | None, model: list[Any]) -> Iterator[None]:
+def _weights_of(config: TrainConfig, source: str | None, model: list[Any]) -> Iterator[None]:
     """Inside, the model has the reference's weights; the optimizer does not see them."""
     if source is None:
         yield
         return
     own = [{k: v.clone() for k, v in chunk.state_dict().items() if v is not None} for chunk in model]
-    checkpointing.load_weights(args, Path(source), model)
+    checkpointing.load_weights(config, Path(source), model)
     yield
     for chunk, state in zip(model, own, strict=True):
         chunk.load_state_dict(state, strict=False)  # the rest is not tensors
@@ -201,14 +204,14 @@ def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64
     """[pairs of the data, 2], filled in for `documents`; the same on every rank. Collective."""
     from megatron.core import parallel_state
 
-    args, prefix = job.args, data.data_prefix(job.args)
+    config, prefix = job.config, data.data_prefix(job.config.data)
     total = len(data.open_column(prefix, job.columns[0]))
-    rounds = -(-len(documents) // args.global_batch_size)
-    order = np.resize(documents, rounds * args.global_batch_size)  # the last round repeats the first pairs
-    samples = data.Samples(prefix, job.columns, order, args.seq_length)
-    batches = [training_data.micro_batches(args, job, samples, 0, workers=0) for _ in engine.model]
+    rounds = -(-len(documents) // config.schedule.global_batch_size)
+    order = np.resize(documents, rounds * config.schedule.global_batch_size)  # the last round repeats the first pairs
+    samples = data.Samples(prefix, job.columns, order, config.data.seq_length)
+    batches = [training_data.micro_batches(config, job, samples, 0, workers=0) for _ in engine.model]
     found = torch.zeros(total, 2, dtype=torch.float32, device=device.current().torch_device)
-    for result in engine.measure(job, batches, args.num_microbatches, rounds):
+    for result in engine.measure(job, batches, config.schedule.num_microbatches, rounds):
         step.check_losses(result, 0)
         for indices, log_probs in zip(result.indices, result.losses, strict=True):
             found[indices] = log_probs.t()

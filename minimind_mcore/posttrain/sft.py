@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError, require
 from minimind_mcore.platform import ranks
 from minimind_mcore.posttrain import data, lora
@@ -30,9 +30,9 @@ class PostTraining(Job):
 
     columns: tuple[str, ...] = data.INSTRUCTION
 
-    def check(self) -> None:
+    @classmethod
+    def check(cls, args: argparse.Namespace) -> None:
         """See `Job`."""
-        args = self.args
         require(
             not args.variable_seq_lengths or not args.neat_pack,
             "--variable-seq-lengths: packed samples have one length; leave it out",
@@ -53,57 +53,62 @@ class PostTraining(Job):
             f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
         )
 
-    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
+    def prepare_model(self, chunks: list[Any]) -> None:
         """See `Job`."""
-        if self.args.lora_target_modules:
-            checkpointing.load_weights(self.args, Path(self.args.pretrained_checkpoint), chunks)
-            self.args.lora_base = lora.base_digest(chunks)  # checkpoints carry it
-            lora.adapt(self.args, chunks)
+        if self.config.model.lora_target_modules:
+            checkpointing.load_weights(self.config, Path(str(self.config.checkpoint.pretrained_checkpoint)), chunks)
+            self.config.args.lora_base = lora.base_digest(chunks)  # checkpoints carry it
+            lora.adapt(self.config, chunks)
 
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
         """See `Job`."""
-        args, prefix = self.args, data.data_prefix(self.args)
-        data.check_files(prefix, self.columns, tokenizer, args.verify_data)
+        config, prefix = self.config, data.data_prefix(self.config.data)
+        data.check_files(prefix, self.columns, tokenizer, config.data.verify_data)
         # Reads all of it: once is enough.
         ranks.check_on_main(
-            lambda: data.check_labels(prefix, self.columns, args.seq_length, tokenizer.vocab_size, args.neat_pack)
+            lambda: data.check_labels(
+                prefix, self.columns, config.data.seq_length, tokenizer.vocab_size, config.data.neat_pack
+            )
         )
 
     def build_datasets(self) -> list[Any]:
         """See `Job`."""
-        args, prefix = self.args, data.data_prefix(self.args)
-        tokenizer = training_data.open_tokenizer(args)
+        config, prefix = self.config, data.data_prefix(self.config.data)
+        tokenizer = training_data.open_tokenizer(config)
         self.check_data(tokenizer)
         tokenizer.unique_identifiers["indices"] = self.data_digests()
-        training_data.require_same_everywhere(args, tokenizer)
+        training_data.require_same_everywhere(config, tokenizer)
         digests = [sample_order.data_digest(data.file_prefix(prefix, name)) for name in self.columns]
-        args.sample_order = sample_order.record(args, digests)
+        config.args.sample_order = sample_order.record(config.args, digests)
         first = data.open_column(prefix, self.columns[0])
-        ranges = data.split_ranges(args.split, len(first))
+        ranges = data.split_ranges(config.data.split, len(first))
         if not ranges[0]:
             raise UserError(
-                f"--split {args.split}: nothing is left to train on of the {len(first)} samples of {prefix}"
+                f"--split {config.data.split}: nothing is left to train on of the {len(first)} samples of {prefix}"
             )
         return [
             data.Samples(
-                prefix, self.columns, data.sample_order(part, samples, args.seed, not args.no_shuffle), args.seq_length
+                prefix,
+                self.columns,
+                data.sample_order(part, samples, config.data.seed, not config.data.no_shuffle),
+                config.data.seq_length,
             )
             if part and samples
             else None
-            for part, samples in zip(ranges, training_data.samples_needed(args), strict=True)
+            for part, samples in zip(ranges, training_data.samples_needed(config), strict=True)
         ]
 
     def data_digests(self) -> list[str]:
         """Of the index of every file."""
-        prefix = data.data_prefix(self.args)
+        prefix = data.data_prefix(self.config.data)
         return [idx_digest(data.file_prefix(prefix, name)) for name in self.columns]
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """See `Job`; packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
         tokens, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
-        length = data.padded_length(max(map(len, tokens)), self.args)
+        length = data.padded_length(max(map(len, tokens)), self.config)
         batch = data.batch_of(tokens, labels, length)
-        if self.args.neat_pack:
+        if self.config.data.neat_pack:
             batch = data.flatten_packed(batch, data.pad([s["attention_mask"] for s in samples], length, 0))
         return batch | {"index": torch.tensor([s["index"] for s in samples])}
 
@@ -150,7 +155,7 @@ class Reason(SFT):
     @functools.cached_property
     def pieces(self) -> Tensor:
         """Token ids of which the tags are made."""
-        tokens, _ = load_encoder(tokenizer_path(self.args), backend="tokenizers").encode(list(TAGS))
+        tokens, _ = load_encoder(tokenizer_path(self.config.data), backend="tokenizers").encode(list(TAGS))
         return torch.tensor(sorted(set(tokens.tolist())))
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import queue
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_fit import check_model, check_optimizer
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.optimizer import schedule_kept
 from minimind_mcore.training.step import Engine
 
 
-def _metadata(args: argparse.Namespace) -> dict[str, Any]:
+def _metadata(config: TrainConfig) -> dict[str, Any]:
     """How megatron-core 0.16.1 is to shard: the form that fits any number of ranks."""
     from megatron.core import parallel_state as ps
 
@@ -29,15 +29,17 @@ def _metadata(args: argparse.Namespace) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
     }
-    if args.use_distributed_optimizer:  # the mere key, without it, would tie the file to the number of expert ranks
+    if (
+        config.parallel.use_distributed_optimizer
+    ):  # the mere key, without it, would tie the file to the number of expert ranks
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
     return metadata
 
 
-def _sharded_state(args: argparse.Namespace, model: list[Any], optimizer: Any, loading: bool = True) -> dict[str, Any]:
+def _sharded_state(config: TrainConfig, model: list[Any], optimizer: Any, loading: bool = True) -> dict[str, Any]:
     """The tensors of the model and, unless it is None, of the optimizer."""
-    metadata = _metadata(args)
+    metadata = _metadata(config)
     chunks = zip(model_keys(model), map(unwrap, model), strict=True)
     state = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in chunks}
     if optimizer is not None:
@@ -56,7 +58,7 @@ def _rng_object() -> Any:
     return ShardedObject("rng_state", rng_states(), shape, place, replica_id=replica)
 
 
-def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Path]:
+def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
     """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -64,13 +66,15 @@ def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Pat
     _require_support()
     # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
     filesystem_async._results_queue = queue.Queue()
-    state = _sharded_state(args, engine.model, None if args.no_save_optim else engine.optimizer, loading=False)
-    common = common_state(args, engine)
+    state = _sharded_state(
+        config, engine.model, None if config.checkpoint.no_save_optim else engine.optimizer, loading=False
+    )
+    common = common_state(config, engine)
     common.pop("optimizer", None)
     state |= common
-    if not args.no_save_rng:
+    if not config.checkpoint.no_save_rng:
         state["rng_state"] = _rng_object()
-    kept = {k: v for k, v in _metadata(args).items() if k != "dp_cp_group"}
+    kept = {k: v for k, v in _metadata(config).items() if k != "dp_cp_group"}
     try:
         dist_checkpointing.save(state, str(directory), content_metadata=kept)
     except CheckpointException as error:  # no Exception, but a BaseException
@@ -79,7 +83,7 @@ def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Pat
     return sorted(p for p in directory.rglob("*") if p.is_file())[dist.get_rank() :: dist.get_world_size()]
 
 
-def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str, Any]:
+def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]:
     """Load into whatever layout this run has; returns the saved dictionary."""
     from megatron.core import dist_checkpointing
 
@@ -87,17 +91,19 @@ def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str,
     check_checkpoint(directory)
     with unpickling.restricted():
         saved = dist_checkpointing.load_common_state_dict(str(directory))
-    check_model(args, saved["args"], directory)
-    wants_optimizer = not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved
+    check_model(config.args, saved["args"], directory)
+    wants_optimizer = config.checkpoint.loads_optimizer and "opt_param_scheduler" in saved
     if wants_optimizer:
-        check_optimizer(args, saved["args"], directory)
-    state: Any = _sharded_state(args, engine.model, engine.optimizer if wants_optimizer else None)
+        check_optimizer(config.args, saved["args"], directory)
+    state: Any = _sharded_state(config, engine.model, engine.optimizer if wants_optimizer else None)
     # A converter's checkpoint has no world size, and one of --no-save-rng no random states.
     same = all(
-        getattr(saved["args"], name, None) == getattr(args, name)
+        getattr(saved["args"], name, None) == getattr(config.args, name)
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
     )
-    wants_rng = same and not (args.finetune or args.no_load_rng or getattr(saved["args"], "no_save_rng", None))
+    wants_rng = same and not (
+        config.checkpoint.finetune or config.checkpoint.no_load_rng or getattr(saved["args"], "no_save_rng", None)
+    )
     if wants_rng:
         state["rng_state"] = _rng_object()
     with unpickling.restricted():
@@ -106,7 +112,7 @@ def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str,
         unwrap(chunk).load_state_dict(state[key], strict=True)
     if wants_optimizer:
         fitted = fit_optimizers(state["optimizer"], saved["optimizer"], engine.optimizer.chained_optimizers)
-        with schedule_kept(args, engine.optimizer):
+        with schedule_kept(config, engine.optimizer):
             engine.optimizer.load_state_dict(fitted)
         load_schedule(engine.scheduler, saved["opt_param_scheduler"], directory)
     else:

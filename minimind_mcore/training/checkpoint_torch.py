@@ -1,6 +1,6 @@
 """`--ckpt-format torch`: one directory per model-parallel rank, in the layout of MindSpeed-LLM and Megatron.
 
-    iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt     args, model, optimizer, schedule, RNG
+    iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt     config, model, optimizer, schedule, RNG
                                        /distrib_optim.pt       with the distributed optimizer
 
 Source: Megatron-LM core_v0.12.1, megatron/training/checkpointing.py. It loads only where TP, PP and
@@ -9,7 +9,6 @@ EP are the same.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from minimind_mcore.checkpoint.torch_zip import load_torch
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.optimizer import schedule_kept
 from minimind_mcore.training.step import Engine
 
@@ -51,12 +51,12 @@ def model_keys(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
 
 
-def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Path]:
+def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
     """Write this rank's files; returns them. Collective."""
     from megatron.core import parallel_state as ps
 
     folder, files = rank_directory(directory), []
-    if args.use_distributed_optimizer and not args.no_save_optim:
+    if config.parallel.use_distributed_optimizer and not config.checkpoint.no_save_optim:
         folder.mkdir(exist_ok=True)
         engine.optimizer.save_parameter_state(str(folder / OPTIMIZER_NAME))
         # Experts have data-parallel groups of their own, and a file for each of their ranks.
@@ -64,12 +64,12 @@ def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Pat
     rng = rng_states()
     if ps.get_expert_data_parallel_rank() != 0:
         return files
-    state = common_state(args, engine)
+    state = common_state(config, engine)
     for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         state[key] = chunk.state_dict_for_save_checkpoint()
-        if args.lora_target_modules:  # the weights below the adapters are where they came from
+        if config.model.lora_target_modules:  # the weights below the adapters are where they came from
             state[key] = _adapters(state[key])
-    if not args.no_save_rng:
+    if not config.checkpoint.no_save_rng:
         state["rng_state"] = rng
     _convert_steps(state.get("optimizer", []), torch.tensor)
     folder.mkdir(exist_ok=True)
@@ -77,20 +77,20 @@ def write(args: argparse.Namespace, directory: Path, engine: Engine) -> list[Pat
     return [*files, folder / NAME]
 
 
-def common_state(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+def common_state(config: TrainConfig, engine: Engine) -> dict[str, Any]:
     """What a checkpoint holds besides weights and random states."""
     state: dict[str, Any] = {
-        "args": args,
+        "args": config.args,
         "checkpoint_version": 3.0,
-        "iteration": args.iteration,
+        "iteration": config.args.iteration,
         "num_floating_point_operations_so_far": 0,
     }
-    if not args.no_save_optim:
+    if not config.checkpoint.no_save_optim:
         state |= {"optimizer": engine.optimizer.state_dict(), "opt_param_scheduler": engine.scheduler.state_dict()}
     return state
 
 
-def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str, Any]:
+def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]:
     """Load this rank's part into the model and the rest; returns the saved dictionary."""
     folder = rank_directory(directory)
     if not (folder / NAME).is_file():
@@ -100,27 +100,27 @@ def read(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str,
             f"the layout that saved it: {INSTEAD}"
         )
     state: dict[str, Any] = load_torch(folder / NAME)
-    check_model(args, state["args"], directory)
-    check_layout(args, state["args"], directory, INSTEAD)
+    check_model(config.args, state["args"], directory)
+    check_layout(config.args, state["args"], directory, INSTEAD)
     for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         if key not in state:
             raise UserError(
                 f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages; give --reshard to "
                 "take its weights into this layout"
             )
-        _load_chunk(args, chunk, state, key, directory)
-    if args.finetune or args.no_load_optim or "optimizer" not in state:
+        _load_chunk(config, chunk, state, key, directory)
+    if not config.checkpoint.loads_optimizer or "optimizer" not in state:
         engine.take_weights()
     else:
-        check_optimizer(args, state["args"], directory)
+        check_optimizer(config.args, state["args"], directory)
         _convert_steps(state["optimizer"], int)
-        with schedule_kept(args, engine.optimizer):
+        with schedule_kept(config, engine.optimizer):
             engine.optimizer.load_state_dict(state["optimizer"])
-        if args.use_distributed_optimizer:
+        if config.parallel.use_distributed_optimizer:
             with torch.no_grad():  # megatron-core 0.12.1 copies into views of leaves that need gradients
                 engine.optimizer.load_parameter_state(str(folder / OPTIMIZER_NAME))
         load_schedule(engine.scheduler, state["opt_param_scheduler"], directory)
-    if not (args.finetune or args.no_load_rng) and "rng_state" in state:
+    if not (config.checkpoint.finetune or config.checkpoint.no_load_rng) and "rng_state" in state:
         restore_rng(state["rng_state"])
     return state
 
@@ -138,9 +138,9 @@ def _adapters(state: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in state.items() if ".lora_" in name and isinstance(tensor, torch.Tensor)}
 
 
-def _load_chunk(args: argparse.Namespace, chunk: Any, state: dict[str, Any], key: str, directory: Path) -> None:
+def _load_chunk(config: TrainConfig, chunk: Any, state: dict[str, Any], key: str, directory: Path) -> None:
     """The weights of one chunk; of a LoRA run the adapters, whose base is there already."""
-    adapters, wants = _adapters(state[key]), bool(args.lora_target_modules)
+    adapters, wants = _adapters(state[key]), bool(config.model.lora_target_modules)
     if bool(adapters) != wants:
         raise UserError(
             f"{directory}: found no LoRA adapters, expected those of --lora-target-modules; its own weights go to "
@@ -150,24 +150,25 @@ def _load_chunk(args: argparse.Namespace, chunk: Any, state: dict[str, Any], key
         )
     if wants:
         for name in ("lora_r", "lora_alpha"):
-            found, expected = getattr(state["args"], name), getattr(args, name)
+            found, expected = getattr(state["args"], name), getattr(config.model, name)
             if found != expected:
                 raise UserError(f"{directory}: {name} is {found} there and {expected} on the command line")
-        _check_base(args, state["args"], directory)
+        _check_base(config, state["args"], directory)
         if adapters.keys() != _adapters(chunk.state_dict()).keys():
             found = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapters})
             raise UserError(f"{directory}: its adapters are those of --lora-target-modules {' '.join(found)}")
     chunk.load_state_dict(adapters if wants else state[key], strict=not wants)
 
 
-def _check_base(args: argparse.Namespace, saved: Any, directory: Path) -> None:
+def _check_base(config: TrainConfig, saved: object, directory: Path) -> None:
     """Refuse to go on with adapters upon other weights, where those of before are known."""
-    found = getattr(saved, "lora_base", None)
-    if found not in (None, args.lora_base) and not args.finetune:
+    found, own = getattr(saved, "lora_base", None), config.args.lora_base
+    if found not in (None, own) and not config.checkpoint.finetune:
+        base = getattr(saved, "pretrained_checkpoint", None)
         raise UserError(
             f"{directory}: its adapters were trained on other weights (digest {found[:12]}, of "
-            f"{saved.pretrained_checkpoint} as it was then) than {args.pretrained_checkpoint} has (digest "
-            f"{args.lora_base[:12]}): give --pretrained-checkpoint with those weights to go on, or --finetune to begin "
+            f"{base} as it was then) than {config.checkpoint.pretrained_checkpoint} has "
+            f"(digest {own[:12]}): give --pretrained-checkpoint with those weights to go on, or --finetune to begin "
             "a new run with these adapters"
         )
 

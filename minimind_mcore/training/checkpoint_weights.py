@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, named_router_weight
 from minimind_mcore.training.checkpoint_fit import check_router, check_tokenizer
 from minimind_mcore.training.checkpoint_torch import load_schedule
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.step import Engine
 
 
@@ -26,9 +26,9 @@ def is_model(path: Path) -> bool:
     return path.is_file() or (path / "config.json").is_file()
 
 
-def is_resharded(args: argparse.Namespace, directory: Path) -> bool:
+def is_resharded(config: TrainConfig, directory: Path) -> bool:
     """Whether a `torch` checkpoint was saved in another layout than this run's."""
-    return saved_layout(directory) != ParallelLayout.from_args(args)
+    return saved_layout(directory) != config.layout
 
 
 def saved_layout(directory: Path) -> ParallelLayout:
@@ -36,7 +36,7 @@ def saved_layout(directory: Path) -> ParallelLayout:
     return ParallelLayout.from_args(saved_args(directory))
 
 
-def read_model(args: argparse.Namespace, path: Path, engine: Engine) -> Source:
+def read_model(config: TrainConfig, path: Path, engine: Engine) -> Source:
     """Fill this rank's chunks from a model in files; the optimizer starts anew.
 
     Raises:
@@ -44,40 +44,40 @@ def read_model(args: argparse.Namespace, path: Path, engine: Engine) -> Source:
     """
     from minimind_mcore.models.loading import load_into  # imports megatron
 
-    source = open_model(args, path)
+    source = open_model(config, path)
     load_into(engine.model, lambda name: read_tensor(source, name))
     engine.take_weights()
     return source
 
 
-def open_model(args: argparse.Namespace, path: Path) -> Source:
+def open_model(config: TrainConfig, path: Path) -> Source:
     """The run's own model in files; no weight is read yet.
 
     Raises:
         UserError: it is another model, or `open_weights` refuses it.
     """
-    config = ModelConfig.from_args(args)
-    source = open_weights(args, path, config if is_pth(path) else None)  # which does not say all of it
+    own = config.architecture
+    source = open_weights(config, path, own if is_pth(path) else None)  # which does not say all of it
     for field in dataclasses.fields(ModelConfig):
-        found, expected = getattr(source.config, field.name), getattr(config, field.name)
+        found, expected = getattr(source.config, field.name), getattr(own, field.name)
         # a longer context needs no other weights, and how experts are balanced is the training's; MiniMind scales the
         # rotary embedding for inference only
         if field.name not in ("max_position_embeddings", "inference_rope_scaling", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
     if moe := source.config.moe:
-        rule = named_router_weight(args) if is_pth(path) else moe.router_weight  # a .pth leaves it open
-        check_router(args, moe.topk, rule, f"--load {path}")
+        rule = named_router_weight(config.args) if is_pth(path) else moe.router_weight  # a .pth leaves it open
+        check_router(config.args, moe.topk, rule, f"--load {path}")
     return source
 
 
-def open_weights(args: argparse.Namespace, path: Path, config: ModelConfig | None = None) -> Source:
+def open_weights(config: TrainConfig, path: Path, architecture: ModelConfig | None = None) -> Source:
     """A model in files, of any size, that was trained with the run's tokenizer.
 
     Raises:
         UserError: another tokenizer, adapters that are not merged, or damaged.
     """
-    source = open_source(path, config)
-    check_tokenizer(args, source.training.fingerprint, path)
+    source = open_source(path, architecture)
+    check_tokenizer(config.args, source.training.fingerprint, path)
     if source.adapters:
         raise UserError(f"{path}: holds LoRA adapters: merge them into their base first (convert_ckpt_v2.py)")
     for check in source.checks:
@@ -92,10 +92,10 @@ def read_tensor(source: Source, name: str) -> Tensor:
     return tensor
 
 
-def reshard(args: argparse.Namespace, directory: Path, engine: Engine) -> dict[str, Any]:
+def reshard(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]:
     """Fill this rank's chunks from a `torch` checkpoint of another layout; returns the saved dictionary."""
-    read_model(args, directory, engine)
+    read_model(config, directory, engine)
     saved: dict[str, Any] = content(directory)
-    if not (args.finetune or args.no_load_optim) and "opt_param_scheduler" in saved:
+    if not (config.checkpoint.finetune or config.checkpoint.no_load_optim) and "opt_param_scheduler" in saved:
         load_schedule(engine.scheduler, saved["opt_param_scheduler"], directory)
     return saved

@@ -6,7 +6,6 @@ samples consumed so far is therefore the whole data position of a run.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -27,6 +26,7 @@ from minimind_mcore.preprocess.check import idx_digest, quick_check
 from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.training import sample_order
+from minimind_mcore.training.config import DataSection, TrainConfig
 
 if TYPE_CHECKING:
     from minimind_mcore.training.job import Job
@@ -73,14 +73,14 @@ def micro_batch_indices(total: int, consumed: int, mbs: int, rank: int, dp: int)
         yield list(range(start, start + mbs))
 
 
-def open_tokenizer(args: argparse.Namespace) -> DatasetTokenizer:
+def open_tokenizer(config: TrainConfig) -> DatasetTokenizer:
     """The tokenizer of the run; checkpoints carry its fingerprint."""
-    tokenizer = DatasetTokenizer(tokenizer_path(args), args.padded_vocab_size)
-    args.tokenizer_fingerprint = tokenizer.fingerprint
+    tokenizer = DatasetTokenizer(tokenizer_path(config.data), config.model.padded_vocab_size)
+    config.args.tokenizer_fingerprint = tokenizer.fingerprint
     return tokenizer
 
 
-def build_datasets(args: argparse.Namespace) -> list[Any]:
+def build_datasets(config: TrainConfig) -> list[Any]:
     """Train, validation and test datasets (None where the split leaves nothing).
 
     Raises:
@@ -90,36 +90,36 @@ def build_datasets(args: argparse.Namespace) -> list[Any]:
 
     from minimind_mcore.training.data_cache import Builder, GPTDataset  # imports megatron
 
-    tokenizer = open_tokenizer(args)
-    check_prefixes(args, tokenizer)
+    tokenizer = open_tokenizer(config)
+    check_prefixes(config, tokenizer)
     # megatron-core keys its cached sample order by path; the same path may hold other data by now.
-    tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(args)]
-    require_same_everywhere(args, tokenizer)
+    tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(config.data)]
+    require_same_everywhere(config, tokenizer)
     compile_helpers()
     options = dict(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
+        random_seed=config.data.seed,
+        sequence_length=config.data.seq_length,
+        path_to_cache=config.data.data_cache_path,
+        mmap_bin_files=config.data.mmap_bin_files,
         tokenizer=tokenizer,
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=config.data.reset_attention_mask,
+        eod_mask_loss=config.data.eod_mask_loss,
         # The attention is causal by itself; only documents that must not see each other need a mask.
-        create_attention_mask=args.reset_attention_mask,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        create_attention_mask=config.data.reset_attention_mask,
+        num_dataset_builder_threads=config.data.num_dataset_builder_threads,
     )
-    wanted = samples_needed(args)
+    wanted = samples_needed(config)
     datasets: list[Any] = []
-    for number, part in enumerate(read := parts(args)):
+    for number, part in enumerate(read := parts(config)):
         if not part.prefixes:
             datasets.append(None)
             continue
-        config: Any = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
-        config.split_matrix = [share if place == number else None for place, share in enumerate(config.split_matrix)]
-        datasets.append(Builder(GPTDataset, wanted, lambda: True, config).build()[number])
+        built: Any = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
+        built.split_matrix = [share if place == number else None for place, share in enumerate(built.split_matrix)]
+        datasets.append(Builder(GPTDataset, wanted, lambda: True, built).build()[number])
     digests = [sample_order.data_digest(prefix) for prefix in read[0].prefixes]
-    args.sample_order = sample_order.record(args, digests, sample_order.order_digest(datasets[0]))
+    config.args.sample_order = sample_order.record(config.args, digests, sample_order.order_digest(datasets[0]))
     return datasets
 
 
@@ -138,7 +138,7 @@ class Part:
     split: str
 
 
-def parts(args: argparse.Namespace) -> list[Part]:
+def parts(config: TrainConfig) -> list[Part]:
     """What training, validation and test read.
 
     A set that is too small for a part of the split is left out of that part: megatron-core 0.16.1 loops for ever where
@@ -147,11 +147,11 @@ def parts(args: argparse.Namespace) -> list[Part]:
     Raises:
         UserError: nothing is left to train on, or the words of a blend are wrong.
     """
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    per_split = [config.data.train_data_path, config.data.valid_data_path, config.data.test_data_path]
     found = []
     for number in range(3):
-        split = ",".join(str(int(place == number)) for place in range(3)) if any(per_split) else args.split
-        words = per_split[number] if any(per_split) else args.data_path
+        split = ",".join(str(int(place == number)) for place in range(3)) if any(per_split) else config.data.split
+        words = per_split[number] if any(per_split) else config.data.data_path
         blend = parse_blend(words or [])
         weights = [float(weight) for weight in blend.weights or sizes(blend.prefixes)]
         kept = [place for place, prefix in enumerate(blend.prefixes) if _tokens(prefix, split, number)]
@@ -196,10 +196,10 @@ def compile_helpers() -> None:
     importlib.invalidate_caches()  # another rank may have compiled them
 
 
-def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
+def require_same_everywhere(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
     """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
     names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
-    mine = {name: getattr(args, name) for name in names} | dict(tokenizer.unique_identifiers)
+    mine = {name: getattr(config.args, name) for name in names} | dict(tokenizer.unique_identifiers)
     everywhere = ranks.gather(mine)
     for rank, other in enumerate(everywhere):
         differing = [name for name in mine if other[name] != everywhere[0][name]]
@@ -209,25 +209,25 @@ def require_same_everywhere(args: argparse.Namespace, tokenizer: DatasetTokenize
             )
 
 
-def samples_needed(args: argparse.Namespace) -> list[int]:
+def samples_needed(config: TrainConfig) -> list[int]:
     """Samples that a run reads for training, validation and test."""
-    evaluations = (args.train_iters // args.eval_interval + 1) * args.eval_iters
-    batches = [args.train_iters, evaluations, args.eval_iters]
-    return [n * args.global_batch_size for n in batches]
+    evaluations = (config.schedule.train_iters // config.schedule.eval_interval + 1) * config.schedule.eval_iters
+    batches = [config.schedule.train_iters, evaluations, config.schedule.eval_iters]
+    return [n * config.schedule.global_batch_size for n in batches]
 
 
-def tokenizer_path(args: argparse.Namespace) -> str:
+def tokenizer_path(data: DataSection) -> str:
     """The directory of the run's tokenizer (two flags name it, by `--tokenizer-type`)."""
-    path = args.tokenizer_name_or_path or args.tokenizer_model
+    path = data.tokenizer_name_or_path or data.tokenizer_model
     if not path:
         raise UserError("--tokenizer-name-or-path is missing: the directory that has tokenizer.json")
     return str(path)
 
 
-def prefixes(args: argparse.Namespace) -> list[str]:
+def prefixes(data: DataSection) -> list[str]:
     """Every dataset prefix on the command line, weights left out."""
     found: list[str] = []
-    for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
+    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
         if paths:
             found += parse_blend(paths).prefixes
     if not found:
@@ -235,14 +235,14 @@ def prefixes(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def check_prefixes(args: argparse.Namespace, tokenizer: DatasetTokenizer) -> None:
+def check_prefixes(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
     """Refuse datasets that are missing, truncated, tokenized with another tokenizer, or have ids that it has not."""
-    for prefix in prefixes(args):
-        quick_check(prefix, tokenizer.fingerprint, tokenizer.vocab_size, args.verify_data)
+    for prefix in prefixes(config.data):
+        quick_check(prefix, tokenizer.fingerprint, tokenizer.vocab_size, config.data.verify_data)
 
 
 def micro_batches(
-    args: argparse.Namespace, job: Job, dataset: Any, consumed: int, workers: int | None = None
+    config: TrainConfig, job: Job, dataset: Any, consumed: int, workers: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches, as the job collates them, on its device, with the list of the samples' indices.
 
@@ -254,7 +254,7 @@ def micro_batches(
     indices = micro_batch_indices(
         len(dataset),
         consumed,
-        args.micro_batch_size,
+        config.schedule.micro_batch_size,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
@@ -263,16 +263,16 @@ def micro_batches(
         NumberedDataset(dataset),
         batch_sampler=indices,
         collate_fn=job.collate,
-        num_workers=args.num_workers if workers is None else workers,
+        num_workers=config.data.num_workers if workers is None else workers,
         pin_memory=pin,
         # A loader draws a seed for its workers: from the generator of dropout, a resumed run would drop other values.
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=torch.Generator().manual_seed(config.data.seed),
     )
     place = device.current().torch_device
     for batch in loader:
         # Read here: asking the device for it would stop the step.
         read = {"index": batch.pop("index").tolist()}
-        if "cu_seqlens" in batch and not device.current().is_ascend and args.transformer_impl == "local":
+        if "cu_seqlens" in batch and not device.current().is_ascend and config.model.transformer_impl == "local":
             read["cu_seqlens"] = batch.pop("cu_seqlens")  # every layer of the model reads it
         moved = {k: v.to(place, non_blocking=pin) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         yield moved | read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import os
@@ -17,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from minimind_mcore import hosts
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.storage import writing
+from minimind_mcore.training.config import TrainConfig
 
 # A rank that makes no progress is named after --distributed-timeout-minutes (liveness.py); only then libraries raise.
 GRACE_MINUTES = 2
@@ -32,17 +31,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(args: argparse.Namespace, layout: ParallelLayout) -> None:
-    """Join the process group, make Megatron's groups for `layout`, and seed every generator."""
+def initialize(config: TrainConfig) -> None:
+    """Join the process group, make Megatron's groups for the layout, and seed every generator."""
     from megatron.core import parallel_state, tensor_parallel
 
-    minutes = args.distributed_timeout_minutes + GRACE_MINUTES
+    layout = config.layout
+    minutes = config.parallel.distributed_timeout_minutes + GRACE_MINUTES
     if not dist.is_initialized():
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
-        backend = device.backend(args.distributed_backend)
+        backend = device.backend(config.parallel.distributed_backend)
         if backend != device.current().backend:  # gloo, and a GPU
-            _require_simple(args, layout)
+            _require_simple(config)
             _reduce_one_by_one()
         with hosts.port_errors(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
@@ -54,14 +54,14 @@ def initialize(args: argparse.Namespace, layout: ParallelLayout) -> None:
         distributed_timeout_minutes=minutes,
     )
     # Every pipeline stage draws other numbers (dropout), as in Megatron; weights have their own generators.
-    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed = config.data.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _require_simple(args: argparse.Namespace, layout: ParallelLayout) -> None:
+def _require_simple(config: TrainConfig) -> None:
     """Refuse a layout that gloo cannot run on a GPU.
 
     Of tensors on a GPU it only all-reduces, broadcasts and gathers (torch 2.7 to 2.13, ProcessGroupGloo.cpp).
@@ -70,12 +70,12 @@ def _require_simple(args: argparse.Namespace, layout: ParallelLayout) -> None:
         UserError: the flags of what it cannot do.
     """
     unsupported = {
-        "--pipeline-model-parallel-size": layout.pp > 1,
-        "--expert-model-parallel-size": layout.ep > 1,
-        "--sequence-parallel": args.sequence_parallel,
-        "--use-distributed-optimizer": args.use_distributed_optimizer,
-        "--overlap-grad-reduce": args.overlap_grad_reduce,
-        "--ckpt-format torch_dist": args.ckpt_format == "torch_dist" and bool(args.save),
+        "--pipeline-model-parallel-size": config.layout.pp > 1,
+        "--expert-model-parallel-size": config.layout.ep > 1,
+        "--sequence-parallel": config.parallel.sequence_parallel,
+        "--use-distributed-optimizer": config.parallel.use_distributed_optimizer,
+        "--overlap-grad-reduce": config.parallel.overlap_grad_reduce,
+        "--ckpt-format torch_dist": config.checkpoint.ckpt_format == "torch_dist" and bool(config.checkpoint.save),
     }
     if flags := [flag for flag, given in unsupported.items() if given]:
         raise UserError(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.training import data
+from minimind_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from minimind_mcore.training.step import Engine
@@ -50,29 +50,30 @@ class Job:
     metrics: tuple[str, ...] = ()
     sequences = 1
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
 
-    def check(self) -> None:
+    @classmethod
+    def check(cls, args: argparse.Namespace) -> None:
         """Refuse flags that this stage cannot follow, and fill in what follows from them."""
 
     def check_data(self, tokenizer: data.DatasetTokenizer) -> None:
         """Refuse data that is missing, damaged, or not for this stage."""
-        data.check_prefixes(self.args, tokenizer)
+        data.check_prefixes(self.config, tokenizer)
 
     def build_datasets(self) -> list[Any]:
         """Training, validation and test set; None where there is none. Collective."""
-        return data.build_datasets(self.args)
+        return data.build_datasets(self.config)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A micro-batch: tokens, labels, loss_mask, position_ids [sequences, length], and what else the job needs."""
         batch: dict[str, Any] = default_collate(samples)
         return batch
 
-    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
+    def prepare_model(self, chunks: list[Any]) -> None:
         """Change this rank's GPTModels, initialised but not yet wrapped."""
 
-    def begin(self, layout: ParallelLayout, engine: Engine, datasets: list[Any]) -> None:
+    def begin(self, engine: Engine, datasets: list[Any]) -> None:
         """What must be there before the first step; checkpoints are loaded after it. Collective."""
 
     def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:

@@ -6,28 +6,29 @@ Only rank 0 prints and writes; the reductions behind a line are collective, so e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import importlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.storage import append_line, atomic_write_text, writing
 from minimind_mcore.training import step
+from minimind_mcore.training.config import Loggers, TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
 OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
+
+
+Sink = Callable[[dict[str, Any] | None], None]  # takes a row, or None to close
 
 
 @dataclass
@@ -39,37 +40,39 @@ class Progress:
     skipped: int = 0
 
 
-def output_dir(args: argparse.Namespace) -> Path:
+def output_dir(config: TrainConfig) -> Path:
     """Directory of metrics.jsonl, loss.png and report.html."""
-    return Path(args.output_dir or (Path(args.save).parent if args.save else "outputs"))
+    save = config.checkpoint.save
+    return Path(config.logging.output_dir or (Path(save).parent if save else "outputs"))
 
 
 class Metrics:
     """Collects steps and reports every `--log-interval` of them."""
 
-    def __init__(self, args: argparse.Namespace, job: Job, layout: ParallelLayout, progress: Progress) -> None:
-        self.args, self.job, self.layout = args, job, layout
-        self.model = ModelConfig.from_args(args)
+    def __init__(self, config: TrainConfig, job: Job, progress: Progress) -> None:
+        self.config, self.job = config, job
+        self.model = config.architecture
         # Measured once, before the first step. A CPU's cores are shared between ranks and programs: it has no MFU.
-        self.matmul_rate = matmul_rate(args.params_dtype) if device.current().kind != "cpu" else None
+        self.matmul_rate = matmul_rate(config.precision.params_dtype) if device.current().kind != "cpu" else None
         self.steps: list[step.StepResult] = []
         self.since = time.perf_counter()
         self.speed: float | None = None
-        self.sinks: list[Any] = []
+        self.sinks: list[Sink] = []
         self.history: Path | None = None
         if ranks.is_main():
-            self.history = output_dir(args) / "metrics.jsonl"
+            self.history = output_dir(config) / "metrics.jsonl"
             with writing(self.history.parent, OTHER_PLACE):
                 self.history.parent.mkdir(parents=True, exist_ok=True)
                 if progress.iteration == 0:
                     set_aside(self.history)
                 forget_after(self.history, progress.iteration)
-            self.sinks = open_sinks(args, progress)
+            self.sinks = open_sinks(config.logging, vars(config.args), progress)
 
     def record(self, progress: Progress, result: step.StepResult, lr: float) -> None:
         """Take note of a finished step; report if a line is due."""
         self.steps.append(result)
-        if progress.iteration % self.args.log_interval and progress.iteration != self.args.train_iters:
+        config, iteration = self.config, progress.iteration
+        if iteration % config.logging.log_interval and iteration != config.schedule.train_iters:
             return
         device.synchronize()
         now = time.perf_counter()
@@ -81,8 +84,8 @@ class Metrics:
             self._write(row)
 
     def _row(self, progress: Progress, lr: float, seconds: float) -> dict[str, Any]:
-        args, last = self.args, self.steps[-1]
-        (loss, *metrics), positions = step.averages(args, self.job, self.steps)
+        config, last = self.config, self.steps[-1]
+        (loss, *metrics), positions = step.averages(config, self.job, self.steps)
         tokens_per_second = positions / (seconds * len(self.steps))
         # The first line includes warm-up; the estimate of the remaining time forgets it quickly.
         self.speed = seconds if self.speed is None else 0.5 * self.speed + 0.5 * seconds
@@ -90,7 +93,7 @@ class Metrics:
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed,
             "learning_rate": lr,
-            "global_batch_size": args.global_batch_size,
+            "global_batch_size": config.schedule.global_batch_size,
             "lm_loss": loss,
             **dict(zip(self.job.metrics, metrics, strict=True)),
             **self._aux_losses(),
@@ -98,33 +101,33 @@ class Metrics:
             "skipped_iterations": progress.skipped,
             "seconds_per_iteration": seconds,
             "tokens_per_second": tokens_per_second,
-            "eta_seconds": self.speed * (args.train_iters - progress.iteration),
+            "eta_seconds": self.speed * (config.schedule.train_iters - progress.iteration),
             "memory_bytes": device.peak_memory(),
         }
-        if not args.variable_seq_lengths:
-            row["consumed_tokens"] = progress.consumed * args.seq_length
+        if not config.data.variable_seq_lengths:
+            row["consumed_tokens"] = progress.consumed * config.data.seq_length
         if last.zeros is not None:
             row["zero_gradients"] = last.zeros
-        per_device = tokens_per_second / self.layout.world_size
-        row["tflops_per_device"] = self.model.flops_per_token(args.seq_length) * per_device / 1e12
+        per_device = tokens_per_second / config.layout.world_size
+        row["tflops_per_device"] = self.model.flops_per_token(config.data.seq_length) * per_device / 1e12
         if self.matmul_rate is not None:
-            row["mfu"] = mfu(self.model, args.seq_length, per_device, self.matmul_rate)
+            row["mfu"] = mfu(self.model, config.data.seq_length, per_device, self.matmul_rate)
         return row
 
     def _aux_losses(self) -> dict[str, float]:
-        if not self.args.num_experts:
+        if not self.config.model.num_experts:
             return {}
         from minimind_mcore.models.moe import collect_aux_losses
 
-        return collect_aux_losses(self.args.num_microbatches * len(self.steps))
+        return collect_aux_losses(self.config.schedule.num_microbatches * len(self.steps))
 
     def _line(self, row: dict[str, Any]) -> str:
         """Megatron's log line, with what people ask for after it."""
-        args = self.args
+        train_iters = self.config.schedule.train_iters
         names = [n for n in row if n in self.job.metrics or (n.endswith("_loss") and n != "lm_loss")]
         stamp = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         parts = [
-            f" [{stamp}] iteration {row['iteration']:8d}/{args.train_iters:8d}",
+            f" [{stamp}] iteration {row['iteration']:8d}/{train_iters:8d}",
             f"consumed samples: {row['consumed_samples']:12d}",
             f"elapsed time per iteration (ms): {row['seconds_per_iteration'] * 1e3:.1f}",
             f"learning rate: {row['learning_rate']:.6E}",
@@ -197,26 +200,34 @@ def forget_after(path: Path, iteration: int) -> None:
 
 
 def open_sinks(
-    args: argparse.Namespace, progress: Progress, tag: Callable[[str], str] = lambda name: name.replace("_", " ")
-) -> list[Any]:
-    """One callable per requested logger; it takes a row, or None to close. `tag` names columns in tensorboard."""
-    sinks: list[Any] = []
-    if args.tensorboard_dir:
-        sinks.append(_tensorboard(args.tensorboard_dir, progress, tag))
-    if args.wandb_project or args.use_wandb:
+    loggers: Loggers,
+    flags: Mapping[str, object],
+    progress: Progress,
+    tag: Callable[[str], str] = lambda name: name.replace("_", " "),
+) -> list[Sink]:
+    """One sink per requested logger.
+
+    Args:
+        loggers: which of them, and where to.
+        flags: of the run, for wandb and SwanLab to show.
+        progress: at the beginning.
+        tag: names columns in tensorboard.
+    """
+    shown = {key: value for key, value in flags.items() if isinstance(value, str | int | float | bool | None)}
+    sinks: list[Sink] = []
+    if loggers.tensorboard_dir:
+        sinks.append(_tensorboard(loggers.tensorboard_dir, progress, tag))
+    if loggers.wandb_project or loggers.use_wandb:
         wandb = _import("wandb", "--wandb-project")
-        name = args.wandb_exp_name or None
-        project, folder = args.wandb_project or "minimind", args.wandb_save_dir or None
-        run = wandb.init(project=project, name=name, dir=folder, config=_plain(args))
+        name = loggers.wandb_exp_name or None
+        project, folder = loggers.wandb_project or "minimind", loggers.wandb_save_dir or None
+        run = wandb.init(project=project, name=name, dir=folder, config=shown)
         sinks.append(lambda row: run.finish() if row is None else run.log(row, step=row["iteration"]))
-    if args.swanlab_project:
+    if loggers.swanlab_project:
         swanlab = _import("swanlab", "--swanlab-project")
-        given = vars(args)  # of these keys MindSpeed-RL's alone has all
-        names = {"mode": "swanlab_mode", "experiment_name": "swanlab_exp_name", "logdir": "swanlab_save_dir"}
-        options = {name: given[key] for name, key in names.items() if given.get(key)}
-        if "logdir" in options:
-            Path(options["logdir"]).mkdir(parents=True, exist_ok=True)
-        board = swanlab.init(project=args.swanlab_project, config=_plain(args), **options)
+        if folder := loggers.swanlab.get("logdir"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        board = swanlab.init(project=loggers.swanlab_project, config=shown, **loggers.swanlab)
         sinks.append(lambda row: board.finish() if row is None else board.log(row, step=row["iteration"]))
     return sinks
 
@@ -228,7 +239,7 @@ def _import(name: str, flag: str) -> Any:
         raise UserError(f"{flag} needs the package {name}, which is not installed: pip install {name}") from error
 
 
-def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) -> Any:
+def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     # Events past the checkpoint belong to steps that are done again.
@@ -244,7 +255,3 @@ def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) 
                 writer.add_scalar(tag(name), value, row["iteration"])
 
     return write
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if isinstance(value, str | int | float | bool | None)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.platform.fused import compiled
+from minimind_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from minimind_mcore.training.job import Job
@@ -24,31 +24,31 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def core_config(args: argparse.Namespace, layout: ParallelLayout, model: ModelConfig | None = None) -> Any:
-    """megatron-core's `TransformerConfig` for a validated command line; of another `model` in place of its own."""
+def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig) -> Any:
+    """megatron-core's `TransformerConfig` of a model, in a layout, with the settings of a run."""
     overrides: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.tp,
-        "sequence_parallel": args.sequence_parallel,
-        "params_dtype": args.params_dtype,
-        "pipeline_dtype": args.params_dtype,
-        "bf16": args.bf16,
-        "fp16": args.fp16,
-        "attention_dropout": args.attention_dropout,
-        "hidden_dropout": args.hidden_dropout,
-        "init_method_std": args.init_method_std,
-        "variable_seq_lengths": args.variable_seq_lengths,
-        "calculate_per_token_loss": args.calculate_per_token_loss,
-        "overlap_p2p_comm": layout.vpp is not None and args.overlap_p2p_comm,
-        "batch_p2p_comm": not (layout.vpp is not None and args.overlap_p2p_comm),
+        "sequence_parallel": config.parallel.sequence_parallel,
+        "params_dtype": config.precision.params_dtype,
+        "pipeline_dtype": config.precision.params_dtype,
+        "bf16": config.precision.bf16,
+        "fp16": config.precision.fp16,
+        "attention_dropout": config.model.attention_dropout,
+        "hidden_dropout": config.model.hidden_dropout,
+        "init_method_std": config.model.init_method_std,
+        "variable_seq_lengths": config.data.variable_seq_lengths,
+        "calculate_per_token_loss": config.optimizer.calculate_per_token_loss,
+        "overlap_p2p_comm": layout.vpp is not None and config.parallel.overlap_p2p_comm,
+        "batch_p2p_comm": not (layout.vpp is not None and config.parallel.overlap_p2p_comm),
         # A stage frees its output once it is sent: its memory is not needed for the backward pass.
         "deallocate_pipeline_outputs": True,
-        "recompute_granularity": args.recompute_granularity,
-        "recompute_method": args.recompute_method,
-        "recompute_num_layers": args.recompute_num_layers,
+        "recompute_granularity": config.model.recompute_granularity,
+        "recompute_method": config.model.recompute_method,
+        "recompute_num_layers": config.model.recompute_num_layers,
         # Where Apex is missing, by minimind_mcore.platform.fused.
         "gradient_accumulation_fusion": True,
         "bias_activation_fusion": True,
@@ -61,13 +61,13 @@ def core_config(args: argparse.Namespace, layout: ParallelLayout, model: ModelCo
         "init_method": _leave,
         "output_layer_init_method": _leave,
     }
-    if args.transformer_impl == "transformer_engine":
+    if config.model.transformer_impl == "transformer_engine":
         overrides["transformer_impl"] = _transformer_engine()
-    if args.num_experts:
+    if config.model.num_experts:
         overrides |= {
-            "moe_z_loss_coeff": args.moe_z_loss_coeff,
+            "moe_z_loss_coeff": config.model.moe_z_loss_coeff,
         }
-    return (model or ModelConfig.from_args(args)).transformer_config(**overrides)
+    return model.transformer_config(**overrides)
 
 
 def _transformer_engine() -> str:
@@ -80,30 +80,32 @@ def _transformer_engine() -> str:
     return "transformer_engine"
 
 
-def build_model(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> list[Any]:
-    """Build, initialise and wrap the chunks of this rank (one, or `layout.vpp` of them), for training.
+def build_model(config: TrainConfig, job: Job) -> list[Any]:
+    """Build, initialise and wrap the chunks of this rank (one, or `config.layout.vpp` of them), for training.
 
     The weights depend on `--seed` and their names only: every layout starts from the same model. The
     job may change it before it is wrapped.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    chunks = build_chunks(args, layout, job)
+    chunks = build_chunks(config, job)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=args.overlap_grad_reduce,
-        overlap_param_gather=args.overlap_param_gather,
-        use_distributed_optimizer=args.use_distributed_optimizer,
-        bucket_size=args.ddp_bucket_size or max(40_000_000, 1_000_000 * layout.dp),
+        grad_reduce_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        bucket_size=config.parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * config.layout.dp),
     )
     # Only the first chunk of a rank overlaps its reduction bucket by bucket, as Megatron does.
     return [
-        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0 or not args.overlap_grad_reduce)
+        DistributedDataParallel(
+            chunk.config, ddp, chunk, disable_bucketing=i > 0 or not config.parallel.overlap_grad_reduce
+        )
         for i, chunk in enumerate(chunks)
     ]
 
 
-def build_chunks(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> list[Any]:
+def build_chunks(config: TrainConfig, job: Job) -> list[Any]:
     """The chunks of this rank, initialised, in the run's precision; not wrapped for data parallelism."""
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
@@ -111,7 +113,8 @@ def build_chunks(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> 
     from minimind_mcore.models.core_config import build_gpt_model
     from minimind_mcore.models.init import initialize
 
-    model_config, config = ModelConfig.from_args(args), core_config(args, layout)
+    model, layout = config.architecture, config.layout
+    core = core_config(config, layout, model)
     stages = layout.vpp or 1
     first = parallel_state.get_pipeline_model_parallel_rank() == 0
     last = parallel_state.get_pipeline_model_parallel_rank() == layout.pp - 1
@@ -120,27 +123,33 @@ def build_chunks(args: argparse.Namespace, layout: ParallelLayout, job: Job) -> 
         if layout.vpp:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
         chunk = build_gpt_model(
-            model_config,
-            config,
+            model,
+            core,
             pre_process=first and stage == 0,
             post_process=last and stage == stages - 1,
             vp_stage=stage if layout.vpp else None,
         )
         chunks.append(chunk.to(device.current().torch_device))
-    initialize(chunks, model_config, scheme=args.minimind_init or "megatron", seed=args.seed, std=args.init_method_std)
-    job.prepare_model(chunks, layout)
+    initialize(
+        chunks,
+        model,
+        scheme=config.model.minimind_init or "megatron",
+        seed=config.data.seed,
+        std=config.model.init_method_std,
+    )
+    job.prepare_model(chunks)
     # The hooks that gather weights within a forward pass would be traced.
-    if compiled.usable() and not args.overlap_param_gather:
+    if compiled.usable() and not config.parallel.overlap_param_gather:
         compiled.compile_layers(chunks)
-    if args.params_dtype != torch.float32:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    if config.precision.params_dtype != torch.float32:
+        chunks = [Float16Module(core, chunk) for chunk in chunks]
     return chunks
 
 
 @contextlib.contextmanager
-def weights_gathered(args: argparse.Namespace, model: list[Any]) -> Iterator[None]:
+def weights_gathered(config: TrainConfig, model: list[Any]) -> Iterator[None]:
     """Inside, every rank holds all its weights: `--overlap-param-gather` otherwise gathers them in the next step."""
-    overlapped = model if args.overlap_param_gather else []
+    overlapped = model if config.parallel.overlap_param_gather else []
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()
     yield

@@ -12,6 +12,7 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.storage import require_writable
 from minimind_mcore.training import checkpointing, data, distributed
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress, output_dir
@@ -38,87 +39,90 @@ def expert_parameters(model: ModelConfig, layout: ParallelLayout) -> int:
     return model.moe.num_experts * one // (layout.pp * layout.ep * layout.tp)
 
 
-def memory_estimate(args: argparse.Namespace, layout: ParallelLayout, sequences: int = 1) -> dict[str, float]:
+def memory_estimate(config: TrainConfig, sequences: int = 1) -> dict[str, float]:
     """Bytes per rank, by what they are for. A teacher, or a reference that is run in every step, comes on top.
 
     Args:
-        args: of the run.
-        layout: of the run.
+        config: of the run.
         sequences: that a sample has; 2 for a pair.
 
     Weights, gradients and Adam's moments are counted exactly but for alignment. Activations count,
     per layer and token, what a backward pass keeps without recomputation (about 10 hidden vectors,
     the projections of attention and 3 MLP widths) and, on the last stage, the logits in fp32.
     """
-    model = ModelConfig.from_args(args)
+    model, layout, precision = config.architecture, config.layout, config.precision
     parameters = rank_parameters(model, layout)
-    half = args.bf16 or args.fp16
+    half = precision.bf16 or precision.fp16
     width = 2 if half else 4
     experts = expert_parameters(model, layout)
-    shards, expert_shards = (layout.dp, layout.dp // layout.ep) if args.use_distributed_optimizer else (1, 1)
+    shards, expert_shards = (layout.dp, layout.dp // layout.ep)
+    if not config.parallel.use_distributed_optimizer:
+        shards, expert_shards = 1, 1
     trained = parameters
-    if args.lora_target_modules:  # the base has neither gradients nor moments
-        trained = model.num_adapter_parameters(args.lora_r, args.lora_target_modules, layout.tp, layout.pp)
+    if config.model.lora_target_modules:  # the base has neither gradients nor moments
+        adapters = (config.model.lora_r, config.model.lora_target_modules)
+        trained = model.num_adapter_parameters(*adapters, layout.tp, layout.pp)
         parameters, experts = parameters + trained, 0
-    tokens = args.seq_length * args.micro_batch_size * sequences
+    tokens = config.data.seq_length * config.schedule.micro_batch_size * sequences
     mlp = model.ffn_hidden_size
     if model.moe:
         mlp = model.moe.topk * model.moe.ffn_hidden_size + model.moe.shared_ffn_hidden_size
     per_token = 10 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tp
     per_token += 3 * mlp / layout.tp
-    layers = model.num_layers / layout.pp if args.recompute_granularity != "full" else 1
-    in_flight = min(layout.pp, args.num_microbatches)
+    layers = model.num_layers / layout.pp if config.model.recompute_granularity != "full" else 1
+    in_flight = min(layout.pp, config.schedule.num_microbatches)
     return {
         "weights": parameters * width,
-        "gradients": trained * (4 if args.accumulate_allreduce_grads_in_fp32 else width),
+        "gradients": trained * (4 if precision.accumulate_allreduce_grads_in_fp32 else width),
         "optimizer": ((trained - experts) / shards + experts / expert_shards) * (12 if half else 8),
         "activations": tokens * layers * per_token * width * in_flight,
         "logits": tokens * model.vocab_size / layout.tp * 4 * 3,
     }
 
 
-def announce(args: argparse.Namespace, layout: ParallelLayout, sequences: int = 1, router: str = "") -> None:
+def announce(config: TrainConfig, sequences: int = 1, router: str = "") -> None:
     """Print device, layout, sizes, router weight, memory and the flags without effect."""
-    found, model = device.current(), ModelConfig.from_args(args)
+    found, model, schedule = device.current(), config.architecture, config.schedule
     total, active = model.num_parameters(), model.num_active_parameters()
     sizes = f"{total / 1e6:.2f}M" + (f" ({active / 1e6:.2f}M active)" if active != total else "")
-    estimate = memory_estimate(args, layout, sequences)
+    estimate = memory_estimate(config, sequences)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.items())
-    precision = str(args.params_dtype).removeprefix("torch.")
+    precision = str(config.precision.params_dtype).removeprefix("torch.")
     rows = {
         "device": f"{found.kind}: {found.name}, {found.count} {'cores' if found.kind == 'cpu' else 'on this host'}",
-        "layout": str(layout),
+        "layout": str(config.layout),
         "model": f"{sizes} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {precision}",
-        "batch": f"{args.global_batch_size} {'pairs' if sequences == 2 else 'samples'} of {args.seq_length} tokens in "
-        f"{args.num_microbatches} micro-batches of {args.micro_batch_size} per rank; {args.train_iters} iterations",
+        "batch": f"{schedule.global_batch_size} {'pairs' if sequences == 2 else 'samples'} of "
+        f"{config.data.seq_length} tokens in {schedule.num_microbatches} micro-batches of "
+        f"{schedule.micro_batch_size} per rank; {schedule.train_iters} iterations",
         "memory": f"about {sum(estimate.values()) / GIB:.2f} GiB per rank ({parts}), beside the program itself",
     }
     if router:
         rows["router"] = f"weight {router}"
-    if args.no_effect:
-        rows["no effect"] = " ".join(args.no_effect) + " (kernels of another device, or done here anyway)"
+    if config.logging.no_effect:
+        rows["no effect"] = " ".join(config.logging.no_effect) + " (kernels of another device, or done here anyway)"
     for name, text in rows.items():
         print(f"{name + ':':<12}{text}", flush=True)
 
 
-def require_places(args: argparse.Namespace) -> None:
+def require_places(config: TrainConfig) -> None:
     """Refuse directories that the run could not write to.
 
     Raises:
         UserError: see above; nothing is created.
     """
-    places = [(output_dir(args), "--output-dir (OUTPUT_DIR)")]
-    if args.save:
-        places.append((Path(args.save), "--save (CKPT_SAVE_DIR)"))
-    if args.log_file:
-        places.append((Path(args.log_file).parent, "--log-file (LOG_DIR)"))
-    if args.tensorboard_dir:
-        places.append((Path(args.tensorboard_dir), "--tensorboard-dir (LOG_DIR)"))
+    places = [(output_dir(config), "--output-dir (OUTPUT_DIR)")]
+    if config.checkpoint.save:
+        places.append((Path(config.checkpoint.save), "--save (CKPT_SAVE_DIR)"))
+    if config.logging.log_file:
+        places.append((Path(config.logging.log_file).parent, "--log-file (LOG_DIR)"))
+    if config.logging.tensorboard_dir:
+        places.append((Path(config.logging.tensorboard_dir), "--tensorboard-dir (LOG_DIR)"))
     for directory, flag in places:
         require_writable(directory, f"give another directory with {flag}")
 
 
-def show(args: argparse.Namespace, job: Job) -> None:
+def show(args: argparse.Namespace, kind: type[Job]) -> None:
     """`--dry-run`: validate everything that a run would need, and print the plan.
 
     Raises:
@@ -127,36 +131,37 @@ def show(args: argparse.Namespace, job: Job) -> None:
     length_known = bool(args.train_iters or args.train_samples)
     if args.data_pending and not length_known:
         args.train_iters = 1
-    layout = validate(args, distributed.world_size())
-    announce(args, layout, job.sequences, checkpointing.settle_router_weight(args))
-    if args.data_pending:
+    config = TrainConfig.from_args(args, validate(args, distributed.world_size()))
+    announce(config, kind.sequences, checkpointing.settle_router_weight(config))
+    if config.data.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
-        tokenizer = data.open_tokenizer(args)
-        job.check_data(tokenizer)
-        print(f"{'data:':<12}{' '.join(data.prefixes(args))}")
-        print(f"{'tokenizer:':<12}{data.tokenizer_path(args)} (fingerprint {tokenizer.fingerprint[:12]})")
-    require_places(args)
-    for name, text in checkpointing.previews(args, length_known).items():
+        tokenizer = data.open_tokenizer(config)
+        kind(config).check_data(tokenizer)
+        print(f"{'data:':<12}{' '.join(data.prefixes(config.data))}")
+        print(f"{'tokenizer:':<12}{data.tokenizer_path(config.data)} (fingerprint {tokenizer.fingerprint[:12]})")
+    require_places(config)
+    for name, text in checkpointing.previews(config, length_known).items():
         print(f"{name + ':':<12}{text}")
-    if args.save:
-        needed, free = checkpointing.expected_bytes(args), checkpointing.free_bytes(args)
-        print(f"{'save:':<12}{args.save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")
+    if config.checkpoint.save:
+        needed, free = checkpointing.expected_bytes(config), checkpointing.free_bytes(config)
+        save = config.checkpoint.save
+        print(f"{'save:':<12}{save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")
         if needed > free:
-            raise UserError(f"--save {args.save}: a checkpoint needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free")
+            raise UserError(f"--save {save}: a checkpoint needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free")
     print("dry run: everything is valid, nothing was trained")
 
 
-def say_what_next(args: argparse.Namespace, progress: Progress) -> None:
+def say_what_next(config: TrainConfig, progress: Progress) -> None:
     """Print where everything is, and the commands that go on from here."""
-    out = output_dir(args)
-    done = progress.iteration >= args.train_iters
-    print(f"\n{'finished' if done else 'stopped'} at iteration {progress.iteration} of {args.train_iters}")
+    out = output_dir(config)
+    done = progress.iteration >= config.schedule.train_iters
+    print(f"\n{'finished' if done else 'stopped'} at iteration {progress.iteration} of {config.schedule.train_iters}")
     print(f"  curves      {out / 'loss.png'}  {out / 'report.html'}  {out / 'metrics.jsonl'}")
-    if args.tensorboard_dir:
-        print(f"  tensorboard tensorboard --logdir {args.tensorboard_dir}")
-    if args.save:
-        print(f"  checkpoint  {directory_of(Path(args.save), progress.iteration)}")
-        where = "" if args.load == args.save else f" with --load {args.save}"
+    if config.logging.tensorboard_dir:
+        print(f"  tensorboard tensorboard --logdir {config.logging.tensorboard_dir}")
+    if config.checkpoint.save:
+        print(f"  checkpoint  {directory_of(Path(config.checkpoint.save), progress.iteration)}")
+        where = "" if config.checkpoint.load == config.checkpoint.save else f" with --load {config.checkpoint.save}"
         more = " and more --train-iters (TRAIN_ITERS), --override-opt_param-scheduler" if done else ""
         print(f"  go on       the same command{where}{more}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.platform import device
 from minimind_mcore.training import liveness
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.model import weights_gathered
 
@@ -58,16 +58,14 @@ class Engine:
     """A model, and how it is trained: pretraining, post-training and reinforcement learning take their steps here.
 
     Args:
-        args: of the run.
+        config: of the run.
         model: this rank's chunks.
         optimizer: None for a model that is only measured.
         scheduler: of the learning rate; it counts samples.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, model: list[Any], optimizer: Any = None, scheduler: Any = None
-    ) -> None:
-        self.args, self.model, self.optimizer, self.scheduler = args, model, optimizer, scheduler
+    def __init__(self, config: TrainConfig, model: list[Any], optimizer: Any = None, scheduler: Any = None) -> None:
+        self.config, self.model, self.optimizer, self.scheduler = config, model, optimizer, scheduler
 
     def forward_backward(self, job: Job, batches: Batches, micro_batches: int, forward_only: bool) -> StepResult:
         """Run the pipeline schedule over that many micro-batches of each iterator of `batches`, one for each chunk."""
@@ -79,8 +77,8 @@ class Engine:
             data_iterator=batches if len(self.model) > 1 else batches[0],
             model=self.model,
             num_microbatches=micro_batches,
-            seq_length=self.args.seq_length,
-            micro_batch_size=self.args.micro_batch_size * job.sequences,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.schedule.micro_batch_size * job.sequences,
             forward_only=forward_only,
         )
         return result
@@ -108,7 +106,9 @@ class Engine:
         result.updated, norm, result.zeros = self.optimizer.step()
         result.grad_norm = float(norm or 0.0)
         check_losses(result, iteration)
-        if not self.args.fp16 and not math.isfinite(result.grad_norm):  # under fp16 it overflowed: the step was skipped
+        if not self.config.precision.fp16 and not math.isfinite(
+            result.grad_norm
+        ):  # under fp16 it overflowed: the step was skipped
             raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
         if result.updated:
             self.scheduler.step(increment=samples)
@@ -125,7 +125,7 @@ class Engine:
         trained = self.optimizer is not None
         for chunk in self.model:
             chunk.eval()
-        with weights_gathered(self.args, self.model if trained else []):
+        with weights_gathered(self.config, self.model if trained else []):
             found = [self.forward_backward(job, batches, micro_batches, forward_only=True) for _ in range(rounds)]
         for chunk in self.model:
             chunk.train(trained)
@@ -149,7 +149,7 @@ def _where(indices: list[list[int]], iteration: int) -> str:
     return f"iteration {iteration}, rank {dist.get_rank()}, dataset indices {samples}"
 
 
-def averages(args: argparse.Namespace, job: Job, results: list[StepResult]) -> tuple[list[float], float]:
+def averages(config: TrainConfig, job: Job, results: list[StepResult]) -> tuple[list[float], float]:
     """Over a run of steps and all data-parallel ranks, the same on every rank: [loss, metrics of the job], positions.
 
     The mean over micro-batches of their means over tokens (or pairs), as Megatron reports it; over all
@@ -164,7 +164,7 @@ def averages(args: argparse.Namespace, job: Job, results: list[StepResult]) -> t
     if losses:
         stacked = torch.stack(losses).double()
         number, sums = stacked[:, 1:2], torch.cat([stacked[:, :1], stacked[:, 2:]], dim=1)
-        if args.calculate_per_token_loss:
+        if config.optimizer.calculate_per_token_loss:
             total[:-2], total[-2] = sums.sum(0), number.sum()
         else:
             total[:-2], total[-2] = (sums / number.clamp(min=1)).sum(0), len(losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from minimind_mcore import arguments
 from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT, POSTTRAIN, POSTTRAIN_NO_EFFECT, VALUES, parse
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser, flag_table  # fmt: skip
-from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.config import _FIXED_ARGS, ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.models.recipes import RECIPES
+from minimind_mcore.training import config
 from minimind_mcore.training.layout import validate
 
 TABLE = flag_table()
@@ -94,24 +96,32 @@ def test_every_implemented_flag_is_read_somewhere() -> None:
     read = set(VALUES)
     for folder in (ROOT / "minimind_mcore", ROOT / "models"):
         for file in folder.rglob("*.py"):
-            if not {"inference", "mindspeed"} & set(file.parts):  # flags of their own, and of MindSpeed-LLM
+            if not {"inference", "mindspeed", "serve"} & set(file.parts):  # flags of their own, and of MindSpeed-LLM
                 read |= names_read(file)
     assert not (IMPLEMENTED | POSTTRAIN) - read, "in IMPLEMENTED, but nothing looks at it"
     assert not (NO_EFFECT | POSTTRAIN_NO_EFFECT) & read, "in NO_EFFECT, but something looks at it"
 
 
+# The fields of the sections of TrainConfig.
+FIELDS = {
+    field.name
+    for section in vars(config).values()
+    if dataclasses.is_dataclass(section) and section is not config.TrainConfig
+    for field in dataclasses.fields(section)
+}
+
+
 def names_read(file: Path) -> set[str]:
-    """x of every `args.x` and `self.args.x` that is read, and of the table of flags that a model fixes."""
-    names = set()
+    """x of every `args.x` and `self.args.x`, the settings that training reads, and what a model fixes."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
-            if getattr(owner, "id", getattr(owner, "attr", "")) == "args":
+            of_args = getattr(owner, "id", getattr(owner, "attr", "")) == "args"
+            if of_args or (node.attr in FIELDS and {"training", "posttrain"} & set(file.parts)):
                 names.add(node.attr)
-    if file.name == "config.py":
-        from minimind_mcore.models import config
-
-        names |= {name for name, _, _ in config._FIXED_ARGS}
+    if file.parent.name == "models" and file.name == "config.py":
+        names |= {name for name, _, _ in _FIXED_ARGS}
     return names
 
 

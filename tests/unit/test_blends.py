@@ -22,6 +22,8 @@ from minimind_mcore.preprocess import cli, train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.indexed import IndexedWriter, read_index
 from minimind_mcore.training import data
+from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.layout import validate
 
 LARGE, MEDIUM, SMALL = 50, 60, 70  # the id of every token of a set
 DOCUMENTS = {
@@ -50,9 +52,11 @@ import json, sys
 import torch.distributed as dist
 from minimind_mcore import arguments
 from minimind_mcore.training import data
+from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.layout import validate
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 args = arguments.parse(sys.argv[2:])
-sets = data.build_datasets(args)
+sets = data.build_datasets(TrainConfig.from_args(args, validate(args, 1)))
 print(json.dumps([s and [int(s[i]["tokens"][0]) for i in range(len(s))] for s in sets]))
 """
 
@@ -132,9 +136,10 @@ WRONG = {
 def test_a_wrong_weight_is_refused_with_the_sets_name(words: str, folder: Path, tmp_path: Path) -> None:
     names = {"large": str(folder / "sets" / str(LARGE)), "medium": str(folder / "sets" / str(MEDIUM))}
     message = WRONG[words].format(**names)
-    args = arguments.parse([*PRESETS["minimind3_tiny"].megatron_flags(), "--data-path", *words.format(**names).split()])
+    run = "--seq-length 8 --micro-batch-size 1 --lr 1e-3 --train-iters 1 --data-path".split()
+    args = arguments.parse([*PRESETS["minimind3_tiny"].megatron_flags(), *run, *words.format(**names).split()])
     with pytest.raises(UserError) as error:  # a run and its dry run begin with this
-        data.prefixes(args)
+        data.prefixes(TrainConfig.from_args(args, validate(args, 1)).data)
     assert message in str(error.value)
     with pytest.raises(UserError) as error:
         recipes.count_samples(words.format(**names).split(), 32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,9 +18,12 @@ from helpers.engine import ROOT, Corpus, Server, load
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from minimind_mcore import arguments
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.platform import device
+from minimind_mcore.training.config import ObjectiveSection, TrainConfig
+from minimind_mcore.training.layout import validate
 
 
 def run_python(code: str, **variables: str) -> str:
@@ -87,6 +90,13 @@ class NoWaiting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def settings() -> TrainConfig:
+    """Of a run of one process: two samples a micro-batch, no workers."""
+    flags = "--seq-length 8 --micro-batch-size 2 --num-workers 0 --seed 1 --lr 1e-3 --train-iters 2".split()
+    args = arguments.parse([*PRESETS["minimind3_tiny"].megatron_flags(), *flags])
+    return TrainConfig.from_args(args, validate(args, 1))
+
+
 def pretraining_loss(losses: Tensor, mask: Tensor) -> Tensor:
     from minimind_mcore.training.job import token_loss
 
@@ -96,8 +106,7 @@ def pretraining_loss(losses: Tensor, mask: Tensor) -> Tensor:
 def dpo_loss(losses: Tensor, mask: Tensor) -> Tensor:
     from minimind_mcore.posttrain.dpo import pair_loss
 
-    args = argparse.Namespace(dpo_loss_type="sigmoid", dpo_beta=0.1, dpo_label_smoothing=0.0, pref_ftx=0.0)
-    return pair_loss(args, {"loss_mask": mask}, losses)[0]
+    return pair_loss(ObjectiveSection(), {"loss_mask": mask}, losses)[0]
 
 
 @pytest.mark.parametrize("loss", [pretraining_loss, dpo_loss])
@@ -127,8 +136,8 @@ def test_packed_lengths_and_indices_stay_on_the_host(monkeypatch: pytest.MonkeyP
         get_data_parallel_rank=lambda: 0, get_data_parallel_world_size=lambda: 1
     )
     monkeypatch.setitem(sys.modules, "megatron.core", core)
-    args = argparse.Namespace(micro_batch_size=2, num_workers=0, seed=1, transformer_impl="local")
-    batch = next(data.micro_batches(args, Packed(args), [{}, {}], 0))
+    config = settings()
+    batch = next(data.micro_batches(config, Packed(config), [{}, {}], 0))
     assert batch["tokens"].device.type == "meta"
     assert batch["cu_seqlens"].device.type == "cpu" and batch["cu_seqlens"].tolist() == [0, 3, 8]
     assert list(batch["index"]) == [4, 5] and not isinstance(batch["index"], Tensor)
@@ -178,12 +187,11 @@ def test_layouts_that_gloo_cannot_run_on_a_gpu_are_refused(changes: dict[str, An
     from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.training.distributed import _require_simple
 
-    flags = {"sequence_parallel": False, "use_distributed_optimizer": False, "overlap_grad_reduce": False}
-    args = argparse.Namespace(**flags | {"ckpt_format": "torch", "save": None} | changes)
+    two = dataclasses.replace(settings(), layout=ParallelLayout(world_size=2, tp=2))
+    pp = dataclasses.replace(two, layout=ParallelLayout(world_size=2, pp=changes.get("pp", 1)))
     with pytest.raises(UserError, match=flag):
-        _require_simple(args, ParallelLayout(world_size=2, pp=changes.get("pp", 1)))
-    plain = argparse.Namespace(**flags | {"ckpt_format": "torch", "save": None})
-    _require_simple(plain, ParallelLayout(world_size=2, tp=2))
+        _require_simple(pp.changed(**changes))
+    _require_simple(two)
 
 
 def test_gradients_are_reduced_without_coalescing(server: Server, corpus: Corpus, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.training import checkpointing
 from minimind_mcore.training.checkpointing import previews
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.plan import memory_estimate
 
@@ -22,7 +23,8 @@ LORA = "--lora-r 4 --lora-target-modules linear_qkv linear_fc2".split()
 def estimate(*flags: str, name: str = "minimind3_tiny", sequences: int = 1) -> tuple[dict[str, float], int]:
     """The estimate for one process, and the bytes of a checkpoint."""
     args = arguments.parse([*get_preset(name).megatron_flags(), *RUN, *flags], posttrain=True)
-    return memory_estimate(args, validate(args, 1), sequences), checkpointing.expected_bytes(args)
+    config = TrainConfig.from_args(args, validate(args, 1))
+    return memory_estimate(config, sequences), checkpointing.expected_bytes(config)
 
 
 @pytest.mark.parametrize("name", ["minimind3_tiny", "minimind3_moe_tiny", "minimind2_moe_tiny"])
@@ -70,7 +72,9 @@ def test_a_dry_run_looks_at_what_the_run_would_load(name: str, tmp_path: Path) -
     more, expected = PREVIEWS[name]
     flags = [*own, *RUN, *(word.format(tmp_path) for word in more)]
     try:
-        found = " ".join(f"{key} {text}" for key, text in previews(arguments.parse(flags, posttrain=True)).items())
+        args = arguments.parse(flags, posttrain=True)
+        config = TrainConfig.from_args(args, validate(args, 1))
+        found = " ".join(f"{key} {text}" for key, text in previews(config).items())
     except UserError as error:
         found = str(error)
     assert expected.format(tmp_path) in found

@@ -5,7 +5,6 @@ Each is a `Job` of the training package: megatron-core's schedules run it in any
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
@@ -23,6 +21,7 @@ from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job, LossFunction, averaged
 
 
@@ -58,9 +57,10 @@ def predicting(rows: Batch) -> tuple[Tensor, Tensor]:
 class ResponseJob(Job):
     """Runs the model on prompts and responses, and takes what it says before each token of the responses."""
 
-    def __init__(self, args: argparse.Namespace, temperature: float = 1.0) -> None:
-        super().__init__(args)
+    def __init__(self, training: TrainConfig, temperature: float = 1.0) -> None:
+        super().__init__(training)
         self.temperature = temperature
+        self.micro_batches = 1  # of this rank's part of the present mini-batch
 
     def run(self, micro: dict[str, Any], model: Any) -> Tensor:
         """The output of one chunk; of the last one [tokens of the responses, outputs]."""
@@ -69,7 +69,7 @@ class ResponseJob(Job):
             output: Tensor = model(micro["tokens"], micro["position_ids"], None)
             return output
         # Sequence parallelism has cut the positions over the ranks: the layer gathers them first.
-        early = not self.args.sequence_parallel
+        early = not self.config.parallel.sequence_parallel
         row, place = predicting(rows)
         with _only(place * len(rows) + row, chunk.output_layer, early):
             output = model(micro["tokens"], micro["position_ids"], None)
@@ -114,9 +114,9 @@ class Actor(ResponseJob):
 
     title = "policy"
 
-    def __init__(self, args: argparse.Namespace, config: Config, algorithm: Algorithm) -> None:
+    def __init__(self, training: TrainConfig, config: Config, algorithm: Algorithm) -> None:
         sampling, minimind = config.generate.sampling_config, config.minimind
-        super().__init__(args, float(sampling.temperature))
+        super().__init__(training, float(sampling.temperature))
         self.algorithm, self.kl_coef, self.entropy_coef = algorithm, algorithm.kl_coef, config.rl.entropy_coeff
         self.tis_cap = minimind.rollout_correction_cap if minimind.rollout_correction == "tis" else None
         self.length = sampling.max_tokens
@@ -143,7 +143,7 @@ class Actor(ResponseJob):
         apart = torch.zeros_like(logp) if rows.rollout_logp is None else (logp.detach() - rows.rollout_logp).abs()
         stats["rollout/logp_diff"] = masked_mean(apart, rows.mask)
         # megatron-core takes the mean over micro-batches and data-parallel ranks.
-        parts = self.args.num_microbatches * self.args.data_parallel_size
+        parts = self.micro_batches * self.config.layout.dp
         share = 1.0 / parts if self.tokens is None else rows.mask.sum() / self.tokens
         scaled = [stats[name] * parts * (1.0 if name in SHARES else share) for name in self.metrics]
         return averaged(loss * parts, torch.ones((), device=loss.device), *scaled)
@@ -154,7 +154,7 @@ class Values(ResponseJob):
 
     title = "critic"
 
-    def prepare_model(self, chunks: list[Any], layout: ParallelLayout) -> None:
+    def prepare_model(self, chunks: list[Any]) -> None:
         """See `Job`: a value head in place of the output layer."""
         for chunk in chunks:
             if chunk.post_process:
@@ -179,8 +179,8 @@ class Critic(Values):
 
     metrics = ("critic/vf_loss", "critic/vf_clipfrac")
 
-    def __init__(self, args: argparse.Namespace, clip: float) -> None:
-        super().__init__(args)
+    def __init__(self, config: TrainConfig, clip: float) -> None:
+        super().__init__(config)
         self.clip = clip
         self.total: Tensor | None = None
 
@@ -193,7 +193,7 @@ class Critic(Values):
         assert rows.values is not None and rows.returns is not None
         tokens, stats = value_loss(self.values(rows, output), rows.values, rows.returns, rows.mask, self.clip)
         loss = aggregate(tokens, rows.mask, total=self.total)
-        parts = self.args.num_microbatches * self.args.data_parallel_size
+        parts = self.micro_batches * self.config.layout.dp
         share = 1.0 / parts if self.total is None else rows.mask.sum() / self.total
         cut = stats["critic/vf_clipfrac"] * parts * share
         return averaged(loss * parts, torch.ones((), device=loss.device), loss * parts, cut)

@@ -9,8 +9,8 @@ log-probabilities of the same tokens: what it should be is 0, up to rounding.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import time
 import unicodedata
@@ -25,6 +25,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.storage import append_line, writing
+from minimind_mcore.training.config import Loggers
 from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
 
 OTHER_PLACE = "give another directory with minimind.output_dir"
@@ -136,18 +137,18 @@ class Log:
             if iteration == 0:
                 set_aside(self.history)
             forget_after(self.history, iteration)
-        places = argparse.Namespace(
+        board = {"mode": rl.swanlab_mode, "experiment_name": rl.swanlab_exp_name}
+        board["logdir"] = rl.swanlab_save_dir or str(self.folder / "swanlab")
+        loggers = Loggers(
             tensorboard_dir=str(self.folder / "tensorboard") if rl.use_tensorboard else None,
             use_wandb=rl.use_wandb,
             wandb_project=rl.wandb_project if rl.use_wandb else "",
             wandb_exp_name=rl.wandb_exp_name,
             wandb_save_dir=rl.wandb_save_dir or str(self.folder),
             swanlab_project=(rl.swanlab_project or "minimind") if rl.use_swanlab else "",
-            swanlab_mode=rl.swanlab_mode,
-            swanlab_exp_name=rl.swanlab_exp_name,
-            swanlab_save_dir=rl.swanlab_save_dir or str(self.folder / "swanlab"),
+            swanlab={name: value for name, value in board.items() if value},
         )
-        self.sinks = open_sinks(places, Progress(iteration), lambda name: f"train/{name}")
+        self.sinks = open_sinks(loggers, dataclasses.asdict(loggers), Progress(iteration), lambda name: f"train/{name}")
 
     def step(self, iteration: int, row: Row, shown: bool = True) -> None:
         """Write a step's row, and print it as MindSpeed-RL does."""

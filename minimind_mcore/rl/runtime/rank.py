@@ -30,6 +30,7 @@ from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.jobs import Actor, Critic, LogProbs, ResponseJob, Values, micro_batch
 from minimind_mcore.rl.runtime.metrics import MOST_DIFFERENT, SAME_WEIGHTS
 from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import build_chunks, build_model, weights_gathered
@@ -107,16 +108,17 @@ class Rank:
                 self.args.save = str(Path(config.actor.save) / "critic")
         self.layout = validate(self.args, world)
         device.setup()
-        distributed.initialize(self.args, self.layout)
-        data.open_tokenizer(self.args)
+        self.training = TrainConfig.from_args(self.args, self.layout)
+        distributed.initialize(self.training)
+        data.open_tokenizer(self.training)
         self.algorithm = objective(config)
         self.job: Any  # trains the model; `ask` measures it
         self.ask: ResponseJob
         if role == "critic":
-            self.job, self.ask = Critic(self.args, config.rl.cliprange_value), Values(self.args)
+            self.job, self.ask = Critic(self.training, config.rl.cliprange_value), Values(self.training)
         else:
-            self.job = Actor(self.args, config, self.algorithm)
-            self.ask = LogProbs(self.args, self.job.temperature)
+            self.job = Actor(self.training, config, self.algorithm)
+            self.ask = LogProbs(self.training, self.job.temperature)
         self.model: list[Any] = []
         self.frozen: step.Engine  # the reference
         self.engine: step.Engine
@@ -153,9 +155,9 @@ class Rank:
             )
         resumed = at != 0 and bool(saved)
         begin = {"load": self.args.save, "ckpt_step": at} if resumed else {"ckpt_step": None}
-        checkpointing.settle_router_weight(self.args, pretrained_checkpoint=None, **begin)
-        self.model = build_model(self.args, self.layout, self.job)
-        self.engine = step.Engine(self.args, self.model, *build_optimizer(self.args, self.model))
+        checkpointing.settle_router_weight(self.training, pretrained_checkpoint=None, **begin)
+        self.model = build_model(self.training, self.job)
+        self.engine = step.Engine(self.training, self.model, *build_optimizer(self.training, self.model))
         if self.args.save:
             checkpointing.require_shared_directory(Path(self.args.save))
         state = None
@@ -171,8 +173,7 @@ class Rank:
         # finetune, no_load_optim and no_load_rng of the YAML are about the weights that a run begins with.
         everything = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
         changes = {"load": self.args.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
-        args = argparse.Namespace(**vars(self.args) | changes)
-        self.progress = checkpointing.load(args, self.engine)
+        self.progress = checkpointing.load(self.training.changed(**changes), self.engine)
         chosen = directory_of(Path(self.args.save), self.progress.iteration)
         saved = ranks.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
         return saved
@@ -190,7 +191,7 @@ class Rank:
     def _load_weights(self, path: Path, model: list[Any]) -> None:
         if not path.exists():
             raise UserError(f"load: {path} does not exist; expected the weights to begin with")
-        checkpointing.load_weights(self.args, path, model)
+        checkpointing.load_weights(self.training, path, model)
 
     def _load_trunk(self, path: Path) -> None:
         """A critic begins as the policy, with a head of its own."""
@@ -199,21 +200,20 @@ class Rank:
 
         found = open_source(path, stated={"num_heads": self.args.num_attention_heads}).config
         # The policy's output layer, tied or not, is replaced by the critic's.
-        untied = {"untie_embeddings_and_output_weights": not found.tie_embeddings}
-        args = argparse.Namespace(**vars(self.args) | untied)
-        source = checkpoint_weights.open_model(args, path)
+        untied = self.training.changed(untie_embeddings_and_output_weights=not found.tie_embeddings)
+        source = checkpoint_weights.open_model(untied, path)
         own = {name: p.detach().clone() for name, p in whole_model_parameters(self.model) if name == OUTPUT}
         load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))
 
     def _frozen(self) -> step.Engine:
         """The reference model, in this layout; it takes no part in the training."""
-        chunks = build_chunks(self.args, self.layout, self.ask)
+        chunks = build_chunks(self.training, self.ask)
         path = self._reference_path()
         if path is not None:
             self._load_weights(path, chunks)
         for chunk in chunks:
             chunk.requires_grad_(False)
-        return step.Engine(self.args, chunks)
+        return step.Engine(self.training, chunks)
 
     def _reference_path(self) -> Path | None:
         """Whose weights are the reference: what the run began with."""
@@ -233,14 +233,14 @@ class Rank:
 
     def shards(self) -> list[weight_sync.Shard]:
         """This rank's part of the weights."""
-        with weights_gathered(self.args, self.model):
+        with weights_gathered(self.training, self.model):
             return weight_sync.shards(self.model)
 
     def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
         """Write a checkpoint that `load` goes on from; `state` is the driver's."""
         self.progress = Progress(iteration, consumed, self.progress.skipped)
         self.args.rl_state = state
-        checkpointing.save(self.args, self.progress, self.engine)
+        checkpointing.save(self.training, self.progress, self.engine)
 
     # ------------------------------------------------------------------------------------------ computing
 
@@ -286,7 +286,6 @@ class Rank:
 
     def _stream(self, micro: list[Batch], model: list[Any]) -> list[Iterator[dict[str, Any]]]:
         """An iterator over the micro-batches for each chunk of a model."""
-        self.args.num_microbatches = len(micro)
         place = device.current().torch_device
 
         def stream() -> Iterator[dict[str, Any]]:
@@ -344,7 +343,7 @@ class Rank:
         """
         if batch.rollout_logp is None or self.config.minimind.replay_rollouts:
             return {}
-        with weights_gathered(self.args, self.model):
+        with weights_gathered(self.training, self.model):
             parameters = [parameter for chunk in self.model for parameter in chunk.parameters()]
             present = [parameter.detach().clone() for parameter in parameters]
         tokens = batch.mask.sum()
@@ -361,7 +360,7 @@ class Rank:
 
     @torch.no_grad()
     def _put(self, parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
-        with weights_gathered(self.args, self.model):
+        with weights_gathered(self.training, self.model):
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
 
@@ -380,9 +379,10 @@ class Rank:
         self.job.total = denominator(mini.mask, self.algorithm.aggregation if self.role == "actor" else "token-mean")
         if isinstance(self.job, Actor):
             self.job.tokens = mini.mask.sum()
+        self.job.micro_batches = len(micro)
         batches = self._stream(micro, self.model)
         result = self.engine.step(self.job, batches, len(micro), len(mini), iteration)
-        (_, *metrics), _ = step.averages(self.args, self.job, [result])
+        (_, *metrics), _ = step.averages(self.training, self.job, [result])
         role = "critic" if self.role == "critic" else "actor"
         named = dict(zip(self.job.metrics, metrics, strict=True))
         return {**named, f"{role}/grad_norm": result.grad_norm, "skipped": float(not result.updated)}

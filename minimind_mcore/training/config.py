@@ -1,0 +1,277 @@
+"""The settings of a training run: frozen, typed sections, built once from validated flags.
+
+The fields have the names that Megatron gives its arguments, so a flag and its use are found with one search. The
+functions of training/ and posttrain/ take a `TrainConfig`. `argparse.Namespace` stays where a command line comes in
+(`arguments.parse`, `layout.validate`) and where a checkpoint goes out, which carries one for MindSpeed-LLM to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """What is built, besides the architecture (`TrainConfig.architecture`)."""
+
+    num_layers: int
+    hidden_size: int
+    padded_vocab_size: int
+    num_experts: int | None
+    moe_router_topk: int
+    moe_z_loss_coeff: float | None
+    transformer_impl: str
+    attention_dropout: float
+    hidden_dropout: float
+    init_method_std: float
+    minimind_init: str | None
+    recompute_granularity: str | None
+    recompute_method: str | None
+    recompute_num_layers: int | None
+    lora_target_modules: list[str]
+    lora_r: int
+    lora_alpha: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """Ranks and what they exchange; `TrainConfig.layout` has the sizes."""
+
+    data_parallel_size: int
+    tensor_model_parallel_size: int
+    sequence_parallel: bool
+    use_distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    overlap_p2p_comm: bool
+    ddp_bucket_size: int | None
+    distributed_backend: str
+    distributed_timeout_minutes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """The update of the weights."""
+
+    optimizer: str
+    lr: float
+    min_lr: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    sgd_momentum: float
+    clip_grad: float
+    decay_all: bool
+    calculate_per_token_loss: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSection:
+    """How long the run is, and its learning rate and weight decay over that time."""
+
+    train_iters: int
+    global_batch_size: int
+    micro_batch_size: int
+    num_microbatches: int
+    eval_iters: int
+    eval_interval: int
+    exit_interval: int | None
+    exit_duration_in_mins: int | None
+    lr_decay_style: str
+    lr_decay_iters: int
+    lr_warmup_iters: int
+    lr_warmup_init: float
+    lr_wsd_decay_style: str
+    lr_wsd_decay_iters: int | None
+    lr_at_iteration_end: bool
+    start_weight_decay: float
+    end_weight_decay: float
+    weight_decay_incr_style: str
+    override_opt_param_scheduler: bool
+    use_checkpoint_opt_param_scheduler: bool
+    updates_per_iteration: int = 1  # of reinforcement learning, whose iterations update several times
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSection:
+    """Dtypes and the loss scale of fp16."""
+
+    params_dtype: torch.dtype
+    bf16: bool
+    fp16: bool
+    accumulate_allreduce_grads_in_fp32: bool
+    loss_scale: float | None
+    initial_loss_scale: float
+    min_loss_scale: float
+    loss_scale_window: float
+    hysteresis: int
+    deterministic_mode: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Tokens and how they become batches."""
+
+    seed: int
+    seq_length: int
+    split: str | None
+    data_path: list[str] | None
+    train_data_path: list[str] | None
+    valid_data_path: list[str] | None
+    test_data_path: list[str] | None
+    data_cache_path: str | None
+    data_pending: bool
+    verify_data: bool
+    num_workers: int
+    num_dataset_builder_threads: int
+    mmap_bin_files: bool
+    reset_position_ids: bool
+    reset_attention_mask: bool
+    eod_mask_loss: bool
+    tokenizer_name_or_path: str | None
+    tokenizer_model: str | None
+    variable_seq_lengths: bool
+    no_pad_to_seq_lengths: bool
+    pad_to_multiple_of: int
+    neat_pack: bool
+    no_shuffle: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """What is read and written."""
+
+    save: str | None
+    save_interval: int | None
+    keep_last: int | None
+    ckpt_format: str
+    no_save_optim: bool | None
+    no_save_rng: bool | None
+    load: str | None
+    ckpt_step: int | None
+    finetune: bool
+    reshard: bool
+    no_load_optim: bool | None
+    no_load_rng: bool | None
+    exit_on_missing_checkpoint: bool
+    pretrained_checkpoint: str | None
+    ref_model: str | None
+
+    @property
+    def directory(self) -> Path:
+        """`--save` of a run that saves."""
+        assert self.save
+        return Path(self.save)
+
+    @property
+    def loads_optimizer(self) -> bool:
+        """Whether a checkpoint's optimizer is loaded, where it has one."""
+        return not (self.finetune or self.no_load_optim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loggers:
+    """Where metrics go besides metrics.jsonl. `swanlab` has further arguments of `swanlab.init`."""
+
+    tensorboard_dir: str | None
+    use_wandb: bool
+    wandb_project: str
+    wandb_exp_name: str
+    wandb_save_dir: str
+    swanlab_project: str
+    swanlab: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSection(Loggers):
+    """What the run says about itself."""
+
+    output_dir: str | None
+    log_file: str | None
+    log_interval: int
+    log_num_zeros_in_grad: bool
+    no_effect: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSection:
+    """The losses of post-training."""
+
+    dpo_loss_type: str = "sigmoid"
+    dpo_beta: float = 0.1
+    dpo_label_smoothing: float = 0.0
+    pref_ftx: float = 0.0
+    gamma_beta_ratio: float = 1.4
+    reference_live: bool = False
+    teacher_model: str | None = None
+    distill_alpha: float = 0.5
+    distill_temperature: float = 1.5
+
+
+Section = TypeVar("Section")
+
+
+def _section(kind: type[Section], args: argparse.Namespace) -> Section:
+    """One section; a field that the program's command line lacks has its default."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of one run.
+
+    Attributes:
+        layout: of the ranks.
+        args: the arguments that checkpoints carry, under Megatron's names. A run adds what it finds out:
+            `tokenizer_fingerprint`, `sample_order`, `lora_base`, `rl_state`, and the router weight.
+    """
+
+    layout: ParallelLayout
+    model: ModelSection
+    parallel: ParallelSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    precision: PrecisionSection
+    data: DataSection
+    checkpoint: CheckpointSection
+    logging: LoggingSection
+    objective: ObjectiveSection
+    args: argparse.Namespace
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, layout: ParallelLayout) -> TrainConfig:
+        """The sections of arguments that `layout.validate` has checked and filled in."""
+        return cls(
+            layout=layout,
+            model=_section(ModelSection, args),
+            parallel=_section(ParallelSection, args),
+            optimizer=_section(OptimizerSection, args),
+            schedule=_section(ScheduleSection, args),
+            precision=_section(PrecisionSection, args),
+            data=_section(DataSection, args),
+            checkpoint=_section(CheckpointSection, args),
+            logging=_section(LoggingSection, args),
+            objective=_section(ObjectiveSection, args),
+            args=args,
+        )
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The architecture, with the router weight of the loaded weights once that is known."""
+        return ModelConfig.from_args(self.args)
+
+    def changed(self, **changes: object) -> TrainConfig:
+        """The same run with other values of some flags."""
+        return TrainConfig.from_args(argparse.Namespace(**vars(self.args) | changes), self.layout)
