@@ -87,7 +87,8 @@ def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
         allocate_moments(engine.optimizer)
     with weights_gathered(config, engine.model):
         entries = _together(lambda: _write(form, config, tmp, engine), tmp)
-    _together(lambda: _publish(root, tmp, final, entries, config) if ranks.is_main() else None, tmp)
+    kept = (progress.iteration, config.checkpoint.keep_last)
+    _together(lambda: _publish(root, tmp, final, entries, *kept) if ranks.is_main() else None, tmp)
     if ranks.is_main():
         print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
 
@@ -139,16 +140,18 @@ def _write(form: Any, config: TrainConfig, tmp: Path, engine: Engine) -> dict[st
         return {str(file.relative_to(tmp)): file_entry(file) for file in files}
 
 
-def _publish(root: Path, tmp: Path, final: Path, entries: list[dict[str, Any]], config: TrainConfig) -> None:
+def _publish(
+    root: Path, tmp: Path, final: Path, entries: list[dict[str, Any]], iteration: int, keep_last: int | None
+) -> None:
     with disk_errors(final):
         write_manifest(tmp, {name: entry for part in entries for name, entry in part.items()})
         publish_directory(tmp, final)
-        atomic_write_text(root / TRACKER, str(config.args.iteration))
-    if config.checkpoint.keep_last:
+        atomic_write_text(root / TRACKER, str(iteration))
+    if keep_last:
         # A later one can only be damaged, or the run went back behind it: it does not count.
-        older = [iteration for iteration in iterations_in(root) if iteration <= config.args.iteration]
-        for iteration in older[config.checkpoint.keep_last :]:
-            _remove(directory_of(root, iteration))
+        older = [one for one in iterations_in(root) if one <= iteration]
+        for one in older[keep_last:]:
+            _remove(directory_of(root, one))
 
 
 def _remove(directory: Path) -> None:

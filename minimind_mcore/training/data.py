@@ -96,7 +96,7 @@ def build_datasets(config: TrainConfig) -> list[Any]:
     tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(config.data)]
     require_same_everywhere(config, tokenizer)
     compile_helpers()
-    options = dict(
+    options: dict[str, Any] = dict(
         random_seed=config.data.seed,
         sequence_length=config.data.seq_length,
         path_to_cache=config.data.data_cache_path,

@@ -68,7 +68,7 @@ def read(
     values = {
         "seq_length": 32, "micro_batch_size": 8, "global_batch_size": 8, "train_iters": 40, "eval_iters": 1,
         "eval_interval": 20, "split": "90,10,0", "tokenizer_name_or_path": folder / "tk", "transformer_impl": "local",
-        "data_cache_path": tmp_path / "cache",
+        "data_cache_path": tmp_path / "cache", "lr": 1e-3,
     }  # fmt: skip
     flags = [*PRESETS["minimind3_tiny"].megatron_flags(), *as_flags(values | changes)]
     for name, words in {"data_path": data_path, **(lists or {})}.items():

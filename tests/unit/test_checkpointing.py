@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from minimind_mcore.checkpoint.choose import check
@@ -21,9 +20,8 @@ def make(root: Path, iteration: int) -> Path:
 
 def save(root: Path, iteration: int, keep_last: int) -> None:
     tmp = make(root / "tmp", iteration)
-    args = argparse.Namespace(iteration=iteration, keep_last=keep_last)
     entries = [{"weights.pt": file_entry(tmp / "weights.pt")}]
-    ck._publish(root, tmp, ck.directory_of(root, iteration), entries, args)
+    ck._publish(root, tmp, ck.directory_of(root, iteration), entries, iteration, keep_last)
 
 
 def test_keeping_the_last_never_removes_the_one_just_written(tmp_path: Path) -> None:
