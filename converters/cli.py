@@ -16,7 +16,7 @@ from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.layout import ParallelLayout, parse_numbers
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import build_parser, given_flags, refuse_unknown
+from minimind_mcore.inputs.flags import build_parser
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.platform.cpu import keep_freed_memory
 
@@ -92,11 +92,9 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
             # ours has other models, and takes from the source what is not given
             action.choices, action.default = None, None
     _add_own_flags(parser)
-    given = given_flags(argv)
-    refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
+    args, given = parser.parse(argv)
     if refused := [flag for flag in given if flag in _REFUSED[program]]:
         raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
-    args = parser.parse_args(list(argv))
     if ignored := [flag for flag in given if flag in _NO_EFFECT[program]]:
         print(f"without effect here: {', '.join(ignored)}", flush=True)
     return args, given

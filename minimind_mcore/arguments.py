@@ -15,7 +15,7 @@ from typing import Any
 
 from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.inputs.flags import Parser, build_parser, flag_table, unused
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.models.config import (
@@ -184,10 +184,10 @@ def add_router_weight(group: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_posttrain_flags(parser: argparse.ArgumentParser) -> None:
+def _add_posttrain_flags(parser: Parser) -> None:
     """What posttrain_gpt.py has beyond MindSpeed-LLM's: stages and losses of MiniMind, and their settings."""
-    for dest, choices in (("stage", STAGES), ("dpo_loss_type", DPO_LOSSES)):
-        next(action for action in parser._actions if action.dest == dest).choices = choices
+    parser.set_choices("stage", STAGES)
+    parser.set_choices("dpo_loss_type", DPO_LOSSES)
     group = parser.add_argument_group("post-training", "flags of this kit; MindSpeed-LLM does not know them")
     group.add_argument("--reference-live", action="store_true", help="run --ref-model in every step, cache nothing")
     group.add_argument(
@@ -227,14 +227,11 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
     _add_native_flags(parser)
     if posttrain:
         _add_posttrain_flags(parser)
-    flags = given_flags(argv)
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    refuse_unknown(flags, known)
-    args = parser.parse_args(list(argv))
+    args, given = parser.parse(argv)
     table = flag_table()
     implemented = IMPLEMENTED | POSTTRAIN if posttrain else IMPLEMENTED
     no_effect = NO_EFFECT | POSTTRAIN_NO_EFFECT if posttrain else NO_EFFECT
-    refused = [f for f in flags if f in table and table[f]["dest"] not in implemented | no_effect]
+    refused = unused(given, implemented | no_effect)
     if refused and all(table[f]["dest"] in POSTTRAIN | POSTTRAIN_NO_EFFECT for f in refused):
         raise UserError(f"{', '.join(refused)}: for posttrain_gpt.py, not for pretraining")
     if refused:
@@ -242,7 +239,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
             f"{', '.join(refused)}: known to {table[refused[0]]['source']}, not implemented by the native engine; "
             "leave it out, or run it on an NPU with BACKEND=mindspeed-llm"
         )
-    args.no_effect = [f for f in flags if f in table and table[f]["dest"] in no_effect]
+    args.no_effect = unused(given, implemented)
     _refuse_values(args)
     if args.split is not None:
         parse_split(args.split)
@@ -251,7 +248,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
         raise UserError(NO_EXPERTS)
     if args.num_experts and (rule := named_router_weight(args)):
         set_router_weight(args, rule)
-    if "--transformer-impl" not in flags:  # Megatron's default needs Transformer Engine
+    if "--transformer-impl" not in given:  # Megatron's default needs Transformer Engine
         args.transformer_impl = "local"
     return args
 

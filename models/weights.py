@@ -1,7 +1,6 @@
 """One table of weight rules, for both directions between transformers and megatron-core.
 
-    mcore = hf_to_mcore(hf_state, config)      # every tensor accounted for, or an error
-    hf_state = mcore_to_hf(mcore, config)
+    hf_state = mcore_to_hf(mcore, config)      # every tensor accounted for, or an error
 
 A rule (`rules.py`) names tensors on both sides and knows how each becomes the other; `rules` lists those
 of a model. Everything here is the whole model: layers and experts numbered from 0, no tensor split.
@@ -182,40 +181,13 @@ def detect_form(names: Iterable[str]) -> str:
     return "native" if any(".shared_experts." in name for name in names) else "hf"
 
 
-def hf_to_mcore(state: Mapping[str, Tensor], config: ModelConfig, form: str | None = None) -> dict[str, Tensor]:
-    """The whole megatron-core model, from a state dict of transformers or MiniMind.
-
-    Args:
-        state: tensors of any dtype by name; `form` is detected from the names unless given.
-        config: the architecture.
-        form: one of `FORMS`.
-
-    Raises:
-        UserError: a tensor is missing, unknown, of a wrong shape, not zero where it must be, or
-            two that are tied differ.
-    """
-    table = rules(config, form or detect_form(state))
-    required = {name for rule in table if rule.required for name in rule.hf}
-    known = {name for rule in table for name in rule.hf}
-    account(state, required, known)
-    mcore: dict[str, Tensor] = {}
-    for rule in table:
-        if any(name not in state for name in rule.hf):  # and not required
-            continue
-        for name, shape in zip(rule.hf, rule.shapes, strict=True):
-            check_shape(name, state[name], shape)
-        tensors = [state[name] for name in rule.hf]
-        for name, tensor in zip(rule.mcore, rule.to_mcore(tensors), strict=True):
-            if name in mcore and not torch.equal(mcore[name], tensor):
-                raise UserError(f"{', '.join(rule.hf)}: differs from the tensor it is tied to, {name}")
-            mcore[name] = tensor
-    return mcore
-
-
 def mcore_to_hf(state: Mapping[str, Tensor], config: ModelConfig, form: str = "hf") -> dict[str, Tensor]:
     """The state dict of transformers or MiniMind, from a whole megatron-core model.
 
-    The result may share memory with `state`. Errors as `hf_to_mcore`.
+    The result may share memory with `state`.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or of a wrong shape.
     """
     table = rules(config, form)
     shapes = mcore_shapes(config)

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.inputs.flags import Parser, build_parser, unused
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
@@ -52,16 +52,14 @@ NO_EFFECT = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = build_parser(PROGRAM, prog=PROGRAM)
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # Theirs caches whole data sets in ~/tmp; ours keeps unfinished parts, by default beside the output.
     parser.set_defaults(cache_dir=None)
-    allow_any_template(parser)
-    for action in parser._actions:
-        if action.dest == "tokenizer_type":  # MindSpeed-RL's word for the same
-            action.choices = [*(action.choices or ()), "HuggingFaceTokenizer"]
+    parser.set_choices("prompt_type", None)
+    parser.set_choices("tokenizer_type", ("PretrainedFromHF", "HuggingFaceTokenizer"))  # MindSpeed-RL's for the same
     group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
     group.add_argument(
         "--prepend-bos",
@@ -99,17 +97,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, one that is not implemented here, or a bad value.
     """
-    parser, table = _parser(), flag_table(PROGRAM)
-    argv = with_config(argv)
-    flags = given_flags(argv)
-    refuse_unknown(flags, [flag for action in parser._actions for flag in action.option_strings])
-    refused = [flag for flag in flags if flag in table and table[flag]["dest"] not in IMPLEMENTED | NO_EFFECT]
-    if refused:
+    args, given = _parser().parse(with_config(argv))
+    if refused := unused(given, IMPLEMENTED | NO_EFFECT, PROGRAM):
         raise UserError(f"{', '.join(refused)}: known to MindSpeed-LLM, not implemented here")
-    ignored = [flag for flag in flags if flag in table and table[flag]["dest"] in NO_EFFECT]
-    if ignored:
+    if ignored := unused(given, IMPLEMENTED, PROGRAM):
         print(f"no effect here: {', '.join(ignored)}", file=sys.stderr)
-    return parser.parse_args(list(argv))
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,8 +139,6 @@ def _convert(args: argparse.Namespace) -> list[str]:
     for flag, value in (("--input", args.input), ("--tokenizer-name-or-path", args.tokenizer_name_or_path)):
         if not value:
             raise UserError(f"{flag} is missing; `{PROGRAM} --help` shows an example")
-    if args.tokenizer_type not in ("PretrainedFromHF", "HuggingFaceTokenizer"):
-        raise UserError(f"--tokenizer-type {args.tokenizer_type}: not supported here; expected PretrainedFromHF")
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: megatron-core reads mmap only")
     if args.output_prefix is None and (prefixes := datasets_at(args.input)):

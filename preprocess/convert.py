@@ -36,8 +36,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at, digest_problems
 from minimind_mcore.preprocess.handlers import ChatHandler
@@ -70,55 +68,8 @@ from minimind_mcore.preprocess.shards import (
 )
 from minimind_mcore.preprocess.stages import make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_info
+from minimind_mcore.progress import Progress
 from minimind_mcore.storage import atomic_file, disk_errors, sha256
-
-LINE_SECONDS = 5.0
-
-
-class Progress:
-    """Show bytes read, MB/s, tokens/s and the time left.
-
-    Args:
-        total: bytes of input.
-        done: bytes that an earlier run has already done; they do not count for the speed.
-    """
-
-    def __init__(self, total: int, done: int) -> None:
-        self._total = max(1, total)
-        self._done_before = done
-        self._start = self._last_line = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True)
-
-    def show(self, read: int, tokens: int) -> None:
-        """Update.
-
-        Args:
-            read: bytes read since the start of this run.
-            tokens: tokens written since the start of this run.
-        """
-        now = time.monotonic()
-        seconds = max(now - self._start, 1e-9)
-        position = min(self._done_before + read, self._total)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{tokens / seconds / 1e6:.2f} Mtok/s", refresh=False)
-            self._bar.update(position - self._bar.n)
-        elif now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            left = (self._total - position) * seconds / max(read, 1)
-            print(
-                f"{100 * position / self._total:5.1f} %  {position / 1e6:.0f} of {self._total / 1e6:.0f} MB  "
-                f"{read / 1e6 / seconds:.1f} MB/s  {tokens / seconds / 1e6:.2f} Mtok/s  {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leave the terminal clean."""
-        if self._bar is not None:
-            self._bar.close()
-
 
 SHOWN_REJECTS = 5
 PREVIEWED = 1000
@@ -324,8 +275,7 @@ class _Run:
         progress = multiprocessing.get_context("spawn").RawArray("q", 2 * max(1, len(shards)))
         job = Job(directory, options, info, backend, progress)
         done_before = sum(report.bytes for report in reports.values())
-        display = Progress(sum(shard.bytes for shard in shards), done_before)
-        with contextlib.closing(display):
+        with Progress("converting", sum(shard.bytes for shard in shards), done_before) as display:
             tick = lambda: display.show(sum(progress[::2]), sum(progress[1::2]))  # noqa: E731
             for report in run_tasks(ShardConverter, job, todo, options.workers, tick):
                 reports[report.number] = report

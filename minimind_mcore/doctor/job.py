@@ -13,7 +13,6 @@ from minimind_mcore.doctor.finding import Finding, fail, ok
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
-CHECKPOINTS = ("--load", "--pretrained-checkpoint", "--ref-model", "--lora-load")
 DATASET = ("{}.idx", "{}_packed_input_ids_document.idx", "{}_packed_chosen_input_ids_document.idx")
 PROGRAM = re.compile(r"(^|/)(pretrain_gpt|posttrain_gpt|inference|evaluation|preprocess_data|convert_ckpt_v2)\.py$")
 
@@ -81,7 +80,7 @@ def values(words: Sequence[str], flag: str) -> list[str]:
 
 
 def paths(words: Sequence[str], made: Sequence[str] = ()) -> list[Finding]:
-    """Whether what a command line names is there, or is `made` before."""
+    """Whether what a command line names is there, or is `made` before. The dry run itself has looked at checkpoints."""
     found = [
         _dataset(prefix) for prefix in values(words, "--data-path") if not re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
     ]
@@ -90,8 +89,6 @@ def paths(words: Sequence[str], made: Sequence[str] = ()) -> list[Finding]:
     for path in values(words, "--prompt-type-path"):
         if not Path(path).is_file():
             found.append(fail("templates", f"--prompt-type-path {path}: no such file", "configs/templates.json"))
-    for flag in CHECKPOINTS:
-        found += [_checkpoint(flag, Path(path), words) for path in values(words, flag)]
     for path in values(words, "--save"):
         found.append(_writable(Path(path)))
     return found
@@ -116,48 +113,6 @@ def _tokenizer(path: Path) -> Finding:
     if not file.is_file():
         return fail("tokenizer", f"{path} has no tokenizer.json", "export TOKENIZER_PATH=the directory of MiniMind's")
     return ok("tokenizer", str(path))
-
-
-def _checkpoint(flag: str, path: Path, words: Sequence[str]) -> Finding:
-    from minimind_mcore.checkpoint.files import iteration_directory
-    from minimind_mcore.training.checkpoint_weights import is_model
-
-    try:
-        if is_model(path):
-            return ok("checkpoint", f"{flag} {path}: weights in files")
-        directory = iteration_directory(path) if path.is_dir() else None
-        if directory is not None:
-            return _layout(flag, directory, words)
-        begun = any(Path(load).is_dir() and iteration_directory(Path(load)) for load in values(words, "--load"))
-    except UserError as error:
-        return fail("checkpoint", f"{flag}: {error}")
-    if flag == "--pretrained-checkpoint" and begun and "--lora-target-modules" not in words:
-        return ok("checkpoint", f"{flag} {path}: not needed, the run goes on from --load")
-    if flag == "--load" and not {"--finetune", "--exit-on-missing-checkpoint"} & set(words):
-        return ok("checkpoint", f"none at {path}: training begins anew")
-    return fail("checkpoint", f"{flag} {path}: no checkpoint there", "export CKPT_LOAD_DIR=where there is one")
-
-
-def _layout(flag: str, directory: Path, words: Sequence[str]) -> Finding:
-    from minimind_mcore.checkpoint.opening import open_source
-    from minimind_mcore.training.checkpoint_fit import conversion
-
-    layout = open_source(directory).layout
-    if layout is None:  # torch_dist fits any layout
-        return ok("checkpoint", f"{flag} {directory}, fits any layout")
-    have = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep}
-    flags = {"TP": "tensor", "PP": "pipeline", "EP": "expert"}
-    want = {key: int((values(words, f"--{name}-model-parallel-size") or ["1"])[0]) for key, name in flags.items()}
-    # the kit's own engine takes what it begins with in any layout; MindSpeed-LLM has --spec, and does not
-    fits = "--reshard" in words or (flag in CHECKPOINTS[1:3] and "--spec" not in words)
-    if have != want and not fits:
-        setting = " ".join(f"{key}={size}" for key, size in want.items())
-        return fail(
-            "checkpoint",
-            f"{flag} {directory} was saved with {layout}, and the job has {setting}",
-            conversion(directory.parent, "mcore2mcore", setting),
-        )
-    return ok("checkpoint", f"{flag} {directory}, {layout}")
 
 
 def _writable(path: Path) -> Finding:

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    next(a for a in parser._actions if a.dest == "evaluation_batch_size").default = 16  # the result is the same
+    parser.set_defaults(evaluation_batch_size=16)  # the result is the same
     group = parser.add_argument_group("evaluation", "flags of this kit; MindSpeed-LLM does not know them")
     shots = flag_type("num_fewshot")
     group.add_argument("--num-fewshot", type=shots, default=0, metavar="N", help="solved questions shown before each")

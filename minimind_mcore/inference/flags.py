@@ -16,7 +16,7 @@ from minimind_mcore.checkpoint.files import directory_of
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.job import Job
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import allow_any_template, build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.inputs.flags import build_parser, flag_table, unused
 from minimind_mcore.models.config import ModelConfig
 
 USED = frozenset(
@@ -62,26 +62,21 @@ def parse(
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
     """
     parser = build_parser(prog=program)
-    allow_any_template(parser)
-    for action in parser._actions:
-        if action.dest in ("lora_r", "lora_alpha"):
-            action.default = None  # taken from the checkpoint
+    parser.set_choices("prompt_type", None)
+    parser.set_defaults(lora_r=None, lora_alpha=None)  # taken from the checkpoint
     _add_loading_flags(parser)
     add_own(parser)
-    given = given_flags(argv)
-    refuse_unknown(given, [flag for action in parser._actions for flag in action.option_strings])
-    args = parser.parse_args(list(argv))
+    args, given = parser.parse(argv)
     args.given = given
-    table, mine = flag_table(), USED | CHECKED | used
-    refused = [f for f in given if f in table and table[f]["dest"] not in mine | NO_EFFECT | ignored]
-    if refused:
+    mine = USED | CHECKED | used
+    if refused := unused(args.given, mine | NO_EFFECT | ignored):
         raise UserError(f"{', '.join(refused)}: not implemented by {program} of this kit; leave it out")
     if args.load is None:
         raise UserError(
             "--load is missing: the model, a Megatron checkpoint, a Hugging Face directory or a .pth of MiniMind"
         )
     effective = {assumptions.FLAGS[name] for name in _stated(args)}
-    args.no_effect = [f for f in given if f in table and table[f]["dest"] not in mine and f not in effective]
+    args.no_effect = [flag for flag in unused(args.given, mine) if flag not in effective]
     return args
 
 

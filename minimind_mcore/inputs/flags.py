@@ -11,7 +11,7 @@ import functools
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from minimind_mcore.errors import UserError, did_you_mean
@@ -54,7 +54,7 @@ def flag_table(program: str = "training") -> dict[str, dict[str, Any]]:
     return {flag: record for record in records for flag in record["flags"]}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, with errors that a `UserError` carries."""
 
     def __init__(self, **options: Any) -> None:
@@ -66,10 +66,27 @@ class _Parser(argparse.ArgumentParser):
         """Raise instead of exiting with status 2."""
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 
+    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse a command line.
 
-def build_parser(program: str = "training", prog: str | None = None) -> argparse.ArgumentParser:
+        Returns:
+            The values; the flags that are given, each once, in order.
+
+        Raises:
+            UserError: names each unknown flag and the nearest known one, or says what is wrong with a value.
+        """
+        given = given_flags(argv)
+        refuse_unknown(given, [flag for action in self._actions for flag in action.option_strings])
+        return self.parse_args(list(argv)), given
+
+    def set_choices(self, dest: str, choices: Sequence[str] | None) -> None:
+        """Let one of MindSpeed-LLM's flags take other values; None: any."""
+        next(action for action in self._actions if action.dest == dest).choices = choices
+
+
+def build_parser(program: str = "training", prog: str | None = None) -> Parser:
     """A parser that knows every flag of one of MindSpeed-LLM's programs, with its type and default."""
-    parser = _Parser(prog=prog, allow_abbrev=False, description="Megatron's flags are the interface.")
+    parser = Parser(prog=prog, allow_abbrev=False, description="Megatron's flags are the interface.")
     groups: dict[str, Any] = {}
     for record in {id(r): r for r in flag_table(program).values()}.values():
         group = groups.get(record["source"]) or parser.add_argument_group(record["source"])
@@ -85,11 +102,6 @@ def build_parser(program: str = "training", prog: str | None = None) -> argparse
     return parser
 
 
-def allow_any_template(parser: argparse.ArgumentParser) -> None:
-    """Let `--prompt-type` name any template that `--prompt-type-path`, or the kit's own file, has."""
-    next(action for action in parser._actions if action.dest == "prompt_type").choices = None
-
-
 def given_flags(argv: Sequence[str]) -> list[str]:
     """The flags on a command line, without their values, each once, in order."""
     return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))
@@ -99,3 +111,9 @@ def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
     """Raise a `UserError` that names each unknown flag and the nearest known one."""
     if unknown := [f"unknown flag {flag}{did_you_mean(flag, known)}" for flag in flags if flag not in known]:
         raise UserError("\n  ".join(unknown))
+
+
+def unused(given: Sequence[str], used: Collection[str], program: str = "training") -> list[str]:
+    """Those of the given flags that MindSpeed-LLM's program has, and whose dest is not among the used ones."""
+    table = flag_table(program)
+    return [flag for flag in given if flag in table and table[flag]["dest"] not in used]

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from helpers.fuzz import NOT_JSON, Case, flipped, write
+from helpers.weight_tables import hf_to_mcore
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.models import weights
@@ -119,7 +120,7 @@ def pth_cases(rng: random.Random, folder: Path) -> Iterator[Case]:
     """A .pth file that was cut, changed, or holds something else."""
     config = SMALL["minimind3"]
     file = folder / "full_sft_32.pth"
-    state = weights.mcore_to_hf(weights.hf_to_mcore(state_dict(config, "hf"), config), config, "native")
+    state = weights.mcore_to_hf(hf_to_mcore(state_dict(config, "hf"), config), config, "native")
     torch.save(state, file)
     data = file.read_bytes()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from helpers.engine import Corpus
+from helpers.weight_tables import hf_to_mcore
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.job import Job
@@ -35,7 +36,7 @@ def write_model(folder: Path, name: str, corpus: Corpus, dtype: torch.dtype = to
 
 def write_pth(file: Path, config: ModelConfig) -> None:
     """The same weights in MiniMind's own form."""
-    whole = weights.hf_to_mcore(state_dict(config, "hf"), config)
+    whole = hf_to_mcore(state_dict(config, "hf"), config)
     torch.save(weights.mcore_to_hf(whole, config, "native"), file)
 
 

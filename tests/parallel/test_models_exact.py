@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.weight_tables import hf_to_mcore
 from torch import Tensor
 
 from minimind_mcore.models import weights
@@ -74,8 +75,8 @@ def run(core: str, processes: int) -> tuple[str, dict[str, Any] | None]:
     """What the program printed, and what it found unless it failed."""
     directory = CORES[core]
     environment = os.environ | {"OMP_NUM_THREADS": str(3 - processes), "DEVICE": "cpu"}
-    if directory:
-        environment["PYTHONPATH"] = os.pathsep.join([directory, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [directory, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as work:
         workers = [
             subprocess.Popen(
@@ -348,7 +349,6 @@ def check_logits(config: ModelConfig) -> dict[str, Any]:
     import transformers
 
     from minimind_mcore.models.loading import load_into
-    from minimind_mcore.models.weights import hf_to_mcore
 
     torch.manual_seed(3)
     twin = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()
@@ -382,7 +382,6 @@ def check_router(rule: RouterWeight) -> dict[str, float]:
     import transformers
 
     from minimind_mcore.models.loading import load_into
-    from minimind_mcore.models.weights import hf_to_mcore
 
     moe = dataclasses.replace(_TOP1, router_weight=rule, aux_loss_coeff=0.0)
     config = PRESETS["minimind3_moe_tiny"].replace(vocab_size=512, moe=moe)
@@ -492,7 +491,7 @@ def _check_gradients(config: ModelConfig, layout: dict[str, int]) -> dict[str, A
     from minimind_mcore.models.loading import load_into
 
     native = random_weights(config)
-    mcore = weights.hf_to_mcore(native, config, "native")
+    mcore = hf_to_mcore(native, config)
     generator = torch.Generator().manual_seed(11)
     data = torch.randint(0, config.vocab_size, (MICRO_BATCHES, BATCH, SEQUENCE + 1), generator=generator)
     expected_loss, expected_aux, expected = reference_gradients(native, config, data)
@@ -530,7 +529,7 @@ def reference_gradients(
     (lm + aux).backward()
     gradients = {n: t.grad if t.grad is not None else torch.zeros_like(t) for n, t in leaves.items()}
     # The table only moves numbers here, so it maps gradients as it maps weights.
-    return lm.item(), aux.item(), weights.hf_to_mcore(gradients, config, "native")
+    return lm.item(), aux.item(), hf_to_mcore(gradients, config)
 
 
 def forward_backward(chunks: list[Any], data: Tensor) -> list[float]:

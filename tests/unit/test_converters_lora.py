@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.weight_tables import hf_to_mcore
 from helpers.weights_on_disk import SMALL, assert_same_bits, read_hf, state_dict, write_hf
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def lora_checkpoint(
 
 
 def merged_state(config: ModelConfig, state: dict[str, Tensor], pairs: Pairs, scale: float) -> dict[str, Tensor]:
-    whole = weights.hf_to_mcore(state, config)
+    whole = hf_to_mcore(state, config)
     for name, (a, b) in pairs.items():
         whole[name] = whole[name] + scale * (b @ a)
     return weights.mcore_to_hf(whole, config)

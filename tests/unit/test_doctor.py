@@ -597,28 +597,9 @@ def test_paths_of_a_command_line(tmp_path: Path) -> None:
     )
     found = job.paths(job.command(printed))
     assert [(f.level, f.subject) for f in found] == [
-        ("ok", "data"), ("fail", "data"), ("fail", "data"), ("ok", "tokenizer"), ("ok", "checkpoint"), ("ok", "output"),
+        ("ok", "data"), ("fail", "data"), ("fail", "data"), ("ok", "tokenizer"), ("ok", "output"),
     ]  # fmt: skip
     assert "cut.bin is missing" in found[1].text
-    [load] = [f for f in job.paths(["--load", str(tmp_path / "new"), "--finetune"]) if f.subject == "checkpoint"]
-    assert load.level == "fail"
-
-
-@pytest.mark.parametrize("flag", job.CHECKPOINTS)
-def test_every_checkpoint_of_a_job_is_looked_at(flag: str, start: Path, tmp_path: Path) -> None:
-    theirs = ["--spec", "minimind_mcore.models.minimind_spec", "layer_spec"]
-    [finding] = job.paths([*theirs, flag, str(start), "--tensor-model-parallel-size", "2"])
-    assert finding.level == "fail" and "TP=2 PP=1 EP=1 bash" in finding.fix
-    [finding] = job.paths([*theirs, flag, str(start)])
-    assert finding.level == "ok"
-    [finding] = job.paths([flag, str(tmp_path), "--exit-on-missing-checkpoint"])
-    assert finding.level == "fail" and f"{flag} {tmp_path}: no checkpoint there" in finding.text
-
-
-def test_what_a_job_that_goes_on_had_begun_with_may_be_gone(start: Path, tmp_path: Path) -> None:
-    words = ["--load", str(start), "--pretrained-checkpoint", str(tmp_path)]
-    assert [finding.level for finding in job.paths(words)] == ["ok", "ok"]
-    assert [finding.level for finding in job.paths([*words, "--lora-target-modules", "linear_qkv"])] == ["ok", "fail"]
 
 
 # ------------------------------------------------------------------------------------------------ matrix, command

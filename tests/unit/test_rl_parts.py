@@ -148,7 +148,7 @@ def test_log_probabilities_are_those_of_transformers(rollout: DecoderEngine) -> 
 
 def test_a_spoilt_engine_is_restored_by_a_sync(rollout: DecoderEngine) -> None:
     before = rollout.weights()
-    from minimind_mcore.models.weights import hf_to_mcore
+    from helpers.weight_tables import hf_to_mcore
 
     weights = hf_to_mcore({k: v for k, v in before.items() if k != "lm_head.weight"}, rollout.config)
     rollout.perturb()
