@@ -7,11 +7,13 @@ that only print. `tests/run.sh` is what runs these tests.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,29 @@ def test_first_command_leaves_what_the_readme_lists(checkout: Path) -> None:
     assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
+def assert_serves(command: str, checkout: Path) -> None:
+    """The command starts a server, which answers and ends with status 0 at a signal."""
+    environment = os.environ | {"PYTHON": str(checkout / ".venv/bin/python"), "DEVICE": "cpu"}
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec env {command}"], cwd=checkout, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    printed = []
+    for line in process.stderr:
+        printed.append(line)
+        if line.startswith("serving"):
+            break
+    assert printed[-1].startswith("serving"), "".join(printed)
+    body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}).encode()
+    address = printed[-1].split()[1] + "/chat/completions"
+    asked = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        assert json.load(reply)["choices"][0]["message"]["role"] == "assistant"
+    process.terminate()
+    process.stderr.read()
+    assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize("command", commands("README.md")[2:])
 def test_command_runs(command: str, checkout: Path) -> None:
     if "mindspeed-llm" in command:  # a host without it: the command says where it looked
@@ -88,7 +113,9 @@ def test_command_runs(command: str, checkout: Path) -> None:
         command = command.replace("MINDSPEED_LLM_HOME=/workspace/MindSpeed-LLM", f"MINDSPEED_LLM_HOME={home}")
     if "NNODES=2" in command:  # the first command's checkpoint is of 3 iterations, whose schedule is another one
         command = f"OUTPUT_DIR='{checkout.parent / 'two hosts'}' {command}"
-    if "quickstart" in command:  # every stage, shortened; test_quickstart.py has it in full
+    if "serve_minimind" in command:
+        assert_serves(command.replace("bash examples", "PORT=0 bash examples"), checkout)
+    elif "quickstart" in command:  # every stage, shortened; test_quickstart.py has it in full
         short = "QUICKSTART_PRETRAIN_ITERS=60 QUICKSTART_SFT_ITERS=60 LEAST=0"
         assert "unseen sums" in run(f"{short} {command}", checkout)
     elif TRAINS.search(command):
