@@ -47,7 +47,7 @@ def write_model(folder: Path, preset: str) -> Path:
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(get_preset(preset).hf_config())
     model.float().save_pretrained(folder)
-    train_tokenizer.save(train_tokenizer.train(iter(["hello " * 50]), 290), str(folder / "tokenizer"))
+    train_tokenizer.save(train_tokenizer.train(iter(["hello " * 50]), 296), str(folder / "tokenizer"))
     for file in (folder / "tokenizer").iterdir():
         shutil.copy(file, folder)
     return folder
