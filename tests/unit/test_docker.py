@@ -26,9 +26,7 @@ from minimind_mcore.doctor import matrix
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
 SHELL = sorted(
-    path
-    for path in ROOT.rglob("*.sh")
-    if not {".venv", ".venv-rehearsal", "outputs", "data"} & set(path.relative_to(ROOT).parts[:1])
+    path for path in ROOT.rglob("*.sh") if not path.relative_to(ROOT).parts[0].startswith((".venv", "outputs", "data"))
 )
 RUN_ASCEND = DOCKER / "run_ascend.sh"
 
@@ -280,8 +278,12 @@ def services() -> dict[str, Any]:
 
 
 def test_compose_builds_these_images(services: dict[str, Any]) -> None:
-    assert set(services) == {file.suffix[1:] for file in DOCKERFILES}
+    images = {file.suffix[1:] for file in DOCKERFILES}
+    assert set(services) == images | {"serve", "serve-vllm-cuda", "serve-vllm-ascend"}
+    assert services["serve"]["build"] == services["cpu"]["build"]
     for name, service in services.items():
+        if name not in images:
+            continue
         file = ROOT / service["build"]["dockerfile"]
         assert (DOCKER / service["build"]["context"]).resolve() == ROOT and file.name == f"Dockerfile.{name}"
         defaults = arguments(file)
@@ -305,7 +307,54 @@ def test_compose_config() -> None:
         pytest.skip("no docker client with the compose plugin here")
     command = ["docker", "compose", "-f", str(DOCKER / "compose.yaml"), "--profile", "*", "config", "--format", "json"]
     shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert set(shown["services"]) == {"cpu", "cuda", "ascend"}
+    assert {"cpu", "cuda", "ascend", "serve"} <= set(shown["services"])
+
+
+def test_compose_up_serves_and_nothing_else(services: dict[str, Any]) -> None:
+    """In the root, where seeds of users run it; every server has a health check and is published on loopback."""
+    assert yaml.safe_load((ROOT / "compose.yaml").read_text())["include"] == ["docker/compose.yaml"]
+    assert [name for name, service in services.items() if "profiles" not in service] == ["serve"]
+    for name, service in services.items():
+        if name.startswith("serve"):
+            assert service["healthcheck"]["test"][:3] == ["CMD", "python3", "-c"]
+            compile(service["healthcheck"]["test"][3], "healthcheck", "exec")
+            assert service["ports"] == ["127.0.0.1:${PORT:-8998}:8998"]
+            assert service.get("profiles", [name]) == [name]
+
+
+def test_the_command_of_compose_serves(services: dict[str, Any], tmp_path: Path) -> None:
+    """Its dry run without a container, with the model that its setting names."""
+    from helpers.weights_on_disk import SMALL, state_dict, write_hf
+
+    from minimind_mcore.preprocess import train_tokenizer
+
+    service, model = services["serve"], tmp_path / "model"
+    config = SMALL["minimind3"].replace(vocab_size=310)
+    train_tokenizer.save(
+        train_tokenizer.train(iter(["assistant user system 你好 " * 9]), 310), str(tmp_path / "tokenizer")
+    )
+    write_hf(model, config, state_dict(config, "hf"))
+    shutil.copytree(tmp_path / "tokenizer", model, dirs_exist_ok=True)
+    settings = {name: value for name, value in service["environment"].items() if not value.startswith("${")}
+    environ = os.environ | settings | {"LOAD_DIR": str(model), "PYTHON": sys.executable, "DEVICE": "cpu"}
+    environ.pop("API_KEY", None)
+    command = [*service["command"], "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "a dry run: everything is valid, nothing was served" in done.stdout, done.stderr
+    assert "0.0.0.0" in done.stdout
+
+
+def test_the_commands_of_vllm_are_the_presets(services: dict[str, Any]) -> None:
+    from minimind_mcore.inference.vllm_engine import head_size_problem
+    from minimind_mcore.models.presets import PRESETS
+
+    for name in ("serve-vllm-cuda", "serve-vllm-ascend"):
+        words = services[name]["command"]
+        assert {"--enable-auto-tool-choice", "--tool-call-parser=hermes", "--reasoning-parser=qwen3"} <= set(words)
+        [thinking] = [word for word in words if word.startswith("--default-chat-template-kwargs=")]
+        assert json.loads(thinking.partition("=")[2]) == {"enable_thinking": False}
+    assert services["serve-vllm-ascend"]["command"][0] == "--model=${LOAD_DIR:-/models/minimind-3-128}"
+    assert head_size_problem(PRESETS["minimind3"], "npu")
 
 
 # ------------------------------------------------------------------------------------------------ the CPU image

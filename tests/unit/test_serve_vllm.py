@@ -1,4 +1,4 @@
-"""vLLM as the engine of `serve`: its flags, and the head sizes that it takes. tests/vllm runs vLLM itself."""
+"""vLLM as the engine of `serve`: its flags, and the head sizes that it takes. tests/real_vllm runs vLLM itself."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@
 # HF_CFG_DIR       directory with config.json and tokenizer, where the source has none
 # TOKENIZER_PATH   directory of the tokenizer, to go with the result
 # PRECISION        fp32, bf16 or fp16 (default: the source's)
-# PAD_HEAD_DIM     128: pad the heads with zeros, for vLLM on an NPU (docs/serve.md)
+# PAD_HEAD_DIM     128: pad the heads with zeros, for vLLM on an NPU (docs/vllm.md)
 # VERIFY           logits: also run both models and compare
 # Further flags of convert_ckpt_v2.py pass through as arguments and win; --dry-run checks everything and writes nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,6 +1,6 @@
 """Real vLLM on a CPU, from an environment of its own: `bash requirements/vllm.sh` makes .venv-vllm.
 
-    VLLM_PYTHON=.venv-vllm/bin/python python -m pytest tests/vllm -m slow
+    VLLM_PYTHON=.venv-vllm/bin/python python -m pytest tests/real_vllm -m slow
 
 transformers is the reference. Where vLLM takes another token, the logits of both must be a tie of at most TIE.
 """
