@@ -28,12 +28,20 @@ NPU_HEAD_SIZES = (128, 192)
 def head_size_problem(config: ModelConfig, kind: str) -> str | None:
     """Why vLLM has no attention kernel for the model's head size on a kind of device; None if it has one."""
     size, has_own_heads = config.head_dim, config.num_heads == config.num_kv_heads
+    has_shared_expert = config.moe is not None and config.moe.shared_ffn_hidden_size > 0
+    if has_shared_expert and size * config.num_heads != config.hidden_size:
+        return (
+            f"vLLM's Qwen2-MoE ignores head_dim (0.32): it expects heads of {config.hidden_size // config.num_heads}, "
+            f"the model has {size}. Use the embedded engine, which takes any"
+        )
     if kind == "npu" and size not in NPU_HEAD_SIZES and not (size == 64 and has_own_heads):
         remedy = (
             "Convert the model with --pad-head-dim 128, or use the embedded engine"
             if size < 128
             else "Use the embedded engine"
         )
+        if has_shared_expert:
+            remedy = "Use the embedded engine: vLLM's Qwen2-MoE takes no padded heads"
         return f"vLLM's attention on an NPU has no kernel for heads of size {size}, expected 128 or 192. {remedy}"
     if kind == "cpu" and size not in CPU_HEAD_SIZES:
         return f"vLLM has no kernel for heads of size {size} on a CPU, expected one of {CPU_HEAD_SIZES}"
