@@ -12,6 +12,7 @@ keeps to them, except for what it does not need, and has a few of its own.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,17 @@ def _given_in(config: Config, section: str, name: str) -> str:
 # Sizes and modes
 
 
+def multiple(key: str, count: int, what: str, of: int, unit: str = "") -> Iterator[Problem]:
+    """Yield a problem of `key` if the `count` of something is not a multiple of a number, whose unit follows it."""
+    if count % of:
+        yield key, f"{count} {what} are not a multiple of {of}{unit}"
+
+
+def first(*rules: Iterator[Problem]) -> Iterator[Problem]:
+    """Yield the first problem of rules that each build on the one before."""
+    return itertools.islice(itertools.chain(*rules), 1)
+
+
 @dataclass(frozen=True)
 class Worker:
     """A model that Megatron runs: its section, the keys in it, and the devices of its resource in `rl_config`."""
@@ -177,41 +189,27 @@ def sections(config: Config, target: str) -> Iterator[Problem]:
 
 def devices(config: Config, target: str) -> Iterator[Problem]:
     """Devices divide into replicas, prompts among replicas, responses into micro-batches."""
-    samples = config.rl.n_samples_per_prompt
+    samples, mini = config.rl.n_samples_per_prompt, config.rl.mini_batch_size
     for worker in workers(config):
-        keys, prompts, micro = worker.keys, worker.keys.global_batch_size, worker.keys.micro_batch_size
+        name, keys, ranks = worker.name, worker.keys, worker.data_parallel
+        prompts, micro = keys.global_batch_size, keys.micro_batch_size
         if not worker.devices:
             yield f"rl_config.{worker.resource}.num_npus", "found no devices, expected 1 or more"
-        if worker.devices % worker.model_parallel:
-            yield worker.name, f"{worker.devices} devices are not a multiple of TP x PP x CP = {worker.model_parallel}"
+        yield from multiple(name, worker.devices, "devices", worker.model_parallel, " = TP x PP x CP")
         if not prompts or not micro:
-            yield worker.name, f"global_batch_size {prompts} and micro_batch_size {micro}: both are needed"
+            yield name, f"global_batch_size {prompts} and micro_batch_size {micro}: both are needed"
             continue
-        if target == "embedded":
-            mini, ranks = config.rl.mini_batch_size, worker.data_parallel
-            if worker.name != "ref_config" and mini % (micro * ranks):
-                yield (
-                    f"{worker.name}.micro_batch_size",
-                    f"{mini} responses of a mini-batch are not a multiple of {micro} x {ranks} data-parallel ranks",
-                )
-        elif prompts % worker.data_parallel:
-            yield (
-                "megatron_training.global_batch_size",
-                f"{prompts} prompts are not a multiple of the {worker.data_parallel} replicas of {worker.name}",
+        if target != "embedded":
+            yield from first(
+                multiple("megatron_training.global_batch_size", prompts, "prompts", ranks, f" replicas of {name}"),
+                multiple(f"{name}.micro_batch_size", prompts // ranks * samples, "responses of a replica", micro),
             )
-        elif prompts // worker.data_parallel * samples % micro:
-            yield (
-                f"{worker.name}.micro_batch_size",
-                f"{prompts // worker.data_parallel} x {samples} responses of a replica are not a multiple of {micro}",
-            )
-        layers = keys.num_layers
-        if layers and layers % keys.pipeline_model_parallel_size:
-            yield f"{worker.name}.pipeline_model_parallel_size", f"{layers} layers are not a multiple of it"
-        if keys.num_query_groups and keys.num_query_groups % keys.tensor_model_parallel_size:
-            yield (
-                f"{worker.name}.tensor_model_parallel_size",
-                f"{keys.num_query_groups} key-value heads are not a multiple of {keys.tensor_model_parallel_size}",
-            )
+        elif name != "ref_config":
+            unit = f" = {micro} x {ranks} data-parallel ranks"
+            yield from multiple(f"{name}.micro_batch_size", mini, "responses of a mini-batch", micro * ranks, unit)
+        heads, tp, pp = keys.num_query_groups or 0, keys.tensor_model_parallel_size, keys.pipeline_model_parallel_size
+        yield from multiple(f"{name}.pipeline_model_parallel_size", keys.num_layers or 0, "layers", pp)
+        yield from multiple(f"{name}.tensor_model_parallel_size", heads, "key-value heads", tp)
 
 
 def batches(config: Config, target: str) -> Iterator[Problem]:
@@ -227,15 +225,12 @@ def batches(config: Config, target: str) -> Iterator[Problem]:
     elif rl.filter_groups_enable:
         if rl.filter_groups_metric not in rl.verifier_function:
             yield "rl_config.filter_groups_metric", f"{rl.filter_groups_metric} is not in verifier_function"
-        kept, micro = rl.filter_groups_train_batch_size, config.actor.micro_batch_size
-        replicas = workers(config)[0].data_parallel
-        if kept % replicas:
-            yield "rl_config.filter_groups_train_batch_size", f"{kept} is not a multiple of the {replicas} replicas"
-        elif kept // replicas * samples % micro:
-            yield (
-                "rl_config.filter_groups_train_batch_size",
-                f"{kept // replicas} x {samples} responses of a replica are not a multiple of micro_batch_size {micro}",
-            )
+        key, kept = "rl_config.filter_groups_train_batch_size", rl.filter_groups_train_batch_size
+        micro, replicas = config.actor.micro_batch_size, workers(config)[0].data_parallel
+        yield from first(
+            multiple(key, kept, "groups", replicas, " replicas"),
+            multiple(key, kept // replicas * samples, "responses of a replica", micro, " = micro_batch_size"),
+        )
 
 
 def lengths(config: Config, target: str) -> Iterator[Problem]:
@@ -246,15 +241,11 @@ def lengths(config: Config, target: str) -> Iterator[Problem]:
         yield "generate_config.max_model_len", f"{generate.max_model_len} is less than seq_length {actor.seq_length}"
     if target == "embedded" and "max_prompt_length" not in config.tree["rl_config"]:
         if answer >= actor.seq_length:
-            yield (
-                "generate_config.sampling_config.max_tokens",
-                f"{answer} leave no room in seq_length {actor.seq_length}",
-            )
+            key = "generate_config.sampling_config.max_tokens"
+            yield key, f"{answer} leave no room in seq_length {actor.seq_length}"
     elif rl.max_prompt_length + answer > actor.seq_length:
-        yield (
-            "megatron_training.seq_length",
-            f"max_prompt_length {rl.max_prompt_length} and max_tokens {answer} do not fit in {actor.seq_length}",
-        )
+        wanted = f"max_prompt_length {rl.max_prompt_length} and max_tokens {answer}"
+        yield "megatron_training.seq_length", f"{wanted} do not fit in {actor.seq_length}"
     if rl.overlong_buffer_enable:
         if rl.overlong_buffer >= answer:
             yield "rl_config.overlong_buffer", f"{rl.overlong_buffer} is not less than max_tokens {answer}"
@@ -265,11 +256,9 @@ def lengths(config: Config, target: str) -> Iterator[Problem]:
 def rewards(config: Config, target: str) -> Iterator[Problem]:
     """Verifiers and what they need."""
     rl = config.rl
-    if len(rl.verifier_function) != len(rl.verifier_weight):
-        yield (
-            "rl_config.verifier_weight",
-            f"{len(rl.verifier_weight)} weights for {len(rl.verifier_function)} functions of verifier_function",
-        )
+    functions, weights = len(rl.verifier_function), len(rl.verifier_weight)
+    if functions != weights:
+        yield "rl_config.verifier_weight", f"{weights} weights for {functions} functions of verifier_function"
     labelled = "labels" in config.actor.dataset_additional_keys  # the embedded trainer looks at the data
     if target != "embedded" and rl.rule_reward and rl.verifier_function and not labelled:
         yield "megatron_training.dataset_additional_keys", "verifiers need the right answers: add labels"
@@ -283,25 +272,23 @@ def modes(config: Config, target: str) -> Iterator[Problem]:
     if generate.infer_pipeline_parallel_size > 1:
         yield "generate_config.infer_pipeline_parallel_size", "only 1 is supported"
     infer, heads, count = generate.infer_tensor_parallel_size, actor.num_query_groups or 0, rl.actor_resource.num_npus
+    tensor_parallel = "generate_config.infer_tensor_parallel_size"
     if target == "embedded":
         if infer != 1:
-            key = "generate_config.infer_tensor_parallel_size"
-            yield key, f"found {infer}, expected 1: a MiniMind fits on one device, and more engines are faster"
+            yield (
+                tensor_parallel,
+                f"found {infer}, expected 1: a MiniMind fits on one device, and more engines are faster",
+            )
         if (generate.data_parallel_size or 1) > count:
             key = "generate_config.data_parallel_size"
             yield key, f"found {generate.data_parallel_size}, the actor has {count} devices"
-    elif count % infer:
-        yield (
-            "generate_config.infer_tensor_parallel_size",
-            f"{count} devices are not a multiple of {infer} (MindSpeed-RL's default is 8)",
+    else:
+        engines, batch = max(1, count // infer), "megatron_training.global_batch_size"
+        yield from first(
+            multiple(tensor_parallel, count, "devices", infer, " (MindSpeed-RL's default is 8)"),
+            multiple(batch, actor.global_batch_size, "prompts", engines, " rollout engines"),
+            multiple(tensor_parallel, heads, "key-value heads", infer),
         )
-    elif count and actor.global_batch_size % (count // infer):
-        yield (
-            "megatron_training.global_batch_size",
-            f"{actor.global_batch_size} is not a multiple of the {count // infer} rollout engines",
-        )
-    elif heads % infer:
-        yield "generate_config.infer_tensor_parallel_size", f"{heads} key-value heads are not a multiple of {infer}"
     algorithms = ("ulysses_cp_algo", "megatron_cp_algo")
     if actor.context_parallel_size > 1 and actor.context_parallel_algo not in algorithms:
         yield "megatron_training.context_parallel_algo", f"expected {' or '.join(algorithms)}"
@@ -318,11 +305,8 @@ def one_process(config: Config) -> Iterator[Problem]:
     rl = config.rl
     for key in ("zmq_communication", "guarantee_order"):
         if rl.actor_resource.num_npus == 1 and getattr(rl, key):
-            yield (
-                f"rl_config.{key}",
-                "true with actor_resource.num_npus 1: MindSpeed-RL would stop with 'vllm dp groups is None'. "
-                f"Set rl_config.{key}: false",
-            )
+            why = "with actor_resource.num_npus 1 MindSpeed-RL would stop with 'vllm dp groups is None'"
+            yield f"rl_config.{key}", f"true: {why}. Set rl_config.{key}: false"
 
 
 def router(config: Config) -> Iterator[Problem]:
@@ -347,10 +331,8 @@ def padding(config: Config, target: str) -> Iterator[Problem]:
         for key in [key for key in needed if not getattr(actor, key)]:
             yield "rl_config.use_remove_padding", f"needs megatron_training.{key}: true"
     if older and actor.reset_attention_mask and not (ring and config.rl.use_remove_padding):
-        yield (
-            "megatron_training.reset_attention_mask",
-            "true is only for use_remove_padding with context_parallel_algo megatron_cp_algo above 1",
-        )
+        why = "true is only for use_remove_padding with context_parallel_algo megatron_cp_algo above 1"
+        yield "megatron_training.reset_attention_mask", why
 
 
 RULES = (sections, devices, batches, lengths, rewards, modes, padding)
@@ -433,33 +415,23 @@ def dispatch(config: Config, target: str, nodes: int) -> Iterator[Problem]:
     rl = config.rl
     ruled = rl.filter_groups_enable or rl.reward_resource is None
     if target != "embedded" and ruled and _scored(config) % nodes:
-        yield (
-            "megatron_training.global_batch_size",
-            f"{_scored(config)} prompts are not a multiple of the {nodes} hosts of the Ray cluster, which all score",
-        )
+        hosts = f"the {nodes} hosts of the Ray cluster, which all score"
+        yield "megatron_training.global_batch_size", f"{_scored(config)} prompts are not a multiple of {hosts}"
     for queue in queues(config, nodes):
-        key = f"{queue.name}_dispatch_size"
-        size = getattr(rl, key)
+        key = f"rl_config.{queue.name}_dispatch_size"
+        size, each = getattr(rl, key.removeprefix("rl_config.")), f"responses of each of {queue.takers} {queue.what}"
         if not size:
             continue
-        counted = queue.responses // queue.takers if queue.even else queue.responses
-        if counted % size:
-            yield f"rl_config.{key}", f"{_responses(queue, queue.even)} are not a multiple of {size}"
-        elif target == "mindspeed-rl-master" and queue.most is not None and size > queue.most:
-            yield f"rl_config.{key}", f"{size} is more than the {_responses(queue, True, queue.most)}"
-        if queue.name == "dynamic_sampling" and size % rl.n_samples_per_prompt:
-            yield f"rl_config.{key}", f"{size} is not a multiple of n_samples_per_prompt {rl.n_samples_per_prompt}"
+        counted, what = (queue.responses // queue.takers, each) if queue.even else (queue.responses, "responses")
+        yield from multiple(key, counted, what, size)
+        if not counted % size and target == "mindspeed-rl-master" and queue.most is not None and size > queue.most:
+            yield key, f"{size} is more than the {queue.most} {each}"
+        if queue.name == "dynamic_sampling":
+            yield from multiple(key, size, "responses", rl.n_samples_per_prompt, " = n_samples_per_prompt")
     replicas, update = workers(config)[0].data_parallel, rl.actor_update_dispatch_size
     if target != "embedded" and update and update < rl.mini_batch_size / replicas:
-        yield (
-            "rl_config.actor_update_dispatch_size",
-            f"{update} is less than a replica's part of a mini-batch, {rl.mini_batch_size} responses / {replicas}",
-        )
-
-
-def _responses(queue: Queue, each: bool, share: int | None = None) -> str:
-    count = queue.responses // queue.takers if share is None else share
-    return f"{count} responses of each of {queue.takers} {queue.what}" if each else f"{queue.responses} responses"
+        part = f"a replica's part of a mini-batch, {rl.mini_batch_size} responses / {replicas}"
+        yield "rl_config.actor_update_dispatch_size", f"{update} is less than {part}"
 
 
 # What the embedded trainer does not have
@@ -501,27 +473,19 @@ def unheeded(config: Config) -> Iterator[Problem]:
         if value is not None and value != known[key]:
             yield f"rl_config.{key}", f"{given[key]}: {where}: {why}"
     if config.generate.sampling_config.seed is not None:
-        yield (
-            "generate_config.sampling_config.seed",
-            f"{where}: the responses are drawn by megatron_training.seed",
-        )
+        why = "the responses are drawn by megatron_training.seed"
+        yield "generate_config.sampling_config.seed", f"{where}: {why}"
     if (rl.integrated_mode_config or {}).get("ref_model_load_path") not in (None, config.actor.load):
-        yield (
-            "rl_config.integrated_mode_config",
-            f"{where}: the reference is what the run began with; for another one use_integrated_worker: false",
-        )
+        why = "the reference is what the run began with; for another one use_integrated_worker: false"
+        yield "rl_config.integrated_mode_config", f"{where}: {why}"
     wanted, kept = config.actor.global_batch_size, rl.filter_groups_train_batch_size
     if chosen.dynamic_sampling and kept not in (known["filter_groups_train_batch_size"], wanted):
-        yield (
-            "rl_config.filter_groups_train_batch_size",
-            f"{kept}: {where}: it fills a step of global_batch_size {wanted} groups; give both the same number",
-        )
+        why = f"it fills a step of global_batch_size {wanted} groups; give both the same number"
+        yield "rl_config.filter_groups_train_batch_size", f"{kept}: {where}: {why}"
     for other in ("dapo", "ppo"):  # the stage ray_grpo serves all others
         if config.actor.stage == STAGES[other] and name != other:
-            yield (
-                "megatron_training.stage",
-                f"{config.actor.stage}: {where}, but minimind.algorithm, which is {name}; set that to {other}",
-            )
+            why = f"but minimind.algorithm, which is {name}; set that to {other}"
+            yield "megatron_training.stage", f"{config.actor.stage}: {where}, {why}"
     if not rl.blocking and config.minimind.rollout_correction == "tis":
         yield (
             "minimind.rollout_correction",

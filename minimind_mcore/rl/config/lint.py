@@ -25,7 +25,7 @@ from minimind_mcore.rl.config.check import STAGES, problems, workers
 from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.rl.config.objective import objective, with_table
-from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, keys, of_error, refuse
+from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, Problem, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
 
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
@@ -171,44 +171,26 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
             yield Finding("note", "no effect on the embedded trainer", ", ".join(nothing))
         return
     hooked = _hooked(config)
-    repaired = ("note", "; the setup hook repairs it") if hooked else ("warning", "")
-    rl = config.rl
+    level, after = ("note", "; the setup hook repairs it") if hooked else ("warning", "")
+    rl, actor = config.rl, config.actor
     if target == "mindspeed-rl-master" and not rl.async_engine:
-        yield Finding(
-            repaired[0],
-            "rl_config.async_engine",
-            "false: vLLM gets prompts that were decoded without <|im_start|> and <|im_end|>, training the original "
-            f"ones; set it to true{repaired[1]}",
-        )
-    yield Finding(
-        repaired[0],
-        "tokenizer",
-        "MiniMind's pad id is 0, which MindSpeed-RL takes for none: rows without an end keep their padding as "
-        f"tokens{repaired[1]}",
-    )
+        why = "vLLM gets prompts that were decoded without <|im_start|> and <|im_end|>, training the original ones"
+        yield Finding(level, "rl_config.async_engine", f"false: {why}; set it to true{after}")
+    why = "MiniMind's pad id is 0, which MindSpeed-RL takes for none: rows without an end keep their padding as tokens"
+    yield Finding(level, "tokenizer", f"{why}{after}")
     if rl.shuffle_mini_batch:
-        yield Finding(
-            repaired[0],
-            "rl_config.shuffle_mini_batch",
-            f"true also shuffles the passes for old and reference log-probabilities, whose order is lost{repaired[1]}",
-        )
+        why = "also shuffles the passes for old and reference log-probabilities, whose order is lost"
+        yield Finding(level, "rl_config.shuffle_mini_batch", f"true {why}{after}")
     if not hooked:
-        yield Finding(
-            "warning",
-            "rl_config.runtime_env_path",
-            f"its worker_process_setup_hook is not {HOOK}, which teaches MindSpeed-RL MiniMind's weights and repairs "
-            "what is named here",
-        )
+        why = f"is not {HOOK}, which teaches MindSpeed-RL MiniMind's weights and repairs what is named here"
+        yield Finding("warning", "rl_config.runtime_env_path", f"its worker_process_setup_hook {why}")
     cores = cpu_cores(config, nodes)
     parts = ", ".join(f"{count:g} for {what}" for what, count in cores.items())
-    yield Finding(
-        "note",
-        "rl_config.num_cpus_for_placement_group",
-        f"Ray waits for ever unless its {'hosts have' if nodes > 1 else 'host has'} {sum(cores.values()):g} CPU cores: "
-        f"{parts}",
-    )
-    yield from _ours(tree, config)
-    yield from _models(config, target)
+    wanted = f"{'hosts have' if nodes > 1 else 'host has'} {sum(cores.values()):g} CPU cores: {parts}"
+    yield Finding("note", "rl_config.num_cpus_for_placement_group", f"Ray waits for ever unless its {wanted}")
+    if actor.padded_vocab_size != 6400 or actor.make_vocab_size_divisible_by != 1:
+        yield Finding("note", f"model.{config.model}", "MiniMind's vocabulary has 6400 rows; vLLM's must be equal")
+    yield from (Finding("error", *problem) for problem in [*_ours(tree, config), *_models(config)])
 
 
 def _hooked(config: Config) -> bool:
@@ -225,136 +207,109 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
     known = VERIFIERS | (NEW_VERIFIERS if target == "mindspeed-rl-master" else set())
     if target == "embedded":
         known = set(verifiers.VERIFIERS)
-    names = config.rl.verifier_function
+    names, key = config.rl.verifier_function, "rl_config.verifier_function"
     for name in names:
         if ":" in name and (target == "embedded" or _hooked(config)):  # package.module:function
             continue
         if name not in known:
-            yield Finding(
-                "error",
-                "rl_config.verifier_function",
-                f"{name} is unknown{did_you_mean(name, known)} (known: {', '.join(sorted(known))})",
-            )
+            why = f"is unknown{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
+            yield Finding("error", key, f"{name} {why}")
     beside = prompts_path(config.actor.data_path)
     thinkers = THINKERS.intersection(names)
     if beside.is_file() and (thinkers or "acc_for_dapo" in names):
         with open(beside, "rb") as lines:
             first = parse_object(next(lines, b"{}"), f"{beside}, line 1", "convert the data again")
-        prompt = str(first.get("prompt", ""))
+        prompt, given = str(first.get("prompt", "")), f"the prompts of {config.actor.data_path}"
         if "acc_for_dapo" in names and "Answer:" not in prompt:
-            yield Finding(
-                "warning",
-                "rl_config.verifier_function",
-                'acc_for_dapo rewards responses that end in "Answer: ...", and the prompts of '
-                f"{config.actor.data_path} do not ask for that: no response earns a reward, unless the model was "
-                "tuned on that form",
-            )
+            why = f'rewards responses that end in "Answer: ...", and {given} do not ask for that'
+            end = "no response earns a reward, unless the model was tuned on that form"
+            yield Finding("warning", key, f"acc_for_dapo {why}: {end}")
         if thinkers and prompt.rstrip().endswith(("<think>", "</think>")):
-            yield Finding(
-                "error",
-                "rl_config.verifier_function",
-                f"{', '.join(sorted(thinkers))} want a response that begins with <think>, and the prompts of "
-                f"{config.actor.data_path} write it already: no response can pass. Use math_17k_acc, or prompts of "
-                "--prompt-type minimind_r1",
-            )
+            why = f"want a response that begins with <think>, and {given} write it already: no response can pass"
+            advice = "Use math_17k_acc, or prompts of --prompt-type minimind_r1"
+            yield Finding("error", key, f"{', '.join(sorted(thinkers))} {why}. {advice}")
 
 
-def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Finding]:
+def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Problem]:
+    """Keys of the section `minimind` that MindSpeed-RL cannot honour."""
     for key, value in (tree.get("minimind") or {}).items():
         allowed = HONOURED.get(key, ())
         if allowed is not None and value not in allowed:
-            why = (
-                f"MindSpeed-RL can have {', '.join(map(str, allowed))}" if allowed else "MindSpeed-RL has no such thing"
-            )
-            yield Finding("error", f"minimind.{key}", f"{value!r} cannot be honoured: {why}")
-    stage = STAGES.get(config.minimind.algorithm)
+            why = f"can have {', '.join(map(str, allowed))}" if allowed else "has no such thing"
+            yield f"minimind.{key}", f"{value!r} cannot be honoured: MindSpeed-RL {why}"
+    stage, name = STAGES.get(config.minimind.algorithm), config.minimind.algorithm
     if stage and stage != config.actor.stage:
-        yield Finding(
-            "error",
-            "megatron_training.stage",
-            f"{config.actor.stage} does not fit algorithm {config.minimind.algorithm}: {stage}",
-        )
+        yield "megatron_training.stage", f"{config.actor.stage} does not fit algorithm {name}: {stage}"
 
 
-def _models(config: Config, target: str) -> Iterator[Finding]:
+def _models(config: Config) -> Iterator[Problem]:
     """What MindSpeed-RL does not have for a model, with the hook and without."""
-    actor = config.actor
+    actor, generate = config.actor, config.generate
     if not config.tree["megatron_training"].get("bf16", True):
-        yield Finding("error", "megatron_training.bf16", "MindSpeed-RL trains in bf16 only")
-    if config.generate.dtype != "bfloat16":
-        yield Finding("error", "generate_config.dtype", f"found {config.generate.dtype}: only bfloat16 on MindSpeed-RL")
+        yield "megatron_training.bf16", "MindSpeed-RL trains in bf16 only"
+    if generate.dtype != "bfloat16":
+        yield "generate_config.dtype", f"found {generate.dtype}: only bfloat16 on MindSpeed-RL"
     if actor.num_experts and actor.n_shared_experts:
-        yield Finding(
-            "error",
-            "actor_config.model",
-            "a mixture with a shared expert has no class in vLLM and no weight adaptor in MindSpeed-RL; train it with "
-            "the embedded trainer",
-        )
+        why = "a mixture with a shared expert has no class in vLLM and no weight adaptor in MindSpeed-RL"
+        yield "actor_config.model", f"{why}; train it with the embedded trainer"
     if actor.num_experts and actor.expert_model_parallel_size > 1 and not actor.moe_tp_extend_ep:
-        yield Finding("error", "actor_config.expert_model_parallel_size", "above 1 needs moe_tp_extend_ep: true")
-    if actor.padded_vocab_size != 6400 or actor.make_vocab_size_divisible_by != 1:
-        yield Finding("note", f"model.{config.model}", "MiniMind's vocabulary has 6400 rows; vLLM's must be equal")
+        yield "actor_config.expert_model_parallel_size", "above 1 needs moe_tp_extend_ep: true"
     folder = Path(actor.tokenizer_name_or_path or "")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        yield Finding(
-            "error",
-            "megatron_training.tokenizer_name_or_path",
-            f"{folder} is a tokenizer alone: vLLM builds its model from this directory; convert the weights with "
-            "ckpt_convert_minimind_mcore2hf.sh",
-        )
+        why = f"{folder} is a tokenizer alone: vLLM builds its model from this directory"
+        advice = "convert the weights with ckpt_convert_minimind_mcore2hf.sh"
+        yield "megatron_training.tokenizer_name_or_path", f"{why}; {advice}"
 
 
 def idle(config: Config) -> list[str]:
     """Keys that stand there for MindSpeed-RL or another algorithm, and change nothing here."""
+    found = [*_idle_keys(config), *_idle_models(config), *_idle_sections(config)]
+    return [f"{key} ({why})" for key, why in found]
+
+
+def _idle_keys(config: Config) -> Iterator[Problem]:
+    """Keys of the algorithm and of the order in which a step's parts run."""
     rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given: dict[str, Any] = config.tree["rl_config"]
-    found = []
     if given.get("init_kl_coef") and chosen.kl == "none":
-        found.append(
-            f"rl_config.init_kl_coef {rl.init_kl_coef} ({name} has no reference; use_kl_in_reward gives it one)"
-        )
+        why = f"{name} has no reference; use_kl_in_reward gives it one"
+        yield f"rl_config.init_kl_coef {rl.init_kl_coef}", why
     if "adv_estimator" in given and rl.adv_estimator == "group_norm" and chosen.advantage != "group":
-        found.append(f"rl_config.adv_estimator {rl.adv_estimator} ({name} has its own)")
+        yield f"rl_config.adv_estimator {rl.adv_estimator}", f"{name} has its own"
     if not rl.blocking and chosen.dynamic_sampling:
-        found.append(
-            "rl_config.blocking false (dynamic sampling does not know its prompts ahead: steps are synchronous)"
-        )
+        why = "dynamic sampling does not know its prompts ahead: steps are synchronous"
+        yield "rl_config.blocking false", why
     if rl.use_dynamic_bsz:
-        found.append("rl_config.use_dynamic_bsz (rows of a similar length are put together anyway)")
+        yield "rl_config.use_dynamic_bsz", "rows of a similar length are put together anyway"
     if rl.kl_ctrl_type == "adaptive" and chosen.kl != "reward":
-        why = "is in the loss" if chosen.kl == "loss" else "is not used"
-        found.append(
-            f"rl_config.kl_ctrl_type adaptive ({name}'s KL term {why}, where its coefficient stays fixed, as in "
-            "MindSpeed-RL; use_kl_in_reward: true adapts it)"
-        )
-    return [*found, *_idle_models(config), *_idle_sections(config)]
+        why = f"{name}'s KL term {'is in the loss' if chosen.kl == 'loss' else 'is not used'}"
+        fixed = "where its coefficient stays fixed, as in MindSpeed-RL; use_kl_in_reward: true adapts it"
+        yield "rl_config.kl_ctrl_type adaptive", f"{why}, {fixed}"
 
 
-def _idle_models(config: Config) -> Iterator[str]:
+def _idle_models(config: Config) -> Iterator[Problem]:
     """Sections and resources of models that do not run, or run elsewhere."""
-    rl, name, chosen, tree = config.rl, config.minimind.algorithm, objective(config), config.tree
+    rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given = {worker.name: worker.devices for worker in workers(config)}
+    actors, critics = given["actor_config"], given.get("critic_config", given["actor_config"])
     if chosen.advantage != "gae":
-        found = ["critic_config"] if tree.get("critic_config") else []
-        found += ["rl_config.critic_resource"] if rl.critic_resource is not None else []
-        yield from (f"{key} ({name} has no critic)" for key in found)
-    elif given.get("critic_config", given["actor_config"]) != given["actor_config"]:
-        yield (
-            f"rl_config.critic_resource {given['critic_config']} (the critic's ranks share the "
-            f"{given['actor_config']} devices of actor_resource)"
-        )
+        stated = {"critic_config": config.tree.get("critic_config"), "rl_config.critic_resource": rl.critic_resource}
+        yield from ((key, f"{name} has no critic") for key, value in stated.items() if value)
+    elif critics != actors:
+        why = f"the critic's ranks share the {actors} devices of actor_resource"
+        yield f"rl_config.critic_resource {critics}", why
     if chosen.kl == "none" and not rl.use_integrated_worker:
-        yield f"ref_config and rl_config.reference_resource ({name} has no reference)"
+        yield "ref_config and rl_config.reference_resource", f"{name} has no reference"
 
 
-def _idle_sections(config: Config) -> Iterator[str]:
+def _idle_sections(config: Config) -> Iterator[Problem]:
     """Sections that are not read, and keys of Megatron's sections at a default that the native engine lacks."""
     for name in ("profiler_config", "msprobe_config"):
         if config.tree.get(name):
-            yield f"{name} (the embedded trainer has no profiler; BACKEND=mindspeed-rl has)"
+            yield name, "the embedded trainer has no profiler; BACKEND=mindspeed-rl has"
     for section in MEGATRON_SECTIONS:
         for key in sorted(lacking(config.tree.get(section) or {})):
-            yield f"{section}.{key} (the native engine does not have it)"
+            yield f"{section}.{key}", "the native engine does not have it"
 
 
 def cpu_cores(config: Config, nodes: int) -> dict[str, int | float]:
