@@ -62,7 +62,7 @@ RUNS: dict[str, tuple[str, dict[str, str], str]] = {
     "lora minimind3_moe": ("tune_minimind_lora_ptd.sh", {"MODEL": "minimind3_moe"}, "sft"),
     "dpo minimind3": ("dpo_minimind_ptd.sh", {"MODEL": "minimind3"}, "dpo"),
 }
-TRAINING = re.compile(r"^train |^post_train ", re.M)
+TRAINING = re.compile(r"^run (?:pretrain|tune|lora|dpo)\b", re.M)
 
 
 def test_every_script_that_trains_is_run() -> None:
