@@ -29,9 +29,8 @@ def _metadata(config: TrainConfig) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
     }
-    if (
-        config.parallel.use_distributed_optimizer
-    ):  # the mere key, without it, would tie the file to the number of expert ranks
+    # Without the flag the mere key would tie the file to the number of expert ranks.
+    if config.parallel.use_distributed_optimizer:
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
     return metadata

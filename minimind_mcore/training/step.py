@@ -106,9 +106,8 @@ class Engine:
         result.updated, norm, result.zeros = self.optimizer.step()
         result.grad_norm = float(norm or 0.0)
         check_losses(result, iteration)
-        if not self.config.precision.fp16 and not math.isfinite(
-            result.grad_norm
-        ):  # under fp16 it overflowed: the step was skipped
+        # Under fp16 a norm that is not finite is an overflow: the optimizer has skipped the step.
+        if not (self.config.precision.fp16 or math.isfinite(result.grad_norm)):
             raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
         if result.updated:
             self.scheduler.step(increment=samples)
