@@ -29,6 +29,11 @@ ASCEND_HEAD_SIZES = (128, 192)
 ASCEND, GPU, _ = KINDS
 
 
+def has_ascend_kernel(head_size: int, has_own_heads: bool) -> bool:
+    """Whether vllm-ascend's attention takes heads of this size. `has_own_heads`: no two share a key-value head."""
+    return head_size in ASCEND_HEAD_SIZES or (head_size == 64 and has_own_heads)
+
+
 def head_size_problem(config: ModelConfig, kind: str) -> str | None:
     """Why vLLM has no attention kernel for the model's head size on a kind of device; None if it has one."""
     size, has_own_heads = config.head_dim, config.num_heads == config.num_kv_heads
@@ -38,7 +43,7 @@ def head_size_problem(config: ModelConfig, kind: str) -> str | None:
             f"vLLM's Qwen2-MoE ignores head_dim (0.32): it expects heads of {config.hidden_size // config.num_heads}, "
             f"the model has {size}. Use the embedded engine, which takes any"
         )
-    if kind == ASCEND and size not in ASCEND_HEAD_SIZES and not (size == 64 and has_own_heads):
+    if kind == ASCEND and not has_ascend_kernel(size, has_own_heads):
         remedy = (
             "Convert the model with --pad-head-dim 128, or use the embedded engine"
             if size < 128

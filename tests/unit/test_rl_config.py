@@ -248,6 +248,14 @@ def test_what_is_handed_out_at_once_divides_as_each_version_wants_it(
     assert all(re.search("_dispatch_size|_batch_size|padding|reset_", error) for error in errors)
 
 
+@pytest.mark.parametrize(("size", "groups", "warned"), [(96, 4, True), (128, 4, False), (64, 4, True), (64, 8, False)])
+def test_the_linter_knows_the_heads_of_vllm_ascend(size: int, groups: int, warned: bool) -> None:
+    overrides = [f"model.minimind3.kv_channels={size}", f"model.minimind3.num_query_groups={groups}"]
+    findings, _, _ = lint("grpo_minimind3", "mindspeed-rl-master", overrides)
+    assert not [finding for finding in findings if finding.level == "error"]
+    assert any(f.level == "warning" and f.key.endswith(".kv_channels") for f in findings) == warned
+
+
 @pytest.mark.parametrize(("overrides", "target", "key"), BROKEN, ids=[case[0] for case in BROKEN])
 def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str) -> None:
     device = "none" if "num_npus" in overrides or "infer" in overrides else "cpu"

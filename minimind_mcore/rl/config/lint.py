@@ -188,9 +188,22 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
     parts = ", ".join(f"{count:g} for {what}" for what, count in cores.items())
     wanted = f"{'hosts have' if nodes > 1 else 'host has'} {sum(cores.values()):g} CPU cores: {parts}"
     yield Finding("note", "rl_config.num_cpus_for_placement_group", f"Ray waits for ever unless its {wanted}")
+    yield from _heads(config)
     if actor.padded_vocab_size != 6400 or actor.make_vocab_size_divisible_by != 1:
         yield Finding("note", f"model.{config.model}", "MiniMind's vocabulary has 6400 rows; vLLM's must be equal")
     yield from (Finding("error", *problem) for problem in [*_ours(tree, config), *_models(config)])
+
+
+def _heads(config: Config) -> Iterator[Finding]:
+    """What vllm-ascend's attention may not take. Weights with padded heads are for inference alone."""
+    from minimind_mcore.inference.vllm_engine import has_ascend_kernel  # imports torch
+
+    heads, groups = config.actor.num_attention_heads, config.actor.num_query_groups
+    size = config.actor.kv_channels or config.actor.hidden_size // heads
+    if not has_ascend_kernel(size, groups in (None, heads)):
+        why = "vllm-ascend's attention documents heads of 128 and 192, and of 64 where each has its own key-value head"
+        advice = "let vLLM generate with this model first (minimind-mcore serve), or train with BACKEND=embedded"
+        yield Finding("warning", f"model.{config.model}.kv_channels", f"{size}: {why}; {advice}")
 
 
 def _hooked(config: Config) -> bool:
