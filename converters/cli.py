@@ -73,14 +73,13 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
     if args.model_type != "GPT":
         raise UserError(f"--model-type {args.model_type}: expected GPT")
     save_dir, hf_cfg_dir = Path(args.save_dir), _first_path(args.hf_cfg_dir, args.hf_dir)
-    tokenizer = Path(args.tokenizer_model)
     if args.save_model_type == "hf":  # --save-dir is the original model, whose config and tokenizer are the output's
         if hf_cfg_dir is None and (save_dir / "config.json").is_file():
             hf_cfg_dir = save_dir
         save_dir = save_dir / "mg2hf"
-    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(
-        tokenizer.parent if tokenizer.is_file() else tokenizer
-    )
+    if args.tokenizer_model and not args.tokenizer_name_or_path:
+        tokenizer = Path(args.tokenizer_model)
+        args.tokenizer_name_or_path = str(tokenizer.parent if tokenizer.is_file() else tokenizer)
     run_job(Job(**_common(args, given), save_dir=save_dir, hf_cfg_dir=hf_cfg_dir))
 
 

@@ -125,7 +125,8 @@ def serve(argv: Sequence[str]) -> int:
     if given(argv, "-h", "--help"):
         return main.main(argv)
     raw = ["--raw"] if env("RAW", "0") != "0" else []
-    words = [*loaded(argv), *flags("TEMPERATURE", "TOP_K", "TOP_P", "ENGINE", "HOST", "PORT"), *raw, *argv]
+    words = [*loaded(argv), *flags("TEMPERATURE", "TOP_K", "TOP_P", "ENGINE", "PORT"), *raw]
+    words += [*main.host_flag(env("HOST")), *argv]
     if "--dry-run" in argv:
         show([*CLI, "serve", *words])
     return main.main(words)

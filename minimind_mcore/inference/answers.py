@@ -163,12 +163,13 @@ def parse_call(text: str) -> Call:
         name = content["name"]
         if not isinstance(name, str):
             return Call(None, None, text)
+        raw = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         if isinstance(arguments, str):
-            return Call(name, json.loads(arguments), text, arguments)
-        raw = json.dumps(arguments, ensure_ascii=False)
-        if head := _HEAD.match(text):
+            arguments = json.loads(arguments)
+        elif head := _HEAD.match(text):
             _, end = json.JSONDecoder().raw_decode(text, head.end())
             raw = text[head.end() : end]
+        f"{name}{raw}".encode()  # an escape such as \ud800 is half of a character, which no reply can carry
         return Call(name, arguments, text, raw)
     except (ValueError, KeyError, TypeError, RecursionError):
         return Call(None, None, text)

@@ -31,8 +31,8 @@ from minimind_mcore.serve.protocol import (
     TokenizeChatBody,
 )
 from minimind_mcore.serve.replies import error, usage
-from minimind_mcore.serve.scheduler import Piece, QueueFull
-from minimind_mcore.serve.service import Job, Service
+from minimind_mcore.serve.scheduler import Piece, QueueFull, report
+from minimind_mcore.serve.service import Answers, Job, Service
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 8 << 20  # bytes
@@ -43,7 +43,6 @@ ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
 )  # fmt: skip
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
-Batches = AsyncGenerator[list[tuple[int, Piece]], None]
 
 
 def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> ASGIApp:
@@ -86,11 +85,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
         if isinstance(content, dict) and "messages" in content:
             body = parse(TokenizeChatBody, content)
             service.check_model(body.model)
-            ids, _ = service.chat_ids(body, body.tools, bool(body.add_generation_prompt))
+            ids, _ = await asyncio.to_thread(service.chat_ids, body, body.tools, bool(body.add_generation_prompt))
         else:
             body = parse(TokenizeBody, content)
             service.check_model(body.model)
-            ids = service.prompts.raw(body.prompt) if body.add_special_tokens else service.prompts.encode(body.prompt)
+            encode = service.prompts.raw if body.add_special_tokens else service.prompts.encode
+            ids = await asyncio.to_thread(encode, body.prompt)
         found: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
         texts = [service.tokens.text(token) for token in ids] if body.return_token_strs else None
         return JSONResponse(found | {"token_strs": texts})
@@ -112,11 +112,14 @@ def _add_information(app: FastAPI, service: Service) -> None:
 def _add_answers(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         body = parse(ChatBody, await read_json(request))
-        return await _answer(request, service, body, service.chat(body), "chat.completion", "chatcmpl-")
+        # In a thread: to encode the longest body takes seconds, in which the event loop would answer nobody else.
+        job = await asyncio.to_thread(service.chat, body)
+        return await _answer(request, service, body, job, "chat.completion", "chatcmpl-")
 
     async def completions(request: Request) -> Response:
         body = parse(CompletionBody, await read_json(request))
-        return await _answer(request, service, body, service.completion(body), "text_completion", "cmpl-")
+        job = await asyncio.to_thread(service.completion, body)
+        return await _answer(request, service, body, job, "text_completion", "cmpl-")
 
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
@@ -140,12 +143,25 @@ async def _answer(
         extra = {"prompt_token_ids": job.prompts[0]} if body.return_token_ids else {}
         return JSONResponse(head | {"choices": whole, "usage": usage(job.prompt_tokens, job.choices)} | extra)
     chunk = head | {"object": "chat.completion.chunk" if kind == "chat.completion" else kind}
-    events = _events(job, pieces, chunk, body)
-    return EventSourceResponse(events, ping=15, sep="\n", send_timeout=SEND_SECONDS)
+    return _Stream(_events(job, pieces, chunk, body), pieces)
+
+
+class _Stream(EventSourceResponse):
+    """A stream. However it ends, also before its first event, the answers that nobody reads are cancelled."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], answers: Answers) -> None:
+        super().__init__(events, ping=15, sep="\n", send_timeout=SEND_SECONDS)
+        self.answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.answers.aclose()
 
 
 async def _events(
-    job: Job, pieces: Batches, head: dict[str, Any], body: ChatBody | CompletionBody
+    job: Job, answers: Answers, head: dict[str, Any], body: ChatBody | CompletionBody
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     last = {"usage": None} if body.include_usage else {}
@@ -158,22 +174,21 @@ async def _events(
         role = {"role": "assistant", "content": ""}
         first = [{"index": n, "delta": role, "logprobs": None, "finish_reason": None} for n in range(len(job.choices))]
         yield b"".join(event([choice], **more) for choice in first)
-    async with contextlib.aclosing(pieces) as batches:
-        async for batch in batches:
-            events: list[bytes] = []
-            for index, piece in batch:
-                if piece.finish in ("abort", "error"):
-                    yield b"".join([*events, b"data: ", _dumps(error(_reason(piece), 500)), b"\n\n"])
-                    return
-                events += [event([choice]) for choice in job.choices[index].chunks(index, piece)]
-            if events:
-                yield b"".join(events)
+    async for batch in answers:
+        events: list[bytes] = []
+        for index, piece in batch:
+            if piece.finish in ("abort", "error"):
+                yield b"".join([*events, b"data: ", _dumps(error(_reason(piece), 500)), b"\n\n"])
+                return
+            events += [event([choice]) for choice in job.choices[index].chunks(index, piece)]
+        if events:
+            yield b"".join(events)
     if body.include_usage:
         yield event([], usage=usage(job.prompt_tokens, job.choices))
     yield b"data: [DONE]\n\n"
 
 
-async def _until_disconnected(request: Request, pieces: Batches) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _until_disconnected(request: Request, answers: Answers) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of a job; they end when the client leaves."""
 
     async def left() -> None:
@@ -182,9 +197,9 @@ async def _until_disconnected(request: Request, pieces: Batches) -> AsyncGenerat
 
     watcher = asyncio.ensure_future(left())
     try:
-        async with contextlib.aclosing(pieces) as batches:
+        async with contextlib.aclosing(answers):
             while True:
-                batch = asyncio.ensure_future(anext(batches, None))
+                batch = asyncio.ensure_future(anext(answers, None))
                 await asyncio.wait({batch, watcher}, return_when=asyncio.FIRST_COMPLETED)
                 if not batch.done():
                     batch.cancel()
@@ -341,13 +356,3 @@ class Gate:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return hmac.compare_digest(given, self._expected)
-
-
-def report(log: logging.Logger, what: str, problem: BaseException) -> None:
-    """Log an exception without its message, which may have the text of a request."""
-    trace = problem.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace else "?"
-    log.error("%s: %s in %s", what, type(problem).__name__, where)
-    log.debug("%s", what, exc_info=problem)

@@ -26,16 +26,19 @@ def _vocabulary(tokenizer: Any, stop: tuple[int, ...]) -> Any:
 
 
 def json_grammar(schema: dict[str, Any] | None) -> str:
-    """The grammar of a JSON schema; None: of any JSON object."""
+    """The grammar of a JSON schema; None: of any JSON object.
+
+    Raises:
+        UserError: the schema is not a text of Unicode.
+    """
     from llguidance import LLMatcher  # pyright: ignore[reportMissingImports]
 
     # The separators of the template's tojson, which the model was trained on.
-    return str(
-        LLMatcher.grammar_from_json_schema(
-            schema or {"type": "object"},
-            overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-        )
-    )
+    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    try:
+        return str(LLMatcher.grammar_from_json_schema(schema or {"type": "object"}, overrides=style))
+    except ValueError as problem:
+        raise UserError(f"the schema is not supported: {str(problem)[:100]}") from problem
 
 
 def call_grammar(tools: Sequence[dict[str, Any]]) -> str:

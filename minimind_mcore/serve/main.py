@@ -105,6 +105,21 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
+def host_flag(setting: str) -> list[str]:
+    """The flag of the setting HOST.
+
+    conda's compilers set HOST to a platform, and tcsh to the name of the host: neither asks for a server that others
+    reach.
+    """
+    try:
+        if setting not in ("", "localhost"):
+            ipaddress.ip_address(setting)
+    except ValueError:
+        print(f"HOST={setting} is not an IP address and is ignored; --host takes any name", file=sys.stderr)
+        return []
+    return ["--host", setting] if setting else []
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this host reaches an address."""
     if host == "localhost":

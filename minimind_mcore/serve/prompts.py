@@ -135,5 +135,12 @@ class SafePrompts:
 
 
 def _unused(text: str) -> str:
-    """A character of Unicode's private use area that a text does not have."""
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    """A character of Unicode's private use area that a text does not have.
+
+    Raises:
+        UserError: it has them all.
+    """
+    unused = set(map(chr, range(0xE000, 0xF900))).difference(text)
+    if not unused:
+        raise UserError("the chat has every character of Unicode's private use area; expected some text")
+    return min(unused)

@@ -75,7 +75,8 @@ class Sampler:
 
     def __init__(self, settings: Sampling, prompt: SequenceOf[int]) -> None:
         self.settings, self.prompt = settings, prompt
-        self._random = random.Random(settings.seed)
+        # As a text: random takes the absolute value of a number, and -1 would draw what 1 draws.
+        self._random = random.Random(None if settings.seed is None else str(settings.seed))
         self._seen: Tensor | None = None  # [vocabulary]: tokens of the prompt and of the answer
         self._counts: Tensor | None = None  # [vocabulary]: of the answer
 
@@ -112,17 +113,13 @@ class Sampler:
             how.grammar.mask(logits)
 
 
-def choose(logits: Tensor, samplers: SequenceOf[Sampler], answers: SequenceOf[SequenceOf[int]]) -> list[int]:
+def choose(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
     """The next token of each sequence.
 
     Args:
-        logits: [sequences, vocabulary]; changed in place.
+        logits: [sequences, vocabulary], adjusted.
         samplers: of each sequence.
-        answers: its ids so far.
     """
-    for row, (sampler, ids) in enumerate(zip(samplers, answers, strict=True)):
-        if sampler.settings.changes_logits:
-            sampler.adjust(logits[row], ids)
     chosen: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, sampler in enumerate(samplers) if sampler.settings.temperature > 0]
     if drawn:
@@ -140,24 +137,25 @@ def _draw(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
         return torch.tensor(values, device=logits.device)[:, None]
 
     scaled = logits.float() / column([max(how.temperature, 1e-5) for how in settings])
-    order = None
     if all(how.top_p == 1 and not how.top_k for how in settings):
         probabilities = scaled.softmax(-1)
     else:
-        scaled, order, total = _likeliest(scaled, settings)
+        likeliest, order, total = _likeliest(scaled, settings)
         limits = column([how.top_k or size for how in settings])
-        scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=logits.device) >= limits, float("-inf"))
-        total = torch.where(limits <= scaled.shape[1], scaled.logsumexp(-1, keepdim=True), total)
-        probabilities = (scaled - total).exp()
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= column([how.top_p for how in settings]), 0.0)
+        places = torch.arange(likeliest.shape[1], device=logits.device)
+        likeliest = likeliest.masked_fill(places >= limits, float("-inf"))
+        total = torch.where(limits <= likeliest.shape[1], likeliest.logsumexp(-1, keepdim=True), total)
+        shares = (likeliest - total).exp()
+        before = shares.cumsum(-1) - shares
+        shares = shares.masked_fill(before >= column([how.top_p for how in settings]), 0.0)
+        # In the order of the vocabulary, as without top_p and top_k: a seed draws the same tokens in any batch.
+        probabilities = torch.zeros_like(scaled).scatter_(1, order, shares)
     if any(how.min_p for how in settings):
         least = column([how.min_p for how in settings]) * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     sums = probabilities.cumsum(-1)
     point = column([sampler.uniform() for sampler in samplers]) * sums[:, -1:]
-    index = torch.searchsorted(sums, point, right=True).clamp_(max=sums.shape[1] - 1)
-    tokens = index if order is None else order.gather(1, index)
+    tokens = torch.searchsorted(sums, point, right=True).clamp_(max=size - 1)
     found: list[int] = tokens.squeeze(1).tolist()
     return found
 

@@ -7,11 +7,12 @@ new, and then one step of all that are running. A sequence that has ended leaves
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -85,13 +86,13 @@ class Sequence:
 
     def __init__(
         self,
-        prompt: SequenceOf[int],
+        prompt: list[int],
         sampling: Sampling,
         stops: Stops,
         emit: Callable[[list[Piece]], None],
         stream: bool = True,
     ) -> None:
-        self.prompt, self.stops, self.emit, self.stream = list(prompt), stops, emit, stream
+        self.prompt, self.stops, self.emit, self.stream = prompt, stops, emit, stream
         self.sampler = Sampler(sampling, self.prompt)
         self.ids: list[int] = []
         self.cancelled = False
@@ -252,8 +253,8 @@ class Scheduler:
                     return
             try:
                 self._step()
-            except Exception:  # a lack of memory, say: the requests at hand fail, the server goes on
-                logger.exception("a step failed; %d requests end with an error", len(self.running))
+            except Exception as problem:  # a lack of memory, say: the requests at hand fail, the server goes on
+                report(logger, f"a step failed; {len(self.running)} answers end with an error", problem)
                 for sequence in self.running:
                     if not sequence.finished:
                         sequence.fail("error")
@@ -389,10 +390,16 @@ class Scheduler:
                 return
             logits, rows = logits[kept], [rows[row] for row in kept]
         original = logits.clone() if any(self._changes(row) for row in rows) else logits
-        tokens = choose(logits, [sequence.sampler for sequence in rows], [sequence.ids for sequence in rows])
+        for row, sequence in enumerate(rows):
+            if sequence.sampler.settings.changes_logits:
+                with _alone(sequence):
+                    sequence.sampler.adjust(logits[row], sequence.ids)
+        tokens = choose(logits, [sequence.sampler for sequence in rows])
         now = time.monotonic()
         for row, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
-            self._take(sequence, token, original[row], now)
+            if not sequence.finished:
+                with _alone(sequence):
+                    self._take(sequence, token, original[row], now)
         self.metrics.tokens(len(tokens))
 
     @staticmethod
@@ -409,6 +416,27 @@ class Scheduler:
         sequence.add(token, None if top is None else logprobs(logits, token, top), self.loaded)
         if sequence.finished:
             self.metrics.finished(len(sequence.ids), now - sequence.submitted, now - sequence.first)
+
+
+@contextlib.contextmanager
+def _alone(sequence: Sequence) -> Iterator[None]:
+    """An exception in what concerns one sequence ends that sequence alone."""
+    try:
+        yield
+    except Exception as problem:
+        report(logger, "an answer ends with an error", problem)
+        if not sequence.finished:
+            sequence.fail("error")
+
+
+def report(log: logging.Logger, what: str, problem: BaseException) -> None:
+    """Log an exception without its message, which may have the text of a request, and without paths."""
+    trace = problem.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace else "?"
+    log.error("%s: %s in %s", what, type(problem).__name__, where)
+    log.debug("%s", what, exc_info=problem)
 
 
 def _common(first: list[int], second: list[int]) -> int:

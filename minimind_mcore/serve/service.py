@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -253,10 +253,13 @@ class Service:
         Raises:
             RequestError: prompt and answer are longer than the model's context.
         """
+        limit = self.options.max_batch_size + self.options.max_queue
+        if len(choices) > limit:  # before anything is made for each of them
+            raise RequestError(f"{len(choices)} answers are asked for; expected {limit} at most. Lower n", "n")
         stops = [self._stops(body, prompt) for prompt in prompts]
         bias = {}
         for key, value in (body.logit_bias or {}).items():
-            if not key.isdecimal() or int(key[:9]) >= self.loaded.info.vocab_size:
+            if not key.isdecimal() or len(key) > 9 or int(key) >= self.loaded.info.vocab_size:
                 raise RequestError(f"logit_bias: {key[:20]!r} is not a token id", "logit_bias")
             bias[int(key)] = value
         defaults: dict[str, Any] = dict(self.options.defaults)
@@ -302,12 +305,11 @@ class Service:
             skip_special_tokens=body.skip_special_tokens is not False,
         )
 
-    def submit(self, job: Job) -> AsyncGenerator[list[tuple[int, Piece]], None]:
+    def submit(self, job: Job) -> Answers:
         """Queue a job.
 
         Returns:
-            Batches of pieces, each with the number of its choice, until all are finished. To close the iterator is to
-            cancel the job.
+            What is written.
 
         Raises:
             QueueFull: too many requests wait.
@@ -328,7 +330,7 @@ class Service:
             )
         scheduler = self.scheduler
         scheduler.submit(sequences)
-        return _pieces(queue, scheduler, sequences)
+        return Answers(queue, scheduler, sequences)
 
 
 class _Emit:
@@ -341,20 +343,35 @@ class _Emit:
         self.outbox.put(self.queue, self.index, pieces)
 
 
-async def _pieces(
-    queue: asyncio.Queue[list[tuple[int, Piece]]], scheduler: Scheduler, sequences: list[Sequence]
-) -> AsyncGenerator[list[tuple[int, Piece]], None]:
-    left = len(sequences)
-    try:
-        while left:
-            batch = await queue.get()
-            while not queue.empty():
-                batch += queue.get_nowait()
-            left -= sum(piece.finish is not None for _, piece in batch)
-            yield batch
-    finally:
-        if left:
-            scheduler.cancel(sequences)
+class Answers:
+    """Batches of pieces, each with the number of its choice, until all choices are finished.
+
+    No generator, whose `aclose` would do nothing before the first piece is asked for.
+    """
+
+    def __init__(
+        self, queue: asyncio.Queue[list[tuple[int, Piece]]], scheduler: Scheduler, sequences: list[Sequence]
+    ) -> None:
+        self._queue, self._scheduler, self._sequences = queue, scheduler, sequences
+        self._left = len(sequences)
+
+    def __aiter__(self) -> Answers:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Piece]]:
+        if not self._left:
+            raise StopAsyncIteration
+        batch = await self._queue.get()
+        while not self._queue.empty():
+            batch += self._queue.get_nowait()
+        self._left -= sum(piece.finish is not None for _, piece in batch)
+        return batch
+
+    async def aclose(self) -> None:
+        """Cancel what is unfinished."""
+        if self._left:
+            self._left = 0
+            self._scheduler.cancel(self._sequences)
 
 
 def _template_message(message: dict[str, Any]) -> dict[str, Any]:
