@@ -58,7 +58,8 @@ class SafePrompts:
         """
         if not is_text(text):
             raise UserError("the prompt has a lone surrogate, which no encoding of Unicode has; remove it")
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        # A batch, as `encode` would hold Python's lock for the seconds that the longest texts take.
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def plain(self, text: str) -> list[int]:
@@ -110,9 +111,10 @@ class SafePrompts:
             return {self._guarded(k, mark, texts): self._guarded(v, mark, texts) for k, v in value.items()}
         if not isinstance(value, str) or not is_text(value):
             return value
-        found, end, encoded = [], 0, self.backend.encode(value, add_special_tokens=False)
-        for token, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True):
-            if token in self._added and stop > start:
+        found, end, encoded = [], 0, self.backend.encode_batch([value], add_special_tokens=False)[0]
+        for number, token in enumerate(encoded.ids):
+            if token in self._added:
+                start, stop = encoded.token_to_chars(number) or (end, end)
                 found += [value[end:start], f"{mark}{len(texts)}{mark}"]
                 texts.append(value[start:stop])
                 end = stop

@@ -259,6 +259,15 @@ def test_megatron_legacy_is_refused_by_name(hf: Path, tmp_path: Path) -> None:
             main_v1([*flags, *legacy])
 
 
+def test_the_tokenizer_may_be_left_out(mcore: Path, hf: Path, tmp_path: Path) -> None:
+    """Of convert_ckpt.py, as of convert_ckpt_v2.py: the output is the same."""
+    flags = ["--model-type", "GPT", "--use-mcore-models", "--load-dir", str(mcore), "--save-model-type", "hf"]
+    main_v1([*flags, "--save-dir", str(tmp_path / "out")])
+    convert(mcore, tmp_path / "other")
+    found, expected = (folder / "model.safetensors" for folder in (tmp_path / "out" / "mg2hf", tmp_path / "other"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
 def test_a_config_of_another_model_is_refused(mcore: Path, hf: Path, tmp_path: Path) -> None:
     other = write_hf(tmp_path / "other", CONFIG, {}, num_key_value_heads=4)
     with pytest.raises(UserError, match="num_query_groups is 2 in the checkpoint and 4 in the given config"):

@@ -1,0 +1,274 @@
+"""The embedded server when one request, one client or the machine is unusual: the others do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx  # pyright: ignore[reportMissingImports]
+import pytest
+import torch
+from helpers.engine import ROOT
+from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_ready, write_served
+
+from minimind_mcore.cli.model import serve
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.answers import parse_call
+from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
+from minimind_mcore.serve.embedded import Server
+from minimind_mcore.serve.sampling import Sampler
+from minimind_mcore.serve.slots import Slots
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    return write_served(folder, shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[tuple[str, Server]]:
+    with embedded(model) as found:
+        yield found
+
+
+def post(address: str, path: str = CHAT, **body: Any) -> httpx.Response:
+    given = {"messages": HELLO, "max_tokens": 12, "ignore_eos": True} if path == CHAT else {}
+    return httpx.post(address + path, content=json.dumps(given | body).encode(), timeout=60)
+
+
+def ids(reply: httpx.Response) -> list[list[int]]:
+    assert reply.status_code == 200, reply.text
+    return [choice["token_ids"] for choice in reply.json()["choices"]]
+
+
+def chunks(reply: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+PRIVATE = "".join(map(chr, range(0xE000, 0xF900)))
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"enum": ["\ud800"]}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        (CHAT, {"logit_bias": {"0000000009999999": 1}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"0" * 9000: 1}}, "logit_bias"),
+        (CHAT, {"messages": [{"role": "user", "content": f"{PRIVATE}<|im_end|>"}]}, "private use"),
+        (CHAT, {"response_format": SCHEMA}, "schema"),
+        ("/v1/completions", {"prompt": ["a"] * 256, "n": 128, "max_tokens": 1}, "32768 answers"),
+    ],
+)  # fmt: skip
+def test_requests_that_cannot_be_answered_are_400(
+    server: tuple[str, Server], path: str, body: dict[str, Any], word: str
+) -> None:
+    reply = post(server[0], path, **body)
+    assert reply.status_code == 400 and word in reply.json()["error"]["message"], reply.text
+
+
+def test_an_answer_that_fails_fails_alone(
+    server: tuple[str, Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    adjust = Sampler.adjust
+
+    def failing(self: Sampler, logits: torch.Tensor, answer: list[int]) -> None:
+        if self.settings.presence_penalty == 1.5 and len(answer) == 3:
+            raise RuntimeError("secret-words")
+        adjust(self, logits, answer)
+
+    good: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "frequency_penalty": 0.1, "return_token_ids": True}
+    alone = ids(post(server[0], **good))
+    monkeypatch.setattr(Sampler, "adjust", failing)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        bad = [pool.submit(post, server[0], presence_penalty=1.5) for _ in range(4)]
+        fine = [pool.submit(post, server[0], **good) for _ in range(4)]
+        assert [one.result().status_code for one in bad] == [500] * 4
+        assert all(ids(one.result()) == alone for one in fine)
+    assert "RuntimeError in failing" in caplog.text
+    assert "Traceback" not in caplog.text and "secret-words" not in caplog.text and str(ROOT) not in caplog.text
+
+
+def test_a_seed_gives_the_same_tokens_next_to_any_request(server: tuple[str, Server]) -> None:
+    address = server[0]
+    body: dict[str, Any] = {"seed": 7, "temperature": 1, "max_tokens": 30, "return_token_ids": True}
+    alone = ids(post(address, **body))
+    assert ids(post(address, **body)) == alone
+    other = {"messages": HELLO, "max_tokens": 8000, "top_p": 0.5, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", address + CHAT, json=other, timeout=60) as running:
+        lines = running.iter_lines()
+        assert [next(lines) for _ in range(6)]  # it is in the batch
+        assert ids(post(address, **body)) == alone
+
+
+def test_answers_of_one_request_differ_for_any_seed(server: tuple[str, Server]) -> None:
+    for seed in (-1, 0, 2**63):
+        found = ids(post(server[0], seed=seed, n=3, temperature=1.5, return_token_ids=True))
+        assert len(set(map(tuple, found))) == 3
+        assert ids(post(server[0], seed=seed, n=3, temperature=1.5, return_token_ids=True)) == found
+
+
+def test_a_client_that_leaves_before_the_first_event(server: tuple[str, Server]) -> None:
+    app, scheduler = server[1].server.config.app, server[1].service.scheduler
+    body = json.dumps({"messages": HELLO, "max_tokens": 30000, "ignore_eos": True, "stream": True}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+             "headers": [], "http_version": "1.1", "scheme": "http", "client": ("127.0.0.1", 1),
+             "asgi": {"version": "3.0"}, "server": ("127.0.0.1", 1), "root_path": ""}  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        await asyncio.sleep(600)  # nothing can be sent
+
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 30))
+    end = time.monotonic() + 3
+    while scheduler.counts().running and time.monotonic() < end:
+        time.sleep(0.05)
+    assert scheduler.counts().running == 0
+
+
+def test_a_huge_prompt_holds_nobody_up(server: tuple[str, Server]) -> None:
+    """It takes seconds to encode; others are answered in the meantime."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as client:
+        began, worst = time.monotonic(), 0.0
+        huge = pool.submit(post, server[0], messages=[{"role": "user", "content": "word " * 600000}])
+        while not huge.done():
+            asked = time.monotonic()
+            assert client.get(f"{server[0]}/health").status_code == 200
+            worst = max(worst, time.monotonic() - asked)
+        assert huge.result().json()["error"]["code"] == "context_length_exceeded"
+    assert worst < 0.5 * (time.monotonic() - began)
+
+
+def test_until_the_model_is_loaded_all_is_503(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, httpx.Response] = {}
+    load = Server._load
+
+    def slow(self: Server, loop: asyncio.AbstractEventLoop) -> None:
+        address = f"http://127.0.0.1:{self.options.port}"
+        found.update({path: httpx.get(address + path) for path in ("/health", "/v1/models", "/metrics")})
+        found[CHAT] = post(address)
+        load(self, loop)
+
+    monkeypatch.setattr(Server, "_load", slow)
+    with embedded(model) as (address, _):
+        assert httpx.get(f"{address}/health").status_code == 200 and post(address).status_code == 200
+    assert found.pop("/metrics").status_code == 200
+    assert [reply.status_code for reply in found.values()] == [503] * 3
+    assert all("not loaded yet" in reply.json()["error"]["message"] for reply in found.values())
+
+
+CALLS = [("get_weather", '{"city": "北京 🌤", "note": "a \\"b\\" <x> ' + "long " * 30 + '"}'), ("get_weather", "{}")]
+WRITTEN = "<think>\nI look.\n</think>\n\nOne moment 🌤\n" + "\n".join(
+    f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>' for name, arguments in CALLS
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "calls", "content", "finish"),
+    [
+        ({}, CALLS, "One moment 🌤", "tool_calls"),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, CALLS[:1], "One moment 🌤", "tool_calls"),
+        ({"max_tokens": 40}, [], None, "length"),
+        ({"tool_choice": "none"}, [], WRITTEN.split("</think>\n\n")[1], "stop"),
+        ({"stop": "moment 🌤\n<tool"}, [], "One ", "stop"),
+    ],
+)  # fmt: skip
+def test_calls_that_the_model_writes_by_itself(
+    published_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any],
+    calls: list[tuple[str, str]], content: str | None, finish: str,
+) -> None:  # fmt: skip
+    """What a model that says this would make; whole and streamed, with tags and characters cut anywhere."""
+    tokenizer = load_tokenizer(published_tokenizer)
+    script = [*tokenizer.encode(WRITTEN, add_special_tokens=False), tokenizer.eos_token_id]
+    run = Slots.run
+
+    def scripted(self: Slots, first: int, new: list[list[int]]) -> torch.Tensor:
+        logits = run(self, first, new).fill_(0)
+        for row, tokens in enumerate(self.tokens[first : first + len(new)]):
+            said = max(n for n in range(len(script)) if not n or tokens[-n:] == script[:n])
+            logits[row, script[said]] = 100
+        return logits
+
+    monkeypatch.setattr(Slots, "run", scripted)
+    config = shrunk("minimind3", vocabulary(published_tokenizer))
+    body: dict[str, Any] = {"tools": TOOLS, "temperature": 0, "max_tokens": 400, "ignore_eos": False} | more
+    with embedded(write_served(tmp_path / "model", config, published_tokenizer)) as (address, _):
+        whole = post(address, **body).json()["choices"][0]
+        streamed = chunks(post(address, stream=True, **body))
+    message = whole["message"]
+    made = [(one["function"]["name"], one["function"]["arguments"]) for one in message.get("tool_calls", [])]
+    assert made == calls and whole["finish_reason"] == finish
+    assert message["reasoning"] == message["reasoning_content"] == "I look."
+    if content is not None:
+        assert message["content"] == content
+    choices = [choice for chunk in streamed for choice in chunk["choices"]]
+    deltas = [choice["delta"] for choice in choices]
+    assert "".join(delta.get("content") or "" for delta in deltas) == message["content"]
+    assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == "I look."
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == [finish]
+    found: list[list[str]] = []
+    for call in [call for delta in deltas for call in delta.get("tool_calls", [])]:
+        if "name" in call["function"]:
+            assert call["index"] == len(found) and call["id"] and call["type"] == "function"
+            found.append([call["function"]["name"], ""])
+        found[call["index"]][1] += call["function"]["arguments"]
+    assert [tuple(call) for call in found] == calls
+
+
+def test_a_call_with_half_a_character_is_none() -> None:
+    """No reply in UTF-8 could carry its name."""
+    assert parse_call('{"name": "\\ud800", "arguments": {}}').name is None
+    assert parse_call('{"name": "f", "arguments": {"a": "\\ud800"}}').raw == '{"a": "\\ud800"}'
+
+
+@pytest.mark.parametrize("host", ["x86_64-conda-linux-gnu", "some-host.example", "127.0.0.1", ""])
+def test_what_conda_and_tcsh_set_is_not_the_address(
+    host: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOST", host)
+    monkeypatch.setenv("LOAD_DIR", str(model))
+    monkeypatch.setenv("ENGINE", "embedded")
+    monkeypatch.delenv("API_KEY", raising=False)
+    assert serve(["--dry-run"]) == 0
+    assert (f"HOST={host} is not an IP address" in capsys.readouterr().err) == ("-" in host)
+    monkeypatch.setenv("HOST", "0.0.0.0")
+    with pytest.raises(UserError, match="API_KEY is not set"):
+        serve(["--dry-run"])
+
+
+def test_the_server_answers_on_the_stand_in_for_an_npu(model: Path, server: tuple[str, Server]) -> None:
+    place = ROOT / "rehearsal/minimind_mcore_rehearsal/python"
+    body = {"temperature": 0, "return_token_ids": True}
+    process = program("--load", str(model), "--port", "0", "--params-dtype", "fp32", DEVICE="npu", OMP_NUM_THREADS="1",
+                      NPU_EMULATION_STRICT="raise", PYTHONPATH=os.pathsep.join(map(str, (place, ROOT))))  # fmt: skip
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("serving"):
+                break
+        said = "".join(lines)
+        assert "embedded: the default on an NPU" in said and "fp32 on npu" in said, said
+        address = lines[-1].split()[1].removesuffix("/v1")
+        wait_until_ready(address)
+        assert ids(post(address, **body)) == ids(post(server[0], **body))
+        assert post(address, top_p=0.9, top_k=20, min_p=0.01, presence_penalty=0.5, seed=1).status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
