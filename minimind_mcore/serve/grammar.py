@@ -34,9 +34,13 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
     from llguidance import LLMatcher  # pyright: ignore[reportMissingImports]
 
     # The separators of the template's tojson, which the model was trained on.
-    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     try:
-        return str(LLMatcher.grammar_from_json_schema(schema or {"type": "object"}, overrides=style))
+        return str(
+            LLMatcher.grammar_from_json_schema(
+                schema or {"type": "object"},
+                overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+            )
+        )
     except ValueError as problem:
         raise UserError(f"the schema is not supported: {str(problem)[:100]}") from problem
 
