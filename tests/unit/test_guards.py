@@ -30,7 +30,6 @@ UPSTREAM_NAMES = {
     "minimind_mcore/cli/place.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/quickstart.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/rl.py": ("NPU",),  # Ray's name of the resource
-    "minimind_mcore/inference/vllm_engine.py": ("npu", "cuda", "NPU_HEAD_SIZES"),  # head sizes of each of vLLM's builds
     "minimind_mcore/platform/patches.py": ("fused_weight_gradient_mlp_cuda",),
     "minimind_mcore/inputs/ranges.py": ("num_npus",),
     "minimind_mcore/rl/config/check.py": ("num_npus",),

@@ -121,7 +121,8 @@ def test_answers_of_one_request_differ_for_any_seed(server: tuple[str, Server]) 
 
 
 def test_a_client_that_leaves_before_the_first_event(server: tuple[str, Server]) -> None:
-    app, scheduler = server[1].server.config.app, server[1].service.scheduler
+    app: Any = server[1].server.config.app
+    scheduler = server[1].service.scheduler
     body = json.dumps({"messages": HELLO, "max_tokens": 30000, "ignore_eos": True, "stream": True}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
     scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
