@@ -26,7 +26,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 ASCEND_HEAD_SIZES = (128, 192)
 
 
-ASCEND, GPU, _ = KINDS
+ASCEND, GPU = KINDS[:2]
 
 
 def has_ascend_kernel(head_size: int, has_own_heads: bool) -> bool:
