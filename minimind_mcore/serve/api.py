@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
 from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
@@ -36,6 +36,7 @@ from minimind_mcore.serve.service import Answers, Job, Service
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 8 << 20  # bytes
+LARGE_BODY = 1 << 18  # bytes; to encode 8 MiB takes 7 s
 MAX_DEPTH = 100  # of lists and objects in a body
 BODY_SECONDS = 30.0  # that a client may take to send a body
 SEND_SECONDS = 120.0  # that a client may take to read a chunk
@@ -43,6 +44,8 @@ ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
 )  # fmt: skip
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> ASGIApp:
@@ -60,6 +63,7 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(QueueFull, _queue_full)
     app.add_exception_handler(Exception, _unexpected)
+    app.state.large = asyncio.Semaphore(1)
     _add_information(app, service)
     _add_answers(app, service)
     return Gate(app, service.metrics, api_key)
@@ -85,12 +89,13 @@ def _add_information(app: FastAPI, service: Service) -> None:
         if isinstance(content, dict) and "messages" in content:
             body = parse(TokenizeChatBody, content)
             service.check_model(body.model)
-            ids, _ = await asyncio.to_thread(service.chat_ids, body, body.tools, bool(body.add_generation_prompt))
+            prompt = bool(body.add_generation_prompt)
+            ids, _ = await _in_thread(request, service.chat_ids, body, body.tools, prompt)
         else:
             body = parse(TokenizeBody, content)
             service.check_model(body.model)
             encode = service.prompts.raw if body.add_special_tokens else service.prompts.encode
-            ids = await asyncio.to_thread(encode, body.prompt)
+            ids = await _in_thread(request, encode, body.prompt)
         found: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
         texts = [service.tokens.text(token) for token in ids] if body.return_token_strs else None
         return JSONResponse(found | {"token_strs": texts})
@@ -112,17 +117,25 @@ def _add_information(app: FastAPI, service: Service) -> None:
 def _add_answers(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         body = parse(ChatBody, await read_json(request))
-        # In a thread: to encode the longest body takes seconds, in which the event loop would answer nobody else.
-        job = await asyncio.to_thread(service.chat, body)
+        job = await _in_thread(request, service.chat, body)
         return await _answer(request, service, body, job, "chat.completion", "chatcmpl-")
 
     async def completions(request: Request) -> Response:
         body = parse(CompletionBody, await read_json(request))
-        job = await asyncio.to_thread(service.completion, body)
+        job = await _in_thread(request, service.completion, body)
         return await _answer(request, service, body, job, "text_completion", "cmpl-")
 
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
+
+
+async def _in_thread(
+    request: Request, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """Run what encodes a body outside of the event loop, which goes on; large bodies are encoded one at a time."""
+    large = request.state.size > LARGE_BODY
+    async with request.app.state.large if large else contextlib.nullcontext():
+        return await asyncio.to_thread(function, *args, **kwargs)
 
 
 async def _answer(
@@ -245,6 +258,7 @@ async def read_json(request: Request) -> Any:
         await asyncio.wait_for(receive(), BODY_SECONDS)
     except asyncio.TimeoutError as problem:
         raise RequestError(f"the body did not arrive within {BODY_SECONDS:.0f} s", status=408) from problem
+    request.state.size = len(data)
     try:
         content = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as problem:

@@ -23,6 +23,7 @@ from minimind_mcore.inference.answers import parse_call
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.serve.embedded import Server
 from minimind_mcore.serve.sampling import Sampler
+from minimind_mcore.serve.service import Service
 from minimind_mcore.serve.slots import Slots
 
 CHAT = "/v1/chat/completions"
@@ -151,8 +152,28 @@ def test_a_huge_prompt_holds_nobody_up(server: tuple[str, Server]) -> None:
             asked = time.monotonic()
             assert client.get(f"{server[0]}/health").status_code == 200
             worst = max(worst, time.monotonic() - asked)
+            assert post(server[0], max_tokens=1).status_code == 200
         assert huge.result().json()["error"]["code"] == "context_length_exceeded"
     assert worst < 0.5 * (time.monotonic() - began)
+
+
+def test_large_prompts_are_encoded_one_at_a_time(server: tuple[str, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most, chat = [0], [0], Service.chat
+
+    def slow(self: Service, body: Any) -> Any:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.1)
+        now[0] -= 1
+        return chat(self, body)
+
+    monkeypatch.setattr(Service, "chat", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for words, expected in ((60000, 1), (1, 4)):
+            most[0] = 0
+            messages = [{"role": "user", "content": "word " * words}]
+            list(pool.map(lambda _, messages=messages: post(server[0], messages=messages), range(4)))
+            assert (most[0] == 1) == (expected == 1)
 
 
 def test_until_the_model_is_loaded_all_is_503(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
