@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import own_addresses
 from minimind_mcore.platform import ascend, cpu, cpu_as_cuda, patches
 
 KINDS = ("npu", "cuda", "cpu")
@@ -167,13 +168,9 @@ def use_interface(address: str) -> None:
 
     Left to themselves the backends take the interface of the host's name, which need not be reachable.
     """
-    owners = [
-        name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)
-    ]
-    if not owners:
-        return
-    for backend in ("GLOO", "NCCL", "HCCL"):
-        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", owners[0])
+    if interface := own_addresses().get(address):
+        for backend in ("GLOO", "NCCL", "HCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
 
 
 def name_interface(interface: str) -> None:

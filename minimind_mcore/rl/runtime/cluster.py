@@ -13,7 +13,6 @@ import os
 import select
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,17 +20,15 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform import cpu
-from minimind_mcore.rl.runtime.hosts import require_ray
+from minimind_mcore.rl.runtime.hosts import Patience, require_ray
 
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
-SAY_EVERY_SECONDS = 10.0
 
 RAYLET_ENDED = (
     "Ray's process of this host (raylet) has ended, and this run cannot go on without it. Nothing of the step that was "
@@ -72,7 +69,8 @@ class Cluster:
         """
         group = placement_group([dict(bundle)] * count, strategy="PACK")
         self.groups.append(group)
-        self._wait(group, count, bundle, patience, what)
+        group.wait(1)  # the places that are free are there at once
+        self._wait([group], lambda: what, self._patience(patience))
         nodes = placement_group_table(group)["bundles_to_node_id"]
         # This host's are the first: rank 0 is beside the driver.
         hosts = sorted(dict.fromkeys(nodes.values()), key=lambda node: node != self.node)
@@ -82,22 +80,10 @@ class Cluster:
         self.hosts |= {addresses[node] for node in nodes.values()}
         return [Bundle(group, i, nodes[i], addresses[nodes[i]]) for i in order]
 
-    def _wait(self, group: Any, count: int, bundle: dict[str, float], patience: float, what: str) -> None:
-        started, said = time.monotonic(), 0.0
-        while True:
-            try:
-                ray.get(group.ready(), timeout=1.0)
-                return
-            except GetTimeoutError:
-                waited = time.monotonic() - started
-                self._require_own_node()
-            if waited > patience:
-                raise UserError(f"after {patience:g} s: {self._missing(count, bundle, what)}")
-            if waited - said >= SAY_EVERY_SECONDS or not said:
-                said = waited
-                self.say(
-                    f"waiting for the cluster ({waited:.0f} of {patience:g} s): {self._missing(count, bundle, what)}"
-                )
+    def _wait(self, groups: Sequence[Any], what: Callable[[], str], patience: Patience, advice: str = "") -> None:
+        while missing := [group for group in groups if placement_group_table(group)["state"] != "CREATED"]:
+            self._require_own_node()
+            patience.more(self._missing(missing[0].bundle_count, missing[0].bundle_specs[0], what()), advice)
 
     def wait_for_hosts(self, patience: float) -> None:
         """Wait until all places are there again, after a host was lost.
@@ -106,7 +92,11 @@ class Cluster:
             UserError: they are not within `patience` seconds, or this host's own part of the cluster has ended.
         """
         with self.waiting():
-            self._wait_for_hosts(patience)
+            waits, advice = self._patience(patience), "checkpoints are whole: the same command goes on"
+            self._wait(self.groups, lambda: f"a host was lost{self._gone()}; the run", waits, advice)
+
+    def _patience(self, seconds: float) -> Patience:
+        return Patience(seconds, None, "waiting for the cluster", self.say)
 
     def _require_own_node(self) -> None:
         """Refuse to wait where this host's raylet has ended: a driver cannot join another one.
@@ -117,21 +107,6 @@ class Cluster:
         api: Any = ray
         if any(node["NodeID"] == self.node and not node["Alive"] for node in api.nodes()):
             raise UserError(RAYLET_ENDED)
-
-    def _wait_for_hosts(self, patience: float) -> None:
-        started, said = time.monotonic(), 0.0
-        while lost := [g for g in self.groups if placement_group_table(g)["state"] != "CREATED"]:
-            self._require_own_node()
-            waited = time.monotonic() - started
-            facts = self._missing(
-                lost[0].bundle_count, lost[0].bundle_specs[0], f"a host was lost{self._gone()}; the run"
-            )
-            if waited > patience:
-                raise UserError(f"after {patience:g} s: {facts}. Checkpoints are whole: the same command goes on")
-            if waited >= said:
-                said = waited + SAY_EVERY_SECONDS
-                self.say(f"waiting for the cluster ({waited:.0f} of {patience:g} s): {facts}")
-            time.sleep(1.0)
 
     def _gone(self) -> str:
         api: Any = ray

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -128,10 +129,14 @@ class Patience:
     Args:
         seconds: it may take.
         process: id of the process of Ray that it waits for; when that has ended there is no more to wait for.
+        title: of a line of progress.
+        tell: where progress is told.
     """
 
-    def __init__(self, seconds: float, process: int | None) -> None:
-        self.seconds, self.process = seconds, process
+    def __init__(
+        self, seconds: float, process: int | None, title: str = "waiting", tell: Callable[[str], None] = say
+    ) -> None:
+        self.seconds, self.process, self.title, self.tell = seconds, process, title, tell
         self.began, self.said = time.monotonic(), 0.0
 
     def more(self, what: str, advice: str) -> None:
@@ -144,9 +149,9 @@ class Patience:
         if self.process is not None and not runs(self.process):
             raise UserError(f"Ray has ended on this host: {what}")
         if waited > self.seconds:
-            raise UserError(f"after {self.seconds:g} s: {what}; {advice}")
+            raise UserError(f"after {self.seconds:g} s: {'; '.join(filter(None, [what, advice]))}")
         if waited >= self.said:
-            say(f"{what} (waiting, {waited:.0f} of {self.seconds:g} s)")
+            self.tell(f"{self.title} ({waited:.0f} of {self.seconds:g} s): {what}")
             self.said = waited + SAY_EVERY_SECONDS
         time.sleep(POLL_SECONDS)
 
