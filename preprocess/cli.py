@@ -59,7 +59,7 @@ def _parser() -> Parser:
     # Theirs caches whole data sets in ~/tmp; ours keeps unfinished parts, by default beside the output.
     parser.set_defaults(cache_dir=None)
     parser.set_choices("prompt_type", None)
-    parser.set_choices("tokenizer_type", ("PretrainedFromHF", "HuggingFaceTokenizer"))  # MindSpeed-RL's for the same
+    parser.set_choices("tokenizer_type", None)  # `_convert` says which
     group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
     group.add_argument(
         "--prepend-bos",
@@ -139,6 +139,8 @@ def _convert(args: argparse.Namespace) -> list[str]:
     for flag, value in (("--input", args.input), ("--tokenizer-name-or-path", args.tokenizer_name_or_path)):
         if not value:
             raise UserError(f"{flag} is missing; `{PROGRAM} --help` shows an example")
+    if args.tokenizer_type not in ("PretrainedFromHF", "HuggingFaceTokenizer"):  # MindSpeed-RL's name for the same
+        raise UserError(f"--tokenizer-type {args.tokenizer_type}: not supported here; expected PretrainedFromHF")
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: megatron-core reads mmap only")
     if args.output_prefix is None and (prefixes := datasets_at(args.input)):

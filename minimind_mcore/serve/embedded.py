@@ -45,7 +45,7 @@ def run(source: Source, info: TokenizerInfo, options: Options) -> int:
     # The event loop and the scheduler's thread share an interpreter: at 5 ms each step would wait for the other one.
     sys.setswitchinterval(0.0005)
     with listening(options.host, options.port) as listener, contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(Server(source, info, options).run(listener))
+        asyncio.run(EmbeddedServer(source, info, options).run(listener))
     print("the server has ended", file=sys.stderr, flush=True)
     return 0
 
@@ -79,7 +79,7 @@ def key_value_budget(loaded: Loaded, gib: float | None, max_model_len: int) -> i
     return max(int(memory / width), max_model_len + 1)
 
 
-class Server:
+class EmbeddedServer:
     """One server, which `run` drives.
 
     Args:

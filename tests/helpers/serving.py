@@ -24,7 +24,7 @@ from minimind_mcore.inference.loading import open_both
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.tokenize import tokenizer_info
-from minimind_mcore.serve.embedded import Server, listening
+from minimind_mcore.serve.embedded import EmbeddedServer, listening
 from minimind_mcore.serve.engines import Options
 
 
@@ -52,13 +52,15 @@ def vocabulary(tokenizer: str | Path) -> int:
 
 
 @contextmanager
-def embedded(model: Path, **options: Any) -> Iterator[tuple[str, Server]]:
+def embedded(model: Path, **options: Any) -> Iterator[tuple[str, EmbeddedServer]]:
     """The embedded server in a thread; gives its address and the server itself."""
     job = Job(load_dir=model, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
     source, info = open_both(job, None)
     with listening("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        server = Server(source, info, Options(**{"host": "127.0.0.1", "port": port, "name": "minimind"} | options))
+        server = EmbeddedServer(
+            source, info, Options(**{"host": "127.0.0.1", "port": port, "name": "minimind"} | options)
+        )
         thread = threading.Thread(target=lambda: asyncio.run(server.run(listener)), daemon=True)
         thread.start()
         address = f"http://127.0.0.1:{port}"

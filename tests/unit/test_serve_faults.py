@@ -21,7 +21,7 @@ from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.answers import parse_call
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
-from minimind_mcore.serve.embedded import Server
+from minimind_mcore.serve.embedded import EmbeddedServer
 from minimind_mcore.serve.sampling import Sampler
 from minimind_mcore.serve.service import Service
 from minimind_mcore.serve.slots import Slots
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[tuple[str, Server]]:
+def server(model: Path) -> Iterator[tuple[str, EmbeddedServer]]:
     with embedded(model) as found:
         yield found
 
@@ -74,14 +74,14 @@ SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"enum": ["\ud800"]}}
     ],
 )  # fmt: skip
 def test_requests_that_cannot_be_answered_are_400(
-    server: tuple[str, Server], path: str, body: dict[str, Any], word: str
+    server: tuple[str, EmbeddedServer], path: str, body: dict[str, Any], word: str
 ) -> None:
     reply = post(server[0], path, **body)
     assert reply.status_code == 400 and word in reply.json()["error"]["message"], reply.text
 
 
 def test_an_answer_that_fails_fails_alone(
-    server: tuple[str, Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: tuple[str, EmbeddedServer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     adjust = Sampler.adjust
 
@@ -102,7 +102,7 @@ def test_an_answer_that_fails_fails_alone(
     assert "Traceback" not in caplog.text and "secret-words" not in caplog.text and str(ROOT) not in caplog.text
 
 
-def test_a_seed_gives_the_same_tokens_next_to_any_request(server: tuple[str, Server]) -> None:
+def test_a_seed_gives_the_same_tokens_next_to_any_request(server: tuple[str, EmbeddedServer]) -> None:
     address = server[0]
     body: dict[str, Any] = {"seed": 7, "temperature": 1, "max_tokens": 30, "return_token_ids": True}
     alone = ids(post(address, **body))
@@ -114,14 +114,14 @@ def test_a_seed_gives_the_same_tokens_next_to_any_request(server: tuple[str, Ser
         assert ids(post(address, **body)) == alone
 
 
-def test_answers_of_one_request_differ_for_any_seed(server: tuple[str, Server]) -> None:
+def test_answers_of_one_request_differ_for_any_seed(server: tuple[str, EmbeddedServer]) -> None:
     for seed in (-1, 0, 2**63):
         found = ids(post(server[0], seed=seed, n=3, temperature=1.5, return_token_ids=True))
         assert len(set(map(tuple, found))) == 3
         assert ids(post(server[0], seed=seed, n=3, temperature=1.5, return_token_ids=True)) == found
 
 
-def test_a_client_that_leaves_before_the_first_event(server: tuple[str, Server]) -> None:
+def test_a_client_that_leaves_before_the_first_event(server: tuple[str, EmbeddedServer]) -> None:
     app: Any = server[1].server.config.app
     scheduler = server[1].service.scheduler
     body = json.dumps({"messages": HELLO, "max_tokens": 30000, "ignore_eos": True, "stream": True}).encode()
@@ -143,7 +143,7 @@ def test_a_client_that_leaves_before_the_first_event(server: tuple[str, Server])
     assert scheduler.counts().running == 0
 
 
-def test_a_huge_prompt_holds_nobody_up(server: tuple[str, Server]) -> None:
+def test_a_huge_prompt_holds_nobody_up(server: tuple[str, EmbeddedServer]) -> None:
     """It takes seconds to encode; others are answered in the meantime."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as client:
         began, worst = time.monotonic(), 0.0
@@ -157,7 +157,9 @@ def test_a_huge_prompt_holds_nobody_up(server: tuple[str, Server]) -> None:
     assert worst < 0.5 * (time.monotonic() - began)
 
 
-def test_large_prompts_are_encoded_one_at_a_time(server: tuple[str, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_prompts_are_encoded_one_at_a_time(
+    server: tuple[str, EmbeddedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, most, chat = [0], [0], Service.chat
 
     def slow(self: Service, body: Any) -> Any:
@@ -178,15 +180,15 @@ def test_large_prompts_are_encoded_one_at_a_time(server: tuple[str, Server], mon
 
 def test_until_the_model_is_loaded_all_is_503(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, httpx.Response] = {}
-    load = Server._load
+    load = EmbeddedServer._load
 
-    def slow(self: Server, loop: asyncio.AbstractEventLoop) -> None:
+    def slow(self: EmbeddedServer, loop: asyncio.AbstractEventLoop) -> None:
         address = f"http://127.0.0.1:{self.options.port}"
         found.update({path: httpx.get(address + path) for path in ("/health", "/v1/models", "/metrics")})
         found[CHAT] = post(address)
         load(self, loop)
 
-    monkeypatch.setattr(Server, "_load", slow)
+    monkeypatch.setattr(EmbeddedServer, "_load", slow)
     with embedded(model) as (address, _):
         assert httpx.get(f"{address}/health").status_code == 200 and post(address).status_code == 200
     assert found.pop("/metrics").status_code == 200
@@ -273,7 +275,7 @@ def test_what_conda_and_tcsh_set_is_not_the_address(
         serve(["--dry-run"])
 
 
-def test_the_server_answers_on_the_stand_in_for_an_npu(model: Path, server: tuple[str, Server]) -> None:
+def test_the_server_answers_on_the_stand_in_for_an_npu(model: Path, server: tuple[str, EmbeddedServer]) -> None:
     place = ROOT / "rehearsal/minimind_mcore_rehearsal/python"
     body = {"temperature": 0, "return_token_ids": True}
     process = program("--load", str(model), "--port", "0", "--params-dtype", "fp32", DEVICE="npu", OMP_NUM_THREADS="1",
