@@ -24,7 +24,7 @@ class Stack:
         programs: what tells this row from others of its device: {"MindSpeed-LLM": "26.1.0"}.
         needs: specifiers by component, without which the job fails.
         best: specifiers by component, of what was released together or tried here.
-        proof: "tested in CI", "rehearsed" or "untested".
+        proof: "tested in CI", "rehearsed", "rehearsed in part" or "untested".
         note: in a sentence, what else to know.
         sources: where this was read.
     """

@@ -25,7 +25,7 @@ KIT_ON_NPU = {
     "the kit's own engine on an NPU": "本套件自己的引擎，在 NPU 上",
     "the kit's own engine on an NPU, MindSpeed core_r0.16.0": "本套件自己的引擎，在 NPU 上，MindSpeed core_r0.16.0",
 }
-PROOF = {"tested in CI": "CI 测试", "rehearsed": "已演练", "untested": "未测试"}
+PROOF = {"tested in CI": "CI 测试", "rehearsed": "已演练", "rehearsed in part": "部分演练", "untested": "未测试"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
