@@ -9,7 +9,7 @@
 # LORA_DIR         adapters to merge; LORA_ALPHA where they do not say theirs
 # PRECISION        bf16, fp16 or fp32 (default: fp32 on a CPU, elsewhere the model's)
 # ENGINE           embedded or vllm (default: vllm where it is installed and supports the model, else embedded)
-# HOST PORT        IP address and port to listen at (default 127.0.0.1, 8998)
+# HOST PORT        the address (an IP address or localhost) and port to listen at (default 127.0.0.1, 8998)
 # API_KEY          key that clients must send; required unless HOST is a loopback address
 # RAW              1: for a model that is only pretrained: /v1/completions alone
 # TEMPERATURE TOP_K TOP_P   of requests that do not say (default: OpenAI's, 1.0, all, 1.0)
