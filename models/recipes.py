@@ -160,7 +160,7 @@ def words(argv: Sequence[str] | None = None) -> list[str]:
     """Return what `main` prints.
 
     Raises:
-        UserError: there is no such recipe, or its batches do not divide.
+        UserError: the recipe does not exist, or its batch sizes do not divide.
     """
     parser = argparse.ArgumentParser(prog="minimind-mcore recipes", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="a recipe (default: the one that suits --model)")

@@ -17,8 +17,9 @@ _whole: set[Path] = set()  # checkpoints whose files were compared, and which ar
 
 
 def choose(root: Path, step: int | None = None) -> Path | None:
-    """Return the newest undamaged checkpoint below `root`, or that of iteration `step`; None without any. Collective.
+    """Return the newest undamaged checkpoint below `root`, or the one of iteration `step`. Collective.
 
+    Without any checkpoint the result is None.
     The tracker file is asked first. If it names nothing that is whole, that is said, and others are tried: older ones
     first, then newer ones, each from the newest on.
     """

@@ -72,7 +72,7 @@ def dispatch(argv: Sequence[str]) -> int:
     """Run one command. Return the exit status.
 
     Raises:
-        UserError: there is no such command, or what the command itself raises.
+        UserError: the command does not exist, or the command raises it.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

@@ -65,8 +65,8 @@ def prepare(kind: str, more: Sequence[str], dry: bool, seq_length: str = "") -> 
         seq_length: the tokens of a sample, unless SEQ_LENGTH is given.
 
     Returns:
-        The words of --data-path, and the directory of the tokenizer. In a dry run there are no words where something
-        would have to be converted first.
+        The words of --data-path, and the directory of the tokenizer. A dry run returns no words if the data is not yet
+        converted.
 
     Raises:
         UserError: a setting is missing, or the data cannot be converted.

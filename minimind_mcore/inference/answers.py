@@ -37,7 +37,7 @@ class Call:
     """A tool that the model calls.
 
     Attributes:
-        name: of the tool; None where what was written is no call.
+        name: of the tool; None if the text is not a valid call.
         arguments: by name.
         text: as it was written.
         raw: the JSON of the arguments as it was written, so that the next turn has the ids that the model wrote.

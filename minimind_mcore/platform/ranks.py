@@ -46,7 +46,7 @@ def together(work: Callable[[], T]) -> list[T]:
     A rank that failed alone would leave the others waiting for it. Collective.
 
     Raises:
-        UserError: that of the first rank that has one.
+        UserError: `work` raised it; with several, the error of the lowest rank.
     """
     found: T | UserError
     try:

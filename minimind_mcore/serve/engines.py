@@ -29,7 +29,7 @@ class Options:
         host, port: address to listen at.
         name: `model` of requests and replies; "minimind" always works too.
         api_key: bearer token that requests must have; None: no key is asked for.
-        raw: the model is only pretrained: there are no chats, and a prompt is BOS and text.
+        raw: the model is only pretrained. The server refuses chats and puts BOS before a prompt.
         thinking: whether chats think that do not say; None: as the chat template does.
         max_model_len: tokens of a prompt and its answer; None: the model's positions.
         max_batch_size: requests that run at a time.

@@ -226,7 +226,7 @@ class ChatBody(Body, ChatTemplateFields):
     parallel_tool_calls: StrictBool | None = True
 
     def check(self) -> None:
-        """See `Body.check`."""
+        """Check the fields of this endpoint, as `Body.check` checks those of both."""
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")

@@ -118,7 +118,7 @@ class ChatChoice:
         return [{"tool_calls": [one]} for one in (begun, *rest)]
 
     def _trimmed(self, kind: str, text: str) -> list[dict[str, Any]]:
-        """The delta of some text of a thought or an answer, less the newlines around it."""
+        """Return the delta for new text; newlines at both ends of a thought or an answer are left out."""
         if kind != self._kind:
             self._kind, self._held, self._fresh = kind, "", True
         if self._fresh:

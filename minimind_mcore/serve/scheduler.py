@@ -221,7 +221,7 @@ class Scheduler:
         """Queue sequences.
 
         Raises:
-            QueueFull: there is no place for all of them.
+            QueueFull: the queue cannot take all of them.
         """
         with self._changed:
             # A free place in the batch is none in the queue.

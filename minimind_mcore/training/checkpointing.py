@@ -163,7 +163,7 @@ def _remove(directory: Path) -> None:
 
 
 def _together(work: Any, tmp: Path) -> list[Any]:
-    """See `ranks.together`; where a rank fails, what was written is removed."""
+    """Run `ranks.together`. If a rank fails, rank 0 removes the directory `tmp`."""
     try:
         return ranks.together(work)
     except UserError:
