@@ -16,31 +16,12 @@ from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.layout import ParallelLayout, parse_numbers
 from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import build_parser
+from minimind_mcore.inputs.flags import build_parser, support
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.platform.cpu import keep_freed_memory
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
 
-# Flags of other architectures, of schedules that MiniMind has not, or that would convert less than everything.
-_REFUSED = {
-    V2: (
-        "--mtp-num-layers --moe-tp-extend-ep --mla-mm-split --schedules-method --mamba-state-dim --mamba-num-groups "
-        "--mamba-head-dim --input-tp-rank --input-pp-rank"
-    ).split(),
-    V1: (
-        "--load-checkpoint-loosely --w-pack --add-dense-bias --post-norm --moe-tp-extend-ep --embed-layernorm "
-        "--add-output-layer-bias"
-    ).split(),
-}
-# Accepted: what they ask for is always so here, or says nothing to this converter.
-_NO_EFFECT = {
-    V2: ["--save-layer-by-layer"],
-    V1: (
-        "--loader --saver --max-queue-size --no-checking --spec --ckpt-cfg-path --vocab-file --megatron-path "
-        "--add-qkv-bias --load-hf-from-config"
-    ).split(),
-}
 _LEGACY = (
     "a Megatron-legacy model: only mcore models are supported, as MindSpeed-LLM itself has no other any more; give "
     "--use-mcore-models and leave out --load-from-legacy and --save-to-legacy"
@@ -92,9 +73,9 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
             action.choices, action.default = None, None
     _add_own_flags(parser)
     args, given = parser.parse(argv)
-    if refused := [flag for flag in given if flag in _REFUSED[program]]:
+    if refused := [flag for flag in given if flag in support(program, "refused")]:
         raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
-    if ignored := [flag for flag in given if flag in _NO_EFFECT[program]]:
+    if ignored := [flag for flag in given if flag in support(program, "no effect")]:
         print(f"without effect here: {', '.join(ignored)}", flush=True)
     return args, given
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
-from minimind_mcore.inputs.ranges import RANGES, problem
+from minimind_mcore.inputs.ranges import HF_NAMES, RANGES, problem
 from minimind_mcore.models import yarn
 
 if TYPE_CHECKING:
@@ -37,36 +37,6 @@ _CLASSES = {
     "qwen3_moe": "Qwen3MoeConfig",
 }
 
-# Keys of config.json and the names of their fields in the table of ranges; the last ones are those of MiniMind's v1.
-_NUMBERS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "unpadded_head_dim": "kv_channels",
-    "intermediate_size": "ffn_hidden_size",
-    "rms_norm_eps": "norm_epsilon",
-    "max_position_embeddings": "max_position_embeddings",
-    "num_experts": "num_experts",
-    "num_local_experts": "num_experts",
-    "n_routed_experts": "num_experts",
-    "num_experts_per_tok": "moe_router_topk",
-    "moe_intermediate_size": "moe_ffn_hidden_size",
-    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
-    "n_shared_experts": "n_shared_experts",
-    "router_aux_loss_coef": "moe_aux_loss_coeff",
-    "aux_loss_alpha": "moe_aux_loss_coeff",
-    "dim": "hidden_size",
-    "n_layers": "num_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_query_groups",
-    "hidden_dim": "ffn_hidden_size",
-    "multiple_of": "make_vocab_size_divisible_by",
-    "norm_eps": "norm_epsilon",
-    "max_seq_len": "max_position_embeddings",
-}
 _BOOLS = ("tie_word_embeddings", "use_moe", "norm_topk_prob", "seq_aux", "inference_rope_scaling")
 # As in the table of ranges, but a float with an integer's value will do: transformers writes such.
 _ROPE_THETA = dataclasses.replace(RANGES["rotary_base"], kind=float)
@@ -230,7 +200,7 @@ class _Reader:
 
     def __init__(self, raw: Mapping[str, Any], name: str) -> None:
         self.raw, self.name = raw, name
-        for key, field in _NUMBERS.items():
+        for key, field in HF_NAMES.items():
             if raw.get(key) is not None and not (key == "n_shared_experts" and "n_layers" in raw):  # there a bool
                 self._require(key, problem(field, raw[key]))
         for key in _BOOLS:

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import Parser, build_parser, unused
+from minimind_mcore.inputs.flags import Parser, build_parser, support, unused
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
@@ -36,20 +36,7 @@ from minimind_mcore.preprocess.options import ChatOptions, Options, from_dataset
 from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_info
 
 PROGRAM = "preprocess_data.py"
-
-IMPLEMENTED = {
-    *("input", "handler_name", "json_keys", "seq_length", "output_prefix", "dataset_impl"),
-    *("tokenizer_type", "tokenizer_name_or_path", "append_eod"),
-    *("workers", "n_subs", "cache_dir", "overwrite_cache", "dataset_dir"),
-    *("map_keys", "prompt_type", "prompt_type_path", "enable_thinking", "seed", "pack", "neat_pack"),
-    "dataset_additional_keys",
-}
-# Reading always streams, the fast tokenizer gives the slow one's ids, progress is shown by time, and
-# nothing is padded or mixed here.
-NO_EFFECT = {
-    *("streaming", "tokenizer_not_use_fast", "log_interval"),
-    *("make_vocab_size_divisible_by", "pad_vocab_size_to"),
-}
+IMPLEMENTED, NO_EFFECT = support(PROGRAM, "implemented"), support(PROGRAM, "no effect")
 
 
 def _parser() -> Parser:

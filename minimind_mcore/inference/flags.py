@@ -16,27 +16,14 @@ from minimind_mcore.checkpoint.files import directory_of
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.job import Job
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import build_parser, flag_table, unused
+from minimind_mcore.inputs.flags import build_parser, flag_table, support, unused
 from minimind_mcore.models.config import ModelConfig
 
-USED = frozenset(
-    """
-    load ckpt_step hf_cfg_dir tokenizer_type tokenizer_name_or_path tokenizer_model bf16 fp16 seed
-    lora_load lora_r lora_alpha lora_target_modules
-    """.split()
-)
-# By the flag's dest; what they say is compared with the model.
-CHECKED = frozenset(
-    """
-    num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels
-    qk_layernorm normalization norm_epsilon swiglu add_bias_linear position_embedding_type
-    use_rotary_position_embeddings rotary_base untie_embeddings_and_output_weights padded_vocab_size num_experts
-    moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size
-    """.split()
-)
+PROGRAMS = "inference.py, evaluation.py"  # share a row of inputs/support.json
+USED, CHECKED = support(PROGRAMS, "implemented"), support(PROGRAMS, "compared")
 # Of MindSpeed-LLM's inference: what is always so here, and how it computes with adapters, which are merged here.
 NO_EFFECT = arguments.IMPLEMENTED | arguments.NO_EFFECT
-NO_EFFECT |= {"use_kv_cache", "deprecated_use_mcore_models", "lora_fusion", "lora_register_forward_hook"}
+NO_EFFECT |= support(PROGRAMS, "no effect")
 
 
 def parse(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.resources
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.paths import PACKAGE
 
 
 def _truth(text: str) -> bool | None:
@@ -43,14 +43,34 @@ TYPES: dict[str, Callable[[str], Any]] = {
 
 
 @functools.cache
+def _table(name: str) -> Any:
+    return json.loads((PACKAGE / "inputs" / name).read_text(encoding="utf-8"))
+
+
+def support(program: str, kind: str) -> frozenset[str]:
+    """Return the flags of MindSpeed-LLM that a program of this kit treats in one way.
+
+    Args:
+        program: a key of "programs" in support.json.
+        kind: "implemented", "no effect" (accepted), "compared" (with the model) or "refused".
+    """
+    return frozenset(" ".join(_table("support.json")["programs"][program][kind]).split())
+
+
+def supported_values() -> Mapping[str, Sequence[object]]:
+    """Return the values that the native engine has of the flags of which it lacks some, by dest."""
+    values: Mapping[str, Sequence[object]] = _table("support.json")["values"]
+    return values
+
+
+@functools.cache
 def flag_table(program: str = "training") -> dict[str, dict[str, Any]]:
     """The flags of one of MindSpeed-LLM's programs: {"--num-layers": record}, in its own order.
 
     Args:
         program: "training", "preprocess_data.py", "convert_ckpt_v2.py" or "convert_ckpt.py".
     """
-    text = importlib.resources.files("minimind_mcore.inputs").joinpath("flags.json").read_text(encoding="utf-8")
-    records = [record for record in json.loads(text)["flags"] if record["program"] == program]
+    records = [record for record in _table("flags.json")["flags"] if record["program"] == program]
     return {flag: record for record in records for flag in record["flags"]}
 
 

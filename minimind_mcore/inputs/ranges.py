@@ -1,20 +1,25 @@
-"""The type and the range of every number that a user gives, in one table.
+"""The type and the range of every number that a user gives. ranges.json has the table, docs/flags.md shows it.
 
     problem("num_layers", 0)                       # "found 0, expected 1 to 1024"
     parser.add_argument("--keep-last", type=flag_type("keep_last"))
 
 Flags, the YAML of reinforcement learning and `config.json` share the names of the table: those of Megatron's
-arguments. `config.json` has other names for some fields; `models/hf_config.py` maps these. A key such as
-"sampling_config.temperature" holds for that section of the YAML only. Numbers that are not in the table must be
-finite and fit into 64 bits.
+arguments. `HF_NAMES` maps the names of `config.json` to them. A key such as "sampling_config.temperature" holds for
+that section of the YAML only. Numbers that are not in the table must be finite and fit into 64 bits.
+
+The limits of sizes are far above every published model. They keep a wrong digit in a file from work that does not
+end, because names of tensors are listed per layer and expert.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from minimind_mcore.paths import PACKAGE
 
 Number = int | float
 
@@ -70,168 +75,17 @@ def _shown(value: Number) -> str:
 
 
 ANY = {int: Range(int), float: Range(float)}
-_COUNT, _NATURAL = Range(int, 1), Range(int, 0)  # 1 or more, 0 or more
-_SHARE, _POSITIVE, _NONNEGATIVE = Range(float, 0, 1), Range(float, 0, above=True), Range(float, 0)
-_PROBABILITY = Range(float, 0, 1, above=True)
-_RATE = Range(float, 0, 1000)  # of learning; a larger one is a slip of the keyboard
-# The limits of sizes are far above every model that was published. They keep a wrong digit in a file from work that
-# does not end: names of tensors are listed per layer and expert.
-_WIDTH, _ROWS, _TOKENS = Range(int, 1, 1 << 20), Range(int, 1, 1 << 24), Range(int, 1, 1 << 26)
 
-RANGES: dict[str, Range] = {
-    # the model
-    "num_layers": Range(int, 1, 1024),
-    "hidden_size": _WIDTH,
-    "ffn_hidden_size": _WIDTH,
-    "num_attention_heads": Range(int, 1, 1 << 16),
-    "num_query_groups": Range(int, 1, 1 << 16),
-    "kv_channels": Range(int, 1, 1 << 16),
-    "vocab_size": _ROWS,
-    "padded_vocab_size": _ROWS,
-    "true_vocab_size": _ROWS,
-    "make_vocab_size_divisible_by": Range(int, 1, 1 << 20),
-    "max_position_embeddings": _TOKENS,
-    "rotary_base": Range(int, 2, 10**12),
-    "norm_epsilon": Range(float, 0, 1, above=True),
-    "init_method_std": Range(float, 0, 100, above=True),
-    "attention_dropout": Range(float, 0, 1, below=True),
-    "hidden_dropout": Range(float, 0, 1, below=True),
-    "num_experts": Range(int, 1, 1024),
-    "moe_router_topk": Range(int, 1, 1024),
-    "moe_ffn_hidden_size": _WIDTH,
-    "moe_shared_expert_intermediate_size": Range(int, 0, 1 << 20),
-    "n_shared_experts": Range(int, 0, 1024),
-    "moe_aux_loss_coeff": Range(float, 0, 1000),
-    "moe_z_loss_coeff": Range(float, 0, 1000),
-    "lora_r": Range(int, 1, 1 << 16),
-    "lora_alpha": _POSITIVE,
-    # the layout
-    "tensor_model_parallel_size": _COUNT,
-    "pipeline_model_parallel_size": _COUNT,
-    "context_parallel_size": _COUNT,
-    "expert_model_parallel_size": _COUNT,
-    "target_tensor_parallel_size": _COUNT,
-    "target_pipeline_parallel_size": _COUNT,
-    "target_expert_parallel_size": _COUNT,
-    "num_layers_per_virtual_pipeline_stage": _COUNT,
-    "ddp_bucket_size": _COUNT,
-    "distributed_timeout_minutes": Range(int, 1, 1 << 20),
-    "recompute_num_layers": _COUNT,
-    # the run
-    "seq_length": _TOKENS,
-    "micro_batch_size": _COUNT,
-    "global_batch_size": _COUNT,
-    "train_iters": _COUNT,
-    "train_samples": _COUNT,
-    "eval_iters": _NATURAL,
-    "eval_interval": _COUNT,
-    "log_interval": _COUNT,
-    "save_interval": _COUNT,
-    "exit_interval": _COUNT,
-    "exit_duration_in_mins": _NATURAL,
-    "keep_last": _COUNT,
-    "ckpt_step": _NATURAL,
-    "seed": Range(int, 0, 2**32 - 1),  # numpy's generators take no other
-    "num_workers": Range(int, 0, 1024),
-    "num_dataset_builder_threads": Range(int, 1, 1024),
-    "pad_to_multiple_of": Range(int, 1, 1 << 20),
-    # the optimizer and its schedule
-    "lr": _RATE,
-    "min_lr": _RATE,
-    "lr_warmup_init": _RATE,
-    "lr_warmup_fraction": Range(float, 0, 1, below=True),
-    "lr_warmup_iters": _NATURAL,
-    "lr_decay_iters": _COUNT,
-    "lr_wsd_decay_iters": _COUNT,
-    "weight_decay": Range(float, 0, 1000),
-    "start_weight_decay": Range(float, 0, 1000),
-    "end_weight_decay": Range(float, 0, 1000),
-    "clip_grad": _NONNEGATIVE,
-    "adam_beta1": Range(float, 0, 1, below=True),
-    "adam_beta2": Range(float, 0, 1, below=True),
-    "adam_eps": Range(float, 0, 1, above=True),
-    "sgd_momentum": Range(float, 0, 1, below=True),
-    "loss_scale": _POSITIVE,
-    "initial_loss_scale": _POSITIVE,
-    "min_loss_scale": _POSITIVE,
-    "loss_scale_window": _POSITIVE,
-    "hysteresis": _COUNT,
-    # post-training
-    "dpo_beta": _POSITIVE,
-    "dpo_label_smoothing": Range(
-        float, 0, 0.5, below=True, hint=", the share of pairs whose preference is believed to be the other way round"
-    ),
-    "pref_ftx": _NONNEGATIVE,
-    "gamma_beta_ratio": _NONNEGATIVE,
-    "distill_alpha": _SHARE,
-    "distill_temperature": _POSITIVE,
-    # data and conversion
-    "workers": Range(int, 1, 4096),
-    "n_subs": Range(int, 1, 1 << 20),
-    "max_reject_rate": _SHARE,
-    "system_ratio": _SHARE,
-    "empty_think_ratio": _SHARE,
-    "thinking_ratio": _SHARE,
-    "max_shard_size": Range(float, 0, 1 << 20, above=True),
-    "epochs": _COUNT,
-    "data_parallel_size": _COUNT,
-    "token id": Range(int, 0, (1 << 24) - 1),
-    # generation and evaluation
-    "max_new_tokens": _TOKENS,
-    "temperature": Range(float, 0, above=True, hint=" (for the likeliest token use --task greedy)"),
-    "top_k": _NATURAL,
-    "top_p": _PROBABILITY,
-    "repetition_penalty": _POSITIVE,
-    "prompt_batch_size": Range(int, 1, 1 << 20),
-    "evaluation_batch_size": Range(int, 1, 1 << 20),
-    "max_eval_samples": _COUNT,
-    "num_fewshot": Range(int, 0, 1 << 20),
-    "history_turns": _NATURAL,
-    # reinforcement learning
-    "nodes": Range(int, 1, 1 << 16),
-    "num_npus": _NATURAL,
-    "n_samples_per_prompt": _COUNT,
-    "mini_batch_size": _COUNT,
-    "max_prompt_length": _COUNT,
-    "verifier_parallel": _COUNT,
-    "verifier_timeout": Range(int, 0, above=True),
-    "verifier_weight": ANY[float],
-    "filter_groups_max_batches": _COUNT,
-    "filter_groups_train_batch_size": _COUNT,
-    "overlong_buffer": _NATURAL,
-    "overlong_buffer_penalty_factor": _NONNEGATIVE,
-    "clip_ratio": _NONNEGATIVE,
-    "clip_ratio_low": _NONNEGATIVE,
-    "clip_ratio_high": _NONNEGATIVE,
-    "cliprange_value": _NONNEGATIVE,
-    "entropy_coeff": ANY[float],
-    "gamma": _SHARE,
-    "lam": _SHARE,
-    "init_kl_coef": _NONNEGATIVE,
-    "kl_horizon": Range(int, 0, above=True),
-    "kl_target": _POSITIVE,
-    "max_num_seqs": _COUNT,
-    "max_model_len": _COUNT,
-    "gpu_memory_utilization": _PROBABILITY,
-    "sampling_config.max_tokens": _COUNT,
-    "sampling_config.min_p": _SHARE,
-    "sampling_config.top_k": Range(int, -1),  # vLLM: -1 and 0 mean all
-    "sampling_config.temperature": Range(float, 0, above=True, hint=": log-probabilities are divided by it"),
-    "sampling_config.seed": Range(int, 0, 2**32 - 1),
-    "minimind.cispo_clip": _POSITIVE,
-    "minimind.spo_half_life": _POSITIVE,
-    "minimind.spo_rho": _SHARE,
-    "minimind.rollout_correction_cap": _POSITIVE,
-    "minimind.weight_check_interval": _NATURAL,
-    "minimind.reward_model_range": _POSITIVE,
-    "minimind.reward_failure_limit": _SHARE,
-    "minimind.eval_interval": _NATURAL,
-    "minimind.eval_prompts": _COUNT,
-    "minimind.sample_interval": _NATURAL,
-    "minimind.actor_timeout_s": _POSITIVE,
-    "minimind.cluster_wait_s": _NONNEGATIVE,
-    "minimind.max_restarts": _NATURAL,
-}
+
+def _read() -> tuple[dict[str, Range], dict[str, str]]:
+    """Return the ranges by name, and the names of the numbers in config.json; ranges.json has both."""
+    content = json.loads((PACKAGE / "inputs/ranges.json").read_text(encoding="utf-8"))
+    rows = {name: row for group in content["groups"].values() for name, row in group.items()}
+    found = {name: Range(**row | {"kind": int if row["kind"] == "int" else float}) for name, row in rows.items()}
+    return found, content["config.json"]
+
+
+RANGES, HF_NAMES = _read()
 
 
 def find(name: str, section: str = "") -> Range | None:

@@ -24,14 +24,10 @@ DEVICE_FILES = (
 )  # fmt: skip
 # Names that upstream gave: Megatron's functions and keys of its files, flags without effect here, one preset of theirs.
 UPSTREAM_NAMES = {
-    "minimind_mcore/arguments.py": (
-        "npu_deterministic", "hccl_group_buffer", "hccl_group_buffer_adaptive", "hccl_op_mode",
-    ),
     "minimind_mcore/cli/place.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/quickstart.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/rl.py": ("NPU",),  # Ray's name of the resource
     "minimind_mcore/platform/patches.py": ("fused_weight_gradient_mlp_cuda",),
-    "minimind_mcore/inputs/ranges.py": ("num_npus",),
     "minimind_mcore/rl/config/check.py": ("num_npus",),
     "minimind_mcore/rl/config/migrate.py": ("npu_deterministic",),
     "minimind_mcore/rl/config/schema.py": ("num_npus",),
