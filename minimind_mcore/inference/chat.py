@@ -11,13 +11,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from minimind_mcore.inference.answers import Part, calls, detokenize, parts
+from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.prompts import Encoder, Message, Prompt, is_text, text_input
+from minimind_mcore.tools.parser import Call, StreamParser, Text
 
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
@@ -104,39 +105,26 @@ def answer(generator: Generator, encoder: Encoder, prompt: Prompt) -> Message:
             count += 1
             yield token
 
-    opened = encoder.text(prompt).rstrip().endswith("<think>")
-    written: list[Part] = []
-    for part in parts(detokenize(counted(), encoder.tokenizer), thinking=opened):
-        _show(part, written[-1].kind if written else None)
-        written.append(part)
-    _show(Part("answer", "\n"), written[-1].kind if written else None)
-    for call in calls(written):
-        if call.name is None:
-            print(f"[tool call, not valid] {call.text.strip()}", flush=True)
-        else:
-            print(f"[tool call] {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)
+    reply = StreamParser(thinking=encoder.text(prompt).rstrip().endswith("<think>"))
+    shown = ""  # kind of the last part on the screen
+    for text in detokenize(counted(), encoder.tokenizer):
+        shown = _show(reply.add(text), shown)
+    _show([*reply.end(), Text("answer", "\n")], shown)
+    for call in reply.calls:
+        print(f"[tool call] {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)
     print(f"{count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr, flush=True)
-    return _message(written)
+    return reply.message()
 
 
-def _show(part: Part, before: str | None) -> None:
-    """Print a part; calls are printed when they are whole."""
-    opening, closing = (DIM, PLAIN) if sys.stdout.isatty() else ("[thinking] ", " [/thinking]\n")
-    if part.kind == "thinking" and before != "thinking":
-        print(opening, end="")
-    if part.kind != "thinking" and before == "thinking":
-        print(closing, end="")
-    if part.kind != "call":
-        print(part.text, end="", flush=True)
-
-
-def _message(written: list[Part]) -> Message:
-    """An answer as the chat template takes it."""
-    text = {kind: "".join(part.text for part in written if part.kind == kind) for kind in ("thinking", "answer")}
-    message: Message = {"role": "assistant", "content": text["answer"].strip("\n")}
-    if text["thinking"].strip():
-        message["reasoning_content"] = text["thinking"].strip("\n")
-    called = [call for call in calls(written) if call.name is not None]
-    if called:
-        message["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in called]
-    return message
+def _show(parts: Sequence[Text | Call], before: str) -> str:
+    """Print texts. Return the kind of the last one; `before` is the kind of the text before them."""
+    opening, closing = (DIM, PLAIN) if sys.stdout.isatty() else ("[thinking] ", " [/thinking]")
+    for part in parts:
+        if isinstance(part, Text):
+            if part.kind == "thinking" and before != "thinking":
+                print(opening, end="")
+            if part.kind == "answer" and before == "thinking":
+                print(closing)
+            print(part.text, end="", flush=True)
+            before = part.kind
+    return before

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.answers import TAGS
+from minimind_mcore.tools.parser import TAGS
 
 
 @functools.lru_cache(maxsize=1)

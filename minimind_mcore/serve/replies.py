@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from minimind_mcore.inference.answers import TAGS, Part, Splitter, parse_call
 from minimind_mcore.serve.sampling import Logprob
 from minimind_mcore.serve.scheduler import Piece
+from minimind_mcore.tools.parser import Call, StreamParser, Text
 
 ARGUMENTS = 64  # characters of a call's arguments in one chunk
 
@@ -68,80 +68,51 @@ class ChatChoice:
 
     def __init__(self, thinking: bool, tools: bool, parallel: bool, tokens: Tokens | None, with_ids: bool) -> None:
         self.tokens, self.with_ids, self.parallel = tokens, with_ids, parallel
-        self.content = self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.ids: list[int] = []
         self.reasoning_tokens = 0
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
-        self._splitter = Splitter(thinking, ("thinking", "call") if tools else ("thinking",))
-        self._kind = self._splitter.kind
-        self._fresh = thinking  # newlines at the beginning of a part are left out
-        self._held = ""  # newlines at the end of one, too, unless more text comes
+        self._parser = StreamParser(thinking, tools)
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """Take a piece; returns the deltas that it makes."""
         deltas: list[dict[str, Any]] = []
-        if self._splitter.kind == "thinking":
+        if self._parser.kind == "thinking":
             self.reasoning_tokens += len(piece.ids)
         self.ids += piece.ids
         if piece.logprob is not None and self.tokens is not None:
             self.logprobs.append(self.tokens.chat(piece.logprob))
-        for part in self._splitter.add(piece.text):
-            deltas += self._part(part)
+        for part in self._parser.add(piece.text):
+            deltas += self._deltas(part)
         if piece.finish is not None:
-            for part in self._splitter.end():
-                deltas += self._part(part)
-            if self._held and self._kind == "answer":
-                deltas.append(self._text(self._held))
+            for part in self._parser.end():
+                deltas += self._deltas(part)
             self.finish = "tool_calls" if self.calls and piece.finish == "stop" else piece.finish
             self.stop_reason = piece.stop_reason
         return deltas
 
-    def _part(self, part: Part) -> list[dict[str, Any]]:
-        if part.kind != "call":
-            return self._trimmed(part.kind, part.text)
-        call = parse_call(part.text)
-        if call.name is None:  # not a call after all: as it was written
-            opening, closing = TAGS["call"]
-            return self._trimmed("answer", opening + part.text + (closing if part.closed else ""))
-        self._kind, self._held, self._fresh = "call", "", True
+    def _deltas(self, part: Text | Call) -> list[dict[str, Any]]:
+        if isinstance(part, Text):
+            if part.kind == "thinking":
+                return [{"reasoning_content": part.text, "reasoning": part.text}]
+            return [{"content": part.text}]
         if self.calls and not self.parallel:
             return []
         number = len(self.calls)
         head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-        self.calls.append(head | {"function": {"name": call.name, "arguments": call.raw}})
-        begun = head | {"index": number, "function": {"name": call.name, "arguments": ""}}
-        pieces = [call.raw[start : start + ARGUMENTS] for start in range(0, len(call.raw), ARGUMENTS)]
+        self.calls.append(head | {"function": {"name": part.name, "arguments": part.raw}})
+        begun = head | {"index": number, "function": {"name": part.name, "arguments": ""}}
+        pieces = [part.raw[start : start + ARGUMENTS] for start in range(0, len(part.raw), ARGUMENTS)]
         rest = [{"index": number, "function": {"arguments": piece}} for piece in pieces]
         return [{"tool_calls": [one]} for one in (begun, *rest)]
 
-    def _trimmed(self, kind: str, text: str) -> list[dict[str, Any]]:
-        """Return the delta for new text; newlines at both ends of a thought or an answer are left out."""
-        if kind != self._kind:
-            self._kind, self._held, self._fresh = kind, "", True
-        if self._fresh:
-            text = text.lstrip("\n")
-        if not text:
-            return []
-        self._fresh = False
-        text = self._held + text
-        certain = text.rstrip("\n")
-        self._held = text[len(certain) :]
-        return [self._text(certain)] if certain else []
-
-    def _text(self, text: str) -> dict[str, Any]:
-        if self._kind == "thinking":
-            self.reasoning += text
-            return {"reasoning_content": text, "reasoning": text}
-        self.content += text
-        return {"content": text}
-
     def whole(self, index: int) -> dict[str, Any]:
         """The choice of a reply that is not streamed."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content or (None if self.calls else "")}
-        message |= {"refusal": None, "reasoning_content": self.reasoning or None, "reasoning": self.reasoning or None}
+        content, reasoning = self._parser.answer, self._parser.thinking or None
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if self.calls else "")}
+        message |= {"refusal": None, "reasoning_content": reasoning, "reasoning": reasoning}
         if self.calls:
             message["tool_calls"] = self.calls
         choice = {"index": index, "message": message, "finish_reason": self.finish, "stop_reason": self.stop_reason}

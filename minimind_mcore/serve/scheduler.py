@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minimind_mcore.inference.answers import Detokenizer, begun
+from minimind_mcore.inference.detokenizer import Detokenizer
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.serve.metrics import Metrics
 from minimind_mcore.serve.sampling import Logprob, Sampler, Sampling, choose, logprobs
 from minimind_mcore.serve.slots import Slots
+from minimind_mcore.tools.parser import partial_tag
 
 logger = logging.getLogger(__name__)
 CHUNK = 512  # tokens of prompts that a round runs: what the running sequences wait for
@@ -128,7 +129,7 @@ class Sequence:
             self._end(text, token, logprob, "length", None)
         else:
             text = self._held + text
-            keep = begun(text, stops.texts) if stops.texts else 0
+            keep = partial_tag(text, stops.texts) if stops.texts else 0
             self._held = text[len(text) - keep :]
             self._give(Piece(text[: len(text) - keep], (token,), logprob))
 

@@ -14,8 +14,8 @@ from helpers.inference_models import open_model, write_model
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main
-from minimind_mcore.inference.answers import Call, Part, calls, detokenize, parts
 from minimind_mcore.inference.chat import Session, run
+from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts, read_tools
@@ -86,7 +86,7 @@ def test_thoughts_are_set_apart(loaded: Loaded, capsys: pytest.CaptureFixture[st
     prompts = chat(loaded, session, "ab\ncd\n", "hm\n</think>\n\nyes", "</think>no", thinking=True)
     assert prompts[0].endswith("<|im_start|>assistant\n<think>\n")  # the template has opened the thought
     assert "<think>\nhm\n</think>\n\nyes<|im_end|>" in prompts[1]
-    assert "[thinking] hm\n [/thinking]\n\n\nyes\n" in capsys.readouterr().out
+    assert "[thinking] hm [/thinking]\nyes\n" in capsys.readouterr().out
     assert session.messages[1] == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
 
 
@@ -97,8 +97,7 @@ def test_tool_calls_are_printed_and_answered(loaded: Loaded, capsys: pytest.Capt
     assert json.dumps(TOOL["function"]) in prompts[0]
     assert call + "<|im_end|>\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>" in prompts[1]
     out = capsys.readouterr().out
-    assert '[tool call] add({"a": 1, "b": 2})\n[tool call, not valid] nonsense\n' in out
-    assert "wait \n" in out and "<tool_call>" not in out
+    assert 'wait <tool_call>nonsense</tool_call>\n[tool call] add({"a": 1, "b": 2})\n' in out
 
 
 def test_a_chat_of_the_program_answers_each_line(
@@ -117,36 +116,6 @@ def test_a_chat_of_the_program_answers_each_line(
     assert first and first != second
     assert answers("--history-turns", "0") == [first, first]
     assert first not in answers("--raw")  # no template
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_an_answer_is_taken_apart_wherever_it_is_cut(size: int) -> None:
-    text = "<think>a < b</think>so<tool_call>{}</tool_call><tool_call>[]</tool_call>the end <thin"
-    found = list(parts(text[i : i + size] for i in range(0, len(text), size)))
-    joined: list[Part] = []
-    for part in found:
-        same = joined and joined[-1].kind == part.kind
-        joined = [*joined[:-1], Part(part.kind, joined[-1].text + part.text)] if same else [*joined, part]
-    assert [p.text for p in joined if p.kind == "thinking"] == ["a < b"]
-    assert [p.text for p in joined if p.kind == "answer"] == ["so", "the end <thin"]
-    assert [p.text for p in found if p.kind == "call"] == ["{}", "[]"]
-
-
-def test_calls_are_read_and_never_run() -> None:
-    texts = [
-        '{"name": "f", "arguments": {"x": [1]}}',
-        '{"name": "g", "arguments": "{\\"y\\": 2}"}',
-        "f(1)",
-        '{"name": "h"}',
-    ]
-    answer = "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
-    found = [Call(call.name, call.arguments, call.text.strip()) for call in calls(parts(answer))]
-    assert found == [
-        Call("f", {"x": [1]}, texts[0]),
-        Call("g", {"y": 2}, texts[1]),
-        Call(None, None, texts[2]),
-        Call(None, None, texts[3]),
-    ]
 
 
 def test_characters_come_whole(loaded: Loaded) -> None:

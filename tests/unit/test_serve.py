@@ -23,7 +23,7 @@ from helpers.inference_models import open_model, twin
 from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_ready, write_served
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.answers import Detokenizer
+from minimind_mcore.inference.detokenizer import Detokenizer
 from minimind_mcore.inference.generation import Generator, Sampling
 from minimind_mcore.models import yarn
 from minimind_mcore.serve import main

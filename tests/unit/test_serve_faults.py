@@ -19,12 +19,12 @@ from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_re
 
 from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.answers import parse_call
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.serve.embedded import EmbeddedServer
 from minimind_mcore.serve.sampling import Sampler
 from minimind_mcore.serve.service import Service
 from minimind_mcore.serve.slots import Slots
+from minimind_mcore.tools.parser import Call, parse_call
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -256,8 +256,9 @@ def test_calls_that_the_model_writes_by_itself(
 
 def test_a_call_with_half_a_character_is_none() -> None:
     """No reply in UTF-8 could carry its name."""
-    assert parse_call('{"name": "\\ud800", "arguments": {}}').name is None
-    assert parse_call('{"name": "f", "arguments": {"a": "\\ud800"}}').raw == '{"a": "\\ud800"}'
+    assert parse_call('{"name": "\\ud800", "arguments": {}}') is None
+    call = Call("f", {"a": "\ud800"}, '{"a": "\\ud800"}')
+    assert parse_call('{"name": "f", "arguments": {"a": "\\ud800"}}') == call
 
 
 @pytest.mark.parametrize("host", ["x86_64-conda-linux-gnu", "some-host.example", "127.0.0.1", ""])

@@ -1,0 +1,1 @@
+"""Tools that a model calls: the parser of replies, the registry, and the processes in which tools run."""

@@ -1,0 +1,133 @@
+"""Run a Python function in a subprocess with limits on time, memory and output, and end it with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MARK = "MINIMIND_TOOL_CALL"  # in the environment of a tool and of its children: a unique id for each call
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one call.
+
+    Attributes:
+        seconds: until the tool is killed.
+        memory: bytes of address space.
+        output: bytes of the result, of what the tool prints, and of any file that the tool writes.
+    """
+
+    seconds: float = 10.0
+    memory: int = 1 << 29
+    output: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a call.
+
+    Attributes:
+        text: JSON for the model: the function's result, or {"error": ...}.
+        ok: the function returned.
+        printed: the beginning of what the tool printed.
+    """
+
+    text: str
+    ok: bool = True
+    printed: str = ""
+
+
+def failed(reason: str, printed: str = "") -> Result:
+    """Return the result of a call that failed."""
+    return Result(json.dumps({"error": reason}, ensure_ascii=False), False, printed)
+
+
+def run(function: str, arguments: Mapping[str, object], limits: Limits, environ: Mapping[str, str]) -> Result:
+    """Run a function in a subprocess.
+
+    Args:
+        function: "module:name"; imported in the subprocess, and never here.
+        arguments: keyword arguments of the function.
+        limits: of time, memory and output.
+        environ: additional environment variables.
+
+    Returns:
+        What the function returned, or why it failed.
+    """
+    mark = uuid.uuid4().hex
+    variables = {
+        **os.environ,
+        **environ,
+        MARK: mark,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    # Files and not pipes: a tool that prints without end, or whose children keep a pipe open, cannot block the caller.
+    with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as printed:
+        content = {"function": function, "arguments": arguments, "memory": limits.memory, "seconds": limits.seconds}
+        job.write(json.dumps({**content, "file_size": limits.output, "result": result.fileno()}).encode())
+        job.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minimind_mcore.tools.worker"],
+            stdin=job,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            pass_fds=[result.fileno()],
+            env=variables,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(limits.seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _kill(process, mark)
+        printed.seek(0)
+        shown = printed.read(limits.output).decode(errors="replace")
+        result.seek(0)
+        return _result(status, result.read().decode(errors="replace"), shown, limits)
+
+
+def _result(status: int | None, written: str, printed: str, limits: Limits) -> Result:
+    if status is None:
+        return failed(f"the tool ran for more than {limits.seconds:g} s and was ended", printed)
+    if status == -signal.SIGXFSZ or (status == 0 and len(written) > limits.output):
+        return failed(f"the tool printed or returned more than {limits.output:,} bytes", printed)
+    if status or not written:
+        lines = printed.strip().splitlines()
+        return failed(f"the tool's process ended with status {status}" + (f": {lines[-1]}" if lines else ""), printed)
+    found = json.loads(written)
+    if "error" in found:
+        return failed(found["error"], printed)
+    return Result(json.dumps(found["result"], ensure_ascii=False), True, printed)
+
+
+def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill the tool's process group, and its children that have left the group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while found := _marked(mark):  # again until none is left: a child may fork while this runs
+        for number in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+
+def _marked(mark: str) -> list[int]:
+    """Return the processes of this user whose environment holds the mark; Linux only."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found

@@ -1,0 +1,193 @@
+"""The registry of tools: what a model may call, and what runs then.
+
+    toolbox = open_tools("builtin")              # or "calculate_math,get_current_time", or a JSON file
+    toolbox.definitions                          # for the chat template
+    toolbox.run("calculate_math", {"expression": "256*37"})
+
+A JSON file holds a list of definitions in OpenAI's form. `"python": "my_tools:weather"` beside "function" names the
+function that runs. Without it, a built-in tool of that name runs, and otherwise the user answers the call. The file may
+also be an object {"tools": [...], "mcpServers": {"name": {"command": ..., "args": [...]}}}, whose MCP servers run until
+the toolbox is closed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from minimind_mcore.errors import UserError, did_you_mean
+from minimind_mcore.tools.builtin import SEED
+from minimind_mcore.tools.mcp_servers import open_servers
+from minimind_mcore.tools.process import Limits, Result, failed, run
+from minimind_mcore.tools.tool import Tool
+
+BUILTIN = "builtin"
+PARALLEL = 2  # calls that run at the same time
+
+
+class Toolbox:
+    """The tools of a conversation; a context manager, which ends MCP servers.
+
+    Args:
+        tools: each with its own name.
+        limits: of each call.
+        seed: makes the built-in clock and random numbers repeatable.
+        stack: what to close.
+    """
+
+    def __init__(
+        self, tools: Sequence[Tool], limits: Limits | None = None, seed: int | None = None,
+        stack: ExitStack | None = None,
+    ) -> None:  # fmt: skip
+        self.tools = {tool.name: tool for tool in tools}
+        self.limits, self.seed = limits or Limits(), seed
+        self._stack = stack or ExitStack()
+
+    def __enter__(self) -> Toolbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def definitions(self) -> list[Mapping[str, object]]:
+        """The definitions in OpenAI's form."""
+        return [tool.definition for tool in self.tools.values()]
+
+    def find(self, name: str) -> Tool | None:
+        """Return the tool of a name, or of another project's name for it."""
+        return self.tools.get(name) or self.tools.get(NAMES.get(name, ""))
+
+    def only(self, names: Sequence[str]) -> Toolbox:
+        """Return a toolbox of some of these tools."""
+        return Toolbox([self.tools[name] for name in names], self.limits, self.seed)
+
+    def run(self, name: str, arguments: object) -> Result | None:
+        """Run a call. Return None if the user must answer it."""
+        tool = self.find(name)
+        if tool is None:
+            return failed(f"there is no tool {name!r}; the tools are {', '.join(self.tools)}")
+        if not isinstance(arguments, Mapping):
+            return failed(f"the arguments are {json.dumps(arguments)[:80]}; expected a JSON object")
+        if tool.remote is not None:
+            return tool.remote(arguments, self.limits)
+        if tool.function is None:
+            return None
+        environ = {} if self.seed is None else {SEED: str(self.seed)}
+        return run(tool.function, tool.canonical(arguments), self.limits, environ)
+
+    def run_all(self, calls: Sequence[tuple[str, object]]) -> list[Result | None]:
+        """Run independent calls, some at the same time. The results are in the order of the calls."""
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return list(pool.map(self.run, *zip(*calls, strict=True))) if calls else []
+
+
+def _text(description: str, **more: object) -> dict[str, object]:
+    return {"type": "string", "description": description, **more}
+
+
+def _tool(name: str, description: str, properties: Mapping[str, object], optional: int = 0, **aliases: str) -> Tool:
+    """Return a built-in tool. The last `optional` properties are not required."""
+    required = list(properties)[: len(properties) - optional]
+    parameters = {"type": "object", "properties": properties, "required": required}
+    function = {"name": name, "description": description, "parameters": parameters}
+    return Tool({"type": "function", "function": function}, f"minimind_mcore.tools.builtin:{name}", aliases=aliases)
+
+
+# One set for MiniMind's scripts, which name the arguments of two tools in two ways (`city` and `target_lang` in its web
+# demo), and for minimind-ascend's.
+TOOLS: Mapping[str, Tool] = {
+    tool.name: tool
+    for tool in (
+        _tool("calculate_math", "计算数学表达式的结果，支持加减乘除、幂运算、开方等", {
+            "expression": _text("数学表达式，如123+456、2**10、sqrt(144)")}),
+        _tool("get_current_time", "获取当前日期和时间，支持指定时区", {
+            "timezone": _text("时区名称，如Asia/Shanghai、America/New_York", default="Asia/Shanghai")}, 1),
+        _tool("random_number", "生成指定范围内的随机数", {
+            "min": {"type": "integer", "description": "最小值", "default": 0},
+            "max": {"type": "integer", "description": "最大值", "default": 100}}, 2),
+        _tool("text_length", "计算文本的字符数和单词数", {"text": _text("要统计的文本")}),
+        _tool("unit_converter", "进行单位换算，支持长度、重量、温度等", {
+            "value": {"type": "number", "description": "要转换的数值"},
+            "from_unit": _text("源单位，如km、miles、kg、pounds、celsius、fahrenheit"),
+            "to_unit": _text("目标单位")}),
+        _tool("get_current_weather", "获取指定城市的当前天气信息，包括温度、湿度和天气状况", {
+            "location": _text("城市名称，如北京、上海、New York"),
+            "unit": _text("温度单位，celsius或fahrenheit", enum=["celsius", "fahrenheit"], default="celsius")}, 1,
+            city="location"),
+        _tool("get_exchange_rate", "查询两种货币之间的实时汇率", {
+            "from_currency": _text("源货币代码，如USD、CNY、EUR"),
+            "to_currency": _text("目标货币代码，如USD、CNY、EUR")}),
+        _tool("translate_text", "将文本翻译成目标语言", {
+            "text": _text("要翻译的文本"),
+            "target_language": _text("目标语言，如english、chinese、japanese、french")}, target_lang="target_language"),
+        _tool("search", "搜索互联网上的信息", {"query": _text("搜索关键词")}),
+    )
+}  # fmt: skip
+# minimind-ascend's names
+NAMES: Mapping[str, str] = {
+    "get_weather": "get_current_weather",
+    "calculate": "calculate_math",
+    "get_time": "get_current_time",
+}
+
+
+def open_tools(spec: str, limits: Limits | None = None, seed: int | None = None) -> Toolbox:
+    """Return the tools that `--tools` names: "builtin", names of built-in tools with commas between, or a JSON file.
+
+    Raises:
+        UserError: an unknown name, or a file without tools.
+    """
+    if spec == BUILTIN:
+        return Toolbox(list(TOOLS.values()), limits, seed)
+    if Path(spec).is_file() or spec.endswith(".json"):
+        with ExitStack() as stack:
+            return Toolbox(_read(spec, stack), limits, seed, stack.pop_all())
+    names = [NAMES.get(name, name) for name in spec.split(",")]
+    if unknown := [name for name in names if name not in TOOLS]:
+        hint = did_you_mean(unknown[0], TOOLS) or f"; expected a JSON file, {BUILTIN}, or some of {', '.join(TOOLS)}"
+        raise UserError(f"--tools {spec}: there is no file and no built-in tool {unknown[0]!r}{hint}")
+    return Toolbox([TOOLS[name] for name in names], limits, seed)
+
+
+def _read(path: str, stack: ExitStack) -> list[Tool]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--tools {path}: not a readable JSON file ({error})") from error
+    servers: object = {}
+    if isinstance(content, dict) and ("tools" in content or "mcpServers" in content):
+        content, servers = content.get("tools", []), content.get("mcpServers", {})
+    entries = content if isinstance(content, list) else [content]
+    tools = [_entry(entry, f"--tools {path}: tool {number}") for number, entry in enumerate(entries, 1)]
+    if servers:
+        tools += open_servers(servers, f"--tools {path}", stack)
+    if not tools:
+        raise UserError(f"--tools {path}: an empty list; leave the flag out for none")
+    names = [tool.name for tool in tools]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(
+            f"--tools {path}: {', '.join(sorted(twice))} is defined more than once; expected one tool per name"
+        )
+    return tools
+
+
+def _entry(entry: object, where: str) -> Tool:
+    """Return the tool of an entry: a definition, or its function alone."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        expected = '{"type": "function", "function": {"name": ...}}'
+        raise UserError(f"{where} is {json.dumps(entry)[:80]}; expected {expected}")
+    python = entry.get("python")
+    if python is not None and (not isinstance(python, str) or not all(python.partition(":"))):
+        raise UserError(f'{where} has "python": {json.dumps(python)}; expected "module:function"')
+    definition = {key: value for key, value in entry.items() if key != "python"}
+    definition = definition if "function" in entry else {"type": "function", "function": definition}
+    known = TOOLS.get(NAMES.get(function["name"], function["name"]))
+    if python or known is None:
+        return Tool(definition, python)
+    return replace(known, definition=definition)

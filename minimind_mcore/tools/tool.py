@@ -1,0 +1,41 @@
+"""A tool: its definition, and what runs when a model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from minimind_mcore.tools.process import Limits, Result
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool.
+
+    Attributes:
+        definition: {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}.
+        function: "module:name" of the Python function that runs in a subprocess.
+        remote: what runs instead: takes the arguments, and the limits of the call.
+        aliases: other names of arguments.
+    """
+
+    definition: Mapping[str, object]
+    function: str | None = None
+    remote: Callable[[Mapping[str, object], Limits], Result] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name that the model calls."""
+        function = self.definition["function"]
+        assert isinstance(function, Mapping)
+        return str(function["name"])
+
+    @property
+    def runs(self) -> bool:
+        """Whether the kit runs it; otherwise the user answers."""
+        return self.function is not None or self.remote is not None
+
+    def canonical(self, arguments: Mapping[str, object]) -> dict[str, object]:
+        """Return the arguments under the names of the definition."""
+        return {self.aliases.get(name, name): value for name, value in arguments.items()}
