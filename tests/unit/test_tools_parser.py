@@ -51,9 +51,8 @@ def words(r: random.Random, *without: str) -> str:
 
 def call(r: random.Random) -> tuple[str, Call]:
     """The text inside the tags of a call, and the call."""
-    arguments = {
-        key: r.choice([1, "北京", "a\nb", [1, {"x": None}], "}", '"', "<think>"]) for key in r.sample("xyz", r.choice((0, 1, 1, 2)))
-    }
+    values = (1, "北京", "a\nb", [1, {"x": None}], "}", '"', "<think>")
+    arguments = {key: r.choice(values) for key in r.sample("xyz", r.choice((0, 1, 1, 2)))}
     name = r.choice(("f", "get_weather", "名"))
     raw = json.dumps(arguments, ensure_ascii=r.randrange(2) == 0, indent=r.choice((None, 1)))
     form = r.randrange(3)
