@@ -1,8 +1,9 @@
 """Every change that the kit makes to megatron-core, in one table; `device.setup()` applies it, an import never does.
 
-A row names the target, the versions of megatron-core that need the change, the reason, and the test that fails without
-the change. `sources` are the definitions of megatron-core that the change relies on: tests/contract/test_patches.py
-compares them with those that were read when the row was written, and fails when a newer version has changed one.
+A function with the decorator `patch` is a row of the table: the target, the versions of megatron-core that need the
+change, the test that fails without it, and in the docstring the reason. `sources` are the definitions of megatron-core
+that the change relies on: tests/contract/test_patches.py compares them with those that were read when the row was
+written, and fails when a newer version has changed one.
 
 Two other places change other programs: `cpu_as_cuda.py` redirects torch's CUDA functions, and
 `mindspeed/rl_hook.py` changes MindSpeed-RL.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import types
 import warnings
 from collections.abc import Callable
@@ -51,6 +53,21 @@ class Patch:
     apply: Callable[[], None]
 
 
+PATCHES: list[Patch] = []
+_FUSED = "tests/unit/test_fused.py::test_megatron_core_uses_them_and_the_cpu_flushes_denormals"
+_CONTRACT = "tests/contract/test_patches.py::test_what_setup_changes"
+
+
+def patch(target: str, versions: str, test: str, *sources: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Add a row to the table; the docstring of the decorated function is the reason."""
+
+    def decorate(function: Callable[[], None]) -> Callable[[], None]:
+        PATCHES.append(Patch(target, versions, inspect.getdoc(function) or "", test, sources, function))
+        return function
+
+    return decorate
+
+
 @functools.cache
 def apply() -> None:
     """Import megatron-core and apply every patch. Idempotent."""
@@ -61,14 +78,18 @@ def apply() -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
     # torch 2.13 renamed collectives that megatron-core (0.12 to 0.16) calls by their old names.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
-    for patch in PATCHES:
-        patch.apply()
+    for row in PATCHES:
+        row.apply()
 
 
 # ----------------------------------------------------------------------------- what is broken without TE or Apex
 
 
+@patch("megatron.core.jit:jit_fuser", "all", _CONTRACT, "megatron.core.jit:*")
 def _jit_fuser() -> None:
+    """Small functions are decorated with torch.compile at import, which needs a C++ compiler at run time. The fuser is
+    replaced before any other module reads it; torch.compile itself stays as it is.
+    """
     after_import("megatron.core.jit", lambda module: setattr(module, "jit_fuser", _undecorated))
     importlib.import_module("megatron.core.jit")
 
@@ -78,14 +99,29 @@ def _undecorated(function: Any = None, **options: Any) -> Any:
     return _undecorated if function is None else function
 
 
+@patch(
+    "megatron.core.transformer.moe.moe_utils:te_general_gemm",
+    "0.16",
+    _CONTRACT,
+    "megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",
+)
 def _te_general_gemm() -> None:
+    """RouterGatingLinearFunction tests this name, which is defined only where Transformer Engine is installed."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
+@patch(
+    "megatron.core.optimizer.clip_grads:l2_norm_impl",
+    "all",
+    "tests/device/test_arithmetic.py::test_gradient_sums_and_their_norm",
+    "megatron.core.utils:local_multi_tensor_l2_norm",
+    "megatron.core.optimizer.clip_grads:get_grad_norm_fp32",
+)
 def _l2_norm_impl() -> None:
+    """The fallback norm adds up millions of squares in one fp32 sum, on a CPU wrong by up to 1e-3."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -109,7 +145,14 @@ def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool
     return torch.linalg.vector_norm(torch.cat(parts)).reshape(1), None
 
 
+@patch(
+    "megatron.core.optimizer.distrib_optimizer:quantize_param_shard",
+    "0.12",
+    _CONTRACT,
+    "megatron.core.fp8_utils:quantize_param_shard",
+)
 def _quantize_param_shard() -> None:
+    """Copying weights back asks Transformer Engine to quantise the fp8 weights even where there are none."""
     from megatron.core.optimizer import distrib_optimizer
 
     quantize = getattr(distrib_optimizer, "quantize_param_shard", None)
@@ -122,7 +165,14 @@ def _quantize_param_shard() -> None:
         distrib_optimizer.quantize_param_shard = quantize_if_any
 
 
+@patch(
+    "megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",
+    "0.12",
+    "tests/parallel/test_lora.py::test_lora_on_core_012",
+    "megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",
+)
 def _word_embedding_grads() -> None:
+    """The gradients of a tied embedding are added up over the first and last stage even where there are none (LoRA)."""
     module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     if hasattr(module, "_allreduce_embedding_grad"):  # newer
         return
@@ -136,7 +186,16 @@ def _word_embedding_grads() -> None:
     module._allreduce_word_embedding_grads = all_reduce_if_any
 
 
+@patch(
+    "megatron.core.transformer.transformer_block:LayerNormImpl",
+    "all",
+    _CONTRACT,
+    "megatron.core.transformer.transformer_block:_get_block_submodules",
+)
 def _final_norm() -> None:
+    """The norm after the last layer is not part of a layer's spec; without Transformer Engine it is torch's, which
+    refuses sequence parallelism.
+    """
     if not ascend.active():
         from megatron.core.transformer import transformer_block
 
@@ -146,7 +205,16 @@ def _final_norm() -> None:
 # ------------------------------------------------------------- what is slow without TE or Apex: operations of `fused`
 
 
+@patch(
+    "megatron.core.optimizer:Adam",
+    "all",
+    "tests/device/test_arithmetic.py::test_adam_is_torchs_adamw",
+    "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
+)
 def _adam() -> None:
+    """Torch's AdamW is a Python loop over parameters here, with a `step` per parameter on which the distributed
+    optimizer fails when it saves or loads (KeyError: 'step').
+    """
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer
 
@@ -158,7 +226,15 @@ def _adam() -> None:
         distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+@patch(
+    "megatron.core.fusions.fused_bias_swiglu:SwiGLUFunction",
+    "all",
+    _FUSED,
+    "megatron.core.fusions.fused_bias_swiglu:bias_swiglu_impl",
+    "megatron.core.fusions.fused_bias_swiglu:weighted_bias_swiglu_impl",
+)
 def _swiglu() -> None:
+    """--bias-swiglu-fusion is a chain for torch.compile; left eager it is slower than the unfused chain."""
     from megatron.core.fusions import fused_bias_swiglu
 
     # What follows the tensors are options of fp8 and offloading.
@@ -168,7 +244,14 @@ def _swiglu() -> None:
     )
 
 
+@patch(
+    "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+    "all",
+    _FUSED,
+    "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+)
 def _rotary() -> None:
+    """Cosine, sine, halves and their joining are each an operation."""
     from megatron.core.models.common.embeddings import rope_utils
 
     unfused: Any = rope_utils._apply_rotary_pos_emb_bshd
@@ -184,7 +267,14 @@ def _rotary() -> None:
     rope_utils._apply_rotary_pos_emb_bshd = apply
 
 
+@patch(
+    "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
+    "all",
+    "tests/unit/test_fused.py::test_weight_gradients_add_up_in_the_precision_of_the_sum",
+    "megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",
+)
 def _weight_gradient() -> None:
+    """--gradient-accumulation-fusion is Apex's; torch's matrix product can add to its result as well."""
     from megatron.core.tensor_parallel import layers
 
     if not layers._grad_accum_fusion_available:
@@ -202,7 +292,15 @@ def add_weight_gradient(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None
         main_grad.add_(grad.t() @ inputs)
 
 
+@patch(
+    "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+    "all",
+    _CONTRACT,
+    "megatron.core.utils:local_multi_tensor_scale",
+    "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+)
 def _clipping() -> None:
+    """Clipping makes a scaled copy of every gradient and copies it back."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -215,7 +313,14 @@ def _scale(chunk_size: int, overflow: Any, tensor_lists: Any, scale: float) -> N
     torch._foreach_mul_(tensor_lists[1], scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
+@patch(
+    "megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
+    "all, on a GPU",
+    "tests/unit/test_fused_compiled.py::test_cross_entropy_of_a_split_vocabulary",
+    "megatron.core.tensor_parallel.cross_entropy:vocab_parallel_cross_entropy",
+)
 def _cross_entropy() -> None:
+    """The loss copies the logits to fp32 and passes over them ten times."""
     if not compiled.usable():
         return
     from megatron.core import tensor_parallel
@@ -227,114 +332,3 @@ def _cross_entropy() -> None:
         return loss
 
     tensor_parallel.vocab_parallel_cross_entropy = apply
-
-
-_FUSED = "tests/unit/test_fused.py::test_megatron_core_uses_them_and_the_cpu_flushes_denormals"
-_CONTRACT = "tests/contract/test_patches.py::test_what_setup_changes"
-PATCHES = (
-    Patch(
-        "megatron.core.jit:jit_fuser",
-        "all",
-        "small functions are decorated with torch.compile at import, which needs a C++ compiler at run time. The fuser "
-        "is replaced before any other module reads it; torch.compile itself stays as it is",
-        _CONTRACT,
-        ("megatron.core.jit:*",),
-        _jit_fuser,
-    ),
-    Patch(
-        "megatron.core.transformer.moe.moe_utils:te_general_gemm",
-        "0.16",
-        "RouterGatingLinearFunction tests this name, which is defined only where Transformer Engine is installed",
-        _CONTRACT,
-        ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",),
-        _te_general_gemm,
-    ),
-    Patch(
-        "megatron.core.optimizer.clip_grads:l2_norm_impl",
-        "all",
-        "the fallback norm adds up millions of squares in one fp32 sum, on a CPU wrong by up to 1e-3",
-        "tests/device/test_arithmetic.py::test_gradient_sums_and_their_norm",
-        ("megatron.core.utils:local_multi_tensor_l2_norm", "megatron.core.optimizer.clip_grads:get_grad_norm_fp32"),
-        _l2_norm_impl,
-    ),
-    Patch(
-        "megatron.core.optimizer.distrib_optimizer:quantize_param_shard",
-        "0.12",
-        "copying weights back asks Transformer Engine to quantise the fp8 weights even where there are none",
-        _CONTRACT,
-        ("megatron.core.fp8_utils:quantize_param_shard",),
-        _quantize_param_shard,
-    ),
-    Patch(
-        "megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",
-        "0.12",
-        "the gradients of a tied embedding are added up over the first and last stage even where there are none (LoRA)",
-        "tests/parallel/test_lora.py::test_lora_on_core_012",
-        ("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
-        _word_embedding_grads,
-    ),
-    Patch(
-        "megatron.core.transformer.transformer_block:LayerNormImpl",
-        "all",
-        "the norm after the last layer is not part of a layer's spec; without Transformer Engine it is torch's, which "
-        "refuses sequence parallelism",
-        _CONTRACT,
-        ("megatron.core.transformer.transformer_block:_get_block_submodules",),
-        _final_norm,
-    ),
-    Patch(
-        "megatron.core.optimizer:Adam",
-        "all",
-        "torch's AdamW is a Python loop over parameters here, with a `step` per parameter on which the distributed "
-        "optimizer fails when it saves or loads (KeyError: 'step')",
-        "tests/device/test_arithmetic.py::test_adam_is_torchs_adamw",
-        ("megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",),
-        _adam,
-    ),
-    Patch(
-        "megatron.core.fusions.fused_bias_swiglu:SwiGLUFunction",
-        "all",
-        "--bias-swiglu-fusion is a chain for torch.compile; left eager it is slower than the unfused chain",
-        _FUSED,
-        (
-            "megatron.core.fusions.fused_bias_swiglu:bias_swiglu_impl",
-            "megatron.core.fusions.fused_bias_swiglu:weighted_bias_swiglu_impl",
-        ),
-        _swiglu,
-    ),
-    Patch(
-        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
-        "all",
-        "cosine, sine, halves and their joining are each an operation",
-        _FUSED,
-        ("megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",),
-        _rotary,
-    ),
-    Patch(
-        "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
-        "all",
-        "--gradient-accumulation-fusion is Apex's; torch's matrix product can add to its result as well",
-        "tests/unit/test_fused.py::test_weight_gradients_add_up_in_the_precision_of_the_sum",
-        ("megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",),
-        _weight_gradient,
-    ),
-    Patch(
-        "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
-        "all",
-        "clipping makes a scaled copy of every gradient and copies it back",
-        _CONTRACT,
-        (
-            "megatron.core.utils:local_multi_tensor_scale",
-            "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
-        ),
-        _clipping,
-    ),
-    Patch(
-        "megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
-        "all, on a GPU",
-        "the loss copies the logits to fp32 and passes over them ten times",
-        "tests/unit/test_fused_compiled.py::test_cross_entropy_of_a_split_vocabulary",
-        ("megatron.core.tensor_parallel.cross_entropy:vocab_parallel_cross_entropy",),
-        _cross_entropy,
-    ),
-)
