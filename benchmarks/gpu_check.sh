@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the kit on a GPU in one call of at most six minutes, without a network and without an installation:
+# Checks the kit on a GPU in one call of at most seven minutes, without a network and without an installation:
 #
 #   bash benchmarks/gpu_check.sh [--part environment|correctness|speed|rest] [--dry-run]
 #

@@ -2,7 +2,7 @@
 # Collects the packages that a GPU host without a network lacks, as wheels of Python 3.12 on Linux x86-64, into
 # .gpu_wheels, which git ignores. benchmarks/gpu_check.sh unpacks those that are missing where it runs.
 #
-#   bash benchmarks/gpu_wheels.sh                   # 29 MB
+#   bash benchmarks/gpu_wheels.sh                   # 36 MB
 #   NEWER=0.17.1 bash benchmarks/gpu_wheels.sh      # the newer megatron-core to try; NEWER= for none
 #
 # It prints the size of the checkout and the wheels together, and ends with status 1 if that is above 60 MB: both are
@@ -19,6 +19,9 @@ WHEELS=(
     psutil==7.2.2 xxhash==4.1.0 tqdm==4.70.1
     # the curves of a run
     matplotlib==3.11.2 contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pillow
+    # the embedded server
+    fastapi==0.165.0 starlette==1.10.0 opentelemetry-api pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection
+    uvicorn==0.54.0 httptools sse-starlette==3.7.0 llguidance==1.9.1
 )
 
 PYTHON=${PYTHON:-python3}
@@ -28,7 +31,7 @@ if ! "$PYTHON" -m pip --version > /dev/null 2>&1 && [ -x .venv/bin/python ]; the
 collect() {
     local platforms=() number
     # pip matches the tags of wheels exactly: a wheel for glibc 2.17 is not one for 2.28 to it.
-    for number in 17 24 26 27 28; do platforms+=(--platform "manylinux_2_${number}_x86_64"); done
+    for number in 17 24 26 27 28 31 34 35 39; do platforms+=(--platform "manylinux_2_${number}_x86_64"); done
     "$PYTHON" -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: --python-version 3.12 \
         --implementation cp --platform manylinux2014_x86_64 --platform manylinux1_x86_64 "${platforms[@]}" \
         --dest "$1" "${@:2}"

@@ -34,20 +34,21 @@ from minimind_mcore.preprocess import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, ANSWER, BATCHES = 32, 128, (1, 16)
+VOCABULARY = 296  # of the tokenizer
 VLLM = (
     "--dtype float32 --max-model-len 512 --enforce-eager --max-num-seqs 16 --no-enable-prefix-caching "
     "--disable-log-stats --served-model-name minimind"
 ).split()
 
 
-def write_model(folder: Path, preset: str) -> Path:
-    """A directory of transformers with random weights and a small tokenizer."""
+def write_model(folder: Path, preset: str, **changes: int) -> Path:
+    """A directory of transformers with random weights and a small tokenizer; `changes` of the preset's shape."""
     import transformers
 
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(get_preset(preset).hf_config())
+    model = transformers.AutoModelForCausalLM.from_config(get_preset(preset).replace(**changes).hf_config())
     model.float().save_pretrained(folder)
-    train_tokenizer.save(train_tokenizer.train(iter(["hello " * 50]), 296), str(folder / "tokenizer"))
+    train_tokenizer.save(train_tokenizer.train(iter(["hello " * 50]), VOCABULARY), str(folder / "tokenizer"))
     for file in (folder / "tokenizer").iterdir():
         shutil.copy(file, folder)
     return folder

@@ -1,4 +1,4 @@
-"""Check the kit on a GPU in one call of at most six minutes: correctness, speed, and what a step is made of.
+"""Check the kit on a GPU in one call of at most seven minutes: correctness, speed, and what a step is made of.
 
     bash benchmarks/gpu_check.sh                    # the whole check, on a CUDA device
     bash benchmarks/gpu_check.sh --part speed       # one part of it
@@ -193,6 +193,7 @@ def _environment(args: argparse.Namespace, first: Sequence[Path]) -> dict[str, s
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "NVIDIA_TF32_OVERRIDE": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each program; up to five compile at the same time
     }
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if args.device == "cpu" else "4")}
     return {**os.environ, **threads, **more}

@@ -9,6 +9,7 @@ The data are made from a seed, and the tokenizer is trained by the kit, so nothi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -253,11 +254,18 @@ def finished(name: str, process: subprocess.Popen[str], deadline: float) -> bool
     return process.returncode == 0
 
 
+def free_port() -> int:
+    """A port below those that systems give to outgoing connections, of which the other runs open many."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            port = random.randrange(20000, 32000)
+            s.bind(("127.0.0.1", port))
+            return port
+
+
 def start(folder: Path, argv: list[str], count: int) -> list[subprocess.Popen[str]]:
     """Start the ranks of one run of pretrain_gpt.py."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder)]
     command += ["--distributed-backend", "gloo"]
@@ -278,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "layouts"))
     parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
-    parser.add_argument("--seconds", type=float, default=120, help="layouts: a run that takes longer is ended")
+    parser.add_argument("--seconds", type=float, default=180, help="layouts: a run that takes longer is ended")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if args.what == "train":

@@ -37,7 +37,7 @@ def test_the_whole_check_on_the_cpu(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.log"]
     assert all(path.stat().st_size < 10_000_000 for path in tmp_path.iterdir())
     found = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
-    assert list(found["parts"]) == ["wheels", "environment", "correctness", "speed", "rest"]
+    assert list(found["parts"]) == ["wheels", "environment", "speed", "rest", "correctness"]
     named = {row["name"]: row for part in found["parts"].values() for row in part}
     assert not [row for row in named.values() if row["status"] == "failed"]
     for name in (
@@ -45,7 +45,7 @@ def test_the_whole_check_on_the_cpu(tmp_path: Path) -> None:
         "minimind3_tiny, bf16: losses", "resume: losses of the same steps", "SFT: loss falls", "LoRA: loss falls",
         "DPO: loss falls", "generation: a padded batch", "TP2: losses", "DP2: losses", "tests/device: passed",
         "minimind3_tiny, 2 x 34: native engine, MFU", "minimind3_moe_tiny, 1 x 64: plain loop, MFU",
-        "minimind3_tiny, fp32, batch 1: kit",
+        "minimind3_tiny, fp32, batch 1: kit", "serving, fp32: greedy tokens are transformers'",
     ):  # fmt: skip
         assert named[name]["status"] == "ok" and named[name]["value"] is not None, name
     assert named["PP2"]["status"] == named["EP2"]["status"] == "not measured"
@@ -63,7 +63,7 @@ def test_a_dry_run_needs_no_gpu_and_writes_nothing(tmp_path: Path) -> None:
         "EP2: not measured",
         "MFU",
         "copy bandwidth",
-        "at most 350 s in all",
+        "at most 410 s in all",
         "nothing was run",
     ):
         assert word in done.stdout
@@ -73,7 +73,7 @@ def test_a_dry_run_needs_no_gpu_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_dry_run_of_one_part_has_its_time_and_what_it_needs() -> None:
     done = run_script("--dry-run", "--part", "speed")
     assert done.returncode == 0, done.stderr
-    assert "at most 210 s in all" in done.stdout
+    assert "at most 190 s in all" in done.stdout
     assert "== environment" in done.stdout and "== correctness" not in done.stdout
 
 
@@ -84,9 +84,9 @@ def test_without_a_gpu_the_check_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_parts_fit_into_six_minutes() -> None:
-    assert plan.TOTAL_SECONDS < 360
-    assert max(plan.LIMITS["correctness"], plan.LIMITS["speed"]) <= 150
+def test_the_parts_fit_into_seven_minutes() -> None:
+    assert plan.TOTAL_SECONDS < 420
+    assert max(plan.LIMITS.values()) <= 200
     left, spent = plan.TOTAL_SECONDS, 0.0
     for number, part in enumerate(plan.PARTS):  # the worst case: each takes what it may
         seconds = plan.limit(part, plan.PARTS[number + 1 :], left)
