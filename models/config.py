@@ -353,7 +353,7 @@ def format_flags(flags: Mapping[str, object]) -> list[str]:
         if value is True:
             argv.append(flag)
         elif value is not False:
-            argv += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+            argv += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
     return argv
 
 

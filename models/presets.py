@@ -4,9 +4,7 @@
     python -m minimind_mcore.models.presets path/to/config.json
     python -m minimind_mcore.models.presets --list
 
-Sizes: jingyaogong/minimind, model/model_minimind.py, of 2026-08 (minimind-3) and of 2026-02
-(MiniMind2). "145M" is the 640x8 mixture of experts; the 768x16 one, which its training command
-builds at that size, has 406M.
+configs/models.yaml has the sizes. A model that is not in the file is given by its config.json.
 """
 
 from __future__ import annotations
@@ -14,81 +12,27 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
+
 from minimind_mcore.errors import UserError, did_you_mean, run
 from minimind_mcore.models.config import ModelConfig, MoEConfig
+from minimind_mcore.paths import CONFIGS
 
 T = TypeVar("T")
 
-_MINIMIND3 = ModelConfig(
-    hidden_size=768,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=96,
-    ffn_hidden_size=2432,  # 64 * ceil(pi * hidden / 64)
-    qk_layernorm=True,
-    norm_eps=1e-6,
-)
-_MINIMIND3_MOE = _MINIMIND3.replace(
-    moe=MoEConfig(topk=1, ffn_hidden_size=2432, load_balancing="aux_loss", aux_loss_coeff=5e-4),
-)
-_MINIMIND2_SMALL = ModelConfig(
-    hidden_size=512,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=64,
-    ffn_hidden_size=1408,  # 64 * ceil(8/3 * hidden / 64)
-    qk_layernorm=False,
-    norm_eps=1e-5,
-)
-_MINIMIND2 = _MINIMIND2_SMALL.replace(hidden_size=768, num_layers=16, head_dim=96, ffn_hidden_size=2048)
-_MINIMIND2_MOE = _MINIMIND2_SMALL.replace(
-    hidden_size=640,
-    head_dim=80,
-    ffn_hidden_size=1728,
-    moe=MoEConfig(
-        topk=2,
-        ffn_hidden_size=1728,
-        shared_ffn_hidden_size=1728,
-        load_balancing="seq_aux_loss",
-        aux_loss_coeff=0.01,  # 0.1 before 2025-12-05
-    ),
-)
+
+def _read() -> dict[str, ModelConfig]:
+    rows = yaml.safe_load((CONFIGS / "models.yaml").read_text(encoding="utf-8"))
+    return {
+        name: ModelConfig(**row | ({"moe": MoEConfig(**row["moe"])} if "moe" in row else {}))
+        for name, row in rows.items()
+    }
 
 
-def _with_experts_of(dense: ModelConfig, mixture: ModelConfig) -> ModelConfig:
-    """`dense` with the experts of `mixture`, each as wide as its MLP."""
-    assert mixture.moe is not None
-    width = dense.ffn_hidden_size
-    shared = width if mixture.moe.shared_ffn_hidden_size else 0
-    return dense.replace(moe=replace(mixture.moe, ffn_hidden_size=width, shared_ffn_hidden_size=shared))
-
-
-# Four layers for PP 2 with two virtual stages, two key-value heads for TP 2.
-_MINIMIND3_TINY = _MINIMIND3.replace(
-    hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, ffn_hidden_size=448
-)
-_MINIMIND2_TINY = _MINIMIND2.replace(hidden_size=128, num_layers=4, head_dim=16, ffn_hidden_size=384)
-
-PRESETS: dict[str, ModelConfig] = {
-    "minimind3": _MINIMIND3,
-    "minimind3_moe": _MINIMIND3_MOE,
-    "minimind2_small": _MINIMIND2_SMALL,
-    "minimind2": _MINIMIND2,
-    "minimind2_moe": _MINIMIND2_MOE,
-    "minimind2_moe_768": _with_experts_of(_MINIMIND2, _MINIMIND2_MOE),
-    "minimind3_tiny": _MINIMIND3_TINY,
-    "minimind3_moe_tiny": _with_experts_of(_MINIMIND3_TINY, _MINIMIND3_MOE),
-    "minimind2_small_tiny": _MINIMIND2_TINY.replace(hidden_size=64, head_dim=8, ffn_hidden_size=192),
-    "minimind2_tiny": _MINIMIND2_TINY,
-    "minimind2_moe_tiny": _with_experts_of(_MINIMIND2_TINY, _MINIMIND2_MOE),
-    "minimind2_moe_768_tiny": _with_experts_of(_MINIMIND2_TINY.replace(num_layers=8), _MINIMIND2_MOE),
-}
+PRESETS = _read()
 
 
 def lookup(kind: str, table: Mapping[str, T], name: str) -> T:

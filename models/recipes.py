@@ -4,8 +4,7 @@
     python -m minimind_mcore.models.recipes --model minimind3 --stage dpo      # the one that suits the model
     python -m minimind_mcore.models.recipes --list
 
-Hyper-parameters: jingyaogong/minimind, trainer/train_*.py, of 2026-08 (minimind-3) and of 2026-02 (MiniMind2).
-Its learning rate,
+configs/recipes.yaml has the hyperparameters. MiniMind's learning rate,
 `lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`, is Megatron's cosine from `lr` to `lr / 10` without
 warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags of this kit:
 `--lr-at-iteration-end` (t = 1), `--minimind-init` (see `minimind_mcore.models.init`), and
@@ -18,11 +17,14 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import yaml
+
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.models.config import format_flags
 from minimind_mcore.models.presets import PRESETS, find_model, lookup
+from minimind_mcore.paths import CONFIGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,49 +70,8 @@ class Recipe:
         return format_flags(flags | dict(self.flags))
 
 
-_PRETRAIN = Recipe(epochs=2, lr=5e-4, seq_length=340, micro_batch_size=32, accumulation=8, init="normal")
-_SFT = Recipe(epochs=2, lr=1e-5, seq_length=768, micro_batch_size=16, accumulation=1)
-# MiniMind adapts the square matrices q_proj and o_proj, and adds B A as it is: alpha is the rank.
-_LORA = replace(
-    _SFT,
-    epochs=10,
-    lr=1e-4,
-    seq_length=340,
-    micro_batch_size=32,
-    flags={"--lora-r": 16, "--lora-alpha": 16, "--lora-target-modules": ("linear_qkv", "linear_proj")},
-)
-_DPO = replace(_SFT, epochs=1, lr=4e-8, seq_length=1024, micro_batch_size=4, flags={"--dpo-beta": 0.15})
-_DISTILL = replace(
-    _SFT,
-    epochs=6,
-    lr=5e-6,
-    seq_length=340,
-    micro_batch_size=32,
-    flags={"--distill-alpha": 0.5, "--distill-temperature": 1.5},
-)
-_REASON = replace(_SFT, epochs=1, lr=1e-6, seq_length=720, micro_batch_size=8)
-_TINY = replace(_PRETRAIN, epochs=1, lr=4e-3, seq_length=256, micro_batch_size=8, accumulation=2)
-_TINY_SFT = replace(_TINY, epochs=2, lr=1e-3, accumulation=1, init=None)
-
-RECIPES: dict[str, Recipe] = {
-    "minimind3_pretrain": _PRETRAIN,
-    "minimind3_sft": _SFT,
-    "minimind3_lora": _LORA,
-    "minimind3_dpo": _DPO,
-    "minimind3_distill": _DISTILL,  # minimind-3 has no stage of reasoning: its SFT data has thoughts
-    "minimind2_pretrain": replace(_PRETRAIN, epochs=1, init="torch"),
-    "minimind2_sft": replace(_SFT, lr=1e-6, seq_length=340),
-    "minimind2_lora": replace(_LORA, epochs=50, flags={**_LORA.flags, "--lora-r": 8, "--lora-alpha": 8}),
-    "minimind2_dpo": replace(_DPO, flags={"--dpo-beta": 0.1}),
-    "minimind2_distill": _DISTILL,
-    "minimind2_reason": _REASON,
-    # Not MiniMind's: a tiny preset learns something visible from the sample data in minutes of a laptop.
-    "tiny_pretrain": _TINY,
-    "tiny_sft": _TINY_SFT,
-    "tiny_lora": replace(_TINY_SFT, lr=4e-3, flags=_LORA.flags),
-    "tiny_dpo": replace(_TINY_SFT, lr=1e-5, micro_batch_size=4, flags={"--dpo-beta": 0.1}),
-    "tiny_distill": replace(_TINY_SFT, flags=_DISTILL.flags),
-    "tiny_reason": _TINY_SFT,
+RECIPES = {
+    name: Recipe(**row) for name, row in yaml.safe_load((CONFIGS / "recipes.yaml").read_text(encoding="utf-8")).items()
 }
 
 

@@ -22,18 +22,7 @@ from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform.device import KINDS
 
-INSTALL = {
-    "CANN": "install toolkit, ops and nnal of CANN {cann}, then source set_env.sh: docs/install_ascend.md, CANN",
-    "Python": "python{python} -m venv .venv    # or conda create -n minimind python={python}",
-    "torch": "pip install torch=={torch} --index-url https://download.pytorch.org/whl/cpu",
-    "torch_npu": "pip install torch_npu=={torch_npu}",
-    "MindSpeed": "git clone -b {mindspeed}_core_r0.12.1 https://gitcode.com/Ascend/MindSpeed.git && "
-    "pip install -e MindSpeed",
-    "MindSpeed-LLM": "git clone -b {llm} https://gitcode.com/Ascend/MindSpeed-LLM.git /workspace/MindSpeed-LLM",
-    "megatron-core": "git clone -b core_v0.12.1 https://github.com/NVIDIA/Megatron-LM.git && "
-    "cp -r Megatron-LM/megatron {home}/",
-    "driver": "install the driver and firmware of your card: docs/install_ascend.md, driver",
-}
+INSTALL: Mapping[str, str] = matrix.data()["install"]
 KIT = "bash requirements/install.sh"  # what it pins, in .venv
 
 

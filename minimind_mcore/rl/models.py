@@ -42,7 +42,7 @@ def model_section(config: ModelConfig) -> dict[str, Any]:
 def model_yaml(name: str) -> str:
     """The file `model/NAME.yaml`: the name, and under it the keys."""
     text = yaml.safe_dump({name: model_section(PRESETS[name])}, sort_keys=False)
-    return f"# Written by `python -m minimind_mcore.rl.models`, from models/presets.py.\n{text}"
+    return f"# Written by `python -m minimind_mcore.rl.models`, from configs/models.yaml.\n{text}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,56 +8,17 @@ from __future__ import annotations
 import argparse
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minimind_mcore import errors
+from minimind_mcore.paths import PACKAGE
 from minimind_mcore.storage import atomic_file, atomic_write_text
 from minimind_mcore.training.metrics import read_history
 
-CURVES = {
-    "lm_loss": "training loss (nats per token)",
-    "validation_loss": "validation loss (nats per token)",
-    "load_balancing_loss": "MoE load-balancing loss",
-    "ce_loss": "distillation: loss of the labels (nats per token)",
-    "kl_loss": "distillation: T^2 KL(teacher || student)",
-    "rewards/chosen": "DPO: reward of the chosen answers",
-    "rewards/rejected": "DPO: reward of the rejected answers",
-    "rewards/accuracies": "DPO: pairs whose chosen answer has the higher reward",
-    "rewards/margins": "DPO: margin of the rewards",
-    "grpo/score/mean": "mean reward of the responses",
-    "eval/accuracy": "accuracy on held-out questions",
-    "eval/score": "mean reward on held-out questions",
-    "rollout/logp_diff": "trainer against rollout: mean difference of log-probabilities",
-    "response_length/mean": "mean length of the responses (tokens)",
-    "group/zero_std": "share of prompts whose responses all scored alike",
-    "actor/entropy": "entropy of the policy (nats per token)",
-    "actor/kl_loss": "distance to the reference (KL)",
-    "actor/grad_norm": "gradient norm",
-    "actor/lr": "learning rate",
-    "timing/all": "seconds of a step",
-    "e2e_tps": "tokens per second and device, of the whole step",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens per second",
-    "mfu": "MFU",
-    "memory_bytes": "peak memory per process (bytes)",
-}
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }} td {{ padding: .1rem 1.5rem .1rem 0 }}
-svg {{ width: 100%; height: auto }}
-</style>
-<h1>{title}</h1>
-<table>{summary}</table>
-{figures}
-</html>
-"""
-
+CURVES: dict[str, str] = json.loads((PACKAGE / "training/curves.json").read_text(encoding="utf-8"))
 
 LOSSES = ("lm_loss", "validation_loss")
 
@@ -77,7 +38,8 @@ def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, pic
         for name, label in CURVES.items()
         if any(name in row for row in rows)
     ]
-    page = PAGE.format(
+    template = (PACKAGE / "training/report.html.in").read_text(encoding="utf-8")
+    page = template.format(
         title=html.escape(title), summary=_summary(rows), figures="\n".join("<svg" + figure for figure in figures)
     )
     atomic_write_text(directory / "report.html", page)

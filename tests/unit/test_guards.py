@@ -29,7 +29,6 @@ UPSTREAM_NAMES = {
     "minimind_mcore/cli/rl.py": ("NPU",),  # Ray's name of the resource
     "minimind_mcore/platform/patches.py": ("fused_weight_gradient_mlp_cuda",),
     "minimind_mcore/rl/config/check.py": ("num_npus",),
-    "minimind_mcore/rl/config/migrate.py": ("npu_deterministic",),
     "minimind_mcore/rl/config/schema.py": ("num_npus",),
     "minimind_mcore/rl/verl/export.py": ("num_npus",),
     "minimind_mcore/rl/runtime/placement.py": ("num_npus",),

@@ -21,7 +21,7 @@ from minimind_mcore.rl.cli import main
 from minimind_mcore.rl.config.lint import TARGETS, check, lint
 from minimind_mcore.rl.config.load import CONFIGS, compose, megatron_flags, resolve
 from minimind_mcore.rl.config.migrate import RENAMED, migrate
-from minimind_mcore.rl.config.schema import VERSIONS, Config, defaults, fits, value_type
+from minimind_mcore.rl.config.schema import Config, defaults, fits, value_type
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.models import model_yaml
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
@@ -141,7 +141,7 @@ def test_flags_the_native_engine_lacks_are_refused_unless_at_their_default() -> 
         megatron_flags(config("actor_config.lora_r=16").actor)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ["master", "2.2.0"])
 @pytest.mark.parametrize("reader", ["MegatronConfig", "RLConfig", "GenerateConfig"])
 def test_every_default_is_of_its_type(reader: str, version: str) -> None:
     assert all(fits(value, value_type(reader, key, version)) for key, value in defaults(reader, version).items())
@@ -237,7 +237,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ["master", "2.2.0"])
 @pytest.mark.parametrize(("overrides", "nodes", "refused"), DISPATCH)
 def test_what_is_handed_out_at_once_divides_as_each_version_wants_it(
     overrides: str, nodes: int, refused: str, version: str

@@ -18,24 +18,11 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, SECTIONS, defaults
+from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, SECTIONS, defaults, schema
 
 Tree = dict[str, Any]
 
-# MindSpeed-RL 2.2.0: master
-RENAMED = {
-    "rope_scaling_beta_fast": "beta_fast",
-    "rope_scaling_beta_slow": "beta_slow",
-    "multi_head_latent_attention": "multi_latent_attention",
-    "qk_rope_head_dim": "qk_pos_emb_head_dim",
-    "qk_nope_head_dim": "qk_head_dim",
-    "moe_intermediate_size": "moe_ffn_hidden_size",
-    "n_group": "moe_router_num_groups",
-    "topk_group": "moe_router_group_topk",
-    "routed_scaling_factor": "moe_router_topk_scaling_factor",
-    "use_deter_comp": "npu_deterministic",
-    "cp_attention_mask_type": "attention_mask_type",
-}
+RENAMED: Mapping[str, str] = schema()["renamed"]  # names in release 2.2.0: names in master
 RESOURCES = ("reference_resource", "reward_resource")
 
 

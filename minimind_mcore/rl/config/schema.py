@@ -6,7 +6,7 @@
 
 `rl_schema.json` has the keys of MindSpeed-RL's three classes with their defaults (mindspeed_rl/config_cls:
 MegatronConfig, RLConfig, GenerateConfig), read from release 2.2.0 and from master of 2026-04. A key has the type of its
-default. Where that is None, it has the type of MindSpeed-LLM's flag of that name, or the one in `UNTOLD`.
+default. Where that is None, "types" names the type, else it is that of MindSpeed-LLM's flag of that name.
 `MiniMindConfig` is the section `minimind`, which MindSpeed-RL's parser ignores.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.resources
 import json
 import types
 import typing
@@ -27,10 +26,10 @@ from typing import Any, Literal
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.flags import TYPES, flag_table
 from minimind_mcore.inputs.ranges import problem
+from minimind_mcore.paths import PACKAGE
 
 Problem = tuple[str, str]  # a key, and what is wrong with its value
 
-VERSIONS = ("master", "2.2.0")
 NEWEST = "master"
 
 # Section of the YAML: the class that reads it.
@@ -47,25 +46,11 @@ MEGATRON_SECTIONS = tuple(name for name, reader in SECTIONS.items() if reader ==
 # Sections that MindSpeed-RL has beside those: models by name, profilers, and what it never looks at.
 OTHER_SECTIONS = ("defaults", "model", "profiler_config", "msprobe_config", "minimind")
 
-# Types of the keys whose default is None and which are no flags, or differ from them.
-UNTOLD: dict[str, type] = {
-    "algorithm": str,
-    "mm_model": str,
-    "data_path": str,  # one prefix, where the flag takes several
-    "moe_layer_freq": int,
-    "integrated_mode_config": dict,
-    "tool_config_path": str,
-    "tool_response_truncate_side": str,
-    "tool_parser_format": str,
-    "expert_map_path": str,
-    "seed": int,
-}
-
 
 @functools.cache
-def _schema() -> dict[str, dict[str, dict[str, Any]]]:
-    text = importlib.resources.files("minimind_mcore.rl.config").joinpath("rl_schema.json").read_text(encoding="utf-8")
-    loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
+def schema() -> dict[str, Any]:
+    """Return the content of rl_schema.json."""
+    loaded: dict[str, Any] = json.loads((PACKAGE / "rl/config/rl_schema.json").read_text(encoding="utf-8"))
     return loaded
 
 
@@ -74,18 +59,18 @@ def defaults(reader: str, version: str = NEWEST) -> dict[str, Any]:
 
     Args:
         reader: "MegatronConfig", "RLConfig" or "GenerateConfig".
-        version: one of `VERSIONS`.
+        version: "master" or "2.2.0".
     """
-    return copy.deepcopy(_schema()[version][reader])
+    return copy.deepcopy(schema()[version][reader])
 
 
 def value_type(reader: str, key: str, version: str = NEWEST) -> type:
     """The type of a key's value: bool, int, float, str, list or dict. None is always allowed beside it."""
-    default = _schema()[version][reader][key]
+    default = schema()[version][reader][key]
     if default is not None:
         return type(default)
-    if key in UNTOLD:
-        return UNTOLD[key]
+    if name := schema()["types"].get(key):
+        return {kind.__name__: kind for kind in (int, str, dict)}[name]
     if reader != "MegatronConfig":
         return dict if key.endswith("_resource") else int
     record = flag_table().get("--" + key.replace("_", "-"), {})
