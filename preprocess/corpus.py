@@ -26,6 +26,8 @@ from minimind_mcore.errors import UserError, run
 from minimind_mcore.preprocess.dialogues import SUMMANDS, dialogues, drills, held_out, preferences
 from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
+from minimind_mcore.preprocess.tool_dialogues import dialogues as tool_dialogues
+from minimind_mcore.preprocess.tool_dialogues import held_out as unseen_tool_questions
 from minimind_mcore.storage import atomic_file
 
 # Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
@@ -204,14 +206,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--kind",
-        choices=("text", "drills", "sft", "dpo", "math", "math-sft"),
+        choices=("text", "drills", "sft", "dpo", "math", "math-sft", "tools"),
         default="text",
         help="text for pretraining, only sums and tables, dialogues for fine-tuning, preferences between two answers, "
-        "math problems for reinforcement learning, dialogues that solve such",
+        "math problems for reinforcement learning, dialogues that solve such, dialogues with tool calls",
     )
-    parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft or math: questions that are in neither")
+    parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft, math or tools: unseen questions")
     args = parser.parse_args(argv)
-    unseen = {"sft": held_out, "math": unseen_problems}
+    unseen = {"sft": held_out, "math": unseen_problems, "tools": unseen_tool_questions}
     if args.held_out and args.kind not in unseen:
         raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with {' or '.join(unseen)}")
     makers: dict[str, Callable[[int], list[dict[str, Any]]]] = {
@@ -221,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dpo": preferences,
         "math": math_problems,
         "math-sft": careless,
+        "tools": tool_dialogues,
     }
     _write(args.output, makers[args.kind](args.seed))
     if args.held_out:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
 LARGEST = 49
@@ -29,13 +29,14 @@ TABLE = 3, 5
 HELD_OUT_SHARE = 10
 DIALOGUES, PAIRS, QUESTIONS = 20_000, 500, 200
 
+T = TypeVar("T")
 Message = dict[str, str]
 # The questions of one conversation with their answers.
 Task = Callable[[random.Random, bool], list[tuple[str, str]]]
 
 
-def _split(items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """(in dialogues, held out): the same whatever the seed of a sample."""
+def split(items: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Return (in dialogues, held out): the same whatever the seed of a sample."""
     shuffled = random.Random(0).sample(items, len(items))
     count = len(items) // HELD_OUT_SHARE
     return shuffled[count:], shuffled[:count]
@@ -45,9 +46,9 @@ def _both_orders(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return sorted({*pairs, *((b, a) for a, b in pairs)})
 
 
-KEYS = _split([first + second for first, second in itertools.permutations(LETTERS, 2)])
+KEYS = split([first + second for first, second in itertools.permutations(LETTERS, 2)])
 # 17+25 is held out together with 25+17.
-SUMMANDS = tuple(map(_both_orders, _split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2)))))
+SUMMANDS = tuple(map(_both_orders, split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2)))))
 
 TALK = (
     ("你好", "你好！有什么可以帮你？"),

@@ -105,14 +105,16 @@ def evaluate(argv: Sequence[str]) -> None:
     """minimind-mcore evaluate [flags]: score a model.
 
     Settings: LOAD_DIR (the model), TOKENIZER_PATH, HF_CFG_DIR, LORA_DIR, LORA_ALPHA, PRECISION, TASK, TASK_DATA_PATH,
-    NUM_FEWSHOT, BATCH, HARNESS, OUTPUT_DIR. The flags are those of evaluation.py
+    NUM_FEWSHOT, BATCH, MAX_NEW_TOKENS, HARNESS, OUTPUT_DIR; of a server BACKEND=api, API_BASE_URL, API_KEY and
+    API_MODEL in place of the model. The flags are those of evaluation.py
     (`minimind-mcore evaluation.py --help`) and win.
     """
     help_of(argv, evaluate.__doc__)
-    words = loaded(argv)
+    api = env("BACKEND") == "api" or given(argv, "--backend")
+    words = flags("BACKEND", "API_BASE_URL", "API_KEY", "API_MODEL") if api else loaded(argv)
     for name, flag in {"TASK": "--task", "TASK_DATA_PATH": "--task-data-path", "HARNESS": "--harness"}.items():
         words += [flag, *listed] if (listed := env(name).split()) else []
-    words += flags("NUM_FEWSHOT", "BATCH --evaluation-batch-size")
+    words += flags("NUM_FEWSHOT", "BATCH --evaluation-batch-size", "MAX_NEW_TOKENS")
     if env("LOAD_DIR") or env("OUTPUT_DIR"):
         words += ["--output-dir", path("OUTPUT_DIR", outputs(name_of(path("LOAD_DIR")), "evaluation"))]
     run_here("evaluation.py", [*words, *argv], "--dry-run" in argv)

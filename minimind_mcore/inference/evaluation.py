@@ -22,13 +22,18 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
+from minimind_mcore.inference.generation import Sampling
 from minimind_mcore.inference.loading import Loaded, opened, start
+from minimind_mcore.inference.prompts import read_prompts
+from minimind_mcore.inference.quality import Quality, measure
 from minimind_mcore.inference.scores import Question, Scores, ask, read_questions
 from minimind_mcore.inference.scoring import Accuracy, Scorer
+from minimind_mcore.inference.toolcall import TOOLCALL, Api, Local, evaluate, read_cases
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.tools.cases import Case
 
 KEY = "text"
 Document = tuple[list[int], int]
@@ -100,11 +105,11 @@ def require_harness() -> None:
 
 
 PROGRAM = "evaluation.py"
-EXACT_MATCH, PERPLEXITY = "exact_match", "perplexity"
+EXACT_MATCH, PERPLEXITY, QUALITY = "exact_match", "perplexity", "quality"
 LENGTH = 2048
-USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples seq_length".split())
-# Of answers that are generated and parsed: none is.
-IGNORED = frozenset("no_chat_template max_new_tokens temperature top_k top_p greedy eval_language".split())
+USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples seq_length max_new_tokens".split())
+# Of sampling: answers are greedy.
+IGNORED = frozenset("no_chat_template temperature top_k top_p greedy eval_language".split())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Read before the model is: what is wrong with the files shows at once.
     subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
     questions = {path: _questions(args, path) for name, path in tasks if name == EXACT_MATCH}
+    cases = {path: read_cases(path, args.seed)[: args.max_eval_samples] for name, path in tasks if name == TOOLCALL}
+    prompts = {path: read_prompts([], path)[: args.max_eval_samples] for name, path in tasks if name == QUALITY}
+    if args.backend == "api":
+        _evaluate_api(args, cases)
+        return
     source, info = opened(args)
     if args.dry_run:
         print("a dry run: everything is valid, nothing was evaluated", flush=True)
@@ -130,7 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in BENCHMARKS:
             scores.accuracies[name] = _run(scorer, name, subjects[name], args.num_fewshot)
         elif name == EXACT_MATCH:
-            scores.add_answers(name, ask(loaded, questions[path], args.evaluation_batch_size))
+            quality = scores.quality.setdefault(name, Quality())
+            scores.add_answers(name, ask(loaded, questions[path], args.evaluation_batch_size, quality))
+        elif name == TOOLCALL:
+            local = Local(loaded, args.max_new_tokens)
+            outcomes, scores.quality[f"{name} {path}"] = evaluate(
+                local, cases[path], args.evaluation_batch_size, args.seed
+            )
+            scores.add_outcomes(outcomes)
+        elif name == QUALITY:
+            sampling = Sampling(max_new_tokens=args.max_new_tokens)
+            scores.quality[path] = measure(loaded, prompts[path], sampling, args.evaluation_batch_size, args.raw)
         else:
             length = args.seq_length or min(LENGTH, loaded.config.max_position_embeddings - 1)
             scores.perplexities[path] = scorer.perplexity(_shown(documents(path, loaded)), length)
@@ -142,12 +162,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores.write(Path(args.output_dir))
 
 
+def _evaluate_api(args: argparse.Namespace, cases: dict[str, list[Case]]) -> None:
+    """Evaluate the tool calls of a server.
+
+    Raises:
+        UserError: another task, or no model is named.
+    """
+    if set(args.task) != {TOOLCALL} or not args.api_model:
+        raise UserError(f"--backend api: expected --task {TOOLCALL} and --api-model, the name that the server knows")
+    if args.dry_run:
+        print("a dry run: everything is valid, nothing was evaluated", flush=True)
+        return
+    api = Api(args.api_base_url, args.api_key, args.api_model, args.max_new_tokens, args.seed)
+    scores = Scores({"model": args.api_model, "api_base_url": args.api_base_url})
+    for path, listed in cases.items():
+        outcomes, scores.quality[f"{TOOLCALL} {path}"] = evaluate(api, listed, args.evaluation_batch_size, args.seed)
+        scores.add_outcomes(outcomes)
+    print(scores.table(), flush=True)
+    if args.output_dir:
+        scores.write(Path(args.output_dir))
+
+
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(evaluation_batch_size=16)  # the result is the same
+    parser.set_defaults(evaluation_batch_size=16, max_new_tokens=256)  # the batch size does not change the result
     group = parser.add_argument_group("evaluation", "flags of this kit; MindSpeed-LLM does not know them")
     shots = flag_type("num_fewshot")
     group.add_argument("--num-fewshot", type=shots, default=0, metavar="N", help="solved questions shown before each")
     group.add_argument("--harness", nargs="+", default=[], metavar="TASK", help="run these by lm-evaluation-harness")
+    group.add_argument("--raw", action="store_true", help="quality: bos and the prompt, for a pretrained model")
+    group.add_argument("--backend", choices=("local", "api"), default="local", help="toolcall: where the model runs")
+    group.add_argument("--api-base-url", default="http://localhost:8000/v1", help="of a server with OpenAI's API")
+    group.add_argument("--api-key", default="none")
+    group.add_argument("--api-model", help="its name on that server")
     group.add_argument("--output-dir", help="write scores.json and scores.png there")
 
 
@@ -158,7 +204,7 @@ def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
         UserError: none, an unknown one, or not a path for each.
     """
     names, paths = args.task or [], args.task_data_path
-    known = [*BENCHMARKS, EXACT_MATCH, PERPLEXITY]
+    known = [*BENCHMARKS, EXACT_MATCH, TOOLCALL, QUALITY, PERPLEXITY]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(known)}")
     if not names and not args.harness:

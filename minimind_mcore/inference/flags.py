@@ -58,11 +58,12 @@ def parse(
     mine = USED | CHECKED | used
     if refused := unused(args.given, mine | NO_EFFECT | ignored):
         raise UserError(f"{', '.join(refused)}: not implemented by {program} of this kit; leave it out")
-    if args.load is None:
+    local = getattr(args, "backend", "local") == "local"
+    if args.load is None and local:
         raise UserError(
             "--load is missing: the model, a Megatron checkpoint, a Hugging Face directory or a .pth of MiniMind"
         )
-    effective = {assumptions.FLAGS[name] for name in _stated(args)}
+    effective = {assumptions.FLAGS[name] for name in (_stated(args) if local else ())}
     args.no_effect = [flag for flag in unused(args.given, mine) if flag not in effective]
     return args
 

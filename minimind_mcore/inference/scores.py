@@ -16,7 +16,9 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Generator, Sampling
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, records
+from minimind_mcore.inference.quality import Quality
 from minimind_mcore.inference.scoring import Accuracy, Perplexity
+from minimind_mcore.inference.toolcall import TOOLCALL, Outcome, summary
 from minimind_mcore.storage import atomic_file, atomic_write_text
 
 # Questions whose answer is one text: the model answers in the chat template, greedily, and every character counts.
@@ -70,8 +72,8 @@ def read_questions(path: str) -> list[Question]:
     return questions
 
 
-def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int) -> list[Answered]:
-    """Let the model answer all questions."""
+def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int, quality: Quality) -> list[Answered]:
+    """Let the model answer all questions. `quality` counts the replies."""
     answers = loaded.tokenizer([question.answer for question in questions], add_special_tokens=False)["input_ids"]
     longest = max(LONGEST, *(len(ids) + 1 for ids in answers))  # one for the end
     generator, encoder = Generator(loaded, Sampling(max_new_tokens=longest)), Encoder(loaded.tokenizer, raw=False)
@@ -83,6 +85,7 @@ def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int) -> list[
             for question, completion in zip(batch, completions, strict=True):
                 text = loaded.tokenizer.decode(completion.ids, skip_special_tokens=True)
                 answered.append(Answered(question, text))
+                quality.add(completion.ids, completion.finished)
             bar.update(len(batch))
     return answered
 
@@ -102,6 +105,8 @@ class Scores:
         answers: what the model said, of exact_match.
         perplexities: of each held-out text.
         harness: what lm-evaluation-harness says, by task.
+        outcomes: of the cases with tools.
+        quality: of the replies, by task.
     """
 
     about: dict[str, Any]
@@ -109,9 +114,13 @@ class Scores:
     answers: list[Answered] = field(default_factory=list)
     perplexities: dict[str, Perplexity] = field(default_factory=dict)
     harness: dict[str, Any] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    quality: dict[str, Quality] = field(default_factory=dict)
 
     def total(self, benchmark: str) -> Accuracy:
-        """Of all questions of a benchmark, whatever their subject."""
+        """Of all questions of a benchmark, whatever their subject; of tool calls, the rate of exact ones."""
+        if benchmark == TOOLCALL and "exact" in self.accuracies[benchmark]:
+            return self.accuracies[benchmark]["exact"]
         first, *others = self.accuracies[benchmark].values()
         return sum(others, first)
 
@@ -122,6 +131,13 @@ class Scores:
         for answer in answers:
             task = answer.question.task
             tasks[task] = tasks.get(task, Accuracy(0, 0)) + Accuracy(1, int(answer.right))
+
+    def add_outcomes(self, outcomes: Sequence[Outcome]) -> None:
+        """Compute the rates of tool calls, for all cases and for each task."""
+        self.outcomes += outcomes
+        self.accuracies[TOOLCALL] = {
+            name: Accuracy(total, right) for name, (right, total) in summary(self.outcomes).items()
+        }
 
     def table(self) -> str:
         """Lines for people."""
@@ -143,6 +159,9 @@ class Scores:
                 f"perplexity  {name}: {text.value:.4f} over {text.tokens:,} tokens; "
                 f"{text.bits_per_byte:.4f} bits per byte over {text.bytes:,} bytes"
             )
+        for name, replies in self.quality.items():
+            values = ", ".join(f"{key} {value:,.4g}" for key, value in replies.row().items())
+            lines.append(f"quality     {name}: {values}")
         lines += [f"harness     {task}: {json.dumps(result)}" for task, result in self.harness.items()]
         return "\n".join(lines)
 
@@ -166,9 +185,13 @@ class Scores:
         for name, text in self.perplexities.items():
             values = {"perplexity": text.value, "bits_per_byte": text.bits_per_byte}
             content["perplexity"][name] = values | {"tokens": text.tokens, "bytes": text.bytes, "nats": text.nats}
+        content["quality"] = {name: replies.row() for name, replies in self.quality.items()}
+        if self.outcomes:
+            content["rounds"] = sum(outcome.rounds for outcome in self.outcomes) / len(self.outcomes)
         atomic_write_text(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        if self.answers:
-            lines = [json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in self.answers]
+        said = [*(answer.row() for answer in self.answers), *(outcome.row() for outcome in self.outcomes)]
+        if said:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in said]
             atomic_write_text(folder / ANSWERS, "".join(lines))
         if self.accuracies:
             with atomic_file(folder / PICTURE) as file:

@@ -186,8 +186,12 @@ def _entry(entry: object, where: str) -> Tool:
     if python is not None and (not isinstance(python, str) or not all(python.partition(":"))):
         raise UserError(f'{where} has "python": {json.dumps(python)}; expected "module:function"')
     definition = {key: value for key, value in entry.items() if key != "python"}
-    definition = definition if "function" in entry else {"type": "function", "function": definition}
-    known = TOOLS.get(NAMES.get(function["name"], function["name"]))
-    if python or known is None:
-        return Tool(definition, python)
-    return replace(known, definition=definition)
+    tool = tool_of(definition if "function" in entry else {"type": "function", "function": definition})
+    return replace(tool, function=python, aliases={}) if python else tool
+
+
+def tool_of(definition: Mapping[str, object]) -> Tool:
+    """Return a definition as a tool, behind which the built-in function of its name runs, if there is one."""
+    tool = Tool(definition)
+    known = TOOLS.get(NAMES.get(tool.name, tool.name))
+    return tool if known is None else replace(known, definition=definition)

@@ -32,9 +32,22 @@ class Tool:
         return str(function["name"])
 
     @property
-    def runs(self) -> bool:
-        """Whether the kit runs it; otherwise the user answers."""
-        return self.function is not None or self.remote is not None
+    def properties(self) -> Mapping[str, Mapping[str, object]]:
+        """The schemas of the arguments."""
+        found = self._parameters.get("properties")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def required(self) -> list[str]:
+        """The arguments that must be given."""
+        found = self._parameters.get("required")
+        return found if isinstance(found, list) else []
+
+    @property
+    def _parameters(self) -> Mapping[str, object]:
+        function = self.definition["function"]
+        found = function.get("parameters") if isinstance(function, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
 
     def canonical(self, arguments: Mapping[str, object]) -> dict[str, object]:
         """Return the arguments under the names of the definition."""

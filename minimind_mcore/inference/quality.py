@@ -1,0 +1,61 @@
+"""Quality of replies that any model can be measured by: how much they repeat, and whether they end."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.prompts import Encoder, Prompt
+
+NGRAM = 4
+
+
+def repetition(tokens: Sequence[Hashable], n: int = NGRAM) -> float:
+    """Return the share of n-grams that occurred before in the same reply: seq-rep-n of arXiv:1908.04319."""
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass
+class Quality:
+    """Sums over replies.
+
+    Attributes:
+        replies: how many.
+        repeated: the sum of their repetition rates.
+        ended: how many ended by themselves, before the limit of new tokens.
+        tokens: of all replies.
+    """
+
+    replies: int = 0
+    repeated: float = 0.0
+    ended: int = 0
+    tokens: int = 0
+
+    def add(self, tokens: Sequence[Hashable], finished: bool) -> None:
+        """Count a reply."""
+        self.replies += 1
+        self.repeated += repetition(tokens)
+        self.ended += finished
+        self.tokens += len(tokens)
+
+    def row(self) -> dict[str, float]:
+        """Return means over the replies, for scores.json."""
+        count = max(self.replies, 1)
+        means = {f"repetition_{NGRAM}gram": self.repeated / count, "ended": self.ended / count}
+        return {"replies": self.replies, **means, "tokens_per_reply": self.tokens / count}
+
+
+def measure(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling, batch: int, raw: bool) -> Quality:
+    """Answer prompts, and measure the replies."""
+    generator, encoder, quality = Generator(loaded, sampling), Encoder(loaded.tokenizer, raw), Quality()
+    with tqdm(total=len(prompts), desc="quality", unit="prompt", disable=None) as bar:
+        for first in range(0, len(prompts), batch):
+            for completion in generator.complete([encoder(prompt) for prompt in prompts[first : first + batch]]):
+                quality.add(completion.ids, completion.finished)
+            bar.update(len(prompts[first : first + batch]))
+    return quality

@@ -1,0 +1,306 @@
+"""Evaluate tool calls: ask, run the calls, and ask again, as eval_toolcall.py of MiniMind does, but with scores.
+
+| rate | numerator | denominator |
+|---|---|---|
+| called | cases with a call | cases that need one |
+| right_tool | first call names the expected tool | cases that need a call |
+| valid_json | every call of the case is valid | cases with a call |
+| complete_arguments | every call has all required arguments | cases with a call |
+| exact | tools and arguments of the expected calls are exact | cases that need a call |
+| not_called | no call | cases that need none |
+| answer_holds_result | the final answer holds a value of the last tool result | cases with a call |
+
+`called`, `right_tool`, `valid_json`, `complete_arguments` and `not_called` are the rates of minimind-ascend's
+eval_tool_call.py, except that a tool without required arguments needs none here. A call whose JSON is broken counts as
+a call that is not valid.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.prompts import Encoder, Prompt, records
+from minimind_mcore.inference.quality import Quality
+from minimind_mcore.tools.cases import SETS, Case, Expected
+from minimind_mcore.tools.parser import TAGS, Call, StreamParser, parse, parse_call
+from minimind_mcore.tools.process import Limits, failed
+from minimind_mcore.tools.registry import Toolbox, tool_of
+from minimind_mcore.tools.tool import Tool
+
+ROUNDS = 3  # replies with calls; then one more reply
+TOOLCALL = "toolcall"
+TIMEOUT = 600.0  # seconds for a reply of an API
+Message = Mapping[str, object]
+
+
+@dataclass
+class Reply:
+    """A reply: its parsed text, and the message that the conversation goes on with."""
+
+    answer: str
+    calls: Sequence[Call]
+    message: Message
+    ids: Sequence[object]  # tokens or words, for the repetition rate
+    finished: bool = True
+
+
+class Backend(Protocol):
+    """Answers conversations."""
+
+    def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:
+        """Answer pairs of messages and tools."""
+        ...
+
+
+class Local:
+    """The model in this process, greedy."""
+
+    def __init__(self, loaded: Loaded, max_new_tokens: int) -> None:
+        self._generator = Generator(loaded, Sampling(max_new_tokens=max_new_tokens))
+        self._encoder = Encoder(loaded.tokenizer, raw=False)
+        self._tokenizer = loaded.tokenizer
+
+    def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:
+        """Answer pairs of messages and tools as one batch."""
+        prompts = [Prompt([dict(m) for m in messages], list(tools)) for messages, tools in conversations]
+        replies = []
+        completions = self._generator.complete([self._encoder(prompt) for prompt in prompts])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = self._tokenizer.decode(completion.ids, skip_special_tokens=True)
+            found: StreamParser = parse(text, self._encoder.text(prompt).rstrip().endswith("<think>"))
+            replies.append(Reply(found.answer, found.calls, found.message(), completion.ids, completion.finished))
+        return replies
+
+
+@dataclass(frozen=True)
+class Api:
+    """A server with OpenAI's API: this kit's, or vLLM."""
+
+    base_url: str
+    key: str
+    model: str
+    max_tokens: int
+    seed: int
+
+    def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:
+        """Answer pairs of messages and tools at the same time."""
+        with ThreadPoolExecutor(len(conversations)) as pool:
+            return list(pool.map(self._one, conversations))
+
+    def _one(self, conversation: tuple[Sequence[Message], Sequence[Message]]) -> Reply:
+        messages, tools = conversation
+        body = {"model": self.model, "messages": messages, "tools": tools, "temperature": 0, "seed": self.seed}
+        url, headers = f"{self.base_url.rstrip('/')}/chat/completions", {"Content-Type": "application/json"}
+        headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(url, json.dumps(body | {"max_tokens": self.max_tokens}).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                choice = json.load(response)["choices"][0]
+            found = choice["message"]
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{url}: status {error.code}: {error.read().decode(errors='replace')[:500]}") from error
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f"{url} does not answer as OpenAI's API does: {error!r}; check --api-base-url") from error
+        functions = [call["function"] for call in found.get("tool_calls") or []]
+        calls = [parse_call(json.dumps({"name": f["name"], "arguments": f["arguments"]})) for f in functions]
+        content = found.get("content") or ""
+        for function, call in zip(functions, calls, strict=True):
+            if call is None:  # arguments that are not JSON count as a call that is not valid
+                content += TAGS["call"][0] + str(function)
+        kept = {key: value for key, value in found.items() if key in ("role", "content", "tool_calls") and value}
+        done = choice["finish_reason"] != "length"
+        return Reply(content, [c for c in calls if c], {"content": "", **kept}, content.split(), done)
+
+
+@dataclass
+class Outcome:
+    """What a model did in a case.
+
+    Attributes:
+        calls: all calls, in order.
+        invalid: some call was not valid JSON.
+        results: of the calls.
+        answer: the last reply.
+        rounds: replies with calls.
+    """
+
+    case: Case
+    calls: list[Call] = field(default_factory=list)
+    invalid: bool = False
+    results: list[str] = field(default_factory=list)
+    answer: str = ""
+    rounds: int = 0
+
+    @property
+    def case_tools(self) -> dict[str, Tool]:
+        """The tools that the case offers, by name."""
+        return {tool.name: tool for tool in map(tool_of, self.case.tools)}
+
+    @property
+    def rates(self) -> dict[str, bool]:
+        """Whether the case counts for each rate that it belongs to."""
+        expected, called = self.case.calls, bool(self.calls) or self.invalid
+        tools = self.case_tools
+        found: dict[str, bool] = {}
+        if expected:
+            first = self.calls[0].name if self.calls else None
+            exact = len(self.calls) == len(expected) and not self.invalid
+            pairs = zip(self.calls, expected, strict=False)
+            found = {"called": called, "right_tool": first == expected[0].name}
+            found["exact"] = exact and all(_is_exact(tools, call, wanted) for call, wanted in pairs)
+        else:
+            found["not_called"] = not called
+        if called:
+            found["valid_json"] = not self.invalid
+            found["complete_arguments"] = not self.invalid and all(_is_complete(tools, call) for call in self.calls)
+            found["answer_holds_result"] = bool(self.results) and _holds(self.answer, self.results[-1], self.calls)
+        return found
+
+    def row(self) -> dict[str, object]:
+        """Return a line of answers.jsonl."""
+        calls = [{"name": call.name, "arguments": call.arguments} for call in self.calls]
+        expected = [{"name": call.name, "arguments": call.arguments} for call in self.case.calls]
+        found = {"task": self.case.task, "question": self.case.question, "expected": expected, "calls": calls}
+        return {**found, "results": self.results, "answer": self.answer, "rounds": self.rounds, **self.rates}
+
+
+def _filled(tool: Tool, arguments: Mapping[str, object]) -> dict[str, object]:
+    """Return arguments under the definition's names with the defaults; blanks in an expression are left out."""
+    defaults = {name: p["default"] for name, p in tool.properties.items() if "default" in p}
+    given = {**defaults, **tool.canonical(arguments)}
+    texts = {name: value.strip() for name, value in given.items() if isinstance(value, str)}
+    return given | {name: text.replace(" ", "") if name == "expression" else text for name, text in texts.items()}
+
+
+def _is_exact(tools: Mapping[str, Tool], call: Call, expected: Expected) -> bool:
+    if call.name != expected.name or not isinstance(call.arguments, Mapping):
+        return False
+    tool = tools[call.name]
+    return expected.arguments is None or _filled(tool, call.arguments) == _filled(tool, expected.arguments)
+
+
+def _is_complete(tools: Mapping[str, Tool], call: Call) -> bool:
+    tool = tools.get(call.name)
+    if tool is None or not isinstance(call.arguments, Mapping):
+        return False
+    return set(tool.required) <= tool.canonical(call.arguments).keys()
+
+
+def _holds(answer: str, result: str, calls: Sequence[Call]) -> bool:
+    """Whether an answer holds a value of a result that is not merely an argument of a call."""
+    given = {str(v) for call in calls if isinstance(call.arguments, Mapping) for v in call.arguments.values()}
+    values = {value for value in _leaves(json.loads(result)) if value not in given} if _is_json(result) else {result}
+    numbers = answer.replace(",", "")
+    return any(value and (value.lower() in answer.lower() or value in numbers) for value in values)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _leaves(value: object) -> Iterator[str]:
+    """Yield the texts and numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    elif isinstance(value, str | int | float):
+        yield str(value)
+
+
+def read_cases(spec: str, seed: int) -> list[Case]:
+    """Return the cases of `--task-data-path`: a name of `SETS`, or a file of records with `calls`.
+
+    A record holds a conversation with its tools, as for SFT, and {"calls": [{"name": ..., "arguments": {...}}, ...]}.
+
+    Raises:
+        UserError: neither a set nor a file, or a record without tools or calls.
+    """
+    if spec in SETS:
+        return SETS[spec](seed)
+    if not Path(spec).exists():
+        raise UserError(f"--task-data-path {spec}: there is no such file; expected one, or {', '.join(SETS)}")
+    cases = []
+    for where, record, prompt in records(spec, used=("calls", "task")):
+        calls = record.get("calls")
+        if (
+            not prompt.tools
+            or not isinstance(calls, list)
+            or not all(isinstance(c, dict) and "name" in c for c in calls)
+        ):
+            raise UserError(f'{where}: expected tools, and "calls": a list of {{"name": ..., "arguments": ...}}')
+        expected = [Expected(call["name"], call.get("arguments")) for call in calls]
+        cases.append(Case(record.get("task", Path(spec).stem), prompt.messages, prompt.tools, expected))
+    return cases
+
+
+def evaluate(backend: Backend, cases: Sequence[Case], batch: int, seed: int) -> tuple[list[Outcome], Quality]:
+    """Play all cases. Return what the model did in each, and the quality of its replies."""
+    outcomes, quality = [Outcome(case) for case in cases], Quality()
+    with tqdm(total=len(cases), desc=TOOLCALL, unit="case", disable=None) as bar:
+        for first in range(0, len(outcomes), batch):
+            group = outcomes[first : first + batch]
+            _play(backend, group, seed, quality)
+            bar.update(len(group))
+    return outcomes, quality
+
+
+def _play(backend: Backend, group: Sequence[Outcome], seed: int, quality: Quality) -> None:
+    playing = [(outcome, [dict(message) for message in outcome.case.messages]) for outcome in group]
+    for _ in range(ROUNDS + 1):
+        if not playing:
+            return
+        replies = backend.reply([(messages, outcome.case.tools) for outcome, messages in playing])
+        going = []
+        for (outcome, messages), reply in zip(playing, replies, strict=True):
+            quality.add(reply.ids, reply.finished)
+            outcome.invalid |= TAGS["call"][0] in reply.answer
+            outcome.answer = reply.answer
+            if reply.calls and outcome.rounds < ROUNDS:
+                outcome.rounds += 1
+                outcome.calls += reply.calls
+                going.append((outcome, [*messages, dict(reply.message)]))
+                going[-1][1].extend(_results(outcome, reply, seed))
+        playing = going
+
+
+def _results(outcome: Outcome, reply: Reply, seed: int) -> list[dict[str, object]]:
+    """Run the calls of a reply. Return the messages with their results."""
+    toolbox = Toolbox(list(outcome.case_tools.values()), Limits(seconds=30), seed)
+    found = toolbox.run_all([(call.name, call.arguments) for call in reply.calls])
+    texts = [(result or failed("no function runs this tool")).text for result in found]
+    outcome.results += texts
+    written = reply.message.get("tool_calls")
+    ids = [call.get("id") for call in written] if isinstance(written, list) else []
+    return [
+        {"role": "tool", "content": text, **({"tool_call_id": ids[number]} if ids and ids[number] else {})}
+        for number, text in enumerate(texts)
+    ]
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
+    """Return (numerator, denominator) of each rate: of all cases ("exact"), then of each task ("generated: exact")."""
+    found: dict[str, tuple[int, int]] = {}
+    tasks = list(dict.fromkeys(outcome.case.task for outcome in outcomes))
+    for task in ["", *(tasks if len(tasks) > 1 else [])]:
+        for outcome in outcomes:
+            for rate, counts in outcome.rates.items() if task in ("", outcome.case.task) else ():
+                name = f"{task}: {rate}" if task else rate
+                right, total = found.get(name, (0, 0))
+                found[name] = right + counts, total + 1
+    return found

@@ -1,0 +1,144 @@
+"""Sample dialogues with tool calls, in MiniMind's format, and unseen questions about which a program can judge a call.
+
+    python -m minimind_mcore.preprocess.corpus --kind tools --output data/tools.jsonl --held-out data/tool_cases.jsonl
+
+Each dialogue offers three tools (weather of a city, arithmetic, random number) and asks for one of them per question.
+The values to copy are names of towns and numbers of two to four digits. One town and one number in ten never occur in
+a dialogue, neither asked for nor in a result; the questions of `held_out` use only those. Half of the dialogues ask to
+repeat a list of values: copying is what a small model learns last, and there every token of the answer is copied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Mapping
+
+from minimind_mcore.preprocess.dialogues import split
+
+Message = dict[str, object]
+Record = dict[str, object]
+
+DIALOGUES, QUESTIONS = 12_000, 300
+FIRST = "Ash Brad Clif Dun Elm Fair Glen Hal Kirk Lang Mar Nor Oak Pres Red Stan Thorn Wal West Win".split()
+SECOND = "bury by dale field ford ham ley mouth stead ton wick worth".split()
+TOWNS = split([first + second for first, second in itertools.product(FIRST, SECOND)])
+HUMIDITY = "65%"  # of the built-in tool, in every result
+NUMBERS = [
+    tuple(split([n for n in range(10 ** (digits - 1), 10**digits) if n != int(HUMIDITY[:-1])])) for digits in (2, 3, 4)
+]
+UNSEEN = frozenset(itertools.chain.from_iterable(numbers[1] for numbers in NUMBERS))
+
+
+def _definition(name: str, **properties: str) -> dict[str, object]:
+    parameters = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+# Names and arguments are those of the built-in tools, which therefore run when the model calls them.
+DEFINITIONS = [
+    _definition("get_current_weather", location="string"),
+    _definition("calculate_math", expression="string"),
+    _definition("random_number", min="integer", max="integer"),
+]
+
+
+def _number(r: random.Random, unseen: bool) -> int:
+    return r.choice(r.choice(NUMBERS)[unseen])
+
+
+def _seen(r: random.Random, low: int, high: int) -> int:
+    """Return a number that is not held out."""
+    return next(n for n in iter(lambda: r.randint(low, high), None) if n not in UNSEEN)
+
+
+# A task returns question, arguments, result of the tool and answer.
+Task = Callable[[random.Random, bool], tuple[str, Mapping[str, object], Mapping[str, object], str]]
+
+
+def get_current_weather(r: random.Random, unseen: bool) -> tuple[str, Mapping[str, object], Mapping[str, object], str]:
+    """Ask for the weather of a town."""
+    town = r.choice(TOWNS[unseen])
+    question = r.choice(("What is the weather in {}?", "How warm is {} today?", "{}今天天气怎么样？", "查一下{}的天气"))
+    temperature, condition = f"{_seen(r, 2, 39)}°C", r.choice("晴阴雨")
+    result = {"city": town, "temperature": temperature, "humidity": HUMIDITY, "condition": condition}
+    return question.format(town), {"location": town}, result, f"{town}: {temperature}"
+
+
+def calculate_math(r: random.Random, unseen: bool) -> tuple[str, Mapping[str, object], Mapping[str, object], str]:
+    """Ask for a product."""
+    while True:
+        a, b = _number(r, unseen), _number(r, unseen)
+        if unseen or a * b not in UNSEEN:
+            break
+    question = r.choice(("What is {} times {}?", "Multiply {} by {}.", "{}乘以{}等于多少？", "帮我算一下{}乘{}"))
+    return question.format(a, b), {"expression": f"{a}*{b}"}, {"result": str(a * b)}, str(a * b)
+
+
+def random_number(r: random.Random, unseen: bool) -> tuple[str, Mapping[str, object], Mapping[str, object], str]:
+    """Ask for a random number."""
+    while (low := _number(r, unseen)) >= (high := _number(r, unseen)):
+        pass
+    question = r.choice(
+        (
+            "Draw a number from {} to {}.",
+            "Pick any number between {} and {}.",
+            "随机选一个{}到{}的数",
+            "生成{}到{}的随机数",
+        )
+    )
+    result = _seen(r, low, high)
+    return question.format(low, high), {"min": low, "max": high}, {"result": result}, str(result)
+
+
+TASKS: tuple[Task, ...] = (get_current_weather, calculate_math, random_number)
+
+
+def _repeat(r: random.Random) -> Record:
+    """Return a dialogue that repeats lists of towns and numbers."""
+    messages: list[Message] = []
+    for _ in range(r.randint(1, 4)):
+        values = [r.choice(TOWNS[0]) if r.randrange(2) else str(_number(r, False)) for _ in range(r.randint(2, 6))]
+        text = " ".join(values)
+        messages.append({"role": "user", "content": f"{r.choice(('Repeat', '重复'))}: {text}"})
+        messages.append({"role": "assistant", "content": text})
+    return {"conversations": messages}
+
+
+def _system(r: random.Random) -> Message:
+    return {"role": "system", "content": "", "tools": json.dumps(r.sample(DEFINITIONS, 3), ensure_ascii=False)}
+
+
+def dialogues(seed: int, count: int = DIALOGUES) -> list[Record]:
+    """Return records for supervised fine-tuning: {"conversations": [...]}."""
+    r = random.Random(seed)
+    records: list[Record] = []
+    for _ in range(count):
+        if r.randrange(2):
+            records.append(_repeat(r))
+            continue
+        messages = [_system(r)]
+        for _ in range(r.randint(2, 3)):
+            task = r.choice(TASKS)
+            question, arguments, result, answer = task(r, False)
+            call = json.dumps([{"name": task.__name__, "arguments": arguments}], ensure_ascii=False)
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": "", "tool_calls": call})
+            messages.append({"role": "tool", "content": json.dumps(result, ensure_ascii=False)})
+            messages.append({"role": "assistant", "content": answer})
+        records.append({"conversations": messages})
+    return records
+
+
+def held_out(seed: int, count: int = QUESTIONS) -> list[Record]:
+    """Return questions with values that no dialogue holds, the tasks by turns, each with the call that is expected."""
+    r = random.Random(seed)
+    records: list[Record] = []
+    for number in range(count):
+        task = TASKS[number % len(TASKS)]
+        question, arguments, _, _ = task(r, True)
+        messages = [_system(r), {"role": "user", "content": question}]
+        calls = [{"name": task.__name__, "arguments": arguments}]
+        records.append({"task": task.__name__, "conversations": messages, "calls": calls})
+    return records
