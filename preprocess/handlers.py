@@ -63,6 +63,7 @@ from minimind_mcore.preprocess.messages import (
     tools_of,
 )
 from minimind_mcore.preprocess.readers import Reject, kind_of, rejected
+from minimind_mcore.preprocess.tool_records import GLAIVE, HERMES, XLAM, read_glaive, read_hermes, read_xlam
 
 MATH17K = {"prompt": "prompt", "query": "", "response": "reward_model", "history": "", "system": ""}
 ORZ = {"messages": "messages"}
@@ -392,6 +393,10 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     "MiniMindAgentHandler": ChatHandler(
         read_prompt, AGENT, _PROMPT_OUTPUTS, minimind=True, prompts=True, thinking_ratio=0.1
     ),
+    # Public tool-calling datasets
+    "HermesToolHandler": ChatHandler(read_hermes, HERMES, minimind=True),
+    "GlaiveToolHandler": ChatHandler(read_glaive, GLAIVE, minimind=True),
+    "XlamToolHandler": ChatHandler(read_xlam, XLAM, minimind=True),
     # agent_rl_math with its answers, its tools left out
     "MiniMindMathHandler": _task(read_math, AGENT, answer_of_gt),
     # MindSpeed-LLM's and MindSpeed-RL's

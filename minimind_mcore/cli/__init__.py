@@ -39,6 +39,7 @@ COMMANDS = {
     "presets": ("minimind_mcore.models.presets:main", "list the models, or print the flags of one"),
     "recipes": ("minimind_mcore.models.recipes:main", "list the training recipes, or print the flags of one"),
     "corpus": ("minimind_mcore.preprocess.corpus:main", "write sample data"),
+    "tool-data": ("minimind_mcore.preprocess.tool_data:main", "convert hermes, glaive and xlam to MiniMind's format"),
     "tokenizer": ("minimind_mcore.preprocess.train_tokenizer:main", "train a tokenizer"),
     "report": ("minimind_mcore.training.report:main", "draw the curves of a training again"),
 }

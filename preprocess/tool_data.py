@@ -1,0 +1,110 @@
+"""Write public tool-calling datasets in MiniMind's format, with a held-out split for TASK=toolcall.
+
+    minimind-mcore tool-data --source hermes --input func-calling.json --output tools.jsonl --held-out cases.jsonl
+
+A line of the output is {"conversations": [...]} as in MiniMind's sft files: the system message carries `tools`, the
+assistant's messages carry `tool_calls`, both as JSON text. Records that cannot be used are counted by reason and
+written to OUTPUT.rejects.jsonl. A held-out record ends before the first call, which its `calls` holds. The forms of the
+sources are in `tool_records`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from minimind_mcore.errors import UserError, run
+from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler
+from minimind_mcore.preprocess.messages import Conversation
+from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.storage import atomic_file
+
+SOURCES = {
+    "hermes": "HermesToolHandler", "glaive": "GlaiveToolHandler", "xlam": "XlamToolHandler",
+    "minimind": "MiniMindInstructionHandler",
+}  # fmt: skip
+Row = dict[str, object]
+
+
+def rows(inputs: str, handler: ChatHandler) -> Iterator[Conversation | Reject]:
+    """Yield the conversation of each record, or why there is none."""
+    for shard in plan_shards(find_sources(inputs), subsets=1):
+        for _, record in ShardReader(shard, keys=None):
+            found = record if isinstance(record, Reject) else handler(record)
+            yield found if isinstance(found, Reject) else found[""]
+
+
+def minimind_row(conversation: Conversation) -> Row:
+    """Return a conversation as a line of MiniMind's sft files."""
+    messages = []
+    for message in conversation.messages:
+        row = {key: value for key, value in message.items() if key != "loss"}
+        if conversation.tools and message["role"] == "system":
+            row["tools"] = json.dumps(conversation.tools, ensure_ascii=False)
+        if "tool_calls" in row:
+            row["tool_calls"] = json.dumps(row["tool_calls"], ensure_ascii=False)
+        messages.append(row)
+    return {"conversations": messages}
+
+
+def case_row(conversation: Conversation, task: str) -> Row | None:
+    """Return a conversation as a case of TASK=toolcall; None if it has no tools."""
+    answer = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+    before = Conversation(conversation.messages[:answer], conversation.tools)
+    calls = [call.get("function", call) for call in conversation.messages[answer].get("tool_calls", ())]
+    return {"task": task, **minimind_row(before), "calls": calls} if conversation.tools else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="minimind-mcore tool-data", description=__doc__, formatter_class=raw)
+    parser.add_argument("--source", required=True, choices=SOURCES)
+    parser.add_argument("--input", required=True, help="files, directories or globs: .json, .jsonl or .parquet")
+    parser.add_argument("--output", required=True, help="the .jsonl file to write")
+    parser.add_argument(
+        "--held-out", metavar="JSONL", help="write cases for TASK=toolcall, which are not in the output"
+    )
+    parser.add_argument("--held-out-ratio", type=float, default=0.05, help="share of the records (default 0.05)")
+    parser.add_argument("--max-samples", type=int, help="so many records at most, chosen at random")
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args(argv)
+    if not 0 < args.held_out_ratio < 1:
+        raise UserError(f"--held-out-ratio {args.held_out_ratio}: expected a number between 0 and 1")
+    kept: list[Conversation] = []
+    rejects: list[Reject] = []
+    for found in rows(args.input, CHAT_HANDLERS[SOURCES[args.source]]):
+        if isinstance(found, Reject):
+            rejects.append(found)
+        else:
+            kept.append(found)
+    for reason, count in Counter(reject.reason for reject in rejects).most_common():
+        print(f"left out: {count:,} records: {reason}")
+    if rejects:
+        said: list[Row] = [{"reason": reject.reason, "record": reject.content} for reject in rejects]
+        _write(f"{args.output.removesuffix('.jsonl')}.rejects.jsonl", said)
+    if not kept:
+        raise UserError(f"--input {args.input}: no record can be used; is --source {args.source} right?")
+    r = random.Random(args.seed)
+    if args.max_samples is not None and args.max_samples < len(kept):
+        kept = r.sample(kept, args.max_samples)
+    if args.held_out:
+        chosen = set(r.sample(range(len(kept)), max(1, round(args.held_out_ratio * len(kept)))))
+        cases = [case_row(kept[number], args.source) for number in sorted(chosen)]
+        _write(args.held_out, [case for case in cases if case is not None])
+        kept = [conversation for number, conversation in enumerate(kept) if number not in chosen]
+    _write(args.output, [minimind_row(conversation) for conversation in kept])
+
+
+def _write(path: str, lines: Sequence[Row]) -> None:
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    print(f"{path}: {len(lines):,} records")
+
+
+if __name__ == "__main__":
+    run(main)
