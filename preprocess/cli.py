@@ -60,6 +60,11 @@ def _parser() -> Parser:
     ):
         ratio = flag_type(f"{name.replace('-', '_')}_ratio")
         group.add_argument(f"--{name}-ratio", type=ratio, help=f"share of {what}; drawn by --seed")
+    group.add_argument(
+        "--placeholder-token",
+        default=ChatOptions.placeholder_token,
+        help="the token behind each step, for AlpacaStyleProcessRewardHandler, as in MindSpeed-LLM 2.2.0",
+    )
     group.add_argument("--config", metavar="YAML", help="a file of flags: `input: data.jsonl`, `pack: true`, ...")
     group.add_argument("--dtype", choices=("int32", "uint16"), default="int32", help="uint16 halves the size")
     group.add_argument("--tokenizer-backend", choices=BACKENDS, default="auto", help="all give the same tokens")
@@ -155,6 +160,8 @@ def _options(args: argparse.Namespace) -> Options:
         thinking_ratio=args.thinking_ratio,
         pack="neat-pack" if args.neat_pack else "pack" if args.pack else "",
         additional_keys=tuple(args.dataset_additional_keys),
+        placeholder_token=args.placeholder_token,
+        reward_tokens=tuple(args.reward_tokens),
     )
     options = Options(
         input=args.input,

@@ -54,6 +54,7 @@ OPENAI = {"messages": "messages", **BESIDE}
 MINIMIND = {"messages": "conversations", **BESIDE}
 AGENT = {**MINIMIND, "gt": "gt"}
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
+STEPS = {"input": "input", "value": "value"}
 GENERAL = {"prompt": "instruction", "query": "input", "response": "output"}
 BELLE = {"prompt": "instruction", "response": "output"}
 LEETCODE = {"problem": "code_with_problem", "code": "code_only", "explanation": "explanation_only"}
@@ -102,6 +103,14 @@ def read_openai(record: Mapping[str, Any], columns: Columns) -> dict[str, Conver
     if conversation.messages[-1]["role"] != "assistant":
         raise Unusable(f"the last message is not the assistant's but of role {conversation.messages[-1]['role']!r}")
     return {"": conversation}
+
+
+def read_steps(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
+    """A text with a placeholder behind each step of a solution, and the reward token of each step."""
+    values = record.get(columns["value"])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise Unusable(f"field {columns['value']!r} is not a list of texts but {kind_of(values)}")
+    return {"": Conversation([{"role": "user", "content": text_of(record, columns["input"]), "rewards": values}])}
 
 
 def alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:

@@ -37,6 +37,7 @@ from minimind_mcore.preprocess.conversations import (
     OPENAI,
     PAIR,
     SHAREGPT,
+    STEPS,
     TAGS,
     alpaca_prompt,
     read_alpaca,
@@ -50,6 +51,7 @@ from minimind_mcore.preprocess.conversations import (
     read_prompt,
     read_sharegpt,
     read_sharegpt_pair,
+    read_steps,
 )
 from minimind_mcore.preprocess.messages import (
     REASONING,
@@ -252,6 +254,7 @@ class ChatHandler:
             after the first two are texts that go with it, each encoded: `labels`, the right answer, and fields
             of the record.
         answer: of tasks: the right answer.
+        step_rewards: each placeholder in the text has a reward token as its label, for process reward models.
         fixed_prompt: the text is that of `templates.PROMPTER_HEAD`, not of a chat template.
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
         others: fields that are read under their own names.
@@ -263,6 +266,7 @@ class ChatHandler:
     minimind: bool = False
     prompts: bool = False
     answer: Callable[[Mapping[str, Any], Columns], str] | None = None
+    step_rewards: bool = False
     fixed_prompt: bool = False
     thinking_ratio: float | None = None
     others: tuple[str, ...] = ()
@@ -384,6 +388,8 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     "GeneralInstructionHandler": ChatHandler(read_general, GENERAL, fixed_prompt=True),
     "BelleMultiTurnInstructionHandler": ChatHandler(read_belle, BELLE, fixed_prompt=True),
     "LeetcodePythonInstructionHandler": ChatHandler(read_leetcode, LEETCODE, fixed_prompt=True),
+    # Of MindSpeed-LLM 2.0.0 to 2.2.0; 2.3.0 dropped process reward models.
+    "AlpacaStyleProcessRewardHandler": ChatHandler(read_steps, STEPS, fixed_prompt=True, step_rewards=True),
     # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
     "MiniMindInstructionHandler": ChatHandler(read_minimind, MINIMIND, minimind=True),
     "MiniMindPairwiseHandler": ChatHandler(read_minimind_pair, {**PAIR, **BESIDE}, _PAIR_OUTPUTS, minimind=True),

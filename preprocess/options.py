@@ -52,6 +52,8 @@ class ChatOptions:
         pack: "", "pack" or "neat-pack": put samples together to sequences of `seq_length`.
         additional_keys: of tasks: the datasets beside ids and mask, `labels` and fields of the record; none:
             the handler's own.
+        placeholder_token: of step rewards: the token behind each step.
+        reward_tokens: of step rewards: the tokens that a reward may be; none: any.
     """
 
     map_keys: dict[str, Any] | None = None
@@ -64,6 +66,8 @@ class ChatOptions:
     thinking_ratio: float | None = None
     pack: str = ""
     additional_keys: tuple[str, ...] = ()
+    placeholder_token: str = "ки"
+    reward_tokens: tuple[str, ...] = ()
 
     def resolved(self, handler: ChatHandler, info: TokenizerInfo) -> ChatOptions:
         """The ratios with their defaults, which the handler and the tokenizer's generation decide."""
@@ -237,8 +241,11 @@ def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence
         content["tokenizer"] = [*content["tokenizer"], info.added]  # not for others, whose datasets stay valid
     if isinstance(handler := options.find_handler(), ChatHandler):
         content["keys"] = handler.columns
+        chat = dataclasses.asdict(options.chat.resolved(handler, info))
+        if not handler.step_rewards:  # older datasets stay valid
+            del chat["placeholder_token"], chat["reward_tokens"]
         content["chat"] = [
-            dataclasses.asdict(options.chat.resolved(handler, info)),
+            chat,
             template_digest(options),
             info.pad_id,
         ]

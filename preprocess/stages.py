@@ -36,6 +36,7 @@ from minimind_mcore.preprocess.templates import (
     Prompter,
     Settings,
     SlotTemplate,
+    StepRewards,
     TokenizerTemplate,
     Turns,
     checked,
@@ -356,6 +357,8 @@ class Conversations:
 
 def make_template(options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> ChatTemplate:
     """The tokenizer's own chat template, or that of --prompt-type, or the handler's fixed prompt."""
+    if handler.step_rewards:
+        return StepRewards(options.chat.placeholder_token, options.chat.reward_tokens)
     if handler.fixed_prompt:
         return Prompter()
     chat, last_only = options.chat, handler.pairwise and not handler.minimind

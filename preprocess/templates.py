@@ -488,6 +488,42 @@ def _share_at_least_one(source: int, target: int, room: int) -> tuple[int, int]:
     return room - min(most, target), most
 
 
+class StepRewards:
+    """The text of a process reward model, a `ChatTemplate` without a template.
+
+    The label of each placeholder is the reward token of its step; nothing else has a label.
+
+    Args:
+        placeholder: a token of the tokenizer, behind each step.
+        rewards: the tokens that a reward may be; none: any.
+    """
+
+    unwritten = frozenset[str]()
+
+    def __init__(self, placeholder: str, rewards: Sequence[str]) -> None:
+        self._placeholder, self._rewards = placeholder, rewards
+
+    def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
+        """Return the text, the placeholder and the rewards, each to be encoded by itself."""
+        [message] = conversation.messages
+        for reward in message["rewards"]:
+            if self._rewards and reward not in self._rewards:
+                raise Unusable(f"the reward {reward!r} is not in --reward-tokens {' '.join(self._rewards)}")
+        return [[message["content"]], [self._placeholder], *([reward] for reward in message["rewards"])]
+
+    def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
+        """Return the ids, and labels on the placeholders alone."""
+        ids, *tokens = turns
+        if any(len(token) != 1 for token in tokens):
+            raise Unusable("the placeholder or a reward is not one token of the tokenizer")
+        places = np.flatnonzero(ids == tokens[0])
+        if len(places) != len(tokens) - 1:
+            raise Unusable(f"it has {len(places)} placeholders and {len(tokens) - 1} rewards")
+        labels = np.full(len(ids), IGNORED, ids.dtype)
+        labels[places] = np.concatenate([ids[:0], *tokens[1:]])
+        return ids, labels, False
+
+
 PROMPTER_USER, PROMPTER_ASSISTANT = "### Instruction:", "### Response:"
 PROMPTER_HEAD = (
     "\nBelow is an instruction that describes a task, paired with an input that provides further context. "

@@ -4,8 +4,8 @@
 
 Each dialogue offers three tools (weather of a city, arithmetic, random number) and asks for one of them per question.
 The values to copy are names of towns and numbers of two to four digits. One town and one number in ten never occur in
-a dialogue, neither asked for nor in a result; the questions of `held_out` use only those. Half of the dialogues ask to
-repeat a list of values: copying is what a small model learns last, and there every token of the answer is copied.
+a dialogue, neither asked for nor in a result; the questions of `held_out` use only those. Most dialogues ask to repeat
+a list of values, as text or as JSON: copying is what a small model learns last, and there most tokens are copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from minimind_mcore.preprocess.dialogues import split
 Message = dict[str, object]
 Record = dict[str, object]
 
-DIALOGUES, QUESTIONS = 12_000, 300
+DIALOGUES, QUESTIONS = 20_000, 300
+REPEATS = 0.75  # share of the dialogues that only copy
 FIRST = "Ash Brad Clif Dun Elm Fair Glen Hal Kirk Lang Mar Nor Oak Pres Red Stan Thorn Wal West Win".split()
 SECOND = "bury by dale field ford ham ley mouth stead ton wick worth".split()
 TOWNS = split([first + second for first, second in itertools.product(FIRST, SECOND)])
@@ -96,14 +97,12 @@ TASKS: tuple[Task, ...] = (get_current_weather, calculate_math, random_number)
 
 
 def _repeat(r: random.Random) -> Record:
-    """Return a dialogue that repeats lists of towns and numbers."""
-    messages: list[Message] = []
-    for _ in range(r.randint(1, 4)):
-        values = [r.choice(TOWNS[0]) if r.randrange(2) else str(_number(r, False)) for _ in range(r.randint(2, 6))]
-        text = " ".join(values)
-        messages.append({"role": "user", "content": f"{r.choice(('Repeat', '重复'))}: {text}"})
-        messages.append({"role": "assistant", "content": text})
-    return {"conversations": messages}
+    """Return a dialogue that repeats a list of towns and numbers."""
+    values = [r.choice(TOWNS[0]) if r.randrange(2) else _number(r, False) for _ in range(r.randint(4, 14))]
+    text = " ".join(map(str, values))
+    form, answer = r.choice((("Repeat", text), ("重复", text), ("As JSON", json.dumps(values))))
+    question = {"role": "user", "content": f"{form}: {text}"}
+    return {"conversations": [question, {"role": "assistant", "content": answer}]}
 
 
 def _system(r: random.Random) -> Message:
@@ -115,11 +114,11 @@ def dialogues(seed: int, count: int = DIALOGUES) -> list[Record]:
     r = random.Random(seed)
     records: list[Record] = []
     for _ in range(count):
-        if r.randrange(2):
+        if r.random() < REPEATS:
             records.append(_repeat(r))
             continue
         messages = [_system(r)]
-        for _ in range(r.randint(2, 3)):
+        for _ in range(r.randint(1, 2)):
             task = r.choice(TASKS)
             question, arguments, result, answer = task(r, False)
             call = json.dumps([{"name": task.__name__, "arguments": arguments}], ensure_ascii=False)
