@@ -22,10 +22,10 @@ from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import saved_args
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.source import Source
-from minimind_mcore.doctor.job import DATASET
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.training.checkpoint_fit import check_model, conversion
 
 ALGORITHM = "/workspace/algorithm"
@@ -113,7 +113,7 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if not path.is_dir() and (name != "outputs" or path.exists()):  # outputs may be made later
             raise UserError(f"--{name} {path}: there is no such directory")
-    if not Path(args.data_path).exists() and not any(Path(form.format(args.data_path)).is_file() for form in DATASET):
+    if not Path(args.data_path).exists() and not datasets_at(args.data_path):
         raise UserError(f"--data-path {args.data_path}: there is no such file, nor a converted dataset of that prefix")
     if not (args.tokenizer / "tokenizer.json").is_file():
         raise UserError(

@@ -1,4 +1,21 @@
-"""Training commands: the flags of model, recipe, layout, data and logs, from the settings."""
+"""Train from settings. They become the flags of model, recipe, layout, data and logs.
+
+Settings, from the environment:
+  MODEL            a name of `minimind-mcore presets --list`, or an HF directory or config.json
+                   (default: minimind3; for the sample data minimind3_tiny)
+  RECIPE           a name of `minimind-mcore recipes --list` (default: of MODEL's generation and the stage)
+  DATA_PATH        prefix of a finished dataset, or raw files, directories, globs, a blend (default: sample data)
+  TOKENIZER_PATH   directory with tokenizer.json
+  TP PP VPP EP CP  layout; VPP is the number of layers of a virtual stage
+  MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION(bf16|fp16|fp32)   in place of the recipe's
+  PACK             1: several conversations share a sequence and do not see each other
+  ROUTER_WEIGHT    normalized, softmax or straight_through: how a mixture of experts weighs its experts
+  CKPT_LOAD_DIR    the weights to begin with; TEACHER  the model to learn from (distill)
+  OUTPUT_DIR CKPT_SAVE_DIR LOG_DIR DATA_DIR   where results, checkpoints, logs and converted data go
+  SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS SPLIT SEED CKPT_FORMAT   as the Megatron flags
+  DEVICE BACKEND NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   where to train
+Further Megatron flags pass through and win. --dry-run checks everything and trains nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +31,10 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models import presets, recipes
 from minimind_mcore.paths import default_outputs
 
-SETTINGS = """
-    Settings, from the environment:
-      MODEL            a name of `minimind-mcore presets --list`, or an HF directory or config.json
-                       (default: minimind3; for the sample data minimind3_tiny)
-      RECIPE           a name of `minimind-mcore recipes --list` (default: of MODEL's generation and the stage)
-      DATA_PATH        prefix of a finished dataset, or raw files, directories, globs, a blend (default: sample data)
-      TOKENIZER_PATH   directory with tokenizer.json
-      TP PP VPP EP CP  layout; VPP is the number of layers of a virtual stage
-      MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION(bf16|fp16|fp32)   in place of the recipe's
-      PACK             1: several conversations share a sequence and do not see each other
-      ROUTER_WEIGHT    normalized, softmax or straight_through: how a mixture of experts weighs its experts
-      CKPT_LOAD_DIR    the weights to begin with; TEACHER  the model to learn from (distill)
-      OUTPUT_DIR CKPT_SAVE_DIR LOG_DIR DATA_DIR   where results, checkpoints, logs and converted data go
-      SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS SPLIT SEED CKPT_FORMAT   as the Megatron flags
-      DEVICE BACKEND NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   where to train
-    Further Megatron flags pass through and win. --dry-run checks everything and trains nothing."""
-
 
 def pretrain(argv: Sequence[str]) -> None:
     """minimind-mcore pretrain [Megatron flags]: pretrain a model."""
-    help_of(argv, f"{pretrain.__doc__}\n{SETTINGS}")
+    help_of(argv, f"{pretrain.__doc__}\n{__doc__}")
     run = Run("pretrain", argv)
     begin = ["--load", run.save]
     if load := path("CKPT_LOAD_DIR"):
@@ -88,7 +88,7 @@ def tune(argv: Sequence[str]) -> None:
 
 def begin(stage: str, argv: Sequence[str]) -> Run:
     """Return the run of a post-training stage, or print its help."""
-    help_of(argv, f"{globals()[stage].__doc__}\n{SETTINGS}")
+    help_of(argv, f"{globals()[stage].__doc__}\n{__doc__}")
     run = Run(stage, argv)
     if run.place.backend != "native" and stage in ("reason", "distill"):
         raise UserError(f"STAGE={stage}: MindSpeed-LLM has no such stage; use BACKEND=native")

@@ -29,6 +29,8 @@ from minimind_mcore.models.config import (
 )
 from minimind_mcore.preprocess.blends import parse_blend
 from minimind_mcore.preprocess.check import datasets_at, quick_check
+from minimind_mcore.preprocess.tokenizer_files import tokenizer_json
+from minimind_mcore.storage import require_writable
 from minimind_mcore.training.layout import validate
 
 # What it does instead of what these flags of the kit ask for.
@@ -146,6 +148,27 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     elif resumed:
         remarks += checkpoints.resume_remarks(args, resumed)
     return flags, remarks
+
+
+def require_files(flags: Sequence[str]) -> None:
+    """Check what a job reads and writes besides checkpoints, which `complete` checks.
+
+    Raises:
+        UserError: no dataset, tokenizer or templates where a flag says, or --save cannot be written.
+    """
+    args = build_parser().parse_args(list(flags))
+    for prefix in parse_blend(args.data_path or []).prefixes:
+        if not datasets_at(prefix):
+            raise UserError(
+                f"--data-path {prefix}: no {prefix}.idx, nor one of instructions or pairs. Convert the data:\n"
+                "  bash examples/mcore/minimind/data_convert_minimind_pretrain.sh  # or _instruction, _pairwise"
+            )
+    if args.tokenizer_name_or_path:
+        tokenizer_json(args.tokenizer_name_or_path)
+    if args.prompt_type_path and not Path(args.prompt_type_path).is_file():
+        raise UserError(f"--prompt-type-path {args.prompt_type_path}: no such file; give configs/templates.json")
+    if args.save:
+        require_writable(Path(args.save), "give another directory with --save (CKPT_SAVE_DIR)")
 
 
 def router_weight_of(flags: Sequence[str]) -> RouterWeight:

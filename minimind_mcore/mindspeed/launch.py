@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.mindspeed.flags import complete, router_weight_of, spelled
+from minimind_mcore.mindspeed.flags import complete, require_files, router_weight_of, spelled
 from minimind_mcore.models.config import LAYER_SPEC
 from minimind_mcore.paths import CHECKOUT
 
@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no program is named; expected torchrun's flags, a program such as pretrain_gpt.py, its flags")
     folder = home()
     flags, remarks = complete(words[at], words[at + 1 :], *size(words[:at]))
+    if "--data-pending" not in words:
+        require_files(flags)
     for remark in remarks:
         print(remark, file=sys.stderr)
     if "--num-experts" in flags:

@@ -573,35 +573,6 @@ def test_a_script_s_dry_run_is_asked(tmp_path: Path) -> None:
         main.main([str(tmp_path / "none.sh")], Host(environ={"DEVICE": "cpu"}))
 
 
-def test_what_the_job_makes_first_need_not_be_there(tmp_path: Path) -> None:
-    script = tmp_path / "train.sh"
-    train = f"echo '+ python -m minimind_mcore.preprocess.train_tokenizer --input a --output {tmp_path}/t'\n"
-    program = f"echo 'cd / && python pretrain_gpt.py --tokenizer-name-or-path {tmp_path}/t'\n"
-    for text, level in ((train + program, "ok"), (program, "fail")):
-        script.write_text(text)
-        [finding] = job.check(Host(), str(script), [])
-        assert (finding.level, finding.subject) == (level, "tokenizer")
-
-
-def test_paths_of_a_command_line(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/tokenizer.json").touch()
-    for name in ("a b.idx", "a b.bin", "cut.idx"):
-        (tmp_path / name).write_bytes(b"1")
-    printed = (
-        "the plan\n"
-        "cd /workspace/MindSpeed-LLM && python -m torch.distributed.run pretrain_gpt.py "
-        f"--data-path 0.3 '{tmp_path}/a b' 0.7 {tmp_path}/cut 0.1 {tmp_path}/none "
-        f"--tokenizer-name-or-path {tmp_path}/tokenizer --load {tmp_path}/new "
-        f"--save {tmp_path}/new\n"
-    )
-    found = job.paths(job.command(printed))
-    assert [(f.level, f.subject) for f in found] == [
-        ("ok", "data"), ("fail", "data"), ("fail", "data"), ("ok", "tokenizer"), ("ok", "output"),
-    ]  # fmt: skip
-    assert "cut.bin is missing" in found[1].text
-
-
 # ------------------------------------------------------------------------------------------------ matrix, command
 
 

@@ -13,7 +13,7 @@ from helpers.weights_on_disk import write_arguments
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import build_parser
-from minimind_mcore.mindspeed.flags import complete
+from minimind_mcore.mindspeed.flags import complete, require_files
 from minimind_mcore.mindspeed.launch import size
 from minimind_mcore.models.presets import PRESETS
 
@@ -281,3 +281,22 @@ def test_a_checkpoint_that_would_not_load_is_refused_before_ranks_start(name: st
 
 def test_each_of_several_hosts_may_have_its_own_part(saved: Path) -> None:
     complete("pretrain_gpt.py", flags_of("minimind3_tiny", ["--load", f"{saved}/cut", *sizes(tp=2)]), 2, hosts=2)
+
+
+def test_files_of_a_job_are_there(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").touch()
+    for name in ("a b.idx", "chats_packed_input_ids_document.idx"):
+        (tmp_path / name).touch()
+    good = ["--data-path", "0.3", f"{tmp_path}/a b", "0.7", f"{tmp_path}/chats"]
+    good += ["--tokenizer-name-or-path", f"{tmp_path}/tokenizer", "--save", f"{tmp_path}/new/checkpoints"]
+    require_files(good)
+    wrong = {
+        "--data-path": (f"{tmp_path}/none", r"no \S+none.idx, nor one of instructions or pairs"),
+        "--tokenizer-name-or-path": (f"{tmp_path}/none", "no tokenizer.json there"),
+        "--prompt-type-path": (f"{tmp_path}/none.json", "no such file"),
+        "--save": (f"{tmp_path}/a b.idx/checkpoints", "cannot be written"),
+    }
+    for flag, (value, message) in wrong.items():
+        with pytest.raises(UserError, match=message):
+            require_files([*good, flag, value])
