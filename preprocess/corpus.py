@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import json
 import random
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.preprocess.dialogues import SUMMANDS, dialogues, drills, held_out, preferences
+from minimind_mcore.preprocess.dialogues import SUMMANDS, TEXTS, dialogues, drills, held_out, preferences
 from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.preprocess.tool_dialogues import dialogues as tool_dialogues
@@ -81,19 +82,6 @@ def _described(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunc
     return f"{node.name}{signature}\n{docstring}"
 
 
-NAMES = ("小明", "小红", "李雷", "韩梅梅", "王芳", "张伟"), ("Tom", "Alice", "Ben", "Mary", "Jack", "Lucy")
-THINGS = (
-    ("个苹果", "apples"),
-    ("支铅笔", "pencils"),
-    ("本书", "books"),
-    ("颗糖果", "candies"),
-    ("张邮票", "stamps"),
-    ("个气球", "balloons"),
-    ("枚硬币", "coins"),
-    ("张卡片", "cards"),
-)
-
-
 HELD_OUT = frozenset(SUMMANDS[1])
 
 
@@ -104,72 +92,39 @@ def _summands(r: random.Random, largest: int) -> tuple[int, int]:
     return pair
 
 
-def _addition(r: random.Random) -> tuple[str, str]:
-    (a, b), (zh, en), i = _summands(r, 99), r.choice(THINGS), r.randrange(6)
-    name, other = NAMES[0][i], NAMES[1][i]
-    return (
-        f"{name}有{a}{zh}，又得到{b}{zh}，现在一共有多少{zh}？\n解：{a}+{b}={a + b}。答：现在一共有{a + b}{zh}。",
-        f"{other} has {a} {en} and gets {b} more. How many {en} does {other} have now?\n"
-        f"{a} + {b} = {a + b}, so {other} has {a + b} {en}.",
-    )
+def _sum(largest: int, r: random.Random) -> dict[str, object]:
+    (a, b), (zh, en), i = _summands(r, largest), r.choice(TEXTS["things"]), r.randrange(6)
+    names = {"name": TEXTS["names"][0][i], "other": TEXTS["names"][1][i]}
+    return {"a": a, "b": b, "whole": a + b, "zh": zh, "en": en, **names}
 
 
-def _subtraction(r: random.Random) -> tuple[str, str]:
-    (b, left), (zh, en), i = _summands(r, 49), r.choice(THINGS), r.randrange(6)
-    a = b + left
-    name, other = NAMES[0][i], NAMES[1][i]
-    return (
-        f"{name}原来有{a}{zh}，送给同学{b}{zh}，还剩多少{zh}？\n解：{a}-{b}={a - b}。答：还剩{a - b}{zh}。",
-        f"{other} had {a} {en} and gave away {b}. How many are left?\n{a} - {b} = {a - b}, so {a - b} {en} are left.",
-    )
+def _product(r: random.Random) -> dict[str, object]:
+    a, b, (zh, en) = r.randint(2, 12), r.randint(2, 30), r.choice(TEXTS["things"])
+    return {"a": a, "b": b, "whole": a * b, "zh": zh, "en": en}
 
 
-def _product(r: random.Random) -> tuple[str, str]:
-    a, b, (zh, en) = r.randint(2, 12), r.randint(2, 30), r.choice(THINGS)
-    return (
-        f"每盒装{b}{zh}，{a}盒一共有多少{zh}？\n解：{a}×{b}={a * b}。答：一共有{a * b}{zh}。",
-        f"A box holds {b} {en}. How many {en} are in {a} boxes?\n{a} × {b} = {a * b}, so there are {a * b} {en}.",
-    )
-
-
-def _share(r: random.Random) -> tuple[str, str]:
-    a, b, (zh, en) = r.randint(2, 12), r.randint(2, 30), r.choice(THINGS)
-    return (
-        f"把{a * b}{zh}平均分给{a}个人，每人分到多少{zh}？\n解：{a * b}÷{a}={b}。答：每人分到{b}{zh}。",
-        f"{a * b} {en} are shared equally among {a} people. How many does each get?\n"
-        f"{a * b} / {a} = {b}, so each gets {b} {en}.",
-    )
-
-
-def _cages(r: random.Random) -> tuple[str, str]:
+def _cages(r: random.Random) -> dict[str, object]:
     rabbits, chickens = r.randint(1, 20), r.randint(1, 20)
     heads, feet = rabbits + chickens, 4 * rabbits + 2 * chickens
-    return (
-        f"鸡兔同笼，共有{heads}个头、{feet}只脚，鸡和兔各有几只？\n"
-        f"解：设兔有x只，则4x+2({heads}-x)={feet}，x={rabbits}。答：兔{rabbits}只，鸡{chickens}只。",
-        f"A cage holds chickens and rabbits with {heads} heads and {feet} feet. How many of each are there?\n"
-        f"With x rabbits, 4x + 2({heads} - x) = {feet}, so x = {rabbits}: {rabbits} rabbits and {chickens} chickens.",
-    )
+    return {"rabbits": rabbits, "chickens": chickens, "heads": heads, "feet": feet}
 
 
-def _trip(r: random.Random) -> tuple[str, str]:
+def _trip(r: random.Random) -> dict[str, object]:
     speed, hours = r.randint(4, 90), r.randint(2, 9)
-    return (
-        f"一辆车每小时行{speed}千米，行了{hours}小时，一共行了多少千米？\n"
-        f"解：{speed}×{hours}={speed * hours}。答：一共行了{speed * hours}千米。",
-        f"A car travels at {speed} km per hour for {hours} hours. How far does it go?\n"
-        f"{speed} × {hours} = {speed * hours}, so it goes {speed * hours} km.",
-    )
+    return {"speed": speed, "hours": hours, "way": speed * hours}
 
 
-PROBLEMS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
-    _addition,
-    _subtraction,
-    _product,
-    _share,
-    _cages,
-    _trip,
-)
+# The numbers of each kind of problem; sample_texts.json has the words. A difference begins with the whole.
+PROBLEMS: tuple[tuple[str, Callable[[random.Random], dict[str, object]]], ...] = (
+    ("addition", functools.partial(_sum, 99)), ("subtraction", functools.partial(_sum, 49)),
+    ("product", _product), ("share", _product), ("cages", _cages), ("trip", _trip),
+)  # fmt: skip
+
+
+def _problem(r: random.Random, language: int) -> str:
+    name, numbers = r.choice(PROBLEMS)
+    text: str = TEXTS["problems"][name][language]
+    return text.format(**numbers(r))
 
 
 def problems(seed: int, size: int) -> list[str]:
@@ -183,7 +138,7 @@ def problems(seed: int, size: int) -> list[str]:
     texts, total = [], 0
     while total < size:
         language = generator.randrange(2)
-        chosen = [generator.choice(PROBLEMS)(generator)[language] for _ in range(generator.randint(2, 6))]
+        chosen = [_problem(generator, language) for _ in range(generator.randint(2, 6))]
         texts.append("\n\n".join(chosen))
         total += len(texts[-1].encode())
     return texts

@@ -19,9 +19,12 @@ tasks for tiny models, and say nothing about what a model knows.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
+
+from minimind_mcore.paths import PACKAGE
 
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
 LARGEST = 49
@@ -50,16 +53,7 @@ KEYS = split([first + second for first, second in itertools.permutations(LETTERS
 # 17+25 is held out together with 25+17.
 SUMMANDS = tuple(map(_both_orders, split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2)))))
 
-TALK = (
-    ("你好", "你好！有什么可以帮你？"),
-    ("你会做什么？", "我会查表，也会做加法。"),
-    ("谢谢", "不客气！"),
-    ("再见", "再见！"),
-    ("Hello", "Hello! How can I help?"),
-    ("What can you do?", "I can look things up in a table and add numbers."),
-    ("Thank you", "You are welcome!"),
-    ("Goodbye", "Goodbye!"),
-)
+TEXTS: dict[str, Any] = json.loads((PACKAGE / "preprocess/sample_texts.json").read_text(encoding="utf-8"))
 
 
 def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
@@ -87,7 +81,8 @@ def addition(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
 
 
 def _talk(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
-    return [r.choice(TALK)]
+    asked, said = r.choice(TEXTS["talk"])
+    return [(asked, said)]
 
 
 TASKS: tuple[tuple[Task, int], ...] = ((lookup, 1), (addition, 8), (_talk, 1))

@@ -21,12 +21,10 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minimind_mcore.preprocess.dialogues import SUMMANDS, ask_sum
+from minimind_mcore.preprocess.dialogues import SUMMANDS, TEXTS, ask_sum
 
 PROBLEMS, DIALOGUES, QUESTIONS = 4_000, 20_000, 200
 FORGETS = 0.65  # share of the sums with a carry in which the teacher forgets it
-NAMES = (("小明", "Tom"), ("小红", "Alice"), ("王芳", "Mary"), ("李雷", "Ben"))
-THINGS = (("个苹果", "apples"), ("支铅笔", "pencils"), ("本书", "books"), ("枚硬币", "coins"))
 
 
 class Problem(NamedTuple):
@@ -40,10 +38,9 @@ class Problem(NamedTuple):
 
 def story(r: random.Random, a: int, b: int) -> str:
     """A sum in words."""
-    (name, other), (zh, en) = r.choice(NAMES), r.choice(THINGS)
-    chinese = f"{name}有{a}{zh}，又得到{b}{zh}，一共有多少？"
-    english = f"{other} has {a} {en} and gets {b} more. How many are there?"
-    return chinese if r.randrange(2) else english
+    (name, other), (zh, en) = r.choice(TEXTS["story names"]), r.choice(TEXTS["story things"])
+    text: str = TEXTS["story"][1 - r.randrange(2)]
+    return text.format(name=name, other=other, a=a, b=b, zh=zh, en=en)
 
 
 TASKS: dict[str, tuple[Callable[[random.Random, int, int], str], int]] = {

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind_mcore.preprocess.dialogues import TEXTS
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler
 from minimind_mcore.preprocess.messages import Conversation, Unusable
 from minimind_mcore.preprocess.options import Options
@@ -49,18 +50,7 @@ from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, token_tex
 # without. Here the changes are drawn once, when the data is made. They depend on the seed and on the conversation's
 # content alone, not on the order, the shards or the workers: equal conversations share one draw.
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-SYSTEM_PROMPTS = (
-    "你是一个知识丰富的AI，尽力为用户提供准确的信息。",
-    "你是minimind，一个小巧但有用的语言模型。",
-    "你是一个专业的AI助手，请提供有价值的回答。",
-    "你是minimind，请尽力帮助用户解决问题。",
-    "你是一个可靠的AI，请给出准确的回答。",
-    "You are a helpful AI assistant.",
-    "You are minimind, a lightweight intelligent assistant.",
-    "You are a friendly chatbot. Please answer the user's questions carefully.",
-    "You are a knowledgeable AI. Try your best to provide accurate information.",
-    "You are minimind, a small but useful language model.",
-)
+SYSTEM_PROMPTS: Sequence[str] = TEXTS["system prompts"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ text. Training is deterministic: the same input gives the same files.
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,33 +20,22 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.paths import PACKAGE
 from minimind_mcore.preprocess.handlers import HANDLERS
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.storage import atomic_directory
 
-PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-
-# Left out of decoded text: turn marks, and places for images, audio and speech.
-SPECIAL = (
-    *(PAD, BOS, EOS),
-    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
-    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"),
-    *("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>"),
-)
-# One id each, yet part of the text: a model writes them and a program reads them.
-MARKERS = (
-    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
-    *(f"<|buffer{number}|>" for number in range(1, 10)),
-)
+_CONTENT = json.loads((PACKAGE / "preprocess/tokenizer_config.json").read_text(encoding="utf-8"))
+CONFIG: dict[str, Any] = _CONTENT["config"]
+# Special tokens are left out of decoded text. Markers are part of it: a model writes them and a program reads them.
+SPECIAL = (CONFIG["pad_token"], *CONFIG["additional_special_tokens"])
+MARKERS = tuple(_CONTENT["markers"])
 BYTES = 256
-MODEL_MAX_LENGTH = 131072
 
 
 def chat_template() -> str:
     """The Jinja source of the chat template."""
-    file = importlib.resources.files("minimind_mcore.preprocess") / "chat_template.jinja"
-    return file.read_text(encoding="utf-8")
+    return (PACKAGE / "preprocess/chat_template.jinja").read_text(encoding="utf-8")
 
 
 def texts(spec: str, key: str) -> Iterator[str]:
@@ -109,18 +97,7 @@ def _with_markers_as_text(tokenizer: Tokenizer) -> Tokenizer:
 
 def config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": MODEL_MAX_LENGTH,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "unk_token": PAD,
-        "additional_special_tokens": [token for token in SPECIAL if token != PAD],
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
+    return CONFIG | {
         "added_tokens_decoder": {
             str(tokenizer.token_to_id(token)): {
                 "content": token,
