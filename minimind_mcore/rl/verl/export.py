@@ -22,7 +22,9 @@ import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from minimind_mcore.errors import UserError
@@ -198,67 +200,39 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         )
     if chosen.dynamic_sampling:
         raise UserError("rl_config.filter_groups_enable: verl's main_ppo has no dynamic sampling; set it to false")
-    values: dict[str, Any] = {
+    keys = json.loads((TEMPLATES / "keys.json").read_text(encoding="utf-8"))
+    places = SimpleNamespace(rl=rl, actor=actor, generate=config.generate, objective=chosen)
+    kl, micro, train = KL[kind_of(chosen.kl_kind)], actor.micro_batch_size, "actor_rollout_ref.actor"
+    # verl cuts the ratio of CISPO to [1 - low, 1 + high], MiniMind only above.
+    low, high = (1.0, chosen.clip_high - 1.0) if chosen.loss == "cispo" else (chosen.clip_low, chosen.clip_high)
+    values: dict[str, Any] = {key: attrgetter(name)(places) for key, name in keys["renamed"].items()}
+    values |= keys["constant"] | {
         "algorithm.adv_estimator": "gae" if chosen.advantage == "gae" else "grpo",
         "algorithm.norm_adv_by_std_in_grpo": chosen.spread != "none",
         "algorithm.use_kl_in_reward": chosen.kl == "reward",
-        "algorithm.kl_penalty": KL[kind_of(chosen.kl_kind)],
-        "algorithm.gamma": rl.gamma,
-        "algorithm.lam": rl.lam,
-        "algorithm.kl_ctrl.type": rl.kl_ctrl_type,
-        "algorithm.kl_ctrl.kl_coef": chosen.kl_coef,
-        "algorithm.kl_ctrl.horizon": rl.kl_horizon,
-        "algorithm.kl_ctrl.target_kl": rl.kl_target,
-        "data.train_batch_size": actor.global_batch_size,
-        "data.max_prompt_length": rl.max_prompt_length,
-        "data.max_response_length": config.generate.sampling_config.max_tokens,
+        "algorithm.kl_penalty": kl,
         "data.shuffle": not actor.no_shuffle,
-        **{f"actor_rollout_ref.actor.{key}": value for key, value in _actor(config).items()},
-        **{f"actor_rollout_ref.rollout.{key}": value for key, value in _rollout(config).items()},
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": rl.ref_forward_micro_batch_size
-        or actor.micro_batch_size,
-        "trainer.n_gpus_per_node": rl.actor_resource.num_npus,
-        "trainer.nnodes": 1,
-        "trainer.total_training_steps": actor.train_iters,
-        "trainer.save_freq": actor.save_interval,
+        **{f"{train}.{key}": value for key, value in _optimizer(actor).items()},
+        f"{train}.ppo_mini_batch_size": rl.mini_batch_size // rl.n_samples_per_prompt,
+        f"{train}.policy_loss.loss_mode": "cispo" if chosen.loss == "cispo" else "vanilla",
+        f"{train}.clip_ratio_low": low,
+        f"{train}.clip_ratio_high": high,
+        f"{train}.use_kl_loss": chosen.kl == "loss",
+        f"{train}.kl_loss_type": kl,
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": rl.actor_forward_micro_batch_size or micro,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": rl.ref_forward_micro_batch_size or micro,
         "trainer.test_freq": ours.eval_interval or -1,
-        "trainer.project_name": "minimind",
         "trainer.experiment_name": name,
-        "trainer.logger": '["console","tensorboard"]',
-        "++reward.custom_reward_function.name": "compute_score",
-        "++custom_reward_function.name": "compute_score",
     }
     if ours.algorithm == "ppo":
         critic = config.critic or actor
         values |= {f"critic.{key}": value for key, value in _optimizer(critic).items()}
         values["critic.cliprange_value"] = rl.cliprange_value
-        values["critic.ppo_micro_batch_size_per_gpu"] = actor.micro_batch_size
+        values["critic.ppo_micro_batch_size_per_gpu"] = micro
     if ours.rollout_correction == "tis":
         values["algorithm.rollout_correction.rollout_is"] = "token"
         values["algorithm.rollout_correction.rollout_is_threshold"] = ours.rollout_correction_cap
     return values
-
-
-def _actor(config: Config) -> dict[str, Any]:
-    """Optimizer, mini-batches and loss."""
-    rl, actor, chosen = config.rl, config.actor, objective(config)
-    low, high = (1.0, chosen.clip_high - 1.0) if chosen.loss == "cispo" else (chosen.clip_low, chosen.clip_high)
-    return {
-        **_optimizer(actor),
-        "ppo_mini_batch_size": rl.mini_batch_size // rl.n_samples_per_prompt,
-        "ppo_micro_batch_size_per_gpu": actor.micro_batch_size,
-        "ppo_epochs": rl.epochs,
-        "shuffle": rl.shuffle_mini_batch,
-        "policy_loss.loss_mode": "cispo" if chosen.loss == "cispo" else "vanilla",
-        "clip_ratio": chosen.clip_low,
-        "clip_ratio_low": low,
-        "clip_ratio_high": high,
-        "entropy_coeff": rl.entropy_coeff,
-        "loss_agg_mode": chosen.aggregation,
-        "use_kl_loss": chosen.kl == "loss",
-        "kl_loss_coef": chosen.kl_coef,
-        "kl_loss_type": KL[kind_of(chosen.kl_kind)],
-    }
 
 
 def _optimizer(section: Section) -> dict[str, Any]:
@@ -295,19 +269,3 @@ def differences(config: Config) -> list[str]:
         found.append("test.parquet is scored by reward.py, with verl's own sampling for validation")
     found.append("rewards of a response that cannot be scored, and resuming, are verl's own")
     return found
-
-
-def _rollout(config: Config) -> dict[str, Any]:
-    """vLLM and sampling."""
-    generate, sampling = config.generate, config.generate.sampling_config
-    return {
-        "name": "vllm",
-        "n": config.rl.n_samples_per_prompt,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "tensor_model_parallel_size": generate.infer_tensor_parallel_size,
-        "gpu_memory_utilization": generate.gpu_memory_utilization,
-        "max_num_seqs": generate.max_num_seqs,
-        "log_prob_micro_batch_size_per_gpu": config.rl.actor_forward_micro_batch_size or config.actor.micro_batch_size,
-    }
