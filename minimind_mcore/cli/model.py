@@ -96,9 +96,14 @@ def chat(argv: Sequence[str]) -> None:
     """
     help_of(argv, chat.__doc__)
     words = [*loaded(argv), "--task", "chat", "--history-turns", env("HISTORY_TURNS", "3")]
-    words += [*flags("PROMPT_TYPE", "SYSTEM", "THINKING --enable-thinking"), *path_flags("TOOLS")]
+    words += [*flags("PROMPT_TYPE", "SYSTEM", "THINKING --enable-thinking"), *_tools_flag()]
     words += [*(["--raw"] if env("RAW", "0") != "0" else []), *flags(*SAMPLING)]
     run_here("inference.py", [*words, *argv], "--dry-run" in argv)
+
+
+def _tools_flag() -> list[str]:
+    """Return the flag of TOOLS: a file as an absolute path, or names of built-in tools."""
+    return path_flags("TOOLS") if Path(env("TOOLS")).suffix == ".json" else flags("TOOLS")
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """Chat: several turns, as they are written, with thoughts and tool calls set apart.
 
 Reads a terminal or a pipe; commands are `/new` (forget the conversation), `/quit`, and MindSpeed-LLM's words for
-the same. On a terminal thoughts are dim; elsewhere they stand between [thinking] and [/thinking]. A tool is not run:
-its call is printed, and a line that begins with `/tool ` gives the model its result.
+the same. On a terminal thoughts are dim; elsewhere they stand between [thinking] and [/thinking]. A tool
+behind which a function stands runs, and its result is printed. Another tool's call is printed, and a line that begins
+with `/tool ` gives the model its result.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TextIO
 
 from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.prompts import Encoder, Message, Prompt, is_text, text_input
 from minimind_mcore.tools.parser import Call, StreamParser, Text
+from minimind_mcore.tools.registry import Toolbox
 
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
 TOOL = "/tool "
+ROUNDS = 16  # replies to one line at most, all but the last with calls
 HELP = "/new begins a new conversation, /quit ends; a line /tool RESULT answers a tool call"
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -34,13 +37,13 @@ class Session:
     Attributes:
         turns: how many earlier questions, with what followed each, the model is shown.
         system: a system prompt.
-        tools: definitions, for the chat template.
+        tools: that the model may call; those behind which a function stands run.
         messages: of the conversation, the system prompt not among them.
     """
 
     turns: int
     system: str | None = None
-    tools: list[Any] | None = None
+    tools: Toolbox | None = None
     messages: list[Message] = field(default_factory=list)
 
     def prompt(self) -> Prompt:
@@ -48,7 +51,7 @@ class Session:
         questions = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         first = questions[-(self.turns + 1) :][0] if questions else 0
         opening = [{"role": "system", "content": self.system}] if self.system else []
-        return Prompt([*opening, *self.messages[first:]], self.tools)
+        return Prompt([*opening, *self.messages[first:]], list(self.tools.definitions) if self.tools else None)
 
 
 def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO | None = None) -> None:
@@ -79,7 +82,11 @@ def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO 
             elif text:
                 role = "tool" if text.startswith(TOOL) else "user"
                 session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
-                session.messages.append(answer(generator, encoder, session.prompt()))
+                for _ in range(ROUNDS):
+                    reply = answer(generator, encoder, session.prompt())
+                    session.messages.append(reply.message())
+                    if session.tools is None or not reply.calls or not _run(session.tools, session.messages, reply):
+                        break
 
 
 def _read(lines: TextIO) -> Iterator[str]:
@@ -95,8 +102,20 @@ def _read(lines: TextIO) -> Iterator[str]:
         yield line
 
 
-def answer(generator: Generator, encoder: Encoder, prompt: Prompt) -> Message:
-    """Write an answer as it comes; returns the message that the conversation goes on with."""
+def _run(tools: Toolbox, messages: list[Message], reply: StreamParser) -> bool:
+    """Run the calls of a reply, and add the results to the messages. Return whether the model can go on."""
+    results = tools.run_all([(call.name, call.arguments) for call in reply.calls])
+    for result in results:
+        if result is not None:
+            if result.printed:
+                print(f"[tool output] {result.printed.rstrip()}", flush=True)
+            print(f"[tool result] {result.text}", flush=True)
+            messages.append({"role": "tool", "content": result.text})
+    return None not in results
+
+
+def answer(generator: Generator, encoder: Encoder, prompt: Prompt) -> StreamParser:
+    """Write an answer as it comes, and return it."""
     began, count = time.perf_counter(), 0
 
     def counted() -> Iterator[int]:
@@ -113,7 +132,7 @@ def answer(generator: Generator, encoder: Encoder, prompt: Prompt) -> Message:
     for call in reply.calls:
         print(f"[tool call] {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)
     print(f"{count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr, flush=True)
-    return reply.message()
+    return reply
 
 
 def _show(parts: Sequence[Text | Call], before: str) -> str:

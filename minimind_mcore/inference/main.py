@@ -21,12 +21,13 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference import chat, flags
 from minimind_mcore.inference.generation import Generator, Sampling
 from minimind_mcore.inference.loading import load_tokenizer, opened, start
-from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts, read_tools
+from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_file
+from minimind_mcore.tools.registry import open_tools
 
 PROGRAM = "inference.py"
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.no_effect:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
     raw = _is_raw(args, tasks)
-    tools = read_tools(args.tools)
+    toolbox = open_tools(args.tools) if args.tools else None
+    tools = list(toolbox.definitions) if toolbox else None
     if args.engine == "vllm":
         require_vllm(tasks)
     prompts = (
@@ -59,12 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print("a dry run: everything is valid, nothing was generated", flush=True)
         return
-    with _output(args.output) as output, _engine(args.engine, source, info) as engine:
+    with (
+        toolbox or contextlib.nullcontext(),
+        _output(args.output) as output,
+        _engine(args.engine, source, info) as engine,
+    ):
         for task in tasks:
             generator = engine(settings[task], stop)
             if task == "chat":
                 # What a pretrained model has seen are single texts.
-                chat.run(generator, encoder, chat.Session(0 if raw else args.history_turns, args.system, tools))
+                chat.run(generator, encoder, chat.Session(0 if raw else args.history_turns, args.system, toolbox))
             else:
                 generate(generator, encoder, prompts, args.prompt_batch_size, task, output)
 
@@ -87,7 +93,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", help="write prompts and completions to this jsonl file")
     group.add_argument("--raw", action="store_true", help="bos and the prompt, for a model that is only pretrained")
     group.add_argument("--system", help="a system prompt")
-    group.add_argument("--tools", help="JSON file with definitions of tools, for the chat template")
+    group.add_argument("--tools", help="builtin, names of built-in tools, or a JSON file; a chat runs them")
     group.add_argument("--prompt-batch-size", type=flag_type("prompt_batch_size"), default=16, help="prompts at a time")
     group.add_argument("--engine", choices=("native", "vllm"), default="native", help="vllm: where it is installed")
     group.add_argument(

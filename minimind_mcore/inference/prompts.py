@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 from minimind_mcore.errors import UserError
@@ -158,30 +156,6 @@ def _of_record(
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return key, Prompt(messages, conversation.tools or tools), conversation.unused
-
-
-def read_tools(path: str | None) -> list[Any] | None:
-    """Definitions of tools from a JSON file: a list, each in OpenAI's form or the function alone.
-
-    Raises:
-        UserError: there is no such file, or something else in it.
-    """
-    if path is None:
-        return None
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--tools {path}: not a readable JSON file ({error})") from error
-    tools: list[Any] = []
-    for entry in content if isinstance(content, list) else [content]:
-        function = entry.get("function", entry) if isinstance(entry, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            expected = '{"type": "function", "function": {"name": ...}}'
-            raise UserError(f"--tools {path}: tool {len(tools) + 1} is {json.dumps(entry)[:80]}; expected {expected}")
-        tools.append(entry if "function" in entry else {"type": "function", "function": entry})
-    if not tools:
-        raise UserError(f"--tools {path}: an empty list; leave the flag out for none")
-    return tools
 
 
 class Encoder:

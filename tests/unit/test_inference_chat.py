@@ -18,7 +18,8 @@ from minimind_mcore.inference.chat import Session, run
 from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts, read_tools
+from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts
+from minimind_mcore.tools.registry import Toolbox, open_tools, tool_of
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -92,7 +93,7 @@ def test_thoughts_are_set_apart(loaded: Loaded, capsys: pytest.CaptureFixture[st
 
 def test_tool_calls_are_printed_and_answered(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
-    session = Session(turns=3, tools=[TOOL])
+    session = Session(turns=3, tools=Toolbox([tool_of(TOOL)]))
     prompts = chat(loaded, session, "1+2?\n/tool 3\n", "wait " + call + "<tool_call>nonsense</tool_call>", "3")
     assert json.dumps(TOOL["function"]) in prompts[0]
     assert call + "<|im_end|>\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>" in prompts[1]
@@ -118,6 +119,26 @@ def test_a_chat_of_the_program_answers_each_line(
     assert first not in answers("--raw")  # no template
 
 
+def test_a_chat_runs_tools_and_goes_on(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two calls in one reply, a third in the next, then the answer; a tool that does not exist is reported."""
+    product = '<tool_call>{"name": "calculate_math", "arguments": {"expression": "256*37"}}</tool_call>'
+    wrong = '<tool_call>{"name": "nothing", "arguments": {}}</tool_call>'
+    length = '<tool_call>{"name": "text_length", "arguments": {"text": "abc"}}</tool_call>'
+    session = Session(turns=3, tools=open_tools("calculate_math,text_length"))
+    prompts = chat(loaded, session, "256*37?\n", product + wrong, length, "9472")
+    results = [message["content"] for message in session.messages if message["role"] == "tool"]
+    assert results == [
+        '{"result": "9472"}',
+        '{"error": "there is no tool \'nothing\'; the tools are calculate_math, text_length"}',
+        '{"characters": 3, "words": 1}',
+    ]
+    assert len(prompts) == 3 and "<tool_response>\n" + results[0] + "\n</tool_response>" in prompts[1]
+    out = capsys.readouterr().out
+    assert (
+        out.index("[tool call] calculate_math") < out.index('[tool result] {"result": "9472"}') < out.index("\n9472\n")
+    )
+
+
 def test_characters_come_whole(loaded: Loaded) -> None:
     """No tokenizer of 512 ids has these characters: each is several tokens."""
     text = "光合作用 \U0001f469 é abc"
@@ -128,8 +149,9 @@ def test_characters_come_whole(loaded: Loaded) -> None:
 
 def test_tools_are_read_in_both_forms(tmp_path: Path) -> None:
     file = tmp_path / "tools.json"
-    file.write_text(json.dumps([TOOL, TOOL["function"]]))
-    assert read_tools(str(file)) == [TOOL, TOOL]
+    other = {"name": "other", "parameters": {"type": "object"}}
+    file.write_text(json.dumps([TOOL, other]))
+    assert open_tools(str(file)).definitions == [TOOL, {"type": "function", "function": other}]
     for content, message in (
         ("{", "not a readable JSON file"),
         ("[]", "an empty list"),
@@ -139,4 +161,4 @@ def test_tools_are_read_in_both_forms(tmp_path: Path) -> None:
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=rf"--tools .*tools.json: {message}"):
-            read_tools(str(file))
+            open_tools(str(file))

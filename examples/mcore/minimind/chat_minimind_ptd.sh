@@ -7,7 +7,7 @@
 # LOAD_DIR         the model
 # TOKENIZER_PATH   directory of its tokenizer (default: the one that it names or carries)
 # SYSTEM           a system prompt
-# TOOLS            JSON file with definitions of tools; calls are printed, not run
+# TOOLS            builtin, names of built-in tools with commas between, or a JSON file: docs/tools.md. --tools is the same
 # THINKING         true or false (default: as the chat template has it)
 # HISTORY_TURNS    earlier questions that the model is shown (default 3)
 # PROMPT_TYPE      a template as in preprocessing, in place of the tokenizer's own
