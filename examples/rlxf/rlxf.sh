@@ -2,10 +2,11 @@
 # shellcheck shell=bash
 #
 # Settings, from the environment:
-#   CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU grpo_minimind_tiny, elsewhere
-#                  grpo_minimind3)
+#   CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU and in a rehearsal
+#                  grpo_minimind_tiny, elsewhere grpo_minimind3)
 #   BACKEND        embedded, or mindspeed-rl (default: mindspeed-rl on an NPU, embedded elsewhere)
-#   MASTER_PORT    Ray's port on the head (default 6766, as in MindSpeed-RL's scripts; its older guides have 6344)
+#   MASTER_PORT    Ray's port on the head (default 6766, as in MindSpeed-RL's scripts; its older guides have 6344; on a
+#                  single host a free one)
 #   SOCKET_IFNAME  interface by which this host talks to the others (default: that of the way to the head)
 #   NUM_CPUS       that Ray gives away on this host (default: all cores)
 #   RAY_TMPDIR     where Ray logs, and keeps its sockets (default: a new directory, /tmp/minimind-ray-XXXXXX, which is

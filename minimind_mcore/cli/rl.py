@@ -7,8 +7,8 @@
     minimind-mcore rl models                    # write the presets as MindSpeed-RL's model/*.yaml
 
 Settings of the first three, from the environment:
-  CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU grpo_minimind_tiny, elsewhere
-                 grpo_minimind3)
+  CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU and in a rehearsal
+                 grpo_minimind_tiny, elsewhere grpo_minimind3)
   BACKEND        embedded or mindspeed-rl
   NNODES MASTER_ADDR MASTER_PORT NODE_ADDR SOCKET_IFNAME   the hosts, and how they reach each other
   NPUS_PER_NODE NUM_CPUS    devices and cores that Ray gives away on this host
@@ -35,6 +35,7 @@ from minimind_mcore.cli import place, quickstart
 from minimind_mcore.cli.data import PROBLEMS
 from minimind_mcore.cli.settings import CLI, choice, data_dir, env, help_of, show, wait_for
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import free_port
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.platform import device
 from minimind_mcore.platform.cpu import usable_cores
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(role: str, argv: Sequence[str]) -> int:
     """Train on this host, lead a run of several, or lend this host. Return the exit status."""
-    job = Job(argv)
+    job = Job(role, argv)
     if role == "worker" and not job.leader:
         raise UserError("MASTER_ADDR is not set: give the address of the host that runs grpo_minimind_head.sh")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -81,22 +82,25 @@ class Job:
     """A run of reinforcement learning, or this host's part of one.
 
     Args:
+        role: single, head or worker.
         argv: hydra overrides, and --dry-run.
 
     Raises:
         UserError: a setting is wrong.
     """
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.dry = "--dry-run" in argv
+    def __init__(self, role: str, argv: Sequence[str]) -> None:
+        self.role, self.dry = role, "--dry-run" in argv
         self.overrides = [word for word in argv if word != "--dry-run"]
-        self.leader, self.port = env("MASTER_ADDR"), env("MASTER_PORT", "6766")
+        self.rehearses = env("REHEARSE", "0") != "0"
+        own_port = str(free_port()) if role == "single" else "6766"
+        self.leader, self.port = env("MASTER_ADDR"), env("MASTER_PORT", own_port)
         for name in ("MASTER_ADDR", "MASTER_PORT"):  # of Ray: the actors agree on their own
             os.environ.pop(name, None)
         found = device.current()
         os.environ["DEVICE"] = found.kind
         self.on_cpu, self.ascend, self.devices = found.kind == "cpu", found.is_ascend, place.processes()
-        config = env("CONFIG", "grpo_minimind_tiny" if self.on_cpu else "grpo_minimind3")
+        config = env("CONFIG", "grpo_minimind_tiny" if self.on_cpu or self.rehearses else "grpo_minimind3")
         self.config = Path(config).absolute() if Path(config).is_file() else Path(config)
         os.chdir(default_outputs())  # paths in the YAML and in the overrides are relative to the repository
         self.backend = choice("BACKEND", "mindspeed-rl" if self.ascend else "embedded", "embedded", "mindspeed-rl")
@@ -162,6 +166,8 @@ class Job:
             node += ["--resources", f'{{"NPU": {self.devices}}}']
         else:
             node += ["--num-gpus", "0" if self.on_cpu else str(self.devices)]
+        if self.role == "single":  # workers of two clusters on one host take the same ports of Ray's fixed range
+            node += ["--min-worker-port", "0", "--max-worker-port", "0"]
         node += shlex.split(env("RAY_FLAGS"))
         if interface := env("SOCKET_IFNAME"):
             device.name_interface(interface)
@@ -205,29 +211,37 @@ class Job:
         if own_data and own_model:
             return
         folder, outputs = data_dir() / "quickstart", default_outputs() / "outputs"
-        iterations = env("QUICKSTART_SFT_ITERS", "1000")
-        tuned, begin = (
-            outputs / f"quickstart/sft-{iterations}/checkpoints",
-            outputs / "minimind3_tiny/math_sft/checkpoints",
-        )
+        iterations = env("QUICKSTART_SFT_ITERS", "60" if self.rehearses else "1000")
+        tuned = outputs / f"quickstart/sft-{iterations}/checkpoints"
+        begin = outputs / ("rehearsal" if self.rehearses else "minimind3_tiny") / "math_sft/checkpoints"
         here = {"BACKEND": "native", "DATA_DIR": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer")}
+        if self.rehearses:  # to make data and a model the stand-in of torch_npu is not needed
+            here |= {"DEVICE": "cpu", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         unset = ("OUTPUT_DIR", "NNODES")
         if not (folder / f"{PROBLEMS}_unseen_packed_labels_document.idx").is_file() or not is_finished(tuned):
             # This model adds correctly, and does not know the form of the answers.
-            self.make({**here, "QUICKSTART_SFT_ITERS": iterations, "LEAST": "0"}, unset, "quickstart")
+            short = {"QUICKSTART_PRETRAIN_ITERS": "60"} if self.rehearses else {}
+            self.make({**here, **short, "QUICKSTART_SFT_ITERS": iterations, "LEAST": "0"}, unset, "quickstart")
             self.make(here, unset, "data", PROBLEMS)
+        if not is_finished(begin) and not own_model:
+            tuning = {
+                **here, **quickstart.sizes(self.devices), "PROMPT_TYPE": "chatml_de", "PACK": "1",
+                "TRAIN_ITERS": "60" if self.rehearses else "700", "DATA_PATH": str(folder / "sample_math_sft.jsonl"),
+                "CKPT_LOAD_DIR": str(tuned), "OUTPUT_DIR": str(begin.parent),
+            }  # fmt: skip
+            self.make(tuning, unset, "sft", *quickstart.SCHEDULE)
+        model = here["TOKENIZER_PATH"]
+        if self.backend == "mindspeed-rl" and not (own_data or own_model):
+            model = str(begin.parent / "hf")  # vLLM builds its model from the config.json next to the tokenizer
+            if not Path(model, "config.json").is_file():
+                self.make({**here, "LOAD_DIR": str(begin), "SAVE_DIR": model}, unset, "convert", "mcore2hf")
         if not own_data:
             self.prepared += [f"megatron_training.data_path={folder / PROBLEMS}"]
-            self.prepared += [f"megatron_training.tokenizer_name_or_path={here['TOKENIZER_PATH']}"]
+            self.prepared += [f"megatron_training.tokenizer_name_or_path={model}"]
         if not own_model:
-            if not is_finished(begin):
-                tuning = {
-                    **here, **quickstart.sizes(self.devices), "PROMPT_TYPE": "chatml_de", "PACK": "1",
-                    "TRAIN_ITERS": "700", "DATA_PATH": str(folder / "sample_math_sft.jsonl"),
-                    "CKPT_LOAD_DIR": str(tuned), "OUTPUT_DIR": str(begin.parent),
-                }  # fmt: skip
-                self.make(tuning, unset, "sft", *quickstart.SCHEDULE)
             self.prepared.append(f"actor_config.load={begin}")
+        if self.rehearses:
+            self.prepared += [f"megatron_training.{key}=2" for key in ("train_iters", "save_interval")]
         if self.backend == "embedded" and not any(
             word.startswith("minimind.eval_interval=") for word in self.overrides
         ):

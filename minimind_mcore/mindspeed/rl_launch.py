@@ -26,7 +26,7 @@ from minimind_mcore.mindspeed.launch import sources
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.rl.config.check import STAGES
-from minimind_mcore.rl.config.lint import TARGETS, Finding, cpu_cores, dump, lint
+from minimind_mcore.rl.config.lint import LEAST_PPO_CORES, TARGETS, Finding, cpu_cores, dump, lint
 from minimind_mcore.rl.config.load import CONFIGS, command_parser
 from minimind_mcore.rl.config.load import resolve as resolve_config
 from minimind_mcore.rl.config.migrate import migrate
@@ -165,7 +165,8 @@ def _cores(tree: dict[str, Any], target: str) -> list[Finding]:
     if _hosts() > 1 or found >= wanted:
         return []
     fits = (found - wanted) // npus + config.rl.num_cpus_for_placement_group
-    lower = f"set rl_config.num_cpus_for_placement_group={fits:g}, or " if fits >= 1 else ""
+    least = LEAST_PPO_CORES if config.minimind.algorithm == "ppo" else 1
+    lower = f"set rl_config.num_cpus_for_placement_group={fits:g}, or " if fits >= least else ""
     text = f"this host has {found} CPU cores and Ray needs {wanted:g}; {lower}start Ray with --num-cpus={wanted:g}"
     return [Finding("warning", "rl_config.num_cpus_for_placement_group", text)]
 

@@ -107,7 +107,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rl.Job:
     monkeypatch.setattr(rl.tempfile, "mkdtemp", lambda **words: make(**words | {"dir": str(tmp_path)}))
     monkeypatch.setattr(rl.subprocess, "Popen", lambda words, **rest: start(["sleep", "60"], **rest))
     monkeypatch.chdir(tmp_path)
-    return rl.Job([])
+    return rl.Job("single", [])
 
 
 def test_the_directory_of_ray_cannot_be_guessed(job: rl.Job, tmp_path: Path) -> None:
@@ -237,3 +237,28 @@ def test_a_dry_run_shows_both_hosts_commands_and_starts_nothing(tmp_path: Path) 
     worker = run_script("grpo_minimind_worker.sh", "--dry-run", **environment)
     assert worker.returncode == 0 and "--address 127.0.0.1:6344 --node-ip-address 127.0.0.1" in worker.stdout
     assert not ray.exists() and not list(tmp_path.glob("*"))
+
+
+def test_each_run_on_one_host_has_ports_of_its_own(job: rl.Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """Workers of two clusters on one host would take the same ports of Ray's fixed range."""
+    with job.ray("head", []):
+        assert "--min-worker-port 0 --max-worker-port 0" in capfd.readouterr().out
+    assert job.port != rl.Job("single", []).port != rl.Job("head", []).port == "6766"
+
+
+def test_a_head_that_answers_before_its_node_is_there_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    def connect(address: str, **options: object) -> None:
+        tries.append(address)
+        if len(tries) < 3:
+            raise ConnectionError
+
+    monkeypatch.setattr("ray.init", connect)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {}}])
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(hosts, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(hosts, "reach", lambda *_: None)
+    monkeypatch.setattr(hosts, "require_ray", lambda *_: None)
+    hosts.wait("127.0.0.1:6766", 1, hosts.Patience(5, None))
+    assert len(tries) == 3

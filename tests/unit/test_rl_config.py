@@ -231,6 +231,11 @@ BROKEN = [
     ("minimind.save_rollouts=x", "mindspeed-rl-master", "minimind.save_rollouts"),
     ("minimind.rollout_engine=transformers", "mindspeed-rl-master", "minimind.rollout_engine"),
     ("actor_config.n_shared_experts=1 actor_config.num_experts=4", "mindspeed-rl-master", "actor_config.model"),
+    (
+        "actor_config.num_experts=4 actor_config.moe_router_topk=1",
+        "mindspeed-rl-master",
+        "megatron_training.use_distributed_optimizer",
+    ),
     ("minimind.policy_loss=no_such_module:loss", "embedded", "minimind.policy_loss"),
     ("minimind.advantage=helpers.rl_trees:unclipped", "embedded", "minimind.advantage"),
     ("minimind.policy_loss=helpers.rl_trees:unclipped", "mindspeed-rl-master", "minimind.policy_loss"),
@@ -281,6 +286,14 @@ def test_every_core_that_mindspeed_rl_reserves_is_counted(name: str, overrides: 
     findings, _, _ = lint(name, "mindspeed-rl-master", overrides.split(), nodes=nodes)
     (said,) = [f.message for f in findings if f.key == "rl_config.num_cpus_for_placement_group"]
     assert re.search(r"(\d+) CPU cores", said)[1] == str(cores)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("cores", "refused"), [(1, True), (2, False)])
+def test_actor_and_critic_need_a_core_each(cores: int, refused: bool) -> None:
+    words = [f"rl_config.num_cpus_for_placement_group={cores}"]
+    findings, _, _ = lint("ppo_minimind3", "mindspeed-rl-master", words)
+    errors = {finding.key for finding in findings if finding.level == "error"}
+    assert errors == ({"rl_config.num_cpus_for_placement_group"} if refused else set())
 
 
 UNHEEDED = [

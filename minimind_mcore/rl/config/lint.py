@@ -49,6 +49,7 @@ NEW_VERIFIERS = {"retool_reward"}  # of master
 THINKERS = {"base_acc", "format", "strict_format", "math_verify_reward"}  # the response must begin with <think>
 # num_cpus of GRPOTransferDock and TransferQueueManager (trainer/utils/transfer_dock.py, utils/transfer_queue/tq_mgr.py)
 TRANSFER_DOCK_CORES = 10
+LEAST_PPO_CORES = 2
 HOOK = "minimind_mcore.mindspeed.rl_hook.setup"
 
 
@@ -257,7 +258,7 @@ def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Problem]:
 
 def _models(config: Config) -> Iterator[Problem]:
     """What MindSpeed-RL does not have for a model, with the hook and without."""
-    actor, generate = config.actor, config.generate
+    actor, generate, rl_cores = config.actor, config.generate, config.rl.num_cpus_for_placement_group
     if not config.tree["megatron_training"].get("bf16", True):
         yield "megatron_training.bf16", "MindSpeed-RL trains in bf16 only"
     if generate.dtype != "bfloat16":
@@ -267,11 +268,28 @@ def _models(config: Config) -> Iterator[Problem]:
         yield "actor_config.model", f"{why}; train it with the embedded trainer"
     if actor.num_experts and actor.expert_model_parallel_size > 1 and not actor.moe_tp_extend_ep:
         yield "actor_config.expert_model_parallel_size", "above 1 needs moe_tp_extend_ep: true"
+    yield from _unsaved_mixture(config)
+    if config.minimind.algorithm == "ppo" and config.rl.use_integrated_worker and rl_cores < LEAST_PPO_CORES:
+        why = "actor and critic share each NPU's placement group, and Ray reserves a core for each of them"
+        yield "rl_config.num_cpus_for_placement_group", f"{rl_cores}: {why}; set it to {LEAST_PPO_CORES} or more"
     folder = Path(actor.tokenizer_name_or_path or "")
     if folder.is_dir() and not (folder / "config.json").is_file():
         why = f"{folder} is a tokenizer alone: vLLM builds its model from this directory"
         advice = "convert the weights with ckpt_convert_minimind_mcore2hf.sh"
         yield "megatron_training.tokenizer_name_or_path", f"{why}; {advice}"
+
+
+def _unsaved_mixture(config: Config) -> Iterator[Problem]:
+    """A checkpoint that Megatron-LM 0.12.1 cannot write.
+
+    For grouped experts `GroupedMLP.sharded_state_dict` counts the start of a rank's part of the distributed optimizer
+    (`w_start_range`) from the row in which the part begins, not from the expert's first row.
+    """
+    actor = config.actor
+    ranks = actor.pipeline_model_parallel_size * max(actor.tensor_model_parallel_size, actor.expert_model_parallel_size)
+    if actor.num_experts and actor.use_distributed_optimizer and config.rl.actor_resource.num_npus > ranks:
+        why = "Megatron-LM 0.12.1 cannot save the optimizer of grouped experts that data-parallel ranks share"
+        yield "megatron_training.use_distributed_optimizer", f"true: {why}; set it to false"
 
 
 def idle(config: Config) -> list[str]:

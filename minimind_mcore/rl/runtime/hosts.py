@@ -183,7 +183,12 @@ def wait(address: str, nodes: int, patience: Patience) -> None:
     require_ray(address, f"RAY_ADDRESS={address}")
     import ray
 
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    while True:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            break
+        except ConnectionError:  # the head answers before its own node is there
+            patience.more(f"the head at {address} has no node yet", "see Ray's log on the head")
     api: Any = ray
     try:
         while True:
