@@ -242,6 +242,8 @@ class Job:
             self.prepared.append(f"actor_config.load={begin}")
         if self.rehearses:
             self.prepared += [f"megatron_training.{key}=2" for key in ("train_iters", "save_interval")]
+            self.prepared.append(f"minimind.output_dir={outputs / 'rehearsal/grpo'}")
+            self.prepared.append(f"actor_config.save={outputs / 'rehearsal/grpo/checkpoints'}")
         if self.backend == "embedded" and not any(
             word.startswith("minimind.eval_interval=") for word in self.overrides
         ):

@@ -27,11 +27,12 @@ DISTRIBUTIONS = {
     "numpy": "numpy",
     "vLLM": "vllm",
     "vllm-ascend": "vllm-ascend",
+    "Triton-Ascend": "triton-ascend",
     "ray": "ray",
 }
 COMPONENTS = (
     "driver", "CANN", "Python", "torch", "torch_npu", "MindSpeed", "MindSpeed-LLM", "MindSpeed-RL",
-    "megatron-core", "transformers", "numpy", "vLLM", "vllm-ascend", "ray",
+    "megatron-core", "transformers", "numpy", "vLLM", "vllm-ascend", "Triton-Ascend", "ray",
 )  # fmt: skip
 
 

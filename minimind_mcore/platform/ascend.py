@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minimind_mcore.errors import UserError
+
+MASK = 2048  # CANN's size of a compressed mask, whatever the length of the sequences
 
 
 def adapt() -> None:
@@ -20,7 +27,13 @@ def adapt() -> None:
     if importlib.util.find_spec("mindspeed") is None:
         raise UserError("an NPU needs MindSpeed, which is not installed: docs/install_ascend.md says how to install it")
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
-    importlib.import_module("mindspeed.megatron_adaptor")
+    given = sys.argv
+    # With this flag MindSpeed takes the ends of packed samples from a global that only MindSpeed-LLM's batches set.
+    sys.argv = [word for word in given if word != "--reset-attention-mask"]
+    try:
+        importlib.import_module("mindspeed.megatron_adaptor")
+    finally:
+        sys.argv = given
     if not os.environ.get("ATB_HOME_PATH"):  # set by nnal's set_env.sh
         layers = importlib.import_module("megatron.core.tensor_parallel.layers")
         # MindSpeed's operator is part of nnal; `patches.py` gives its own where there seems to be none.
@@ -42,3 +55,40 @@ def norm(config: Any, hidden_size: int, eps: float) -> Any:
     )
 
     return PTNorm(config=config, hidden_size=hidden_size, eps=eps)
+
+
+def operators() -> Any:
+    """torch_npu, whose fused operators the layers call on an NPU; None elsewhere."""
+    return sys.modules.get("torch_npu") if "mindspeed.megatron_adaptor" in sys.modules and not active() else None
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, ends: Sequence[int] | None = None
+) -> Tensor:
+    """CANN's flash attention, each position looking at itself and those before it in its sequence.
+
+    Args:
+        query: [sequence, batch, heads, head_dim], or of packed sequences [tokens, heads, head_dim].
+        key: as the query, with the key-value heads.
+        value: as the key.
+        scale: of the scores.
+        dropout: probability.
+        ends: of the packed sequences, in tokens.
+
+    Returns:
+        [sequence, batch, heads * head_dim], or [tokens, heads * head_dim].
+    """
+    heads, layout = query.shape[-2], "SBH" if ends is None else "TND"
+    if ends is None:
+        query, key, value = query.flatten(2), key.flatten(2), value.flatten(2)
+    out: Tensor = operators().npu_fusion_attention(
+        query, key, value, heads, layout, atten_mask=_compressed_mask(query.device), scale=scale,
+        keep_prob=1.0 - dropout, sparse_mode=2, actual_seq_qlen=ends, actual_seq_kvlen=ends,
+    )[0]  # fmt: skip
+    return out if ends is None else out.flatten(1)
+
+
+@functools.cache
+def _compressed_mask(device: torch.device) -> Tensor:
+    """[2048, 2048], True above the diagonal: sparse mode 2 reads it for sequences of any length."""
+    return torch.ones(MASK, MASK, dtype=torch.bool, device=device).triu_(1)

@@ -24,6 +24,10 @@ HEADS = {
 KIT_ON_NPU = {
     "the kit's own engine on an NPU": "本套件自己的引擎，在 NPU 上",
     "the kit's own engine on an NPU, MindSpeed core_r0.16.0": "本套件自己的引擎，在 NPU 上，MindSpeed core_r0.16.0",
+    "the kit's own engine on an NPU, MindSpeed core_r0.17.0 and core_r0.18.0": (
+        "本套件自己的引擎，在 NPU 上，MindSpeed core_r0.17.0 与 core_r0.18.0"
+    ),
+    "the kit's own engine on an NPU, MindSpeed core_r0.8.0": "本套件自己的引擎，在 NPU 上，MindSpeed core_r0.8.0",
 }
 PROOF = {"tested in CI": "CI 测试", "rehearsed": "已演练", "rehearsed in part": "部分演练", "untested": "未测试"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,19 @@ def test_two_data_parallel_ranks_log_the_mean_of_both(inputs: Inputs, tmp_path: 
         steps = [row for row in rows if "lm_loss" in row]
         tokens = [row["tokens_per_second"] * row["seconds_per_iteration"] for row in steps]
         assert tokens == pytest.approx([256] * 10, rel=1e-3)
+
+
+def test_packed_fine_tuning_is_that_without_mindspeed(
+    inputs: Inputs, weights: Callable[..., Path], tmp_path: Path
+) -> None:
+    """MindSpeed's patches for --reset-attention-mask would look for the batches of MindSpeed-LLM."""
+    environment = rehearsal.SETTINGS | inputs.environment | rehearsal.layout() | {"BACKEND": "native", "PACK": "1"}
+    environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / "chats.jsonl")}
+    environment |= {"SEQ_LENGTH": "128", "CKPT_LOAD_DIR": str(weights("minimind3")), "MBS": "1"}
+    losses = {}
+    for name, rehearse in (("mindspeed", True), ("plain", False)):
+        folder = tmp_path / name
+        rehearsal.run_script("tune_minimind_full_ptd.sh", rehearse=rehearse, **environment, OUTPUT_DIR=str(folder))
+        losses[name] = [row["lm_loss"] for row in read_rows(folder) if "lm_loss" in row]
+    assert len(losses["plain"]) == 10
+    assert worst_difference(losses["mindspeed"], losses["plain"]) < 1e-5

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimind_mcore.platform import ascend
 from minimind_mcore.platform.fused import compiled
 
 
@@ -20,6 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of `x` [..., n], in fp32; `weight` is [n]."""
     if torch.compiler.is_compiling():
         return compiled.rms_norm(x, weight, eps)
+    if npu := ascend.operators():
+        normed: Tensor = npu.npu_rms_norm(x, weight, eps)[0]
+        return normed
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _apply(_RMSNorm, x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -32,6 +36,9 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return compiled.swiglu(x)
+    if x.numel() and (npu := ascend.operators()):  # CANN refuses the empty input of an expert without tokens
+        gated: Tensor = npu.npu_swiglu(x)
+        return gated
     return _apply(_SwiGLU, x)
 
 
@@ -45,6 +52,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return compiled.rotate(x, cos, sin)
+    if npu := ascend.operators():
+        turned: Tensor = npu.npu_rotary_mul(x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+        return turned
     return _apply(_Rotary, x, cos, sin)
 
 

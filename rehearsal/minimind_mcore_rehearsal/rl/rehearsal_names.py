@@ -4,6 +4,8 @@
   optional packages that are not installed.
 * Megatron-LM 0.12.1 writes `torch_dist` checkpoints with a private function of torch, which takes another argument
   from torch 2.9 on. An Ascend host has torch 2.7.1.
+
+With REHEARSAL_ROLLOUTS it also records the batches that MindSpeed-RL's actor trains on.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import itertools
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -99,9 +103,28 @@ def _write_as_torch_saves(module: Any) -> None:
         module._write_item = functools.partial(write, serialization_format=form)
 
 
+def _record_updates(module: Any) -> None:
+    """Write the batch of every update where REHEARSAL_ROLLOUTS says, for comparisons with another trainer."""
+    engine = module.BaseTrainingEngine
+    update, numbers = engine.update, itertools.count(1)
+
+    @functools.wraps(update)
+    def recorded(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        metrics = update(self, data, *args, **kwargs)
+        if (path := os.environ.get("REHEARSAL_ROLLOUTS")) and self.role == "actor":
+            import torch
+
+            where = f"{path}.{os.environ.get('RANK', '0')}.update-{next(numbers)}.pt"
+            torch.save({"batch": dict(data), "metrics": dict(metrics)}, where)
+        return metrics
+
+    engine.update = recorded
+
+
 def install() -> None:
-    """Arrange for both; importing nothing."""
+    """Arrange for all of it; importing nothing."""
     missing = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
     sys.meta_path.append(_NamesFinder({"vllm", "vllm_ascend"} | missing))
     strategies = "megatron.core.dist_checkpointing.strategies"
     sys.meta_path.insert(0, _Behind(f"{strategies}.filesystem_async", _write_as_torch_saves))
+    sys.meta_path.insert(0, _Behind("mindspeed_rl.models.base.base_training_engine", _record_updates))
