@@ -90,7 +90,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params, mask_type)
         if attention_mask is None and mask_type in _CAUSAL and query.shape[0] == key.shape[0] and ascend.operators():
-            return self._on_npu(query, key, value)
+            return self._fused(query, key, value)
         if attention_mask is None and mask_type in _CAUSAL and self._short_on_cpu(query, key):
             return causal_attention(query, key, value, self.scale).flatten(2)
         # [s, b, n, d] -> [b, n, s, d]
@@ -129,13 +129,13 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         """One call per sequence: each is as long as it is, and nothing crosses a boundary."""
         out, ends = [], packed.cu_seqlens_q.tolist()
         if mask_type in _CAUSAL and ascend.operators():
-            return self._on_npu(query, key, value, ends[1:])
+            return self._fused(query, key, value, ends[1:])
         for start, end in itertools.pairwise(ends):
             q, k, v = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
             out.append(self._attend(q, k, v, None, mask_type in _CAUSAL).transpose(1, 2)[0].flatten(1))
         return torch.cat(out)
 
-    def _on_npu(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int] | None = None) -> Tensor:
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int] | None = None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         with self._rng(dropout):
             return ascend.causal_attention(query, key, value, self.scale, dropout, ends)

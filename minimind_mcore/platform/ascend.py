@@ -58,8 +58,26 @@ def norm(config: Any, hidden_size: int, eps: float) -> Any:
 
 
 def operators() -> Any:
-    """torch_npu, whose fused operators the layers call on an NPU; None elsewhere."""
+    """torch_npu, whose fused operators the layers of this kit's engine call; None where no NPU trains with them."""
     return sys.modules.get("torch_npu") if "mindspeed.megatron_adaptor" in sys.modules and not active() else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """CANN's RMSNorm over the last axis."""
+    result: Tensor = operators().npu_rms_norm(x, weight, eps)[0]
+    return result
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """CANN's `silu(gate) * up` of `x` [..., 2 n], which must not be empty."""
+    result: Tensor = operators().npu_swiglu(x)
+    return result
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """CANN's rotary embedding of `x` [sequence, batch, heads, n], by n/2 angles."""
+    result: Tensor = operators().npu_rotary_mul(x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+    return result
 
 
 def causal_attention(

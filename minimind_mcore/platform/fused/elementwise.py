@@ -21,9 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of `x` [..., n], in fp32; `weight` is [n]."""
     if torch.compiler.is_compiling():
         return compiled.rms_norm(x, weight, eps)
-    if npu := ascend.operators():
-        normed: Tensor = npu.npu_rms_norm(x, weight, eps)[0]
-        return normed
+    if ascend.operators():
+        return ascend.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _apply(_RMSNorm, x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -36,9 +35,8 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return compiled.swiglu(x)
-    if x.numel() and (npu := ascend.operators()):  # CANN refuses the empty input of an expert without tokens
-        gated: Tensor = npu.npu_swiglu(x)
-        return gated
+    if x.numel() and ascend.operators():  # CANN refuses the empty input of an expert without tokens
+        return ascend.swiglu(x)
     return _apply(_SwiGLU, x)
 
 
@@ -52,9 +50,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return compiled.rotate(x, cos, sin)
-    if npu := ascend.operators():
-        turned: Tensor = npu.npu_rotary_mul(x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
-        return turned
+    if ascend.operators():
+        return ascend.rotate(x, cos, sin)
     return _apply(_Rotary, x, cos, sin)
 
 

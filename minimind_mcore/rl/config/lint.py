@@ -287,7 +287,8 @@ def _unsaved_mixture(config: Config) -> Iterator[Problem]:
     """
     actor = config.actor
     ranks = actor.pipeline_model_parallel_size * max(actor.tensor_model_parallel_size, actor.expert_model_parallel_size)
-    if actor.num_experts and actor.use_distributed_optimizer and config.rl.actor_resource.num_npus > ranks:
+    devices = next(worker.devices for worker in workers(config) if worker.name == "actor_config")
+    if actor.num_experts and actor.use_distributed_optimizer and devices > ranks:
         why = "Megatron-LM 0.12.1 cannot save the optimizer of grouped experts that data-parallel ranks share"
         yield "megatron_training.use_distributed_optimizer", f"true: {why}; set it to false"
 
