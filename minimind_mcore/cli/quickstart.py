@@ -117,14 +117,14 @@ class Quickstart:
         packed = ["--pack", "--neat-pack", "--system-ratio", "0", "--empty-think-ratio", "1"]
         self.call(["data", "sft", *packed], DATA_PATH=str(dialogues), OUTPUT_PREFIX=str(self.data / "dialogues"))
 
-    def train(self, stage: str, changes: dict[str, str]) -> None:
-        """Run a training, unless it is finished."""
+    def train(self, stage: str, changes: dict[str, str], command: str = "", *flags: str) -> None:
+        """Run a training, unless it is finished. `command` is its command, if not called like the stage."""
         folder, iterations = self.folders[stage], self.iterations[stage]
         tracker = folder / "checkpoints/latest_checkpointed_iteration.txt"
         if tracker.is_file() and tracker.read_text(encoding="utf-8") == iterations:
             print(f"finished before: {tracker.parent}")
             return
-        self.call([stage, *SCHEDULE], **changes, OUTPUT_DIR=str(folder), TRAIN_ITERS=iterations)
+        self.call([command or stage, *SCHEDULE, *flags], **changes, OUTPUT_DIR=str(folder), TRAIN_ITERS=iterations)
 
     def chat(self) -> None:
         """Ask the first unseen sum and the first unseen lookup, as typed into a chat."""

@@ -17,6 +17,9 @@ from typing import Any
 
 import openai  # pyright: ignore[reportMissingImports]
 
+from minimind_mcore.tools.process import Limits
+from minimind_mcore.tools.registry import Toolbox, tool_of
+
 CHECKS: dict[str, Callable[[Any], None]] = {}
 HELLO = [{"role": "user", "content": "hello"}]
 TOOLS = [
@@ -205,6 +208,24 @@ def raw(client: Any, path: str, **fields: Any) -> str:
     address = str(client.base_url).replace("/v1/", f"/{path}")
     text: str = client._client.post(address, json=fields, headers=client.auth_headers).text
     return text
+
+
+@check
+def tool_loop(client: Any) -> None:
+    """Three rounds: the model calls a tool, the tool runs, the model reads the result. Then the model answers."""
+    places = {"location": {"enum": ["Tokyo", "Paris"]}}
+    parameters = {"type": "object", "properties": places, "required": ["location"], "additionalProperties": False}
+    weather = {"type": "function", "function": {"name": "get_current_weather", "parameters": parameters}}
+    toolbox, messages = Toolbox([tool_of(weather)], Limits(seconds=60)), list[Any](HELLO)
+    forced = {"tools": [weather], "tool_choice": {"type": "function", "function": {"name": "get_current_weather"}}}
+    for _ in range(3):
+        reply = chat(client, messages=messages, max_tokens=300, ignore_eos=False, **forced).choices[0].message
+        [call] = reply.tool_calls
+        result = toolbox.run(call.function.name, json.loads(call.function.arguments))
+        assert result is not None and json.loads(result.text)["temperature"] in ("12°C", "10°C")
+        messages += [reply, {"role": "tool", "tool_call_id": call.id, "content": result.text}]
+    final = chat(client, messages=messages, tools=[weather], tool_choice="none").choices[0].message
+    assert final.content is not None and final.tool_calls is None and len(messages) == 7
 
 
 @check

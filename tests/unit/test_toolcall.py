@@ -1,0 +1,175 @@
+"""The evaluation of tool calls, and the quality of replies, against a backend whose replies are written here."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.inference import evaluation
+from minimind_mcore.inference.quality import Quality, repetition
+from minimind_mcore.inference.toolcall import Reply, evaluate, read_cases, summary
+from minimind_mcore.preprocess import tool_dialogues
+from minimind_mcore.tools.cases import SETS, Case
+from minimind_mcore.tools.parser import parse
+from minimind_mcore.tools.registry import TOOLS
+
+
+def called(name: str, **arguments: object) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+class Scripted:
+    """Replies by the question, in turn; the last one again and again."""
+
+    def __init__(self, replies: Mapping[str, Sequence[str]]) -> None:
+        self.replies, self.seen = replies, list[Sequence[Mapping[str, object]]]()
+
+    def reply(
+        self, conversations: Sequence[tuple[Sequence[Mapping[str, object]], Sequence[Mapping[str, object]]]]
+    ) -> list[Reply]:
+        found = []
+        for messages, _ in conversations:
+            self.seen.append(messages)
+            questions = [str(message["content"]) for message in messages if message["role"] == "user"]
+            number = sum(message["role"] == "assistant" for message in messages)
+            texts = self.replies.get(questions[-1], ["no idea"])
+            text = texts[min(number, len(texts) - 1)]
+            parsed = parse(text)
+            found.append(Reply(parsed.answer, parsed.calls, parsed.message(), text.split()))
+        return found
+
+
+WEATHER, PRODUCT, TIME, SELF = "北京今天天气怎么样？", "帮我计算 123 * 456", "现在几点了？", "请介绍一下你自己"
+SEARCH, SHANGHAI = "搜索一下最新的Python版本", "上海的天气如何？"
+
+
+def rates(replies: Mapping[str, Sequence[str]], cases: Sequence[Case]) -> dict[str, tuple[int, int]]:
+    outcomes, _ = evaluate(Scripted(replies), cases, batch=4, seed=1)
+    return summary(outcomes)
+
+
+def test_every_rate_counts_what_it_says() -> None:
+    replies = {
+        WEATHER: [called("get_current_weather", location="北京"), "28°C, 晴"],  # all right
+        PRODUCT: [called("calculate_math", expression="123 * 456"), "It is 56,088."],  # blanks and commas do not count
+        TIME: [called("search", query="time"), "no idea"],  # another tool
+        SELF: [called("search", query="me"), "I am"],  # a call where none is needed
+        SEARCH: ["<tool_call>{broken", "ok"],  # a call that is not JSON
+        SHANGHAI: [called("get_current_weather", city="北京"), "fine"],  # other arguments, by another name
+    }
+    assert rates(replies, SETS["minimind-ascend"](0)) == {
+        "called": (5, 5),
+        "right_tool": (3, 5),
+        "exact": (2, 5),
+        "not_called": (0, 1),
+        "valid_json": (5, 6),
+        "complete_arguments": (5, 6),
+        "answer_holds_result": (2, 6),
+    }
+
+
+def test_results_go_back_and_rounds_are_bounded() -> None:
+    [case] = [case for case in SETS["minimind"](0) if "平方" in case.question]
+    first, second = called("random_number", min=1, max=1000), called("calculate_math", expression="7*7")
+    backend = Scripted({case.question: [first, second, "49"]})
+    [outcome], quality = evaluate(backend, [case], batch=1, seed=5)
+    assert (outcome.rounds, outcome.answer, quality.replies) == (2, "49", 3)
+    assert outcome.rates == dict.fromkeys(
+        ("called", "right_tool", "exact", "valid_json", "complete_arguments", "answer_holds_result"), True
+    )
+    assert [message["role"] for message in backend.seen[-1]] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert backend.seen[-1][-1]["content"] == '{"result": "49"}'
+    [outcome], quality = evaluate(Scripted({case.question: [first]}), [case], batch=1, seed=5)
+    assert outcome.rounds == 3 and quality.replies == 4  # a model that never stops calling
+
+
+def test_an_oracle_is_exact_in_every_generated_case() -> None:
+    cases = SETS["generated"](3)[:40]
+    replies = {
+        case.question: [*(called(call.name, **(call.arguments or {})) for call in case.calls), "done"] for case in cases
+    }
+    found = rates(replies, cases)
+    assert found["exact"] == (36, 36) and found["not_called"] == (4, 4)
+    assert SETS["generated"](3) == SETS["generated"](3) != SETS["generated"](4)
+    assert all(name in TOOLS for case in SETS["generated"](3) for name in (call.name for call in case.calls))
+
+
+def test_wrong_sets_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such file; expected one, or minimind, minimind-ascend, generated"):
+        read_cases("minimid", 0)
+    (tmp_path / "cases.jsonl").write_text('{"conversations": [{"role": "user", "content": "a"}], "calls": []}\n')
+    with pytest.raises(UserError, match="record 1: expected tools"):
+        read_cases(str(tmp_path / "cases.jsonl"), 0)
+    with pytest.raises(UserError, match="--backend api: expected --task toolcall and --api-model"):
+        evaluation.main(["--backend", "api", "--task", "toolcall", "--task-data-path", "minimind"])
+
+
+class Answers(BaseHTTPRequestHandler):
+    """OpenAI's API: calls the first tool that is offered with {}, then answers with the tool's result."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message: dict[str, object] = {"role": "assistant", "content": body["messages"][-1]["content"]}
+        if body["messages"][-1]["role"] == "user":
+            function = {"name": body["tools"][0]["function"]["name"], "arguments": '{"location": "北京"}'}
+            message = {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+            }
+        else:
+            assert body["messages"][-1]["tool_call_id"] == "call_1"
+        reply = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+def test_a_server_is_judged_and_the_scores_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    flags = ["--backend", "api", "--api-base-url", f"http://127.0.0.1:{server.server_port}/v1", "--api-model", "m"]
+    flags += ["--task", "toolcall", "--task-data-path", "minimind-ascend", "--output-dir", str(tmp_path)]
+    evaluation.main(flags)
+    server.shutdown()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    subjects = scores["accuracy"]["toolcall"]["subjects"]
+    assert subjects["called"]["accuracy"] == 1 and subjects["right_tool"]["accuracy"] == 0.4
+    assert subjects["exact"]["accuracy"] == 0.2 and scores["rounds"] == 1
+    assert (tmp_path / "scores.png").stat().st_size > 1000
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
+    assert "exact" in capsys.readouterr().out
+
+
+def test_repetition_is_the_share_of_seen_ngrams() -> None:
+    assert repetition("a b c d e f".split()) == 0
+    assert repetition("a a a a a a a".split()) == pytest.approx(3 / 4)  # one distinct 4-gram of four
+    assert repetition("a b a b a b".split(), n=2) == pytest.approx(3 / 5)
+    assert repetition("a b".split()) == 0
+    quality = Quality()
+    quality.add(list("aaaaaaa"), finished=False)
+    quality.add(list("abc"), finished=True)
+    assert quality.row() == {"replies": 2, "repetition_4gram": 0.375, "ended": 0.5, "tokens_per_reply": 5.0}
+
+
+def test_sample_dialogues_hold_no_value_that_is_asked_for() -> None:
+    training = json.dumps(tool_dialogues.dialogues(42, 3000), ensure_ascii=False)
+    numbers = set(re.findall(r"\d+", training))
+    towns = set(re.findall(r"[A-Z][a-z]+", training))
+    for case in tool_dialogues.held_out(42):
+        for value in re.findall(r"\d+|[A-Z][a-z]+", json.dumps(case["calls"])):
+            assert value not in numbers | towns
+    kinds = random.Random(0).sample(tool_dialogues.held_out(42), 30)
+    assert {case["task"] for case in kinds} == {"get_current_weather", "calculate_math", "random_number"}
