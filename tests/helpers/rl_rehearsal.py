@@ -239,9 +239,9 @@ def generated(path: Path) -> list[dict[str, Any]]:
 
 
 def worst_logp(update: Mapping[str, Any], kept: Mapping[str, torch.Tensor]) -> float:
-    """The largest difference of the reference's log-probabilities, of which both trainers have kept theirs."""
+    """The largest relative difference of the reference's log-probabilities, of which both trainers have kept theirs."""
     worst = 0.0
     for theirs, ours, count in zip(update["ref_log_prob"], kept["ref_logp"], update["response_length"], strict=True):
         n = int(count)
-        worst = max(worst, (theirs[:n].float() - ours[:n]).abs().max().item())
+        worst = max(worst, ((theirs[:n].float() - ours[:n]) / ours[:n]).abs().max().item())
     return worst
