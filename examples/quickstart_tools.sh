@@ -7,7 +7,8 @@
 # 300 questions whose towns and numbers occur in no dialogue. The share of calls whose tool and arguments are exact is
 # printed before and after. Ends with 1 if fewer than LEAST are exact. The same command again skips what is finished.
 #
-# QUICKSTART_TOOL_ITERS    iterations (default 1000)
+# QUICKSTART_TOOL_ITERS    iterations of the first round (default 1000)
+# QUICKSTART_TOOL_MORE_ITERS   of the second, at a lower learning rate (default 700)
 # QUICKSTART_TOOL_SEED     seed of the training (default 42); each seed has a directory of its own
 # LEAST                    share of the calls that must be exact (default 0.8)
 # OUTPUT_DIR DATA_DIR      as in quickstart.sh
