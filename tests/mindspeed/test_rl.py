@@ -53,7 +53,10 @@ CASES = {
         ),
     ),
     "dapo": Case("dapo_minimind_tiny", more=("rl_config.filter_groups_enable=false",)),
-    "ppo": Case("ppo_minimind_tiny", more=("critic_config.load_checkpoint_loosely=true",)),
+    "ppo": Case(
+        "ppo_minimind_tiny",
+        more=("critic_config.load_checkpoint_loosely=true", "megatron_training.save_interval=2"),
+    ),
     "grpo separate workers": Case("grpo_minimind3_separate", npus=1, more=rl_rehearsal.SEPARATE),
 }  # fmt: skip
 
