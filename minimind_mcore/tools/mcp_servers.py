@@ -18,8 +18,8 @@ from minimind_mcore.tools.process import Limits, Result, failed
 from minimind_mcore.tools.tool import Tool
 
 if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
-    from mcp import Client
+    from anyio.from_thread import BlockingPortal  # pyright: ignore[reportMissingImports]
+    from mcp import Client  # pyright: ignore[reportMissingImports]
 
 START_SECONDS = 30.0  # for a server to start and to list its tools
 
@@ -36,8 +36,8 @@ def open_servers(servers: object, where: str, stack: ExitStack) -> list[Tool]:
         UserError: the SDK is not installed, or a server does not start.
     """
     try:
-        from anyio.from_thread import start_blocking_portal
-        from mcp import Client, StdioServerParameters
+        from anyio.from_thread import start_blocking_portal  # pyright: ignore[reportMissingImports]
+        from mcp import Client, StdioServerParameters  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"{where}: mcpServers needs the MCP SDK: pip install 'minimind-mcore[mcp]'") from error
     if not isinstance(servers, dict):
