@@ -30,7 +30,6 @@ UPSTREAM_NAMES = {
     "minimind_mcore/platform/patches.py": ("fused_weight_gradient_mlp_cuda",),
     "minimind_mcore/rl/config/check.py": ("num_npus",),
     "minimind_mcore/rl/config/schema.py": ("num_npus",),
-    "minimind_mcore/rl/verl/export.py": ("num_npus",),
     "minimind_mcore/rl/runtime/placement.py": ("num_npus",),
     "models/attention.py": ("get_cuda_rng_tracker",),
     "converters/probe.py": ("model_parallel_cuda_manual_seed",),
