@@ -14,10 +14,9 @@ from typing import Any
 
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.layout import ParallelLayout, parse_numbers
-from minimind_mcore.converters.job import FORMATS, VERIFY, Job, run_job
+from minimind_mcore.converters.job import Job, run_job
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import build_parser, support
-from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.inputs.flags import add_kit_flags, build_parser, support
 from minimind_mcore.platform.cpu import keep_freed_memory
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
@@ -71,56 +70,15 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
         if action.dest in ("model_type_hf", "params_dtype", "ckpt_format", "lora_r", "lora_alpha"):
             # ours has other models, and takes from the source what is not given
             action.choices, action.default = None, None
-    _add_own_flags(parser)
+    unpickling.add_trust_flag(add_kit_flags(parser, f"{V2}, {V1}"))
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assumptions.add_flags(parser.add_argument_group("model", "values that a .pth file does not hold"), known)
     args, given = parser.parse(argv)
     if refused := [flag for flag in given if flag in support(program, "refused")]:
         raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
     if ignored := [flag for flag in given if flag in support(program, "no effect")]:
         print(f"without effect here: {', '.join(ignored)}", flush=True)
     return args, given
-
-
-def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of this kit, where MindSpeed-LLM's program has none of that name."""
-    group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
-    known = {flag for action in parser._actions for flag in action.option_strings}
-
-    def add(flag: str, **options: Any) -> None:
-        if flag not in known:
-            group.add_argument(flag, **options)
-
-    add("--params-dtype", help="fp32, bf16 or fp16 (default: the source's)")
-    add("--ckpt-format", help="of a Megatron checkpoint: torch (default) or torch_dist")
-    add("--hf-cfg-dir", help="directory with the model's config.json and tokenizer")
-    add("--hf-dir", help="the same, as older guides call it")
-    add("--tokenizer-name-or-path", help="directory of the tokenizer (default: --hf-cfg-dir, or the source's)")
-    add(
-        "--true-vocab-size",
-        type=flag_type("true_vocab_size"),
-        help="rows of the embedding to keep in a Hugging Face model",
-    )
-    unit = flag_type("make_vocab_size_divisible_by")
-    add("--make-vocab-size-divisible-by", type=unit, default=1, help="pad the vocabulary of a Megatron checkpoint")
-    add("--padded-vocab-size", type=flag_type("padded_vocab_size"), help="pad it to this many rows")
-    add(
-        "--format",
-        choices=FORMATS,
-        default="hf",
-        help="minimind: MiniMind's own; a --save-dir ending in .pth is a file",
-    )
-    add(
-        "--pad-head-dim",
-        type=flag_type("kv_channels"),
-        metavar="SIZE",
-        help="pad the heads with zeros; for vLLM on an NPU, which has kernels for 128 and not for 96 or 80",
-    )
-    add("--copy-code", action="store_true", help="with --format minimind: copy model_minimind.py, which is code")
-    unpickling.add_trust_flag(group)
-    add("--verify", choices=VERIFY, default="weights", help="logits: also run both models, and compare")
-    add("--dry-run", action="store_true", help="check everything, write nothing")
-    shard = flag_type("max_shard_size")
-    add("--max-shard-size", type=shard, default=2.0, metavar="GIB", help="of one safetensors file")
-    assumptions.add_flags(parser.add_argument_group("model", "values that a .pth file does not hold"), known)
 
 
 def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:

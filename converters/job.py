@@ -26,8 +26,6 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type
 from minimind_mcore.models.presets import PRESETS, get_preset
 
-FORMATS = ("hf", "minimind")
-VERIFY = ("weights", "logits")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 # MindSpeed-LLM's names of the model types, and transformers'

@@ -14,10 +14,17 @@ from collections.abc import Sequence
 
 from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import Parser, build_parser, flag_table, support, supported_values, unused
-from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.inputs.flags import (
+    Parser,
+    add_kit_flags,
+    build_parser,
+    flag_table,
+    support,
+    supported_values,
+    unused,
+)
 from minimind_mcore.inputs.splits import parse_split
-from minimind_mcore.models.config import NO_EXPERTS, ROUTER_WEIGHTS, named_router_weight, set_router_weight
+from minimind_mcore.models.config import NO_EXPERTS, named_router_weight, set_router_weight
 
 # The dests of flags; inputs/support.json has the table.
 IMPLEMENTED, NO_EFFECT = support("pretrain_gpt.py", "implemented"), support("pretrain_gpt.py", "no effect")
@@ -26,78 +33,20 @@ STAGES = ("sft", "dpo", "reason", "distill")
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
 
-def _add_native_flags(parser: argparse.ArgumentParser) -> None:
-    """The few flags that neither Megatron nor MindSpeed-LLM has."""
-    group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument("--output-dir", help="metrics.jsonl, loss.png, report.html (default: beside --save)")
-    group.add_argument(
-        "--keep-last", type=flag_type("keep_last"), metavar="N", help="keep only the N newest checkpoints"
-    )
-    group.add_argument(
-        "--minimind-init",
-        choices=("normal", "torch"),
-        help="MiniMind's initialisation instead of Megatron's: normal is minimind-3's, torch MiniMind2's",
-    )
-    group.add_argument(
-        "--reshard",
-        action="store_true",
-        help="load a torch checkpoint of another layout: its weights and place in the schedule, not its optimizer",
-    )
-    unpickling.add_trust_flag(group)
-    group.add_argument("--decay-all", action="store_true", help="weight decay on norms too, as MiniMind does")
-    group.add_argument(
-        "--lr-at-iteration-end",
-        action="store_true",
-        help="use the schedule's value at the end of an iteration, as MiniMind does, not at its beginning",
-    )
-    add_router_weight(group)
-    group.add_argument("--swanlab-project", default="", help="log to this SwanLab project")
-    group.add_argument("--log-file", help="also write what is printed to this file")
-    group.add_argument(
-        "--verify-data",
-        action="store_true",
-        help="compare all tokens with the checksums of their conversion; by default 64 MiB of each .bin file",
-    )
-    group.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, train nothing")
-    group.add_argument("--data-pending", action="store_true", help="with --dry-run: the data is yet to be converted")
-
-
-def add_router_weight(group: argparse._ActionsContainer) -> None:
-    """Add the model flag that neither Megatron nor MindSpeed-LLM has."""
-    group.add_argument(
-        "--router-weight",
-        choices=ROUTER_WEIGHTS,
-        help="how the experts' scores become weights (default: the rule of the loaded weights; for new training "
-        "straight_through with one expert per token, else as --norm-topk-prob and --moe-router-pre-softmax say)",
-    )
-
-
-def _add_posttrain_flags(parser: Parser) -> None:
-    """What posttrain_gpt.py has beyond MindSpeed-LLM's: stages and losses of MiniMind, and their settings."""
-    parser.set_choices("stage", STAGES)
-    parser.set_choices("dpo_loss_type", DPO_LOSSES)
-    group = parser.add_argument_group("post-training", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument("--reference-live", action="store_true", help="run --ref-model in every step, cache nothing")
-    group.add_argument(
-        "--gamma-beta-ratio",
-        type=flag_type("gamma_beta_ratio"),
-        default=1.4,
-        help="SimPO's target margin, as a multiple of 1 / beta",
-    )
-    group.add_argument("--teacher-model", help="to distil: an HF directory or a directory of checkpoints")
-    for name, default, what in (
-        ("alpha", 0.5, "weight of the labels' loss; the rest is KL"),
-        ("temperature", 1.5, "of both distributions in the KL"),
-    ):
-        group.add_argument(f"--distill-{name}", type=flag_type(f"distill_{name}"), default=default, help=what)
+def _add_flags(parser: Parser, posttrain: bool) -> None:
+    """Add the flags that neither Megatron nor MindSpeed-LLM has, and the stages and losses of MiniMind."""
+    unpickling.add_trust_flag(add_kit_flags(parser, "pretrain_gpt.py"))
+    if posttrain:
+        parser.set_choices("stage", STAGES)
+        parser.set_choices("dpo_loss_type", DPO_LOSSES)
+        add_kit_flags(parser, "posttrain_gpt.py")
 
 
 @functools.cache
 def kit_flags() -> tuple[str, ...]:
     """The flags that this kit's training programs have and MindSpeed-LLM's do not."""
     parser = build_parser()
-    _add_native_flags(parser)
-    _add_posttrain_flags(parser)
+    _add_flags(parser, posttrain=True)
     return tuple(f for action in parser._actions for f in action.option_strings if f not in flag_table())
 
 
@@ -112,9 +61,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
     """
     parser = build_parser(prog="posttrain_gpt.py" if posttrain else "pretrain_gpt.py")
-    _add_native_flags(parser)
-    if posttrain:
-        _add_posttrain_flags(parser)
+    _add_flags(parser, posttrain)
     args, given = parser.parse(argv)
     table = flag_table()
     implemented = IMPLEMENTED | POSTTRAIN if posttrain else IMPLEMENTED

@@ -25,15 +25,14 @@ import sys
 from collections.abc import Sequence
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import Parser, build_parser, support, unused
-from minimind_mcore.inputs.ranges import flag_type
+from minimind_mcore.inputs.flags import Parser, add_kit_flags, build_parser, support, unused
 from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
 from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.options import ChatOptions, Options, from_dataset_info, with_config
-from minimind_mcore.preprocess.tokenize import BACKENDS, tokenizer_info
+from minimind_mcore.preprocess.tokenize import tokenizer_info
 
 PROGRAM = "preprocess_data.py"
 IMPLEMENTED, NO_EFFECT = support(PROGRAM, "implemented"), support(PROGRAM, "no effect")
@@ -47,39 +46,7 @@ def _parser() -> Parser:
     parser.set_defaults(cache_dir=None)
     parser.set_choices("prompt_type", None)
     parser.set_choices("tokenizer_type", None)  # `_convert` says which
-    group = parser.add_argument_group("minimind", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument(
-        "--prepend-bos",
-        action="store_true",
-        help="begin each document with the tokenizer's bos; with --append-eod, MiniMind's pretraining format",
-    )
-    for name, what in (
-        ("system", "conversations that get one of MiniMind's system prompts (default: 0.2 of MiniMind's own formats)"),
-        ("empty-think", "texts that keep their empty thoughts (default: 0.2 of MiniMind's own formats, else 1)"),
-        ("thinking", "tasks that let the model think (default: 0.9, agents 0.1)"),
-    ):
-        ratio = flag_type(f"{name.replace('-', '_')}_ratio")
-        group.add_argument(f"--{name}-ratio", type=ratio, help=f"share of {what}; drawn by --seed")
-    group.add_argument(
-        "--placeholder-token",
-        default=ChatOptions.placeholder_token,
-        help="the token behind each step, for AlpacaStyleProcessRewardHandler, as in MindSpeed-LLM 2.2.0",
-    )
-    group.add_argument("--config", metavar="YAML", help="a file of flags: `input: data.jsonl`, `pack: true`, ...")
-    group.add_argument("--dtype", choices=("int32", "uint16"), default="int32", help="uint16 halves the size")
-    group.add_argument("--tokenizer-backend", choices=BACKENDS, default="auto", help="all give the same tokens")
-    group.add_argument(
-        "--max-reject-rate",
-        type=flag_type("max_reject_rate"),
-        default=0.001,
-        help="share of unusable records above which the run fails and writes nothing (default 0.001)",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check input, keys, handler and tokenizer, and convert nothing; prints the prefixes if all is done",
-    )
-    group.add_argument("--check", metavar="PREFIX", help="verify a dataset instead of making one")
+    add_kit_flags(parser, PROGRAM)
     return parser
 
 

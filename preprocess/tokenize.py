@@ -35,8 +35,6 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.preprocess.tokenizer_files import read_json, special_tokens, tokenizer_json
 
-BACKENDS = ("auto", "gigatoken", "tokenizers")
-
 # gigatoken remembers every word it has met; a new instance every so often (15 ms) bounds its memory.
 RENEWAL_CHARS = 8 << 20
 

@@ -16,7 +16,7 @@ from minimind_mcore.checkpoint.files import directory_of
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.job import Job
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import build_parser, flag_table, support, unused
+from minimind_mcore.inputs.flags import add_kit_flags, build_parser, flag_table, support, unused
 from minimind_mcore.models.config import ModelConfig
 
 PROGRAMS = "inference.py, evaluation.py"  # share a row of inputs/support.json
@@ -51,7 +51,9 @@ def parse(
     parser = build_parser(prog=program)
     parser.set_choices("prompt_type", None)
     parser.set_defaults(lora_r=None, lora_alpha=None)  # taken from the checkpoint
-    _add_loading_flags(parser)
+    group = add_kit_flags(parser, PROGRAMS)
+    unpickling.add_trust_flag(group)
+    assumptions.add_flags(group, {flag for action in parser._actions for flag in action.option_strings})
     add_own(parser)
     args, given = parser.parse(argv)
     args.given = given
@@ -66,18 +68,6 @@ def parse(
     effective = {assumptions.FLAGS[name] for name in (_stated(args) if local else ())}
     args.no_effect = [flag for flag in unused(args.given, mine) if flag not in effective]
     return args
-
-
-def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument(
-        "--params-dtype",
-        choices=("fp32", "bf16", "fp16"),
-        help="compute in it, as --bf16 and --fp16 do (default: fp32 on a CPU, elsewhere the model's own)",
-    )
-    unpickling.add_trust_flag(group)
-    group.add_argument("--dry-run", action="store_true", help="check everything, run nothing")
-    assumptions.add_flags(group, {flag for action in parser._actions for flag in action.option_strings})
 
 
 def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
@@ -137,7 +127,7 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
     if not checked:
         return
     parser = build_parser()
-    arguments.add_router_weight(parser)
+    add_kit_flags(parser, "pretrain_gpt.py")
     expected = parser.parse_args(config.megatron_flags())
     for flag, dest in checked.items():
         if getattr(args, dest) != getattr(expected, dest):

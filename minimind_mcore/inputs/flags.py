@@ -122,6 +122,22 @@ def build_parser(program: str = "training", prog: str | None = None) -> Parser:
     return parser
 
 
+def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._ArgumentGroup:
+    """Add the flags that only this kit has, as far as the parser does not have them yet; return their group.
+
+    Args:
+        parser: of MindSpeed-LLM's flags.
+        program: a key of kit_flags.json.
+    """
+    table = _table("kit_flags.json")[program]
+    group = parser.add_argument_group(table["group"], "flags of this kit; MindSpeed-LLM does not know them")
+    for flag, row in table["flags"].items():
+        options = {key: value for key, value in row.items() if key != "range"}
+        if flag not in parser._option_string_actions:
+            group.add_argument(flag, **options | ({"type": flag_type(row["range"])} if "range" in row else {}))
+    return group
+
+
 def given_flags(argv: Sequence[str]) -> list[str]:
     """The flags on a command line, without their values, each once, in order."""
     return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))

@@ -13,16 +13,25 @@ import pytest
 
 from minimind_mcore.inputs.flags import flag_table
 from minimind_mcore.inputs.ranges import RANGES
+from minimind_mcore.models.config import ROUTER_WEIGHTS
+from minimind_mcore.models.init import SCHEMES
 from minimind_mcore.paths import CHECKOUT, PACKAGE
 
 SUPPORT = json.loads((PACKAGE / "inputs/support.json").read_text(encoding="utf-8"))
 GROUPS = json.loads((PACKAGE / "inputs/ranges.json").read_text(encoding="utf-8"))["groups"]
+KIT = {
+    name: row
+    for name, row in json.loads((PACKAGE / "inputs/kit_flags.json").read_text("utf-8")).items()
+    if name != "about"
+}
 WORDS = {
     "flags.md": {
         "title": "Flags and numbers",
         "head": "Each program of this kit takes the flags of the MindSpeed-LLM program with the same name. This page "
-        "says what the program does with a flag. A flag that is not listed is refused with an error. `PROGRAM --help` "
-        "lists the flags that only this kit has.",
+        "says what the program does with a flag. A flag that is not listed is refused with an error. The "
+        "flags that only this kit has follow below.",
+        "kit": "Flags that only this kit has",
+        "meaning": "meaning",
         "implemented": "Implemented",
         "no effect": "Accepted, without effect",
         "compared": "Compared with the model",
@@ -39,7 +48,9 @@ WORDS = {
     "flags_zh.md": {
         "title": "参数与数值范围",
         "head": "本套件的每个程序都接受 MindSpeed-LLM 同名程序的参数。本页说明程序怎样处理每个参数。"
-        "没有列出的参数会报错。本套件独有的参数见 `PROGRAM --help`。",
+        "没有列出的参数会报错。本套件独有的参数列在后面。",
+        "kit": "本套件独有的参数",
+        "meaning": "含义",
         "implemented": "已实现",
         "no effect": "接受，但不起作用",
         "compared": "与模型对照",
@@ -70,6 +81,13 @@ def page(name: str) -> str:
         for kind, rows in kinds.items():
             flags = sorted(f"`{flag}`" for row in rows for word in row.split() for flag in spelled(word, program))
             lines += [f"**{words[kind]}**: {', '.join(flags)}", ""]
+    lines += [f"## {words['kit']}", ""]
+    for program, table in KIT.items():
+        lines += [f"**{program}**", "", f"| {words['name']} | {words['meaning']} |", "|---|---|"]
+        for flag, options in table["flags"].items():
+            choices = f" {'|'.join(options['choices'])}" if "choices" in options else ""
+            lines.append(f"| `{flag}{choices.replace('|', chr(92) + '|')}` | {options['help']} |")
+        lines.append("")
     lines += [
         f"## {words['values']}",
         "",
@@ -99,6 +117,12 @@ def page(name: str) -> str:
 def test_the_page_shows_the_tables(name: str) -> None:
     found = (CHECKOUT / "docs" / name).read_text(encoding="utf-8")
     assert found == page(name), "write the pages again: python tests/unit/test_flag_page.py"
+
+
+def test_choices_are_the_program_s_own() -> None:
+    assert tuple(KIT["pretrain_gpt.py"]["flags"]["--router-weight"]["choices"]) == ROUTER_WEIGHTS
+    assert set(KIT["pretrain_gpt.py"]["flags"]["--minimind-init"]["choices"]) < set(SCHEMES)
+    assert all(options.get("range", "seed") in RANGES for row in KIT.values() for options in row["flags"].values())
 
 
 def test_a_row_of_the_table_is_the_rule() -> None:
