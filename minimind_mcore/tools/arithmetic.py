@@ -18,7 +18,10 @@ OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 }  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(math, name) for name in "sqrt sin cos tan log log2 log10 exp floor ceil factorial".split()},
-    **{"abs": abs, "round": round, "min": min, "max": max},
+    "abs": abs,
+    "round": round,
+    "min": min,
+    "max": max,
 }
 CONSTANTS = {"pi": math.pi, "e": math.e}
 
