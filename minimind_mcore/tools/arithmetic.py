@@ -16,7 +16,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
 }  # fmt: skip
-FUNCTIONS: dict[str, Callable[..., Number]] = {
+FUNCTIONS: dict[str, Callable[..., Number]] = {  # pyright: ignore[reportAssignmentType]
     **{name: getattr(math, name) for name in "sqrt sin cos tan log log2 log10 exp floor ceil factorial".split()},
     "abs": abs,
     "round": round,
