@@ -39,10 +39,10 @@ class NativeEngine:
         from minimind_mcore.training import checkpointing, distributed
         from minimind_mcore.training.config import TrainConfig
         from minimind_mcore.training.job import Job
-        from minimind_mcore.training.layout import validate
         from minimind_mcore.training.model import build_model
         from minimind_mcore.training.optimizer import build_optimizer
         from minimind_mcore.training.step import Engine
+        from minimind_mcore.validation import validate
 
         sizes = {
             "--seq-length": seq,
@@ -55,7 +55,7 @@ class NativeEngine:
         words = [str(word) for pair in sizes.items() for word in pair]
         self.args = arguments.parse([*config.megatron_flags(), *words, *(["--bf16"] if bf16 else []), *flags])
         self.config = TrainConfig.from_args(self.args, validate(self.args, 1))
-        checkpointing.settle_router_weight(self.config)
+        self.config, _ = checkpointing.settle_router_weight(self.config)
         self.job = Job(self.config)
         distributed.initialize(self.config)
         self.model: Any = build_model(self.config, self.job)

@@ -24,7 +24,7 @@ from minimind_mcore.inputs.flags import (
     unused,
 )
 from minimind_mcore.inputs.splits import parse_split
-from minimind_mcore.models.config import NO_EXPERTS, named_router_weight, set_router_weight
+from minimind_mcore.models.config import NO_EXPERTS, named_router_weight, router_weight_flags
 
 # The dests of flags; inputs/support.json has the table.
 IMPLEMENTED, NO_EFFECT = support("pretrain_gpt.py", "implemented"), support("pretrain_gpt.py", "no effect")
@@ -81,8 +81,8 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
     fill_model(args)
     if args.router_weight and not args.num_experts:
         raise UserError(NO_EXPERTS)
-    if args.num_experts and (rule := named_router_weight(args)):
-        set_router_weight(args, rule)
+    if args.num_experts and (rule := named_router_weight(vars(args))):
+        vars(args).update(router_weight_flags(rule, args.moe_router_topk))
     if "--transformer-impl" not in given:  # Megatron's default needs Transformer Engine
         args.transformer_impl = "local"
     return args

@@ -395,20 +395,18 @@ def straight_through_needs_one(topk: int) -> str:
     )
 
 
-def named_router_weight(args: argparse.Namespace) -> RouterWeight | None:
+def named_router_weight(flags: Mapping[str, Any]) -> RouterWeight | None:
     """Return the router weight that flags, or the arguments of a checkpoint, name; None if they leave it open.
 
     Megatron's flags distinguish `softmax` from the other two rules only, which have the same forward pass.
     """
     # Checkpoints of other programs and versions lack some of them.
-    absent = {"router_weight": None, "spec": None, "norm_topk_prob": False, "moe_router_pre_softmax": False}
-    args = argparse.Namespace(**absent | vars(args))
-    if args.router_weight is not None:
-        named: RouterWeight = args.router_weight
+    named: RouterWeight | None = flags.get("router_weight")
+    if named is not None:
         return named
-    if args.spec == STRAIGHT_THROUGH_SPEC:
+    if flags.get("spec") == STRAIGHT_THROUGH_SPEC:
         return "straight_through"
-    return None if args.norm_topk_prob or not args.moe_router_pre_softmax else "softmax"
+    return None if flags.get("norm_topk_prob") or not flags.get("moe_router_pre_softmax") else "softmax"
 
 
 def default_router_weight(topk: int) -> RouterWeight:
@@ -416,11 +414,13 @@ def default_router_weight(topk: int) -> RouterWeight:
     return "straight_through" if topk == 1 else "normalized"
 
 
-def set_router_weight(args: argparse.Namespace, rule: RouterWeight) -> None:
-    """Write a router weight into parsed flags, with what it means for Megatron's own flags."""
-    args.router_weight = rule
-    args.norm_topk_prob = rule != "softmax"
-    args.moe_router_pre_softmax = rule == "softmax" or args.moe_router_topk == 1
+def router_weight_flags(rule: RouterWeight, topk: int) -> dict[str, object]:
+    """Return a router weight as parsed flags, with what it means for Megatron's own flags."""
+    return {
+        "router_weight": rule,
+        "norm_topk_prob": rule != "softmax",
+        "moe_router_pre_softmax": rule == "softmax" or topk == 1,
+    }
 
 
 def _moe_from_args(args: argparse.Namespace) -> MoEConfig:
@@ -429,7 +429,7 @@ def _moe_from_args(args: argparse.Namespace) -> MoEConfig:
         topk=args.moe_router_topk,
         ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
         shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size or 0,
-        router_weight=named_router_weight(args),
+        router_weight=named_router_weight(vars(args)),
         load_balancing=args.moe_router_load_balancing_type,
         aux_loss_coeff=args.moe_aux_loss_coeff,
     )

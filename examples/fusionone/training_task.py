@@ -177,7 +177,7 @@ def same_model(model: ModelConfig, source: Source) -> None:
     if source.kind.startswith("Megatron"):
         args = arguments.parse(model.megatron_flags())
         args.num_layers += len(source.layout.noop_layers) if source.layout else 0  # Megatron counts their places
-        check_model(args, saved_args(source.path), source.path)
+        check_model(vars(args), vars(saved_args(source.path)), source.path)
 
 
 def task(args: argparse.Namespace) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _experts(
         topk=topk,
         ffn_hidden_size=width,
         shared_ffn_hidden_size=shared[0] * layout.tp // 2 if shared else 0,
-        router_weight=named_router_weight(args),
+        router_weight=named_router_weight(vars(args)),
         load_balancing=balancing if isinstance(balancing, str) else "aux_loss",
         aux_loss_coeff=getattr(args, "moe_aux_loss_coeff", 0.0),
     )

@@ -44,7 +44,7 @@ def form_problems(args: argparse.Namespace) -> list[str]:
             problems.append(
                 f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
                 "and export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
-                f"    {conversion(path, 'hf2mcore', layout_settings(args))}"
+                f"    {conversion(path, 'hf2mcore', layout_settings(ParallelLayout.from_args(args)))}"
             )
     if args.save and args.ckpt_format != "torch":
         problems.append(
@@ -86,7 +86,7 @@ def saved_router_weight(root: Path, step: int | None = None) -> RouterWeight | N
         UserError: the checkpoint is damaged.
     """
     saved = _saved_mixture(root, step)
-    return named_router_weight(saved) if saved else None
+    return named_router_weight(vars(saved)) if saved else None
 
 
 def saved_layout(root: Path) -> ParallelLayout | None:
@@ -135,9 +135,9 @@ def schedule_problems(args: argparse.Namespace) -> list[str]:
 def resume_remarks(args: argparse.Namespace, directory: Path) -> list[str]:
     """What a user should know about a run that resumes from a checkpoint with other flags than the run that saved."""
     saved = saved_args(directory)
-    differing = sample_order.differences(args, saved)
+    differing = sample_order.differences(vars(args), vars(saved))
     found = [sample_order.warning(directory, differing)] if differing else []
-    if constants := other_constants(args, saved, directory, overridable=False):
+    if constants := other_constants(vars(args), vars(saved), directory, overridable=False):
         found.append(constants)
     if args.no_load_optim:
         found.append(
@@ -184,16 +184,16 @@ def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
     directory = _iteration(root, args.ckpt_step if flag == "--load" else None)
     if not directory.is_dir():
         raise UserError(f"{flag} {root}: {TRACKER} or --ckpt-step names {directory.name}, which is not there")
-    convert = f"convert it:\n    {conversion(root, 'mcore2mcore', layout_settings(args))}"
+    convert = f"convert it:\n    {conversion(root, 'mcore2mcore', layout_settings(ParallelLayout.from_args(args)))}"
     if is_torch_dist(directory) and not args.auto_detect_ckpt_format:
         raise UserError(f"{flag} {directory} is of the format torch_dist, and MindSpeed-LLM reads torch; {convert}")
     check_checkpoint(directory)
     saved = saved_args(directory)
     if not (args.use_checkpoint_args or args.load_checkpoint_loosely):
-        check_model(args, saved, directory)
+        check_model(vars(args), vars(saved), directory)
     if args.use_checkpoint_args or is_torch_dist(directory):
         return
-    check_layout(args, saved, directory, convert)
+    check_layout(ParallelLayout.from_args(args), ParallelLayout.from_args(saved), directory, convert)
     missing = [name for name in ParallelLayout.from_args(saved).folders() if not (directory / name / NAME).is_file()]
     if missing and hosts == 1:  # each of several may have its own part on its own disk
         raise UserError(f"{flag} {directory}: missing {', '.join(f'{name}/{NAME}' for name in missing)}")

@@ -24,14 +24,14 @@ from minimind_mcore.models.config import (
     RouterWeight,
     default_router_weight,
     named_router_weight,
-    set_router_weight,
+    router_weight_flags,
     straight_through_needs_one,
 )
 from minimind_mcore.preprocess.blends import parse_blend
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.preprocess.tokenizer_files import tokenizer_json
 from minimind_mcore.storage import require_writable
-from minimind_mcore.training.layout import validate
+from minimind_mcore.validation import validate
 
 # What it does instead of what these flags of the kit ask for.
 INSTEAD = {
@@ -173,12 +173,12 @@ def require_files(flags: Sequence[str]) -> None:
 
 def router_weight_of(flags: Sequence[str]) -> RouterWeight:
     """Return the router weight that MindSpeed-LLM computes with these flags."""
-    return named_router_weight(build_parser().parse_args(list(flags))) or "normalized"
+    return named_router_weight(vars(build_parser().parse_args(list(flags)))) or "normalized"
 
 
 def _router_weight(args: argparse.Namespace) -> RouterWeight:
     """Return the router weight of a run whose command line has no `--router-weight`."""
-    named = named_router_weight(args) or checkpoints.loaded_router_weight(args)
+    named = named_router_weight(vars(args)) or checkpoints.loaded_router_weight(args)
     return named or default_router_weight(args.moe_router_topk)
 
 
@@ -195,8 +195,8 @@ def _router_flags(args: argparse.Namespace, flags: Sequence[str], rule: RouterWe
         raise UserError(NO_EXPERTS)
     if rule == "straight_through" and args.moe_router_topk > 1:
         raise UserError(straight_through_needs_one(args.moe_router_topk))
-    named = named_router_weight(args) or "normalized"
-    set_router_weight(args, rule)
+    named = named_router_weight(vars(args)) or "normalized"
+    vars(args).update(router_weight_flags(rule, args.moe_router_topk))
     args.norm_topk_prob = rule == "normalized"
     if named == rule:  # the given flags compute it already
         return list(flags)
@@ -244,7 +244,7 @@ def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
             f"--norm-topk-prob is ignored with --moe-router-load-balancing-type {balancing}; "
             "use aux_loss, or leave out --moe-router-pre-softmax, which normalises too"
         )
-    if named_router_weight(args) == "straight_through" and balancing not in STRAIGHT_THROUGH_BALANCING:
+    if named_router_weight(vars(args)) == "straight_through" and balancing not in STRAIGHT_THROUGH_BALANCING:
         problems.append(
             f"--router-weight straight_through with --moe-router-load-balancing-type {balancing}: its router computes "
             f"other weights than a softmax's; use {', '.join(STRAIGHT_THROUGH_BALANCING)}"

@@ -6,19 +6,19 @@ mean over the tokens that have a label. Of a mixture of experts, alpha also weig
 
 from __future__ import annotations
 
-import argparse
 import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import SFT, run_model
-from minimind_mcore.training.config import ObjectiveSection
+from minimind_mcore.training.config import ObjectiveSection, TrainConfig
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.step import Engine
 
@@ -30,13 +30,13 @@ class Distill(SFT):
     metrics = ("ce_loss", "kl_loss")
 
     @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        """See `Job`."""
-        super().check(args)
+    @override
+    def check(cls, config: TrainConfig) -> TrainConfig:
         require(
-            bool(args.teacher_model),
+            bool(config.objective.teacher_model),
             "--teacher-model is missing: an HF directory, or a directory of checkpoints",
         )
+        return super().check(config)
 
     def prepare_model(self, chunks: list[Any]) -> None:
         """See `Job`."""

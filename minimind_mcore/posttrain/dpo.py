@@ -15,7 +15,6 @@ With `log p` the summed log-probability of an answer's labels and `m` the policy
 
 from __future__ import annotations
 
-import argparse
 import functools
 from typing import Any
 
@@ -23,13 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain import data, reference
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
-from minimind_mcore.training.config import ObjectiveSection
+from minimind_mcore.training.config import ObjectiveSection, TrainConfig
 from minimind_mcore.training.job import LossFunction, averaged
 from minimind_mcore.training.step import Engine
 
@@ -43,22 +43,21 @@ class DPO(PostTraining):
     columns = data.PAIRWISE
 
     @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        """See `Job`."""
-        super().check(args)
-        require(not args.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
+    @override
+    def check(cls, config: TrainConfig) -> TrainConfig:
+        config = super().check(config)
+        live, ref_model = config.objective.reference_live, config.checkpoint.ref_model
+        require(not config.data.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
+        require(not live or bool(ref_model), "--reference-live needs --ref-model, its weights")
         require(
-            not args.reference_live or bool(args.ref_model),
-            "--reference-live needs --ref-model, its weights",
-        )
-        require(
-            args.reference_live or not (args.ref_model and args.lora_target_modules),
+            live or not (ref_model and config.model.lora_target_modules),
             "--ref-model with --lora-target-modules: the reference is the base; leave it out, or give --reference-live",
         )
         require(
-            not args.reference_live or args.dpo_loss_type != "simpo",
+            not live or config.objective.dpo_loss_type != "simpo",
             "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
         )
+        return config
 
     def begin(self, engine: Engine, datasets: list[Any]) -> None:
         """See `Job`: the reference's log-probabilities of every pair that the run reads."""

@@ -14,7 +14,6 @@ that goes on compares with its own.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import importlib.util
@@ -116,8 +115,10 @@ def _hashes() -> NDArray[np.uint64]:
     return hashes
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what LoRA cannot do, and tell base and adapters apart: `--pretrained-checkpoint` and `--load`.
+def check(config: TrainConfig) -> TrainConfig:
+    """Refuse what LoRA cannot do; return the configuration with base and adapters told apart.
+
+    The base is then in `pretrained_checkpoint`, the adapters are in `load`.
 
     Raises:
         UserError: see there.
@@ -125,20 +126,18 @@ def check(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("peft") is None:
         raise UserError("--lora-target-modules needs the package peft, which is not installed: pip install peft")
     known = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    if unknown := [name for name in args.lora_target_modules if name not in known]:
+    files, targets = config.checkpoint, config.model.lora_target_modules
+    if unknown := [name for name in targets if name not in known]:
         raise UserError(f"--lora-target-modules {unknown[0]}: expected some of {', '.join(known)}")
-    layout = args.tensor_model_parallel_size * args.expert_model_parallel_size
-    if args.num_experts and layout > 1 and {"linear_fc1", "linear_fc2"} & set(args.lora_target_modules):
+    cut = config.layout.tp * config.layout.ep > 1
+    if config.model.num_experts and cut and {"linear_fc1", "linear_fc2"} & set(targets):
         raise UserError(
             "--lora-target-modules linear_fc1, linear_fc2: adapters of experts need TP=1 and EP=1; leave them out, or "
             "change the layout"
         )
-    if args.ckpt_format != "torch":
-        raise UserError(f"--ckpt-format {args.ckpt_format}: adapters are saved with --ckpt-format torch")
-    adapters = args.lora_load or (args.load if args.pretrained_checkpoint else None)
-    args.pretrained_checkpoint, args.load = (
-        args.pretrained_checkpoint or args.load,
-        adapters,
-    )
-    if not args.pretrained_checkpoint:
+    if files.ckpt_format != "torch":
+        raise UserError(f"--ckpt-format {files.ckpt_format}: adapters are saved with --ckpt-format torch")
+    adapters = files.lora_load or (files.load if files.pretrained_checkpoint else None)
+    if not (base := files.pretrained_checkpoint or files.load):
         raise UserError("--pretrained-checkpoint is missing (or --load): the model to adapt")
+    return config.changed(pretrained_checkpoint=base, load=adapters)

@@ -158,7 +158,7 @@ def _cache_path(job: PostTraining, source: str | None) -> Path | None:
         "weights": _weights_digest(Path(source))
         if source
         else [config.data.seed, config.model.minimind_init, config.model.init_method_std],
-        "model": [getattr(config.args, name) for name in checkpoint_fit.MODEL_ARGS],
+        "model": [config.flags[name] for name in checkpoint_fit.MODEL_ARGS],
         "seq_length": config.data.seq_length,
         "precision": [config.precision.bf16, config.precision.fp16],
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from minimind_mcore.errors import UserError, require
 from minimind_mcore.platform import ranks
@@ -17,6 +17,7 @@ from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.tokenize import load_encoder
 from minimind_mcore.training import checkpointing, sample_order
 from minimind_mcore.training import data as training_data
+from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.data import tokenizer_path
 from minimind_mcore.training.job import Job, LossFunction, averaged, token_loss
 
@@ -31,33 +32,35 @@ class PostTraining(Job):
     columns: tuple[str, ...] = data.INSTRUCTION
 
     @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        """See `Job`."""
+    @override
+    def check(cls, config: TrainConfig) -> TrainConfig:
+        flags = config.data
         require(
-            not args.variable_seq_lengths or not args.neat_pack,
+            not flags.variable_seq_lengths or not flags.neat_pack,
             "--variable-seq-lengths: packed samples have one length; leave it out",
         )
-        args.no_pad_to_seq_lengths = args.no_pad_to_seq_lengths or args.variable_seq_lengths
         require(
-            args.reset_attention_mask == args.neat_pack,
+            flags.reset_attention_mask == flags.neat_pack,
             "--neat-pack and --reset-attention-mask belong together: alone, the first would let packed samples see "
             "each other, the second would part an answer from its question",
         )
-        # Pipeline stages then tell each other the shape of what they send.
-        args.variable_seq_lengths = args.no_pad_to_seq_lengths or args.neat_pack
-        if args.lora_target_modules:
-            lora.check(args)
-        begin = args.pretrained_checkpoint
+        unpadded = flags.no_pad_to_seq_lengths or flags.variable_seq_lengths
+        # With variable lengths pipeline stages tell each other the shape of what they send.
+        config = config.changed(no_pad_to_seq_lengths=unpadded, variable_seq_lengths=unpadded or flags.neat_pack)
+        if config.model.lora_target_modules:
+            config = lora.check(config)
+        begin = config.checkpoint.pretrained_checkpoint
         require(
             begin is None or Path(begin).exists(),
             f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
         )
+        return config
 
     def prepare_model(self, chunks: list[Any]) -> None:
         """See `Job`."""
         if self.config.model.lora_target_modules:
             checkpointing.load_weights(self.config, Path(str(self.config.checkpoint.pretrained_checkpoint)), chunks)
-            self.config.args.lora_base = lora.base_digest(chunks)  # checkpoints carry it
+            self.config.record.lora_base = lora.base_digest(chunks)
             lora.adapt(self.config, chunks)
 
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
@@ -79,7 +82,7 @@ class PostTraining(Job):
         tokenizer.unique_identifiers["indices"] = self.data_digests()
         training_data.require_same_everywhere(config, tokenizer)
         digests = [sample_order.data_digest(data.file_prefix(prefix, name)) for name in self.columns]
-        config.args.sample_order = sample_order.record(config.args, digests)
+        config.record.sample_order = sample_order.record(config.schedule, digests)
         first = data.open_column(prefix, self.columns[0])
         ranges = data.split_ranges(config.data.split, len(first))
         if not ranges[0]:

@@ -16,6 +16,7 @@ from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.training.checkpoint_fit import check_model, check_optimizer
 from minimind_mcore.training.checkpoint_torch import common_state, load_schedule, model_keys, restore_rng, rng_states
 from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.optimizer import schedule_kept
 from minimind_mcore.training.step import Engine
 
@@ -57,7 +58,7 @@ def _rng_object() -> Any:
     return ShardedObject("rng_state", rng_states(), shape, place, replica_id=replica)
 
 
-def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
+def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progress) -> list[Path]:
     """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -68,7 +69,7 @@ def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
     state = _sharded_state(
         config, engine.model, None if config.checkpoint.no_save_optim else engine.optimizer, loading=False
     )
-    common = common_state(config, engine)
+    common = common_state(config, engine, progress)
     common.pop("optimizer", None)
     state |= common
     if not config.checkpoint.no_save_rng:
@@ -90,19 +91,16 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
     check_checkpoint(directory)
     with unpickling.restricted():
         saved = dist_checkpointing.load_common_state_dict(str(directory))
-    check_model(config.args, saved["args"], directory)
+    flags, layout = vars(saved["args"]), config.layout
+    check_model(config.flags, flags, directory, config.record.tokenizer_fingerprint)
     wants_optimizer = config.checkpoint.loads_optimizer and "opt_param_scheduler" in saved
     if wants_optimizer:
-        check_optimizer(config.args, saved["args"], directory)
+        check_optimizer(config.flags, flags, directory)
     state: Any = _sharded_state(config, engine.model, engine.optimizer if wants_optimizer else None)
     # A converter's checkpoint has no world size, and one of --no-save-rng no random states.
-    same = all(
-        getattr(saved["args"], name, None) == getattr(config.args, name)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
-    )
-    wants_rng = same and not (
-        config.checkpoint.finetune or config.checkpoint.no_load_rng or getattr(saved["args"], "no_save_rng", None)
-    )
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
+    same = [flags.get(name) for name in sizes] == [layout.tp, layout.pp, layout.world_size]
+    wants_rng = same and not (config.checkpoint.finetune or config.checkpoint.no_load_rng or flags.get("no_save_rng"))
     if wants_rng:
         state["rng_state"] = _rng_object()
     with unpickling.restricted():

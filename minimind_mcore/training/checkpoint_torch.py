@@ -25,6 +25,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.training.checkpoint_fit import check_layout, check_model, check_optimizer
 from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.optimizer import schedule_kept
 from minimind_mcore.training.step import Engine
 
@@ -51,7 +52,7 @@ def model_keys(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
 
 
-def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
+def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progress) -> list[Path]:
     """Write this rank's files; returns them. Collective."""
     from megatron.core import parallel_state as ps
 
@@ -64,7 +65,7 @@ def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
     rng = rng_states()
     if ps.get_expert_data_parallel_rank() != 0:
         return files
-    state = common_state(config, engine)
+    state = common_state(config, engine, progress)
     for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         state[key] = chunk.state_dict_for_save_checkpoint()
         if config.model.lora_target_modules:  # the weights below the adapters are where they came from
@@ -77,12 +78,17 @@ def write(config: TrainConfig, directory: Path, engine: Engine) -> list[Path]:
     return [*files, folder / NAME]
 
 
-def common_state(config: TrainConfig, engine: Engine) -> dict[str, Any]:
+def common_state(config: TrainConfig, engine: Engine, progress: Progress) -> dict[str, Any]:
     """What a checkpoint holds besides weights and random states."""
+    args = config.saved_arguments(
+        iteration=progress.iteration,
+        consumed_train_samples=progress.consumed,
+        skipped_train_samples=progress.skipped * config.schedule.global_batch_size,
+    )
     state: dict[str, Any] = {
-        "args": config.args,
+        "args": args,
         "checkpoint_version": 3.0,
-        "iteration": config.args.iteration,
+        "iteration": progress.iteration,
         "num_floating_point_operations_so_far": 0,
     }
     if not config.checkpoint.no_save_optim:
@@ -100,8 +106,9 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
             f"the layout that saved it: {INSTEAD}"
         )
     state: dict[str, Any] = load_torch(folder / NAME)
-    check_model(config.args, state["args"], directory)
-    check_layout(config.args, state["args"], directory, INSTEAD)
+    saved = vars(state["args"])
+    check_model(config.flags, saved, directory, config.record.tokenizer_fingerprint)
+    check_layout(config.layout, ParallelLayout.from_args(state["args"]), directory, INSTEAD)
     for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         if key not in state:
             raise UserError(
@@ -112,7 +119,7 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
     if not config.checkpoint.loads_optimizer or "optimizer" not in state:
         engine.take_weights()
     else:
-        check_optimizer(config.args, state["args"], directory)
+        check_optimizer(config.flags, saved, directory)
         _convert_steps(state["optimizer"], int)
         with schedule_kept(config, engine.optimizer):
             engine.optimizer.load_state_dict(state["optimizer"])
@@ -162,7 +169,7 @@ def _load_chunk(config: TrainConfig, chunk: Any, state: dict[str, Any], key: str
 
 def _check_base(config: TrainConfig, saved: object, directory: Path) -> None:
     """Refuse to go on with adapters upon other weights, where those of before are known."""
-    found, own = getattr(saved, "lora_base", None), config.args.lora_base
+    found, own = getattr(saved, "lora_base", None), str(config.record.lora_base)
     if found not in (None, own) and not config.checkpoint.finetune:
         base = getattr(saved, "pretrained_checkpoint", None)
         raise UserError(

@@ -65,8 +65,8 @@ def open_model(config: TrainConfig, path: Path) -> Source:
         if field.name not in ("max_position_embeddings", "inference_rope_scaling", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
     if moe := source.config.moe:
-        rule = named_router_weight(config.args) if is_pth(path) else moe.router_weight  # a .pth leaves it open
-        check_router(config.args, moe.topk, rule, f"--load {path}")
+        rule = named_router_weight(config.flags) if is_pth(path) else moe.router_weight  # a .pth leaves it open
+        check_router(config.flags, moe.topk, rule, f"--load {path}")
     return source
 
 
@@ -77,7 +77,7 @@ def open_weights(config: TrainConfig, path: Path, architecture: ModelConfig | No
         UserError: another tokenizer, adapters that are not merged, or damaged.
     """
     source = open_source(path, architecture)
-    check_tokenizer(config.args, source.training.fingerprint, path)
+    check_tokenizer(config.record.tokenizer_fingerprint, source.training.fingerprint, path)
     if source.adapters:
         raise UserError(f"{path}: holds LoRA adapters: merge them into their base first (convert_ckpt_v2.py)")
     for check in source.checks:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TextIO, TypeVar
 
 import torch
 
@@ -33,13 +35,14 @@ from minimind_mcore.checkpoint.files import (
     iterations_in,
     saved_args,
 )
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import (
     RouterWeight,
     default_router_weight,
     named_router_weight,
-    set_router_weight,
+    router_weight_flags,
 )
 from minimind_mcore.platform import ranks
 from minimind_mcore.storage import (
@@ -59,6 +62,7 @@ from minimind_mcore.training.model import weights_gathered
 from minimind_mcore.training.optimizer import allocate_moments, build_scheduler
 from minimind_mcore.training.step import Engine
 
+T = TypeVar("T")
 CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with sample 0, as with --finetune"
 
 
@@ -74,9 +78,6 @@ def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
     root = config.checkpoint.directory
     final = directory_of(root, progress.iteration)
     tmp = root / f".{final.name}.tmp"
-    config.args.iteration = progress.iteration
-    config.args.consumed_train_samples = progress.consumed
-    config.args.skipped_train_samples = progress.skipped * config.schedule.global_batch_size
     if ranks.is_main():
         for stale in root.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(stale)
@@ -86,7 +87,7 @@ def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
     if not config.checkpoint.no_save_optim:
         allocate_moments(engine.optimizer)
     with weights_gathered(config, engine.model):
-        entries = _together(lambda: _write(form, config, tmp, engine), tmp)
+        entries = _together(lambda: _write(form, config, tmp, engine, progress), tmp)
     kept = (progress.iteration, config.checkpoint.keep_last)
     _together(lambda: _publish(root, tmp, final, entries, *kept) if ranks.is_main() else None, tmp)
     if ranks.is_main():
@@ -133,10 +134,10 @@ def _require_space(config: TrainConfig, tmp: Path) -> None:
         raise disk_full(tmp, free, tmp)
 
 
-def _write(form: Any, config: TrainConfig, tmp: Path, engine: Engine) -> dict[str, Any]:
+def _write(form: ModuleType, config: TrainConfig, tmp: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
     """This rank's files of the checkpoint; returns their manifest entries."""
     with disk_errors(tmp):
-        files = form.write(config, tmp, engine)
+        files = form.write(config, tmp, engine, progress)
         return {str(file.relative_to(tmp)): file_entry(file) for file in files}
 
 
@@ -162,7 +163,7 @@ def _remove(directory: Path) -> None:
         _say(f"warning: {directory}: cannot be removed ({error.strerror or error}), as --keep-last asks", sys.stderr)
 
 
-def _together(work: Any, tmp: Path) -> list[Any]:
+def _together(work: Callable[[], T], tmp: Path) -> list[T]:
     """Run `ranks.together`. If a rank fails, rank 0 removes the directory `tmp`."""
     try:
         return ranks.together(work)
@@ -218,12 +219,13 @@ def load(config: TrainConfig, engine: Engine) -> Progress:
     elif (
         not config.checkpoint.finetune
         and not resharded
-        and (line := other_constants(config.args, saved["args"], directory))
+        and (line := other_constants(config.flags, vars(saved["args"]), directory))
     ):
         _say(line, sys.stderr)
     _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
     # In reinforcement learning the driver reads the prompts, and compares their order itself.
-    differing = sample_order.differences(config.args, saved["args"]) if hasattr(config.args, "sample_order") else []
+    own = config.record.sample_order
+    differing = sample_order.differences(config.flags, vars(saved["args"]), own) if own else []
     if progress.consumed and differing:
         _say(sample_order.warning(directory, differing), sys.stderr)
     return progress
@@ -298,28 +300,27 @@ def previews(config: TrainConfig, schedule: bool = True) -> dict[str, str]:
     return found
 
 
-def settle_router_weight(config: TrainConfig, **load: object) -> str:
-    """Set `config.args.router_weight`: what the command line names, else the loaded weights' rule, else the default.
+def settle_router_weight(config: TrainConfig, **load: object) -> tuple[TrainConfig, str]:
+    """Choose the router weight: what the command line names, else the loaded weights' rule, else the default.
 
     Collective.
 
     Args:
-        config: its `args` are changed in place.
-        load: flags of loading, where the run does not load what `args` says.
+        config: of the run.
+        load: flags of loading, where the run does not load what `config` says.
 
     Returns:
-        The rule and where it comes from, for the user; empty for a model without experts.
+        The configuration with that rule; the rule and where it comes from, for the user (empty without experts).
     """
     if not config.model.num_experts:
-        return ""
-    if rule := named_router_weight(config.args):
+        return config, ""
+    if rule := named_router_weight(config.flags):
         origin = "from the command line"
     elif rule := _loaded_router_weight(config.changed(**load)):
         origin = "the rule of the loaded weights"
     else:
         rule, origin = default_router_weight(config.model.moe_router_topk), "the default of new training"
-    set_router_weight(config.args, rule)
-    return f"{rule} ({origin})"
+    return config.changed(**router_weight_flags(rule, config.model.moe_router_topk)), f"{rule} ({origin})"
 
 
 def _loaded_router_weight(config: TrainConfig) -> RouterWeight | None:
@@ -334,7 +335,7 @@ def _loaded_router_weight(config: TrainConfig) -> RouterWeight | None:
         moe = open_source(root).config.moe
         return (moe and moe.router_weight) or "normalized"
     directory = _chosen(config, root)
-    return (named_router_weight(saved_args(directory)) or "normalized") if directory else None
+    return (named_router_weight(vars(saved_args(directory))) or "normalized") if directory else None
 
 
 def _preview(config: TrainConfig, begun: bool = True, schedule: bool = False) -> str:
@@ -346,9 +347,9 @@ def _preview(config: TrainConfig, begun: bool = True, schedule: bool = False) ->
     if directory is None:
         return f"nothing in {root}: starts from the beginning"
     saved = saved_args(directory)
-    check_model(config.args, saved, directory)
+    check_model(config.flags, vars(saved), directory, config.record.tokenizer_fingerprint)
     if not (config.checkpoint.reshard or is_torch_dist(directory)):
-        check_layout(config.args, saved, directory, checkpoint_torch.INSTEAD)
+        check_layout(config.layout, ParallelLayout.from_args(saved), directory, checkpoint_torch.INSTEAD)
     if config.checkpoint.finetune:
         return str(directory)
     if is_converted(directory):
@@ -356,7 +357,7 @@ def _preview(config: TrainConfig, begun: bool = True, schedule: bool = False) ->
     if not config.checkpoint.no_load_optim:
         state = content(directory).get("opt_param_scheduler")
         if state is not None:
-            check_optimizer(config.args, saved, directory)
+            check_optimizer(config.flags, vars(saved), directory)
         if schedule and state is not None:
             checkpoint_torch.load_schedule(build_scheduler(config, torch.optim.SGD([torch.zeros(1)])), state, directory)
     return str(directory)
@@ -372,7 +373,7 @@ def _progress(config: TrainConfig, saved: dict[str, Any]) -> Progress:
     return Progress(iteration, consumed, skipped)
 
 
-def _say(text: str, file: Any = None) -> None:
+def _say(text: str, file: TextIO | None = None) -> None:
     if ranks.is_main():
         print(text, file=file or sys.stdout, flush=True)
 

@@ -2,7 +2,7 @@
 
 The fields have the names that Megatron gives its arguments, so a flag and its use are found with one search. The
 functions of training/ and posttrain/ take a `TrainConfig`. `argparse.Namespace` stays where a command line comes in
-(`arguments.parse`, `layout.validate`) and where a checkpoint goes out, which carries one for MindSpeed-LLM to read.
+(`arguments.parse`, `validation.validate`) and where a checkpoint goes out (`TrainConfig.saved_arguments`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,7 @@ class CheckpointSection:
     no_load_rng: bool | None
     exit_on_missing_checkpoint: bool
     pretrained_checkpoint: str | None
+    lora_load: str | None
     ref_model: str | None
 
     @property
@@ -222,10 +224,36 @@ class ObjectiveSection:
 Section = TypeVar("Section")
 
 
-def _section(kind: type[Section], args: argparse.Namespace) -> Section:
+def _section(kind: type[Section], flags: Mapping[str, object]) -> Section:
     """One section; a field that the program's command line lacks has its default."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    return kind(**{name: flags[name] for name in names if name in flags})
+
+
+class SampleOrder(TypedDict):
+    """What determines the order of a run's samples besides the flags: a digest for each dataset, of the order, its
+    length."""
+
+    data: list[str]
+    order: str
+    samples: int
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """What a run finds out after it has begun, and its checkpoints carry next to the flags.
+
+    Attributes:
+        tokenizer_fingerprint: of the tokenizer in use.
+        sample_order: of the training set.
+        lora_base: digest of the weights below the adapters.
+        rl_state: of the driver of reinforcement learning.
+    """
+
+    tokenizer_fingerprint: str | None = None
+    sample_order: SampleOrder | None = None
+    lora_base: str | None = None
+    rl_state: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,11 +262,12 @@ class TrainConfig:
 
     Attributes:
         layout: of the ranks.
-        args: the arguments that checkpoints carry, under Megatron's names. A run adds what it finds out:
-            `tokenizer_fingerprint`, `sample_order`, `lora_base`, `rl_state`, and the router weight.
+        architecture: of the model, with the router weight of the loaded weights once that is known.
+        flags: all flags of Megatron and MindSpeed-LLM by name, which checkpoints carry.
     """
 
     layout: ParallelLayout
+    architecture: ModelConfig
     model: ModelSection
     parallel: ParallelSection
     optimizer: OptimizerSection
@@ -248,30 +277,34 @@ class TrainConfig:
     checkpoint: CheckpointSection
     logging: LoggingSection
     objective: ObjectiveSection
-    args: argparse.Namespace
+    flags: Mapping[str, object]
+    record: RunRecord = dataclasses.field(default_factory=RunRecord)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, layout: ParallelLayout) -> TrainConfig:
-        """The sections of arguments that `layout.validate` has checked and filled in."""
+        """The sections of arguments that `validate` has checked and filled in."""
+        flags = dict(vars(args))
         return cls(
             layout=layout,
-            model=_section(ModelSection, args),
-            parallel=_section(ParallelSection, args),
-            optimizer=_section(OptimizerSection, args),
-            schedule=_section(ScheduleSection, args),
-            precision=_section(PrecisionSection, args),
-            data=_section(DataSection, args),
-            checkpoint=_section(CheckpointSection, args),
-            logging=_section(LoggingSection, args),
-            objective=_section(ObjectiveSection, args),
-            args=args,
+            architecture=ModelConfig.from_args(args),
+            model=_section(ModelSection, flags),
+            parallel=_section(ParallelSection, flags),
+            optimizer=_section(OptimizerSection, flags),
+            schedule=_section(ScheduleSection, flags),
+            precision=_section(PrecisionSection, flags),
+            data=_section(DataSection, flags),
+            checkpoint=_section(CheckpointSection, flags),
+            logging=_section(LoggingSection, flags),
+            objective=_section(ObjectiveSection, flags),
+            flags=flags,
         )
 
-    @property
-    def architecture(self) -> ModelConfig:
-        """The architecture, with the router weight of the loaded weights once that is known."""
-        return ModelConfig.from_args(self.args)
-
     def changed(self, **changes: object) -> TrainConfig:
-        """The same run with other values of some flags."""
-        return TrainConfig.from_args(argparse.Namespace(**vars(self.args) | changes), self.layout)
+        """The same run, with the same record, with other values of some flags."""
+        changed = TrainConfig.from_args(argparse.Namespace(**{**self.flags, **changes}), self.layout)
+        return dataclasses.replace(changed, record=self.record)
+
+    def saved_arguments(self, **more: object) -> argparse.Namespace:
+        """The arguments that a checkpoint carries, under Megatron's names, for MindSpeed-LLM to read."""
+        found = {name: value for name, value in vars(self.record).items() if value is not None}
+        return argparse.Namespace(**{**self.flags, **found, **more})

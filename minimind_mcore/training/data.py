@@ -76,7 +76,7 @@ def micro_batch_indices(total: int, consumed: int, mbs: int, rank: int, dp: int)
 def open_tokenizer(config: TrainConfig) -> DatasetTokenizer:
     """The tokenizer of the run; checkpoints carry its fingerprint."""
     tokenizer = DatasetTokenizer(tokenizer_path(config.data), config.model.padded_vocab_size)
-    config.args.tokenizer_fingerprint = tokenizer.fingerprint
+    config.record.tokenizer_fingerprint = tokenizer.fingerprint
     return tokenizer
 
 
@@ -119,7 +119,8 @@ def build_datasets(config: TrainConfig) -> list[Any]:
         built.split_matrix = [share if place == number else None for place, share in enumerate(built.split_matrix)]
         datasets.append(Builder(GPTDataset, wanted, lambda: True, built).build()[number])
     digests = [sample_order.data_digest(prefix) for prefix in read[0].prefixes]
-    config.args.sample_order = sample_order.record(config.args, digests, sample_order.order_digest(datasets[0]))
+    order = sample_order.order_digest(datasets[0])
+    config.record.sample_order = sample_order.record(config.schedule, digests, order)
     return datasets
 
 
@@ -199,7 +200,7 @@ def compile_helpers() -> None:
 def require_same_everywhere(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
     """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
     names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
-    mine = {name: getattr(config.args, name) for name in names} | dict(tokenizer.unique_identifiers)
+    mine = {name: config.flags[name] for name in names} | dict(tokenizer.unique_identifiers)
     everywhere = ranks.gather(mine)
     for rank, other in enumerate(everywhere):
         differing = [name for name in mine if other[name] != everywhere[0][name]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -54,8 +53,9 @@ class Job:
         self.config = config
 
     @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        """Refuse flags that this stage cannot follow, and fill in what follows from them."""
+    def check(cls, config: TrainConfig) -> TrainConfig:
+        """Refuse flags that this stage cannot follow; return the configuration with what follows from them."""
+        return config
 
     def check_data(self, tokenizer: data.DatasetTokenizer) -> None:
         """Refuse data that is missing, damaged, or not for this stage."""

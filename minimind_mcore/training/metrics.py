@@ -66,7 +66,7 @@ class Metrics:
                 if progress.iteration == 0:
                     set_aside(self.history)
                 forget_after(self.history, progress.iteration)
-            self.sinks = open_sinks(config.logging, vars(config.args), progress)
+            self.sinks = open_sinks(config.logging, vars(config.saved_arguments()), progress)
 
     def record(self, progress: Progress, result: step.StepResult, lr: float) -> None:
         """Take note of a finished step; report if a line is due."""

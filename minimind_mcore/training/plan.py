@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from minimind_mcore.checkpoint.files import directory_of
@@ -11,10 +10,9 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.storage import require_writable
-from minimind_mcore.training import checkpointing, data, distributed
+from minimind_mcore.training import checkpointing, data
 from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress, output_dir
 
 GIB = 2**30
@@ -122,17 +120,19 @@ def require_places(config: TrainConfig) -> None:
         require_writable(directory, f"give another directory with {flag}")
 
 
-def show(args: argparse.Namespace, kind: type[Job]) -> None:
+def show(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
     """`--dry-run`: validate everything that a run would need, and print the plan.
+
+    Args:
+        config: of the run.
+        kind: of job.
+        has_length: False if the number of iterations follows from data that is not converted yet.
 
     Raises:
         UserError: what the run itself would raise.
     """
-    length_known = bool(args.train_iters or args.train_samples)
-    if args.data_pending and not length_known:
-        args.train_iters = 1
-    config = TrainConfig.from_args(args, validate(args, distributed.world_size()))
-    announce(config, kind.sequences, checkpointing.settle_router_weight(config))
+    config, router = checkpointing.settle_router_weight(config)
+    announce(config, kind.sequences, router)
     if config.data.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
@@ -141,7 +141,7 @@ def show(args: argparse.Namespace, kind: type[Job]) -> None:
         print(f"{'data:':<12}{' '.join(data.prefixes(config.data))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(config.data)} (fingerprint {tokenizer.fingerprint[:12]})")
     require_places(config)
-    for name, text in checkpointing.previews(config, length_known).items():
+    for name, text in checkpointing.previews(config, has_length).items():
         print(f"{name + ':':<12}{text}")
     if config.checkpoint.save:
         needed, free = checkpointing.expected_bytes(config), checkpointing.free_bytes(config)

@@ -19,11 +19,11 @@ from minimind_mcore.platform import device, ranks
 from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, run_lock, step
 from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
-from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
 from minimind_mcore.training.model import build_model
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
 from minimind_mcore.training.stop import StopSignal
+from minimind_mcore.validation import validate
 
 J = TypeVar("J", bound=Job)
 
@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(kind: type[J], args: argparse.Namespace) -> J | None:
     """Validate, train by a job of that kind, and return the job. `--dry-run` stops before anything is built."""
-    kind.check(args)
+    has_length = bool(args.train_iters or args.train_samples)
+    if args.dry_run and args.data_pending and not has_length:
+        args.train_iters = 1
+    config = kind.check(TrainConfig.from_args(args, validate(args, distributed.world_size())))
     if args.dry_run:
-        plan.show(args, kind)
+        plan.show(config, kind, has_length)
         return None
-    config = TrainConfig.from_args(args, validate(args, distributed.world_size()))
-    job = kind(config)
     device.setup()
     if config.precision.deterministic_mode:
         torch.use_deterministic_algorithms(True)
@@ -50,7 +51,8 @@ def run(kind: type[J], args: argparse.Namespace) -> J | None:
     try:
         ranks.check_on_main(lambda: lock(config))
         distributed.log_to(config.logging.log_file)
-        router = checkpointing.settle_router_weight(config)
+        config, router = checkpointing.settle_router_weight(config)
+        job = kind(config)
         if ranks.is_main():
             plan.announce(config, job.sequences, router)
         train(config, job, stop, watch)

@@ -6,19 +6,21 @@ ones: a resumed run then reads some samples again and others never. Megatron-LM 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.meta import read_meta
+from minimind_mcore.training.config import SampleOrder, ScheduleSection
 
-# A checkpoint carries this dictionary in its arguments: "data" (a digest for each dataset), "order", "samples".
-Record = dict[str, Any]
+if TYPE_CHECKING:
+    from minimind_mcore.training.data_cache import BlendedDataset, GPTDataset
+
+Flags = Mapping[str, object]  # of a command line, or of a checkpoint, by Megatron's names
 
 
 def data_digest(prefix: str | Path) -> str:
@@ -27,7 +29,7 @@ def data_digest(prefix: str | Path) -> str:
     return idx_digest(prefix) + (meta.written.bin_sha256 if meta else "")
 
 
-def order_digest(dataset: Any) -> str:
+def order_digest(dataset: GPTDataset | BlendedDataset) -> str:
     """A digest of the order that megatron-core gives to the documents and samples of a training set, blends included.
 
     Within one epoch the order does not depend on the length of the run. Over several epochs it does, because Megatron
@@ -40,22 +42,23 @@ def order_digest(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def record(args: argparse.Namespace, digests: Sequence[str], order: str = "") -> Record:
+def record(schedule: ScheduleSection, digests: Sequence[str], order: str = "") -> SampleOrder:
     """What a checkpoint of this run says about its samples besides the flags."""
-    return {"data": list(digests), "order": order, "samples": args.train_iters * args.global_batch_size}
+    return {"data": list(digests), "order": order, "samples": schedule.train_iters * schedule.global_batch_size}
 
 
-def differences(args: argparse.Namespace, saved: argparse.Namespace) -> list[str]:
+def differences(flags: Flags, saved: Flags, ours: SampleOrder | None = None) -> list[str]:
     """What gives this run another sample order than the run of a checkpoint had, with both values.
 
     Args:
-        args: this run's.
+        flags: this run's.
         saved: the checkpoint's; one of MindSpeed-LLM carries the flags only.
+        ours: the order of this run, where that is known.
     """
-    ours, theirs = getattr(args, "sample_order", None), getattr(saved, "sample_order", None)
-    found = list(_other_flags(args, saved))
+    theirs = cast("SampleOrder | None", saved.get("sample_order"))
+    found = list(_other_flags(flags, saved))
     if ours and theirs:
-        paths = [" ".join(_data_words(one)) for one in (saved, args)]
+        paths = [" ".join(_data_words(one)) for one in (saved, flags)]
         if ours["data"] != theirs["data"]:
             digests = [hashlib.sha256("".join(one["data"]).encode()).hexdigest()[:12] for one in (theirs, ours)]
             found.append(
@@ -66,8 +69,8 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace) -> list[str
                 f"--train-iters x --global-batch-size is {theirs['samples']} samples there and {ours['samples']} here, "
                 "which are several epochs of the data, and Megatron shuffles all epochs together"
             )
-    elif _data_words(saved) and _data_words(args) != _data_words(saved):
-        found.append(f"--data-path is {' '.join(_data_words(saved))} there and {' '.join(_data_words(args))} here")
+    elif _data_words(saved) and _data_words(flags) != _data_words(saved):
+        found.append(f"--data-path is {' '.join(_data_words(saved))} there and {' '.join(_data_words(flags))} here")
     return found
 
 
@@ -80,36 +83,36 @@ def warning(where: str | Path, differing: Sequence[str]) -> str:
     )
 
 
-def values_differ(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+def values_differ(there: Flags, here: Flags) -> Iterator[str]:
     """The values that both mappings have, and that differ."""
     for name, value in there.items():
         if name in here and here[name] != value:
             yield f"{name} is {value} there and {here[name]} here"
 
 
-def _other_flags(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[str]:
+def _other_flags(own: Flags, saved: Flags) -> Iterator[str]:
     """Flags that determine the sample order."""
     names = {"seed": "--seed", "split": "--split"}
-    if getattr(args, "stage", None) is None:
+    if own.get("stage") is None:
         names["seq_length"] = "--seq-length"
     else:  # conversations are not cut into samples of one length
         names["no_shuffle"] = "--no-shuffle"
-    if getattr(args, "train_data_path", None):  # it has no part for validation
+    if own.get("train_data_path"):  # it has no part for validation
         del names["split"]
 
-    def flags(one: argparse.Namespace) -> dict[str, Any]:
-        values = {flag: getattr(one, name) for name, flag in names.items() if hasattr(one, name)}
-        if "--split" in values:
-            values["--split"] = _shares(values["--split"])
+    def values(one: Flags) -> Flags:
+        found = {flag: one[name] for name, flag in names.items() if name in one}
+        if "--split" in found:
+            found["--split"] = _shares(found["--split"])
         weights = [word for word in _data_words(one) if _is_number(word)]
-        return values | {"the list of weights in --data-path": " ".join(weights) or "empty"}
+        return found | {"the list of weights in --data-path": " ".join(weights) or "empty"}
 
-    yield from values_differ(flags(saved), flags(args))
+    yield from values_differ(values(saved), values(own))
 
 
-def _data_words(args: argparse.Namespace) -> list[str]:
+def _data_words(flags: Flags) -> list[str]:
     """The words of `--data-path`, or of `--train-data-path`."""
-    return [str(word) for word in getattr(args, "train_data_path", None) or getattr(args, "data_path", None) or []]
+    return [str(word) for word in cast("list[object]", flags.get("train_data_path") or flags.get("data_path") or [])]
 
 
 def _is_number(word: str) -> bool:
@@ -120,9 +123,9 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _shares(split: str | None) -> str:
+def _shares(split: object) -> str:
     """`--split` in one spelling, whose shares sum to 1."""
     try:
-        return ",".join(f"{share:.4g}" for share in parse_split(split or MEGATRON_DEFAULT))
+        return ",".join(f"{share:.4g}" for share in parse_split(str(split or MEGATRON_DEFAULT)))
     except UserError:  # of a checkpoint that another program wrote
         return str(split)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.rl_trees import N
-from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.runtime import batch as batches
 from minimind_mcore.rl.runtime import weight_sync
@@ -85,7 +84,7 @@ def engine_with(rank_config: Any, weights: dict[str, Tensor]) -> DecoderEngine:
 
 def write(rank: Rank, weights: dict[str, Tensor], prompts: list[list[int]]) -> Batch:
     """Responses of the rollout engine, with advantages of chance."""
-    engine = engine_with(ModelConfig.from_args(rank.args), weights)
+    engine = engine_with(rank.training.architecture, weights)
     found = engine.generate(prompts, N, DRAW, list(range(len(prompts) * N)))
     lengths = torch.Generator().manual_seed(0)
     keep = torch.randint(2, 9, (len(found),), generator=lengths).tolist()  # as if ends had been drawn

@@ -19,7 +19,7 @@ from minimind_mcore.models.config import _FIXED_ARGS, ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.models.recipes import RECIPES
 from minimind_mcore.training import config
-from minimind_mcore.training.layout import validate
+from minimind_mcore.validation import validate
 
 TABLE = flag_table()
 BY_DEST = {record["dest"]: record for record in TABLE.values()}
@@ -112,7 +112,7 @@ FIELDS = {
 
 
 def names_read(file: Path) -> set[str]:
-    """x of every `args.x` and `self.args.x`, the settings that training reads, and what a model fixes."""
+    """x of every `args.x` and `flags.get("x")`, the settings that training reads, and what a model fixes."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -120,6 +120,8 @@ def names_read(file: Path) -> set[str]:
             of_args = getattr(owner, "id", getattr(owner, "attr", "")) == "args"
             if of_args or (node.attr in FIELDS and {"training", "posttrain"} & set(file.parts)):
                 names.add(node.attr)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "flags.get":
+            names.add(getattr(node.args[0], "value", ""))
     if file.parent.name == "models" and file.name == "config.py":
         names |= {name for name, _, _ in _FIXED_ARGS}
     return names

@@ -23,7 +23,7 @@ from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.indexed import IndexedWriter, read_index
 from minimind_mcore.training import data
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.layout import validate
+from minimind_mcore.validation import validate
 
 LARGE, MEDIUM, SMALL = 50, 60, 70  # the id of every token of a set
 DOCUMENTS = {
@@ -53,7 +53,7 @@ import torch.distributed as dist
 from minimind_mcore import arguments
 from minimind_mcore.training import data
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.layout import validate
+from minimind_mcore.validation import validate
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 args = arguments.parse(sys.argv[2:])
 sets = data.build_datasets(TrainConfig.from_args(args, validate(args, 1)))

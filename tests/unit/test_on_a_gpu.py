@@ -23,7 +23,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.platform import device
 from minimind_mcore.training.config import ObjectiveSection, TrainConfig
-from minimind_mcore.training.layout import validate
+from minimind_mcore.validation import validate
 
 
 def run_python(code: str, **variables: str) -> str:

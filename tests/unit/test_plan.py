@@ -13,8 +13,8 @@ from minimind_mcore.models.presets import get_preset
 from minimind_mcore.training import checkpointing
 from minimind_mcore.training.checkpointing import previews
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.layout import validate
 from minimind_mcore.training.plan import memory_estimate
+from minimind_mcore.validation import validate
 
 RUN = "--seq-length 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 2".split()
 LORA = "--lora-r 4 --lora-target-modules linear_qkv linear_fc2".split()

@@ -17,7 +17,7 @@ from minimind_mcore.rl.runtime.placement import devices
 from minimind_mcore.rl.runtime.rank import command_line
 from minimind_mcore.rl.runtime.trainer import prompt_dataset
 from minimind_mcore.rl.runtime.workers.reward import build
-from minimind_mcore.training.layout import validate
+from minimind_mcore.validation import validate
 
 
 def show(config: Config, pending: bool) -> None:

@@ -31,10 +31,10 @@ from minimind_mcore.rl.runtime.jobs import Actor, Critic, LogProbs, ResponseJob,
 from minimind_mcore.rl.runtime.metrics import MOST_DIFFERENT, SAME_WEIGHTS
 from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.layout import validate
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import build_chunks, build_model, weights_gathered
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
+from minimind_mcore.validation import validate
 
 Role = Literal["actor", "reference", "critic"]
 
@@ -79,6 +79,10 @@ def command_line(config: Config, role: Role) -> argparse.Namespace:
     args.override_opt_param_scheduler = config.minimind.resume_schedule == "override"
     args.use_checkpoint_opt_param_scheduler = config.minimind.resume_schedule == "checkpoint"
     args.ckpt_format = "torch"  # as MindSpeed-RL writes it, and this kit's scripts
+    if role == "critic":
+        args.untie_embeddings_and_output_weights = True
+        if config.actor.save and args.save in (None, config.actor.save):  # it has no directory of its own
+            args.save = str(Path(config.actor.save) / "critic")
     return args
 
 
@@ -100,15 +104,10 @@ class Rank:
 
     def __init__(self, config: Config, role: Role, reference: bool = False) -> None:
         self.config, self.role = config, role
-        world = distributed.world_size()
-        self.args = command_line(config, role)
-        if role == "critic":
-            self.args.untie_embeddings_and_output_weights = True
-            if config.actor.save and self.args.save in (None, config.actor.save):  # it has no directory of its own
-                self.args.save = str(Path(config.actor.save) / "critic")
-        self.layout = validate(self.args, world)
+        args = command_line(config, role)
+        self.layout = validate(args, distributed.world_size())
         device.setup()
-        self.training = TrainConfig.from_args(self.args, self.layout)
+        self.training = TrainConfig.from_args(args, self.layout)
         distributed.initialize(self.training)
         data.open_tokenizer(self.training)
         self.algorithm = objective(config)
@@ -147,19 +146,21 @@ class Rank:
         if self.role == "reference":
             self.frozen = self._frozen()
             return {"iteration": 0, "state": None}
-        saved = iterations_in(Path(self.args.save)) if self.args.save else []
+        save = self.training.checkpoint.save
+        saved = iterations_in(Path(save)) if save else []
         if at and at not in saved:
             raise UserError(
-                f"{self.args.save}: found no checkpoint of iteration {at}, from which the actor goes on (there is "
+                f"{save}: found no checkpoint of iteration {at}, from which the actor goes on (there is "
                 f"{', '.join(map(str, saved)) or 'none'}); put it back, or remove the actor's that have no pair here"
             )
         resumed = at != 0 and bool(saved)
-        begin = {"load": self.args.save, "ckpt_step": at} if resumed else {"ckpt_step": None}
-        checkpointing.settle_router_weight(self.training, pretrained_checkpoint=None, **begin)
+        begin = {"load": save, "ckpt_step": at} if resumed else {"ckpt_step": None}
+        self.training, _ = checkpointing.settle_router_weight(self.training, pretrained_checkpoint=None, **begin)
+        self.job.config = self.ask.config = self.training
         self.model = build_model(self.training, self.job)
         self.engine = step.Engine(self.training, self.model, *build_optimizer(self.training, self.model))
-        if self.args.save:
-            checkpointing.require_shared_directory(Path(self.args.save))
+        if save:
+            checkpointing.require_shared_directory(Path(save))
         state = None
         if resumed:
             state = self._resume(at)
@@ -172,20 +173,20 @@ class Rank:
     def _resume(self, at: int | None) -> dict[str, Any] | None:
         # finetune, no_load_optim and no_load_rng of the YAML are about the weights that a run begins with.
         everything = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
-        changes = {"load": self.args.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
+        changes = {"load": self.training.checkpoint.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
         self.progress = checkpointing.load(self.training.changed(**changes), self.engine)
-        chosen = directory_of(Path(self.args.save), self.progress.iteration)
+        chosen = directory_of(self.training.checkpoint.directory, self.progress.iteration)
         saved = ranks.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
         return saved
 
     def _begin(self) -> None:
         self.progress = Progress()
-        if not self.args.load:
+        if not (begin := self.training.checkpoint.load):
             return
         if self.role == "critic":
-            self._load_trunk(Path(self.args.load))
+            self._load_trunk(Path(begin))
         else:
-            self._load_weights(Path(self.args.load), self.model)
+            self._load_weights(Path(begin), self.model)
         self.engine.take_weights()
 
     def _load_weights(self, path: Path, model: list[Any]) -> None:
@@ -198,7 +199,7 @@ class Rank:
         from minimind_mcore.models.loading import load_into, whole_model_parameters
         from minimind_mcore.models.weights import OUTPUT
 
-        found = open_source(path, stated={"num_heads": self.args.num_attention_heads}).config
+        found = open_source(path, stated={"num_heads": self.training.architecture.num_heads}).config
         # The policy's output layer, tied or not, is replaced by the critic's.
         untied = self.training.changed(untie_embeddings_and_output_weights=not found.tie_embeddings)
         source = checkpoint_weights.open_model(untied, path)
@@ -217,14 +218,9 @@ class Rank:
 
     def _reference_path(self) -> Path | None:
         """Whose weights are the reference: what the run began with."""
-        mode = self.config.rl.integrated_mode_config or {}
-        path = (mode.get("ref_model_load_path") if self.role != "reference" else None) or self.args.load
-        if (
-            path
-            and self.progress.iteration
-            and self.args.save
-            and Path(path).resolve() == Path(self.args.save).resolve()
-        ):
+        mode, files = self.config.rl.integrated_mode_config or {}, self.training.checkpoint
+        path = (mode.get("ref_model_load_path") if self.role != "reference" else None) or files.load
+        if path and self.progress.iteration and files.save and Path(path).resolve() == Path(files.save).resolve():
             raise UserError(
                 f"load and save are both {path}: the weights that the run began with, which are the reference, are not "
                 "known; give rl_config.integrated_mode_config.ref_model_load_path"
@@ -239,7 +235,7 @@ class Rank:
     def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
         """Write a checkpoint that `load` goes on from; `state` is the driver's."""
         self.progress = Progress(iteration, consumed, self.progress.skipped)
-        self.args.rl_state = state
+        self.training.record.rl_state = state
         checkpointing.save(self.training, self.progress, self.engine)
 
     # ------------------------------------------------------------------------------------------ computing
@@ -272,7 +268,7 @@ class Rank:
         """Rows of a micro-batch that is not trained on."""
         rl = self.config.rl
         wanted = rl.ref_forward_micro_batch_size if self.role == "reference" else rl.actor_forward_micro_batch_size
-        return int(wanted or self.args.micro_batch_size)
+        return int(wanted or self.training.schedule.micro_batch_size)
 
     def _order(self, batch: Batch) -> list[int]:
         """This rank's rows, sorted by length; -1 (a copy of row 0) fills up what the ranks must have in common."""
@@ -298,7 +294,7 @@ class Rank:
     @property
     def unit(self) -> int:
         """What lengths are a multiple of."""
-        return self.layout.tp if self.args.sequence_parallel else 1
+        return self.layout.tp if self.training.parallel.sequence_parallel else 1
 
     def _is_copy(self) -> bool:
         from megatron.core import parallel_state
@@ -323,10 +319,8 @@ class Rank:
         if kl_coef is not None and isinstance(self.job, Actor):
             self.job.kl_coef = kl_coef
         apart = self._same_weights(batch) if self.role == "actor" and not rl.blocking else {}
-        prompts, n = len(batch) // rl.n_samples_per_prompt, rl.n_samples_per_prompt
-        orders = mini_batches(
-            prompts, n, rl.mini_batch_size // n, rl.epochs, rl.shuffle_mini_batch, self.args.seed + iteration
-        )
+        n, seed = rl.n_samples_per_prompt, self.training.data.seed + iteration
+        orders = mini_batches(len(batch) // n, n, rl.mini_batch_size // n, rl.epochs, rl.shuffle_mini_batch, seed)
         lr = learning_rate(self.engine.optimizer)
         rows = [self._update_once(batch.select(order), iteration) for order in orders]
         self.progress.skipped += sum(row.pop("skipped") for row in rows) > 0
@@ -391,7 +385,11 @@ class Rank:
         """This rank's micro-batches of a mini-batch: rows of a similar length together."""
         from megatron.core import parallel_state
 
-        rank, dp, size = parallel_state.get_data_parallel_rank(), self.layout.dp, self.args.micro_batch_size
+        rank, dp, size = (
+            parallel_state.get_data_parallel_rank(),
+            self.layout.dp,
+            self.training.schedule.micro_batch_size,
+        )
         ordered = sorted(range(len(mini)), key=lambda row: int(mini.lengths[row]))
         parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         return parts[rank::dp]
