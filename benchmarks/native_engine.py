@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from minimind_mcore import arguments
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
+
+if TYPE_CHECKING:
+    from minimind_mcore.training.job import MicroBatch
 
 
 class NativeEngine:
@@ -74,7 +77,7 @@ class NativeEngine:
         total = torch.stack(result.losses).double().sum(0)
         return total[0] / total[1]
 
-    def _batch(self, ids: Tensor) -> dict[str, Any]:
+    def _batch(self, ids: Tensor) -> MicroBatch:
         rows, length = ids.shape[0], ids.shape[1] - 1
         return {
             "tokens": ids[:, :-1].contiguous(),

@@ -14,6 +14,7 @@ Each epoch is a shuffle of the documents by one generator, as MindSpeed-LLM shuf
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path, read_index
 from minimind_mcore.training.config import DataSection, TrainConfig
 from minimind_mcore.training.data import DatasetTokenizer
+from minimind_mcore.training.job import MicroBatch
 
 IGNORED = -100
 INSTRUCTION = ("input_ids", "attention_mask", "labels")
@@ -173,7 +175,9 @@ def _check_label_column(column: Column, seq_length: int, vocab_size: int) -> Non
         )
 
 
-def _documents_where(column: Column, length: int, condition: Any, first: int = 0) -> NDArray[np.bool_]:
+def _documents_where(
+    column: Column, length: int, condition: Callable[[Tokens], NDArray[np.bool_]], first: int = 0
+) -> NDArray[np.bool_]:
     """[samples] whether `condition` holds for any number of a sample from `first` to `length`."""
     lengths, found = column.index.lengths, np.zeros(len(column), dtype=np.bool_)
     if len(column) == 0:
@@ -237,7 +241,7 @@ def pad(rows: list[Tokens], length: int, value: int) -> torch.Tensor:
     return out
 
 
-def batch_of(tokens: list[Tokens], labels: list[Tokens], length: int) -> dict[str, Any]:
+def batch_of(tokens: list[Tokens], labels: list[Tokens], length: int) -> MicroBatch:
     """Tokens, the label of the next position (0 where there is none), loss_mask, position_ids [rows, length].
 
     Padding is on the right, where causal attention hides it from every token.
@@ -252,7 +256,7 @@ def batch_of(tokens: list[Tokens], labels: list[Tokens], length: int) -> dict[st
     }
 
 
-def flatten_packed(batch: dict[str, Any], numbers: torch.Tensor) -> dict[str, Any]:
+def flatten_packed(batch: MicroBatch, numbers: torch.Tensor) -> MicroBatch:
     """The rows of packed samples as one row [1, rows * length], and where each sample in it begins and ends.
 
     Attention, positions and loss stay inside a sample; what pads a row is a sample by itself.
@@ -267,8 +271,12 @@ def flatten_packed(batch: dict[str, Any], numbers: torch.Tensor) -> dict[str, An
     starts = changes.flatten().nonzero().flatten()
     ends = torch.cat([starts, torch.tensor([rows * length])])
     lengths = ends.diff()
-    flat = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
-    # The last token of a sample must not learn to predict the next sample.
-    flat["loss_mask"] = flat["loss_mask"].index_fill(1, ends[1:] - 1, 0.0)
-    flat["position_ids"] = (torch.arange(rows * length) - starts.repeat_interleave(lengths))[None]
-    return flat | {"cu_seqlens": ends.to(torch.int32), "longest": int(lengths.max())}
+    return {
+        "tokens": batch["tokens"].reshape(1, -1),
+        "labels": batch["labels"].reshape(1, -1),
+        # The last token of a sample must not learn to predict the next sample.
+        "loss_mask": batch["loss_mask"].reshape(1, -1).index_fill(1, ends[1:] - 1, 0.0),
+        "position_ids": (torch.arange(rows * length) - starts.repeat_interleave(lengths))[None],
+        "cu_seqlens": ends.to(torch.int32),
+        "longest": int(lengths.max()),
+    }

@@ -7,7 +7,7 @@ mean over the tokens that have a label. Of a mixture of experts, alpha also weig
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,14 @@ from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import SFT, run_model
 from minimind_mcore.training.config import ObjectiveSection, TrainConfig
-from minimind_mcore.training.job import LossFunction, averaged
+from minimind_mcore.training.data import MapDataset
+from minimind_mcore.training.job import LossFunction, MicroBatch, averaged
 from minimind_mcore.training.step import Engine
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
+    from torch.distributed import ProcessGroup
 
 
 class Distill(SFT):
@@ -38,32 +44,34 @@ class Distill(SFT):
         )
         return super().check(config)
 
-    def prepare_model(self, chunks: list[Any]) -> None:
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
         """See `Job`."""
         super().prepare_model(chunks)
         if self.config.model.num_experts:
             for core in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
-                core.moe_aux_loss_coeff *= self.config.objective.distill_alpha
+                core.moe_aux_loss_coeff = cast("float", core.moe_aux_loss_coeff) * self.config.objective.distill_alpha
 
-    def begin(self, engine: Engine, datasets: list[Any]) -> None:
+    def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
         """See `Job`."""
         self.teacher = FrozenModel(self.config, str(self.config.objective.teacher_model))
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
-        taught: Any = self.teacher(batch) if unwrap(model).post_process else None  # other chunks have no loss
+        taught = self.teacher(batch) if unwrap(model).post_process else None
         return run_model(model, batch), functools.partial(distillation_loss, self.config.objective, batch, taught)
 
 
 def distillation_loss(
-    objective: ObjectiveSection, batch: dict[str, Any], taught: Tensor, logits: Tensor
+    objective: ObjectiveSection, batch: MicroBatch, taught: Tensor | None, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A `LossFunction`, of this rank's shards of the logits of teacher and student [rows, length, vocabulary / TP]."""
     from megatron.core.parallel_state import get_tensor_model_parallel_group
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    assert taught is not None  # only the last chunk has a loss
     mask, temperature = batch["loss_mask"], objective.distill_temperature
-    kl = vocab_parallel_kl(logits, taught, temperature, get_tensor_model_parallel_group())
+    group = cast("ProcessGroup", get_tensor_model_parallel_group())
+    kl = vocab_parallel_kl(logits, taught, temperature, group)
     # Last: megatron-core computes in the memory of the logits.
     ce = vocab_parallel_cross_entropy(logits.float(), batch["labels"])
     kl_total, ce_total = temperature**2 * (kl * mask).sum(), (ce * mask).sum()
@@ -71,7 +79,7 @@ def distillation_loss(
     return averaged(total, mask.sum(), ce_total, kl_total)
 
 
-def vocab_parallel_kl(student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
+def vocab_parallel_kl(student: Tensor, teacher: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
     """KL(teacher || student) of each position over the whole vocabulary, in fp32.
 
     Args:
@@ -86,7 +94,7 @@ def vocab_parallel_kl(student: Tensor, teacher: Tensor, temperature: float, grou
 
 class _VocabParallelKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
         log_p = _log_softmax(teacher.float() / temperature, group)
         log_q = _log_softmax(student.float() / temperature, group)
         p = log_p.exp()
@@ -102,7 +110,7 @@ class _VocabParallelKL(torch.autograd.Function):
         return ((log_q.exp() - p) * (grad / ctx.temperature)[..., None]).to(ctx.dtype), None, None, None
 
 
-def _log_softmax(logits: Tensor, group: Any) -> Tensor:
+def _log_softmax(logits: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's shard of the log-softmax over the shards of all ranks."""
     largest = logits.amax(-1, keepdim=True)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)

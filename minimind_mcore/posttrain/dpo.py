@@ -16,7 +16,7 @@ With `log p` the summed log-probability of an answer's labels and `m` the policy
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,8 +30,12 @@ from minimind_mcore.posttrain import data, reference
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.training.config import ObjectiveSection, TrainConfig
-from minimind_mcore.training.job import LossFunction, averaged
+from minimind_mcore.training.data import MapDataset
+from minimind_mcore.training.job import LossFunction, MicroBatch, averaged
 from minimind_mcore.training.step import Engine
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 
 class DPO(PostTraining):
@@ -59,14 +63,14 @@ class DPO(PostTraining):
         )
         return config
 
-    def begin(self, engine: Engine, datasets: list[Any]) -> None:
+    def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
         """See `Job`: the reference's log-probabilities of every pair that the run reads."""
         if self.config.objective.reference_live:
             self.reference = FrozenModel(self.config, str(self.config.checkpoint.ref_model))
         elif self.config.objective.dpo_loss_type != "simpo":
             reference.attach(Reference(self.config), engine, datasets)
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
         """See `Job`; `reference` [pairs, 2] are its summed log-probabilities of chosen and rejected."""
         sides = ("chosen", "rejected")
         tokens = [sample[f"{side}_input_ids"] for side in sides for sample in samples]
@@ -74,9 +78,9 @@ class DPO(PostTraining):
         batch = data.batch_of(tokens, labels, data.padded_length(max(map(len, tokens)), self.config))
         if "reference" in samples[0]:
             batch["reference"] = torch.from_numpy(np.stack([sample["reference"] for sample in samples]))
-        return batch | {"index": torch.tensor([sample["index"] for sample in samples])}
+        return {**batch, "index": [sample["index"] for sample in samples]}
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
         if self.config.objective.reference_live and unwrap(model).post_process:
             losses = self.reference(batch, batch["labels"])
@@ -89,7 +93,7 @@ class DPO(PostTraining):
 class Reference(DPO):
     """Logs the log-probabilities [2, pairs], and has no loss."""
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
 
         def measure(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +108,7 @@ def pair_log_probs(loss_mask: Tensor, losses: Tensor) -> Tensor:
     return -(losses.float() * loss_mask).sum(1).view(2, -1)
 
 
-def pair_loss(objective: ObjectiveSection, batch: dict[str, Any], losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(objective: ObjectiveSection, batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A `LossFunction`: mean over the pairs of a micro-batch; rewards are beta (log p - log p_ref)."""
     mask = batch["loss_mask"]
     log_probs, lengths = pair_log_probs(mask, losses), mask.sum(1).view(2, -1)

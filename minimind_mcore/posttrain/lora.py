@@ -19,7 +19,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,8 +32,11 @@ from minimind_mcore.models.init import initial_tensor
 from minimind_mcore.platform import ranks
 from minimind_mcore.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
-def adapt(config: TrainConfig, chunks: list[Any]) -> None:
+
+def adapt(config: TrainConfig, chunks: list[GPTModel]) -> None:
     """Freeze this rank's GPTModels and give their target layers adapters, the same whatever the layout."""
     from megatron.core import tensor_parallel
     from peft import LoraConfig, inject_adapter_in_model
@@ -57,7 +60,7 @@ def adapt(config: TrainConfig, chunks: list[Any]) -> None:
 
 
 @torch.no_grad()
-def _initialize(config: TrainConfig, chunks: list[Any]) -> None:
+def _initialize(config: TrainConfig, chunks: list[GPTModel]) -> None:
     """A as torch initialises a linear layer, from `--seed` and its name; B is zero."""
     from megatron.core import parallel_state
 
@@ -75,7 +78,7 @@ def _initialize(config: TrainConfig, chunks: list[Any]) -> None:
             parameter.zero_()
 
 
-def base_digest(chunks: list[Any]) -> str:
+def base_digest(chunks: list[GPTModel]) -> str:
     """Identity of the weights of all ranks, whatever the layout, and the precision down to bf16. Collective.
 
     Args:

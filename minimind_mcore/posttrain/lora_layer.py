@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
 from peft import LoraConfig
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from torch import Tensor
@@ -19,14 +20,14 @@ class ParallelLora(LoraParallelLinear):
     it does not know that under sequence parallelism a rank sees only a part of the tokens.
     """
 
-    def __init__(self, base_layer: Any, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+    def __init__(self, base_layer: MegatronModule, adapter_name: str, config: LoraConfig, **options: Any) -> None:
         own = copy.copy(base_layer.config)
         super().__init__(base_layer, adapter_name, config, tensor_parallel, megatron_config=own, **options)
         whole: Any = (self.lora_B if self.is_parallel_a else self.lora_A)[adapter_name]
         # Megatron then adds up the gradients of all ranks.
         whole.weight.sequence_parallel = own.sequence_parallel
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """[sequence, batch, in / TP or in] to [sequence, batch, out or out / TP], and the base's bias."""
         result, bias = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
@@ -36,6 +37,5 @@ class ParallelLora(LoraParallelLinear):
         return result, bias
 
 
-def _output(returned: Any) -> Tensor:
-    output: Tensor = returned[0] if isinstance(returned, tuple) else returned
-    return output
+def _output(returned: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned

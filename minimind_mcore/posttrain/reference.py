@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,7 +40,12 @@ from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpoi
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.checkpoint_weights import open_weights, read_tensor
 from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.job import MicroBatch
 from minimind_mcore.training.model import core_config
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
 
 
 class FrozenModel:
@@ -66,17 +71,18 @@ class FrozenModel:
                 f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is "
                 f"{config.model.padded_vocab_size}"
             )
-        self.model: Any = None
+        self.model: MegatronModule | None = None
         if parallel_state.get_pipeline_model_parallel_rank() == config.layout.pp - 1:
             self.model = _build(config, source)
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Any], labels: Tensor | None = None) -> Tensor:
+    def __call__(self, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
         """See `run_model`."""
+        assert self.model is not None  # the loss is on the last stage
         return run_model(self.model, batch, labels)
 
 
-def _build(config: TrainConfig, source: Source) -> Any:
+def _build(config: TrainConfig, source: Source) -> GPTModel:
     from minimind_mcore.models.core_config import build_gpt_model
     from minimind_mcore.models.loading import load_into
 
@@ -92,7 +98,7 @@ def _build(config: TrainConfig, source: Source) -> Any:
 LogProbs = NDArray[np.float32]
 
 
-def attach(job: PostTraining, engine: step.Engine, datasets: list[Any]) -> None:
+def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.MapDataset | None]) -> None:
     """Give every dataset the reference's log-probabilities of its pairs. Collective.
 
     Args:
@@ -103,7 +109,7 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[Any]) -> None:
     Raises:
         UserError: it is not known which weights are the reference, or there are none.
     """
-    config, used = job.config, [dataset for dataset in datasets if dataset is not None]
+    config, used = job.config, [dataset for dataset in datasets if isinstance(dataset, data.Samples)]
     source = reference_path(config)
     count = len(data.open_column(data.data_prefix(config.data), job.columns[0]))
     needed = np.unique(np.concatenate([dataset.order for dataset in used]))
@@ -188,7 +194,7 @@ def _read(cache: Path | None, count: int) -> LogProbs:
 
 
 @contextlib.contextmanager
-def _weights_of(config: TrainConfig, source: str | None, model: list[Any]) -> Iterator[None]:
+def _weights_of(config: TrainConfig, source: str | None, model: list[MegatronModule]) -> Iterator[None]:
     """Inside, the model has the reference's weights; the optimizer does not see them."""
     if source is None:
         yield

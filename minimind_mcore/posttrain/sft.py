@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from minimind_mcore.preprocess.tokenize import load_encoder
 from minimind_mcore.training import checkpointing, sample_order
 from minimind_mcore.training import data as training_data
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.data import tokenizer_path
-from minimind_mcore.training.job import Job, LossFunction, averaged, token_loss
+from minimind_mcore.training.data import MapDataset, tokenizer_path
+from minimind_mcore.training.job import Job, LossFunction, MicroBatch, averaged, token_loss
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
 
 
 class PostTraining(Job):
@@ -56,7 +60,7 @@ class PostTraining(Job):
         )
         return config
 
-    def prepare_model(self, chunks: list[Any]) -> None:
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
         """See `Job`."""
         if self.config.model.lora_target_modules:
             checkpointing.load_weights(self.config, Path(str(self.config.checkpoint.pretrained_checkpoint)), chunks)
@@ -74,7 +78,7 @@ class PostTraining(Job):
             )
         )
 
-    def build_datasets(self) -> list[Any]:
+    def build_datasets(self) -> list[MapDataset | None]:
         """See `Job`."""
         config, prefix = self.config, data.data_prefix(self.config.data)
         tokenizer = training_data.open_tokenizer(config)
@@ -106,14 +110,14 @@ class PostTraining(Job):
         prefix = data.data_prefix(self.config.data)
         return [idx_digest(data.file_prefix(prefix, name)) for name in self.columns]
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
         """See `Job`; packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
         tokens, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
         length = data.padded_length(max(map(len, tokens)), self.config)
         batch = data.batch_of(tokens, labels, length)
         if self.config.data.neat_pack:
             batch = data.flatten_packed(batch, data.pad([s["attention_mask"] for s in samples], length, 0))
-        return batch | {"index": torch.tensor([s["index"] for s in samples])}
+        return {**batch, "index": [s["index"] for s in samples]}
 
 
 class SFT(PostTraining):
@@ -121,12 +125,12 @@ class SFT(PostTraining):
 
     title = "supervised fine-tuning"
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
         return run_model(model, batch, labels=batch["labels"]), functools.partial(token_loss, batch["loss_mask"])
 
 
-def run_model(model: Any, batch: dict[str, Any], labels: Tensor | None = None) -> Tensor:
+def run_model(model: MegatronModule, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
     """One chunk of the model on a micro-batch; from the last one the losses [rows, length] of the labels.
 
     The loss of a label is minus its log-probability, over all tensor-parallel shards of the vocabulary.
@@ -161,7 +165,7 @@ class Reason(SFT):
         tokens, _ = load_encoder(tokenizer_path(self.config.data), backend="tokenizers").encode(list(TAGS))
         return torch.tensor(sorted(set(tokens.tolist())))
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
         mask: Tensor = batch["loss_mask"]
         is_piece = torch.isin(batch["labels"], self.pieces.to(mask.device))

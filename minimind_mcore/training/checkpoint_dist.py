@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,6 +19,11 @@ from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.optimizer import schedule_kept
 from minimind_mcore.training.step import Engine
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+    from megatron.core.transformer.module import MegatronModule
 
 
 def _metadata(config: TrainConfig) -> dict[str, Any]:
@@ -37,7 +42,9 @@ def _metadata(config: TrainConfig) -> dict[str, Any]:
     return metadata
 
 
-def _sharded_state(config: TrainConfig, model: list[Any], optimizer: Any, loading: bool = True) -> dict[str, Any]:
+def _sharded_state(
+    config: TrainConfig, model: list[MegatronModule], optimizer: ChainedOptimizer | None, loading: bool = True
+) -> dict[str, Any]:
     """The tensors of the model and, unless it is None, of the optimizer."""
     metadata = _metadata(config)
     chunks = zip(model_keys(model), map(unwrap, model), strict=True)
@@ -47,7 +54,7 @@ def _sharded_state(config: TrainConfig, model: list[Any], optimizer: Any, loadin
     return state
 
 
-def _rng_object() -> Any:
+def _rng_object() -> ShardedObject:
     """The random states as one object per (pipeline, tensor) rank."""
     from megatron.core import parallel_state as ps
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -119,7 +126,9 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
     return {**saved, **state}
 
 
-def fit_optimizers(loaded: dict[Any, Any], common: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
+def fit_optimizers(
+    loaded: dict[Any, Any], common: dict[Any, Any], optimizers: list[MegatronOptimizer]
+) -> dict[Any, Any]:
     """What to load into this layout's optimizers: with EP > 1 the experts have one of their own, else there is one.
 
     Args:
@@ -132,12 +141,12 @@ def fit_optimizers(loaded: dict[Any, Any], common: dict[Any, Any], optimizers: l
     saved = common.get(0, common)
     first = _inner(saved)["param_groups"][0]
     kept = {"step": first.get("step")} | {name: first[name] for name in ("betas", "eps") if name in first}
-    fitted = {}
+    fitted: dict[Any, dict[Any, Any]] = {}
     for i, optimizer in enumerate(optimizers):
         own = loaded[i] if len(optimizers) > 1 else {k: v for k, v in loaded.items() if not isinstance(k, int)}
         fitted[i] = _merged(own, saved)
         # The groups are this run's; learning rate and weight decay come from the schedule.
-        groups = _inner(optimizer.state_dict())["param_groups"]
+        groups = _inner(optimizer.state_dict())["param_groups"]  # pyright: ignore[reportArgumentType]
         _inner(fitted[i])["param_groups"] = [{**group, **kept} for group in groups]
     return fitted if len(optimizers) > 1 else fitted[0]
 
@@ -148,7 +157,7 @@ def _inner(state: dict[Any, Any]) -> dict[Any, Any]:
     return inner
 
 
-def _merged(first: Any, second: Any) -> Any:
+def _merged(first: object, second: object) -> Any:
     """Two trees of dictionaries in one; what `first` has wins."""
     if not (isinstance(first, dict) and isinstance(second, dict)):
         return first

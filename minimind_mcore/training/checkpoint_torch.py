@@ -10,9 +10,9 @@ EP are the same.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.optimizer import schedule_kept
 from minimind_mcore.training.step import Engine
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import MegatronModule
 
 OPTIMIZER_NAME = "distrib_optim.pt"
 INSTEAD = (
@@ -47,7 +51,7 @@ def rank_directory(directory: Path) -> Path:
     return directory / layout.folder(ps.get_tensor_model_parallel_rank(), stage, part)
 
 
-def model_keys(model: list[Any]) -> list[str]:
+def model_keys(model: Sequence[MegatronModule]) -> list[str]:
     """Keys of the chunks: "model", or "model0", "model1", ... with virtual pipeline stages."""
     return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
 
@@ -132,7 +136,7 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
     return state
 
 
-def _convert_steps(state: Any, kind: Callable[[Any], Any]) -> None:
+def _convert_steps(state: list[dict[str, Any]] | dict[str, Any], kind: Callable[[Any], Any]) -> None:
     """Adam's count of its steps, in every parameter group: MindSpeed 2.2.0 can read a tensor alone, and 26.1.0 either;
     megatron-core compares the groups', for which they must be numbers."""
     for part in state if isinstance(state, list) else [state]:
@@ -141,11 +145,11 @@ def _convert_steps(state: Any, kind: Callable[[Any], Any]) -> None:
                 group["step"] = kind(group["step"])
 
 
-def _adapters(state: dict[str, Any]) -> dict[str, Any]:
+def _adapters(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if ".lora_" in name and isinstance(tensor, torch.Tensor)}
 
 
-def _load_chunk(config: TrainConfig, chunk: Any, state: dict[str, Any], key: str, directory: Path) -> None:
+def _load_chunk(config: TrainConfig, chunk: MegatronModule, state: dict[str, Any], key: str, directory: Path) -> None:
     """The weights of one chunk; of a LoRA run the adapters, whose base is there already."""
     adapters, wants = _adapters(state[key]), bool(config.model.lora_target_modules)
     if bool(adapters) != wants:
@@ -180,7 +184,7 @@ def _check_base(config: TrainConfig, saved: object, directory: Path) -> None:
         )
 
 
-def load_schedule(scheduler: Any, state: dict[str, Any], directory: Path) -> None:
+def load_schedule(scheduler: OptimizerParamScheduler, state: dict[str, Any], directory: Path) -> None:
     """Restore the place in the schedule.
 
     Raises:

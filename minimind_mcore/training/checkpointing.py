@@ -17,10 +17,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import torch
 
@@ -46,6 +45,7 @@ from minimind_mcore.models.config import (
 )
 from minimind_mcore.platform import ranks
 from minimind_mcore.storage import (
+    FileEntry,
     atomic_write_text,
     disk_errors,
     disk_full,
@@ -61,6 +61,9 @@ from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import weights_gathered
 from minimind_mcore.training.optimizer import allocate_moments, build_scheduler
 from minimind_mcore.training.step import Engine
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 T = TypeVar("T")
 CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with sample 0, as with --finetune"
@@ -87,7 +90,7 @@ def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
     if not config.checkpoint.no_save_optim:
         allocate_moments(engine.optimizer)
     with weights_gathered(config, engine.model):
-        entries = _together(lambda: _write(form, config, tmp, engine, progress), tmp)
+        entries = _together(lambda: _entries(lambda: form.write(config, tmp, engine, progress), tmp), tmp)
     kept = (progress.iteration, config.checkpoint.keep_last)
     _together(lambda: _publish(root, tmp, final, entries, *kept) if ranks.is_main() else None, tmp)
     if ranks.is_main():
@@ -134,15 +137,15 @@ def _require_space(config: TrainConfig, tmp: Path) -> None:
         raise disk_full(tmp, free, tmp)
 
 
-def _write(form: ModuleType, config: TrainConfig, tmp: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """This rank's files of the checkpoint; returns their manifest entries."""
+def _entries(write: Callable[[], list[Path]], tmp: Path) -> dict[str, FileEntry]:
+    """Write this rank's files of the checkpoint; return their manifest entries."""
     with disk_errors(tmp):
-        files = form.write(config, tmp, engine, progress)
+        files = write()
         return {str(file.relative_to(tmp)): file_entry(file) for file in files}
 
 
 def _publish(
-    root: Path, tmp: Path, final: Path, entries: list[dict[str, Any]], iteration: int, keep_last: int | None
+    root: Path, tmp: Path, final: Path, entries: list[dict[str, FileEntry]], iteration: int, keep_last: int | None
 ) -> None:
     with disk_errors(final):
         write_manifest(tmp, {name: entry for part in entries for name, entry in part.items()})
@@ -271,13 +274,13 @@ def _chosen(config: TrainConfig, root: Path) -> Path | None:
     return directory
 
 
-def load_weights(config: TrainConfig, path: Path, model: list[Any]) -> None:
+def load_weights(config: TrainConfig, path: Path, model: Sequence[MegatronModule]) -> None:
     """The weights below `path` into the model, wrapped or not, and nothing else. Collective.
 
     Raises:
         UserError: as `load`.
     """
-    load(_beginning(config, path), Engine(config, model))
+    load(_beginning(config, path), Engine(config, [*model]))
 
 
 def previews(config: TrainConfig, schedule: bool = True) -> dict[str, str]:

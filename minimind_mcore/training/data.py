@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +29,7 @@ from minimind_mcore.training import sample_order
 from minimind_mcore.training.config import DataSection, TrainConfig
 
 if TYPE_CHECKING:
-    from minimind_mcore.training.job import Job
+    from minimind_mcore.training.job import Job, MicroBatch
 
 
 class DatasetTokenizer:
@@ -50,10 +50,18 @@ class DatasetTokenizer:
         self.unique_identifiers: OrderedDict[str, Any] = OrderedDict(fingerprint=info.fingerprint)
 
 
+class MapDataset(Protocol):
+    """A dataset of megatron-core's, or the one of post-training."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
 class NumberedDataset(Dataset[dict[str, Any]]):
     """A dataset whose samples also say their index (if not of themselves), so that a message can name them."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: MapDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -80,7 +88,7 @@ def open_tokenizer(config: TrainConfig) -> DatasetTokenizer:
     return tokenizer
 
 
-def build_datasets(config: TrainConfig) -> list[Any]:
+def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
     """Train, validation and test datasets (None where the split leaves nothing).
 
     Raises:
@@ -243,8 +251,8 @@ def check_prefixes(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
 
 
 def micro_batches(
-    config: TrainConfig, job: Job, dataset: Any, consumed: int, workers: int | None = None
-) -> Iterator[dict[str, Any]]:
+    config: TrainConfig, job: Job, dataset: MapDataset, consumed: int, workers: int | None = None
+) -> Iterator[MicroBatch]:
     """This rank's micro-batches, as the job collates them, on its device, with the list of the samples' indices.
 
     Raises:
@@ -270,13 +278,14 @@ def micro_batches(
         generator=torch.Generator().manual_seed(config.data.seed),
     )
     place = device.current().torch_device
+    # On the CPU, where every layer of the model reads them: asking the device for them would stop the step.
+    kept = () if device.current().is_ascend or config.model.transformer_impl != "local" else ("cu_seqlens",)
     for batch in loader:
-        # Read here: asking the device for it would stop the step.
-        read = {"index": batch.pop("index").tolist()}
-        if "cu_seqlens" in batch and not device.current().is_ascend and config.model.transformer_impl == "local":
-            read["cu_seqlens"] = batch.pop("cu_seqlens")  # every layer of the model reads it
-        moved = {k: v.to(place, non_blocking=pin) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        yield moved | read
+        moved = {
+            name: value.to(place, non_blocking=pin) if isinstance(value, torch.Tensor) and name not in kept else value
+            for name, value in batch.items()
+        }
+        yield cast("MicroBatch", moved)
     raise UserError(
         f"the data ends after {len(dataset)} samples, of which {consumed} were consumed before this run: "
         "give the --global-batch-size and --train-iters that the run began with"

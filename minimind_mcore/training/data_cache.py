@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.core.datasets import blended_dataset, blended_megatron_dataset_builder, gpt_dataset
 from numpy.lib.format import MAGIC_PREFIX
@@ -61,13 +61,17 @@ class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):  
 
     @staticmethod
     @override
-    def build_generic_dataset(kind: Any, *args: Any) -> Any:
+    def build_generic_dataset(kind: type, *args: Any) -> Any:
         """Build a dataset as megatron-core does: on rank 0 first."""
         theirs = blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder
         return theirs.build_generic_dataset(BlendedDataset if kind is blended_dataset.BlendedDataset else kind, *args)
 
 
-def _cached(dataset: Any, directory: Path, split: str, build: Callable[[], Any]) -> Any:
+Cached = GPTDataset | BlendedDataset
+T = TypeVar("T")
+
+
+def _cached(dataset: Cached, directory: Path, split: str, build: Callable[[], T]) -> T:
     """Return the order that `build` makes or loads; before, the main rank replaces a cached one that is damaged."""
     if not ranks.is_main():
         return build()
@@ -93,7 +97,7 @@ def _is_array(file: Path) -> bool:
         return content.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
 
 
-def _rebuilt(dataset: Any, base: Path, record: Path, build: Callable[[], Any]) -> Any:
+def _rebuilt(dataset: Cached, base: Path, record: Path, build: Callable[[], T]) -> T:
     """Build the order in a directory of its own, then move its files to the cache, and their digests last."""
     remove_abandoned(base)
     tmp, config = temporary_beside(base), dataset.config

@@ -89,7 +89,7 @@ def _reduce_one_by_one() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     @contextlib.contextmanager
-    def one_by_one(*args: Any, **kwargs: Any) -> Iterator[None]:
+    def one_by_one(*args: object, **kwargs: object) -> Iterator[None]:
         yield
 
     param_and_grad_buffer._coalescing_manager = one_by_one

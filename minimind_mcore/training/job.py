@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,34 @@ from minimind_mcore.training import data
 from minimind_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
+
     from minimind_mcore.training.step import Engine
+
+
+class MicroBatch(TypedDict, total=False):
+    """What a forward pass reads: the first four are [sequences, length]; the others are there where a job needs them.
+
+    Attributes:
+        index: of each sample in the dataset.
+        cu_seqlens: begin of each packed sample, and the end of the last.
+        longest: of the packed samples.
+        reference: [pairs, 2] log-probabilities of the reference model.
+        rows: of reinforcement learning: its own batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    index: list[int]
+    cu_seqlens: Tensor
+    longest: int
+    reference: Tensor
+    rows: Any
+
 
 # What megatron-core makes of a model's output: the summed loss, what to divide it by, and what to log.
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -61,22 +88,22 @@ class Job:
         """Refuse data that is missing, damaged, or not for this stage."""
         data.check_prefixes(self.config, tokenizer)
 
-    def build_datasets(self) -> list[Any]:
+    def build_datasets(self) -> list[data.MapDataset | None]:
         """Training, validation and test set; None where there is none. Collective."""
         return data.build_datasets(self.config)
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A micro-batch: tokens, labels, loss_mask, position_ids [sequences, length], and what else the job needs."""
-        batch: dict[str, Any] = default_collate(samples)
-        return batch
+    def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
+        """Make a micro-batch of samples, on the CPU."""
+        batch: MicroBatch = default_collate(samples)
+        return {**batch, "index": [sample["index"] for sample in samples]}
 
-    def prepare_model(self, chunks: list[Any]) -> None:
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Change this rank's GPTModels, initialised but not yet wrapped."""
 
-    def begin(self, engine: Engine, datasets: list[Any]) -> None:
+    def begin(self, engine: Engine, datasets: list[data.MapDataset | None]) -> None:
         """What must be there before the first step; checkpoints are loaded after it. Collective."""
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """The output of one chunk of the model for a micro-batch, and what makes a loss of the last one's."""
         output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
         return output, functools.partial(token_loss, batch["loss_mask"])

@@ -28,7 +28,8 @@ from minimind_mcore.training.mfu import matmul_rate, mfu
 OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
 
 
-Sink = Callable[[dict[str, Any] | None], None]  # takes a row, or None to close
+Row = dict[str, float]  # of metrics.jsonl, by the names of its columns
+Sink = Callable[[Row | None], None]  # takes a row, or None to close
 
 
 @dataclass
@@ -83,13 +84,13 @@ class Metrics:
             print(self._line(row), flush=True)
             self._write(row)
 
-    def _row(self, progress: Progress, lr: float, seconds: float) -> dict[str, Any]:
+    def _row(self, progress: Progress, lr: float, seconds: float) -> Row:
         config, last = self.config, self.steps[-1]
         (loss, *metrics), positions = step.averages(config, self.job, self.steps)
         tokens_per_second = positions / (seconds * len(self.steps))
         # The first line includes warm-up; the estimate of the remaining time forgets it quickly.
         self.speed = seconds if self.speed is None else 0.5 * self.speed + 0.5 * seconds
-        row: dict[str, Any] = {
+        row: Row = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed,
             "learning_rate": lr,
@@ -121,7 +122,7 @@ class Metrics:
 
         return collect_aux_losses(self.config.schedule.num_microbatches * len(self.steps))
 
-    def _line(self, row: dict[str, Any]) -> str:
+    def _line(self, row: Row) -> str:
         """Megatron's log line, with what people ask for after it."""
         train_iters = self.config.schedule.train_iters
         names = [n for n in row if n in self.job.metrics or (n.endswith("_loss") and n != "lm_loss")]
@@ -157,7 +158,7 @@ class Metrics:
             print(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |", flush=True)
             self._write({"iteration": progress.iteration, "validation_loss": loss})
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: Row) -> None:
         assert self.history is not None
         append_line(self.history, json.dumps(row), OTHER_PLACE)
         for sink in self.sinks:
@@ -169,7 +170,7 @@ class Metrics:
             sink(None)
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl; a line that a kill or a full disk has cut off is dropped."""
     rows = []
     if path.is_file():
@@ -246,7 +247,7 @@ def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) 
     with writing(Path(directory), "give another directory with --tensorboard-dir (LOG_DIR)"):
         writer = SummaryWriter(directory, purge_step=progress.iteration + 1)
 
-    def write(row: dict[str, Any] | None) -> None:
+    def write(row: Row | None) -> None:
         if row is None:
             writer.close()
             return

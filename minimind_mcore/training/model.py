@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,10 @@ from minimind_mcore.platform.fused import compiled
 from minimind_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     from minimind_mcore.training.job import Job
 
 
@@ -24,7 +28,7 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig) -> Any:
+def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig) -> TransformerConfig:
     """megatron-core's `TransformerConfig` of a model, in a layout, with the settings of a run."""
     overrides: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
@@ -80,7 +84,7 @@ def _transformer_engine() -> str:
     return "transformer_engine"
 
 
-def build_model(config: TrainConfig, job: Job) -> list[Any]:
+def build_model(config: TrainConfig, job: Job) -> list[MegatronModule]:
     """Build, initialise and wrap the chunks of this rank (one, or `config.layout.vpp` of them), for training.
 
     The weights depend on `--seed` and their names only: every layout starts from the same model. The
@@ -105,7 +109,7 @@ def build_model(config: TrainConfig, job: Job) -> list[Any]:
     ]
 
 
-def build_chunks(config: TrainConfig, job: Job) -> list[Any]:
+def build_chunks(config: TrainConfig, job: Job) -> list[MegatronModule]:
     """The chunks of this rank, initialised, in the run's precision; not wrapped for data parallelism."""
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
@@ -118,7 +122,7 @@ def build_chunks(config: TrainConfig, job: Job) -> list[Any]:
     stages = layout.vpp or 1
     first = parallel_state.get_pipeline_model_parallel_rank() == 0
     last = parallel_state.get_pipeline_model_parallel_rank() == layout.pp - 1
-    chunks: list[Any] = []
+    built: list[GPTModel] = []
     for stage in range(stages):
         if layout.vpp:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
@@ -129,29 +133,28 @@ def build_chunks(config: TrainConfig, job: Job) -> list[Any]:
             post_process=last and stage == stages - 1,
             vp_stage=stage if layout.vpp else None,
         )
-        chunks.append(chunk.to(device.current().torch_device))
+        built.append(chunk.to(device.current().torch_device))
     initialize(
-        chunks,
+        built,
         model,
         scheme=config.model.minimind_init or "megatron",
         seed=config.data.seed,
         std=config.model.init_method_std,
     )
-    job.prepare_model(chunks)
+    job.prepare_model(built)
     # The hooks that gather weights within a forward pass would be traced.
     if compiled.usable() and not config.parallel.overlap_param_gather:
-        compiled.compile_layers(chunks)
-    if config.precision.params_dtype != torch.float32:
-        chunks = [Float16Module(core, chunk) for chunk in chunks]
-    return chunks
+        compiled.compile_layers(built)
+    half = config.precision.params_dtype != torch.float32
+    return [Float16Module(core, chunk) if half else chunk for chunk in built]
 
 
 @contextlib.contextmanager
-def weights_gathered(config: TrainConfig, model: list[Any]) -> Iterator[None]:
+def weights_gathered(config: TrainConfig, model: Sequence[MegatronModule]) -> Iterator[None]:
     """Inside, every rank holds all its weights: `--overlap-param-gather` otherwise gathers them in the next step."""
     overlapped = model if config.parallel.overlap_param_gather else []
     for chunk in overlapped:
-        chunk.disable_forward_pre_hook()
+        chunk.disable_forward_pre_hook()  # pyright: ignore[reportCallIssue]  (DistributedDataParallel)
     yield
     for chunk in overlapped:
-        chunk.enable_forward_pre_hook()
+        chunk.enable_forward_pre_hook()  # pyright: ignore[reportCallIssue]

@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from minimind_mcore.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import MegatronModule
+
 # What Megatron's schedule reads from a parameter group in place of its own value, and Adam's constants.
 SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
 
 
-def build_optimizer(config: TrainConfig, model: list[Any]) -> tuple[Any, Any]:
+def build_optimizer(
+    config: TrainConfig, model: list[MegatronModule]
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """The optimizer (distributed or not) and the schedule that sets its learning rate and weight decay."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
     update, precision = config.optimizer, config.precision
     built = OptimizerConfig(
@@ -49,14 +56,15 @@ def build_optimizer(config: TrainConfig, model: list[Any]) -> tuple[Any, Any]:
         newer = "config_overrides" in inspect.signature(get_megatron_optimizer).parameters
         options = {"config_overrides": {}} if newer else {"no_weight_decay_cond": lambda name, parameter: False}
     optimizer = get_megatron_optimizer(built, model, **options)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    assert isinstance(optimizer, ChainedOptimizer)
+    for part in optimizer.chained_optimizers:
         # megatron-core 0.16.1 has none for SGD, and then cannot load a torch_dist checkpoint: TypeError.
         part.init_state_fn = part.init_state_fn or _begin_momentum
     _connect(config, model, optimizer)
     return optimizer, build_scheduler(config, optimizer)
 
 
-def _begin_momentum(optimizer: Any, config: Any = None) -> None:
+def _begin_momentum(optimizer: torch.optim.Optimizer, config: object = None) -> None:
     """Give the parameters that SGD has never updated zero momentum, which the first step replaces by the gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -64,7 +72,7 @@ def _begin_momentum(optimizer: Any, config: Any = None) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.data)
 
 
-def _connect(config: TrainConfig, model: list[Any], optimizer: Any) -> None:
+def _connect(config: TrainConfig, model: list[MegatronModule], optimizer: ChainedOptimizer) -> None:
     """Tell megatron-core's schedules how to scale the loss and when to reduce gradients and gather weights."""
     from megatron.core.distributed import finalize_model_grads
 
@@ -83,14 +91,16 @@ def _connect(config: TrainConfig, model: list[Any], optimizer: Any) -> None:
         core.param_sync_func = for_chunks("start_param_sync")
 
 
-def build_scheduler(config: TrainConfig, optimizer: Any) -> Any:
+def build_scheduler(
+    config: TrainConfig, optimizer: ChainedOptimizer | torch.optim.Optimizer
+) -> OptimizerParamScheduler:
     """Megatron's schedule; it counts samples, so that a change of batch size keeps its place."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     schedule = config.schedule
     batch = schedule.global_batch_size
     scheduler = OptimizerParamScheduler(
-        optimizer,
+        cast("ChainedOptimizer", optimizer),
         init_lr=schedule.lr_warmup_init,
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
@@ -112,7 +122,7 @@ def build_scheduler(config: TrainConfig, optimizer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def schedule_kept(config: TrainConfig, optimizer: Any) -> Iterator[None]:
+def schedule_kept(config: TrainConfig, optimizer: ChainedOptimizer) -> Iterator[None]:
     """Under `--override-opt_param-scheduler`, keep learning rates and Adam's constants while others are loaded.
 
     Megatron-LM overrides the schedule's own values only. Its schedule reads the maximum and the minimum from the
@@ -125,19 +135,19 @@ def schedule_kept(config: TrainConfig, optimizer: Any) -> Iterator[None]:
             group.update(values)
 
 
-def allocate_moments(optimizer: Any) -> None:
+def allocate_moments(optimizer: ChainedOptimizer) -> None:
     """Give the parameters that were never updated zero moments, with which Adam begins.
 
     Under fp16 the steps are skipped until the loss scale fits. Before the first applied step Adam has no moments, and
     megatron-core cannot save it: its distributed optimizer raises KeyError: 'exp_avg'.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer.chained_optimizers:
         if not getattr(part, "is_stub_optimizer", False):
             part.init_state_fn(part.optimizer, part.config)
             for group in part.optimizer.param_groups:
                 group.setdefault("step", 0)
 
 
-def learning_rate(optimizer: Any) -> float:
+def learning_rate(optimizer: ChainedOptimizer) -> float:
     """The learning rate of the next step."""
     return next(float(group["lr"]) for group in optimizer.param_groups if not group.get("is_decoupled_lr"))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -82,6 +82,7 @@ def train(config: TrainConfig, job: Job, stop: StopSignal, watch: liveness.Liven
     if config.checkpoint.save:
         checkpointing.require_shared_directory(Path(config.checkpoint.save))
     datasets = train_set, valid_set, _ = job.build_datasets()
+    assert train_set is not None  # build_datasets refuses a split without training data
     model = build_model(config, job)
     engine = step.Engine(config, model, *build_optimizer(config, model))
     job.begin(engine, datasets)
@@ -125,7 +126,7 @@ def train(config: TrainConfig, job: Job, stop: StopSignal, watch: liveness.Liven
         plan.say_what_next(config, progress)
 
 
-def evaluate(config: TrainConfig, job: Job, engine: step.Engine, dataset: Any) -> float:
+def evaluate(config: TrainConfig, job: Job, engine: step.Engine, dataset: data.MapDataset) -> float:
     """Mean loss (pretraining: nats per token) of the first `--eval-iters` global batches of the validation set."""
     # Iterators of its own each time: worker processes would cost more than the few batches.
     batches = [data.micro_batches(config, job, dataset, 0, workers=0) for _ in engine.model]

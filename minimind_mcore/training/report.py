@@ -11,12 +11,11 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from minimind_mcore import errors
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.storage import atomic_file, atomic_write_text
-from minimind_mcore.training.metrics import read_history
+from minimind_mcore.training.metrics import Row, read_history
 
 CURVES: dict[str, str] = json.loads((PACKAGE / "training/curves.json").read_text(encoding="utf-8"))
 
@@ -45,7 +44,7 @@ def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, pic
     atomic_write_text(directory / "report.html", page)
 
 
-def draw(rows: list[dict[str, Any]], names: Sequence[str], title: str, kind: str) -> bytes:
+def draw(rows: list[Row], names: Sequence[str], title: str, kind: str) -> bytes:
     """One figure of the named columns over the iterations, as bytes of a "png" or an "svg"."""
     import matplotlib
 
@@ -69,7 +68,7 @@ def draw(rows: list[dict[str, Any]], names: Sequence[str], title: str, kind: str
     return buffer.getvalue()
 
 
-def _summary(rows: list[dict[str, Any]]) -> str:
+def _summary(rows: list[Row]) -> str:
     training = [row for row in rows if "lm_loss" in row]
     if not training:
         return ""

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,16 @@ from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.platform import device
 from minimind_mcore.training import liveness
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.job import Job
+from minimind_mcore.training.job import Job, LossFunction, MicroBatch
 from minimind_mcore.training.model import weights_gathered
 
-Batches = list[Iterator[dict[str, Any]]]
+if TYPE_CHECKING:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import MegatronModule
+
+Batches = list[Iterator[MicroBatch]]
+Output = tuple[torch.Tensor, LossFunction]
 
 
 @dataclass
@@ -41,10 +47,10 @@ class StepResult:
     positions: int = 0
     updated: bool = True
     grad_norm: float = 0.0
-    zeros: int | None = None
+    zeros: float | None = None
 
 
-def _forward_step(job: Job, result: StepResult, batches: Iterator[dict[str, Any]], model: Any) -> Any:
+def _forward_step(job: Job, result: StepResult, batches: Iterator[MicroBatch], model: MegatronModule) -> Output:
     """megatron-core's forward-step function: the model's output and what turns it into a loss."""
     liveness.mark()
     batch = next(batches)
@@ -64,8 +70,27 @@ class Engine:
         scheduler: of the learning rate; it counts samples.
     """
 
-    def __init__(self, config: TrainConfig, model: list[Any], optimizer: Any = None, scheduler: Any = None) -> None:
-        self.config, self.model, self.optimizer, self.scheduler = config, model, optimizer, scheduler
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: list[MegatronModule],
+        optimizer: ChainedOptimizer | None = None,
+        scheduler: OptimizerParamScheduler | None = None,
+    ) -> None:
+        self.config, self.model = config, model
+        self._optimizer, self._scheduler = optimizer, scheduler
+
+    @property
+    def optimizer(self) -> ChainedOptimizer:
+        """The optimizer of a model that is trained."""
+        assert self._optimizer is not None
+        return self._optimizer
+
+    @property
+    def scheduler(self) -> OptimizerParamScheduler:
+        """The schedule of a model that is trained."""
+        assert self._scheduler is not None
+        return self._scheduler
 
     def forward_backward(self, job: Job, batches: Batches, micro_batches: int, forward_only: bool) -> StepResult:
         """Run the pipeline schedule over that many micro-batches of each iterator of `batches`, one for each chunk."""
@@ -75,7 +100,7 @@ class Engine:
         result.losses = get_forward_backward_func()(
             forward_step_func=functools.partial(_forward_step, job, result),
             data_iterator=batches if len(self.model) > 1 else batches[0],
-            model=self.model,
+            model=[*self.model],
             num_microbatches=micro_batches,
             seq_length=self.config.data.seq_length,
             micro_batch_size=self.config.schedule.micro_batch_size * job.sequences,
@@ -100,7 +125,7 @@ class Engine:
             UserError: a loss or the gradient norm is not finite; the run must end there.
         """
         for chunk in self.model:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]  (DistributedDataParallel)
         self.optimizer.zero_grad()
         result = self.forward_backward(job, batches, micro_batches, forward_only=False)
         result.updated, norm, result.zeros = self.optimizer.step()
@@ -115,13 +140,13 @@ class Engine:
 
     def take_weights(self) -> None:
         """Let the optimizer know that other weights have been loaded into the model."""
-        if self.optimizer is not None:
-            self.optimizer.reload_model_params()
+        if self._optimizer is not None:
+            self._optimizer.reload_model_params()
 
     @torch.no_grad()
     def measure(self, job: Job, batches: Batches, micro_batches: int, rounds: int = 1) -> list[StepResult]:
         """Run the model without dropout and without gradients, `rounds` times over that many micro-batches."""
-        trained = self.optimizer is not None
+        trained = self._optimizer is not None
         for chunk in self.model:
             chunk.eval()
         with weights_gathered(self.config, self.model if trained else []):

@@ -261,7 +261,8 @@ def test_the_straight_through_router_weight_is_one_and_has_the_gradient_of_the_s
 
 def test_a_batch_of_fine_tuning_can_be_pinned() -> None:
     rows = [np.array([5, 6, 7]), np.array([8, 9])]
-    for name, tensor in batch_of(rows, rows, 4).items():
+    batch: Any = batch_of(rows, rows, 4)
+    for name, tensor in batch.items():
         # torch refuses to pin a tensor whose elements share memory; a CPU without a device cannot pin at all.
         assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size(), (
             name

@@ -139,7 +139,7 @@ def dump_logits() -> None:
 
     forward_step = sft.SFT.forward_step
 
-    def dumping(self: Any, batch: dict[str, Any], model: Any) -> Any:
+    def dumping(self: Any, batch: Any, model: Any) -> Any:
         with torch.no_grad():
             logits = sft.run_model(model, batch)
         torch.save((batch["tokens"], logits), Path(os.environ["DUMP"]) / f"{os.environ['RANK']}.pt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.job import Job, LossFunction, averaged
+from minimind_mcore.training.job import Job, LossFunction, MicroBatch, averaged
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
 
 
-def micro_batch(rows: Batch, unit: int = 1) -> dict[str, Any]:
+def micro_batch(rows: Batch, unit: int = 1) -> MicroBatch:
     """What the schedules pass on for some rows, without their index; their length is made a multiple of `unit`."""
     length = -(-rows.tokens.shape[1] // unit) * unit
     rows = rows.cut(length)
@@ -62,7 +66,7 @@ class ResponseJob(Job):
         self.temperature = temperature
         self.micro_batches = 1  # of this rank's part of the present mini-batch
 
-    def run(self, micro: dict[str, Any], model: Any) -> Tensor:
+    def run(self, micro: MicroBatch, model: MegatronModule) -> Tensor:
         """The output of one chunk; of the last one [tokens of the responses, outputs]."""
         chunk, rows = unwrap(model), micro["rows"]
         if not chunk.post_process:
@@ -90,7 +94,7 @@ class ResponseJob(Job):
 class LogProbs(ResponseJob):
     """Logs log-probabilities and entropies [2, rows, T], and has no loss."""
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
 
         def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +130,7 @@ class Actor(ResponseJob):
         self.metrics += ("actor/kl_loss",) if algorithm.kl == "loss" else ()
         self.metrics += ("actor/tis_weight", "actor/tis_clipfrac") if self.tis_cap is not None else ()
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
         return self.run(batch, model), functools.partial(self.loss, batch["rows"])
 
@@ -154,13 +158,13 @@ class Values(ResponseJob):
 
     title = "critic"
 
-    def prepare_model(self, chunks: list[Any]) -> None:
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
         """See `Job`: a value head in place of the output layer."""
         for chunk in chunks:
             if chunk.post_process:
-                chunk.output_layer = ValueHead(chunk.config)
+                chunk.output_layer = ValueHead(chunk.config)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`: logs the values [rows, T]."""
 
         def measure(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +188,7 @@ class Critic(Values):
         self.clip = clip
         self.total: Tensor | None = None
 
-    def forward_step(self, batch: dict[str, Any], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """See `Job`."""
         return self.run(batch, model), functools.partial(self.loss, batch["rows"])
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,10 +31,14 @@ from minimind_mcore.rl.runtime.jobs import Actor, Critic, LogProbs, ResponseJob,
 from minimind_mcore.rl.runtime.metrics import MOST_DIFFERENT, SAME_WEIGHTS
 from minimind_mcore.training import checkpoint_weights, checkpointing, data, distributed, step
 from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.job import MicroBatch
 from minimind_mcore.training.metrics import Progress
 from minimind_mcore.training.model import build_chunks, build_model, weights_gathered
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
 from minimind_mcore.validation import validate
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 Role = Literal["actor", "reference", "critic"]
 
@@ -118,7 +122,7 @@ class Rank:
         else:
             self.job = Actor(self.training, config, self.algorithm)
             self.ask = LogProbs(self.training, self.job.temperature)
-        self.model: list[Any] = []
+        self.model: list[MegatronModule] = []
         self.frozen: step.Engine  # the reference
         self.engine: step.Engine
         self.progress = Progress()
@@ -189,7 +193,7 @@ class Rank:
             self._load_weights(Path(begin), self.model)
         self.engine.take_weights()
 
-    def _load_weights(self, path: Path, model: list[Any]) -> None:
+    def _load_weights(self, path: Path, model: list[MegatronModule]) -> None:
         if not path.exists():
             raise UserError(f"load: {path} does not exist; expected the weights to begin with")
         checkpointing.load_weights(self.training, path, model)
@@ -280,11 +284,11 @@ class Rank:
         ordered = [-1] * (-len(ordered) % unit) + ordered
         return ordered[rank::dp]
 
-    def _stream(self, micro: list[Batch], model: list[Any]) -> list[Iterator[dict[str, Any]]]:
+    def _stream(self, micro: list[Batch], model: list[MegatronModule]) -> step.Batches:
         """An iterator over the micro-batches for each chunk of a model."""
         place = device.current().torch_device
 
-        def stream() -> Iterator[dict[str, Any]]:
+        def stream() -> Iterator[MicroBatch]:
             for rows in micro:
                 # The ids of the prompts are read on the CPU: asking the device for them would stop the step.
                 yield micro_batch(rows.to(place), self.unit) | {"index": rows.prompt_ids.tolist()}
