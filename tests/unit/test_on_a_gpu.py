@@ -120,15 +120,15 @@ def test_a_loss_does_not_wait_for_the_device(loss: Callable[[Tensor, Tensor], Te
 def test_packed_lengths_and_indices_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer reads the lengths of packed samples; on the device each layer would wait for it."""
     from minimind_mcore.training import data
-    from minimind_mcore.training.job import Job
+    from minimind_mcore.training.job import Job, MicroBatch
 
     class OnMeta:
         kind, is_ascend, torch_device = "cuda", False, torch.device("meta")
 
     class Packed(Job):
-        def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
             ends = torch.tensor([0, 3, 8], dtype=torch.int32)
-            return {"tokens": torch.zeros(1, 8, dtype=torch.long), "cu_seqlens": ends, "index": torch.tensor([4, 5])}
+            return {"tokens": torch.zeros(1, 8, dtype=torch.long), "cu_seqlens": ends, "index": [4, 5]}
 
     monkeypatch.setattr(device, "current", OnMeta)
     core: Any = types.ModuleType("megatron.core")  # the real one is imported after device.setup() only
