@@ -70,15 +70,15 @@ def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
     """What inference.py runs, with nothing to stop it."""
     import transformers
 
-    from minimind_mcore.inference.generation import Generator, Sampling
+    from minimind_mcore.inference.generation import Generator
     from minimind_mcore.inference.loading import Loaded
+    from minimind_mcore.inference.sampling import Sampling
     from minimind_mcore.preprocess.tokenize import TokenizerInfo
 
     model: Any = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()
     info = TokenizerInfo("", "", config.vocab_size, None, None)
     loaded = Loaded(model.to(device.current().torch_device, DTYPES[args.dtype]), NoTokenizer(), info, config, "")
-    how = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
-    generator = Generator(loaded, Sampling(max_new_tokens=args.tokens, **how))
+    generator = Generator(loaded, Sampling(temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P), args.tokens)
     generator.stop = []
     return lambda ids: generator.complete(ids.tolist())
 

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
-from minimind_mcore.inference.generation import Sampling
 from minimind_mcore.inference.loading import Loaded, opened, start
 from minimind_mcore.inference.prompts import read_prompts
 from minimind_mcore.inference.quality import Quality, measure
@@ -149,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             scores.add_outcomes(outcomes)
         elif name == QUALITY:
-            sampling = Sampling(max_new_tokens=args.max_new_tokens)
-            scores.quality[path] = measure(loaded, prompts[path], sampling, args.evaluation_batch_size, args.raw)
+            batch, tokens = args.evaluation_batch_size, args.max_new_tokens
+            scores.quality[path] = measure(loaded, prompts[path], tokens, batch, args.raw)
         else:
             length = args.seq_length or min(LENGTH, loaded.config.max_position_embeddings - 1)
             scores.perplexities[path] = scorer.perplexity(_shown(documents(path, loaded)), length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -19,9 +20,10 @@ from typing import Any
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import chat, flags
-from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import load_tokenizer, opened, start
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
+from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
@@ -42,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program inference.py."""
     args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags)
     tasks = _tasks(args)
-    settings = {task: sampling(args, task) for task in tasks}
     if args.no_effect:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
     raw = _is_raw(args, tasks)
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _engine(args.engine, source, info) as engine,
     ):
         for task in tasks:
-            generator = engine(settings[task], stop)
+            beams = {"num_beams": BEAMS} if task.startswith("beam_search") else {}
+            generator = engine(sampling(args, task), args.max_new_tokens, stop, **beams)
             if task == "chat":
                 # What a pretrained model has seen are single texts.
                 chat.run(generator, encoder, chat.Session(0 if raw else args.history_turns, args.system, toolbox))
@@ -76,14 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _engine(name: str, source: Source, info: TokenizerInfo) -> Iterator[Callable[[Sampling, Sequence[int]], Any]]:
-    """Makes generators from settings and stop ids, all with one model."""
+def _engine(name: str, source: Source, info: TokenizerInfo) -> Iterator[Callable[..., Any]]:
+    """Yield the constructor of generators that share one model."""
     if name == "vllm":
         with start_vllm(source, Path(info.path)) as engine:
-            yield lambda how, stop: VLLMGenerator(engine, how, stop)
+            yield functools.partial(VLLMGenerator, engine)
     else:
-        loaded = start(source, info)
-        yield lambda how, stop: Generator(loaded, how, stop)
+        yield functools.partial(Generator, start(source, info))
 
 
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,19 +142,13 @@ def _template(args: argparse.Namespace, tokenizer: Any) -> SlotTemplate | None:
 
 
 def sampling(args: argparse.Namespace, task: str) -> Sampling:
-    """The settings of a task.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
+    """The sampling parameters of a task."""
+    samples = task in ("do_sample", "beam_search_with_sampling", "chat")
     return Sampling(
-        max_new_tokens=args.max_new_tokens,
-        do_sample=task in ("do_sample", "beam_search_with_sampling", "chat"),
-        temperature=args.temperature,
+        temperature=args.temperature if samples else 0.0,
         top_k=args.top_k,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
-        num_beams=BEAMS if task.startswith("beam_search") else 1,
         seed=args.seed,
     )
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt
+from minimind_mcore.inference.sampling import Sampling
 
 NGRAM = 4
 
@@ -50,9 +51,13 @@ class Quality:
         return {"replies": self.replies, **means, "tokens_per_reply": self.tokens / count}
 
 
-def measure(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling, batch: int, raw: bool) -> Quality:
+def measure(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, batch: int, raw: bool) -> Quality:
     """Answer prompts, and measure the replies."""
-    generator, encoder, quality = Generator(loaded, sampling), Encoder(loaded.tokenizer, raw), Quality()
+    generator, encoder, quality = (
+        Generator(loaded, Sampling(temperature=0), max_new_tokens),
+        Encoder(loaded.tokenizer, raw),
+        Quality(),
+    )
     with tqdm(total=len(prompts), desc="quality", unit="prompt", disable=None) as bar:
         for first in range(0, len(prompts), batch):
             for completion in generator.complete([encoder(prompt) for prompt in prompts[first : first + batch]]):

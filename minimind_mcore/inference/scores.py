@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, records
 from minimind_mcore.inference.quality import Quality
+from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.inference.scoring import Accuracy, Perplexity
 from minimind_mcore.inference.toolcall import TOOLCALL, Outcome, summary
 from minimind_mcore.storage import atomic_file, atomic_write_text
@@ -76,7 +77,7 @@ def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int, quality:
     """Let the model answer all questions. `quality` counts the replies."""
     answers = loaded.tokenizer([question.answer for question in questions], add_special_tokens=False)["input_ids"]
     longest = max(LONGEST, *(len(ids) + 1 for ids in answers))  # one for the end
-    generator, encoder = Generator(loaded, Sampling(max_new_tokens=longest)), Encoder(loaded.tokenizer, raw=False)
+    generator, encoder = Generator(loaded, Sampling(temperature=0), longest), Encoder(loaded.tokenizer, raw=False)
     answered = []
     with tqdm(total=len(questions), desc="exact_match", unit="question", disable=None) as bar:
         for first in range(0, len(questions), batch_size):

@@ -29,10 +29,11 @@ from typing import Protocol
 from tqdm import tqdm
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, records
 from minimind_mcore.inference.quality import Quality
+from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.tools.cases import SETS, Case, Expected
 from minimind_mcore.tools.parser import TAGS, Call, StreamParser, parse, parse_call
 from minimind_mcore.tools.process import Limits, failed
@@ -68,7 +69,7 @@ class Local:
     """The model in this process, greedy."""
 
     def __init__(self, loaded: Loaded, max_new_tokens: int) -> None:
-        self._generator = Generator(loaded, Sampling(max_new_tokens=max_new_tokens))
+        self._generator = Generator(loaded, Sampling(temperature=0), max_new_tokens)
         self._encoder = Encoder(loaded.tokenizer, raw=False)
         self._tokenizer = loaded.tokenizer
 

@@ -16,7 +16,8 @@ from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.generation import Completion, Sampling
+from minimind_mcore.inference.generation import Completion
+from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform.device import KINDS
 
@@ -84,19 +85,20 @@ class VLLMGenerator:
 
     Args:
         engine: see `start_vllm`.
-        sampling: how.
+        sampling: parameters of every prompt.
+        max_new_tokens: per prompt, at most.
         stop: ids that end a completion.
     """
 
-    def __init__(self, engine: Any, sampling: Sampling, stop: Sequence[int]) -> None:
+    def __init__(self, engine: Any, sampling: Sampling, max_new_tokens: int, stop: Sequence[int]) -> None:
         import vllm  # pyright: ignore[reportMissingImports]
 
         self.engine = engine
         self.parameters = vllm.SamplingParams(
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature if sampling.do_sample else 0.0,
-            top_k=sampling.top_k if sampling.do_sample and sampling.top_k else -1,
-            top_p=sampling.top_p if sampling.do_sample else 1.0,
+            max_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
             stop_token_ids=list(stop),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from minimind_mcore.serve.sampling import Logprob
+from minimind_mcore.inference.sampling import Logprob
 from minimind_mcore.serve.scheduler import Piece
 from minimind_mcore.tools.parser import Call, StreamParser, Text
 
@@ -165,7 +165,10 @@ class TextChoice:
             found = self.tokens.chat(piece.logprob)
             self._logprobs["tokens"].append(found["token"])
             self._logprobs["token_logprobs"].append(found["logprob"])
-            self._logprobs["top_logprobs"].append({top["token"]: top["logprob"] for top in found["top_logprobs"]})
+            # OpenAI lists the token that was sampled even if others are likelier.
+            self._logprobs["top_logprobs"].append(
+                {top["token"]: top["logprob"] for top in [*found["top_logprobs"], found]}
+            )
             self._logprobs["text_offset"].append(self._offset)
             self._offset += len(found["token"])
 

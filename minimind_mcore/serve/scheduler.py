@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minimind_mcore.inference.detokenizer import Detokenizer
 from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.sampling import Logprob, Sampler, Sampling, choose, logprobs
 from minimind_mcore.serve.metrics import Metrics
-from minimind_mcore.serve.sampling import Logprob, Sampler, Sampling, choose, logprobs
 from minimind_mcore.serve.slots import Slots
 from minimind_mcore.tools.parser import partial_tag
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind_mcore.inference.loading import Loaded
+from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.serve.engines import Options
 from minimind_mcore.serve.grammar import Grammar, call_grammar, json_grammar
 from minimind_mcore.serve.metrics import Metrics
@@ -24,7 +25,6 @@ from minimind_mcore.serve.protocol import (
     Tool,
 )
 from minimind_mcore.serve.replies import ChatChoice, TextChoice, Tokens
-from minimind_mcore.serve.sampling import Sampling
 from minimind_mcore.serve.scheduler import Piece, Scheduler, Sequence, Stops
 
 DEFAULT_NAME = "minimind"
@@ -293,6 +293,10 @@ class Service:
                 "or max_tokens",
                 "messages" if isinstance(body, ChatBody) else "prompt",
                 code="context_length_exceeded",
+            )
+        if (body.min_tokens or 0) > (limit or free):
+            raise RequestError(
+                f"min_tokens: found {body.min_tokens}, expected at most max_tokens, {limit or free}", "min_tokens"
             )
         self.check_ids(body.stop_token_ids or (), "stop_token_ids")
         texts = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

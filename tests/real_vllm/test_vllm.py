@@ -73,7 +73,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "DEVICE": "cpu"}
 
 

@@ -322,7 +322,7 @@ def test_an_answer_of_many_tokens_can_be_right(loaded: Loaded, monkeypatch: pyte
     assert len(known[1]) > scores_module.LONGEST
 
     def complete(self: Generator, prompts: list[list[int]]) -> list[Completion]:
-        cut = [ids[: self.sampling.max_new_tokens] for ids in known]
+        cut = [ids[: self.max_new_tokens] for ids in known]
         return [Completion([i for i in ids if i not in self.stop], ids[-1] in self.stop) for ids in cut]
 
     monkeypatch.setattr(Generator, "complete", complete)

@@ -23,9 +23,10 @@ from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main
 from minimind_mcore.inference.decoder import Cache, Decoder
-from minimind_mcore.inference.generation import Completion, Generator, Sampling
+from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
+from minimind_mcore.inference.sampling import Sampler, Sampling, choose
 from minimind_mcore.preprocess.conversations import MINIMIND, Conversation, read_minimind
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, TokenizerTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import load_encoder
@@ -54,9 +55,9 @@ def theirs(model: Any, prompt: list[int], tokens: int, **how: Any) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def endless(loaded: Loaded, **how: Any) -> Generator:
+def endless(loaded: Loaded, max_new_tokens: int = 128, num_beams: int = 1, **how: Any) -> Generator:
     """A generator that nothing stops before its tokens are used up."""
-    generator = Generator(loaded, Sampling(**how))
+    generator = Generator(loaded, Sampling(**{"temperature": 0} | how), max_new_tokens, num_beams=num_beams)
     generator.stop = []
     return generator
 
@@ -155,9 +156,9 @@ def test_draws_follow_the_distribution_of_transformers(temperature: float, top_k
     warped = TemperatureLogitsWarper(temperature)(unused, logits)
     warped = TopKLogitsWarper(top_k)(unused, warped) if top_k else warped
     expected = TopPLogitsWarper(top_p)(unused, warped).softmax(-1)[0]
-    how = Sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-    chosen = how.choose(logits.expand(draws, -1), None, torch.Generator().manual_seed(2))
-    found = torch.bincount(chosen, minlength=64) / draws
+    how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=2)
+    chosen = choose(logits.expand(draws, -1), [Sampler(how, [])] * draws)
+    found = torch.bincount(torch.tensor(chosen), minlength=64) / draws
     assert (found[expected == 0] == 0).all()
     torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
 
@@ -173,7 +174,7 @@ def test_a_seed_decides_the_draws(models: dict[str, Path], tmp_path: Path) -> No
 def test_beam_search_is_that_of_transformers(models: dict[str, Path], loaded: dict[str, Loaded]) -> None:
     model = twin(models["minimind3"])
     expected = [theirs(model, prompt, 12, num_beams=2, eos_token_id=[2], pad_token_id=2) for prompt in PROMPTS]
-    found = Generator(loaded["minimind3"], Sampling(max_new_tokens=12, num_beams=2)).complete(PROMPTS)
+    found = Generator(loaded["minimind3"], Sampling(temperature=0), 12, num_beams=2).complete(PROMPTS)
     assert [c.ids for c in found] == [ids[: ids.index(2)] if 2 in ids else ids for ids in expected]
 
 
@@ -181,7 +182,7 @@ def test_ids_beyond_the_tokenizer_are_never_written(corpus: Corpus, tmp_path: Pa
     config = config_of("minimind3", corpus).replace(vocab_size=corpus.vocab_size + 64)
     model = write_hf(tmp_path / "padded", config, state_dict(config, "hf"))
     padded = open_model(model, corpus.tokenizer)
-    for how in ({"do_sample": True, "temperature": 50.0, "top_k": 0, "top_p": 1.0}, {"num_beams": 2}):
+    for how in ({"temperature": 50.0}, {"num_beams": 2}):
         for completion in endless(padded, max_new_tokens=40, **how).complete(PROMPTS):
             assert max(completion.ids) < corpus.vocab_size
 

@@ -24,7 +24,8 @@ from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_re
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.detokenizer import Detokenizer
-from minimind_mcore.inference.generation import Generator, Sampling
+from minimind_mcore.inference.generation import Generator
+from minimind_mcore.inference.sampling import Sampling
 from minimind_mcore.models import yarn
 from minimind_mcore.serve import main
 from minimind_mcore.serve.prompts import SafePrompts
@@ -111,7 +112,7 @@ def test_answers_equal_those_of_inference_py_and_of_transformers(name: str, toke
         assert server.service.scheduler.slots.room * len(server.service.scheduler.slots.tokens) <= 1300
     for reply, text, tokens in zip(replies, texts, lengths, strict=True):
         [choice], ids = reply["choices"], reply["prompt_token_ids"]
-        generator = Generator(loaded, Sampling(max_new_tokens=tokens))
+        generator = Generator(loaded, Sampling(temperature=0), tokens)
         generator.stop = []
         assert choice["token_ids"] == generator.complete([ids])[0].ids
         assert choice["token_ids"] == theirs(reference, ids, tokens)
@@ -228,6 +229,9 @@ def test_a_key_is_asked_for(model: Path) -> None:
         (["--host", "::1"], "", None),
         ([], "", None),
         (["--port", "70000"], "", "--port 70000"),
+        (["--temperature", "0"], "", None),
+        (["--temperature", "2.5"], "", "--temperature: found 2.5"),
+        (["--top-p", "0"], "", "--top-p: found 0"),
         (["--engine", "vllm"], "", "ENGINE=vllm"),
         ([], "with space", "API_KEY"),
     ],

@@ -19,9 +19,9 @@ from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_re
 
 from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
+from minimind_mcore.inference.sampling import Sampler
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.serve.embedded import EmbeddedServer
-from minimind_mcore.serve.sampling import Sampler
 from minimind_mcore.serve.service import Service
 from minimind_mcore.serve.slots import Slots
 from minimind_mcore.tools.parser import Call, parse_call

@@ -5,27 +5,37 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from minimind_mcore.serve.grammar import Grammar
-
 LIKELIEST = 256  # tokens that top_p looks at first; a full sort of 6400 takes ten times as long
 
 
-@dataclass(kw_only=True)
+class Constraint(Protocol):
+    """Restricts the next token of one sequence."""
+
+    def accept(self, token: int) -> None:
+        """Append a token to the sequence."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits [vocabulary] of forbidden tokens to minus infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of one sequence are chosen; names and meanings are those of OpenAI and vLLM.
+    """Sampling parameters of one sequence, with the names and meanings of OpenAI and vLLM.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
-        top_k: 0 for all.
-        seed: of the draws; None: another one each time.
-        logprobs: how many of the likeliest tokens each position reports; None: no log-probabilities.
-        banned: ids that are not drawn before `min_tokens` are there.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample from this many of the likeliest tokens; 0 for all.
+        top_p: then from the likeliest tokens that together reach this probability.
+        min_p: then from the tokens that have this share of the likeliest token's probability.
+        repetition_penalty: divides the positive logits of tokens of prompt and answer, multiplies the negative ones.
+        seed: of the random numbers; None for a different one each time.
+        logprobs: how many of the likeliest tokens each position reports; None for no log-probabilities.
+        banned: ids that are not sampled before `min_tokens`.
         grammar: what the text must follow.
     """
 
@@ -41,7 +51,7 @@ class Sampling:
     logprobs: int | None = None
     min_tokens: int = 0
     banned: frozenset[int] = frozenset()
-    grammar: Grammar | None = None
+    grammar: Constraint | None = None
 
     @property
     def changes_logits(self) -> bool:
