@@ -37,7 +37,6 @@ class Options:
         kv_cache_gib: memory for keys and values; None: the engine's default.
         defaults: sampling parameters of requests that do not give them: temperature, top_p, top_k, ...
         cors_origins: web pages that may send requests.
-        extra: further flags of the engine's own.
     """
 
     host: str
@@ -52,7 +51,6 @@ class Options:
     kv_cache_gib: float | None = None
     defaults: tuple[tuple[str, float], ...] = ()
     cors_origins: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
 
 
 def engine(name: str) -> ModuleType:

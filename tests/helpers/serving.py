@@ -95,3 +95,14 @@ def program(*flags: str, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def until_serving(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Read what a server prints until it is ready; return its address and that text."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("serving"):
+            return line.split()[1].removesuffix("/v1"), "".join(lines)
+    raise AssertionError("".join(lines))

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import serving
 from helpers.engine import ROOT
 from helpers.inference_models import twin
+from helpers.serving import vocabulary, wait_until_ready, write_served
 from helpers.weights_on_disk import state_dict, write_hf
 
 from minimind_mcore.converters.cli import main_v2
@@ -35,6 +36,7 @@ pytestmark = [
 ]
 NAMES = ["minimind3", "minimind3_moe", "minimind2_small", "minimind2", "minimind2_moe", "minimind2_moe_768"]
 PADDED = ["minimind3", "minimind3_moe", "minimind2"]  # vLLM's Qwen2-MoE ignores head_dim
+KEY = {"API_KEY": "secret"}
 TIE = 1e-3  # of two logits, in fp32
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048, "beta_fast": 32.0,
         "beta_slow": 1.0, "attention_factor": 1.0}  # fmt: skip
@@ -122,54 +124,41 @@ def test_yarn_past_the_trained_length(name: str, tmp_path: Path) -> None:
         require_greedy(plain, given, found)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A server on vLLM, started by the command line; its base URL."""
-    folder = tmp_path_factory.mktemp("served")
-    tokenizer = Path(os.environ.get("MINIMIND_TOKENIZER_DIR", "/nowhere")) / "v3"
+@pytest.fixture(scope="module", params=["minimind3", "minimind2_small"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A server on vLLM, started by the command line: its base URL, and the generation of its tokenizer."""
+    folder, generation = tmp_path_factory.mktemp("served"), "v3" if request.param == "minimind3" else "v2"
+    tokenizer = Path(os.environ.get("MINIMIND_TOKENIZER_DIR", "/nowhere")) / generation
     if not tokenizer.is_dir():
         pytest.skip("MINIMIND_TOKENIZER_DIR is not set")
-    config = shrunk("minimind3").replace(vocab_size=6400)
-    write_hf(folder / "model", config, state_dict(config, "hf"))
-    for file in tokenizer.iterdir():
-        shutil.copy(file, folder / "model")
+    write_served(folder / "model", serving.shrunk(request.param, vocabulary(tokenizer)), tokenizer)
     port, log = 18000 + os.getpid() % 1000, folder / "log"
     command = [PYTHON, "-m", "minimind_mcore.cli", "serve", "--load", str(folder / "model"), "--engine", "vllm"]
     with log.open("w") as file:
-        process = subprocess.Popen([*command, "--port", str(port), "--max-model-len", "1024"], cwd=ROOT,
-                                   env=environment() | {"API_KEY": "secret"}, stdout=file, stderr=file)  # fmt: skip
+        process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, env=environment() | KEY,
+                                   stdout=file, stderr=file)  # fmt: skip
     try:
-        yield f"http://127.0.0.1:{port}/v1", process, log
+        wait_until_ready(f"http://127.0.0.1:{port}", 600)
+        yield f"http://127.0.0.1:{port}/v1", generation
     finally:
         process.terminate()
         process.wait(60)
 
 
-def test_the_openai_client(served: Any) -> None:
-    openai = pytest.importorskip("openai")
-    url, process, log = served
-    client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60)
-    deadline = time.monotonic() + 600
-    while True:
-        try:
-            assert {model.id for model in client.models.list()} == {"minimind"}
-            break
-        except openai.APIConnectionError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
-    asked: dict[str, Any] = {"model": "minimind", "messages": [{"role": "user", "content": "hello"}], "temperature": 0,
-                             "max_tokens": 12}  # fmt: skip
-    reply = client.chat.completions.create(**asked)
-    assert reply.choices[0].message.content and reply.usage.completion_tokens <= 12  # an answer, not a thought
-    assert not getattr(reply.choices[0].message, "reasoning", None)
-    chunks = list(client.chat.completions.create(**asked, stream=True))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == reply.choices[0].message.content
-    thinks = client.chat.completions.create(**asked, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
-    assert getattr(thinks.choices[0].message, "reasoning", None) and not thinks.choices[0].message.content
-    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
-    assert client.chat.completions.create(**asked, tools=tools).choices[0].finish_reason in ("stop", "length")
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=url, api_key="other", max_retries=0).chat.completions.create(**asked)
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(**asked | {"model": "gpt-4o"})
+@pytest.mark.parametrize("version", ["newest", "1.x"])
+def test_the_official_client(served: tuple[str, str], version: str) -> None:
+    """Every endpoint, field and error; tests/helpers/openai_suite.py says where vLLM is not like OpenAI."""
+    path = [os.environ.get("OPENAI_1_DIR", "")] if version == "1.x" else []
+    if path == [""]:
+        pytest.skip("OPENAI_1_DIR is not set: there is no openai 1.x")
+    # MiniMind2's <think> is ordinary text: there is no parser for its thoughts. With its tokenizer these random weights
+    # write half characters, which vLLM reports as one text, and several calls where one is required.
+    skipped = ["thinking", "the_client_of_minimind", "logprobs", "completions", "tool_choices"]
+    checks = [] if served[1] == "v3" else ["--skip", *skipped]
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.openai_suite", served[0], "--vllm", *checks],
+        env=os.environ | KEY | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT / "tests"), str(ROOT)])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers.engine import ROOT
 from helpers.inference_models import open_model, twin
-from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_ready, write_served
+from helpers.serving import embedded, program, shrunk, until_serving, vocabulary, write_served
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.detokenizer import Detokenizer
@@ -230,7 +230,7 @@ def test_a_key_is_asked_for(model: Path) -> None:
         ([], "", None),
         (["--port", "70000"], "", "--port 70000"),
         (["--temperature", "0"], "", None),
-        (["--temperature", "2.5"], "", "--temperature: found 2.5"),
+        (["--temperature", "-1"], "", "--temperature: found -1"),
         (["--top-p", "0"], "", "--top-p: found 0"),
         (["--engine", "vllm"], "", "ENGINE=vllm"),
         ([], "with space", "API_KEY"),
@@ -285,14 +285,7 @@ def test_a_client_that_leaves_frees_its_place(model: Path, stream: bool) -> None
 def test_a_signal_lets_running_answers_finish(model: Path, tmp_path: Path) -> None:
     """And the log has no key, no prompt and no path."""
     server = program("--load", str(model), "--port", "0", API_KEY="secret-key")
-    assert server.stdout is not None
-    lines = []
-    for line in server.stdout:
-        lines.append(line)
-        if line.startswith("serving"):
-            break
-    address = lines[-1].split()[1].removesuffix("/v1")
-    wait_until_ready(address)
+    address, log = until_serving(server)
     body = {"messages": [{"role": "user", "content": "secret-words"}], "max_tokens": 400, "ignore_eos": True}
     headers = {"Authorization": "Bearer secret-key"}
     httpx.post(f"{address}/v1/chat/completions", json={"messages": "secret-words"}, headers=headers)
@@ -304,9 +297,9 @@ def test_a_signal_lets_running_answers_finish(model: Path, tmp_path: Path) -> No
         server.send_signal(signal.SIGTERM)
         rest = [line for line in found if line]
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
-    lines += server.stdout.readlines()
+    assert server.stdout is not None
+    log += server.stdout.read()
     assert server.wait(30) == 0
-    log = "".join(lines)
     assert "POST /v1/chat/completions 200" in log and "the server has ended" in log
     assert "secret" not in log, log
     with pytest.raises(httpx.HTTPError):

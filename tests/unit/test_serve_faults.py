@@ -15,7 +15,7 @@ import httpx  # pyright: ignore[reportMissingImports]
 import pytest
 import torch
 from helpers.engine import ROOT
-from helpers.serving import embedded, program, shrunk, vocabulary, wait_until_ready, write_served
+from helpers.serving import embedded, program, shrunk, until_serving, vocabulary, write_served
 
 from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
@@ -282,16 +282,8 @@ def test_the_server_answers_on_the_stand_in_for_an_npu(model: Path, server: tupl
     process = program("--load", str(model), "--port", "0", "--params-dtype", "fp32", DEVICE="npu", OMP_NUM_THREADS="1",
                       NPU_EMULATION_STRICT="raise", PYTHONPATH=os.pathsep.join(map(str, (place, ROOT))))  # fmt: skip
     try:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("serving"):
-                break
-        said = "".join(lines)
+        address, said = until_serving(process)
         assert "embedded: the default on an NPU" in said and "fp32 on npu" in said, said
-        address = lines[-1].split()[1].removesuffix("/v1")
-        wait_until_ready(address)
         assert ids(post(address, **body)) == ids(post(server[0], **body))
         assert post(address, top_p=0.9, top_k=20, min_p=0.01, presence_penalty=0.5, seed=1).status_code == 200
     finally:
