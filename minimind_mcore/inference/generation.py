@@ -119,8 +119,8 @@ class Generator:
             running -= {number for number in running if tokens[number] in self.stop}
             if not running:
                 return
-            for row, token in zip(written, tokens, strict=True):
-                row.append(token)
+            for answer, token in zip(written, tokens, strict=True):
+                answer.append(token)
             ids = torch.tensor(tokens, device=self.loaded.device)[:, None]
 
     def _sampler(self, prompt: Sequence[int]) -> Sampler:

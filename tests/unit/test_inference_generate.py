@@ -311,7 +311,7 @@ def test_all_of_miniminds_files_of_conversations_can_be_asked(loaded: dict[str, 
     ("flags", "message"),
     [
         (["--task", "gready"], "--task gready: expected greedy, do_sample"),
-        (["--task", "do_sample", "--temperature", "0"], "--temperature: found 0.0, expected more than 0"),
+        (["--task", "do_sample", "--temperature", "-1"], "--temperature: found -1.0, expected 0 or more"),
         (["--top-p", "1.5"], "--top-p: found 1.5, expected more than 0, at most 1"),
         (["--hidden-size", "64"], "--hidden-size: says 64, but the model in .* has 32"),
         (["--temprature", "1"], "unknown flag --temprature; did you mean --temperature"),
