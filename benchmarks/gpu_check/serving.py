@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import httpx  # pyright: ignore[reportMissingImports]
 import serve
@@ -67,7 +68,8 @@ def _expected(folder: Path, torch_device: torch.device) -> list[list[int]]:
     """What transformers generates, one prompt at a time."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(torch_device)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(torch_device)
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt], device=torch_device)

@@ -216,7 +216,7 @@ class Job:
         begin = outputs / ("rehearsal" if self.rehearses else "minimind3_tiny") / "math_sft/checkpoints"
         here = {"BACKEND": "native", "DATA_DIR": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer")}
         if self.rehearses:  # to make data and a model the stand-in of torch_npu is not needed
-            here |= {"DEVICE": "cpu", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+            here["DEVICE"], here["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "cpu", "0"
         unset = ("OUTPUT_DIR", "NNODES")
         if not (folder / f"{PROBLEMS}_unseen_packed_labels_document.idx").is_file() or not is_finished(tuned):
             # This model adds correctly, and does not know the form of the answers.

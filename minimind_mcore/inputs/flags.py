@@ -132,9 +132,11 @@ def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._Ar
     table = _table("kit_flags.json")[program]
     group = parser.add_argument_group(table["group"], "flags of this kit; MindSpeed-LLM does not know them")
     for flag, row in table["flags"].items():
-        options = {key: value for key, value in row.items() if key != "range"}
+        options: dict[str, Any] = {key: value for key, value in row.items() if key != "range"}
+        if "range" in row:
+            options["type"] = flag_type(row["range"])
         if flag not in parser._option_string_actions:
-            group.add_argument(flag, **options | ({"type": flag_type(row["range"])} if "range" in row else {}))
+            group.add_argument(flag, **options)
     return group
 
 

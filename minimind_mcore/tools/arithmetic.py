@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import math
 import operator
 from collections.abc import Callable
@@ -16,12 +17,9 @@ OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
 }  # fmt: skip
-FUNCTIONS: dict[str, Callable[..., Number]] = {  # pyright: ignore[reportAssignmentType]
+FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(math, name) for name in "sqrt sin cos tan log log2 log10 exp floor ceil factorial".split()},
-    "abs": abs,
-    "round": round,
-    "min": min,
-    "max": max,
+    **{name: getattr(builtins, name) for name in "abs round min max".split()},
 }
 CONSTANTS = {"pi": math.pi, "e": math.e}
 

@@ -25,6 +25,7 @@ from minimind_mcore.inference.benchmarks import BENCHMARKS, Question, Subject, l
 from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import from_text
+from minimind_mcore.inference.quality import Quality
 from minimind_mcore.inference.scores import Scores
 from minimind_mcore.inference.scoring import Accuracy, Scorer
 from minimind_mcore.preprocess.indexed import IndexedWriter
@@ -326,7 +327,7 @@ def test_an_answer_of_many_tokens_can_be_right(loaded: Loaded, monkeypatch: pyte
         return [Completion([i for i in ids if i not in self.stop], ids[-1] in self.stop) for ids in cut]
 
     monkeypatch.setattr(Generator, "complete", complete)
-    assert [answered.right for answered in scores_module.ask(loaded, questions, 2)] == [True, True]
+    assert [answered.right for answered in scores_module.ask(loaded, questions, 2, Quality())] == [True, True]
 
 
 def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +374,7 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
     for flags, message in (
         (
             ["--task", "mmul", "--task-data-path", path],
-            "--task mmul: expected ceval, cmmlu, mmlu, openbookqa, exact_match, perplexity",
+            "--task mmul: expected ceval, cmmlu, mmlu, openbookqa, exact_match, toolcall, quality, perplexity",
         ),
         (
             ["--task", "mmlu", "perplexity", "mmlu", "--task-data-path", path, "text.jsonl", "/elsewhere"],

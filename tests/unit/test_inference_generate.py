@@ -57,7 +57,8 @@ def theirs(model: Any, prompt: list[int], tokens: int, **how: Any) -> list[int]:
 
 def endless(loaded: Loaded, max_new_tokens: int = 128, num_beams: int = 1, **how: Any) -> Generator:
     """A generator that nothing stops before its tokens are used up."""
-    generator = Generator(loaded, Sampling(**{"temperature": 0} | how), max_new_tokens, num_beams=num_beams)
+    sampling: dict[str, Any] = {"temperature": 0, **how}
+    generator = Generator(loaded, Sampling(**sampling), max_new_tokens, num_beams=num_beams)
     generator.stop = []
     return generator
 
@@ -182,7 +183,8 @@ def test_ids_beyond_the_tokenizer_are_never_written(corpus: Corpus, tmp_path: Pa
     config = config_of("minimind3", corpus).replace(vocab_size=corpus.vocab_size + 64)
     model = write_hf(tmp_path / "padded", config, state_dict(config, "hf"))
     padded = open_model(model, corpus.tokenizer)
-    for how in ({"temperature": 50.0}, {"num_beams": 2}):
+    cases: list[dict[str, Any]] = [{"temperature": 50.0}, {"num_beams": 2}]
+    for how in cases:
         for completion in endless(padded, max_new_tokens=40, **how).complete(PROMPTS):
             assert max(completion.ids) < corpus.vocab_size
 

@@ -89,7 +89,8 @@ def test_attention_and_packed_attention_compute_the_same(called: list[str], monk
 
     from minimind_mcore.models.attention import SDPACoreAttention
 
-    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+    sizes |= {"num_query_groups": 2, "kv_channels": 8}
     config = TransformerConfig(**sizes, attention_dropout=0.0)
     attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
     query, key, value = numbers(6, 2, 4, 8), numbers(6, 2, 2, 8), numbers(6, 2, 2, 8) + 1
