@@ -126,11 +126,20 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serve a model, by the settings LOAD_DIR, TOKENIZER_PATH, ..., ENGINE, HOST, PORT, RAW and the flags."""
+    """Serve a model, by the settings LOAD_DIR, TOKENIZER_PATH, ..., ENGINE, HOST, PORT, RAW and the flags.
+
+    Raises:
+        UserError: no model is named, or PROMPT_TYPE asks for a template of MindSpeed-LLM's.
+    """
     from minimind_mcore.serve import main
 
     if given(argv, "-h", "--help"):
         return main.main(argv)
+    if template := env("PROMPT_TYPE"):
+        raise UserError(
+            f"PROMPT_TYPE={template}: a server uses the tokenizer's own chat template; unset it, and put the template "
+            "that you want into the tokenizer's chat_template"
+        )
     raw = ["--raw"] if env("RAW", "0") != "0" else []
     words = [*loaded(argv), *flags("TEMPERATURE", "TOP_K", "TOP_P", "ENGINE", "PORT"), *raw]
     words += [*main.host_flag(env("HOST")), *argv]

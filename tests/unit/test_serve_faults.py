@@ -289,3 +289,9 @@ def test_the_server_answers_on_the_stand_in_for_an_npu(model: Path, server: tupl
     finally:
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_a_template_of_mindspeed_llm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMPT_TYPE", "qwen")
+    with pytest.raises(UserError, match="PROMPT_TYPE=qwen: a server uses the tokenizer's own chat template"):
+        serve(["--load", "nowhere"])
