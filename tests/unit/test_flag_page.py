@@ -128,9 +128,7 @@ def test_choices_are_the_program_s_own() -> None:
 def test_a_row_of_the_table_is_the_rule() -> None:
     assert str(RANGES["adam_beta2"]) == "0 to less than 1"
     assert RANGES["num_layers"].problem(0) == "found 0, expected 1 to 1024"
-    assert (
-        RANGES["temperature"].problem(0) == "found 0, expected more than 0 (for the likeliest token use --task greedy)"
-    )
+    assert RANGES["temperature"].problem(-1) == "found -1, expected 0 or more"
 
 
 if __name__ == "__main__":
