@@ -23,6 +23,16 @@ def own_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
+@pytest.fixture(autouse=True)
+def own_signal_handlers() -> Iterator[None]:
+    """Give the next test the handlers that this one found: programs that run in the tests' process set their own."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(params=["v3", "v2"])
 def published_tokenizer(request: pytest.FixtureRequest) -> Path:
     """Directory of one of MiniMind's published tokenizers; skips where they are not given."""
