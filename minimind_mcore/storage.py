@@ -18,7 +18,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -167,6 +167,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             fsync_directory(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_json_lines(path: str | os.PathLike[str], records: Sequence[Mapping[str, object]]) -> None:
+    """Write one JSON object a line, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

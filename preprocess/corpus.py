@@ -15,7 +15,6 @@ import argparse
 import ast
 import functools
 import inspect
-import json
 import random
 import sysconfig
 import warnings
@@ -29,7 +28,7 @@ from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.preprocess.tool_dialogues import dialogues as tool_dialogues
 from minimind_mcore.preprocess.tool_dialogues import held_out as unseen_tool_questions
-from minimind_mcore.storage import atomic_file
+from minimind_mcore.storage import write_json_lines
 
 # Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip", "encodings", "__pycache__"}
@@ -186,9 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write(path: str, records: Sequence[dict[str, Any]]) -> None:
-    with atomic_file(path) as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    write_json_lines(path, records)
     print(f"{path}: {len(records):,} records, {Path(path).stat().st_size / 1e6:.1f} MB")
 
 

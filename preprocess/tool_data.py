@@ -20,7 +20,7 @@ from minimind_mcore.errors import UserError, run
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler
 from minimind_mcore.preprocess.messages import Conversation
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
-from minimind_mcore.storage import atomic_file
+from minimind_mcore.storage import write_json_lines
 
 SOURCES = {
     "hermes": "HermesToolHandler", "glaive": "GlaiveToolHandler", "xlam": "XlamToolHandler",
@@ -100,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write(path: str, lines: Sequence[Row]) -> None:
-    with atomic_file(path) as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    write_json_lines(path, lines)
     print(f"{path}: {len(lines):,} records")
 
 

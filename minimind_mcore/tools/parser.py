@@ -153,7 +153,7 @@ def partial_tag(text: str, tags: Sequence[str]) -> int:
 
 
 def parse_call(text: str) -> Call | None:
-    """Parse {"name": ..., "arguments": {...}}; the arguments may be JSON in a string. None if the text is no call."""
+    """Parse {"name": ..., "arguments": {...}}. The arguments may be a string of JSON. Return None for other text."""
     try:
         content = strict_json(text)
         if not isinstance(content, dict) or not isinstance(content.get("name"), str):

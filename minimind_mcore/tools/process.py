@@ -117,7 +117,7 @@ def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    while found := _marked(mark):  # again until none is left: a child may fork while this runs
+    while found := _marked(mark):  # a child may fork while this loop runs, so look again
         for number in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)

@@ -4,10 +4,11 @@
     toolbox.definitions                          # for the chat template
     toolbox.run("calculate_math", {"expression": "256*37"})
 
-A JSON file holds a list of definitions in OpenAI's form. `"python": "my_tools:weather"` beside "function" names the
-function that runs. Without it, a built-in tool of that name runs, and otherwise the user answers the call. The file may
-also be an object {"tools": [...], "mcpServers": {"name": {"command": ..., "args": [...]}}}, whose MCP servers run until
-the toolbox is closed.
+A JSON file holds a list of definitions in OpenAI's form. A definition may have the key "python" beside "function":
+`"python": "my_tools:weather"` runs the function weather of the module my_tools. Without that key the built-in tool of
+the same name runs. If there is none, the user answers the call. The file may also be an object
+{"tools": [...], "mcpServers": {"name": {"command": ..., "args": [...]}}}. Its MCP servers run until the toolbox is
+closed.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def test_the_official_client(served: tuple[str, str], version: str) -> None:
     path = [os.environ.get("OPENAI_1_DIR", "")] if version == "1.x" else []
     if path == [""]:
         pytest.skip("OPENAI_1_DIR is not set: there is no openai 1.x")
-    # MiniMind2's <think> is ordinary text: there is no parser for its thoughts. With its tokenizer these random weights
-    # write half characters, which vLLM reports as one text, and several calls where one is required.
+    # vLLM has no parser for MiniMind2's thoughts, as its <think> is ordinary text. With its tokenizer these random
+    # weights write half characters, which vLLM joins, and several calls where the test expects one.
     skipped = ["thinking", "the_client_of_minimind", "logprobs", "completions", "tool_choices"]
     checks = [] if served[1] == "v3" else ["--skip", *skipped]
     done = subprocess.run(

@@ -6,7 +6,7 @@
 
 `rl_schema.json` has the keys of MindSpeed-RL's three classes with their defaults (mindspeed_rl/config_cls:
 MegatronConfig, RLConfig, GenerateConfig), read from release 2.2.0 and from master of 2026-04. A key has the type of its
-default. Where that is None, "types" names the type, else it is that of MindSpeed-LLM's flag of that name.
+default. A default of None has no type: "types" names it, or MindSpeed-LLM's flag of the same name has it.
 `MiniMindConfig` is the section `minimind`, which MindSpeed-RL's parser ignores.
 """
 
