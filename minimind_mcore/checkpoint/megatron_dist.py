@@ -6,6 +6,7 @@ takes each chunk from its place; writing goes through megatron-core, so that the
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -124,18 +125,25 @@ def _whole(directory: Path, name: str, shape: Shape, chunks: Mapping[str, list[C
     axes = len(place)
     mine = [c for c in chunks[key] if all(o <= p < o + s for p, o, s in zip(place, c.offsets, c.sizes, strict=False))]
     covered = sum(torch.Size(chunk.sizes[axes:]).numel() for chunk in mine)
-    if covered != torch.Size(shape).numel() or any(set(chunk.sizes[:axes]) - {1} for chunk in mine):
+    if covered != torch.Size(shape).numel():
         raise UserError(
             f"{directory}: the chunks of {name} do not make a tensor of {shape}: not saved by megatron-core"
         )
 
+    def part(chunk: Chunk) -> Tensor:
+        # Grouped experts share a chunk: [1, experts, ...] (megatron-core 0.12.1, GroupedMLP.sharded_state_dict).
+        number = 0
+        for p, o, s in zip(place, chunk.offsets, chunk.sizes, strict=False):
+            number = number * s + p - o
+        return chunk.file.read(chunk.name, number, math.prod(chunk.sizes[:axes])).view(chunk.sizes[axes:])
+
     def read() -> Tensor:
         if len(mine) == 1:
-            return mine[0].file.read(mine[0].name).view(shape)
+            return part(mine[0])
         tensor = torch.empty(shape, dtype=mine[0].file.entries[mine[0].name].dtype)
         for chunk in mine:
             where = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True))
-            tensor[where] = chunk.file.read(chunk.name).view(chunk.sizes[axes:])
+            tensor[where] = part(chunk)
         return tensor
 
     return Lazy(shape, mine[0].file.entries[mine[0].name].dtype, read)

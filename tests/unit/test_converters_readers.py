@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.weights_on_disk import SMALL, state_dict, write_hf
+from helpers.engine import ROOT, TRACKER
+from helpers.weights_on_disk import SMALL, read_hf, state_dict, write_hf
 from torch import Tensor
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
@@ -49,6 +50,38 @@ model, _ = eval_llm.init_model(argparse.Namespace(
     num_hidden_layers=int(layers), use_moe=int(moe), inference_rope_scaling=False, device="cpu"))
 with torch.no_grad():
     torch.save(model.float()(torch.load("ids.pt")).logits, output)
+"""
+
+# A torch_dist checkpoint as megatron-core 0.12.1 saves grouped experts (GroupedMLP.sharded_state_dict), which
+# MindSpeed-RL does: the experts of a layer share a chunk, and the two halves of fc1 are chunks of their own.
+GROUPED = """
+import re, sys, torch
+from minimind_mcore.platform import device
+device.setup()
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from minimind_mcore.converters.megatron import single_process
+content = torch.load("grouped/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)
+layers, experts, hidden = (getattr(content["args"], name) for name in ("num_layers", "num_experts", "hidden_size"))
+sharded = {}
+for name, tensor in content.pop("model").items():
+    layer = re.match(r"decoder\\.layers\\.(\\d+)\\.(.*)", name)
+    if not layer:
+        sharded[name] = ShardedTensor.from_rank_offsets(name, tensor)
+        continue
+    stack, halves = (0, int(layer[1]), layers), [tensor]
+    key = f"decoder.layers.{layer[2]}"
+    if name.endswith(("experts.weight1", "experts.weight2")):
+        fc1 = name.endswith("1")
+        key = f"decoder.layers.mlp.experts.experts.linear_fc{2 - fc1}.weight"
+        shape = (experts, hidden, -1) if fc1 else (experts, -1, hidden)
+        halves = tensor.view(shape).transpose(-1, -2).chunk(1 + fc1, -2)
+    for number, half in enumerate(halves):
+        offsets = [(1, 0, 1), (2, number, len(halves))] if "experts.experts" in key else []
+        part = ShardedTensor.from_rank_offsets(key, half.contiguous(), stack, *offsets, prepend_axis_num=1)
+        sharded[f"{name} {number}"] = part
+with single_process():
+    dist_checkpointing.save(content | {"model": sharded}, "dist/iter_0000001")
 """
 
 
@@ -116,3 +149,19 @@ def test_eval_llm_of_minimind_loads_what_is_written(name: str, file: bool, tmp_p
     size = ["64", str(config.num_layers), str(int(moe is not None))]
     run(MINIMIND, load_from, "full_sft", *size, "logits", folder=folder, PYTHONPATH=str(transformers_4))
     torch.testing.assert_close(torch.load(folder / "logits"), expected, atol=1e-5, rtol=0)
+
+
+def test_grouped_experts_of_torch_dist_are_read(tmp_path: Path) -> None:
+    config = SMALL["minimind3_moe"]
+    state = state_dict(config, "hf")
+    source = open_source(write_hf(tmp_path / "hf", config, state))
+    convert(source, MegatronTarget(source, ParallelLayout(grouped_experts=True)), tmp_path / "grouped")
+    (tmp_path / "dist/iter_0000001").mkdir(parents=True)
+    (tmp_path / "dist" / TRACKER).write_text("1")
+    run(GROUPED, folder=tmp_path, PYTHONPATH=str(ROOT))
+    again = open_source(tmp_path / "dist")
+    assert again.kind == "Megatron torch_dist"
+    convert(again, HFTarget(again, native=False, folder=None), tmp_path / "back")
+    found = read_hf(tmp_path / "back")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name].to(found[name].dtype)) for name in state)
