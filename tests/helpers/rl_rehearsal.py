@@ -80,7 +80,7 @@ class RlInputs:
         return folder
 
     @functools.cache  # noqa: B019
-    def weights(self, name: str, tp: int = 1) -> Path:
+    def weights(self, name: str, tp: int) -> Path:
         """The Megatron checkpoint of a preset; the experts of a mixture are grouped."""
         target = self.folder / f"{name}-{tp}-mg"
         grouped = ["--moe-grouped-gemm"] if PRESETS[name].moe else []
@@ -195,10 +195,16 @@ def _metrics(line: str) -> dict[str, float]:
 
 def run_embedded(inputs: RlInputs, folder: Path, model: str, *more: str) -> str:
     """The same two steps by the embedded trainer, in bf16; returns what it printed."""
-    given = overrides(inputs, folder, "grpo", model, 1, 1, inputs.weights(model))
+    given = overrides(inputs, folder, "grpo", model, 1, 1, inputs.weights(model, 1))
     words = [f"{key}={value}" for key, value in given.items()]
     words += ["minimind.precision=bf16", "minimind.weight_check_interval=0"]
-    environment = {**os.environ, "DEVICE": "cpu", "BACKEND": "embedded", "PYTHONPATH": str(ROOT / "tests")}
+    environment = {
+        **os.environ,
+        "DEVICE": "cpu",
+        "BACKEND": "embedded",
+        "PYTHONPATH": str(ROOT / "tests"),
+        "RAY_ADDRESS": "local",
+    }
     done = subprocess.run(
         [sys.executable, "train_grpo.py", "--config-name", "grpo_minimind_tiny", *words, *BATCH, *more],
         env=environment, cwd=ROOT, timeout=TIMEOUT,
@@ -211,6 +217,15 @@ def run_embedded(inputs: RlInputs, folder: Path, model: str, *more: str) -> str:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face directory."""
     return load_file(folder / "model.safetensors")
+
+
+def in_groups(update: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Sort the rows of a recorded batch by prompt: MindSpeed-RL draws them in any order (its transfer_dock.py)."""
+    ids = update["input_ids"].tolist()
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    found = {name: rows[order] for name, rows in update.items() if isinstance(rows, torch.Tensor)}
+    assert found["advantages"][:, 0].view(-1, 4).mean(1).abs().max() < 1e-5, "two groups have the same prompt"
+    return found
 
 
 def save_for_replay(update: Mapping[str, Any], generated: list[dict[str, Any]], folder: Path, step: int) -> None:
