@@ -1,4 +1,4 @@
-"""Convert raw text into Megatron's indexed datasets; see minimind_mcore/preprocess (`preprocess/cli.py`)."""
+"""Convert raw text into Megatron's indexed datasets; see minimind_mcore/preprocess (`preprocess/main.py`)."""
 
 from minimind_mcore.cli import program
 

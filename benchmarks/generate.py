@@ -72,13 +72,13 @@ def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
 
     from minimind_mcore.inference.generation import Generator
     from minimind_mcore.inference.loading import Loaded
-    from minimind_mcore.inference.sampling import Sampling
+    from minimind_mcore.inference.sampling import SamplingParams
     from minimind_mcore.preprocess.tokenize import TokenizerInfo
 
     model: Any = transformers.AutoModelForCausalLM.from_config(config.hf_config()).eval()
     info = TokenizerInfo("", "", config.vocab_size, None, None)
     loaded = Loaded(model.to(device.current().torch_device, DTYPES[args.dtype]), NoTokenizer(), info, config, "")
-    generator = Generator(loaded, Sampling(temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P), args.tokens)
+    generator = Generator(loaded, SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P), args.tokens)
     generator.stop = []
     return lambda ids: generator.complete(ids.tolist())
 

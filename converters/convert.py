@@ -30,7 +30,7 @@ from minimind_mcore.checkpoint.tensors import TensorWriter, as_bytes
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.platform.cpu import usable_cores
-from minimind_mcore.progress import Progress
+from minimind_mcore.progress import ProgressBar
 from minimind_mcore.storage import (
     MANIFEST,
     FileEntry,
@@ -187,7 +187,7 @@ def convert(
     started = time.monotonic()
     require_free(output)
     require_space(output, target.nbytes)
-    with staging(output) as tmp, target, Pool() as pool, disk_errors(output):
+    with staging(output) as tmp, target, ThreadPool() as pool, disk_errors(output):
         require_whole(source)
         target.create(tmp)
         with Sealing(target.writers) as sealing:
@@ -209,7 +209,7 @@ def convert(
 # ------------------------------------------------------------------------------------------------------- pass
 
 
-def stream(source: Source, target: Target, sealing: Sealing, pool: Pool) -> Digests:
+def stream(source: Source, target: Target, sealing: Sealing, pool: ThreadPool) -> Digests:
     """Read every tensor once and write what comes of it; returns digests of the tensors by name."""
 
     def pass_on(name: str) -> str:
@@ -222,7 +222,7 @@ def stream(source: Source, target: Target, sealing: Sealing, pool: Pool) -> Dige
     for check in source.checks:
         check()
     digests: Digests = {}
-    with Progress("converting", source.nbytes) as progress:
+    with ProgressBar("converting", source.nbytes) as progress:
         for name, digest in pool.map(pass_on, source.tensors):
             digests[name] = digest
             progress.add(source.tensors[name].nbytes)
@@ -298,7 +298,7 @@ def _require_undamaged(problems: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------- verify
 
 
-def verify(source: Source, written: Mapping[str, Lazy], digests: Mapping[str, str], pool: Pool) -> None:
+def verify(source: Source, written: Mapping[str, Lazy], digests: Mapping[str, str], pool: ThreadPool) -> None:
     """Read what was written, and compare.
 
     Raises:
@@ -306,7 +306,7 @@ def verify(source: Source, written: Mapping[str, Lazy], digests: Mapping[str, st
     """
     _require_nothing("written and not read back", [name for name in digests if name not in written])
     differ = []
-    with Progress("checking", source.nbytes) as progress:
+    with ProgressBar("checking", source.nbytes) as progress:
         for name, found in pool.map(lambda name: look_at(name, source.tensors[name], written[name].read()), digests):
             differ += [name] if found != digests[name] else []
             progress.add(written[name].nbytes)
@@ -370,7 +370,7 @@ def publish(tmp: Path, output: Path, single_file: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------- threads
 
 
-class Pool:
+class ThreadPool:
     """Threads that share the work: all of it holds no lock of Python's while it takes time."""
 
     def __init__(self) -> None:
@@ -396,7 +396,7 @@ class Pool:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             yield running.pop(future), future.result()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> ThreadPool:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint.files import NAME, TRACKER, directory_of
-from minimind_mcore.checkpoint.layout import ParallelLayout, Part
+from minimind_mcore.checkpoint.layout import FilePart, ParallelLayout
 from minimind_mcore.checkpoint.megatron_dist import stacked
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.checkpoint.tensors import Slot
@@ -98,7 +98,7 @@ class MegatronTarget(Target):
         atomic_write_text(self._root / TRACKER, str(self.iteration))
 
 
-def _joined_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _joined_shape(part: FilePart, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the tensor that a part is (in): grouped experts are joined along the axis of their width."""
     if part.blocks == 1 and not part.grouped:
         return shape

@@ -10,7 +10,7 @@ from tqdm import tqdm
 LINE_SECONDS = 5.0
 
 
-class Progress:
+class ProgressBar:
     """Show bytes done, the speed and the time left.
 
     Args:
@@ -55,7 +55,7 @@ class Progress:
             )
             print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -114,7 +114,7 @@ class Concat(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack(Rule):
+class StackExperts(Rule):
     """One tensor of transformers holds the experts along its first axis."""
 
     @property

@@ -24,7 +24,7 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.hf_config import hf_model_type
-from minimind_mcore.models.rules import QKV, Concat, Doubled, InterleavedQKV, Rule, Shape, Stack, Zeros
+from minimind_mcore.models.rules import QKV, Concat, Doubled, InterleavedQKV, Rule, Shape, StackExperts, Zeros
 
 FORMS = ("hf", "hf_fused", "native", "legacy")
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -147,7 +147,9 @@ def _moe_rules(moe: MoEConfig, h: int, ours: str, theirs: str, form: str) -> lis
     if form == "hf_fused":
         for fc, name, shape in (("fc1", "gate_up_proj", (2 * ffn, h)), ("fc2", "down_proj", (h, ffn))):
             mcore = tuple(f"{expert}.linear_{fc}.weight" for expert in experts)
-            table.append(Stack(mcore=mcore, hf=(f"{theirs}.experts.{name}",), shapes=((moe.num_experts, *shape),)))
+            table.append(
+                StackExperts(mcore=mcore, hf=(f"{theirs}.experts.{name}",), shapes=((moe.num_experts, *shape),))
+            )
     else:
         for e, expert in enumerate(experts):
             table += _mlp_rules(expert, [f"{theirs}.experts.{e}"], h, ffn)

@@ -52,14 +52,14 @@ from minimind_mcore.preprocess.options import (
     template_digest,
     validate,
 )
-from minimind_mcore.preprocess.packing import Filling, Plan, Samples, plan_packs, write_packed
+from minimind_mcore.preprocess.packing import Filling, Plan, SamplesOfKey, plan_packs, write_packed
 from minimind_mcore.preprocess.pool import run_tasks
-from minimind_mcore.preprocess.readers import PARTS, Reject, ShardReader, Source, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import PARTS, InputFile, Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.preprocess.shards import (
-    Job,
     Report,
+    ShardContext,
     ShardConverter,
-    Task,
+    ShardTask,
     beside_path,
     finished,
     lines_before_each,
@@ -68,7 +68,7 @@ from minimind_mcore.preprocess.shards import (
 )
 from minimind_mcore.preprocess.stages import make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_info
-from minimind_mcore.progress import Progress
+from minimind_mcore.progress import ProgressBar
 from minimind_mcore.storage import atomic_file, disk_errors, sha256
 
 SHOWN_REJECTS = 5
@@ -97,7 +97,7 @@ def convert(options: Options) -> list[str]:
     return data_paths(options, prefix)
 
 
-def _prepare(options: Options) -> tuple[list[Source], TokenizerInfo, str, Path]:
+def _prepare(options: Options) -> tuple[list[InputFile], TokenizerInfo, str, Path]:
     """Check the options. Return the input files, the tokenizer, the digest of the request and the output prefix."""
     sources = find_sources(options.input)
     info = tokenizer_info(options.tokenizer)
@@ -128,7 +128,7 @@ def preview(options: Options) -> list[str]:
     return []
 
 
-def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> None:
+def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[InputFile]) -> None:
     """See that the first file that is not empty has records that this handler can use."""
     stage = make_stage(options, info, load_encoder(options.tokenizer, options.backend))
     reason = "it has no records"
@@ -215,7 +215,7 @@ class _Run:
         self,
         options: Options,
         info: TokenizerInfo,
-        sources: Sequence[Source],
+        sources: Sequence[InputFile],
         request: str,
         prefix: Path,
     ) -> None:
@@ -265,7 +265,7 @@ class _Run:
         """Run the shards that are not done yet; returns all reports in input order."""
         options, info, shards = self._options, self._info, self._shards
         reports = finished(directory, len(shards))
-        todo = [Task(number, shard) for number, shard in enumerate(shards) if number not in reports]
+        todo = [ShardTask(number, shard) for number, shard in enumerate(shards) if number not in reports]
         backend = load_encoder(options.tokenizer, options.backend).name
         _say(
             f"{self._prefix}: {len(self._sources)} files, {len(shards)} shards"
@@ -273,9 +273,9 @@ class _Run:
             + f", {min(options.workers, len(todo))} workers, tokenizer backend {backend}"
         )
         progress = multiprocessing.get_context("spawn").RawArray("q", 2 * max(1, len(shards)))
-        job = Job(directory, options, info, backend, progress)
+        job = ShardContext(directory, options, info, backend, progress)
         done_before = sum(report.bytes for report in reports.values())
-        with Progress("converting", sum(shard.bytes for shard in shards), done_before) as display:
+        with ProgressBar("converting", sum(shard.bytes for shard in shards), done_before) as display:
             tick = lambda: display.show(sum(progress[::2]), sum(progress[1::2]))  # noqa: E731
             for report in run_tasks(ShardConverter, job, todo, options.workers, tick):
                 reports[report.number] = report
@@ -324,7 +324,7 @@ class _Run:
         """Which samples are to share a sequence, if they are to be packed."""
         if not self._options.chat.pack:
             return None
-        samples = Samples([part_prefix(directory, report.number, "input_ids") for report in reports])
+        samples = SamplesOfKey([part_prefix(directory, report.number, "input_ids") for report in reports])
         return plan_packs(samples.lengths, (self._options.seq_length or 0) - 1)
 
     def _publish_beside(self, directory: Path, reports: Sequence[Report]) -> None:

@@ -25,7 +25,7 @@ from minimind_mcore.inputs.documents import read_object, read_yaml
 from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler, Handler, find_handler
 from minimind_mcore.preprocess.meta import prompts_path
-from minimind_mcore.preprocess.readers import Source
+from minimind_mcore.preprocess.readers import InputFile
 from minimind_mcore.preprocess.templates import PROMPTER_HEAD, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
@@ -228,7 +228,7 @@ def _require_range(name: str, value: float | None) -> None:
         raise UserError(f"--{name.replace('_', '-')}: {wrong}")
 
 
-def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[Source]) -> str:
+def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[InputFile]) -> str:
     """SHA-256 over everything that decides the content of the result, and nothing else."""
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -265,7 +265,7 @@ def template_digest(options: Options) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def output_prefix(options: Options, sources: Sequence[Source], request: str) -> Path:
+def output_prefix(options: Options, sources: Sequence[InputFile], request: str) -> Path:
     """The prefix that was asked for, or a name by content.
 
     Raises:

@@ -82,7 +82,7 @@ def plan_packs(lengths: NDArray[Any], capacity: int) -> Plan:
     return Plan(np.array(order, np.int64), np.array(sizes, np.int64))
 
 
-class Samples:
+class SamplesOfKey:
     """The samples of one key of all parts, by number."""
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:
@@ -107,7 +107,7 @@ def write_packed(parts: Sequence[Prefix], key: str, plan: Plan, target: Prefix, 
     """
     with IndexedWriter(target) as writer:
         batch: list[NDArray[Any]] = []
-        for sequence in _sequences(Samples(parts), key, plan, filling):
+        for sequence in _sequences(SamplesOfKey(parts), key, plan, filling):
             batch.append(sequence)
             if len(batch) == BATCH:
                 writer.add(np.concatenate(batch), np.full(BATCH, filling.seq_length))
@@ -117,7 +117,7 @@ def write_packed(parts: Sequence[Prefix], key: str, plan: Plan, target: Prefix, 
     return writer.written
 
 
-def _sequences(samples: Samples, key: str, plan: Plan, filling: Filling) -> Iterator[NDArray[Any]]:
+def _sequences(samples: SamplesOfKey, key: str, plan: Plan, filling: Filling) -> Iterator[NDArray[Any]]:
     paddings = {"input_ids": filling.pad_id, "labels": IGNORED, "attention_mask": 0 if filling.neat else 1}
     position = 0
     for size in plan.sizes:

@@ -138,7 +138,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One input file.
 
     Attributes:
@@ -157,7 +157,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Shard:
+class InputShard:
     """A part of one source, small enough to do again.
 
     Attributes:
@@ -166,7 +166,7 @@ class Shard:
         bytes: its share of the file's size.
     """
 
-    source: Source
+    source: InputFile
     start: int
     stop: int
     bytes: int
@@ -251,7 +251,7 @@ def _below(directory: Path) -> Iterator[Path]:
             yield path
 
 
-def find_sources(spec: str) -> list[Source]:
+def find_sources(spec: str) -> list[InputFile]:
     """Resolve --input: files, directories (recursive) and globs, separated by commas.
 
     Returns:
@@ -264,7 +264,7 @@ def find_sources(spec: str) -> list[Source]:
     items = [spec] if Path(spec).expanduser().exists() else [item.strip() for item in spec.split(",") if item.strip()]
     if not items:
         raise UserError("input: nothing given; expected files, directories or globs, separated by commas")
-    sources: dict[str, Source] = {}
+    sources: dict[str, InputFile] = {}
     for file in (file for item in items for file in _expand(item)):
         path = str(file.resolve())
         if path in sources:
@@ -273,13 +273,13 @@ def find_sources(spec: str) -> list[Source]:
     return list(sources.values())
 
 
-def _source(path: str) -> Source:
+def _source(path: str) -> InputFile:
     format_and_compression = _format(Path(path))
     if format_and_compression is None:  # a link named data.jsonl that points to a file of another kind
         raise UserError(f"input {path}: unknown kind of file")
     kind, compression = format_and_compression
     stat = os.stat(path)
-    source = Source(path, kind, compression, stat.st_size, stat.st_mtime_ns)
+    source = InputFile(path, kind, compression, stat.st_size, stat.st_mtime_ns)
     if kind == "json":
         with open(path, "rb") as raw, _decompressed(source, raw) as stream:
             head = stream.read(4096).removeprefix(BOM).lstrip()
@@ -287,7 +287,7 @@ def _source(path: str) -> Source:
     return source
 
 
-def plan_shards(sources: Sequence[Source], subsets: int) -> list[Shard]:
+def plan_shards(sources: Sequence[InputFile], subsets: int) -> list[InputShard]:
     """Cut the input into pieces that can be done and redone on their own.
 
     Args:
@@ -307,16 +307,16 @@ def plan_shards(sources: Sequence[Source], subsets: int) -> list[Shard]:
             step = max(1, groups * target // max(1, source.size))
             ranges = [(i, min(i + step, groups)) for i in range(0, groups, step)]
             # Row groups are alike in size; what each takes on the disk matters to the progress bar only.
-            shards += [Shard(source, i, j, source.size * (j - i) // groups) for i, j in ranges]
+            shards += [InputShard(source, i, j, source.size * (j - i) // groups) for i, j in ranges]
         elif source.compression or source.format == "array":
-            shards.append(Shard(source, 0, source.size, source.size))
+            shards.append(InputShard(source, 0, source.size, source.size))
         else:
             ranges = [(i, min(i + target, source.size)) for i in range(0, source.size, target)]
-            shards += [Shard(source, i, j, j - i) for i, j in ranges]
+            shards += [InputShard(source, i, j, j - i) for i, j in ranges]
     return shards
 
 
-def _row_groups(source: Source) -> int:
+def _row_groups(source: InputFile) -> int:
     with _damage(source.path), pyarrow.parquet.ParquetFile(source.path) as file:
         return int(file.metadata.num_row_groups)
 
@@ -334,7 +334,7 @@ def _damage(path: str) -> Iterator[None]:
         raise UserError(f"input {path}: truncated or damaged ({error}); get the file again") from error
 
 
-def _decompressed(source: Source, raw: BinaryIO) -> BinaryIO:
+def _decompressed(source: InputFile, raw: BinaryIO) -> BinaryIO:
     """A buffered stream of what `raw`, the opened file, holds."""
     if source.compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
@@ -403,7 +403,7 @@ class ShardReader:
         UserError: the file is damaged in a way that hides the records behind the place.
     """
 
-    def __init__(self, shard: Shard, keys: Sequence[str] | None) -> None:
+    def __init__(self, shard: InputShard, keys: Sequence[str] | None) -> None:
         self._shard = shard
         self._keys = keys
         self._raw: BinaryIO | None = None

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.options import Options
-from minimind_mcore.preprocess.readers import Reject, Shard, ShardReader, rejected
+from minimind_mcore.preprocess.readers import InputShard, Reject, ShardReader, rejected
 from minimind_mcore.preprocess.stages import Prepared, make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder
 from minimind_mcore.storage import atomic_file, atomic_write_text
@@ -36,7 +36,7 @@ MOST_UNUSED = 100
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardContext:
     """What all shards of a run have in common.
 
     Attributes:
@@ -56,11 +56,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard and its number in input order."""
 
     number: int
-    shard: Shard
+    shard: InputShard
 
 
 @dataclass
@@ -129,12 +129,12 @@ class _Part:
 class ShardConverter:
     """Converts shards one after the other; a worker has one."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ShardContext) -> None:
         self._job = job
         self._stage = make_stage(job.options, job.info, load_encoder(job.options.tokenizer, job.backend))
         self._parent = os.getppid()
 
-    def __call__(self, task: Task) -> Report:
+    def __call__(self, task: ShardTask) -> Report:
         """Convert one shard, report it on the disk, and return the report.
 
         Raises:
@@ -158,7 +158,7 @@ class ShardConverter:
         atomic_write_text(report_path(directory, task.number), json.dumps(dataclasses.asdict(report)))
         return report
 
-    def _read(self, task: Task, report: Report, part: _Part) -> None:
+    def _read(self, task: ShardTask, report: Report, part: _Part) -> None:
         reader = ShardReader(task.shard, self._stage.columns)
         self._stage.unused.clear()
         batch: list[tuple[int, Any, Prepared]] = []
@@ -183,7 +183,7 @@ class ShardConverter:
         self._stage.unused.update({name: rows for name, rows in reader.unread.items() if rows})
         report.unused = dict(self._stage.unused.most_common(MOST_UNUSED))
 
-    def _write(self, task: Task, batch: Sequence[tuple[int, Any, Prepared]], report: Report, part: _Part) -> None:
+    def _write(self, task: ShardTask, batch: Sequence[tuple[int, Any, Prepared]], report: Report, part: _Part) -> None:
         """Encode a batch and append it to the part of each key."""
         encoded = self._stage.encode([prepared for _, _, prepared in batch])
         report.too_long += encoded.too_long
@@ -197,7 +197,7 @@ class ShardConverter:
             line, record, _ = batch[position]
             self._reject(task, report, line, rejected(reason, record), part)
 
-    def _reject(self, task: Task, report: Report, line: int, reject: Reject, part: _Part) -> None:
+    def _reject(self, task: ShardTask, report: Report, line: int, reject: Reject, part: _Part) -> None:
         path = task.shard.source.path
         entry = {"file": path, "line": line, "reason": reject.reason, "content": reject.content}
         part.rejects.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
@@ -209,7 +209,7 @@ class ShardConverter:
                 f"because: {reject.reason}; is this the right file, --json-keys and --handler-name?"
             )
 
-    def _count(self, task: Task, bytes_read: int, report: Report) -> None:
+    def _count(self, task: ShardTask, bytes_read: int, report: Report) -> None:
         counters: array[int] = self._job.progress
         counters[2 * task.number] = bytes_read
         counters[2 * task.number + 1] = sum(report.tokens.values())
@@ -217,7 +217,7 @@ class ShardConverter:
             raise EOFError("the parent process is gone")
 
 
-def lines_before_each(shards: Sequence[Shard], reports: Sequence[Report]) -> list[int]:
+def lines_before_each(shards: Sequence[InputShard], reports: Sequence[Report]) -> list[int]:
     """How many lines of the same file come before each shard."""
     offsets, path, lines = [], "", 0
     for shard, report in zip(shards, reports, strict=True):

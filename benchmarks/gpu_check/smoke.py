@@ -191,12 +191,12 @@ def generate(checkpoints: Path, data: Data) -> None:
     import torch
 
     from minimind_mcore.checkpoint.layout import ParallelLayout
-    from minimind_mcore.converters.job import Job
+    from minimind_mcore.converters.conversion import Conversion
     from minimind_mcore.inference.generation import Generator
     from minimind_mcore.inference.loading import load, open_both
-    from minimind_mcore.inference.sampling import Sampling
+    from minimind_mcore.inference.sampling import SamplingParams
 
-    job = Job(load_dir=checkpoints, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
+    job = Conversion(load_dir=checkpoints, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
     loaded = load(*open_both(job, str(data.tokenizer)))
     prompts = [[1, 70, 71, 72], [1, 300], [1, 44, 45, 46, 47, 48]]
     expected = []
@@ -205,13 +205,13 @@ def generate(checkpoints: Path, data: Data) -> None:
         how = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
         out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **how)
         expected.append(out[0, len(prompt) :].tolist())
-    generator = Generator(loaded, Sampling(temperature=0), 12)
+    generator = Generator(loaded, SamplingParams(temperature=0), 12)
     generator.stop = []
     together = [one.ids for one in generator.complete(prompts)]
     alone = [generator.complete([prompt])[0].ids for prompt in prompts]
     emit("generation: greedy tokens are transformers'", "equal", ok=alone == expected, note="one prompt at a time")
     emit("generation: a padded batch", "equal", ok=together == expected, note="of three prompts")
-    sampled = Generator(loaded, Sampling(temperature=0.7, top_k=50, top_p=0.95), 12).complete(prompts)
+    sampled = Generator(loaded, SamplingParams(temperature=0.7, top_k=50, top_p=0.95), 12).complete(prompts)
     inside = all(0 <= token < VOCABULARY for one in sampled for token in one.ids)
     emit("generation: sampled tokens", "inside the vocabulary", ok=inside)
 

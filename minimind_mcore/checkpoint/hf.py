@@ -21,7 +21,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.models.rules import Rule, Stack
+from minimind_mcore.models.rules import Rule, StackExperts
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -187,7 +187,7 @@ def _outputs(rule: Rule, inputs: list[Stored]) -> list[Lazy]:
         raise UserError(f"expected one dtype, found {found}; give --params-dtype after making them equal")
     dtype = inputs[0].dtype
     shape = rule.mcore_shapes[0]
-    if isinstance(rule, Stack):  # no other makes several
+    if isinstance(rule, StackExperts):  # no other makes several
         stacked, blocks = inputs[0], len(rule.mcore)
         return [Lazy(shape, dtype, functools.partial(_block, stacked, e, blocks, shape)) for e in range(blocks)]
     return [Lazy(shape, dtype, lambda: _apply(rule, inputs)[0])]

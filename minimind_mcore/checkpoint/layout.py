@@ -30,7 +30,7 @@ _FIRST, _LAST = (weights.EMBEDDING,), ("decoder.final_layernorm.weight", weights
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """What one file holds of one whole tensor.
 
     Attributes:
@@ -174,9 +174,9 @@ class ParallelLayout:
 
     # Parts
 
-    def parts(self, config: ModelConfig) -> dict[str, list[Part]]:
+    def parts(self, config: ModelConfig) -> dict[str, list[FilePart]]:
         """All parts of every tensor of the whole model, those of a tied output layer under the embedding's name."""
-        table: dict[str, list[Part]] = {name: [] for name in weights.mcore_shapes(config)}
+        table: dict[str, list[FilePart]] = {name: [] for name in weights.mcore_shapes(config)}
         keys = self.chunk_keys(config)
         for stage, chunks in enumerate(self.stages(config)):
             for i, layers in enumerate(chunks):
@@ -197,12 +197,12 @@ class ParallelLayout:
             names.append(weights.OUTPUT)
         return names
 
-    def _everywhere(self, config: ModelConfig, whole: str, stage: int, chunk: str, name: str) -> list[Part]:
+    def _everywhere(self, config: ModelConfig, whole: str, stage: int, chunk: str, name: str) -> list[FilePart]:
         """The parts of a tensor of one chunk, on all its tensor and expert ranks."""
         layer = _LAYER.match(name)
         expert = _EXPERT.match(layer[2]) if layer else None
         if not (layer and expert and config.moe):
-            return [Part(self.folder(t, stage, e), chunk, name, t) for e in range(self.ep) for t in range(self.tp)]
+            return [FilePart(self.folder(t, stage, e), chunk, name, t) for e in range(self.ep) for t in range(self.tp)]
         count = config.moe.num_experts // self.ep
         rank, number = divmod(int(expert[1]), count)
         prefix = f"decoder.layers.{layer[1]}.mlp.experts."
@@ -210,8 +210,8 @@ class ParallelLayout:
         joined = prefix + ("weight1" if expert[2] == "fc1" else "weight2")
         folders = [self.folder(t, stage, rank) for t in range(self.tp)]
         if self.grouped_experts:
-            return [Part(f, chunk, joined, t, number, count, True) for t, f in enumerate(folders)]
-        return [Part(f, chunk, own, t) for t, f in enumerate(folders)]
+            return [FilePart(f, chunk, joined, t, number, count, True) for t, f in enumerate(folders)]
+        return [FilePart(f, chunk, own, t) for t, f in enumerate(folders)]
 
     # Checks
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind_mcore.checkpoint.layout import ParallelLayout, Part
+from minimind_mcore.checkpoint.layout import FilePart, ParallelLayout
 from minimind_mcore.checkpoint.source import Lazy, Source
 from minimind_mcore.checkpoint.tensors import Entry, TensorFile
 from minimind_mcore.checkpoint.torch_zip import read_archive
@@ -65,9 +65,9 @@ def _adapter_name(weight: str, letter: str) -> str:
 
 def adapter_parts(
     layout: ParallelLayout, config: ModelConfig, files: Mapping[str, TensorFile]
-) -> dict[str, list[Part]]:
+) -> dict[str, list[FilePart]]:
     """The parts of all adapters in a checkpoint, by the name of A or B in the whole model."""
-    table: dict[str, list[Part]] = {}
+    table: dict[str, list[FilePart]] = {}
     for weight, parts in layout.parts(config).items():
         for letter in "AB":
             own = [dataclasses.replace(part, name=_adapter_name(part.name, letter)) for part in parts]
@@ -76,7 +76,7 @@ def adapter_parts(
     return table
 
 
-def whole(name: str, parts: list[Part], files: Mapping[str, TensorFile], tp: int) -> Lazy:
+def whole(name: str, parts: list[FilePart], files: Mapping[str, TensorFile], tp: int) -> Lazy:
     """A or B of the whole model, from its parts.
 
     Raises:

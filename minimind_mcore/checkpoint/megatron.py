@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minimind_mcore.checkpoint import lora
 from minimind_mcore.checkpoint.files import NAME, args_in
-from minimind_mcore.checkpoint.layout import ParallelLayout, Part
+from minimind_mcore.checkpoint.layout import FilePart, ParallelLayout
 from minimind_mcore.checkpoint.source import Lazy, Source, Training
 from minimind_mcore.checkpoint.tensors import Slot, TensorFile
 from minimind_mcore.checkpoint.torch_zip import Archive, StoredTensor, read_archive
@@ -225,7 +225,7 @@ def _tensors(archive: Archive) -> TensorFile:
 
 
 def _account(
-    directory: Path, parts: Mapping[str, list[Part]], adapters: Mapping[str, list[Part]], files: Files
+    directory: Path, parts: Mapping[str, list[FilePart]], adapters: Mapping[str, list[FilePart]], files: Files
 ) -> None:
     """Every tensor of every file must be a part of a tensor of the model, and every part must be there."""
     expected: dict[str, set[str]] = defaultdict(set)
@@ -242,7 +242,7 @@ def _account(
             raise UserError(f"{directory / folder / NAME}: does not fit the model: {'; '.join(problems)}")
 
 
-def _whole(name: str, shape: tuple[int, ...], parts: list[Part], files: Files, tp: int) -> Lazy:
+def _whole(name: str, shape: tuple[int, ...], parts: list[FilePart], files: Files, tp: int) -> Lazy:
     """A tensor of the whole model, from its parts."""
     dtypes = {entry_of(files, part).dtype for part in parts}
     if len(dtypes) > 1:
@@ -262,12 +262,12 @@ def _whole(name: str, shape: tuple[int, ...], parts: list[Part], files: Files, t
     return Lazy(shape, dtypes.pop(), read)
 
 
-def entry_of(files: Files, part: Part) -> Slot:
+def entry_of(files: Files, part: FilePart) -> Slot:
     """The tensor of a file that a part is (in)."""
     return files[part.folder].entries[_stored_name(files, part)]
 
 
-def read_part(files: Files, part: Part, expected: tuple[int, ...]) -> Tensor:
+def read_part(files: Files, part: FilePart, expected: tuple[int, ...]) -> Tensor:
     """A part as its file has it.
 
     Raises:
@@ -282,7 +282,7 @@ def read_part(files: Files, part: Part, expected: tuple[int, ...]) -> Tensor:
     return file.read(name, part.block, part.blocks).view(expected)
 
 
-def _stored_name(files: Files, part: Part) -> str:
+def _stored_name(files: Files, part: FilePart) -> str:
     name = f"{part.chunk}/{part.name}"
     return name if name in files[part.folder].entries else lora.with_base_layer(name)
 

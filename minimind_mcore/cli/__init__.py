@@ -48,9 +48,9 @@ COMMANDS = {
 PROGRAMS = {
     "pretrain_gpt.py": ("minimind_mcore.training.pretrain:main", "pretrain"),
     "posttrain_gpt.py": ("minimind_mcore.posttrain.main:main", "fine-tune, align or distill"),
-    "preprocess_data.py": ("minimind_mcore.preprocess.cli:main", "convert raw data"),
-    "convert_ckpt_v2.py": ("minimind_mcore.converters.cli:main_v2", "convert weights"),
-    "convert_ckpt.py": ("minimind_mcore.converters.cli:main_v1", "convert weights, with the flags of older guides"),
+    "preprocess_data.py": ("minimind_mcore.preprocess.main:main", "convert raw data"),
+    "convert_ckpt_v2.py": ("minimind_mcore.converters.main:main_v2", "convert weights"),
+    "convert_ckpt.py": ("minimind_mcore.converters.main:main_v1", "convert weights, with the flags of older guides"),
     "inference.py": ("minimind_mcore.inference.main:main", "generate and chat"),
     "evaluation.py": ("minimind_mcore.inference.evaluation:main", "evaluate"),
     "train_grpo.py": ("minimind_mcore.rl.main:grpo", "reinforcement learning without a critic"),

@@ -42,17 +42,17 @@ def main(argv: Sequence[str]) -> None:
     if not config.is_file():
         known = " ".join(sorted(file.name for file in (CONFIGS / "datasets").glob("*.yaml")))
         raise UserError(f"no dataset {kind or '(none given)'}; configs/datasets has {known}")
-    from minimind_mcore.preprocess import cli
+    from minimind_mcore.preprocess import main as preprocess
 
     named = ["--config", str(config)]
     if kind != PROBLEMS:
-        cli.main([*named, *rest])
+        preprocess.main([*named, *rest])
         return
     _, tokenizer = sample("math-sft", dry, path("TOKENIZER_PATH"))
     raw, tokenizer = sample("math", dry, tokenizer)
     for part in ("", "_unseen"):
         output = ["--tokenizer-name-or-path", tokenizer, "--output-prefix", f"{data_dir() / PROBLEMS}{part}"]
-        cli.main([*named, "--input", f"{raw.removesuffix('.jsonl')}{part}.jsonl", *output, *rest])
+        preprocess.main([*named, "--input", f"{raw.removesuffix('.jsonl')}{part}.jsonl", *output, *rest])
 
 
 def prepare(kind: str, more: Sequence[str], dry: bool, seq_length: str = "") -> tuple[list[str], str]:
@@ -91,9 +91,9 @@ def prepare(kind: str, more: Sequence[str], dry: bool, seq_length: str = "") -> 
         if not env("DATA_PATH") and not (Path(raw).exists() and Path(tokenizer).exists()):
             return [], tokenizer
         words.append("--dry-run")
-    from minimind_mcore.preprocess import cli  # imports much, and is not needed for converted data
+    from minimind_mcore.preprocess import main as preprocess  # imports much, and is not needed for converted data
 
-    return cli.prepare(words), tokenizer
+    return preprocess.prepare(words), tokenizer
 
 
 def handler_flags(kind: str, seq_length: str) -> list[str]:

@@ -55,16 +55,16 @@ def main(argv: Sequence[str]) -> None:
 
         models.main(rest)
     else:
-        from minimind_mcore.rl import cli
+        from minimind_mcore.rl import commands
 
         if command in ("-h", "--help"):
             print(__doc__)
-        cli.main([command, *rest])
+        commands.main([command, *rest])
 
 
 def run(role: str, argv: Sequence[str]) -> int:
     """Train on this host, lead a run of several, or lend this host. Return the exit status."""
-    job = Job(role, argv)
+    job = RLRun(role, argv)
     if role == "worker" and not job.leader:
         raise UserError("MASTER_ADDR is not set: give the address of the host that runs grpo_minimind_head.sh")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -78,7 +78,7 @@ def run(role: str, argv: Sequence[str]) -> int:
     return job.train()
 
 
-class Job:
+class RLRun:
     """A run of reinforcement learning, or this host's part of one.
 
     Args:

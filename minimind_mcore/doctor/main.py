@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minimind_mcore.doctor import devices, host, job, matrix, rehearsal
+from minimind_mcore.doctor import devices, dry_run, host, matrix, rehearsal
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
     args = parser.parse_args(argv)
     where = where or Host()
     if args.script:
-        job.require(args.script)
+        dry_run.require(args.script)
     device = devices.kind(where)
     if device not in KINDS:
         raise UserError(f"DEVICE={device}: expected {', '.join(KINDS)}")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
         problems += report(found, device, "mindspeed-rl", where)
     checks = devices.check(where, device) + host.check(where, device) + loads(where, device)
     if args.script:
-        checks += job.check(where, args.script, args.arguments)
+        checks += dry_run.check(where, args.script, args.arguments)
     print()
     print_findings(checks)
     return conclude(problems + checks)
@@ -70,7 +70,7 @@ def rehearse(where: Host, backend: str, args: argparse.Namespace) -> int:
     if args.script and not rehearsal.is_made():
         checks.append(warn(Path(args.script).name, "its dry run is left out: it needs the environment above"))
     elif args.script and not any(finding.level == "fail" for finding in checks):
-        checks += job.check(where, args.script, args.arguments)
+        checks += dry_run.check(where, args.script, args.arguments)
     print_findings(checks)
     return conclude(checks, "A rehearsal")
 

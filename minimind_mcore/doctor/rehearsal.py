@@ -20,7 +20,7 @@ WHAT = {
 
 
 @dataclass(frozen=True)
-class Source:
+class Upstream:
     """One of the sources: its name, the variable that says where it is, a file that it has, the release rehearsed."""
 
     name: str
@@ -53,10 +53,10 @@ class Source:
         return ok(self.name, f"{version} at {place}")
 
 
-LLM = Source("MindSpeed-LLM", "pretrain_gpt.py", "26.1.0")
+LLM = Upstream("MindSpeed-LLM", "pretrain_gpt.py", "26.1.0")
 BESIDE = (
-    Source("MindSpeed", "mindspeed/megatron_adaptor.py", "26.1.0"),
-    Source("Megatron-LM", "megatron/core/package_info.py", "0.12.1"),
+    Upstream("MindSpeed", "mindspeed/megatron_adaptor.py", "26.1.0"),
+    Upstream("Megatron-LM", "megatron/core/package_info.py", "0.12.1"),
 )
 
 

@@ -29,7 +29,7 @@ REPEATED = ("all", "additional")  # folders of the hub's MMLU and OpenBookQA tha
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A question, its choices, and which of them is right (counted from 0)."""
 
     text: str
@@ -42,8 +42,8 @@ class Subject:
     """The questions of a subject, and those with known answers that may be shown before (`shots`)."""
 
     name: str
-    questions: list[Question]
-    shots: list[Question]
+    questions: list[ChoiceQuestion]
+    shots: list[ChoiceQuestion]
 
 
 @dataclass(frozen=True)
@@ -59,31 +59,31 @@ class Benchmark:
     """
 
     splits: tuple[str, str]
-    read: Callable[[Mapping[str, Any]], Question]
+    read: Callable[[Mapping[str, Any]], ChoiceQuestion]
     introduction: str = ""
     answer_word: str | None = None
     header: tuple[str, ...] | None = None
 
-    def context(self, question: Question) -> str:
+    def context(self, question: ChoiceQuestion) -> str:
         """What the model reads of a question."""
         if self.answer_word is None:
             return question.text
         choices = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True))
         return f"{question.text.strip()}{choices}\n{self.answer_word}"
 
-    def continuations(self, question: Question) -> list[str]:
+    def continuations(self, question: ChoiceQuestion) -> list[str]:
         """What it may go on with: the letters, or the texts."""
         texts = question.choices if self.answer_word is None else LETTERS[: len(question.choices)]
         return [f" {text}" for text in texts]
 
-    def prompt(self, subject: Subject, question: Question, shots: int) -> str:
+    def prompt(self, subject: Subject, question: ChoiceQuestion, shots: int) -> str:
         """Introduction, so many shots with their answers, and the question."""
         shown = [self.context(s) + self.continuations(s)[s.answer] + "\n\n" for s in subject.shots[:shots]]
         introduction = self.introduction.format(subject=subject.name.replace("_", " "))
         return introduction + "".join(shown) + self.context(question)
 
 
-def _lettered(record: Mapping[str, Any]) -> Question:
+def _lettered(record: Mapping[str, Any]) -> ChoiceQuestion:
     """A row of C-Eval, CMMLU or MMLU: columns of that name in capitals or not, or `choices` and a number."""
     row = {str(key).lower(): value for key, value in record.items()}
     text = row["question"]
@@ -96,10 +96,10 @@ def _lettered(record: Mapping[str, Any]) -> Question:
         answer = LETTERS.index(letter)
     if len(choices) != len(LETTERS) or not 0 <= answer < len(LETTERS):
         raise ValueError(f"{len(choices)} choices, answer {answer}")
-    return Question(str(text), tuple(map(str, choices)), answer)
+    return ChoiceQuestion(str(text), tuple(map(str, choices)), answer)
 
 
-def _openbook(record: Mapping[str, Any]) -> Question:
+def _openbook(record: Mapping[str, Any]) -> ChoiceQuestion:
     """A row of OpenBookQA, with the question in an object of its own or not."""
     inner = record["question"] if isinstance(record.get("question"), Mapping) else record
     choices = inner["choices"]
@@ -108,7 +108,7 @@ def _openbook(record: Mapping[str, Any]) -> Question:
     else:
         texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
     stem = inner["stem"] if "stem" in inner else inner["question_stem"]
-    return Question(str(stem), tuple(map(str, texts)), list(labels).index(str(record["answerKey"]).strip()))
+    return ChoiceQuestion(str(stem), tuple(map(str, texts)), list(labels).index(str(record["answerKey"]).strip()))
 
 
 BENCHMARKS = {
@@ -182,7 +182,7 @@ def _files(folder: Path, split: str) -> dict[str, list[Path]]:
     return found
 
 
-def _questions(file: Path, benchmark: Benchmark) -> list[Question]:
+def _questions(file: Path, benchmark: Benchmark) -> list[ChoiceQuestion]:
     """The questions of a file.
 
     Raises:

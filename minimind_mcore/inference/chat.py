@@ -18,7 +18,7 @@ from typing import TextIO
 
 from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
-from minimind_mcore.inference.prompts import Encoder, Message, Prompt, is_text, text_input
+from minimind_mcore.inference.prompts import Message, Prompt, PromptEncoder, is_text, text_input
 from minimind_mcore.tools.parser import Call, StreamParser, Text
 from minimind_mcore.tools.registry import Toolbox
 
@@ -54,7 +54,7 @@ class Session:
         return Prompt([*opening, *self.messages[first:]], list(self.tools.definitions) if self.tools else None)
 
 
-def run(generator: Generator, encoder: Encoder, session: Session, lines: TextIO | None = None) -> None:
+def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: TextIO | None = None) -> None:
     """Answer lines until they end, or `/quit`.
 
     Args:
@@ -114,7 +114,7 @@ def _run(tools: Toolbox, messages: list[Message], reply: StreamParser) -> bool:
     return None not in results
 
 
-def answer(generator: Generator, encoder: Encoder, prompt: Prompt) -> StreamParser:
+def answer(generator: Generator, encoder: PromptEncoder, prompt: Prompt) -> StreamParser:
     """Write an answer as it comes, and return it."""
     began, count = time.perf_counter(), 0
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
+from minimind_mcore.inference.exact_match import Question, ask, read_questions
+from minimind_mcore.inference.likelihood import Accuracy, Scorer
 from minimind_mcore.inference.loading import Loaded, opened, start
 from minimind_mcore.inference.prompts import read_prompts
 from minimind_mcore.inference.quality import Quality, measure
-from minimind_mcore.inference.scores import Question, Scores, ask, read_questions
-from minimind_mcore.inference.scoring import Accuracy, Scorer
+from minimind_mcore.inference.results import EvaluationResults
 from minimind_mcore.inference.toolcall import TOOLCALL, Api, Local, evaluate, read_cases
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.check import quick_check
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = start(source, info)
     scorer = Scorer(loaded, args.evaluation_batch_size)
     about = {"model": str(args.load), "kind": loaded.kind, "dtype": loaded.dtype, "num_fewshot": args.num_fewshot}
-    scores = Scores(about | {"tokenizer_fingerprint": loaded.info.fingerprint})
+    scores = EvaluationResults(about | {"tokenizer_fingerprint": loaded.info.fingerprint})
     for name, path in tasks:
         if name in BENCHMARKS:
             scores.accuracies[name] = _run(scorer, name, subjects[name], args.num_fewshot)
@@ -173,7 +174,7 @@ def _evaluate_api(args: argparse.Namespace, cases: dict[str, list[Case]]) -> Non
         print("a dry run: everything is valid, nothing was evaluated", flush=True)
         return
     api = Api(args.api_base_url, args.api_key, args.api_model, args.max_new_tokens, args.seed)
-    scores = Scores({"model": args.api_model, "api_base_url": args.api_base_url})
+    scores = EvaluationResults({"model": args.api_model, "api_base_url": args.api_base_url})
     for path, listed in cases.items():
         outcomes, scores.quality[f"{TOOLCALL} {path}"] = evaluate(api, listed, args.evaluation_batch_size, args.seed)
         scores.add_outcomes(outcomes)

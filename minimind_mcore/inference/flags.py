@@ -14,7 +14,7 @@ from minimind_mcore import arguments
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.files import directory_of
 from minimind_mcore.checkpoint.layout import ParallelLayout
-from minimind_mcore.converters.job import Job
+from minimind_mcore.converters.conversion import Conversion
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import add_kit_flags, build_parser, flag_table, support, unused
 from minimind_mcore.models.config import ModelConfig
@@ -70,7 +70,7 @@ def parse(
     return args
 
 
-def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
+def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Conversion:
     """What to read.
 
     Raises:
@@ -79,7 +79,7 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Job:
     asked = {name for name in ("bf16", "fp16") if getattr(args, name)} | ({args.params_dtype} - {None})
     if len(asked) > 1:
         raise UserError(f"{' and '.join(sorted(asked))} are asked for; expected one dtype")
-    return Job(
+    return Conversion(
         load_dir=_checkpoint(args),
         save_dir=Path(),  # nothing is written
         save_type="hf",

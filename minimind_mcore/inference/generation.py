@@ -1,6 +1,6 @@
 """From prompts to completions.
 
-    generator = Generator(loaded, Sampling(temperature=0), max_new_tokens=64)
+    generator = Generator(loaded, SamplingParams(temperature=0), max_new_tokens=64)
     generator.complete([[1, 320, 17], [1, 9]])      # a batch, padded at the left
     for token in generator.stream([1, 320, 17]):    # one prompt, token by token
         ...
@@ -19,7 +19,7 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.decoder import Cache
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.sampling import Sampler, Sampling, choose
+from minimind_mcore.inference.sampling import Sampler, SamplingParams, choose
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Generator:
     def __init__(
         self,
         loaded: Loaded,
-        sampling: Sampling,
+        sampling: SamplingParams,
         max_new_tokens: int = 128,
         stop: Sequence[int] = (),
         num_beams: int = 1,

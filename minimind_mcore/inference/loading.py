@@ -1,6 +1,6 @@
 """A model in memory for inference, from any format that the converters read; nothing is written.
 
-loaded = load(*open_both(job, tokenizer))
+loaded = load(*open_both(conversion, tokenizer))
 loaded.model                            # a transformers model: Llama, Qwen3, Qwen2-MoE or Qwen3-MoE
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.checkpoint.source import Source
-from minimind_mcore.converters.job import DTYPE_NAMES, Job, open_model, prepare
+from minimind_mcore.converters.conversion import DTYPE_NAMES, Conversion, open_model, prepare
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.decoder import Decoder
@@ -64,17 +64,17 @@ class Loaded:
         return DTYPE_NAMES[str(self.model.dtype).removeprefix("torch.")]
 
 
-def open_both(job: Job, tokenizer: str | None) -> tuple[Source, TokenizerInfo]:
+def open_both(conversion: Conversion, tokenizer: str | None) -> tuple[Source, TokenizerInfo]:
     """A model that is not yet read, and its tokenizer.
 
     Args:
-        job: what to read, and its adapters and dtype; see `converters/job.py`.
+        conversion: what to read, and its adapters and dtype; see `converters/conversion.py`.
         tokenizer: its directory; None for the one that the source names or carries.
 
     Raises:
         UserError: the source is damaged or of another architecture, or the tokenizer is missing or not its own.
     """
-    source = prepare(job, open_model(job))
+    source = prepare(conversion, open_model(conversion))
     return source, find_tokenizer(source, tokenizer)
 
 

@@ -22,8 +22,8 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference import chat, flags
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import load_tokenizer, opened, start
-from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.prompts import Prompt, PromptEncoder, read_prompts
+from minimind_mcore.inference.sampling import SamplingParams
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, info = opened(args)
     tokenizer = load_tokenizer(info)
     template = _template(args, tokenizer)
-    encoder = Encoder(tokenizer, raw, args.enable_thinking, template)
+    encoder = PromptEncoder(tokenizer, raw, args.enable_thinking, template)
     stop = stop_ids(tokenizer, [*args.add_eos_token, *(template.stop_words if template else [])])
     if args.dry_run:
         print("a dry run: everything is valid, nothing was generated", flush=True)
@@ -141,10 +141,10 @@ def _template(args: argparse.Namespace, tokenizer: Any) -> SlotTemplate | None:
     return SlotTemplate(entry, settings)
 
 
-def sampling(args: argparse.Namespace, task: str) -> Sampling:
+def sampling(args: argparse.Namespace, task: str) -> SamplingParams:
     """The sampling parameters of a task."""
     samples = task in ("do_sample", "beam_search_with_sampling", "chat")
-    return Sampling(
+    return SamplingParams(
         temperature=args.temperature if samples else 0.0,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -180,7 +180,7 @@ def _output(path: str | None) -> Iterator[Any]:
 
 def generate(
     generator: Generator | VLLMGenerator,
-    encoder: Encoder,
+    encoder: PromptEncoder,
     prompts: Sequence[Prompt],
     batch_size: int,
     task: str,

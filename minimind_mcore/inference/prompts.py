@@ -158,7 +158,7 @@ def _of_record(
     return key, Prompt(messages, conversation.tools or tools), conversation.unused
 
 
-class Encoder:
+class PromptEncoder:
     """Turns prompts into ids.
 
     Args:

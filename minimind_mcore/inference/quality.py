@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.prompts import Encoder, Prompt
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.prompts import Prompt, PromptEncoder
+from minimind_mcore.inference.sampling import SamplingParams
 
 NGRAM = 4
 
@@ -54,8 +54,8 @@ class Quality:
 def measure(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, batch: int, raw: bool) -> Quality:
     """Answer prompts, and measure the replies."""
     generator, encoder, quality = (
-        Generator(loaded, Sampling(temperature=0), max_new_tokens),
-        Encoder(loaded.tokenizer, raw),
+        Generator(loaded, SamplingParams(temperature=0), max_new_tokens),
+        PromptEncoder(loaded.tokenizer, raw),
         Quality(),
     )
     with tqdm(total=len(prompts), desc="quality", unit="prompt", disable=None) as bar:

@@ -24,7 +24,7 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """Sampling parameters of one sequence, with the names and meanings of OpenAI and vLLM.
 
     Attributes:
@@ -83,7 +83,7 @@ class Sampler:
         prompt: ids, for the penalty for repetition.
     """
 
-    def __init__(self, settings: Sampling, prompt: SequenceOf[int]) -> None:
+    def __init__(self, settings: SamplingParams, prompt: SequenceOf[int]) -> None:
         self.settings, self.prompt = settings, prompt
         # As a text: random takes the absolute value of a number, and -1 would draw what 1 draws.
         self._random = random.Random(None if settings.seed is None else str(settings.seed))
@@ -170,7 +170,7 @@ def _draw(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
     return found
 
 
-def _likeliest(scaled: Tensor, settings: SequenceOf[Sampling]) -> tuple[Tensor, Tensor, Tensor]:
+def _likeliest(scaled: Tensor, settings: SequenceOf[SamplingParams]) -> tuple[Tensor, Tensor, Tensor]:
     """The likeliest tokens of each row in order, as many as top_k and top_p need.
 
     Returns:

@@ -31,9 +31,9 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.prompts import Encoder, Prompt, records
+from minimind_mcore.inference.prompts import Prompt, PromptEncoder, records
 from minimind_mcore.inference.quality import Quality
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.sampling import SamplingParams
 from minimind_mcore.tools.cases import SETS, Case, Expected
 from minimind_mcore.tools.parser import TAGS, Call, StreamParser, parse, parse_call
 from minimind_mcore.tools.process import Limits, failed
@@ -69,8 +69,8 @@ class Local:
     """The model in this process, greedy."""
 
     def __init__(self, loaded: Loaded, max_new_tokens: int) -> None:
-        self._generator = Generator(loaded, Sampling(temperature=0), max_new_tokens)
-        self._encoder = Encoder(loaded.tokenizer, raw=False)
+        self._generator = Generator(loaded, SamplingParams(temperature=0), max_new_tokens)
+        self._encoder = PromptEncoder(loaded.tokenizer, raw=False)
         self._tokenizer = loaded.tokenizer
 
     def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:

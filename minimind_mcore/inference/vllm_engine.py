@@ -17,7 +17,7 @@ from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Completion
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.sampling import SamplingParams
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform.device import KINDS
 
@@ -90,7 +90,7 @@ class VLLMGenerator:
         stop: ids that end a completion.
     """
 
-    def __init__(self, engine: Any, sampling: Sampling, max_new_tokens: int, stop: Sequence[int]) -> None:
+    def __init__(self, engine: Any, sampling: SamplingParams, max_new_tokens: int, stop: Sequence[int]) -> None:
         import vllm  # pyright: ignore[reportMissingImports]
 
         self.engine = engine

@@ -26,12 +26,12 @@ from minimind_mcore.mindspeed.launch import sources
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.rl.config.check import STAGES
-from minimind_mcore.rl.config.lint import LEAST_PPO_CORES, TARGETS, Finding, cpu_cores, dump, lint
+from minimind_mcore.rl.config.lint import LEAST_PPO_CORES, TARGETS, LintFinding, cpu_cores, dump, lint
 from minimind_mcore.rl.config.load import CONFIGS, command_parser
 from minimind_mcore.rl.config.load import resolve as resolve_config
 from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, defaults, minimind_config
-from minimind_mcore.rl.rewards.workers import resolve
+from minimind_mcore.rl.rewards.verifier_pool import resolve
 from minimind_mcore.storage import atomic_write_text
 
 RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
@@ -44,7 +44,7 @@ VLLM_VERSIONS = {"mindspeed-rl-2.2.0": "0.9.1", "mindspeed-rl-master": "0.11.0"}
 
 
 @dataclass(frozen=True)
-class Job:
+class Launch:
     """What to run.
 
     Attributes:
@@ -75,7 +75,7 @@ def version(folder: Path) -> str:
     return "mindspeed-rl-2.2.0" if "self.moe_intermediate_size" in text else "mindspeed-rl-master"
 
 
-def prepare(program: str, name: str, overrides: Sequence[str], directory: str | None = None) -> Job:
+def prepare(program: str, name: str, overrides: Sequence[str], directory: str | None = None) -> Launch:
     """Check and write what MindSpeed-RL reads.
 
     Args:
@@ -108,7 +108,7 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     config = written / f"{file.stem}.yaml"
     atomic_write_text(config, dump(_for_mindspeed_rl(tree, written / "runtime_env.yaml")))
     command = [sys.executable, f"cli/{PROGRAMS[stage]}", "--config-dir", str(written), "--config-name", file.stem]
-    return Job([*command, f"hydra.run.dir={output / 'hydra'}"], folder, config, {"PYTHONPATH": _python_path(folder)})
+    return Launch([*command, f"hydra.run.dir={output / 'hydra'}"], folder, config, {"PYTHONPATH": _python_path(folder)})
 
 
 def _check_checkpoints(tree: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ def _hosts() -> int:
     return int(found)
 
 
-def _cores(tree: dict[str, Any], target: str) -> list[Finding]:
+def _cores(tree: dict[str, Any], target: str) -> list[LintFinding]:
     """Warn where this is the only host and has fewer CPU cores than Ray must have."""
     config, found = resolve_config(tree if TARGETS[target] == NEWEST else migrate(tree, NEWEST)[0]), usable_cores()
     wanted, npus = sum(cpu_cores(config, _hosts()).values()), config.rl.actor_resource.num_npus
@@ -168,7 +168,7 @@ def _cores(tree: dict[str, Any], target: str) -> list[Finding]:
     least = LEAST_PPO_CORES if config.minimind.algorithm == "ppo" else 1
     lower = f"set rl_config.num_cpus_for_placement_group={fits:g}, or " if fits >= least else ""
     text = f"this host has {found} CPU cores and Ray needs {wanted:g}; {lower}start Ray with --num-cpus={wanted:g}"
-    return [Finding("warning", "rl_config.num_cpus_for_placement_group", text)]
+    return [LintFinding("warning", "rl_config.num_cpus_for_placement_group", text)]
 
 
 def _python_path(folder: Path) -> str:

@@ -39,7 +39,7 @@ SCAN_TOKENS = 1 << 24
 Tokens = NDArray[np.int32]
 
 
-class Samples(Dataset[dict[str, Any]]):
+class PostTrainingDataset(Dataset[dict[str, Any]]):
     """The samples of a run in its order: each column cut at `seq_length`, and `index`, the document's number.
 
     Args:

@@ -27,8 +27,8 @@ from typing_extensions import override
 from minimind_mcore.errors import require
 from minimind_mcore.models.wrappers import unwrap
 from minimind_mcore.posttrain import data, reference
+from minimind_mcore.posttrain.base import PostTraining, run_model
 from minimind_mcore.posttrain.reference import FrozenModel
-from minimind_mcore.posttrain.sft import PostTraining, run_model
 from minimind_mcore.training.config import ObjectiveSection, TrainConfig
 from minimind_mcore.training.data import MapDataset
 from minimind_mcore.training.job import LossFunction, MicroBatch, averaged

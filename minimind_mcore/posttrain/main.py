@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError
+from minimind_mcore.posttrain.base import PostTraining
 from minimind_mcore.posttrain.distill import Distill
 from minimind_mcore.posttrain.dpo import DPO
-from minimind_mcore.posttrain.sft import SFT, PostTraining, Reason
+from minimind_mcore.posttrain.sft import SFT, Reason
 from minimind_mcore.training import pretrain
 
 STAGES: dict[str, type[PostTraining]] = {"sft": SFT, "dpo": DPO, "reason": Reason, "distill": Distill}

@@ -33,7 +33,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.weights import EMBEDDING, OUTPUT
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.posttrain import data
-from minimind_mcore.posttrain.sft import PostTraining, run_model
+from minimind_mcore.posttrain.base import PostTraining, run_model
 from minimind_mcore.preprocess.indexed import bin_path
 from minimind_mcore.storage import MANIFEST, atomic_file, check_manifest, record_files, sha256, writing
 from minimind_mcore.training import checkpoint_fit, checkpoint_weights, checkpointing, step
@@ -109,7 +109,7 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
     Raises:
         UserError: it is not known which weights are the reference, or there are none.
     """
-    config, used = job.config, [dataset for dataset in datasets if isinstance(dataset, data.Samples)]
+    config, used = job.config, [dataset for dataset in datasets if isinstance(dataset, data.PostTrainingDataset)]
     source = reference_path(config)
     count = len(data.open_column(data.data_prefix(config.data), job.columns[0]))
     needed = np.unique(np.concatenate([dataset.order for dataset in used]))
@@ -214,7 +214,7 @@ def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64
     total = len(data.open_column(prefix, job.columns[0]))
     rounds = -(-len(documents) // config.schedule.global_batch_size)
     order = np.resize(documents, rounds * config.schedule.global_batch_size)  # the last round repeats the first pairs
-    samples = data.Samples(prefix, job.columns, order, config.data.seq_length)
+    samples = data.PostTrainingDataset(prefix, job.columns, order, config.data.seq_length)
     batches = [training_data.micro_batches(config, job, samples, 0, workers=0) for _ in engine.model]
     found = torch.zeros(total, 2, dtype=torch.float32, device=device.current().torch_device)
     for result in engine.measure(job, batches, config.schedule.num_microbatches, rounds):

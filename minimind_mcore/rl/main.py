@@ -48,7 +48,7 @@ def _run(name: str, argv: Sequence[str]) -> None:
         rl_launch.run(name, argv)
         return
     from minimind_mcore.rl.config.lint import fit
-    from minimind_mcore.rl.runtime import plan
+    from minimind_mcore.rl.runtime import dry_run
 
     flags = [word for word in argv if word in ("--dry-run", "--data-pending")]
     args = command_parser(name, "").parse_intermixed_args([word for word in argv if word not in flags])
@@ -56,9 +56,9 @@ def _run(name: str, argv: Sequence[str]) -> None:
     config = fit(plain(tree), args.config_name)
     _check(name, config)
     if "--dry-run" in flags:
-        plan.show(config, "--data-pending" in flags)
+        dry_run.print_plan(config, "--data-pending" in flags)
         return
-    plan.require(config)
+    dry_run.check_before_start(config)
     from minimind_mcore.rl.runtime import trainer
 
     trainer.run(config)

@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware  # pyright: ignore[reportMi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send  # pyright: ignore[reportMissingImports]
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.serve.metrics import Metrics
+from minimind_mcore.serve.metrics import ServerMetrics
 from minimind_mcore.serve.protocol import (
     ChatBody,
     CompletionBody,
@@ -32,7 +32,7 @@ from minimind_mcore.serve.protocol import (
 )
 from minimind_mcore.serve.replies import error, usage
 from minimind_mcore.serve.scheduler import Piece, QueueFull, report
-from minimind_mcore.serve.service import Answers, Job, Service
+from minimind_mcore.serve.service import Answers, GenerationRequest, Service
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 8 << 20  # bytes
@@ -139,7 +139,7 @@ async def _in_thread(
 
 
 async def _answer(
-    request: Request, service: Service, body: ChatBody | CompletionBody, job: Job, kind: str, prefix: str
+    request: Request, service: Service, body: ChatBody | CompletionBody, job: GenerationRequest, kind: str, prefix: str
 ) -> Response:
     """Run a job, and reply whole or as a stream."""
     head = {"id": prefix + (body.request_id or uuid.uuid4().hex), "object": kind, "created": int(time.time())}
@@ -174,7 +174,7 @@ class _Stream(EventSourceResponse):
 
 
 async def _events(
-    job: Job, answers: Answers, head: dict[str, Any], body: ChatBody | CompletionBody
+    job: GenerationRequest, answers: Answers, head: dict[str, Any], body: ChatBody | CompletionBody
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     last = {"usage": None} if body.include_usage else {}
@@ -332,7 +332,7 @@ class Gate:
     The log has neither bodies nor addresses that a client made up.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, api_key: str | None) -> None:
         self.app, self.metrics = app, metrics
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 

@@ -18,7 +18,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference.loading import Loaded, start
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
-from minimind_mcore.serve.engines import Options
+from minimind_mcore.serve.engines import ServerOptions
 
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
 DRAIN_SECONDS = 30  # that running answers get when the server ends
@@ -33,7 +33,7 @@ def problem(source: Source) -> str | None:
     return None
 
 
-def run(source: Source, info: TokenizerInfo, options: Options) -> int:
+def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
     """Serve until SIGINT or SIGTERM; running answers are finished first.
 
     Raises:
@@ -88,7 +88,7 @@ class EmbeddedServer:
         options: of the server.
     """
 
-    def __init__(self, source: Source, info: TokenizerInfo, options: Options) -> None:
+    def __init__(self, source: Source, info: TokenizerInfo, options: ServerOptions) -> None:
         import uvicorn  # pyright: ignore[reportMissingImports]
         from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
 

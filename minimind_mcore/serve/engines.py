@@ -22,7 +22,7 @@ ENGINES = ("auto", "embedded", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ServerOptions:
     """Settings of a server.
 
     Attributes:

@@ -19,7 +19,7 @@ from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import default_dtype, load_tokenizer, open_both
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.serve import engines
-from minimind_mcore.serve.engines import Options
+from minimind_mcore.serve.engines import ServerOptions
 
 PROGRAM = "minimind-mcore serve"
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -70,7 +70,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cors-origin", action="append", default=[], help="a web page's origin that may send requests")
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace) -> ServerOptions:
     """The settings of the server.
 
     Raises:
@@ -89,7 +89,7 @@ def _options(args: argparse.Namespace) -> Options:
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError("API_KEY: expected ASCII characters without spaces, as a HTTP header carries it")
     given = [name for name in SAMPLING if f"--{name.replace('_', '-')}" in args.given]
-    return Options(
+    return ServerOptions(
         host=args.host,
         port=args.port,
         name=args.served_model_name,

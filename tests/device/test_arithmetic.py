@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.inference.decoder import Cache, Decoder
-from minimind_mcore.inference.sampling import Sampler, Sampling
+from minimind_mcore.inference.sampling import Sampler, SamplingParams
 from minimind_mcore.inference.sampling import choose as choose_tokens
 from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import PRESETS
@@ -27,7 +27,7 @@ from minimind_mcore.platform.patches import _l2_norm, add_weight_gradient
 from minimind_mcore.posttrain.data import batch_of
 from minimind_mcore.posttrain.dpo import pair_log_probs
 from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine, choose
-from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
+from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
@@ -189,11 +189,11 @@ def test_decoder_gives_transformers_logits(name: str) -> None:
 def test_sampling_stays_within_top_k() -> None:
     logits = normal(3, 50).float().to(PLACE)
     likeliest = logits.topk(5, dim=-1).indices.tolist()
-    samplers = [Sampler(Sampling(top_k=5, seed=row), []) for row in range(3)]
+    samplers = [Sampler(SamplingParams(top_k=5, seed=row), []) for row in range(3)]
     for _ in range(20):
         chosen = choose_tokens(logits, samplers)
         assert all(token in row for token, row in zip(chosen, likeliest, strict=True))
-    assert choose_tokens(logits, [Sampler(Sampling(temperature=0), [])] * 3) == logits.argmax(-1).tolist()
+    assert choose_tokens(logits, [Sampler(SamplingParams(temperature=0), [])] * 3) == logits.argmax(-1).tolist()
 
 
 @torch.inference_mode()
@@ -202,7 +202,7 @@ def test_rollouts_end_at_the_stop_token_and_know_their_log_probabilities() -> No
     engine = DecoderEngine(PRESETS["minimind3_tiny"].replace(vocab_size=64), 64, torch.float32, batch=8)
     engine.model, engine.decoder = model, Decoder(model)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
-    draw = SamplingParams(temperature=8.0, max_tokens=24, stop=tuple(range(20, 44)))
+    draw = RolloutSamplingParams(temperature=8.0, max_tokens=24, stop=tuple(range(20, 44)))
     responses = engine.generate(prompts, 4, draw, list(range(8)))
     assert {len(response.ids) for response in responses} != {24}
     for number, response in enumerate(responses):
@@ -218,7 +218,7 @@ def test_rollouts_end_at_the_stop_token_and_know_their_log_probabilities() -> No
 def test_a_number_chooses_the_token_at_its_place() -> None:
     p = torch.tensor([[0.1, 0.2, 0.3, 0.4]], device=PLACE).expand(4, -1)
     numbers = torch.tensor([0.05, 0.15, 0.59, 0.61], device=PLACE)
-    draw = SamplingParams(temperature=1.0, max_tokens=1)
+    draw = RolloutSamplingParams(temperature=1.0, max_tokens=1)
     tokens, logp = choose(p.log(), 4, draw, numbers)
     assert tokens.tolist() == [0, 1, 2, 3]
     assert logp.exp().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=1e-5)

@@ -23,8 +23,8 @@ from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.tensors import TensorWriter
 from minimind_mcore.converters import convert as convert_module
-from minimind_mcore.converters.cli import main_v1, main_v2
 from minimind_mcore.converters.hf import HFTarget
+from minimind_mcore.converters.main import main_v1, main_v2
 from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.errors import UserError
 

@@ -18,7 +18,7 @@ from helpers.engine import Corpus, Run, Server
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess import check as checks
-from minimind_mcore.preprocess import cli
+from minimind_mcore.preprocess import main as preprocess
 from minimind_mcore.preprocess.indexed import HEADER, IndexedWriter
 from minimind_mcore.storage import record_files
 
@@ -39,7 +39,7 @@ def converted(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def convert(source: Path, prefix: Path, corpus: Corpus) -> None:
     flags = ["--input", source, "--output-prefix", prefix, "--tokenizer-name-or-path", corpus.tokenizer]
-    cli.main([str(flag) for flag in [*flags, "--append-eod", "--workers", "1"]])
+    preprocess.main([str(flag) for flag in [*flags, "--append-eod", "--workers", "1"]])
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_an_index_that_makes_no_sense_is_refused(
     run = train(server, corpus, tmp_path / "x", tmp_path, dry_run=True)
     assert run.codes == [1] and message in run.output and "Traceback" not in run.output, run.output
     with pytest.raises(UserError, match=message):
-        cli.main(["--check", str(tmp_path / "x")])
+        preprocess.main(["--check", str(tmp_path / "x")])
 
 
 def test_a_start_reads_a_bounded_part_of_a_large_file(

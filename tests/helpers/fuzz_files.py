@@ -23,7 +23,7 @@ from helpers.weight_tables import hf_to_mcore
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.models import weights
-from minimind_mcore.preprocess import cli as preprocess
+from minimind_mcore.preprocess import main as preprocess
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import IndexedWriter, bin_path, idx_path
 from minimind_mcore.preprocess.tokenize import load_encoder, tokenizer_info

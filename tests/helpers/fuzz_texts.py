@@ -13,12 +13,12 @@ from helpers.fuzz import NOT_JSON, WRONG, Case, flipped, write
 from helpers.fuzz_files import open_all
 from helpers.weights_on_disk import SMALL, config_json, state_dict, write_hf
 from minimind_mcore import arguments
-from minimind_mcore.converters.cli import main_v1, main_v2
+from minimind_mcore.converters.main import main_v1, main_v2
 from minimind_mcore.inference import evaluation
 from minimind_mcore.inference import main as inference
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
-from minimind_mcore.preprocess import cli as preprocess
+from minimind_mcore.preprocess import main as preprocess
 from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.rl.config.lint import lint
 from minimind_mcore.storage import check_manifest, file_entry, write_manifest

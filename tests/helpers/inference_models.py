@@ -13,7 +13,7 @@ from helpers.engine import Corpus
 from helpers.weight_tables import hf_to_mcore
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 from minimind_mcore.checkpoint.layout import ParallelLayout
-from minimind_mcore.converters.job import Job
+from minimind_mcore.converters.conversion import Conversion
 from minimind_mcore.inference import main
 from minimind_mcore.inference.loading import Loaded, load, open_both
 from minimind_mcore.models import weights
@@ -42,8 +42,8 @@ def write_pth(file: Path, config: ModelConfig) -> None:
 
 def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     """Load a model as the programs do."""
-    job = Job(load_dir=path, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
-    return load(*open_both(job, str(tokenizer) if tokenizer else None))
+    conversion = Conversion(load_dir=path, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
+    return load(*open_both(conversion, str(tokenizer) if tokenizer else None))
 
 
 def twin(path: Path) -> Any:

@@ -22,11 +22,11 @@ from minimind_mcore.rl.runtime import batch as batches
 from minimind_mcore.rl.runtime import weight_sync
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
-from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
+from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams
 from minimind_mcore.rl.runtime.rank import Rank, Share
 from minimind_mcore.training import distributed
 
-DRAW = SamplingParams(max_tokens=8, temperature=0.8, top_k=50, top_p=0.95)
+DRAW = RolloutSamplingParams(max_tokens=8, temperature=0.8, top_k=50, top_p=0.95)
 
 
 def main(argv: Sequence[str]) -> None:

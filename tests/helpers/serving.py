@@ -19,13 +19,13 @@ import httpx  # pyright: ignore[reportMissingImports]
 from helpers.engine import ROOT
 from helpers.weights_on_disk import state_dict, write_hf
 from minimind_mcore.checkpoint.layout import ParallelLayout
-from minimind_mcore.converters.job import Job
+from minimind_mcore.converters.conversion import Conversion
 from minimind_mcore.inference.loading import open_both
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.serve.embedded import EmbeddedServer, listening
-from minimind_mcore.serve.engines import Options
+from minimind_mcore.serve.engines import ServerOptions
 
 
 def shrunk(name: str, vocab_size: int) -> ModelConfig:
@@ -54,12 +54,12 @@ def vocabulary(tokenizer: str | Path) -> int:
 @contextmanager
 def embedded(model: Path, **options: Any) -> Iterator[tuple[str, EmbeddedServer]]:
     """The embedded server in a thread; gives its address and the server itself."""
-    job = Job(load_dir=model, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
-    source, info = open_both(job, None)
+    conversion = Conversion(load_dir=model, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")
+    source, info = open_both(conversion, None)
     with listening("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         server = EmbeddedServer(
-            source, info, Options(**{"host": "127.0.0.1", "port": port, "name": "minimind"} | options)
+            source, info, ServerOptions(**{"host": "127.0.0.1", "port": port, "name": "minimind"} | options)
         )
         thread = threading.Thread(target=lambda: asyncio.run(server.run(listener)), daemon=True)
         thread.start()

@@ -19,7 +19,7 @@ import torch
 from helpers.engine import ROOT, Corpus, Server, as_flags, layout
 from helpers.weights_on_disk import SMALL, read_hf, state_dict, write_hf
 
-from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.models.config import ModelConfig
 
 HOOK = f"{Path(__file__).resolve()}:save_logits"

@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
-from minimind_mcore.converters.cli import main_v2
-from minimind_mcore.converters.job import Job
+from minimind_mcore.converters.conversion import Conversion
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.inference import loading
 from minimind_mcore.models import weights
 from minimind_mcore.models.init import initial_tensor
@@ -135,13 +135,13 @@ def dump_logits() -> None:
     """In every rank: the first micro-batch's tokens and this rank's shard of the logits go to $DUMP."""
     import os
 
-    from minimind_mcore.posttrain import sft
+    from minimind_mcore.posttrain import base, sft
 
     forward_step = sft.SFT.forward_step
 
     def dumping(self: Any, batch: Any, model: Any) -> Any:
         with torch.no_grad():
-            logits = sft.run_model(model, batch)
+            logits = base.run_model(model, batch)
         torch.save((batch["tokens"], logits), Path(os.environ["DUMP"]) / f"{os.environ['RANK']}.pt")
         return forward_step(self, batch, model)
 
@@ -185,8 +185,10 @@ def test_adapters_alone_are_saved_resume_exactly_and_merge_to_the_same_model(
     assert difference <= 1e-5 < (unadapted - live).abs().max()
 
     # Inference from the two directories of checkpoints.
-    job = Job(load_dir=start, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32", lora_load=two)
-    loaded = loading.load(*loading.open_both(job, str(dialogues.tokenizer)))
+    conversion = Conversion(
+        load_dir=start, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32", lora_load=two
+    )
+    loaded = loading.load(*loading.open_both(conversion, str(dialogues.tokenizer)))
     with torch.no_grad():
         assert (loaded.model(dumped[0][0], use_cache=False).logits - live).abs().max() <= 1e-5
 

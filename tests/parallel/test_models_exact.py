@@ -414,7 +414,7 @@ def check_packed() -> float:
     """Samples packed into the rows of a micro-batch of post-training against each by itself."""
     from minimind_mcore.models.init import initialize
     from minimind_mcore.posttrain import data
-    from minimind_mcore.posttrain.sft import run_model
+    from minimind_mcore.posttrain.base import run_model
 
     config = GRADIENTS["minimind3"]
     (model,) = build(config, {})

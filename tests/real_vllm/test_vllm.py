@@ -24,7 +24,7 @@ from helpers.inference_models import twin
 from helpers.serving import vocabulary, wait_until_ready, write_served
 from helpers.weights_on_disk import state_dict, write_hf
 
-from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
 

@@ -11,7 +11,7 @@ import torch
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 
 from minimind_mcore.checkpoint.opening import open_source
-from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import opened

@@ -18,7 +18,8 @@ from minimind_mcore import arguments
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import recipes
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.preprocess import cli, train_tokenizer
+from minimind_mcore.preprocess import main as preprocess
+from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.indexed import IndexedWriter, read_index
 from minimind_mcore.training import data
@@ -145,14 +146,14 @@ def test_a_wrong_weight_is_refused_with_the_sets_name(words: str, folder: Path, 
         recipes.count_samples(words.format(**names).split(), 32)
     assert message in str(error.value)
     with pytest.raises(UserError) as error:
-        preprocess(folder, tmp_path, words.format(**names), "--dry-run")
+        preprocess_data(folder, tmp_path, words.format(**names), "--dry-run")
     assert message in str(error.value)
 
 
-def preprocess(folder: Path, tmp_path: Path, data: str, *flags: str) -> None:
+def preprocess_data(folder: Path, tmp_path: Path, data: str, *flags: str) -> None:
     """preprocess_data.py, as the training scripts run it."""
     words = ["--input", data, "--cache-dir", str(tmp_path / "cache"), "--tokenizer-name-or-path", str(folder / "tk")]
-    cli.main([*words, "--prepend-bos", "--append-eod", *flags])
+    preprocess.main([*words, "--prepend-bos", "--append-eod", *flags])
 
 
 @pytest.mark.parametrize("weights", [("1.", "2"), ("", "")])
@@ -162,20 +163,20 @@ def test_raw_files_of_a_blend_are_converted(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(folder)
     data = f"{weights[0]} raw.jsonl {weights[1]} sets/{LARGE}"
-    preprocess(folder, tmp_path, data, "--dry-run")
+    preprocess_data(folder, tmp_path, data, "--dry-run")
     assert capsys.readouterr().out == ""  # what training would read is not there yet
-    preprocess(folder, tmp_path, data)
+    preprocess_data(folder, tmp_path, data)
     first, prefix, second, dataset = capsys.readouterr().out.split()
     assert dataset == str(folder / "sets" / str(LARGE))
     assert check_dataset(prefix) == [] and len(read_index(prefix).lengths) == 3
     size = int(read_index(prefix).lengths.sum())
     assert (first, second) == (("1.", "2") if weights[0] else (str(size), "12000"))
-    preprocess(folder, tmp_path, data, "--dry-run")
+    preprocess_data(folder, tmp_path, data, "--dry-run")
     assert capsys.readouterr().out.split() == [first, prefix, second, dataset]
 
 
 def test_white_space_in_a_path_is_no_blend(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    preprocess(folder, tmp_path, str(folder / "raw one.jsonl"))
+    preprocess_data(folder, tmp_path, str(folder / "raw one.jsonl"))
     [prefix] = capsys.readouterr().out.splitlines()
     assert len(read_index(prefix).lengths) == 1
 
@@ -188,7 +189,7 @@ def test_what_a_blend_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None
     ):
         words = ["--input", data, "--tokenizer-name-or-path", str(folder / "tk"), *flags]
         with pytest.raises(UserError, match=message):
-            cli.main(words)
+            preprocess.main(words)
 
 
 @pytest.mark.parametrize(

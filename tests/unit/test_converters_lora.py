@@ -14,8 +14,8 @@ from torch import Tensor
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
-from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights

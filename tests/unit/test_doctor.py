@@ -19,7 +19,7 @@ from helpers import matrix_tables
 from helpers.engine import ROOT
 
 from minimind_mcore import hosts
-from minimind_mcore.doctor import devices, host, installed, job, main, matrix, rehearsal
+from minimind_mcore.doctor import devices, dry_run, host, installed, main, matrix, rehearsal
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
@@ -564,10 +564,10 @@ def test_nvidia_cards(fake: Fake) -> None:
 def test_a_script_s_dry_run_is_asked(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
     script.write_text("echo \"$@\" >&2\necho 'error: no tokenizer at /x; give one' >&2\nexit 1\n")
-    [finding] = job.check(Host(), str(script), ["--lr", "1"])
+    [finding] = dry_run.check(Host(), str(script), ["--lr", "1"])
     assert finding.level == "fail" and finding.text == "no tokenizer at /x; give one"
     script.write_text('[ "$*" = "--lr 1 --dry-run" ] && echo done\n')
-    [finding] = job.check(Host(), str(script), ["--lr", "1"])
+    [finding] = dry_run.check(Host(), str(script), ["--lr", "1"])
     assert finding.level == "ok"
     with pytest.raises(UserError, match="no such script"):
         main.main([str(tmp_path / "none.sh")], Host(environ={"DEVICE": "cpu"}))

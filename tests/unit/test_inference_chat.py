@@ -18,7 +18,7 @@ from minimind_mcore.inference.chat import Session, run
 from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.prompts import Encoder, from_text, read_prompts
+from minimind_mcore.inference.prompts import PromptEncoder, from_text, read_prompts
 from minimind_mcore.tools.registry import Toolbox, open_tools, tool_of
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -43,7 +43,7 @@ class Script(Generator):
 def chat(loaded: Loaded, session: Session, lines: str, *answers: str, thinking: bool | None = None) -> list[str]:
     """The prompts that the model sees while these lines are typed."""
     script = Script(loaded.tokenizer, answers)
-    run(script, Encoder(loaded.tokenizer, raw=False, thinking=thinking), session, io.StringIO(lines))
+    run(script, PromptEncoder(loaded.tokenizer, raw=False, thinking=thinking), session, io.StringIO(lines))
     return script.prompts
 
 
@@ -70,7 +70,7 @@ def test_a_line_that_is_no_text_is_asked_for_again(
         piped = io.BytesIO("a1\n光\n".encode() + "光合\n".encode("gbk") + b"b2\n")
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="utf-8", errors=errors))
         script, session = Script(loaded.tokenizer, ["A", "B", "C"]), Session(turns=3)
-        run(script, Encoder(loaded.tokenizer, raw=False), session)
+        run(script, PromptEncoder(loaded.tokenizer, raw=False), session)
         assert [m["content"] for m in session.messages if m["role"] == "user"] == ["a1", "光", "b2"]
         assert len(script.prompts) == 3
         assert "not in utf-8, left out: write it again" in capsys.readouterr().err
@@ -79,7 +79,7 @@ def test_a_line_that_is_no_text_is_asked_for_again(
     with pytest.raises(UserError, match="stdin: prompt 2 is not in utf-8"):
         read_prompts([], None)
     with pytest.raises(UserError, match="a lone surrogate"):
-        Encoder(loaded.tokenizer, raw=False)(from_text("\ud800"))
+        PromptEncoder(loaded.tokenizer, raw=False)(from_text("\ud800"))
 
 
 def test_thoughts_are_set_apart(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:

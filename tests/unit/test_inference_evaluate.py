@@ -19,15 +19,14 @@ from helpers.engine import Corpus
 from helpers.inference_models import open_model, run_inference, twin, write_model
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference import evaluation
-from minimind_mcore.inference import scores as scores_module
-from minimind_mcore.inference.benchmarks import BENCHMARKS, Question, Subject, load_benchmark
+from minimind_mcore.inference import evaluation, exact_match
+from minimind_mcore.inference.benchmarks import BENCHMARKS, ChoiceQuestion, Subject, load_benchmark
 from minimind_mcore.inference.generation import Completion, Generator
+from minimind_mcore.inference.likelihood import Accuracy, Scorer
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import from_text
 from minimind_mcore.inference.quality import Quality
-from minimind_mcore.inference.scores import Scores
-from minimind_mcore.inference.scoring import Accuracy, Scorer
+from minimind_mcore.inference.results import EvaluationResults
 from minimind_mcore.preprocess.indexed import IndexedWriter
 
 # (question, choices, answer); with a comma, quotes and a line break, as real files have
@@ -153,8 +152,8 @@ def test_published_forms_are_read(form: str, tmp_path: Path) -> None:
     found = load_benchmark(name, tmp_path, shots=2)
     assert [subject.name.lower() for subject in found] == subjects
     for subject in found:
-        assert subject.questions == [Question(q, tuple(c), a) for q, c, a in ROWS]
-        assert subject.shots == [Question(q, tuple(c), a) for q, c, a in SHOTS]
+        assert subject.questions == [ChoiceQuestion(q, tuple(c), a) for q, c, a in ROWS]
+        assert subject.shots == [ChoiceQuestion(q, tuple(c), a) for q, c, a in SHOTS]
     split = tmp_path / BENCHMARKS[name].splits[0]
     if split.is_dir():  # as MindSpeed-LLM's flag names it
         assert load_benchmark(name, split, shots=2) == found
@@ -162,7 +161,7 @@ def test_published_forms_are_read(form: str, tmp_path: Path) -> None:
 
 def test_prompts_are_those_of_the_harness() -> None:
     subject = Subject(
-        "art_studies", [Question(" q? ", ("1", "2", "3", "4"), 0)], [Question("s", ("5", "6", "7", "8"), 3)]
+        "art_studies", [ChoiceQuestion(" q? ", ("1", "2", "3", "4"), 0)], [ChoiceQuestion("s", ("5", "6", "7", "8"), 3)]
     )
     assert BENCHMARKS["mmlu"].prompt(subject, subject.questions[0], 1) == (
         "The following are multiple choice questions (with answers) about art studies.\n\n"
@@ -176,8 +175,8 @@ def test_prompts_are_those_of_the_harness() -> None:
 
 @pytest.mark.parametrize(("name", "shots"), [("mmlu", 0), ("ceval", 2), ("openbookqa", 1)])
 def test_accuracies_equal_those_computed_by_hand(name: str, shots: int, model: Path, loaded: Loaded) -> None:
-    questions = [Question(q * n, tuple(c), (a + n) % 4) for n in range(1, 8) for q, c, a in ROWS]
-    subject = Subject("law", questions, [Question(q, tuple(c), a) for q, c, a in SHOTS])
+    questions = [ChoiceQuestion(q * n, tuple(c), (a + n) % 4) for n in range(1, 8) for q, c, a in ROWS]
+    subject = Subject("law", questions, [ChoiceQuestion(q, tuple(c), a) for q, c, a in SHOTS])
     benchmark, reference = BENCHMARKS[name], twin(model)
     right = by_length = 0
     for question in questions:
@@ -310,24 +309,24 @@ def test_exact_match_counts_what_generation_gives(
 
 def test_answers_of_several_files_are_counted_together() -> None:
     """A task that is in both, as without `task` in files of one name."""
-    scores, question = Scores({}), scores_module.Question("addition", from_text("1+1"), "2")
+    scores, question = EvaluationResults({}), exact_match.Question("addition", from_text("1+1"), "2")
     for said in (["2", "3", "2"], ["4"]):
-        scores.add_answers("exact_match", [scores_module.Answered(question, text) for text in said])
+        scores.add_answers("exact_match", [exact_match.Answered(question, text) for text in said])
     assert scores.accuracies == {"exact_match": {"addition": Accuracy(4, 2)}}
 
 
 def test_an_answer_of_many_tokens_can_be_right(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a model that knows all answers, each with the token that ends it, and writes as much as it is allowed to."""
-    questions = [scores_module.Question("t", from_text(str(n)), " ".join(["abcd"] * n)) for n in (1, 400)]
+    questions = [exact_match.Question("t", from_text(str(n)), " ".join(["abcd"] * n)) for n in (1, 400)]
     known = [loaded.tokenizer(q.answer)["input_ids"] + [loaded.tokenizer.eos_token_id] for q in questions]
-    assert len(known[1]) > scores_module.LONGEST
+    assert len(known[1]) > exact_match.LONGEST
 
     def complete(self: Generator, prompts: list[list[int]]) -> list[Completion]:
         cut = [ids[: self.max_new_tokens] for ids in known]
         return [Completion([i for i in ids if i not in self.stop], ids[-1] in self.stop) for ids in cut]
 
     monkeypatch.setattr(Generator, "complete", complete)
-    assert [answered.right for answered in scores_module.ask(loaded, questions, 2, Quality())] == [True, True]
+    assert [answered.right for answered in exact_match.ask(loaded, questions, 2, Quality())] == [True, True]
 
 
 def test_a_missing_harness_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

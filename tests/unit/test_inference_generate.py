@@ -19,14 +19,14 @@ from helpers.engine import Corpus
 from helpers.inference_models import config_of, open_model, run_inference, twin, write_model, write_pth
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 
-from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.generation import Completion, Generator
 from minimind_mcore.inference.loading import Loaded
-from minimind_mcore.inference.prompts import Encoder, Prompt, read_prompts
-from minimind_mcore.inference.sampling import Sampler, Sampling, choose
+from minimind_mcore.inference.prompts import Prompt, PromptEncoder, read_prompts
+from minimind_mcore.inference.sampling import Sampler, SamplingParams, choose
 from minimind_mcore.preprocess.conversations import MINIMIND, Conversation, read_minimind
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, TokenizerTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import load_encoder
@@ -58,7 +58,7 @@ def theirs(model: Any, prompt: list[int], tokens: int, **how: Any) -> list[int]:
 def endless(loaded: Loaded, max_new_tokens: int = 128, num_beams: int = 1, **how: Any) -> Generator:
     """A generator that nothing stops before its tokens are used up."""
     sampling: dict[str, Any] = {"temperature": 0, **how}
-    generator = Generator(loaded, Sampling(**sampling), max_new_tokens, num_beams=num_beams)
+    generator = Generator(loaded, SamplingParams(**sampling), max_new_tokens, num_beams=num_beams)
     generator.stop = []
     return generator
 
@@ -157,7 +157,7 @@ def test_draws_follow_the_distribution_of_transformers(temperature: float, top_k
     warped = TemperatureLogitsWarper(temperature)(unused, logits)
     warped = TopKLogitsWarper(top_k)(unused, warped) if top_k else warped
     expected = TopPLogitsWarper(top_p)(unused, warped).softmax(-1)[0]
-    how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=2)
+    how = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=2)
     chosen = choose(logits.expand(draws, -1), [Sampler(how, [])] * draws)
     found = torch.bincount(torch.tensor(chosen), minlength=64) / draws
     assert (found[expected == 0] == 0).all()
@@ -175,7 +175,7 @@ def test_a_seed_decides_the_draws(models: dict[str, Path], tmp_path: Path) -> No
 def test_beam_search_is_that_of_transformers(models: dict[str, Path], loaded: dict[str, Loaded]) -> None:
     model = twin(models["minimind3"])
     expected = [theirs(model, prompt, 12, num_beams=2, eos_token_id=[2], pad_token_id=2) for prompt in PROMPTS]
-    found = Generator(loaded["minimind3"], Sampling(temperature=0), 12, num_beams=2).complete(PROMPTS)
+    found = Generator(loaded["minimind3"], SamplingParams(temperature=0), 12, num_beams=2).complete(PROMPTS)
     assert [c.ids for c in found] == [ids[: ids.index(2)] if 2 in ids else ids for ids in expected]
 
 
@@ -192,10 +192,10 @@ def test_ids_beyond_the_tokenizer_are_never_written(corpus: Corpus, tmp_path: Pa
 def test_a_prompt_is_bos_and_text_or_the_chat_template(loaded: dict[str, Loaded]) -> None:
     tokenizer = loaded["minimind3"].tokenizer
     prompt = Prompt([{"role": "user", "content": "abc"}])
-    assert Encoder(tokenizer, raw=True).text(prompt) == "<|im_start|>abc"
+    assert PromptEncoder(tokenizer, raw=True).text(prompt) == "<|im_start|>abc"
     opening = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    assert Encoder(tokenizer, raw=False).text(prompt) == opening + "\n</think>\n\n"
-    assert Encoder(tokenizer, raw=False, thinking=True).text(prompt) == opening
+    assert PromptEncoder(tokenizer, raw=False).text(prompt) == opening + "\n</think>\n\n"
+    assert PromptEncoder(tokenizer, raw=False, thinking=True).text(prompt) == opening
 
 
 @pytest.mark.parametrize(("name", "thinking"), [("qwen3", True), ("qwen3", False), ("chatml", None)])
@@ -214,7 +214,7 @@ def test_a_prompt_in_a_template_is_what_training_has_before_the_answer(
         parts.append(np.concatenate([encoder.encode([piece])[0] for piece in pieces]).astype(np.int32))
     ids, labels, _ = template.label(parts)
     last = int(np.flatnonzero(labels == -100).max()) + 1
-    assert Encoder(tokenizer, False, thinking, template)(Prompt(messages[:-1])) == ids[:last].tolist()
+    assert PromptEncoder(tokenizer, False, thinking, template)(Prompt(messages[:-1])) == ids[:last].tolist()
 
 
 def test_prompt_type_goes_from_the_flag_to_the_prompt(
@@ -281,7 +281,7 @@ def test_a_conversation_of_the_training_data_is_asked_as_it_is_trained(
     file.write_text(json.dumps({"conversations": [system, *CALLED]}))
     [prompt] = read_prompts([], str(file))
     assert_begins_the_sample(prompt, [system, *CALLED], loaded["minimind3"])
-    assert '"name": "add", "description"' in Encoder(loaded["minimind3"].tokenizer, raw=False).text(prompt)
+    assert '"name": "add", "description"' in PromptEncoder(loaded["minimind3"].tokenizer, raw=False).text(prompt)
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([{"messages": CALLED, "tools": json.dumps([ADD])}]), tmp_path / "openai.parquet"
     )
@@ -294,7 +294,7 @@ def assert_begins_the_sample(prompt: Prompt, turns: list[dict[str, Any]], loaded
     [[whole]] = template.render(read_minimind({"conversations": turns}, MINIMIND)[""])
     asked = loaded.tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, tokenize=False)
     assert asked and whole.startswith(asked) and (whole != asked or turns[-1]["role"] != "assistant")
-    assert Encoder(loaded.tokenizer, raw=False).text(prompt).startswith(asked)
+    assert PromptEncoder(loaded.tokenizer, raw=False).text(prompt).startswith(asked)
 
 
 @pytest.mark.skipif(not SAMPLES, reason="MINIMIND_SAMPLES_DIR is not set: MiniMind's own data is not shipped here")
@@ -349,7 +349,7 @@ def test_a_missing_or_foreign_tokenizer_is_named(models: dict[str, Path], corpus
 
 
 def test_prompts_that_cannot_be_are_named(loaded: dict[str, Loaded], tmp_path: Path) -> None:
-    generator = Generator(loaded["minimind3"], Sampling())
+    generator = Generator(loaded["minimind3"], SamplingParams())
     with pytest.raises(UserError, match="a prompt is empty"):
         generator.complete([[1], []])
     with pytest.raises(UserError, match="a prompt has 32768 tokens, the model 32768 positions"):

@@ -20,8 +20,8 @@ from helpers.weights_on_disk import read_hf, state_dict, write_hf
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
-from minimind_mcore.converters.cli import main_v2
 from minimind_mcore.converters.convert import convert
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.converters.megatron import MegatronTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig

@@ -13,7 +13,7 @@ from minimind_mcore.models.presets import get_preset
 from minimind_mcore.training import checkpointing
 from minimind_mcore.training.checkpointing import previews
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.plan import memory_estimate
+from minimind_mcore.training.summary import memory_estimate
 from minimind_mcore.validation import validate
 
 RUN = "--seq-length 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 2".split()

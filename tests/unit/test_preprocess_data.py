@@ -17,7 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess import cli, readers, train_tokenizer
+from minimind_mcore.preprocess import main as preprocess
+from minimind_mcore.preprocess import readers, train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
 from minimind_mcore.preprocess.handlers import Handler, find_handler
@@ -167,7 +168,7 @@ def test_every_shard_boundary_leaves_every_line_once(tokenizer: str, tmp_path: P
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "bb"}\r\n  \n{"text": "ccc"}\n{"text": "dddd"}')
     [source] = readers.find_sources(str(path))
     for start in range(source.size + 1):
-        shards = [readers.Shard(source, i, j, j - i) for i, j in ((0, start), (start, source.size))]
+        shards = [readers.InputShard(source, i, j, j - i) for i, j in ((0, start), (start, source.size))]
         found = [
             [item for item in readers.ShardReader(shard, ["text"])] for shard in shards if shard.start < shard.stop
         ]
@@ -400,7 +401,7 @@ def test_the_same_request_is_recognised_and_another_is_not(tokenizer: str, tmp_p
     capfd.readouterr()
     assert prepare(str(source), tokenizer, cache, workers=2) == first
     assert Path(first + ".bin").stat().st_mtime_ns == stamp and "up to date" in capfd.readouterr().err
-    cli.main(["--input", first, "--tokenizer-name-or-path", tokenizer])
+    preprocess.main(["--input", first, "--tokenizer-name-or-path", tokenizer])
     assert capfd.readouterr().out == first + "\n"
     assert prepare(str(source), tokenizer, cache, append_eod=False) != first
     write_jsonl(source, some_texts(21))
@@ -415,12 +416,12 @@ def test_a_dry_run_checks_and_converts_nothing(tokenizer: str, tmp_path: Path, c
     with pytest.raises(UserError, match=r"no usable record.*field 'txt' is missing"):
         preview(replace(options, keys=("txt",)))
     words = ["--input", str(source), "--tokenizer-name-or-path", tokenizer, "--output-prefix", str(tmp_path / "out")]
-    cli.main(words)
+    preprocess.main(words)
     done = capfd.readouterr().out
-    cli.main([*words, "--dry-run"])
+    preprocess.main([*words, "--dry-run"])
     assert capfd.readouterr().out == done
     with pytest.raises(UserError, match="no such file"):
-        cli.main([*words, "--dry-run", "--input", str(tmp_path / "typo.jsonl")])
+        preprocess.main([*words, "--dry-run", "--input", str(tmp_path / "typo.jsonl")])
 
 
 def test_a_damaged_result_is_made_again(tokenizer: str, tmp_path: Path) -> None:
@@ -455,7 +456,7 @@ def test_indexed_data_of_another_tokenizer_is_refused(tokenizer: str, tmp_path: 
     content["model"]["merges"].pop()
     (tmp_path / "tk" / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="tokenizer mismatch"):
-        cli.main(["--input", prefix, "--tokenizer-name-or-path", str(tmp_path / "tk")])
+        preprocess.main(["--input", prefix, "--tokenizer-name-or-path", str(tmp_path / "tk")])
     with pytest.raises(UserError, match="tokenizer mismatch"):
         quick_check(prefix, tokenizer_fingerprint(tmp_path / "tk"))
     assert any("tokenizer mismatch" in p for p in check_dataset(prefix, tokenizer_info(tmp_path / "tk")))
@@ -468,7 +469,7 @@ def test_indexed_data_of_another_tokenizer_is_refused(tokenizer: str, tmp_path: 
 def test_a_whole_dataset_passes_the_check(tokenizer: str, tmp_path: Path, capsys: Any) -> None:
     prefix = prepare(str(write_jsonl(tmp_path / "a.jsonl", some_texts(20))), tokenizer, str(tmp_path / "cache"))
     assert check_dataset(prefix) == check_dataset(prefix, tokenizer_info(tokenizer)) == []
-    cli.main(["--check", prefix])
+    preprocess.main(["--check", prefix])
     assert "documents            20" in capsys.readouterr().out
 
 
@@ -511,7 +512,7 @@ def test_the_check_finds_ids_outside_of_the_vocabulary(tokenizer: str, tmp_path:
 
 
 def run_cli(*arguments: str) -> None:
-    cli.main(list(arguments))
+    preprocess.main(list(arguments))
 
 
 def test_wrong_input_is_named(tokenizer: str, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess import cli, train_tokenizer
+from minimind_mcore.preprocess import main as preprocess
+from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.check import CHUNK, check_dataset, check_together, datasets_at, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
 from minimind_mcore.preprocess.indexed import IndexedWriter, read_index
@@ -263,10 +264,10 @@ def test_packed_files_equal_a_reference(pack: str, plain: Options, tmp_path: Pat
 
 
 def test_the_check_covers_all_datasets_of_a_prefix(plain: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["--check", str(plain.output_prefix)])
+    preprocess.main(["--check", str(plain.output_prefix)])
     out = capsys.readouterr().out
     assert out.count("samples              120 (not packed), 0 cut") == 3
-    cli.main(["--input", str(plain.output_prefix), "--tokenizer-name-or-path", plain.tokenizer])
+    preprocess.main(["--input", str(plain.output_prefix), "--tokenizer-name-or-path", plain.tokenizer])
     assert capsys.readouterr().out == f"{plain.output_prefix}\n"
 
 
@@ -275,7 +276,7 @@ def test_the_check_knows_labels_from_ids_and_finds_what_does_not_belong(tmp_path
         with IndexedWriter(tmp_path / f"x_packed_{key}_document") as writer:
             writer.add(np.array(values), np.array([2, 1] if key == "labels" else [3]))
     problems = {
-        key: check_dataset(tmp_path / f"x_packed_{key}_document", cli.tokenizer_info(tokenizer)) for key in KEYS
+        key: check_dataset(tmp_path / f"x_packed_{key}_document", preprocess.tokenizer_info(tokenizer)) for key in KEYS
     }
     assert "token 2 is -100" in problems["input_ids"][0] and "token 2 is 400" in problems["labels"][0]
     assert problems["attention_mask"] == []
@@ -294,7 +295,7 @@ def test_a_yaml_file_gives_flags_and_the_command_line_wins(
         "handler_name: MiniMindInstructionHandler\npack: true\nneat_pack: false\nseq_length: 200\n"
         "map_keys: {messages: conversations}\nworkers: 1\n"
     )
-    cli.main(["--config", str(config), "--output-prefix", f"{tmp_path}/out"])
+    preprocess.main(["--config", str(config), "--output-prefix", f"{tmp_path}/out"])
     assert capsys.readouterr().out == f"{tmp_path}/out\n"
     assert {len(row) for row in sequences(f"{tmp_path}/out", "labels")} == {200}
     for content, message in (
@@ -304,9 +305,9 @@ def test_a_yaml_file_gives_flags_and_the_command_line_wins(
     ):
         config.write_text(content)
         with pytest.raises(UserError, match=message):
-            cli.main([f"--config={config}"])
+            preprocess.main([f"--config={config}"])
     with pytest.raises(UserError, match="No such file"):
-        cli.main(["--config", str(tmp_path / "none.yaml")])
+        preprocess.main(["--config", str(tmp_path / "none.yaml")])
 
 
 def test_llama_factorys_description_of_datasets_is_read(
@@ -321,7 +322,7 @@ def test_llama_factorys_description_of_datasets_is_read(
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     words = ["--handler-name", "LlamaFactoryInstructionHandler", "--tokenizer-name-or-path", tokenizer]
     words += ["--output-prefix", str(tmp_path / "out")]
-    cli.main([*words, "--dataset-dir", str(tmp_path), "--input", "one", "--prompt-type", "chatml_de"])
+    preprocess.main([*words, "--dataset-dir", str(tmp_path), "--input", "one", "--prompt-type", "chatml_de"])
     assert len(sequences(capsys.readouterr().out.strip(), "labels")) == 4
     for extra, message in (
         (["--input", "one"], "--dataset-dir is missing"),
@@ -329,4 +330,4 @@ def test_llama_factorys_description_of_datasets_is_read(
         (["--input", "one,two", "--dataset-dir", str(tmp_path)], "convert them one by one"),
     ):
         with pytest.raises(UserError, match=message):
-            cli.main([*words, *extra])
+            preprocess.main([*words, *extra])

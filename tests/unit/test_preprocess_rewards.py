@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess import cli
+from minimind_mcore.preprocess import main as preprocess
 from minimind_mcore.preprocess.indexed import Column
 
 STEP = "<|buffer1|>"
@@ -34,7 +34,7 @@ def convert(folder: Path, tokenizer: str, rows: list[dict[str, object]], *flags:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     words = ["--input", str(file), "--output-prefix", str(prefix), "--tokenizer-name-or-path", tokenizer]
     words += ["--handler-name", "AlpacaStyleProcessRewardHandler", "--seq-length", "4096"]
-    cli.main([*words, "--placeholder-token", STEP, "--reward-tokens", "+", "-", *flags])
+    preprocess.main([*words, "--placeholder-token", STEP, "--reward-tokens", "+", "-", *flags])
     return str(prefix)
 
 

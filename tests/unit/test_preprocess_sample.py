@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess import cli, train_tokenizer
 from minimind_mcore.preprocess import corpus as corpus_program
+from minimind_mcore.preprocess import main as preprocess
+from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset
 from minimind_mcore.preprocess.corpus import build, problems
 from minimind_mcore.preprocess.dialogues import KEYS, dialogues, drills, held_out, preferences
@@ -208,7 +209,7 @@ def test_the_scripts_make_the_sample_conversations(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_described_datasets_use_what_there_is(config: Path) -> None:
-    args = cli.parse(["--config", str(config)])
+    args = preprocess.parse(["--config", str(config)])
     assert find_handler(args.handler_name) and args.input and args.output_prefix and args.tokenizer_name_or_path
     assert Path(args.output_prefix).name == config.stem
 

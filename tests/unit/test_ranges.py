@@ -13,12 +13,12 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from minimind_mcore import arguments
-from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import main as inference
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
-from minimind_mcore.preprocess import cli as preprocess
+from minimind_mcore.preprocess import main as preprocess
 from minimind_mcore.rl.config.lint import lint
 
 SECONDS = 20  # after which a reader counts as hanging

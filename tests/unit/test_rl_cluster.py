@@ -97,7 +97,7 @@ def test_a_grpc_server_may_be_a_ray_head(listener: socket.socket) -> None:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rl.Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rl.RLRun:
     """A run whose Ray is a program that waits, and whose directories are made in tmp_path."""
     for name in ("RAY_TMPDIR", "CONFIG", "BACKEND", "NNODES"):
         monkeypatch.setenv(name, "")
@@ -107,10 +107,10 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rl.Job:
     monkeypatch.setattr(rl.tempfile, "mkdtemp", lambda **words: make(**words | {"dir": str(tmp_path)}))
     monkeypatch.setattr(rl.subprocess, "Popen", lambda words, **rest: start(["sleep", "60"], **rest))
     monkeypatch.chdir(tmp_path)
-    return rl.Job("single", [])
+    return rl.RLRun("single", [])
 
 
-def test_the_directory_of_ray_cannot_be_guessed(job: rl.Job, tmp_path: Path) -> None:
+def test_the_directory_of_ray_cannot_be_guessed(job: rl.RLRun, tmp_path: Path) -> None:
     """What an earlier run's, or another user's, link of that name points to is left alone."""
     found = []
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_the_directory_of_ray_cannot_be_guessed(job: rl.Job, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("status, kept", [(0, False), (143, False), (1, True)])
 def test_the_directory_of_ray_is_removed_unless_the_run_fails(
-    job: rl.Job, tmp_path: Path, status: int, kept: bool
+    job: rl.RLRun, tmp_path: Path, status: int, kept: bool
 ) -> None:
     with pytest.raises(SystemExit), job.ray("head", []) as process:
         folder = Path(os.environ["RAY_TMPDIR"])
@@ -239,11 +239,11 @@ def test_a_dry_run_shows_both_hosts_commands_and_starts_nothing(tmp_path: Path) 
     assert not ray.exists() and not list(tmp_path.glob("*"))
 
 
-def test_each_run_on_one_host_has_ports_of_its_own(job: rl.Job, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_run_on_one_host_has_ports_of_its_own(job: rl.RLRun, capfd: pytest.CaptureFixture[str]) -> None:
     """Workers of two clusters on one host would take the same ports of Ray's fixed range."""
     with job.ray("head", []):
         assert "--min-worker-port 0 --max-worker-port 0" in capfd.readouterr().out
-    assert job.port != rl.Job("single", []).port != rl.Job("head", []).port == "6766"
+    assert job.port != rl.RLRun("single", []).port != rl.RLRun("head", []).port == "6766"
 
 
 def test_a_head_that_answers_before_its_node_is_there_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

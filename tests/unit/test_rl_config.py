@@ -17,7 +17,7 @@ from minimind_mcore.arguments import parse
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.rl.cli import main
+from minimind_mcore.rl.commands import main
 from minimind_mcore.rl.config.lint import TARGETS, check, lint
 from minimind_mcore.rl.config.load import CONFIGS, compose, megatron_flags, resolve
 from minimind_mcore.rl.config.migrate import RENAMED, migrate
@@ -25,7 +25,7 @@ from minimind_mcore.rl.config.schema import Config, defaults, fits, value_type
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.models import model_yaml
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
-from minimind_mcore.rl.runtime.plan import require
+from minimind_mcore.rl.runtime.dry_run import check_before_start
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 
@@ -392,7 +392,7 @@ def test_a_run_says_all_that_is_wrong_before_it_begins(
 def test_a_missing_logger_is_named_by_the_key_that_asks_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"rl_config.use_{name} needs the package {name}, .* pip install {name}"):
-        require(config(f"rl_config.use_{name}=true"))
+        check_before_start(config(f"rl_config.use_{name}=true"))
 
 
 def test_what_the_embedded_trainer_does_not_need_is_not_asked_for(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.rewards import Rewards
-from minimind_mcore.rl.runtime import plan
+from minimind_mcore.rl.runtime import dry_run
 from minimind_mcore.rl.runtime.data import PromptDataset
 from minimind_mcore.rl.runtime.engines.protocol import Response
 from minimind_mcore.rl.runtime.rollouts import RolloutManager
@@ -91,7 +91,7 @@ def test_questions_without_answers_are_scored_by_what_needs_none(corpus: Corpus,
     assert {text["label"] for text in experience.texts} == {""}
     assert experience.batch.rewards is not None and experience.batch.rewards.tolist() == [0.5, -0.5] * 8
     assert source.evaluate(source.prompts, 2) == {"eval/score": 0.0}  # nobody says what is right
-    plan.show(config, pending=False)
+    dry_run.print_plan(config, pending=False)
 
 
 def test_a_verifier_that_compares_with_a_label_needs_one(corpus: Corpus, rlaif: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_verifier_that_compares_with_a_label_needs_one(corpus: Corpus, rlaif: 
     with pytest.raises(
         UserError, match=r"rlaif: these prompts have no labels, which acc \(verifier_function\) compare"
     ):
-        plan.show(bare, pending=False)
+        dry_run.print_plan(bare, pending=False)
     asked = configured(corpus, rlaif, ["minimind_shape"], megatron_training={"dataset_additional_keys": ["labels"]})
     with pytest.raises(UserError, match="no column labels"):
         prompt_dataset(asked, asked.actor.data_path)
@@ -169,7 +169,7 @@ def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, 
     assert experience.batch.rewards is not None
     assert experience.batch.rewards.view(4, -1).tolist() == [[float(value)] * 4 for value in expected]
     with pytest.raises(UserError, match="missing a required argument: 'level'"):
-        plan.show(configured(corpus, prefix, [f"{mine}:graded"]), pending=False)
+        dry_run.print_plan(configured(corpus, prefix, [f"{mine}:graded"]), pending=False)
 
 
 def test_a_reward_model_alone_gives_scores_and_no_accuracy(corpus: Corpus, rlaif: Path) -> None:

@@ -23,7 +23,7 @@ from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.runtime import batch as batches
 from minimind_mcore.rl.runtime import weight_sync
 from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine, choose
-from minimind_mcore.rl.runtime.engines.protocol import SamplingParams, uniforms
+from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams, uniforms
 from minimind_mcore.rl.runtime.metrics import Log, line, table
 from minimind_mcore.rl.runtime.rollouts import Experience, replayed, save
 from minimind_mcore.rl.runtime.stop import Stop
@@ -84,7 +84,7 @@ def test_log_probabilities_and_entropy_equal_torch_s_with_their_gradients(temper
 
 def test_tokens_are_drawn_as_likely_as_they_are() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 5.0]])
-    draw = SamplingParams(max_tokens=1, temperature=0.5)
+    draw = RolloutSamplingParams(max_tokens=1, temperature=0.5)
     numbers = torch.from_numpy(uniforms(range(20_000), 1))[:, 0]
     tokens, logp = choose(logits.expand(len(numbers), -1), 4, draw, numbers)  # the fifth is no token
     p = (logits[0, :4] / 0.5).softmax(0)
@@ -97,14 +97,14 @@ def test_tokens_are_drawn_as_likely_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("draw", "allowed"),
     [
-        (SamplingParams(max_tokens=1, top_k=2), {0, 2}),
-        (SamplingParams(max_tokens=1, top_p=0.6), {0}),
-        (SamplingParams(max_tokens=1, top_p=0.7), {0, 2}),
-        (SamplingParams(max_tokens=1, min_p=0.3), {0, 2}),
-        (SamplingParams(max_tokens=1, min_p=0.5), {0}),
+        (RolloutSamplingParams(max_tokens=1, top_k=2), {0, 2}),
+        (RolloutSamplingParams(max_tokens=1, top_p=0.6), {0}),
+        (RolloutSamplingParams(max_tokens=1, top_p=0.7), {0, 2}),
+        (RolloutSamplingParams(max_tokens=1, min_p=0.3), {0, 2}),
+        (RolloutSamplingParams(max_tokens=1, min_p=0.5), {0}),
     ],
 )
-def test_top_k_top_p_and_min_p_leave_what_they_say(draw: SamplingParams, allowed: set[int]) -> None:
+def test_top_k_top_p_and_min_p_leave_what_they_say(draw: RolloutSamplingParams, allowed: set[int]) -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])  # probabilities 0.64, 0.09, 0.24, 0.03
     numbers = torch.linspace(0, 1, 500)
     tokens, _ = choose(logits.expand(500, -1), 4, draw, numbers)
@@ -127,7 +127,10 @@ PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11, 12], [13]]
 
 
 def test_responses_do_not_depend_on_the_batch_they_are_written_in(rollout: DecoderEngine) -> None:
-    draw, seeds = SamplingParams(max_tokens=150, stop=(7, 8, 9)), list(range(8))  # the cache grows; some end early
+    draw, seeds = (
+        RolloutSamplingParams(max_tokens=150, stop=(7, 8, 9)),
+        list(range(8)),
+    )  # the cache grows; some end early
     together = rollout.generate(PROMPTS, 2, draw, seeds)
     alone = [rollout.generate([PROMPTS[i // 2]], 1, draw, [seeds[i]])[0] for i in range(8)]
     assert [r.ids for r in together] == [r.ids for r in alone]
@@ -138,7 +141,7 @@ def test_responses_do_not_depend_on_the_batch_they_are_written_in(rollout: Decod
 
 
 def test_log_probabilities_are_those_of_transformers(rollout: DecoderEngine) -> None:
-    draw = SamplingParams(max_tokens=12, temperature=0.7, top_k=10, stop=(7,))
+    draw = RolloutSamplingParams(max_tokens=12, temperature=0.7, top_k=10, stop=(7,))
     for row, response in enumerate(rollout.generate(PROMPTS, 2, draw, list(range(8)))):
         ids = torch.tensor([[*PROMPTS[row // 2], *response.ids]])
         logp = (rollout.model(ids).logits[0] / 0.7).log_softmax(-1)[len(PROMPTS[row // 2]) - 1 : -1]
@@ -157,9 +160,11 @@ def test_a_spoilt_engine_is_restored_by_a_sync(rollout: DecoderEngine) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in rollout.weights().items())
 
 
-def shard(name: str, rank: int, size: int, tensor: torch.Tensor) -> weight_sync.Shard:
+def shard(name: str, rank: int, size: int, tensor: torch.Tensor) -> weight_sync.WeightShard:
     data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return weight_sync.Shard(name, rank, size, data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return weight_sync.WeightShard(
+        name, rank, size, data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    )
 
 
 def test_shards_join_in_any_order_and_a_missing_one_is_an_error() -> None:
@@ -192,7 +197,7 @@ def test_keys_of_the_yaml_replace_what_the_algorithm_says(corpus: engine.Corpus)
 
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(UserError, match=r"temperature.*more than 0"):
-        SamplingParams(max_tokens=1, temperature=0.0)
+        RolloutSamplingParams(max_tokens=1, temperature=0.0)
 
 
 def test_saved_rollouts_are_read_again(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind_mcore.checkpoint.opening import open_source
-from minimind_mcore.converters.cli import main_v2
+from minimind_mcore.converters.main import main_v2
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.loading import build_model

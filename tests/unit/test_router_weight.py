@@ -250,7 +250,7 @@ def test_norm_topk_prob_false_in_a_yaml_is_softmax_or_refused(target: str) -> No
 
 @pytest.mark.parametrize("rule", [None, *ROUTER_WEIGHTS])
 def test_conversions_carry_the_rule_to_checkpoints_and_back(rule: RouterWeight | None, tmp_path: Path) -> None:
-    from minimind_mcore.converters.cli import main_v2
+    from minimind_mcore.converters.main import main_v2
 
     config = MODELS["minimind3_moe"].replace(moe=MoEConfig(
         topk=1, ffn_hidden_size=48, router_weight=rule, load_balancing="aux_loss", aux_loss_coeff=5e-4,
@@ -268,7 +268,7 @@ def test_conversions_carry_the_rule_to_checkpoints_and_back(rule: RouterWeight |
 def test_a_pth_is_assumed_to_be_normalized_and_the_assumption_is_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from minimind_mcore.converters.cli import main_v2
+    from minimind_mcore.converters.main import main_v2
 
     config = PRESETS["minimind3_moe_tiny"].replace(vocab_size=96)
     torch.save(state_dict(config, "native"), tmp_path / "pretrain_128.pth")

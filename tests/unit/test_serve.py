@@ -25,7 +25,7 @@ from helpers.serving import embedded, program, shrunk, until_serving, vocabulary
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.detokenizer import Detokenizer
 from minimind_mcore.inference.generation import Generator
-from minimind_mcore.inference.sampling import Sampling
+from minimind_mcore.inference.sampling import SamplingParams
 from minimind_mcore.models import yarn
 from minimind_mcore.serve import main
 from minimind_mcore.serve.prompts import SafePrompts
@@ -112,7 +112,7 @@ def test_answers_equal_those_of_inference_py_and_of_transformers(name: str, toke
         assert server.service.scheduler.slots.room * len(server.service.scheduler.slots.tokens) <= 1300
     for reply, text, tokens in zip(replies, texts, lengths, strict=True):
         [choice], ids = reply["choices"], reply["prompt_token_ids"]
-        generator = Generator(loaded, Sampling(temperature=0), tokens)
+        generator = Generator(loaded, SamplingParams(temperature=0), tokens)
         generator.stop = []
         assert choice["token_ids"] == generator.complete([ids])[0].ids
         assert choice["token_ids"] == theirs(reference, ids, tokens)

@@ -13,7 +13,7 @@ from minimind_mcore.inference.vllm_engine import head_size_problem
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.serve import vllm
-from minimind_mcore.serve.engines import Options
+from minimind_mcore.serve.engines import ServerOptions
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_head_sizes(name: str, kind: str, fits: bool) -> None:
         )
 
 
-def flags(folder: Path, tokenizer: Path, options: Options) -> dict[str, str]:
+def flags(folder: Path, tokenizer: Path, options: ServerOptions) -> dict[str, str]:
     config = PRESETS["minimind3_tiny"]
     source = open_source(write_hf(folder / "model", config, state_dict(config, "hf")))
     words = vllm.flags(source, tokenizer_info(tokenizer), options)
@@ -54,7 +54,9 @@ def test_the_preset_follows_the_tokenizer(
     published_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("API_KEY", "secret")
-    options = Options(host="127.0.0.1", port=8998, name="mine", api_key="secret", defaults=(("temperature", 0.7),))
+    options = ServerOptions(
+        host="127.0.0.1", port=8998, name="mine", api_key="secret", defaults=(("temperature", 0.7),)
+    )
     found = flags(tmp_path, published_tokenizer, options)
     assert found["--tool-call-parser"] == "hermes" and "--enable-auto-tool-choice" in found
     assert json.loads(found["--override-generation-config"]) == {"temperature": 0.7}
@@ -69,7 +71,7 @@ def test_the_preset_follows_the_tokenizer(
 
 
 def test_a_base_model_has_no_chats(tokenizer: str, tmp_path: Path) -> None:
-    options = Options(host="127.0.0.1", port=8998, name="minimind", raw=True, max_model_len=512)
+    options = ServerOptions(host="127.0.0.1", port=8998, name="minimind", raw=True, max_model_len=512)
     found = flags(tmp_path, Path(tokenizer), options)
     assert found["--max-model-len"] == "512" and not {"--tool-call-parser", "--reasoning-parser"} & set(found)
 

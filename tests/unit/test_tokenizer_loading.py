@@ -29,7 +29,7 @@ from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import evaluation
 from minimind_mcore.inference.loading import Loaded, load_tokenizer
-from minimind_mcore.inference.prompts import Encoder, from_text
+from minimind_mcore.inference.prompts import PromptEncoder, from_text
 from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.indexed import bin_path, read_index
@@ -235,7 +235,7 @@ def prompt_and_document(folder: Path, text: str, tmp_path: Path) -> tuple[list[i
     loaded = Loaded(None, tokenizer, info, SMALL["minimind3"], "")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))
     [(document, _)] = evaluation.documents(str(tmp_path / "text.jsonl"), loaded)
-    return Encoder(tokenizer, raw=True)(from_text(text)), document
+    return PromptEncoder(tokenizer, raw=True)(from_text(text)), document
 
 
 def test_a_tokenizer_that_adds_bos_gives_one_bos(trained: Path, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_answers_are_found_in_a_template_with_other_marks(name: str, trained: Pa
         for token, (a, b) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     ]
     assert sample(folder) == (encoded.input_ids, expected) and len(spans) == 2
-    prompt = Encoder(load_tokenizer(tokenizer_info(folder)), raw=False)(from_text("17+25=?"))
+    prompt = PromptEncoder(load_tokenizer(tokenizer_info(folder)), raw=False)(from_text("17+25=?"))
     rendered = reference.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
     assert prompt == reference(rendered, add_special_tokens=False).input_ids
 

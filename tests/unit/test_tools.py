@@ -21,7 +21,7 @@ USES = (
     ("minimind_mcore/rl/runtime/rank.py", "open_source"),  # converters
     ("minimind_mcore/training/data.py", "tokenizer_info"),  # preprocess
     ("models/recipes.py", "parse_blend"),  # preprocess
-    ("preprocess/cli.py", "build_parser"),  # the package itself
+    ("preprocess/main.py", "build_parser"),  # the package itself
     ("tests/unit/test_router_weight.py", "Server"),  # tests/helpers
 )
 

@@ -54,7 +54,7 @@ HOOK = "minimind_mcore.mindspeed.rl_hook.setup"
 
 
 @dataclass(frozen=True)
-class Finding:
+class LintFinding:
     """Something about a key: an error, a warning, or a note."""
 
     level: str
@@ -67,7 +67,7 @@ class Finding:
 
 def lint(
     path: str, target: str, overrides: Sequence[str] = (), device: str | None = None, nodes: int = 1
-) -> tuple[list[Finding], dict[str, Any], list[str]]:
+) -> tuple[list[LintFinding], dict[str, Any], list[str]]:
     """Check a YAML file, or one of the kit's by name.
 
     Args:
@@ -92,19 +92,19 @@ def lint(
     if target != "embedded":
         tree = with_table(tree, version)
     changed = (change.split(" ", 1) for change in [*changes, *more])
-    findings = [Finding("warning", key.rstrip(":"), message) for key, message in changed]
+    findings = [LintFinding("warning", key.rstrip(":"), message) for key, message in changed]
     return sorted([*findings, *check(tree, target, nodes)], key=_rank), tree, changes
 
 
-def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[Finding]:
+def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[LintFinding]:
     """What is found in a composed configuration that has the target's keys, the worst first; see `lint`."""
     if found := keys(tree, TARGETS[target]):
-        return [Finding("error", *problem) for problem in found]
+        return [LintFinding("error", *problem) for problem in found]
     try:
         config = resolve(tree if TARGETS[target] == NEWEST else migrate(tree, NEWEST)[0])
     except UserError as error:
-        return [Finding("error", *of_error(error))]
-    findings = [Finding("error", *wrong) for wrong in problems(config, target, nodes)]
+        return [LintFinding("error", *of_error(error))]
+    findings = [LintFinding("error", *wrong) for wrong in problems(config, target, nodes)]
     return sorted([*findings, *traps(config, tree, target, nodes)], key=_rank)
 
 
@@ -121,7 +121,7 @@ def fit(tree: dict[str, Any], name: str) -> Config:
     return resolve(tree)
 
 
-def _rank(finding: Finding) -> int:
+def _rank(finding: LintFinding) -> int:
     return LEVELS.index(finding.level)
 
 
@@ -164,38 +164,38 @@ def dump(tree: Mapping[str, Any]) -> str:
     return text
 
 
-def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) -> Iterator[Finding]:
+def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) -> Iterator[LintFinding]:
     """What runs and is wrong, or waits for ever."""
     yield from _rewards(config, target)
     if target == "embedded":
         if nothing := idle(config):
-            yield Finding("note", "no effect on the embedded trainer", ", ".join(nothing))
+            yield LintFinding("note", "no effect on the embedded trainer", ", ".join(nothing))
         return
     hooked = _hooked(config)
     level, after = ("note", "; the setup hook repairs it") if hooked else ("warning", "")
     rl, actor = config.rl, config.actor
     if target == "mindspeed-rl-master" and not rl.async_engine:
         why = "vLLM gets prompts that were decoded without <|im_start|> and <|im_end|>, training the original ones"
-        yield Finding(level, "rl_config.async_engine", f"false: {why}; set it to true{after}")
+        yield LintFinding(level, "rl_config.async_engine", f"false: {why}; set it to true{after}")
     why = "MiniMind's pad id is 0, which MindSpeed-RL takes for none: rows without an end keep their padding as tokens"
-    yield Finding(level, "tokenizer", f"{why}{after}")
+    yield LintFinding(level, "tokenizer", f"{why}{after}")
     if rl.shuffle_mini_batch:
         why = "also shuffles the passes for old and reference log-probabilities, whose order is lost"
-        yield Finding(level, "rl_config.shuffle_mini_batch", f"true {why}{after}")
+        yield LintFinding(level, "rl_config.shuffle_mini_batch", f"true {why}{after}")
     if not hooked:
         why = f"is not {HOOK}, which teaches MindSpeed-RL MiniMind's weights and repairs what is named here"
-        yield Finding("warning", "rl_config.runtime_env_path", f"its worker_process_setup_hook {why}")
+        yield LintFinding("warning", "rl_config.runtime_env_path", f"its worker_process_setup_hook {why}")
     cores = cpu_cores(config, nodes)
     parts = ", ".join(f"{count:g} for {what}" for what, count in cores.items())
     wanted = f"{'hosts have' if nodes > 1 else 'host has'} {sum(cores.values()):g} CPU cores: {parts}"
-    yield Finding("note", "rl_config.num_cpus_for_placement_group", f"Ray waits for ever unless its {wanted}")
+    yield LintFinding("note", "rl_config.num_cpus_for_placement_group", f"Ray waits for ever unless its {wanted}")
     yield from _heads(config)
     if actor.padded_vocab_size != 6400 or actor.make_vocab_size_divisible_by != 1:
-        yield Finding("note", f"model.{config.model}", "MiniMind's vocabulary has 6400 rows; vLLM's must be equal")
-    yield from (Finding("error", *problem) for problem in [*_ours(tree, config), *_models(config)])
+        yield LintFinding("note", f"model.{config.model}", "MiniMind's vocabulary has 6400 rows; vLLM's must be equal")
+    yield from (LintFinding("error", *problem) for problem in [*_ours(tree, config), *_models(config)])
 
 
-def _heads(config: Config) -> Iterator[Finding]:
+def _heads(config: Config) -> Iterator[LintFinding]:
     """What vllm-ascend's attention may not take. Weights with padded heads are for inference alone."""
     from minimind_mcore.inference.vllm_engine import has_ascend_kernel  # imports torch
 
@@ -204,7 +204,7 @@ def _heads(config: Config) -> Iterator[Finding]:
     if not has_ascend_kernel(size, groups in (None, heads)):
         why = "vllm-ascend's attention documents heads of 128 and 192, and of 64 where each has its own key-value head"
         advice = "let vLLM generate with this model first (minimind-mcore serve), or train with BACKEND=embedded"
-        yield Finding("warning", f"model.{config.model}.kv_channels", f"{size}: {why}; {advice}")
+        yield LintFinding("warning", f"model.{config.model}.kv_channels", f"{size}: {why}; {advice}")
 
 
 def _hooked(config: Config) -> bool:
@@ -217,7 +217,7 @@ def _hooked(config: Config) -> bool:
     return False
 
 
-def _rewards(config: Config, target: str) -> Iterator[Finding]:
+def _rewards(config: Config, target: str) -> Iterator[LintFinding]:
     known = VERIFIERS | (NEW_VERIFIERS if target == "mindspeed-rl-master" else set())
     if target == "embedded":
         known = set(verifiers.VERIFIERS)
@@ -227,7 +227,7 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
             continue
         if name not in known:
             why = f"is unknown{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
-            yield Finding("error", key, f"{name} {why}")
+            yield LintFinding("error", key, f"{name} {why}")
     beside = prompts_path(config.actor.data_path)
     thinkers = THINKERS.intersection(names)
     if beside.is_file() and (thinkers or "acc_for_dapo" in names):
@@ -237,11 +237,11 @@ def _rewards(config: Config, target: str) -> Iterator[Finding]:
         if "acc_for_dapo" in names and "Answer:" not in prompt:
             why = f'rewards responses that end in "Answer: ...", and {given} do not ask for that'
             end = "no response earns a reward, unless the model was tuned on that form"
-            yield Finding("warning", key, f"acc_for_dapo {why}: {end}")
+            yield LintFinding("warning", key, f"acc_for_dapo {why}: {end}")
         if thinkers and prompt.rstrip().endswith(("<think>", "</think>")):
             why = f"want a response that begins with <think>, and {given} write it already: no response can pass"
             advice = "Use math_17k_acc, or prompts of --prompt-type minimind_r1"
-            yield Finding("error", key, f"{', '.join(sorted(thinkers))} {why}. {advice}")
+            yield LintFinding("error", key, f"{', '.join(sorted(thinkers))} {why}. {advice}")
 
 
 def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Problem]:

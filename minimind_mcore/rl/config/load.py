@@ -29,7 +29,7 @@ from minimind_mcore.inputs.documents import composed_files
 from minimind_mcore.inputs.flags import flag_table
 from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.rl.config import schema
-from minimind_mcore.rl.config.objective import Layer, command_line, layer_of, replaced
+from minimind_mcore.rl.config.objective import ConfigLayer, command_line, layer_of, replaced
 from minimind_mcore.rl.config.schema import (
     MEGATRON_SECTIONS,
     NEWEST,
@@ -243,7 +243,7 @@ def compose(
     return tree
 
 
-def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[Layer]:
+def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[ConfigLayer]:
     """The files that hydra merges, in its order, and the command line. Call it while hydra is initialized.
 
     hydra.compose returns the merged tree alone, so the files that its defaults list names are read once more.
@@ -266,7 +266,7 @@ def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[La
     return [*layers, command_line(given)]
 
 
-def _leave_out_replaced(tree: DictConfig, layers: Sequence[Layer], quiet: bool) -> None:
+def _leave_out_replaced(tree: DictConfig, layers: Sequence[ConfigLayer], quiet: bool) -> None:
     """Delete the values that the algorithm replaces from a composed tree, and print them."""
     from omegaconf import open_dict
 

@@ -61,7 +61,7 @@ def objective(config: Config) -> Algorithm:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ConfigLayer:
     """One layer of a composed configuration.
 
     Attributes:
@@ -73,7 +73,7 @@ class Layer:
     keys: Mapping[tuple[str, str], Any]
 
 
-def layer_of(name: str, tree: Mapping[str, Any]) -> Layer:
+def layer_of(name: str, tree: Mapping[str, Any]) -> ConfigLayer:
     """Return the layer of a file's content."""
     found = {
         (section, str(key).replace("-", "_")): value
@@ -81,10 +81,10 @@ def layer_of(name: str, tree: Mapping[str, Any]) -> Layer:
         if isinstance(content, Mapping)
         for key, value in content.items()
     }
-    return Layer(name, found)
+    return ConfigLayer(name, found)
 
 
-def command_line(overrides: Sequence[tuple[str, Any]]) -> Layer:
+def command_line(overrides: Sequence[tuple[str, Any]]) -> ConfigLayer:
     """Return the layer of hydra's overrides, each a dotted key and its value."""
     tree: dict[str, dict[str, Any]] = {}
     for dotted, value in overrides:
@@ -111,7 +111,7 @@ class Replaced:
     message: str | None
 
 
-def replaced(layers: Sequence[Layer]) -> Iterator[Replaced]:
+def replaced(layers: Sequence[ConfigLayer]) -> Iterator[Replaced]:
     """Yield the keys of earlier layers that lose to the table of the algorithm.
 
     Args:

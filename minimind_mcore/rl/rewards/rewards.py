@@ -15,8 +15,8 @@ from torch import Tensor
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.rl.rewards.length import overlong
 from minimind_mcore.rl.rewards.reward_model import Message, RewardModel
+from minimind_mcore.rl.rewards.verifier_pool import Failed, VerifierPool, failure, resolve
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
-from minimind_mcore.rl.rewards.workers import Failed, Workers, failure, resolve
 
 _SAMPLES = 3  # failures shown of a batch
 _WINDOW, _ENOUGH = 256, 32  # the last responses, by which failures are judged: at most, at least
@@ -115,7 +115,7 @@ class Rewards:
         self.overlong = overlong
         self.model = model
         self.model_weight = model_weight
-        self.workers = Workers(names, parallel, timeout)
+        self.workers = VerifierPool(names, parallel, timeout)
         self._least: dict[str, float] = {}
         self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_WINDOW) for name in names}
 

@@ -1,7 +1,7 @@
 """Prompts for reinforcement learning, as preprocess_data.py and MindSpeed-RL write them.
 
     prompts = PromptDataset("data/grpo_minimind_math", max_prompt_length=512, seed=1234)
-    for batch in prompts.batches(64, start=consumed):       # lists of 64 `Prompt`, without end
+    for batch in prompts.batches(64, start=consumed):       # lists of 64 `RLPrompt`, without end
         batch[0].ids, batch[0].columns["labels"], batch[0].record
 
 The files of a prefix (contract: MindSpeed-RL's R1AlpacaStyleInstructionHandler):
@@ -37,7 +37,7 @@ IDS, MASK = "input_ids", "attention_mask"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RLPrompt:
     """One task.
 
     Attributes:
@@ -110,12 +110,12 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, place: int) -> Prompt:
+    def __getitem__(self, place: int) -> RLPrompt:
         index = int(self._kept[place])
         columns = {name: np.array(column[index], dtype=np.int32) for name, column in self._columns.items()}
         ids = columns.pop(IDS)
         columns.pop(MASK, None)
-        return Prompt(index, ids, columns, self._records[index] if self._records else {})
+        return RLPrompt(index, ids, columns, self._records[index] if self._records else {})
 
     @cached_property
     def _records(self) -> _Lines | None:
@@ -143,7 +143,7 @@ class PromptDataset:
             return np.arange(len(self), dtype=np.int64)
         return np.random.default_rng([self.seed, epoch]).permutation(len(self))
 
-    def batches(self, size: int, start: int = 0) -> Iterator[list[Prompt]]:
+    def batches(self, size: int, start: int = 0) -> Iterator[list[RLPrompt]]:
         """Batches without end: one epoch goes into the next, and no prompt is skipped.
 
         Args:
@@ -153,7 +153,7 @@ class PromptDataset:
         epoch, place = divmod(start, len(self))
         order = self.order(epoch)
         while True:
-            batch: list[Prompt] = []
+            batch: list[RLPrompt] = []
             while len(batch) < size:
                 if place == len(self):
                     epoch, place = epoch + 1, 0

@@ -12,7 +12,7 @@ from minimind_mcore.rl.runtime import supervise
 from minimind_mcore.rl.runtime.cluster import Cluster, connect, where
 from minimind_mcore.rl.runtime.metrics import say
 from minimind_mcore.rl.runtime.rank import command_line
-from minimind_mcore.rl.runtime.supervise import Pool, Restarts
+from minimind_mcore.rl.runtime.supervise import ActorPool, Restarts
 from minimind_mcore.rl.runtime.workers.reward import reward_pool
 from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
 from minimind_mcore.rl.runtime.workers.train import TrainGroup
@@ -56,7 +56,7 @@ class WorkerGroups:
             engines = self.places[: config.generate.data_parallel_size or world]
             restarts = Restarts("rollout actors", most, say, self._wait_for_ranks)
             self.rollout = RolloutGroup(config, model, vocab_size, engines, 0.4, restarts)
-            self.rewards: Pool = reward_pool(config, Restarts("reward actors", most, say, self._wait))
+            self.rewards: ActorPool = reward_pool(config, Restarts("reward actors", most, say, self._wait))
         except BaseException:
             self.cluster.close()
             raise

@@ -231,7 +231,7 @@ class Rank:
             )
         return Path(path) if path else None
 
-    def shards(self) -> list[weight_sync.Shard]:
+    def shards(self) -> list[weight_sync.WeightShard]:
         """This rank's part of the weights."""
         with weights_gathered(self.training, self.model):
             return weight_sync.shards(self.model)

@@ -23,10 +23,10 @@ from minimind_mcore.rl.rewards.rewards import Scores
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.runtime import batch as batches
 from minimind_mcore.rl.runtime.batch import Batch
-from minimind_mcore.rl.runtime.data import Prompt, PromptDataset
-from minimind_mcore.rl.runtime.engines.protocol import SamplingParams
+from minimind_mcore.rl.runtime.data import PromptDataset, RLPrompt
+from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams
 from minimind_mcore.rl.runtime.metrics import Row, say
-from minimind_mcore.rl.runtime.supervise import Pool
+from minimind_mcore.rl.runtime.supervise import ActorPool
 from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
 from minimind_mcore.storage import atomic_file
 
@@ -87,13 +87,13 @@ class RolloutManager:
         tokenizer: Any,
         stop: int,
         rollout: RolloutGroup,
-        rewards: Pool,
+        rewards: ActorPool,
     ) -> None:
         self.config, self.algorithm, self.prompts, self.tokenizer = config, algorithm, prompts, tokenizer
         self.rollout, self.rewards = rollout, rewards
         self.n = config.rl.n_samples_per_prompt
         sampling = config.generate.sampling_config
-        self.sampling = SamplingParams(
+        self.sampling = RolloutSamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=float(sampling.temperature),
             top_k=sampling.top_k,
@@ -102,7 +102,7 @@ class RolloutManager:
             stop=(stop,),
         )
         self.consumed = 0
-        self.stream: Iterator[list[Prompt]] = iter(())
+        self.stream: Iterator[list[RLPrompt]] = iter(())
         self.pending: Callable[[], Experience] | None = None
 
     def go_to(self, consumed: int) -> None:
@@ -122,7 +122,7 @@ class RolloutManager:
         pending, self.pending = self.pending, None
         return pending()
 
-    def _write(self, prompts: list[Prompt]) -> Callable[[], Experience]:
+    def _write(self, prompts: list[RLPrompt]) -> Callable[[], Experience]:
         first, seed = self.consumed, self.config.actor.seed
         self.consumed += len(prompts)
         consumed = self.consumed
@@ -145,7 +145,7 @@ class RolloutManager:
 
         return experience
 
-    def _texts(self, prompts: list[Prompt], ids: list[list[int]], n: int) -> list[dict[str, str]]:
+    def _texts(self, prompts: list[RLPrompt], ids: list[list[int]], n: int) -> list[dict[str, str]]:
         """Prompt, response and label of each of the `n` responses to each prompt."""
         responses = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         asked = self.tokenizer.batch_decode([prompt.ids.tolist() for prompt in prompts])
@@ -155,12 +155,12 @@ class RolloutManager:
             for row, response in enumerate(responses)
         ]
 
-    def _column(self, prompts: list[Prompt], name: str) -> list[str]:
+    def _column(self, prompts: list[RLPrompt], name: str) -> list[str]:
         """A column of the data as text; "" where there is none."""
         ids = [list(prompt.columns.get(name, ())) for prompt in prompts]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _more(self, prompts: list[Prompt], n: int) -> dict[str, Any]:
+    def _more(self, prompts: list[RLPrompt], n: int) -> dict[str, Any]:
         """What the data has beside prompts and labels, for each of the `n` responses: see `Rewards.score`."""
         names = [name for name in prompts[0].columns if name != "labels"]
         columns = {name: [text for text in self._column(prompts, name) for _ in range(n)] for name in names}
@@ -236,7 +236,7 @@ class RolloutManager:
         Right is what the first verifier accepts that tells right from wrong; a reward model does not.
         """
         asked = [prompts[i] for i in range(min(count, len(prompts)))]
-        greedy = SamplingParams(
+        greedy = RolloutSamplingParams(
             max_tokens=self.sampling.max_tokens, temperature=self.sampling.temperature, top_k=1, stop=self.sampling.stop
         )
         found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
@@ -259,7 +259,7 @@ def _task(texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tenso
     return responses, labels, messages, {"lengths": lengths, "prompts": prompts, **more}
 
 
-def _messages(prompt: Prompt) -> list[dict[str, str]]:
+def _messages(prompt: RLPrompt) -> list[dict[str, str]]:
     found: list[dict[str, str]] = prompt.record.get("messages") or []
     return found
 

@@ -159,7 +159,7 @@ class Restarts:
         self.wait()
 
 
-class Pool:
+class ActorPool:
     """Actors that each take parts of the work; one that dies is replaced, and its part done again.
 
     Args:
@@ -177,9 +177,9 @@ class Pool:
     def __len__(self) -> int:
         return len(self.actors)
 
-    def submit(self, method: str, parts: Sequence[tuple[Any, ...]]) -> Task:
+    def submit(self, method: str, parts: Sequence[tuple[Any, ...]]) -> PoolCall:
         """Call a method with the arguments of each part; part i goes to actor i (modulo their number)."""
-        return Task(self, method, list(parts))
+        return PoolCall(self, method, list(parts))
 
     def run(self, method: str, parts: Sequence[tuple[Any, ...]]) -> list[Any]:
         """`submit`, and wait for what it returns."""
@@ -203,10 +203,10 @@ class Pool:
         stop(self.actors)
 
 
-class Task:
+class PoolCall:
     """A call to the actors of a pool that is under way."""
 
-    def __init__(self, pool: Pool, method: str, parts: list[tuple[Any, ...]]) -> None:
+    def __init__(self, pool: ActorPool, method: str, parts: list[tuple[Any, ...]]) -> None:
         self.pool, self.method, self.parts = pool, method, parts
         self.started = time.monotonic()
         self.refs = [self._call(i) for i in range(len(parts))]

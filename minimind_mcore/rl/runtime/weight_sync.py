@@ -21,7 +21,7 @@ from minimind_mcore.models.weights import is_split, unshard
 
 
 @dataclass(frozen=True)
-class Shard:
+class WeightShard:
     """A rank's part of a tensor of the whole megatron-core model.
 
     Attributes:
@@ -49,7 +49,7 @@ class Shard:
         return flat.view(getattr(torch, self.dtype)).view(self.shape)
 
 
-def shards(chunks: Sequence[Any]) -> list[Shard]:
+def shards(chunks: Sequence[Any]) -> list[WeightShard]:
     """What this rank adds to the whole model; of copies that several ranks hold, one rank gives its own."""
     from megatron.core import parallel_state as ps
 
@@ -65,17 +65,17 @@ def shards(chunks: Sequence[Any]) -> list[Shard]:
             continue
         tensor = parameter.detach().cpu().contiguous()
         data = tensor.flatten().view(torch.uint8).numpy()
-        found.append(Shard(name, rank, size, data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+        found.append(WeightShard(name, rank, size, data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
     return found
 
 
-def join(parts: Iterable[Sequence[Shard]]) -> dict[str, Tensor]:
+def join(parts: Iterable[Sequence[WeightShard]]) -> dict[str, Tensor]:
     """The whole megatron-core model, from the shards of all ranks in any order.
 
     Raises:
         RuntimeError: a part is missing.
     """
-    by_name: dict[str, dict[int, Shard]] = defaultdict(dict)
+    by_name: dict[str, dict[int, WeightShard]] = defaultdict(dict)
     for shard in (shard for part in parts for shard in part):
         by_name[shard.name][shard.rank] = shard
     for name, ranks in by_name.items():

@@ -33,7 +33,7 @@ from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
-from minimind_mcore.rl.rewards.workers import resolve
+from minimind_mcore.rl.rewards.verifier_pool import resolve
 from minimind_mcore.rl.runtime.data import PromptDataset
 from minimind_mcore.storage import MANIFEST, atomic_directory
 
@@ -119,15 +119,15 @@ def _copy_module(name: str, folder: Path) -> bool:
 def _model(config: Config, folder: Path) -> None:
     """The weights as transformers and vLLM load them."""
     from minimind_mcore.checkpoint.layout import ParallelLayout
-    from minimind_mcore.converters.job import Job, run_job
+    from minimind_mcore.converters.conversion import Conversion, run_conversion
 
     if not config.actor.load or not Path(config.actor.load).exists():
         raise UserError(f"actor_config.load: {config.actor.load} does not exist; expected the weights to begin with")
     tokenizer = Path(config.actor.tokenizer_name_or_path)
-    job = Job(
+    conversion = Conversion(
         load_dir=Path(config.actor.load), save_dir=folder, save_type="hf", layout=ParallelLayout(), tokenizer=tokenizer
     )
-    run_job(job)
+    run_conversion(conversion)
     template = folder / "chat_template.jinja"
     if not template.is_file():
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

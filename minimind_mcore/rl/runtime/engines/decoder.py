@@ -17,7 +17,7 @@ from minimind_mcore.inference.loading import empty_model, fill_model
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import detect_form, mcore_to_hf
 from minimind_mcore.platform import device
-from minimind_mcore.rl.runtime.engines.protocol import Response, SamplingParams, uniforms
+from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams, uniforms
 
 SHRINK = 0.75  # responses that have ended leave the batch when so few of it are left
 
@@ -65,7 +65,7 @@ class DecoderEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
         """See `Engine`."""
         at_a_time = max(1, self.batch // n)
@@ -80,7 +80,7 @@ class DecoderEngine:
         return found
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
         """One batch of responses."""
         place, rows = self.model.device, len(prompts) * n
@@ -125,7 +125,7 @@ def _responses(written: Tensor, logp: Tensor, lengths: Tensor, going: Tensor) ->
     ]
 
 
-def choose(logits: Tensor, vocab_size: int, sampling: SamplingParams, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, vocab_size: int, sampling: RolloutSamplingParams, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """A token for each row, and its log-probability.
 
     Args:

@@ -14,7 +14,7 @@ from minimind_mcore.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class RolloutSamplingParams:
     """How tokens are drawn; the names are those of vLLM and of `generate_config.sampling_config`.
 
     Attributes:
@@ -60,7 +60,7 @@ class Response:
     finished: bool
 
 
-class Engine(Protocol):
+class RolloutEngine(Protocol):
     """Writes responses with weights that the trainer hands over."""
 
     def load_weights(self, whole: Mapping[str, Tensor]) -> None:
@@ -74,7 +74,7 @@ class Engine(Protocol):
         """Spoil every weight: the next `load_weights` must put all of them right."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
         """`n` responses to each prompt, neighbours in the result.
 

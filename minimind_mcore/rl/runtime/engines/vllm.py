@@ -21,7 +21,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import mcore_to_hf
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.runtime.engines.protocol import Response, SamplingParams
+from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams
 
 
 class VLLMEngine:
@@ -84,7 +84,7 @@ class VLLMEngine:
         self.engine.apply_model(spoil)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
         """See `Engine`."""
         vllm: Any = importlib.import_module("vllm")

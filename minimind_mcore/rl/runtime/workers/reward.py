@@ -13,7 +13,7 @@ from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.reward_model import RewardModel
 from minimind_mcore.rl.rewards.rewards import Overlong, Rewards, Scores
-from minimind_mcore.rl.runtime.supervise import Pool, Restarts
+from minimind_mcore.rl.runtime.supervise import ActorPool, Restarts
 
 
 class RewardWorker:
@@ -77,11 +77,11 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
     )
 
 
-def reward_pool(config: Config, restarts: Restarts) -> Pool:
+def reward_pool(config: Config, restarts: Restarts) -> ActorPool:
     """One actor, on whichever host; `verifier_parallel` is the number of its processes."""
     build(config).close()  # here an unknown name is the user's error, in the actor a death
     remote = ray.remote(RewardWorker).options(num_cpus=0)
-    pool = Pool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)
+    pool = ActorPool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)
     if config.minimind.reward_model:
         pool.everywhere("prepare")  # one that cannot be loaded is the user's error before the first step
     return pool

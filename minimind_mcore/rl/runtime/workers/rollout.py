@@ -14,9 +14,9 @@ from minimind_mcore.platform import cpu, device
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime import weight_sync
 from minimind_mcore.rl.runtime.cluster import Bundle
-from minimind_mcore.rl.runtime.engines.protocol import Engine, Response, SamplingParams
-from minimind_mcore.rl.runtime.supervise import Pool, Restarts, Task
-from minimind_mcore.rl.runtime.weight_sync import Shard
+from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutEngine, RolloutSamplingParams
+from minimind_mcore.rl.runtime.supervise import ActorPool, PoolCall, Restarts
+from minimind_mcore.rl.runtime.weight_sync import WeightShard
 
 
 class RolloutWorker:
@@ -29,15 +29,15 @@ class RolloutWorker:
         self.make = partial(build_engine, config, model, vocab_size)
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> RolloutEngine:
         """Made when first needed: an error would end an actor's `__init__`."""
         return self.make()
 
-    def load(self, *parts: list[Shard]) -> None:
+    def load(self, *parts: list[WeightShard]) -> None:
         """Take weights: the shards of every training rank."""
         self.engine.load_weights(weight_sync.join(parts))
 
-    def check(self, *parts: list[Shard]) -> list[str]:
+    def check(self, *parts: list[WeightShard]) -> list[str]:
         """Snapshot, spoil every weight, load, compare; returns the names that are not what they were."""
         before = self.engine.weights()
         self.engine.perturb()
@@ -45,12 +45,14 @@ class RolloutWorker:
         after = self.engine.weights()
         return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: SamplingParams, seeds: list[int]) -> list[Response]:
-        """See `Engine`."""
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: RolloutSamplingParams, seeds: list[int]
+    ) -> list[Response]:
+        """See `RolloutEngine`."""
         return self.engine.generate(prompts, n, sampling, seeds)
 
 
-def build_engine(config: Config, model: ModelConfig, vocab_size: int) -> Engine:
+def build_engine(config: Config, model: ModelConfig, vocab_size: int) -> RolloutEngine:
     """The engine of `minimind.rollout_engine`."""
     if config.minimind.rollout_engine == "vllm":
         from minimind_mcore.rl.runtime.engines.vllm import VLLMEngine
@@ -95,9 +97,9 @@ class RolloutGroup:
                 actor.load.remote(*self.shards)  # answered before whatever it is asked next
             return actor
 
-        self.pool = Pool("rollout", start, len(places), config.minimind.actor_timeout_s, restarts)
+        self.pool = ActorPool("rollout", start, len(places), config.minimind.actor_timeout_s, restarts)
 
-    def load(self, shards: list[Any]) -> Task:
+    def load(self, shards: list[Any]) -> PoolCall:
         """Begin to hand over weights (references of every rank's shards); asked now or later, all use them."""
         self.shards = shards
         return self.pool.submit("load", [tuple(shards)] * len(self.pool))
@@ -107,7 +109,7 @@ class RolloutGroup:
         return [name for names in self.pool.everywhere("check", *self.shards) for name in names]
 
     def generate(
-        self, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[list[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> Callable[[], list[Response]]:
         """Begin to write `n` responses to each prompt; what is returned waits for them, in the prompts' order."""
         shares = [list(range(i, len(prompts), len(self.pool))) for i in range(len(self.pool))]

@@ -14,7 +14,7 @@ from typing import Any
 
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.layout import ParallelLayout, parse_numbers
-from minimind_mcore.converters.job import Job, run_job
+from minimind_mcore.converters.conversion import Conversion, run_conversion
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import add_kit_flags, build_parser, support
 from minimind_mcore.platform.cpu import keep_freed_memory
@@ -35,8 +35,8 @@ def main_v2(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "--transformer-impl transformer_engine: its names for norms are not MiniMind's spec's; use local"
         )
-    run_job(
-        Job(
+    run_conversion(
+        Conversion(
             **_common(args, given),
             save_dir=Path(args.save_dir),
             hf_cfg_dir=_first_path(args.hf_cfg_dir, args.hf_dir),
@@ -60,7 +60,7 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
     if args.tokenizer_model and not args.tokenizer_name_or_path:
         tokenizer = Path(args.tokenizer_model)
         args.tokenizer_name_or_path = str(tokenizer.parent if tokenizer.is_file() else tokenizer)
-    run_job(Job(**_common(args, given), save_dir=save_dir, hf_cfg_dir=hf_cfg_dir))
+    run_conversion(Conversion(**_common(args, given), save_dir=save_dir, hf_cfg_dir=hf_cfg_dir))
 
 
 def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

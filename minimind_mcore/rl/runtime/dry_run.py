@@ -20,7 +20,7 @@ from minimind_mcore.rl.runtime.workers.reward import build
 from minimind_mcore.validation import validate
 
 
-def show(config: Config, pending: bool) -> None:
+def print_plan(config: Config, pending: bool) -> None:
     """Print the plan.
 
     Args:
@@ -30,7 +30,7 @@ def show(config: Config, pending: bool) -> None:
     Raises:
         UserError: what a run would raise before its first step.
     """
-    require(config)
+    check_before_start(config)
     world, algorithm = devices(config.rl, "actor"), objective(config)
     args = command_line(config, "actor")
     layout = validate(args, world)
@@ -53,7 +53,7 @@ def show(config: Config, pending: bool) -> None:
     print("everything is valid; nothing was trained")
 
 
-def require(config: Config) -> None:
+def check_before_start(config: Config) -> None:
     """Refuse what would be missed only when actors are up already.
 
     Raises:

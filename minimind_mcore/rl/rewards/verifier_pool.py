@@ -28,7 +28,7 @@ class Failed(NamedTuple):
     where: str = ""
 
 
-class Workers:
+class VerifierPool:
     """A pool of processes, begun at the first task.
 
     They start from a small server process that holds no model and no device, so that a new one costs little.

@@ -33,7 +33,7 @@ MODEL_TYPES = {"llama2": "llama", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "q
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Conversion:
     """A conversion as it is asked for; the fields are the flags, None where a flag was not given."""
 
     load_dir: Path
@@ -63,18 +63,20 @@ class Job:
     stated: Mapping[str, object] = field(default_factory=dict)
 
 
-def run_job(job: Job) -> Result | None:
+def run_conversion(conversion: Conversion) -> Result | None:
     """Convert, and say what was done. A dry run returns None before anything is read or written.
 
     Raises:
         UserError: see the functions below, and `convert`.
     """
-    unpadded = prepare(job, open_model(job))
-    source = with_padded_heads(job, unpadded)
-    target = make_target(job, source)
-    print(f"from  {job.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB", flush=True)
-    print(f"to    {job.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB", flush=True)
-    for line in assumptions.described(job.load_dir, source.assumptions):
+    unpadded = prepare(conversion, open_model(conversion))
+    source = with_padded_heads(conversion, unpadded)
+    target = make_target(conversion, source)
+    print(
+        f"from  {conversion.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB", flush=True
+    )
+    print(f"to    {conversion.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB", flush=True)
+    for line in assumptions.described(conversion.load_dir, source.assumptions):
         print(f"note  {line}", flush=True)
     if source.dtype == torch.float16:
         print(
@@ -82,17 +84,17 @@ def run_job(job: Job) -> Result | None:
             "convert from the trainer's checkpoint where more precision matters",
             flush=True,
         )
-    if job.dry_run:
-        require_free(job.save_dir)
-        require_space(job.save_dir, target.nbytes)
+    if conversion.dry_run:
+        require_free(conversion.save_dir)
+        require_space(conversion.save_dir, target.nbytes)
         print("a dry run: everything is valid, nothing was written", flush=True)
         return None
     probe = None
-    if job.verify == "logits" and not job.lora_only:
+    if conversion.verify == "logits" and not conversion.lora_only:
         from minimind_mcore.converters.probe import compare_logits
 
         probe = partial(compare_logits, unpadded, target)
-    result = convert(source, target, job.save_dir, probe)
+    result = convert(source, target, conversion.save_dir, probe)
     print(f"check {result.tensors} tensors read back, equal; digest of the weights {result.digest}", flush=True)
     rate = result.nbytes / 1e9 / result.seconds
     print(f"done  {result.path} in {result.seconds:.1f} s ({rate:.2f} GB/s)", flush=True)
@@ -106,26 +108,28 @@ def _name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------------ source
 
 
-def open_model(job: Job) -> Source:
+def open_model(conversion: Conversion) -> Source:
     """The source, and whether it is what the flags say.
 
     Raises:
         UserError: it is not, or is damaged.
     """
-    source = open_source(job.load_dir, _given_config(job.hf_cfg_dir), job.stated)
+    source = open_source(conversion.load_dir, _given_config(conversion.hf_cfg_dir), conversion.stated)
     found = "mg" if source.kind.startswith("Megatron") else "hf"
-    if job.load_type not in (None, found):
-        raise UserError(f"--load-model-type {job.load_type}: found {source.kind} in {job.load_dir}; say {found}")
-    check_model_type(job.model_type, source.config)
-    assumptions.compare(source.config, job.stated)
-    if job.lora_load:
-        if job.lora_load.is_file():
-            adapters, file = lora.open_minimind_adapter(job.lora_load, source)
+    if conversion.load_type not in (None, found):
+        raise UserError(
+            f"--load-model-type {conversion.load_type}: found {source.kind} in {conversion.load_dir}; say {found}"
+        )
+    check_model_type(conversion.model_type, source.config)
+    assumptions.compare(source.config, conversion.stated)
+    if conversion.lora_load:
+        if conversion.lora_load.is_file():
+            adapters, file = lora.open_minimind_adapter(conversion.lora_load, source)
             rank = min(tensor.shape[0] for name, tensor in adapters.items() if ".lora_A." in name)
             training = source.training.replace(lora_alpha=float(rank))  # it adds B A as it is
             source = source.replace(adapters=adapters, files=(*source.files, file), training=training)
         else:
-            source = open_adapters(_iteration(job.lora_load), source)
+            source = open_adapters(_iteration(conversion.lora_load), source)
     return source
 
 
@@ -166,58 +170,67 @@ def check_model_type(name: str | None, config: ModelConfig) -> None:
         raise UserError(f"--model-type-hf {name}: that is {expected}, but the model is {found}")
 
 
-def prepare(job: Job, source: Source) -> Source:
+def prepare(conversion: Conversion, source: Source) -> Source:
     """The source with what the flags change: adapters merged, dtype, vocabulary.
 
     Raises:
         UserError: a flag asks for what cannot be.
     """
-    if source.adapters and not job.lora_only:
-        source = lora.merge(lora.require_modules(source, job.lora_modules), job.lora_r, job.lora_alpha)
-    elif job.lora_only or job.lora_r is not None or job.lora_alpha is not None:
+    if source.adapters and not conversion.lora_only:
+        source = lora.merge(
+            lora.require_modules(source, conversion.lora_modules), conversion.lora_r, conversion.lora_alpha
+        )
+    elif conversion.lora_only or conversion.lora_r is not None or conversion.lora_alpha is not None:
         if not source.adapters:
-            raise UserError(f"{job.load_dir}: found no LoRA adapters there; expected linear_*.lora_A.default.weight")
-        source = peft.adapter_source(lora.require_modules(source, job.lora_modules))
-    if not job.lora_only:
-        source = resize_vocabulary(source, _rows(job, source))
-    if job.dtype is not None:
-        name = DTYPE_NAMES.get(job.dtype, job.dtype)
+            raise UserError(
+                f"{conversion.load_dir}: found no LoRA adapters there; expected linear_*.lora_A.default.weight"
+            )
+        source = peft.adapter_source(lora.require_modules(source, conversion.lora_modules))
+    if not conversion.lora_only:
+        source = resize_vocabulary(source, _rows(conversion, source))
+    if conversion.dtype is not None:
+        name = DTYPE_NAMES.get(conversion.dtype, conversion.dtype)
         if name not in DTYPES:
-            raise UserError(f"--params-dtype {job.dtype}: expected one of {', '.join(DTYPES)}")
+            raise UserError(f"--params-dtype {conversion.dtype}: expected one of {', '.join(DTYPES)}")
         source = cast(source, DTYPES[name])
     return source
 
 
-def with_padded_heads(job: Job, source: Source) -> Source:
+def with_padded_heads(conversion: Conversion, source: Source) -> Source:
     """The source with the heads of `--pad-head-dim`.
 
     Raises:
         UserError: the output cannot hold padded heads, or the heads cannot be padded to that size.
     """
-    if job.lora_only or job.save_type != "hf" or job.format != "hf" or job.save_dir.suffix == ".pth":
+    if (
+        conversion.lora_only
+        or conversion.save_type != "hf"
+        or conversion.format != "hf"
+        or conversion.save_dir.suffix == ".pth"
+    ):
         source.config.require_unpadded()
-        if job.pad_head_dim is not None:
+        if conversion.pad_head_dim is not None:
             raise UserError(
-                f"--pad-head-dim {job.pad_head_dim}: only a Hugging Face directory can hold padded heads; give "
+                f"--pad-head-dim {conversion.pad_head_dim}: only a Hugging Face directory can hold padded heads; give "
                 "--save-model-type hf and --format hf, a --save-dir that does not end in .pth, and no --save-lora-to-hf"
             )
-    return source if job.pad_head_dim is None else pad_heads(source, job.pad_head_dim)
+    return source if conversion.pad_head_dim is None else pad_heads(source, conversion.pad_head_dim)
 
 
-def _rows(job: Job, source: Source) -> int:
+def _rows(conversion: Conversion, source: Source) -> int:
     """Rows of the embedding in the output."""
     rows = source.config.vocab_size
-    true = job.true_vocab_size
-    if true is None and job.save_type == "hf" and (given := _given_config(job.hf_cfg_dir)):
+    true = conversion.true_vocab_size
+    if true is None and conversion.save_type == "hf" and (given := _given_config(conversion.hf_cfg_dir)):
         true = given.vocab_size
     if true is not None:
         if true > rows:
             raise UserError(f"a vocabulary of {true} is asked for, but the weights have {rows} rows")
         rows = true
-    if job.save_type == "hf":
+    if conversion.save_type == "hf":
         return rows
-    unit = job.vocab_divisible_by * job.layout.tp if job.vocab_divisible_by > 1 else 1
-    padded = job.padded_vocab_size or -(-rows // unit) * unit
+    unit = conversion.vocab_divisible_by * conversion.layout.tp if conversion.vocab_divisible_by > 1 else 1
+    padded = conversion.padded_vocab_size or -(-rows // unit) * unit
     if padded < rows:
         raise UserError(f"--padded-vocab-size {padded}: the vocabulary has {rows} rows already")
     return padded
@@ -226,33 +239,33 @@ def _rows(job: Job, source: Source) -> int:
 # ------------------------------------------------------------------------------------------------------ target
 
 
-def make_target(job: Job, source: Source) -> Target:
+def make_target(conversion: Conversion, source: Source) -> Target:
     """What to write.
 
     Raises:
         UserError: the model cannot be written so.
     """
-    folder = job.tokenizer or job.hf_cfg_dir
-    if job.lora_only:
-        return peft.PeftTarget(source, job.lora_r, job.lora_alpha, job.hf_cfg_dir)
-    if job.save_type == "hf":
-        if job.save_dir.suffix == ".pth":
+    folder = conversion.tokenizer or conversion.hf_cfg_dir
+    if conversion.lora_only:
+        return peft.PeftTarget(source, conversion.lora_r, conversion.lora_alpha, conversion.hf_cfg_dir)
+    if conversion.save_type == "hf":
+        if conversion.save_dir.suffix == ".pth":
             return PthTarget(source)
         return HFTarget(
             source,
-            native=job.format == "minimind",
+            native=conversion.format == "minimind",
             folder=folder,
-            copy_code=job.copy_code,
-            shard_bytes=job.shard_bytes,
+            copy_code=conversion.copy_code,
+            shard_bytes=conversion.shard_bytes,
         )
     source = _with_tokenizer(source, folder)
-    if job.ckpt_format == "torch":
-        return MegatronTarget(source, job.layout)
-    if job.ckpt_format == "torch_dist":
+    if conversion.ckpt_format == "torch":
+        return MegatronTarget(source, conversion.layout)
+    if conversion.ckpt_format == "torch_dist":
         from minimind_mcore.converters.megatron import MegatronDistTarget
 
         return MegatronDistTarget(source)
-    raise UserError(f"--ckpt-format {job.ckpt_format}: expected torch or torch_dist")
+    raise UserError(f"--ckpt-format {conversion.ckpt_format}: expected torch or torch_dist")
 
 
 def _with_tokenizer(source: Source, folder: Path | None) -> Source:

@@ -78,7 +78,7 @@ def memory_estimate(config: TrainConfig, sequences: int = 1) -> dict[str, float]
     }
 
 
-def announce(config: TrainConfig, sequences: int = 1, router: str = "") -> None:
+def print_summary(config: TrainConfig, sequences: int = 1, router: str = "") -> None:
     """Print device, layout, sizes, router weight, memory and the flags without effect."""
     found, model, schedule = device.current(), config.architecture, config.schedule
     total, active = model.num_parameters(), model.num_active_parameters()
@@ -103,7 +103,7 @@ def announce(config: TrainConfig, sequences: int = 1, router: str = "") -> None:
         print(f"{name + ':':<12}{text}", flush=True)
 
 
-def require_places(config: TrainConfig) -> None:
+def require_writable_outputs(config: TrainConfig) -> None:
     """Refuse directories that the run could not write to.
 
     Raises:
@@ -120,7 +120,7 @@ def require_places(config: TrainConfig) -> None:
         require_writable(directory, f"give another directory with {flag}")
 
 
-def show(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
+def dry_run(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
     """`--dry-run`: validate everything that a run would need, and print the plan.
 
     Args:
@@ -132,7 +132,7 @@ def show(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
         UserError: what the run itself would raise.
     """
     config, router = checkpointing.settle_router_weight(config)
-    announce(config, kind.sequences, router)
+    print_summary(config, kind.sequences, router)
     if config.data.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
@@ -140,7 +140,7 @@ def show(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
         kind(config).check_data(tokenizer)
         print(f"{'data:':<12}{' '.join(data.prefixes(config.data))}")
         print(f"{'tokenizer:':<12}{data.tokenizer_path(config.data)} (fingerprint {tokenizer.fingerprint[:12]})")
-    require_places(config)
+    require_writable_outputs(config)
     for name, text in checkpointing.previews(config, has_length).items():
         print(f"{name + ':':<12}{text}")
     if config.checkpoint.save:
@@ -152,7 +152,7 @@ def show(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
     print("dry run: everything is valid, nothing was trained")
 
 
-def say_what_next(config: TrainConfig, progress: Progress) -> None:
+def print_next_steps(config: TrainConfig, progress: Progress) -> None:
     """Print where everything is, and the commands that go on from here."""
     out = output_dir(config)
     done = progress.iteration >= config.schedule.train_iters

@@ -1,0 +1,133 @@
+"""The base class of the post-training stages: data, packing, LoRA, and the call of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from minimind_mcore.errors import UserError, require
+from minimind_mcore.platform import ranks
+from minimind_mcore.posttrain import data, lora
+from minimind_mcore.preprocess.check import idx_digest
+from minimind_mcore.training import checkpointing, sample_order
+from minimind_mcore.training import data as training_data
+from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.data import MapDataset
+from minimind_mcore.training.job import Job, MicroBatch
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
+
+
+class PostTraining(Job):
+    """A stage whose samples come one to a row, from converted conversations.
+
+    Attributes:
+        columns: the files it reads.
+    """
+
+    columns: tuple[str, ...] = data.INSTRUCTION
+
+    @classmethod
+    @override
+    def check(cls, config: TrainConfig) -> TrainConfig:
+        flags = config.data
+        require(
+            not flags.variable_seq_lengths or not flags.neat_pack,
+            "--variable-seq-lengths: packed samples have one length; leave it out",
+        )
+        require(
+            flags.reset_attention_mask == flags.neat_pack,
+            "--neat-pack and --reset-attention-mask belong together: alone, the first would let packed samples see "
+            "each other, the second would part an answer from its question",
+        )
+        unpadded = flags.no_pad_to_seq_lengths or flags.variable_seq_lengths
+        # With variable lengths pipeline stages tell each other the shape of what they send.
+        config = config.changed(no_pad_to_seq_lengths=unpadded, variable_seq_lengths=unpadded or flags.neat_pack)
+        if config.model.lora_target_modules:
+            config = lora.check(config)
+        begin = config.checkpoint.pretrained_checkpoint
+        require(
+            begin is None or Path(begin).exists(),
+            f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
+        )
+        return config
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """See `Job`."""
+        if self.config.model.lora_target_modules:
+            checkpointing.load_weights(self.config, Path(str(self.config.checkpoint.pretrained_checkpoint)), chunks)
+            self.config.record.lora_base = lora.base_digest(chunks)
+            lora.adapt(self.config, chunks)
+
+    def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
+        """See `Job`."""
+        config, prefix = self.config, data.data_prefix(self.config.data)
+        data.check_files(prefix, self.columns, tokenizer, config.data.verify_data)
+        # Reads all of it: once is enough.
+        ranks.check_on_main(
+            lambda: data.check_labels(
+                prefix, self.columns, config.data.seq_length, tokenizer.vocab_size, config.data.neat_pack
+            )
+        )
+
+    def build_datasets(self) -> list[MapDataset | None]:
+        """See `Job`."""
+        config, prefix = self.config, data.data_prefix(self.config.data)
+        tokenizer = training_data.open_tokenizer(config)
+        self.check_data(tokenizer)
+        tokenizer.unique_identifiers["indices"] = self.data_digests()
+        training_data.require_same_everywhere(config, tokenizer)
+        digests = [sample_order.data_digest(data.file_prefix(prefix, name)) for name in self.columns]
+        config.record.sample_order = sample_order.record(config.schedule, digests)
+        first = data.open_column(prefix, self.columns[0])
+        ranges = data.split_ranges(config.data.split, len(first))
+        if not ranges[0]:
+            raise UserError(
+                f"--split {config.data.split}: nothing is left to train on of the {len(first)} samples of {prefix}"
+            )
+        return [
+            data.PostTrainingDataset(
+                prefix,
+                self.columns,
+                data.sample_order(part, samples, config.data.seed, not config.data.no_shuffle),
+                config.data.seq_length,
+            )
+            if part and samples
+            else None
+            for part, samples in zip(ranges, training_data.samples_needed(config), strict=True)
+        ]
+
+    def data_digests(self) -> list[str]:
+        """Of the index of every file."""
+        prefix = data.data_prefix(self.config.data)
+        return [idx_digest(data.file_prefix(prefix, name)) for name in self.columns]
+
+    def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
+        """See `Job`; packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
+        tokens, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
+        length = data.padded_length(max(map(len, tokens)), self.config)
+        batch = data.batch_of(tokens, labels, length)
+        if self.config.data.neat_pack:
+            batch = data.flatten_packed(batch, data.pad([s["attention_mask"] for s in samples], length, 0))
+        return {**batch, "index": [s["index"] for s in samples]}
+
+
+def run_model(model: MegatronModule, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
+    """One chunk of the model on a micro-batch; from the last one the losses [rows, length] of the labels.
+
+    The loss of a label is minus its log-probability, over all tensor-parallel shards of the vocabulary.
+    Without labels the last chunk gives this rank's shard of the logits [rows, length, vocabulary / TP].
+    """
+    packed = None
+    if "cu_seqlens" in batch:
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        ends, longest = batch["cu_seqlens"], batch["longest"]
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+    output: Tensor = model(batch["tokens"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
+    return output
