@@ -159,10 +159,11 @@ def run_script(name: str, *arguments: str, **settings: str | bool) -> Result:
     Args:
         name: "pretrain" for pretrain_minimind_ptd.sh, or a whole name.
         arguments: flags for it.
-        settings: its settings; `check=False` allows an exit status other than 0, and `rehearse=False` runs the same
-            script on the kit's own engine.
+        settings: its settings; `check=False` allows an exit status other than 0, `rehearse=False` runs the same
+            script on the kit's own engine, and `stdin` is what it reads.
     """
     check, rehearse = settings.pop("check", True), settings.pop("rehearse", True)
+    stdin = str(settings.pop("stdin", ""))
     environment = {name: str(value) for name, value in settings.items()}
     script = SCRIPTS / (name if name.endswith(".sh") else f"{name}_minimind_ptd.sh")
     changes = (
@@ -173,7 +174,7 @@ def run_script(name: str, *arguments: str, **settings: str | bool) -> Result:
     started = time.monotonic()
     done = subprocess.run(
         ["bash", str(script), *arguments], env={**os.environ, "OMP_NUM_THREADS": "1", **changes, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT, errors="replace",
+        input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT, errors="replace",
     )  # fmt: skip
     result = Result(done.returncode, done.stdout, time.monotonic() - started)
     assert not check or result.code == 0, f"{script.name} ended with {result.code}\n{result.output[-6000:]}"

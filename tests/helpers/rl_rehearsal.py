@@ -253,10 +253,11 @@ def generated(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(f"{path}.0.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def worst_logp(update: Mapping[str, Any], kept: Mapping[str, torch.Tensor]) -> float:
-    """The largest relative difference of the reference's log-probabilities, of which both trainers have kept theirs."""
-    worst = 0.0
-    for theirs, ours, count in zip(update["ref_log_prob"], kept["ref_logp"], update["response_length"], strict=True):
-        n = int(count)
-        worst = max(worst, ((theirs[:n].float() - ours[:n]) / ours[:n]).abs().max().item())
-    return worst
+def logp_difference(update: Mapping[str, Any], kept: Mapping[str, torch.Tensor]) -> float:
+    """Compare the reference's log-probabilities, of which both trainers have kept theirs: relative, in the 2-norm.
+
+    A single token tells less: bf16 moves some by 4e-2, against fp32, in transformers as in both trainers.
+    """
+    pairs = zip(update["ref_log_prob"], kept["ref_logp"], update["response_length"], strict=True)
+    theirs, ours = zip(*((theirs[: int(n)].float(), ours[: int(n)]) for theirs, ours, n in pairs), strict=True)
+    return ((torch.cat(theirs) - torch.cat(ours)).norm() / torch.cat(ours).norm()).item()

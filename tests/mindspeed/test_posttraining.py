@@ -18,6 +18,7 @@ STAGES: dict[str, tuple[str, dict[str, int]]] = {
     "sft PP2": ("tune_minimind_full_ptd.sh", {"pp": 2}),
     "sft packed": ("tune_minimind_full_ptd.sh", {}),
     "lora": ("tune_minimind_lora_ptd.sh", {}),
+    "lora packed": ("tune_minimind_lora_ptd.sh", {}),
     "dpo": ("dpo_minimind_ptd.sh", {}),
 }
 
@@ -30,7 +31,7 @@ def settings(stage: str, inputs: Inputs, weights: Callable[..., Path]) -> dict[s
     environment |= {"MODEL": str(inputs.model("minimind3")), "DATA_PATH": str(inputs.folder / data)}
     environment |= {"SEQ_LENGTH": "128", "LR": "1e-3", "CKPT_LOAD_DIR": str(weights("minimind3", **parallel))}
     packing = []
-    if stage == "sft packed":
+    if stage.endswith("packed"):
         environment |= {"PACK": "1", "MBS": "1"}  # D9
         packing = ["--pack", "--neat-pack"]
     made = rehearsal.run_script(f"data_convert_minimind_{kind}.sh", *packing, rehearse=False, **environment)
@@ -46,7 +47,7 @@ def test_losses_are_the_native_engines(
     script, parallel = STAGES[stage]
     environment = settings(stage, inputs, weights) | {"OUTPUT_DIR": str(tmp_path / "theirs")}
     adapters = []
-    if stage == "lora":  # each would draw its own
+    if stage.startswith("lora"):  # each would draw its own
         planned = rehearsal.program_flags(rehearsal.run_script(script, "--dry-run", **environment))
         adapters = ["--finetune", "--lora-load", str(first_adapters(planned, server, tmp_path))]
     theirs = rehearsal.run_script(script, *adapters, **environment)
@@ -58,9 +59,12 @@ def test_losses_are_the_native_engines(
     assert worst_difference(ours.column("grad_norm"), theirs.grad_norms) < 1e-3
 
 
-def test_an_interrupted_tuning_goes_on(inputs: Inputs, weights: Callable[..., Path], tmp_path: Path) -> None:
-    script, _ = STAGES["sft"]
-    environment = settings("sft", inputs, weights) | {"SAVE_INTERVAL": "5"}
+@pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
+def test_an_interrupted_tuning_goes_on(
+    stage: str, inputs: Inputs, weights: Callable[..., Path], tmp_path: Path
+) -> None:
+    script, _ = STAGES[stage]
+    environment = settings(stage, inputs, weights) | {"SAVE_INTERVAL": "5"}
     whole = rehearsal.run_script(script, **environment, OUTPUT_DIR=str(tmp_path / "whole"))
     rehearsal.halfway(tmp_path / "whole" / "checkpoints", tmp_path / "cut" / "checkpoints")
     resumed = rehearsal.run_script(script, **environment, OUTPUT_DIR=str(tmp_path / "cut"))
