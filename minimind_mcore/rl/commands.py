@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     exported.add_argument(
         "--device", default="none", help="file of device/ to take (default: none, the YAML's own values)"
     )
+    exported.add_argument("--engine", choices=("fsdp", "megatron"), default="fsdp", help="verl's (default: fsdp)")
     return parser
 
 
@@ -90,7 +91,7 @@ def _export_verl(args: argparse.Namespace) -> None:
 
     file = find(args.config)
     config = resolve(compose(file.stem, args.overrides, file.parent, args.device))
-    export(config, file.stem, args.output)
+    export(config, file.stem, args.output, args.engine)
     print(f"{args.output}: written; `bash {args.output}/run.sh` where verl is installed")
 
 

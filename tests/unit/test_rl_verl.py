@@ -47,6 +47,14 @@ def test_a_penalty_in_the_reward_and_the_critic_s_schedule() -> None:
     assert "++reward.custom_reward_function.path=" in (export_verl.TEMPLATES / "run.sh.in").read_text()
 
 
+def test_megatron_keeps_the_layout_and_the_schedule() -> None:
+    chosen = config("actor_config.tensor_model_parallel_size=2", "actor_config.lr_decay_style=linear")
+    found = export_verl.verl_overrides(chosen, "x", "megatron")
+    assert found["model_engine"] == "megatron" and found[f"{ACTOR}.megatron.tensor_model_parallel_size"] == 2
+    assert found[f"{ACTOR}.optim.lr_decay_style"] == "linear" and found[f"{ACTOR}.optim.min_lr"] == chosen.actor.min_lr
+    assert not any("FSDP" in line for line in export_verl.differences(chosen, "megatron"))
+
+
 def test_what_verl_does_not_have_is_refused_or_said() -> None:
     long = "overlong_buffer_enable=true", "overlong_buffer=64", "rollout_max_tokens=1024"
     with pytest.raises(UserError, match="overlong_buffer_enable: the penalty cannot be exported"):

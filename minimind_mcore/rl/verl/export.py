@@ -41,19 +41,21 @@ PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %
 OWN = "verl finds functions of your own by @register_policy_loss and @register_adv_est"
 KL = {kind: alias for alias, kind in ALIASES.items()} | {"abs": "abs"}
 SCHEDULES = ("constant", "cosine")  # of FSDPOptimizerConfig, verl/workers/config/optimizer.py
+# verl's engines, as its model_engine. On an NPU megatron is MindSpeed's: verl/workers/engine/mindspeed.
+ENGINES = {"fsdp": "dp", "megatron": "megatron"}
 ALGORITHMS = ("grpo", "dr_grpo", "cispo", "ppo")
 
 BESIDE = "\nimport sys\nfrom pathlib import Path\n\nsys.path.insert(0, str(Path(__file__).parent))\n"
 TEMPLATES = Path(__file__).parent  # reward.py.in, run.sh.in and README.md.in, for str.format
 
 
-def export(config: Config, name: str, output: Path) -> None:
+def export(config: Config, name: str, output: Path, engine: str = "fsdp") -> None:
     """Write the directory; it appears whole or not at all.
 
     Raises:
         UserError: verl has no such algorithm, or the data or the weights are not there.
     """
-    overrides = verl_overrides(config, name)
+    overrides = verl_overrides(config, name, engine)
     with atomic_directory(output) as folder:
         _model(config, folder / "model")
         unseen = _data(config, folder)
@@ -70,7 +72,8 @@ def export(config: Config, name: str, output: Path) -> None:
             verifiers=", ".join(names),
             data=config.actor.data_path,
             unseen=unseen,
-            differences="\n".join(f"- {line}" for line in differences(config)),
+            engine=engine,
+            differences="\n".join(f"- {line}" for line in differences(config, engine)),
         )
 
 
@@ -179,7 +182,7 @@ def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> It
         }
 
 
-def verl_overrides(config: Config, name: str) -> dict[str, Any]:
+def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str, Any]:
     """The values in verl's words, less the paths of files.
 
     Raises:
@@ -212,7 +215,8 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
         "algorithm.use_kl_in_reward": chosen.kl == "reward",
         "algorithm.kl_penalty": kl,
         "data.shuffle": not actor.no_shuffle,
-        **{f"{train}.{key}": value for key, value in _optimizer(actor).items()},
+        "model_engine": ENGINES[engine],
+        **_model_keys(train, actor, engine),
         f"{train}.ppo_mini_batch_size": rl.mini_batch_size // rl.n_samples_per_prompt,
         f"{train}.policy_loss.loss_mode": "cispo" if chosen.loss == "cispo" else "vanilla",
         f"{train}.clip_ratio_low": low,
@@ -226,7 +230,7 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
     }
     if ours.algorithm == "ppo":
         critic = config.critic or actor
-        values |= {f"critic.{key}": value for key, value in _optimizer(critic).items()}
+        values |= _model_keys("critic", critic, engine)
         values["critic.cliprange_value"] = rl.cliprange_value
         values["critic.ppo_micro_batch_size_per_gpu"] = micro
     if ours.rollout_correction == "tis":
@@ -235,29 +239,38 @@ def verl_overrides(config: Config, name: str) -> dict[str, Any]:
     return values
 
 
-def _optimizer(section: Section) -> dict[str, Any]:
-    """AdamW and its schedule."""
-    cosine = section.lr_decay_style == "cosine"
-    return {
+def _model_keys(prefix: str, section: Section, engine: str) -> dict[str, Any]:
+    """AdamW and its schedule; for Megatron the parallel sizes too. The reference model takes the actor's."""
+    keys = {
         "optim.lr": section.lr,
         "optim.weight_decay": section.weight_decay,
         "optim.betas": f"[{section.adam_beta1},{section.adam_beta2}]",
-        "optim.lr_scheduler_type": "cosine" if cosine else "constant",
-        "optim.min_lr_ratio": section.min_lr / section.lr if cosine and section.lr else 0.0,
         "optim.lr_warmup_steps_ratio": section.lr_warmup_fraction or 0.0,
-        "grad_clip": section.clip_grad,
     }
+    if engine == "megatron":
+        keys |= {"optim.lr_decay_style": section.lr_decay_style, "optim.min_lr": section.min_lr}
+        keys["optim.clip_grad"] = section.clip_grad
+        sizes = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+        keys |= {f"megatron.{size}": getattr(section, size) for size in [*sizes, "context_parallel_size"]}
+    else:
+        cosine = section.lr_decay_style == "cosine"
+        keys["optim.lr_scheduler_type"] = "cosine" if cosine else "constant"
+        keys["optim.min_lr_ratio"] = section.min_lr / section.lr if cosine and section.lr else 0.0
+        keys["grad_clip"] = section.clip_grad
+    return {f"{prefix}.{key}": value for key, value in keys.items()}
 
 
-def differences(config: Config) -> list[str]:
+def differences(config: Config, engine: str = "fsdp") -> list[str]:
     """What the configuration asks for and verl has otherwise, a sentence each."""
     ours, chosen = config.minimind, objective(config)
-    found = ["weights and optimizer are FSDP's; tensor and pipeline parallelism of the actor are not carried over"]
+    found = []
+    if engine == "fsdp":
+        found.append("weights and optimizer are FSDP's; the actor's parallel sizes are not carried over")
     found += [
         f"lr_decay_style {section.lr_decay_style} with min_lr {section.min_lr}: verl's FSDP optimizer has constant and "
         "cosine; run.sh has constant"
         for section in [config.actor, *([config.critic] if config.critic and ours.algorithm == "ppo" else [])]
-        if section.lr_decay_style not in SCHEDULES
+        if engine == "fsdp" and section.lr_decay_style not in SCHEDULES
     ]
     if chosen.spread == "biased":
         found.append("advantages are divided by the sample standard deviation, not the population's")
