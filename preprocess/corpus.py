@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError, run
-from minimind_mcore.preprocess.dialogues import SUMMANDS, TEXTS, dialogues, drills, held_out, preferences
+from minimind_mcore.preprocess.dialogues import SUMMANDS, TEXTS, dialogues, drills, held_out, preferences, thoughts
 from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.preprocess.tool_dialogues import dialogues as tool_dialogues
@@ -160,9 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--kind",
-        choices=("text", "drills", "sft", "dpo", "math", "math-sft", "tools"),
+        choices=("text", "drills", "sft", "dpo", "reason", "math", "math-sft", "tools"),
         default="text",
         help="text for pretraining, only sums and tables, dialogues for fine-tuning, preferences between two answers, "
+        "sums with thoughts, "
         "math problems for reinforcement learning, dialogues that solve such, dialogues with tool calls",
     )
     parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft, math or tools: unseen questions")
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "drills": lambda seed: [{"text": text} for text in drills(seed)],
         "sft": dialogues,
         "dpo": preferences,
+        "reason": thoughts,
         "math": math_problems,
         "math-sft": careless,
         "tools": tool_dialogues,

@@ -100,6 +100,19 @@ def dialogues(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
     return [{"conversations": _messages(r.choices(tasks, weights)[0](r, False))} for _ in range(count)]
 
 
+def thoughts(seed: int, count: int = DIALOGUES // 2) -> list[dict[str, Any]]:
+    """Sums for reasoning, half of them with a thought: the sum of the last digits."""
+    r = random.Random(seed)
+    records = []
+    for _ in range(count):
+        a, b = r.choice(SUMMANDS[0])
+        asked, answer = _messages([(ask_sum(r, a, b), str(a + b))])
+        if r.randrange(2):
+            answer["reasoning_content"] = f"{a % 10}+{b % 10}={a % 10 + b % 10}"
+        records.append({"conversations": [asked, answer]})
+    return records
+
+
 def held_out(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
     """Questions about what no dialogue holds, `count` of each task.
 

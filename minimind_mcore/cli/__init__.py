@@ -20,6 +20,8 @@ from minimind_mcore.errors import UserError
 
 # command: (module:function, what it does)
 COMMANDS = {
+    "run": ("minimind_mcore.pipeline.main:main", "all stages from data to a served model, each skipped if finished"),
+    "download": ("minimind_mcore.pipeline.download:main", "get MiniMind's data, weights, tokenizers, a reward model"),
     "pretrain": ("minimind_mcore.cli.train:pretrain", "train a model from the beginning, or continue"),
     "sft": ("minimind_mcore.cli.train:sft", "fine-tune all weights on conversations"),
     "lora": ("minimind_mcore.cli.train:lora", "fine-tune adapters on conversations"),

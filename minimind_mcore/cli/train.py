@@ -149,7 +149,10 @@ class Run:
         model, recipe = presets.flags_of(self.model), self.recipe()
         # Conversations are converted for the length that is trained: longer ones are counted, packs are as long.
         length = "" if self.given("--seq-length") else recipe[recipe.index("--seq-length") + 1]
-        prefixes, tokenizer = data.prepare(kind, (), self.place.dry, length)
+        if self.given("--data-pending"):
+            prefixes, tokenizer = list[str](), path("TOKENIZER_PATH")
+        else:
+            prefixes, tokenizer = data.prepare(kind, (), self.place.dry, length)
         iterations = flags("TRAIN_ITERS") or ["--data", *prefixes][: 1 + len(prefixes) if prefixes else 0]
         recipe = self.recipe(*([] if self.given("--train-iters", "--train-samples") else iterations))
         fused = "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb"
@@ -157,7 +160,7 @@ class Run:
             *model, *flags("ROUTER_WEIGHT"), *recipe, "--transformer-impl", "local", *fused.split(),
             "--seed", env("SEED", "42"), *self.parallel(), *(["--data-path", *prefixes] if prefixes else []),
             "--split", self.split, "--tokenizer-type", "PretrainedFromHF", "--tokenizer-name-or-path", tokenizer,
-            *self.outputs(), *([] if prefixes or not self.place.dry else ["--data-pending"]), *begin, *self.argv,
+            *self.outputs(), *([] if prefixes or not self.place.dry or self.given("--data-pending") else ["--data-pending"]), *begin, *self.argv,
         ]  # fmt: skip
         run_program(self.place, program, words)
 

@@ -113,7 +113,14 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     if unpickling.TRUST_FLAG in ours:
         unpickling.trust()
     # of the kit's start alone, and what `_router_flags` translates
-    done_here = ("--dry-run", "--data-pending", "--verify-data", "--router-weight", unpickling.TRUST_FLAG)
+    done_here = (
+        "--dry-run",
+        "--data-pending",
+        "--weights-pending",
+        "--verify-data",
+        "--router-weight",
+        unpickling.TRUST_FLAG,
+    )
     ours = [flag for flag in ours if flag not in done_here]
     remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
     try:

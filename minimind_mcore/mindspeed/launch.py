@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no program is named; expected torchrun's flags, a program such as pretrain_gpt.py, its flags")
     folder = home()
     flags, remarks = complete(words[at], words[at + 1 :], *size(words[:at]))
-    if "--data-pending" not in words:
+    if not {"--data-pending", "--weights-pending"} & set(words):
         require_files(flags)
     for remark in remarks:
         print(remark, file=sys.stderr)

@@ -52,7 +52,7 @@ class PostTraining(Job):
             config = lora.check(config)
         begin = config.checkpoint.pretrained_checkpoint
         require(
-            begin is None or Path(begin).exists(),
+            begin is None or config.checkpoint.weights_pending or Path(begin).exists(),
             f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
         )
         return config

@@ -293,6 +293,8 @@ def previews(config: TrainConfig, schedule: bool = True) -> dict[str, str]:
     Raises:
         UserError: what `load` would raise.
     """
+    if config.checkpoint.weights_pending:
+        return {"begin with": f"{config.checkpoint.pretrained_checkpoint}, to be trained first"}
     found = {}
     if config.checkpoint.pretrained_checkpoint and (config.model.lora_target_modules or _begins_elsewhere(config)):
         found["begin with"] = _preview(_beginning(config, config.checkpoint.pretrained_checkpoint))

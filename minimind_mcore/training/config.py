@@ -167,6 +167,7 @@ class CheckpointSection:
     no_load_rng: bool | None
     exit_on_missing_checkpoint: bool
     pretrained_checkpoint: str | None
+    weights_pending: bool
     lora_load: str | None
     ref_model: str | None
 

@@ -1,0 +1,69 @@
+"""`--docker`: the same stages in the image of this host's device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from minimind_mcore.cli.settings import show, wait_for
+from minimind_mcore.errors import UserError
+from minimind_mcore.paths import CHECKOUT
+from minimind_mcore.pipeline import sample
+from minimind_mcore.pipeline.job import SETTINGS
+from minimind_mcore.pipeline.stages import Run
+from minimind_mcore.platform import device
+
+COMPOSE = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml")]
+OUTPUTS = "/workspace/minimind-mcore/outputs"  # in the images
+OUTSIDE = ("download", "build", "vllm", "web")  # stages that a container is not needed for, or that start their own
+
+
+def build(kind: str, dry: bool) -> int:
+    """Build the image of a kind of device, unless it exists. Return the exit status."""
+    image = f"minimind-mcore:{kind}"
+    command = ["docker", "build", "-f", str(CHECKOUT / f"docker/Dockerfile.{kind}"), "-t", image, str(CHECKOUT)]
+    if not dry:
+        found = subprocess.run(["docker", "image", "inspect", image], capture_output=True)
+        if found.returncode == 0:
+            print(f"finished before: image {image}")
+            return 0
+    return _step(command, {}, dry)
+
+
+def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str], dry: bool) -> int:
+    """Run stages in a container, by this command in it. Return the exit status."""
+    own = {"OUTPUT_DIR": f"{OUTPUTS}/{run.output.name}", **({} if run.sample else {"DATA_DIR": "/data"})}
+    inside = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS.values()) if os.environ.get(name)} | own
+    host = {
+        "DATA": str(run.data), "OUTPUTS": str(run.output.parent), "USER_ID": str(os.getuid()),
+        "GROUP_ID": str(os.getgid()),
+    }  # fmt: skip
+    if kind == "ascend":  # the script chooses the cards and passes settings on
+        start, host = ["bash", str(CHECKOUT / "docker/run_ascend.sh")], {**host, **inside}
+    else:
+        passed = [word for name, value in inside.items() for word in ("-e", f"{name}={value}")]
+        start = [*COMPOSE, "run", "--rm", *passed, kind]
+    return _step([*start, "minimind-mcore", "run", *options, *stages], host, dry)
+
+
+def kind_of_host(dry: bool) -> str:
+    """Return the kind of image for this host's device.
+
+    Raises:
+        UserError: docker or the kit's docker files are not here.
+    """
+    if not (CHECKOUT / "docker").is_dir():
+        raise UserError("--docker: the images are built from a checkout of the kit, which this installation is not")
+    if not dry and shutil.which("docker") is None:
+        raise UserError("--docker: no docker here; leave out --docker to run natively")
+    found = device.current()
+    return "ascend" if found.is_ascend else found.kind
+
+
+def _step(command: Sequence[str], settings: Mapping[str, str], dry: bool) -> int:
+    if dry:
+        show(["env", *(f"{name}={value}" for name, value in settings.items()), *command])
+        return 0
+    return wait_for(command, settings)

@@ -1,0 +1,258 @@
+"""minimind-mcore run STAGE|PRESET...: the stages from data to a served model, each by the kit's own command.
+
+    minimind-mcore run --sample all serve           # everything with sample data, on a CPU, in minutes
+    minimind-mcore run --dry-run zero               # check every stage and start nothing
+    minimind-mcore run zero                         # MiniMind-3 from downloads to scores
+    minimind-mcore run --model minimind2 --from dpo all
+
+A finished stage is skipped if its inputs, settings and outputs are the same, which digests decide. An interrupted stage
+continues from its checkpoint: give the same command again. The first failure ends the run. The settings of
+`minimind-mcore pretrain --help` (EPOCHS, MBS, TP, ...) apply to every training of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minimind_mcore.cli import place
+from minimind_mcore.cli.settings import CLI, env, wait_for
+from minimind_mcore.errors import UserError
+from minimind_mcore.paths import default_outputs
+from minimind_mcore.pipeline import docker, report, sample, serving
+from minimind_mcore.pipeline.job import SETTINGS, Job, Records, set_aside
+from minimind_mcore.pipeline.stages import (
+    DATA,
+    PRESETS,
+    RL,
+    STAGES,
+    TRAININGS,
+    Run,
+    addition_accuracy,
+    expand,
+    has_no_reasoning,
+)
+
+DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}  # commands whose dry run checks everything
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the stages of a command line. Return the exit status."""
+    args = parse(argv)
+    run = make_run(args)
+    print(f"stages: {' '.join(run.stages)}", flush=True)
+    kind = docker.kind_of_host(args.dry_run) if args.docker else ""
+    stages = run.stages
+    if kind and (status := before_container(run, kind, args)):
+        return status
+    if kind:
+        stages = tuple(name for name in stages if name in ("vllm", "web"))
+    for stage in stages:
+        with _named(stage):
+            if stage == "reason" and "reason" not in args.stages and args.only != stage and has_no_reasoning(run):
+                print("skipped: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
+            elif status := run_stage(run, stage, args):
+                repeat = shlex.join(repeat_command(args, stage))
+                print(
+                    f"error: the stage {stage} failed with exit status {status}. To repeat it:\n  {repeat}",
+                    file=sys.stderr,
+                )
+                return status
+    if args.dry_run:
+        print("\ndry run: every stage is valid, nothing was run")
+        return 0
+    if not kind and any(run.records.finished(name) for name in TRAININGS):
+        report.write(run)
+    return judge(run)
+
+
+def before_container(run: Run, kind: str, args: argparse.Namespace) -> int:
+    """Download on the host, build the image, and run the stages in a container. Return the exit status."""
+    inside = [name for name in run.stages if name not in docker.OUTSIDE]
+    if "download" in run.stages and not run.sample and (status := run_stage(run, "download", args)):
+        return status
+    if status := docker.build(kind, args.dry_run):
+        return status
+    return docker.run_inside(run, kind, options_of(args), inside, args.dry_run) if inside else 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; see `main`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    presets = "\n".join(f"  {name:<6}{stages}" for name, stages in PRESETS.items())
+    epilog = f"stages: {' '.join(STAGES)}\npresets:\n{presets}"
+    parser = argparse.ArgumentParser(prog="minimind-mcore run", description=__doc__, epilog=epilog, formatter_class=raw)
+    parser.add_argument("stages", nargs="*", metavar="STAGE|PRESET", help="run in this order, each stage once")
+    parser.add_argument("--model", help="a preset or a config.json (default: MODEL, else minimind3)")
+    parser.add_argument("--recipe", choices=("minimind2", "minimind3", "tiny"), help="generation of the recipes")
+    parser.add_argument("--sample", action="store_true", help="sample data and a tiny model, for minutes of a CPU")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="leave out the stages before this one")
+    parser.add_argument("--until", metavar="STAGE", help="leave out the stages after this one")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="KIND=FILE", help=f"data file; KIND: {', '.join(DATA)}"
+    )
+    parser.add_argument("--weight", default="full_sft", metavar="STAGE", help="convert and serve this stage's weights")
+    parser.add_argument("--teacher", default="", help="distillation: checkpoints or a Hugging Face directory")
+    parser.add_argument("--reward-model", default="", help="ppo, grpo, spo: directory of the reward model")
+    parser.add_argument("--port", type=int, default=int(env("PORT", "8998")), help="of the server (default: 8998)")
+    parser.add_argument("--docker", action="store_true", help="run in the image of this host's device")
+    parser.add_argument("--dry-run", action="store_true", help="check every stage and run nothing")
+    parser.add_argument("--resume", action="store_true", help="accepted; a run always continues")
+    return parser.parse_args(argv)
+
+
+def make_run(args: argparse.Namespace) -> Run:
+    """Return what a command line asks for.
+
+    Raises:
+        UserError: a stage, a kind of data or a model does not exist.
+    """
+    root = default_outputs()
+    if args.sample:
+        os.environ["DEVICE"] = env("DEVICE", "cpu")
+    model = sample.MODEL if args.sample else args.model or env("MODEL", "minimind3")
+    name = "quickstart" if args.sample else Path(model).name
+    output = Path(
+        env("OUTPUT_DIR", str(root / "outputs" / name if args.sample else root / "outputs/run" / name))
+    ).absolute()
+    data = Path(env("DATA_DIR", str(root / ("data/quickstart" if args.sample else "dataset")))).absolute()
+    files = dict(_pair(word) for word in args.data)
+    if args.weight not in (*TRAININGS, *RL):
+        raise UserError(f"--weight {args.weight}: expected a stage that trains: {', '.join((*TRAININGS, *RL))}")
+    tokenizer = Path(given).absolute() if (given := env("TOKENIZER_PATH")) and not args.sample else None
+    records = Records(output / "records", {"$OUTPUT": output, "$DATA": data, "$KIT": root})
+    return Run(
+        model=model, recipe=args.recipe or "", output=output, data=data, tokenizer=tokenizer, sample=args.sample,
+        weight=args.weight, teacher=args.teacher, reward_model=args.reward_model, port=args.port,
+        stages=tuple(chosen(args)), records=records, files=files,
+    )  # fmt: skip
+
+
+def _pair(word: str) -> tuple[str, Path]:
+    kind, equals, file = word.partition("=")
+    if kind not in DATA or not equals:
+        raise UserError(f"--data {word}: expected KIND=FILE, with KIND one of {', '.join(DATA)}")
+    return kind, Path(file).absolute()
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Return the stages of a run: the expanded words, cut by --from, --until and --only.
+
+    Raises:
+        UserError: a stage does not exist, or is not among the words.
+    """
+    stages = expand([*args.stages, *([args.only] if args.only and not args.stages else [])])
+    for flag, name in {"--from": args.first, "--until": args.until, "--only": args.only}.items():
+        if name and name not in stages:
+            raise UserError(f"{flag} {name}: this stage is not among {' '.join(stages)}")
+    if args.first:
+        stages = stages[stages.index(args.first) :]
+    if args.until:
+        if args.until not in stages:
+            raise UserError(f"--until {args.until} comes before --from {args.first}: nothing is left to run")
+        stages = stages[: stages.index(args.until) + 1]
+    if args.only:
+        stages = [args.only]
+    if args.sample and "download" not in stages and stages != ["web"]:
+        stages.insert(0, "download")  # makes the sample data
+    return stages
+
+
+@contextlib.contextmanager
+def _named(stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    print(f"\n== {stage}", flush=True)
+    yield
+    print(f"== {stage}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
+    """Run a stage, or what of it is not finished. Return its exit status; an error is printed."""
+    try:
+        if stage == "build":
+            print("skipped: native runs need no image; --docker builds it")
+        elif stage == "vllm":
+            serving.serve(run, args.docker, args.dry_run)
+        elif stage == "web" and not args.dry_run:
+            serving.page(run)
+        for job in STAGES[stage](run):
+            if status := dry_run(run, job) if args.dry_run else run_job(run, job):
+                return status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def run_job(run: Run, job: Job) -> int:
+    """Run a job, unless it is finished. Return the exit status of the command that failed, or 0."""
+    record = run.records.expected(job)
+    if run.records.is_done(job, record):
+        print(f"finished before: {job.folder or job.name}", flush=True)
+        return 0
+    if job.folder and not run.records.agrees(job, record) and (old := set_aside(job.folder)):
+        print(f"{job.folder} is of other inputs or settings; it is kept as {old.name}", flush=True)
+    before = run.records.read(job.name) if run.records.agrees(job, record) else {}
+    record |= {"seconds": before.get("seconds", 0.0), "processes": place.processes(), "finished": False}
+    run.records.write(job.name, record)
+    began = time.monotonic()
+    status = 0
+    for command in job.commands:
+        if status := wait_for([*CLI, *command.words], command.settings):
+            break
+    record["seconds"] += time.monotonic() - began
+    if status:
+        run.records.write(job.name, record)
+    else:
+        run.records.finish(job, record)
+    return status
+
+
+def dry_run(run: Run, job: Job) -> int:
+    """Print the commands of a job, and run the dry run of those that train. Return an exit status."""
+    for command in job.commands:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in command.settings.items() if value]
+        print("+", *settings, shlex.join(["minimind-mcore", *command.words]), flush=True)
+        if command.words[0] in DRY_RUN or command.words[:2] == ("rl", "single"):
+            pending = [] if all(path.exists() for path in job.inputs.values()) else ["--data-pending"]
+            begins = command.settings.get("CKPT_LOAD_DIR", "")
+            pending += ["--weights-pending"] if begins and not Path(begins).exists() else []
+            if command.words[0] == "rl":
+                pending = []
+            if status := wait_for([*CLI, *command.words, "--dry-run", *pending], command.settings):
+                return status
+    return 0
+
+
+def repeat_command(args: argparse.Namespace, stage: str) -> list[str]:
+    """Return the command that repeats a stage, with the settings of the environment that it needs."""
+    names = (*SETTINGS, *sample.SETTINGS.values(), "MODEL", "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
+    words = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    words += ["minimind-mcore" if shutil.which("minimind-mcore") else shlex.join(CLI), "run", "--only", stage]
+    return words + options_of(args)
+
+
+def options_of(args: argparse.Namespace) -> list[str]:
+    """Return the options of a run that say what it is about, and not which stages it has."""
+    words = ["--sample"] if args.sample else []
+    for name in ("model", "recipe", "weight", "teacher", "reward_model", "port"):
+        if value := getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words + [word for pair in args.data for word in ("--data", pair)]
+
+
+def judge(run: Run) -> int:
+    """Print how many unseen sums the sample run's model answers correctly. Return 1 if fewer than LEAST are right."""
+    if not run.sample or "eval" not in run.stages or not run.records.finished("eval-full_sft"):
+        return 0
+    least, found = float(env("LEAST", "0")), addition_accuracy(run, "full_sft")
+    print(f"unseen sums {found:.1%} right, expected {least:.0%} or more")
+    return int(found < least)

@@ -1,0 +1,183 @@
+"""The report of a run: report.html, which needs no network, and report.md."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import minimind_mcore
+from minimind_mcore.pipeline.job import Record
+from minimind_mcore.pipeline.stages import RL, TRAININGS, Run
+from minimind_mcore.platform import device
+from minimind_mcore.storage import atomic_file, atomic_write_text
+from minimind_mcore.training.metrics import Row, read_history
+
+PROMPTS = 5
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
+LOSSES = ("lm_loss", "grpo/score/mean")  # the curve of a stage: its loss, or the mean reward
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
+
+HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin-bottom: 1rem }} svg {{ width: 100%; height: auto }}
+td, th {{ text-align: left; vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd;
+          overflow-wrap: anywhere }}
+</style>
+<h1>{title}</h1>
+"""
+
+
+def write(run: Run) -> None:
+    """Write the report of everything that has finished in a run's directory."""
+    records = {name: found for name in _names(run) if (found := run.records.read(name)).get("finished")}
+    trained = [name for name in (*TRAININGS, *RL) if name in records]
+    histories = {name: read_history(run.folder(name) / "metrics.jsonl") for name in trained}
+    tables = [
+        _stages(records, histories), _scores(run, trained), _replies(run, trained), _versions(run),
+        ("Commands", ("job", "command"), [(n, text) for n, r in records.items() for text in r.get("commands", [])]),
+        ("Inputs", ("job", "input", "SHA-256, or digest of the weights"),
+         [(n, *pair) for n, record in records.items() for pair in record.get("inputs", {}).items()]),
+    ]  # fmt: skip
+    title = f"MiniMind: {run.model}"
+    picture = draw(histories, "svg").decode()
+    svg = "<svg" + picture.partition("<svg")[2]
+    body = "\n".join(map(_html, tables))
+    page = HEAD.format(title=html.escape(title))
+    atomic_write_text(run.output / "report.html", f"{page}{svg}\n{body}\n</html>\n")
+    with atomic_file(run.output / "loss.png") as file:
+        file.write(draw(histories, "png"))
+    text = "\n".join(map(_markdown, tables))
+    atomic_write_text(run.output / "report.md", f"# {title}\n\n![losses of all stages](loss.png)\n\n{text}")
+    print(f"\nreport      {run.output / 'report.html'}  {run.output / 'report.md'}", flush=True)
+
+
+def _names(run: Run) -> list[str]:
+    trained = (*TRAININGS, *RL)
+    return ["download", "tokenizer", *trained, *(f"eval-{name}" for name in trained), "convert"]
+
+
+def _stages(records: Mapping[str, Record], histories: Mapping[str, list[Row]]) -> Table:
+    rows = []
+    for name, record in records.items():
+        seconds, devices = record.get("seconds", 0.0), record.get("processes", 1) if name in histories else 1
+        history = histories.get(name, [])
+        rows.append(
+            (name, f"{seconds:,.0f}", f"{_tokens(history):,.0f}" if history else "", f"{seconds * devices / 3600:.3f}",
+             _last(history), record.get("weights", ""))
+        )  # fmt: skip
+    total = sum(record.get("seconds", 0.0) for record in records.values())
+    rows.append(("all", f"{total:,.0f}", "", f"{sum(float(row[3]) for row in rows):.3f}", "", ""))
+    return "Stages", ("job", "seconds", "tokens", "device-hours", "last loss or reward", "digest of the weights"), rows
+
+
+def _tokens(history: Sequence[Row]) -> float:
+    """Return the tokens that a training has read; of samples of unequal lengths an estimate from the speed."""
+    if history and "consumed_tokens" in history[-1]:
+        return history[-1]["consumed_tokens"]
+    total, before = 0.0, 0.0
+    for row in (row for row in history if "tokens_per_second" in row):
+        total += (row["iteration"] - before) * row["seconds_per_iteration"] * row["tokens_per_second"]
+        before = row["iteration"]
+    return total
+
+
+def _curve(history: Sequence[Row]) -> list[tuple[float, float]]:
+    return next(
+        (points for name in LOSSES if (points := [(r["iteration"], r[name]) for r in history if name in r])), []
+    )
+
+
+def _last(history: Sequence[Row]) -> str:
+    points = _curve(history)
+    return f"{points[-1][1]:.4f}" if points else ""
+
+
+def draw(histories: Mapping[str, list[Row]], kind: str) -> bytes:
+    """Draw the curves of all stages into one figure, side by side; return a "png" or an "svg"."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, max(1, len(histories)), figsize=(3.2 * max(2, len(histories)), 3.2), squeeze=False
+    )
+    for axis, (name, history) in zip(axes[0], histories.items(), strict=False):
+        points = _curve(history)
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, ms=3) if points else None
+        axis.set_title(name)
+        axis.set_xlabel("iteration")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _scores(run: Run, trained: Sequence[str]) -> Table:
+    rows = []
+    for name in trained:
+        file = run.output / "eval" / name / "scores.json"
+        if not file.is_file():
+            continue
+        scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for task, found in scores.get("accuracy", {}).items():
+            subjects = found.get("subjects", {})
+            rows += [(name, f"{task}: {s}", f"{v['accuracy']:.1%} of {v['questions']}") for s, v in subjects.items()]
+        for text, value in scores.get("perplexity", {}).items():
+            shown = value["perplexity"] if isinstance(value, dict) else value
+            rows.append((name, f"perplexity: {Path(text).name}", f"{shown:.3f}"))
+        for text, value in scores.get("quality", {}).items():
+            rows.append((name, f"replies that end: {Path(text).name}", f"{value['ended']:.1%}"))
+    order = {task: None for _, task, _ in rows}  # a score of all stages stands together: before and after
+    return "Scores", ("model after", "score", "value"), sorted(rows, key=lambda row: list(order).index(row[1]))
+
+
+def _replies(run: Run, trained: Sequence[str]) -> Table:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name in trained:
+        file = run.output / "eval" / name / "replies.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines()[:PROMPTS] if file.is_file() else []
+        for row in map(json.loads, lines):
+            messages = row["messages"]
+            asked = messages if isinstance(messages, str) else messages[-1]["content"]
+            found.setdefault(asked, []).append((name, row["completion"]))
+    rows = [(prompt, stage, reply) for prompt, replies in found.items() for stage, reply in replies]
+    return "Replies", ("prompt", "model after", "reply"), rows
+
+
+def _versions(run: Run) -> Table:
+    here = device.current()
+    rows = [("minimind-mcore", minimind_mcore.__version__), ("Python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed as a package"))
+    rows += [("device", f"{here.count} x {here.kind}: {here.name}"), ("stages of the last run", " ".join(run.stages))]
+    return "Versions", ("what", "version"), rows
+
+
+def _html(table: Table) -> str:
+    title, head, rows = table
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<h2>{title}</h2>\n<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+
+
+def _markdown(table: Table) -> str:
+    title, head, rows = table
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([f"## {title}", "", line(head), "|" + "---|" * len(head), *map(line, rows), ""])

@@ -1,0 +1,147 @@
+"""The server of a run: started in the background, asked once, and left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from minimind_mcore.cli.settings import CLI, show
+from minimind_mcore.errors import UserError
+from minimind_mcore.paths import CHECKOUT
+from minimind_mcore.pipeline.stages import UNSET, Run
+from minimind_mcore.storage import atomic_write_text
+
+SECONDS = 600  # a GPU's server may compile its kernels first
+QUESTION = "17+25=?"
+
+
+def serve(run: Run, docker: bool, dry: bool) -> None:
+    """Start the server of the converted model, or find it running; send one chat; print its address and how to stop it.
+
+    Raises:
+        UserError: there is no converted model, or the server does not answer.
+    """
+    model, log, state = run.output / "hf", run.output / "server.log", run.output / "server.json"
+    settings = {**UNSET, "LOAD_DIR": str(model), "PORT": str(run.port), "OUTPUT_DIR": ""}
+    command = [*CLI, "serve"]
+    if docker:
+        settings = {"MODELS": str(run.output), "LOAD_DIR": "/models/hf", "PORT": str(run.port)}
+        command = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml"), "up", "-d", "serve"]
+    if dry:
+        show(["env", *(f"{name}={value}" for name, value in settings.items() if value), *command])
+        return
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model} has no model: run the stage convert first")
+    weights = run.records.read("convert").get("outputs", {})
+    before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
+    if before.get("weights") == weights and before.get("port") == run.port and _alive(before):
+        print(f"already serving: process {before['pid']}")
+    else:
+        stop(before)
+        if _answers(address(run)):
+            raise UserError(f"port {run.port} is taken by another server; end it, or give another port with --port")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        pid = process.pid
+        before = {"pid": pid, "started": psutil.Process(pid).create_time(), "weights": weights, "port": run.port}
+        atomic_write_text(state, json.dumps(before))
+        _wait(address(run), process, log, docker)
+    stopping = shlex.join([*command[:4], "down"]) if docker else f"kill {before['pid']}"
+    print(f"{QUESTION} {_ask(address(run))!r}")
+    print(f"address     {address(run)}/v1 (model minimind)")
+    print(f"to stop     {stopping}", flush=True)
+
+
+def page(run: Run) -> None:
+    """Print the address of the server's web page, or that the server has none."""
+    try:
+        with urllib.request.urlopen(f"{address(run)}/", timeout=10) as reply:
+            has_page = "text/html" in reply.headers.get("Content-Type", "")
+    except urllib.error.HTTPError:
+        has_page = False
+    except OSError as error:
+        raise UserError(f"{address(run)} does not answer ({error}): run the stage vllm first") from error
+    if has_page:
+        print(f"web page    {address(run)}/")
+    else:
+        print(f"this server has no web page yet; any OpenAI client works with {address(run)}/v1")
+
+
+def address(run: Run) -> str:
+    """Return the server's address on this host."""
+    return f"http://127.0.0.1:{run.port}"
+
+
+def stop(state: dict[str, object]) -> None:
+    """End the server of a previous run, if it is still there."""
+    if _alive(state):
+        process = psutil.Process(int(str(state["pid"])))
+        process.terminate()
+        process.wait(60)
+
+
+def _alive(state: dict[str, object]) -> bool:
+    """Whether a recorded process still runs. Another process may have got its number: the time of its start tells."""
+    try:
+        return bool(psutil.Process(int(str(state["pid"]))).create_time() == state["started"])
+    except (KeyError, psutil.Error):
+        return False
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers at an address."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, docker: bool) -> None:
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        # `docker compose up -d` ends at once; the container goes on.
+        if (status := process.poll()) is not None and not (docker and status == 0):
+            raise UserError(f"the server ended with exit status {status}; the end of {log}:\n{_tail(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise UserError(f"{url}/health did not answer within {SECONDS} s; the end of {log}:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    lines: Sequence[str] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    return "\n".join(lines)
+
+
+def _ask(url: str) -> str:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    body = {
+        "model": "minimind",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
+    asked = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=120) as reply:
+            return str(json.load(reply)["choices"][0]["message"]["content"])
+    except OSError as error:
+        raise UserError(f"{url}: the server does not answer a chat ({error})") from error

@@ -1,0 +1,329 @@
+"""The stages: what each one reads, which commands of the kit it runs, and what it leaves.
+
+A stage is a function that returns the jobs of a run. `STAGES` is the table of all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.models.presets import find_model
+from minimind_mcore.paths import PACKAGE
+from minimind_mcore.pipeline import sample
+from minimind_mcore.pipeline.job import Command, Job, Records
+from minimind_mcore.pipeline.tables import successor
+
+PRESETS = {
+    "zero": "download tokenizer pretrain full_sft eval",
+    "core": "download build pretrain full_sft eval",
+    "all": "download build pretrain full_sft dpo reason eval",
+    "rl": "ppo grpo spo",
+    "serve": "convert vllm web",
+}
+# Files of each kind of data: the first that exists is used; the first is downloaded if none does. Then old names.
+DATA = {
+    "pretrain": ("pretrain_t2t_mini", "pretrain_t2t", "pretrain_hq"),
+    "full_sft": ("sft_t2t_mini", "sft_t2t", "sft_mini_512", "sft_512", "sft_1024", "sft_2048"),
+    "lora": ("lora_identity", "lora_medical"),
+    "dpo": ("dpo",),
+    "reason": ("r1_mix_1024",),
+    "toolcall": ("sft_tool_call",),
+    "rl": ("rlaif", "rlaif-mini"),
+}
+KIND = {"ppo": "rl", "grpo": "rl", "spo": "rl", "distillation": "full_sft", "tokenizer": "pretrain"}
+# The command of a stage, and the stages whose weights it begins with: the first that is there.
+TRAININGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pretrain": ("pretrain", ()),
+    "full_sft": ("sft", ("pretrain",)),
+    "lora": ("lora", ("full_sft",)),
+    "dpo": ("dpo", ("full_sft",)),
+    "reason": ("reason", ("dpo", "full_sft")),
+    "toolcall": ("sft", ("full_sft",)),
+    "distillation": ("distill", ("full_sft",)),
+}
+RL = {"ppo": ("reason", "full_sft"), "grpo": ("reason", "full_sft"), "spo": ("reason", "full_sft")}
+# Settings of a single command, which a stage gives itself: empty means not given.
+UNSET = dict.fromkeys("CKPT_SAVE_DIR CKPT_LOAD_DIR LOG_DIR OUTPUT_PREFIX LOAD_DIR SAVE_DIR STAGE TEACHER".split(), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run is about.
+
+    Attributes:
+        model: a preset, or a directory or file with a config.json.
+        recipe: generation whose recipes are used, such as minimind2; "" for the model's own.
+        output: directory of the run.
+        data: directory of the data files.
+        tokenizer: directory of the tokenizer that was given, if any.
+        sample: use the sample data and its settings.
+        weight: stage whose weights are converted and served.
+        teacher: model for distillation.
+        reward_model: directory of the reward model, for reinforcement learning.
+        port: of the server.
+        files: data files given by the user, by kind.
+        stages: stages of this run, in order.
+        records: of what was finished before.
+    """
+
+    model: str
+    recipe: str
+    output: Path
+    data: Path
+    tokenizer: Path | None
+    sample: bool
+    weight: str
+    teacher: str
+    reward_model: str
+    port: int
+    stages: tuple[str, ...]
+    records: Records
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def folder(self, stage: str) -> Path:
+        """Return the directory of a stage."""
+        return self.output / stage
+
+    def checkpoints(self, stage: str) -> str:
+        """Return the directory of a stage's checkpoints."""
+        return str(self.folder(stage) / "checkpoints")
+
+    def will_have(self, stage: str) -> bool:
+        """Whether a stage has finished, or belongs to this run."""
+        return stage in self.stages or self.records.finished(stage)
+
+    def begin(self, candidates: Sequence[str]) -> tuple[str, ...]:
+        """Return the stage to begin with: the first that is there, else the first."""
+        return tuple([name for name in candidates if self.will_have(name)][:1] or candidates[:1])
+
+    def tokenizer_dir(self) -> Path:
+        """Return the directory of the tokenizer: given, trained by this run, or downloaded."""
+        if self.tokenizer:
+            return self.tokenizer
+        if self.sample:
+            return self.data / "tokenizer"
+        own = self.folder("tokenizer")
+        return own if self.will_have("tokenizer") else self.data / "tokenizer"
+
+    def data_file(self, stage: str) -> Path:
+        """Return the data of a stage.
+
+        Raises:
+            UserError: the file was named and does not exist, or cannot be downloaded any more.
+        """
+        kind = KIND.get(stage, stage)
+        if self.sample:
+            return self.data / sample.FILES[kind]
+        if given := self.files.get(kind):
+            if not given.exists():
+                raise UserError(f"--data {kind}={given}: the file does not exist{successor(given.stem)}")
+            return given
+        names = DATA[kind]
+        there = [path for name in names if (path := self.data / f"{name}.jsonl").exists()]
+        return there[0] if there else self.data / f"{names[0]}.jsonl"
+
+    def recipe_of(self, command: str) -> str:
+        """Return the name of a training's recipe; "" for the one that suits the model."""
+        if self.recipe:
+            return f"{self.recipe}_{command}"
+        # minimind-3 has no recipe for reasoning; MiniMind2's is the only one.
+        return "minimind2_reason" if command == "reason" and not self.model.endswith("_tiny") else ""
+
+
+def download(run: Run) -> list[Job]:
+    """Get the data files and the tokenizer that the stages of a run need and that are not there."""
+    if run.sample:
+        return [sample.data_job(run.data)]
+    needed = {run.data_file(stage) for stage in run.stages if KIND.get(stage, stage) in DATA} or {
+        run.data / f"{DATA[kind][0]}.jsonl" for kind in ("pretrain", "full_sft")
+    }
+    missing = sorted(path.stem for path in needed if not path.exists())
+    settings = {"DATA_DIR": str(run.data)}
+    commands = [Command(("download", "data", name), settings) for name in missing]
+    if run.tokenizer_dir() == run.data / "tokenizer" and not (run.data / "tokenizer/tokenizer.json").exists():
+        name = "minimind-3" if find_model(run.model).qk_layernorm else "minimind2"
+        commands.append(Command(("download", "tokenizer", name), settings))
+    return [Job(name="download", commands=tuple(commands))] if commands else []
+
+
+def tokenizer(run: Run) -> list[Job]:
+    """Train a tokenizer on the pretraining data."""
+    if run.sample:
+        return []
+    folder, text = run.folder("tokenizer"), run.data_file("tokenizer")
+    command = Command(("tokenizer", "--input", str(text), "--output", str(folder)))
+    return [
+        Job(name="tokenizer", commands=(command,), inputs={"text": text}, folder=folder,
+            outputs=(folder / "tokenizer.json",))
+    ]  # fmt: skip
+
+
+def training(stage: str) -> Callable[[Run], list[Job]]:
+    """Return the function of a training stage."""
+
+    def jobs(run: Run) -> list[Job]:
+        command, candidates = TRAININGS[stage]
+        begins, raw, folder = run.begin(candidates), run.data_file(stage), run.folder(stage)
+        cache = run.data if os.access(run.data, os.W_OK) or not run.data.exists() else run.output
+        settings = {
+            **UNSET, "MODEL": run.model, "RECIPE": run.recipe_of(command), "DATA_PATH": str(raw),
+            "TOKENIZER_PATH": str(run.tokenizer_dir()), "DATA_DIR": str(cache), "OUTPUT_DIR": str(folder),
+            "CKPT_LOAD_DIR": run.checkpoints(begins[0]) if begins else "",
+        }  # fmt: skip
+        inputs = {"data": raw, "tokenizer": run.tokenizer_dir() / "tokenizer.json"}
+        if command == "distill":
+            teacher = run.teacher or (run.checkpoints("full_sft") if run.sample else "")
+            if not teacher:
+                raise UserError("distillation: --teacher is missing; give checkpoints or a Hugging Face directory")
+            settings["TEACHER"] = teacher
+            if run.teacher:
+                inputs["teacher"] = Path(teacher)
+        before: tuple[Command, ...] = ()
+        words = [command]
+        if run.sample:
+            before, changes, flags = sample.training(run.data, stage)
+            settings |= changes
+            words += flags
+        return [
+            Job(name=stage, commands=(*before, Command(tuple(words), settings)), inputs=inputs, begins=begins,
+                folder=folder, trains=True)
+        ]  # fmt: skip
+
+    return jobs
+
+
+def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
+    """Return the function of a stage of reinforcement learning."""
+
+    def jobs(run: Run) -> list[Job]:
+        folder = run.folder(stage)
+        name = "ppo" if stage == "ppo" else "grpo"
+        overrides = [f"minimind.output_dir={folder}", f"actor_config.save={folder}/checkpoints"]
+        overrides += ["minimind.algorithm=spo"] if stage == "spo" else []
+        if iterations := os.environ.get("TRAIN_ITERS"):
+            overrides.append(f"megatron_training.train_iters={iterations}")
+        if run.sample:  # the command makes its own problems, and tunes a model on them
+            command = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny"})
+            return [Job(name=stage, commands=(command,), folder=folder, trains=True)]
+        if not run.reward_model:
+            raise UserError(
+                f"{stage}: --reward-model is missing; give the directory of internlm2-1_8b-reward "
+                "(minimind-mcore download reward-model internlm2-1_8b-reward)"
+            )
+        begins, raw, tokenizer = run.begin(RL[stage]), run.data_file(stage), str(run.tokenizer_dir())
+        prefix = str(run.output / "rlaif")
+        convert = ("data", "minimind_rlaif", "--input", str(raw), "--output-prefix", prefix,
+                   "--tokenizer-name-or-path", tokenizer)  # fmt: skip
+        overrides += [
+            f"megatron_training.data_path={prefix}", f"megatron_training.tokenizer_name_or_path={tokenizer}",
+            "megatron_training.dataset_additional_keys=[]", "rl_config.verifier_function=[minimind_shape]",
+            f"actor_config.load={run.checkpoints(begins[0])}", f"minimind.reward_model={run.reward_model}",
+            "minimind.reward_model_trust_remote_code=true",
+        ]  # fmt: skip
+        train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_{run.model}"})
+        inputs = {"data": raw, "tokenizer": Path(tokenizer, "tokenizer.json"), "reward model": Path(run.reward_model)}
+        commands = (Command(convert), train)
+        return [Job(name=stage, commands=commands, inputs=inputs, begins=begins, folder=folder, trains=True)]
+
+    return jobs
+
+
+def evaluate(run: Run) -> list[Job]:
+    """Answer fixed prompts with the model of every stage, and score it."""
+    stages = [name for name in (*TRAININGS, *RL) if run.will_have(name)]
+    if not stages:
+        raise UserError("eval: no stage has been trained; run pretrain first")
+    return [_evaluation(run, stage) for stage in stages]
+
+
+def _evaluation(run: Run, stage: str) -> Job:
+    folder = run.output / "eval" / stage
+    adapted = stage == "lora"
+    model = {
+        **UNSET, "LOAD_DIR": run.checkpoints("full_sft" if adapted else stage), "OUTPUT_DIR": str(folder),
+        "LORA_DIR": run.checkpoints("lora") if adapted else "", "TOKENIZER_PATH": str(run.tokenizer_dir()),
+    }  # fmt: skip
+    raw = {"RAW": "1"} if stage == "pretrain" else {}
+    prompts = PACKAGE / "pipeline" / ("sample_prompts.jsonl" if run.sample else "prompts.jsonl")
+    answer = ["generate", "--prompt-file", str(prompts), "--output", str(folder / "replies.jsonl")]
+    answer += ["--max-new-tokens", "32" if run.sample else "128"]
+    inputs = {"prompts": prompts}
+    if run.sample:
+        questions = run.data / "questions.jsonl"
+        inputs["questions"] = questions
+        score = {**model, "TASK": "exact_match", "TASK_DATA_PATH": str(questions), "BATCH": "100"}
+    else:
+        tasks, paths = os.environ.get("TASK", ""), os.environ.get("TASK_DATA_PATH", "")
+        score = {**model, "TASK": f"quality {tasks}".strip(), "TASK_DATA_PATH": f"{prompts} {paths}".strip()}
+    begins = ("full_sft", "lora") if adapted else (stage,)
+    return Job(
+        name=f"eval-{stage}", commands=(Command(("evaluate",), score), Command(tuple(answer), {**model, **raw})),
+        inputs=inputs, begins=begins, folder=folder, outputs=(folder / "scores.json", folder / "replies.jsonl"),
+    )  # fmt: skip
+
+
+def convert(run: Run) -> list[Job]:
+    """Write the weights of `--weight` as a Hugging Face directory."""
+    folder = run.output / "hf"
+    settings = {
+        **UNSET, "LOAD_DIR": run.checkpoints(run.weight), "SAVE_DIR": str(folder),
+        "TOKENIZER_PATH": str(run.tokenizer_dir()),
+    }  # fmt: skip
+    words: tuple[str, ...] = ("convert", "mcore2hf")
+    if run.weight == "lora":
+        words = ("convert", "mcore2hf_lora")
+        settings |= {"LOAD_DIR": run.checkpoints("full_sft"), "LORA_DIR": run.checkpoints("lora")}
+    begins = ("full_sft", "lora") if run.weight == "lora" else (run.weight,)
+    return [Job(name="convert", commands=(Command(words, settings),), begins=begins, folder=folder, outputs=(folder,))]
+
+
+STAGES: dict[str, Callable[[Run], list[Job]]] = {
+    "download": download,
+    "build": lambda run: [],  # of --docker, see docker.py
+    "tokenizer": tokenizer,
+    **{stage: training(stage) for stage in ("pretrain", "full_sft", "lora", "dpo", "reason", "toolcall")},
+    **{stage: reinforcement(stage) for stage in RL},
+    "distillation": training("distillation"),
+    "eval": evaluate,
+    "convert": convert,
+    "vllm": lambda run: [],  # serving.py starts the server, which outlives the run
+    "web": lambda run: [],
+}
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """Return the stages of a command line, presets replaced by theirs; each stage once.
+
+    Raises:
+        UserError: a word is neither a stage nor a preset, or there is none.
+    """
+    from minimind_mcore.errors import did_you_mean
+
+    known = [*STAGES, *PRESETS]
+    stages: list[str] = []
+    for word in words:
+        if word not in known:
+            hint = did_you_mean(word, known)
+            raise UserError(
+                f"{word} is not a stage or preset{hint}; stages: {' '.join(STAGES)}; presets: {' '.join(PRESETS)}"
+            )
+        stages += [name for name in PRESETS.get(word, word).split() if name not in stages]
+    if not stages:
+        raise UserError(f"no stage was given; stages: {' '.join(STAGES)}; presets: {' '.join(PRESETS)}")
+    return stages
+
+
+def has_no_reasoning(run: Run) -> bool:
+    """Whether the model needs no stage of reasoning: minimind-3's dialogues for fine-tuning have the thoughts."""
+    return not run.sample and find_model(run.model).qk_layernorm and not run.data_file("reason").exists()
+
+
+def addition_accuracy(run: Run, stage: str) -> float:
+    """Return the share of unseen sums that a stage's model of the sample run answers correctly."""
+    scores = json.loads((run.output / "eval" / stage / "scores.json").read_text(encoding="utf-8"))
+    return float(scores["accuracy"]["exact_match"]["subjects"]["addition"]["accuracy"])
