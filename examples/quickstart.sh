@@ -9,7 +9,9 @@
 # dialogue. That is what a model of this size learns in minutes: it shows that every stage works, not that it knows
 # anything. Ends with 1 if fewer than LEAST of the sums are right. The same command again skips what is finished.
 #
-# QUICKSTART_PRETRAIN_ITERS QUICKSTART_SFT_ITERS   iterations of the stages, over 50, each number in a directory of its own
+# This is `minimind-mcore run --sample pretrain full_sft eval`; examples/run_all.sh has the other stages.
+#
+# QUICKSTART_PRETRAIN_ITERS QUICKSTART_SFT_ITERS   iterations of the stages (default 2000 and 1000)
 # LEAST            share of the sums that must be right (default 0.8)
 # OUTPUT_DIR       default outputs/quickstart; delete it to begin anew
 # DATA_DIR         default data/quickstart
@@ -17,4 +19,5 @@
 export DEVICE=${DEVICE:-cpu}
 source "$(dirname "${BASH_SOURCE[0]}")/mcore/minimind/common.sh"
 
-run quickstart "$@"
+export LEAST=${LEAST:-0.8}
+run run --sample pretrain full_sft eval "$@"

@@ -36,7 +36,6 @@ COMMANDS = {
     "evaluate": ("minimind_mcore.cli.model:evaluate", "score a model: C-Eval, CMMLU, MMLU, perplexity and others"),
     "serve": ("minimind_mcore.cli.model:serve", "answer OpenAI's HTTP requests with a model in any form"),
     "rl": ("minimind_mcore.cli.rl:main", "reinforcement learning: train, and check or export a configuration"),
-    "quickstart": ("minimind_mcore.cli.quickstart:main", "from nothing to a chat on a CPU, in minutes"),
     "quickstart-tools": ("minimind_mcore.cli.quickstart_tools:main", "teach the quickstart's model to call tools"),
     "doctor": ("minimind_mcore.doctor.main:main", "what is installed, what is wrong, and the command that fixes it"),
     "presets": ("minimind_mcore.models.presets:main", "list the models, or print the flags of one"),

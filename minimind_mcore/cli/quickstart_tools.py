@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minimind_mcore.cli import data
-from minimind_mcore.cli.quickstart import Quickstart, sizes
-from minimind_mcore.cli.settings import count, env, help_of
+from minimind_mcore.cli import data, place, quickstart
+from minimind_mcore.cli.settings import CLI, count, env, help_of, path, wait_for
 from minimind_mcore.errors import UserError
+from minimind_mcore.paths import default_outputs
 
 BATCH = 4  # sequences of an update
 LENGTH = "1024"
@@ -29,24 +31,24 @@ def main(argv: Sequence[str]) -> None:
     ToolStage().run()
 
 
-class ToolStage(Quickstart):
+class ToolStage:
     """The stage and its files."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.data = Path(path("DATA_DIR", default_outputs() / "data/quickstart"))
+        output = Path(path("OUTPUT_DIR", default_outputs() / "outputs/quickstart"))
         self.seed = str(count("QUICKSTART_TOOL_SEED", 42))
-        self.iterations["tools"] = env("QUICKSTART_TOOL_ITERS", "1000")
-        self.tuned = self.folders["sft"]
-        self.iterations["again"] = env("QUICKSTART_TOOL_MORE_ITERS", "700")
-        for round_name in ("tools", "again"):
-            name = f"{round_name}-{self.iterations[round_name]}-seed{self.seed}"
-            self.folders[round_name] = self.tuned.parent / name
+        self.tuned = output / "full_sft"
+        self.iterations = {
+            "tools": count("QUICKSTART_TOOL_ITERS", 1000), "again": count("QUICKSTART_TOOL_MORE_ITERS", 700)
+        }  # fmt: skip
+        self.folders = {name: output / f"{name}-{n}-seed{self.seed}" for name, n in self.iterations.items()}
         self.cases = self.data / "tool_cases.jsonl"
-        processes = 8 // int(os.environ["MBS"])
-        if BATCH % processes:
-            raise UserError(f"NPUS_PER_NODE={processes}: expected 1, 2 or 4")
-        micro = str(BATCH // processes)
-        os.environ.update(sizes(processes), SEQ_LENGTH=LENGTH, GBS=str(BATCH), MBS=micro)
+        self.least = float(env("LEAST", "0.8"))
+        self.times: list[str] = []
+        tokenizer = str(self.data / "tokenizer")
+        sizes = quickstart.sizes(place.processes(), BATCH)
+        os.environ.update(sizes, SEQ_LENGTH=LENGTH, DATA_DIR=str(self.data), TOKENIZER_PATH=tokenizer)
 
     def run(self) -> None:
         """Run the stage. Exit with status 1 if too few calls are exact."""
@@ -54,17 +56,21 @@ class ToolStage(Quickstart):
             raise UserError(f"{self.tuned}/checkpoints does not exist: run examples/quickstart.sh first")
         dialogues = self.data / "tools"
         with self.stage("data"):
-            words = ["corpus", "--kind", "tools", "--output", f"{dialogues}.jsonl", "--held-out", str(self.cases)]
+            words = ["corpus", "--kind", "tools", "--output", f"{dialogues}.jsonl"]
+            words += ["--held-out", str(self.cases)]
             data.make({self.cases: words}, dry=False)
-            packed = ["--pack", "--neat-pack", "--system-ratio", "0", "--empty-think-ratio", "1"]
-            self.call(["data", "sft", *packed], DATA_PATH=f"{dialogues}.jsonl", OUTPUT_PREFIX=str(dialogues))
+            self.call(
+                ["data", "sft", "--pack", "--neat-pack", *quickstart.FORM],
+                DATA_PATH=f"{dialogues}.jsonl",
+                OUTPUT_PREFIX=str(dialogues),
+            )
         with self.stage("before"):
             before = self.judge(self.tuned)
         with self.stage("training"):
             changes = {"DATA_PATH": str(dialogues), "PACK": "1", "CKPT_LOAD_DIR": f"{self.tuned}/checkpoints"}
-            self.train("tools", changes, "sft", "--seed", self.seed)
+            self.train("tools", changes, self.seed)
             changes |= {"CKPT_LOAD_DIR": f"{self.folders['tools']}/checkpoints", "LR": "2e-3"}
-            self.train("again", changes, "sft", "--seed", f"{self.seed}1")
+            self.train("again", changes, f"{self.seed}1")
         with self.stage("after"):
             after = self.judge(self.folders["again"])
         print("", *self.times, "", sep="\n")
@@ -82,3 +88,26 @@ class ToolStage(Quickstart):
         self.call(["evaluate"], **settings)
         scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
         return float(scores["accuracy"]["toolcall"]["subjects"]["exact"]["accuracy"])
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Name a stage, and measure how long it takes."""
+        began = time.monotonic()
+        print(f"\n== {name}", flush=True)
+        yield
+        self.times.append(f"{name:<12} {time.monotonic() - began:4.0f} s")
+
+    def call(self, command: Sequence[str], **changes: str) -> None:
+        """Run a command of the kit with further settings. End the program if it fails."""
+        if status := wait_for([*CLI, *command], changes):
+            sys.exit(status)
+
+    def train(self, stage: str, changes: dict[str, str], seed: str) -> None:
+        """Run a training, unless it is finished."""
+        folder, iterations = self.folders[stage], self.iterations[stage]
+        tracker = folder / "checkpoints/latest_checkpointed_iteration.txt"
+        if tracker.is_file() and tracker.read_text(encoding="utf-8") == str(iterations):
+            print(f"finished before: {tracker.parent}")
+            return
+        flags = [*quickstart.schedule(iterations), "--seed", seed]
+        self.call(["sft", *flags], **changes, OUTPUT_DIR=str(folder), TRAIN_ITERS=str(iterations))

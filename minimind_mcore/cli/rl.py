@@ -211,8 +211,8 @@ class RLRun:
         if own_data and own_model:
             return
         folder, outputs = data_dir() / "quickstart", default_outputs() / "outputs"
-        iterations = env("QUICKSTART_SFT_ITERS", "60" if self.rehearses else "1000")
-        tuned = outputs / f"quickstart/sft-{iterations}/checkpoints"
+        base = outputs / ("rehearsal/quickstart" if self.rehearses else "quickstart")
+        tuned = base / "full_sft/checkpoints"
         begin = outputs / ("rehearsal" if self.rehearses else "minimind3_tiny") / "math_sft/checkpoints"
         here = {"BACKEND": "native", "DATA_DIR": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer")}
         if self.rehearses:  # to make data and a model the stand-in of torch_npu is not needed
@@ -220,16 +220,18 @@ class RLRun:
         unset = ("OUTPUT_DIR", "NNODES")
         if not (folder / f"{PROBLEMS}_unseen_packed_labels_document.idx").is_file() or not is_finished(tuned):
             # This model adds correctly, and does not know the form of the answers.
-            short = {"QUICKSTART_PRETRAIN_ITERS": "60"} if self.rehearses else {}
-            self.make({**here, **short, "QUICKSTART_SFT_ITERS": iterations, "LEAST": "0"}, unset, "quickstart")
+            short = {"TRAIN_ITERS": "60"} if self.rehearses else {}
+            stages = ("run", "--sample", "pretrain", "full_sft")
+            self.make({**here, **short, "OUTPUT_DIR": str(base)}, unset, *stages)
             self.make(here, unset, "data", PROBLEMS)
         if not is_finished(begin) and not own_model:
+            iterations = 60 if self.rehearses else 700
             tuning = {
                 **here, **quickstart.sizes(self.devices), "PROMPT_TYPE": "chatml_de", "PACK": "1",
-                "TRAIN_ITERS": "60" if self.rehearses else "700", "DATA_PATH": str(folder / "sample_math_sft.jsonl"),
+                "TRAIN_ITERS": str(iterations), "DATA_PATH": str(folder / "sample_math_sft.jsonl"),
                 "CKPT_LOAD_DIR": str(tuned), "OUTPUT_DIR": str(begin.parent),
             }  # fmt: skip
-            self.make(tuning, unset, "sft", *quickstart.SCHEDULE)
+            self.make(tuning, unset, "sft", *quickstart.schedule(iterations))
         model = here["TOKENIZER_PATH"]
         if self.backend == "mindspeed-rl" and not (own_data or own_model):
             model = str(begin.parent / "hf")  # vLLM builds its model from the config.json next to the tokenizer

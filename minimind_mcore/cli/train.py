@@ -149,10 +149,11 @@ class Run:
         model, recipe = presets.flags_of(self.model), self.recipe()
         # Conversations are converted for the length that is trained: longer ones are counted, packs are as long.
         length = "" if self.given("--seq-length") else recipe[recipe.index("--seq-length") + 1]
-        if self.given("--data-pending"):
-            prefixes, tokenizer = list[str](), path("TOKENIZER_PATH")
-        else:
-            prefixes, tokenizer = data.prepare(kind, (), self.place.dry, length)
+        is_pending = self.given("--data-pending")  # a dry run of the whole pipeline says so itself
+        prefixes, tokenizer = (
+            ([], path("TOKENIZER_PATH")) if is_pending else data.prepare(kind, (), self.place.dry, length)
+        )
+        pending = ["--data-pending"] if self.place.dry and not prefixes and not is_pending else []
         iterations = flags("TRAIN_ITERS") or ["--data", *prefixes][: 1 + len(prefixes) if prefixes else 0]
         recipe = self.recipe(*([] if self.given("--train-iters", "--train-samples") else iterations))
         fused = "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb"
@@ -160,7 +161,7 @@ class Run:
             *model, *flags("ROUTER_WEIGHT"), *recipe, "--transformer-impl", "local", *fused.split(),
             "--seed", env("SEED", "42"), *self.parallel(), *(["--data-path", *prefixes] if prefixes else []),
             "--split", self.split, "--tokenizer-type", "PretrainedFromHF", "--tokenizer-name-or-path", tokenizer,
-            *self.outputs(), *([] if prefixes or not self.place.dry or self.given("--data-pending") else ["--data-pending"]), *begin, *self.argv,
+            *self.outputs(), *pending, *begin, *self.argv,
         ]  # fmt: skip
         run_program(self.place, program, words)
 

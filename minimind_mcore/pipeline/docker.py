@@ -35,7 +35,7 @@ def build(kind: str, dry: bool) -> int:
 def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str], dry: bool) -> int:
     """Run stages in a container, by this command in it. Return the exit status."""
     own = {"OUTPUT_DIR": f"{OUTPUTS}/{run.output.name}", **({} if run.sample else {"DATA_DIR": "/data"})}
-    inside = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS.values()) if os.environ.get(name)} | own
+    inside = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS) if os.environ.get(name)} | own
     host = {
         "DATA": str(run.data), "OUTPUTS": str(run.output.parent), "USER_ID": str(os.getuid()),
         "GROUP_ID": str(os.getgid()),

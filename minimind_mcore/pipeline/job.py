@@ -22,9 +22,9 @@ from minimind_mcore.storage import atomic_write_text, check_manifest, sha256
 
 # Settings of the environment that change what a training computes.
 SETTINGS = (
-    "RECIPE ROUTER_WEIGHT TP PP VPP EP CP MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION SPLIT SEED PACK CKPT_FORMAT "
-    "HANDLER_NAME PROMPT_TYPE MAP_KEYS JSON_KEYS DEVICE BACKEND NPUS_PER_NODE NNODES TASK TASK_DATA_PATH NUM_FEWSHOT "
-    "MAX_NEW_TOKENS"
+    "RECIPE ROUTER_WEIGHT TP PP VPP EP CP MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION SPLIT SEED PACK "
+    "CKPT_FORMAT HANDLER_NAME PROMPT_TYPE MAP_KEYS JSON_KEYS DEVICE BACKEND NPUS_PER_NODE NNODES TASK TASK_DATA_PATH "
+    "NUM_FEWSHOT MAX_NEW_TOKENS"
 ).split()
 
 
@@ -96,11 +96,11 @@ def weights_digest(checkpoints: Path) -> str:
     Checkpoints of adapters have no whole model; their digest is that of their files.
     """
     from minimind_mcore.checkpoint.layout import ParallelLayout
-    from minimind_mcore.converters import convert, job
+    from minimind_mcore.converters import conversion, convert
 
+    asked = conversion.Conversion(load_dir=checkpoints, save_dir=Path(), save_type="hf", layout=ParallelLayout())
     try:
-        opened = job.Job(load_dir=checkpoints, save_dir=Path(), save_type="hf", layout=ParallelLayout())
-        source = job.open_model(opened)
+        source = conversion.open_model(asked)
     except UserError:
         folder = iteration_directory(checkpoints)
         return digest(folder or checkpoints)

@@ -22,12 +22,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minimind_mcore.cli import place
+from minimind_mcore.cli import place, quickstart
 from minimind_mcore.cli.settings import CLI, env, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
-from minimind_mcore.pipeline import docker, report, sample, serving
-from minimind_mcore.pipeline.job import SETTINGS, Job, Records, set_aside
+from minimind_mcore.pipeline import docker, download, report, sample, serving
+from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, set_aside
 from minimind_mcore.pipeline.stages import (
     DATA,
     PRESETS,
@@ -39,6 +39,8 @@ from minimind_mcore.pipeline.stages import (
     expand,
     has_no_reasoning,
 )
+from minimind_mcore.pipeline.tables import find
+from minimind_mcore.preprocess.check import datasets_at
 
 DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}  # commands whose dry run checks everything
 
@@ -118,7 +120,7 @@ def make_run(args: argparse.Namespace) -> Run:
     root = default_outputs()
     if args.sample:
         os.environ["DEVICE"] = env("DEVICE", "cpu")
-    model = sample.MODEL if args.sample else args.model or env("MODEL", "minimind3")
+    model = quickstart.MODEL if args.sample else args.model or env("MODEL", "minimind3")
     name = "quickstart" if args.sample else Path(model).name
     output = Path(
         env("OUTPUT_DIR", str(root / "outputs" / name if args.sample else root / "outputs/run" / name))
@@ -221,20 +223,30 @@ def dry_run(run: Run, job: Job) -> int:
     for command in job.commands:
         settings = [f"{name}={shlex.quote(value)}" for name, value in command.settings.items() if value]
         print("+", *settings, shlex.join(["minimind-mcore", *command.words]), flush=True)
-        if command.words[0] in DRY_RUN or command.words[:2] == ("rl", "single"):
-            pending = [] if all(path.exists() for path in job.inputs.values()) else ["--data-pending"]
-            begins = command.settings.get("CKPT_LOAD_DIR", "")
-            pending += ["--weights-pending"] if begins and not Path(begins).exists() else []
-            if command.words[0] == "rl":
-                pending = []
-            if status := wait_for([*CLI, *command.words, "--dry-run", *pending], command.settings):
-                return status
+        status, kind = 0, command.words[0]
+        if kind in DRY_RUN:
+            status = wait_for([*CLI, *command.words, "--dry-run", *_pending(command)], command.settings)
+        elif kind == "rl":
+            status = wait_for([*CLI, *command.words, "--dry-run"], command.settings)
+        elif kind == "download":
+            _, what, name = command.words
+            download.require_space(run.data, find(what, name), name)
+        if status:
+            return status
     return 0
+
+
+def _pending(command: Command) -> list[str]:
+    """Return the flags of a dry run that say which inputs earlier stages have yet to make."""
+    data, tokenizer, begin = (command.settings.get(n, "") for n in ("DATA_PATH", "TOKENIZER_PATH", "CKPT_LOAD_DIR"))
+    there = (Path(data).exists() or datasets_at(data)) and Path(tokenizer, "tokenizer.json").exists()
+    weights = not begin or Path(begin).exists()
+    return [*([] if there else ["--data-pending"]), *([] if weights else ["--weights-pending"])]
 
 
 def repeat_command(args: argparse.Namespace, stage: str) -> list[str]:
     """Return the command that repeats a stage, with the settings of the environment that it needs."""
-    names = (*SETTINGS, *sample.SETTINGS.values(), "MODEL", "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
+    names = (*SETTINGS, *sample.SETTINGS, "MODEL", "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
     words = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
     words += ["minimind-mcore" if shutil.which("minimind-mcore") else shlex.join(CLI), "run", "--only", stage]
     return words + options_of(args)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minimind_mcore.cli import place
+from minimind_mcore.cli import place, quickstart
 from minimind_mcore.cli.settings import count
-from minimind_mcore.errors import UserError
 from minimind_mcore.pipeline.job import Command, Job
 
-BATCH = 8  # sequences of an update, in one micro-batch of each process
-WARM_UP = 50
-MODEL = "minimind3_tiny"
 FILES = {
     "pretrain": "drills.jsonl", "full_sft": "dialogues.jsonl", "lora": "dialogues.jsonl", "dpo": "preferences.jsonl",
     "reason": "thoughts.jsonl", "toolcall": "tools.jsonl", "rl": "math.jsonl",
@@ -19,28 +15,7 @@ FILES = {
 ITERATIONS = {
     "pretrain": 2000, "full_sft": 1000, "lora": 200, "dpo": 60, "reason": 300, "toolcall": 1000, "distillation": 300,
 }  # fmt: skip
-SETTINGS = {"pretrain": "QUICKSTART_PRETRAIN_ITERS", "full_sft": "QUICKSTART_SFT_ITERS"}  # in place of TRAIN_ITERS
-# In the form in which the chat template asks: without system prompt, with the empty thought.
-FORM = ("--system-ratio", "0", "--empty-think-ratio", "1")
-
-
-def sizes(processes: int) -> dict[str, str]:
-    """Return the settings of a training of the tiny model.
-
-    Raises:
-        UserError: the processes cannot share the batch.
-    """
-    if BATCH % processes:
-        raise UserError(f"NPUS_PER_NODE={processes}: expected 1, 2, 4 or 8")
-    return {
-        "MODEL": MODEL, "TP": "1", "SEQ_LENGTH": "256", "GBS": str(BATCH), "MBS": str(BATCH // processes),
-        "LR": "3e-3", "LOG_INTERVAL": "50", "EVAL_INTERVAL": "200",
-    }  # fmt: skip
-
-
-def schedule(iterations: int) -> list[str]:
-    """Return the flags of the schedule of a training of the tiny model."""
-    return ["--lr-warmup-iters", str(min(WARM_UP, iterations // 4)), "--adam-beta2", "0.99"]
+SETTINGS = ("QUICKSTART_PRETRAIN_ITERS", "QUICKSTART_SFT_ITERS")  # in place of TRAIN_ITERS
 
 
 def data_job(folder: Path) -> Job:
@@ -65,15 +40,17 @@ def data_job(folder: Path) -> Job:
 
 def iterations_of(stage: str) -> int:
     """Return the iterations of a training: TRAIN_ITERS, a setting of the quickstart, or the default."""
-    own = SETTINGS.get(stage)
-    return count(own, count("TRAIN_ITERS", ITERATIONS[stage])) if own else count("TRAIN_ITERS", ITERATIONS[stage])
+    iterations = count("TRAIN_ITERS", ITERATIONS[stage])
+    if stage == "pretrain":
+        return count("QUICKSTART_PRETRAIN_ITERS", iterations)
+    return count("QUICKSTART_SFT_ITERS", iterations) if stage == "full_sft" else iterations
 
 
 def training(data: Path, stage: str) -> tuple[tuple[Command, ...], dict[str, str], list[str]]:
     """Return the commands before a training of the sample run, the training's settings, and its flags."""
     iterations = iterations_of(stage)
-    settings = {**sizes(place.processes()), "TRAIN_ITERS": str(iterations), "SAVE_INTERVAL": "250"}
-    flags = schedule(iterations)
+    settings = {**quickstart.sizes(place.processes()), "TRAIN_ITERS": str(iterations), "SAVE_INTERVAL": "250"}
+    flags = quickstart.schedule(iterations)
     if stage == "pretrain":
         return (), settings, flags
     raw = data / FILES["full_sft" if stage == "distillation" else stage]
@@ -83,12 +60,12 @@ def training(data: Path, stage: str) -> tuple[tuple[Command, ...], dict[str, str
     else:
         settings |= {"PACK": "1"}
     if stage == "toolcall":
-        settings |= {"SEQ_LENGTH": "1024", "GBS": "4", "MBS": str(max(1, 4 // place.processes()))}
+        settings |= {**quickstart.sizes(place.processes(), 4), "SEQ_LENGTH": "1024"}
     elif stage in ("lora", "reason", "distillation"):
         settings |= {"LR": "1e-3"}
     kind = "dpo" if stage == "dpo" else "sft"
     convert = Command(
-        ("data", kind, *(packed if kind == "sft" else ()), *FORM),
+        ("data", kind, *(packed if kind == "sft" else ()), *quickstart.FORM),
         {"DATA_PATH": str(raw), "OUTPUT_PREFIX": prefix, "TOKENIZER_PATH": str(data / "tokenizer"),
          "SEQ_LENGTH": settings["SEQ_LENGTH"], "DATA_DIR": str(data)},
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.paths import PACKAGE
@@ -30,25 +30,30 @@ class Entry(TypedDict, total=False):
     licence: str
 
 
-class Tables(TypedDict):
-    """The whole file: entries by kind and name; successors of withdrawn names."""
+KINDS = ("data", "weights", "tokenizer", "reward-model")
 
-    data: dict[str, Entry]
-    weights: dict[str, Entry]
-    tokenizer: dict[str, Entry]
-    withdrawn: dict[str, str]
+
+def _file() -> Any:
+    return json.loads((PACKAGE / "pipeline/downloads.json").read_text(encoding="utf-8"))
 
 
 @functools.cache
-def tables() -> Tables:
-    """Return the tables."""
-    found: Tables = json.loads((PACKAGE / "pipeline/downloads.json").read_text(encoding="utf-8"))
+def tables() -> dict[str, dict[str, Entry]]:
+    """Return the entries by kind and name."""
+    found: dict[str, dict[str, Entry]] = _file()
+    return {kind: found[kind] for kind in KINDS}
+
+
+@functools.cache
+def withdrawn() -> dict[str, str]:
+    """Return the successors of withdrawn data files by name."""
+    found: dict[str, str] = _file()["withdrawn"]
     return found
 
 
 def successor(name: str) -> str:
     """Return the end of a message about a withdrawn file, or nothing."""
-    new = tables()["withdrawn"].get(name)
+    new = withdrawn().get(name)
     return f": upstream withdrew {name}; its replacement is {new} (minimind-mcore download data {new})" if new else ""
 
 
@@ -58,7 +63,7 @@ def find(kind: str, name: str) -> Entry:
     Raises:
         UserError: there is none, or upstream withdrew it.
     """
-    entries: dict[str, Entry] = tables()[kind]  # type: ignore[literal-required]
+    entries = tables()[kind]
     if name in entries:
         return entries[name]
     if text := successor(name):

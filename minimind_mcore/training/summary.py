@@ -103,6 +103,23 @@ def print_summary(config: TrainConfig, sequences: int = 1, router: str = "") -> 
         print(f"{name + ':':<12}{text}", flush=True)
 
 
+def require_memory(config: TrainConfig, sequences: int) -> None:
+    """Refuse a run whose estimate exceeds the memory of a device, or of this host if the device is its CPU.
+
+    Raises:
+        UserError: see above.
+    """
+    found = device.current()
+    # The processes of a CPU share its memory. A host of several has its own share of them.
+    sharing = min(config.layout.world_size, found.count) if found.kind == "cpu" else 1
+    needed = sum(memory_estimate(config, sequences).values()) * sharing
+    if found.memory and needed > found.memory:
+        raise UserError(
+            f"this run needs about {needed / GIB:.1f} GiB, the {found.kind} has {found.memory / GIB:.1f} GiB; lower "
+            "MBS (--micro-batch-size), or spread the model with TP or PP"
+        )
+
+
 def require_writable_outputs(config: TrainConfig) -> None:
     """Refuse directories that the run could not write to.
 
@@ -143,6 +160,7 @@ def dry_run(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
     require_writable_outputs(config)
     for name, text in checkpointing.previews(config, has_length).items():
         print(f"{name + ':':<12}{text}")
+    require_memory(config, kind.sequences)
     if config.checkpoint.save:
         needed, free = checkpointing.expected_bytes(config), checkpointing.free_bytes(config)
         save = config.checkpoint.save

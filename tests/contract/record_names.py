@@ -90,7 +90,8 @@ READERS = {"env", "count", "path", "flags", "path_flags", "choice"}  # of minimi
 def read_by_commands(checkout: Path) -> set[str]:
     """Return the settings that the commands read: words that the functions of cli/settings.py are called with."""
     names: set[str] = set()
-    for file in (checkout / "minimind_mcore/cli").glob("*.py"):
+    folders = (checkout / "minimind_mcore/cli", checkout / "minimind_mcore/pipeline")
+    for file in (file for folder in folders for file in folder.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in READERS:
                 words = [str(word.value) for word in node.args if isinstance(word, ast.Constant)]
