@@ -1,0 +1,241 @@
+"""The pipeline's order of stages, its records, and its dry run on an empty machine; no stage trains here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from minimind_mcore.cli import dispatch
+from minimind_mcore.errors import UserError
+from minimind_mcore.pipeline import docker, main, report, serving
+from minimind_mcore.pipeline.job import Command, Job, Records, digest, set_aside
+from minimind_mcore.pipeline.stages import Run, expand, has_no_reasoning
+
+
+def settings(*words: str) -> argparse.Namespace:
+    return main.parse(words)
+
+
+@pytest.fixture(autouse=True)
+def _paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "out"))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("TOKENIZER_PATH", raising=False)
+    monkeypatch.setenv("DEVICE", "cpu")
+
+
+PRESETS = {
+    "core": "download build pretrain full_sft eval",
+    "all": "download build pretrain full_sft dpo reason eval",
+    "rl": "ppo grpo spo",
+    "serve": "convert vllm web",
+    "zero": "download tokenizer pretrain full_sft eval",
+}
+
+
+@pytest.mark.parametrize(("preset", "stages"), PRESETS.items())
+def test_presets_expand_to_minimind_ascends_stages(preset: str, stages: str) -> None:
+    assert expand([preset]) == stages.split()
+
+
+def test_stages_of_several_words_are_run_once() -> None:
+    assert expand(["core", "all", "serve"]) == (
+        "download build pretrain full_sft eval dpo reason convert vllm web".split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        (["all", "--from", "dpo"], "dpo reason eval"),
+        (["all", "--from", "full_sft", "--until", "dpo"], "full_sft dpo"),
+        (["--only", "lora"], "lora"),
+        (["all", "serve", "--only", "eval"], "eval"),
+        (["--sample", "pretrain"], "download pretrain"),
+    ],
+)
+def test_from_until_and_only_choose_stages(words: list[str], stages: str) -> None:
+    assert main.chosen(settings(*words)) == stages.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no stage was given"),
+        (["pretrian"], "did you mean pretrain"),
+        (["core", "--from", "dpo"], "--from dpo: this stage is not among"),
+        (["all", "--from", "eval", "--until", "pretrain"], "nothing is left"),
+    ],
+)
+def test_wrong_stages_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main.chosen(settings(*words))
+
+
+def run_of(*words: str) -> Run:
+    return main.make_run(settings(*words))
+
+
+def test_old_file_names_work_where_the_files_exist(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("pretrain_hq", "sft_mini_512", "r1_mix_1024", "rlaif-mini"):
+        (data / f"{name}.jsonl").write_text("{}\n")
+    run = run_of("all", "--data", f"rl={data}/rlaif-mini.jsonl")
+    files = {stage: run.data_file(stage).stem for stage in ("pretrain", "full_sft", "reason", "grpo", "tokenizer")}
+    assert files == {
+        "pretrain": "pretrain_hq", "full_sft": "sft_mini_512", "reason": "r1_mix_1024", "grpo": "rlaif-mini",
+        "tokenizer": "pretrain_hq",
+    }  # fmt: skip
+    (data / "pretrain_t2t_mini.jsonl").write_text("{}\n")
+    assert run.data_file("pretrain").stem == "pretrain_t2t_mini"
+
+
+def test_a_withdrawn_file_names_its_replacement(tmp_path: Path) -> None:
+    run = run_of("pretrain", "--data", f"pretrain={tmp_path}/pretrain_hq.jsonl")
+    with pytest.raises(
+        UserError, match="does not exist: upstream withdrew pretrain_hq; its replacement is pretrain_t2t"
+    ):
+        run.data_file("pretrain")
+
+
+def test_minimind3_has_no_reasoning_stage_of_its_own(tmp_path: Path) -> None:
+    assert has_no_reasoning(run_of("all"))
+    assert not has_no_reasoning(run_of("--model", "minimind2", "all"))
+    assert not has_no_reasoning(run_of("--sample", "all"))
+
+
+def test_reasoning_begins_with_dpo_if_there_is_one() -> None:
+    assert run_of("all").begin(("dpo", "full_sft")) == ("dpo",)
+    assert run_of("full_sft", "reason").begin(("dpo", "full_sft")) == ("full_sft",)
+
+
+def job_of(folder: Path, text: Path, *words: str) -> Job:
+    return Job(
+        name="stage", commands=(Command(words),), inputs={"text": text}, folder=folder, outputs=(folder / "made",)
+    )
+
+
+def test_a_record_agrees_by_content_and_not_by_time(tmp_path: Path) -> None:
+    text, folder = tmp_path / "text", tmp_path / "folder"
+    text.write_text("a")
+    folder.mkdir()
+    (folder / "made").write_text("result")
+    records = Records(tmp_path / "records", {"$OUTPUT": tmp_path})
+    job = job_of(folder, text, "corpus")
+    assert not records.is_done(job, records.expected(job))
+    records.finish(job, records.expected(job))
+    assert records.is_done(job, records.expected(job))
+    text.write_text("a")  # another time, the same content
+    digest.cache_clear()
+    assert records.is_done(job, records.expected(job))
+    other = job_of(folder, text, "corpus", "--seed", "7")
+    assert not records.is_done(other, records.expected(other))
+    (folder / "made").write_text("damaged")
+    digest.cache_clear()
+    assert not records.is_done(job, records.expected(job))
+    (folder / "made").write_text("result")
+    text.write_text("b")
+    digest.cache_clear()
+    assert not records.is_done(job, records.expected(job))
+
+
+def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
+    before, after = (Records(tmp_path, {"$OUTPUT": tmp_path / name}) for name in ("a", "b"))
+    jobs = [Job(name="x", commands=(Command(("convert", f"{tmp_path}/{name}/hf")),)) for name in ("a", "b")]
+    assert before.expected(jobs[0]) == after.expected(jobs[1])
+
+
+def test_folders_of_other_inputs_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "pretrain"
+    for number in (1, 2):
+        folder.mkdir()
+        (folder / "weights").write_text(str(number))
+        assert set_aside(folder) == tmp_path / f"pretrain.{number}"
+    assert (tmp_path / "pretrain.1/weights").read_text() == "1"
+
+
+def test_a_stage_without_its_weights_says_what_to_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    for name in ("preferences.jsonl", "tokenizer/tokenizer.json"):
+        (tmp_path / "data" / name).write_text("{}")
+    run = run_of("--sample", "dpo")
+    assert main.run_stage(run, "dpo", settings("--sample", "dpo")) == 1
+    assert (
+        "dpo begins with the weights of full_sft, which has not finished: run full_sft first" in capfd.readouterr().err
+    )
+
+
+def test_the_first_failure_stops_and_names_the_command(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAIN_ITERS", "3")
+    (tmp_path / "data").mkdir()
+    for name in ("pretrain_t2t_mini", "sft_t2t_mini"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("not json\n")
+    monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "no tokenizer"))
+    assert dispatch(["run", "--model", "minimind3_tiny", "pretrain", "full_sft"]) == 1
+    captured = capfd.readouterr()
+    assert "run --only pretrain --model minimind3_tiny" in captured.err and "TRAIN_ITERS=3" in captured.err
+    assert "== full_sft" not in captured.out
+
+
+def test_dry_run_checks_a_fresh_clone(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert dispatch(["run", "--sample", "pretrain", "dpo", "eval", "serve", "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("dry run: everything is valid") == 2 and out.count("memory:") == 2 and out.count("GiB free") == 2
+    assert "to be trained first" in out and "minimind-mcore convert mcore2hf" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert dispatch(["run", "--docker", "--dry-run", "core", "serve", "--data", f"dpo={tmp_path}/x.jsonl"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("+")]
+    build, inside, server = (
+        next(line for line in lines if word in line) for word in ("docker build", " run --rm ", "up -d")
+    )
+    assert "Dockerfile.cpu" in build and "minimind-mcore:cpu" in build
+    assert "-e DATA_DIR=/data" in inside and inside.endswith("pretrain full_sft eval convert")
+    assert f"OUTPUTS={tmp_path}" in inside and f"OUTPUT_DIR={docker.OUTPUTS}/out" in inside
+    assert f"MODELS={tmp_path}/out" in server
+
+
+def test_a_server_needs_a_converted_model() -> None:
+    with pytest.raises(UserError, match="run the stage convert first"):
+        serving.serve(run_of("vllm"), False, False)
+
+
+def test_the_report_has_every_stage_and_needs_no_network(tmp_path: Path) -> None:
+    run = run_of("--sample", "pretrain", "full_sft")
+    for number, name in enumerate(("pretrain", "full_sft")):
+        folder = run.folder(name)
+        folder.mkdir(parents=True)
+        rows = [
+            {"iteration": i, "lm_loss": 9.0 - number - i, "seconds_per_iteration": 1.0, "tokens_per_second": 50.0}
+            for i in (1, 2)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        record = {"job": name, "finished": True, "seconds": 1800.0, "processes": 2, "weights": f"abc{number}",
+                  "commands": ["sft --x"], "inputs": {"data": "d" * 64}}  # fmt: skip
+        run.records.write(name, record)  # type: ignore[arg-type]
+        evaluation = run.output / "eval" / name
+        evaluation.mkdir(parents=True)
+        subjects = {"addition": {"accuracy": 0.25 + number / 2, "questions": 200}}
+        (evaluation / "scores.json").write_text(json.dumps({"accuracy": {"exact_match": {"subjects": subjects}}}))
+        reply = {"messages": [{"role": "user", "content": "1+1=?"}], "completion": f"<{number}>"}
+        (evaluation / "replies.jsonl").write_text(json.dumps(reply) + "\n")
+    report.write(run)
+    text = (run.output / "report.md").read_text()
+    assert "| pretrain | 1,800 | 100 | 1.000 | 7.0000 | abc0 |" in text
+    assert "| all | 3,600 |  | 2.000 |  |  |" in text
+    assert "| pretrain | exact_match: addition | 25.0% of 200 |" in text
+    assert "| full_sft | exact_match: addition | 75.0% of 200 |" in text
+    assert "| 1+1=? | full_sft | <1> |" in text and "d" * 64 in text
+    page = (run.output / "report.html").read_text()
+    assert "&lt;1&gt;" in page and page.count("<svg") == 1
+    assert not re.search(r"""(src|href)=["']?http|@import|url\(http""", page)
+    assert (run.output / "loss.png").stat().st_size > 1000
