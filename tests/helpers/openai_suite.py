@@ -126,7 +126,7 @@ def streamed_chat(client: Any) -> None:
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["length"]
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert len(chunks) > 4  # vLLM joins tokens that a slow client has not read
+    assert len(chunks) > (2 if VLLM else 4)  # vLLM joins tokens that a slow client has not read
 
 
 @check
@@ -247,9 +247,11 @@ def tool_loop(client: Any) -> None:
     """Three rounds: the model calls a tool, the tool runs, the model reads the result. Then the model answers."""
     places = {"location": {"enum": ["Tokyo", "Paris"]}}
     parameters = {"type": "object", "properties": places, "required": ["location"], "additionalProperties": False}
-    weather = {"type": "function", "function": {"name": "get_current_weather", "parameters": parameters}}
+    function = {"name": "get_current_weather", "strict": True, "parameters": parameters}  # strict: see TOOLS
+    weather = {"type": "function", "function": function}
     toolbox, messages = Toolbox([tool_of(weather)], Limits(seconds=60)), list[Any](HELLO)
-    forced = {"tools": [weather], "tool_choice": {"type": "function", "function": {"name": "get_current_weather"}}}
+    named = {"type": "function", "function": {"name": "get_current_weather"}}
+    forced = {"tools": [weather], "tool_choice": named, "logit_bias": no_blanks(client)}
     for _ in range(3):
         reply = chat(client, messages=messages, max_tokens=300, ignore_eos=False, **forced).choices[0].message
         [call] = reply.tool_calls

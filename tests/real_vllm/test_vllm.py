@@ -12,12 +12,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai  # pyright: ignore[reportMissingImports]
 import pytest
 import torch
+import yaml
 from helpers import serving
 from helpers.engine import ROOT
 from helpers.inference_models import twin
@@ -124,25 +127,37 @@ def test_yarn_past_the_trained_length(name: str, tmp_path: Path) -> None:
         require_greedy(plain, given, found)
 
 
+@contextmanager
+def server(command: Sequence[str], port: int, log: Path) -> Iterator[None]:
+    """A server that answers /health, as a process."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment() | KEY | {"VLLM_API_KEY": KEY["API_KEY"]},
+                                   stdout=file, stderr=file)  # fmt: skip
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}", 600)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def published_tokenizer(generation: str) -> Path:
+    found = Path(os.environ.get("MINIMIND_TOKENIZER_DIR", "/nowhere")) / generation
+    if not found.is_dir():
+        pytest.skip("MINIMIND_TOKENIZER_DIR is not set")
+    return found
+
+
 @pytest.fixture(scope="module", params=["minimind3", "minimind2_small"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A server on vLLM, started by the command line: its base URL, and the generation of its tokenizer."""
     folder, generation = tmp_path_factory.mktemp("served"), "v3" if request.param == "minimind3" else "v2"
-    tokenizer = Path(os.environ.get("MINIMIND_TOKENIZER_DIR", "/nowhere")) / generation
-    if not tokenizer.is_dir():
-        pytest.skip("MINIMIND_TOKENIZER_DIR is not set")
+    tokenizer = published_tokenizer(generation)
     write_served(folder / "model", serving.shrunk(request.param, vocabulary(tokenizer)), tokenizer)
-    port, log = 18000 + os.getpid() % 1000, folder / "log"
+    port = 18000 + os.getpid() % 1000
     command = [PYTHON, "-m", "minimind_mcore.cli", "serve", "--load", str(folder / "model"), "--engine", "vllm"]
-    with log.open("w") as file:
-        process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, env=environment() | KEY,
-                                   stdout=file, stderr=file)  # fmt: skip
-    try:
-        wait_until_ready(f"http://127.0.0.1:{port}", 600)
+    with server([*command, "--port", str(port)], port, folder / "log"):
         yield f"http://127.0.0.1:{port}/v1", generation
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.mark.parametrize("version", ["newest", "1.x"])
@@ -162,3 +177,23 @@ def test_the_official_client(served: tuple[str, str], version: str) -> None:
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_command_of_compose(tmp_path: Path) -> None:
+    """What docker/compose.yaml starts, but for the device: it answers, and a strict tool call follows its schema."""
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))["services"]
+    service = services["serve-vllm-cuda"]
+    assert service["command"][1:] == services["serve-vllm-ascend"]["command"][1:]  # the first word is the model
+    tokenizer, port = published_tokenizer("v3"), 19000 + os.getpid() % 1000
+    model = write_served(tmp_path / "model", serving.shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+    here = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    with server([PYTHON, *service["entrypoint"][1:], *service["command"], *here], port, tmp_path / "log"):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY["API_KEY"], max_retries=0)
+        hello: Any = {"model": "minimind", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+        assert client.chat.completions.create(**hello, max_tokens=8).choices[0].message.content
+        unit = {"type": "object", "properties": {"unit": {"enum": ["celsius"]}}, "required": ["unit"]}
+        parameters = unit | {"additionalProperties": False}
+        tool = {"type": "function", "function": {"name": "get_time", "strict": True, "parameters": parameters}}
+        forced: Any = {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "get_time"}}}
+        [call] = client.chat.completions.create(**hello | forced, max_tokens=60).choices[0].message.tool_calls or []
+        assert json.loads(call.function.arguments) == {"unit": "celsius"}

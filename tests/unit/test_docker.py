@@ -347,12 +347,14 @@ def test_the_command_of_compose_serves(services: dict[str, Any], tmp_path: Path)
 def test_the_commands_of_vllm_are_the_presets(services: dict[str, Any]) -> None:
     from minimind_mcore.inference.vllm_engine import head_size_problem
     from minimind_mcore.models.presets import PRESETS
+    from minimind_mcore.serve.vllm import STRUCTURED_OUTPUTS
 
     for name in ("serve-vllm-cuda", "serve-vllm-ascend"):
         words = services[name]["command"]
         assert {"--enable-auto-tool-choice", "--tool-call-parser=hermes", "--reasoning-parser=qwen3"} <= set(words)
-        [thinking] = [word for word in words if word.startswith("--default-chat-template-kwargs=")]
-        assert json.loads(thinking.partition("=")[2]) == {"enable_thinking": False}
+        values = dict(word.split("=", 1) for word in words if "=" in word)
+        assert json.loads(values["--default-chat-template-kwargs"]) == {"enable_thinking": False}
+        assert json.loads(values["--structured-outputs-config"]) == STRUCTURED_OUTPUTS
     assert services["serve-vllm-ascend"]["command"][0] == "--model=${LOAD_DIR:-/models/minimind-3-128}"
     assert head_size_problem(PRESETS["minimind3"], "npu")
 

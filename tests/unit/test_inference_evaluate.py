@@ -307,6 +307,31 @@ def test_exact_match_counts_what_generation_gives(
     assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
 
 
+def test_quality_equals_that_of_transformers_replies(model: Path, loaded: Loaded, tmp_path: Path) -> None:
+    """Greedy replies of transformers, each n-gram looked for among those before it; two prompts at a time here."""
+    texts, limit = ["abc", "hello there", "光合"], 24
+    write_jsonl(tmp_path / "prompts.jsonl", [{"text": text} for text in texts])
+    flags = ["--task", "quality", "--task-data-path", str(tmp_path / "prompts.jsonl"), "--raw"]
+    flags += ["--max-new-tokens", str(limit), "--evaluation-batch-size", "2", "--output-dir", str(tmp_path / "out")]
+    evaluation.main(["--load", str(model), *flags])
+    reference, stop = twin(model), loaded.tokenizer.eos_token_id
+    rates, ended, tokens = [], 0, 0
+    for text in texts:
+        ids = torch.tensor([[loaded.tokenizer.bos_token_id, *loaded.tokenizer(text)["input_ids"]]])
+        reply = reference.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=stop)[
+            0, ids.shape[1] :
+        ].tolist()
+        ended += stop in reply
+        reply = [token for token in reply if token != stop]
+        grams = [reply[start : start + 4] for start in range(len(reply) - 3)]
+        rates.append(sum(gram in grams[:place] for place, gram in enumerate(grams)) / len(grams))
+        tokens += len(reply)
+    [found] = json.loads((tmp_path / "out" / "scores.json").read_text())["quality"].values()
+    assert found == {"replies": 3, "repetition_4gram": pytest.approx(sum(rates) / 3), "ended": ended / 3,
+                     "tokens_per_reply": tokens / 3}  # fmt: skip
+    assert sum(rates) > 0
+
+
 def test_answers_of_several_files_are_counted_together() -> None:
     """A task that is in both, as without `task` in files of one name."""
     scores, question = EvaluationResults({}), exact_match.Question("addition", from_text("1+1"), "2")
