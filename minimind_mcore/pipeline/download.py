@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.cli.settings import env
@@ -105,40 +105,40 @@ def fetch(hub: str, entry: Entry, folder: Path, is_data: bool) -> None:
     Raises:
         UserError: the file or the hub cannot be reached, or the disk is full.
     """
-    files: list[str | None] = [*entry.get("files", [])] or [None]
     download = _modelscope if hub == "modelscope" else _hugging_face
-    repository = repository_of(entry, hub)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder):
-        for file in files:
-            try:
-                download(repository, file, folder, is_data)
-            except Exception as error:
-                raise _explained(error, f"{repository}{f'/{file}' if file else ''}", hub) from error
+        try:
+            download(repository_of(entry, hub), entry.get("files"), folder, is_data)
+        except Exception as error:
+            raise _explained(error, repository_of(entry, hub), hub) from error
 
 
-def _hugging_face(repository: str, file: str | None, folder: Path, is_data: bool) -> None:
+def _hugging_face(repository: str, files: list[str] | None, folder: Path, is_data: bool) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 
     kind = "dataset" if is_data else "model"
-    if file is None:
+    if files is None:
         snapshot_download(repository, local_dir=folder)
         return
-    hf_hub_download(repository, file, repo_type=kind, local_dir=folder)
-    # The hub gives the SHA-256 of a large file as its ETag. The client compares sizes alone.
-    etag = get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind)).etag or ""
-    if len(etag) == 64:
-        require_digest(folder / file, etag)
+    for file in files:
+        hf_hub_download(repository, file, repo_type=kind, local_dir=folder)
+        # The hub gives the SHA-256 of a large file as its ETag. The client compares sizes alone.
+        etag = get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind)).etag or ""
+        if len(etag) == 64:
+            require_digest(folder / file, etag)
 
 
-def _modelscope(repository: str, file: str | None, folder: Path, is_data: bool) -> None:
-    from modelscope.hub import file_download, snapshot_download
+def _modelscope(repository: str, files: list[str] | None, folder: Path, is_data: bool) -> None:
+    from modelscope.hub.snapshot_download import dataset_snapshot_download, snapshot_download
 
-    if file is None:
-        snapshot_download.snapshot_download(repository, local_dir=str(folder))
-        return
-    get: Callable[..., object] = file_download.dataset_file_download if is_data else file_download.model_file_download
-    get(repository, file, local_dir=str(folder))
+    # The client compares each file with the SHA-256 of the hub's list.
+    get = dataset_snapshot_download if is_data else snapshot_download
+    get(repository, local_dir=str(folder), allow_patterns=files)
+    if missing := [file for file in files or () if not (folder / file).is_file()]:
+        raise UserError(
+            f"{repository}: modelscope has no {', '.join(missing)}; minimind-mcore download --list has the names"
+        )
 
 
 def verify(folder: Path, entry: Entry) -> None:
@@ -168,9 +168,9 @@ def _explained(error: Exception, what: str, hub: str) -> Exception:
     """Return the error of a client as one that a user understands; errors of the disk as they are."""
     if isinstance(error, UserError) or getattr(error, "errno", None):
         return error
-    endpoint = env("HF_ENDPOINT", "huggingface.co") if hub == "hf" else env("MODELSCOPE_DOMAIN", "www.modelscope.cn")
+    endpoint = env("HF_ENDPOINT", "huggingface.co") if hub == "hf" else env("MODELSCOPE_ENDPOINT", "www.modelscope.cn")
     text = " ".join(str(error).split())[:300]
     advice = "what was received is kept; run the same command again, or try --hub or a mirror in HF_ENDPOINT"
-    if "404" in text or "NotFound" in type(error).__name__:
+    if "404" in text:
         advice = "minimind-mcore download --list has the names"
     return UserError(f"{what}: {hub} ({endpoint}) did not give it: {type(error).__name__}: {text}; {advice}")

@@ -1,0 +1,193 @@
+"""Downloads through the hubs' own clients, from a server of this process that speaks both hubs' HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+from helpers.engine import ROOT
+
+from minimind_mcore.pipeline import download, tables
+
+CONTENT = b'{"conversations": []}\n' * 1_000_000  # more than a client buffers
+FILE = "lora_identity.jsonl"
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A hub with one file of one dataset.
+
+    Attributes:
+        published: the SHA-256 that the hub states.
+        cut: bytes after which the connection is cut, once.
+        ranges: the Range headers of the downloads.
+    """
+
+    published = hashlib.sha256(CONTENT).hexdigest()
+    cut: int | None = None
+    missing = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ranges: list[str | None] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = urlparse(self.path)
+        wanted = parse_qs(url.query).get("FilePath", [url.path.rpartition("/")[2]])[0]
+        if url.path.endswith("/repo/tree"):
+            entry = {"Path": FILE, "Name": FILE, "Type": "blob", "Size": len(CONTENT), "Sha256": self.server.published}
+            listed = {"Code": 200, "Success": True, "Data": {"Files": [entry], "TotalCount": 1}}
+            self.send(200, json.dumps(listed).encode())
+        elif wanted == FILE and not self.server.missing and ("resolve" in url.path or url.path.endswith("/repo")):
+            self.send_file()
+        else:
+            self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def send_file(self) -> None:
+        asked = self.headers.get("Range")
+        begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        body = CONTENT[begin:]
+        self.send_response(206 if asked else 200)
+        headers = {
+            "ETag": f'"{self.server.published}"', "X-Repo-Commit": "a" * 40, "Accept-Ranges": "bytes",
+            "Content-Length": str(len(body)), "Content-Type": "application/octet-stream",
+        }  # fmt: skip
+        if asked:
+            headers["Content-Range"] = f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "GET":
+            return
+        self.server.ranges.append(asked)
+        cut, self.server.cut = self.server.cut, None
+        self.wfile.write(body[:cut])
+        if cut is not None:
+            self.wfile.flush()
+            self.connection.shutdown(2)
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+HUBS = ["hf", "modelscope"]
+
+
+def get(name: str, address: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Download lora_identity in a process of its own: the clients read their settings when they are imported."""
+    pytest.importorskip(download.CLIENTS[name])
+    settings = {
+        "HF_ENDPOINT": address, "MODELSCOPE_ENDPOINT": address, "HOME": str(folder / "home"), "DATA_DIR": str(folder),
+        "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", **changes,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "minimind_mcore.cli", "download", "data", "lora_identity", "--hub", name]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False)
+
+
+def address(hub: Hub) -> str:
+    return f"http://127.0.0.1:{hub.server_address[1]}"
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_a_cut_download_is_completed(name: str, hub: Hub, tmp_path: Path) -> None:
+    hub.cut = 15_000_000
+    for _ in range(2):  # a client may retry by itself, or leave it to the next command
+        done = get(name, address(hub), tmp_path)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / FILE).read_bytes() == CONTENT
+    assert "Apache-2.0" in done.stdout
+    assert hub.ranges[-1] is not None, hub.ranges  # it goes on where it was cut
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_a_wrong_digest_is_an_error_and_leaves_no_file(name: str, hub: Hub, tmp_path: Path) -> None:
+    hub.published = "0" * 64
+    done = get(name, address(hub), tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr.partition("error:")[2]
+    assert any(word in done.stderr for word in ("SHA-256", "Hash mismatch", "integrity")), done.stderr
+    assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_a_missing_file_is_named(name: str, hub: Hub, tmp_path: Path) -> None:
+    hub.missing = True
+    done = get(name, address(hub), tmp_path)
+    assert done.returncode == 1
+    assert "404" in done.stderr and "minimind_dataset" in done.stderr and "--list" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_offline_is_one_message(name: str, hub: Hub, tmp_path: Path) -> None:
+    fast = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "MODELSCOPE_DOWNLOAD_RETRIES": "1"}
+    done = get(name, "http://127.0.0.1:9", tmp_path, **fast)
+    assert done.returncode == 1
+    assert "run the same command again" in done.stderr and "127.0.0.1:9" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_download_that_the_disk_has_no_room_for_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setattr(download, "fetch", lambda *words: pytest.fail("the download began"))
+    with pytest.raises(download.UserError, match=r"pretrain_t2t_mini needs 1\.3 GB in .*, 1\.0 GB are free"):
+        download.main(["data", "pretrain_t2t_mini", "--output", str(tmp_path)])
+
+
+def test_names_sizes_and_licences_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    download.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["data", "pretrain_t2t_mini", "1.200", "GB", "Apache-2.0"] for line in lines)
+    assert len(lines) == sum(map(len, tables.tables().values()))
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("pretrain_hq", "upstream withdrew pretrain_hq; its replacement is pretrain_t2t_mini"),
+    ("pretrain_t2t_min", "did you mean pretrain_t2t_mini"),
+])  # fmt: skip
+def test_unknown_and_withdrawn_names(name: str, message: str) -> None:
+    with pytest.raises(download.UserError, match=message):
+        download.main(["data", name])
+
+
+def test_every_withdrawn_name_has_a_successor_in_the_table() -> None:
+    assert set(tables.withdrawn().values()) <= tables.tables()["data"].keys()
