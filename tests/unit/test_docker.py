@@ -76,6 +76,9 @@ def test_ascend_image_is_pinned_to_the_matrix() -> None:
     assert found["MEGATRON_COMMIT"] == pins["Megatron-LM"]["commit"]
     assert found["MINDSPEED_COMMIT"] == pins["MindSpeed"]["commit"]
     assert found["MINDSPEED_LLM_COMMIT"] == pins["MindSpeed-LLM"]["commit"]
+    newer = dict(re.findall(r"--build-arg (\w+_COMMIT)=(\w{40})", (DOCKER / "Dockerfile.ascend").read_text()))
+    names = {"MEGATRON_COMMIT": "Megatron-LM core_v0.16.1", "MINDSPEED_COMMIT": "MindSpeed core_r0.16.0"}
+    assert newer == {argument: pins[name]["commit"] for argument, name in names.items()}
     assert stack.judge("torch", found["TORCH_VERSION"]) == "ok"
     assert stack.judge("torch_npu", found["TORCH_NPU_VERSION"]) == "ok"
     base = re.fullmatch(r".*/cann:(?P<cann>[\d.]+)-910b-\w+[\d.]+-py(?P<python>[\d.]+)", found["BASE_IMAGE"])
