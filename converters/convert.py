@@ -36,7 +36,7 @@ from minimind_mcore.storage import (
     FileEntry,
     check_manifest,
     disk_errors,
-    fsync_directory,
+    fsync,
     publish_directory,
     remove_abandoned,
     temporary_beside,
@@ -85,33 +85,30 @@ class Sealing:
 
 
 class Target(ABC):
-    """Files to fill. `create` makes them, `write` fills them, `finish` adds small ones, `record` the manifest."""
+    """Files to fill. `create` makes them, `write` fills them, `finish` adds small ones, `record` the manifest.
+
+    Args:
+        source: what is converted.
+        kind: what is written, for people.
+        nbytes: bytes of all tensors.
+    """
 
     single_file: str | None = None  # its name, where the output is no directory
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source, kind: str, nbytes: int) -> None:
+        self.source, self.kind, self.nbytes = source, kind, nbytes
+        self.root = Path()  # `convert` sets the directory to fill
         self.writers: list[TensorWriter] = []
 
-    @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-
-    @property
-    @abstractmethod
-    def kind(self) -> str:
-        """For people: what is written."""
-
-    @abstractmethod
-    def create(self, root: Path) -> None:
-        """Make the files in an empty directory, at their full sizes."""
+    def create(self) -> None:
+        """Make the files in the empty directory `root`, at their full sizes."""
 
     @abstractmethod
     def write(self, name: str, whole: Tensor) -> None:
         """Write all that comes of one tensor of the whole megatron-core model."""
 
-    @abstractmethod
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  (most formats have no other files)
         """Write the files that hold no tensors. Afterwards the target can be opened."""
 
     @abstractmethod
@@ -123,11 +120,11 @@ class Target(ABC):
             about: what else the manifest says.
         """
 
-    def reopen(self, root: Path) -> Mapping[str, Lazy]:
+    def reopen(self) -> Mapping[str, Lazy]:
         """The tensors of the whole megatron-core model, as they are read from what was written."""
         from minimind_mcore.checkpoint.opening import open_source
 
-        return open_source(root).tensors
+        return open_source(self.root).tensors
 
     def unwritten(self) -> list[str]:
         """Places for tensors of which a byte was not written, or was written twice."""
@@ -189,11 +186,12 @@ def convert(
     require_space(output, target.nbytes)
     with staging(output) as tmp, target, ThreadPool() as pool, disk_errors(output):
         require_whole(source)
-        target.create(tmp)
+        target.root = tmp
+        target.create()
         with Sealing(target.writers) as sealing:
             digests = stream(source, target, sealing, pool)
             target.finish()
-            written = target.reopen(tmp)
+            written = target.reopen()
             sealing.finish()
             verify(source, written, digests, pool)  # meanwhile
             digest = combined(digests)
@@ -364,7 +362,7 @@ def publish(tmp: Path, output: Path, single_file: str | None) -> None:
         publish_directory(tmp, output)
         return
     os.replace(tmp / single_file, output)
-    fsync_directory(output.parent)
+    fsync(output.parent)
 
 
 # ---------------------------------------------------------------------------------------------------- threads

@@ -175,11 +175,11 @@ class StateTarget(Target):
     Args:
         source: what is converted.
         form: one of `weights.FORMS`.
+        kind: what is written, for people.
     """
 
-    def __init__(self, source: Source, form: str) -> None:
-        super().__init__()
-        self.source, self.form = source, form
+    def __init__(self, source: Source, form: str, kind: str) -> None:
+        self.form = form
         self._zeros: list[Rule] = []
         self._rules: dict[str, list[Rule]] = {}
         self.slots: dict[str, Slot] = {}
@@ -192,14 +192,9 @@ class StateTarget(Target):
                 self._rules.setdefault(name, []).append(rule)
             dtype = source.tensors[rule.mcore[0]].dtype if rule.mcore else source.dtype
             self.slots |= {name: Slot(shape, dtype) for name, shape in zip(rule.hf, rule.shapes, strict=True)}
-
-    @property
-    def nbytes(self) -> int:
-        """See `Target`."""
-        return sum(slot.nbytes for slot in self.slots.values())
+        super().__init__(source, kind, sum(slot.nbytes for slot in self.slots.values()))
 
     def write(self, name: str, whole: Tensor) -> None:
-        """See `Target`."""
         for rule in self._rules[name]:
             for hf_name, tensor in zip(rule.hf, rule.to_hf([whole]), strict=True):
                 self._write(hf_name, tensor)
@@ -233,19 +228,11 @@ class HFTarget(StateTarget):
         copy_code: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        super().__init__(source, "native" if native else "hf")
+        what = "MiniMind's own form" if native else hf_model_type(source.config)
+        super().__init__(source, "native" if native else "hf", f"Hugging Face directory, {what}")
         self.folder, self.copy_code, self.shard_bytes = folder, copy_code, shard_bytes
-        self._root = Path()
 
-    @property
-    def kind(self) -> str:
-        """See `Target`."""
-        what = "MiniMind's own form" if self.form == "native" else hf_model_type(self.source.config)
-        return f"Hugging Face directory, {what}"
-
-    def create(self, root: Path) -> None:
-        """See `Target`."""
-        self._root = root
+    def create(self) -> None:
         shards: list[dict[str, Slot]] = [{}]
         for name, slot in self.slots.items():
             if shards[-1] and sum(s.nbytes for s in shards[-1].values()) + slot.nbytes > self.shard_bytes:
@@ -253,22 +240,20 @@ class HFTarget(StateTarget):
             shards[-1][name] = slot
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         names = names if len(shards) > 1 else [WEIGHTS[0]]
-        self.writers = [create_safetensors(root / n, slots) for n, slots in zip(names, shards, strict=True)]
+        self.writers = [create_safetensors(self.root / n, slots) for n, slots in zip(names, shards, strict=True)]
         if len(shards) > 1:
             index = {name: file for file, slots in zip(names, shards, strict=True) for name in slots}
             text = json.dumps({"metadata": {"total_size": self.nbytes}, "weight_map": index}, indent=1)
-            (root / f"{WEIGHTS[0]}.index.json").write_text(text + "\n", encoding="utf-8")
+            (self.root / f"{WEIGHTS[0]}.index.json").write_text(text + "\n", encoding="utf-8")
         self._write_zeros()
 
     def finish(self) -> None:
-        """See `Target`."""
         native = self.form == "native"
-        write_sidecars(self._root, self.source, native=native, folder=self.folder, copy_code=self.copy_code)
+        write_sidecars(self.root, self.source, native=native, folder=self.folder, copy_code=self.copy_code)
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """See `Target`."""
-        small = {p.name: file_entry(p) for p in sorted(self._root.iterdir()) if p.name not in manifest}
-        write_manifest(self._root, {**manifest, **small}, **about)
+        small = {p.name: file_entry(p) for p in sorted(self.root.iterdir()) if p.name not in manifest}
+        write_manifest(self.root, {**manifest, **small}, **about)
 
 
 class PthTarget(StateTarget):
@@ -281,25 +266,16 @@ class PthTarget(StateTarget):
     single_file: str = "weights.pth"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, source: Source) -> None:
-        super().__init__(source, "native")
+        super().__init__(source, "native", "MiniMind .pth")
 
-    @property
-    def kind(self) -> str:
-        """See `Target`."""
-        return "MiniMind .pth"
-
-    def create(self, root: Path) -> None:
-        """See `Target`."""
-        self.writers = [create_torch(root / self.single_file, {}, {"": self.slots})]
-
-    def finish(self) -> None:
-        """See `Target`: nothing."""
+    def create(self) -> None:
+        self.writers = [create_torch(self.root / self.single_file, {}, {"": self.slots})]
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """See `Target`: a single file has no manifest."""
+        """Write nothing: a single file has no manifest."""
 
-    def reopen(self, root: Path) -> Mapping[str, Lazy]:
-        """See `Target`. The architecture is given: a file of weights does not tell all of it."""
+    def reopen(self) -> Mapping[str, Lazy]:
+        """Pass the architecture, which a file of weights does not tell completely."""
         from minimind_mcore.checkpoint.minimind import open_pth
 
-        return open_pth(root / self.single_file, self.source.config).tensors
+        return open_pth(self.root / self.single_file, self.source.config).tensors

@@ -91,7 +91,9 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     dense = getattr(args, "first_k_dense_replace", None)
     if dense not in (None, 0, -1):
         raise UserError(f"--first-k-dense-replace {dense}: every layer of a MiniMind is alike; expected 0")
+    same = ("format", "copy_code", "pad_head_dim", "true_vocab_size", "padded_vocab_size", "verify", "dry_run")
     return {
+        **{name: getattr(args, name) for name in (*same, "lora_r", "lora_alpha")},
         "load_dir": Path(args.load_dir),
         "load_type": args.load_model_type if "--load-model-type" in given else None,
         "save_type": "hf" if args.save_model_type == "hf" else "mg",
@@ -107,19 +109,10 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "ckpt_format": args.ckpt_format or "torch",
         "model_type": args.model_type_hf,
         "dtype": args.params_dtype,
-        "format": args.format,
-        "copy_code": args.copy_code,
-        "pad_head_dim": args.pad_head_dim,
         "tokenizer": _first_path(args.tokenizer_name_or_path),
-        "true_vocab_size": args.true_vocab_size,
-        "padded_vocab_size": args.padded_vocab_size,
         "vocab_divisible_by": args.make_vocab_size_divisible_by,
-        "verify": args.verify,
-        "dry_run": args.dry_run,
         "shard_bytes": int(args.max_shard_size * (1 << 30)),
         "lora_load": _first_path(args.lora_load),
-        "lora_r": args.lora_r,
-        "lora_alpha": args.lora_alpha,
         "lora_modules": tuple(args.lora_target_modules),
         "lora_only": args.save_lora_to_hf,
         "stated": assumptions.stated(args, given),

@@ -41,61 +41,40 @@ class MegatronTarget(Target):
     """
 
     def __init__(self, source: Source, layout: ParallelLayout) -> None:
-        super().__init__()
         layout.check(source.config)
-        self.source, self.layout = source, layout
+        self.layout, self.iteration = layout, source.training.iteration
         self._parts = layout.parts(source.config)
-        self._root = Path()
         # all values of a tensor that several ranks have are counted for each
         self._slots: dict[str, dict[str, dict[str, Slot]]] = defaultdict(lambda: defaultdict(dict))
         for name, tensor in source.tensors.items():
             for part in self._parts[name]:
                 shape = _joined_shape(part, part.shape(name, tensor.shape, layout.tp))
                 self._slots[part.folder][part.chunk][part.name] = Slot(shape, tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """See `Target`."""
         chunks = (chunk for folder in self._slots.values() for chunk in folder.values())
-        return sum(slot.nbytes for chunk in chunks for slot in chunk.values())
+        nbytes = sum(slot.nbytes for chunk in chunks for slot in chunk.values())
+        super().__init__(source, f"Megatron torch, {layout}", nbytes)
 
-    @property
-    def kind(self) -> str:
-        """See `Target`."""
-        return f"Megatron torch, {self.layout}"
-
-    @property
-    def iteration(self) -> int:
-        """Of the checkpoint."""
-        return self.source.training.iteration
-
-    def create(self, root: Path) -> None:
-        """See `Target`."""
-        self._root = root
+    def create(self) -> None:
         args = checkpoint_args(self.source, self.layout)
         content = {"args": args, "checkpoint_version": 3.0, "iteration": self.iteration}
         for folder in self.layout.folders():
-            path = directory_of(root, self.iteration) / folder / NAME
+            path = directory_of(self.root, self.iteration) / folder / NAME
             path.parent.mkdir(parents=True)
             chunks = {key: self._slots[folder][key] for key in self.layout.chunk_keys(self.source.config)}
             self.writers.append(create_torch(path, content, chunks))
 
     def write(self, name: str, whole: Tensor) -> None:
-        """See `Target`."""
         writers = {writer.path.parent.name: writer for writer in self.writers}
         for part in self._parts[name]:
             tensor = part.cut(name, whole, self.layout.tp)
             writers[part.folder].write(f"{part.chunk}/{part.name}", tensor, part.block, part.blocks)
 
-    def finish(self) -> None:
-        """See `Target`: nothing."""
-
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """See `Target`. The tracker is written last."""
-        directory = directory_of(self._root, self.iteration)
+        """Write the manifest, then the tracker, which makes the checkpoint complete."""
+        directory = directory_of(self.root, self.iteration)
         entries = {str(Path(name).relative_to(directory.name)): entry for name, entry in manifest.items()}
         write_manifest(directory, entries, **about)
-        atomic_write_text(self._root / TRACKER, str(self.iteration))
+        atomic_write_text(self.root / TRACKER, str(self.iteration))
 
 
 def _joined_shape(part: FilePart, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -136,40 +115,20 @@ class MegatronDistTarget(Target):
     """
 
     def __init__(self, source: Source) -> None:
-        super().__init__()
-        self.source = source
+        super().__init__(source, "Megatron torch_dist", source.nbytes)
         self._tensors: dict[str, Tensor] = {}
-        self._root = Path()
 
-    @property
-    def kind(self) -> str:
-        """See `Target`."""
-        return "Megatron torch_dist"
-
-    @property
-    def nbytes(self) -> int:
-        """See `Target`."""
-        return self.source.nbytes
-
-    def create(self, root: Path) -> None:
-        """See `Target`."""
-        self._root = root
+    def create(self) -> None:
+        self._directory = directory_of(self.root, self.source.training.iteration)
+        self._directory.mkdir(parents=True)
 
     def write(self, name: str, whole: Tensor) -> None:
-        """See `Target`."""
         self._tensors[name] = whole
 
     def unwritten(self) -> list[str]:
-        """See `Target`."""
         return [name for name in self.source.tensors if name not in self._tensors]
 
-    @property
-    def _directory(self) -> Path:
-        return directory_of(self._root, self.source.training.iteration)
-
     def finish(self) -> None:
-        """See `Target`."""
-        self._directory.mkdir(parents=True)
         state: dict[str, Any] = {
             "args": checkpoint_args(self.source, ParallelLayout()),
             "checkpoint_version": 3.0,
@@ -181,10 +140,9 @@ class MegatronDistTarget(Target):
         self._tensors.clear()
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """See `Target`."""
         entries = {p.name: file_entry(p) for p in sorted(self._directory.iterdir())}
         write_manifest(self._directory, entries, **about)
-        atomic_write_text(self._root / TRACKER, str(self.source.training.iteration))
+        atomic_write_text(self.root / TRACKER, str(self.source.training.iteration))
 
     def _sharded(self) -> dict[str, Any]:
         """The tensors as megatron-core takes them, and the empty states that its linear layers have."""

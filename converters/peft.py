@@ -43,8 +43,7 @@ class PeftTarget(Target):
     """
 
     def __init__(self, source: Source, rank: int | None, alpha: float | None, base: Path | None) -> None:
-        super().__init__()
-        self.source, self.base = source, base
+        self.base = base
         self.rank, self.alpha = scale_of(source, rank, alpha)
         self._adapters = adapters_of(source)
         self._rules = {rule.mcore[0]: rule for rule in weights.rules(source.config) if rule.mcore and rule.required}
@@ -56,17 +55,8 @@ class PeftTarget(Target):
             )
         self._left_out: set[str] = set()
         self._slots = self._lay_out()
-        self._root = Path()
-
-    @property
-    def kind(self) -> str:
-        """See `Target`."""
-        return f"PEFT adapter, r={self.rank} alpha={self.alpha:g}"
-
-    @property
-    def nbytes(self) -> int:
-        """See `Target`."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        kind = f"PEFT adapter, r={self.rank} alpha={self.alpha:g}"
+        super().__init__(source, kind, sum(slot.nbytes for slot in self._slots.values()))
 
     def _pairs(self, name: str, adapter: Adapter) -> list[tuple[str, Tensor]]:
         """(module of transformers, its B) of one adapter."""
@@ -85,13 +75,10 @@ class PeftTarget(Target):
                 slots[_key(module, "B")] = Slot(tuple(b.shape), adapter.b.dtype)
         return slots
 
-    def create(self, root: Path) -> None:
-        """See `Target`."""
-        self._root = root
-        self.writers = [create_safetensors(root / NAME, self._slots)]
+    def create(self) -> None:
+        self.writers = [create_safetensors(self.root / NAME, self._slots)]
 
     def write(self, name: str, whole: Tensor) -> None:
-        """See `Target`."""
         stem, letter = name.removesuffix(".default.weight").rsplit(".lora_", 1)
         rule = self._rules[f"{stem}.weight"]
         parts = rule.to_hf([whole]) if letter == "B" else [whole] * len(rule.hf)
@@ -101,7 +88,6 @@ class PeftTarget(Target):
                 self.writers[0].write(_key(module, letter), part)
 
     def finish(self) -> None:
-        """See `Target`."""
         modules = sorted({_kind(name.split(".lora_")[0]) for name in self._slots})
         config = {
             "peft_type": "LORA",
@@ -115,25 +101,23 @@ class PeftTarget(Target):
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        (self._root / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (self.root / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """See `Target`."""
-        write_manifest(self._root, {**manifest, CONFIG: file_entry(self._root / CONFIG)}, **about)
+        write_manifest(self.root, {**manifest, CONFIG: file_entry(self.root / CONFIG)}, **about)
 
-    def reopen(self, root: Path) -> Mapping[str, Lazy]:
-        """See `Target`."""
-        file = open_safetensors(root / NAME)
+    def reopen(self) -> Mapping[str, Lazy]:
+        file = open_safetensors(self.root / NAME)
 
-        def module_tensor(hf: str, letter: str, like: Tensor) -> Tensor:
-            key = _key(hf.removesuffix(".weight"), letter)
+        def b_of(hf: str, like: Tensor) -> Tensor:
+            key = _key(hf.removesuffix(".weight"), "B")
             return file.read(key) if key in file.entries else torch.zeros_like(like)
 
         def read(weight: str, letter: str, lazy: Lazy) -> Tensor:
             rule = self._rules[weight]
             if letter == "B":
                 meta = rule.to_hf([torch.empty(lazy.shape, dtype=lazy.dtype)])
-                return rule.to_mcore([module_tensor(n, "B", m) for n, m in zip(rule.hf, meta, strict=True)])[0]
+                return rule.to_mcore([b_of(n, m) for n, m in zip(rule.hf, meta, strict=True)])[0]
             copies = [file.read(k) for n in rule.hf if (k := _key(n.removesuffix(".weight"), "A")) in file.entries]
             if not copies or not all(torch.equal(copies[0], copy) for copy in copies):
                 raise UserError(f"{weight}: its modules' A differ in what was written")

@@ -30,8 +30,8 @@ MANIFEST = "manifest.json"
 FileEntry = dict[str, int | str]  # of a file in a manifest: "bytes" and "sha256"
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the entries of a directory durable (a rename is durable only after this)."""
+def fsync(path: Path) -> None:
+    """Make a file, or the entries of a directory, durable; a rename is durable only after this."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -164,7 +164,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(tmp, path)
-            fsync_directory(path.parent)
+            fsync(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -218,17 +218,13 @@ def remove_abandoned(path: Path) -> None:
 def publish_directory(tmp: Path, path: Path) -> None:
     """Fsync every file below `tmp` and rename `tmp` to `path`, replacing a directory there."""
     for file in sorted(p for p in tmp.rglob("*") if p.is_file()):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    fsync_directory(tmp)
+        fsync(file)
+    fsync(tmp)
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         os.replace(path, old)
     os.replace(tmp, path)
-    fsync_directory(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

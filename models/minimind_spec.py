@@ -38,7 +38,6 @@ class QKNorm:
     """The norm of each query and key head, or nothing."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        """Build it."""
         return Norm(config, hidden_size, eps) if config.qk_layernorm else IdentityOp()
 
 
@@ -46,7 +45,6 @@ class CoreAttention:
     """torch's attention; MindSpeed's under MindSpeed; Transformer Engine's where asked for."""
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
-        """Build it."""
         if ascend.active():
             return DotProductAttention(config=config, **kwargs)
         if getattr(config, "transformer_impl", "local") == "transformer_engine":
@@ -60,7 +58,6 @@ class FeedForward:
     """The dense MLP, or the mixture of experts."""
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
-        """Build it."""
         if config.num_moe_experts:
             return build_moe(config, None if ascend.active() else MiniMindRouter)
         if "ffn_hidden_size" in inspect.signature(MLP.__init__).parameters:
@@ -75,7 +72,6 @@ class StraightThroughFeedForward(FeedForward):
     """
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
-        """Build it."""
         router = StraightThroughRouter if ascend.active() else MiniMindRouter
         return build_moe(config, router)
 

@@ -56,7 +56,6 @@ class StraightThroughRouter(TopKRouter):  # type: ignore[misc]
     """
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """See `MiniMindRouter.routing`."""
         probs, routing_map = super().routing(logits, *args, **kwargs)
         return straight_through(probs, routing_map), routing_map
 

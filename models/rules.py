@@ -101,7 +101,6 @@ class Concat(Rule):
 
     @property
     def mcore_shapes(self) -> tuple[Shape, ...]:
-        """One."""
         return (_joined(self.shapes, self.axis),)
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -157,7 +157,7 @@ class Documents:
         self._limit = options.seq_length
 
     def prepare(self, record: Any) -> Prepared | Reject:
-        """See `Stage`: one text for each key."""
+        """One text for each key."""
         texts = self._handler(record, self.keys)
         if isinstance(texts, Reject):
             return texts
@@ -165,7 +165,6 @@ class Documents:
         return Prepared(list(texts.values()))
 
     def encode(self, batch: Sequence[Prepared]) -> Encoded:
-        """See `Stage`."""
         framed = []
         for number in range(len(self.keys)):
             tokens, lengths = self._encoder.encode([prepared.texts[number] for prepared in batch])
@@ -222,7 +221,7 @@ class Conversations:
             self._most = None if cut_before else self._most - 1
 
     def prepare(self, record: Any) -> Prepared | Reject:
-        """See `Stage`: the pieces of every turn of every side, and of a task the texts that go with it."""
+        """The pieces of every turn of every side, and of a task the texts that go with it."""
         if self._handler.prompts and isinstance(record, list):  # the turns themselves
             record = {self._handler.columns.get("messages", ""): record}
         sides = self._handler(record)
@@ -275,7 +274,6 @@ class Conversations:
         return json.dumps({**others, **own}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
     def encode(self, batch: Sequence[Prepared]) -> Encoded:
-        """See `Stage`."""
         found: dict[str, list[Ids]] = {key: [] for key in self.keys}
         encoded = Encoded({})
         for place, (prepared, sides) in enumerate(zip(batch, self._turns_of(batch), strict=True)):

@@ -157,7 +157,7 @@ class TokenizerTemplate:
         return opening, closing
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """See `ChatTemplate`: one text."""
+        """One text."""
         options = {} if thinking is None else {"add_generation_prompt": True, "open_thinking": thinking}
         try:
             text = self._tokenizer.apply_chat_template(
@@ -168,7 +168,7 @@ class TokenizerTemplate:
         return [[text]]
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """See `ChatTemplate`: cut at the sequence length, a cut answer still has its loss, as in MiniMind."""
+        """Cut at the sequence length, a cut answer still has its loss, as in MiniMind."""
         [ids] = turns
         labels = np.full(len(ids), IGNORED, np.int32)
         answers = self._answers(ids)
@@ -305,7 +305,7 @@ class SlotTemplate:
         self._thought = tuple(entry.get("thought_words") or ("<think>\n", "\n</think>\n\n"))
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """See `ChatTemplate`: a list of pieces for each turn, a question's and an answer's by turns.
+        """A list of pieces for each turn, a question's and an answer's by turns.
 
         The formats of questions open the answer. A template with thoughts then adds empty ones unless the model
         is to think; the others leave it to the prompt.
@@ -437,7 +437,7 @@ class SlotTemplate:
                     turns[number - 1].append(empty)
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """See `ChatTemplate`; a pair is never cut, as in MindSpeed-LLM."""
+        """A pair is never cut, as in MindSpeed-LLM."""
         size = sum(map(len, turns))
         pairs = list(zip(turns[::2], turns[1::2], strict=True))
         if self._settings.seq_length is not None and not self._settings.last_only:

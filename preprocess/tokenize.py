@@ -241,7 +241,6 @@ class TokenizersEncoder:
         self._tokenizer = load_backend(file)
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """See `Encoder`."""
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
@@ -263,7 +262,6 @@ class GigatokenEncoder:
         self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """See `Encoder`."""
         self._chars += sum(map(len, texts))
         if self._chars > RENEWAL_CHARS:
             self._tokenizer = None  # first, so that two never stand side by side

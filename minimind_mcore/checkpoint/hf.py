@@ -35,7 +35,6 @@ class Stored(Slot):
     name: str
 
     def read(self, block: int = 0, blocks: int = 1) -> Tensor:
-        """See `TensorFile.read`."""
         return self.file.read(self.name, block, blocks)
 
 

@@ -105,7 +105,6 @@ class VLLMGenerator:
         )
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        """See `Generator.complete`."""
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self.engine.generate(inputs, self.parameters)
         completions = []

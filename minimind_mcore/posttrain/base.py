@@ -58,14 +58,12 @@ class PostTraining(Job):
         return config
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """See `Job`."""
         if self.config.model.lora_target_modules:
             checkpointing.load_weights(self.config, Path(str(self.config.checkpoint.pretrained_checkpoint)), chunks)
             self.config.record.lora_base = lora.base_digest(chunks)
             lora.adapt(self.config, chunks)
 
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
-        """See `Job`."""
         config, prefix = self.config, data.data_prefix(self.config.data)
         data.check_files(prefix, self.columns, tokenizer, config.data.verify_data)
         # Reads all of it: once is enough.
@@ -76,7 +74,6 @@ class PostTraining(Job):
         )
 
     def build_datasets(self) -> list[MapDataset | None]:
-        """See `Job`."""
         config, prefix = self.config, data.data_prefix(self.config.data)
         tokenizer = training_data.open_tokenizer(config)
         self.check_data(tokenizer)
@@ -108,7 +105,7 @@ class PostTraining(Job):
         return [idx_digest(data.file_prefix(prefix, name)) for name in self.columns]
 
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
-        """See `Job`; packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
+        """Packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
         tokens, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
         length = data.padded_length(max(map(len, tokens)), self.config)
         batch = data.batch_of(tokens, labels, length)

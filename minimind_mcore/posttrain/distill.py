@@ -46,18 +46,15 @@ class Distill(SFT):
         return super().check(config)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """See `Job`."""
         super().prepare_model(chunks)
         if self.config.model.num_experts:
             for core in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
                 core.moe_aux_loss_coeff = cast("float", core.moe_aux_loss_coeff) * self.config.objective.distill_alpha
 
     def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
-        """See `Job`."""
         self.teacher = FrozenModel(self.config, str(self.config.objective.teacher_model))
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
         taught = self.teacher(batch) if unwrap(model).post_process else None
         return run_model(model, batch), functools.partial(distillation_loss, self.config.objective, batch, taught)
 

@@ -64,7 +64,7 @@ class DPO(PostTraining):
         return config
 
     def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
-        """See `Job`: the reference's log-probabilities of every pair that the run reads."""
+        """The reference's log-probabilities of every pair that the run reads."""
         if self.config.objective.reference_live:
             self.reference = FrozenModel(self.config, str(self.config.checkpoint.ref_model))
         elif self.config.objective.dpo_loss_type != "simpo":
@@ -81,7 +81,6 @@ class DPO(PostTraining):
         return {**batch, "index": [sample["index"] for sample in samples]}
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
         if self.config.objective.reference_live and unwrap(model).post_process:
             losses = self.reference(batch, batch["labels"])
             batch["reference"] = pair_log_probs(batch["loss_mask"], losses).t()
@@ -94,7 +93,6 @@ class Reference(DPO):
     """Logs the log-probabilities [2, pairs], and has no loss."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
 
         def measure(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             log_probs = pair_log_probs(batch["loss_mask"], losses)

@@ -77,7 +77,6 @@ class FrozenModel:
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
-        """See `run_model`."""
         assert self.model is not None  # the loss is on the last stage
         return run_model(self.model, batch, labels)
 

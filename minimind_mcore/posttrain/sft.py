@@ -23,7 +23,6 @@ class SFT(PostTraining):
     title = "supervised fine-tuning"
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
         return run_model(model, batch, labels=batch["labels"]), functools.partial(token_loss, batch["loss_mask"])
 
 
@@ -47,7 +46,6 @@ class Reason(SFT):
         return torch.tensor(sorted(set(tokens.tolist())))
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
         mask: Tensor = batch["loss_mask"]
         is_piece = torch.isin(batch["labels"], self.pieces.to(mask.device))
         weights = mask * torch.where(is_piece, TAG_WEIGHT, 1.0)

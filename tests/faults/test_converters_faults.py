@@ -319,8 +319,8 @@ def test_a_tensor_read_twice_is_noticed(hf: Path, tmp_path: Path) -> None:
 
 def test_logits_that_differ_are_a_miss(hf: Path, tmp_path: Path) -> None:
     program = (
-        "from minimind_mcore.converters import probe, cli; from minimind_mcore.errors import run; "
-        "megatron = probe.megatron_logits; probe.megatron_logits = lambda *a: megatron(*a) + 0.01; run(cli.main_v2)"
+        "from minimind_mcore.converters import main, probe; from minimind_mcore.errors import run; "
+        "megatron = probe.megatron_logits; probe.megatron_logits = lambda *a: megatron(*a) + 0.01; run(main.main_v2)"
     )
     flags = ["--load-dir", str(hf), "--save-dir", str(tmp_path / "out"), "--verify", "logits"]
     done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
@@ -334,11 +334,11 @@ def test_logits_that_differ_are_a_miss(hf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["stream", "verify", "publish"])
 def test_a_killed_conversion_leaves_nothing_and_the_next_one_works(where: str, hf: Path, tmp_path: Path) -> None:
     program = (
-        "import os; from minimind_mcore.converters import convert as c, cli; "
+        "import os; from minimind_mcore.converters import convert as c, main; "
         f"work = c.{where}\n"
         "def die(*a):\n    if c.__dict__.get('once'): return\n    {}\n"
         f"c.{where} = die\n"
-        "cli.main_v2()"
+        "main.main_v2()"
     ).format("work(*a) if 'stream' in work.__name__ else None; os.kill(os.getpid(), 9)")
     flags = ["--load-dir", str(hf), "--save-dir", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
@@ -385,8 +385,8 @@ def test_a_full_disk_is_said_and_left_clean(
 
 
 _DIST_PROGRAM = (
-    "from minimind_mcore.converters import convert as c, cli; from minimind_mcore.errors import run; "
-    "c.require_space = lambda *a: None; run(cli.main_v2)"
+    "from minimind_mcore.converters import convert as c, main; from minimind_mcore.errors import run; "
+    "c.require_space = lambda *a: None; run(main.main_v2)"
 )
 
 

@@ -34,7 +34,6 @@ class Norm:
     """The norm of this platform."""
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        """Build it."""
         if ascend.active():
             return ascend.norm(config, hidden_size, eps)
         return RMSNorm(config, hidden_size, eps)

@@ -95,7 +95,6 @@ class LogProbs(ResponseJob):
     """Logs log-probabilities and entropies [2, rows, T], and has no loss."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
 
         def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             found = torch.stack(self.log_probs(batch["rows"], logits))
@@ -131,7 +130,6 @@ class Actor(ResponseJob):
         self.metrics += ("actor/tis_weight", "actor/tis_clipfrac") if self.tis_cap is not None else ()
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
         return self.run(batch, model), functools.partial(self.loss, batch["rows"])
 
     def loss(self, rows: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,13 +157,13 @@ class Values(ResponseJob):
     title = "critic"
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """See `Job`: a value head in place of the output layer."""
+        """A value head in place of the output layer."""
         for chunk in chunks:
             if chunk.post_process:
                 chunk.output_layer = ValueHead(chunk.config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`: logs the values [rows, T]."""
+        """Logs the values [rows, T]."""
 
         def measure(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values = self.values(batch["rows"], output)
@@ -189,7 +187,6 @@ class Critic(Values):
         self.total: Tensor | None = None
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """See `Job`."""
         return self.run(batch, model), functools.partial(self.loss, batch["rows"])
 
     def loss(self, rows: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,6 @@ class DecoderEngine:
         self.form = "hf"
 
     def load_weights(self, whole: Mapping[str, Tensor]) -> None:
-        """See `Engine`."""
         if self.model is None:
             model = empty_model(self.config)
             self.form = detect_form(model.state_dict())
@@ -54,11 +53,9 @@ class DecoderEngine:
                 own[name].copy_(tensor)
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Engine`."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def perturb(self) -> None:
-        """See `Engine`."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.fill_(float("nan"))
@@ -67,7 +64,6 @@ class DecoderEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
-        """See `Engine`."""
         at_a_time = max(1, self.batch // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         found: list[Response] = [Response([], [], False)] * (len(prompts) * n)

@@ -57,7 +57,6 @@ class VLLMEngine:
             )
 
     def load_weights(self, whole: Mapping[str, Tensor]) -> None:
-        """See `Engine`."""
         state = mcore_to_hf(whole, self.config)
 
         def load(model: Any) -> None:
@@ -67,14 +66,12 @@ class VLLMEngine:
         self.engine.reset_prefix_cache()  # of the old weights
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Engine`."""
         found: list[dict[str, Tensor]] = self.engine.apply_model(
             lambda model: {name: p.detach().clone() for name, p in model.named_parameters()}
         )
         return found[0]
 
     def perturb(self) -> None:
-        """See `Engine`."""
 
         def spoil(model: Any) -> None:
             with torch.no_grad():
@@ -86,7 +83,6 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
-        """See `Engine`."""
         vllm: Any = importlib.import_module("vllm")
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
         parameters = [

@@ -48,7 +48,6 @@ class RolloutWorker:
     def generate(
         self, prompts: list[list[int]], n: int, sampling: RolloutSamplingParams, seeds: list[int]
     ) -> list[Response]:
-        """See `RolloutEngine`."""
         return self.engine.generate(prompts, n, sampling, seeds)
 
 
