@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -26,30 +27,11 @@ def build_optimizer(
     """The optimizer (distributed or not) and the schedule that sets its learning rate and weight decay."""
     from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
-    update, precision = config.optimizer, config.precision
-    built = OptimizerConfig(
-        optimizer=update.optimizer,
-        lr=update.lr,
-        min_lr=update.min_lr,
-        weight_decay=update.weight_decay,
-        adam_beta1=update.adam_beta1,
-        adam_beta2=update.adam_beta2,
-        adam_eps=update.adam_eps,
-        sgd_momentum=update.sgd_momentum,
-        clip_grad=update.clip_grad,
-        params_dtype=precision.params_dtype,
-        bf16=precision.bf16,
-        fp16=precision.fp16,
-        loss_scale=precision.loss_scale,
-        initial_loss_scale=precision.initial_loss_scale,
-        min_loss_scale=precision.min_loss_scale,
-        loss_scale_window=precision.loss_scale_window,
-        hysteresis=precision.hysteresis,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        log_num_zeros_in_grad=config.logging.log_num_zeros_in_grad,
-    )
-    if hasattr(built, "overlap_param_gather"):  # megatron-core 0.12.1 reads it from the data-parallel config alone
-        built.overlap_param_gather = config.parallel.overlap_param_gather
+    # The fields have Megatron's names. Which of them the optimizer reads differs between versions of megatron-core:
+    # 0.12.1 has no overlap_param_gather.
+    settings = {**vars(config.optimizer), **vars(config.precision), **vars(config.parallel), **vars(config.logging)}
+    read = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    built = OptimizerConfig(**{name: value for name, value in settings.items() if name in read})
     options: dict[str, Any] = {}
     if config.optimizer.decay_all:
         # megatron-core spares vectors (norms) from weight decay unless told what to spare: nothing.
