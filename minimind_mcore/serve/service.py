@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -320,31 +321,13 @@ class Service:
         """
         queue: asyncio.Queue[list[tuple[int, Piece]]] = asyncio.Queue()
         sequences = []
-        each = len(job.choices) // len(job.prompts)
         for number in range(len(job.choices)):
-            prompt = number // each
-            sequences.append(
-                Sequence(
-                    job.prompts[prompt],
-                    job.make(number),
-                    job.stops[prompt],
-                    _Emit(self.outbox, queue, number),
-                    job.stream,
-                )
-            )
+            prompt = number * len(job.prompts) // len(job.choices)
+            emit = functools.partial(self.outbox.put, queue, number)
+            sequences.append(Sequence(job.prompts[prompt], job.make(number), job.stops[prompt], emit, job.stream))
         scheduler = self.scheduler
         scheduler.submit(sequences)
         return Answers(queue, scheduler, sequences)
-
-
-class _Emit:
-    """Puts the pieces of one sequence into the outbox."""
-
-    def __init__(self, outbox: Outbox, queue: asyncio.Queue[list[tuple[int, Piece]]], index: int) -> None:
-        self.outbox, self.queue, self.index = outbox, queue, index
-
-    def __call__(self, pieces: list[Piece]) -> None:
-        self.outbox.put(self.queue, self.index, pieces)
 
 
 class Answers:
