@@ -29,7 +29,6 @@ from minimind_mcore.inference.prompts import read_prompts
 from minimind_mcore.inference.quality import Quality, measure
 from minimind_mcore.inference.results import EvaluationResults
 from minimind_mcore.inference.toolcall import TOOLCALL, Api, Local, evaluate, read_cases
-from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
@@ -114,7 +113,9 @@ IGNORED = frozenset("no_chat_template temperature top_k top_p greedy eval_langua
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program evaluation.py."""
-    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags, IGNORED)
+    words = sys.argv[1:] if argv is None else argv
+    # The batch size does not change the result.
+    args = flags.parse(words, PROGRAM, USED, IGNORED, evaluation_batch_size=16, max_new_tokens=256)
     if args.no_effect:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
     if args.harness:
@@ -181,20 +182,6 @@ def _evaluate_api(args: argparse.Namespace, cases: dict[str, list[Case]]) -> Non
     print(scores.table(), flush=True)
     if args.output_dir:
         scores.write(Path(args.output_dir))
-
-
-def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(evaluation_batch_size=16, max_new_tokens=256)  # the batch size does not change the result
-    group = parser.add_argument_group("evaluation", "flags of this kit; MindSpeed-LLM does not know them")
-    shots = flag_type("num_fewshot")
-    group.add_argument("--num-fewshot", type=shots, default=0, metavar="N", help="solved questions shown before each")
-    group.add_argument("--harness", nargs="+", default=[], metavar="TASK", help="run these by lm-evaluation-harness")
-    group.add_argument("--raw", action="store_true", help="quality: bos and the prompt, for a pretrained model")
-    group.add_argument("--backend", choices=("local", "api"), default="local", help="toolcall: where the model runs")
-    group.add_argument("--api-base-url", default="http://localhost:8000/v1", help="of a server with OpenAI's API")
-    group.add_argument("--api-key", default="none")
-    group.add_argument("--api-model", help="its name on that server")
-    group.add_argument("--output-dir", help="write scores.json and scores.png there")
 
 
 def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ of the layout and of training say nothing here and are named once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore import arguments
@@ -30,17 +30,17 @@ def parse(
     argv: Sequence[str],
     program: str,
     used: frozenset[str],
-    add_own: Callable[[argparse.ArgumentParser], None],
     ignored: frozenset[str] = frozenset(),
+    **defaults: object,
 ) -> argparse.Namespace:
     """Parse a command line of one of the programs.
 
     Args:
         argv: the words.
-        program: its name, for messages.
+        program: its name, for messages; a key of inputs/kit_flags.json, which has the flags of this kit.
         used: dests of MindSpeed-LLM's flags that it uses beside those of loading.
-        add_own: adds the flags of this kit.
         ignored: dests of MindSpeed-LLM's flags that have no effect in it.
+        defaults: other defaults of MindSpeed-LLM's flags.
 
     Returns:
         A namespace; `given` lists the flags on the command line.
@@ -50,11 +50,11 @@ def parse(
     """
     parser = build_parser(prog=program)
     parser.set_choices("prompt_type", None)
-    parser.set_defaults(lora_r=None, lora_alpha=None)  # taken from the checkpoint
+    parser.set_defaults(lora_r=None, lora_alpha=None, **defaults)  # LoRA's are taken from the checkpoint
     group = add_kit_flags(parser, PROGRAMS)
     unpickling.add_trust_flag(group)
     assumptions.add_flags(group, {flag for action in parser._actions for flag in action.option_strings})
-    add_own(parser)
+    add_kit_flags(parser, program)
     args, given = parser.parse(argv)
     args.given = given
     mine = USED | CHECKED | used

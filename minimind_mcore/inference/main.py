@@ -25,7 +25,6 @@ from minimind_mcore.inference.loading import load_tokenizer, opened, start
 from minimind_mcore.inference.prompts import Prompt, PromptEncoder, read_prompts
 from minimind_mcore.inference.sampling import SamplingParams
 from minimind_mcore.inference.vllm_engine import VLLMGenerator, require_vllm, start_vllm
-from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.preprocess.templates import Settings, SlotTemplate, template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_file
@@ -42,7 +41,7 @@ USED = frozenset(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program inference.py."""
-    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags)
+    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED)
     tasks = _tasks(args)
     if args.no_effect:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with (
         toolbox or contextlib.nullcontext(),
-        _output(args.output) as output,
+        atomic_file(args.output) if args.output else contextlib.nullcontext() as output,
         _engine(args.engine, source, info) as engine,
     ):
         for task in tasks:
@@ -85,21 +84,6 @@ def _engine(name: str, source: Source, info: TokenizerInfo) -> Iterator[Callable
             yield functools.partial(VLLMGenerator, engine)
     else:
         yield functools.partial(Generator, start(source, info))
-
-
-def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompts", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again and again")
-    group.add_argument("--prompt-file", help="prompts, one a line; or jsonl with prompt, messages or conversations")
-    group.add_argument("--output", help="write prompts and completions to this jsonl file")
-    group.add_argument("--raw", action="store_true", help="bos and the prompt, for a model that is only pretrained")
-    group.add_argument("--system", help="a system prompt")
-    group.add_argument("--tools", help="builtin, names of built-in tools, or a JSON file; a chat runs them")
-    group.add_argument("--prompt-batch-size", type=flag_type("prompt_batch_size"), default=16, help="prompts at a time")
-    group.add_argument("--engine", choices=("native", "vllm"), default="native", help="vllm: where it is installed")
-    group.add_argument(
-        "--repetition-penalty", type=flag_type("repetition_penalty"), default=1.0, help="more than 1: repeat less"
-    )
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:
@@ -166,16 +150,6 @@ def stop_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
             raise UserError(f"--add-eos-token {word}: the tokenizer makes {len(ids)} tokens of it, expected one")
         found += ids
     return found
-
-
-@contextlib.contextmanager
-def _output(path: str | None) -> Iterator[Any]:
-    """The file of `--output`, which appears whole or not at all; None without one."""
-    if path is None:
-        yield None
-        return
-    with atomic_file(path) as file:
-        yield file
 
 
 def generate(

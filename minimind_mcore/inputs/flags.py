@@ -135,6 +135,8 @@ def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._Ar
         options: dict[str, Any] = {key: value for key, value in row.items() if key != "range"}
         if "range" in row:
             options["type"] = flag_type(row["range"])
+        elif "type" in row:
+            options["type"] = TYPES[row["type"]]
         if flag not in parser._option_string_actions:
             group.add_argument(flag, **options)
     return group

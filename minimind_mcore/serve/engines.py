@@ -18,8 +18,6 @@ from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device
 
-ENGINES = ("auto", "embedded", "vllm")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
@@ -62,8 +60,8 @@ def choose(asked: str, source: Source) -> tuple[str, str]:
     """The engine that serves a model, and the reason.
 
     Args:
-        asked: one of `ENGINES`. "auto" takes vLLM where it is installed and supports the model's shape, except on an
-            NPU: its attention operator there takes few head sizes.
+        asked: "embedded", "vllm" or "auto". "auto" takes vLLM where it is installed and supports the model's shape,
+            except on an NPU: its attention operator there takes few head sizes.
         source: the model.
 
     Raises:

@@ -17,7 +17,6 @@ from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import default_dtype, load_tokenizer, open_both
-from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.serve import engines
 from minimind_mcore.serve.engines import ServerOptions
 
@@ -28,7 +27,7 @@ USED = frozenset(("enable_thinking", *SAMPLING))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `serve`; returns its exit status."""
-    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED, _add_own_flags)
+    args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED)
     if args.no_effect:
         print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
     options = _options(args)
@@ -47,27 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("a dry run: everything is valid, nothing was served", flush=True)
         return 0
     return int(engines.engine(name).run(source, info, options))
-
-
-def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server", "flags of this kit; MindSpeed-LLM does not know them")
-    group.add_argument("--engine", choices=engines.ENGINES, default="auto", help="what answers (default: auto)")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this host alone)")
-    group.add_argument("--port", type=int, default=8998, help="port to listen at (default: 8998, MiniMind's)")
-    group.add_argument("--served-model-name", default="minimind", help="`model` of requests and replies")
-    group.add_argument(
-        "--allow-anonymous", action="store_true", help="serve other hosts without a key; the key is API_KEY"
-    )
-    group.add_argument("--raw", action="store_true", help="a model that is only pretrained: /v1/completions alone")
-    group.add_argument("--max-model-len", type=flag_type("max_model_len"), help="tokens of a prompt and its answer")
-    group.add_argument(
-        "--max-num-seqs", type=flag_type("max_num_seqs"), default=32, help="requests that run at a time (default: 32)"
-    )
-    group.add_argument(
-        "--max-queue", type=flag_type("max_num_seqs"), default=256, help="requests that may wait (default: 256)"
-    )
-    group.add_argument("--kv-cache-gib", type=float, help="memory for keys and values (default: a fifth of all)")
-    group.add_argument("--cors-origin", action="append", default=[], help="a web page's origin that may send requests")
 
 
 def _options(args: argparse.Namespace) -> ServerOptions:
