@@ -10,13 +10,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.layout import ParallelLayout, parse_numbers
 from minimind_mcore.converters.conversion import Conversion, run_conversion
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import add_kit_flags, build_parser, support
+from minimind_mcore.inputs.flags import add_kit_flags, build_parser, fields_from, support
 from minimind_mcore.platform.cpu import keep_freed_memory
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
@@ -35,13 +34,7 @@ def main_v2(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "--transformer-impl transformer_engine: its names for norms are not MiniMind's spec's; use local"
         )
-    run_conversion(
-        Conversion(
-            **_common(args, given),
-            save_dir=Path(args.save_dir),
-            hf_cfg_dir=_first_path(args.hf_cfg_dir, args.hf_dir),
-        )
-    )
+    run_conversion(_conversion(args, given, Path(args.save_dir), _first_path(args.hf_cfg_dir, args.hf_dir)))
 
 
 def main_v1(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +53,7 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
     if args.tokenizer_model and not args.tokenizer_name_or_path:
         tokenizer = Path(args.tokenizer_model)
         args.tokenizer_name_or_path = str(tokenizer.parent if tokenizer.is_file() else tokenizer)
-    run_conversion(Conversion(**_common(args, given), save_dir=save_dir, hf_cfg_dir=hf_cfg_dir))
+    run_conversion(_conversion(args, given, save_dir, hf_cfg_dir))
 
 
 def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -81,8 +74,8 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
     return args, given
 
 
-def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    """What both programs have."""
+def _conversion(args: argparse.Namespace, given: Sequence[str], save_dir: Path, hf_cfg_dir: Path | None) -> Conversion:
+    """Return what a command line asks for."""
     list_ = parse_numbers("num_layer_list", args.num_layer_list or "")
     tp = args.target_tensor_parallel_size
     etp = getattr(args, "expert_tensor_parallel_size", None)
@@ -91,10 +84,10 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     dense = getattr(args, "first_k_dense_replace", None)
     if dense not in (None, 0, -1):
         raise UserError(f"--first-k-dense-replace {dense}: every layer of a MiniMind is alike; expected 0")
-    same = ("format", "copy_code", "pad_head_dim", "true_vocab_size", "padded_vocab_size", "verify", "dry_run")
-    return {
-        **{name: getattr(args, name) for name in (*same, "lora_r", "lora_alpha")},
+    changes = {
         "load_dir": Path(args.load_dir),
+        "save_dir": save_dir,
+        "hf_cfg_dir": hf_cfg_dir,
         "load_type": args.load_model_type if "--load-model-type" in given else None,
         "save_type": "hf" if args.save_model_type == "hf" else "mg",
         "layout": ParallelLayout(
@@ -117,6 +110,7 @@ def _common(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "lora_only": args.save_lora_to_hf,
         "stated": assumptions.stated(args, given),
     }
+    return Conversion(**fields_from(Conversion, vars(args)) | changes)
 
 
 def _first_path(*values: str | None) -> Path | None:

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import Parser, add_kit_flags, build_parser, support, unused
+from minimind_mcore.inputs.flags import Parser, add_kit_flags, build_parser, fields_from, support, unused
 from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
 from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
@@ -117,34 +117,19 @@ def _options(args: argparse.Namespace) -> Options:
     if args.neat_pack and not args.pack:
         raise UserError("--neat-pack needs --pack")
     chat = ChatOptions(
-        map_keys=args.map_keys,
-        prompt_type=args.prompt_type,
-        prompt_type_path=args.prompt_type_path,
-        enable_thinking=args.enable_thinking,
-        seed=args.seed,
-        system_ratio=args.system_ratio,
-        empty_think_ratio=args.empty_think_ratio,
-        thinking_ratio=args.thinking_ratio,
-        pack="neat-pack" if args.neat_pack else "pack" if args.pack else "",
-        additional_keys=tuple(args.dataset_additional_keys),
-        placeholder_token=args.placeholder_token,
-        reward_tokens=tuple(args.reward_tokens),
+        **fields_from(ChatOptions, vars(args))
+        | {
+            "pack": "neat-pack" if args.neat_pack else "pack" if args.pack else "",
+            "additional_keys": tuple(args.dataset_additional_keys),
+            "reward_tokens": tuple(args.reward_tokens),
+        }
     )
     options = Options(
-        input=args.input,
+        **fields_from(Options, vars(args)),
         tokenizer=args.tokenizer_name_or_path,
-        output_prefix=args.output_prefix,
-        cache_dir=args.cache_dir,
         handler=args.handler_name or "GeneralPretrainHandler",
         keys=tuple(args.json_keys),
-        append_eod=args.append_eod,
-        prepend_bos=args.prepend_bos,
-        dtype=args.dtype,
-        seq_length=args.seq_length,
         backend=args.tokenizer_backend,
-        workers=args.workers,
-        n_subs=args.n_subs,
-        max_reject_rate=args.max_reject_rate,
         overwrite=args.overwrite_cache,
         chat=chat,
     )

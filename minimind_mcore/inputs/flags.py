@@ -7,6 +7,7 @@ same meaning. An unknown flag is an error that suggests the nearest one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -140,6 +141,11 @@ def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._Ar
         if flag not in parser._option_string_actions:
             group.add_argument(flag, **options)
     return group
+
+
+def fields_from(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that have the names of a dataclass's fields."""
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
 
 
 def given_flags(argv: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from minimind_mcore.checkpoint import assumptions
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.loading import default_dtype, load_tokenizer, open_both
+from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.serve import engines
 from minimind_mcore.serve.engines import ServerOptions
 
@@ -68,16 +69,11 @@ def _options(args: argparse.Namespace) -> ServerOptions:
         raise UserError("API_KEY: expected ASCII characters without spaces, as a HTTP header carries it")
     given = [name for name in SAMPLING if f"--{name.replace('_', '-')}" in args.given]
     return ServerOptions(
-        host=args.host,
-        port=args.port,
+        **fields_from(ServerOptions, vars(args)),
         name=args.served_model_name,
         api_key=key,
-        raw=args.raw,
         thinking=args.enable_thinking,
-        max_model_len=args.max_model_len,
         max_batch_size=args.max_num_seqs,
-        max_queue=args.max_queue,
-        kv_cache_gib=args.kv_cache_gib,
         defaults=tuple((name, getattr(args, name)) for name in given),
         cors_origins=tuple(args.cors_origin),
     )

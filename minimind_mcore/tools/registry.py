@@ -63,10 +63,6 @@ class Toolbox:
         """Return the tool of a name, or of another project's name for it."""
         return self.tools.get(name) or self.tools.get(NAMES.get(name, ""))
 
-    def only(self, names: Sequence[str]) -> Toolbox:
-        """Return a toolbox of some of these tools."""
-        return Toolbox([self.tools[name] for name in names], self.limits, self.seed)
-
     def run(self, name: str, arguments: object) -> Result | None:
         """Run a call. Return None if the user must answer it."""
         tool = self.find(name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -227,8 +228,7 @@ Section = TypeVar("Section")
 
 def _section(kind: type[Section], flags: Mapping[str, object]) -> Section:
     """One section; a field that the program's command line lacks has its default."""
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: flags[name] for name in names if name in flags})
+    return kind(**fields_from(kind, flags))
 
 
 class SampleOrder(TypedDict):

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.preprocess.blends import parse_blend, sizes
@@ -104,26 +105,21 @@ def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
     tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(config.data)]
     require_same_everywhere(config, tokenizer)
     compile_helpers()
-    options: dict[str, Any] = dict(
-        random_seed=config.data.seed,
-        sequence_length=config.data.seq_length,
-        path_to_cache=config.data.data_cache_path,
-        mmap_bin_files=config.data.mmap_bin_files,
-        tokenizer=tokenizer,
-        reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
-        eod_mask_loss=config.data.eod_mask_loss,
+    options = fields_from(GPTDatasetConfig, vars(config.data)) | {
+        "random_seed": config.data.seed,
+        "sequence_length": config.data.seq_length,
+        "path_to_cache": config.data.data_cache_path,
+        "tokenizer": tokenizer,
         # The attention is causal by itself; only documents that must not see each other need a mask.
-        create_attention_mask=config.data.reset_attention_mask,
-        num_dataset_builder_threads=config.data.num_dataset_builder_threads,
-    )
+        "create_attention_mask": config.data.reset_attention_mask,
+    }
     wanted = samples_needed(config)
     datasets: list[Any] = []
     for number, part in enumerate(read := parts(config)):
         if not part.prefixes:
             datasets.append(None)
             continue
-        built: Any = GPTDatasetConfig(blend=(part.prefixes, part.weights), split=part.split, **options)
+        built: Any = GPTDatasetConfig(**options | {"blend": (part.prefixes, part.weights), "split": part.split})
         built.split_matrix = [share if place == number else None for place, share in enumerate(built.split_matrix)]
         datasets.append(Builder(GPTDataset, wanted, lambda: True, built).build()[number])
     digests = [sample_order.data_digest(prefix) for prefix in read[0].prefixes]

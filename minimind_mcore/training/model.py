@@ -11,6 +11,7 @@ import torch
 
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.platform.fused import compiled
@@ -94,10 +95,8 @@ def build_model(config: TrainConfig, job: Job) -> list[MegatronModule]:
 
     chunks = build_chunks(config, job)
     ddp = DistributedDataParallelConfig(
+        **fields_from(DistributedDataParallelConfig, vars(config.parallel)),
         grad_reduce_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         bucket_size=config.parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * config.layout.dp),
     )
     # Only the first chunk of a rank overlaps its reduction bucket by bucket, as Megatron does.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def build_optimizer(
     # The fields have Megatron's names. Which of them the optimizer reads differs between versions of megatron-core:
     # 0.12.1 has no overlap_param_gather.
     settings = {**vars(config.optimizer), **vars(config.precision), **vars(config.parallel), **vars(config.logging)}
-    read = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    built = OptimizerConfig(**{name: value for name, value in settings.items() if name in read})
+    built = OptimizerConfig(**fields_from(OptimizerConfig, settings))
     options: dict[str, Any] = {}
     if config.optimizer.decay_all:
         # megatron-core spares vectors (norms) from weight decay unless told what to spare: nothing.
