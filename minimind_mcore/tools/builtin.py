@@ -1,42 +1,29 @@
 """The functions behind the built-in tools: MiniMind's eight, and minimind-ascend's search. They run in `worker`.
 
-Apart from arithmetic, text lengths and unit conversion they stand for services: their tables are those of MiniMind's
-train_agent.py, so that the answers (`gt`) in MiniMind's agent_rl.jsonl are right. With MINIMIND_TOOLS_SEED set, the
-clock stands at 2025-03-07 14:30 in Shanghai and random numbers repeat.
+Apart from arithmetic, text lengths and unit conversion they stand for services. Their tables (builtin.json) are from
+MiniMind's train_agent.py, so the answers (`gt`) in MiniMind's agent_rl.jsonl are right. With MINIMIND_TOOLS_SEED set,
+the clock stands at 2025-03-07 14:30 in Shanghai and random numbers repeat.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import random
 import zoneinfo
 
+from minimind_mcore.paths import PACKAGE
 from minimind_mcore.tools.arithmetic import Number, evaluate
 
 SEED = "MINIMIND_TOOLS_SEED"
 FIXED_TIME = datetime.datetime(2025, 3, 7, 6, 30, tzinfo=datetime.timezone.utc)
-WEATHER = {
-    "北京": ("28°C", "晴"), "上海": ("15°C", "多云"), "广州": ("32°C", "闷热"), "深圳": ("30°C", "晴"),
-    "杭州": ("22°C", "阴"), "成都": ("18°C", "小雨"), "武汉": ("25°C", "多云"), "南京": ("20°C", "晴"),
-    "西安": ("16°C", "大风"), "重庆": ("26°C", "阴"), "Tokyo": ("12°C", "晴"), "New York": ("8°C", "多云"),
-    "London": ("5°C", "小雨"), "Paris": ("10°C", "阴"), "Sydney": ("25°C", "晴朗"),
-}  # fmt: skip
-RATES = {
-    ("USD", "CNY"): 7.21, ("EUR", "CNY"): 7.85, ("GBP", "CNY"): 9.12, ("JPY", "CNY"): 0.048, ("USD", "EUR"): 0.92,
-    ("USD", "GBP"): 0.79, ("CNY", "JPY"): 20.83, ("AUD", "CNY"): 4.72,
-}  # fmt: skip
-TRANSLATIONS = {
-    ("你好世界", "english"): "Hello World", ("Good morning", "chinese"): "早上好",
-    ("今天天气真好", "english"): "The weather is nice today", ("I love programming", "chinese"): "我喜欢编程",
-    ("机器学习很有趣", "english"): "Machine learning is interesting", ("Happy birthday", "chinese"): "生日快乐",
-}  # fmt: skip
+TABLES = json.loads((PACKAGE / "tools/builtin.json").read_text(encoding="utf-8"))
+WEATHER = {city: (temperature, condition) for city, temperature, condition in TABLES["weather"]}
+RATES = {(source, target): rate for source, target, rate in TABLES["rates"]}
+TRANSLATIONS = {(text, language): translation for text, language, translation in TABLES["translations"]}
 # MiniMind's factors. Temperatures are multiplied too, without the 32 degrees, as in its data.
-FACTORS = {
-    ("km", "miles"): 0.621371, ("miles", "km"): 1.60934, ("kg", "pounds"): 2.20462, ("pounds", "kg"): 0.453592,
-    ("meters", "feet"): 3.28084, ("feet", "meters"): 0.3048, ("celsius", "fahrenheit"): 1.8,
-    ("fahrenheit", "celsius"): 0.5556,
-}  # fmt: skip
+FACTORS = {(source, target): factor for source, target, factor in TABLES["factors"]}
 
 
 def calculate_math(expression: str) -> dict[str, str]:

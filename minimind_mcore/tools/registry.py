@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minimind_mcore.errors import UserError, did_you_mean
-from minimind_mcore.tools.builtin import SEED
+from minimind_mcore.tools.builtin import SEED, TABLES
 from minimind_mcore.tools.mcp_servers import open_servers
 from minimind_mcore.tools.process import Limits, Result, failed, run
 from minimind_mcore.tools.tool import Tool
@@ -83,48 +83,10 @@ class Toolbox:
             return list(pool.map(self.run, *zip(*calls, strict=True))) if calls else []
 
 
-def _text(description: str, **more: object) -> dict[str, object]:
-    return {"type": "string", "description": description, **more}
-
-
-def _tool(name: str, description: str, properties: Mapping[str, object], optional: int = 0, **aliases: str) -> Tool:
-    """Return a built-in tool. The last `optional` properties are not required."""
-    required = list(properties)[: len(properties) - optional]
-    parameters = {"type": "object", "properties": properties, "required": required}
-    function = {"name": name, "description": description, "parameters": parameters}
-    return Tool({"type": "function", "function": function}, f"minimind_mcore.tools.builtin:{name}", aliases=aliases)
-
-
-# One set for MiniMind's scripts, which name the arguments of two tools in two ways (`city` and `target_lang` in its web
-# demo), and for minimind-ascend's.
 TOOLS: Mapping[str, Tool] = {
-    tool.name: tool
-    for tool in (
-        _tool("calculate_math", "计算数学表达式的结果，支持加减乘除、幂运算、开方等", {
-            "expression": _text("数学表达式，如123+456、2**10、sqrt(144)")}),
-        _tool("get_current_time", "获取当前日期和时间，支持指定时区", {
-            "timezone": _text("时区名称，如Asia/Shanghai、America/New_York", default="Asia/Shanghai")}, 1),
-        _tool("random_number", "生成指定范围内的随机数", {
-            "min": {"type": "integer", "description": "最小值", "default": 0},
-            "max": {"type": "integer", "description": "最大值", "default": 100}}, 2),
-        _tool("text_length", "计算文本的字符数和单词数", {"text": _text("要统计的文本")}),
-        _tool("unit_converter", "进行单位换算，支持长度、重量、温度等", {
-            "value": {"type": "number", "description": "要转换的数值"},
-            "from_unit": _text("源单位，如km、miles、kg、pounds、celsius、fahrenheit"),
-            "to_unit": _text("目标单位")}),
-        _tool("get_current_weather", "获取指定城市的当前天气信息，包括温度、湿度和天气状况", {
-            "location": _text("城市名称，如北京、上海、New York"),
-            "unit": _text("温度单位，celsius或fahrenheit", enum=["celsius", "fahrenheit"], default="celsius")}, 1,
-            city="location"),
-        _tool("get_exchange_rate", "查询两种货币之间的实时汇率", {
-            "from_currency": _text("源货币代码，如USD、CNY、EUR"),
-            "to_currency": _text("目标货币代码，如USD、CNY、EUR")}),
-        _tool("translate_text", "将文本翻译成目标语言", {
-            "text": _text("要翻译的文本"),
-            "target_language": _text("目标语言，如english、chinese、japanese、french")}, target_lang="target_language"),
-        _tool("search", "搜索互联网上的信息", {"query": _text("搜索关键词")}),
-    )
-}  # fmt: skip
+    name: Tool(row["definition"], f"minimind_mcore.tools.builtin:{name}", aliases=row["aliases"])
+    for name, row in TABLES["tools"].items()
+}
 # minimind-ascend's names
 NAMES: Mapping[str, str] = {
     "get_weather": "get_current_weather",
