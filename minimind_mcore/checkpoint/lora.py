@@ -88,14 +88,7 @@ def whole(name: str, parts: list[FilePart], files: Mapping[str, TensorFile], tp:
     entries = [files[part.folder].entries[f"{part.chunk}/{part.name}"] for part in parts]
 
     def read() -> Tensor:
-        by_rank: dict[int, list[Tensor]] = defaultdict(list)
-        for part in parts:
-            tensor = files[part.folder].read(f"{part.chunk}/{part.name}")
-            by_rank[part.rank if is_cut else 0].append(tensor)
-        for copies in by_rank.values():
-            if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
-                raise UserError(f"{name}: the ranks' copies differ: the checkpoint is damaged")
-        found = [by_rank[rank][0] for rank in sorted(by_rank)]
+        found = shards(name, parts, is_cut, lambda part: files[part.folder].read(f"{part.chunk}/{part.name}"))
         return weights.unshard(weight, found) if is_cut else found[0]
 
     first = entries[0]
@@ -103,6 +96,22 @@ def whole(name: str, parts: list[FilePart], files: Mapping[str, TensorFile], tp:
     if is_cut:
         shape[0 if column_parallel else 1] *= tp
     return Lazy(tuple(shape), first.dtype, read)
+
+
+def shards(name: str, parts: list[FilePart], is_cut: bool, read: Callable[[FilePart], Tensor]) -> list[Tensor]:
+    """Read the shards of a tensor, by tensor-parallel rank; one shard if the tensor is not cut.
+
+    Raises:
+        UserError: copies of a shard differ.
+    """
+    by_rank: dict[int, list[Tensor]] = defaultdict(list)
+    for part in parts:
+        by_rank[part.rank if is_cut else 0].append(read(part))
+    for copies in by_rank.values():
+        if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
+            where = ", ".join(f"{part.folder} {part.name}" for part in parts)
+            raise UserError(f"{name}: the ranks' copies differ ({where}): the checkpoint is damaged")
+    return [by_rank[rank][0] for rank in sorted(by_rank)]
 
 
 def adapters_of(source: Source) -> dict[str, Adapter]:

@@ -19,7 +19,7 @@ from minimind_mcore.checkpoint import lora
 from minimind_mcore.checkpoint.files import NAME, args_in
 from minimind_mcore.checkpoint.layout import FilePart, ParallelLayout
 from minimind_mcore.checkpoint.source import Lazy, Source, Training
-from minimind_mcore.checkpoint.tensors import Slot, TensorFile
+from minimind_mcore.checkpoint.tensors import TensorFile
 from minimind_mcore.checkpoint.torch_zip import Archive, StoredTensor, read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
@@ -244,27 +244,18 @@ def _account(
 
 def _whole(name: str, shape: tuple[int, ...], parts: list[FilePart], files: Files, tp: int) -> Lazy:
     """A tensor of the whole model, from its parts."""
-    dtypes = {entry_of(files, part).dtype for part in parts}
+    dtypes = {files[part.folder].entries[_stored_name(files, part)].dtype for part in parts}
     if len(dtypes) > 1:
         raise UserError(f"{name}: its parts have dtypes {', '.join(map(str, dtypes))}, expected one")
 
+    def read_one(part: FilePart) -> Tensor:
+        tensor = read_part(files, part, part.shape(name, shape, tp))
+        return tensor.t() if part.grouped else tensor
+
     def read() -> Tensor:
-        by_rank: dict[int, list[Tensor]] = defaultdict(list)
-        for part in parts:
-            tensor = read_part(files, part, part.shape(name, shape, tp))
-            by_rank[part.rank if weights.is_split(name) else 0].append(tensor.t() if part.grouped else tensor)
-        for copies in by_rank.values():
-            if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
-                where = ", ".join(f"{part.folder} {part.name}" for part in parts)
-                raise UserError(f"{name}: the ranks' copies differ ({where}): the checkpoint is damaged")
-        return weights.unshard(name, [by_rank[rank][0] for rank in sorted(by_rank)])
+        return weights.unshard(name, lora.shards(name, parts, weights.is_split(name), read_one))
 
     return Lazy(shape, dtypes.pop(), read)
-
-
-def entry_of(files: Files, part: FilePart) -> Slot:
-    """The tensor of a file that a part is (in)."""
-    return files[part.folder].entries[_stored_name(files, part)]
 
 
 def read_part(files: Files, part: FilePart, expected: tuple[int, ...]) -> Tensor:
