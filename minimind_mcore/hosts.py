@@ -331,6 +331,13 @@ def _user_of(number: str) -> str:
     return ""
 
 
+def runs(process: int) -> bool:
+    """Whether a process of this host runs, and is not a zombie."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 def named(hosts: Hosts, ascend: bool, dry: bool) -> dict[str, str]:
     """Return the variables that name the interfaces of a job on several Ascend hosts, and say which.
 

@@ -31,7 +31,7 @@ from minimind_mcore.posttrain.base import PostTraining, run_model
 from minimind_mcore.posttrain.reference import FrozenModel
 from minimind_mcore.training.config import ObjectiveSection, TrainConfig
 from minimind_mcore.training.data import MapDataset
-from minimind_mcore.training.job import LossFunction, MicroBatch, averaged
+from minimind_mcore.training.job import LossFunction, MicroBatch, averaged, measured
 from minimind_mcore.training.step import Engine
 
 if TYPE_CHECKING:
@@ -93,12 +93,8 @@ class Reference(DPO):
     """Logs the log-probabilities [2, pairs], and has no loss."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-
-        def measure(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            log_probs = pair_log_probs(batch["loss_mask"], losses)
-            return log_probs.sum(), torch.ones((), dtype=torch.int, device=losses.device), log_probs
-
-        return run_model(model, batch, labels=batch["labels"]), measure
+        output = run_model(model, batch, labels=batch["labels"])
+        return output, lambda losses: measured(pair_log_probs(batch["loss_mask"], losses))
 
 
 def pair_log_probs(loss_mask: Tensor, losses: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def averaged(total: Tensor, number: Tensor, *metrics: Tensor) -> tuple[Tensor, T
     return total, number.to(torch.int), torch.stack(sums)
 
 
+def measured(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss function returns that logs values and has no loss."""
+    return values.sum(), torch.ones((), dtype=torch.int, device=values.device), values
+
+
 def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of the token losses [mbs, seq] where the mask [mbs, seq] is 1."""
     mask = loss_mask.reshape(-1).float()

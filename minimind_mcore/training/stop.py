@@ -13,10 +13,10 @@ import threading
 import time
 from types import FrameType
 
-import psutil
 import torch
 import torch.distributed as dist
 
+from minimind_mcore import hosts
 from minimind_mcore.platform import device
 
 # Ctrl-C reaches a rank twice within moments, from the terminal and from torchrun: that is one request.
@@ -84,7 +84,7 @@ class StopSignal:
             threading.Thread(target=self._watch_launcher, args=arguments, name="launcher", daemon=True).start()
 
     def _watch_launcher(self, parent: int, launcher: int) -> None:
-        while os.getppid() == parent and (parent == launcher or not launcher or _lives(launcher)):
+        while os.getppid() == parent and (parent == launcher or not launcher or hosts.runs(launcher)):
             time.sleep(_POLL_SECONDS)
         self.lost, since = True, time.monotonic()
         _drop_closed_output()
@@ -119,10 +119,3 @@ def _drop_closed_output() -> None:
         poll.register(descriptor, 0)
         if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
-def _lives(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import runs
 from minimind_mcore.rl.runtime.metrics import say
 
 POLL_SECONDS = 2.0
@@ -154,13 +155,6 @@ class Patience:
             self.tell(f"{self.title} ({waited:.0f} of {self.seconds:g} s): {what}")
             self.said = waited + SAY_EVERY_SECONDS
         time.sleep(POLL_SECONDS)
-
-
-def runs(process: int) -> bool:
-    """Whether a process is there, and not only its exit status."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def reach(address: str, patience: Patience) -> None:

@@ -22,7 +22,7 @@ from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.config import TrainConfig
-from minimind_mcore.training.job import Job, LossFunction, MicroBatch, averaged
+from minimind_mcore.training.job import Job, LossFunction, MicroBatch, averaged, measured
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -95,12 +95,8 @@ class LogProbs(ResponseJob):
     """Logs log-probabilities and entropies [2, rows, T], and has no loss."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-
-        def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            found = torch.stack(self.log_probs(batch["rows"], logits))
-            return found.sum(), torch.ones((), dtype=torch.int, device=found.device), found
-
-        return self.run(batch, model), measure
+        output = self.run(batch, model)
+        return output, lambda logits: measured(torch.stack(self.log_probs(batch["rows"], logits)))
 
 
 # `actor_loss` returns these as this part's share of the mini-batch. All others are means over this part's tokens.
@@ -164,12 +160,7 @@ class Values(ResponseJob):
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         """Logs the values [rows, T]."""
-
-        def measure(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            values = self.values(batch["rows"], output)
-            return values.sum(), torch.ones((), dtype=torch.int, device=values.device), values
-
-        return self.run(batch, model), measure
+        return self.run(batch, model), lambda output: measured(self.values(batch["rows"], output))
 
     def values(self, rows: Batch, output: Tensor) -> Tensor:
         """[rows, T], 0 behind the responses' end."""

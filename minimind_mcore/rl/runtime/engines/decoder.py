@@ -17,7 +17,7 @@ from minimind_mcore.inference.loading import empty_model, fill_model
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import detect_form, mcore_to_hf
 from minimind_mcore.platform import device
-from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams, uniforms
+from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams, spoil, uniforms, weights_of
 
 SHRINK = 0.75  # responses that have ended leave the batch when so few of it are left
 
@@ -53,12 +53,10 @@ class DecoderEngine:
                 own[name].copy_(tensor)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return weights_of(self.model)
 
     def perturb(self) -> None:
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.fill_(float("nan"))
+        spoil(self.model)
 
     @torch.inference_mode()
     def generate(

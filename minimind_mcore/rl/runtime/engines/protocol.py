@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -85,6 +86,18 @@ class RolloutEngine(Protocol):
             seeds: one for each response: the same seed and weights write the same response, whoever runs it.
         """
         ...
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return copies of a model's weights, by their names in transformers."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def spoil(model: torch.nn.Module) -> None:
+    """Fill a model's weights with NaN."""
+    for parameter in model.parameters():
+        parameter.fill_(float("nan"))
 
 
 def uniforms(seeds: Sequence[int], count: int) -> NDArray[np.float32]:

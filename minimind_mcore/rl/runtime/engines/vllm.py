@@ -14,14 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.weights import mcore_to_hf
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams
+from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams, spoil, weights_of
 
 
 class VLLMEngine:
@@ -66,18 +65,10 @@ class VLLMEngine:
         self.engine.reset_prefix_cache()  # of the old weights
 
     def weights(self) -> dict[str, Tensor]:
-        found: list[dict[str, Tensor]] = self.engine.apply_model(
-            lambda model: {name: p.detach().clone() for name, p in model.named_parameters()}
-        )
+        found: list[dict[str, Tensor]] = self.engine.apply_model(weights_of)
         return found[0]
 
     def perturb(self) -> None:
-
-        def spoil(model: Any) -> None:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.fill_(float("nan"))
-
         self.engine.apply_model(spoil)
 
     def generate(
