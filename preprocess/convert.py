@@ -34,6 +34,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
@@ -208,24 +209,20 @@ def _exclusive(prefix: Path) -> Iterator[None]:
                 return
 
 
+@dataclass
 class _Run:
     """One conversion that has to be done."""
 
-    def __init__(
-        self,
-        options: Options,
-        info: TokenizerInfo,
-        sources: Sequence[InputFile],
-        request: str,
-        prefix: Path,
-    ) -> None:
-        self._options = options
-        self._info = info
-        self._sources = sources
-        self._request = request
-        self._prefix = prefix
+    _options: Options
+    _info: TokenizerInfo
+    _sources: Sequence[InputFile]
+    _request: str
+    _prefix: Path
+
+    def __post_init__(self) -> None:
+        options, prefix = self._options, self._prefix
         self._targets = dataset_prefixes(options, prefix)
-        self._shards = plan_shards(sources, options.n_subs)
+        self._shards = plan_shards(self._sources, options.n_subs)
         self._parts = prefix.with_name(prefix.name + PARTS)
         if options.cache_dir:  # where outputs of one name in different places must not meet
             place = hashlib.sha256(os.fsencode(prefix.resolve())).hexdigest()[:8]
