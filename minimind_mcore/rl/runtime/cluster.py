@@ -156,6 +156,12 @@ class Bundle:
         return {"scheduling_strategy": strategy, "num_cpus": 0, **resources}
 
 
+def threads_of(places: Sequence[Bundle], number: int) -> int:
+    """The threads of a process, which shares the cores of its host with the others there."""
+    beside = sum(place.node == places[number].node for place in places)
+    return max(1, cpu.usable_cores() // beside)
+
+
 def where(places: Sequence[Bundle]) -> str:
     """Which ranks are on which host, for messages."""
     hosts: dict[str, list[str]] = {}

@@ -13,7 +13,7 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import cpu, device
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime import weight_sync
-from minimind_mcore.rl.runtime.cluster import Bundle
+from minimind_mcore.rl.runtime.cluster import Bundle, threads_of
 from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutEngine, RolloutSamplingParams
 from minimind_mcore.rl.runtime.supervise import ActorPool, PoolCall, Restarts
 from minimind_mcore.rl.runtime.weight_sync import WeightShard
@@ -85,13 +85,11 @@ class RolloutGroup:
         restarts: Restarts,
     ) -> None:
         gpus = {"num_gpus": share} if device.current().kind != "cpu" else {}
-        beside = [sum(other.node == place.node for other in places) for place in places]
         self.shards: list[Any] = []
 
         def start(number: int) -> Any:
-            place, threads = places[number], max(1, cpu.usable_cores() // beside[number])
-            remote: Any = ray.remote(RolloutWorker)
-            actor = remote.options(**place.options(**gpus)).remote(config, model, vocab_size, threads)
+            remote: Any = ray.remote(RolloutWorker).options(**places[number].options(**gpus))
+            actor = remote.remote(config, model, vocab_size, threads_of(places, number))
             if self.shards:
                 actor.load.remote(*self.shards)  # answered before whatever it is asked next
             return actor

@@ -11,11 +11,11 @@ from typing import Any
 import ray
 import torch
 
-from minimind_mcore.platform import cpu, device
+from minimind_mcore.platform import device
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime import supervise
 from minimind_mcore.rl.runtime.batch import Batch
-from minimind_mcore.rl.runtime.cluster import Bundle
+from minimind_mcore.rl.runtime.cluster import Bundle, threads_of
 from minimind_mcore.rl.runtime.supervise import collect
 
 
@@ -97,17 +97,14 @@ class TrainGroup:
         rendezvous = collect([a.where.remote() for a in self.actors], self.names, "to start", patience)[0]
         world = len(self.actors)
         refs = [
-            actor.start.remote(self.config, self.role, self.reference, (rank, world), rendezvous, self._threads(rank))
+            actor.start.remote(
+                self.config, self.role, self.reference, (rank, world), rendezvous, threads_of(self.places, rank)
+            )
             for rank, actor in enumerate(self.actors)
         ]
         collect(refs, self.names, "start", self.timeout)
         found: dict[str, Any] = self.call("load", at)[0]
         return found
-
-    def _threads(self, rank: int) -> int:
-        """Threads of a rank: the cores of its host, shared with the ranks beside it."""
-        beside = sum(place.node == self.places[rank].node for place in self.places)
-        return max(1, cpu.usable_cores() // beside)
 
     def submit(self, method: str, *arguments: Any) -> list[Any]:
         """Begin a call of `Rank`'s method on every rank; returns the references of what they return."""
