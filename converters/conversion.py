@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.hf_config import hf_model_type
 from minimind_mcore.models.presets import PRESETS, get_preset
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
@@ -72,17 +75,14 @@ def run_conversion(conversion: Conversion) -> Result | None:
     unpadded = prepare(conversion, open_model(conversion))
     source = with_padded_heads(conversion, unpadded)
     target = make_target(conversion, source)
-    print(
-        f"from  {conversion.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB", flush=True
-    )
-    print(f"to    {conversion.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB", flush=True)
+    logger.info(f"from  {conversion.load_dir}: {source.kind}, {_name(source.dtype)}, {source.nbytes / 1e6:,.1f} MB")
+    logger.info(f"to    {conversion.save_dir}: {target.kind}, {target.nbytes / 1e6:,.1f} MB")
     for line in assumptions.described(conversion.load_dir, source.assumptions):
-        print(f"note  {line}", flush=True)
+        logger.info(f"note  {line}")
     if source.dtype == torch.float16:
-        print(
+        logger.info(
             "note  fp16 weights: MiniMind's own tools save fp16 whatever a model was trained in; "
-            "convert from the trainer's checkpoint where more precision matters",
-            flush=True,
+            "convert from the trainer's checkpoint where more precision matters"
         )
     if conversion.dry_run:
         require_free(conversion.save_dir)
@@ -95,9 +95,9 @@ def run_conversion(conversion: Conversion) -> Result | None:
 
         probe = partial(compare_logits, unpadded, target)
     result = convert(source, target, conversion.save_dir, probe)
-    print(f"check {result.tensors} tensors read back, equal; digest of the weights {result.digest}", flush=True)
+    logger.info(f"check {result.tensors} tensors read back, equal; digest of the weights {result.digest}")
     rate = result.nbytes / 1e9 / result.seconds
-    print(f"done  {result.path} in {result.seconds:.1f} s ({rate:.2f} GB/s)", flush=True)
+    logger.info(f"done  {result.path} in {result.seconds:.1f} s ({rate:.2f} GB/s)")
     return result
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from minimind_mcore.preprocess.hf_tokenizer import export_config, require_auto_t
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint, tokenizer_info
 from minimind_mcore.preprocess.train_tokenizer import SPECIAL, chat_template
 from minimind_mcore.storage import FileEntry, file_entry, write_manifest
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -104,14 +106,13 @@ def native_config(source: Source, folder: Path | None, root: Path, copy_code: bo
     for place in filter(None, (folder, source.folder)):
         code = place / "model_minimind.py"
         if code.is_file() and not copy_code:
-            print(
+            logger.warning(
                 f"{code} was not copied: it is code, which transformers runs under trust_remote_code. Give --copy-code "
-                "to copy it, if you trust it",
-                file=sys.stderr,
+                "to copy it, if you trust it"
             )
             break
         if code.is_file():
-            print(f"copied {code}: transformers runs this code under trust_remote_code", file=sys.stderr)
+            logger.warning(f"copied {code}: transformers runs this code under trust_remote_code")
             shutil.copy(code, root / code.name)
             classes = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
             return fields | {"auto_map": {auto: f"model_minimind.{name}" for auto, name in classes.items()}}
@@ -135,10 +136,9 @@ def find_tokenizer(source: Source, folder: Path | None) -> Path | None:
                     f"expected {source.training.fingerprint[:12]}); give its directory as --hf-cfg-dir"
                 )
             return place
-    print(
+    logger.warning(
         "no tokenizer was given (--hf-cfg-dir, or --tokenizer-name-or-path): the output has weights and configs, "
-        "and needs its tokenizer's files",
-        file=sys.stderr,
+        "and needs its tokenizer's files"
     )
     return None
 

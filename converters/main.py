@@ -7,6 +7,7 @@ python convert_ckpt_v2.py --load-model-type hf --save-model-type mg --load-dir m
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from minimind_mcore.converters.conversion import Conversion, run_conversion
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import add_kit_flags, build_parser, fields_from, support
 from minimind_mcore.platform.cpu import keep_freed_memory
+
+logger = logging.getLogger(__name__)
 
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
 
@@ -70,7 +73,7 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
     if refused := [flag for flag in given if flag in support(program, "refused")]:
         raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
     if ignored := [flag for flag in given if flag in support(program, "no effect")]:
-        print(f"without effect here: {', '.join(ignored)}", flush=True)
+        logger.info(f"without effect here: {', '.join(ignored)}")
     return args, given
 
 

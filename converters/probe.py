@@ -7,6 +7,7 @@ rounding of an attention kernel. The whole model is in memory, twice at most.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from minimind_mcore.converters.hf import HFTarget
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 BATCH, SEQUENCE, SEED = 2, 64, 20240828
 # Padded heads have another base of the rotary embedding. Its rounding in float32 grows with the position, so that the
@@ -57,12 +60,14 @@ def compare_logits(source: Source, target: Target, written: Mapping[str, Lazy], 
             expected, found = of_source(), of_target()
     if padded:
         difference = (found - expected).abs().max().item()
-        print(f"padded heads, {PADDED_LONG:,} tokens: largest difference of the logits {difference:.3g}")
+        logger.info(f"padded heads, {PADDED_LONG:,} tokens: largest difference of the logits {difference:.3g}")
         ids, found, expected = (x[:, :PADDED_SEQUENCE] for x in (ids, found, expected))
     difference = (found - expected).abs().max().item()
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
     limit = TOLERANCE * max(1.0, expected.abs().max().item())
-    print(f"logits of {ids.numel()} tokens: largest difference {difference:.3g}, argmax equal in {100 * same:.1f} %")
+    logger.info(
+        f"logits of {ids.numel()} tokens: largest difference {difference:.3g}, argmax equal in {100 * same:.1f} %"
+    )
     if not difference <= limit:
         raise UserError(
             f"--verify logits: they differ by {difference:.3g}, expected at most {limit:.3g}; nothing is written"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import logging
 import os
 import select
 import signal
@@ -12,6 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
+
+from minimind_mcore import log
+
+logger = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -64,7 +69,7 @@ def tell_launcher(problem: str) -> None:
         return
     except OSError:
         pass  # the launcher is gone, and its directory with it
-    print(f"error: {problem}", file=sys.stderr, flush=True)
+    logger.error(problem)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -75,11 +80,12 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         try:
+            _set_up_log()
             main()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept: the same command continues from there", file=sys.stderr)
+        logger.info("interrupted; what was finished is kept: the same command continues from there")
         _exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         problem = str(error)
@@ -94,8 +100,15 @@ def run(main: Callable[[], None]) -> None:
             # Most errors are every rank's: the launcher then ends this one before it says what rank 0 has said.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        logger.error(problem)
         _exit(1)
+
+
+def _set_up_log() -> None:
+    try:
+        log.setup()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _stdout_is_closed() -> bool:

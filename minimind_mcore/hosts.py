@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -33,6 +34,8 @@ from pathlib import Path
 import psutil
 
 from minimind_mcore.errors import UserError, run
+
+logger = logging.getLogger("minimind_mcore.hosts")
 
 PORT = 29500
 LINE = re.compile(r"(?P<host>\S+)(\s+\w+=\S*)*")
@@ -348,14 +351,14 @@ def named(hosts: Hosts, ascend: bool, dry: bool) -> dict[str, str]:
     if hosts.count > 1:
         try:
             if doubt := check_master(hosts):
-                print(doubt, file=sys.stderr)
+                logger.warning(doubt)
             found = network(hosts, os.environ) if ascend else {}
         except UserError as error:
             if not dry:
                 raise
-            print(f"the job would fail on this host: {error}", file=sys.stderr)
+            logger.warning(f"the job would fail on this host: {error}")
     if found:
-        print("network:", *(f"{name}={value}" for name, value in found.items()), file=sys.stderr)
+        logger.info(" ".join(["network:", *(f"{name}={value}" for name, value in found.items())]))
     return found
 
 

@@ -21,6 +21,8 @@ from minimind_mcore import errors, hosts
 from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.training.stop import LAUNCHER, SIGNALS, hangup_ignored
 
+logger = logging.getLogger("minimind_mcore.launch")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run torchrun with the arguments of a command line.
@@ -49,20 +51,20 @@ def _launch(arguments: list[str]) -> int:
     # torchrun would listen on some port, and tell its ranks 0, which none of them can reach.
     if given.master_port == 0:
         if given.nnodes not in ("1", "1:1"):
-            print("error: --master-port 0: several hosts need the same port, as 29500 (MASTER_PORT)", file=sys.stderr)
+            logger.error("--master-port 0: several hosts need the same port, as 29500 (MASTER_PORT)")
             return 1
         given.master_port = hosts.free_port()
     try:
         with hosts.port_errors(given.master_addr, str(given.master_port)):
             run.run(given)  # type: ignore[no-untyped-call]
     except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error(error)
         return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _failed(rank, failure)
     except SignalException as error:  # it has passed the signal on, and waited for the ranks to save
-        print(f"stopped by {error.sigval.name}", file=sys.stderr)
+        logger.info(f"stopped by {error.sigval.name}")
         return 128 + error.sigval
     return 0
 
@@ -71,17 +73,17 @@ def _failed(rank: int, failure: ProcessFailure) -> int:
     """Say what ended the run, as the last line; returns the exit status: 128 + its number after a request to stop."""
     verdict = Path(os.environ[errors.VERDICT])
     if verdict.is_file():  # a rank knows more than its exit status says
-        print(f"error: {verdict.read_text(encoding='utf-8')}", file=sys.stderr)
+        logger.error(verdict.read_text(encoding="utf-8"))
         return 1
     status: int = failure.exitcode
     number = -status if status < 0 else status - 128
     if number in SIGNALS:  # one rank got it, and all saved
-        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        logger.info(f"stopped by {signal.Signals(number).name}")
         return 128 + number
     how = f"exit status {status}" if status >= 0 else f"signal {failure.signal_name()}"
-    print(f"error: rank {rank} ended with {how} (see above); the other ranks were stopped", file=sys.stderr)
+    logger.error(f"rank {rank} ended with {how} (see above); the other ranks were stopped")
     return 1
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
 
@@ -53,7 +56,7 @@ class ProgressBar:
                 rate,
                 f"{(self._total - position) * seconds / max(done, 1):.0f} s left",
             )
-            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+            logger.info(", ".join(filter(None, parts)))
 
     def __enter__(self) -> ProgressBar:
         return self

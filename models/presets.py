@@ -10,7 +10,7 @@ configs/models.yaml has the sizes. A model that is not in the file is given by i
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,8 @@ import yaml
 from minimind_mcore.errors import UserError, did_you_mean, run
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.paths import CONFIGS
+
+logger = logging.getLogger("minimind_mcore.models.presets")
 
 T = TypeVar("T")
 
@@ -75,7 +77,7 @@ def flags_of(name: str) -> list[str]:
     """Return a model's Megatron flags, and say what training leaves out."""
     config = find_model(name)
     if config.inference_rope_scaling:
-        print(f"note: {name} has inference_rope_scaling; training runs without it, as MiniMind's", file=sys.stderr)
+        logger.info(f"note: {name} has inference_rope_scaling; training runs without it, as MiniMind's")
     return config.megatron_flags()
 
 

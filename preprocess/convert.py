@@ -26,11 +26,11 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import operator
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -71,6 +71,8 @@ from minimind_mcore.preprocess.stages import make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder, tokenizer_info
 from minimind_mcore.progress import ProgressBar
 from minimind_mcore.storage import atomic_file, disk_errors, sha256
+
+logger = logging.getLogger(__name__)
 
 SHOWN_REJECTS = 5
 PREVIEWED = 1000
@@ -176,7 +178,7 @@ def _unused(reports: Sequence[Report]) -> Counter[str]:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    logger.info(message)
 
 
 def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:

@@ -15,6 +15,7 @@ import argparse
 import ast
 import functools
 import inspect
+import logging
 import random
 import sysconfig
 import warnings
@@ -29,6 +30,8 @@ from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.preprocess.tool_dialogues import dialogues as tool_dialogues
 from minimind_mcore.preprocess.tool_dialogues import held_out as unseen_tool_questions
 from minimind_mcore.storage import write_json_lines
+
+logger = logging.getLogger("minimind_mcore.preprocess.corpus")
 
 # Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip", "encodings", "__pycache__"}
@@ -188,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(path: str, records: Sequence[dict[str, Any]]) -> None:
     write_json_lines(path, records)
-    print(f"{path}: {len(records):,} records, {Path(path).stat().st_size / 1e6:.1f} MB")
+    logger.info(f"{path}: {len(records):,} records, {Path(path).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ converted, and every set is printed after its weight.
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from minimind_mcore.preprocess.indexed import read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.options import ChatOptions, Options, from_dataset_info, with_config
 from minimind_mcore.preprocess.tokenize import tokenizer_info
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "preprocess_data.py"
 IMPLEMENTED, NO_EFFECT = support(PROGRAM, "implemented"), support(PROGRAM, "no effect")
@@ -60,7 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if refused := unused(given, IMPLEMENTED | NO_EFFECT, PROGRAM):
         raise UserError(f"{', '.join(refused)}: known to MindSpeed-LLM, not implemented here")
     if ignored := unused(given, IMPLEMENTED, PROGRAM):
-        print(f"no effect here: {', '.join(ignored)}", file=sys.stderr)
+        logger.info(f"no effect here: {', '.join(ignored)}")
     return args
 
 

@@ -20,12 +20,14 @@ preprocessing, `--prompt-file` and data for reinforcement learning read the same
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minimind_mcore.preprocess.readers import kind_of
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 Columns = Mapping[str, str]
@@ -250,7 +252,7 @@ def report_unused(counts: Mapping[str, int]) -> None:
     """Name on standard error the keys that nothing read, and how often they held something."""
     if counts:
         found = ", ".join(f"{key} ({count:,})" for key, count in sorted(counts.items()))
-        print(f"not used: keys of the input that nothing reads, and how often they occur: {found}", file=sys.stderr)
+        logger.info(f"not used: keys of the input that nothing reads, and how often they occur: {found}")
 
 
 def is_empty(value: Any) -> bool:

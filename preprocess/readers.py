@@ -28,8 +28,8 @@ import glob
 import gzip
 import io
 import json
+import logging
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +40,8 @@ import pyarrow
 import pyarrow.parquet
 
 from minimind_mcore.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 READ_CHARS = 1 << 20
 
@@ -224,7 +226,7 @@ def _expand(pattern: str) -> list[Path]:
         raise UserError(f"input {pattern}: no file to read there; expected .jsonl, .json, .txt or .parquet files")
     if ignored:
         names = [file.name for file in ignored[:SHOWN_IGNORED]] + ["..."] * (len(ignored) > SHOWN_IGNORED)
-        print(f"input {pattern}: ignored {len(ignored)} files of other kinds ({', '.join(names)})", file=sys.stderr)
+        logger.info(f"input {pattern}: ignored {len(ignored)} files of other kinds ({', '.join(names)})")
     return readable
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler
 from minimind_mcore.preprocess.messages import Conversation
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.storage import write_json_lines
+
+logger = logging.getLogger("minimind_mcore.preprocess.tool_data")
 
 SOURCES = {
     "hermes": "HermesToolHandler", "glaive": "GlaiveToolHandler", "xlam": "XlamToolHandler",
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             kept.append(found)
     for reason, count in Counter(reject.reason for reject in rejects).most_common():
-        print(f"left out: {count:,} records: {reason}")
+        logger.info(f"left out: {count:,} records: {reason}")
     if rejects:
         said: list[Row] = [{"reason": reject.reason, "record": reject.content} for reject in rejects]
         _write(f"{args.output.removesuffix('.jsonl')}.rejects.jsonl", said)
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(path: str, lines: Sequence[Row]) -> None:
     write_json_lines(path, lines)
-    print(f"{path}: {len(lines):,} records")
+    logger.info(f"{path}: {len(lines):,} records")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from minimind_mcore.paths import PACKAGE
 from minimind_mcore.preprocess.handlers import HANDLERS
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.storage import atomic_directory
+
+logger = logging.getLogger("minimind_mcore.preprocess.train_tokenizer")
 
 _CONTENT = json.loads((PACKAGE / "preprocess/tokenizer_config.json").read_text(encoding="utf-8"))
 CONFIG: dict[str, Any] = _CONTENT["config"]
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     tokenizer = train(texts(args.input, args.json_key), args.vocab_size, args.split_digits)
     save(tokenizer, args.output)
-    print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
+    logger.info(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
 
 
 if __name__ == "__main__":

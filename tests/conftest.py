@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from helpers import engine, posttrain_oracle
 
+from minimind_mcore import log
+
 # A shell starts programs in its background with SIGINT ignored, and they pass that on to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,6 +33,12 @@ def own_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def console() -> None:
+    """Print the kit's messages, also where a test calls a program's `main` itself."""
+    log.setup()
 
 
 @pytest.fixture(params=["v3", "v2"])

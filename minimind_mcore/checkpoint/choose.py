@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 
 import torch.distributed as dist
 
+from minimind_mcore import log
 from minimind_mcore.checkpoint import torch_zip
 from minimind_mcore.checkpoint.files import TRACKER, directory_of, iterations_in, read_tracker, tracked_directory
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import ranks
 from minimind_mcore.storage import MANIFEST, check_manifest
+
+logger = logging.getLogger(__name__)
 
 _whole: set[Path] = set()  # checkpoints whose files were compared, and which are not loaded yet
 
@@ -30,7 +33,7 @@ def choose(root: Path, step: int | None = None) -> Path | None:
         if not problems:
             _whole.add(directory)
             return directory
-        _warn("\n  ".join([f"checkpoint {directory} is damaged; trying another one:", *problems]))
+        log.warn_once(logger, "\n  ".join([f"checkpoint {directory} is damaged; trying another one:", *problems]))
     if candidates:
         raise UserError(f"no whole checkpoint in {root}; tried {', '.join(d.name for d in candidates)}")
     return None
@@ -48,7 +51,7 @@ def _candidates(root: Path) -> list[Path]:
     if named is None:
         if found:
             told = f"{root / TRACKER}: found {text!r}, expected an iteration"
-            _warn(f"{told}; looking for the newest checkpoint")
+            log.warn_once(logger, f"{told}; looking for the newest checkpoint")
         return found
     older = [d for d in found if text == "release" or d.name < named.name]
     return [named, *older, *(d for d in found if d not in (named, *older))]
@@ -71,8 +74,3 @@ def _check_share(directory: Path, rank: int, number: int) -> list[str]:
     if not files:
         return [f"{directory}: no checkpoint files"]
     return [problem for file in files[rank::number] for problem in torch_zip.check_records(file)]
-
-
-def _warn(text: str) -> None:
-    if ranks.is_main():
-        print(text, file=sys.stderr, flush=True)

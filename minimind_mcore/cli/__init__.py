@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minimind_mcore import errors
+from minimind_mcore import errors, log
 from minimind_mcore.errors import UserError
 
 # command: (module:function, what it does)
@@ -68,7 +68,8 @@ def usage() -> str:
 
     programs = "with the flags of MindSpeed-LLM and MindSpeed-RL:"
     lines = [*listed(COMMANDS), "", programs, *listed(PROGRAMS)]
-    return "\n".join(["usage: minimind-mcore COMMAND ...", "", *lines, "", "`COMMAND --help` says more."])
+    levels = f"{log.SETTING}={'|'.join(log.LEVELS)} leaves out messages below a level (default: info)."
+    return "\n".join(["usage: minimind-mcore COMMAND ...", "", *lines, "", "`COMMAND --help` says more.", levels])
 
 
 def dispatch(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CONFIGS
 from minimind_mcore.platform.cpu import usable_cores
 from minimind_mcore.preprocess.check import datasets_at
+
+logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 600
 PROBLEMS = "grpo_minimind_math"  # the dataset of reinforcement learning that has sample data
@@ -169,7 +172,7 @@ def lock(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot write to {directory.parent}: {error.strerror}") from error
         if not waited:
-            print(f"waiting for another process; if there is none, remove the directory {directory}", file=sys.stderr)
+            logger.warning(f"waiting for another process; if there is none, remove the directory {directory}")
         if waited >= LOCK_SECONDS:
             raise UserError(f"waited 10 minutes; if nothing else is running here, remove the directory {directory}")
         time.sleep(2)

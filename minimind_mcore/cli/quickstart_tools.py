@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ from minimind_mcore.cli import data, place, quickstart
 from minimind_mcore.cli.settings import CLI, count, env, help_of, path, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
+
+logger = logging.getLogger(__name__)
 
 BATCH = 4  # sequences of an update
 LENGTH = "1024"
@@ -93,7 +96,7 @@ class ToolStage:
     def stage(self, name: str) -> Iterator[None]:
         """Name a stage, and measure how long it takes."""
         began = time.monotonic()
-        print(f"\n== {name}", flush=True)
+        logger.info(f"\n== {name}")
         yield
         self.times.append(f"{name:<12} {time.monotonic() - began:4.0f} s")
 
@@ -107,7 +110,7 @@ class ToolStage:
         folder, iterations = self.folders[stage], self.iterations[stage]
         tracker = folder / "checkpoints/latest_checkpointed_iteration.txt"
         if tracker.is_file() and tracker.read_text(encoding="utf-8") == str(iterations):
-            print(f"finished before: {tracker.parent}")
+            logger.info(f"finished before: {tracker.parent}")
             return
         flags = [*quickstart.schedule(iterations), "--seed", seed]
         self.call(["sft", *flags], **changes, OUTPUT_DIR=str(folder), TRAIN_ITERS=str(iterations))

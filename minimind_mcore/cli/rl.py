@@ -20,6 +20,7 @@ Further words are hydra overrides, such as actor_config.lr=1e-6. --dry-run check
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -39,6 +40,8 @@ from minimind_mcore.hosts import free_port
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.platform import device
 from minimind_mcore.platform.cpu import usable_cores
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 40  # letters of RAY_TMPDIR: below it go 65 more, and the path of a socket has at most 107
 STOPPED = (0, 130, 143)  # exit statuses of a run that has not failed
@@ -126,10 +129,9 @@ class RLRun:
         head = ["--head", "--port", self.port, "--node-ip-address", leader, "--include-dashboard=false"]
         with self.ray("head", head) as process:
             if self.nodes > 1:
-                print(
+                logger.info(
                     f"on each of the other {self.nodes - 1} hosts: MASTER_ADDR={leader} MASTER_PORT={self.port} "
-                    "bash examples/rlxf/grpo_minimind_worker.sh",
-                    flush=True,
+                    "bash examples/rlxf/grpo_minimind_worker.sh"
                 )
             if process:
                 hosts.wait(address, self.nodes, hosts.Patience(self.seconds, process))
@@ -192,7 +194,7 @@ class RLRun:
             raise
         except UserError:
             last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-            print(f"the end of {log}:", *last, sep="\n", file=sys.stderr)
+            logger.warning("\n".join([f"the end of {log}:", *last]))
             raise
         finally:
             hosts.end(process.pid)

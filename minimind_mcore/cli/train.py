@@ -19,8 +19,8 @@ Further Megatron flags pass through and win. --dry-run checks everything and tra
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from minimind_mcore.cli.settings import choice, count, env, flags, given, help_o
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import presets, recipes
 from minimind_mcore.paths import default_outputs
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -201,9 +203,8 @@ class Run:
             return ["--no-pad-to-seq-lengths"]
         if self.place.backend != "native" and not env("MBS") and not self.given("--micro-batch-size"):
             os.environ["MBS"] = "1"
-            print(
+            logger.warning(
                 "PACK=1: micro-batches of 1 (MBS=1), as in larger ones MindSpeed-LLM's packed samples see each other "
-                "(D9); the global batch stays as it is",
-                file=sys.stderr,
+                "(D9); the global batch stays as it is"
             )
         return ["--reset-attention-mask", "--neat-pack"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.prompts import Message, Prompt, PromptEncoder, is_text, text_input
 from minimind_mcore.tools.parser import Call, StreamParser, Text
 from minimind_mcore.tools.registry import Toolbox
+
+logger = logging.getLogger(__name__)
 
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
@@ -78,7 +81,7 @@ def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: T
                 session.messages.clear()
                 print("a new conversation", flush=True)
             elif not is_text(text):
-                print(f"not in {lines.encoding or 'UTF-8'}, left out: write it again", file=sys.stderr, flush=True)
+                logger.warning(f"not in {lines.encoding or 'UTF-8'}, left out: write it again")
             elif text:
                 role = "tool" if text.startswith(TOOL) else "user"
                 session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
@@ -131,7 +134,7 @@ def answer(generator: Generator, encoder: PromptEncoder, prompt: Prompt) -> Stre
     _show([*reply.end(), Text("answer", "\n")], shown)
     for call in reply.calls:
         print(f"[tool call] {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)
-    print(f"{count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr, flush=True)
+    logger.info(f"{count / (time.perf_counter() - began):.1f} tokens/s")
     return reply
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path
 from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
 from minimind_mcore.tools.cases import Case
+
+logger = logging.getLogger(__name__)
 
 KEY = "text"
 Document = tuple[list[int], int]
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The batch size does not change the result.
     args = flags.parse(words, PROGRAM, USED, IGNORED, evaluation_batch_size=16, max_new_tokens=256)
     if args.no_effect:
-        print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     if args.harness:
         require_harness()
     tasks = _tasks(args)

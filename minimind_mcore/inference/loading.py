@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import cpu, device
 from minimind_mcore.preprocess import hf_tokenizer
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, tokenizer_info
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,10 @@ def opened(args: argparse.Namespace) -> tuple[Source, TokenizerInfo]:
     source, info = open_both(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
     flags.check_model(args, source.config)
     size = source.config.num_parameters() / 1e6
-    print(f"model      {args.load}: {source.kind}, {size:.1f}M parameters", file=sys.stderr)
+    logger.info(f"model      {args.load}: {source.kind}, {size:.1f}M parameters")
     for line in assumptions.described(args.load, source.assumptions):
-        print(line, file=sys.stderr)
-    print(f"tokenizer  {info.path} (fingerprint {info.fingerprint[:12]})", file=sys.stderr, flush=True)
+        logger.info(line)
+    logger.info(f"tokenizer  {info.path} (fingerprint {info.fingerprint[:12]})")
     return source, info
 
 
@@ -206,5 +208,5 @@ def start(source: Source, info: TokenizerInfo) -> Loaded:
     began = time.perf_counter()
     loaded = load(source, info)
     seconds = time.perf_counter() - began
-    print(f"loaded     {loaded.dtype} on {device.current().kind} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    logger.info(f"loaded     {loaded.dtype} on {device.current().kind} in {seconds:.1f} s")
     return loaded

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import atomic_file
 from minimind_mcore.tools.registry import open_tools
 
+logger = logging.getLogger(__name__)
+
 PROGRAM = "inference.py"
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
 BEAMS = 2  # MindSpeed-LLM's
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED)
     tasks = _tasks(args)
     if args.no_effect:
-        print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     raw = _is_raw(args, tasks)
     toolbox = open_tools(args.tools) if args.tools else None
     tools = list(toolbox.definitions) if toolbox else None
@@ -175,8 +178,6 @@ def generate(
                 row |= {"tokens": len(completion.ids), "finished": completion.finished}
                 output.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     seconds = time.perf_counter() - began
-    print(
-        f"{task}: {len(prompts)} prompts, {new_tokens} tokens in {seconds:.2f} s, {new_tokens / seconds:,.1f} tokens/s",
-        file=sys.stderr,
-        flush=True,
+    logger.info(
+        f"{task}: {len(prompts)} prompts, {new_tokens} tokens in {seconds:.2f} s, {new_tokens / seconds:,.1f} tokens/s"
     )

@@ -9,6 +9,7 @@ folder, with MiniMind as its layer spec.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -19,6 +20,8 @@ from minimind_mcore.errors import UserError, run
 from minimind_mcore.mindspeed.flags import complete, require_files, router_weight_of, spelled
 from minimind_mcore.models.config import LAYER_SPEC
 from minimind_mcore.paths import CHECKOUT
+
+logger = logging.getLogger("minimind_mcore.mindspeed.launch")
 
 SPEC = ["--spec", *LAYER_SPEC]
 RANK = ["-m", "minimind_mcore.mindspeed.program"]  # runs the program that follows
@@ -73,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"--data-pending", "--weights-pending"} & set(words):
         require_files(flags)
     for remark in remarks:
-        print(remark, file=sys.stderr)
+        logger.warning(remark)
     if "--num-experts" in flags:
-        print(f"router weight: {router_weight_of(flags)}", file=sys.stderr)
+        logger.info(f"router weight: {router_weight_of(flags)}")
     program = [*RANK, words[at], *([] if "--spec" in flags else SPEC), *spelled(flags, folder)]
     command = [sys.executable, "-m", "minimind_mcore.launch", *words[:at], *program]
     print(f"cd {shlex.quote(str(folder))} && {shlex.join(command)}", flush=True)

@@ -23,30 +23,30 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from minimind_mcore import log
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform.after_import import after_import
 
 if TYPE_CHECKING:
     from minimind_mcore.rl.rewards.rewards import Rewards
 
-logger = logging.getLogger("minimind_mcore.mindspeed")
+logger = logging.getLogger(__name__)
 
 
 def setup() -> None:
     """Arrange for every change; importing nothing of MindSpeed-RL."""
+    log.setup()  # of the kit's logger alone: MindSpeed-RL's are not touched
     for module, patch in PATCHES.items():
         after_import(f"mindspeed_rl.{module}", patch)
 
 
 def _log(change: str) -> None:
-    print(f"minimind: {change}", file=sys.stderr, flush=True)
-    logger.info(change)
+    logger.info(f"minimind: {change}")
 
 
 # Weights

@@ -10,6 +10,7 @@ The command is printed; `--dry-run` stops there.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shlex
 import sys
@@ -33,6 +34,8 @@ from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, defaults, minimind_config
 from minimind_mcore.rl.rewards.verifier_pool import resolve
 from minimind_mcore.storage import atomic_write_text
+
+logger = logging.getLogger(__name__)
 
 RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
 PROGRAMS = {"ray_grpo": "train_grpo.py", "ray_dapo": "train_dapo.py", "ray_ppo": "train_ppo.py"}
@@ -93,7 +96,7 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     file = Path(directory or CONFIGS) / f"{name.removesuffix('.yaml')}.yaml"
     findings, tree, _ = lint(str(file), target, overrides, nodes=_hosts())
     for finding in [*findings, *_cores(tree, target)]:
-        print(finding, file=sys.stderr)
+        logger.info(finding)
     if any(finding.level == "error" for finding in findings):
         raise UserError(f"{file}: not fit for {target} in {folder}; see the errors above")
     _check_checkpoints(tree)
@@ -219,7 +222,7 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check and write, print the command, run nothing")
     args = parser.parse_intermixed_args(list(argv))
     job = prepare(program, args.config_name, args.overrides, args.config_dir)
-    print(f"+ {job}", file=sys.stderr, flush=True)
+    logger.info(f"+ {job}")
     if args.dry_run:
         return
     os.environ.update(job.environment)

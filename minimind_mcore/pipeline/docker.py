@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from minimind_mcore.pipeline.job import SETTINGS
 from minimind_mcore.pipeline.stages import Run
 from minimind_mcore.platform import device
 
+logger = logging.getLogger(__name__)
+
 COMPOSE = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml")]
 OUTPUTS = "/workspace/minimind-mcore/outputs"  # in the images
 OUTSIDE = ("download", "build", "vllm", "web")  # stages that a container is not needed for, or that start their own
@@ -27,7 +30,7 @@ def build(kind: str, dry: bool) -> int:
     if not dry:
         found = subprocess.run(["docker", "image", "inspect", image], capture_output=True)
         if found.returncode == 0:
-            print(f"finished before: image {image}")
+            logger.info(f"finished before: image {image}")
             return 0
     return _step(command, {}, dry)
 

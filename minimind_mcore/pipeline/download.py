@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.pipeline.tables import KINDS, Entry, find, tables
 from minimind_mcore.storage import disk_errors, sha256
+
+logger = logging.getLogger(__name__)
 
 CLIENTS = {"modelscope": "modelscope", "hf": "huggingface_hub"}  # hub: its client's package
 MARGIN = 1.1  # a client keeps a little next to the file
@@ -46,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
     hub = choose(args.hub)
     folder = args.output or default_folder(args.kind, args.name)
     require_space(folder, entry, args.name)
-    print(f"{args.name} from {repository_of(entry, hub)} on {hub}, licence {entry['licence']}", flush=True)
+    logger.info(f"{args.name} from {repository_of(entry, hub)} on {hub}, licence {entry['licence']}")
     fetch(hub, entry, folder, args.kind == "data")
     verify(folder, entry)
-    print(f"done: {folder}", flush=True)
+    logger.info(f"done: {folder}")
 
 
 def listing() -> str:

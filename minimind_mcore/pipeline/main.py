@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +42,8 @@ from minimind_mcore.pipeline.stages import (
 from minimind_mcore.pipeline.tables import find
 from minimind_mcore.preprocess.check import datasets_at
 
+logger = logging.getLogger(__name__)
+
 DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}  # commands whose dry run checks everything
 
 
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the stages of a command line. Return the exit status."""
     args = parse(argv)
     run = make_run(args)
-    print(f"stages: {' '.join(run.stages)}", flush=True)
+    logger.info(f"stages: {' '.join(run.stages)}")
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
     if kind and (status := before_container(run, kind, args)):
@@ -59,13 +61,10 @@ def main(argv: Sequence[str]) -> int:
     for stage in stages:
         with _named(stage):
             if stage == "reason" and "reason" not in args.stages and args.only != stage and has_no_reasoning(run):
-                print("skipped: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
+                logger.info("skipped: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
             elif status := run_stage(run, stage, args):
                 repeat = shlex.join(repeat_command(args, stage))
-                print(
-                    f"error: the stage {stage} failed with exit status {status}. To repeat it:\n  {repeat}",
-                    file=sys.stderr,
-                )
+                logger.error(f"the stage {stage} failed with exit status {status}. To repeat it:\n  {repeat}")
                 return status
     if args.dry_run:
         print("\ndry run: every stage is valid, nothing was run")
@@ -171,16 +170,16 @@ def chosen(args: argparse.Namespace) -> list[str]:
 @contextlib.contextmanager
 def _named(stage: str) -> Iterator[None]:
     began = time.monotonic()
-    print(f"\n== {stage}", flush=True)
+    logger.info(f"\n== {stage}")
     yield
-    print(f"== {stage}: {time.monotonic() - began:.0f} s", flush=True)
+    logger.info(f"== {stage}: {time.monotonic() - began:.0f} s")
 
 
 def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
     """Run a stage, or what of it is not finished. Return its exit status; an error is printed."""
     try:
         if stage == "build":
-            print("skipped: native runs need no image; --docker builds it")
+            logger.info("skipped: native runs need no image; --docker builds it")
         elif stage == "vllm":
             serving.serve(run, args.docker, args.dry_run)
         elif stage == "web" and not args.dry_run:
@@ -189,7 +188,7 @@ def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
             if status := dry_run(run, job) if args.dry_run else run_job(run, job):
                 return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        logger.error(error)
         return 1
     return 0
 
@@ -198,10 +197,10 @@ def run_job(run: Run, job: Job) -> int:
     """Run a job, unless it is finished. Return the exit status of the command that failed, or 0."""
     record = run.records.expected(job)
     if run.records.is_done(job, record):
-        print(f"finished before: {job.folder or job.name}", flush=True)
+        logger.info(f"finished before: {job.folder or job.name}")
         return 0
     if job.folder and not run.records.agrees(job, record) and (old := set_aside(job.folder)):
-        print(f"{job.folder} is of other inputs or settings; it is kept as {old.name}", flush=True)
+        logger.info(f"{job.folder} is of other inputs or settings; it is kept as {old.name}")
     before = run.records.read(job.name) if run.records.agrees(job, record) else {}
     record |= {"seconds": before.get("seconds", 0.0), "processes": place.processes(), "finished": False}
     run.records.write(job.name, record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -19,6 +20,8 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline.stages import UNSET, Run
 from minimind_mcore.storage import atomic_write_text
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 600  # a GPU's server may compile its kernels first
 QUESTION = "17+25=?"
@@ -44,7 +47,7 @@ def serve(run: Run, docker: bool, dry: bool) -> None:
     weights = run.records.read("convert").get("outputs", {})
     before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
     if before.get("weights") == weights and before.get("port") == run.port and _alive(before):
-        print(f"already serving: process {before['pid']}")
+        logger.info(f"already serving: process {before['pid']}")
     else:
         stop(before)
         if _answers(address(run)):

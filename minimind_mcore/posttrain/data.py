@@ -13,6 +13,7 @@ Each epoch is a shuffle of the documents by one generator, as MindSpeed-LLM shuf
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ from minimind_mcore.preprocess.indexed import Column, idx_path, read_index
 from minimind_mcore.training.config import DataSection, TrainConfig
 from minimind_mcore.training.data import DatasetTokenizer
 from minimind_mcore.training.job import MicroBatch
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 INSTRUCTION = ("input_ids", "attention_mask", "labels")
@@ -143,7 +146,9 @@ def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_s
         if name.endswith("labels"):
             _check_label_column(column, seq_length, vocab_size)
             if cut := int((column.index.lengths > seq_length).sum()):
-                print(f"{column.prefix}: {cut} of {len(column)} samples are cut to {seq_length} tokens (--seq-length)")
+                logger.info(
+                    f"{column.prefix}: {cut} of {len(column)} samples are cut to {seq_length} tokens (--seq-length)"
+                )
         if name == "attention_mask":
             _check_packing(column, packed)
 
@@ -151,7 +156,7 @@ def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_s
 def _check_packing(column: Column, packed: bool) -> None:
     found = _documents_where(column, column.index.lengths.max(initial=1), lambda x: x > 1)
     if packed and not found.any():
-        print(f"{column.prefix}: not packed, each sample is a sequence: --neat-pack has no effect")
+        logger.info(f"{column.prefix}: not packed, each sample is a sequence: --neat-pack has no effect")
     if found.any() and not packed:
         raise UserError(
             f"{column.prefix}: sample {int(found.argmax())} is packed, its attention mask numbers the samples "

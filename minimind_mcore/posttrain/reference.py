@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import MegatronModule
 
+logger = logging.getLogger(__name__)
+
 
 class FrozenModel:
     """It is whole on every rank of the last pipeline stage, where the loss is; its tensors are split as the run's are.
@@ -63,9 +65,8 @@ class FrozenModel:
         from megatron.core import parallel_state
 
         source = open_weights(config, Path(path))
-        if ranks.is_main():
-            for line in assumptions.described(path, source.assumptions):
-                print(line, flush=True)
+        for line in assumptions.described(path, source.assumptions):
+            logger.info(line)
         if source.config.vocab_size != config.model.padded_vocab_size:
             raise UserError(
                 f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is "
@@ -116,11 +117,7 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
     known: LogProbs = ranks.from_main(lambda: _read(cache, count))
     missing = needed[np.isnan(known[needed, 0])]
     if len(missing):
-        if ranks.is_main():
-            print(
-                f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the weights at hand'}",
-                flush=True,
-            )
+        logger.info(f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the weights at hand'}")
         # The adapters of LoRA are not loaded yet, and zero: the model is its base.
         with _weights_of(config, None if config.model.lora_target_modules else source, engine.model):
             known[missing] = _measure(job, engine, missing)[missing]
@@ -188,7 +185,7 @@ def _read(cache: Path | None, count: int) -> LogProbs:
             known: LogProbs = np.load(cache)
             if known.shape == (count, 2):
                 return known
-        print("\n  ".join(["the cached log-probabilities are not used:", *problems]), file=sys.stderr, flush=True)
+        logger.warning("\n  ".join(["the cached log-probabilities are not used:", *problems]))
     return np.full((count, 2), np.nan, dtype=np.float32)
 
 

@@ -8,7 +8,7 @@ minimind-mcore rl export-verl grpo_minimind3 --output verl/
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from minimind_mcore.rl.config.lint import TARGETS, dump, find, lint, read
 from minimind_mcore.rl.config.load import command_parser, compose, resolve
 from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.storage import atomic_write_text
+
+logger = logging.getLogger(__name__)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,4 +103,4 @@ def _rewrite(file: Path, output: Path, version: str, changes: Sequence[str]) -> 
     if output == file:
         file.with_suffix(f"{file.suffix}.orig").write_bytes(file.read_bytes())
     atomic_write_text(output, dump(migrate(read(file), version)[0]))
-    print(f"{output}: written, {len(changes)} changes (comments are lost)", file=sys.stderr)
+    logger.info(f"{output}: written, {len(changes)} changes (comments are lost)")

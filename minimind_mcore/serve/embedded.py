@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from minimind_mcore import log
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.loading import Loaded, start
@@ -42,6 +43,7 @@ def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
     if reason := problem(source):
         raise UserError(reason)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.hand_over()  # the log of requests has the time, as uvicorn's messages have
     # The event loop and the scheduler's thread share an interpreter: at 5 ms each step would wait for the other one.
     sys.setswitchinterval(0.0005)
     with listening(options.host, options.port) as listener, contextlib.suppress(KeyboardInterrupt):

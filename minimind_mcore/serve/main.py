@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.serve import engines
 from minimind_mcore.serve.engines import ServerOptions
 
+logger = logging.getLogger(__name__)
+
 PROGRAM = "minimind-mcore serve"
 SAMPLING = ("temperature", "top_p", "top_k")
 USED = frozenset(("enable_thinking", *SAMPLING))
@@ -30,19 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command `serve`; returns its exit status."""
     args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED)
     if args.no_effect:
-        print(f"without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     options = _options(args)
     source, info = open_both(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
     flags.check_model(args, source.config)
     # Paths, and `source.kind` has the directory's name, stay out of what a server prints.
     size, layers = source.config.num_parameters() / 1e6, source.config.num_layers
-    print(f"model      {size:.1f}M parameters in {layers} layers", file=sys.stderr)
+    logger.info(f"model      {size:.1f}M parameters in {layers} layers")
     for line in assumptions.described("model", source.assumptions):
-        print(line, file=sys.stderr)
+        logger.info(line)
     if not options.raw and not load_tokenizer(info).chat_template:
         raise UserError("the tokenizer has no chat template; set RAW=1 (--raw) to serve /v1/completions alone")
     name, reason = engines.choose(args.engine, source)
-    print(f"engine     {name}: {reason}", file=sys.stderr, flush=True)
+    logger.info(f"engine     {name}: {reason}")
     if args.dry_run:
         print("a dry run: everything is valid, nothing was served", flush=True)
         return 0
@@ -89,7 +92,7 @@ def host_flag(setting: str) -> list[str]:
         if setting not in ("", "localhost"):
             ipaddress.ip_address(setting)
     except ValueError:
-        print(f"HOST={setting} is not an IP address and is ignored; --host takes any name", file=sys.stderr)
+        logger.warning(f"HOST={setting} is not an IP address and is ignored; --host takes any name")
         return []
     return ["--host", setting] if setting else []
 

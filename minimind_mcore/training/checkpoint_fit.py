@@ -70,7 +70,7 @@ def other_constants(flags: Flags, saved: Flags, directory: Path, overridable: bo
     else:
         advice = "; --override-opt_param-scheduler follows the command line" if overridable else ""
         used = f"The run follows the checkpoint{advice}"
-    return f"warning: {directory}: {'; '.join(differing)}. {used}"
+    return f"{directory}: {'; '.join(differing)}. {used}"
 
 
 def check_optimizer(flags: Flags, saved: Flags, directory: Path) -> None:

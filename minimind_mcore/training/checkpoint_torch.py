@@ -9,6 +9,7 @@ EP are the same.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from minimind_mcore.checkpoint.files import NAME
 from minimind_mcore.checkpoint.layout import ParallelLayout
@@ -32,6 +32,8 @@ from minimind_mcore.training.step import Engine
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.module import MegatronModule
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER_NAME = "distrib_optim.pt"
 INSTEAD = (
@@ -229,11 +231,9 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
     torch.set_rng_state(state["torch_rng_state"])
     if len(state["cuda_rng_state"]) != len(device.rng_state()):
         # A CPU's generator has 5056 bytes of state, a GPU's 16: no state of one fits the other.
-        if dist.get_rank() == 0:
-            print(
-                "the checkpoint was saved on another kind of device: dropout continues with random numbers of --seed",
-                flush=True,
-            )
+        logger.info(
+            "the checkpoint was saved on another kind of device: dropout continues with random numbers of --seed"
+        )
         return
     device.set_rng_state(state["cuda_rng_state"])
     tracker: Any = get_cuda_rng_tracker()

@@ -14,15 +14,16 @@ takes the newest whole one.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from minimind_mcore import log
 from minimind_mcore.checkpoint.choose import choose, forget
 from minimind_mcore.checkpoint.files import (
     PREFIX,
@@ -65,6 +66,8 @@ from minimind_mcore.training.step import Engine
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with sample 0, as with --finetune"
 
@@ -93,8 +96,7 @@ def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
         entries = _together(lambda: _entries(lambda: form.write(config, tmp, engine, progress), tmp), tmp)
     kept = (progress.iteration, config.checkpoint.keep_last)
     _together(lambda: _publish(root, tmp, final, entries, *kept) if ranks.is_main() else None, tmp)
-    if ranks.is_main():
-        print(f"saved checkpoint of iteration {progress.iteration} to {final}", flush=True)
+    logger.info(f"saved checkpoint of iteration {progress.iteration} to {final}")
 
 
 def require_shared_directory(path: Path) -> None:
@@ -163,7 +165,7 @@ def _remove(directory: Path) -> None:
     try:
         directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
     except OSError as error:
-        _say(f"warning: {directory}: cannot be removed ({error.strerror or error}), as --keep-last asks", sys.stderr)
+        logger.warning(f"{directory}: cannot be removed ({error.strerror or error}), as --keep-last asks")
 
 
 def _together(work: Callable[[], T], tmp: Path) -> list[T]:
@@ -195,14 +197,14 @@ def load(config: TrainConfig, engine: Engine) -> Progress:
     root = Path(config.checkpoint.load)
     if checkpoint_weights.is_model(root):
         source = checkpoint_weights.read_model(config, root, engine)
-        _say(f"loaded weights of {root}: {source.kind}; training starts at the beginning")
+        logger.info(f"loaded weights of {root}: {source.kind}; training starts at the beginning")
         return Progress()
     directory = _chosen(config, root)
     if directory is None:
-        _say(f"no checkpoint in {root}: starting from the beginning")
+        logger.info(f"no checkpoint in {root}: starting from the beginning")
         return Progress()
     if not config.checkpoint.finetune and is_converted(directory):
-        _say(f"{directory} {CONVERTED}")
+        logger.info(f"{directory} {CONVERTED}")
         config = config.changed(finetune=True)
     resharded = (
         config.checkpoint.reshard
@@ -211,26 +213,28 @@ def load(config: TrainConfig, engine: Engine) -> Progress:
     )
     if resharded:
         saved = checkpoint_weights.reshard(config, directory, engine)
-        _say(f"resharded {directory} from {checkpoint_weights.saved_layout(directory)}: its optimizer starts anew")
+        logger.info(
+            f"resharded {directory} from {checkpoint_weights.saved_layout(directory)}: its optimizer starts anew"
+        )
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
         saved = form.read(config, directory, engine)
     forget(directory)
     progress = _progress(config, saved)
     if not config.checkpoint.finetune and (config.checkpoint.no_load_optim or "opt_param_scheduler" not in saved):
-        _say(_place_in_schedule(config, directory, progress, engine))
+        logger.info(_place_in_schedule(config, directory, progress, engine))
     elif (
         not config.checkpoint.finetune
         and not resharded
         and (line := other_constants(config.flags, vars(saved["args"]), directory))
     ):
-        _say(line, sys.stderr)
-    _say(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
+        log.warn_once(logger, line)
+    logger.info(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
     # In reinforcement learning the driver reads the prompts, and compares their order itself.
     own = config.record.sample_order
     differing = sample_order.differences(config.flags, vars(saved["args"]), own) if own else []
     if progress.consumed and differing:
-        _say(sample_order.warning(directory, differing), sys.stderr)
+        log.warn_once(logger, sample_order.warning(directory, differing))
     return progress
 
 
@@ -376,11 +380,6 @@ def _progress(config: TrainConfig, saved: dict[str, Any]) -> Progress:
     consumed = getattr(saved["args"], "consumed_train_samples", 0) or iteration * config.schedule.global_batch_size
     skipped = getattr(saved["args"], "skipped_train_samples", 0) // config.schedule.global_batch_size
     return Progress(iteration, consumed, skipped)
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    if ranks.is_main():
-        print(text, file=file or sys.stdout, flush=True)
 
 
 def free_bytes(config: TrainConfig) -> int:

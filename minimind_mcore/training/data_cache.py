@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import glob
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ from minimind_mcore.storage import (
     temporary_beside,
     writing,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
@@ -81,7 +83,7 @@ def _cached(dataset: Cached, directory: Path, split: str, build: Callable[[], T]
         problems = check_manifest(directory, name=record.name) + _pickles(base)
         if not problems:
             return build()
-        print("\n  ".join(["the cached sample order is damaged; building it again:", *problems]), file=sys.stderr)
+        logger.warning("\n  ".join(["the cached sample order is damaged; building it again:", *problems]))
     with writing(directory, "give a directory that can be written with --data-cache-path"):
         return _rebuilt(dataset, base, record, build)
 

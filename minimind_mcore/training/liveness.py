@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import linecache
+import logging
 import os
 import secrets
 import signal
@@ -34,6 +35,8 @@ import torch.distributed as dist
 
 from minimind_mcore import errors
 from minimind_mcore.platform import ranks
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 5.0
 SILENT_SECONDS = 40.0
@@ -176,10 +179,9 @@ class Liveness:
                 self.peers.append(peer)
                 self._run("listen", self._listen, peer, link.makefile("rb"))
             except OSError as error:
-                print(
-                    f"warning: rank {self.rank} cannot reach rank 0 at {master}:{port} ({error}): a rank that dies or "
-                    "stops is not named, and found only by --distributed-timeout-minutes",
-                    file=sys.stderr,
+                logger.warning(
+                    f"cannot reach rank 0 at {master}:{port} ({error}): a rank that dies or "
+                    "stops is not named, and found only by --distributed-timeout-minutes"
                 )
         self._run("heartbeat", self._beat)
 

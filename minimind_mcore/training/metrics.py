@@ -11,6 +11,7 @@ import datetime
 import importlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from minimind_mcore.training import step
 from minimind_mcore.training.config import Loggers, TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.mfu import matmul_rate, mfu
+
+logger = logging.getLogger(__name__)
 
 OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
 
@@ -81,7 +84,7 @@ class Metrics:
         row = self._row(progress, lr, seconds)
         self.steps, self.since = [], time.perf_counter()
         if ranks.is_main():
-            print(self._line(row), flush=True)
+            logger.info(self._line(row))
             self._write(row)
 
     def _row(self, progress: Progress, lr: float, seconds: float) -> Row:
@@ -155,7 +158,7 @@ class Metrics:
     def record_evaluation(self, progress: Progress, loss: float) -> None:
         """Report a validation loss (mean over tokens, nats)."""
         if ranks.is_main():
-            print(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |", flush=True)
+            logger.info(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |")
             self._write({"iteration": progress.iteration, "validation_loss": loss})
 
     def _write(self, row: Row) -> None:

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from minimind_mcore.training.model import build_model
 from minimind_mcore.training.optimizer import build_optimizer, learning_rate
 from minimind_mcore.training.stop import StopSignal
 from minimind_mcore.validation import validate
+
+logger = logging.getLogger(__name__)
 
 J = TypeVar("J", bound=Job)
 
@@ -53,8 +56,7 @@ def run(kind: type[J], args: argparse.Namespace) -> J | None:
         distributed.log_to(config.logging.log_file)
         config, router = checkpointing.settle_router_weight(config)
         job = kind(config)
-        if ranks.is_main():
-            summary.print_summary(config, job.sequences, router)
+        logger.info(summary.describe(config, job.sequences, router))
         train(config, job, stop, watch)
         stop.leave()
     except Exception as error:
@@ -123,7 +125,7 @@ def train(config: TrainConfig, job: Job, stop: StopSignal, watch: liveness.Liven
         report.write_report(
             output_dir(config), f"MiniMind {job.title}, {config.model.num_layers} x {config.model.hidden_size}"
         )
-        summary.print_next_steps(config, progress)
+        logger.info(summary.next_steps(config, progress))
 
 
 def evaluate(config: TrainConfig, job: Job, engine: step.Engine, dataset: data.MapDataset) -> float:

@@ -14,15 +14,17 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
-import sys
 import uuid
 from pathlib import Path
 from typing import TextIO
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import writing
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".run.lock"
 RUN = uuid.uuid4().hex[:12]
@@ -63,11 +65,9 @@ def take(output_dir: Path, save: Path | None, advice: str) -> None:
         release()
         raise
     if unlocked := [str(directory) for directory, file in lock_files(output_dir, save).items() if file not in _HELD]:
-        print(
-            f"warning: {' and '.join(unlocked)}: the filesystem has no file locks, so nothing stops a second run "
-            "there, which would delete this run's temporary files",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            f"{' and '.join(unlocked)}: the filesystem has no file locks, so nothing stops a second run "
+            "there, which would delete this run's temporary files"
         )
 
 

@@ -77,7 +77,7 @@ def differences(flags: Flags, saved: Flags, ours: SampleOrder | None = None) -> 
 def warning(where: str | Path, differing: Sequence[str]) -> str:
     """The warning that a resumed run prints once."""
     return (
-        f"warning: {where}: this run reads its samples in another order than the run that saved the checkpoint: "
+        f"{where}: this run reads its samples in another order than the run that saved the checkpoint: "
         f"{'; '.join(differing)}. Samples that were read come again, and others are never read. To go on in the order "
         "of the checkpoint, give its values"
     )

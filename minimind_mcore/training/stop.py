@@ -5,6 +5,7 @@ The loss of the launcher asks for the same: ranks that nothing watches any more 
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 from minimind_mcore import hosts
 from minimind_mcore.platform import device
+
+logger = logging.getLogger(__name__)
 
 # Ctrl-C reaches a rank twice within moments, from the terminal and from torchrun: that is one request.
 _SAME_REQUEST_SECONDS = 3.0
@@ -88,16 +91,14 @@ class StopSignal:
             time.sleep(_POLL_SECONDS)
         self.lost, since = True, time.monotonic()
         _drop_closed_output()
-        print(f"the launcher (process {launcher or parent}) is gone: stopping after this iteration", file=sys.stderr)
+        logger.warning(f"the launcher (process {launcher or parent}) is gone: stopping after this iteration")
         while True:
             time.sleep(_POLL_SECONDS)
             asking = self._asking
             if asking is not None and time.monotonic() - max(asking, since) > ANSWER_SECONDS:
-                print(
-                    f"error: the launcher is gone, and other ranks did not answer within {ANSWER_SECONDS:.0f} s: "
-                    "stopped without saving",
-                    file=sys.stderr,
-                    flush=True,
+                logger.error(
+                    f"the launcher is gone, and other ranks did not answer within {ANSWER_SECONDS:.0f} s: "
+                    "stopped without saving"
                 )
                 os._exit(1)
 

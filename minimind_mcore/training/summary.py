@@ -78,8 +78,8 @@ def memory_estimate(config: TrainConfig, sequences: int = 1) -> dict[str, float]
     }
 
 
-def print_summary(config: TrainConfig, sequences: int = 1, router: str = "") -> None:
-    """Print device, layout, sizes, router weight, memory and the flags without effect."""
+def describe(config: TrainConfig, sequences: int = 1, router: str = "") -> str:
+    """Return lines with device, layout, sizes, router weight, memory and the flags without effect."""
     found, model, schedule = device.current(), config.architecture, config.schedule
     total, active = model.num_parameters(), model.num_active_parameters()
     sizes = f"{total / 1e6:.2f}M" + (f" ({active / 1e6:.2f}M active)" if active != total else "")
@@ -99,8 +99,7 @@ def print_summary(config: TrainConfig, sequences: int = 1, router: str = "") -> 
         rows["router"] = f"weight {router}"
     if config.logging.no_effect:
         rows["no effect"] = " ".join(config.logging.no_effect) + " (kernels of another device, or done here anyway)"
-    for name, text in rows.items():
-        print(f"{name + ':':<12}{text}", flush=True)
+    return "\n".join(f"{name + ':':<12}{text}" for name, text in rows.items())
 
 
 def require_memory(config: TrainConfig, sequences: int) -> None:
@@ -149,7 +148,7 @@ def dry_run(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
         UserError: what the run itself would raise.
     """
     config, router = checkpointing.settle_router_weight(config)
-    print_summary(config, kind.sequences, router)
+    print(describe(config, kind.sequences, router))
     if config.data.data_pending:
         print(f"{'data:':<12}to be converted first; --train-iters follows from its size")
     else:
@@ -170,16 +169,19 @@ def dry_run(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
     print("dry run: everything is valid, nothing was trained")
 
 
-def print_next_steps(config: TrainConfig, progress: Progress) -> None:
-    """Print where everything is, and the commands that go on from here."""
+def next_steps(config: TrainConfig, progress: Progress) -> str:
+    """Return lines that say where everything is, and which command goes on from here."""
     out = output_dir(config)
     done = progress.iteration >= config.schedule.train_iters
-    print(f"\n{'finished' if done else 'stopped'} at iteration {progress.iteration} of {config.schedule.train_iters}")
-    print(f"  curves      {out / 'loss.png'}  {out / 'report.html'}  {out / 'metrics.jsonl'}")
+    lines = [
+        f"\n{'finished' if done else 'stopped'} at iteration {progress.iteration} of {config.schedule.train_iters}"
+    ]
+    lines.append(f"  curves      {out / 'loss.png'}  {out / 'report.html'}  {out / 'metrics.jsonl'}")
     if config.logging.tensorboard_dir:
-        print(f"  tensorboard tensorboard --logdir {config.logging.tensorboard_dir}")
+        lines.append(f"  tensorboard tensorboard --logdir {config.logging.tensorboard_dir}")
     if config.checkpoint.save:
-        print(f"  checkpoint  {directory_of(Path(config.checkpoint.save), progress.iteration)}")
+        lines.append(f"  checkpoint  {directory_of(Path(config.checkpoint.save), progress.iteration)}")
         where = "" if config.checkpoint.load == config.checkpoint.save else f" with --load {config.checkpoint.save}"
         more = " and more --train-iters (TRAIN_ITERS), --override-opt_param-scheduler" if done else ""
-        print(f"  go on       the same command{where}{more}")
+        lines.append(f"  go on       the same command{where}{more}")
+    return "\n".join(lines)

@@ -88,8 +88,13 @@ READERS = {"env", "count", "path", "flags", "path_flags", "choice"}  # of minimi
 
 
 def read_by_commands(checkout: Path) -> set[str]:
-    """Return the settings that the commands read: words that the functions of cli/settings.py are called with."""
-    names: set[str] = set()
+    """Return the settings that the commands read: words that the functions of cli/settings.py are called with.
+
+    LOG_LEVEL is read below the commands, in log.py.
+    """
+    log = checkout / "minimind_mcore/log.py"
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    names = set(re.findall('^SETTING = "(.*)"', text, re.MULTILINE))
     folders = (checkout / "minimind_mcore/cli", checkout / "minimind_mcore/pipeline")
     for file in (file for folder in folders for file in folder.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

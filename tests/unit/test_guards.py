@@ -19,6 +19,10 @@ FILES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py")
 DEVICE_WORDS = re.compile(r"cuda|npu(?![t])|nccl|hccl", re.IGNORECASE)
 # Who names devices: the device layer, what touches MindSpeed, what connects hosts, and what examines one.
 DEVICE_FILES = (
+    "minimind_mcore/pipeline/download.py": "the list of downloads",
+    "minimind_mcore/pipeline/main.py": "the plan of a dry run, and the accuracy",
+    "minimind_mcore/pipeline/report.py": "the files that were written",
+    "minimind_mcore/pipeline/serving.py": "the answer and the address of the server",
     "minimind_mcore/platform/device.py", "minimind_mcore/platform/cpu_as_cuda.py", "minimind_mcore/platform/ascend.py",
     "minimind_mcore/hosts.py", "minimind_mcore/mindspeed/", "minimind_mcore/doctor/", "rehearsal/",
 )  # fmt: skip
@@ -39,6 +43,40 @@ UPSTREAM_NAMES = {
     "minimind_mcore/platform/fused/compiled.py": ("cuda",),  # whether Triton can compile for the device
     "minimind_mcore/training/model.py": ("cuda",),  # Transformer Engine exists for nothing else
 }  # fmt: skip
+
+
+# Who may print, and what: the product of a command. Everything else is logged, see minimind_mcore/log.py.
+MAY_PRINT = {
+    "converters/conversion.py": "the verdict of a dry run",
+    "minimind_mcore/cli/__init__.py": "the list of commands",
+    "minimind_mcore/cli/data.py": "words of --data-path",
+    "minimind_mcore/cli/quickstart_tools.py": "the results of the quickstart",
+    "minimind_mcore/cli/rl.py": "help, and the commands of a dry run",
+    "minimind_mcore/cli/settings.py": "help, and the command of a dry run",
+    "minimind_mcore/doctor/main.py": "the report",
+    "minimind_mcore/hosts.py": "settings that a shell reads",
+    "minimind_mcore/inference/chat.py": "the conversation",
+    "minimind_mcore/inference/evaluation.py": "the scores, and the verdict of a dry run",
+    "minimind_mcore/inference/main.py": "the generated text, and the verdict of a dry run",
+    "minimind_mcore/log.py": "messages",
+    "minimind_mcore/mindspeed/launch.py": "the command of MindSpeed-LLM",
+    "minimind_mcore/pipeline/download.py": "the list of downloads",
+    "minimind_mcore/pipeline/main.py": "the plan of a dry run, and the accuracy",
+    "minimind_mcore/pipeline/report.py": "the files that were written",
+    "minimind_mcore/pipeline/serving.py": "the answer and the address of the server",
+    "minimind_mcore/platform/device.py": "settings that a shell reads",
+    "minimind_mcore/rl/commands.py": "configurations, and the findings of lint",
+    "minimind_mcore/rl/main.py": "the name of a program that a shell reads",
+    "minimind_mcore/rl/models.py": "the files that were written",
+    "minimind_mcore/rl/runtime/dry_run.py": "the plan of a dry run",
+    "minimind_mcore/serve/embedded.py": "the address, for which scripts wait",
+    "minimind_mcore/serve/main.py": "the verdict of a dry run",
+    "minimind_mcore/training/report.py": "the files that were written",
+    "minimind_mcore/training/summary.py": "the plan of a dry run",
+    "models/presets.py": "the table, and flags that a shell reads",
+    "models/recipes.py": "flags that a shell reads",
+    "preprocess/main.py": "words of --data-path, and what a dataset holds",
+}
 
 
 def relative(file: Path) -> str:
@@ -84,6 +122,28 @@ def test_mindspeed_is_imported_in_one_place(file: Path) -> None:
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         roots = {name.split(".")[0] for name in names}
         assert not roots & {"mindspeed", "mindspeed_llm", "mindspeed_rl"}, f"{relative(file)}:{node.lineno}"
+
+
+def prints(file: Path) -> bool:
+    """Whether a file calls `print`, or writes to a standard stream."""
+    calls = [
+        ast.unparse(n.func) for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)
+    ]
+    return any(call in ("print", "sys.stdout.write", "sys.stderr.write") for call in calls)
+
+
+def test_only_products_are_printed() -> None:
+    found = {relative(file) for file in FILES if prints(file) and not relative(file).startswith("rehearsal/")}
+    assert found == MAY_PRINT.keys(), "log the message, or say in MAY_PRINT what the module's command exists to print"
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_messages_go_to_the_logger_of_the_kit(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    main = '__name__ == "__main__"' in source
+    assert not (main and "getLogger(__name__)" in source), (
+        "run as a program the module is called __main__: give its name"
+    )
 
 
 PROGRAMS = sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "setup")

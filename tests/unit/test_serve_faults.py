@@ -17,6 +17,7 @@ import torch
 from helpers.engine import ROOT
 from helpers.serving import embedded, program, shrunk, until_serving, vocabulary, write_served
 
+from minimind_mcore import log
 from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.sampling import Sampler
@@ -83,6 +84,7 @@ def test_requests_that_cannot_be_answered_are_400(
 def test_an_answer_that_fails_fails_alone(
     server: tuple[str, EmbeddedServer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    log.hand_over()
     adjust = Sampler.adjust
 
     def failing(self: Sampler, logits: torch.Tensor, answer: list[int]) -> None:

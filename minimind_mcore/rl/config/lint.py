@@ -8,8 +8,8 @@ what fails there without an error (TRAPS), and the keys of the `minimind` sectio
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ from minimind_mcore.rl.config.migrate import migrate
 from minimind_mcore.rl.config.objective import objective, with_table
 from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, Problem, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
+
+logger = logging.getLogger(__name__)
 
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
 LEVELS = ("error", "warning", "note")
@@ -117,7 +119,7 @@ def fit(tree: dict[str, Any], name: str) -> Config:
     findings = check(tree, "embedded")
     refuse([(finding.key, finding.message) for finding in findings if finding.level == "error"], name)
     for finding in findings:
-        print(finding, file=sys.stderr)
+        logger.info(finding)
     return resolve(tree)
 
 

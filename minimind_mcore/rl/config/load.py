@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +42,8 @@ from minimind_mcore.rl.config.schema import (
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
 
 CONFIGS = paths.CONFIGS / "rlxf"
 
@@ -275,7 +277,7 @@ def _leave_out_replaced(tree: DictConfig, layers: Sequence[ConfigLayer], quiet: 
             for spelling in (lost.key, lost.key.replace("_", "-")):
                 tree[lost.section].pop(spelling, None)
         if lost.message and not quiet:
-            print(f"replaced {lost.message}", file=sys.stderr)
+            logger.info(f"replaced {lost.message}")
 
 
 def _settable(override: str) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import select
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,10 +22,13 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from minimind_mcore import log
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform import cpu
 from minimind_mcore.rl.runtime.hosts import Patience, require_ray
+
+logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
 
@@ -183,6 +185,7 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    variables |= {log.SETTING: os.environ[log.SETTING]} if log.SETTING in os.environ else {}
     common: dict[str, Any] = {
         "runtime_env": {"env_vars": variables | (environment or {})},
         "log_to_driver": True,
@@ -228,7 +231,7 @@ def watch_process(process: int, closed: threading.Event) -> None:
     def watch(descriptor: int) -> None:
         select.select([descriptor], [], [])
         if not closed.is_set():
-            print(f"error: {RAYLET_ENDED}", file=sys.stderr, flush=True)
+            logger.error(RAYLET_ENDED)
             os._exit(1)
 
     threading.Thread(target=watch, args=(os.pidfd_open(process),), name="raylet", daemon=True).start()

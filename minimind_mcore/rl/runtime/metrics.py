@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.storage import append_line, writing
 from minimind_mcore.training.config import Loggers
 from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
+
+logger = logging.getLogger(__name__)
 
 OTHER_PLACE = "give another directory with minimind.output_dir"
 ALIASES = {
@@ -153,7 +156,7 @@ class Log:
     def step(self, iteration: int, row: Row, shown: bool = True) -> None:
         """Write a step's row, and print it as MindSpeed-RL does."""
         if shown:
-            print(line(iteration, self.steps, row), flush=True)
+            logger.info(line(iteration, self.steps, row))
         aliases = {alias: row[name] for alias, name in ALIASES.items() if name in row}
         whole = {"iteration": iteration, **row, **aliases}
         append_line(self.history, json.dumps(whole), OTHER_PLACE)
@@ -174,7 +177,7 @@ class Log:
 
 def say(text: str) -> None:
     """Something that is no metric."""
-    print(f"[{_now()}] INFO {text}", flush=True)
+    logger.info(f"[{_now()}] INFO {text}")
 
 
 def line(iteration: int, steps: int, row: Mapping[str, float]) -> str:

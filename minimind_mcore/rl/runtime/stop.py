@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
 
 from minimind_mcore.training.stop import StopSignal
+
+logger = logging.getLogger(__name__)
 
 
 class Stop(StopSignal):
@@ -46,7 +49,7 @@ class Stop(StopSignal):
         before, self.waits = self.waits, False
         try:
             if self.asked:
-                print(f"{self.name}: leaving without saving, as the step under way cannot end", file=sys.stderr)
+                logger.warning(f"{self.name}: leaving without saving, as the step under way cannot end")
                 sys.exit(self.status)
             yield
         finally:

@@ -11,6 +11,7 @@ old.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,6 +44,8 @@ from minimind_mcore.rl.runtime.supervise import Lost
 from minimind_mcore.training import run_lock, sample_order
 from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.report import write_report
+
+logger = logging.getLogger(__name__)
 
 EVALUATION = {"eval/accuracy", "eval/score"}  # a row has one of them: see `RolloutManager.evaluate`
 
@@ -182,7 +185,7 @@ class Trainer:
         self.rollouts.go_to(state.get("consumed", 0))
         differing = list(sample_order.values_differ(state.get("order", {}), self.order))
         if differing and not self.warned:
-            say(sample_order.warning(str(self.config.actor.save), differing))
+            say(f"warning: {sample_order.warning(str(self.config.actor.save), differing)}")
             self.warned = True
         self.loading = self.groups.rollout.load(self.groups.actor.weights())
         self.loading.result()
@@ -201,7 +204,7 @@ class Trainer:
         self.log.close()
         title = f"MiniMind {self.minimind.algorithm}, {self.config.model}"
         write_report(Path(self.minimind.output_dir), title, ("grpo/score/mean", *sorted(EVALUATION)), "reward.png")
-        print(self.log.outcome(), flush=True)
+        logger.info(self.log.outcome())
 
     # ------------------------------------------------------------------------------------------------------ a step
 
@@ -287,7 +290,7 @@ class Trainer:
             assert batch.rewards is not None
             pairs = zip(experience.texts[:4], batch.rewards.tolist(), strict=False)
             shown = [{**text, "reward": f"{reward:.2f}"} for text, reward in pairs]
-            print(table(shown, {"reward": 6, "label": 10, "prompt": 40, "response": 60}), flush=True)
+            logger.info(table(shown, {"reward": 6, "label": 10, "prompt": 40, "response": 60}))
 
     # ------------------------------------------------------------------------------------------- between the steps
 

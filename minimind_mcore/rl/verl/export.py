@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shlex
 import shutil
 import sysconfig
@@ -36,6 +37,8 @@ from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.rewards.verifier_pool import resolve
 from minimind_mcore.rl.runtime.data import PromptDataset
 from minimind_mcore.storage import MANIFEST, atomic_directory
+
+logger = logging.getLogger(__name__)
 
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 OWN = "verl finds functions of your own by @register_policy_loss and @register_adv_est"
@@ -160,7 +163,7 @@ def _parquet(prefix: str, file: Path, split: str, config: Config) -> None:
     prompts = PromptDataset(prefix, (), config.rl.max_prompt_length, shuffle=False, optional=("labels",))
     rows = list(_rows(prompts, tokenizer, Path(prefix).name, split))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    print(f"{file.name}: {len(prompts):,} prompts of {prefix}, {prompts.too_long:,} too long")
+    logger.info(f"{file.name}: {len(prompts):,} prompts of {prefix}, {prompts.too_long:,} too long")
 
 
 def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from minimind_mcore import log
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
@@ -20,6 +21,7 @@ class RewardWorker:
     """Scores responses. What it does so with is made when first needed: an error would end an actor's `__init__`."""
 
     def __init__(self, config: Config) -> None:
+        log.setup()
         self.config = config
 
     @cached_property

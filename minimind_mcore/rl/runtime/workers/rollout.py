@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 
+from minimind_mcore import log
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import cpu, device
 from minimind_mcore.rl.config.schema import Config
@@ -23,6 +24,7 @@ class RolloutWorker:
     """One engine."""
 
     def __init__(self, config: Config, model: ModelConfig, vocab_size: int, threads: int) -> None:
+        log.setup()
         torch.set_num_threads(threads)
         if device.current().kind == "cpu":
             cpu.tune()

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 
+from minimind_mcore import log
 from minimind_mcore.platform import device
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime import supervise
@@ -45,6 +46,7 @@ class TrainWorker:
         threads: int,
     ) -> None:
         """Join the group as rank `place[0]` of `place[1]`."""
+        log.setup()
         rank, world = place
         os.environ.update(
             RANK=str(rank),
