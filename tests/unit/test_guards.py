@@ -19,10 +19,6 @@ FILES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py")
 DEVICE_WORDS = re.compile(r"cuda|npu(?![t])|nccl|hccl", re.IGNORECASE)
 # Who names devices: the device layer, what touches MindSpeed, what connects hosts, and what examines one.
 DEVICE_FILES = (
-    "minimind_mcore/pipeline/download.py": "the list of downloads",
-    "minimind_mcore/pipeline/main.py": "the plan of a dry run, and the accuracy",
-    "minimind_mcore/pipeline/report.py": "the files that were written",
-    "minimind_mcore/pipeline/serving.py": "the answer and the address of the server",
     "minimind_mcore/platform/device.py", "minimind_mcore/platform/cpu_as_cuda.py", "minimind_mcore/platform/ascend.py",
     "minimind_mcore/hosts.py", "minimind_mcore/mindspeed/", "minimind_mcore/doctor/", "rehearsal/",
 )  # fmt: skip
@@ -137,13 +133,11 @@ def test_only_products_are_printed() -> None:
     assert found == MAY_PRINT.keys(), "log the message, or say in MAY_PRINT what the module's command exists to print"
 
 
-@pytest.mark.parametrize("file", FILES, ids=relative)
-def test_messages_go_to_the_logger_of_the_kit(file: Path) -> None:
-    source = file.read_text(encoding="utf-8")
-    main = '__name__ == "__main__"' in source
-    assert not (main and "getLogger(__name__)" in source), (
-        "run as a program the module is called __main__: give its name"
-    )
+def test_messages_go_to_the_logger_of_the_kit() -> None:
+    sources = {relative(file): file.read_text(encoding="utf-8") for file in FILES}
+    programs = [name for name, source in sources.items() if '__name__ == "__main__"' in source]
+    wrong = [name for name in programs if "getLogger(__name__)" in sources[name]]
+    assert not wrong, "a program's __name__ is __main__, which is not below minimind_mcore: give the module's name"
 
 
 PROGRAMS = sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "setup")
