@@ -11,6 +11,7 @@ Each change is made when its module is imported, and logged once a process. What
 | models.rollout.vllm_engine | the synchronous rollout of master gets ids, not texts without their special tokens |
 | models.base.base_training_engine | passes for log-probabilities keep their order under shuffle_mini_batch; a
   temperature of 0 is refused instead of divided by |
+| workers.base_worker | separate workers get the profiler's settings, which master gives the integrated worker alone |
 | models.rule_verifier | a verifier that is an import path, package.module:function, is called as the embedded trainer
   calls it; an unknown name is an error instead of a reward of 0 |
 
@@ -137,6 +138,25 @@ def keep_order(module: ModuleType) -> None:
     _log("passes for log-probabilities keep their order")
 
 
+def give_profiler(module: ModuleType) -> None:
+    """Give every worker the profiler settings that it reads.
+
+    cli/train_grpo.py of master passes them to the integrated worker alone, and the separate actor ends with
+    "'NoneType' object has no attribute 'role'" (workers/actor_hybrid_worker.py, line 194).
+    """
+    original = module.BaseWorker.__init__
+
+    @functools.wraps(original)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.profiler_config is None:
+            self.profiler_config = module.ProfilerConfig({}, role="integrated")
+        if self.msprobe_config is None:
+            self.msprobe_config = module.MsprobeConfig({}, role="integrated")
+
+    module.BaseWorker.__init__ = initialize
+
+
 # Rewards
 
 
@@ -220,5 +240,6 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "utils.tokenizer": keep_pad,
     "models.rollout.vllm_engine": roll_out_ids,
     "models.base.base_training_engine": keep_order,
+    "workers.base_worker": give_profiler,
     "models.rule_verifier": call_user_rewards,
 }

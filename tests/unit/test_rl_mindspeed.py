@@ -39,6 +39,15 @@ class BaseTrainingEngine:
     shuffle_mini_batch, temperature = True, 1.0
     def _forward_backward_batch(self, batch, forward_only=False): return self.shuffle_mini_batch
 """,
+    "workers/base_worker.py": """
+from types import SimpleNamespace
+ProfilerConfig = MsprobeConfig = lambda settings, role: SimpleNamespace(role=role)
+class BaseWorker:
+    def __init__(self, profiler_config=None, msprobe_config=None):
+        self.profiler_config, self.msprobe_config = profiler_config, msprobe_config
+class ActorHybridWorker(BaseWorker):
+    def initialize(self): return self.profiler_config.role
+""",
     "models/rule_verifier.py": """
 def verifier(responses, data, config, **kwargs):
     return [0.0] * len(responses), {f"{name}_rewards/mean": 0 for name in config.verifier_function if name == "acc"}
@@ -114,6 +123,13 @@ def test_rollouts_get_ids(home: Path) -> None:
     engine.llm = SimpleNamespace(generate=generate)
     assert engine.generate_sequences([[1, 2]]) == [{"prompt_token_ids": [1, 2]}]
     assert engine.llm.generate is generate
+
+
+def test_separate_workers_have_a_profiler(home: Path) -> None:
+    rl_hook.setup()
+    workers = module("workers.base_worker")
+    assert workers.ActorHybridWorker().initialize() == "integrated"  # master: 'NoneType' object has no attribute 'role'
+    assert workers.ActorHybridWorker(workers.ProfilerConfig({}, role="mine")).initialize() == "mine"
 
 
 def test_only_updates_are_shuffled(home: Path) -> None:
