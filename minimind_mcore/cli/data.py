@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
         return
     _, tokenizer = sample("math-sft", dry, path("TOKENIZER_PATH"))
     raw, tokenizer = sample("math", dry, tokenizer)
+    if dry and not (Path(raw).exists() and Path(tokenizer).exists()):
+        return  # a dry run does not make the sample data, which therefore cannot be checked
     for part in ("", "_unseen"):
         output = ["--tokenizer-name-or-path", tokenizer, "--output-prefix", f"{data_dir() / PROBLEMS}{part}"]
         preprocess.main([*named, "--input", f"{raw.removesuffix('.jsonl')}{part}.jsonl", *output, *rest])

@@ -94,7 +94,7 @@ class RLRun:
 
     def __init__(self, role: str, argv: Sequence[str]) -> None:
         self.role, self.dry = role, "--dry-run" in argv
-        self.overrides = [word for word in argv if word != "--dry-run"]
+        self.overrides = [word for word in argv if word not in ("--dry-run", "--data-pending")]
         self.rehearses = env("REHEARSE", "0") != "0"
         own_port = str(free_port()) if role == "single" else "6766"
         self.leader, self.port = env("MASTER_ADDR"), env("MASTER_PORT", own_port)
@@ -116,7 +116,7 @@ class RLRun:
         if self.config.is_file():
             self.where += ["--config-dir", str(self.config.parent)]
         self.prepared: list[str] = []  # overrides that name the sample data
-        self.pending = False  # a dry run would have to make data first
+        self.pending = "--data-pending" in argv  # a dry run would have to make data first
 
     def lead(self) -> int:
         """Start the head of a cluster, wait until the other hosts are there, and train."""

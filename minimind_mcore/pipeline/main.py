@@ -226,7 +226,10 @@ def dry_run(run: Run, job: Job) -> int:
         if kind in DRY_RUN:
             status = wait_for([*CLI, *command.words, "--dry-run", *_pending(command)], command.settings)
         elif kind == "rl":
-            status = wait_for([*CLI, *command.words, "--dry-run"], command.settings)
+            there = not job.begins or run.folder(job.begins[0]).exists()
+            status = wait_for(
+                [*CLI, *command.words, "--dry-run", *([] if there else ["--data-pending"])], command.settings
+            )
         elif kind == "download":
             _, what, name = command.words
             download.require_space(run.data, find(what, name), name)
@@ -239,7 +242,7 @@ def _pending(command: Command) -> list[str]:
     """Return the flags of a dry run that say which inputs earlier stages have yet to make."""
     data, tokenizer, begin = (command.settings.get(n, "") for n in ("DATA_PATH", "TOKENIZER_PATH", "CKPT_LOAD_DIR"))
     there = (Path(data).exists() or datasets_at(data)) and Path(tokenizer, "tokenizer.json").exists()
-    weights = not begin or Path(begin).exists()
+    weights = not begin or any(path.is_file() for path in Path(begin).rglob("*"))
     return [*([] if there else ["--data-pending"]), *([] if weights else ["--weights-pending"])]
 
 
@@ -247,7 +250,7 @@ def repeat_command(args: argparse.Namespace, stage: str) -> list[str]:
     """Return the command that repeats a stage, with the settings of the environment that it needs."""
     names = (*SETTINGS, *sample.SETTINGS, "MODEL", "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
     words = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    words += ["minimind-mcore" if shutil.which("minimind-mcore") else shlex.join(CLI), "run", "--only", stage]
+    words += [*(["minimind-mcore"] if shutil.which("minimind-mcore") else CLI), "run", "--only", stage]
     return words + options_of(args)
 
 

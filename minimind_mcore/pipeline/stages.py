@@ -220,12 +220,19 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
         convert = ("data", "minimind_rlaif", "--input", str(raw), "--output-prefix", prefix,
                    "--tokenizer-name-or-path", tokenizer)  # fmt: skip
         overrides += [
-            f"megatron_training.data_path={prefix}", f"megatron_training.tokenizer_name_or_path={tokenizer}",
-            "megatron_training.dataset_additional_keys=[]", "rl_config.verifier_function=[minimind_shape]",
-            f"actor_config.load={run.checkpoints(begins[0])}", f"minimind.reward_model={run.reward_model}",
+            f"megatron_training.data_path={prefix}",
+            f"megatron_training.tokenizer_name_or_path={tokenizer}",
+            "megatron_training.dataset_additional_keys=[]",
+            "rl_config.verifier_function=[minimind_shape]",
+            f"minimind.reward_model={run.reward_model}",
             "minimind.reward_model_trust_remote_code=true",
-        ]  # fmt: skip
-        train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_{run.model}"})
+            f"model=[{run.model}]",
+            f"megatron_training.model={run.model}",
+        ]
+        for role in ("actor", "critic")[: 1 + (stage == "ppo")]:
+            overrides += [f"{role}_config.model={run.model}", f"{role}_config.load={run.checkpoints(begins[0])}"]
+        overrides += [f"critic_config.save={folder}/critic"] if stage == "ppo" else []
+        train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind3"})
         inputs = {"data": raw, "tokenizer": Path(tokenizer, "tokenizer.json"), "reward model": Path(run.reward_model)}
         commands = (Command(convert), train)
         return [Job(name=stage, commands=commands, inputs=inputs, begins=begins, folder=folder, trains=True)]
@@ -235,9 +242,7 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
 
 def evaluate(run: Run) -> list[Job]:
     """Answer fixed prompts with the model of every stage, and score it."""
-    stages = [name for name in (*TRAININGS, *RL) if run.will_have(name)]
-    if not stages:
-        raise UserError("eval: no stage has been trained; run pretrain first")
+    stages = [name for name in (*TRAININGS, *RL) if run.will_have(name)] or [run.weight]
     return [_evaluation(run, stage) for stage in stages]
 
 

@@ -334,6 +334,8 @@ def settle_router_weight(config: TrainConfig, **load: object) -> tuple[TrainConf
 
 def _loaded_router_weight(config: TrainConfig) -> RouterWeight | None:
     """The router weight of the weights that a run begins with; None if it begins with random weights. Collective."""
+    if config.checkpoint.weights_pending:
+        return None
     begun = config.checkpoint.load and iterations_in(Path(config.checkpoint.load))
     if config.checkpoint.pretrained_checkpoint and not begun:
         config = _beginning(config, config.checkpoint.pretrained_checkpoint)
