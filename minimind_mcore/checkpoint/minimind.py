@@ -239,12 +239,8 @@ def architecture(
     """
     norms = sizes.head_dim is not None
     open_values: dict[str, Any] = {} if norms else {"num_heads": generation.query_heads}
-    open_values |= {
-        "norm_eps": generation.norm_eps,
-        "rope_theta": generation.rope_theta,
-        "max_position_embeddings": generation.max_position_embeddings,
-        "inference_rope_scaling": False,
-    }
+    same = {name: getattr(generation, name) for name in ("norm_eps", "rope_theta", "max_position_embeddings")}
+    open_values |= same | {"inference_rope_scaling": False}
     if sizes.num_experts:
         open_values |= {
             "topk": generation.topk,
@@ -285,10 +281,7 @@ def architecture(
         head_dim=head_dim,
         ffn_hidden_size=sizes.ffn_hidden_size,
         qk_layernorm=norms,
-        norm_eps=values["norm_eps"],
-        rope_theta=values["rope_theta"],
-        max_position_embeddings=values["max_position_embeddings"],
-        inference_rope_scaling=values["inference_rope_scaling"],
+        **{name: values[name] for name in (*same, "inference_rope_scaling")},
         tie_embeddings=sizes.tied is not False,
         moe=moe,
     )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import flags
 from minimind_mcore.inference.benchmarks import BENCHMARKS, Subject, load_benchmark
-from minimind_mcore.inference.exact_match import Question, ask, read_questions
+from minimind_mcore.inference.exact_match import ask, read_questions
 from minimind_mcore.inference.likelihood import Accuracy, Scorer
 from minimind_mcore.inference.loading import Loaded, opened, start
 from minimind_mcore.inference.prompts import read_prompts
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = _tasks(args)
     # Read before the model is: what is wrong with the files shows at once.
     subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
-    questions = {path: _questions(args, path) for name, path in tasks if name == EXACT_MATCH}
+    questions = {path: read_questions(path)[: args.max_eval_samples] for name, path in tasks if name == EXACT_MATCH}
     cases = {path: read_cases(path, args.seed)[: args.max_eval_samples] for name, path in tasks if name == TOOLCALL}
     prompts = {path: read_prompts([], path)[: args.max_eval_samples] for name, path in tasks if name == QUALITY}
     if args.backend == "api":
@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             scores.quality[path] = measure(loaded, prompts[path], tokens, batch, args.raw)
         else:
             length = args.seq_length or min(LENGTH, loaded.config.max_position_embeddings - 1)
-            scores.perplexities[path] = scorer.perplexity(_shown(documents(path, loaded)), length)
+            held_out = tqdm(documents(path, loaded), desc=PERPLEXITY, unit="document", disable=None)
+            scores.perplexities[path] = scorer.perplexity(held_out, length)
     if args.harness:
         batch, limit = args.evaluation_batch_size, args.max_eval_samples
         scores.harness = run_harness(loaded, args.harness, args.num_fewshot, batch, limit)
@@ -216,10 +217,6 @@ def _subjects(args: argparse.Namespace, name: str, path: str) -> list[Subject]:
     return [replace(subject, questions=subject.questions[:limit]) for subject in subjects]
 
 
-def _questions(args: argparse.Namespace, path: str) -> list[Question]:
-    return read_questions(path)[: args.max_eval_samples]
-
-
 def _run(scorer: Scorer, name: str, subjects: Sequence[Subject], shots: int) -> dict[str, Accuracy]:
     """The accuracies of a benchmark, by subject."""
     found = {}
@@ -228,7 +225,3 @@ def _run(scorer: Scorer, name: str, subjects: Sequence[Subject], shots: int) -> 
             found[subject.name] = scorer.accuracy(BENCHMARKS[name], subject, shots)
             bar.update(len(subject.questions))
     return found
-
-
-def _shown(held_out: Iterator[Document]) -> Iterator[Document]:
-    yield from tqdm(held_out, desc=PERPLEXITY, unit="document", disable=None)
