@@ -31,7 +31,7 @@ _FIELDS = {field.name for field in dataclasses.fields(MiniMindTransformerConfig)
 
 
 def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransformerConfig:
-    """See `ModelConfig.transformer_config`."""
+    """Return the configuration of megatron-core for a model; `overrides` replace its fields."""
     fields: dict[str, Any] = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,

@@ -60,7 +60,7 @@ def hf_model_type(config: ModelConfig) -> str:
 
 
 def to_hf_config(config: ModelConfig) -> PretrainedConfig:
-    """See `ModelConfig.hf_config`."""
+    """Return the configuration of transformers for a model."""
     import transformers
 
     model_type = hf_model_type(config)

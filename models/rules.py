@@ -163,7 +163,6 @@ class Zeros(Rule):
 
     @property
     def mcore_shapes(self) -> tuple[Shape, ...]:
-        """None."""
         return ()
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> list[Tensor]:

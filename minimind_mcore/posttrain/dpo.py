@@ -71,7 +71,7 @@ class DPO(PostTraining):
             reference.attach(Reference(self.config), engine, datasets)
 
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
-        """See `Job`; `reference` [pairs, 2] are its summed log-probabilities of chosen and rejected."""
+        """Pad both sides of the pairs; `reference` [pairs, 2] has the summed log-probabilities of the reference."""
         sides = ("chosen", "rejected")
         tokens = [sample[f"{side}_input_ids"] for side in sides for sample in samples]
         labels = [sample[f"{side}_labels"] for side in sides for sample in samples]

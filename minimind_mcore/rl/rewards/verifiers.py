@@ -60,7 +60,7 @@ def _undecided(answer: str, label: str) -> bool:
 
 
 def acc(response: str, label: str, symbolic: equality.Symbolic | None = None, **_: Any) -> float:
-    """See the module's table."""
+    """Return 1 if the answer in the last box is the label or equals it by sympy, -0.5 if not, -1 without a box."""
     text = re.sub(r"^.*?<\|im_start\|>assistant", "<|im_start|>assistant", response, count=1, flags=re.DOTALL)
     for stop in ("</s>", "<|im_end|>", "<|endoftext|>"):
         if stop in text:
@@ -79,7 +79,7 @@ def _acc_quickly(response: str, label: str, **_: Any) -> float | None:
 
 
 def graded(response: str, label: str, **_: Any) -> float:
-    """See the module's table: math_17k_acc, acc_for_ppo."""
+    """Return 1 if `grade_answer` of mathruler accepts the last box, else 0."""
     from mathruler.grader import extract_boxed_content, grade_answer
 
     return float(grade_answer(extract_boxed_content(response), label))
@@ -93,12 +93,12 @@ def _graded_quickly(response: str, label: str, **_: Any) -> float | None:
 
 
 def base_acc(response: str, label: str, **_: Any) -> float:
-    """See the module's table."""
+    """Grade a response that has a box inside its answer tags; return 0 for others."""
     return graded(response, label) if formats.boxed_in_answer(response) else 0.0
 
 
 def math_verify_reward(response: str, label: str, **_: Any) -> float:
-    """See the module's table. No deadlines of its own: the worker has one."""
+    """Return 1 if math-verify accepts the box inside the answer tags, else 0. The worker keeps the deadline."""
     if not formats.boxed_in_answer(response):
         return 0.0
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -120,7 +120,7 @@ def _in_answer(quick: Callable[..., float | None] | None) -> Callable[..., float
 
 
 def retool(response: str, label: str, tool_calls: int = 0, **_: Any) -> float:
-    """See the module's table."""
+    """Return 1 if a box near the end holds the label; else -1, and 0.1 more for each tool call, up to 0."""
     if formats.last_box(response[-100:]) == label:
         return 1.0
     return min(0.0, -1 + 0.1 * tool_calls)

@@ -23,7 +23,7 @@ SHRINK = 0.75  # responses that have ended leave the batch when so few of it are
 
 
 class DecoderEngine:
-    """See `Engine`.
+    """Write responses with the decoder of inference/, in this process.
 
     Args:
         config: the architecture.

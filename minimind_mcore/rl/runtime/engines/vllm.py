@@ -24,7 +24,7 @@ from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSampling
 
 
 class VLLMEngine:
-    """See `Engine`.
+    """Write responses with vLLM, in this process.
 
     The log-probabilities are those that vLLM draws from: with top-k or top-p, of what these leave.
 

@@ -36,7 +36,7 @@ class RewardWorker:
     def score(
         self, responses: list[str], labels: list[str], messages: list[list[dict[str, str]]], more: dict[str, Any]
     ) -> Scores:
-        """See `Rewards.score`; `messages` are for a reward model, `more` are its other arguments."""
+        """Score responses; `messages` are for a reward model, `more` are further arguments of `Rewards.score`."""
         return self.rewards.score(responses, labels, messages=messages, **more)
 
 
