@@ -71,15 +71,16 @@ def _options(args: argparse.Namespace) -> ServerOptions:
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError("API_KEY: expected ASCII characters without spaces, as a HTTP header carries it")
     given = [name for name in SAMPLING if f"--{name.replace('_', '-')}" in args.given]
-    return ServerOptions(
-        **fields_from(ServerOptions, vars(args)),
-        name=args.served_model_name,
-        api_key=key,
-        thinking=args.enable_thinking,
-        max_batch_size=args.max_num_seqs,
-        defaults=tuple((name, getattr(args, name)) for name in given),
-        cors_origins=tuple(args.cors_origin),
-    )
+    # MindSpeed-LLM's flags have the names of some fields too, so the changes come last.
+    changes = {
+        "name": args.served_model_name,
+        "api_key": key,
+        "thinking": args.enable_thinking,
+        "max_batch_size": args.max_num_seqs,
+        "defaults": tuple((name, getattr(args, name)) for name in given),
+        "cors_origins": tuple(args.cors_origin),
+    }
+    return ServerOptions(**fields_from(ServerOptions, vars(args)) | changes)
 
 
 def host_flag(setting: str) -> list[str]:

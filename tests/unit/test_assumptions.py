@@ -79,7 +79,7 @@ def test_generation_prints_them_too(
 ) -> None:
     config = SMALL["minimind2"].replace(vocab_size=6400)
     words = ["--load", str(pth(tmp_path, config)), "--tokenizer-name-or-path", str(published_tokenizer)]
-    args = flags.parse([*words, "--norm-epsilon", "1e-6"], "inference.py", frozenset(), lambda parser: None)
+    args = flags.parse([*words, "--norm-epsilon", "1e-6"], "inference.py", frozenset())
     source, _ = opened(args)
     assert source.config.norm_eps == 1e-6
     found = printed(capsys.readouterr().err)
@@ -90,7 +90,7 @@ def test_a_flag_that_replaces_an_assumption_is_not_called_without_effect(tmp_pat
     words = "--norm-topk-prob --max-position-embeddings 64 --tensor-model-parallel-size 2".split()
     config = SMALL["minimind3_moe"]
     for load, ignored in ((pth(tmp_path, config), words[-2:-1]), (tmp_path, [words[0], words[1], words[3]])):
-        args = flags.parse(["--load", str(load), *words], "inference.py", frozenset(), lambda parser: None)
+        args = flags.parse(["--load", str(load), *words], "inference.py", frozenset())
         assert args.no_effect == ignored
 
 
