@@ -125,7 +125,8 @@ def test_log_probabilities_and_losses_are_the_embedded_trainers(inputs: RlInputs
     for step, (update, row, logged) in enumerate(zip(updates, rows, theirs.steps, strict=True), start=1):
         kept = torch.load(tmp_path / f"kept/rollouts-{step:07d}.pt", weights_only=True)["batch"]
         assert rl_rehearsal.logp_difference(update, kept) < 1e-2  # 2e-2 is promised
-        assert row["actor/kl_loss"] == pytest.approx(logged["actor/kl_loss"], rel=2e-2, abs=1e-4)  # four decimals
+        # Four decimals are logged. The KL is of second order in the difference of two bf16 log-probabilities.
+        assert row["actor/kl_loss"] == pytest.approx(logged["actor/kl_loss"], rel=5e-2, abs=1e-4)
         # MindSpeed-RL logs the absolute value of the whole loss, the KL term included.
         whole = abs(row["actor/pg_loss"] + 0.1 * row["actor/kl_loss"])
         assert whole == pytest.approx(logged["actor/pg_loss"], rel=2e-2, abs=1e-4)
