@@ -1,4 +1,4 @@
-"""torchrun, with a message in place of its traceback when a rank fails.
+"""Run torchrun, and print one message instead of its traceback when a rank fails.
 
 python -m minimind_mcore.launch --nproc-per-node 2 pretrain_gpt.py ...
 """
@@ -70,7 +70,7 @@ def _launch(arguments: list[str]) -> int:
 
 
 def _failed(rank: int, failure: ProcessFailure) -> int:
-    """Say what ended the run, as the last line; returns the exit status: 128 + its number after a request to stop."""
+    """Log what ended the run, as the last line. Return the exit status: 128 + the signal's number, or 1."""
     verdict = Path(os.environ[errors.VERDICT])
     if verdict.is_file():  # a rank knows more than its exit status says
         logger.error(verdict.read_text(encoding="utf-8"))

@@ -182,7 +182,7 @@ def load_tokenizer(info: TokenizerInfo) -> Any:
 
 
 def opened(args: argparse.Namespace) -> tuple[Source, TokenizerInfo]:
-    """The model and the tokenizer that a command line names; no weights are read.
+    """Open the model and the tokenizer that a command line names, without reading weights.
 
     Raises:
         UserError: see `open_both` and `flags.check_model`.

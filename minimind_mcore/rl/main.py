@@ -1,6 +1,6 @@
-"""train_grpo.py and train_ppo.py: a configuration, and the backend that runs it.
+"""The programs train_grpo.py and train_ppo.py: read a configuration and start its backend.
 
-`python -m minimind_mcore.rl.main --config-name NAME` says which of the two it is.
+`python -m minimind_mcore.rl.main --config-name NAME` prints which of the two programs runs the configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def ppo(argv: Sequence[str] | None = None) -> None:
 
 
 def program(argv: Sequence[str]) -> str:
-    """Which of the two runs the configuration that a command line asks for.
+    """Return the program that runs the configuration of a command line.
 
     Raises:
         UserError: there is no such configuration.
@@ -65,10 +65,10 @@ def _run(name: str, argv: Sequence[str]) -> None:
 
 
 def backend() -> str:
-    """Who trains: BACKEND of the environment; MindSpeed-RL on an NPU, this kit elsewhere.
+    """Return the backend: the setting BACKEND, or by default MindSpeed-RL on an NPU and the embedded trainer elsewhere.
 
     Raises:
-        UserError: BACKEND is neither.
+        UserError: BACKEND is another word.
     """
     name = os.environ.get("BACKEND") or ("mindspeed-rl" if device.current().is_ascend else "embedded")
     if name not in BACKENDS:
@@ -77,7 +77,7 @@ def backend() -> str:
 
 
 def _check(program: str, config: Config) -> None:
-    """Refuse an algorithm that the other program runs."""
+    """Raise a `UserError` if the other program runs the algorithm."""
     name = config.minimind.algorithm
     if (name == "ppo") != (program == "train_ppo.py"):
         other = "train_ppo.py" if name == "ppo" else "train_grpo.py"

@@ -54,7 +54,7 @@ def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens at an address.
+    """Open a socket that listens at an address.
 
     Raises:
         UserError: the address is not this host's, or its port is in use.

@@ -73,7 +73,7 @@ class Metrics:
             self.sinks = open_sinks(config.logging, vars(config.saved_arguments()), progress)
 
     def record(self, progress: Progress, result: step.StepResult, lr: float) -> None:
-        """Take note of a finished step; report if a line is due."""
+        """Add the result of a finished step. Log a line every --log-interval steps and after the last step."""
         self.steps.append(result)
         config, iteration = self.config, progress.iteration
         if iteration % config.logging.log_interval and iteration != config.schedule.train_iters:
@@ -150,13 +150,13 @@ class Metrics:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Inside, time does not count as training: an evaluation, a save."""
+        """Leave the time inside out of the step times, as for an evaluation or a save."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def record_evaluation(self, progress: Progress, loss: float) -> None:
-        """Report a validation loss (mean over tokens, nats)."""
+        """Log a validation loss (mean over tokens, nats)."""
         if ranks.is_main():
             logger.info(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |")
             self._write({"iteration": progress.iteration, "validation_loss": loss})

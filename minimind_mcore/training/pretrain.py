@@ -1,4 +1,4 @@
-"""Training: the whole run, from top to bottom. By itself it pretrains; post-training gives it another job.
+"""The training loop, from the flags to the last checkpoint. It pretrains by default; post-training passes another job.
 
 torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (see examples/mcore/minimind)
 """

@@ -1,10 +1,10 @@
-"""What a run says about itself: MindSpeed-RL's names and line, metrics.jsonl, tensorboard, wandb, swanlab.
+"""Metrics of a run, under MindSpeed-RL's names: the log line, metrics.jsonl, tensorboard, wandb, swanlab.
 
     [2026-01-01 12:00:00] iteration: 3 / 60 | timing/all : 2.1034 | ... | grpo/score/mean : 0.4219 | ...
 
-Names that MindSpeed-RL's documents use and its code does not emit stand beside the others in metrics.jsonl
-(`ALIASES`). `rollout/logp_diff` is the mean difference between the trainer's and the rollout engine's
-log-probabilities of the same tokens: what it should be is 0, up to rounding.
+metrics.jsonl also has the names that MindSpeed-RL documents and does not emit (`ALIASES`). `rollout/logp_diff` is the
+mean difference between the trainer's and the rollout engine's log-probabilities of the same tokens. It should be 0 up
+to rounding.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def require_same_model(row: Row, precision: str) -> None:
 
 
 class Log:
-    """Where a run's metrics go.
+    """Write the metrics of a run to the console, metrics.jsonl and the chosen loggers.
 
     Args:
         config: of the run.
@@ -164,7 +164,7 @@ class Log:
             sink(whole)
 
     def outcome(self) -> str:
-        """What the run came to, in a line or two."""
+        """Return the accuracy before and after the run, if it was evaluated, and the paths of the curves."""
         found = [row["eval/accuracy"] for row in read_history(self.history) if "eval/accuracy" in row]
         change = f"accuracy on held-out questions: {found[0]:.1%} before, {found[-1]:.1%} after\n" if found else ""
         return f"{change}curves: {self.folder}/reward.png, {self.folder}/report.html"
@@ -176,7 +176,7 @@ class Log:
 
 
 def say(text: str) -> None:
-    """Something that is no metric."""
+    """Log a message that is not a metric, with the time."""
     logger.info(f"[{_now()}] INFO {text}")
 
 

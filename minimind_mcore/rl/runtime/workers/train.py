@@ -27,7 +27,7 @@ def own_address() -> str:
 
 
 class TrainWorker:
-    """One rank. It first says where it is; then it joins the others, and answers calls of `Rank`'s methods."""
+    """One training rank. It reports its address, joins the process group, and then runs the methods of `Rank`."""
 
     def where(self) -> tuple[str, int]:
         """Address of this host, and a port of it that stays reserved until this rank joins the group."""
