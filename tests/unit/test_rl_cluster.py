@@ -136,7 +136,8 @@ def test_the_directory_of_ray_is_removed_unless_the_run_fails(
 @pytest.mark.parametrize("closed, status", [(False, 1), (True, 0)])
 def test_a_driver_whose_raylet_has_ended_says_so(closed: bool, status: int) -> None:
     script = (
-        "import subprocess, threading, time; from minimind_mcore.rl.runtime import cluster; "
+        "import subprocess, threading, time; from minimind_mcore import log; "
+        "from minimind_mcore.rl.runtime import cluster; log.setup(); "
         "closed = threading.Event(); "
         "raylet = subprocess.Popen(['sleep', '60']); cluster.watch_process(raylet.pid, closed); "
         f"closed.set() if {closed} else None; raylet.kill(); raylet.wait(); time.sleep(0 if {closed} else 30)"
