@@ -27,6 +27,48 @@ def test_conversations(inputs: Inputs, tmp_path: Path) -> None:
     assert files == {f"packed_{name}_document.{kind}" for name in columns for kind in ("bin", "idx")}
 
 
+TURNS = [
+    {"from": "human", "value": "你好，你会什么？"},
+    {"from": "gpt", "value": "I answer."},
+    {"from": "human", "value": "2+3?"},
+]
+PAIRS = {
+    "AlpacaStylePairwiseHandler": [
+        {"instruction": "Add.", "input": "2+3", "chosen": "5", "rejected": "It is 6."},
+        {
+            "instruction": "光合作用是什么？",
+            "input": "",
+            "chosen": "植物 makes sugar 🌱",
+            "rejected": "no",
+            "system": "Be brief.",
+        },
+    ],
+    "SharegptStylePairwiseHandler": [
+        {"conversations": TURNS, "chosen": {"from": "gpt", "value": "5"}, "rejected": {"from": "gpt", "value": "6 🌱"}},
+    ],
+}
+
+
+@pytest.mark.parametrize("handler", PAIRS)
+def test_pairs(handler: str, inputs: Inputs, tmp_path: Path) -> None:
+    """Of DPO and of outcome reward models."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS[handler]), encoding="utf-8")
+    flags = ["--handler-name", handler, "--prompt-type", "qwen3", "--enable-thinking", "true", "--seq-length", "512"]
+    if handler.startswith("Alpaca"):  # theirs reads no system field unless it is named
+        keys = {
+            "prompt": "instruction",
+            "query": "input",
+            "system": "system",
+            "chosen": "chosen",
+            "rejected": "rejected",
+        }
+        flags += ["--map-keys", json.dumps(keys)]
+    files = compare(inputs, str(file), flags, tmp_path)
+    columns = [f"{side}_{kind}" for side in ("chosen", "rejected") for kind in ("input_ids", "labels")]
+    assert files == {f"packed_{name}_document.{kind}" for name in columns for kind in ("bin", "idx")}
+
+
 def compare(inputs: Inputs, source: str, flags: list[str], folder: Path) -> set[str]:
     """Convert a file with both programs; the names, without the prefix, of the files that are equal."""
     words = ["--input", str(inputs.folder / source), "--tokenizer-type", "PretrainedFromHF", *flags]

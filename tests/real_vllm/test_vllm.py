@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,13 @@ import openai  # pyright: ignore[reportMissingImports]
 import pytest
 import torch
 import yaml
-from helpers import serving
+from helpers import openai_suite, serving
 from helpers.engine import ROOT
 from helpers.inference_models import twin
 from helpers.serving import vocabulary, wait_until_ready, write_served
 from helpers.weights_on_disk import state_dict, write_hf
 
+from minimind_mcore import hosts
 from minimind_mcore.converters.main import main_v2
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
@@ -154,7 +156,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder, generation = tmp_path_factory.mktemp("served"), "v3" if request.param == "minimind3" else "v2"
     tokenizer = published_tokenizer(generation)
     write_served(folder / "model", serving.shrunk(request.param, vocabulary(tokenizer)), tokenizer)
-    port = 18000 + os.getpid() % 1000
+    port = hosts.free_port()
     command = [PYTHON, "-m", "minimind_mcore.cli", "serve", "--load", str(folder / "model"), "--engine", "vllm"]
     with server([*command, "--port", str(port)], port, folder / "log"):
         yield f"http://127.0.0.1:{port}/v1", generation
@@ -184,8 +186,12 @@ def test_the_command_of_compose(tmp_path: Path) -> None:
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))["services"]
     service = services["serve-vllm-cuda"]
     assert service["command"][1:] == services["serve-vllm-ascend"]["command"][1:]  # the first word is the model
-    tokenizer, port = published_tokenizer("v3"), 19000 + os.getpid() % 1000
-    model = write_served(tmp_path / "model", serving.shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+    tokenizer, port = published_tokenizer("v3"), hosts.free_port()
+    raw, model = tmp_path / "raw", tmp_path / "model"
+    write_served(raw, serving.shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+    main_v2(["--save-model-type", "hf", "--load-dir", str(raw), "--save-dir", str(model)])
+    for file in tokenizer.iterdir():
+        shutil.copy(file, model)
     here = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     with server([PYTHON, *service["entrypoint"][1:], *service["command"], *here], port, tmp_path / "log"):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY["API_KEY"], max_retries=0)
@@ -194,6 +200,7 @@ def test_the_command_of_compose(tmp_path: Path) -> None:
         unit = {"type": "object", "properties": {"unit": {"enum": ["celsius"]}}, "required": ["unit"]}
         parameters = unit | {"additionalProperties": False}
         tool = {"type": "function", "function": {"name": "get_time", "strict": True, "parameters": parameters}}
-        forced: Any = {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "get_time"}}}
+        forced: Any = {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "get_time"}},
+                       "logit_bias": openai_suite.no_blanks(client)}  # fmt: skip
         [call] = client.chat.completions.create(**hello | forced, max_tokens=60).choices[0].message.tool_calls or []
         assert json.loads(call.function.arguments) == {"unit": "celsius"}
