@@ -116,7 +116,7 @@ def evaluate(argv: Sequence[str]) -> None:
     """
     help_of(argv, evaluate.__doc__)
     api = env("BACKEND") == "api" or given(argv, "--backend")
-    words = flags("BACKEND", "API_BASE_URL", "API_KEY", "API_MODEL") if api else loaded(argv)
+    words = flags("BACKEND", "API_BASE_URL", "API_MODEL") if api else loaded(argv)
     for name, flag in {"TASK": "--task", "TASK_DATA_PATH": "--task-data-path", "HARNESS": "--harness"}.items():
         words += [flag, *listed] if (listed := env(name).split()) else []
     words += flags("NUM_FEWSHOT", "BATCH --evaluation-batch-size", "MAX_NEW_TOKENS")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -178,7 +179,8 @@ def _evaluate_api(args: argparse.Namespace, cases: dict[str, list[Case]]) -> Non
     if args.dry_run:
         print("a dry run: everything is valid, nothing was evaluated", flush=True)
         return
-    api = Api(args.api_base_url, args.api_key, args.api_model, args.max_new_tokens, args.seed)
+    key = args.api_key or os.environ.get("API_KEY") or "none"  # not a flag of a shell, which others could read
+    api = Api(args.api_base_url, key, args.api_model, args.max_new_tokens, args.seed)
     scores = EvaluationResults({"model": args.api_model, "api_base_url": args.api_base_url})
     for path, listed in cases.items():
         outcomes, scores.quality[f"{TOOLCALL} {path}"] = evaluate(api, listed, args.evaluation_batch_size, args.seed)

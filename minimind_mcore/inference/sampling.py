@@ -117,10 +117,13 @@ class Sampler:
             logits -= how.frequency_penalty * self._counts + how.presence_penalty * (self._counts > 0)
         for token, bias in how.logit_bias.items():
             logits[token] += bias
-        if len(ids) < how.min_tokens:
-            logits[list(how.banned)] = float("-inf")
         if how.grammar is not None:
             how.grammar.mask(logits)
+        if len(ids) < how.min_tokens:
+            longer = logits.clone()
+            longer[list(how.banned)] = float("-inf")
+            if longer.max() > float("-inf"):  # what follows a grammar to its end cannot go on
+                logits.copy_(longer)
 
 
 def choose(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:

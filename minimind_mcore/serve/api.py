@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
 from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from sse_starlette import EventSourceResponse  # pyright: ignore[reportMissingImports]
 from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
 from starlette.middleware.cors import CORSMiddleware  # pyright: ignore[reportMissingImports]
@@ -26,6 +26,7 @@ from minimind_mcore.serve.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    RequestBody,
     RequestError,
     TokenizeBody,
     TokenizeChatBody,
@@ -43,7 +44,7 @@ SEND_SECONDS = 120.0  # that a client may take to read a chunk
 ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
 )  # fmt: skip
-AnyBody = TypeVar("AnyBody", bound=BaseModel)
+AnyBody = TypeVar("AnyBody", bound=RequestBody)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -293,9 +294,7 @@ def parse(kind: type[AnyBody], content: Any) -> AnyBody:
         value = first.get("input")
         found = f"; found {value!r}" if isinstance(value, str | int | float | bool) and len(repr(value)) <= 60 else ""
         raise RequestError(f"{field}: {first['msg']}{found}"[:500], param=field.split(".")[0] or None) from problem
-    check: Callable[[], None] | None = getattr(body, "check", None)
-    if check is not None:
-        check()
+    body.check()
     return body
 
 

@@ -95,6 +95,7 @@ class EmbeddedServer:
         from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
 
         from minimind_mcore.serve.api import create_app
+        from minimind_mcore.serve.http_protocol import LimitedHeads
         from minimind_mcore.serve.service import Service
 
         AppStatus.enable_automatic_graceful_drain = False  # it would cut streams at the signal
@@ -103,7 +104,7 @@ class EmbeddedServer:
         self.service = Service(options)
         config = uvicorn.Config(
             create_app(self.service, options.api_key, options.cors_origins),
-            log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+            log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", http=LimitedHeads,
             timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=30,
         )  # fmt: skip
         self.server = uvicorn.Server(config)

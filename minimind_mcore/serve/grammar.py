@@ -5,6 +5,7 @@ llguidance says which tokens may come next. A grammar may begin behind a thought
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -93,6 +94,13 @@ class Grammar:
         self._matcher = LLMatcher(_vocabulary(tokenizer, tuple(stop)), text, log_level=0)
         if problem := self._matcher.get_error():
             raise UserError(f"the schema is not supported: {problem.splitlines()[0][:300]}")
+
+    def copy(self) -> Grammar:
+        """Return a grammar at the same place for another answer, which need not compile the text again."""
+        other = copy.copy(self)
+        other._forced, other._behind = list(self._forced), list(self._behind)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     def accept(self, token: int) -> None:
         """Go on behind a token."""

@@ -58,11 +58,37 @@ class StreamOptions(Lenient):
     include_usage: StrictBool | None = False
 
 
-class Body(BaseModel):
-    """What completions and chats have in common."""
+class RequestBody(BaseModel):
+    """A body of which every field is looked at."""
 
     model_config = ConfigDict(extra="allow")
     # Fields of OpenAI and vLLM that are not implemented, and the values that ask for nothing.
+    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+    def check(self) -> None:
+        """Look at the fields that this class does not have.
+
+        Raises:
+            RequestError: one is known to OpenAI or vLLM, not implemented here, and not at its default.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.unsupported:
+                _report_ignored(name)
+            elif not any((value == default and type(value) is not bool) or value is default
+                         for default in self.unsupported[name]):  # fmt: skip
+                raise RequestError(f"{name} is not implemented by this server; leave it out", name)
+
+
+def _report_ignored(name: str) -> None:
+    """Name a field without effect in the log, the first time that a request has it."""
+    if name not in _ignored and len(_ignored) < 1000:
+        _ignored.add(name)
+        logger.warning("a request has the field %.40r, which has no effect", name)
+
+
+class Body(RequestBody):
+    """What completions and chats have in common."""
+
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
         "prompt_cache_key": (None,), "prompt_cache_retention": (None,), "safety_identifier": (None,),
         "use_beam_search": (None, False), "length_penalty": (None, 1), "spaces_between_special_tokens": (None, True),
@@ -109,19 +135,8 @@ class Body(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def check(self) -> None:
-        """Look at the fields that this class does not have, and at those that exclude each other.
-
-        Raises:
-            RequestError: one is known to OpenAI or vLLM, not implemented here, and not at its default.
-        """
-        for name, value in (self.model_extra or {}).items():
-            if name in self.unsupported:
-                if not any((value == default and type(value) is not bool) or value is default
-                           for default in self.unsupported[name]):  # fmt: skip
-                    raise RequestError(f"{name} is not implemented by this server; leave it out", name)
-            elif name not in _ignored and len(_ignored) < 1000:
-                _ignored.add(name)
-                logger.warning("a request has the field %.40r, which has no effect", name)
+        """Look also at the fields that exclude each other; see `RequestBody.check`."""
+        super().check()
         if self.stream_options is not None:
             if not self.stream:
                 raise RequestError("stream_options is for streams; set stream to true", "stream_options")
@@ -194,15 +209,22 @@ class NamedTool(Lenient):
     function: NamedFunction
 
 
-class ChatTemplateFields(BaseModel):
+class ChatTemplateFields(RequestBody):
     """What a chat template is given."""
 
-    model_config = ConfigDict(extra="allow")
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     open_thinking: StrictBool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    def check(self) -> None:
+        """Look also at the fields of messages and tools; see `RequestBody.check`."""
+        super().check()
+        functions = [tool.function for tool in self.tools or []]
+        for kind, parts in (("messages", self.messages), ("tools", self.tools or []), ("function", functions)):
+            for name in {name for part in parts for name in part.model_extra or {}}:
+                _report_ignored(f"{kind}[].{name}")
 
 
 class ChatBody(Body, ChatTemplateFields):
@@ -284,10 +306,9 @@ class CompletionBody(Body):
         return found
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(RequestBody):
     """`POST /tokenize` of a text."""
 
-    model_config = ConfigDict(extra="allow")
     model: StrictStr | None = None
     prompt: StrictStr
     add_special_tokens: StrictBool | None = True
@@ -297,14 +318,17 @@ class TokenizeBody(BaseModel):
 class TokenizeChatBody(ChatTemplateFields):
     """`POST /tokenize` of a chat."""
 
+    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
+        "continue_final_message": (None, False), "add_special_tokens": (None, False), "chat_template": (None,),
+        "media_io_kwargs": (None, {}), "mm_processor_kwargs": (None, {}),
+    }  # fmt: skip
     model: StrictStr | None = None
     add_generation_prompt: StrictBool | None = True
     return_token_strs: StrictBool | None = False
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(RequestBody):
     """`POST /detokenize`."""
 
-    model_config = ConfigDict(extra="allow")
     model: StrictStr | None = None
     tokens: list[Token]

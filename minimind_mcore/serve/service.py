@@ -235,11 +235,7 @@ class Service:
                 "response_format",
             )
 
-        def make() -> Grammar:
-            return Grammar(text, tokenizer, stop, before, behind, thinking)
-
-        make()  # what is wrong with the schema is said before anything runs
-        return make
+        return Grammar(text, tokenizer, stop, before, behind, thinking).copy
 
     def _job(
         self,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.tools.process import Limits, Result, failed
@@ -55,7 +55,7 @@ def open_servers(servers: object, where: str, stack: ExitStack) -> list[Tool]:
             )  # fmt: skip
             client = Client(server, read_timeout_seconds=START_SECONDS)
             stack.enter_context(portal.wrap_async_context_manager(client))
-            listed = portal.call(client.list_tools).tools
+            listed = _tools(portal, client)
         except Exception as error:  # the SDK raises groups of whatever its transports raise
             raise UserError(f"{place} does not answer: {error!r}; start it by hand to see why") from error
         for tool in listed:
@@ -63,6 +63,16 @@ def open_servers(servers: object, where: str, stack: ExitStack) -> list[Tool]:
             definition = {"type": "function", "function": function}
             tools.append(Tool(definition, remote=partial(_call, portal, client, tool.name)))
     return tools
+
+
+def _tools(portal: BlockingPortal, client: Client) -> list[Any]:
+    """Return the tools of a server, which may come in pages."""
+    page = portal.call(client.list_tools)
+    found = list(page.tools)
+    while page.next_cursor:
+        page = portal.call(partial(client.list_tools, cursor=page.next_cursor))
+        found += page.tools
+    return found
 
 
 def _call(portal: BlockingPortal, client: Client, name: str, arguments: Mapping[str, object], limits: Limits) -> Result:

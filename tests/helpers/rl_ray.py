@@ -66,8 +66,11 @@ def main() -> None:
     import ray
     from ray.exceptions import RayActorError
 
+    from minimind_mcore import log
     from minimind_mcore.rl.config.load import resolve
     from minimind_mcore.rl.runtime.trainer import Trainer, train
+
+    log.setup()
 
     def process_id(actor: Any) -> int:
         return int(ray.get(actor.__ray_call__.remote(lambda worker: os.getpid())))

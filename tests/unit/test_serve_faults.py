@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.sampling import Sampler
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
+from minimind_mcore.serve import grammar, http_protocol
 from minimind_mcore.serve.embedded import EmbeddedServer
 from minimind_mcore.serve.service import Service
 from minimind_mcore.serve.slots import Slots
@@ -178,6 +180,67 @@ def test_large_prompts_are_encoded_one_at_a_time(
             messages = [{"role": "user", "content": "word " * words}]
             list(pool.map(lambda _, messages=messages: post(server[0], messages=messages), range(4)))
             assert (most[0] == 1) == (expected == 1)
+
+
+def test_a_grammar_is_compiled_once_for_all_choices(
+    server: tuple[str, EmbeddedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, make = [], grammar.Grammar.__init__
+
+    def counted(self: grammar.Grammar, text: str, *others: Any) -> None:
+        compiled.append(text)
+        make(self, text, *others)
+
+    monkeypatch.setattr(grammar.Grammar, "__init__", counted)
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no", "perhaps"]}}}
+    reply = post(server[0], response_format=schema, n=5, temperature=1, seed=3, max_tokens=40, ignore_eos=False)
+    answers = [choice["message"]["content"] for choice in reply.json()["choices"]]
+    assert {json.loads(answer) for answer in answers} <= {"yes", "no", "perhaps"} and len(answers) == 5
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_min_tokens_does_not_go_on_behind_a_finished_grammar(
+    server: tuple[str, EmbeddedServer], temperature: float
+) -> None:
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes"]}}}
+    body: dict[str, Any] = {"response_format": schema, "min_tokens": 30, "max_tokens": 60, "ignore_eos": False}
+    reply = post(server[0], **body, temperature=temperature, seed=1)
+    assert json.loads(reply.json()["choices"][0]["message"]["content"]) == "yes"
+
+
+@pytest.mark.parametrize(
+    "field", [{"continue_final_message": True}, {"chat_template": "x"}, {"add_special_tokens": True}]
+)
+def test_fields_of_tokenize_that_are_not_implemented(server: tuple[str, EmbeddedServer], field: dict[str, Any]) -> None:
+    reply = post(server[0], "/tokenize", messages=HELLO, **field)
+    assert reply.status_code == 400 and next(iter(field)) in reply.json()["error"]["message"]
+    assert post(server[0], "/tokenize", messages=HELLO, continue_final_message=False).status_code == 200
+
+
+def test_fields_of_messages_without_effect_are_named_once(
+    server: tuple[str, EmbeddedServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    log.hand_over()
+    for _ in range(2):
+        assert post(server[0], messages=[HELLO[0] | {"nickname": "Ann"}]).status_code == 200
+    assert caplog.text.count("messages[].nickname") == 1 and "Ann" not in caplog.text
+
+
+def test_the_head_of_a_request_has_limits(server: tuple[str, EmbeddedServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection whose head is not complete in time, or too large, is closed; the next client is answered."""
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
+    host, port = server[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        assert slow.recv(100) == b""
+    monkeypatch.undo()
+    with socket.create_connection((host, int(port)), timeout=30) as large:
+        large.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        with pytest.raises(ConnectionError):
+            for _ in range(3000):
+                large.sendall(b"a" * 10_000)
+    assert httpx.get(server[0] + "/health", timeout=30).status_code == 200
 
 
 def test_until_the_model_is_loaded_all_is_503(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
