@@ -398,8 +398,8 @@ def test_second_signal_exits_at_once(corpus: Corpus, tmp_path: Path) -> None:
     argv = [*corpus.flags(CONFIG, **flags), "--output-dir", str(tmp_path)]
     program = (
         "import sys; sys.path[:0] = sys.argv[1:3]; del sys.argv[1:3]\n"
-        "import test_training_faults\nfrom minimind_mcore.training import pretrain\n"
-        "test_training_faults.stall_save(); pretrain.main()"
+        "import test_training_faults\nfrom minimind_mcore import errors\nfrom minimind_mcore.training import pretrain\n"
+        "test_training_faults.stall_save(); errors.run(pretrain.main)"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent), str(ROOT / "tests"), *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
