@@ -20,6 +20,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from minimind_mcore.cli import place, quickstart
@@ -60,9 +61,7 @@ def main(argv: Sequence[str]) -> int:
         stages = tuple(name for name in stages if name in ("vllm", "web"))
     for stage in stages:
         with _named(stage):
-            if stage == "reason" and "reason" not in args.stages and args.only != stage and has_no_reasoning(run):
-                logger.info("skipped: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
-            elif status := run_stage(run, stage, args):
+            if status := run_stage(run, stage, args):
                 repeat = shlex.join(repeat_command(args, stage))
                 logger.error(f"the stage {stage} failed with exit status {status}. To repeat it:\n  {repeat}")
                 return status
@@ -130,11 +129,15 @@ def make_run(args: argparse.Namespace) -> Run:
         raise UserError(f"--weight {args.weight}: expected a stage that trains: {', '.join((*TRAININGS, *RL))}")
     tokenizer = Path(given).absolute() if (given := env("TOKENIZER_PATH")) and not args.sample else None
     records = Records(output / "records", {"$OUTPUT": output, "$DATA": data, "$KIT": root})
-    return Run(
+    run = Run(
         model=model, recipe=args.recipe or "", output=output, data=data, tokenizer=tokenizer, sample=args.sample,
         weight=args.weight, teacher=args.teacher, reward_model=args.reward_model, port=args.port,
         stages=tuple(chosen(args)), records=records, files=files,
     )  # fmt: skip
+    if "reason" in {*run.stages} - {*args.stages, args.only} and has_no_reasoning(run):
+        logger.info("without reason: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
+        run = replace(run, stages=tuple(name for name in run.stages if name != "reason"))
+    return run
 
 
 def _pair(word: str) -> tuple[str, Path]:

@@ -16,7 +16,7 @@ from minimind_mcore.models.presets import find_model
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import Command, Job, Records
-from minimind_mcore.pipeline.tables import successor
+from minimind_mcore.pipeline.tables import find, successor
 
 PRESETS = {
     "zero": "download tokenizer pretrain full_sft eval",
@@ -139,16 +139,26 @@ def download(run: Run) -> list[Job]:
     """Get the data files and the tokenizer that the stages of a run need and that are not there."""
     if run.sample:
         return [sample.data_job(run.data)]
-    needed = {run.data_file(stage) for stage in run.stages if KIND.get(stage, stage) in DATA} or {
-        run.data / f"{DATA[kind][0]}.jsonl" for kind in ("pretrain", "full_sft")
+    kinds = {stage: KIND.get(stage, stage) for stage in run.stages}
+    needed = {run.data_file(stage): kind for stage, kind in kinds.items() if kind in DATA} or {
+        run.data / f"{DATA[kind][0]}.jsonl": kind for kind in ("pretrain", "full_sft")
     }
-    missing = sorted(path.stem for path in needed if not path.exists())
     settings = {"DATA_DIR": str(run.data)}
-    commands = [Command(("download", "data", name), settings) for name in missing]
+    commands, outputs = [], []
+    for path, kind in sorted(needed.items()):
+        if path.exists():
+            continue
+        try:
+            find("data", path.stem)
+        except UserError as error:
+            raise UserError(f"{error}; give that file or another one with --data {kind}=FILE") from error
+        commands.append(Command(("download", "data", path.stem), settings))
+        outputs.append(path)
     if run.tokenizer_dir() == run.data / "tokenizer" and not (run.data / "tokenizer/tokenizer.json").exists():
         name = "minimind-3" if find_model(run.model).qk_layernorm else "minimind2"
         commands.append(Command(("download", "tokenizer", name), settings))
-    return [Job(name="download", commands=tuple(commands))] if commands else []
+        outputs += [run.data / "tokenizer" / file for file in find("tokenizer", name)["files"]]
+    return [Job(name="download", commands=tuple(commands), outputs=tuple(outputs))] if commands else []
 
 
 def tokenizer(run: Run) -> list[Job]:

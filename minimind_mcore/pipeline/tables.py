@@ -66,6 +66,8 @@ def find(kind: str, name: str) -> Entry:
     entries = tables()[kind]
     if name in entries:
         return entries[name]
+    if command := _file()["made"].get(name):
+        raise UserError(f"download {kind} {name}: nobody publishes this file; make it with {command}")
     if text := successor(name):
         raise UserError(f"download {kind} {name}{text}")
     hint = did_you_mean(name, entries)

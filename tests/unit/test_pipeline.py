@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from minimind_mcore.cli import dispatch
 from minimind_mcore.errors import UserError
 from minimind_mcore.pipeline import docker, main, report, serving
 from minimind_mcore.pipeline.job import Command, Job, Records, digest, set_aside
-from minimind_mcore.pipeline.stages import Run, expand, has_no_reasoning
+from minimind_mcore.pipeline.stages import Run, expand
 
 
 def settings(*words: str) -> argparse.Namespace:
@@ -104,9 +105,46 @@ def test_a_withdrawn_file_names_its_replacement(tmp_path: Path) -> None:
 
 
 def test_minimind3_has_no_reasoning_stage_of_its_own(tmp_path: Path) -> None:
-    assert has_no_reasoning(run_of("all"))
-    assert not has_no_reasoning(run_of("--model", "minimind2", "all"))
-    assert not has_no_reasoning(run_of("--sample", "all"))
+    without = "download build pretrain full_sft dpo eval".split()
+    assert list(run_of("all").stages) == without
+    assert "reason" in run_of("--model", "minimind2", "all").stages
+    assert "reason" in run_of("--sample", "all").stages
+    assert "reason" in run_of("all", "reason").stages and run_of("all", "--only", "reason").stages == ("reason",)
+    (tmp_path / "thoughts.jsonl").write_text("{}")
+    assert "reason" in run_of("all", "--data", f"reason={tmp_path}/thoughts.jsonl").stages
+
+
+@pytest.mark.parametrize("preset", ["zero", "core", "all"])
+def test_presets_with_a_download_are_valid_on_an_empty_machine(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "wait_for", lambda *words: 0)  # the dry runs of the commands have tests of their own
+    assert dispatch(["run", "--dry-run", preset]) == 0
+
+
+def test_data_that_cannot_be_downloaded_names_the_flag(capfd: pytest.CaptureFixture[str]) -> None:
+    for stage, hint in {"reason": "its replacement is sft_t2t_mini", "toolcall": "minimind-mcore tool-data"}.items():
+        assert dispatch(["run", "--dry-run", "--model", "minimind2", "download", stage]) == 1
+        error = capfd.readouterr().err
+        assert hint in error and f"--data {stage}=FILE" in error
+
+
+def test_a_download_whose_files_are_gone_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = []
+
+    def download(command: list[str], settings: dict[str, str]) -> int:
+        kind, name = command[-2:]
+        got.append(name)
+        files = [f"{name}.jsonl"] if kind == "data" else ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+        for file in files:
+            (tmp_path / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / file).write_text(name)
+        return 0
+
+    monkeypatch.setattr(main, "wait_for", download)
+    for _ in range(2):
+        assert dispatch(["run", "download"]) == 0
+        assert (tmp_path / "data/pretrain_t2t_mini.jsonl").exists()
+        shutil.rmtree(tmp_path / "data")
+    assert got == ["pretrain_t2t_mini", "sft_t2t_mini", "minimind-3"] * 2
 
 
 def test_reasoning_begins_with_dpo_if_there_is_one() -> None:
