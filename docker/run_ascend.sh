@@ -12,6 +12,7 @@
 # DATA MODELS   directories of the host, seen as /data and /models, read-only (default: data and hf in the repository)
 # OUTPUTS   directory of the host for checkpoints, logs and converted data (default: outputs in the repository); it is
 #           outputs/ of the kit in the container, and of CODE
+# MOUNTS    more files and directories of the host, one a line, each at its own path in the container, read-only
 # CODE      a checkout to work in, seen as /workspace/algorithm (default: none; the image has its own copy)
 # NAME      of the container (default minimind)
 # SHM       shared memory (default 64g)
@@ -106,6 +107,11 @@ for path in /usr/local/Ascend/firmware /usr/local/dcmi /usr/local/bin/npu-smi /u
 done
 [ -n "$DRY_RUN" ] || mkdir -p "$DATA" "$MODELS" "$OUTPUTS" || fail "DATA, MODELS and OUTPUTS must be directories"
 OPTIONS+=(--volume "$DATA:/data:ro" --volume "$MODELS:/models:ro" --volume "$OUTPUTS:$KIT/outputs")
+while IFS= read -r path; do
+    [ -n "$path" ] || continue
+    path=$(absolute "$path")
+    OPTIONS+=(--volume "$path:$path:ro")
+done <<< "${MOUNTS:-}"
 if [ -n "$CODE" ]; then
     [ -n "$DRY_RUN" ] || mkdir -p "$CODE/outputs" # else docker makes it, for root
     OPTIONS+=(--volume "$CODE:/workspace/algorithm" --volume "$OUTPUTS:/workspace/algorithm/outputs"

@@ -4,7 +4,7 @@
 #   bash examples/run_all.sh --sample all serve      # sample data and a tiny model, on a CPU, in minutes
 #   bash examples/run_all.sh --dry-run zero          # check every stage and run nothing
 #   bash examples/run_all.sh zero                    # MiniMind-3 from downloads to scores
-#   bash examples/run_all.sh --model minimind2 all && bash examples/run_all.sh --model minimind2 serve
+#   bash examples/run_all.sh --model minimind2 --data reason=FILE all serve
 #
 # A finished stage is skipped if its inputs, settings and outputs are the same. An interrupted stage continues from its
 # checkpoint: give the same command again. --help lists stages, presets and options.

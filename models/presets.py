@@ -55,13 +55,17 @@ def get_preset(name: str) -> ModelConfig:
     return lookup("model preset", PRESETS, name)
 
 
+def is_path(name: str) -> bool:
+    """Whether a model is given by the path of an HF directory or `config.json`, and not by a preset's name."""
+    if name.lower().replace("-", "_") in PRESETS:  # even where a directory has that name
+        return False
+    path = Path(name)
+    return path.suffix == ".json" or len(path.parts) > 1 or path.exists()
+
+
 def find_model(name: str) -> ModelConfig:
     """The preset of that name, or the model that an HF directory or `config.json` of that path describes."""
-    if name.lower().replace("-", "_") in PRESETS:  # even where a directory has that name
-        return get_preset(name)
-    path = Path(name)
-    is_path = path.suffix == ".json" or len(path.parts) > 1 or path.exists()
-    return ModelConfig.from_hf_config(name) if is_path else get_preset(name)
+    return ModelConfig.from_hf_config(name) if is_path(name) else get_preset(name)
 
 
 def table() -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from minimind_mcore.cli.settings import show, wait_for
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.presets import is_path
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import SETTINGS
@@ -39,16 +40,41 @@ def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str
     """Run stages in a container, by this command in it. Return the exit status."""
     own = {"OUTPUT_DIR": f"{OUTPUTS}/{run.output.name}", **({} if run.sample else {"DATA_DIR": "/data"})}
     inside = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS) if os.environ.get(name)} | own
+    named = {"TASK_DATA_PATH": " ".join(_task_data()), "TOKENIZER_PATH": str(run.tokenizer or "")}
+    inside |= {name: value for name, value in named.items() if value}
+    mounts = mounted(run)
     host = {
         "DATA": str(run.data), "OUTPUTS": str(run.output.parent), "USER_ID": str(os.getuid()),
         "GROUP_ID": str(os.getgid()),
     }  # fmt: skip
     if kind == "ascend":  # the script chooses the cards and passes settings on
-        start, host = ["bash", str(CHECKOUT / "docker/run_ascend.sh")], {**host, **inside}
+        start = ["bash", str(CHECKOUT / "docker/run_ascend.sh")]
+        host |= inside | {"MOUNTS": "\n".join(mounts)}
     else:
         passed = [word for name, value in inside.items() for word in ("-e", f"{name}={value}")]
+        passed += [word for path in mounts for word in ("-v", f"{path}:{path}:ro")]
         start = [*COMPOSE, "run", "--rm", *passed, kind]
     return _step([*start, "minimind-mcore", "run", *options, *stages], host, dry)
+
+
+def _task_data() -> list[str]:
+    return [os.path.abspath(path) for path in os.environ.get("TASK_DATA_PATH", "").split()]
+
+
+def mounted(run: Run) -> list[str]:
+    """Return the files and directories that a user names. The container sees each one at its own path, read-only.
+
+    Raises:
+        UserError: one of them does not exist; docker would make a directory of that name.
+    """
+    paths = [("--teacher", run.teacher), ("--reward-model", run.reward_model)]
+    paths += [("--model", run.model)] if is_path(run.model) else []
+    paths += [("TOKENIZER_PATH", str(run.tokenizer or "")), *(("TASK_DATA_PATH", path) for path in _task_data())]
+    paths += [(f"--data {kind}", str(file)) for kind, file in run.files.items()]
+    for name, path in paths:
+        if path and not os.path.exists(path):
+            raise UserError(f"{name}: {path} does not exist; expected a file or directory of this host")
+    return list(dict.fromkeys(path for _, path in paths if path))
 
 
 def kind_of_host(dry: bool) -> str:

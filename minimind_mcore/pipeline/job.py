@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-import minimind_mcore
 from minimind_mcore.checkpoint.files import iteration_directory
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import atomic_write_text, check_manifest, sha256
@@ -107,6 +106,11 @@ def weights_digest(checkpoints: Path) -> str:
     return convert.combined({name: convert.look_at(name, lazy, lazy.read()) for name, lazy in source.tensors.items()})
 
 
+def unfinished(job: Job, name: str) -> UserError:
+    """Return the error of a job that begins with the weights of a job that has not finished."""
+    return UserError(f"{job.name} begins with the weights of {name}, which has not finished: run {name} first")
+
+
 class Records:
     """The records of a run, one file of JSON for each job.
 
@@ -149,17 +153,14 @@ class Records:
         for name in job.begins:
             before = self.read(name)
             if not before.get("finished") or "weights" not in before:
-                raise UserError(
-                    f"{job.name} begins with the weights of {name}, which has not finished: run {name} first"
-                )
+                raise unfinished(job, name)
             inputs[f"weights of {name}"] = before["weights"]
         settings = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
         commands = []
         for command in job.commands:
             words = [*(f"{name}={value}" for name, value in command.settings.items() if value), *command.words]
             commands.append(self._relative(" ".join(words)))
-        version = minimind_mcore.__version__
-        return {"job": job.name, "version": version, "inputs": inputs, "settings": settings, "commands": commands}
+        return {"job": job.name, "inputs": inputs, "settings": settings, "commands": commands}
 
     def _relative(self, text: str) -> str:
         for name, place in self.places.items():

@@ -3,7 +3,7 @@
     minimind-mcore run --sample all serve           # everything with sample data, on a CPU, in minutes
     minimind-mcore run --dry-run zero               # check every stage and start nothing
     minimind-mcore run zero                         # MiniMind-3 from downloads to scores
-    minimind-mcore run --model minimind2 --from dpo all
+    minimind-mcore run --model minimind2 --data reason=FILE --from dpo all
 
 A finished stage is skipped if its inputs, settings and outputs are the same, which digests decide. An interrupted stage
 continues from its checkpoint: give the same command again. The first failure ends the run. The settings of
@@ -23,12 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import minimind_mcore
 from minimind_mcore.cli import place, quickstart
 from minimind_mcore.cli.settings import CLI, env, wait_for
 from minimind_mcore.errors import UserError
+from minimind_mcore.models.presets import is_path
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.pipeline import docker, download, report, sample, serving
-from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, set_aside
+from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, set_aside, unfinished
 from minimind_mcore.pipeline.stages import (
     DATA,
     PRESETS,
@@ -56,15 +58,13 @@ def main(argv: Sequence[str]) -> int:
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
     if kind and (status := before_container(run, kind, args)):
-        return status
+        return failed(run, args, "", status)
     if kind:
         stages = tuple(name for name in stages if name in ("vllm", "web"))
     for stage in stages:
         with _named(stage):
             if status := run_stage(run, stage, args):
-                repeat = shlex.join(repeat_command(args, stage))
-                logger.error(f"the stage {stage} failed with exit status {status}. To repeat it:\n  {repeat}")
-                return status
+                return failed(run, args, stage, status)
     if args.dry_run:
         print("\ndry run: every stage is valid, nothing was run")
         return 0
@@ -73,14 +73,22 @@ def main(argv: Sequence[str]) -> int:
     return judge(run)
 
 
+def failed(run: Run, args: argparse.Namespace, stage: str, status: int) -> int:
+    """Print that a stage, or the container (stage ""), failed, and the command that repeats it. Return the status."""
+    what, repeat = f"the stage {stage}" if stage else "the run", shlex.join(repeat_command(run, args, stage))
+    logger.error(f"{what} failed with exit status {status}. To repeat it:\n  {repeat}")
+    return status
+
+
 def before_container(run: Run, kind: str, args: argparse.Namespace) -> int:
     """Download on the host, build the image, and run the stages in a container. Return the exit status."""
+    docker.mounted(run)  # a missing file shows before the image is built
     inside = [name for name in run.stages if name not in docker.OUTSIDE]
     if "download" in run.stages and not run.sample and (status := run_stage(run, "download", args)):
         return status
     if status := docker.build(kind, args.dry_run):
         return status
-    return docker.run_inside(run, kind, options_of(args), inside, args.dry_run) if inside else 0
+    return docker.run_inside(run, kind, options_of(run), inside, args.dry_run) if inside else 0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -119,7 +127,9 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.sample:
         os.environ["DEVICE"] = env("DEVICE", "cpu")
     model = quickstart.MODEL if args.sample else args.model or env("MODEL", "minimind3")
-    name = "quickstart" if args.sample else Path(model).name
+    model = _absolute(model) if is_path(model) else model
+    file = Path(model)
+    name = "quickstart" if args.sample else file.parent.name if file.name == "config.json" else file.name
     output = Path(
         env("OUTPUT_DIR", str(root / "outputs" / name if args.sample else root / "outputs/run" / name))
     ).absolute()
@@ -131,13 +141,17 @@ def make_run(args: argparse.Namespace) -> Run:
     records = Records(output / "records", {"$OUTPUT": output, "$DATA": data, "$KIT": root})
     run = Run(
         model=model, recipe=args.recipe or "", output=output, data=data, tokenizer=tokenizer, sample=args.sample,
-        weight=args.weight, teacher=args.teacher, reward_model=args.reward_model, port=args.port,
+        weight=args.weight, teacher=_absolute(args.teacher), reward_model=_absolute(args.reward_model), port=args.port,
         stages=tuple(chosen(args)), records=records, files=files,
     )  # fmt: skip
     if "reason" in {*run.stages} - {*args.stages, args.only} and has_no_reasoning(run):
         logger.info("without reason: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
         run = replace(run, stages=tuple(name for name in run.stages if name != "reason"))
     return run
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path else ""
 
 
 def _pair(word: str) -> tuple[str, Path]:
@@ -185,10 +199,10 @@ def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
             logger.info("skipped: native runs need no image; --docker builds it")
         elif stage == "vllm":
             serving.serve(run, args.docker, args.dry_run)
-        elif stage == "web" and not args.dry_run:
+        elif stage == "web" and not (args.dry_run and "vllm" in run.stages):
             serving.page(run)
         for job in STAGES[stage](run):
-            if status := dry_run(run, job) if args.dry_run else run_job(run, job):
+            if status := dry_run(run, stage, job) if args.dry_run else run_job(run, job):
                 return status
     except UserError as error:
         logger.error(error)
@@ -205,6 +219,7 @@ def run_job(run: Run, job: Job) -> int:
     if job.folder and not run.records.agrees(job, record) and (old := set_aside(job.folder)):
         logger.info(f"{job.folder} is of other inputs or settings; it is kept as {old.name}")
     before = run.records.read(job.name) if run.records.agrees(job, record) else {}
+    record |= {"version": minimind_mcore.__version__}  # of interest, but another one repeats nothing
     record |= {"seconds": before.get("seconds", 0.0), "processes": place.processes(), "finished": False}
     run.records.write(job.name, record)
     began = time.monotonic()
@@ -220,8 +235,29 @@ def run_job(run: Run, job: Job) -> int:
     return status
 
 
-def dry_run(run: Run, job: Job) -> int:
-    """Print the commands of a job, and run the dry run of those that train. Return an exit status."""
+def require_inputs(run: Run, stage: str, job: Job) -> None:
+    """Check for a dry run that what a job reads is there, or is made by an earlier stage of the run.
+
+    Raises:
+        UserError: weights or a file will be missing.
+    """
+    earlier = run.before(stage)
+    for name in job.begins:
+        if name not in earlier and not (run.records.finished(name) and _has_files(run.checkpoints(name))):
+            raise unfinished(job, name)
+    made = {path for name in earlier for before in STAGES[name](run) for path in before.outputs}
+    for path in job.inputs.values():
+        if not path.exists() and path not in made:
+            raise UserError(
+                f"{job.name} reads {path}, which does not exist and which no earlier stage of this run makes; add the "
+                "stage download or tokenizer, or give another path (--data, --teacher, --reward-model, TOKENIZER_PATH, "
+                "TASK_DATA_PATH)"
+            )
+
+
+def dry_run(run: Run, stage: str, job: Job) -> int:
+    """Print the commands of a job, and run the dry run of those that have one. Return an exit status."""
+    require_inputs(run, stage, job)
     for command in job.commands:
         settings = [f"{name}={shlex.quote(value)}" for name, value in command.settings.items() if value]
         print("+", *settings, shlex.join(["minimind-mcore", *command.words]), flush=True)
@@ -233,6 +269,8 @@ def dry_run(run: Run, job: Job) -> int:
             status = wait_for(
                 [*CLI, *command.words, "--dry-run", *([] if there else ["--data-pending"])], command.settings
             )
+        elif kind == "evaluate" and not _pending(command):
+            status = wait_for([*CLI, *command.words, "--dry-run"], command.settings)
         elif kind == "download":
             _, what, name = command.words
             download.require_space(run.data, find(what, name), name)
@@ -241,29 +279,38 @@ def dry_run(run: Run, job: Job) -> int:
     return 0
 
 
+def _has_files(folder: str) -> bool:
+    return any(path.is_file() for path in Path(folder).rglob("*"))
+
+
 def _pending(command: Command) -> list[str]:
     """Return the flags of a dry run that say which inputs earlier stages have yet to make."""
-    data, tokenizer, begin = (command.settings.get(n, "") for n in ("DATA_PATH", "TOKENIZER_PATH", "CKPT_LOAD_DIR"))
+    data, tokenizer = (command.settings.get(name, "") for name in ("DATA_PATH", "TOKENIZER_PATH"))
     there = (Path(data).exists() or datasets_at(data)) and Path(tokenizer, "tokenizer.json").exists()
-    weights = not begin or any(path.is_file() for path in Path(begin).rglob("*"))
+    begins = [command.settings.get(name) for name in ("CKPT_LOAD_DIR", "LOAD_DIR", "LORA_DIR")]
+    weights = all(_has_files(folder) for folder in begins if folder)
     return [*([] if there else ["--data-pending"]), *([] if weights else ["--weights-pending"])]
 
 
-def repeat_command(args: argparse.Namespace, stage: str) -> list[str]:
-    """Return the command that repeats a stage, with the settings of the environment that it needs."""
-    names = (*SETTINGS, *sample.SETTINGS, "MODEL", "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
+def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> list[str]:
+    """Return the command that repeats a stage, with the settings of the environment that it needs.
+
+    A download needs to know all stages of the run, and the stages of a container (stage "") run together.
+    """
+    names = (*SETTINGS, *sample.SETTINGS, "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
     words = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    words += [*(["minimind-mcore"] if shutil.which("minimind-mcore") else CLI), "run", "--only", stage]
-    return words + options_of(args)
+    words += [*(["minimind-mcore"] if shutil.which("minimind-mcore") else CLI), "run"]
+    words += run.stages if stage in ("", "download") else ("--only", stage)
+    return [*words, *(["--docker"] if args.docker else []), *options_of(run)]
 
 
-def options_of(args: argparse.Namespace) -> list[str]:
-    """Return the options of a run that say what it is about, and not which stages it has."""
-    words = ["--sample"] if args.sample else []
+def options_of(run: Run) -> list[str]:
+    """Return the options of a run that say what it is about, and not which stages it has. Paths are absolute."""
+    words = ["--sample"] if run.sample else []
     for name in ("model", "recipe", "weight", "teacher", "reward_model", "port"):
-        if value := getattr(args, name):
+        if value := getattr(run, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    return words + [word for pair in args.data for word in ("--data", pair)]
+    return words + [word for kind, file in run.files.items() for word in ("--data", f"{kind}={file}")]
 
 
 def judge(run: Run) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from minimind_mcore.cli.settings import CLI, show
+from minimind_mcore.cli.settings import CLI, show, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline.stages import UNSET, Run
@@ -39,11 +39,14 @@ def serve(run: Run, docker: bool, dry: bool) -> None:
     if docker:
         settings = {"MODELS": str(run.output), "LOAD_DIR": "/models/hf", "PORT": str(run.port)}
         command = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml"), "up", "-d", "serve"]
+    there = (model / "config.json").is_file()
+    if not there and not (dry and "convert" in run.stages):
+        raise UserError(f"{model} has no model: run the stage convert first")
     if dry:
         show(["env", *(f"{name}={value}" for name, value in settings.items() if value), *command])
+        if there and not docker and wait_for([*command, "--dry-run"], settings):
+            raise UserError(f"the model in {model} cannot be served")
         return
-    if not (model / "config.json").is_file():
-        raise UserError(f"{model} has no model: run the stage convert first")
     weights = run.records.read("convert").get("outputs", {})
     before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
     if before.get("weights") == weights and before.get("port") == run.port and _alive(before):

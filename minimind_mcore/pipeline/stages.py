@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.presets import find_model
+from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import Command, Job, Records
@@ -97,9 +97,13 @@ class Run:
         """Whether a stage has finished, or belongs to this run."""
         return stage in self.stages or self.records.finished(stage)
 
+    def before(self, stage: str) -> tuple[str, ...]:
+        """Return the stages of this run that come before one of them."""
+        return self.stages[: self.stages.index(stage)]
+
     def begin(self, candidates: Sequence[str]) -> tuple[str, ...]:
-        """Return the stage to begin with: the first that is there, else the first."""
-        return tuple([name for name in candidates if self.will_have(name)][:1] or candidates[:1])
+        """Return the stage to begin with: the first that is there, else the last."""
+        return tuple([name for name in candidates if self.will_have(name)][:1] or candidates[-1:])
 
     def tokenizer_dir(self) -> Path:
         """Return the directory of the tokenizer: given, trained by this run, or downloaded."""
@@ -109,6 +113,17 @@ class Run:
             return self.data / "tokenizer"
         own = self.folder("tokenizer")
         return own if self.will_have("tokenizer") else self.data / "tokenizer"
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """Return the files of the tokenizer that decide: also settings and chat template, where they exist."""
+        folder = self.tokenizer_dir()
+        more = {name: folder / name for name in ("tokenizer_config.json", "chat_template.jinja")}
+        return {"tokenizer": folder / "tokenizer.json"} | {name: file for name, file in more.items() if file.exists()}
+
+    def model_file(self) -> dict[str, Path]:
+        """Return the config.json of the model, if the model is not a preset."""
+        path = Path(self.model)
+        return {"model": path / "config.json" if path.is_dir() else path} if is_path(self.model) else {}
 
     def data_file(self, stage: str) -> Path:
         """Return the data of a stage.
@@ -185,7 +200,7 @@ def training(stage: str) -> Callable[[Run], list[Job]]:
             "TOKENIZER_PATH": str(run.tokenizer_dir()), "DATA_DIR": str(cache), "OUTPUT_DIR": str(folder),
             "CKPT_LOAD_DIR": run.checkpoints(begins[0]) if begins else "",
         }  # fmt: skip
-        inputs = {"data": raw, "tokenizer": run.tokenizer_dir() / "tokenizer.json"}
+        inputs = {"data": raw, **run.tokenizer_files(), **run.model_file()}
         if command == "distill":
             teacher = run.teacher or (run.checkpoints("full_sft") if run.sample else "")
             if not teacher:
@@ -243,7 +258,7 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
             overrides += [f"{role}_config.model={run.model}", f"{role}_config.load={run.checkpoints(begins[0])}"]
         overrides += [f"critic_config.save={folder}/critic"] if stage == "ppo" else []
         train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind3"})
-        inputs = {"data": raw, "tokenizer": Path(tokenizer, "tokenizer.json"), "reward model": Path(run.reward_model)}
+        inputs = {"data": raw, **run.tokenizer_files(), **run.model_file(), "reward model": Path(run.reward_model)}
         commands = (Command(convert), train)
         return [Job(name=stage, commands=commands, inputs=inputs, begins=begins, folder=folder, trains=True)]
 
@@ -251,8 +266,9 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
 
 
 def evaluate(run: Run) -> list[Job]:
-    """Answer fixed prompts with the model of every stage, and score it."""
-    stages = [name for name in (*TRAININGS, *RL) if run.will_have(name)] or [run.weight]
+    """Answer fixed prompts with the model of every stage that has finished, and score it."""
+    before = run.before("eval")
+    stages = [name for name in (*TRAININGS, *RL) if name in before or run.records.finished(name)] or [run.weight]
     return [_evaluation(run, stage) for stage in stages]
 
 
@@ -267,17 +283,20 @@ def _evaluation(run: Run, stage: str) -> Job:
     prompts = PACKAGE / "pipeline" / ("sample_prompts.jsonl" if run.sample else "prompts.jsonl")
     answer = ["generate", "--prompt-file", str(prompts), "--output", str(folder / "replies.jsonl")]
     answer += ["--max-new-tokens", "32" if run.sample else "128"]
-    inputs = {"prompts": prompts}
+    inputs = {"prompts": prompts, **run.tokenizer_files()}
     if run.sample:
         questions = run.data / "questions.jsonl"
         inputs["questions"] = questions
         score = {**model, "TASK": "exact_match", "TASK_DATA_PATH": str(questions), "BATCH": "100"}
     else:
         tasks, paths = os.environ.get("TASK", ""), os.environ.get("TASK_DATA_PATH", "")
+        inputs |= {f"task data {number}": Path(path) for number, path in enumerate(paths.split(), 1)}
         score = {**model, "TASK": f"quality {tasks}".strip(), "TASK_DATA_PATH": f"{prompts} {paths}".strip()}
     begins = ("full_sft", "lora") if adapted else (stage,)
+    # TASK means another thing to generate.
+    commands = (Command(("evaluate",), score), Command(tuple(answer), {**model, **raw, "TASK": ""}))
     return Job(
-        name=f"eval-{stage}", commands=(Command(("evaluate",), score), Command(tuple(answer), {**model, **raw})),
+        name=f"eval-{stage}", commands=commands,
         inputs=inputs, begins=begins, folder=folder, outputs=(folder / "scores.json", folder / "replies.jsonl"),
     )  # fmt: skip
 
@@ -294,7 +313,10 @@ def convert(run: Run) -> list[Job]:
         words = ("convert", "mcore2hf_lora")
         settings |= {"LOAD_DIR": run.checkpoints("full_sft"), "LORA_DIR": run.checkpoints("lora")}
     begins = ("full_sft", "lora") if run.weight == "lora" else (run.weight,)
-    return [Job(name="convert", commands=(Command(words, settings),), begins=begins, folder=folder, outputs=(folder,))]
+    return [
+        Job(name="convert", commands=(Command(words, settings),), inputs=run.tokenizer_files(), begins=begins,
+            folder=folder, outputs=(folder,))
+    ]  # fmt: skip
 
 
 STAGES: dict[str, Callable[[Run], list[Job]]] = {

@@ -203,7 +203,7 @@ NOT_PASSED = set(
 
 
 # Of the pipeline: downloads are the host's, and the others are what it gives to docker compose.
-HOST_ONLY = {"HF_ENDPOINT", "MODELSCOPE_ENDPOINT", "DATA", "OUTPUTS", "MODELS", "USER_ID", "GROUP_ID"}
+HOST_ONLY = {"HF_ENDPOINT", "MODELSCOPE_ENDPOINT", "DATA", "OUTPUTS", "MODELS", "MOUNTS", "USER_ID", "GROUP_ID"}
 
 
 def settings_of_scripts() -> set[str]:
@@ -228,6 +228,12 @@ def test_run_ascend_passes_each_setting_of_the_scripts() -> None:
     done = run("--dry-run", CARDS="1", **dict.fromkeys(names, "x"))
     assert {word.partition("=")[0] for word in options(done, "--env")} == names
     assert "DATA_DIR=x" in options(done, "--env")
+
+
+def test_run_ascend_mounts_more_paths_at_their_own(tmp_path: Path) -> None:
+    done = run("--dry-run", CARDS="1", MOUNTS=f"{tmp_path}/my teacher\n/data/x.jsonl", cwd=tmp_path)
+    mounts = options(done, "--volume")
+    assert f"{tmp_path}/my teacher:{tmp_path}/my teacher:ro" in mounts and "/data/x.jsonl:/data/x.jsonl:ro" in mounts
 
 
 def test_run_ascend_mounts_the_hostfile(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import minimind_mcore
 from minimind_mcore.cli import dispatch
 from minimind_mcore.errors import UserError
 from minimind_mcore.pipeline import docker, main, report, serving
 from minimind_mcore.pipeline.job import Command, Job, Records, digest, set_aside
-from minimind_mcore.pipeline.stages import Run, expand
+from minimind_mcore.pipeline.stages import STAGES, Run, expand
 
 
 def settings(*words: str) -> argparse.Namespace:
@@ -223,15 +224,124 @@ def test_the_first_failure_stops_and_names_the_command(
 
 
 def test_dry_run_checks_a_fresh_clone(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert dispatch(["run", "--sample", "pretrain", "dpo", "eval", "serve", "--dry-run"]) == 0
+    assert dispatch(["run", "--sample", "pretrain", "full_sft", "eval", "serve", "--dry-run"]) == 0
     out = capfd.readouterr().out
     assert out.count("dry run: everything is valid") == 2 and out.count("memory:") == 2 and out.count("GiB free") == 2
     assert "to be trained first" in out and "minimind-mcore convert mcore2hf" in out
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sample", "pretrain", "dpo"], "dpo begins with the weights of full_sft, which has not finished"),
+        (["--sample", "full_sft", "pretrain"], "full_sft begins with the weights of pretrain, which has not finished"),
+        (["serve"], "convert begins with the weights of full_sft, which has not finished"),
+        (["rl", "--reward-model", "."], "ppo begins with the weights of full_sft, which has not finished"),
+        (["eval"], "eval-full_sft begins with the weights of full_sft, which has not finished"),
+        (["pretrain"], "pretrain_t2t_mini.jsonl, which does not exist and which no earlier stage of this run makes"),
+        (["core", "distillation", "--teacher", "nowhere"], "nowhere, which does not exist and"),
+        (["vllm"], "run the stage convert first"),
+        (["web", "--port", "1"], "run the stage vllm first"),
+    ],
+)
+def test_a_dry_run_refuses_what_must_fail(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "wait_for", lambda *words: 0)
+    assert dispatch(["run", "--dry-run", *words]) == 1
+    assert message in capfd.readouterr().err
+
+
+def test_a_dry_run_checks_the_evaluation_of_a_model_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, tokenizer = (tmp_path / name for name in ("out/full_sft/checkpoints", "data/tokenizer"))
+    for folder, file in ((weights, "x"), (tokenizer, "tokenizer.json")):
+        folder.mkdir(parents=True)
+        (folder / file).write_text("{}")
+    run_of("eval").records.write("full_sft", {"finished": True, "weights": "abc"})
+    asked: list[str] = []
+    monkeypatch.setattr(main, "wait_for", lambda command, settings: asked.append(command[-2:]) or 7)
+    assert dispatch(["run", "--dry-run", "eval"]) == 7
+    assert asked == [["evaluate", "--dry-run"]]
+
+
+def test_the_task_of_an_evaluation_does_not_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASK", "ceval")
+    monkeypatch.setenv("TASK_DATA_PATH", "ceval-exam")
+    score, answer = STAGES["eval"](run_of("eval"))[0].commands
+    assert (answer.words[0], answer.settings["TASK"]) == ("generate", "")
+    assert score.settings["TASK"] == "quality ceval"
+
+
+def test_every_file_that_a_stage_reads_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["text.jsonl", "model/config.json", "tokenizer.json", "tokenizer_config.json", "exam/a.csv"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path))
+    monkeypatch.setenv("TASK", "ceval")
+    monkeypatch.setenv("TASK_DATA_PATH", str(tmp_path / "exam"))
+    run = run_of("pretrain", "eval", "--model", f"{tmp_path}/model", "--data", f"pretrain={tmp_path}/text.jsonl")
+    run.records.write("pretrain", {"finished": True, "weights": "abc"})
+
+    def changed(name: str, stage: str) -> bool:
+        job = STAGES[stage](run)[0]
+        before = run.records.expected(job)
+        (tmp_path / name).write_text("after")
+        digest.cache_clear()
+        after = run.records.expected(job)
+        (tmp_path / name).write_text("before")
+        digest.cache_clear()
+        return before != after
+
+    assert [name for name in names if changed(name, "pretrain")] == names[:4]
+    assert [name for name in names if changed(name, "eval")] == names[2:]
+
+
+def test_another_version_of_the_kit_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("a")
+    run, job = run_of("pretrain"), Job(name="x", commands=(Command(("corpus",)),), inputs={"text": tmp_path / "text"})
+    calls: list[str] = []
+    monkeypatch.setattr(main, "wait_for", lambda *words: calls.append("ran") or 0)
+    for version in ("1.0", "2.0"):
+        monkeypatch.setattr(minimind_mcore, "__version__", version)
+        assert main.run_job(run, job) == 0
+    assert calls == ["ran"] and run.records.read("x")["version"] == "1.0"
+
+
+def test_docker_gets_the_model_and_every_file_of_the_user(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tmp_path / name for name in ("x.jsonl", "words", "teacher", "exam")}
+    for file in files.values():
+        file.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODEL", "minimind2")
+    monkeypatch.setenv("TOKENIZER_PATH", "words")
+    monkeypatch.setenv("TASK_DATA_PATH", "exam")
+    words = ["run", "--docker", "--dry-run", "core", "--data", "pretrain=x.jsonl", "--teacher", "teacher"]
+    assert dispatch(words) == 0
+    inside = next(line for line in capfd.readouterr().out.splitlines() if " run --rm " in line)
+    assert "--model minimind2" in inside and f"--data pretrain={files['x.jsonl']}" in inside
+    assert f"-e TOKENIZER_PATH={files['words']}" in inside and f"-e TASK_DATA_PATH={files['exam']}" in inside
+    assert all(f"-v {file}:{file}:ro" in inside for file in files.values())
+    with pytest.raises(UserError, match=r"--teacher: .*nowhere does not exist"):
+        dispatch([*words[:-1], "nowhere"])
+
+
+def test_docker_failures_name_the_command_with_docker(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docker, "kind_of_host", lambda dry: "cpu")
+    monkeypatch.setattr(docker, "build", lambda kind, dry: 5)
+    assert dispatch(["run", "--docker", "--sample", "pretrain", "vllm"]) == 5
+    assert " run download pretrain vllm --docker --sample --model minimind3_tiny" in capfd.readouterr().err
+
+
 def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert dispatch(["run", "--docker", "--dry-run", "core", "serve", "--data", f"dpo={tmp_path}/x.jsonl"]) == 0
+    assert dispatch(["run", "--docker", "--dry-run", "core", "serve"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("+")]
     build, inside, server = (
         next(line for line in lines if word in line) for word in ("docker build", " run --rm ", "up -d")
@@ -245,6 +355,13 @@ def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], 
 def test_a_server_needs_a_converted_model() -> None:
     with pytest.raises(UserError, match="run the stage convert first"):
         serving.serve(run_of("vllm"), False, False)
+
+
+def test_a_dry_run_tries_the_server_on_a_model_that_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out/hf").mkdir(parents=True)
+    (tmp_path / "out/hf/config.json").write_text("{}")
+    assert dispatch(["run", "--dry-run", "vllm"]) == 1
+    assert "cannot be served" in capfd.readouterr().err
 
 
 def test_the_report_has_every_stage_and_needs_no_network(tmp_path: Path) -> None:
