@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from minimind_mcore.cli.settings import show, wait_for
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.presets import is_path
+from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import SETTINGS
@@ -49,7 +49,9 @@ def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str
     }  # fmt: skip
     if kind == "ascend":  # the script chooses the cards and passes settings on
         start = ["bash", str(CHECKOUT / "docker/run_ascend.sh")]
-        host |= inside | {"MOUNTS": "\n".join(mounts)}
+        # vllm-ascend has kernels for heads of 128.
+        padded = {"PAD_HEAD_DIM": "128"} if service_of(run, kind) != "serve" else {}
+        host |= padded | inside | {"MOUNTS": "\n".join(mounts)}
     else:
         passed = [word for name, value in inside.items() for word in ("-e", f"{name}={value}")]
         passed += [word for path in mounts for word in ("-v", f"{path}:{path}:ro")]
@@ -75,6 +77,12 @@ def mounted(run: Run) -> list[str]:
         if path and not os.path.exists(path):
             raise UserError(f"{name}: {path} does not exist; expected a file or directory of this host")
     return list(dict.fromkeys(path for _, path in paths if path))
+
+
+def service_of(run: Run, kind: str) -> str:
+    """Return the service of compose.yaml: vLLM's have the flags of minimind-3; the kit's own serves any model."""
+    has_flags = not run.sample and find_model(run.model).qk_layernorm
+    return f"serve-vllm-{kind}" if kind != "cpu" and has_flags else "serve"
 
 
 def kind_of_host(dry: bool) -> str:

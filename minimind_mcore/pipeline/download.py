@@ -118,13 +118,10 @@ def fetch(hub: str, entry: Entry, folder: Path, is_data: bool) -> None:
 
 
 def _hugging_face(repository: str, files: list[str] | None, folder: Path, is_data: bool) -> None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     kind = "dataset" if is_data else "model"
-    if files is None:
-        snapshot_download(repository, local_dir=folder)
-        return
-    for file in files:
+    for file in files or HfApi().list_repo_files(repository, repo_type=kind):
         hf_hub_download(repository, file, repo_type=kind, local_dir=folder)
         # The hub gives the SHA-256 of a large file as its ETag. The client compares sizes alone.
         etag = get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind)).etag or ""

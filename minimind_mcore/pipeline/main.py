@@ -198,7 +198,7 @@ def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
         if stage == "build":
             logger.info("skipped: native runs need no image; --docker builds it")
         elif stage == "vllm":
-            serving.serve(run, args.docker, args.dry_run)
+            serving.serve(run, docker.kind_of_host(args.dry_run) if args.docker else "", args.dry_run)
         elif stage == "web" and not (args.dry_run and "vllm" in run.stages):
             serving.page(run)
         for job in STAGES[stage](run):

@@ -17,7 +17,7 @@ import psutil
 
 from minimind_mcore.cli.settings import CLI, show, wait_for
 from minimind_mcore.errors import UserError
-from minimind_mcore.paths import CHECKOUT
+from minimind_mcore.pipeline.docker import COMPOSE, service_of
 from minimind_mcore.pipeline.stages import UNSET, Run
 from minimind_mcore.storage import atomic_write_text
 
@@ -27,30 +27,37 @@ SECONDS = 600  # a GPU's server may compile its kernels first
 QUESTION = "17+25=?"
 
 
-def serve(run: Run, docker: bool, dry: bool) -> None:
+def serve(run: Run, kind: str, dry: bool) -> None:
     """Start the server of the converted model, or find it running; send one chat; print its address and how to stop it.
+
+    Args:
+        run: whose model is served.
+        kind: of the image of `--docker`: "cpu", "cuda" or "ascend"; "" without docker.
+        dry: start nothing.
 
     Raises:
         UserError: there is no converted model, or the server does not answer.
     """
     model, log, state = run.output / "hf", run.output / "server.log", run.output / "server.json"
     settings = {**UNSET, "LOAD_DIR": str(model), "PORT": str(run.port), "OUTPUT_DIR": ""}
-    command = [*CLI, "serve"]
-    if docker:
+    command, service = [*CLI, "serve"], service_of(run, kind) if kind else ""
+    if service:
         settings = {"MODELS": str(run.output), "LOAD_DIR": "/models/hf", "PORT": str(run.port)}
-        command = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml"), "up", "-d", "serve"]
+        # compose would keep a container whose settings are the same, though the weights are others.
+        command = compose(service, "up", "--detach", "--force-recreate")
     there = (model / "config.json").is_file()
     if not there and not (dry and "convert" in run.stages):
         raise UserError(f"{model} has no model: run the stage convert first")
     if dry:
         show(["env", *(f"{name}={value}" for name, value in settings.items() if value), *command])
-        if there and not docker and wait_for([*command, "--dry-run"], settings):
+        if there and not service and wait_for([*command, "--dry-run"], settings):
             raise UserError(f"the model in {model} cannot be served")
         return
     weights = run.records.read("convert").get("outputs", {})
     before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
-    if before.get("weights") == weights and before.get("port") == run.port and _alive(before):
-        logger.info(f"already serving: process {before['pid']}")
+    wanted = {"weights": weights, "port": run.port, "service": service}
+    if all(before.get(name) == value for name, value in wanted.items()) and _alive(before):
+        logger.info(f"already serving: {service or before['pid']}")
     else:
         stop(before)
         if _answers(address(run)):
@@ -59,14 +66,18 @@ def serve(run: Run, docker: bool, dry: bool) -> None:
             process = subprocess.Popen(
                 command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        pid = process.pid
-        before = {"pid": pid, "started": psutil.Process(pid).create_time(), "weights": weights, "port": run.port}
+        before = wanted if service else wanted | {"pid": process.pid, "started": _started(process.pid)}
         atomic_write_text(state, json.dumps(before))
-        _wait(address(run), process, log, docker)
-    stopping = shlex.join([*command[:4], "down"]) if docker else f"kill {before['pid']}"
+        _wait(address(run), process, log, bool(service))
+    stopping = shlex.join(compose(service, "rm", "--stop", "--force")) if service else f"kill {before['pid']}"
     print(f"{QUESTION} {_ask(address(run))!r}")
     print(f"address     {address(run)}/v1 (model minimind)")
     print(f"to stop     {stopping}", flush=True)
+
+
+def compose(service: str, *words: str) -> list[str]:
+    """Return a command of docker compose about a service."""
+    return [*COMPOSE, "--profile", service, *words, service]
 
 
 def page(run: Run) -> None:
@@ -91,18 +102,30 @@ def address(run: Run) -> str:
 
 def stop(state: dict[str, object]) -> None:
     """End the server of a previous run, if it is still there."""
-    if _alive(state):
+    if service := state.get("service"):
+        subprocess.run(compose(str(service), "rm", "--stop", "--force"), check=True)
+    elif _alive(state):
         process = psutil.Process(int(str(state["pid"])))
         process.terminate()
         process.wait(60)
 
 
 def _alive(state: dict[str, object]) -> bool:
-    """Whether a recorded process still runs. Another process may have got its number: the time of its start tells."""
+    """Whether a recorded service or process still runs.
+
+    Another process may have got the number of the process: the time of its start tells.
+    """
+    if service := state.get("service"):
+        listed = subprocess.run(compose(str(service), "ps", "--quiet", "--status", "running"), capture_output=True)
+        return bool(listed.stdout.strip())
     try:
-        return bool(psutil.Process(int(str(state["pid"]))).create_time() == state["started"])
+        return _started(int(str(state["pid"]))) == state["started"]
     except (KeyError, psutil.Error):
         return False
+
+
+def _started(pid: int) -> float:
+    return float(psutil.Process(pid).create_time())
 
 
 def _answers(url: str) -> bool:

@@ -308,6 +308,7 @@ def convert(run: Run) -> list[Job]:
         **UNSET, "LOAD_DIR": run.checkpoints(run.weight), "SAVE_DIR": str(folder),
         "TOKENIZER_PATH": str(run.tokenizer_dir()),
     }  # fmt: skip
+    settings |= {name: os.environ.get(name, "") for name in ("FORMAT", "PAD_HEAD_DIM")}
     words: tuple[str, ...] = ("convert", "mcore2hf")
     if run.weight == "lora":
         words = ("convert", "mcore2hf_lora")

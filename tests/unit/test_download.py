@@ -50,7 +50,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlparse(self.path)
         wanted = parse_qs(url.query).get("FilePath", [url.path.rpartition("/")[2]])[0]
-        if url.path.endswith("/repo/tree"):
+        if url.path.startswith("/api/models/"):  # what a snapshot has, for either call of Hugging Face's client
+            listed = [{"type": "file", "path": FILE, "rfilename": FILE, "oid": "b" * 40, "size": len(CONTENT)}]
+            about = {"id": "minimind-3", "sha": "a" * 40, "siblings": listed}
+            self.send(200, json.dumps(listed if "/tree/" in url.path else about).encode())
+        elif url.path.endswith("/repo/tree"):
             entry = {"Path": FILE, "Name": FILE, "Type": "blob", "Size": len(CONTENT), "Sha256": self.server.published}
             listed = {"Code": 200, "Success": True, "Data": {"Files": [entry], "TotalCount": 1}}
             self.send(200, json.dumps(listed).encode())
@@ -109,14 +113,16 @@ def hub() -> Iterator[Hub]:
 HUBS = ["hf", "modelscope"]
 
 
-def get(name: str, address: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Download lora_identity in a process of its own: the clients read their settings when they are imported."""
+def get(
+    name: str, address: str, folder: Path, what: str = "data lora_identity", **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Download in a process of its own: the clients read their settings when they are imported."""
     pytest.importorskip(download.CLIENTS[name])
     settings = {
         "HF_ENDPOINT": address, "MODELSCOPE_ENDPOINT": address, "HOME": str(folder / "home"), "DATA_DIR": str(folder),
         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", **changes,
     }  # fmt: skip
-    command = [sys.executable, "-m", "minimind_mcore.cli", "download", "data", "lora_identity", "--hub", name]
+    command = [sys.executable, "-m", "minimind_mcore.cli", "download", *what.split(), "--hub", name]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False)
 
 
@@ -145,6 +151,16 @@ def test_a_wrong_digest_is_an_error_and_leaves_no_file(name: str, hub: Hub, tmp_
     assert "Traceback" not in done.stderr.partition("error:")[2]
     assert any(word in done.stderr for word in ("SHA-256", "Hash mismatch", "integrity")), done.stderr
     assert not (tmp_path / FILE).exists()
+
+
+def test_every_file_of_weights_is_compared_with_its_digest(hub: Hub, tmp_path: Path) -> None:
+    words = f"weights minimind-3 --output {tmp_path}"
+    done = get("hf", address(hub), tmp_path, words)
+    assert done.returncode == 0 and (tmp_path / FILE).read_bytes() == CONTENT, done.stderr
+    hub.published = "0" * 64
+    done = get("hf", address(hub), tmp_path / "other", f"{words}/other")
+    assert done.returncode == 1 and "SHA-256" in done.stderr, done.stderr
+    assert not (tmp_path / "other" / FILE).exists()
 
 
 @pytest.mark.parametrize("name", HUBS)

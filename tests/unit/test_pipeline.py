@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -344,7 +345,7 @@ def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], 
     assert dispatch(["run", "--docker", "--dry-run", "core", "serve"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("+")]
     build, inside, server = (
-        next(line for line in lines if word in line) for word in ("docker build", " run --rm ", "up -d")
+        next(line for line in lines if word in line) for word in ("docker build", " run --rm ", " up ")
     )
     assert "Dockerfile.cpu" in build and "minimind-mcore:cpu" in build
     assert "-e DATA_DIR=/data" in inside and inside.endswith("pretrain full_sft eval convert")
@@ -354,7 +355,59 @@ def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], 
 
 def test_a_server_needs_a_converted_model() -> None:
     with pytest.raises(UserError, match="run the stage convert first"):
-        serving.serve(run_of("vllm"), False, False)
+        serving.serve(run_of("vllm"), "", False)
+
+
+DOCKER = """#!/bin/sh
+echo "$*" >> docker.log
+case "$*" in
+*" up "*) touch running ;;
+*" ps "*) ! [ -e running ] || echo 0123abc ;;
+*" rm "*) rm -f running ;;
+esac
+"""
+
+
+def test_a_server_of_docker_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for docker."""
+    (tmp_path / "out/hf").mkdir(parents=True)
+    (tmp_path / "out/hf/config.json").write_text("{}")
+    (tmp_path / "docker").write_text(DOCKER)
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serving, "_answers", lambda url: Path("running").exists())
+    monkeypatch.setattr(serving, "_wait", lambda url, process, *_: process.wait())
+    monkeypatch.setattr(serving, "_ask", lambda url: "42")
+
+    def asked() -> list[str]:
+        return [re.findall(r"\b(?:up|rm|ps)\b", line)[-1] for line in Path("docker.log").read_text().splitlines()]
+
+    run = run_of("vllm")
+    serving.serve(run, "cuda", False)
+    serving.serve(run, "cuda", False)
+    assert asked() == ["up", "ps"]
+    run.records.write("convert", {"outputs": {"hf": "other weights"}})
+    serving.serve(run, "cuda", False)
+    assert asked() == ["up", "ps", "rm", "up"]
+    assert all(line.endswith(" serve-vllm-cuda") for line in Path("docker.log").read_text().splitlines())
+
+
+def test_docker_serves_on_the_device_of_the_host(capfd: pytest.CaptureFixture[str]) -> None:
+    run = run_of("convert", "vllm")
+    services = [docker.service_of(run, kind) for kind in ("cpu", "cuda", "ascend")]
+    assert services == ["serve", "serve-vllm-cuda", "serve-vllm-ascend"]
+    # vLLM's services have flags that only minimind-3 has tokens for
+    assert docker.service_of(run_of("--model", "minimind2", "vllm"), "cuda") == "serve"
+    docker.run_inside(run, "ascend", [], ["convert"], True)
+    assert "PAD_HEAD_DIM=128" in capfd.readouterr().out
+
+
+def test_the_form_of_converted_weights_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("convert")
+    before = STAGES["convert"](run)
+    monkeypatch.setenv("PAD_HEAD_DIM", "128")
+    assert STAGES["convert"](run) != before
 
 
 def test_a_dry_run_tries_the_server_on_a_model_that_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
