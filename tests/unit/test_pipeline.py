@@ -393,14 +393,23 @@ def test_a_server_of_docker_is_found_again(tmp_path: Path, monkeypatch: pytest.M
     assert all(line.endswith(" serve-vllm-cuda") for line in Path("docker.log").read_text().splitlines())
 
 
-def test_docker_serves_on_the_device_of_the_host(capfd: pytest.CaptureFixture[str]) -> None:
-    run = run_of("convert", "vllm")
-    services = [docker.service_of(run, kind) for kind in ("cpu", "cuda", "ascend")]
-    assert services == ["serve", "serve-vllm-cuda", "serve-vllm-ascend"]
-    # vLLM's services have flags that only minimind-3 has tokens for
-    assert docker.service_of(run_of("--model", "minimind2", "vllm"), "cuda") == "serve"
-    docker.run_inside(run, "ascend", [], ["convert"], True)
-    assert "PAD_HEAD_DIM=128" in capfd.readouterr().out
+@pytest.mark.parametrize(
+    ("kind", "model", "service"),
+    [
+        ("cpu", "minimind3", "serve"),
+        ("cuda", "minimind3", "serve-vllm-cuda"),
+        ("ascend", "minimind3", "serve-vllm-ascend"),
+        ("cuda", "minimind2", "serve"),  # vLLM's services have flags that only minimind-3 has tokens for
+    ],
+)
+def test_docker_serves_on_the_device_of_the_host(
+    kind: str, model: str, service: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docker, "kind_of_host", lambda dry: kind)
+    assert dispatch(["run", "--docker", "--dry-run", "--model", model, "serve"]) == 0
+    out = capfd.readouterr().out
+    assert next(line for line in out.splitlines() if " up " in line).endswith(f" {service}")
+    assert ("PAD_HEAD_DIM=128" in out) == (service == "serve-vllm-ascend")
 
 
 def test_the_form_of_converted_weights_decides(monkeypatch: pytest.MonkeyPatch) -> None:
