@@ -37,6 +37,7 @@ COMMANDS = {
     "serve": ("minimind_mcore.cli.model:serve", "answer OpenAI's HTTP requests with a model in any form"),
     "rl": ("minimind_mcore.cli.rl:main", "reinforcement learning: train, and check or export a configuration"),
     "quickstart-tools": ("minimind_mcore.cli.quickstart_tools:main", "teach the quickstart's model to call tools"),
+    "plan": ("minimind_mcore.forecast.main:main", "memory, time and layouts of a model on any devices"),
     "doctor": ("minimind_mcore.doctor.main:main", "what is installed, what is wrong, and the command that fixes it"),
     "presets": ("minimind_mcore.models.presets:main", "list the models, or print the flags of one"),
     "recipes": ("minimind_mcore.models.recipes:main", "list the training recipes, or print the flags of one"),

@@ -36,4 +36,5 @@ def check(host: Host, script: str, arguments: Sequence[str]) -> list[Finding]:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         start = next((n for n, line in enumerate(said) if line.startswith("error:")), max(0, len(said) - 3))
         return [fail(name, "\n".join(said[start:]).removeprefix("error: ") or f"exit status {done.returncode}")]
-    return [ok(name, "its dry run finds nothing wrong")]
+    forecast = [line for line in done.stdout.splitlines() if line.startswith(("memory:", "time:"))]
+    return [ok(name, "\n".join(["its dry run finds nothing wrong", *forecast]))]

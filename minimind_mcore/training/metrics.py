@@ -12,7 +12,9 @@ import importlib
 import itertools
 import json
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,43 @@ def output_dir(config: TrainConfig) -> Path:
     return Path(config.logging.output_dir or (Path(save).parent if save else "outputs"))
 
 
+class EndForecast:
+    """When a run ends, from the median time of its last steps, which ignores a few slow ones.
+
+    Attributes:
+        AFTER: steps of this process after which the end is announced.
+        RECENT: measurements that count.
+    """
+
+    AFTER, RECENT = 20, 20
+
+    def __init__(self) -> None:
+        self.steps, self.announced, self.warm = 0, False, False
+        self.recent: deque[float] = deque(maxlen=self.RECENT)
+
+    def add(self, seconds: float, steps: int = 1) -> None:
+        """Add a measurement: the mean seconds of so many steps."""
+        if self.steps and not self.warm:  # the first measurement includes warm-up
+            self.recent.clear()
+            self.warm = True
+        self.recent.append(seconds)
+        self.steps += steps
+
+    def remaining(self, steps: int) -> float:
+        """Seconds of so many further steps."""
+        return statistics.median(self.recent) * steps
+
+    def announcement(self, steps: int) -> str:
+        """Say once, after enough steps, when a run with so many further steps ends; otherwise nothing."""
+        if self.announced or self.steps < self.AFTER or steps <= 0:
+            return ""
+        self.announced = True
+        rest = datetime.timedelta(seconds=round(self.remaining(steps)))
+        end = datetime.datetime.now() + rest
+        step = f"{statistics.median(self.recent):.3g} s per iteration"
+        return f"forecast: the run ends at {end:%Y-%m-%d %H:%M}, in {rest}, at {step} (median of the last ones)"
+
+
 class Metrics:
     """Collects steps and reports every `--log-interval` of them."""
 
@@ -60,7 +99,7 @@ class Metrics:
         self.matmul_rate = matmul_rate(config.precision.params_dtype) if device.current().kind != "cpu" else None
         self.steps: list[step.StepResult] = []
         self.since = time.perf_counter()
-        self.speed: float | None = None
+        self.end = EndForecast()
         self.sinks: list[Sink] = []
         self.history: Path | None = None
         if ranks.is_main():
@@ -86,13 +125,14 @@ class Metrics:
         if ranks.is_main():
             logger.info(self._line(row))
             self._write(row)
+            if text := self.end.announcement(config.schedule.train_iters - iteration):
+                logger.info(f" {text}")
 
     def _row(self, progress: Progress, lr: float, seconds: float) -> Row:
         config, last = self.config, self.steps[-1]
         (loss, *metrics), positions = step.averages(config, self.job, self.steps)
         tokens_per_second = positions / (seconds * len(self.steps))
-        # The first line includes warm-up; the estimate of the remaining time forgets it quickly.
-        self.speed = seconds if self.speed is None else 0.5 * self.speed + 0.5 * seconds
+        self.end.add(seconds, len(self.steps))
         row: Row = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed,
@@ -105,7 +145,7 @@ class Metrics:
             "skipped_iterations": progress.skipped,
             "seconds_per_iteration": seconds,
             "tokens_per_second": tokens_per_second,
-            "eta_seconds": self.speed * (config.schedule.train_iters - progress.iteration),
+            "eta_seconds": self.end.remaining(config.schedule.train_iters - progress.iteration),
             "memory_bytes": device.peak_memory(),
         }
         if not config.data.variable_seq_lengths:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 from minimind_mcore.checkpoint.files import directory_of
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.forecast import machines, memory, speed
+from minimind_mcore.forecast.memory import GIB, Workload
 from minimind_mcore.platform import device
 from minimind_mcore.storage import require_writable
 from minimind_mcore.training import checkpointing, data
@@ -15,76 +16,36 @@ from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
 from minimind_mcore.training.metrics import Progress, output_dir
 
-GIB = 2**30
+
+def workload(config: TrainConfig, sequences: int = 1) -> Workload:
+    """Return what forecasts read of a run whose samples have that many sequences (2 for a pair)."""
+    return Workload.from_flags(config.flags, config.layout, config.architecture, sequences)
 
 
-def rank_parameters(model: ModelConfig, layout: ParallelLayout) -> int:
-    """Parameters of the rank that has most: the stage with the embedding (and, tied, its copy on the last)."""
-    embedding = model.vocab_size * model.hidden_size
-    tables = 1 if model.tie_embeddings or layout.pp > 1 else 2
-    layers = model.num_parameters() - embedding * (1 if model.tie_embeddings else 2)
-    if model.moe is None:
-        return (layers // layout.pp + tables * embedding) // layout.tp
-    experts = model.moe.num_experts * model.num_layers * 3 * model.hidden_size * model.moe.ffn_hidden_size
-    return ((layers - experts) // layout.pp + tables * embedding) // layout.tp + expert_parameters(model, layout)
+def forecast(config: TrainConfig, sequences: int) -> dict[str, str]:
+    """Return memory and time of a rank of this run on this device, as lines of text.
 
-
-def expert_parameters(model: ModelConfig, layout: ParallelLayout) -> int:
-    """Those of `rank_parameters` that are routed experts: their optimizer is sharded over fewer ranks."""
-    if model.moe is None:
-        return 0
-    one = model.num_layers * 3 * model.hidden_size * model.moe.ffn_hidden_size
-    return model.moe.num_experts * one // (layout.pp * layout.ep * layout.tp)
-
-
-def memory_estimate(config: TrainConfig, sequences: int = 1) -> dict[str, float]:
-    """Bytes per rank, by what they are for. A teacher, or a reference that is run in every step, comes on top.
-
-    Args:
-        config: of the run.
-        sequences: that a sample has; 2 for a pair.
-
-    Weights, gradients and Adam's moments are counted exactly but for alignment. Activations count,
-    per layer and token, what a backward pass keeps without recomputation (about 10 hidden vectors,
-    the projections of attention and 3 MLP widths) and, on the last stage, the logits in fp32.
+    Devices that forecasts have no figures for have no time.
     """
-    model, layout, precision = config.architecture, config.layout, config.precision
-    parameters = rank_parameters(model, layout)
-    half = precision.bf16 or precision.fp16
-    width = 2 if half else 4
-    experts = expert_parameters(model, layout)
-    shards, expert_shards = (layout.dp, layout.dp // layout.ep)
-    if not config.parallel.use_distributed_optimizer:
-        shards, expert_shards = 1, 1
-    trained = parameters
-    if config.model.lora_target_modules:  # the base has neither gradients nor moments
-        adapters = (config.model.lora_r, config.model.lora_target_modules)
-        trained = model.num_adapter_parameters(*adapters, layout.tp, layout.pp)
-        parameters, experts = parameters + trained, 0
-    tokens = config.data.seq_length * config.schedule.micro_batch_size * sequences
-    mlp = model.ffn_hidden_size
-    if model.moe:
-        mlp = model.moe.topk * model.moe.ffn_hidden_size + model.moe.shared_ffn_hidden_size
-    per_token = 10 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tp
-    per_token += 3 * mlp / layout.tp
-    layers = model.num_layers / layout.pp if config.model.recompute_granularity != "full" else 1
-    in_flight = min(layout.pp, config.schedule.num_microbatches)
-    return {
-        "weights": parameters * width,
-        "gradients": trained * (4 if precision.accumulate_allreduce_grads_in_fp32 else width),
-        "optimizer": ((trained - experts) / shards + experts / expert_shards) * (12 if half else 8),
-        "activations": tokens * layers * per_token * width * in_flight,
-        "logits": tokens * model.vocab_size / layout.tp * 4 * 3,
-    }
+    found, work = device.current(), workload(config, sequences)
+    parts = memory.of_training(work, machines.like(found.kind))
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    lines = {"memory": f"about {sum(parts.values()) / GIB:.2f} GiB per rank ({shown}), beside the program itself"}
+    cores = found.count / min(config.layout.world_size, found.count)
+    if machine := machines.recognize(found.kind, found.name, cores):
+        seconds = speed.of_training(work, machine)
+        step = sum(seconds.values())
+        shown = ", ".join(f"{name} {part / step:.0%}" for name, part in seconds.items() if part / step >= 0.005)
+        whole = datetime.timedelta(seconds=round(step * config.schedule.train_iters))
+        lines["time"] = f"about {step:.3g} s per iteration ({shown}), {whole} for all; docs/plan.md has the sources"
+    return lines
 
 
 def describe(config: TrainConfig, sequences: int = 1, router: str = "") -> str:
-    """Return lines with device, layout, sizes, router weight, memory and the flags without effect."""
+    """Return lines with device, layout, sizes, router weight, memory, time and the flags without effect."""
     found, model, schedule = device.current(), config.architecture, config.schedule
     total, active = model.num_parameters(), model.num_active_parameters()
     sizes = f"{total / 1e6:.2f}M" + (f" ({active / 1e6:.2f}M active)" if active != total else "")
-    estimate = memory_estimate(config, sequences)
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.items())
     precision = str(config.precision.params_dtype).removeprefix("torch.")
     rows = {
         "device": f"{found.kind}: {found.name}, {found.count} {'cores' if found.kind == 'cpu' else 'on this host'}",
@@ -93,7 +54,7 @@ def describe(config: TrainConfig, sequences: int = 1, router: str = "") -> str:
         "batch": f"{schedule.global_batch_size} {'pairs' if sequences == 2 else 'samples'} of "
         f"{config.data.seq_length} tokens in {schedule.num_microbatches} micro-batches of "
         f"{schedule.micro_batch_size} per rank; {schedule.train_iters} iterations",
-        "memory": f"about {sum(estimate.values()) / GIB:.2f} GiB per rank ({parts}), beside the program itself",
+        **forecast(config, sequences),
     }
     if router:
         rows["router"] = f"weight {router}"
@@ -111,7 +72,7 @@ def require_memory(config: TrainConfig, sequences: int) -> None:
     found = device.current()
     # The processes of a CPU share its memory. A host of several has its own share of them.
     sharing = min(config.layout.world_size, found.count) if found.kind == "cpu" else 1
-    needed = sum(memory_estimate(config, sequences).values()) * sharing
+    needed = sum(memory.of_training(workload(config, sequences), machines.like(found.kind)).values()) * sharing
     if found.memory and needed > found.memory:
         raise UserError(
             f"this run needs about {needed / GIB:.1f} GiB, the {found.kind} has {found.memory / GIB:.1f} GiB; lower "

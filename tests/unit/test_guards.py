@@ -50,6 +50,7 @@ MAY_PRINT = {
     "minimind_mcore/cli/rl.py": "help, and the commands of a dry run",
     "minimind_mcore/cli/settings.py": "help, and the command of a dry run",
     "minimind_mcore/doctor/main.py": "the report",
+    "minimind_mcore/forecast/main.py": "the forecast",
     "minimind_mcore/hosts.py": "settings that a shell reads",
     "minimind_mcore/inference/chat.py": "the conversation",
     "minimind_mcore/inference/evaluation.py": "the scores, and the verdict of a dry run",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import logging
+import math
 import os
 from pathlib import Path
 
 from minimind_mcore.checkpoint.files import iterations_in
+from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
+from minimind_mcore.forecast import machines, memory, speed
+from minimind_mcore.forecast.memory import GIB, Workload
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import tokenizer_info
@@ -18,6 +24,8 @@ from minimind_mcore.rl.runtime.rank import command_line
 from minimind_mcore.rl.runtime.trainer import prompt_dataset
 from minimind_mcore.rl.runtime.workers.reward import build
 from minimind_mcore.validation import validate
+
+logger = logging.getLogger(__name__)
 
 
 def print_plan(config: Config, pending: bool) -> None:
@@ -38,6 +46,8 @@ def print_plan(config: Config, pending: bool) -> None:
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     print(f"model       {config.model}: {model.num_parameters() / 1e6:.1f}M parameters, {config.minimind.precision}")
     print(f"device      {device.current().kind}: {layout}")
+    for name, text in _forecast(config, args, layout, model).items():
+        print(f"{name:<12}{text}")
     print(f"algorithm   {config.minimind.algorithm}: {algorithm}")
     print(f"step        {rows} responses to {config.actor.global_batch_size} prompts, {config.actor.train_iters} steps")
     print(f"rewards     {', '.join([*config.reward_names, *filter(None, [config.minimind.reward_model])])}")
@@ -70,6 +80,53 @@ def check_before_start(config: Config) -> None:
         raise UserError(
             f"minimind.replay_rollouts: {replay} has no rollouts-*.pt; expected what minimind.save_rollouts wrote"
         )
+
+
+def _forecast(config: Config, args: argparse.Namespace, layout: ParallelLayout, model: ModelConfig) -> dict[str, str]:
+    """Return memory and time of a device, as lines of text.
+
+    Raises:
+        UserError: weights, gradients and the optimizer alone do not fit.
+    """
+    found, generate = device.current(), config.generate
+    rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
+    algorithm = objective(config)
+    rollouts = memory.Rollouts(
+        responses=math.ceil(rows / (generate.data_parallel_size or layout.world_size)),
+        prompt_length=config.rl.max_prompt_length,
+        response_length=generate.sampling_config.max_tokens,
+        at_once=generate.max_num_seqs,
+        reference=algorithm.kl != "none" and config.rl.use_integrated_worker,
+        updates=args.updates_per_iteration,
+    )
+    work = Workload.from_flags(vars(args), layout, model)
+    parts = memory.of_rl(work, machines.like(found.kind), rollouts)
+    critic = algorithm.advantage == "gae"
+    states = ["weights", "gradients", "master weights", "moments", "reference", "rollout engine"]
+    if critic:
+        parts["critic"] = sum(parts[name] for name in states[:4])
+    sharing = min(layout.world_size, found.count) if found.kind == "cpu" else 1
+    share, total = found.memory / sharing, sum(parts.values())
+    certain = sum(parts.get(name, 0.0) for name in [*states, "critic"])
+    if found.memory and certain > share:
+        raise UserError(
+            f"weights, gradients and the optimizer's states need {certain / GIB:.1f} GiB of each process, which has "
+            f"{share / GIB:.1f} GiB; spread the model (tensor_model_parallel_size) over more devices (rl_config.actor_resource)"
+        )
+    if found.memory and total > share:
+        logger.warning(
+            f"responses of full length need about {total / GIB:.1f} GiB of each process, which has {share / GIB:.1f} "
+            "GiB; lower generate_config.max_num_seqs, sampling_config.max_tokens or actor_config.micro_batch_size"
+        )
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    lines = {"memory": f"at most about {total / GIB:.2f} GiB per device ({shown}), beside the programs themselves"}
+    cores = found.count / min(layout.world_size, found.count)
+    if machine := machines.recognize(found.kind, found.name, cores):
+        seconds = speed.of_rl(work, machine, rollouts)
+        step = sum(seconds.values())
+        shown = ", ".join(f"{name} {part / step:.0%}" for name, part in seconds.items() if part / step >= 0.005)
+        lines["time"] = f"at most about {step:.3g} s per step ({shown}); docs/plan.md has the sources"
+    return lines
 
 
 def _begins(config: Config) -> str:

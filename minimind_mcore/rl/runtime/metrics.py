@@ -27,7 +27,7 @@ from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.storage import append_line, writing
 from minimind_mcore.training.config import Loggers
-from minimind_mcore.training.metrics import Progress, forget_after, open_sinks, read_history, set_aside
+from minimind_mcore.training.metrics import EndForecast, Progress, forget_after, open_sinks, read_history, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +151,17 @@ class Log:
             swanlab_project=(rl.swanlab_project or "minimind") if rl.use_swanlab else "",
             swanlab={name: value for name, value in board.items() if value},
         )
+        self.end = EndForecast()
         self.sinks = open_sinks(loggers, dataclasses.asdict(loggers), Progress(iteration), lambda name: f"train/{name}")
 
     def step(self, iteration: int, row: Row, shown: bool = True) -> None:
         """Write a step's row, and print it as MindSpeed-RL does."""
         if shown:
             logger.info(line(iteration, self.steps, row))
+        if "timing/all" in row:
+            self.end.add(row["timing/all"])
+            if text := self.end.announcement(self.steps - iteration):
+                say(text)
         aliases = {alias: row[name] for alias, name in ALIASES.items() if name in row}
         whole = {"iteration": iteration, **row, **aliases}
         append_line(self.history, json.dumps(whole), OTHER_PLACE)
