@@ -111,7 +111,8 @@ def _forecast(config: Config, args: argparse.Namespace, layout: ParallelLayout, 
     if found.memory and certain > share:
         raise UserError(
             f"weights, gradients and the optimizer's states need {certain / GIB:.1f} GiB of each process, which has "
-            f"{share / GIB:.1f} GiB; spread the model (tensor_model_parallel_size) over more devices (rl_config.actor_resource)"
+            f"{share / GIB:.1f} GiB; spread the model (tensor_model_parallel_size) over more devices "
+            "(rl_config.actor_resource)"
         )
     if found.memory and total > share:
         logger.warning(
