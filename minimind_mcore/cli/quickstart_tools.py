@@ -85,10 +85,9 @@ class ToolStage:
         """Return the share of calls whose tool and arguments are exact."""
         output = self.folders["tools"] / ("before" if folder == self.tuned else "after")
         settings = {
-            "LOAD_DIR": f"{folder}/checkpoints", "TASK": "toolcall", "TASK_DATA_PATH": str(self.cases),
-            "OUTPUT_DIR": str(output), "BATCH": "100", "MAX_NEW_TOKENS": "80",
+            "LOAD_DIR": f"{folder}/checkpoints", "OUTPUT_DIR": str(output), "BATCH": "100", "MAX_NEW_TOKENS": "80",
         }  # fmt: skip
-        self.call(["evaluate"], **settings)
+        self.call(["evaluate", "--task", "toolcall", "--task-data-path", str(self.cases)], **settings)
         scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
         return float(scores["accuracy"]["toolcall"]["subjects"]["exact"]["accuracy"])
 

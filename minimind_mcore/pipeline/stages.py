@@ -287,14 +287,17 @@ def _evaluation(run: Run, stage: str) -> Job:
     if run.sample:
         questions = run.data / "questions.jsonl"
         inputs["questions"] = questions
-        score = {**model, "TASK": "exact_match", "TASK_DATA_PATH": str(questions), "BATCH": "100"}
+        tasks, files = ["exact_match"], [str(questions)]
     else:
-        tasks, paths = os.environ.get("TASK", ""), os.environ.get("TASK_DATA_PATH", "")
-        inputs |= {f"task data {number}": Path(path) for number, path in enumerate(paths.split(), 1)}
-        score = {**model, "TASK": f"quality {tasks}".strip(), "TASK_DATA_PATH": f"{prompts} {paths}".strip()}
+        own = os.environ.get("TASK_DATA_PATH", "").split()
+        tasks, files = ["quality", *os.environ.get("TASK", "").split()], [str(prompts), *own]
+        inputs |= {f"task data {number}": Path(path) for number, path in enumerate(own, 1)}
     begins = ("full_sft", "lora") if adapted else (stage,)
-    # TASK means another thing to generate.
-    commands = (Command(("evaluate",), score), Command(tuple(answer), {**model, **raw, "TASK": ""}))
+    # As flags: paths in TASK_DATA_PATH end at white space, and TASK means another thing to generate.
+    model |= {"TASK": "", "TASK_DATA_PATH": ""}
+    score = ("evaluate", "--task", *tasks, "--task-data-path", *files)
+    batch = {"BATCH": "100"} if run.sample else {}
+    commands = (Command(score, {**model, **batch}), Command(tuple(answer), {**model, **raw}))
     return Job(
         name=f"eval-{stage}", commands=commands,
         inputs=inputs, begins=begins, folder=folder, outputs=(folder / "scores.json", folder / "replies.jsonl"),
