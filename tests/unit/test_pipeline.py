@@ -262,7 +262,7 @@ def test_a_dry_run_checks_the_evaluation_of_a_model_that_is_there(
         folder.mkdir(parents=True)
         (folder / file).write_text("{}")
     run_of("eval").records.write("full_sft", {"finished": True, "weights": "abc"})
-    asked: list[str] = []
+    asked: list[list[str]] = []
     monkeypatch.setattr(main, "wait_for", lambda command, settings: asked.append([command[3], command[-1]]) or 7)
     assert dispatch(["run", "--dry-run", "eval"]) == 7
     assert asked == [["evaluate", "--dry-run"]]
