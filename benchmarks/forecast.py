@@ -154,7 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, pair in FITTED.items():
             seconds, peak = train(pair, Path(folder, name))
-            # The bandwidth of memory stays that of one core: only the arithmetic has several.
+            # Only the fitted constant is taken over: `machine` describes one core.
             fitted = fit(machine.with_cores(cores / pair.processes), name, pair, seconds, peak)
             machine = dataclasses.replace(machine, **{name: getattr(fitted, name)})
             machine = dataclasses.replace(machine, efficiency_compiled=machine.efficiency)

@@ -152,7 +152,8 @@ def layer_activations(work: Workload, machine: Machine) -> float:
         mlp = model.moe.topk * model.moe.ffn_hidden_size + model.moe.shared_ffn_hidden_size
         hidden += 5 * model.moe.topk
     split = 3.0 * (heads + groups + mlp)
-    if machine.kind == "cpu" and work.seq_length <= SHORT:  # the softmax, less the blocks above the diagonal
+    if machine.kind == "cpu" and work.seq_length <= SHORT:
+        # The backward pass keeps the softmax, without the blocks above the diagonal.
         split += heads + model.num_heads * (work.seq_length + BLOCK) / 2
     return hidden * model.hidden_size / (tp if work.sequence_parallel else 1) + split / tp
 

@@ -40,7 +40,7 @@ class Job:
     """One piece of work of a stage.
 
     Attributes:
-        name: of its record; that of the stage, or "eval-STAGE".
+        name: of the record: the name of the stage, or "eval-" and the name of the stage that is evaluated.
         commands: run in this order.
         inputs: files whose content decides, by what they are for.
         begins: jobs whose weights decide.
@@ -78,7 +78,7 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, or of a directory's files and their names.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the path does not exist.
     """
     if path.is_file():
         return sha256(path)
@@ -92,7 +92,7 @@ def digest(path: Path) -> str:
 def weights_digest(checkpoints: Path) -> str:
     """Return the digest of the newest checkpoint's weights: equal for equal tensors in any layout.
 
-    Checkpoints of adapters have no whole model; their digest is that of their files.
+    A checkpoint of adapters holds no whole model. Its digest is that of its files.
     """
     from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.converters import conversion, convert

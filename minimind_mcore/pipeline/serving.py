@@ -60,7 +60,7 @@ def serve(run: Run, kind: str, dry: bool) -> None:
         logger.info(f"already serving: {service or before['pid']}")
     else:
         stop(before)
-        if _answers(address(run)):
+        if _health(address(run)) is not None:
             raise UserError(f"port {run.port} is taken by another server; end it, or give another port with --port")
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -128,15 +128,15 @@ def _started(pid: int) -> float:
     return float(psutil.Process(pid).create_time())
 
 
-def _answers(url: str) -> bool:
-    """Whether a server answers at an address."""
+def _health(url: str) -> int | None:
+    """Return the HTTP status of a server's /health; None if nothing answers."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        return error.code
     except OSError:
-        return False
+        return None
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path, docker: bool) -> None:
@@ -145,11 +145,9 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, docker: bool) -
         # `docker compose up -d` ends at once; the container goes on.
         if (status := process.poll()) is not None and not (docker and status == 0):
             raise UserError(f"the server ended with exit status {status}; the end of {log}:\n{_tail(log)}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
+        if _health(url) == 200:
+            return
+        time.sleep(0.5)
     raise UserError(f"{url}/health did not answer within {SECONDS} s; the end of {log}:\n{_tail(log)}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline import sample
@@ -343,8 +343,6 @@ def expand(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a word is neither a stage nor a preset, or there is none.
     """
-    from minimind_mcore.errors import did_you_mean
-
     known = [*STAGES, *PRESETS]
     stages: list[str] = []
     for word in words:
