@@ -25,6 +25,7 @@ from minimind_mcore.errors import UserError
 
 HEALTHY = {"torch": "2.7.1+cpu", "torch_npu": "2.7.1.post8", "transformers": "5.2.0", "numpy": "1.26.0"}
 FREE_PORT = host.free_port
+DISK = shutil.disk_usage("/")._replace(total=100 << 30, free=50 << 30)
 NPU_SMI = """\
 +------------------------------------------------------------------------------------------------+
 | npu-smi 25.5.0                   Version: 25.5.0                                               |
@@ -122,6 +123,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(installed.platform, "python_version", lambda: "3.10.14")
     # Which ports other programs of this machine have is not for these tests; addresses are asked for really.
     monkeypatch.setattr(host, "free_port", lambda port, address="": not address or FREE_PORT(port, address))
+    # How full this machine's disk is, likewise.
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: DISK)
     return Fake(tmp_path, monkeypatch)
 
 

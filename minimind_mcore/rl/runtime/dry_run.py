@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import math
@@ -10,7 +9,6 @@ import os
 from pathlib import Path
 
 from minimind_mcore.checkpoint.files import iterations_in
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError
 from minimind_mcore.forecast import machines, memory, speed
 from minimind_mcore.forecast.memory import GIB, Workload
@@ -46,7 +44,8 @@ def print_plan(config: Config, pending: bool) -> None:
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     print(f"model       {config.model}: {model.num_parameters() / 1e6:.1f}M parameters, {config.minimind.precision}")
     print(f"device      {device.current().kind}: {layout}")
-    for name, text in _forecast(config, args, layout, model).items():
+    work = Workload.from_flags(vars(args), layout, model)
+    for name, text in _forecast(config, work, args.updates_per_iteration).items():
         print(f"{name:<12}{text}")
     print(f"algorithm   {config.minimind.algorithm}: {algorithm}")
     print(f"step        {rows} responses to {config.actor.global_batch_size} prompts, {config.actor.train_iters} steps")
@@ -82,7 +81,7 @@ def check_before_start(config: Config) -> None:
         )
 
 
-def _forecast(config: Config, args: argparse.Namespace, layout: ParallelLayout, model: ModelConfig) -> dict[str, str]:
+def _forecast(config: Config, work: Workload, updates: int) -> dict[str, str]:
     """Return memory and time of a device, as lines of text.
 
     Raises:
@@ -92,20 +91,19 @@ def _forecast(config: Config, args: argparse.Namespace, layout: ParallelLayout, 
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     algorithm = objective(config)
     rollouts = memory.Rollouts(
-        responses=math.ceil(rows / (generate.data_parallel_size or layout.world_size)),
+        responses=math.ceil(rows / (generate.data_parallel_size or work.layout.world_size)),
         prompt_length=config.rl.max_prompt_length,
         response_length=generate.sampling_config.max_tokens,
         at_once=generate.max_num_seqs,
         reference=algorithm.kl != "none" and config.rl.use_integrated_worker,
-        updates=args.updates_per_iteration,
+        updates=updates,
     )
-    work = Workload.from_flags(vars(args), layout, model)
     parts = memory.of_rl(work, machines.like(found.kind), rollouts)
     critic = algorithm.advantage == "gae"
     states = ["weights", "gradients", "master weights", "moments", "reference", "rollout engine"]
     if critic:
         parts["critic"] = sum(parts[name] for name in states[:4])
-    sharing = min(layout.world_size, found.count) if found.kind == "cpu" else 1
+    sharing = min(work.layout.world_size, found.count) if found.kind == "cpu" else 1
     share, total = found.memory / sharing, sum(parts.values())
     certain = sum(parts.get(name, 0.0) for name in [*states, "critic"])
     if found.memory and certain > share:
@@ -121,7 +119,7 @@ def _forecast(config: Config, args: argparse.Namespace, layout: ParallelLayout, 
         )
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     lines = {"memory": f"at most about {total / GIB:.2f} GiB per device ({shown}), beside the programs themselves"}
-    cores = found.count / min(layout.world_size, found.count)
+    cores = found.count / min(work.layout.world_size, found.count)
     if machine := machines.recognize(found.kind, found.name, cores):
         seconds = speed.of_rl(work, machine, rollouts)
         step = sum(seconds.values())
