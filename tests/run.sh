@@ -37,6 +37,12 @@ if [ ! -d "$OPENAI_1_DIR" ] && ! "$PYTHON" -m pip install -qq --no-deps --only-b
     unset OPENAI_1_DIR
 fi
 
+# What builds the web pages.
+if command -v npm > /dev/null && [ ! web/node_modules/.package-lock.json -nt web/package-lock.json ] &&
+    ! npm ci --prefix web --ignore-scripts --no-audit --no-fund --loglevel error > /dev/null; then
+    echo "tests: npm cannot install the packages of web/; the tests of the pages' sources skip" >&2
+fi
+
 if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check --quiet . || {

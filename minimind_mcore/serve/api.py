@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingI
 from starlette.middleware.cors import CORSMiddleware  # pyright: ignore[reportMissingImports]
 from starlette.types import ASGIApp, Message, Receive, Scope, Send  # pyright: ignore[reportMissingImports]
 
+from minimind_mcore import web
 from minimind_mcore.errors import UserError
 from minimind_mcore.serve.metrics import ServerMetrics
 from minimind_mcore.serve.protocol import (
@@ -42,8 +43,10 @@ MAX_DEPTH = 100  # of lists and objects in a body
 BODY_SECONDS = 30.0  # that a client may take to send a body
 SEND_SECONDS = 120.0  # that a client may take to read a chunk
 ROUTES = (
-    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
+    "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
 )  # fmt: skip
+# The chat page may use other servers too: side by side, or instead of this one.
+PAGE = web.page("chat", connect="'self' http: https:")
 AnyBody = TypeVar("AnyBody", bound=RequestBody)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -67,6 +70,8 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
     app.state.large = asyncio.Semaphore(1)
     _add_information(app, service)
     _add_answers(app, service)
+    for path, (content, headers) in PAGE.items():
+        app.add_api_route(path, _file(content, headers), methods=["GET"])
     return Gate(app, service.metrics, api_key)
 
 
@@ -128,6 +133,13 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
+
+
+def _file(content: bytes, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
+    async def file() -> Response:
+        return Response(content, headers=headers)
+
+    return file
 
 
 async def _in_thread(
@@ -351,7 +363,7 @@ class Gate:
             await send(message)
 
         try:
-            if path != "/health" and not self._allowed(scope):
+            if path not in ("/health", *PAGE) and not self._allowed(scope):  # the page asks its user for the key
                 refused = _reply(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", None,
                                  "invalid_api_key", **{"WWW-Authenticate": "Bearer"})  # fmt: skip
                 await refused(scope, receive, counted)
