@@ -81,18 +81,20 @@ def compose(service: str, *words: str) -> list[str]:
 
 
 def page(run: Run) -> None:
-    """Print the address of the server's web page, or that the server has none."""
+    """Print the address of the server's chat page, or how to use another server's page."""
     try:
         with urllib.request.urlopen(f"{address(run)}/", timeout=10) as reply:
-            has_page = "text/html" in reply.headers.get("Content-Type", "")
+            has_page = b'src="chat.js"' in reply.read()
     except urllib.error.HTTPError:
         has_page = False
     except OSError as error:
         raise UserError(f"{address(run)} does not answer ({error}): run the stage vllm first") from error
     if has_page:
-        print(f"web page    {address(run)}/")
+        print(f"chat page   {address(run)}/")
     else:
-        print(f"this server has no web page yet; any OpenAI client works with {address(run)}/v1")
+        print(
+            f"vLLM has no chat page. Serve any model with ENGINE=embedded, and open its page with ?api={address(run)}"
+        )
 
 
 def address(run: Run) -> str:

@@ -31,10 +31,12 @@ from minimind_mcore.serve.protocol import (
     RequestError,
     TokenizeBody,
     TokenizeChatBody,
+    ToolCallBody,
 )
 from minimind_mcore.serve.replies import error, usage
 from minimind_mcore.serve.scheduler import Piece, QueueFull, report
 from minimind_mcore.serve.service import Answers, GenerationRequest, Service
+from minimind_mcore.tools.registry import BUILTIN, PARALLEL, Toolbox, open_tools
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 8 << 20  # bytes
@@ -43,7 +45,8 @@ MAX_DEPTH = 100  # of lists and objects in a body
 BODY_SECONDS = 30.0  # that a client may take to send a body
 SEND_SECONDS = 120.0  # that a client may take to read a chunk
 ROUTES = (
-    "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics",
+    "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/tools", "/tools/call",
+    "/health", "/metrics",
 )  # fmt: skip
 # The chat page may use other servers too: side by side, or instead of this one.
 PAGE = web.page("chat", connect="'self' http: https:")
@@ -70,6 +73,7 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
     app.state.large = asyncio.Semaphore(1)
     _add_information(app, service)
     _add_answers(app, service)
+    _add_tools(app, open_tools(BUILTIN))
     for path, (content, headers) in PAGE.items():
         app.add_api_route(path, _file(content, headers), methods=["GET"])
     return Gate(app, service.metrics, api_key)
@@ -133,6 +137,24 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
+
+
+def _add_tools(app: FastAPI, toolbox: Toolbox) -> None:
+    """Let the chat page run tools: each call in a subprocess with limits."""
+    slots = asyncio.Semaphore(PARALLEL)
+
+    async def tools() -> Response:
+        return JSONResponse({"tools": toolbox.definitions})
+
+    async def call(request: Request) -> Response:
+        body = parse(ToolCallBody, await read_json(request))
+        async with slots:
+            result = await asyncio.to_thread(toolbox.run, body.name, body.arguments)
+        assert result is not None  # a function is behind each built-in tool
+        return JSONResponse({"text": result.text, "ok": result.ok})
+
+    app.add_api_route("/tools", tools, methods=["GET"])
+    app.add_api_route("/tools/call", call, methods=["POST"])
 
 
 def _file(content: bytes, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:

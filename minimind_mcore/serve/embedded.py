@@ -132,6 +132,7 @@ class EmbeddedServer:
                     signal.signal(number, self._on_signal)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
+            print(f"chat page  http://{shown}:{port}/", file=sys.stderr, flush=True)
             print(f"serving    http://{shown}:{port}/v1 as {self.options.name}", file=sys.stderr, flush=True)
         except BaseException:
             self.stop()

@@ -332,3 +332,10 @@ class DetokenizeBody(RequestBody):
 
     model: StrictStr | None = None
     tokens: list[Token]
+
+
+class ToolCallBody(RequestBody):
+    """`POST /tools/call`."""
+
+    name: StrictStr
+    arguments: dict[str, Any] = Field(default_factory=dict)

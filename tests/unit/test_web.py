@@ -6,15 +6,22 @@ import asyncio
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx  # pyright: ignore[reportMissingImports]
 import pytest
+from helpers.chat_stand_in import stand_in
 from helpers.engine import ROOT
+from helpers.serving import embedded, shrunk, vocabulary, write_served
 
 from minimind_mcore import web
+from minimind_mcore.pipeline import serving
+from minimind_mcore.pipeline.stages import Run
 from minimind_mcore.serve.api import create_app
 from minimind_mcore.serve.engines import ServerOptions
 from minimind_mcore.serve.service import Service
+from minimind_mcore.tools.registry import open_tools
 
 SOURCES = ROOT / "web"
 needs_node = pytest.mark.skipif(
@@ -48,18 +55,23 @@ def test_the_lock_file_names_no_registry() -> None:
     assert '"integrity"' in lock and '"resolved"' not in lock
 
 
-async def replies(*requests: tuple[str, str]) -> list[httpx.Response]:
-    """The replies of a server with a key and no model, without the key."""
-    app = create_app(Service(ServerOptions(host="127.0.0.1", port=0, name="minimind", api_key="secret")), "secret")
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-        return [await client.request(method, path) for method, path in requests]
+def ask_server(*requests: tuple[str, str, Any], key: str = "secret") -> list[httpx.Response]:
+    """The replies of a server with the key "secret" and no model."""
+
+    async def ask() -> list[httpx.Response]:
+        app = create_app(Service(ServerOptions(host="127.0.0.1", port=0, name="minimind", api_key="secret")), "secret")
+        headers = {"Authorization": f"Bearer {key}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers) as client:
+            return [await client.request(method, path, json=body) for method, path, body in requests]
+
+    return asyncio.run(ask())
 
 
-async def page_and_others() -> None:
-    page, script, style, models = await replies(
-        ("GET", "/"), ("GET", "/chat.js"), ("GET", "/chat.css"), ("GET", "/v1/models")
-    )
-    assert models.status_code == 401
+def test_the_server_gives_the_page_without_the_key() -> None:
+    paths = ("/", "/chat.js", "/chat.css", "/v1/models", "/tools", "/tools/call")
+    page, script, style, *others = ask_server(*(("GET", path, None) for path in paths), key="")
+    assert [reply.status_code for reply in others] == [401, 401, 401]
     for reply, kind in ((page, "text/html"), (script, "text/javascript"), (style, "text/css")):
         assert reply.status_code == 200 and reply.headers["content-type"].startswith(kind)
         assert reply.headers["x-content-type-options"] == "nosniff"
@@ -68,5 +80,31 @@ async def page_and_others() -> None:
     assert 'src="chat.js"' in page.text and 'href="chat.css"' in page.text and "<script>" not in page.text
 
 
-def test_the_server_gives_the_page_without_the_key() -> None:
-    asyncio.run(page_and_others())
+def test_the_server_runs_built_in_tools() -> None:
+    bodies: list[Any] = [
+        {"name": "calculate_math", "arguments": {"expression": "256*37"}},
+        {"name": "calculate_math", "arguments": {"expression": "__import__('os').getpid()"}},
+        {"name": "os:system", "arguments": {"command": "true"}},
+        {"name": "calculate_math", "arguments": "256*37"},
+        {"arguments": {}},
+        ["calculate_math"],
+    ]
+    listed, right, hostile, unknown, *wrong = ask_server(
+        ("GET", "/tools", None), *(("POST", "/tools/call", body) for body in bodies)
+    )
+    assert listed.json()["tools"] == open_tools("builtin").definitions
+    assert right.json() == {"text": '{"result": "9472"}', "ok": True}
+    assert not hostile.json()["ok"] and not unknown.json()["ok"]
+    assert "there is no tool 'os:system'" in unknown.json()["text"]
+    assert [reply.status_code for reply in wrong] == [400, 400, 400]
+
+
+def test_the_stage_web_prints_the_address_of_the_page(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_served(tmp_path / "model", shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+    with embedded(model) as (address, _), stand_in() as other:
+        for server in (address, other.address):
+            serving.page(cast(Run, SimpleNamespace(port=int(server.rpartition(":")[2]))))
+        shown = capsys.readouterr().out
+    assert f"chat page   {address}/\n" in shown and f"open its page with ?api={other.address}\n" in shown

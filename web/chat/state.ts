@@ -1,0 +1,124 @@
+import { useEffect, useState } from "preact/hooks";
+import { kept, Store, useStore } from "../shared/store";
+import { Conversation, type Settings } from "./conversation";
+import { listModels, listTools, normalBase, ServerError, type Server, type ToolDefinition } from "./server";
+
+export type Side = 0 | 1;
+export const LETTERS = ["A", "B"] as const;
+
+// The addresses are in the page's own address, ?api=...&compare=..., so that a bookmark keeps them.
+const query = new URLSearchParams(location.search);
+export const bases = new Store([query.get("api") ?? "", query.get("compare") ?? ""].map(normalBase));
+export const comparing = new Store(query.has("compare"));
+
+function writeAddress(): void {
+  const url = new URL(location.href);
+  for (const [name, value] of [["api", bases.value[0]], ["compare", bases.value[1]]] as const) {
+    if (value || (name === "compare" && comparing.value)) url.searchParams.set(name, value ?? "");
+    else url.searchParams.delete(name);
+  }
+  if (!comparing.value) url.searchParams.delete("compare");
+  history.replaceState(null, "", url);
+}
+bases.subscribe(writeAddress);
+comparing.subscribe(writeAddress);
+
+// By address: the key of one server is never sent to another one.
+export const keys = kept<Record<string, string>>("minimind.chat.keys", {}, () => sessionStorage);
+
+export type Parameters = Omit<Settings, "tools"> & { tools: string[]; ownTools: string };
+
+export const parameters = kept<Parameters>("minimind.chat.parameters", {
+  system: "", temperature: "", topP: "", maxTokens: "", seed: "", thinking: "", tokens: false, tools: [], ownTools: "",
+});
+
+/** What is known of the server of a side. */
+export interface Connection {
+  state: "connecting" | "ready" | "failed";
+  models: string[];
+  error?: unknown;
+}
+
+export const connections = [0, 1].map(() => new Store<Connection>({ state: "connecting", models: [] }));
+export const chosenModels = new Store(["", ""]);
+export const serverTools = new Store<ToolDefinition[]>([]);
+
+function address(base: string): Server {
+  return { base, key: keys.value[base] ?? "", model: "" };
+}
+
+export function serverOf(side: Side): Server {
+  const models = connections[side]!.value.models;
+  const chosen = chosenModels.value[side]!;
+  return { ...address(bases.value[side]!), model: models.includes(chosen) ? chosen : (models[0] ?? chosen) };
+}
+
+/** The user's own definitions; undefined if the text is not a list of definitions. */
+export function ownTools(text: string): ToolDefinition[] | undefined {
+  if (!text.trim()) return [];
+  try {
+    const parsed = JSON.parse(text) as ToolDefinition | ToolDefinition[];
+    const list = Array.isArray(parsed) ? parsed : [parsed];
+    return list.every((tool) => tool?.type === "function" && typeof tool.function?.name === "string") ? list : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+export function currentSettings(): Settings {
+  const { tools, ownTools: text, ...rest } = parameters.value;
+  const own = ownTools(text) ?? [];
+  const names = new Set(own.map((tool) => tool.function.name));
+  const chosen = serverTools.value.filter(({ function: { name } }) => tools.includes(name) && !names.has(name));
+  return { ...rest, tools: [...chosen, ...own] };
+}
+
+// Tools run on the server of this page, also when another server has the model.
+function toolRunner() {
+  const own = new Set((ownTools(parameters.value.ownTools) ?? []).map((tool) => tool.function.name));
+  const names = serverTools.value.map((tool) => tool.function.name).filter((name) => !own.has(name));
+  return { server: address(""), names: new Set(names) };
+}
+
+export const conversations = ([0, 1] as const).map(
+  (side) => new Conversation(() => serverOf(side), currentSettings, toolRunner),
+);
+
+/** Keep a side's connection up to date; a server that is still loading its model is asked again. */
+export function useConnection(side: Side): void {
+  const base = useStore(bases)[side]!;
+  const key = useStore(keys)[base] ?? "";
+  const [attempt, retry] = useState(0);
+  useEffect(() => {
+    let ended = false;
+    const store = connections[side]!;
+    const timers = [setTimeout(connect, attempt || base === "" ? 0 : 300)]; // while an address is being typed
+    if (!attempt) store.set({ state: "connecting", models: [] });
+    async function connect() {
+      try {
+        const models = await listModels({ base, key, model: "" });
+        if (!ended) store.set({ state: "ready", models });
+      } catch (error) {
+        if (ended) return;
+        store.set({ state: "failed", models: [], error });
+        const status = error instanceof ServerError ? error.status : 0;
+        if (status === 503) timers.push(setTimeout(() => retry(attempt + 1), 2000));
+      }
+    }
+    return () => {
+      ended = true;
+      timers.forEach(clearTimeout);
+    };
+  }, [side, base, key, attempt]);
+}
+
+/** Keep the list of the tools that the page's server runs up to date. */
+export function useServerTools(): void {
+  const key = useStore(keys)[""] ?? "";
+  useEffect(() => {
+    listTools({ base: "", key, model: "" }).then(
+      (tools) => serverTools.set(tools),
+      () => serverTools.set([]),
+    );
+  }, [key]);
+}
