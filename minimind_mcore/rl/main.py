@@ -19,7 +19,7 @@ BACKENDS = ("embedded", "mindspeed-rl")
 
 
 def grpo(argv: Sequence[str] | None = None) -> None:
-    """Train without a critic: grpo, dr_grpo, dapo, cispo, spo."""
+    """Train without a critic: every algorithm but ppo."""
     _run("train_grpo.py", sys.argv[1:] if argv is None else argv)
 
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 CONFIGS = {
     "grpo_minimind3": [], "grpo_minimind3_moe": [], "grpo_minimind_tiny": ["minimind.algorithm=cispo"],
     "grpo_minimind2": ["minimind.rollout_correction=tis"], "ppo_minimind3": [],
+    "grpo_minimind2_small": ["minimind.algorithm=gspo"], "grpo_minimind3_separate": ["minimind.algorithm=rloo"],
 }  # fmt: skip
 
 

@@ -48,6 +48,10 @@ def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
         "spo": variant("spo", {"n_samples_per_prompt": 1}, {"algorithm": "spo"}),
         "cispo": variant("cispo", {}, {"algorithm": "cispo"}),
         "dr_grpo": variant("dr_grpo", {}, {"algorithm": "dr_grpo"}),
+        "gspo": variant("gspo", {"mini_batch_size": 2}, {"algorithm": "gspo"}),
+        "rloo": variant("rloo", {}, {"algorithm": "rloo", "dual_clip": 3.0}),
+        "reinforce": variant("reinforce", {"n_samples_per_prompt": 1}, {"algorithm": "reinforce_plus_plus"}),
+        "reinforced": variant("reinforced", {}, {"algorithm": "reinforce_plus_plus_baseline"}),
         "ppo": variant("ppo", {"adv_estimator": "gae"}, {"algorithm": "ppo"}),
         "own": variant("own", {"init_kl_coef": 0, "entropy_coeff": 0}, own),
     }
@@ -79,7 +83,7 @@ def test_every_algorithm_trains(runs: Rows) -> None:
 
 
 def test_the_engine_s_log_probabilities_are_the_trainer_s(runs: Rows) -> None:
-    for name in ("grpo", "apart", "dapo", "cispo", "dr_grpo", "spo", "ppo"):
+    for name in ("grpo", "apart", "dapo", "cispo", "dr_grpo", "rloo", "reinforce", "reinforced", "spo", "ppo"):
         assert all(row["rollout/logp_diff"] < 1e-4 for row in runs[name]), name
 
 

@@ -117,23 +117,24 @@ def test_an_algorithm(kit: Path) -> None:
     program = """
 import json, torch, my_algorithm
 from minimind_mcore.rl.algorithms.advantages import ADVANTAGES
-rewards, mask = torch.tensor([1.0, 0.5, 0.0, 2.0, 2.0, 5.0]), torch.ones(6, 1)
-mine = my_algorithm.leave_one_out(rewards, mask, 3, spread="none")
-named = ADVANTAGES["leave_one_out"](rewards, mask, 3, spread="none")
+rewards, mask = torch.tensor([1.0, 0.5, 0.0, 2.0, 2.0, 5.0]), torch.ones(6, 2)
+mask[:5, 1] = 0
+mine = my_algorithm.optimal_baseline(rewards, mask, 3, spread="none")
+named = ADVANTAGES["opo"](rewards, mask, 3, spread="none")
 logp = torch.tensor([[-1.0, -3.0, -9.0]], requires_grad=True)
-loss, cut = my_algorithm.gspo(
-    logp, torch.tensor([[-1.1, -2.8, -1.0]]), torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]),
+loss, cut = my_algorithm.gmpo(
+    logp, torch.tensor([[-1.1, -3.4, -1.0]]), torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]),
     clip_low=0.2, clip_high=0.2,
 )
 (loss[0, :2].sum() / 2).backward()
-print(json.dumps([mine.flatten().tolist(), named.flatten().tolist(), loss[0, :2].tolist(), logp.grad[0].tolist()]))
+print(json.dumps([mine[:, 0].tolist(), named[:, 0].tolist(), loss[0, :2].tolist(), logp.grad[0].tolist()]))
 """
     (kit / "values.py").write_text(program)
     mine, named, loss, gradient = json.loads(run(f'"{sys.executable}" values.py', kit))
-    assert mine == pytest.approx([0.75, 0, -0.75, -1.5, -1.5, 3]) and named == pytest.approx(mine)
-    ratio = math.exp((0.1 - 0.2) / 2)
+    assert mine == pytest.approx([0.5, 0, -0.5, -1.5, -1.5, 1.5]) and named == pytest.approx(mine)
+    ratio = math.exp((0.1 + 0.2) / 2)  # the second token's log-ratio is 0.4: it is clipped and has no gradient
     assert loss == pytest.approx([-2 * ratio] * 2)
-    assert gradient == pytest.approx([-2 * ratio / 2, -2 * ratio / 2, 0])
+    assert gradient == pytest.approx([-2 * ratio / 2, 0, 0])
 
 
 def test_a_model(kit: Path) -> None:

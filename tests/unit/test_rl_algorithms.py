@@ -59,6 +59,36 @@ def test_group_advantages(draw: dict[str, Tensor], spread: advantages.Spread, dd
     assert not ours[:SAMPLES].any()
 
 
+def test_leave_one_out_and_batch_advantages(draw: dict[str, Tensor]) -> None:
+    """RLOO, and REINFORCE++ with a baseline: sums over the other samples, and over every token of the batch."""
+    scores, mask = draw["scores"].double().numpy(), draw["mask"].numpy()
+    others, centred = np.zeros(ROWS), np.zeros(ROWS)
+    for row in range(ROWS):
+        group = [*range(row // SAMPLES * SAMPLES, (row // SAMPLES + 1) * SAMPLES)]
+        others[row] = scores[row] - np.mean([scores[other] for other in group if other != row])
+        centred[row] = scores[row] - scores[group].mean()
+    close(advantages.leave_one_out(draw["scores"], draw["mask"], SAMPLES), others[:, None] * mask)
+    tokens = np.repeat(centred, mask.sum(1).astype(int))
+    expected = (centred - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
+    close(advantages.batch_norm(draw["scores"], draw["mask"], SAMPLES), expected[:, None] * mask)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_returns_without_a_critic_are_sums_of_what_follows(draw: dict[str, Tensor], gamma: float) -> None:
+    """REINFORCE++: A_t is the discounted sum of the rewards from t on, whitened over the batch."""
+    data = numbers(draw)
+    expected = np.zeros((ROWS, LENGTH))
+    for row in range(ROWS):
+        places = np.flatnonzero(data["mask"][row])
+        for index, place in enumerate(places):
+            later = data["rewards"][row, places[index:]]
+            expected[row, place] = (gamma ** np.arange(len(later)) * later).sum()
+    inside = data["mask"] == 1
+    kept = expected[inside]
+    expected[inside] = (kept - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8)
+    close(advantages.gae(draw["rewards"], 0 * draw["values"], draw["mask"], gamma, 1.0)[0], expected)
+
+
 def test_one_sample_per_prompt_has_no_advantage() -> None:
     mask = torch.ones(3, 2)
     for spread in ("unbiased", "biased", "none"):
@@ -162,6 +192,64 @@ def test_policy_loss(draw: dict[str, Tensor], kind: str, low: float, high: float
     close(ours, expected)
     close(stats["actor/ppo_kl"], ((data["old"] - data["logp"]) * data["mask"]).sum() / data["mask"].sum())
     assert ("actor/tis_weight" in stats) == (cap is not None)
+
+
+def test_gspo_clips_the_ratio_of_the_response(draw: dict[str, Tensor]) -> None:
+    """Mean over responses of max(-A s, -A clip(s)) with s = (pi / pi_old)^(1 / length), and its gradient by hand."""
+    data, mask = numbers(draw), draw["mask"].numpy()
+    low, high, total, gradient = 0.1, 0.15, 0.0, np.zeros((ROWS, LENGTH))
+    cut = np.zeros(ROWS, bool)
+    for row in range(ROWS):
+        length, advantage = mask[row].sum(), data["scores"][row]
+        if not length:
+            continue
+        s = math.exp(((data["logp"] - data["old"])[row] * mask[row]).sum() / length)
+        plain, clipped = -advantage * s, -advantage * min(max(s, 1 - low), 1 + high)
+        cut[row] = clipped > plain
+        total += max(plain, clipped) / ROWS
+        gradient[row] = 0 if cut[row] else plain / length / ROWS * mask[row]
+    logp = draw["logp"].clone().requires_grad_()
+    chosen = Algorithm(loss="gspo", clip_low=low, clip_high=high, aggregation="seq-mean-token-mean", kl="none")
+    spread = draw["scores"].double().unsqueeze(1).expand(-1, LENGTH)
+    loss, stats = actor_loss(chosen, logp, spread, draw["mask"], old_logp=draw["old"])
+    close(loss, total)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert logp.grad is not None and cut.any() and not cut.all()
+    close(logp.grad, gradient)
+    close(stats["actor/pg_clipfrac"], (cut[:, None] * mask).sum() / mask.sum())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (5.0, -2.0, 6.0, 0.0),  # A c, with c = 3
+        (2.0, -2.0, 4.0, 4.0),
+        (5.0, 2.0, -2.4, 0.0),  # the upper clip, as without a dual clip
+        (0.5, -2.0, 1.6, 0.0),
+    ],
+)
+def test_the_dual_clip_limits_tokens_with_a_negative_advantage(
+    ratio: float, advantage: float, loss: float, gradient: float
+) -> None:
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    logp = (ones * math.log(ratio)).requires_grad_()
+    found, stats = losses.policy_loss(logp, 0 * ones, advantage * ones, ones, dual_clip=3.0)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert logp.grad is not None
+    assert (found.item(), logp.grad.item()) == (pytest.approx(loss), pytest.approx(gradient))
+    assert stats["actor/pg_clipfrac_lower"].item() == float(loss == 6.0)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("clip", math.exp(20)), ("gspo", math.exp(20))])
+def test_a_log_ratio_of_hundreds_gives_a_finite_loss(kind: str, bound: float) -> None:
+    ones = torch.ones(1, 2)
+    logp = (500 * ones).requires_grad_()
+    loss, _ = losses.policy_loss(
+        logp, 0 * ones, -ones, ones, kind=kind, rollout_logp=-900 * ones, tis_cap=math.inf if kind == "clip" else None
+    )
+    assert loss[0, 0].item() == pytest.approx(bound**2 if kind == "clip" else bound, rel=1e-4)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert logp.grad is not None and logp.grad.isfinite().all()
 
 
 def test_a_loss_of_the_user_s_has_one_value_per_token(draw: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

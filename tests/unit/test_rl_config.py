@@ -236,6 +236,8 @@ BROKEN = [
         "mindspeed-rl-master",
         "megatron_training.use_distributed_optimizer",
     ),
+    ("minimind.algorithm=gspo", "mindspeed-rl-master", "minimind.algorithm"),
+    ("minimind.dual_clip=3", "mindspeed-rl-2.2.0", "minimind.dual_clip"),
     ("minimind.policy_loss=no_such_module:loss", "embedded", "minimind.policy_loss"),
     ("minimind.advantage=helpers.rl_trees:unclipped", "embedded", "minimind.advantage"),
     ("minimind.policy_loss=helpers.rl_trees:unclipped", "mindspeed-rl-master", "minimind.policy_loss"),
@@ -317,9 +319,35 @@ def test_keys_that_the_embedded_trainer_does_not_heed_are_refused(overrides: str
     assert [f.key for f in findings if f.level == "error"] == [overrides.split("=")[0]]
 
 
+CONTRADICTIONS = [
+    ("minimind.algorithm=gspo rl_config.token_level_loss=true", "rl_config.token_level_loss", "mean over responses"),
+    ("minimind.algorithm=rloo rl_config.n_samples_per_prompt=1", "rl_config.n_samples_per_prompt", "rloo compares"),
+    ("rl_config.n_samples_per_prompt=1", "rl_config.n_samples_per_prompt", "found 1: grpo compares"),
+    ("minimind.algorithm=cispo minimind.dual_clip=3", "minimind.dual_clip", "the policy loss of cispo is cispo"),
+    ("minimind.algorithm=gspo minimind.dual_clip=3", "minimind.dual_clip", "the policy loss of gspo is gspo"),
+    ("minimind.dual_clip=1.1", "minimind.dual_clip", "found 1.1, expected more than 1 + the upper clip range = 1.2"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "message"), CONTRADICTIONS, ids=[case[0] for case in CONTRADICTIONS])
+def test_settings_that_contradict_the_algorithm_are_refused(overrides: str, key: str, message: str) -> None:
+    words = [*overrides.split(), "actor_config.micro_batch_size=1"]
+    found = [f for f in lint("grpo_minimind3", "embedded", words, device="cpu")[0] if f.level == "error"]
+    assert [f.key for f in found] == [key] and message in found[0].message
+
+
+def test_one_response_to_a_prompt_is_enough_where_the_batch_or_a_critic_is_the_expectation() -> None:
+    for name in ("reinforce_plus_plus", "spo"):
+        words = [f"minimind.algorithm={name}", "rl_config.n_samples_per_prompt=1", "actor_config.micro_batch_size=1"]
+        assert not [f for f in lint("grpo_minimind3", "embedded", words, device="cpu")[0] if f.level == "error"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["minimind.algorithm=cispo", "rl_config.clip_ratio=0.1"], "rl_config.clip_ratio (cispo: minimind.cispo_clip"),
+        (["minimind.cispo_clip=4"], "minimind.cispo_clip (the policy loss of grpo is clip)"),
+        (["minimind.algorithm=gspo", "rl_config.clip_ratio=0.1"], ""),
         (["minimind.algorithm=dr_grpo", "rl_config.init_kl_coef=0.1"], "rl_config.init_kl_coef 0.1 (dr_grpo"),
         (["minimind.algorithm=spo"], "rl_config.adv_estimator group_norm (spo"),
         (["minimind.algorithm=dapo", "rl_config.blocking=false"], "rl_config.blocking false"),

@@ -39,6 +39,14 @@ GIVEN = [
         "clip_low": 0.1, "clip_high": 0.1, "dynamic_sampling": False, "overlong": True, "kl": "none"}),
     ("grpo_minimind3", ["minimind.algorithm=cispo", "rl_config={init_kl_coef: 0.3}"], {"kl_coef": 0.3}),
     ("grpo_minimind3", ["minimind.algorithm=grpo"], {"kl_coef": 0.01}),
+    # GSPO, arXiv 2507.18071: clip 3e-4 and 4e-4; RLOO as in TRL; REINFORCE++, arXiv 2501.03262
+    ("grpo_minimind3", ["minimind.algorithm=gspo"], {
+        "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq-mean-token-mean", "kl": "none"}),
+    ("grpo_minimind3", ["minimind.algorithm=gspo", "rl_config.clip_ratio=0.1"], {"clip_low": 0.1, "clip_high": 0.1}),
+    ("grpo_minimind3", ["minimind.algorithm=rloo", "minimind.dual_clip=3"], {
+        "advantage": "rloo", "kl": "reward", "kl_kind": "kl", "kl_coef": 0.05, "dual_clip": 3.0}),
+    ("grpo_minimind3", ["minimind.algorithm=reinforce_plus_plus_baseline"], {
+        "advantage": "batch", "kl": "loss", "kl_kind": "mse", "dual_clip": None}),
     ("grpo_minimind3", ["rl_config.clip_ratio=0.1"], {"clip_low": 0.1, "clip_high": 0.1, "kl_coef": 0.001}),
     ("grpo_minimind_tiny", [], {"clip_high": 0.2, "kl_coef": 0.001}),
     ("ppo_minimind_tiny", [], {"clip_high": 0.2, "kl": "reward", "kl_kind": "kl", "kl_coef": 0.02}),

@@ -27,6 +27,12 @@ def config(*overrides: str, name: str = "grpo_minimind3") -> Config:
         ([], {"loss_agg_mode": "token-mean", "use_kl_loss": True, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl"}),
         (["minimind.algorithm=dr_grpo"], {"loss_agg_mode": "seq-mean-token-sum-norm", "use_kl_loss": False}),
         (["minimind.algorithm=cispo"], {"loss_agg_mode": "seq-mean-token-mean", "clip_ratio_high": 4.0}),
+        (["minimind.algorithm=gspo"],
+         {"policy_loss.loss_mode": "gspo", "loss_agg_mode": "seq-mean-token-mean", "clip_ratio_high": 4e-4}),
+        (["minimind.algorithm=rloo", "minimind.dual_clip=3"],
+         {"policy_loss.loss_mode": "vanilla", "loss_agg_mode": "seq-mean-token-sum", "clip_ratio_c": 3.0}),
+        (["minimind.algorithm=dapo", "rl_config.filter_groups_enable=false", "rl_config.overlong_buffer_enable=false"],
+         {"clip_ratio_high": 0.28, "clip_ratio_c": 1e9, "use_kl_loss": False}),
         (["rl_config.token_level_loss=false", "rl_config.kl_penalty=k2"],
          {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_type": "mse"}),
         (["actor_config.adam_beta2=0.95"],
@@ -36,6 +42,16 @@ def config(*overrides: str, name: str = "grpo_minimind3") -> Config:
 def test_the_objective_is_exported_as_the_trainer_has_it(overrides: list[str], expected: dict[str, Any]) -> None:
     found = export_verl.verl_overrides(config(*overrides), "x")
     assert {key: found[f"{ACTOR}.{key}"] for key in expected} == expected
+
+
+def test_every_advantage_has_verl_s_name() -> None:
+    names = {"rloo": "rloo", "reinforce_plus_plus": "reinforce_plus_plus"}
+    names |= {"reinforce_plus_plus_baseline": "reinforce_plus_plus_baseline", "gspo": "grpo", "cispo": "grpo"}
+    for name, expected in names.items():
+        found = export_verl.verl_overrides(config(f"minimind.algorithm={name}"), "x")
+        assert found["algorithm.adv_estimator"] == expected
+    with pytest.raises(UserError, match=r"spo is not in verl's main_ppo; it has grpo, .*gspo, cispo, rloo"):
+        export_verl.verl_overrides(config("minimind.algorithm=spo"), "x")
 
 
 def test_a_penalty_in_the_reward_and_the_critic_s_schedule() -> None:

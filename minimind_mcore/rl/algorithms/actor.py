@@ -56,7 +56,7 @@ def actor_loss(
 
     losses, stats = policy_loss(
         logp, old_logp, advantages, mask, kind=algorithm.loss, clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high, rollout_logp=rollout_logp, tis_cap=tis_cap,
+        clip_high=algorithm.clip_high, dual_clip=algorithm.dual_clip, rollout_logp=rollout_logp, tis_cap=tis_cap,
     )  # fmt: skip
     loss = mean(losses)
     stats["actor/pg_loss"] = loss.detach()

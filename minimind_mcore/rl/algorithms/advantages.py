@@ -1,10 +1,13 @@
 """How much better an answer was than expected: the weight of its tokens in the policy loss.
 
-| advantage | expectation                                   | source                                    |
-|-----------|-----------------------------------------------|-------------------------------------------|
-| group     | mean of the prompt's other samples            | GRPO, arXiv 2402.03300; Dr.GRPO 2503.20783 |
-| gae       | a critic's value of each prefix               | PPO, 1707.06347; GAE, 1506.02438          |
-| baseline  | a running mean over prompts (`Baseline`)    | MiniMind-Ascend's train_spo.py            |
+| advantage | expectation                                            | source                                     |
+|-----------|--------------------------------------------------------|--------------------------------------------|
+| group     | mean of the prompt's samples                           | GRPO, arXiv 2402.03300; Dr.GRPO 2503.20783 |
+| rloo      | mean of the prompt's other samples                     | RLOO, 2402.14740                           |
+| batch     | mean of the prompt's samples; whitened over the batch  | REINFORCE++ with baseline, 2501.03262      |
+| returns   | mean of the batch: whitened returns (`gae`, no critic) | REINFORCE++, 2501.03262                    |
+| gae       | a critic's value of each prefix                        | PPO, 1707.06347; GAE, 1506.02438           |
+| baseline  | a running mean over prompts (`Baseline`)               | MiniMind-Ascend's train_spo.py             |
 """
 
 from __future__ import annotations
@@ -51,6 +54,20 @@ def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread 
         correction, eps = division
         centred = centred / (scores.std(dim=1, correction=correction, keepdim=True) + eps)
     return per_token(centred.view(-1), mask)
+
+
+@register("rloo", ADVANTAGES)
+def leave_one_out(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread = "none") -> Tensor:
+    """RLOO: A = r - mean of the prompt's other samples; arguments and result as in `group_norm`."""
+    scores = rewards.double().view(-1, n_samples)
+    others = (scores.sum(dim=1, keepdim=True) - scores) / (n_samples - 1)
+    return per_token((scores - others).view(-1), mask)
+
+
+@register("batch", ADVANTAGES)
+def batch_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread = "none") -> Tensor:
+    """REINFORCE++ with baseline: r - mean of the prompt's samples, then whitened over the tokens of the batch."""
+    return whiten(group_norm(rewards, mask, n_samples, spread="none"), mask)
 
 
 def per_token(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -5,8 +5,13 @@ With the ratio rho = exp(logp - old_logp) and the advantage A of each token:
 | kind      | loss of a token                                        | source                                       |
 |-----------|--------------------------------------------------------|----------------------------------------------|
 | clip      | max(-A rho, -A clip(rho, 1 - low, 1 + high))           | PPO, 1707.06347; low != high: DAPO, 2503.14476 |
+| gspo      | clip, with the response's ratio in place of rho        | GSPO, 2507.18071                             |
 | cispo     | -stop(min(rho, high)) A logp                           | MiniMax-M1, 2506.13585; MiniMind's default   |
 | reinforce | -A logp                                                | SPO as MiniMind-Ascend runs it: one update   |
+
+The ratio of a response is exp(mean over its tokens of logp - old_logp). Every log-ratio is clamped to +-20, as in verl:
+beyond that exp would overflow in half precision and one token would decide the update. Dual clip (1912.09729) limits
+the loss of a token with a negative advantage to -A c.
 
 | aggregation             | loss of a batch                                               | used by             |
 |-------------------------|---------------------------------------------------------------|---------------------|
@@ -34,14 +39,35 @@ PolicyLoss = Callable[..., tuple[Tensor, Tensor]]
 POLICY_LOSSES: dict[str, PolicyLoss] = {}
 
 
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """Clamp log-ratios to +-20; see the module's docstring."""
+    return log_ratio.clamp(-20, 20)
+
+
+def _clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The smaller gain of the ratio and of the clipped ratio, and where it is the clipped one."""
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
 @register("clip", POLICY_LOSSES)
 def clip(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
     """PPO and DAPO: the smaller gain of the ratio and of the clipped ratio."""
-    ratio = (logp - old_logp).exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(plain, clipped), clipped > plain
+    return _clipped(_bounded(logp - old_logp), advantages, clip_low, clip_high)
+
+
+@register("gspo", POLICY_LOSSES)
+def gspo(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """GSPO: `clip` with one ratio for all tokens of a response."""
+    whole = _bounded(masked_mean(logp - old_logp, mask, dim=1)).detach().unsqueeze(1)
+    # The value is the ratio of the response, the gradient that of each token. Averaged over the response's tokens this
+    # is the gradient of the response's ratio (the paper's GSPO-token), and tokens can be weighted (`tis_cap`).
+    return _clipped(whole + logp - logp.detach(), advantages, clip_low, clip_high)
 
 
 @register("cispo", POLICY_LOSSES)
@@ -49,7 +75,7 @@ def cispo(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
     """CISPO: every token keeps its gradient, weighted by the ratio, which is cut at `clip_high`."""
-    ratio = (logp - old_logp).exp()
+    ratio = _bounded(logp - old_logp).exp()
     return -advantages * ratio.detach().clamp(max=clip_high) * logp, ratio > clip_high
 
 
@@ -70,6 +96,7 @@ def policy_loss(
     kind: str = "clip",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
     rollout_logp: Tensor | None = None,
     tis_cap: float | None = None,
 ) -> tuple[Tensor, Stats]:
@@ -82,8 +109,9 @@ def policy_loss(
         advantages: [B, T].
         mask: [B, T].
         kind: a name of `POLICY_LOSSES`, or the import path of a function with the same signature.
-        clip_low: how far the ratio may fall below 1 where that lowers the loss (clip).
-        clip_high: how far it may rise above 1 (clip); the greatest ratio itself (cispo, MiniMind's 5).
+        clip_low: how far the ratio may fall below 1 where that lowers the loss (clip, gspo).
+        clip_high: how far it may rise above 1 (clip, gspo); the greatest ratio itself (cispo, MiniMind's 5).
+        dual_clip: the greatest ratio of tokens with a negative advantage (clip; 3 is usual); None: no limit.
         rollout_logp: [B, T], of the engine that wrote the answers. Where its arithmetic differs from the trainer's
             the answers are off policy; with `tis_cap` each token is weighted by the truncated importance ratio
             min(exp(old_logp - rollout_logp), tis_cap) (Yao et al. 2025, "Your efficient RL framework secretly
@@ -92,15 +120,21 @@ def policy_loss(
 
     Returns:
         The losses, undefined outside the mask, and detached means over the mask: `actor/pg_clipfrac` (tokens whose
-        ratio is cut), `actor/ppo_kl` (mean of old_logp - logp) and, with a cap, `actor/tis_*`.
+        ratio is cut), `actor/ppo_kl` (mean of old_logp - logp), with a dual clip `actor/pg_clipfrac_lower` (tokens
+        that it cuts) and, with a cap, `actor/tis_*`.
     """
     old = logp.detach() if old_logp is None else old_logp
     function = lookup(kind, POLICY_LOSSES, "minimind.policy_loss")
     loss, cut = function(logp, old, advantages, mask, clip_low=clip_low, clip_high=clip_high)
     require_shape(loss, mask, f"minimind.policy_loss: {kind}")
     stats = {"actor/pg_clipfrac": cut.float(), "actor/ppo_kl": old - logp}
+    if dual_clip is not None:
+        most = -advantages * dual_clip
+        beyond = (advantages < 0) & (loss > most)
+        loss = torch.where(beyond, most, loss)
+        stats["actor/pg_clipfrac_lower"] = beyond.float()
     if tis_cap is not None and rollout_logp is not None:
-        weight = (old - rollout_logp).detach().exp()
+        weight = _bounded(old - rollout_logp).detach().exp()
         loss = loss * weight.clamp(max=tis_cap)
         stats |= {"actor/tis_weight": weight, "actor/tis_clipfrac": (weight > tis_cap).float()}
     return loss, {name: masked_mean(value.detach(), mask) for name, value in stats.items()}

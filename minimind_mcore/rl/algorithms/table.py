@@ -5,9 +5,14 @@
 | grpo    | group, sample std     | clip      | tokens             | k3 in the loss   | 2402.03300; MindSpeed-RL    |
 | dr_grpo | group, not divided    | clip      | answers, by length | none             | 2503.20783                  |
 | dapo    | group, sample std     | clip      | tokens             | none             | 2503.14476                  |
+| gspo    | group, sample std     | gspo      | answers            | none             | 2507.18071                  |
 | cispo   | group, population std | cispo     | answers            | k3 in the loss   | 2506.13585; MiniMind        |
+| rloo    | rloo                  | clip      | answers, sums      | k1 in the reward | 2402.14740; TRL             |
 | ppo     | critic (GAE)          | clip      | tokens             | k1 in the reward | 1707.06347; MindSpeed-RL    |
 | spo     | running baseline      | reinforce | answers            | k3 in the loss   | 2509.13232; MiniMind-Ascend |
+
+REINFORCE++ (2501.03262) is reinforce_plus_plus: whitened returns, clip, tokens, k1 in the reward. With a baseline it is
+reinforce_plus_plus_baseline: group mean and whitening over the batch, clip, tokens, k2 in the loss.
 """
 
 from __future__ import annotations
@@ -27,12 +32,13 @@ class Algorithm:
     """What an algorithm is made of; defaults are MindSpeed-RL's GRPO.
 
     Attributes:
-        advantage: "gae" (a critic), "baseline" (`advantages.Baseline`), a name of `advantages.ADVANTAGES`, or the
-            import path of a function with the same signature.
+        advantage: "gae" (a critic), "returns", "baseline" (`advantages.Baseline`), a name of
+            `advantages.ADVANTAGES`, or the import path of a function with the same signature.
         spread: what a group's advantages are divided by (`group_norm`).
         loss: a name of `losses.POLICY_LOSSES`, or the import path of a function with the same signature.
         clip_low: see `policy_loss`.
         clip_high: see `policy_loss`.
+        dual_clip: see `policy_loss`.
         aggregation: `aggregate`'s how.
         kl: where the distance to the reference goes; "none" needs no reference model.
         kl_kind: see `kl.kl`.
@@ -46,6 +52,7 @@ class Algorithm:
     loss: str = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float | None = None
     aggregation: Aggregation = "token-mean"
     kl: Placement = "loss"
     kl_kind: str = "low_var_kl"
@@ -58,9 +65,17 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": Algorithm(),
     "dr_grpo": Algorithm(spread="none", aggregation="seq-mean-token-sum-norm", kl="none"),
     "dapo": Algorithm(clip_high=0.28, kl="none", dynamic_sampling=True, overlong=True),
+    "gspo": Algorithm(
+        loss="gspo", clip_low=3e-4, clip_high=4e-4, aggregation="seq-mean-token-mean", kl="none"
+    ),
     "cispo": Algorithm(
         spread="biased", loss="cispo", clip_high=5.0, aggregation="seq-mean-token-mean", kl_coef=0.1
     ),
+    "rloo": Algorithm(
+        advantage="rloo", aggregation="seq-mean-token-sum", kl="reward", kl_kind="kl", kl_coef=0.05
+    ),
+    "reinforce_plus_plus": Algorithm(advantage="returns", kl="reward", kl_kind="kl"),
+    "reinforce_plus_plus_baseline": Algorithm(advantage="batch", kl_kind="mse"),
     "ppo": Algorithm(advantage="gae", kl="reward", kl_kind="kl"),
     "spo": Algorithm(advantage="baseline", loss="reinforce", aggregation="seq-mean-token-mean", kl_coef=0.02),
 }  # fmt: skip

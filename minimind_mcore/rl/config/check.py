@@ -36,6 +36,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 MORE = {"rl_config.kl_penalty": ("k1", "k2", "k3")}  # of the embedded trainer
 
+COMPARING = ("group", "rloo", "batch")  # advantages that are 0 for a single response to a prompt
+
 OPTIONAL = ("megatron_training.stage",)
 # Keys without which a run cannot be planned; MindSpeed-RL's default of some is null.
 REQUIRED = (
@@ -59,7 +61,9 @@ def problems(config: Config, target: str, nodes: int = 1) -> list[Problem]:
         return found
     found = [wrong for rule in RULES for wrong in rule(config, target)]
     found += dispatch(config, target, nodes)
-    return [*found, *(unheeded(config) if target == "embedded" else [*one_process(config), *router(config)])]
+    if target == "embedded":
+        return [*found, *unheeded(config), *contradictions(config)]
+    return [*found, *one_process(config), *router(config)]
 
 
 def values(config: Config, target: str) -> Iterator[Problem]:
@@ -458,6 +462,24 @@ def unfit(path: str, key: str, example: Callable[..., Any]) -> Iterator[Problem]
         yield of_error(error)
     except TypeError as error:
         yield key, f"{path}: {error}. Expected a function ({', '.join(positional)}, *, {', '.join(named)})"
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """Settings that an algorithm cannot be combined with, or would ignore."""
+    chosen, name, dual = objective(config), config.minimind.algorithm, config.minimind.dual_clip
+    if chosen.advantage in COMPARING and config.rl.n_samples_per_prompt < 2:
+        why = f"{name} compares the responses to one prompt, so that every advantage of a single response is 0"
+        advice = "Set 2 or more, or minimind.algorithm: reinforce_plus_plus, ppo or spo"
+        yield "rl_config.n_samples_per_prompt", f"found {config.rl.n_samples_per_prompt}: {why}. {advice}"
+    if chosen.loss == "gspo" and chosen.aggregation == "token-mean":
+        why = "gspo's ratio and clip are those of whole responses, so its loss is the mean over responses"
+        yield "rl_config.token_level_loss", f"true: {why}. Set false, or leave the key out"
+    if dual is not None and chosen.loss != "clip":
+        why = f"it limits the loss of clipped token ratios, and the policy loss of {name} is {chosen.loss}"
+        yield "minimind.dual_clip", f"{dual}: {why}. Leave the key out"
+    elif dual is not None and dual <= 1 + chosen.clip_high:
+        most = f"1 + the upper clip range = {1 + chosen.clip_high:g}"
+        yield "minimind.dual_clip", f"found {dual}, expected more than {most}, which clips first"
 
 
 def unheeded(config: Config) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.rl.config.check import STAGES, problems, workers
 from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
-from minimind_mcore.rl.config.objective import objective, with_table
+from minimind_mcore.rl.config.objective import CLIP, objective, with_table
 from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, Problem, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
 
@@ -313,6 +313,11 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
     if not rl.blocking and chosen.dynamic_sampling:
         why = "dynamic sampling does not know its prompts ahead: steps are synchronous"
         yield "rl_config.blocking false", why
+    if chosen.loss in ("cispo", "reinforce"):
+        own = "minimind.cispo_clip is its limit" if chosen.loss == "cispo" else "its loss is not clipped"
+        yield from ((f"rl_config.{key}", f"{name}: {own}") for key in CLIP if key in given)
+    elif "cispo_clip" in (config.tree.get("minimind") or {}):
+        yield "minimind.cispo_clip", f"the policy loss of {name} is {chosen.loss}"
     if rl.use_dynamic_bsz:
         yield "rl_config.use_dynamic_bsz", "rows of a similar length are put together anyway"
     if rl.kl_ctrl_type == "adaptive" and chosen.kl != "reward":

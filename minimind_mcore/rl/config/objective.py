@@ -18,6 +18,7 @@ from minimind_mcore.rl.config.schema import Config, defaults
 
 ALGORITHM = ("minimind", "algorithm")
 CLIP = ("clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high")
+CLIPPED = ("clip", "gspo")  # policy losses that these keys change
 # Keys of `rl_config` with the value of a field of `Algorithm`.
 SAME = {
     "kl_penalty": "kl_kind",
@@ -33,6 +34,7 @@ FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("rl_config", "use_kl_in_reward"): ("kl",),
     **{("rl_config", key): (field,) for key, field in SAME.items() if key != "init_kl_coef"},
     ("minimind", "cispo_clip"): ("clip_high",),
+    ("minimind", "dual_clip"): ("dual_clip",),
 }
 
 
@@ -52,6 +54,8 @@ def objective(config: Config) -> Algorithm:
         changes |= {"clip_low": rl.clip_ratio, "clip_high": rl.clip_ratio}
     if "token_level_loss" in given:
         changes["aggregation"] = "token-mean" if rl.token_level_loss else "seq-mean-token-mean"
+    if config.minimind.dual_clip is not None:
+        changes["dual_clip"] = config.minimind.dual_clip
     if rl.use_kl_in_reward:
         changes["kl"] = "reward"
     changes |= {"loss": config.minimind.policy_loss} if config.minimind.policy_loss else {}
@@ -150,9 +154,9 @@ def in_keys(row: Algorithm) -> dict[tuple[str, str], Any]:
     }
     if row.aggregation in ("token-mean", "seq-mean-token-mean"):
         found["token_level_loss"] = row.aggregation == "token-mean"
-    if row.loss == "clip" and row.clip_low == row.clip_high:
+    if row.loss in CLIPPED and row.clip_low == row.clip_high:
         found |= {"clip_higher_enable": False, "clip_ratio": row.clip_low}
-    elif row.loss == "clip":
+    elif row.loss in CLIPPED:
         found |= {"clip_higher_enable": True, "clip_ratio_low": row.clip_low, "clip_ratio_high": row.clip_high}
     more = {("minimind", "cispo_clip"): row.clip_high} if row.loss == "cispo" else {}
     return {("rl_config", key): value for key, value in found.items()} | more

@@ -108,6 +108,8 @@ class MiniMindConfig:
             `losses.POLICY_LOSSES` for its signature.
         advantage: likewise in place of the algorithm's advantage; see `advantages.ADVANTAGES`.
         cispo_clip: CISPO: the importance ratio is cut at this, and no gradient goes through it.
+        dual_clip: the clipped loss of a token with a negative advantage is at most this many times its advantage
+            (PPO's dual clip, verl's clip_ratio_c); None: no limit.
         spo_half_life: SPO: KL at which the weight of the past of a prompt's baseline halves.
         spo_rho: SPO: smallest and largest weight of the past.
         precision: of weights and arithmetic of the training; bf16 on NPU and GPU, fp32 on a CPU.
@@ -141,10 +143,14 @@ class MiniMindConfig:
             from the furthest step that is done, so that a rare fault never ends a run, and one that comes back does.
     """
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "cispo", "ppo", "spo"] = "grpo"
+    algorithm: Literal[
+        "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+        "ppo", "spo",
+    ] = "grpo"  # fmt: skip
     policy_loss: str | None = None
     advantage: str | None = None
     cispo_clip: float = 5.0
+    dual_clip: float | None = None
     spo_half_life: float = 0.06
     spo_rho: tuple[float, float] = (0.5, 0.96)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

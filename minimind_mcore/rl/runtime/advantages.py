@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from minimind_mcore.rl.algorithms.advantages import ADVANTAGES, Baseline, at_last_token, gae
 from minimind_mcore.rl.algorithms.kl import Controller, in_reward, kl
 from minimind_mcore.rl.algorithms.masked import masked_mean, require_shape
@@ -45,14 +47,17 @@ class Advantages:
         if chosen.kl == "reward":
             assert batch.ref_logp is not None and logp is not None
             divergence = kl(logp, batch.ref_logp, chosen.kl_kind)
-        if chosen.advantage == "gae":
-            assert batch.values is not None
+        if chosen.advantage in ("gae", "returns"):
             rewards = at_last_token(rewards, mask)
             if divergence is not None:
                 rewards = in_reward(rewards, divergence, mask, self.kl_coef)
-            batch.advantages, batch.returns = gae(rewards, batch.values, mask, rl.gamma, rl.lam, rl.advantage_whiten)
-            metrics["critic/values/mean"] = masked_mean(batch.values, mask).item()
-            metrics["critic/returns/mean"] = masked_mean(batch.returns, mask).item()
+            # Without a critic every value is 0 and lambda is 1: the advantage is then the return.
+            values, lam = (torch.zeros_like(mask), 1.0) if batch.values is None else (batch.values, rl.lam)
+            batch.advantages, returns = gae(rewards, values, mask, rl.gamma, lam, rl.advantage_whiten)
+            if batch.values is not None:
+                batch.returns = returns
+                metrics["critic/values/mean"] = masked_mean(values, mask).item()
+            metrics["critic/returns/mean"] = masked_mean(returns, mask).item()
         elif chosen.advantage == "baseline":
             assert logp is not None
             metrics["spo/baseline"] = self.baseline.value

@@ -123,6 +123,7 @@ class Actor(ResponseJob):
         self.tokens: Tensor | None = None
         self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "rollout/logp_diff")
         self.metrics += ("actor/kl_loss",) if algorithm.kl == "loss" else ()
+        self.metrics += ("actor/pg_clipfrac_lower",) if algorithm.dual_clip is not None else ()
         self.metrics += ("actor/tis_weight", "actor/tis_clipfrac") if self.tis_cap is not None else ()
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:

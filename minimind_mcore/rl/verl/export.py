@@ -32,6 +32,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
+from minimind_mcore.rl.algorithms.table import ALGORITHMS, algorithm
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.rewards.verifier_pool import resolve
@@ -46,7 +47,13 @@ KL = {kind: alias for alias, kind in ALIASES.items()} | {"abs": "abs"}
 SCHEDULES = ("constant", "cosine")  # of FSDPOptimizerConfig, verl/workers/config/optimizer.py
 # verl's engines, as its model_engine. On an NPU megatron is MindSpeed's: verl/workers/engine/mindspeed.
 ENGINES = {"fsdp": "dp", "megatron": "megatron"}
-ALGORITHMS = ("grpo", "dr_grpo", "cispo", "ppo")
+# Our advantages and policy losses: verl's algorithm.adv_estimator and policy_loss.loss_mode.
+ESTIMATORS = {
+    "group": "grpo", "rloo": "rloo", "batch": "reinforce_plus_plus_baseline", "returns": "reinforce_plus_plus",
+    "gae": "gae",
+}  # fmt: skip
+LOSSES = {"clip": "vanilla", "gspo": "gspo", "cispo": "cispo"}
+NO_DUAL_CLIP = 1e9  # verl's loss always has a dual clip; its ratios are at most exp(20), less than this
 
 BESIDE = "\nimport sys\nfrom pathlib import Path\n\nsys.path.insert(0, str(Path(__file__).parent))\n"
 TEMPLATES = Path(__file__).parent  # reward.py.in, run.sh.in and README.md.in, for str.format
@@ -192,8 +199,9 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
         UserError: an algorithm that verl's main_ppo does not have, a reward model, or a penalty of long responses.
     """
     rl, actor, ours = config.rl, config.actor, config.minimind
-    if ours.algorithm not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
+    row = algorithm(ours.algorithm)
+    if row.advantage not in ESTIMATORS or row.loss not in LOSSES:
+        known = ", ".join(name for name, row in ALGORITHMS.items() if row.advantage in ESTIMATORS)
         raise UserError(f"minimind.algorithm: {ours.algorithm} is not in verl's main_ppo; it has {known}")
     for key, why in (("reward_model", "reward.py has rules alone"), ("policy_loss", OWN), ("advantage", OWN)):
         if found := getattr(ours, key):
@@ -213,7 +221,7 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
     low, high = (1.0, chosen.clip_high - 1.0) if chosen.loss == "cispo" else (chosen.clip_low, chosen.clip_high)
     values: dict[str, Any] = {key: attrgetter(name)(places) for key, name in keys["renamed"].items()}
     values |= keys["constant"] | {
-        "algorithm.adv_estimator": "gae" if chosen.advantage == "gae" else "grpo",
+        "algorithm.adv_estimator": ESTIMATORS[chosen.advantage],
         "algorithm.norm_adv_by_std_in_grpo": chosen.spread != "none",
         "algorithm.use_kl_in_reward": chosen.kl == "reward",
         "algorithm.kl_penalty": kl,
@@ -221,7 +229,8 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
         "model_engine": ENGINES[engine],
         **_model_keys(train, actor, engine),
         f"{train}.ppo_mini_batch_size": rl.mini_batch_size // rl.n_samples_per_prompt,
-        f"{train}.policy_loss.loss_mode": "cispo" if chosen.loss == "cispo" else "vanilla",
+        f"{train}.policy_loss.loss_mode": LOSSES[chosen.loss],
+        f"{train}.clip_ratio_c": chosen.dual_clip or NO_DUAL_CLIP,
         f"{train}.clip_ratio_low": low,
         f"{train}.clip_ratio_high": high,
         f"{train}.use_kl_loss": chosen.kl == "loss",
@@ -279,6 +288,8 @@ def differences(config: Config, engine: str = "fsdp") -> list[str]:
         found.append("advantages are divided by the sample standard deviation, not the population's")
     if chosen.advantage == "group" and chosen.kl == "reward":
         found.append("the penalty in the reward is counted token by token before groups are compared")
+    if chosen.loss == "gspo":
+        found.append("the logarithm of a response's ratio is limited to 10, not to 20")
     if config.rl.kl_ctrl_type == "adaptive" and chosen.kl == "loss":
         found.append("kl_ctrl_type adaptive has an effect on a penalty in the reward alone")
     if config.minimind.eval_interval:
