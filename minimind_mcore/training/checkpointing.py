@@ -181,8 +181,13 @@ def _together(work: Callable[[], T], tmp: Path) -> list[T]:
 # ---------------------------------------------------------------------------------------------------- load
 
 
-def load(config: TrainConfig, engine: Engine) -> Progress:
+def load(config: TrainConfig, engine: Engine, role: str = "") -> Progress:
     """Load `--load` into the model and, unless told otherwise, everything else. Collective.
+
+    Args:
+        config: of the run.
+        engine: with the model.
+        role: of the model, for the message, where a program has several.
 
     Returns:
         Where the saved run was; the beginning under `--finetune`, or if there is nothing to load.
@@ -194,14 +199,16 @@ def load(config: TrainConfig, engine: Engine) -> Progress:
         config = _beginning(config, config.checkpoint.pretrained_checkpoint)
     if not config.checkpoint.load:
         return Progress()
+    who = f"{role}: " if role else ""
     root = Path(config.checkpoint.load)
     if checkpoint_weights.is_model(root):
         source = checkpoint_weights.read_model(config, root, engine)
-        logger.info(f"loaded weights of {root}: {source.kind}; training starts at the beginning")
+        start = "" if role else "; training starts at the beginning"
+        logger.info(f"{who}loaded weights of {root}: {source.kind}{start}")
         return Progress()
     directory = _chosen(config, root)
     if directory is None:
-        logger.info(f"no checkpoint in {root}: starting from the beginning")
+        logger.info(f"{who}no checkpoint in {root}: starting from the beginning")
         return Progress()
     if not config.checkpoint.finetune and is_converted(directory):
         logger.info(f"{directory} {CONVERTED}")
@@ -229,7 +236,7 @@ def load(config: TrainConfig, engine: Engine) -> Progress:
         and (line := other_constants(config.flags, vars(saved["args"]), directory))
     ):
         log.warn_once(logger, line)
-    logger.info(f"loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
+    logger.info(f"{who}loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
     # In reinforcement learning the driver reads the prompts, and compares their order itself.
     own = config.record.sample_order
     differing = sample_order.differences(config.flags, vars(saved["args"]), own) if own else []
@@ -278,13 +285,19 @@ def _chosen(config: TrainConfig, root: Path) -> Path | None:
     return directory
 
 
-def load_weights(config: TrainConfig, path: Path, model: Sequence[MegatronModule]) -> None:
+def load_weights(config: TrainConfig, path: Path, model: Sequence[MegatronModule], role: str = "") -> None:
     """The weights below `path` into the model, wrapped or not, and nothing else. Collective.
+
+    Args:
+        config: of the run.
+        path: of the weights.
+        model: the chunks.
+        role: see `load`.
 
     Raises:
         UserError: as `load`.
     """
-    load(_beginning(config, path), Engine(config, [*model]))
+    load(_beginning(config, path), Engine(config, [*model]), role)
 
 
 def previews(config: TrainConfig, schedule: bool = True) -> dict[str, str]:

@@ -128,7 +128,9 @@ def test_a_killed_or_stopped_driver_leaves_nothing_and_the_same_command_goes_on(
     until(lambda: not any(map(psutil.Process.is_running, actors)), "rid of its actors", cluster, "stopped", 60)
 
     run = cluster.train(config, 1)  # from the checkpoint of step 2
-    until(lambda: cluster.said("stopped").count("iteration: 3 /") == 2, "at step 3 again", cluster, "stopped")
+    until(
+        lambda: len(re.findall(r"\b3/\d+ +reward", cluster.said("stopped"))) == 2, "at step 3 again", cluster, "stopped"
+    )
     run.send_signal(signal.SIGTERM)
     said = "SIGTERM: saving after this iteration"
     until(lambda: said in cluster.said("stopped"), "told of the signal", cluster, "stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -201,11 +202,18 @@ def test_a_temperature_of_zero_is_refused() -> None:
 
 
 def test_saved_rollouts_are_read_again(tmp_path: Path) -> None:
-    experience = Experience(dataclasses.replace(example(), rewards=torch.tensor([1.0, 0.0])), [{"prompt": "x"}], [], 7)
+    filled = {"rewards": torch.tensor([1.0, 0.0]), "advantages": torch.tensor([[0.0, 0.5, 1.0], [-1.0, 9.0, 9.0]])}
+    experience = Experience(dataclasses.replace(example(), **filled), [{"prompt": "x"}], [], 7)
+    experience.scores["acc"] = filled["rewards"]
     save(experience, tmp_path, 3, 1)
     found = replayed(tmp_path, 3, 1)
     assert found.consumed == 7 and found.texts == experience.texts
     assert all(torch.equal(found.batch.state_dict()[n], t) for n, t in experience.batch.state_dict().items())
+    [line] = (tmp_path / "rollouts-0000003.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 3, "prompt": "x", "prompt_tokens": 2, "response_tokens": 3, "finished": True, "reward": 1.0,
+        "advantage": 0.5, "rewards": {"acc": 1.0},
+    }  # fmt: skip
     with pytest.raises(UserError, match="rollouts-0000004"):
         replayed(tmp_path, 4, 1)
 
@@ -223,9 +231,45 @@ def test_rollouts_with_other_groups_are_refused(tmp_path: Path) -> None:
         replayed(tmp_path, 1, 4)
 
 
-def test_a_step_is_printed_as_mindspeed_rl_prints_it() -> None:
-    text = line(3, 60, {"timing/all": 2.5, "actor/lr": 1e-6})
-    assert text.endswith("] iteration: 3 / 60 | timing/all : 2.5000 | actor/lr : 1.000000e-06")
+STEP = {
+    "timing/all": 2.13, "timing/rollout": 1.0, "actor/pg_loss": -0.01234, "actor/lr": 1e-6, "grpo/score/mean": 0.42187,
+    "response_length/mean": 12.25, "e2e_tps": 1234.4, "actor/kl_loss": 0.00119, "grpo/score/max": 1.0,
+}  # fmt: skip
+BUSY = {
+    "timing/all": 123.4, "actor/pg_loss": -0.01234, "grpo/score/mean": -0.42187, "response_length/mean": 1024.0,
+    "e2e_tps": 123456.0, "actor/reward_kl": -0.00119,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "step", "left", "width", "expected"),
+    [
+        (STEP, 3, 120.2, 120,
+         "step 3/60  reward 0.422  len 12  KL 0.0012  loss -0.012  2.1s  1234 tok/s  ETA 2m00s"),
+        (STEP, 3, 120.2, 80, "step 3/60 reward 0.422 len 12 KL 0.0012 loss -0.012 2.1s 1234 tok/s ETA 2m00s"),
+        (BUSY, 1000, 45_240.0, 80,
+         "1000/60 reward -0.422 len 1024 KL -0.0012 loss -0.012 123s 123k tok/s ETA 12h34m"),
+        ({"eval/accuracy": 0.125}, 0, None, 80, "step 0/60  eval/accuracy 0.125"),
+    ],
+)  # fmt: skip
+def test_a_step_is_one_line_that_fits_the_terminal(
+    row: dict[str, float], step: int, left: float | None, width: int, expected: str
+) -> None:
+    assert line(step, 60, row, left, width) == expected
+    assert len(expected) <= width
+
+
+def test_the_log_prints_the_line_and_keeps_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [f"minimind.output_dir={tmp_path}", "megatron_training.train_iters=60", "rl_config.use_tensorboard=false"]
+    log = Log(resolve(compose("grpo_minimind_tiny", words, device="cpu")), 0)
+    log.step(3, STEP)
+    printed = capsys.readouterr().out
+    assert printed == "step 3/60 reward 0.422 len 12 KL 0.0012 loss -0.012 2.1s 1234 tok/s ETA 2m01s\n"
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row.items() >= STEP.items() and row["iteration"] == 3
 
 
 def test_samples_are_a_table_that_fits() -> None:

@@ -1,6 +1,6 @@
-"""Metrics of a run, under MindSpeed-RL's names: the log line, metrics.jsonl, tensorboard, wandb, swanlab.
+"""Metrics of a run, under MindSpeed-RL's names: metrics.jsonl, tensorboard, wandb, swanlab; one short line on screen.
 
-    [2026-01-01 12:00:00] iteration: 3 / 60 | timing/all : 2.1034 | ... | grpo/score/mean : 0.4219 | ...
+    step 3/60  reward 0.422  len 12  KL 0.0012  loss -0.012  2.1s  1234 tok/s  ETA 2m00s
 
 metrics.jsonl also has the names that MindSpeed-RL documents and does not emit (`ALIASES`). `rollout/logp_diff` is the
 mean difference between the trainer's and the rollout engine's log-probabilities of the same tokens. It should be 0 up
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,13 @@ ALIASES = {
     "tokens/p/s": "e2e_tps",
 }
 Row = dict[str, float]
+# The line of a step: a short name, the metrics that it can show (the first that the row has), and its format.
+SHOWN = {
+    "reward": (("grpo/score/mean",), ".3g"),
+    "len": (("response_length/mean",), ".0f"),
+    "KL": (("actor/kl_loss", "actor/reward_kl"), ".2g"),
+    "loss": (("actor/pg_loss",), ".2g"),
+}
 # `rollout/logp_diff` with the weights that wrote the responses; under `rl_config.blocking: false` the two differ.
 SAME_WEIGHTS = "rollout/logp_diff_same_weights"
 # The largest mean of it, by `minimind.precision`. In fp32 the two implementations differ by about 1e-6 in the mean.
@@ -154,14 +162,15 @@ class Log:
         self.end = EndForecast()
         self.sinks = open_sinks(loggers, dataclasses.asdict(loggers), Progress(iteration), lambda name: f"train/{name}")
 
-    def step(self, iteration: int, row: Row, shown: bool = True) -> None:
-        """Write a step's row, and print it as MindSpeed-RL does."""
-        if shown:
-            logger.info(line(iteration, self.steps, row))
+    def step(self, iteration: int, row: Row) -> None:
+        """Write a step's row, or an evaluation's, and print the most important values in one line."""
+        left = None
         if "timing/all" in row:
             self.end.add(row["timing/all"])
-            if text := self.end.announcement(self.steps - iteration):
-                say(text)
+            left = self.end.remaining(self.steps - iteration)
+        logger.info(line(iteration, self.steps, row, left, shutil.get_terminal_size().columns))
+        if left and (text := self.end.announcement(self.steps - iteration)):
+            say(text)
         aliases = {alias: row[name] for alias, name in ALIASES.items() if name in row}
         whole = {"iteration": iteration, **row, **aliases}
         append_line(self.history, json.dumps(whole), OTHER_PLACE)
@@ -185,12 +194,29 @@ def say(text: str) -> None:
     logger.info(f"[{_now()}] INFO {text}")
 
 
-def line(iteration: int, steps: int, row: Mapping[str, float]) -> str:
-    """A row as MindSpeed-RL prints it."""
-    words = [
-        f"{key} : {value:e}" if "lr" in key.split("/")[-1] else f"{key} : {value:.4f}" for key, value in row.items()
-    ]
-    return f"[{_now()}] iteration: {iteration} / {steps} | {' | '.join(words)}"
+def line(iteration: int, steps: int, row: Row, left: float | None = None, width: int = 80) -> str:
+    """Return the most important values of a step, or the metrics of an evaluation, in one line of `width` columns.
+
+    Args:
+        iteration: number of the step.
+        steps: of the run.
+        row: metrics of the step.
+        left: seconds to the end of the run.
+        width: columns of the terminal.
+    """
+    fields = [f"{key} {value:.3g}" for key, value in row.items() if key.startswith("eval/")]
+    for name, (keys, form) in SHOWN.items():
+        fields += [f"{name} {row[key]:{form}}" for key in keys if key in row][:1]
+    if seconds := row.get("timing/all"):
+        fields.append(f"{seconds:.{1 if seconds < 100 else 0}f}s")
+    if rate := row.get("e2e_tps"):
+        fields.append(f"{rate:.0f} tok/s" if rate < 1e4 else f"{rate / 1e3:.0f}k tok/s")
+    if left is not None:
+        minutes, seconds = divmod(round(left), 60)
+        fields.append(f"ETA {minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"ETA {minutes}m{seconds:02}s")
+    head = f"{iteration}/{steps}"
+    texts = [f"step {'  '.join([head, *fields])}", f"step {' '.join([head, *fields])}", " ".join([head, *fields])]
+    return next((text for text in texts if len(text) <= width), texts[-1])
 
 
 def _now() -> str:

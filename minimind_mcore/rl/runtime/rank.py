@@ -7,6 +7,7 @@ are collective: every rank of the model calls them with the same arguments.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ from minimind_mcore.validation import validate
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["actor", "reference", "critic"]
 
@@ -178,7 +181,7 @@ class Rank:
         # finetune, no_load_optim and no_load_rng of the YAML are about the weights that a run begins with.
         everything = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
         changes = {"load": self.training.checkpoint.save, "pretrained_checkpoint": None, "ckpt_step": at, **everything}
-        self.progress = checkpointing.load(self.training.changed(**changes), self.engine)
+        self.progress = checkpointing.load(self.training.changed(**changes), self.engine, self.job.title)
         chosen = directory_of(self.training.checkpoint.directory, self.progress.iteration)
         saved = ranks.from_main(lambda: getattr(saved_args(chosen), "rl_state", None))
         return saved
@@ -190,13 +193,13 @@ class Rank:
         if self.role == "critic":
             self._load_trunk(Path(begin))
         else:
-            self._load_weights(Path(begin), self.model)
+            self._load_weights(Path(begin), self.model, self.job.title)
         self.engine.take_weights()
 
-    def _load_weights(self, path: Path, model: list[MegatronModule]) -> None:
+    def _load_weights(self, path: Path, model: list[MegatronModule], role: str) -> None:
         if not path.exists():
             raise UserError(f"load: {path} does not exist; expected the weights to begin with")
-        checkpointing.load_weights(self.training, path, model)
+        checkpointing.load_weights(self.training, path, model, role)
 
     def _load_trunk(self, path: Path) -> None:
         """A critic begins as the policy, with a head of its own."""
@@ -209,13 +212,14 @@ class Rank:
         source = checkpoint_weights.open_model(untied, path)
         own = {name: p.detach().clone() for name, p in whole_model_parameters(self.model) if name == OUTPUT}
         load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))
+        logger.info(f"{self.job.title}: loaded weights of {path}, with a value head in place of the output layer")
 
     def _frozen(self) -> step.Engine:
         """The reference model, in this layout; it takes no part in the training."""
         chunks = build_chunks(self.training, self.ask)
         path = self._reference_path()
         if path is not None:
-            self._load_weights(path, chunks)
+            self._load_weights(path, chunks, "reference")
         for chunk in chunks:
             chunk.requires_grad_(False)
         return step.Engine(self.training, chunks)

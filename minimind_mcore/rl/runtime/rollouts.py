@@ -1,12 +1,14 @@
 """Prompts in, scored responses out: what a step of training learns from.
 
 Saved rollouts (`minimind.save_rollouts`) are one file a step; `minimind.replay_rollouts` reads them in place of
-generating, so that a step can be done again with other code, or in another layout.
+generating, so that a step can be done again with other code, or in another layout. Next to each file a file of JSON
+lines has the same responses for people.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import torch
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.algorithms.groups import Groups, select, statistics
+from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.rewards import Scores
@@ -28,7 +31,7 @@ from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams
 from minimind_mcore.rl.runtime.metrics import Row, say
 from minimind_mcore.rl.runtime.supervise import ActorPool
 from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
-from minimind_mcore.storage import atomic_file
+from minimind_mcore.storage import atomic_file, atomic_write_text
 
 _SHOWN = 3  # failures shown of a step that took several batches
 
@@ -289,7 +292,9 @@ def _joined(parts: list[Experience], rows: int) -> Experience:
 
 
 def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
-    """Write a step's experience, of `n` responses to each prompt, for `replayed`."""
+    """Write a step's experience, of `n` responses to each prompt, for `replayed`, and its trajectories."""
+    lines = [json.dumps(trajectory, ensure_ascii=False) for trajectory in trajectories(experience, iteration)]
+    atomic_write_text(folder / f"rollouts-{iteration:07d}.jsonl", "".join(f"{line}\n" for line in lines))
     with atomic_file(folder / f"rollouts-{iteration:07d}.pt") as file:
         torch.save(
             {
@@ -301,6 +306,22 @@ def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
             },
             file,
         )
+
+
+def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, Any]]:
+    """Yield each response of a step, readable: texts, reward and its parts, mean advantage of its tokens, lengths."""
+    batch = experience.batch
+    columns = {"prompt_tokens": batch.prompt_lengths, "response_tokens": batch.response_lengths}
+    columns |= {"finished": batch.finished}
+    if batch.rewards is not None:
+        columns["reward"] = batch.rewards
+    if batch.advantages is not None:
+        columns["advantage"] = masked_mean(batch.advantages, batch.mask, dim=1)
+    values = {name: column.tolist() for name, column in columns.items()}
+    parts = {name: scores.tolist() for name, scores in experience.scores.items()}
+    for row, text in enumerate(experience.texts):
+        own = {name: column[row] for name, column in values.items()}
+        yield {"step": iteration, **text, **own, "rewards": {name: scores[row] for name, scores in parts.items()}}
 
 
 def replayed(folder: Path, iteration: int, n: int) -> Experience:

@@ -290,7 +290,7 @@ class Trainer:
             assert batch.rewards is not None
             pairs = zip(experience.texts[:4], batch.rewards.tolist(), strict=False)
             shown = [{**text, "reward": f"{reward:.2f}"} for text, reward in pairs]
-            logger.info(table(shown, {"reward": 6, "label": 10, "prompt": 40, "response": 60}))
+            logger.info(table(shown, {"reward": 6, "label": 8, "prompt": 24, "response": 36}))
 
     # ------------------------------------------------------------------------------------------- between the steps
 
