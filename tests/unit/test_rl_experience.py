@@ -19,6 +19,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.convert import convert
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.preprocess.options import ChatOptions, Options
+from minimind_mcore.rl.config.lint import check
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
@@ -90,7 +91,7 @@ def test_questions_without_answers_are_scored_by_what_needs_none(corpus: Corpus,
     source.score(experience)()
     assert {text["label"] for text in experience.texts} == {""}
     assert experience.batch.rewards is not None and experience.batch.rewards.tolist() == [0.5, -0.5] * 8
-    assert source.evaluate(source.prompts, 2) == {"eval/score": 0.0}  # nobody says what is right
+    assert source.evaluate(source.prompts, 2) == {"score": 0.0}  # nobody says what is right
     dry_run.print_plan(config, pending=False)
 
 
@@ -129,6 +130,9 @@ def lettered(response, label, **context):
         raise ValueError("no c")
     return float(response == "a")
 
+def letter(response, label, **context):
+    return float(response == "a")
+
 def fails(response, label, **context):
     raise ValueError(response)
 """
@@ -147,7 +151,7 @@ def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
 ) -> None:
     config = configured(corpus, rlaif, [f"{mine}:asked", f"{mine}:fails"], minimind={"reward_failure_limit": 0.0})
     source = source_of(config, lambda row: "a" if row < 3 else "a a")
-    assert source.evaluate(source.prompts, 4) == {"eval/accuracy": 0.75}
+    assert source.evaluate(source.prompts, 4) == {"accuracy": 0.75}
     assert "my_evaluated:fails: ValueError: a; label ''" in capsys.readouterr().out
     experience = source.generate()
     with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
@@ -175,7 +179,34 @@ def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, 
 def test_a_reward_model_alone_gives_scores_and_no_accuracy(corpus: Corpus, rlaif: Path) -> None:
     judge = SimpleNamespace(score=lambda talks, responses: torch.tensor([2.5, 0.25, len(talks), -0.75]))
     source = source_of(configured(corpus, rlaif, []), lambda row: "a", judge)
-    assert source.evaluate(source.prompts, 4) == {"eval/score": 1.5}
+    assert source.evaluate(source.prompts, 4) == {"score": 1.5}
+
+
+def test_drawn_responses_give_avg_and_pass_at_k(corpus: Corpus, rlaif: Path, mine: str) -> None:
+    """Of four prompts: 1 likeliest response right; of three drawn ones 0, 1, 2 and 3 right."""
+    responses = "a b b b" + " b b b" + " b a b" + " a b a" + " a a a"
+    config = configured(corpus, rlaif, [f"{mine}:letter"])
+    source = source_of(config, lambda row: responses.split()[row])
+    assert source.evaluate(source.prompts, 4, 3) == {
+        "accuracy": 0.25, "avg@3": pytest.approx(6 / 12), "pass@3": pytest.approx(3 / 4),
+    }  # fmt: skip
+    shape = configured(corpus, rlaif, ["minimind_shape"])
+    source = source_of(shape, lambda row: "a" * (30 if row % 2 else 5))  # scores 0.5 and -0.5
+    assert source.evaluate(source.prompts, 2, 2) == {"score": 0.0, "avg@2": 0.0, "best@2": 0.5}
+
+
+def test_every_set_of_held_out_prompts_is_measured_and_the_first_is_the_headline(corpus: Corpus, rlaif: Path) -> None:
+    assert configured(corpus, rlaif, [], minimind={"eval_data": "a/x"}).minimind.eval_data == ("a/x",)
+    sets = configured(corpus, rlaif, ["minimind_shape"], minimind={"eval_data": ["a/sums", "b/words"]})
+    assert sets.minimind.eval_data == ("a/sums", "b/words")
+    trainer = Rehearsal(sets, 0, [], [lambda: 0.25, lambda: 0.75])
+    trainer.held_out = {"sums": cast(PromptDataset, []), "words": cast(PromptDataset, [])}
+    trainer.start()
+    trainer.evaluate()
+    [row] = read_history(Path(sets.minimind.output_dir) / "metrics.jsonl")
+    assert row == {"iteration": 0, "eval/accuracy": 0.25, "eval/sums/accuracy": 0.25, "eval/words/accuracy": 0.75}
+    twice = check(dict(sets.tree) | {"minimind": {**sets.tree["minimind"], "eval_data": ["a/x", "b/x"]}}, "embedded")
+    assert [f.key for f in twice if f.level == "error" and "2 sets called x" in f.message] == ["minimind.eval_data"]
 
 
 class Rehearsal(Trainer):
@@ -184,10 +215,10 @@ class Rehearsal(Trainer):
     def __init__(self, config: Config, done: int, told: list[str], accuracy: list[Callable[[], float]]) -> None:
         self.config, self.minimind, self.steps, self.told, self.left = config, config.minimind, 4, told, False
         self.done = self.saved = done
-        self.consumed, self.held_out = 0, cast(PromptDataset, [])
+        self.consumed, self.held_out = 0, {"unseen": cast(PromptDataset, [])}
         self.order: dict[str, Any] = {}
         self.loading = cast(Any, SimpleNamespace(result=lambda: None))
-        self.rollouts = cast(Any, SimpleNamespace(evaluate=lambda *_: {"eval/accuracy": accuracy.pop(0)()}))
+        self.rollouts = cast(Any, SimpleNamespace(evaluate=lambda *_: {"accuracy": accuracy.pop(0)()}))
         self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
         actor = SimpleNamespace(save=lambda step, *_: told.append(f"save {step}"))
         self.groups = cast(Any, SimpleNamespace(training=lambda: [actor], cluster=SimpleNamespace(waiting=None)))

@@ -45,6 +45,9 @@ strict.wrong = -2.0
 
 def graded(response, label, level, **context): return float(level)
 def few(response): return 0.0
+def found(response, label, prompt, length, record): return record["gt"].count(response) / len(record["gt"])
+def any_context(response, label, **context): return float(len(context["record"]))
+def older(response, label, prompt="", length=0): return float(length)
 number = 3
 """
 
@@ -103,10 +106,23 @@ def test_own_functions_are_given_the_context(mine: str) -> None:
     with Rewards([f"{mine}:length"], [2.0]) as rewards:
         scores = rewards.score(["ab", "abc"], ["", ""], tool_calls=[10, 20])
     assert scores.total.tolist() == [24.0, 46.0]
-    with pytest.raises(UserError, match=r"missing a required argument: 'level'.*context has prompt, length$"):
+    with pytest.raises(UserError, match=r"missing a required argument: 'level'.*context has prompt, length, record$"):
         Rewards([f"{mine}:graded"], [1.0])
     with Rewards([f"{mine}:graded"], [1.0], columns=["level"]) as rewards:
         assert rewards.score(["a", "b"], ["", ""], columns={"level": ["2", "3"]}).total.tolist() == [2.0, 3.0]
+
+
+def test_own_functions_see_the_record_and_older_signatures_go_on_working(mine: str) -> None:
+    records = [{"gt": ["4"], "tools": [{"name": "add"}], "messages": []}, {"gt": ["5", "6"]}]
+    names = [f"{mine}:found", f"{mine}:any_context", f"{mine}:older"]
+    with Rewards(names, [1.0, 1.0, 1.0]) as rewards:
+        lengths = torch.tensor([7, 8])
+        scores = rewards.score(["4", "6"], ["", ""], lengths=lengths, prompts=["p", "q"], records=records)
+        assert scores.by_verifier[names[0]].tolist() == [1.0, 0.5]
+        assert scores.by_verifier[names[1]].tolist() == [3.0, 1.0]
+        assert scores.by_verifier[names[2]].tolist() == [7.0, 8.0] and not scores.failures
+    with Rewards(names[1:2], [1.0], columns=["record"]) as rewards:  # a column of that name comes first
+        assert rewards.score(["4"], [""], columns={"record": ["five!"]}, records=[{}]).total.tolist() == [5.0]
 
 
 def test_a_failure_never_beats_a_wrong_answer(mine: str, hurry: Callable[[str], None]) -> None:

@@ -84,7 +84,8 @@ def test_what_verl_does_not_have_is_refused_or_said() -> None:
 def test_a_reward_of_the_user_s_travels_and_sees_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "my_verl_reward.py").write_text(
-        "def f(response, label, prompt='', **context):\n    return float(prompt == 'What is 1+1?')\n"
+        "def f(response, label, prompt='', record=None, **context):\n"
+        "    return float(prompt == 'What is 1+1?' and record['gt'] == ['2'])\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "run"))
     export_verl._reward(config("minimind.rewards=[{path: 'my_verl_reward:f', weight: 2}]"), tmp_path)
@@ -97,7 +98,7 @@ def test_a_reward_of_the_user_s_travels_and_sees_the_prompt(tmp_path: Path, monk
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
         spec.loader.exec_module(module)
-        score = module.compute_score("x", "\\boxed{2}", "2", {"prompt": "What is 1+1?"})
+        score = module.compute_score("x", "\\boxed{2}", "2", {"prompt": "What is 1+1?", "record": '{"gt": ["2"]}'})
     finally:
         if module._rewards is not None:
             module._rewards.close()

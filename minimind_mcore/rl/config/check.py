@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError, did_you_mean
@@ -474,6 +476,10 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if chosen.loss == "gspo" and chosen.aggregation == "token-mean":
         why = "gspo's ratio and clip are those of whole responses, so its loss is the mean over responses"
         yield "rl_config.token_level_loss", f"true: {why}. Set false, or leave the key out"
+    names = Counter(Path(prefix).name for prefix in config.minimind.eval_data or ())
+    for same in [one for one, count in names.items() if count > 1]:
+        why = "metrics are named by the last part of the path. Give each set another name"
+        yield "minimind.eval_data", f"found {names[same]} sets called {same}: {why}"
     if dual is not None and chosen.loss != "clip":
         why = f"it limits the loss of clipped token ratios, and the policy loss of {name} is {chosen.loss}"
         yield "minimind.dual_clip", f"{dual}: {why}. Leave the key out"

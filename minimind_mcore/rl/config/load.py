@@ -68,7 +68,7 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
         generate["dtype"] = {"fp32": "float32", "fp16": "float16"}[minimind.precision]
     unseen = f"{megatron['actor_config'].data_path}_unseen"
     if minimind.eval_data is None and datasets_at(unseen):
-        minimind = dataclasses.replace(minimind, eval_data=unseen)
+        minimind = dataclasses.replace(minimind, eval_data=(unseen,))
     actor = megatron["actor_config"]
     return Config(
         model=str(keys["actor_config"].get("model") or keys["megatron_training"].get("model")),

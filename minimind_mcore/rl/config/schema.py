@@ -125,10 +125,11 @@ class MiniMindConfig:
         reward_model_weight: its score is added with this weight.
         reward_model_range: its score is cut to plus or minus this.
         reward_failure_limit: share of a step's verdicts that may fail (exception, timeout) before the run stops.
-        eval_data: prefix of held-out prompts, whose accuracy is measured before, during and after; None: the
-            prompts at data_path with `_unseen` behind it, if there are any.
+        eval_data: prefixes of sets of held-out prompts (one may stand without a list), whose accuracy is measured
+            before, during and after; None: the prompts at data_path with `_unseen` behind it, if there are any.
         eval_interval: every so many steps; 0: only before and after.
-        eval_prompts: of them, the first so many.
+        eval_prompts: of each set, the first so many.
+        eval_samples: k responses are also drawn to each of these prompts, for avg@k and pass@k; 1: only the likeliest.
         output_dir: logs, metrics, curves, samples.
         sample_interval: print sample completions every so many steps; 0: never.
         save_rollouts: directory to save every step's rollouts in.
@@ -164,9 +165,10 @@ class MiniMindConfig:
     reward_model_weight: float = 1.0
     reward_model_range: float = 3.0
     reward_failure_limit: float = 0.1
-    eval_data: str | None = None
+    eval_data: tuple[str, ...] | None = None
     eval_interval: int = 0
     eval_prompts: int = 200
+    eval_samples: int = 1
     output_dir: str = "outputs/grpo"
     sample_interval: int = 10
     save_rollouts: str | None = None
@@ -212,6 +214,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: found {value!r}, expected one of {', '.join(arguments)}")
         return value
     if origin is tuple:
+        value = [value] if isinstance(value, str) and arguments[0] is str else value
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise UserError(f"{where}: found {value!r}, expected a list")
         kinds = [arguments[0]] * len(value) if Ellipsis in arguments else list(arguments)

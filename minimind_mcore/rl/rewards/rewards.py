@@ -140,6 +140,7 @@ class Rewards:
         prompts: list[str] | None = None,
         messages: list[list[Message]] | None = None,
         columns: Mapping[str, list[str]] | None = None,
+        records: Sequence[Mapping[str, Any]] | None = None,
         judge: bool = True,
     ) -> Scores:
         """Score each response against its label.
@@ -154,6 +155,7 @@ class Rewards:
             messages: B conversations before the responses, each of messages with `role` and `content`; for the reward
                 model.
             columns: B texts of each further column of the data, by its name; for your own functions.
+            records: B records of the data (`messages`, `tools`, `gt` ...), for your own functions that take `record`.
             judge: whether failures among these count towards the share that ends a run.
 
         Raises:
@@ -165,8 +167,11 @@ class Rewards:
         contexts = [{name: values[row] for name, values in given.items()} for row in range(len(responses))]
         rows = [row for row in range(len(responses)) if categories is None or bool(categories[row])]
         scores = Scores(torch.zeros(len(responses)), {})
-        for name in self.verifiers:
-            values = self._apply(name, rows, responses, labels, contexts, scores, judge)
+        for name, verifier in self.verifiers.items():
+            seen = contexts
+            if records is not None and verifier.record:  # a column of this name comes first
+                seen = [{"record": record} | context for record, context in zip(records, contexts, strict=True)]
+            values = self._apply(name, rows, responses, labels, seen, scores, judge)
             scores.by_verifier[name] = values
             scores.total += self.weights[name] * values
         if self.overlong is not None:
@@ -245,14 +250,19 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
         raise UserError(f"verifier_function: found {name!r}{hint} or package.module:function of your own")
     function = resolve(name)
     try:
-        inspect.signature(function).bind("", "", **{"prompt": "", "length": 0, **dict.fromkeys(columns, "")})
+        signature = inspect.signature(function)
+        # Functions that name their arguments and do not know of records go on working.
+        record = any(one.name == "record" or one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+        known = ["prompt", "length", *columns, *(["record"] if record else [])]
+        signature.bind("", "", **dict.fromkeys(known, ""))
     except (TypeError, ValueError) as error:
-        context = ", ".join(["prompt", "length", *columns])
+        context = ", ".join(["prompt", "length", "record", *columns])
         raise UserError(
             f"{name}: {error}. Expected a function (response: str, label: str, **context) -> float; "
             f"context has {context}"
         ) from error
-    return Verifier(function, float(getattr(function, "wrong", math.nan)), lambda *_, **__: None, right=None)
+    wrong = float(getattr(function, "wrong", math.nan))
+    return Verifier(function, wrong, lambda *_, **__: None, right=None, record=record)
 
 
 def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | Failed | None:

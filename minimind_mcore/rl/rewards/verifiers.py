@@ -42,6 +42,7 @@ class Verifier:
             A verifier without it is quick itself.
         right: the score of a right response; None where there is no such thing.
         compares: whether it compares the response with a label, so that there must be one.
+        record: whether it takes the record of the data, as the argument `record`.
     """
 
     score: Score
@@ -49,6 +50,7 @@ class Verifier:
     quick: Callable[..., float | None] | None = None
     right: float | None = 1.0
     compares: bool = True
+    record: bool = False
 
 
 class _Undecided(Exception):

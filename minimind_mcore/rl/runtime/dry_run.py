@@ -55,8 +55,8 @@ def print_plan(config: Config, pending: bool) -> None:
     else:
         tokenizer_info(config.actor.tokenizer_name_or_path)
         print(f"data        {len(prompt_dataset(config, config.actor.data_path))} prompts of {config.actor.data_path}")
-        if config.minimind.eval_data:
-            prompt_dataset(config, config.minimind.eval_data)
+        for prefix in config.minimind.eval_data or ():
+            prompt_dataset(config, prefix)
         print(f"begins      {_begins(config)}")
     print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
     print("everything is valid; nothing was trained")

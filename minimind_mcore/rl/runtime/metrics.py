@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import textwrap
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,7 +217,7 @@ def line(iteration: int, steps: int, row: Row, left: float | None = None, width:
         fields.append(f"ETA {minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"ETA {minutes}m{seconds:02}s")
     head = f"{iteration}/{steps}"
     texts = [f"step {'  '.join([head, *fields])}", f"step {' '.join([head, *fields])}", " ".join([head, *fields])]
-    return next((text for text in texts if len(text) <= width), texts[-1])
+    return next((text for text in texts if len(text) <= width), textwrap.fill(texts[-1], width))
 
 
 def _now() -> str:

@@ -167,10 +167,11 @@ class RolloutManager:
         """What the data has beside prompts and labels, for each of the `n` responses: see `Rewards.score`."""
         names = [name for name in prompts[0].columns if name != "labels"]
         columns = {name: [text for text in self._column(prompts, name) for _ in range(n)] for name in names}
-        if "categories" not in columns:
-            return {"columns": columns}
-        first = [int(prompt.columns["categories"][0]) for prompt in prompts]  # an id and no text, as in MindSpeed-RL
-        return {"columns": columns, "categories": [category for category in first for _ in range(n)]}
+        more: dict[str, Any] = {"columns": columns, "records": [prompt.record for prompt in prompts for _ in range(n)]}
+        if "categories" in columns:
+            first = [int(prompt.columns["categories"][0]) for prompt in prompts]  # an id, no text, as in MindSpeed-RL
+            more["categories"] = [category for category in first for _ in range(n)]
+        return more
 
     def score(self, experience: Experience) -> Callable[[], None]:
         """Begin to score; what is returned waits, and fills in rewards and metrics."""
@@ -233,27 +234,41 @@ class RolloutManager:
 
     # ------------------------------------------------------------------------------------------- held-out data
 
-    def evaluate(self, prompts: PromptDataset, count: int) -> Row:
-        """The likeliest responses to held-out questions: the share that is right, or what they score.
+    def evaluate(self, prompts: PromptDataset, count: int, samples: int = 1) -> Row:
+        """Answer the first `count` held-out questions, and return the share of right responses, or their mean score.
+
+        The keys are `accuracy`, or `score` where no reward tells right from wrong, of the likeliest response. With
+        `samples` k above 1 also the mean of k drawn responses (`avg@k`), and the share of questions with a right one
+        among them (`pass@k`), or the mean of the best scores (`best@k`).
+        """
+        asked = [prompts[i] for i in range(min(count, len(prompts)))]
+        greedy = dataclasses.replace(self.sampling, top_k=1, top_p=1.0, min_p=0.0)
+        found, known = self._grade(asked, 1, greedy)
+        row = {"accuracy" if known else "score": found.mean().item()}
+        if samples > 1:
+            drawn, _ = self._grade(asked, samples, self.sampling)
+            row[f"avg@{samples}"] = drawn.mean().item()
+            row[f"{'pass' if known else 'best'}@{samples}"] = drawn.amax(dim=1).mean().item()
+        return row
+
+    def _grade(self, asked: list[RLPrompt], n: int, sampling: RolloutSamplingParams) -> tuple[torch.Tensor, bool]:
+        """[prompts, n] float32 of n responses to each prompt: 1 for a right one, and True; or the scores, and False.
 
         Right is what the first verifier accepts that tells right from wrong; a reward model does not.
         """
-        asked = [prompts[i] for i in range(min(count, len(prompts)))]
-        greedy = RolloutSamplingParams(
-            max_tokens=self.sampling.max_tokens, temperature=self.sampling.temperature, top_k=1, stop=self.sampling.stop
-        )
-        found = self.rollout.generate([prompt.ids.tolist() for prompt in asked], 1, greedy, list(range(len(asked))))()
-        texts = self._texts(asked, [response.ids for response in found], 1)
+        ids, seeds = [prompt.ids.tolist() for prompt in asked], list(range(len(asked) * n))
+        found = self.rollout.generate(ids, n, sampling, seeds)()
+        texts = self._texts(asked, [response.ids for response in found], n)
         lengths = torch.tensor([len(response.ids) for response in found])
-        more = {**self._more(asked, 1), "judge": False}
-        (scores,) = self.rewards.run("score", [_task(texts, list(map(_messages, asked)), lengths, **more)])
+        messages = [_messages(prompt) for prompt in asked for _ in range(n)]
+        (scores,) = self.rewards.run("score", [_task(texts, messages, lengths, **self._more(asked, n), judge=False)])
         for failure in scores.samples:
             say(f"a response to a held-out question could not be scored: {failure}")
         for name in self.config.reward_names:
             right = VERIFIERS[name].right if name in VERIFIERS else 1.0
             if right is not None:
-                return {"eval/accuracy": (scores.by_verifier[name] >= right).float().mean().item()}
-        return {"eval/score": scores.total.mean().item()}
+                return (scores.by_verifier[name] >= right).float().view(-1, n), True
+        return scores.total.view(-1, n), False
 
 
 def _task(texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> tuple[Any, ...]:

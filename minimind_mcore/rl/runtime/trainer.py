@@ -47,7 +47,7 @@ from minimind_mcore.training.report import write_report
 
 logger = logging.getLogger(__name__)
 
-EVALUATION = {"eval/accuracy", "eval/score"}  # a row has one of them: see `RolloutManager.evaluate`
+EVALUATION = {"eval/accuracy", "eval/score"}  # an evaluation's row has one of them: see `RolloutManager.evaluate`
 
 
 def run(config: Config) -> None:
@@ -139,7 +139,7 @@ class Trainer:
         if info.eos_id is None:
             raise UserError(f"{info.path}: tokenizer_config.json names no eos_token, which ends a response")
         prompts = prompt_dataset(config, config.actor.data_path)
-        self.held_out = prompt_dataset(config, self.minimind.eval_data, True) if self.minimind.eval_data else None
+        self.held_out = {Path(at).name: prompt_dataset(config, at, True) for at in self.minimind.eval_data or ()}
         tokenizer = load_tokenizer(info)
         self.advantages = Advantages(config, self.algorithm)
         self.groups = WorkerGroups(config, self.algorithm, info.vocab_size)  # from here on there are processes
@@ -298,13 +298,17 @@ class Trainer:
         """Whether the evaluation of this step is still to do: before the first step, after the last, between them."""
         every = self.minimind.eval_interval
         due = self.done in (0, self.steps) or (every and self.done % every == 0)
-        return bool(self.held_out is not None and due and self.done not in self.evaluated)
+        return bool(self.held_out and due and self.done not in self.evaluated)
 
     def evaluate(self) -> None:
-        """Measure accuracy, or score, on held-out questions."""
-        assert self.held_out is not None
+        """Measure accuracy, or score, on each set of held-out questions; `eval/accuracy` is that of the first."""
         self.loading.result()
-        self.log.step(self.done, self.rollouts.evaluate(self.held_out, self.minimind.eval_prompts))
+        row: Row = {}
+        for name, prompts in self.held_out.items():
+            found = self.rollouts.evaluate(prompts, self.minimind.eval_prompts, self.minimind.eval_samples)
+            row = row or {f"eval/{metric}": value for metric, value in found.items()}
+            row |= {f"eval/{name}/{key}": value for key, value in found.items()} if len(self.held_out) > 1 else {}
+        self.log.step(self.done, row)
         self.evaluated.add(self.done)
 
     def save_if_due(self) -> None:

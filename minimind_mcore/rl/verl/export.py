@@ -154,9 +154,9 @@ def _data(config: Config, folder: Path) -> str:
     """Prompts to train on and, if there are any, held-out ones; returns where the latter are from."""
     actor, unseen = config.actor, config.minimind.eval_data
     _parquet(actor.data_path, folder / "train.parquet", "train", config)
-    if unseen and datasets_at(unseen):
-        _parquet(unseen, folder / "test.parquet", "test", config)
-        return unseen
+    if unseen and datasets_at(unseen[0]):
+        _parquet(unseen[0], folder / "test.parquet", "test", config)
+        return unseen[0]
     shutil.copyfile(folder / "train.parquet", folder / "test.parquet")
     return "the same, as there are no held-out prompts"
 
@@ -177,7 +177,6 @@ def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> It
     for place in range(len(prompts)):
         prompt = prompts[place]
         answer = tokenizer.decode(prompt.columns.get("labels", []), skip_special_tokens=True)
-        record = {key: value for key, value in prompt.record.items() if key not in ("prompt", "messages", "tools")}
         yield {
             "data_source": source,
             "prompt": [{"role": "user", "content": tokenizer.decode(prompt.ids)}],
@@ -187,7 +186,7 @@ def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> It
                 "split": split,
                 "index": prompt.index,
                 "prompt": tokenizer.decode(prompt.ids),
-                "record": json.dumps(record, ensure_ascii=False),
+                "record": json.dumps(prompt.record, ensure_ascii=False),
             },
         }
 
@@ -292,7 +291,11 @@ def differences(config: Config, engine: str = "fsdp") -> list[str]:
         found.append("the logarithm of a response's ratio is limited to 10, not to 20")
     if config.rl.kl_ctrl_type == "adaptive" and chosen.kl == "loss":
         found.append("kl_ctrl_type adaptive has an effect on a penalty in the reward alone")
-    if config.minimind.eval_interval:
+    if len(ours.eval_data or ()) > 1:
+        found.append("test.parquet has the first set of eval_data alone")
+    if ours.eval_samples > 1:
+        found.append("the number of responses to a held-out prompt is actor_rollout_ref.rollout.val_kwargs.n: 1")
+    if ours.eval_interval:
         found.append("test.parquet is scored by reward.py, with verl's own sampling for validation")
     found.append("rewards of a response that cannot be scored, and resuming, are verl's own")
     return found
