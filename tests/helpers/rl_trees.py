@@ -16,6 +16,8 @@ from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.rl.models import model_section
 
+# MiniMind's and minimind-ascend's own recipes in configs/rlxf: their reward model is for the embedded trainer alone.
+RECIPES = ("rlaif_minimind3", "minimind_ascend_grpo", "minimind_ascend_ppo", "minimind_ascend_spo")
 N = 4  # responses to a prompt
 STEP = 4 * N  # responses of a step
 
