@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
+    "dp2_tokens": (2, {}),
 }
 
 
@@ -66,7 +67,11 @@ def test_a_step_is_the_same_in_every_layout(
     name: str, alone: dict[str, Any], server: engine.Server, corpus: engine.Corpus, tmp_path: Path
 ) -> None:
     processes, changes = LAYOUTS[name]
-    task = {"tree": copy.deepcopy(tree(corpus, **changes)), "batch": alone["batch"], "updates": 2}
+    changed = copy.deepcopy(tree(corpus, **changes))
+    if name == "dp2_tokens":  # micro-batches of at most 64 tokens: unlike numbers of responses
+        sizes = {f"{phase}_max_packing_token_size": 64 for phase in ("actor", "ref", "update")}
+        changed["rl_config"] |= {"use_dynamic_bsz": True, "update_dynamic_max_batch_size": 3, **sizes}
+    task = {"tree": changed, "batch": alone["batch"], "updates": 2}
     found = run(server, tmp_path, task, processes)
     batch = Batch(**alone["batch"])
     assert batch.rollout_logp is not None

@@ -430,6 +430,18 @@ def test_mini_batches_see_every_response_once_an_epoch() -> None:
         list(batches.mini_batches(6, 2, 4))
 
 
+def test_micro_batches_hold_at_most_so_many_tokens_with_padding() -> None:
+    lengths = [3, 4, 4, 5, 9, 10, 10, 30]
+    parts = batches.token_batches(lengths, 20)
+    assert parts == [[0, 1, 2, 3], [4, 5], [6], [7]]  # the last is longer than the budget
+    assert batches.token_batches(lengths, 20, rows=2) == [[0, 1], [2, 3], [4, 5], [6], [7]]
+    for unit in (1, 2, 3, 4, 8):
+        even = batches.token_batches(lengths[-8:] if unit != 3 else lengths[:6], 20, unit=unit)
+        assert len(even) % unit == 0 and all(even)
+        assert [row for part in even for row in part] == list(range(6 if unit == 3 else 8))
+    assert batches.token_batches([9, 2, 2], 18) == [[0, 1], [2]]  # a longer row first: its padding counts
+
+
 def test_unknown_algorithm_names_the_nearest() -> None:
     assert algorithm("dr_grpo").spread == "none"
     with pytest.raises(UserError, match="Did you mean cispo"):

@@ -327,6 +327,11 @@ CONTRADICTIONS = [
     ("rl_config.n_samples_per_prompt=1", "rl_config.n_samples_per_prompt", "found 1: grpo compares"),
     ("minimind.algorithm=cispo minimind.dual_clip=3", "minimind.dual_clip", "the policy loss of cispo is cispo"),
     ("minimind.algorithm=gspo minimind.dual_clip=3", "minimind.dual_clip", "the policy loss of gspo is gspo"),
+    (
+        "rl_config.use_dynamic_bsz=true rl_config.update_max_packing_token_size=1024",
+        "rl_config.update_max_packing_token_size",
+        "found 1024, expected at least seq_length 1536",
+    ),
     ("minimind.dual_clip=1.1", "minimind.dual_clip", "found 1.1, expected more than 1 + the upper clip range = 1.2"),
 ]
 
@@ -347,6 +352,7 @@ def test_one_response_to_a_prompt_is_enough_where_the_batch_or_a_critic_is_the_e
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["rl_config.max_packing_token_size=512"], "rl_config.max_packing_token_size (ref_, actor_ and update_"),
         (["minimind.algorithm=cispo", "rl_config.clip_ratio=0.1"], "rl_config.clip_ratio (cispo: minimind.cispo_clip"),
         (["minimind.cispo_clip=4"], "minimind.cispo_clip (the policy loss of grpo is clip)"),
         (["minimind.algorithm=gspo", "rl_config.clip_ratio=0.1"], ""),

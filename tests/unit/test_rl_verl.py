@@ -33,6 +33,8 @@ def config(*overrides: str, name: str = "grpo_minimind3") -> Config:
          {"policy_loss.loss_mode": "vanilla", "loss_agg_mode": "seq-mean-token-sum", "clip_ratio_c": 3.0}),
         (["minimind.algorithm=dapo", "rl_config.filter_groups_enable=false", "rl_config.overlong_buffer_enable=false"],
          {"clip_ratio_high": 0.28, "clip_ratio_c": 1e9, "use_kl_loss": False}),
+        (["rl_config.use_dynamic_bsz=true", "rl_config.update_max_packing_token_size=2048"],
+         {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 2048}),
         (["rl_config.token_level_loss=false", "rl_config.kl_penalty=k2"],
          {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_type": "mse"}),
         (["actor_config.adam_beta2=0.95"],

@@ -1,8 +1,8 @@
-"""Epochs and mini-batches of one step's experience."""
+"""Epochs, mini-batches and micro-batches of one step's experience."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +45,30 @@ def mini_batches(
     for _ in range(epochs):
         rows = torch.randperm(prompts * n_samples, generator=order) if shuffle else torch.arange(prompts * n_samples)
         yield from torch.split(rows, mini_batch_size * n_samples)
+
+
+def token_batches(lengths: Sequence[int], budget: int, rows: int | None = None, unit: int = 1) -> list[list[int]]:
+    """Cut rows into micro-batches of at most `budget` tokens, padding included.
+
+    Args:
+        lengths: tokens of each row, rows of a similar length next to each other.
+        budget: number of rows times the longest row of a micro-batch, at most; a longer row is alone.
+        rows: of a micro-batch, at most; None: any number.
+        unit: the number of micro-batches is a multiple of it, and so must be the number of rows.
+
+    Returns:
+        Row numbers of each micro-batch.
+    """
+    parts: list[list[int]] = []
+    longest = 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if not parts or (len(parts[-1]) + 1) * longest > budget or len(parts[-1]) == rows:
+            parts.append([])
+            longest = length
+        parts[-1].append(row)
+    while len(parts) % unit:
+        place = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = len(parts[place]) // 2
+        parts[place : place + 1] = [parts[place][:half], parts[place][half:]]
+    return parts

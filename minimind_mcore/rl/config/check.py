@@ -480,6 +480,10 @@ def contradictions(config: Config) -> Iterator[Problem]:
     for same in [one for one, count in names.items() if count > 1]:
         why = "metrics are named by the last part of the path. Give each set another name"
         yield "minimind.eval_data", f"found {names[same]} sets called {same}: {why}"
+    for key in [f"{phase}_max_packing_token_size" for phase in ("actor", "ref", "update")]:
+        if config.rl.use_dynamic_bsz and getattr(config.rl, key) < config.actor.seq_length:
+            why = f"expected at least seq_length {config.actor.seq_length}, the longest prompt and response"
+            yield f"rl_config.{key}", f"found {getattr(config.rl, key)}, {why}"
     if dual is not None and chosen.loss != "clip":
         why = f"it limits the loss of clipped token ratios, and the policy loss of {name} is {chosen.loss}"
         yield "minimind.dual_clip", f"{dual}: {why}. Leave the key out"

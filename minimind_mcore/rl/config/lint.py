@@ -318,8 +318,9 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
         yield from ((f"rl_config.{key}", f"{name}: {own}") for key in CLIP if key in given)
     elif "cispo_clip" in (config.tree.get("minimind") or {}):
         yield "minimind.cispo_clip", f"the policy loss of {name} is {chosen.loss}"
-    if rl.use_dynamic_bsz:
-        yield "rl_config.use_dynamic_bsz", "rows of a similar length are put together anyway"
+    if "max_packing_token_size" in given:
+        read = "ref_, actor_ and update_max_packing_token_size are read, as in MindSpeed-RL"
+        yield "rl_config.max_packing_token_size", read
     if rl.kl_ctrl_type == "adaptive" and chosen.kl != "reward":
         why = f"{name}'s KL term {'is in the loss' if chosen.kl == 'loss' else 'is not used'}"
         fixed = "where its coefficient stays fixed, as in MindSpeed-RL; use_kl_in_reward: true adapts it"

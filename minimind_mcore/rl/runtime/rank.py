@@ -21,7 +21,7 @@ from minimind_mcore.checkpoint.files import directory_of, iterations_in, saved_a
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
-from minimind_mcore.rl.algorithms.batches import mini_batches
+from minimind_mcore.rl.algorithms.batches import mini_batches, token_batches
 from minimind_mcore.rl.algorithms.losses import denominator
 from minimind_mcore.rl.config.load import megatron_flags
 from minimind_mcore.rl.config.objective import objective
@@ -256,10 +256,14 @@ class Rank:
         Returns:
             `logp` and `entropy`, or `values`; None on the ranks that another one answers for.
         """
-        rows = self._order(batch)
-        size = self.forward_size
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        engine = self.frozen if reference or self.role == "reference" else self.engine
+        frozen = reference or self.role == "reference"
+        if self.config.rl.use_dynamic_bsz:
+            parts = self._by_tokens(batch, "ref" if frozen else "actor")
+        else:
+            rows, size = self._order(batch), self.forward_size
+            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rows = [row for part in parts for row in part]
+        engine = self.frozen if frozen else self.engine
         micro = [batch.select(torch.tensor(part).clamp(min=0)) for part in parts]
         [result] = engine.measure(self.ask, self._stream(micro, engine.model), len(micro))
         if not result.losses or self._is_copy():
@@ -284,7 +288,7 @@ class Rank:
 
         rank, dp = parallel_state.get_data_parallel_rank(), self.layout.dp
         ordered = sorted(range(len(batch)), key=lambda row: int(batch.lengths[row]))
-        unit = dp * self.forward_size * (self.layout.pp if self.layout.vpp else 1)
+        unit = self.forward_size * self._together
         ordered = [-1] * (-len(ordered) % unit) + ordered
         return ordered[rank::dp]
 
@@ -393,11 +397,35 @@ class Rank:
         """This rank's micro-batches of a mini-batch: rows of a similar length together."""
         from megatron.core import parallel_state
 
-        rank, dp, size = (
-            parallel_state.get_data_parallel_rank(),
-            self.layout.dp,
-            self.training.schedule.micro_batch_size,
-        )
+        if self.config.rl.use_dynamic_bsz:
+            if len(mini) % self._together:
+                raise UserError(
+                    f"rl_config.use_dynamic_bsz: found {len(mini)} responses of a mini-batch, expected a multiple of "
+                    f"{self._together}: data-parallel ranks, with virtual stages times pipeline_model_parallel_size"
+                )
+            return self._by_tokens(mini, "update")
+        rank, dp = parallel_state.get_data_parallel_rank(), self.layout.dp
+        size = self.training.schedule.micro_batch_size
         ordered = sorted(range(len(mini)), key=lambda row: int(mini.lengths[row]))
         parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         return parts[rank::dp]
+
+    def _by_tokens(self, batch: Batch, phase: Literal["update", "actor", "ref"]) -> list[list[int]]:
+        """This rank's micro-batches under `use_dynamic_bsz`; -1 (a copy of row 0) as in `_order`."""
+        from megatron.core import parallel_state
+
+        rl, rank = self.config.rl, parallel_state.get_data_parallel_rank()
+        budget, most = (getattr(rl, f"{phase}_{key}") for key in ("max_packing_token_size", "dynamic_max_batch_size"))
+        ordered = sorted(range(len(batch)), key=lambda row: int(batch.lengths[row]))
+        ordered = [-1] * (-len(ordered) % self._together) + ordered
+        lengths = [int(batch.lengths[max(row, 0)]) for row in ordered]
+        parts = token_batches(lengths, budget, most, self._together)
+        return [[ordered[place] for place in part] for part in parts][rank :: self.layout.dp]
+
+    @property
+    def _together(self) -> int:
+        """What the number of micro-batches is a multiple of.
+
+        Data-parallel ranks run in step, as experts are exchanged between them; virtual stages take groups of PP.
+        """
+        return self.layout.dp * (self.layout.pp if self.layout.vpp else 1)

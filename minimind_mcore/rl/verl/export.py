@@ -244,6 +244,11 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
         values |= _model_keys("critic", critic, engine)
         values["critic.cliprange_value"] = rl.cliprange_value
         values["critic.ppo_micro_batch_size_per_gpu"] = micro
+    if rl.use_dynamic_bsz:
+        for part, phase in (("actor.ppo", "update"), ("ref.log_prob", "ref"), ("rollout.log_prob", "actor")):
+            budget = getattr(rl, f"{phase}_max_packing_token_size")
+            values[f"actor_rollout_ref.{part}_max_token_len_per_gpu"] = budget
+        values[f"{train}.use_dynamic_bsz"] = True  # the others follow it
     if ours.rollout_correction == "tis":
         values["algorithm.rollout_correction.rollout_is"] = "token"
         values["algorithm.rollout_correction.rollout_is_threshold"] = ours.rollout_correction_cap
