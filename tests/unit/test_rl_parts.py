@@ -23,6 +23,7 @@ from minimind_mcore.rl.config.load import compose, resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.runtime import batch as batches
 from minimind_mcore.rl.runtime import weight_sync
+from minimind_mcore.rl.runtime.advantages import Advantages
 from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine, choose
 from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams, uniforms
 from minimind_mcore.rl.runtime.metrics import Log, line, table
@@ -194,6 +195,28 @@ def test_keys_of_the_yaml_replace_what_the_algorithm_says(corpus: engine.Corpus)
         changed["rl_config"] |= keys
         found = objective(resolve(changed))
         assert {name: getattr(found, name) for name in expected} == expected, (algorithm, keys)
+
+
+def test_the_kl_term_of_reinforce_plus_plus_is_in_the_returns_and_that_of_rloo_in_the_reward(
+    corpus: engine.Corpus,
+) -> None:
+    """Responses of 3 and 1 tokens, rewards 1 and 2, KL coefficient 0.1 and log-ratios d to the reference."""
+    tree = rl_trees.tree(corpus)
+    tree["rl_config"] |= {"n_samples_per_prompt": 2, "init_kl_coef": 0.1, "advantage_whiten": False}
+    d = torch.tensor([[0.1, -0.2, 0.3], [0.5, 9.0, 9.0]])
+    for algorithm, expected in (
+        ("reinforce_plus_plus", [1 - 0.1 * 0.2, 1 - 0.1 * 0.1, 1 - 0.1 * 0.3, 2 - 0.1 * 0.5]),
+        ("rloo", [(1 - 0.1 * 0.2) - (2 - 0.1 * 0.5)] * 3 + [(2 - 0.1 * 0.5) - (1 - 0.1 * 0.2)]),
+    ):
+        tree["minimind"]["algorithm"] = algorithm
+        config = resolve(tree)
+        batch = dataclasses.replace(example(), rewards=torch.tensor([1.0, 2.0]), values=torch.ones(2, 3))
+        assert batch.rollout_logp is not None
+        batch.ref_logp = batch.rollout_logp - d
+        metrics = Advantages(config, objective(config)).fill(batch)
+        assert batch.advantages is not None
+        assert batch.advantages[batch.mask.bool()].tolist() == pytest.approx(expected, abs=1e-6)
+        assert metrics["actor/reward_kl"] == pytest.approx((0.1 - 0.2 + 0.3 + 0.5) / 4, abs=1e-6)
 
 
 def test_a_temperature_of_zero_is_refused() -> None:

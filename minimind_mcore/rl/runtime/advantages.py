@@ -52,12 +52,13 @@ class Advantages:
             if divergence is not None:
                 rewards = in_reward(rewards, divergence, mask, self.kl_coef)
             # Without a critic every value is 0 and lambda is 1: the advantage is then the return.
-            values, lam = (torch.zeros_like(mask), 1.0) if batch.values is None else (batch.values, rl.lam)
-            batch.advantages, returns = gae(rewards, values, mask, rl.gamma, lam, rl.advantage_whiten)
-            if batch.values is not None:
-                batch.returns = returns
+            values, lam = torch.zeros_like(mask), 1.0
+            if chosen.advantage == "gae":
+                assert batch.values is not None
+                values, lam = batch.values, rl.lam
                 metrics["critic/values/mean"] = masked_mean(values, mask).item()
-            metrics["critic/returns/mean"] = masked_mean(returns, mask).item()
+            batch.advantages, batch.returns = gae(rewards, values, mask, rl.gamma, lam, rl.advantage_whiten)
+            metrics["critic/returns/mean"] = masked_mean(batch.returns, mask).item()
         elif chosen.advantage == "baseline":
             assert logp is not None
             metrics["spo/baseline"] = self.baseline.value
