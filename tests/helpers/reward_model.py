@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Config
@@ -36,11 +37,11 @@ def write_reward_model(folder: Path, tokenizer: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "modeling_tiny.py").write_text(CODE, encoding="utf-8")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    own: dict[str, Any] = {"reward_token_id": 3, "auto_map": {"AutoModel": "modeling_tiny.TinyForRewardModel"}}
     Qwen3Config(
         vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)), hidden_size=32, intermediate_size=64,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0,
-        reward_token_id=3, architectures=["TinyForRewardModel"],
-        auto_map={"AutoModel": "modeling_tiny.TinyForRewardModel"},
+        architectures=["TinyForRewardModel"], **own,
     ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
