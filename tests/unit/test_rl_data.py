@@ -237,8 +237,12 @@ def test_verl_gets_the_ids_the_answers_and_the_weights(prefix: str, tokenizer: s
     assert [scope["compute_score"]("x", f"\\boxed{{{n}}}", "2") for n in (2, 3)] == [1.0, 0.0]
 
 
-def test_verl_without_the_algorithm_is_refused(tmp_path: Path) -> None:
-    config = resolve(compose("dapo_minimind3", device="none"))
-    with pytest.raises(UserError, match="dapo is not in verl's main_ppo"):
-        export(config, "dapo", tmp_path / "verl")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("minimind_ascend_spo", "spo is not in verl's main_ppo"), ("dapo_minimind3", "the penalty cannot be exported")],
+)
+def test_verl_without_the_algorithm_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    config = resolve(compose(name, device="none"))
+    with pytest.raises(UserError, match=message):
+        export(config, "x", tmp_path / "verl")
     assert not (tmp_path / "verl").exists()
