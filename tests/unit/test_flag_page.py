@@ -17,6 +17,16 @@ from minimind_mcore.models.config import ROUTER_WEIGHTS
 from minimind_mcore.models.init import SCHEMES
 from minimind_mcore.paths import CHECKOUT, PACKAGE
 
+NOTES_ZH = {
+    "moe_layer_freq": "-1 表示每层都有专家，与 first_k_dense_replace 取 0 和 -1 相同",
+    "sparse_mode": "4 及以上是带状注意力，不是因果注意力",
+    "pretrain_gpt.py": "不起作用的参数是：NPU 的算子和节省内存的方法、CUDA 构建的融合，以及自带引擎本来就会做的事。",
+    "posttrain_gpt.py": "这些参数在 pretrain_gpt.py 的参数之外。不起作用的参数说明数据怎样转换、LoRA 怎样计算和保存。",
+    "preprocess_data.py": "读取总是流式的。快速分词器与慢速分词器得到同样的 id。不填充，也不混合。",
+    "convert_ckpt_v2.py": "被拒绝的是其他架构和流水线调度的参数，以及只转换模型一部分的参数。",
+    "convert_ckpt.py": "被拒绝的是其他架构的参数。",
+    "inference.py, evaluation.py": "训练和布局的参数不起作用。模型的参数会与检查点对照。",
+}
 SUPPORT = json.loads((PACKAGE / "inputs/support.json").read_text(encoding="utf-8"))
 GROUPS = json.loads((PACKAGE / "inputs/ranges.json").read_text(encoding="utf-8"))["groups"]
 KIT = {
@@ -74,10 +84,11 @@ def spelled(word: str, program: str) -> list[str]:
 
 def page(name: str) -> str:
     """The text of a page."""
-    words, notes = WORDS[name], SUPPORT["notes"]
-    lines = [f"# {words['title']}", "", words["head"], ""]
+    words, notes = WORDS[name], NOTES_ZH if name == "flags_zh.md" else SUPPORT["notes"]
+    other, language = ("flags_zh.md", "中文") if name == "flags.md" else ("flags.md", "English")
+    lines = [f"# {words['title']}", "", f"[{language}]({other})", "", words["head"], ""]
     for program, kinds in SUPPORT["programs"].items():
-        lines += [f"## {program}", "", *([notes[program], ""] if name == "flags.md" else [])]
+        lines += [f"## {program}", "", notes[program], ""]
         for kind, rows in kinds.items():
             flags = sorted(f"`{flag}`" for row in rows for word in row.split() for flag in spelled(word, program))
             lines += [f"**{words[kind]}**: {', '.join(flags)}", ""]
@@ -98,7 +109,7 @@ def page(name: str) -> str:
     ]
     for dest, values in SUPPORT["values"].items():
         shown = ", ".join(f"`{' '.join(v) if isinstance(v, list) else v}`" for v in values if v is not None)
-        note = f" ({notes[dest]})" if dest in notes and name == "flags.md" else ""
+        note = f" ({notes[dest]})" if dest in notes else ""
         lines.append(f"| `{spelled(dest, 'pretrain_gpt.py')[0]}` | {shown}{note} |")
     lines += [
         "",

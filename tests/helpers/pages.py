@@ -1,0 +1,83 @@
+"""The pages for users, README and docs/, and what both languages of a page must share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.engine import ROOT
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.S | re.M)
+MONTHS = "January February March April May June July August September October November December".split()
+
+
+def english_pages() -> list[Path]:
+    """Return README.md and the English pages of docs/."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in pages if not page.stem.endswith("_zh")]
+
+
+def counterpart(page: Path) -> Path:
+    """Return the Chinese page of an English page."""
+    return page.with_name(f"{page.stem}_zh.md")
+
+
+def commands(page: str) -> list[str]:
+    """Return the commands of a page's bash blocks. Lines that end in a backslash are joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: the code of each cell, and the numbers outside code."""
+
+    code: tuple[frozenset[str], ...]
+    numbers: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the two languages of a page must have in common."""
+
+    headings: list[int]  # levels
+    code: list[tuple[str, list[str]]]  # language and lines, without comments
+    tables: list[list[Row]]
+    pictures: list[str]
+    numbers: frozenset[str]
+
+
+def content(page: Path) -> Content:
+    """Read a page."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [(language, _without_comments(body)) for language, body in FENCE.findall(text) if language != "{toctree}"]
+    text = FENCE.sub("", text)
+    tables: list[list[Row]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            tables[-1].append(Row(tuple(frozenset(re.findall(r"`[^`]+`", cell)) for cell in cells), _numbers(line)))
+        elif tables[-1]:
+            tables.append([])
+    return Content(
+        headings=[len(marks) for marks in re.findall(r"^(#+) ", text, re.M)],
+        code=blocks,
+        tables=tables,
+        pictures=re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text),
+        numbers=_numbers(text),
+    )
+
+
+def _without_comments(body: str) -> list[str]:
+    lines = [re.sub(r"\s+#.*", "", line) for line in body.splitlines()]
+    return [line for line in lines if not line.startswith("#")]
+
+
+def _numbers(text: str) -> frozenset[str]:
+    """The numbers outside code and addresses. A month counts as its number, as Chinese writes it."""
+    for number, month in enumerate(MONTHS, 1):
+        text = re.sub(rf"\b{month}\b", str(number), text)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
+    return frozenset(number.rstrip(",.") for number in re.findall(r"(?<![\w.])\d[\d,.]*(?:e-\d+)?", text))
