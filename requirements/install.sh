@@ -22,7 +22,7 @@ case $DEVICE in
     *) fail "DEVICE=$DEVICE: expected cpu or cuda" ;;
 esac
 FILES=("requirements/$DEVICE.txt" requirements/common.txt)
-[ "${1:-}" = test ] && FILES+=(requirements/test.txt)
+[ "${1:-}" = test ] && FILES+=(requirements/docs.txt requirements/test.txt)
 
 VENV=.venv
 INPUTS=("${FILES[@]}" pyproject.toml setup.py)

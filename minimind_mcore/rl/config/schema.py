@@ -115,7 +115,8 @@ class MiniMindConfig:
         precision: of weights and arithmetic of the training; bf16 on NPU and GPU, fp32 on a CPU.
         rollout_engine: what writes the responses.
         rollout_correction: "tis": each token's loss is weighted by the ratio of the trainer's probability to the
-            rollout engine's, cut at `rollout_correction_cap`; "none": the difference is only measured.
+            rollout engine's; "none": the difference is only measured.
+        rollout_correction_cap: the largest such weight.
         weight_check_interval: every so many steps check that the rollout engine holds the trainer's weights,
             and that a perturbed engine is restored by a sync; 0: never.
         rewards: the user's own reward functions, added to the verifiers of rl_config.
