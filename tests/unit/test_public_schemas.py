@@ -11,6 +11,8 @@ from helpers.engine import ROOT
 
 SCHEMAS = {
     ".github/workflows/ci.yml": "github-workflows",
+    ".github/workflows/release.yml": "github-workflows",
+    ".github/workflows/site.yml": "github-workflows",
     ".github/ISSUE_TEMPLATE/bug.yml": "github-issue-forms",
     ".github/ISSUE_TEMPLATE/feature.yml": "github-issue-forms",
     ".github/ISSUE_TEMPLATE/config.yml": "github-issue-config",
