@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_what_cannot_be_released_is_refused(kit: Path, before: str, version: str
 
 
 def test_the_version_is_in_one_place() -> None:
-    found = run(
-        ROOT, "git", "grep", "-lE", r'^(__version__|version) = "[0-9]', "--", "minimind_mcore", "pyproject.toml"
-    )
-    assert found.stdout.split() == ["minimind_mcore/__init__.py"]
+    stated = re.compile(r'^(__)?version(__)? = "\d', re.M)
+    files = [*ROOT.glob("minimind_mcore/**/*.py"), ROOT / "pyproject.toml", ROOT / "setup.py"]
+    found = [path.relative_to(ROOT) for path in files if stated.search(path.read_text(encoding="utf-8"))]
+    assert found == [Path("minimind_mcore/__init__.py")]
