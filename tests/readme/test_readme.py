@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINS = re.compile(r"(pretrain|tune|dpo)_minimind_\w*ptd\.sh|grpo_minimind_single\.sh")
 # In this order: a command uses what earlier ones made. Other pages have tests of their own.
 PAGES = ("start", "pretrain", "posttrain", "convert", "generate", "rl_config", "ascend", "docker")
-ELSEWHERE = re.compile(r"my\.yaml|MINDSPEED_RL_HOME=|export-verl")  # needs files that only a user has
+ELSEWHERE = re.compile(r"my\.yaml|MINDSPEED_RL_HOME=|export-verl|rlaif")  # needs files that only a user has
 FIRST = "bash examples/mcore/minimind/pretrain_minimind_ptd.sh"
 
 
