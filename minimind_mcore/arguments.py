@@ -50,6 +50,13 @@ def kit_flags() -> tuple[str, ...]:
     return tuple(f for action in parser._actions for f in action.option_strings if f not in flag_table())
 
 
+def training_parser(posttrain: bool) -> Parser:
+    """Return the parser of pretrain_gpt.py, or of posttrain_gpt.py."""
+    parser = build_parser(prog="posttrain_gpt.py" if posttrain else "pretrain_gpt.py")
+    _add_flags(parser, posttrain)
+    return parser
+
+
 def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
     """Parse a command line of pretrain_gpt.py, or of posttrain_gpt.py.
 
@@ -60,9 +67,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
     """
-    parser = build_parser(prog="posttrain_gpt.py" if posttrain else "pretrain_gpt.py")
-    _add_flags(parser, posttrain)
-    args, given = parser.parse(argv)
+    args, given = training_parser(posttrain).parse(argv)
     table = flag_table()
     implemented = IMPLEMENTED | POSTTRAIN if posttrain else IMPLEMENTED
     no_effect = NO_EFFECT | POSTTRAIN_NO_EFFECT if posttrain else NO_EFFECT

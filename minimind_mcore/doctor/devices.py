@@ -16,13 +16,15 @@ LEAST_FREE_MIB = 4096  # weights, Adam and activations of the largest MiniMind, 
 
 @dataclass(frozen=True)
 class Card:
-    """One device, as the driver's tool lists it. Memory in MiB."""
+    """One device, as the driver's tool lists it. Memory in MiB, power in W, temperature in °C; "" if not listed."""
 
     number: int
     name: str
     health: str
     used: int
     total: int
+    power: str = ""
+    temperature: str = ""
 
     @property
     def free(self) -> int:
@@ -60,16 +62,19 @@ def _npu_cards(printed: str) -> list[Card]:
     """Two lines for each chip: "| 0  910B2 | OK | 94.5 40 0 / 0 |", "| 0 | 0000:C1:00.0 | 0  0 / 0  3410/ 65536 |"."""
     found: list[Card] = []
     head: tuple[str, str] | None = None
+    measured: list[str] = []
     for line in printed.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) != 3 or not re.match(r"\d+\b", cells[0]):
             continue
         if named := re.match(r"\d+\s+(\S*[A-Za-z]\S*)$", cells[0]):
-            head = (named[1], cells[1])
+            head, measured = (named[1], cells[1]), cells[2].split()
             continue
         memory = re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])
         if head and memory:
-            found.append(Card(len(found), *head, used=int(memory[-1][0]), total=int(memory[-1][1])))
+            power, temperature = [word if re.fullmatch(r"[\d.]+", word) else "" for word in [*measured, "", ""][:2]]
+            used, total = map(int, memory[-1])
+            found.append(Card(len(found), *head, used, total, power, temperature))
             head = None
     return found
 

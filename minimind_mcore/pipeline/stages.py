@@ -144,10 +144,21 @@ class Run:
 
     def recipe_of(self, command: str) -> str:
         """Return the name of a training's recipe; "" for the one that suits the model."""
-        if self.recipe:
-            return f"{self.recipe}_{command}"
-        # minimind-3 has no recipe for reasoning; MiniMind2's is the only one.
-        return "minimind2_reason" if command == "reason" and not self.model.endswith("_tiny") else ""
+        return recipe_of(self.model, self.recipe, command)
+
+
+def recipe_of(model: str, generation: str, command: str) -> str:
+    """Return the name of a training's recipe; "" for the one that suits the model.
+
+    Args:
+        model: a preset or a path.
+        generation: whose recipes are used, such as "minimind2"; "" for the model's own.
+        command: of the training, such as "sft".
+    """
+    if generation:
+        return f"{generation}_{command}"
+    # minimind-3 has no recipe for reasoning; MiniMind2's is the only one.
+    return "minimind2_reason" if command == "reason" and not model.endswith("_tiny") else ""
 
 
 def download(run: Run) -> list[Job]:

@@ -215,15 +215,19 @@ class Metrics:
 
 def read_history(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl; a line that a kill or a full disk has cut off is dropped."""
+    return parse_rows(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
+
+
+def parse_rows(text: str) -> list[Row]:
+    """Return the rows of lines of a metrics.jsonl, without damaged lines."""
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "iteration" in row:
-                rows.append(row)
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "iteration" in row:
+            rows.append(row)
     return rows
 
 

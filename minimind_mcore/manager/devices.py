@@ -1,0 +1,33 @@
+"""The table of devices: accelerators as the driver's tool lists them, and the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import psutil
+
+from minimind_mcore.doctor import devices
+from minimind_mcore.doctor.installed import Host
+from minimind_mcore.manager.queue import CPU, Hardware
+from minimind_mcore.manager.record import Job
+from minimind_mcore.platform.cpu import cpu_name, usable_cores
+
+
+def table(hardware: Hardware, jobs: Iterable[Job], host: Host | None = None) -> list[dict[str, object]]:
+    """Return a row for each accelerator, then one for the CPU; each names the jobs that run there. Memory in MiB."""
+    running = [job for job in jobs if job.state in ("running", "stopping")]
+    memory = psutil.virtual_memory()
+    cpu = {
+        "kind": CPU, "number": 0, "name": f"{cpu_name()}, {usable_cores()} cores", "health": "OK",
+        "used": (memory.total - memory.available) >> 20, "total": memory.total >> 20, "power": "", "temperature": "",
+        "load": round(os.getloadavg()[0], 2), "usable": True, "jobs": [job.id for job in running if job.device == CPU],
+    }  # fmt: skip
+    if hardware.kind == CPU:
+        return [cpu]
+    rows = []
+    for card in devices.cards(host or Host(), hardware.kind):
+        on_it = [job.id for job in running if job.device == hardware.kind and card.number in job.devices]
+        usable = card.number in hardware.numbers
+        rows.append({"kind": hardware.kind, **vars(card), "load": None, "usable": usable, "jobs": on_it})
+    return [*rows, cpu]

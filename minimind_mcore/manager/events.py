@@ -1,0 +1,162 @@
+"""The events of a job: lines of its log, rows of its metrics, its state. Each event has an id to continue from.
+
+An id says how much of each source a client has: version of the record, bytes of the log, and identity and bytes of
+metrics.jsonl. The events of a job can therefore be continued exactly, also after a restart of the manager, and are not
+stored a second time. A training that resumes drops the rows after its checkpoint. It then replaces the file, and the
+event `reset` tells the client to forget the rows that it has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minimind_mcore.manager.queue import Queue
+from minimind_mcore.manager.record import ENDED, LOG, Job
+from minimind_mcore.training.metrics import Row, parse_rows, read_history
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+CHUNK = 1 << 16  # bytes that are read at a time; a longer line is cut
+MOST_CHUNKS = 16
+ID = re.compile(r"(\d{1,9})-(\d{1,18})-(\d{1,9})-(\d{1,20})-(\d{1,18})")
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """What a client has.
+
+    Attributes:
+        version: of the record; -1 for none.
+        log: bytes of the log.
+        attempt: of the rows; a later attempt may have dropped some.
+        inode: of the file with the rows.
+        rows: bytes of that file.
+    """
+
+    version: int = -1
+    log: int = 0
+    attempt: int = 0
+    inode: int = 0
+    rows: int = 0
+
+    def __str__(self) -> str:
+        return f"{max(self.version, 0)}-{self.log}-{self.attempt}-{self.inode}-{self.rows}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        """Return the cursor of an id; the beginning for another text."""
+        match = ID.fullmatch(text.strip())
+        return cls(*map(int, match.groups())) if match else cls()
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event: "log", "metrics", "reset" or "state", its JSON, and the cursor of a client that has it."""
+
+    kind: str
+    data: dict[str, object]
+    cursor: Cursor
+
+
+def at_tail(log: Path, lines: int) -> Cursor:
+    """Return the cursor before the last lines of a log; everything else is from the beginning."""
+    try:
+        content = log.read_bytes()
+    except OSError:
+        return Cursor()
+    place = len(content)
+    for _ in range(lines + 1):
+        place = content.rfind(b"\n", 0, place)
+        if place < 0:
+            return Cursor()
+    return Cursor(log=place + 1)
+
+
+def news(queue: Queue, job: Job, cursor: Cursor) -> list[Event]:
+    """Return what is new since a cursor: log, then metrics, then state. A part of a long log is returned alone.
+
+    The state is read first: a client that learns that the job has ended has the whole log.
+    """
+    version, ended, state = job.version, job.state in ENDED, described(queue, job)
+    found: list[Event] = []
+    for lines, place in _lines(queue.folder(job) / LOG, cursor.log, ended):
+        cursor = replace(cursor, log=place)
+        found.append(Event("log", {"lines": lines}, cursor))
+        if len(found) == MOST_CHUNKS:
+            return found
+    found += _rows(queue.output(job) / METRICS, job.attempt, cursor)
+    cursor = found[-1].cursor if found else cursor
+    if version > cursor.version:
+        found.append(Event("state", state, replace(cursor, version=version)))
+    return found
+
+
+def _lines(log: Path, place: int, ended: bool) -> Iterator[tuple[list[str], int]]:
+    """Yield whole lines of a log and the byte after them; of a job that has ended also what follows the last line."""
+    try:
+        file = log.open("rb")
+    except OSError:
+        return
+    with file:
+        file.seek(place)
+        while chunk := file.read(CHUNK):
+            end = chunk.rfind(b"\n") + 1
+            if not end:
+                if len(chunk) < CHUNK and not ended:
+                    return
+                end = len(chunk)
+            place += end
+            file.seek(place)
+            # Not splitlines: a progress bar's carriage return does not end a line.
+            yield chunk[:end].decode(errors="replace").removesuffix("\n").split("\n"), place
+
+
+def _rows(file: Path, attempt: int, cursor: Cursor) -> list[Event]:
+    """Return new rows; "reset" first if the client has rows of another file or attempt."""
+    try:
+        opened = file.open("rb")
+    except OSError:
+        return []
+    found = []
+    with opened:
+        inode = os.fstat(opened.fileno()).st_ino
+        if (cursor.attempt, cursor.inode) != (attempt, inode):
+            had = cursor.rows > 0
+            cursor = replace(cursor, attempt=attempt, inode=inode, rows=0)
+            if had:
+                found.append(Event("reset", {}, cursor))
+        opened.seek(cursor.rows)
+        content = opened.read()
+    if end := content.rfind(b"\n") + 1:
+        rows = parse_rows(content[:end].decode(errors="replace"))
+        found.append(Event("metrics", {"rows": rows}, replace(cursor, rows=cursor.rows + end)))
+    return found
+
+
+def described(queue: Queue, job: Job) -> dict[str, object]:
+    """Return a job as JSON for clients."""
+    found = job.model_dump(exclude={"mark", "pid", "pid_started", "commands"})
+    found |= {"name": job.request.name or job.request.stage, "stage": job.request.stage}
+    found["waits_for"] = queue.blockers(job) if job.state == "queued" else []
+    return found
+
+
+def thinned(rows: list[Row], most: int) -> list[Row]:
+    """Return at most so many rows, evenly spaced; the last one is always among them."""
+    if len(rows) <= most:
+        return rows
+    step = len(rows) / most
+    return [rows[min(len(rows) - 1, int((n + 1) * step) - 1)] for n in range(most)]
+
+
+def metrics(queue: Queue, job: Job, most: int) -> list[Row]:
+    """Return the rows of a job's metrics.jsonl."""
+    return thinned(read_history(queue.output(job) / METRICS), most)
+
+
+def samples(queue: Queue, job: Job, most: int) -> list[Row]:
+    """Return the newest sample completions of a reinforcement learning job, the newest first."""
+    return read_history(queue.output(job) / SAMPLES)[::-1][:most]

@@ -1,0 +1,108 @@
+"""minimind-mcore manager: start, watch and stop jobs of every stage in a browser.
+
+    minimind-mcore manager
+    minimind-mcore manager --allow /data --allow /models --port 8999
+
+Settings: TOKEN (what clients send; default: a new one at each start), PORT, DATA_DIR, OUTPUT_DIR. The address that is
+printed has the token. Jobs go on when the manager ends, and the next manager finds them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import secrets
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minimind_mcore import log
+from minimind_mcore.cli.settings import data_dir, env
+from minimind_mcore.errors import UserError
+from minimind_mcore.paths import default_outputs
+
+if TYPE_CHECKING:
+    from minimind_mcore.manager.queue import Queue
+
+PORT = 8999  # minimind-ascend's
+NEEDED = ("fastapi", "uvicorn", "sse_starlette", "httptools")
+CLOSE_SECONDS = 3  # that streams of events get when the manager ends
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(prog="minimind-mcore manager", description=__doc__, formatter_class=raw)
+    found.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this host alone)")
+    found.add_argument("--port", type=int, help="port to listen at (default: PORT, else 8999)")
+    found.add_argument("--token", default="", help="what clients must send (default: TOKEN, else a new one)")
+    found.add_argument(
+        "--jobs", default="", metavar="DIRECTORY", help="of the jobs (default: OUTPUT_DIR, else outputs/manager)"
+    )
+    found.add_argument(
+        "--allow", action="append", default=[], metavar="DIRECTORY",
+        help="jobs may read data, weights and tokenizers there; may be given again (always: dataset, data, outputs)",
+    )  # fmt: skip
+    found.add_argument("--cpu-slots", type=int, default=1, help="jobs that may run on the CPU at once (default: 1)")
+    found.add_argument(
+        "--stop-seconds", type=float, default=600, help="that a job may take to save before it is killed (default: 600)"
+    )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM. Return the exit status.
+
+    Raises:
+        UserError: a flag is wrong, a package is missing, or the address or the directory is in use.
+    """
+    args = parser().parse_args(argv)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'minimind-mcore[serve]'")
+    port = args.port if args.port is not None else int(env("PORT", str(PORT)))
+    if not 0 <= port < 65536:
+        raise UserError(f"--port {port}: expected 0 to 65535; 0 takes a free port")
+    if args.cpu_slots < 1 or not args.stop_seconds > 0:
+        raise UserError("--cpu-slots and --stop-seconds: expected 1 or more, and more than 0")
+    token = args.token or env("TOKEN") or secrets.token_urlsafe(24)
+    if not (token.isascii() and all(letter.isalnum() or letter in "-._~" for letter in token)):
+        raise UserError("TOKEN (--token): expected letters, digits and - . _ ~ alone, as an address carries it")
+    from minimind_mcore.manager.files import Places
+    from minimind_mcore.manager.queue import Hardware, Queue
+    from minimind_mcore.serve.embedded import listening
+
+    root = default_outputs()
+    jobs = Path(args.jobs or env("OUTPUT_DIR", str(root / "outputs/manager"))).absolute()
+    data = Path(env("DATA_DIR", str(root / "dataset"))).absolute()
+    allowed = [Path(folder).absolute() for folder in args.allow]
+    if absent := [str(folder) for folder in allowed if not folder.is_dir()]:
+        raise UserError(f"--allow {absent[0]}: there is no such directory")
+    readable = dict.fromkeys((jobs, data, data_dir(), root / "outputs", *allowed))
+    queue = Queue(Places(jobs, data, tuple(readable)), Hardware.find(args.cpu_slots), args.stop_seconds)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.hand_over()
+    with contextlib.closing(queue), listening(args.host, port) as listener:
+        address = f"http://{args.host}:{listener.getsockname()[1]}"
+        print(f"manager    {address}/#token={token}", file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve(queue, token, listener))
+    return 0
+
+
+async def serve(queue: Queue, token: str, listener: socket.socket) -> None:
+    """Answer at a socket until a signal."""
+    import uvicorn  # pyright: ignore[reportMissingImports]
+
+    from minimind_mcore.manager.api import create_app
+    from minimind_mcore.serve.http_protocol import LimitedHeads
+
+    config = uvicorn.Config(
+        create_app(queue, token), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+        http=LimitedHeads, timeout_graceful_shutdown=CLOSE_SECONDS, timeout_keep_alive=30,
+    )  # fmt: skip
+    await uvicorn.Server(config).serve(sockets=[listener])

@@ -1,0 +1,322 @@
+"""The queue: starts jobs on free devices, follows them, stops them, and finds them again after a restart.
+
+Jobs that need the same device wait for each other, in the order of their creation. A job on a CPU takes one of the
+CPU's slots; a server on a CPU takes none, because it waits for questions most of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from minimind_mcore.doctor import devices
+from minimind_mcore.doctor.installed import Host
+from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import free_port
+from minimind_mcore.manager import record, request
+from minimind_mcore.manager.files import Places
+from minimind_mcore.manager.record import ENDED, LOG, MARK, CommandRecord, Job
+from minimind_mcore.manager.request import JobRequest
+from minimind_mcore.manager.runner import EXIT
+from minimind_mcore.pipeline.job import SETTINGS
+from minimind_mcore.pipeline.stages import RL, TRAININGS, UNSET
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.3
+# Settings in the manager's own environment that would change a job behind the form's back, and the manager's token.
+DROPPED = {*SETTINGS, *UNSET, "MODEL", "DATA_PATH", "TOKENIZER_PATH", "DATA_DIR", "PORT", "HOST", "RAW", "TOKEN"}
+FIRST_STEPS = ("download", "tokenizer", "convert")  # stages that use no accelerator
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What jobs can run on.
+
+    Attributes:
+        kind: of the host's devices, as `doctor` finds them.
+        numbers: of the accelerators that this process may use; none on a CPU.
+        cpu_slots: jobs that may run on the CPU at the same time.
+    """
+
+    kind: str
+    numbers: tuple[int, ...]
+    cpu_slots: int
+
+    @classmethod
+    def find(cls, cpu_slots: int, host: Host | None = None) -> Hardware:
+        """Return the hardware of a host, from its tools; no device is opened."""
+        host = host or Host()
+        kind = devices.kind(host)
+        if kind == CPU:
+            return cls(kind, (), cpu_slots)
+        count = len(devices.cards(host, kind))
+        visible = devices.visible(host, kind, count)
+        return cls(kind, tuple(range(count) if visible is None else visible), cpu_slots)
+
+    def choose(self, asked: JobRequest) -> tuple[str, list[int]]:
+        """Return the kind and the numbers of the devices of a job.
+
+        Raises:
+            UserError: the host does not have them.
+        """
+        kind = asked.device or self.kind
+        if kind not in (CPU, self.kind):
+            raise UserError(f"device: found {kind[:20]!r}, expected {self.kind}{'' if self.kind == CPU else ' or cpu'}")
+        if kind == CPU or asked.stage in FIRST_STEPS:
+            if asked.devices:
+                raise UserError(f"devices: found {asked.devices}, expected none: the job runs on the CPU")
+            return CPU, []
+        if wrong := sorted(set(asked.devices) - set(self.numbers)):
+            raise UserError(f"devices: found {wrong}, expected some of {list(self.numbers)}")
+        many = asked.stage in (*TRAININGS, *RL)
+        return kind, sorted(set(asked.devices)) or list(self.numbers if many else self.numbers[:1])
+
+    def settings(self, kind: str, numbers: list[int]) -> dict[str, str]:
+        """Return the settings by which a command uses these devices and no others."""
+        if kind == CPU:
+            return {"DEVICE": CPU}
+        listed = ",".join(map(str, numbers))
+        return {"DEVICE": kind, devices.VISIBLE[kind]: listed, "NPUS_PER_NODE": str(len(numbers))}
+
+
+class Queue:
+    """The jobs of a manager. One thread starts and follows them; all methods may be called from any thread.
+
+    Args:
+        places: of the jobs.
+        hardware: of the host.
+        stop_seconds: how long a job may take to save before it is killed.
+
+    Raises:
+        UserError: another manager uses the directory.
+    """
+
+    def __init__(self, places: Places, hardware: Hardware, stop_seconds: float) -> None:
+        self.places, self.hardware, self.stop_seconds = places, hardware, stop_seconds
+        places.jobs.mkdir(parents=True, exist_ok=True)
+        self._held = hold(places.jobs / ".manager.lock")
+        self._lock = threading.RLock()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._ending = threading.Event()
+        found = [record.read_job(folder) for folder in sorted(places.jobs.iterdir()) if folder.is_dir()]
+        self.jobs = {job.id: job for job in sorted(filter(None, found), key=lambda job: job.created)}
+        for job in self.jobs.values():
+            if job.state not in ENDED and job.state != "queued":
+                self._find_again(job)
+        self._thread = threading.Thread(target=self._loop, name="queue", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop following; jobs that run go on."""
+        self._ending.set()
+        self._thread.join()
+        self._held.close()
+
+    def folder(self, job: Job) -> Path:
+        """Return the directory of a job."""
+        return self.places.jobs / job.id
+
+    def output(self, job: Job) -> Path:
+        """Return the directory with the metrics of a job."""
+        return self.folder(job) / job.request.stage
+
+    def listed(self) -> list[Job]:
+        """Return all jobs, the oldest first."""
+        with self._lock:
+            return list(self.jobs.values())
+
+    def chat_request(self, job: Job) -> JobRequest:
+        """Return the request of a server for the weights that a job has made.
+
+        Raises:
+            UserError: the job has made none.
+        """
+        stage, asked = job.request.stage, job.request
+        made = self.folder(job) / "hf" if stage == "convert" else self.output(job) / "checkpoints"
+        if not made.is_dir():
+            raise UserError(f"{job.id} has no weights to chat with; wait for its first checkpoint")
+        weights = {"weights": asked.weights, "lora": str(made)} if stage == "lora" else {"weights": str(made)}
+        settings: dict[str, bool | int | float | str | None] = {"--raw": True} if stage == "pretrain" else {}
+        name = f"chat with {asked.name or job.id}"[: request.LONGEST_NAME]
+        return JobRequest(stage="serve", name=name, tokenizer=asked.tokenizer, settings=settings, **weights)
+
+    def commands(self, asked: JobRequest, folder: Path) -> tuple[str, list[int], list[CommandRecord]]:
+        """Return devices and commands of a job that writes to a directory.
+
+        Raises:
+            UserError: the request is wrong.
+        """
+        kind, numbers = self.hardware.choose(asked)
+        found = [CommandRecord.of(command) for command in request.commands(asked, self.places, folder)]
+        for command in found:
+            command.settings = self.hardware.settings(kind, numbers) | command.settings
+        return kind, numbers, found
+
+    def add(self, asked: JobRequest) -> Job:
+        """Put a job at the end of the queue.
+
+        Raises:
+            UserError: the request is wrong.
+        """
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.stage}-{secrets.token_hex(2)}"
+        kind, numbers, commands = self.commands(asked, self.places.jobs / name)
+        job = Job(id=name, request=asked, commands=commands, device=kind, devices=numbers, created=time.time())
+        with self._lock:
+            job.save(self.places.jobs)
+            self.jobs[name] = job
+        return job
+
+    def stop(self, job: Job) -> None:
+        """Ask a job to save and end. A second request kills its processes.
+
+        Raises:
+            UserError: the job has ended.
+        """
+        with self._lock:
+            if job.state in ENDED:
+                raise UserError(f"{job.id} has ended before ({job.state})")
+            if job.state == "queued":
+                self._change(job, state="stopped", ended=time.time())
+            elif job.state == "stopping":
+                record.kill(job.mark)
+            else:
+                self._change(job, state="stopping", stop_requested=time.time())
+                if job.is_alive():
+                    os.kill(job.pid, signal.SIGINT)
+
+    def resume(self, job: Job) -> None:
+        """Queue a job again that was stopped or failed: its commands continue from its checkpoint.
+
+        Raises:
+            UserError: the job runs, waits or has finished.
+        """
+        with self._lock:
+            if job.state not in ("stopped", "failed"):
+                raise UserError(f"{job.id} is {job.state}; only a job that was stopped or failed can be resumed")
+            self._change(job, state="queued", stop_requested=0.0, ended=0.0, status=None, error="")
+
+    def blockers(self, job: Job) -> list[str]:
+        """Return the jobs that a queued job waits for."""
+        with self._lock:
+            needed, blocking, cpu = _needs(job), [], []
+            for other in self.listed():
+                before = other.state == "queued" and other.created < job.created
+                if other.id != job.id and (before or other.state in ("running", "stopping")):
+                    if _needs(other) & needed - {(CPU, 0)}:
+                        blocking.append(other.id)
+                    elif (CPU, 0) in _needs(other) & needed:
+                        cpu.append(other.id)
+            return blocking + (cpu if len(cpu) >= self.hardware.cpu_slots else [])
+
+    def _change(self, job: Job, **fields: object) -> None:
+        for name, value in fields.items():
+            setattr(job, name, value)
+        job.save(self.places.jobs)
+
+    def _loop(self) -> None:
+        while not self._ending.wait(TICK_SECONDS):
+            try:
+                self.tick()
+            except Exception:  # a full disk must not end the following of jobs
+                logger.exception("the queue could not follow its jobs; it tries again")
+
+    def tick(self) -> None:
+        """Follow the jobs that run, and start those whose devices are free."""
+        with self._lock:
+            for job in self.listed():
+                if job.state in ("running", "stopping"):
+                    self._follow(job)
+            for job in self.listed():
+                if job.state == "queued" and not self.blockers(job):
+                    self._start(job)
+
+    def _start(self, job: Job) -> None:
+        folder = self.folder(job)
+        (folder / EXIT).unlink(missing_ok=True)
+        if job.request.stage == "serve":
+            port = int(job.request.settings.get("--port") or 0) or free_port()
+            job.commands[-1].settings["PORT"], job.address = str(port), f"http://127.0.0.1:{port}/"
+        # Saved before the process starts: a manager that is killed in between finds the process by its mark.
+        changes = {"attempt": job.attempt + 1, "mark": secrets.token_hex(16), "pid": 0, "started": time.time()}
+        self._change(job, state="running", **changes)
+        environ = environment(job.mark)
+        with (folder / LOG).open("ab") as log:
+            self._children[job.id] = subprocess.Popen(
+                [sys.executable, "-m", "minimind_mcore.manager.runner", str(folder)],
+                env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self._know(job, self._children[job.id].pid)
+
+    def _know(self, job: Job, pid: int) -> None:
+        with contextlib.suppress(psutil.Error):
+            self._change(job, pid=pid, pid_started=psutil.Process(pid).create_time())
+
+    def _find_again(self, job: Job) -> None:
+        """Find the process of a job that a former manager started."""
+        if not job.pid:
+            found = [p for p in record.processes(job.mark) if "minimind_mcore.manager.runner" in p.cmdline()]
+            if found:
+                self._know(job, found[0].pid)
+            elif not record.read_exit(self.folder(job), job.attempt):
+                self._change(job, state="queued", attempt=job.attempt - 1)
+
+    def _follow(self, job: Job) -> None:
+        """Notice that a job has ended, or kill one that takes too long to save."""
+        child, folder = self._children.get(job.id), self.folder(job)
+        if child and child.poll() is not None:
+            del self._children[job.id]
+        if job.is_alive():
+            if job.state == "stopping" and time.time() - job.stop_requested > self.stop_seconds:
+                logger.warning(f"{job.id} did not end within {self.stop_seconds:.0f} s: killed")
+                record.kill(job.mark)
+            return
+        status, ended = record.read_exit(folder, job.attempt) or (128 + signal.SIGKILL, time.time())
+        record.kill(job.mark)  # what the job's own process would have ended, had it not been killed
+        done = status == 0 and not (job.state == "stopping" and job.request.stage == "serve")
+        state = "finished" if done else "stopped" if job.state == "stopping" else "failed"
+        error = record.error_of(folder, status) if state == "failed" else ""
+        self._change(job, state=state, status=status, ended=ended, error=error, address="", pid=0)
+
+
+def environment(mark: str) -> dict[str, str]:
+    """Return the environment of a job's processes, apart from the settings of its commands."""
+    return {name: value for name, value in os.environ.items() if name not in DROPPED} | {MARK: mark}
+
+
+def _needs(job: Job) -> set[tuple[str, int]]:
+    """Return the devices that a job needs; (cpu, 0) is one of the CPU's slots."""
+    if job.device == CPU:
+        return set() if job.request.stage == "serve" else {(CPU, 0)}
+    return {(job.device, number) for number in job.devices}
+
+
+def hold(path: Path) -> TextIO:
+    """Take the lock of a manager's directory, which the system releases when the process ends.
+
+    Raises:
+        UserError: another manager holds it.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"{path.parent}: another manager uses this directory; end it, or give another one with --jobs"
+        ) from error
+    return file

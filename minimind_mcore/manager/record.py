@@ -1,0 +1,159 @@
+"""A job on disk: one directory with job.json, the log, how the last attempt ended, and what the job writes.
+
+    outputs/manager/20260101-120000-full_sft-1a2b/
+        job.json        request, commands, devices, state; written atomically
+        log.txt         what the commands print, of all attempts
+        exit.json       written by the job's own process when the last attempt has ended
+        full_sft/       checkpoints, metrics.jsonl, curves: whatever the stage writes
+
+A process belongs to a job if its environment has the job's mark, or if it descends from such a process. A number of a
+process that the system has given to another program is therefore never taken for the job's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ValidationError
+
+from minimind_mcore.manager.request import JobRequest
+from minimind_mcore.manager.runner import EXIT, RECORD
+from minimind_mcore.pipeline.job import Command
+from minimind_mcore.storage import atomic_write_text
+
+MARK = "MINIMIND_MANAGER_JOB"  # variable in the environment of a job's processes
+LOG = "log.txt"
+State = Literal["queued", "running", "stopping", "finished", "stopped", "failed"]
+ENDED = ("finished", "stopped", "failed")
+TAIL = 1 << 16  # bytes of a log that are searched for the error
+
+
+class CommandRecord(BaseModel):
+    """A command of the kit, as `pipeline.job.Command` has it."""
+
+    words: list[str]
+    settings: dict[str, str]
+
+    @classmethod
+    def of(cls, command: Command) -> CommandRecord:
+        """Return the record of a command."""
+        return cls(words=list(command.words), settings=dict(command.settings))
+
+    def command(self) -> Command:
+        """Return the command."""
+        return Command(tuple(self.words), self.settings)
+
+
+class Job(BaseModel):
+    """A job.
+
+    Attributes:
+        id: name of its directory.
+        request: what the client asked for.
+        commands: run one after another.
+        device: kind of device.
+        devices: numbers of the accelerators that the job has for itself.
+        state: of the job.
+        created: seconds since the epoch; `started` is of the current attempt, `ended` of the last one.
+        status: exit status of the last attempt.
+        error: why the job failed.
+        attempt: how often it was started.
+        mark: value of the variable `MARK` in the processes of this attempt.
+        pid: of the job's own process; 0 before it is known.
+        pid_started: when that process started, as the system says.
+        stop_requested: when a client asked to stop it.
+        address: of a server.
+        version: counts the changes of this record.
+    """
+
+    id: str
+    request: JobRequest
+    commands: list[CommandRecord]
+    device: str
+    devices: list[int]
+    state: State = "queued"
+    created: float
+    started: float = 0.0
+    ended: float = 0.0
+    status: int | None = None
+    error: str = ""
+    attempt: int = 0
+    mark: str = ""
+    pid: int = 0
+    pid_started: float = 0.0
+    stop_requested: float = 0.0
+    address: str = ""
+    version: int = 0
+
+    def save(self, root: Path) -> None:
+        """Write the record."""
+        self.version += 1
+        atomic_write_text(root / self.id / RECORD, self.model_dump_json(indent=1) + "\n")
+
+    def is_alive(self) -> bool:
+        """Whether the job's own process runs."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.pid_started) < 2 and process.environ().get(MARK) == self.mark
+            return bool(self.pid) and same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+def read_job(folder: Path) -> Job | None:
+    """Return the job of a directory; None if it has none, or a damaged record."""
+    try:
+        return Job.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, ValueError):
+        return None
+
+
+def read_exit(folder: Path, attempt: int) -> tuple[int, float] | None:
+    """Return exit status and time of the end of an attempt; None if it has not ended by itself."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        found = json.loads((folder / EXIT).read_text(encoding="utf-8"))
+        if found["attempt"] == attempt:
+            return int(found["status"]), float(found["ended"])
+    return None
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    """Return the processes of an attempt, the oldest first."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                found |= {process.pid: process}
+    for process in list(found.values()):  # programs that change their title lose their environment
+        with contextlib.suppress(psutil.Error):
+            found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
+
+
+def kill(mark: str) -> None:
+    """Kill the processes of an attempt."""
+    end = time.monotonic() + 10
+    while (found := processes(mark)) and time.monotonic() < end:  # a child may have been born meanwhile
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=1)
+
+
+def error_of(folder: Path, status: int) -> str:
+    """Return the last error in a log, else the exit status."""
+    lines = [line for line in tail(folder / LOG) if line.startswith("error:")]
+    return lines[-1].removeprefix("error:").strip()[:1000] if lines else f"exit status {status}; see the log"
+
+
+def tail(log: Path, size: int = TAIL) -> Iterator[str]:
+    """Yield the last whole lines of a log."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - size))
+        yield from file.read().decode(errors="replace").splitlines()
