@@ -35,6 +35,7 @@ COMMANDS = {
     "chat": ("minimind_mcore.cli.model:chat", "talk to a model"),
     "evaluate": ("minimind_mcore.cli.model:evaluate", "score a model: C-Eval, CMMLU, MMLU, perplexity and others"),
     "serve": ("minimind_mcore.cli.model:serve", "answer OpenAI's HTTP requests with a model in any form"),
+    "manager": ("minimind_mcore.manager.main:main", "start, watch and stop jobs of every stage in a browser"),
     "rl": ("minimind_mcore.cli.rl:main", "reinforcement learning: train, and check or export a configuration"),
     "quickstart-tools": ("minimind_mcore.cli.quickstart_tools:main", "teach the quickstart's model to call tools"),
     "plan": ("minimind_mcore.forecast.main:main", "memory, time and layouts of a model on any devices"),

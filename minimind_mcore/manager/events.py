@@ -8,6 +8,7 @@ event `reset` tells the client to forget the rows that it has.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def _rows(file: Path, attempt: int, cursor: Cursor) -> list[Event]:
         opened.seek(cursor.rows)
         content = opened.read()
     if end := content.rfind(b"\n") + 1:
-        rows = parse_rows(content[:end].decode(errors="replace"))
+        rows = [finite(row) for row in parse_rows(content[:end].decode(errors="replace"))]
         found.append(Event("metrics", {"rows": rows}, replace(cursor, rows=cursor.rows + end)))
     return found
 
@@ -152,9 +153,14 @@ def thinned(rows: list[Row], most: int) -> list[Row]:
     return [rows[min(len(rows) - 1, int((n + 1) * step) - 1)] for n in range(most)]
 
 
+def finite(row: Row) -> Row:
+    """Return the numbers of a row that JSON can carry."""
+    return {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
 def metrics(queue: Queue, job: Job, most: int) -> list[Row]:
     """Return the rows of a job's metrics.jsonl."""
-    return thinned(read_history(queue.output(job) / METRICS), most)
+    return thinned([finite(row) for row in read_history(queue.output(job) / METRICS)], most)
 
 
 def samples(queue: Queue, job: Job, most: int) -> list[Row]:

@@ -27,6 +27,9 @@ UPSTREAM_NAMES = {
     "minimind_mcore/cli/place.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/quickstart.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/rl.py": ("NPU",),  # Ray's name of the resource
+    "minimind_mcore/manager/ascend_api.py": ("npu", "npu-smi"),  # minimind-ascend's path
+    "minimind_mcore/manager/options.py": ("NPUS_PER_NODE",),
+    "minimind_mcore/manager/queue.py": ("NPUS_PER_NODE",),
     "minimind_mcore/platform/patches.py": ("fused_weight_gradient_mlp_cuda",),
     "minimind_mcore/rl/config/check.py": ("num_npus",),
     "minimind_mcore/rl/config/schema.py": ("num_npus",),
@@ -56,6 +59,8 @@ MAY_PRINT = {
     "minimind_mcore/inference/evaluation.py": "the scores, and the verdict of a dry run",
     "minimind_mcore/inference/main.py": "the generated text, and the verdict of a dry run",
     "minimind_mcore/log.py": "messages",
+    "minimind_mcore/manager/main.py": "the address, with the token",
+    "minimind_mcore/manager/runner.py": "the commands of a job, into its log",
     "minimind_mcore/mindspeed/launch.py": "the command of MindSpeed-LLM",
     "minimind_mcore/pipeline/download.py": "the list of downloads",
     "minimind_mcore/pipeline/main.py": "the plan of a dry run, and the accuracy",

@@ -143,12 +143,14 @@ class Log:
     def __init__(self, config: Config, iteration: int) -> None:
         rl, self.folder = config.rl, Path(config.minimind.output_dir)
         self.steps = config.actor.train_iters
-        self.history = self.folder / "metrics.jsonl"
+        self.history, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         with writing(self.folder, OTHER_PLACE):
             self.folder.mkdir(parents=True, exist_ok=True)
             if iteration == 0:
                 set_aside(self.history)
+                set_aside(self.samples)
             forget_after(self.history, iteration)
+            forget_after(self.samples, iteration)
         board = {"mode": rl.swanlab_mode, "experiment_name": rl.swanlab_exp_name}
         board["logdir"] = rl.swanlab_save_dir or str(self.folder / "swanlab")
         loggers = Loggers(
@@ -173,10 +175,16 @@ class Log:
         if left and (text := self.end.announcement(self.steps - iteration)):
             say(text)
         aliases = {alias: row[name] for alias, name in ALIASES.items() if name in row}
-        whole = {"iteration": iteration, **row, **aliases}
+        whole = {"iteration": iteration, **row, **aliases, **({} if left is None else {"eta_seconds": left})}
         append_line(self.history, json.dumps(whole), OTHER_PLACE)
         for sink in self.sinks:
             sink(whole)
+
+    def sample(self, iteration: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Print some responses of a step as a table, and write them in full to samples.jsonl."""
+        logger.info(table(rows, {"reward": 6, "label": 8, "prompt": 24, "response": 36}))
+        for row in rows:
+            append_line(self.samples, json.dumps({"iteration": iteration, **row}, ensure_ascii=False), OTHER_PLACE)
 
     def outcome(self) -> str:
         """Return the accuracy before and after the run, if it was evaluated, and the paths of the curves."""

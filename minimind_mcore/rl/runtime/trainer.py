@@ -34,7 +34,6 @@ from minimind_mcore.rl.runtime.metrics import (
     difference,
     require_same_model,
     say,
-    table,
     throughput,
 )
 from minimind_mcore.rl.runtime.placement import WorkerGroups, devices
@@ -290,7 +289,7 @@ class Trainer:
             assert batch.rewards is not None
             pairs = zip(experience.texts[:4], batch.rewards.tolist(), strict=False)
             shown = [{**text, "reward": f"{reward:.2f}"} for text, reward in pairs]
-            logger.info(table(shown, {"reward": 6, "label": 8, "prompt": 24, "response": 36}))
+            self.log.sample(self.done, shown)
 
     # ------------------------------------------------------------------------------------------- between the steps
 
