@@ -24,6 +24,7 @@ from minimind_mcore.manager.events import Cursor, described
 from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Queue
 from minimind_mcore.manager.record import LOG, Job
+from minimind_mcore.manager.runner import typed
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.serve.api import read_json
 from minimind_mcore.serve.protocol import RequestError
@@ -122,7 +123,9 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
         return JSONResponse(described(queue, await asyncio.to_thread(queue.add, wanted)), 201)
 
     async def one(asked: Request) -> Response:
-        return JSONResponse(described(queue, job_of(queue, asked)))
+        job = job_of(queue, asked)
+        commands = [typed(command.words, command.settings) for command in job.commands]
+        return JSONResponse({**described(queue, job), "commands": commands})
 
     async def stop(asked: Request) -> Response:
         job = job_of(queue, asked)

@@ -188,7 +188,9 @@ def _options(stage: str) -> tuple[Option, ...]:
     if stage == "serve":
         parser = Parser()
         add_kit_flags(parser, "minimind-mcore serve")
-        return (CHOICES["PRECISION"], *_flags(parser))
+        free = {"--port": ""}  # the manager takes a free one
+        flags = (dataclasses.replace(flag, default=free.get(flag.name, flag.default)) for flag in _flags(parser))
+        return (CHOICES["PRECISION"], *flags)
     return (CHOICES["PRECISION"], CHOICES["RAW"]) if stage == "eval" else ()
 
 

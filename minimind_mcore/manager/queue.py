@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -281,6 +282,8 @@ class Queue:
         if child and child.poll() is not None:
             del self._children[job.id]
         if job.is_alive():
+            if job.address and not job.ready and answers(job.address):
+                self._change(job, ready=True)
             if job.state == "stopping" and time.time() - job.stop_requested > self.stop_seconds:
                 logger.warning(f"{job.id} did not end within {self.stop_seconds:.0f} s: killed")
                 record.kill(job.mark)
@@ -290,7 +293,7 @@ class Queue:
         done = status == 0 and not (job.state == "stopping" and job.request.stage == "serve")
         state = "finished" if done else "stopped" if job.state == "stopping" else "failed"
         error = record.error_of(folder, status) if state == "failed" else ""
-        self._change(job, state=state, status=status, ended=ended, error=error, address="", pid=0)
+        self._change(job, state=state, status=status, ended=ended, error=error, address="", ready=False, pid=0)
 
 
 def environment(mark: str) -> dict[str, str]:
@@ -303,6 +306,15 @@ def _needs(job: Job) -> set[tuple[str, int]]:
     if job.device == CPU:
         return set() if job.request.stage == "serve" else {(CPU, 0)}
     return {(job.device, number) for number in job.devices}
+
+
+def answers(address: str) -> bool:
+    """Whether a server has loaded its model."""
+    try:
+        with urllib.request.urlopen(f"{address}health", timeout=1) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
 
 
 def hold(path: Path) -> TextIO:

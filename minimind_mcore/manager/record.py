@@ -68,7 +68,7 @@ class Job(BaseModel):
         pid: of the job's own process; 0 before it is known.
         pid_started: when that process started, as the system says.
         stop_requested: when a client asked to stop it.
-        address: of a server.
+        address: of a server; `ready`: it answers.
         version: counts the changes of this record.
     """
 
@@ -89,6 +89,7 @@ class Job(BaseModel):
     pid_started: float = 0.0
     stop_requested: float = 0.0
     address: str = ""
+    ready: bool = False
     version: int = 0
 
     def save(self, root: Path) -> None:
