@@ -38,9 +38,19 @@ signal.signal(signal.SIGINT, signal.SIG_IGN if seed == "1" else lambda *_: asked
 if seed == "2":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 if words[0] == "serve":
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>chat</title><h1>the chat page</h1>")
+
+    server = HTTPServer(("127.0.0.1", int(env["PORT"])), Page)
+    server.timeout = 0.1
     print("serving", env["LOAD_DIR"], env["PORT"], flush=True)
     while not asked:
-        time.sleep(0.05)
+        server.handle_request()
     sys.exit()
 folder = Path(env["OUTPUT_DIR"])
 saved, metrics = folder / "checkpoints/saved", folder / "metrics.jsonl"

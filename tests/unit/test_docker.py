@@ -292,8 +292,8 @@ def services() -> dict[str, Any]:
 
 def test_compose_builds_these_images(services: dict[str, Any]) -> None:
     images = {file.suffix[1:] for file in DOCKERFILES}
-    assert set(services) == images | {"serve", "serve-vllm-cuda", "serve-vllm-ascend"}
-    assert services["serve"]["build"] == services["cpu"]["build"]
+    assert set(services) == images | {"serve", "serve-vllm-cuda", "serve-vllm-ascend", "manager"}
+    assert services["serve"]["build"] == services["manager"]["build"] == services["cpu"]["build"]
     for name, service in services.items():
         if name not in images:
             continue
@@ -333,6 +333,21 @@ def test_compose_up_serves_and_nothing_else(services: dict[str, Any]) -> None:
             compile(service["healthcheck"]["test"][3], "healthcheck", "exec")
             assert service["ports"] == ["127.0.0.1:${PORT:-8998}:8998"]
             assert service.get("profiles", [name]) == [name]
+
+
+def test_the_manager_of_compose_is_for_this_host_alone(services: dict[str, Any]) -> None:
+    """It uses the host's network, so its own address decides who reaches it."""
+    from minimind_mcore.manager.main import parser
+
+    service = services["manager"]
+    assert service["command"][:2] == ["minimind-mcore", "manager"]
+    args = parser().parse_args(service["command"][2:])
+    assert args.host == "127.0.0.1" and args.allow == ["/data", "/models"]
+    assert service["network_mode"] == "host" and "ports" not in service
+    assert service["init"] is True  # reaps what jobs leave
+    mounted = {volume.rpartition(":")[0] if volume.endswith(":ro") else volume for volume in service["volumes"]}
+    assert {volume.rpartition(":")[2] for volume in mounted} >= {"/data", "/models"}
+    compile(service["healthcheck"]["test"][3], "healthcheck", "exec")
 
 
 def test_the_command_of_compose_serves(services: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""The manager's page in a real browser. A quick program stands for the trainings, and for the server of the chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers.manager import TOKEN, Client, manager, stub_path
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+    NewPage = Callable[..., Page]
+
+expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
+SHOTS = os.environ.get("SCREENSHOTS", "")  # a directory for pictures of the pages, to look at
+ENGLISH = {
+    "new": "New job", "review": "Review and start", "start": "Start", "stop": "Stop", "resume": "Resume",
+    "chat": "Chat", "open": "Open chat", "stopped": "Stopped", "running": "Running", "search": "Search the log",
+    "iterations": "Iterations TRAIN_ITERS", "rate": "Learning rate LR", "name": "Name", "before": "Before it starts",
+    "finished": "Finished", "compare": re.compile("^Compare \\(2"), "loss": "Loss", "curves": "Curves",
+}  # fmt: skip
+CHINESE = {
+    "new": "新建任务", "review": "检查并启动", "start": "启动", "stop": "停止", "resume": "继续", "chat": "对话",
+    "open": "打开对话", "stopped": "已停止", "running": "运行中", "search": "搜索日志",
+    "iterations": "迭代数 TRAIN_ITERS", "rate": "学习率 LR", "name": "名称", "before": "启动前检查",
+    "finished": "已完成", "compare": re.compile("^对比 \\(2"), "loss": "损失", "curves": "曲线",
+}  # fmt: skip
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    """A manager with an empty list of jobs."""
+    (tmp_path / "dataset").mkdir()
+    with manager(tmp_path / "jobs", DATA_DIR=str(tmp_path / "dataset"), PYTHONPATH=stub_path(tmp_path)) as (client, _):
+        yield client
+
+
+def shot(page: Page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+
+
+def start(page: Page, words: dict[str, str], name: str, iterations: int) -> None:
+    """Fill in the form, look at the dry run, and start."""
+    page.get_by_role("link", name=words["new"]).click()
+    page.get_by_label(words["name"]).fill(name)
+    page.get_by_label(words["iterations"]).fill(str(iterations))
+    page.get_by_role("button", name=words["review"]).click()
+    dialog = page.get_by_role("dialog", name=words["before"])
+    expect(dialog.get_by_text("about 0.10 GiB per rank")).to_be_visible()
+    expect(dialog.get_by_text(f"TRAIN_ITERS={iterations}")).to_be_visible()
+    shot(page, f"review-{name}")
+    dialog.get_by_role("button", name=words["start"], exact=True).click()
+    expect(page.get_by_role("heading", name=name)).to_be_visible()
+
+
+@pytest.mark.parametrize(("words", "locale"), [(ENGLISH, "en-US"), (CHINESE, "zh-CN")], ids=["en", "zh"])
+def test_start_watch_stop_resume_chat(
+    words: dict[str, str], locale: str, client: Client, new_page: NewPage, accessible: Callable[[Page], None]
+) -> None:
+    page = new_page(f"{client.base_url}/#token={TOKEN}", locale=locale)
+    expect(page).to_have_url(re.compile("#/$"))  # the token has left the address
+    accessible(page)
+    start(page, words, "first", 3000)
+    main = page.get_by_role("main")
+    expect(main.get_by_text(words["running"])).to_be_visible()
+    expect(main.get_by_text("iteration 12 <b>你好</b>", exact=True)).to_be_visible()  # text, not HTML
+    expect(main.locator(".chart canvas")).to_be_visible()
+    expect(main.get_by_role("img", name=re.compile("lm_loss"))).to_be_visible()
+    expect(main.get_by_role("progressbar")).to_be_visible()
+    main.get_by_role("searchbox", name=words["search"]).fill("iteration 3 ")
+    expect(main.locator("mark").first).to_have_text("iteration 3 ")
+    main.get_by_role("searchbox", name=words["search"]).fill("")
+    accessible(page)
+    main.get_by_role("button", name=words["stop"], exact=True).click()
+    expect(main.get_by_text(words["stopped"])).to_be_visible()
+    expect(main.get_by_text("saved", exact=True)).to_be_visible()
+    shot(page, f"stopped-{locale}")
+    main.get_by_role("button", name=words["resume"]).click()
+    expect(main.get_by_text(words["running"])).to_be_visible()
+    expect(main.get_by_text(re.compile("== attempt 2"))).to_be_attached()
+    main.get_by_role("button", name=words["stop"], exact=True).click()
+    expect(main.get_by_text(words["stopped"])).to_be_visible()
+    [job] = client.get("/api/jobs").json()["jobs"]
+    iterations = [row["iteration"] for row in client.get(f"/api/jobs/{job['id']}/metrics").json()["rows"]]
+    assert iterations == list(range(1, len(iterations) + 1))
+    main.get_by_role("button", name=words["chat"], exact=True).click()
+    link = main.get_by_role("link", name=words["open"])
+    expect(link).to_be_visible()
+    with page.context.expect_page() as opened:
+        link.click()
+    expect(opened.value.get_by_role("heading")).to_have_text("the chat page")
+
+
+def test_a_wrong_value_is_named_and_nothing_starts(client: Client, new_page: NewPage) -> None:
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="New job").click()
+    for value, message in (("many", "LR: found 'many', expected a number"), ("0.5", "LR=0.5 is too much")):
+        page.get_by_label("Learning rate LR").fill(value)
+        with page.expect_response("**/api/plan"):
+            page.get_by_role("button", name="Review and start").click()
+        expect(page.get_by_role("alert")).to_contain_text(message)
+    assert client.get("/api/jobs").json()["jobs"] == []
+    page.context.pages[0].close()
+
+
+def test_two_jobs_are_compared_and_the_second_waits(
+    client: Client, new_page: NewPage, accessible: Callable[[Page], None]
+) -> None:
+    first = client.start(name="slow", settings={"TRAIN_ITERS": 200, "LR": 1e-3})
+    second = client.start(name="fast", settings={"TRAIN_ITERS": 30, "LR": 2e-3})
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="fast").click()
+    expect(page.get_by_text(f"Waits for {first}")).to_be_visible()
+    client.until(second, "finished")
+    expect(page.get_by_role("main").get_by_text("Finished")).to_be_visible()
+    for name in ("slow", "fast"):
+        page.get_by_label(f"Compare {name}").check()
+    page.get_by_role("link", name="Compare (2)").click()
+    expect(page.get_by_role("row", name="LR 0.001 0.002")).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("slow.*fast"))).to_be_visible()
+    accessible(page)
+    shot(page, "compare")
+
+
+def test_rewards_and_samples_are_text(client: Client, tmp_path: Path, new_page: NewPage) -> None:
+    name = client.start(name="rewards", settings={"TRAIN_ITERS": 5})
+    client.until(name, "finished")
+    folder = tmp_path / "jobs" / name / "pretrain"
+    rows = [{"iteration": n, "grpo/score/mean": n / 5} for n in range(1, 6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {
+        "iteration": 5,
+        "prompt": "1+1=",
+        "response": "<img src=x onerror=alert(1)>",
+        "label": "2",
+        "reward": "1.00",
+    }
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="rewards").click()
+    expect(page.get_by_role("cell", name="<img src=x onerror=alert(1)>")).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("grpo/score/mean 1"))).to_be_visible()
+    assert page.locator("img[src=x]").count() == 0
+    shot(page, "samples")
+
+
+def test_narrow_dark_and_by_keyboard(client: Client, new_page: NewPage, accessible: Callable[[Page], None]) -> None:
+    name = client.start(
+        name="a job with a name that is much too long for a narrow screen", settings={"TRAIN_ITERS": 30}
+    )
+    client.until(name, "finished")
+    page = new_page(f"{client.base_url}/#token={TOKEN}", viewport={"width": 375, "height": 800}, color_scheme="dark")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+    page.get_by_role("link", name="New job").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="New job")).to_be_focused()
+    shot(page, "narrow-form")
+    accessible(page)
+    page.get_by_role("link", name="a job with").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("main").get_by_text("Finished")).to_be_visible()
+    expect(page.locator(".chart canvas")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    accessible(page)
+    shot(page, "narrow-job")
+
+
+def test_the_page_asks_for_the_token(client: Client, new_page: NewPage) -> None:
+    page = new_page(str(client.base_url))
+    page.get_by_label("Token").fill(TOKEN)
+    page.get_by_role("button", name="Continue").click()
+    expect(page.get_by_role("heading", name="Devices")).to_be_visible()
+    expect(page.get_by_text(re.compile("cores"))).to_be_visible()
+    shot(page, "devices")
