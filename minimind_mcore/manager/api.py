@@ -112,12 +112,12 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
         return JSONResponse({"jobs": [described(queue, job) for job in queue.listed()[::-1]]})
 
     async def plan(asked: Request) -> Response:
-        found = await asyncio.to_thread(planner.plan, request.read(await read_json(asked)))
+        found = await planner.plan(request.read(await read_json(asked)))
         return JSONResponse(dataclasses.asdict(found), 422 if found.error else 200)
 
     async def start(asked: Request) -> Response:
         wanted = request.read(await read_json(asked))
-        found = await asyncio.to_thread(planner.plan, wanted)
+        found = await planner.plan(wanted)
         if wanted.dry_run or found.error:
             return JSONResponse(dataclasses.asdict(found), 422 if found.error else 200)
         return JSONResponse(described(queue, await asyncio.to_thread(queue.add, wanted)), 201)
@@ -161,7 +161,7 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
     async def chat(asked: Request) -> Response:
         job = job_of(queue, asked)
         wanted = await asyncio.to_thread(queue.chat_request, job)
-        await asyncio.to_thread(planner.require, wanted)
+        await planner.require(wanted)
         return JSONResponse(described(queue, await asyncio.to_thread(queue.add, wanted)), 201)
 
     return {

@@ -45,7 +45,7 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
     async def start(asked: Request) -> Response:
         try:
             wanted = await asyncio.to_thread(_request, queue, await read_json(asked))
-            found = await asyncio.to_thread(planner.require, wanted)
+            found = await planner.require(wanted)
             await asyncio.to_thread(queue.add, wanted)
         except UserError as error:
             return JSONResponse({"ok": False, "error": str(error)})

@@ -22,6 +22,7 @@ from minimind_mcore.training.metrics import Row, parse_rows, read_history
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CHUNK = 1 << 16  # bytes that are read at a time; a longer line is cut
 MOST_CHUNKS = 16
+LONGEST_TAIL = 1 << 20  # bytes
 ID = re.compile(r"(\d{1,9})-(\d{1,18})-(\d{1,9})-(\d{1,20})-(\d{1,18})")
 
 
@@ -63,17 +64,22 @@ class Event:
 
 
 def at_tail(log: Path, lines: int) -> Cursor:
-    """Return the cursor before the last lines of a log; everything else is from the beginning."""
+    """Return the cursor before the last lines of a log, at most `LONGEST_TAIL` bytes; rows are from the beginning."""
     try:
-        content = log.read_bytes()
+        file = log.open("rb")
     except OSError:
         return Cursor()
+    with file:
+        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_TAIL)
+        file.seek(start)
+        content = file.read()
     place = len(content)
     for _ in range(lines + 1):
-        place = content.rfind(b"\n", 0, place)
-        if place < 0:
-            return Cursor()
-    return Cursor(log=place + 1)
+        found = content.rfind(b"\n", 0, place)
+        if found < 0:
+            return Cursor(log=start)
+        place = found
+    return Cursor(log=start + place + 1)
 
 
 def news(queue: Queue, job: Job, cursor: Cursor) -> list[Event]:

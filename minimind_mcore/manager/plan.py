@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import subprocess
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,23 +51,23 @@ class Planner:
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
-        self._lock = threading.Lock()
+        self._lock = asyncio.Lock()
         self._known: dict[str, tuple[float, Plan]] = {}
 
-    def plan(self, asked: JobRequest) -> Plan:
+    async def plan(self, asked: JobRequest) -> Plan:
         """Return the plan of a job.
 
         Raises:
             UserError: the request is wrong, before any command was asked.
         """
         folder = self.queue.places.jobs / "plan"  # never made: a dry run writes nothing
-        kind, numbers, commands = self.queue.commands(asked, folder)
-        with self._lock:
+        kind, numbers, commands = await asyncio.to_thread(self.queue.commands, asked, folder)
+        async with self._lock:
             now, key = time.monotonic(), key_of(asked)
             self._known = {k: v for k, v in self._known.items() if now - v[0] < FRESH_SECONDS}
             if key in self._known:
                 return self._known[key][1]
-            output, error = _dry_run(commands)
+            output, error = await asyncio.to_thread(_dry_run, commands)
             facts = dict(match.groups() for match in map(FACT.fullmatch, output.splitlines()) if match)
             shown = [runner.typed(command.words, command.settings) for command in commands]
             found = Plan(shown, kind, numbers, facts, output, error)
@@ -75,13 +75,13 @@ class Planner:
                 self._known[key] = (now, found)
             return found
 
-    def require(self, asked: JobRequest) -> Plan:
+    async def require(self, asked: JobRequest) -> Plan:
         """Return the plan of a valid job.
 
         Raises:
             UserError: the dry run has found something wrong.
         """
-        found = self.plan(asked)
+        found = await self.plan(asked)
         if found.error:
             raise UserError(found.error)
         return found

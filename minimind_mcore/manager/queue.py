@@ -39,9 +39,22 @@ logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.3
 # Settings in the manager's own environment that would change a job behind the form's back, and the manager's token.
-DROPPED = {*SETTINGS, *UNSET, "MODEL", "DATA_PATH", "TOKENIZER_PATH", "DATA_DIR", "PORT", "HOST", "RAW", "TOKEN"}
+DROPPED = {
+    *SETTINGS,
+    *UNSET,
+    "MODEL",
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "DATA_DIR",
+    "OUTPUT_DIR",
+    "PORT",
+    "HOST",
+    "RAW",
+    "TOKEN",
+}
 FIRST_STEPS = ("download", "tokenizer", "convert")  # stages that use no accelerator
 CPU = "cpu"
+SLOT = (CPU, 0)  # one of the CPU's slots, of which there are several
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,7 @@ class Queue:
 
     def listed(self) -> list[Job]:
         """Return all jobs, the oldest first."""
-        with self._lock:
-            return list(self.jobs.values())
+        return list(self.jobs.values())
 
     def chat_request(self, job: Job) -> JobRequest:
         """Return the request of a server for the weights that a job has made.
@@ -213,16 +225,17 @@ class Queue:
 
     def blockers(self, job: Job) -> list[str]:
         """Return the jobs that a queued job waits for."""
-        with self._lock:
-            needed, blocking, cpu = _needs(job), [], []
-            for other in self.listed():
-                before = other.state == "queued" and other.created < job.created
-                if other.id != job.id and (before or other.state in ("running", "stopping")):
-                    if _needs(other) & needed - {(CPU, 0)}:
-                        blocking.append(other.id)
-                    elif (CPU, 0) in _needs(other) & needed:
-                        cpu.append(other.id)
-            return blocking + (cpu if len(cpu) >= self.hardware.cpu_slots else [])
+        needed, blocking, slots = _needs(job), [], []
+        for other in self.listed():
+            before = other.state == "queued" and other.created < job.created
+            if other.id == job.id or not (before or other.state in ("running", "stopping")):
+                continue
+            shared = _needs(other) & needed
+            if SLOT in shared:
+                slots.append(other.id)
+            elif shared:
+                blocking.append(other.id)
+        return blocking + (slots if len(slots) >= self.hardware.cpu_slots else [])
 
     def _change(self, job: Job, **fields: object) -> None:
         for name, value in fields.items():
@@ -302,9 +315,9 @@ def environment(mark: str) -> dict[str, str]:
 
 
 def _needs(job: Job) -> set[tuple[str, int]]:
-    """Return the devices that a job needs; (cpu, 0) is one of the CPU's slots."""
+    """Return the devices that a job needs."""
     if job.device == CPU:
-        return set() if job.request.stage == "serve" else {(CPU, 0)}
+        return set() if job.request.stage == "serve" else {SLOT}
     return {(job.device, number) for number in job.devices}
 
 

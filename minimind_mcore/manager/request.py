@@ -129,7 +129,7 @@ def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]
     changes = _changes(run, job.begins, paths)
     if stage in TRAININGS:
         settings["DATA_PATH"] = paths["data"]
-        settings |= {"DATA_DIR": str(data_dir())} if sample else {}
+    settings |= {"DATA_DIR": str(data_dir())} if sample else {}
     if stage in (*TRAININGS, *ON_WEIGHTS) and (sample or not Path(run.tokenizer_dir(), "tokenizer.json").is_file()):
         settings["TOKENIZER_PATH"] = paths["tokenizer"]
     if stage in RL and not job.begins and paths["weights"]:

@@ -22,7 +22,7 @@ PROGRAMS = ("convert_ckpt.py", "convert_ckpt_v2.py", "evaluation.py", "inference
             "examples/fusionone/training_task.py")  # fmt: skip
 MODULES = ("minimind_mcore.models.presets", "minimind_mcore.models.recipes", "minimind_mcore.preprocess.corpus",
            "minimind_mcore.preprocess.train_tokenizer", "minimind_mcore.rl.models")  # fmt: skip
-COMMANDS = ("doctor", "plan", "rl")  # of minimind-mcore
+COMMANDS = ("doctor", "manager", "plan", "rl")  # of minimind-mcore
 
 # Runs programs with --help, one after another, and prints the flags of the parsers that they call.
 LIST_FLAGS = """

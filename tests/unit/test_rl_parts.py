@@ -31,6 +31,7 @@ from minimind_mcore.rl.runtime.rollouts import Experience, replayed, save
 from minimind_mcore.rl.runtime.stop import Stop
 from minimind_mcore.rl.runtime.supervise import Lost, Restarts
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
+from minimind_mcore.training.metrics import read_history
 
 
 def example() -> batches.Batch:
@@ -300,6 +301,25 @@ def test_samples_are_a_table_that_fits() -> None:
     lines = table(rows, {"reward": 6, "response": 30}).splitlines()
     assert lines[0].startswith("reward  response") and "\\n" in lines[2] and "..." in lines[2]
     assert lines[3] == "0       short"
+
+
+def test_samples_and_the_time_that_is_left_are_on_disk(tmp_path: Path) -> None:
+    """The manager shows both; a run that continues writes the samples after its checkpoint again."""
+    settings = [
+        "rl_config.use_tensorboard=false",
+        f"minimind.output_dir={tmp_path}",
+        "megatron_training.train_iters=10",
+    ]
+    config = resolve(compose("grpo_minimind_tiny", settings, device="cpu"))
+    sample = {"reward": "0.50", "label": "四十二", "prompt": "6*7=", "response": "答案是\n" + "42" * 99}
+    log = Log(config, 0)
+    for step in (1, 2):
+        log.step(step, {"timing/all": 2.0, "grpo/score/mean": 0.5})
+        log.sample(step, [sample])
+    assert [row["eta_seconds"] for row in read_history(tmp_path / "metrics.jsonl")] == [18.0, 16.0]
+    assert read_history(tmp_path / "samples.jsonl") == [{"iteration": 1, **sample}, {"iteration": 2, **sample}]
+    Log(config, 1)
+    assert read_history(tmp_path / "samples.jsonl") == [{"iteration": 1, **sample}]
 
 
 def test_swanlab_gets_all_that_the_configuration_says_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
