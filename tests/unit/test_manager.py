@@ -151,6 +151,7 @@ def test_a_form_has_the_recipes_values_and_the_parsers_flags(client: Client) -> 
 
 
 def test_the_plan_is_the_kits_dry_run(client: Client) -> None:
+    before = client.get("/api/jobs").json()
     plan = client.post("/api/plan", json={"stage": "pretrain", "settings": {"LR": 1e-3, "--weight-decay": 0.2}}).json()
     assert plan["facts"]["layout"] == "1 process" and plan["facts"]["memory"].startswith("about 0.10 GiB")
     [command] = plan["commands"]
@@ -159,7 +160,7 @@ def test_the_plan_is_the_kits_dry_run(client: Client) -> None:
     same = client.post("/api/jobs", json={"stage": "pretrain", "dry_run": True, "settings": {"LR": 0.5}})
     assert same.status_code == 422 and same.json()["error"] == "LR=0.5 is too much\nlower it"
     assert client.post("/api/jobs", json={"stage": "pretrain", "settings": {"LR": 0.5}}).status_code == 422
-    assert client.get("/api/jobs").json()["jobs"] == []
+    assert client.get("/api/jobs").json() == before
 
 
 def test_stages_run_the_pipelines_commands(client: Client, place: Path) -> None:
@@ -336,7 +337,7 @@ def job_request(**fields: Any) -> Any:
 
 def test_jobs_survive_a_killed_manager(tmp_path: Path, stub: str) -> None:
     with manager(tmp_path, PYTHONPATH=stub) as (client, process):
-        name, waiting = client.start(settings={"TRAIN_ITERS": 150}), client.start(settings=SHORT)
+        name, waiting = client.start(settings=LONG), client.start(settings=SHORT)
         client.wait(name, lambda job: job["state"] == "running")
         before = read(client, name, most=4)
         process.send_signal(signal.SIGKILL)
@@ -345,10 +346,12 @@ def test_jobs_survive_a_killed_manager(tmp_path: Path, stub: str) -> None:
         job = client.job(name)
         assert job["state"] == "running" and job["attempt"] == 1
         assert client.job(waiting)["state"] == "queued"
-        events = before + read(client, name, before[-1][0])
+        events = before + read(client, name, before[-1][0], most=4)
+        client.post(f"/api/jobs/{name}/stop")
+        events += read(client, name, events[-1][0])
         assert lines_of(events) == (tmp_path / name / "log.txt").read_text().splitlines()
-        assert iterations_of(events) == list(range(1, 151))
-        assert client.job(name)["state"] == "finished" and client.job(name)["status"] == 0
+        assert iterations_of(events) == list(range(1, len(iterations_of(events)) + 1))
+        assert client.job(name)["state"] == "stopped" and client.job(name)["status"] == 130
         client.until(waiting, "finished")
         late = client.start(settings={"TRAIN_ITERS": 20})
         client.until(late, "running")
@@ -483,6 +486,7 @@ BAD: list[tuple[str, Any]] = [
 
 def test_hostile_requests_are_refused(client: Client, place: Path) -> None:
     assert len(BAD) > 80
+    before = client.get("/api/jobs").json()
     for field, value in BAD:
         value = value.replace("{place}", str(place)) if isinstance(value, str) else value
         body = json.dumps({"stage": "pretrain", "settings": SHORT, field: value})
@@ -496,7 +500,7 @@ def test_hostile_requests_are_refused(client: Client, place: Path) -> None:
     for name in ("..", "%2e%2e", "..%2f..%2fetc", "a%00b", "x" * 3000):
         for reply in (client.get(f"/api/jobs/{name}"), client.post(f"/api/jobs/{name}/stop")):
             assert reply.status_code in (404, 405), name
-    assert client.get("/api/jobs").json()["jobs"] == []
+    assert client.get("/api/jobs").json() == before
 
 
 def test_paths_of_minimind_ascend(client: Client, place: Path) -> None:

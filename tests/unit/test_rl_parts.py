@@ -310,7 +310,7 @@ def test_samples_and_the_time_that_is_left_are_on_disk(tmp_path: Path) -> None:
         f"minimind.output_dir={tmp_path}",
         "megatron_training.train_iters=10",
     ]
-    config = resolve(compose("grpo_minimind_tiny", settings, device="cpu"))
+    config = resolve(compose("grpo_minimind_tiny", words, device="cpu"))
     sample = {"reward": "0.50", "label": "四十二", "prompt": "6*7=", "response": "答案是\n" + "42" * 99}
     log = Log(config, 0)
     for step in (1, 2):
