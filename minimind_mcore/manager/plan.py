@@ -68,7 +68,7 @@ class Planner:
             if key in self._known:
                 return self._known[key][1]
             output, error = await asyncio.to_thread(_dry_run, commands)
-            facts = dict(match.groups() for match in map(FACT.fullmatch, output.splitlines()) if match)
+            facts = {match[1]: match[2] for match in map(FACT.fullmatch, output.splitlines()) if match}
             shown = [runner.typed(command.words, command.settings) for command in commands]
             found = Plan(shown, kind, numbers, facts, output, error)
             if not error:

@@ -305,7 +305,7 @@ def test_samples_are_a_table_that_fits() -> None:
 
 def test_samples_and_the_time_that_is_left_are_on_disk(tmp_path: Path) -> None:
     """The manager shows both; a run that continues writes the samples after its checkpoint again."""
-    settings = [
+    words = [
         "rl_config.use_tensorboard=false",
         f"minimind.output_dir={tmp_path}",
         "megatron_training.train_iters=10",
