@@ -31,6 +31,7 @@ exclude_patterns = [] if CHINESE else ["*_zh.md"]
 myst_heading_anchors = 4  # as on the repository's website
 html_theme = "pydata_sphinx_theme"
 html_title = project
+html_favicon = "images/icon.svg"
 html_show_sourcelink = False
 html_static_path = ["images"]
 templates_path = ["templates"]
@@ -41,7 +42,7 @@ html_theme_options = {
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
 }
-html_context = {"chinese": CHINESE}
+html_context = {"chinese": CHINESE, "default_mode": "auto"}
 
 
 def links(page: str) -> list[str]:

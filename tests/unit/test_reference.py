@@ -28,7 +28,7 @@ def strings(path: str, *functions: str) -> Iterator[str]:
     """The strings in functions of a file, or in the whole file; docstrings have white space and do not count."""
     tree = ast.parse((SOURCE / path).read_text(encoding="utf-8"))
     chosen = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in functions]
-    for node in ast.walk(ast.Module(chosen, []) if functions else tree):
+    for node in ast.walk(ast.Module([*chosen], []) if functions else tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w/]+", node.value):
             yield node.value
 

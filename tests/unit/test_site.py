@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.engine import ROOT
 from helpers.pages import english_pages
+from helpers.site import build, needs_sphinx
 
-NEEDED = ("sphinx", "myst_parser", "pydata_sphinx_theme", "sphinx_copybutton")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"requirements/docs.txt is not installed: no {MISSING}")
+pytestmark = needs_sphinx
 # What a browser does at a query: the built index, and the built function that splits the query.
 SEARCH = """
 const fs = require("fs"), vm = require("vm");
@@ -35,16 +31,10 @@ console.log(JSON.stringify(queries.map(query => {
 """
 
 
-def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(root / "docs/build.sh"), str(out)]
-    environment = os.environ | {"PYTHON": sys.executable}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("a site")
-    done = build(ROOT, out)
+    done = build(out)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return out
 
@@ -104,6 +94,6 @@ def test_a_broken_link_or_anchor_ends_the_build(tmp_path: Path) -> None:
     for name in ("plan.md", "plan_zh.md"):
         with (root / "docs" / name).open("a", encoding="utf-8") as file:
             file.write("\n[one](pretrain.md#no-such-heading)\n[two](no_such_page.md)\n")
-    done = build(root, tmp_path / "out")
+    done = build(tmp_path / "out", root)
     assert done.returncode != 0
     assert "no-such-heading" in done.stderr and "no_such_page" in done.stderr
