@@ -46,6 +46,7 @@ def ask(page: Page, text: str) -> None:
     """Write a message and send it."""
     box = page.get_by_label("Message", exact=True)
     box.fill(text)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()  # the page has found the server
     box.press("Enter")
 
 
@@ -76,6 +77,10 @@ def test_an_answer_is_streamed_with_its_thoughts_and_figures(chat: Page, scripte
     expect(answers(chat).locator(".markdown strong").last).to_have_text("42")
     expect(chat.locator(".statistics")).to_have_text(re.compile(r"^12 \+ 4 tokens · \d+\.\d tokens/s · first after \d"))
     expect(answers(chat).locator(".author")).to_have_text("scripted")
+    chat.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answers(chat).get_by_role("button", name="Copy").click()
+    expect(answers(chat).get_by_role("button", name="Copied")).to_be_visible()
+    assert chat.evaluate("navigator.clipboard.readText()") == "It is **42**." + LATE
     assert scripted.bodies[0]["stream"] is True and scripted.bodies[0]["model"] == "scripted"
     ask(chat, "And 7 times 6?")
     expect(answers(chat)).to_have_count(2)
@@ -133,14 +138,14 @@ def test_regenerate_and_edit_replace_what_followed(chat: Page, scripted: StandIn
 
 def test_parameters_are_sent(chat: Page, scripted: StandIn) -> None:
     ask(chat, "plain")
-    expect(answers(chat)).to_have_count(1)
+    expect(answers(chat)).to_contain_text("hello")
     assert scripted.bodies[0].keys() == {"model", "messages", "stream", "stream_options"}
     fields = {"System prompt": "Be brief.", "Temperature": "0.5", "Top p": "0.9", "Max tokens": "64", "Seed": "7"}
     for label, value in fields.items():
         chat.get_by_label(label).fill(value)
     chat.get_by_label("Thinking").select_option("on")
     ask(chat, "more")
-    expect(answers(chat)).to_have_count(2)
+    expect(answers(chat).last).to_contain_text("hello")
     body = scripted.bodies[1]
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert {name: body[name] for name in ("temperature", "top_p", "max_tokens", "seed")} == {
@@ -158,7 +163,7 @@ def test_tools_run_on_the_server_of_the_page(chat: Page, scripted: StandIn) -> N
         return [call("calculate_math", '{"expression": "256*37"}'), call("get_current_time", '{"timezone": 5}', 1)]
 
     scripted.answer = answer
-    chat.get_by_label("calculate_math").check()
+    chat.get_by_role("checkbox", name="calculate_math").check()
     ask(chat, "256 times 37?")
     expect(answers(chat)).to_have_count(2)
     expect(answers(chat).last).to_contain_text("The product is 9472.")
@@ -172,7 +177,7 @@ def test_tools_run_on_the_server_of_the_page(chat: Page, scripted: StandIn) -> N
     assert question["tool_calls"][0]["function"] == {"name": "calculate_math", "arguments": '{"expression": "256*37"}'}
     assert result == {"role": "tool", "tool_call_id": "call_0", "content": '{"result": "9472"}'}
     assert "error" in wrong["content"]
-    chat.get_by_label("calculate_math").uncheck()
+    chat.get_by_role("checkbox", name="calculate_math").uncheck()
     ask(chat, "plain")
     expect(answers(chat)).to_have_count(4)  # again a call and an answer
     assert "tools" not in scripted.bodies[2]
@@ -252,11 +257,19 @@ def test_the_token_view_shows_ids_and_alternatives(real: str, new_page: NewPage)
 
 
 HOSTILE = """<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>
-<a href="javascript:window.hacked=1">one</a> [two](javascript:window.hacked=1) [three](data:text/html,x) ![i](http://127.0.0.1:9/x.png)
 <svg onload="window.hacked=1"><style>body{display:none}</style><iframe src="javascript:window.hacked=1"></iframe>
 <form action="http://127.0.0.1:9/"><input name=key><button>go</button></form>
 <p id=app onclick="window.hacked=1" style="color:red">p</p>
-[good](https://example.com/)"""
+
+[one](javascript:window.hacked=1) [two](JaVaScript&colon;window.hacked=1) [three](data:text/html,x)
+![i](http://127.0.0.1:9/x.png)
+
+a <a href="javascript:window.hacked=1">four</a> <b onclick="window.hacked=1">five</b>
+[good](https://example.com/ "<img src=x>")
+
+```<img src=x onerror="window.hacked=1">
+<img src=x onerror="window.hacked=1">
+```"""
 
 
 def test_hostile_output_is_inert(chat: Page, scripted: StandIn) -> None:
@@ -267,10 +280,22 @@ def test_hostile_output_is_inert(chat: Page, scripted: StandIn) -> None:
     ask(chat, HOSTILE)
     expect(chat.get_by_text("needs your result")).to_be_visible()
     chat.locator("details.thinking summary").click()
-    for link in chat.locator(".answer .markdown").get_by_text(re.compile("^(one|two|three)$")).all():
+    for link in chat.locator(".answer .markdown").get_by_text(re.compile("^(one|two|three|four|five)$")).all():
         link.click()
+    expect(chat.locator(".answer > .markdown")).to_contain_text('<img src=x onerror="window.hacked=1">')
     inside = chat.locator(".message")
-    for tag in ("img", "script", "svg", "style", "iframe", "form form", "input", "[onerror]", "[onclick]", "[style]"):
+    for tag in (
+        "img",
+        "script",
+        "svg",
+        "style",
+        "iframe",
+        ".markdown form",
+        "input",
+        "[onerror]",
+        "[onclick]",
+        "[style]",
+    ):
         expect(inside.locator(tag)).to_have_count(0)
     assert chat.evaluate("window.hacked") is None
     hrefs = [link.get_attribute("href") for link in inside.locator("a[href]").all()]
@@ -295,7 +320,12 @@ def test_languages_and_themes(real: str, new_page: NewPage) -> None:
     assert page.evaluate(background) == "rgb(251, 251, 249)"
     # No English word is left, apart from names.
     words = page.locator("body").inner_text()
-    shown = set(re.findall(r"[A-Za-z_]{3,}", re.sub(r"[a-z]+(_[a-z]+)+", "", words))) - {"MiniMind", "English", "API"}
+    shown = set(re.findall(r"[A-Za-z_]{3,}", re.sub(r"[a-z]+(_[a-z]+)+", "", words))) - {
+        "MiniMind",
+        "English",
+        "API",
+        "search",
+    }
     assert shown <= {"minimind", "Top", "token", "Token", "JSON"}, shown
     chinese = new_page(real, locale="zh-CN")
     expect(chinese.get_by_label("系统提示词")).to_be_visible()
@@ -311,12 +341,12 @@ def test_keys_of_the_keyboard(chat: Page, scripted: StandIn) -> None:
     box.evaluate("e => e.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))")
     expect(box).to_have_value("one\ntwo")
     box.press("Enter")
-    expect(answers(chat)).to_have_count(1)
+    expect(answers(chat)).to_contain_text("hello")
     assert sent(scripted) == [("user", "one\ntwo")]
     expect(box).to_have_value("")
-    chat.keyboard.press("Tab")
-    outline = chat.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline != "none"
+    chat.keyboard.press("Shift+Tab")
+    assert chat.evaluate("document.activeElement.tagName") == "BUTTON"
+    assert chat.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
 def test_errors_are_shown_and_the_chat_goes_on(chat: Page, scripted: StandIn, errors: list[str]) -> None:
@@ -345,24 +375,19 @@ def test_the_key_goes_to_its_own_server_only(
         page = new_page(f"{real}/?api={scripted.address}")
         expect(page.get_by_role("alert")).to_have_text("The server asks for an API key.")
         page.get_by_label("API key").fill("secret")
-        ask_when_ready(page, "hello")
+        page.get_by_label("API key").press("Tab")
+        ask(page, "hello")
         expect(answers(page)).to_contain_text("hello")
         page.get_by_label("Address").fill(other.address)
         page.get_by_label("Address").press("Tab")
         expect(page.get_by_label("Model")).to_have_text("other")
-        ask_when_ready(page, "hello")
-        expect(answers(page)).to_have_count(2)
+        ask(page, "hello")
+        expect(answers(page).last).to_contain_text("hello")
         assert set(other.keys) == {""}
         assert page.evaluate("JSON.stringify(localStorage)").find("secret") < 0
         assert "secret" in page.evaluate("JSON.stringify(sessionStorage)")
     assert all("401" in error for error in errors)
     errors.clear()
-
-
-def ask_when_ready(page: Page, text: str) -> None:
-    """Send a message when the page has found the server."""
-    page.get_by_label("Message", exact=True).fill(text)
-    page.get_by_role("button", name="Send").click()
 
 
 def test_a_narrow_screen(real: str, scripted: StandIn, new_page: NewPage) -> None:
@@ -401,22 +426,24 @@ def test_axe_finds_nothing_serious(
 
 
 def test_ten_browsers_on_one_server(real: str, new_page: NewPage) -> None:
-    pages = [new_page(real, permissions=["clipboard-read", "clipboard-write"]) for _ in range(10)]
+    def letters(text: str) -> str:
+        return re.sub(r"[\W_]+", "", text)  # without marks of Markdown
+
+    pages = [new_page(real) for _ in range(10)]
     for page in pages:
         page.get_by_label("Temperature").fill("0")
         page.get_by_label("Max tokens").fill("24")
     questions = [f"question {number} {'abcdefghij'[number] * number}" for number in range(10)]
     for page, question in zip(pages, questions, strict=True):
         ask(page, question)  # the next one is sent while this one is answered
+    replies = set()
     for page, question in zip(pages, questions, strict=True):
         expect(page.locator(".question .bubble")).to_have_text(question)
-        answers(page).get_by_role("button", name="Copy").click()
-        body = {
-            "model": "minimind",
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": 24,
-        }
-        reply = httpx.post(f"{real}/v1/chat/completions", json=body, timeout=60).json()
-        assert page.evaluate("navigator.clipboard.readText()") == reply["choices"][0]["message"]["content"].strip()
         expect(answers(page)).to_have_count(1)
+        expect(answers(page).get_by_role("button", name="Regenerate")).to_be_enabled()
+        fields = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 24}
+        reply = httpx.post(f"{real}/v1/chat/completions", json=fields, timeout=60).json()
+        text = letters(reply["choices"][0]["message"]["content"])
+        assert letters(answers(page).locator(".markdown").inner_text()) == text
+        replies.add(text)
+    assert len(replies) > 5

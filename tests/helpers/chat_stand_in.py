@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# A chunk's delta; an extra key "finish" is the finish reason, and a number is a pause in seconds.
+# A chunk's delta, with further keys: "finish" is the finish reason, and "choice" has fields next to the delta, such as
+# logprobs. A number is a pause in seconds.
 Part = dict[str, Any] | float
 Answer = Callable[[dict[str, Any]], Iterable[Part]]
 
@@ -102,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
                 continue
             count += 1
             finish = part.pop("finish", "tool_calls" if "tool_calls" in part else "stop")
-            self._event({"choices": [{"index": 0, "delta": part, "finish_reason": None}]})
+            choice = {"index": 0, "finish_reason": None} | part.pop("choice", {})
+            self._event({"choices": [choice | {"delta": part}]})
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
         usage = {"prompt_tokens": 12, "completion_tokens": count, "total_tokens": 12 + count}
         self._event({"choices": [], "usage": usage})

@@ -211,7 +211,7 @@ export class Conversation extends Store<readonly Message[]> {
     if (first) {
       message.firstToken = (first - began) / 1000;
       const count = (message.usage?.completion_tokens ?? 0) - 1;
-      if (count > 0 && last > first) message.speed = (1000 * count) / (last - first);
+      if (count > 0 && last > first + 10) message.speed = (1000 * count) / (last - first);
     }
     this.refresh(message, true);
     return message.state === "done" ? message : undefined;

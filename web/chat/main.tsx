@@ -139,7 +139,7 @@ function Welcome({ side, both }: { side: Side; both: boolean }): JSX.Element {
   return (
     <div class="welcome">
       <p class="welcome-model">{state === "connecting" ? t("connecting") : serverOf(side).model}</p>
-      <p>{t("welcome")}</p>
+      {state !== "failed" && <p>{t("welcome")}</p>}
       {!both && state === "ready" && (
         <div class="examples">
           {examples.map((text) => (

@@ -92,8 +92,9 @@ export function useConnection(side: Side): void {
   useEffect(() => {
     let ended = false;
     const store = connections[side]!;
-    const timers = [setTimeout(connect, attempt || base === "" ? 0 : 300)]; // while an address is being typed
+    let timer: ReturnType<typeof setTimeout> | undefined;
     if (!attempt) store.set({ state: "connecting", models: [] });
+    void connect();
     async function connect() {
       try {
         const models = await listModels({ base, key, model: "" });
@@ -102,12 +103,12 @@ export function useConnection(side: Side): void {
         if (ended) return;
         store.set({ state: "failed", models: [], error });
         const status = error instanceof ServerError ? error.status : 0;
-        if (status === 503) timers.push(setTimeout(() => retry(attempt + 1), 2000));
+        if (status === 503) timer = setTimeout(() => retry(attempt + 1), 2000);
       }
     }
     return () => {
       ended = true;
-      timers.forEach(clearTimeout);
+      clearTimeout(timer);
     };
   }, [side, base, key, attempt]);
 }

@@ -15,6 +15,13 @@ const ALLOWED = {
   ALLOW_ARIA_ATTR: false,
 };
 
+function escaped(text: string): string {
+  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+}
+
+// HTML that a model writes is shown as text, and of an image its description.
+marked.use({ breaks: true, renderer: { html: ({ text }) => escaped(text), image: ({ text }) => escaped(text) } });
+
 DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   if (node.tagName !== "A") return;
   node.setAttribute("target", "_blank");
@@ -23,7 +30,7 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 
 /** Markdown of a stranger, for example a model, as HTML that can run and load nothing. */
 export function safeHtml(text: string): string {
-  return DOMPurify.sanitize(marked.parse(text, { async: false, breaks: true }), ALLOWED);
+  return DOMPurify.sanitize(marked.parse(text, { async: false }), ALLOWED);
 }
 
 /** A block of Markdown that a model wrote. */
