@@ -6,9 +6,9 @@
     logits = decoder(next_ids, cache)       # one token further
 
 At MiniMind's sizes a token costs a few milliseconds, so what surrounds the matrix products counts. The same
-weights here make one product of q, k and v, and one of gate and up; the cache has its room in advance
-instead of being concatenated at each step; a norm is one call; one set of key-value heads serves the query
-heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE and Qwen3-MoE, whose modules have the same names.
+weights here make one product of q, k and v, and one of gate and up; on a CPU they are packed once for all products
+(`platform/fused/linear.py`); the cache has its room in advance instead of being concatenated at each step; a norm is
+one call; one set of key-value heads serves the query heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE and Qwen3-MoE, whose modules have the same names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_mcore.platform.fused.attention import scaled_dot_product
+from minimind_mcore.platform.fused.linear import Linear
 
 ROOM = 128  # positions that a cache grows by at least
 
@@ -29,7 +30,8 @@ class Window(NamedTuple):
     """Where a call of the decoder puts its tokens.
 
     Attributes:
-        cos, sin: rotary tables of the new positions, [batch or 1, tokens, 1, head_dim].
+        cos, sin: rotary tables of the new positions, [batch or 1, tokens, 1, head_dim]; of the sines the first half is
+            negative (`Decoder.rotary`).
         mask: cached positions that each query may read, broadcast to [batch, heads, tokens, positions]; None: all of
             them for one token, the causal ones for several.
     """
@@ -142,8 +144,7 @@ class Decoder:
     """Runs a model one step after another.
 
     Args:
-        model: of transformers. Its weights are shared, not copied: q, k, v, gate and up become views of what
-            is used here.
+        model: of transformers. q, k, v, gate and up become views of what is used here.
     """
 
     def __init__(self, model: Any) -> None:
@@ -153,6 +154,7 @@ class Decoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
         self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.head = Linear(model.lm_head.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -160,10 +162,19 @@ class Decoder:
         weight: Tensor = self.model.model.embed_tokens.weight
         return weight
 
+    def pack(self) -> None:
+        """Take over weights of the model that were changed in place."""
+        for product in [self.head, *(product for layer in self.layers for product in layer.products)]:
+            product.pack()
+
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [batch, tokens, head_dim] of positions [batch, tokens]."""
-        tables: tuple[Tensor, Tensor] = self.model.model.rotary_emb(self.weight, positions)
-        return tables
+        """Cosines and sines [batch, tokens, head_dim] of positions [batch, tokens], for `x * cos + swapped * sin`.
+
+        `swapped` has the second half of x before the first, so the first half of the sines is negative.
+        """
+        cos, sin = self.model.model.rotary_emb(self.weight, positions)
+        left, right = sin.chunk(2, dim=-1)
+        return cos, torch.cat((-left, right), dim=-1)
 
     def __call__(self, ids: Tensor, cache: KeyValues, last: Tensor | None = None) -> Tensor:
         """Logits [batch, vocabulary] of the token behind `ids` [batch, tokens], which the cache then has.
@@ -176,23 +187,22 @@ class Decoder:
         window = cache.open(self, ids.shape[1])
         x = self.model.model.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
-            x = x + layer.project(self._attend(layer, layer.norm1(x), window, cache, number))
-            x = x + layer.mlp(layer.norm2(x))
+            x = layer.project(self._attend(layer, layer.norm1(x), window, cache, number), added=x)
+            x = layer.mlp(layer.norm2(x), added=x)
         cache.close()
         norm = self.model.model.norm
         x = x[:, -1] if last is None else x[torch.arange(len(last), device=x.device), last]
-        logits: Tensor = self.model.lm_head(_norm(x, norm.weight, norm.variance_epsilon))
-        return logits
+        return self.head(_norm(x, norm.weight, norm.variance_epsilon))
 
     def _attend(self, layer: _Layer, x: Tensor, window: Window, cache: KeyValues, number: int) -> Tensor:
         """What the heads of a layer read, [batch, tokens, heads * head_dim]."""
         batch, tokens, _ = x.shape
         cos, sin, mask = window
         both = self.heads + self.kv_heads
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(batch, tokens, -1, self.head_dim)
+        qkv = layer.qkv(x).view(batch, tokens, -1, self.head_dim)
         qk = layer.norm_heads(qkv[:, :, :both], self.heads)
         left, right = qk.chunk(2, dim=-1)
-        qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
+        qk = torch.addcmul(qk * cos, torch.cat((right, left), dim=-1), sin)
         keys, values = cache.store(number, qk[:, :, self.heads :], qkv[:, :, both:])
         if tokens == 1:  # the query heads of a key-value head are as many queries to it
             q = qk[:, 0, : self.heads].view(batch, self.kv_heads, -1, self.head_dim)
@@ -208,13 +218,14 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
         self.norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-        self.qkv, self.qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.q_norm, self.k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        self.project = attention.o_proj
+        self.project = _joined(attention.o_proj)
+        self.products = [self.qkv, self.project]
         self.experts = None if hasattr(layer.mlp, "gate_proj") else layer.mlp
         if self.experts is None:
-            self.gate_up, _ = _joined(layer.mlp.gate_proj, layer.mlp.up_proj)
-            self.down = layer.mlp.down_proj
+            self.gate_up, self.down = _joined(layer.mlp.gate_proj, layer.mlp.up_proj), _joined(layer.mlp.down_proj)
+            self.products += [self.gate_up, self.down]
 
     def norm1(self, x: Tensor) -> Tensor:
         """Before the attention."""
@@ -232,22 +243,21 @@ class _Layer:
         k = _norm(qk[:, :, heads:], self.k_norm.weight, self.k_norm.variance_epsilon)
         return torch.cat((q, k), dim=2)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """SwiGLU, or the experts."""
+    def mlp(self, x: Tensor, added: Tensor) -> Tensor:
+        """SwiGLU, or the experts, plus what it is added to."""
         if self.experts is not None:
             out = self.experts(x)
             routed: Tensor = out[0] if isinstance(out, tuple) else out  # transformers 4 adds the router's logits
-            return routed
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        product: Tensor = self.down(F.silu(gate) * up)
-        return product
+            return added + routed
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up), added)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _joined(*layers: Any) -> tuple[Tensor, Tensor | None]:
+def _joined(*layers: Any) -> Linear:
     """The weights and biases of linear layers of one input, one below the other; the layers then share them."""
     joined: list[Tensor | None] = []
     for name in ("weight", "bias"):
@@ -259,4 +269,4 @@ def _joined(*layers: Any) -> tuple[Tensor, Tensor | None]:
         joined.append(whole)
     weight, bias = joined
     assert weight is not None
-    return weight, bias
+    return Linear(weight, bias)

@@ -51,6 +51,7 @@ class DecoderEngine:
         with torch.no_grad():
             for name, tensor in mcore_to_hf(whole, self.config, self.form).items():
                 own[name].copy_(tensor)
+        self.decoder.pack()
 
     def weights(self) -> dict[str, Tensor]:
         return weights_of(self.model)
