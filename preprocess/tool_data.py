@@ -4,8 +4,8 @@
 
 A line of the output is {"conversations": [...]} as in MiniMind's sft files: the system message carries `tools`, the
 assistant's messages carry `tool_calls`, both as JSON text. Records that cannot be used are counted by reason and
-written to OUTPUT.rejects.jsonl. A held-out record ends before the first call, which its `calls` holds. The forms of the
-sources are in `tool_records`.
+written to OUTPUT.rejects.jsonl. A conversation that occurs twice is written once. A held-out record offers tools. It
+ends before the assistant's first message, whose calls are in `calls`. The forms of the sources are in `tool_records`.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def minimind_row(conversation: Conversation) -> Row:
     return {"conversations": messages}
 
 
-def case_row(conversation: Conversation, task: str) -> Row | None:
-    """Return a conversation as a case of TASK=toolcall; None if it has no tools."""
+def case_row(conversation: Conversation, task: str) -> Row:
+    """Return a conversation as a case of TASK=toolcall."""
     answer = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
     before = Conversation(conversation.messages[:answer], conversation.tools)
     calls = [call.get("function", call) for call in conversation.messages[answer].get("tool_calls", ())]
-    return {"task": task, **minimind_row(before), "calls": calls} if conversation.tools else None
+    return {"task": task, **minimind_row(before), "calls": calls}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,27 +77,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 < args.held_out_ratio < 1:
         raise UserError(f"--held-out-ratio {args.held_out_ratio}: expected a number between 0 and 1")
-    kept: list[Conversation] = []
+    unique: dict[str, Conversation] = {}  # a duplicate could be held out and trained on
     rejects: list[Reject] = []
+    left_out: Counter[str] = Counter()
     for found in rows(args.input, CHAT_HANDLERS[SOURCES[args.source]]):
         if isinstance(found, Reject):
             rejects.append(found)
-        else:
-            kept.append(found)
-    for reason, count in Counter(reject.reason for reject in rejects).most_common():
+            left_out[found.reason] += 1
+        elif unique.setdefault(json.dumps(minimind_row(found)), found) is not found:
+            left_out["the same as an earlier record"] += 1
+    for reason, count in left_out.most_common():
         logger.info(f"left out: {count:,} records: {reason}")
     if rejects:
         said: list[Row] = [{"reason": reject.reason, "record": reject.content} for reject in rejects]
         _write(f"{args.output.removesuffix('.jsonl')}.rejects.jsonl", said)
+    kept = list(unique.values())
     if not kept:
         raise UserError(f"--input {args.input}: no record can be used; is --source {args.source} right?")
     r = random.Random(args.seed)
     if args.max_samples is not None and args.max_samples < len(kept):
         kept = r.sample(kept, args.max_samples)
     if args.held_out:
-        chosen = set(r.sample(range(len(kept)), max(1, round(args.held_out_ratio * len(kept)))))
-        cases = [case_row(kept[number], args.source) for number in sorted(chosen)]
-        _write(args.held_out, [case for case in cases if case is not None])
+        offering = [number for number, conversation in enumerate(kept) if conversation.tools]
+        if len(offering) < len(kept):
+            logger.info(f"{len(kept) - len(offering):,} records offer no tools and are not held out")
+        chosen = set(r.sample(offering, min(len(offering), max(1, round(args.held_out_ratio * len(kept))))))
+        _write(args.held_out, [case_row(kept[number], args.source) for number in sorted(chosen)])
         kept = [conversation for number, conversation in enumerate(kept) if number not in chosen]
     _write(args.output, [minimind_row(conversation) for conversation in kept])
 

@@ -41,7 +41,7 @@ Record = Mapping[str, object]
 _CALL = re.compile(r"(<tool_call>)(.*?)(</tool_call>)", re.DOTALL)
 _RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 _QUOTED = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\})\s*$', re.DOTALL)  # glaive: the arguments' JSON in '
-_TURN = re.compile(r"(USER|ASSISTANT|FUNCTION RESPONSE):")
+_TURN = re.compile(r"^\s*(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)  # within a line it is what somebody says
 _TYPES = {
     "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
     "set": "array", "dict": "object",

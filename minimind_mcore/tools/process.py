@@ -9,12 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-MARK = "MINIMIND_TOOL_CALL"  # in the environment of a tool and of its children: a unique id for each call
+GRACE = 10.0  # seconds that the worker has to end a tool's children
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,7 @@ def run(function: str, arguments: Mapping[str, object], limits: Limits, environ:
     Returns:
         What the function returned, or why it failed.
     """
-    mark = uuid.uuid4().hex
-    variables = {
-        **os.environ,
-        **environ,
-        MARK: mark,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    paths = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # Files and not pipes: a tool that prints without end, or whose children keep a pipe open, cannot block the caller.
     with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as printed:
         content = {"function": function, "arguments": arguments, "memory": limits.memory, "seconds": limits.seconds}
@@ -83,7 +74,7 @@ def run(function: str, arguments: Mapping[str, object], limits: Limits, environ:
             stdout=printed,
             stderr=subprocess.STDOUT,
             pass_fds=[result.fileno()],
-            env=variables,
+            env={**os.environ, **environ, **paths},
             start_new_session=True,
         )
         try:
@@ -91,7 +82,7 @@ def run(function: str, arguments: Mapping[str, object], limits: Limits, environ:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            _kill(process, mark)
+            _end(process)
         printed.seek(0)
         shown = printed.read(limits.output).decode(errors="replace")
         result.seek(0)
@@ -112,22 +103,11 @@ def _result(status: int | None, written: str, printed: str, limits: Limits) -> R
     return Result(json.dumps(found["result"], ensure_ascii=False), True, printed)
 
 
-def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill the tool's process group, and its children that have left the group."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the worker, which kills the tool and all its children first."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    while found := _marked(mark):  # a child may fork while this loop runs, so look again
-        for number in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-
-
-def _marked(mark: str) -> list[int]:
-    """Return the processes of this user whose environment holds the mark; Linux only."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found

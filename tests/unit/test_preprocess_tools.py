@@ -142,9 +142,11 @@ def sample(handler: str, record: object, tokenizer: str) -> tuple[Sequence[int],
         ("GlaiveToolHandler", {"conversations": [turn("system", SYSTEM), *GLAIVE["conversations"]]}, ONE),
         ("GlaiveToolHandler", RAW, ONE),
         ("GlaiveToolHandler", {"system": "SYSTEM: no functions", "chat": "USER: Hi\n\n\nASSISTANT: Hello."}, PLAIN),
+        ("GlaiveToolHandler", {"system": "", "chat": "USER: Hi\n\n\nASSISTANT: Say USER: or ASSISTANT: to me."},
+         PLAIN.replace("Hello.", "Say USER: or ASSISTANT: to me.")),
         ("XlamToolHandler", XLAM, TWICE),
     ],
-    ids="hermes literals column glaive field turn text plain xlam".split(),
+    ids="hermes literals column glaive field turn text plain marks xlam".split(),
 )  # fmt: skip
 def test_a_record_has_these_ids_and_labels(handler: str, record: object, text: str, tokenizer: str) -> None:
     encoded = AutoTokenizer.from_pretrained(tokenizer)(text, return_offsets_mapping=True)
@@ -181,17 +183,28 @@ def test_bad_records_are_counted_by_reason(
     assert len((tmp_path / "out.rejects.jsonl").read_text().splitlines()) == 2 and not output.exists()
 
 
-def test_a_file_is_converted_and_split(tmp_path: Path, tokenizer: str) -> None:
-    """A JSON array as hermes publishes it: the output gives the same ids, and the held-out part is a set of cases."""
+def test_a_file_is_converted_and_split(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A JSON array as hermes publishes it: the output gives the same ids, and the held-out part is a set of cases.
+
+    Duplicates are left out, so that no record is both held out and kept. Records without tools are not held out.
+    """
     file, output, cases = tmp_path / "in.json", tmp_path / "out.jsonl", tmp_path / "cases.jsonl"
-    file.write_text(json.dumps([HERMES] * 19 + [{"conversations": []}]))
+    plain, *calling = [json.loads(json.dumps(HERMES)) for _ in range(19)]
+    for number, record in enumerate(calling):
+        record["conversations"][1]["value"] = f"Prices {number}?"
+    plain["conversations"] = [turn("human", "Hi"), turn("gpt", "Hello.")]
+    file.write_text(json.dumps([*calling, plain, *calling[:5], {"conversations": []}]))
     flags = ["--source", "hermes", "--input", str(file), "--output", str(output), "--held-out", str(cases)]
     tool_data.main([*flags, "--held-out-ratio", "0.2"])
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(lines) == 15
-    assert sample("MiniMindInstructionHandler", lines[0], tokenizer) == sample("HermesToolHandler", HERMES, tokenizer)
+    assert "left out: 5 records: the same as an earlier record" in (said := capsys.readouterr().out)
+    assert "1 records offer no tools and are not held out" in said
     found = read_cases(str(cases), seed=0)
-    assert len(found) == 4 and found[0].question == "Prices?" and list(found[0].tools) == WRAPPED
+    questions = [line["conversations"][1]["content"] for line in lines]
+    first = calling[int(questions[0].removeprefix("Prices ").removesuffix("?"))]
+    assert sample("MiniMindInstructionHandler", lines[0], tokenizer) == sample("HermesToolHandler", first, tokenizer)
+    assert sorted([*questions[:-1], *(case.question for case in found)]) == sorted(f"Prices {n}?" for n in range(18))
+    assert questions[-1] == "Hello." and len(found) == 4 and list(found[0].tools) == WRAPPED
     assert [(call.name, call.arguments) for call in found[0].calls] == [
         ("price", {"symbol": name}) for name in ("AB", "CD")
     ]

@@ -37,6 +37,11 @@ def daemon(file):
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     open(file, "w").write(str(child.pid))
     return "started"
+def stranger(file):
+    # In a session of its own, without an environment, and its parent is gone.
+    script = f"env -i setsid sleep 600 & echo $! > {file}"
+    subprocess.run(["setsid", "sh", "-c", script], check=True)
+    return "started"
 def fork_and_return(): return os.fork() and "parent"
 def unserializable(): return object()
 """
@@ -98,14 +103,15 @@ def test_errors_and_wrong_arguments_are_reported(bad: Toolbox) -> None:
 
 
 def test_children_end_with_the_tool(bad: Toolbox, tmp_path: Path) -> None:
-    """Those in its process group, and one in a session of its own."""
+    """Those in its process group, one in a session of its own, and an orphan of that kind without an environment."""
     result = bad.run("fork", {})
     assert result is not None and json.loads(result.text) == "parent"
     result = bad.run("fork_and_return", {})
     assert result is not None and json.loads(result.text) == "parent"
-    result = bad.run("daemon", {"file": str(tmp_path / "pid")})
-    assert result is not None and result.text == '"started"'
-    assert not alive(int((tmp_path / "pid").read_text()))
+    for name in ("daemon", "stranger"):
+        result = bad.run(name, {"file": str(tmp_path / name)})
+        assert result is not None and result.text == '"started"'
+        assert not alive(int((tmp_path / name).read_text()))
     mine = [p for p in Path("/proc").glob("[0-9]*") if str(os.getpid()) == _parent(p)]
     assert not [p for p in mine if b"tools.worker" in _command(p)]
 
