@@ -20,6 +20,8 @@ from minimind_mcore.doctor import devices, dry_run, host, matrix, rehearsal
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
+from minimind_mcore.inference.vllm_engine import head_size_problem
+from minimind_mcore.models.presets import find_model
 from minimind_mcore.platform.device import KINDS
 
 INSTALL: Mapping[str, str] = matrix.data()["install"]
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
         print()
         problems += report(found, device, "mindspeed-rl", where)
     checks = devices.check(where, device) + host.check(where, device) + loads(where, device)
+    if device == "npu" and found["vllm-ascend"].version:
+        checks.append(heads(where))
     if args.script:
         checks += dry_run.check(where, args.script, args.arguments)
     print()
@@ -127,6 +131,13 @@ def install(name: str, stack: matrix.Stack, home: str = "") -> str:
         )
     specifier = stack.best.get(name) or stack.needs.get(name, "")
     return f"pip install '{name.lower()}{specifier}'"
+
+
+def heads(where: Host) -> Finding:
+    """Whether the attention of vllm-ascend has a kernel for the heads of MODEL."""
+    model = where.environ.get("MODEL") or "minimind3"
+    problem = head_size_problem(find_model(model), "npu")
+    return warn("head size", f"{model}: {problem}") if problem else ok("head size", f"vLLM takes the heads of {model}")
 
 
 def _elsewhere(where: Host, stack: matrix.Stack, given: str) -> str:

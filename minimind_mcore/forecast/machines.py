@@ -22,6 +22,7 @@ class Machine:
         layer_seconds: that the host needs to start the kernels of a layer, forward and backward.
         decode_layer_seconds: the same, for one generated token.
         program: memory that a process holds besides the model.
+        fragmentation: bytes that the allocator holds for each byte of activations and logits.
         collective_seconds: latency of any collective; `host_seconds` and `network_seconds` of each hop.
     """
 
@@ -37,6 +38,7 @@ class Machine:
     decode_layer_seconds: float
     memory: float
     program: float
+    fragmentation: float
     memory_bandwidth: float
     devices_per_host: float
     host_bandwidth: float

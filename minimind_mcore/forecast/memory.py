@@ -1,7 +1,8 @@
 """Memory of one rank, in bytes, by what it is for.
 
 Weights, gradients and the optimizer's states are counted exactly, but for alignment. Activations are what a backward
-pass keeps; tests compare them with the tensors that autograd saves.
+pass keeps; tests compare them with the tensors that autograd saves. They come and go in each step, so the allocator
+holds more than is live at a time; that factor is measured.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
         "gradients": (dense + experts) * work.gradient_width,
         "master weights": stored * (4 if work.width == 2 else 0),
         "moments": stored * moments,
-        "activations": kept,
-        "logits": logits,
+        "activations": kept * machine.fragmentation,
+        "logits": logits * machine.fragmentation,
         **({"reference": reference} if reference else {}),
     }
 

@@ -40,6 +40,19 @@ def write_pth(file: Path, config: ModelConfig) -> None:
     torch.save(weights.mcore_to_hf(whole, config, "native"), file)
 
 
+def add_adapters(state: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """Write MiniMind's own LoRA file, which adds B A to the q and o of each layer; return the merged weights."""
+    adapters, merged, random = {}, dict(state), torch.Generator().manual_seed(4)
+    for name in [n for n in state if n.endswith(("q_proj.weight", "o_proj.weight"))]:
+        rows, columns = state[name].shape
+        a, b = 0.2 * torch.randn(4, columns, generator=random), 0.2 * torch.randn(rows, 4, generator=random)
+        stem = name.removesuffix(".weight")
+        adapters |= {f"{stem}.lora.A.weight": a, f"{stem}.lora.B.weight": b}
+        merged[name] = state[name] + b @ a
+    torch.save(adapters, file)
+    return merged
+
+
 def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     """Load a model as the programs do."""
     conversion = Conversion(load_dir=path, save_dir=Path(), save_type="hf", layout=ParallelLayout(), dtype="fp32")

@@ -364,6 +364,26 @@ def test_an_address_of_another_host_is_doubted(fake: Fake, capsys: pytest.Captur
     assert "warn master " in out and "no address of this host" in out and "ip -br addr" in out
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("minimind3", "warn head size minimind3: vLLM's attention on an NPU has no kernel for heads of size 96"),
+        ("minimind2_moe", "warn head size minimind2_moe: vLLM's attention on an NPU has no kernel for heads of size 80"),
+        ("minimind3_tiny", "warn head size minimind3_tiny: vLLM's attention on an NPU has no kernel for heads"),
+    ],
+)
+def test_vllm_may_have_no_kernel_for_the_heads(
+    fake: Fake, capsys: pytest.CaptureFixture[str], model: str, said: str
+) -> None:
+    fake.doctor()
+    assert "head size" not in capsys.readouterr().out  # vLLM is not there
+    fake.package("vllm-ascend", "0.11.0rc1")
+    fake.environ["MODEL"] = model
+    fake.doctor()
+    out = " ".join(capsys.readouterr().out.split())
+    assert said in out and "use the embedded engine" in out.lower()
+
+
 def test_a_host_file_tells_the_place_of_this_host(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     fake.hostfile("198.51.100.7 slots=8", f"{socket.gethostname()} slots=8")
     fake.environ["HCCL_SOCKET_IFNAME"] = "lo"

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from helpers.engine import Corpus
-from helpers.inference_models import config_of, open_model, run_inference, twin, write_model, write_pth
+from helpers.inference_models import add_adapters, config_of, open_model, run_inference, twin, write_model, write_pth
 from helpers.weights_on_disk import SMALL, state_dict, write_hf
 
 from minimind_mcore.converters.main import main_v2
@@ -113,15 +113,7 @@ def test_adapters_are_merged(corpus: Corpus, tmp_path: Path) -> None:
     """MiniMind's own LoRA file, which adds B A to the q and o of each layer."""
     config = config_of("minimind3", corpus)
     base, state = write_model(tmp_path / "base", "minimind3", corpus), state_dict(config, "hf")
-    adapters, random = {}, torch.Generator().manual_seed(4)
-    for name in [n for n in state if n.endswith(("q_proj.weight", "o_proj.weight"))]:
-        rows, columns = state[name].shape
-        a, b = 0.2 * torch.randn(4, columns, generator=random), 0.2 * torch.randn(rows, 4, generator=random)
-        stem = name.removesuffix(".weight")
-        adapters |= {f"{stem}.lora.A.weight": a, f"{stem}.lora.B.weight": b}
-        state[name] = state[name] + b @ a
-    torch.save(adapters, tmp_path / "lora.pth")
-    merged = write_hf(tmp_path / "merged", config, state)
+    merged = write_hf(tmp_path / "merged", config, add_adapters(state, tmp_path / "lora.pth"))
     flags = ["--raw", "--max-new-tokens", "12", "--prompt", "abcd", "--tokenizer-name-or-path", str(corpus.tokenizer)]
     expected = run_inference(merged, tmp_path / "merged.jsonl", *flags)
     assert run_inference(base, tmp_path / "lora.jsonl", *flags, "--lora-load", str(tmp_path / "lora.pth")) == expected

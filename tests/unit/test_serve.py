@@ -19,8 +19,9 @@ import httpx  # pyright: ignore[reportMissingImports]
 import pytest
 import torch
 from helpers.engine import ROOT
-from helpers.inference_models import open_model, twin
+from helpers.inference_models import add_adapters, open_model, twin, write_pth
 from helpers.serving import embedded, program, shrunk, until_serving, vocabulary, write_served
+from helpers.weights_on_disk import state_dict, write_hf
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.detokenizer import Detokenizer
@@ -119,6 +120,23 @@ def test_answers_equal_those_of_inference_py_and_of_transformers(name: str, toke
         message, written = choice["message"], loaded.tokenizer.decode(choice["token_ids"], skip_special_tokens=True)
         assert text == (message["content"] or "") + (message["reasoning"] or "")
         assert text == written or "<think>" in written
+
+
+def test_weights_of_minimind_with_adapters_are_served(tokenizer: str, tmp_path: Path) -> None:
+    """A .pth and a LoRA file: the tokens are those of transformers with the merged weights."""
+    config = shrunk("minimind3", vocabulary(tokenizer))
+    write_pth(tmp_path / "weights.pth", config)
+    merged = add_adapters(state_dict(config, "hf"), tmp_path / "lora.pth")
+    reference = twin(write_hf(tmp_path / "merged", config, merged))
+    flags = ["--load", str(tmp_path / "weights.pth"), "--lora-load", str(tmp_path / "lora.pth"), "--port", "0"]
+    process = program(*flags, "--tokenizer-name-or-path", tokenizer, *config.megatron_flags())
+    try:
+        address, _ = until_serving(process)
+        reply = greedy(address, "hello 17+25=?")
+        assert reply["choices"][0]["token_ids"] == theirs(reference, reply["prompt_token_ids"], 12)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def streamed(address: str, content: str, tokens: int, **more: Any) -> str:
