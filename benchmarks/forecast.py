@@ -2,11 +2,11 @@
 
     python benchmarks/forecast.py --output outputs/forecast
 
-Four constants are fitted first, on three other pairs: the memory of a process besides the model, the share of the
-matrix rate that a training reaches, the fragmentation of the heap, and the bandwidth between processes. The rate itself
-is measured. Then the eight pairs are trained on the sample data. The program prints a row for each, writes
-forecast.json and forecast.png, and exits with status 1 if the memory of a pair is off by more than 15 %, or the time by
-more than 20 % in the median. It takes about twelve minutes on two quiet cores.
+Five constants are fitted first, on four other pairs: the memory of a process besides the model, the share of the
+matrix rate that a training reaches, the fragmentation of the heap without and with experts, and the bandwidth between
+processes. The rate itself is measured. Then the eight pairs are trained on the sample data. The program prints a row
+for each, writes forecast.json and forecast.png, and exits with status 1 if the memory of a pair is off by more than 15
+%, or the time by more than 20 % in the median. It takes about fourteen minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ FITTED = {  # a pair, and what is fitted on it
     Pair("minimind3_tiny", samples=1, length=64): ("program",),
     Pair("minimind2_small"): ("efficiency", "fragmentation"),
     Pair("minimind2_small", processes=2): ("host_bandwidth",),
+    Pair("minimind3_moe", samples=2): ("fragmentation_moe",),
 }
 PAIRS = [
     Pair("minimind3"),
@@ -118,10 +119,10 @@ def fit(machine: Machine, name: str, pair: Pair, seconds: float, peak: float) ->
     held = memory.of_training(work, machine)
     if name == "program":
         return dataclasses.replace(machine, program=peak - sum(held.values()))
-    if name == "fragmentation":
-        live = (held["activations"] + held["logits"]) / machine.fragmentation
+    if name.startswith("fragmentation"):
+        changing = held["activations"] + held["logits"]
         beyond = peak - machine.program - sum(held.values())
-        return dataclasses.replace(machine, fragmentation=machine.fragmentation + beyond / live)
+        return dataclasses.replace(machine, **{name: getattr(machine, name) * (1 + beyond / changing)})
     parts = speed.of_training(work, machine)
     if name == "efficiency":
         share = machine.efficiency * parts["compute"] / (seconds - parts["update"])

@@ -22,7 +22,8 @@ class Machine:
         layer_seconds: that the host needs to start the kernels of a layer, forward and backward.
         decode_layer_seconds: the same, for one generated token.
         program: memory that a process holds besides the model.
-        fragmentation: bytes that the allocator holds for each byte of activations and logits.
+        fragmentation: bytes that the allocator holds for each byte of activations and logits; `_moe`: with experts,
+            whose tensors have another size in each step.
         collective_seconds: latency of any collective; `host_seconds` and `network_seconds` of each hop.
     """
 
@@ -39,6 +40,7 @@ class Machine:
     memory: float
     program: float
     fragmentation: float
+    fragmentation_moe: float
     memory_bandwidth: float
     devices_per_host: float
     host_bandwidth: float

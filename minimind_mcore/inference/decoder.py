@@ -5,10 +5,11 @@
     logits = decoder(ids, cache)            # [2, vocabulary], of the last position
     logits = decoder(next_ids, cache)       # one token further
 
-At MiniMind's sizes a token costs a few milliseconds, so what surrounds the matrix products counts. The same
-weights here make one product of q, k and v, and one of gate and up; on a CPU they are packed once for all products
+At MiniMind's sizes a token costs a few milliseconds, so what surrounds the matrix products counts. The same weights
+here make one product of q, k and v, and one of gate and up; on a CPU they are packed once for all products
 (`platform/fused/linear.py`); the cache has its room in advance instead of being concatenated at each step; a norm is
-one call; one set of key-value heads serves the query heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE and Qwen3-MoE, whose modules have the same names.
+one call; one set of key-value heads serves the query heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE
+and Qwen3-MoE, whose modules have the same names.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ needs no memory for the softmax. Here the backward pass finds it kept, less the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,22 +71,26 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.shape, ctx.groups, ctx.scale = query.shape, query.shape[2] // key.shape[2], scale
         query, key, value = _by_head(query, ctx.groups), _by_head(key, 1), _by_head(value, 1)
-        out, weights = torch.empty_like(query), []
-        for rows, end in _blocks(key.shape[1], ctx.groups):
-            weights.append(torch.softmax(_scores(query[:, rows], key[:, :end], scale, ctx.groups), -1))
-            out[:, rows] = torch.bmm(weights[-1], value[:, :end])
-        ctx.save_for_backward(query, key, value, out, *weights)
+        out = torch.empty_like(query)
+        blocks = list(_blocks(key.shape[1], ctx.groups))
+        # One tensor for all blocks: freed tensors of many sizes would cut the heap into pieces too small for others.
+        weights = query.new_empty(len(query) * sum((rows.stop - rows.start) * end for rows, end in blocks))
+        for (rows, end), shares in zip(blocks, _pieces(weights, len(query), blocks), strict=True):
+            torch.softmax(_scores(query[:, rows], key[:, :end], scale, ctx.groups), -1, out=shares)
+            out[:, rows] = torch.bmm(shares, value[:, :end])
+        ctx.save_for_backward(query, key, value, out, weights)
         return _by_position(out, ctx.shape, ctx.groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, out, *weights = ctx.saved_tensors
+        query, key, value, out, weights = ctx.saved_tensors
         grad = _by_head(grad, ctx.groups)
         # Row sums of weights times their gradients: the softmax's derivative takes them away.
         inner = (grad * out).sum(-1, keepdim=True)
         query_grad, key_grad, value_grad = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (rows, end), shares in zip(_blocks(key.shape[1], ctx.groups), weights, strict=True):
+        blocks = list(_blocks(key.shape[1], ctx.groups))
+        for (rows, end), shares in zip(blocks, _pieces(weights, len(query), blocks), strict=True):
             value_grad[:, :end] += torch.bmm(shares.mT, grad[:, rows])
             scores_grad = torch.bmm(grad[:, rows], value[:, :end].mT).sub_(inner[:, rows]).mul_(shares)
             query_grad[:, rows] = torch.bmm(scores_grad, key[:, :end])
@@ -115,6 +120,12 @@ def _blocks(sequence: int, groups: int) -> Iterator[tuple[slice, int]]:
     for start in range(0, sequence, BLOCK):
         end = min(start + BLOCK, sequence)
         yield slice(start * groups, end * groups), end
+
+
+def _pieces(weights: Tensor, heads: int, blocks: Sequence[tuple[slice, int]]) -> list[Tensor]:
+    """The softmax of each block, [heads, rows, keys], as views of a flat tensor."""
+    shapes = [(heads, rows.stop - rows.start, end) for rows, end in blocks]
+    return [part.view(shape) for part, shape in zip(weights.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, groups: int) -> Tensor:
