@@ -125,7 +125,8 @@ def _blocks(sequence: int, groups: int) -> Iterator[tuple[slice, int]]:
 def _pieces(weights: Tensor, heads: int, blocks: Sequence[tuple[slice, int]]) -> list[Tensor]:
     """The softmax of each block, [heads, rows, keys], as views of a flat tensor."""
     shapes = [(heads, rows.stop - rows.start, end) for rows, end in blocks]
-    return [part.view(shape) for part, shape in zip(weights.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+    parts = torch.split(weights, [math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, groups: int) -> Tensor:

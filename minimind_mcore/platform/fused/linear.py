@@ -27,7 +27,7 @@ class Linear:
     def pack(self) -> None:
         """Copy the weight into oneDNN's order; to be called when the weight has changed. Elsewhere: do nothing."""
         on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        if on_cpu and torch.backends.mkldnn.is_available():
+        if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             # The operators that torch.compile takes for frozen weights; torch has no public name for them.
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
