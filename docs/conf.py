@@ -33,6 +33,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = project
 html_favicon = "images/icon.svg"
 html_show_sourcelink = False
+html_sidebars = {"**": ["sidebar-nav-bs"], "index": [], "start": []}
 html_static_path = ["images"]
 templates_path = ["templates"]
 html_theme_options = {
@@ -65,11 +66,12 @@ def navigation() -> dict[str, list[str]]:
 
 
 def read(app: Sphinx, page: str, source: list[str]) -> None:
-    """Leave out the link to the other language, which the header has, and add the navigation.
+    """Leave out the link to the other language, which the header has; name pages by titles; add the navigation.
 
     A line break between two Chinese characters would be shown as a blank, so the lines are joined.
     """
     text = re.sub(r" ?\[(?:English|中文)\]\(\w+\.md\)", "", source[0], count=1)
+    text = re.sub(r"\[\w+\.md\](?=\(\w+\.md)", "[]", text)  # MyST shows the title of the page or the heading
     text = re.sub(r"(?<=[\u4e00-\u9fff，。；：、）]) *\n {0,3}(?=[\u4e00-\u9fff（“])", "", text)
     if below := navigation().get(page):
         text += "\n```{toctree}\n:hidden:\n\n" + "\n".join(below) + "\n```\n"

@@ -1,8 +1,12 @@
-"""The pages for users, README and docs/, and what both languages of a page must share."""
+"""The pages for users, README and docs/, and what both languages of a page must share.
+
+PYTHONPATH=tests python -m helpers.pages    # list pages whose counterpart changed later
+"""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,17 @@ def english_pages() -> list[Path]:
 def counterpart(page: Path) -> Path:
     """Return the Chinese page of an English page."""
     return page.with_name(f"{page.stem}_zh.md")
+
+
+def changed_later() -> list[tuple[Path, Path]]:
+    """Return pairs of pages, old and new, whose last commits differ: the old one may lack what the new one says."""
+
+    def last(page: Path) -> int:
+        command = ["git", "log", "-1", "--format=%ct", "--", str(page)]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout or 0)
+
+    pairs = [sorted((page, counterpart(page)), key=last) for page in english_pages()]
+    return [(old, new) for old, new in pairs if last(old) != last(new)]
 
 
 def commands(page: str) -> list[str]:
@@ -81,3 +96,8 @@ def _numbers(text: str) -> frozenset[str]:
         text = re.sub(rf"\b{month}\b", str(number), text)
     text = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
     return frozenset(number.rstrip(",.") for number in re.findall(r"(?<![\w.])\d[\d,.]*(?:e-\d+)?", text))
+
+
+if __name__ == "__main__":
+    for old, new in changed_later():
+        print(f"{new.relative_to(ROOT)} changed after {old.relative_to(ROOT)}")
