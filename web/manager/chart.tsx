@@ -13,6 +13,8 @@ export interface Curve {
 }
 
 const HEIGHT = 260;
+// Iterations are whole numbers.
+const STEPS = Array.from({ length: 8 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
 
 /** Curves over a common axis of iterations. */
 function aligned(curves: Curve[]): uPlot.AlignedData {
@@ -76,7 +78,10 @@ function options(place: HTMLElement, curves: Curve[]): uPlot.Options {
     width: place.clientWidth || 600,
     height: HEIGHT,
     scales: { x: { time: false } },
-    axes: [axis, { ...axis, size: 60, values: (_, ticks) => ticks.map(short) }],
+    axes: [
+      { ...axis, incrs: STEPS },
+      { ...axis, size: 60, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(5)))) },
+    ],
     series: [
       { label: "iteration" },
       ...curves.map((curve, number) => ({

@@ -75,7 +75,12 @@ function Manager(): JSX.Element {
   useEffect(() => {
     if (!info) get<Info>("/api/info").then(setInfo, () => undefined);
   }, [info, lost]);
-  useEffect(() => main.current?.querySelector<HTMLElement>("h2")?.focus({ preventScroll: true }), [hash]);
+  const shown = useRef(hash);
+  useEffect(() => {
+    // Only after a change of the page: the first Tab must reach the link to the content.
+    if (shown.current !== hash) main.current?.querySelector<HTMLElement>("h2")?.focus({ preventScroll: true });
+    shown.current = hash;
+  }, [hash]);
 
   const [, page = "", argument = ""] = hash.split("/");
   const mark = (id: string, is: boolean) => setMarked((old) => (is ? [...old, id] : old.filter((one) => one !== id)));
@@ -107,7 +112,7 @@ function Manager(): JSX.Element {
               <a href={`#/jobs/${job.id}`} aria-current={argument === job.id ? "page" : undefined}>
                 <span class="job-name">{job.name}</span>
                 <span class="hint">
-                  {job.stage} · {moment(job.created)}
+                  {job.stage} · {moment(job.created).slice(5)}
                 </span>
               </a>
               <StateBadge state={job.state} />
