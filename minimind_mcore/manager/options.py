@@ -81,8 +81,8 @@ class Option:
 
     def described(self) -> dict[str, object]:
         """Return the option as JSON."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"limits": str(self.limits) if self.limits else ""}
+        found: dict[str, object] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return found | {"limits": str(self.limits) if self.limits else ""}
 
 
 def shown(value: object) -> str:

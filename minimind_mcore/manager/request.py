@@ -24,7 +24,7 @@ from minimind_mcore.pipeline.stages import KIND, RL, STAGES, TRAININGS, UNSET, R
 # The pipeline's stages that have commands, and the server, which outlives a pipeline and is a job here.
 JOB_STAGES = (*(name for name in STAGES if name not in ("build", "vllm", "web")), "serve")
 ON_WEIGHTS = ("eval", "convert", "serve")
-INPUTS = ("data", "tokenizer", "weights", "lora", "teacher", "reward_model")
+INPUTS: tuple[str, ...] = ("data", "tokenizer", "weights", "lora", "teacher", "reward_model")
 LONGEST_NAME = 80
 MOST = 64  # options or devices of a request
 

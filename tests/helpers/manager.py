@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Client(httpx.Client):
             time.sleep(0.05)
         return job
 
-    def events(self, path: str, last: str = "") -> Iterator[tuple[str, str, Any]]:
+    def events(self, path: str, last: str = "") -> Generator[tuple[str, str, Any], None, None]:
         """Events of a stream: id, kind, data."""
         headers = {"Last-Event-ID": last} if last else {}
         with self.stream("GET", path, headers=headers) as reply:

@@ -20,8 +20,9 @@ import pytest
 from helpers.engine import ROOT
 from helpers.manager import TOKEN, Client, manager, stub_path
 
+from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
-from minimind_mcore.manager import record
+from minimind_mcore.manager import devices, record
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.queue import Hardware, Queue
 
@@ -333,6 +334,30 @@ def job_request(**fields: Any) -> Any:
     from minimind_mcore.manager.request import read
 
     return read({"stage": "pretrain", "settings": LONG, **fields})
+
+
+def test_the_table_has_the_accelerators_and_their_jobs(tmp_path: Path) -> None:
+    rows = "".join(
+        f"| {n}     910B2               | {health:<13} | 94.5        4{n}                0    / 0             |\n"
+        f"| 0                         | 0000:C1:00.0  | 0           0    / 0          3410 / 65536         |\n"
+        for n, health in enumerate(("OK", "Alarm"))
+    )
+    (tmp_path / "npu-smi").write_text(f"#!/bin/sh\ncat <<'TABLE'\n{rows}TABLE\n")
+    (tmp_path / "npu-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    host = Host(root=tmp_path, environ={"PATH": path, "ASCEND_RT_VISIBLE_DEVICES": "1"})
+    hardware = Hardware.find(1, host)
+    assert (hardware.kind, hardware.numbers) == ("npu", (1,))
+    asked = job_request()
+    fields = {"id": "x", "request": asked, "commands": [], "created": 0.0, "state": "running"}
+    jobs = [record.Job(**fields, device="npu", devices=[1]), record.Job(**fields, device="cpu", devices=[])]
+    first, second, cpu = devices.table(hardware, jobs, host)
+    wanted = {"name": "910B2", "health": "OK", "used": 3410, "total": 65536, "power": "94.5", "temperature": "40"}
+    assert first.items() >= wanted.items() and first["usable"] is False and first["jobs"] == []
+    assert second["health"] == "Alarm" and second["usable"] is True and second["jobs"] == ["x"]
+    assert cpu["kind"] == "cpu" and cpu["jobs"] == ["x"]
+    assert hardware.choose(asked) == ("npu", [1])
+    assert hardware.settings("npu", [1]) == {"DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": "1", "NPUS_PER_NODE": "1"}
 
 
 def test_jobs_survive_a_killed_manager(tmp_path: Path, stub: str) -> None:
