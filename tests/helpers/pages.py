@@ -38,7 +38,7 @@ def changed_later() -> list[tuple[Path, Path]]:
     return [(old, new) for old, new in pairs if last(old) != last(new)]
 
 
-def commands(page: str) -> list[str]:
+def commands(page: str | Path) -> list[str]:
     """Return the commands of a page's bash blocks. Lines that end in a backslash are joined."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers.pages import Content, content, counterpart, english_pages
+from helpers.engine import ROOT
+from helpers.pages import Content, commands, content, counterpart, english_pages
+
+from minimind_mcore.cli import COMMANDS, PROGRAMS
 
 PAGES = english_pages()
+NAMES = json.loads((ROOT / "tests/contract/names.json").read_text(encoding="utf-8"))
+LISTED = [*NAMES["settings"].values(), *NAMES["documented settings"].values()]
+# CARDS is a setting of docker/run_ascend.sh.
+OTHERS = {"PYTHONPATH", "MINDSPEED_RL_HOME", "CARDS"}
+SETTINGS = {name for lines in LISTED for name in " ".join(lines).split()} | OTHERS
 
 
 def test_every_page_has_a_counterpart() -> None:
@@ -40,3 +49,21 @@ def test_a_page_links_to_its_own_language(page: Path) -> None:
     translated = {p.stem for p in PAGES}
     assert [name for name in chinese if name in translated] == [page.stem]
     assert {name.removesuffix("_zh") for name in english} == {name.removesuffix("_zh") for name in chinese}
+
+
+FOLDERS = r"(?:examples|docker|benchmarks|configs|tests|minimind_mcore|requirements|docs|rehearsal|\.github)"
+# These pages also name files of other kits, or files that the reader makes.
+OF_OTHERS = ("extending", "from_mindspeed", "install_ascend")
+NOT_FILES = ("NAME", "configs/envs/runtime_env.yaml")  # the second is MindSpeed-RL's
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in OF_OTHERS], ids=lambda page: page.stem)
+def test_files_commands_and_settings_on_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = set(re.findall(rf"(?<![\w/.-])({FOLDERS}/[\w./-]*\w)(?![\w{{])", text))
+    missing = {name for name in files if not (ROOT / name).exists()}
+    assert {name for name in missing if not any(other in name for other in NOT_FILES)} == set()
+    named = set(re.findall(r"(?:minimind-mcore|minimind_mcore\.cli) ([a-z][\w-]*(?:\.py)?)", text))
+    assert named <= {*COMMANDS, *PROGRAMS}
+    given = {name for command in commands(page) for name in re.findall(r"(?:^|\s)([A-Z][A-Z_]+)=", command)}
+    assert given <= SETTINGS
