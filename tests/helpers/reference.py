@@ -68,7 +68,7 @@ ENGLISH = {
 }
 CHINESE = {
     "commands": "命令与设置",
-    "commands head": "每条命令都是 `minimind-mcore COMMAND`。说明文字就是 `--help` 打印的内容，因此是英文。",
+    "commands head": "每条命令都是 `minimind-mcore COMMAND`。设置的说明就是 `--help` 打印的内容，因此是英文。",
     "programs": "程序",
     "programs head": "这些程序的名称和参数与 MindSpeed-LLM、MindSpeed-RL 相同。参数见 [flags_zh.md](flags_zh.md)。",
     "command": "命令",
@@ -85,6 +85,43 @@ CHINESE = {
     "api head": "自己的程序可以导入的函数和类，说明取自代码，因此是英文。参数、形状和错误见各自的 docstring。"
     "怎样添加自己的函数见 [extending_zh.md](extending_zh.md)。",
     "call": "调用",
+}
+PURPOSES = {
+    "run": "从数据到部署的所有阶段，已完成的阶段会跳过",
+    "download": "下载 MiniMind 的数据、权重、分词器，以及一个奖励模型",
+    "pretrain": "从头训练模型，或继续训练",
+    "sft": "在对话上微调全部权重",
+    "lora": "在对话上微调适配器",
+    "dpo": "用偏好对齐模型",
+    "distill": "用教师模型的 logits 微调模型",
+    "reason": "在推理数据上微调模型（MiniMind2）",
+    "tune": "sft、reason 或 distill，由设置 STAGE 决定",
+    "data": "转换文本、对话或偏好对，或生成示例数据",
+    "convert": "在 MiniMind、Hugging Face 和 Megatron 之间转换权重",
+    "generate": "续写提示",
+    "chat": "与模型对话",
+    "evaluate": "给模型评分：C-Eval、CMMLU、MMLU、困惑度等",
+    "serve": "用任何形式的模型回答 OpenAI 的 HTTP 请求",
+    "rl": "强化学习：训练，检查或导出配置",
+    "quickstart-tools": "教 quickstart 的模型调用工具",
+    "plan": "一个模型在任意设备上的内存、时间和布局",
+    "doctor": "装了什么、哪里不对、用哪条命令修复",
+    "presets": "列出模型，或打印一个模型的参数",
+    "recipes": "列出训练配方，或打印一个配方的参数",
+    "corpus": "写出示例数据",
+    "tool-data": "把 hermes、glaive 和 xlam 转换为 MiniMind 的格式",
+    "tokenizer": "训练分词器",
+    "report": "重新绘制一次训练的曲线",
+    "manager": "在浏览器中启动、查看和停止训练",
+    "pretrain_gpt.py": "预训练",
+    "posttrain_gpt.py": "微调、对齐或蒸馏",
+    "preprocess_data.py": "转换原始数据",
+    "convert_ckpt_v2.py": "转换权重",
+    "convert_ckpt.py": "转换权重，使用旧教程的参数",
+    "inference.py": "生成与对话",
+    "evaluation.py": "评测",
+    "train_grpo.py": "没有 critic 的强化学习",
+    "train_ppo.py": "有 critic 的强化学习",
 }
 
 
@@ -108,7 +145,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _commands(words: dict[str, str]) -> list[str]:
     def listed(table: dict[str, tuple[str, str]]) -> str:
-        return _table([words["command"], words["purpose"]], [[f"`{name}`", text] for name, (_, text) in table.items()])
+        chinese = PURPOSES if words is CHINESE else {}
+        rows = [[f"`{name}`", chinese.get(name, text)] for name, (_, text) in table.items()]
+        return _table([words["command"], words["purpose"]], rows)
 
     parts = [listed(COMMANDS)]
     for name, place in SETTINGS.items():
