@@ -1,4 +1,4 @@
-"""The quickstart in full: minutes of two cores, after which a model answers what it has never seen."""
+"""The quickstart and its stage for tools in full, after which a model answers what it has never seen."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Path) -> None:
     settings = {"PYTHON": sys.executable, "OUTPUT_DIR": str(tmp_path / "out"), "DATA_DIR": str(tmp_path / "data")}
 
-    def run(**more: str) -> subprocess.CompletedProcess[str]:
+    def run(script: str = "quickstart.sh", **more: str) -> subprocess.CompletedProcess[str]:
         began = time.monotonic()
         done = subprocess.run(
-            ["bash", str(ROOT / "examples" / "quickstart.sh")],
+            ["bash", str(ROOT / "examples" / script)],
             env={**os.environ, **settings, **more},
             capture_output=True,
             text=True,
@@ -52,3 +52,12 @@ def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Pat
 
     again = run(LEAST="1.01")
     assert again.returncode == 1 and again.stdout.count("finished before") == 5
+
+    # Seeds give 73 to 83 %.
+    tools = run("quickstart_tools.sh", LEAST="0.7")
+    assert tools.returncode == 0, tools.stdout[-2000:] + tools.stderr[-4000:]
+    assert "exact calls 0.0% before" in tools.stdout
+    cases = [json.loads(line) for line in (tmp_path / "data/tool_cases.jsonl").read_text().splitlines()]
+    values = {str(value) for case in cases for call in case["calls"] for value in call["arguments"].values()}
+    read = (tmp_path / "data/tools.jsonl").read_text()
+    assert len(cases) == 300 and not any(re.search(rf"(?<!\d){re.escape(value)}(?!\d)", read) for value in values)
