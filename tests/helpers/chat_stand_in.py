@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
     def _stream(self, parts: Iterator[Part]) -> None:
         count, finish = 0, "stop"
         for part in parts:
-            if isinstance(part, float):
+            if not isinstance(part, dict):
                 time.sleep(part)
                 continue
             count += 1
