@@ -272,7 +272,7 @@ a <a href="javascript:window.hacked=1">four</a> <b onclick="window.hacked=1">fiv
 ```"""
 
 
-def test_hostile_output_is_inert(chat: Page, scripted: StandIn) -> None:
+def test_hostile_output_is_inert(real: str, chat: Page, scripted: StandIn) -> None:
     asked: list[str] = []
     chat.on("request", lambda request: asked.append(request.url))
     scripted.answer = lambda body: [{"reasoning_content": HOSTILE}, {"content": HOSTILE}, call(HOSTILE[:40], HOSTILE)]
@@ -302,7 +302,7 @@ def test_hostile_output_is_inert(chat: Page, scripted: StandIn) -> None:
     assert set(hrefs) == {"https://example.com/"}
     assert inside.locator("a[href]").first.get_attribute("rel") == "noopener noreferrer nofollow"
     expect(chat.locator(".bubble")).to_contain_text("<script>window.hacked=1</script>")
-    assert {url.split("/")[2] for url in asked} == {scripted.address.split("/")[2]}
+    assert {url[: url.index("/", 8)] for url in asked} <= {real, scripted.address}
 
 
 def test_languages_and_themes(real: str, new_page: NewPage) -> None:
@@ -433,7 +433,7 @@ def test_ten_browsers_on_one_server(real: str, new_page: NewPage) -> None:
     for page in pages:
         page.get_by_label("Temperature").fill("0")
         page.get_by_label("Max tokens").fill("24")
-    questions = [f"question {number} {'abcdefghij'[number] * number}" for number in range(10)]
+    questions = [f"question {number} {'abcdefghij'[number] * 9}" for number in range(10)]
     for page, question in zip(pages, questions, strict=True):
         ask(page, question)  # the next one is sent while this one is answered
     replies = set()
