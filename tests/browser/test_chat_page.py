@@ -412,11 +412,18 @@ def test_axe_finds_nothing_serious(
     look: str, real: str, scripted: StandIn, new_page: NewPage, accessible: Callable[[Page], None]
 ) -> None:
     markdown = "# Title\n\n- a [link](https://example.com)\n\n> quote\n\n```\ncode\n```\n\n|a|b|\n|-|-|\n|1|2|"
-    scripted.answer = lambda body: [{"reasoning_content": "hmm"}, {"content": markdown}, call("lookup", '{"a": 1}')]
+    entry = {"token": "a", "logprob": -1.0, "bytes": [97]}
+    choice = {"logprobs": {"content": [entry | {"top_logprobs": [entry]}]}, "token_ids": [5]}
+    answer: list[Any] = [{"reasoning_content": "hmm"}, {"content": markdown, "choice": choice}]
+    scripted.answer = lambda body: [*map(dict, answer), call("lookup", '{"a": 1}')]
     page = new_page(f"{real}/?api={scripted.address}", color_scheme=look)
     accessible(page)
     ask(page, "everything")
     expect(page.get_by_text("needs your result")).to_be_visible()
+    for fold in page.locator(".answer summary").filter(has_not_text="Prompt").all():
+        fold.click()
+    page.locator("button.token").hover()
+    expect(page.locator(".alternatives li")).to_have_count(1)
     accessible(page)
     page.keyboard.press("Escape")
     page.get_by_role("button", name="中文").click()

@@ -138,6 +138,12 @@ def test_every_configuration_is_installed(wheel: Path) -> None:
     assert names[0] == names[1] and len(names[0]) > 30
 
 
+def test_the_web_pages_are_installed(wheel: Path) -> None:
+    folders = (ROOT / "minimind_mcore/web", wheel / "minimind_mcore/web")
+    names = [{path.name for path in folder.glob("*.*")} for folder in folders]
+    assert names[0] == names[1] and {"chat.html", "chat.js", "chat.css", "licenses.txt"} < names[0]
+
+
 def test_the_stand_in_is_a_package_of_its_own(checkout: Path, wheel: Path, tmp_path: Path) -> None:
     assert not [path for path in wheel.rglob("*") if "torch_npu" in path.name or "rehearsal" in path.parts]
     site = unpacked(built(checkout / "rehearsal", "wheel", tmp_path), tmp_path / "site")
