@@ -99,10 +99,11 @@ class Fake:
         header.touch()
 
     def package(self, name: str, version: str | None) -> None:
-        for old in self.packages.glob(f"{name}-*.dist-info"):
+        file = name.replace("-", "_")  # as pip writes it, and Python 3.11 looks for it
+        for old in self.packages.glob(f"{file}-*.dist-info"):
             shutil.rmtree(old)
         if version is not None:
-            folder = self.packages / f"{name}-{version}.dist-info"
+            folder = self.packages / f"{file}-{version}.dist-info"
             folder.mkdir()
             (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
