@@ -23,7 +23,7 @@ from minimind_mcore.manager import devices, events, options, request
 from minimind_mcore.manager.events import Cursor, described
 from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Queue
-from minimind_mcore.manager.record import LOG, Job
+from minimind_mcore.manager.record import LOG, JobRecord
 from minimind_mcore.manager.runner import typed
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.serve.api import read_json
@@ -172,7 +172,7 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
     }  # fmt: skip
 
 
-def job_of(queue: Queue, asked: Request) -> Job:
+def job_of(queue: Queue, asked: Request) -> JobRecord:
     """Return the job that a path names.
 
     Raises:
@@ -184,7 +184,7 @@ def job_of(queue: Queue, asked: Request) -> Job:
     return job
 
 
-def event_stream(queue: Queue, job: Job, asked: Request) -> Response:
+def event_stream(queue: Queue, job: JobRecord, asked: Request) -> Response:
     """Return the events of a job that a client does not have.
 
     The header Last-Event-ID says what the client has. Without it the query `tail` limits the log to its last lines.

@@ -22,7 +22,7 @@ from minimind_mcore.manager import devices, events, request
 from minimind_mcore.manager.options import shown
 from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Queue
-from minimind_mcore.manager.record import ENDED, LOG, Job
+from minimind_mcore.manager.record import ENDED, LOG, JobRecord
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.pipeline.stages import RL, TRAININGS
 from minimind_mcore.serve.api import read_json
@@ -78,13 +78,13 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _last(queue: Queue) -> Job | None:
+def _last(queue: Queue) -> JobRecord | None:
     """Return the training that was started last."""
     found = [job for job in queue.listed() if job.request.stage in (*TRAININGS, *RL)]
     return found[-1] if found else None
 
 
-def _status(queue: Queue, job: Job | None) -> dict[str, object]:
+def _status(queue: Queue, job: JobRecord | None) -> dict[str, object]:
     if job is None:
         return {"status": "idle", "stage": "", "error": "", "log_lines": 0, "elapsed_seconds": None}
     log = queue.folder(job) / LOG

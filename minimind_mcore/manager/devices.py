@@ -10,11 +10,11 @@ import psutil
 from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.manager.queue import CPU, Hardware
-from minimind_mcore.manager.record import Job
+from minimind_mcore.manager.record import JobRecord
 from minimind_mcore.platform.cpu import cpu_name, usable_cores
 
 
-def table(hardware: Hardware, jobs: Iterable[Job], host: Host | None = None) -> list[dict[str, object]]:
+def table(hardware: Hardware, jobs: Iterable[JobRecord], host: Host | None = None) -> list[dict[str, object]]:
     """Return a row for each accelerator, then one for the CPU; each names the jobs that run there. Memory in MiB."""
     running = [job for job in jobs if job.state in ("running", "stopping")]
     memory = psutil.virtual_memory()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minimind_mcore.manager.queue import Queue
-from minimind_mcore.manager.record import ENDED, LOG, Job
+from minimind_mcore.manager.record import ENDED, LOG, JobRecord
 from minimind_mcore.training.metrics import Row, parse_rows, read_history
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -82,7 +82,7 @@ def at_tail(log: Path, lines: int) -> Cursor:
     return Cursor(log=start + place + 1)
 
 
-def news(queue: Queue, job: Job, cursor: Cursor) -> list[Event]:
+def news(queue: Queue, job: JobRecord, cursor: Cursor) -> list[Event]:
     """Return what is new since a cursor: log, then metrics, then state. A part of a long log is returned alone.
 
     The state is read first: a client that learns that the job has ended has the whole log.
@@ -143,7 +143,7 @@ def _rows(file: Path, attempt: int, cursor: Cursor) -> list[Event]:
     return found
 
 
-def described(queue: Queue, job: Job) -> dict[str, object]:
+def described(queue: Queue, job: JobRecord) -> dict[str, object]:
     """Return a job as JSON for clients."""
     found = job.model_dump(exclude={"mark", "pid", "pid_started", "commands"})
     found |= {"name": job.request.name or job.request.stage, "stage": job.request.stage}
@@ -164,11 +164,11 @@ def finite(row: Row) -> Row:
     return {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
-def metrics(queue: Queue, job: Job, most: int) -> list[Row]:
+def metrics(queue: Queue, job: JobRecord, most: int) -> list[Row]:
     """Return the rows of a job's metrics.jsonl."""
     return thinned([finite(row) for row in read_history(queue.output(job) / METRICS)], most)
 
 
-def samples(queue: Queue, job: Job, most: int) -> list[Row]:
+def samples(queue: Queue, job: JobRecord, most: int) -> list[Row]:
     """Return the newest sample completions of a reinforcement learning job, the newest first."""
     return read_history(queue.output(job) / SAMPLES)[::-1][:most]

@@ -29,7 +29,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
 from minimind_mcore.manager import record, request
 from minimind_mcore.manager.files import Places
-from minimind_mcore.manager.record import ENDED, LOG, MARK, CommandRecord, Job
+from minimind_mcore.manager.record import ENDED, LOG, MARK, CommandRecord, JobRecord
 from minimind_mcore.manager.request import JobRequest
 from minimind_mcore.manager.runner import EXIT
 from minimind_mcore.pipeline.job import SETTINGS
@@ -141,19 +141,19 @@ class Queue:
         self._thread.join()
         self._held.close()
 
-    def folder(self, job: Job) -> Path:
+    def folder(self, job: JobRecord) -> Path:
         """Return the directory of a job."""
         return self.places.jobs / job.id
 
-    def output(self, job: Job) -> Path:
+    def output(self, job: JobRecord) -> Path:
         """Return the directory with the metrics of a job."""
         return self.folder(job) / job.request.stage
 
-    def listed(self) -> list[Job]:
+    def listed(self) -> list[JobRecord]:
         """Return all jobs, the oldest first."""
         return list(self.jobs.values())
 
-    def chat_request(self, job: Job) -> JobRequest:
+    def chat_request(self, job: JobRecord) -> JobRequest:
         """Return the request of a server for the weights that a job has made.
 
         Raises:
@@ -182,7 +182,7 @@ class Queue:
             command.settings = self.hardware.settings(kind, numbers) | command.settings
         return kind, numbers, found
 
-    def add(self, asked: JobRequest) -> Job:
+    def add(self, asked: JobRequest) -> JobRecord:
         """Put a job at the end of the queue.
 
         Raises:
@@ -190,13 +190,13 @@ class Queue:
         """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.stage}-{secrets.token_hex(2)}"
         kind, numbers, commands = self.commands(asked, self.places.jobs / name)
-        job = Job(id=name, request=asked, commands=commands, device=kind, devices=numbers, created=time.time())
+        job = JobRecord(id=name, request=asked, commands=commands, device=kind, devices=numbers, created=time.time())
         with self._lock:
             job.save(self.places.jobs)
             self.jobs[name] = job
         return job
 
-    def stop(self, job: Job) -> None:
+    def stop(self, job: JobRecord) -> None:
         """Ask a job to save and end. A second request kills its processes.
 
         Raises:
@@ -214,7 +214,7 @@ class Queue:
                 if job.is_alive():
                     os.kill(job.pid, signal.SIGINT)
 
-    def resume(self, job: Job) -> None:
+    def resume(self, job: JobRecord) -> None:
         """Queue a job again that was stopped or failed: its commands continue from its checkpoint.
 
         Raises:
@@ -225,7 +225,7 @@ class Queue:
                 raise UserError(f"{job.id} is {job.state}; only a job that was stopped or failed can be resumed")
             self._change(job, state="queued", stop_requested=0.0, ended=0.0, status=None, error="")
 
-    def blockers(self, job: Job) -> list[str]:
+    def blockers(self, job: JobRecord) -> list[str]:
         """Return the jobs that a queued job waits for."""
         needed, blocking, slots = _needs(job), [], []
         for other in self.listed():
@@ -239,7 +239,7 @@ class Queue:
                 blocking.append(other.id)
         return blocking + (slots if len(slots) >= self.hardware.cpu_slots else [])
 
-    def _change(self, job: Job, **fields: object) -> None:
+    def _change(self, job: JobRecord, **fields: object) -> None:
         for name, value in fields.items():
             setattr(job, name, value)
         job.save(self.places.jobs)
@@ -261,7 +261,7 @@ class Queue:
                 if job.state == "queued" and not self.blockers(job):
                     self._start(job)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: JobRecord) -> None:
         folder = self.folder(job)
         (folder / EXIT).unlink(missing_ok=True)
         if job.request.stage == "serve":
@@ -278,11 +278,11 @@ class Queue:
             )  # fmt: skip
         self._know(job, self._children[job.id].pid)
 
-    def _know(self, job: Job, pid: int) -> None:
+    def _know(self, job: JobRecord, pid: int) -> None:
         with contextlib.suppress(psutil.Error):
             self._change(job, pid=pid, pid_started=psutil.Process(pid).create_time())
 
-    def _find_again(self, job: Job) -> None:
+    def _find_again(self, job: JobRecord) -> None:
         """Find the process of a job that a former manager started."""
         if not job.pid:
             found = [p for p in record.processes(job.mark) if "minimind_mcore.manager.runner" in p.cmdline()]
@@ -291,7 +291,7 @@ class Queue:
             elif not record.read_exit(self.folder(job), job.attempt):
                 self._change(job, state="queued", attempt=job.attempt - 1)
 
-    def _follow(self, job: Job) -> None:
+    def _follow(self, job: JobRecord) -> None:
         """Notice that a job has ended, or kill one that takes too long to save."""
         child, folder = self._children.get(job.id), self.folder(job)
         if child and child.poll() is not None:
@@ -316,7 +316,7 @@ def environment(mark: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in DROPPED} | {MARK: mark}
 
 
-def _needs(job: Job) -> set[tuple[str, int]]:
+def _needs(job: JobRecord) -> set[tuple[str, int]]:
     """Return the devices that a job needs."""
     if job.device == CPU:
         return set() if job.request.stage == "serve" else {SLOT}

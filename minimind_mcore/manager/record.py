@@ -50,7 +50,7 @@ class CommandRecord(BaseModel):
         return Command(tuple(self.words), self.settings)
 
 
-class Job(BaseModel):
+class JobRecord(BaseModel):
     """A job.
 
     Attributes:
@@ -107,10 +107,10 @@ class Job(BaseModel):
             return False
 
 
-def read_job(folder: Path) -> Job | None:
+def read_job(folder: Path) -> JobRecord | None:
     """Return the job of a directory; None if it has none, or a damaged record."""
     try:
-        return Job.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+        return JobRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):
         return None
 

@@ -350,7 +350,7 @@ def test_the_table_has_the_accelerators_and_their_jobs(tmp_path: Path) -> None:
     assert (hardware.kind, hardware.numbers) == ("npu", (1,))
     asked = job_request()
     fields = {"id": "x", "request": asked, "commands": [], "created": 0.0, "state": "running"}
-    jobs = [record.Job(**fields, device="npu", devices=[1]), record.Job(**fields, device="cpu", devices=[])]
+    jobs = [record.JobRecord(**fields, device="npu", devices=[1]), record.JobRecord(**fields, device="cpu", devices=[])]
     first, second, cpu = devices.table(hardware, jobs, host)
     wanted = {"name": "910B2", "health": "OK", "used": 3410, "total": 65536, "power": "94.5", "temperature": "40"}
     assert first.items() >= wanted.items() and first["usable"] is False and first["jobs"] == []
