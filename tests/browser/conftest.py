@@ -29,6 +29,7 @@ def browser() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("there is no chromium: apt-get install chromium")
+    api.expect.set_options(timeout=20_000)  # the default of 5 s is short on a busy machine
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser
@@ -58,7 +59,7 @@ def new_page(browser: Browser, errors: Errors) -> Iterator[Callable[..., Page]]:
 
     def open_page(address: str, **options: Any) -> Page:
         context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1200, "height": 800}} | options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(20_000)
         contexts.append(context)
         page = context.new_page()
         errors.watch(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -61,21 +62,30 @@ def sent(server: StandIn, number: int = -1) -> list[tuple[str, str]]:
 
 
 def test_an_answer_is_streamed_with_its_thoughts_and_figures(chat: Page, scripted: StandIn) -> None:
-    thoughts, text = (
-        [{"reasoning_content": "Hmm, "}, {"reasoning_content": "**a sum**"}],
-        [{"content": "It is **42**."}],
-    )
-    scripted.answer = lambda body: [*thoughts, 0.5, *text, 0.5, {"content": LATE}]
+    seen = [threading.Event(), threading.Event()]
+
+    def answer(body: dict[str, Any]) -> Iterator[Any]:
+        yield from ({"reasoning_content": "Hmm, "}, {"reasoning_content": "**a sum**"})
+        seen[0].wait(60)
+        yield {"content": "It is **42**."}
+        seen[1].wait(60)
+        yield {"content": LATE}
+
+    scripted.answer = answer
     ask(chat, "6 times 7?")
     fold = chat.locator("details.thinking")
     expect(fold).to_have_attribute("open", "")
     expect(fold.locator("strong")).to_have_text("a sum")
+    seen[0].set()
     expect(chat.get_by_text("It is 42.")).to_be_visible()  # before the answer is complete
     expect(chat.get_by_role("button", name="Stop (Esc)")).to_be_visible()
     expect(fold).not_to_have_attribute("open", "")
+    seen[1].set()
     expect(chat.get_by_text("The end.")).to_be_visible()
     expect(answers(chat).locator(".markdown strong").last).to_have_text("42")
-    expect(chat.locator(".statistics")).to_have_text(re.compile(r"^12 \+ 4 tokens · \d+\.\d tokens/s · first after \d"))
+    expect(chat.locator(".statistics")).to_have_text(
+        re.compile(r"^12 \+ 4 tokens · \d+(\.\d)? tokens/s · first after \d")
+    )
     expect(answers(chat).locator(".author")).to_have_text("scripted")
     chat.context.grant_permissions(["clipboard-read", "clipboard-write"])
     answers(chat).get_by_role("button", name="Copy").click()
