@@ -150,11 +150,11 @@ class Handler:
     """What a name of --handler-name does in pretraining.
 
     Attributes:
-        text: of a record's fields and one key, or why there is none.
+        text: of a record's fields and one key.
         fields: what it reads of a record; none: the keys themselves.
     """
 
-    text: Callable[[dict[str, Any], str], str | Reject]
+    text: Callable[[Mapping[str, Any], str], str]
     fields: tuple[str, ...] = ()
 
     def columns(self, keys: Sequence[str]) -> Sequence[str]:
@@ -171,32 +171,20 @@ class Handler:
             return rejected(f"not an object but {kind_of(record)}", record)
         texts = {}
         for key in keys:
-            text = self.text(record, key)
-            if isinstance(text, Reject):
-                return text
             try:
-                text.encode("utf-8")
+                texts[key] = self.text(record, key)
+                texts[key].encode("utf-8")
+            except Unusable as reason:
+                return rejected(str(reason), record)
             except UnicodeEncodeError as error:
-                return rejected(
-                    f"field {key!r} has a lone surrogate or invalid UTF-8 at character {error.start + 1}", record
-                )
-            texts[key] = text
+                place = error.start + 1
+                return rejected(f"field {key!r} has a lone surrogate or invalid UTF-8 at character {place}", record)
         return texts
 
 
 def unread(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
     """Fields of a record that hold something and are not among those that are read."""
     return [field for field, value in record.items() if field not in fields and not is_empty(value)]
-
-
-def _field(record: dict[str, Any], key: str) -> str | Reject:
-    """The string under a key, as it stands."""
-    text = record.get(key)
-    if text is None:
-        return rejected(f"field {key!r} {'is null' if key in record else 'is missing'}", record)
-    if not isinstance(text, str):
-        return rejected(f"field {key!r} is not a string but {kind_of(text)}", record)
-    return text
 
 
 # Vicuna's preamble around Alpaca's prompt, as MindSpeed-LLM joins them: where a record has no input, its template
@@ -210,32 +198,28 @@ _ALPACA = (
 )
 
 
-def _alpaca(record: dict[str, Any], key: str) -> str | Reject:
+def _alpaca(record: Mapping[str, Any], key: str) -> str:
     """An Alpaca record (instruction, input, output) in its prompt; `key` names the dataset only."""
-    for name in ("instruction", "output"):
-        if isinstance(text := _field(record, name), Reject):
-            return text
-    if record.get("input") and isinstance(text := _field(record, "input"), Reject):
-        return text
-    given = f" Input:\n{record['input']}" if record.get("input") else None
-    return _ALPACA.format(instruction=record["instruction"], input=given, output=record["output"])
+    instruction, output = text_of(record, "instruction"), text_of(record, "output")
+    given = f" Input:\n{text_of(record, 'input')}" if record.get("input") else None
+    return _ALPACA.format(instruction=instruction, input=given, output=output)
 
 
-def _sharegpt(record: dict[str, Any], key: str) -> str | Reject:
+def _sharegpt(record: Mapping[str, Any], key: str) -> str:
     """The turns of a conversation (`value`, or `content`), one after the other with nothing between."""
     turns = record.get(key)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return rejected(f"field {key!r} is not a list of turns but {kind_of(turns)}", record)
+        raise Unusable(f"field {key!r} is not a list of turns but {kind_of(turns)}")
     # A parquet file has both columns for every turn, one of them null.
     texts = [turn.get("content") if turn.get("value") is None else turn["value"] for turn in turns]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            return rejected(f"field {key!r}: turn {number} has no string under 'value' or 'content'", record)
+            raise Unusable(f"field {key!r}: turn {number} has no string under 'value' or 'content'")
     return "".join(texts)
 
 
 HANDLERS: Mapping[str, Handler] = {
-    "GeneralPretrainHandler": Handler(_field),
+    "GeneralPretrainHandler": Handler(text_of),
     "AlpacaPretrainHandler": Handler(_alpaca, ("instruction", "input", "output")),
     "SharegptPretrainHandler": Handler(_sharegpt),
 }
