@@ -477,6 +477,33 @@ class ShardReader:
                 self._row_share = row / total
 
 
+def read_records(inputs: str, keys: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Iterate over the records of an input, as (place, record).
+
+    The place is for messages. The record is as `ShardReader` yields it. Blank lines are left out.
+
+    Args:
+        inputs: files, directories, globs, separated by commas.
+        keys: the columns to read of parquet files; None for all.
+    """
+    for shard in plan_shards(find_sources(inputs), subsets=1):
+        for number, record in ShardReader(shard, keys):
+            if record is not None:
+                yield f"{shard.source.path}, record {number}", record
+
+
+def sound_records(inputs: str, keys: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Iterate over the records of an input, as `read_records` does.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    for place, record in read_records(inputs, keys):
+        if isinstance(record, Reject):
+            raise UserError(f"{place}: {record.reason}")
+        yield place, record
+
+
 def _without_nulls(value: Any) -> Any:
     """A value of a nested column without the keys that are null."""
     if isinstance(value, dict):

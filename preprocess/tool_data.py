@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler
 from minimind_mcore.preprocess.messages import Conversation
-from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import Reject, read_records
 from minimind_mcore.storage import write_json_lines
 
 logger = logging.getLogger("minimind_mcore.preprocess.tool_data")
@@ -34,10 +34,9 @@ Row = dict[str, object]
 
 def rows(inputs: str, handler: ChatHandler) -> Iterator[Conversation | Reject]:
     """Yield the conversation of each record, or why there is none."""
-    for shard in plan_shards(find_sources(inputs), subsets=1):
-        for _, record in ShardReader(shard, keys=None):
-            found = record if isinstance(record, Reject) else handler(record)
-            yield found if isinstance(found, Reject) else found[""]
+    for _, record in read_records(inputs):
+        found = record if isinstance(record, Reject) else handler(record)
+        yield found if isinstance(found, Reject) else found[""]
 
 
 def minimind_row(conversation: Conversation) -> Row:

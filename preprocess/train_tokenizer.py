@@ -23,7 +23,7 @@ from minimind_mcore.errors import UserError, run
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.preprocess.handlers import HANDLERS
-from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import Reject, read_records
 from minimind_mcore.storage import atomic_directory
 
 logger = logging.getLogger("minimind_mcore.preprocess.train_tokenizer")
@@ -48,12 +48,10 @@ def texts(spec: str, key: str) -> Iterator[str]:
         UserError: no file there, or a damaged one.
     """
     text = HANDLERS["GeneralPretrainHandler"]
-    for shard in plan_shards(find_sources(spec), subsets=1):
-        for _, record in ShardReader(shard, [key]):
-            if record is not None and not isinstance(record, Reject):
-                fields = text(record, [key])
-                if not isinstance(fields, Reject):
-                    yield fields[key]
+    for _, record in read_records(spec, [key]):
+        fields = record if isinstance(record, Reject) else text(record, [key])
+        if not isinstance(fields, Reject):
+            yield fields[key]
 
 
 def train(corpus: Iterator[str], vocab_size: int, split_digits: bool = False) -> Tokenizer:

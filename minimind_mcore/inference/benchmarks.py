@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import sound_records
 
 LETTERS = "ABCD"
 SUFFIXES = (".csv", ".parquet", ".jsonl")
@@ -204,13 +204,11 @@ def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Ma
     if file.suffix.lower() == ".csv":
         yield from _rows(file, header)
         return
-    for shard in plan_shards(find_sources(str(file)), subsets=1):
-        keys = ("question", "question_stem", "choices", "answer", "answerKey", "id", *LETTERS, "Question", "Answer")
-        for line, record in ShardReader(shard, keys):
-            if isinstance(record, Reject) or (record is not None and not isinstance(record, dict)):
-                raise UserError(f"{file}, record {line}: {getattr(record, 'reason', 'not an object')}")
-            if record is not None:
-                yield f"{file}, record {line}", record
+    keys = ("question", "question_stem", "choices", "answer", "answerKey", "id", *LETTERS, "Question", "Answer")
+    for where, record in sound_records(str(file), keys):
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not an object")
+        yield where, record
 
 
 def _rows(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

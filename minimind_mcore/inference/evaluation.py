@@ -33,7 +33,7 @@ from minimind_mcore.inference.results import EvaluationResults
 from minimind_mcore.inference.toolcall import TOOLCALL, Api, Local, evaluate, read_cases
 from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path
-from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import sound_records
 from minimind_mcore.tools.cases import Case
 
 logger = logging.getLogger(__name__)
@@ -58,18 +58,12 @@ def documents(path: str, loaded: Loaded) -> Iterator[Document]:
 def _of_files(path: str, loaded: Loaded) -> Iterator[Document]:
     tokenizer: Any = loaded.tokenizer
     before, after = loaded.info.frame()
-    for shard in plan_shards(find_sources(path), subsets=1):
-        for line, record in ShardReader(shard, [KEY]):
-            where = f"{shard.source.path}, record {line}"
-            if isinstance(record, Reject):
-                raise UserError(f"{where}: {record.reason}")
-            if record is None:
-                continue
-            text = record.get(KEY) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"{where}: expected an object with a {KEY!r} that is a text")
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            yield [*before, *ids, *after], len(text.encode())
+    for where, record in sound_records(path, [KEY]):
+        text = record.get(KEY) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{where}: expected an object with a {KEY!r} that is a text")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        yield [*before, *ids, *after], len(text.encode())
 
 
 def _of_dataset(prefix: str, loaded: Loaded) -> Iterator[Document]:

@@ -25,7 +25,7 @@ from minimind_mcore.preprocess.messages import (
     report_unused,
     tools_of,
 )
-from minimind_mcore.preprocess.readers import Reject, ShardReader, find_sources, plan_shards
+from minimind_mcore.preprocess.readers import sound_records
 from minimind_mcore.preprocess.templates import SlotTemplate
 from minimind_mcore.preprocess.tokenize import added_ids, document_frame
 
@@ -114,17 +114,12 @@ def records(
         UserError: no file there, or a record that holds none.
     """
     unused = Counter[str]()
-    for shard in plan_shards(find_sources(spec), subsets=1):
-        for line, record in ShardReader(shard, keys=None):
-            where = f"{shard.source.path}, record {line}"
-            if isinstance(record, Reject):
-                raise UserError(f"{where}: {record.reason}")
-            if record is not None:
-                key, prompt, keys = _of_record(record, where, system, tools)
-                unused.update(keys)
-                read = {key, *BESIDE, *used}
-                unused.update(name for name, value in record.items() if name not in read and not is_empty(value))
-                yield where, record, prompt
+    for where, record in sound_records(spec):
+        key, prompt, keys = _of_record(record, where, system, tools)
+        unused.update(keys)
+        read = {key, *BESIDE, *used}
+        unused.update(name for name, value in record.items() if name not in read and not is_empty(value))
+        yield where, record, prompt
     report_unused(unused)
 
 
