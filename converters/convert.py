@@ -36,6 +36,7 @@ from minimind_mcore.storage import (
     FileEntry,
     check_manifest,
     disk_errors,
+    free_bytes,
     fsync,
     publish_directory,
     remove_abandoned,
@@ -328,8 +329,7 @@ def require_free(output: Path) -> None:
 
 def require_space(output: Path, nbytes: int) -> None:
     """Refuse what cannot fit, before anything is read."""
-    where = next(p for p in output.absolute().parents if p.exists())
-    free = shutil.disk_usage(where).free
+    free = free_bytes(output)
     if free < nbytes + SLACK_BYTES:
         raise UserError(
             f"{output}: {(nbytes + SLACK_BYTES) / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free; "

@@ -55,8 +55,7 @@ def disk_errors(path: Path, written: Path | None = None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        where = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(where).free
+        where, free = existing(path), free_bytes(path)
         code = _no_space(error)
         hidden = code is None and getattr(error, "errno", None) is None
         if code in (errno.ENOSPC, errno.EDQUOT) or (hidden and free < 1 << 20):
@@ -69,6 +68,26 @@ def disk_errors(path: Path, written: Path | None = None) -> Iterator[None]:
                 "filesystem; nothing that was finished before is lost. Raise the limit and run the same command again."
             ) from error
         raise
+
+
+def existing(path: Path) -> Path:
+    """Return a path, or the nearest directory above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes where a path is, or will be."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give a file or directory a free name; return that name. Nothing if it does not exist or is an empty directory."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    number = 1
+    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(free)
 
 
 def _no_space(error: BaseException | None) -> int | None:
@@ -136,13 +155,13 @@ def require_writable(directory: Path, advice: str) -> None:
     Raises:
         UserError: see above; nothing is created.
     """
-    existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
-    if not existing.is_dir():
+    place = existing(directory.absolute())
+    if not place.is_dir():
         code = errno.ENOTDIR
-    elif os.access(existing, os.W_OK | os.X_OK):
+    elif os.access(place, os.W_OK | os.X_OK):
         return
     else:
-        code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+        code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
     raise UserError(f"{directory}: cannot be written ({os.strerror(code)}); {advice}")
 
 

@@ -13,6 +13,7 @@ from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host, cann
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
+from minimind_mcore.storage import existing, free_bytes
 
 GIB = 2**30
 HCCL_BASE, HCCL_COUNT = 60000, 16  # CANN: HCCL_IF_BASE_PORT
@@ -92,10 +93,9 @@ def disk(host: Host) -> list[Finding]:
     checkout = default_outputs()
     found = []
     for variable, default in (("OUTPUT_DIR", checkout / "outputs"), ("DATA_DIR", checkout / "data")):
-        place = Path(host.environ.get(variable) or default).expanduser()
-        existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free / GIB
-        text = f"{free:.1f} GiB free at {existing}"
+        place = Path(host.environ.get(variable) or default).expanduser().absolute()
+        free = free_bytes(place) / GIB
+        text = f"{free:.1f} GiB free at {existing(place)}"
         if free < 1:
             found.append(
                 fail("disk", f"{text}; a checkpoint of MiniMind takes up to 5", f"export {variable}=/elsewhere")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from minimind_mcore.cli.settings import env
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.pipeline.tables import KINDS, Entry, find, tables
-from minimind_mcore.storage import disk_errors, sha256
+from minimind_mcore.storage import disk_errors, free_bytes, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +87,8 @@ def require_space(folder: Path, entry: Entry, name: str) -> None:
     Raises:
         UserError: see above.
     """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
     there = sum((folder / file).stat().st_size for file in entry.get("files", []) if (folder / file).is_file())
-    needed, free = entry["gb"] * 1e9 * MARGIN - there, shutil.disk_usage(existing).free
+    needed, free = entry["gb"] * 1e9 * MARGIN - there, free_bytes(folder)
     if needed > free:
         raise UserError(
             f"{name} needs {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free; free some space"

@@ -194,14 +194,3 @@ class Records:
         record["finished"] = True
         self.write(job.name, record)
         return record
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Rename a folder to a free name; return that name. Nothing happens if the folder does not exist or is empty."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    number = 1
-    while (free := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(free)
-    return free

@@ -30,7 +30,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import is_path
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.pipeline import docker, download, report, sample, serving
-from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, set_aside, unfinished
+from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, unfinished
 from minimind_mcore.pipeline.stages import (
     DATA,
     PRESETS,
@@ -44,6 +44,7 @@ from minimind_mcore.pipeline.stages import (
 )
 from minimind_mcore.pipeline.tables import find
 from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.storage import set_aside
 
 logger = logging.getLogger(__name__)
 

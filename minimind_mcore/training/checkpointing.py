@@ -15,7 +15,6 @@ takes the newest whole one.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ from minimind_mcore.storage import (
     disk_errors,
     disk_full,
     file_entry,
+    free_bytes,
     publish_directory,
     write_manifest,
     writing,
@@ -134,7 +134,7 @@ def expected_bytes(config: TrainConfig) -> int:
 
 def _require_space(config: TrainConfig, tmp: Path) -> None:
     """Refuse a save that cannot fit before any rank has begun to write."""
-    free = free_bytes(config)
+    free = free_bytes(config.checkpoint.directory)
     if free < expected_bytes(config):
         raise disk_full(tmp, free, tmp)
 
@@ -395,11 +395,3 @@ def _progress(config: TrainConfig, saved: dict[str, Any]) -> Progress:
     consumed = getattr(saved["args"], "consumed_train_samples", 0) or iteration * config.schedule.global_batch_size
     skipped = getattr(saved["args"], "skipped_train_samples", 0) // config.schedule.global_batch_size
     return Progress(iteration, consumed, skipped)
-
-
-def free_bytes(config: TrainConfig) -> int:
-    """Free bytes where `--save` is."""
-    where = config.checkpoint.directory.absolute()
-    while not where.exists():
-        where = where.parent
-    return shutil.disk_usage(os.fspath(where)).free

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
-import itertools
 import json
 import logging
 import statistics
@@ -22,7 +21,7 @@ from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
-from minimind_mcore.storage import append_line, atomic_write_text, writing
+from minimind_mcore.storage import append_line, atomic_write_text, set_aside, writing
 from minimind_mcore.training import step
 from minimind_mcore.training.config import Loggers, TrainConfig
 from minimind_mcore.training.job import Job
@@ -229,13 +228,6 @@ def parse_rows(text: str) -> list[Row]:
         if isinstance(row, dict) and "iteration" in row:
             rows.append(row)
     return rows
-
-
-def set_aside(path: Path) -> None:
-    """Rename the metrics of a former run, which a run from the beginning would otherwise drop."""
-    if path.exists():
-        numbers = itertools.count(1)
-        path.rename(next(p for n in numbers if not (p := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists()))
 
 
 def forget_after(path: Path, iteration: int) -> None:

@@ -10,7 +10,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.forecast import machines, memory, speed
 from minimind_mcore.forecast.memory import GIB, Workload
 from minimind_mcore.platform import device
-from minimind_mcore.storage import require_writable
+from minimind_mcore.storage import free_bytes, require_writable
 from minimind_mcore.training import checkpointing, data
 from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.job import Job
@@ -122,7 +122,7 @@ def dry_run(config: TrainConfig, kind: type[Job], has_length: bool) -> None:
         print(f"{name + ':':<12}{text}")
     require_memory(config, kind.sequences)
     if config.checkpoint.save:
-        needed, free = checkpointing.expected_bytes(config), checkpointing.free_bytes(config)
+        needed, free = checkpointing.expected_bytes(config), free_bytes(config.checkpoint.directory)
         save = config.checkpoint.save
         print(f"{'save:':<12}{save}: {needed / GIB:.2f} GiB a checkpoint, {free / GIB:.1f} GiB free")
         if needed > free:

@@ -183,7 +183,7 @@ def test_offline_is_one_message(name: str, hub: Hub, tmp_path: Path) -> None:
 def test_a_download_that_the_disk_has_no_room_for_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
     monkeypatch.setattr(download, "fetch", lambda *words: pytest.fail("the download began"))
     with pytest.raises(download.UserError, match=r"pretrain_t2t_mini needs 1\.3 GB in .*, 1\.0 GB are free"):
         download.main(["data", "pretrain_t2t_mini", "--output", str(tmp_path)])

@@ -15,8 +15,9 @@ import minimind_mcore
 from minimind_mcore.cli import dispatch
 from minimind_mcore.errors import UserError
 from minimind_mcore.pipeline import docker, main, report, serving
-from minimind_mcore.pipeline.job import Command, Job, Records, digest, set_aside
+from minimind_mcore.pipeline.job import Command, Job, Records, digest
 from minimind_mcore.pipeline.stages import STAGES, Run, expand
+from minimind_mcore.storage import set_aside
 
 
 def settings(*words: str) -> argparse.Namespace:

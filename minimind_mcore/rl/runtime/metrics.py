@@ -27,9 +27,9 @@ from torch import Tensor
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.batch import Batch
-from minimind_mcore.storage import append_line, writing
+from minimind_mcore.storage import append_line, set_aside, writing
 from minimind_mcore.training.config import Loggers
-from minimind_mcore.training.metrics import EndForecast, Progress, forget_after, open_sinks, read_history, set_aside
+from minimind_mcore.training.metrics import EndForecast, Progress, forget_after, open_sinks, read_history
 
 logger = logging.getLogger(__name__)
 
