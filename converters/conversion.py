@@ -37,12 +37,15 @@ MODEL_TYPES = {"llama2": "llama", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "q
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A conversion as it is asked for; the fields are the flags, None where a flag was not given."""
+    """A conversion as it is asked for; the fields are the flags, None where a flag was not given.
+
+    To read a model needs no `save_dir`.
+    """
 
     load_dir: Path
-    save_dir: Path
-    save_type: str
-    layout: ParallelLayout
+    save_dir: Path = Path()
+    save_type: str = "hf"
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
     load_type: str | None = None
     ckpt_format: str = "torch"
     model_type: str | None = None

@@ -13,7 +13,6 @@ from pathlib import Path
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint import assumptions, unpickling
 from minimind_mcore.checkpoint.files import directory_of
-from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.converters.conversion import Conversion
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import add_kit_flags, build_parser, flag_table, support, unused
@@ -81,9 +80,6 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Conversi
         raise UserError(f"{' and '.join(sorted(asked))} are asked for; expected one dtype")
     return Conversion(
         load_dir=_checkpoint(args),
-        save_dir=Path(),  # nothing is written
-        save_type="hf",
-        layout=ParallelLayout(),
         dtype=asked.pop() if asked else default_dtype,
         hf_cfg_dir=Path(args.hf_cfg_dir) if args.hf_cfg_dir else None,
         lora_load=Path(args.lora_load) if args.lora_load else None,

@@ -94,12 +94,10 @@ def weights_digest(checkpoints: Path) -> str:
 
     A checkpoint of adapters holds no whole model. Its digest is that of its files.
     """
-    from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.converters import conversion, convert
 
-    asked = conversion.Conversion(load_dir=checkpoints, save_dir=Path(), save_type="hf", layout=ParallelLayout())
     try:
-        source = conversion.open_model(asked)
+        source = conversion.open_model(conversion.Conversion(load_dir=checkpoints))
     except UserError:
         folder = iteration_directory(checkpoints)
         return digest(folder or checkpoints)

@@ -131,16 +131,12 @@ def _copy_module(name: str, folder: Path) -> bool:
 
 def _model(config: Config, folder: Path) -> None:
     """The weights as transformers and vLLM load them."""
-    from minimind_mcore.checkpoint.layout import ParallelLayout
     from minimind_mcore.converters.conversion import Conversion, run_conversion
 
     if not config.actor.load or not Path(config.actor.load).exists():
         raise UserError(f"actor_config.load: {config.actor.load} does not exist; expected the weights to begin with")
     tokenizer = Path(config.actor.tokenizer_name_or_path)
-    conversion = Conversion(
-        load_dir=Path(config.actor.load), save_dir=folder, save_type="hf", layout=ParallelLayout(), tokenizer=tokenizer
-    )
-    run_conversion(conversion)
+    run_conversion(Conversion(load_dir=Path(config.actor.load), save_dir=folder, tokenizer=tokenizer))
     template = folder / "chat_template.jinja"
     if not template.is_file():
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
