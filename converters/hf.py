@@ -43,12 +43,6 @@ _NOT_THE_MODEL = (
     *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "output_hidden_states", "output_attentions"),
     *("return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
 )
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 
 
 def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | None, copy_code: bool = False) -> None:
@@ -77,10 +71,12 @@ def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | N
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5, vLLM and MindSpeed-LLM all read."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     fields: dict[str, Any] = config.hf_config().to_dict()
     for key in _NOT_THE_MODEL:
         fields.pop(key, None)
-    fields["architectures"] = [_CLASSES[hf_model_type(config)]]
+    fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_model_type(config)]]
     # transformers 5 has them in `rope_parameters`, and other names for the counts; the others know only these.
     # Not `rope_scaling`: where it is there, if only as null, transformers 5 does not look at `rope_parameters`.
     fields |= {"rope_theta": config.rotary_base, "tie_word_embeddings": config.tie_embeddings}

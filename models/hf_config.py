@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 
     from minimind_mcore.models.config import ModelConfig, MoEConfig
 
-_CLASSES = {
-    "llama": "LlamaConfig",
-    "qwen3": "Qwen3Config",
-    "qwen2_moe": "Qwen2MoeConfig",
-    "qwen3_moe": "Qwen3MoeConfig",
-}
-
+_MODEL_TYPES = ("llama", "qwen3", "qwen2_moe", "qwen3_moe")
 _BOOLS = ("tie_word_embeddings", "use_moe", "norm_topk_prob", "seq_aux", "inference_rope_scaling")
 # As in the table of ranges, but a float with an integer's value will do: transformers writes such.
 _ROPE_THETA = dataclasses.replace(RANGES["rotary_base"], kind=float)
@@ -91,8 +85,7 @@ def to_hf_config(config: ModelConfig) -> PretrainedConfig:
         assert config.moe is not None
         # Before 4.50 or so the biases could not be switched off; zeros work in every version.
         fields |= {"shared_expert_intermediate_size": config.moe.shared_ffn_hidden_size, "qkv_bias": True}
-    hf_config: PretrainedConfig = getattr(transformers, _CLASSES[model_type])(**fields)
-    return hf_config
+    return transformers.AutoConfig.for_model(model_type, **fields)
 
 
 def to_native_config(config: ModelConfig) -> dict[str, Any]:
@@ -183,8 +176,8 @@ def read_fields(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     model_type = raw.get("model_type")
     if model_type == "minimind":
         return _read_native(reader)
-    if not isinstance(model_type, str) or model_type not in _CLASSES:
-        known = ", ".join([*_CLASSES, "minimind"])
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+        known = ", ".join([*_MODEL_TYPES, "minimind"])
         raise UserError(f"{name}: model_type: found {model_type!r}, expected one of {known}")
     reader.expect("attention_bias", False)
     reader.expect("mlp_bias", False)
