@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import queue
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from minimind_mcore import arguments
+from minimind_mcore.checkpoint import megatron_dist
 from minimind_mcore.checkpoint.files import NAME, TRACKER, directory_of
 from minimind_mcore.checkpoint.layout import FilePart, ParallelLayout
-from minimind_mcore.checkpoint.megatron_dist import stacked
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.checkpoint.tensors import Slot
 from minimind_mcore.checkpoint.torch_zip import create_torch
@@ -129,6 +128,8 @@ class MegatronDistTarget(Target):
         return [name for name in self.source.tensors if name not in self._tensors]
 
     def finish(self) -> None:
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
         state: dict[str, Any] = {
             "args": checkpoint_args(self.source, ParallelLayout()),
             "checkpoint_version": 3.0,
@@ -136,7 +137,8 @@ class MegatronDistTarget(Target):
             "num_floating_point_operations_so_far": 0,
         }
         with single_process():
-            _save(self._directory, state | {"model": self._sharded()})
+            strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+            megatron_dist.save(state | {"model": self._sharded()}, self._directory, sharded_strategy=strategy)
         self._tensors.clear()
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
@@ -152,7 +154,7 @@ class MegatronDistTarget(Target):
         lengths = (config.num_layers, config.moe.num_experts if config.moe else 1)
         sharded: dict[str, Any] = {}
         for name, tensor in self._tensors.items():
-            key, place = stacked(name)
+            key, place = megatron_dist.stacked(name)
             offsets = [(axis, number, lengths[axis]) for axis, number in enumerate(place)]
             sharded[name] = ShardedTensor.from_rank_offsets(key, tensor, *offsets, prepend_axis_num=len(place))
             module = name.split(".")[-2]
@@ -161,21 +163,6 @@ class MegatronDistTarget(Target):
                 shape = lengths[: len(place)] or (1,)
                 sharded[f"{name} state"] = ShardedObject(state, None, shape, place or (0,))
         return sharded
-
-
-def _save(directory: Path, state: dict[str, Any]) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    # Its writers report over a queue of another process; this save waits for them here (see checkpoint_dist).
-    filesystem_async._results_queue = queue.Queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    try:
-        dist_checkpointing.save(state, str(directory), strategy)
-    except CheckpointException as error:  # no Exception, but a BaseException
-        raise RuntimeError(str(error)) from error
 
 
 @contextlib.contextmanager

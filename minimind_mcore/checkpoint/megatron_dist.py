@@ -7,11 +7,13 @@ takes each chunk from its place; writing goes through megatron-core, so that the
 from __future__ import annotations
 
 import math
+import queue
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,20 @@ from minimind_mcore.models.config import ModelConfig
 
 _EXPERT = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
+
+
+def save(state: dict[str, Any], directory: Path, **options: Any) -> None:
+    """Let megatron-core write a checkpoint; the options are those of its `save`. Collective."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(state, str(directory), **options)
+    except CheckpointException as error:  # no Exception, but a BaseException
+        raise RuntimeError(str(error)) from error
 
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import queue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-from minimind_mcore.checkpoint import unpickling
+from minimind_mcore.checkpoint import megatron_dist, unpickling
 from minimind_mcore.checkpoint.torch_zip import check_checkpoint
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.wrappers import unwrap
@@ -67,12 +65,7 @@ def _rng_object() -> ShardedObject:
 
 def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progress) -> list[Path]:
     """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     _require_support()
-    # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
-    filesystem_async._results_queue = queue.Queue()
     state = _sharded_state(
         config, engine.model, None if config.checkpoint.no_save_optim else engine.optimizer, loading=False
     )
@@ -82,10 +75,7 @@ def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progre
     if not config.checkpoint.no_save_rng:
         state["rng_state"] = _rng_object()
     kept = {k: v for k, v in _metadata(config).items() if k != "dp_cp_group"}
-    try:
-        dist_checkpointing.save(state, str(directory), content_metadata=kept)
-    except CheckpointException as error:  # no Exception, but a BaseException
-        raise RuntimeError(str(error)) from error
+    megatron_dist.save(state, directory, content_metadata=kept)
     dist.barrier()
     return sorted(p for p in directory.rglob("*") if p.is_file())[dist.get_rank() :: dist.get_world_size()]
 
