@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.inference.exact_match import Answered
 from minimind_mcore.inference.likelihood import Accuracy, Perplexity
 from minimind_mcore.inference.quality import Quality
 from minimind_mcore.inference.toolcall import TOOLCALL, Outcome, summary
 from minimind_mcore.storage import atomic_file, atomic_write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 JSON, PICTURE, ANSWERS = "scores.json", "scores.png", "answers.jsonl"
 CHANCE = 0.25  # of benchmarks
@@ -121,13 +123,10 @@ class EvaluationResults:
             atomic_write_text(folder / ANSWERS, "".join(lines))
         if self.accuracies:
             with atomic_file(folder / PICTURE) as file:
-                file.write(self._draw())
+                self._figure().savefig(file, format="png", dpi=100)
 
-    def _draw(self) -> bytes:
+    def _figure(self) -> Figure:
         """A bar for each subject, and for all of a benchmark."""
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib.figure import Figure
 
         bars = []
@@ -144,9 +143,7 @@ class EvaluationResults:
             axes.axvline(CHANCE, color="gray", linestyle="--", label="chance")
             axes.legend()
         axes.set(xlim=(0, 1), xlabel="accuracy, with its standard error", title=str(self.about["model"]))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
+        return figure
 
 
 def _grouped(answers: Sequence[Answered]) -> dict[tuple[str, bool], list[Answered]]:

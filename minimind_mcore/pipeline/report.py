@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import minimind_mcore
+from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline.job import Record
 from minimind_mcore.pipeline.stages import RL, TRAININGS, Run
 from minimind_mcore.platform import device
-from minimind_mcore.storage import atomic_file, atomic_write_text
+from minimind_mcore.storage import atomic_write_text
 from minimind_mcore.training.metrics import Row, read_history
+from minimind_mcore.training.report import plot, save_png, svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROMPTS = 5
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 LOSSES = ("lm_loss", "grpo/score/mean")  # the curve of a stage: its loss, or the mean reward
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
-
-HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin-bottom: 1rem }} svg {{ width: 100%; height: auto }}
-td, th {{ text-align: left; vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd;
-          overflow-wrap: anywhere }}
-</style>
-<h1>{title}</h1>
-"""
 
 
 def write(run: Run) -> None:
@@ -47,13 +40,11 @@ def write(run: Run) -> None:
          [(n, *pair) for n, record in records.items() for pair in record.get("inputs", {}).items()]),
     ]  # fmt: skip
     title = f"MiniMind: {run.model}"
-    picture = draw(histories, "svg").decode()
-    svg = "<svg" + picture.partition("<svg")[2]
-    body = "\n".join(map(_html, tables))
-    page = HEAD.format(title=html.escape(title))
-    atomic_write_text(run.output / "report.html", f"{page}{svg}\n{body}\n</html>\n")
-    with atomic_file(run.output / "loss.png") as file:
-        file.write(draw(histories, "png"))
+    figure = _figure(histories)
+    template = (PACKAGE / "pipeline/report.html.in").read_text(encoding="utf-8")
+    page = template.format(title=html.escape(title), figure=svg(figure), tables="\n".join(map(_html, tables)))
+    atomic_write_text(run.output / "report.html", page)
+    save_png(figure, run.output / "loss.png")
     text = "\n".join(map(_markdown, tables))
     atomic_write_text(run.output / "report.md", f"# {title}\n\n![losses of all stages](loss.png)\n\n{text}")
     print(f"\nreport      {run.output / 'report.html'}  {run.output / 'report.md'}", flush=True)
@@ -100,27 +91,16 @@ def _last(history: Sequence[Row]) -> str:
     return f"{points[-1][1]:.4f}" if points else ""
 
 
-def draw(histories: Mapping[str, list[Row]], kind: str) -> bytes:
-    """Draw the curves of all stages into one figure, side by side; return a "png" or an "svg"."""
-    import matplotlib
+def _figure(histories: Mapping[str, list[Row]]) -> Figure:
+    """The curves of all stages, side by side."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, max(1, len(histories)), figsize=(3.2 * max(2, len(histories)), 3.2), squeeze=False
-    )
+    figure = Figure(figsize=(3.2 * max(2, len(histories)), 3.2))
+    axes = figure.subplots(1, max(1, len(histories)), squeeze=False)
     for axis, (name, history) in zip(axes[0], histories.items(), strict=False):
-        points = _curve(history)
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, ms=3) if points else None
-        axis.set_title(name)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
+        plot(axis, name, {name: _curve(history)})
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure
 
 
 def _scores(run: Run, trained: Sequence[str]) -> Table:

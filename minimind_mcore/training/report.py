@@ -9,13 +9,18 @@ import argparse
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimind_mcore import errors
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.storage import atomic_file, atomic_write_text
 from minimind_mcore.training.metrics import Row, read_history
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CURVES: dict[str, str] = json.loads((PACKAGE / "training/curves.json").read_text(encoding="utf-8"))
 
@@ -30,42 +35,47 @@ def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, pic
     rows = read_history(directory / "metrics.jsonl")
     if not rows:
         return
-    with atomic_file(directory / picture) as f:
-        f.write(draw(rows, names, title, "png"))
-    figures = [
-        draw(rows, [name], label, "svg").decode("utf-8").partition("<svg")[2]
-        for name, label in CURVES.items()
-        if any(name in row for row in rows)
-    ]
+    save_png(_figure(rows, names, title), directory / picture)
+    drawn = {name: label for name, label in CURVES.items() if any(name in row for row in rows)}
+    figures = "\n".join(svg(_figure(rows, [name], label)) for name, label in drawn.items())
     template = (PACKAGE / "training/report.html.in").read_text(encoding="utf-8")
-    page = template.format(
-        title=html.escape(title), summary=_summary(rows), figures="\n".join("<svg" + figure for figure in figures)
-    )
+    page = template.format(title=html.escape(title), summary=_summary(rows), figures=figures)
     atomic_write_text(directory / "report.html", page)
 
 
-def draw(rows: list[Row], names: Sequence[str], title: str, kind: str) -> bytes:
-    """One figure of the named columns over the iterations, as bytes of a "png" or an "svg"."""
-    import matplotlib
+def _figure(rows: list[Row], names: Sequence[str], title: str) -> Figure:
+    """The named columns over the iterations."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name in names:
-        points = [(row["iteration"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=CURVES[name], marker="o" if len(points) < 30 else None, ms=3)
-    axes.set_xlabel("iteration")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    plot(axes, title, {CURVES[name]: [(row["iteration"], row[name]) for row in rows if name in row] for name in names})
     if len(names) > 1:
         axes.legend()
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure
+
+
+def plot(axes: Axes, title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw curves over the iterations, by their labels."""
+    for label, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, ms=3)
+    axes.set(title=title, xlabel="iteration")
+    axes.grid(alpha=0.3)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an element of a page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return "<svg" + text.getvalue().partition("<svg")[2]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure into a file."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _summary(rows: list[Row]) -> str:
