@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,8 +34,6 @@ from minimind_mcore.preprocess.check import quick_check
 from minimind_mcore.preprocess.indexed import Column, idx_path
 from minimind_mcore.preprocess.readers import sound_records
 from minimind_mcore.tools.cases import Case
-
-logger = logging.getLogger(__name__)
 
 KEY = "text"
 Document = tuple[list[int], int]
@@ -114,8 +111,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     # The batch size does not change the result.
     args = flags.parse(words, PROGRAM, USED, IGNORED, evaluation_batch_size=16, max_new_tokens=256)
-    if args.no_effect:
-        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     if args.harness:
         require_harness()
     tasks = _tasks(args)
@@ -132,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("a dry run: everything is valid, nothing was evaluated", flush=True)
         return
     loaded = start(source, info)
-    scorer = Scorer(loaded, args.evaluation_batch_size)
+    batch, limit = args.evaluation_batch_size, args.max_eval_samples
+    scorer = Scorer(loaded, batch)
     about = {"model": str(args.load), "kind": loaded.kind, "dtype": loaded.dtype, "num_fewshot": args.num_fewshot}
     scores = EvaluationResults(about | {"tokenizer_fingerprint": loaded.info.fingerprint})
     for name, path in tasks:
@@ -140,22 +136,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             scores.accuracies[name] = _run(scorer, name, subjects[name], args.num_fewshot)
         elif name == EXACT_MATCH:
             quality = scores.quality.setdefault(name, Quality())
-            scores.add_answers(name, ask(loaded, questions[path], args.evaluation_batch_size, quality))
+            scores.add_answers(name, ask(loaded, questions[path], batch, quality))
         elif name == TOOLCALL:
             local = Local(loaded, args.max_new_tokens)
-            outcomes, scores.quality[f"{name} {path}"] = evaluate(
-                local, cases[path], args.evaluation_batch_size, args.seed
-            )
+            outcomes, scores.quality[f"{name} {path}"] = evaluate(local, cases[path], batch, args.seed)
             scores.add_outcomes(outcomes)
         elif name == QUALITY:
-            batch, tokens = args.evaluation_batch_size, args.max_new_tokens
-            scores.quality[path] = measure(loaded, prompts[path], tokens, batch, args.raw)
+            scores.quality[path] = measure(loaded, prompts[path], args.max_new_tokens, batch, args.raw)
         else:
             length = args.seq_length or min(LENGTH, loaded.config.max_position_embeddings - 1)
             held_out = tqdm(documents(path, loaded), desc=PERPLEXITY, unit="document", disable=None)
             scores.perplexities[path] = scorer.perplexity(held_out, length)
     if args.harness:
-        batch, limit = args.evaluation_batch_size, args.max_eval_samples
         scores.harness = run_harness(loaded, args.harness, args.num_fewshot, batch, limit)
     print(scores.table(), flush=True)
     if args.output_dir:

@@ -7,6 +7,7 @@ of the layout and of training say nothing here and are named once.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from minimind_mcore.converters.conversion import Conversion
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import add_kit_flags, build_parser, flag_table, support, unused
 from minimind_mcore.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 PROGRAMS = "inference.py, evaluation.py"  # share a row of inputs/support.json
 USED, CHECKED = support(PROGRAMS, "implemented"), support(PROGRAMS, "compared")
@@ -42,7 +45,7 @@ def parse(
         defaults: other defaults of MindSpeed-LLM's flags.
 
     Returns:
-        A namespace; `given` lists the flags on the command line.
+        A namespace; `given` lists the given flags, `no_effect` those that do nothing, which the log names.
 
     Raises:
         UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
@@ -66,6 +69,8 @@ def parse(
         )
     effective = {assumptions.FLAGS[name] for name in (_stated(args) if local else ())}
     args.no_effect = [flag for flag in unused(args.given, mine) if flag not in effective]
+    if args.no_effect:
+        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     return args
 
 

@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program inference.py."""
     args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED)
     tasks = _tasks(args)
-    if args.no_effect:
-        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     raw = _is_raw(args, tasks)
     toolbox = open_tools(args.tools) if args.tools else None
     tools = list(toolbox.definitions) if toolbox else None

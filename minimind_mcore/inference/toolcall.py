@@ -202,17 +202,12 @@ def _is_complete(tools: Mapping[str, Tool], call: Call) -> bool:
 def _holds(answer: str, result: str, calls: Sequence[Call]) -> bool:
     """Whether an answer holds a value of a result that is not merely an argument of a call."""
     given = {str(v) for call in calls if isinstance(call.arguments, Mapping) for v in call.arguments.values()}
-    values = {value for value in _leaves(json.loads(result)) if value not in given} if _is_json(result) else {result}
+    try:
+        values = set(_leaves(json.loads(result))) - given
+    except ValueError:
+        values = {result}
     numbers = answer.replace(",", "")
     return any(value and (value.lower() in answer.lower() or value in numbers) for value in values)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _leaves(value: object) -> Iterator[str]:

@@ -32,8 +32,6 @@ USED = frozenset(("enable_thinking", *SAMPLING))
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `serve`; returns its exit status."""
     args = flags.parse(sys.argv[1:] if argv is None else argv, PROGRAM, USED)
-    if args.no_effect:
-        logger.info(f"without effect here: {', '.join(args.no_effect)}")
     options = _options(args)
     source, info = open_both(flags.loading_job(args, default_dtype()), flags.tokenizer_flag(args))
     flags.check_model(args, source.config)
