@@ -18,18 +18,10 @@ from typing import Any
 from minimind_mcore.doctor import matrix
 from minimind_mcore.paths import CHECKOUT
 
-# What the table lists, in its order, and the distribution whose metadata has the version.
-DISTRIBUTIONS = {
-    "torch": "torch",
-    "torch_npu": "torch_npu",
-    "megatron-core": "megatron-core",
-    "transformers": "transformers",
-    "numpy": "numpy",
-    "vLLM": "vllm",
-    "vllm-ascend": "vllm-ascend",
-    "Triton-Ascend": "triton-ascend",
-    "ray": "ray",
-}
+# What the table lists, in its order; the version of a Python package is in the metadata of its distribution.
+DISTRIBUTIONS = (
+    "torch", "torch_npu", "megatron-core", "transformers", "numpy", "vLLM", "vllm-ascend", "Triton-Ascend", "ray",
+)  # fmt: skip
 COMPONENTS = (
     "driver", "CANN", "Python", "torch", "torch_npu", "MindSpeed", "MindSpeed-LLM", "MindSpeed-RL",
     "megatron-core", "transformers", "numpy", "vLLM", "vllm-ascend", "Triton-Ascend", "ray",
@@ -136,7 +128,7 @@ def cann(host: Host) -> Component:
 def distribution(host: Host, name: str) -> Component:
     """A Python package, from its metadata."""
     options: Any = {} if host.path is None else {"path": list(host.path)}
-    for found in importlib.metadata.distributions(name=DISTRIBUTIONS[name], **options):
+    for found in importlib.metadata.distributions(name=name, **options):
         return Component(name, found.version.partition("+")[0], str(found.locate_file("")))
     return Component(name, None)
 
