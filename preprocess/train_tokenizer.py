@@ -98,18 +98,9 @@ def _with_markers_as_text(tokenizer: Tokenizer) -> Tokenizer:
 
 def config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
     return CONFIG | {
-        "added_tokens_decoder": {
-            str(tokenizer.token_to_id(token)): {
-                "content": token,
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": token in SPECIAL,
-            }
-            for token in SPECIAL + MARKERS
-        },
+        "added_tokens_decoder": {str(number): dict(sorted(token.__getstate__().items())) for number, token in added},
         # In the config, where every version of transformers looks; chat_template.jinja came with 4.43.
         "chat_template": chat_template(),
     }
