@@ -54,6 +54,7 @@ from minimind_mcore.preprocess.conversations import (
     read_steps,
 )
 from minimind_mcore.preprocess.messages import (
+    PROMPTS,
     REASONING,
     Columns,
     Conversation,
@@ -187,22 +188,12 @@ def unread(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
     return [field for field, value in record.items() if field not in fields and not is_empty(value)]
 
 
-# Vicuna's preamble around Alpaca's prompt, as MindSpeed-LLM joins them: where a record has no input, its template
-# prints Python's None.
-_ALPACA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    "USER: Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n###{input}\n\n### Response: ASSISTANT: {output}"
-)
-
-
 def _alpaca(record: Mapping[str, Any], key: str) -> str:
     """An Alpaca record (instruction, input, output) in its prompt; `key` names the dataset only."""
     instruction, output = text_of(record, "instruction"), text_of(record, "output")
+    # Where a record has no input, MindSpeed-LLM's template prints Python's None.
     given = f" Input:\n{text_of(record, 'input')}" if record.get("input") else None
-    return _ALPACA.format(instruction=instruction, input=given, output=output)
+    return PROMPTS["alpaca"].format(instruction=instruction, input=given, output=output)
 
 
 def _sharegpt(record: Mapping[str, Any], key: str) -> str:
@@ -239,7 +230,7 @@ class ChatHandler:
             of the record.
         answer: of tasks: the right answer.
         step_rewards: each placeholder in the text has a reward token as its label, for process reward models.
-        fixed_prompt: the text is that of `templates.PROMPTER_HEAD`, not of a chat template.
+        fixed_prompt: the text is that of `PROMPTS["instruction"]`, not of a chat template.
         thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
         others: fields that are read under their own names.
     """

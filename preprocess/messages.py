@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minimind_mcore.paths import PACKAGE
 from minimind_mcore.preprocess.readers import kind_of
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ ALIASES = {"developer": "system", "function": "tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 LOSS = ("loss", "weight")
 TOOLS = ("tools", "functions")
+PROMPTS: Mapping[str, str] = json.loads((PACKAGE / "preprocess/prompts.json").read_text(encoding="utf-8"))
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
 # Which role may follow which. The empty name stands for the beginning.

@@ -24,9 +24,10 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object, read_yaml
 from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler, Handler, find_handler
+from minimind_mcore.preprocess.messages import PROMPTS
 from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.preprocess.readers import InputFile
-from minimind_mcore.preprocess.templates import PROMPTER_HEAD, template_entry
+from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
 
@@ -257,7 +258,7 @@ def template_digest(options: Options) -> str:
     chat = options.chat
     handler = options.find_handler()
     if isinstance(handler, ChatHandler) and handler.fixed_prompt:
-        source = PROMPTER_HEAD
+        source = PROMPTS["instruction"]
     elif chat.prompt_type is None:
         source = template_source(options.tokenizer)
     else:

@@ -31,7 +31,6 @@ question and answer share what room there is (mindspeed_llm/tasks/preprocess/tem
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 import json
 import re
@@ -44,7 +43,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.messages import Conversation, Message, Unusable, check_order
+from minimind_mcore.paths import PACKAGE
+from minimind_mcore.preprocess.messages import PROMPTS, Conversation, Message, Unusable, check_order
 from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import template_source
 
@@ -225,13 +225,6 @@ def checked(turns: Turns) -> Turns:
 
 CLASSES = ("Template", "LFDefaultTemplate", "ReasoningTemplate")
 TOOL_FORMATS = ("qwen", "qwen3")
-TOOLS = (
-    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}\n</tools>\n\n"
-    "For each function call, return a json object with function name and arguments within "
-    '<tool_call></tool_call> XML tags:\n<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n'
-    "</tool_call>"
-)
 
 
 @dataclass(frozen=True)
@@ -259,8 +252,7 @@ def read_templates(path: str | None) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: no such file, or not in MindSpeed-LLM's format.
     """
-    own = importlib.resources.files("minimind_mcore.preprocess") / "templates.json"
-    file = Path(path).expanduser() if path else own
+    file = Path(path).expanduser() if path else PACKAGE / "preprocess/templates.json"
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         return {entry["name"]: entry for entry in entries}
@@ -404,7 +396,7 @@ class SlotTemplate:
             return ""
         self._require_tool_format("format_tools")
         whole = [tool if tool.get("type") == "function" else {"type": "function", "function": tool} for tool in tools]
-        return TOOLS.format(tools="".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in whole))
+        return PROMPTS["tools"].format(tools="".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in whole))
 
     def _calls(self, content: str, calls: Sequence[Mapping[str, Any]]) -> str:
         self._require_tool_format("format_function")
@@ -525,11 +517,6 @@ class StepRewards:
 
 
 PROMPTER_USER, PROMPTER_ASSISTANT = "### Instruction:", "### Response:"
-PROMPTER_HEAD = (
-    "\nBelow is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request. "
-    "Please note that you need to think through your response logically and step by step.\n"
-)
 
 
 class Prompter:
@@ -543,7 +530,7 @@ class Prompter:
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
         """Return the whole text, and the text before the last answer."""
-        text = PROMPTER_HEAD
+        text = PROMPTS["instruction"]
         for message in conversation.messages:
             text += f"{PROMPTER_USER if message['role'] == 'user' else PROMPTER_ASSISTANT}\n{message['content']}\n"
         return [[text], [text.rpartition(PROMPTER_ASSISTANT)[0] + PROMPTER_ASSISTANT + "\n"]]
