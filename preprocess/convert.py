@@ -93,7 +93,7 @@ def convert(options: Options) -> list[str]:
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(prefix):
         if _done(options, prefix, request):
-            _say(f"{prefix}: up to date, nothing to do")
+            logger.info(f"{prefix}: up to date, nothing to do")
         else:
             _refuse_others(options, prefix)
             _Run(options, info, sources, request, prefix).run()
@@ -106,7 +106,7 @@ def _prepare(options: Options) -> tuple[list[InputFile], TokenizerInfo, str, Pat
     info = tokenizer_info(options.tokenizer)
     validate(options, info)
     if options.prepend_bos and info.bos_id is None:
-        _say(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
+        logger.info(f"tokenizer {info.path}: it has no bos_token; documents begin with their text")
     request = request_fingerprint(options, info, sources)
     prefix = output_prefix(options, sources, request)
     return sources, info, request, prefix
@@ -123,11 +123,11 @@ def preview(options: Options) -> list[str]:
     """
     sources, info, request, prefix = _prepare(options)
     if _done(options, prefix, request):
-        _say(f"{prefix}: up to date, nothing to do")
+        logger.info(f"{prefix}: up to date, nothing to do")
         return data_paths(options, prefix)
     _try_first_records(options, info, sources)
     size = sum(source.size for source in sources) / 1e6
-    _say(f"would convert {len(sources)} files, {size:.1f} MB, to {', '.join(data_paths(options, prefix))}")
+    logger.info(f"would convert {len(sources)} files, {size:.1f} MB, to {', '.join(data_paths(options, prefix))}")
     return []
 
 
@@ -171,14 +171,7 @@ def _refuse_others(options: Options, prefix: Path) -> None:
 
 def _unused(reports: Sequence[Report]) -> Counter[str]:
     """The keys of the input that nothing reads, of all shards."""
-    total = Counter[str]()
-    for report in reports:
-        total.update(report.unused)
-    return total
-
-
-def _say(message: str) -> None:
-    logger.info(message)
+    return sum((Counter(report.unused) for report in reports), Counter[str]())
 
 
 def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:
@@ -200,7 +193,7 @@ def _exclusive(prefix: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _say(f"{prefix}: another process is converting it; waiting")
+                logger.info(f"{prefix}: another process is converting it; waiting")
                 fcntl.flock(file, fcntl.LOCK_EX)
             # The holder before us may have removed the file that we opened; then nobody else sees our lock.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -243,7 +236,7 @@ class _Run:
             self._publish(directory, reports, key, target, plan)
         shutil.rmtree(self._parts)
         read, seconds = sum(shard.bytes for shard in self._shards), time.monotonic() - start
-        _say(f"done in {seconds:.1f} s ({read / 1e6 / seconds:.1f} MB/s)")
+        logger.info(f"done in {seconds:.1f} s ({read / 1e6 / seconds:.1f} MB/s)")
 
     def _part_directory(self) -> Path:
         """Where this request's parts are; those of other requests for the same output are dropped."""
@@ -266,7 +259,7 @@ class _Run:
         reports = finished(directory, len(shards))
         todo = [ShardTask(number, shard) for number, shard in enumerate(shards) if number not in reports]
         backend = load_encoder(options.tokenizer, options.backend).name
-        _say(
+        logger.info(
             f"{self._prefix}: {len(self._sources)} files, {len(shards)} shards"
             + (f" ({len(reports)} done before)" if reports else "")
             + f", {min(options.workers, len(todo))} workers, tokenizer backend {backend}"
@@ -291,7 +284,7 @@ class _Run:
         path.unlink(missing_ok=True)
         if rejects:
             self._collect_rejects(directory, reports, path)
-            _say(f"{rejects} of {records} records rejected; all of them: {path}")
+            logger.info(f"{rejects} of {records} records rejected; all of them: {path}")
         if rejects > self._options.max_reject_rate * records:
             raise UserError(
                 f"{rejects} of {records} records cannot be used ({rejects / records:.3%}), more than --max-reject-rate "
@@ -317,7 +310,7 @@ class _Run:
                         out.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
                         if shown < SHOWN_REJECTS:
                             shown += 1
-                            _say(f"rejected: {entry['file']}, line {entry['line']}: {entry['reason']}")
+                            logger.info(f"rejected: {entry['file']}, line {entry['line']}: {entry['reason']}")
 
     def _plan(self, directory: Path, reports: Sequence[Report]) -> Plan | None:
         """Which samples are to share a sequence, if they are to be packed."""
@@ -348,7 +341,7 @@ class _Run:
         meta = self._meta(reports, key, written, plan)
         write_meta(target, meta)
         packed = f" of {meta.samples:,} samples" if plan is not None else ""
-        _say(
+        logger.info(
             f"{target}: {written.documents:,} documents{packed}, {written.tokens:,} tokens, "
             f"{(written.bin_bytes + written.idx_bytes) / 1e6:.1f} MB; left out: {meta.rejects:,} rejected, "
             f"{meta.empty:,} empty, {meta.too_long:,} too long; cut: {meta.truncated:,}"

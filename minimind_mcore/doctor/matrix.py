@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
+
+from minimind_mcore.paths import PACKAGE
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Stack:
 @functools.cache
 def data() -> dict[str, Any]:
     """The content of matrix.json."""
-    text = importlib.resources.files("minimind_mcore.doctor").joinpath("matrix.json").read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text)
+    content: dict[str, Any] = json.loads((PACKAGE / "doctor/matrix.json").read_text(encoding="utf-8"))
     return content
 
 
