@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minimind_mcore.checkpoint.hf import WEIGHTS
@@ -63,7 +62,9 @@ def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | N
     if tokenizer is not None:
         ids = copy_tokenizer(tokenizer, root)
     config = native_config(source, folder, root, copy_code) if native else hf_config(source.config)
-    _write_json(root / "config.json", config | ids | dtype_fields(source.dtype))
+    # Its name is that of transformers 4, which 5 reads too, as does MindSpeed-LLM (it knows no other).
+    dtype = {"torch_dtype": str(source.dtype).removeprefix("torch.")}
+    _write_json(root / "config.json", config | ids | dtype)
     _write_json(root / "generation_config.json", ids)
     if tokenizer is not None:
         require_auto_tokenizer(root)
@@ -113,11 +114,6 @@ def native_config(source: Source, folder: Path | None, root: Path, copy_code: bo
             classes = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
             return fields | {"auto_map": {auto: f"model_minimind.{name}" for auto, name in classes.items()}}
     return fields
-
-
-def dtype_fields(dtype: torch.dtype) -> dict[str, str]:
-    """The dtype under the name of transformers 4, which 5 reads too, as does MindSpeed-LLM (it knows no other)."""
-    return {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def find_tokenizer(source: Source, folder: Path | None) -> Path | None:

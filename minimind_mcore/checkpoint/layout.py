@@ -137,14 +137,11 @@ class ParallelLayout:
 
     def folders(self) -> list[str]:
         """The directories of all ranks."""
-        return [self.folder(*rank) for rank in self._ranks()]
+        return [self.folder(t, p, e) for p in range(self.pp) for e in range(self.ep) for t in range(self.tp)]
 
     def folder(self, tp: int, pp: int, ep: int) -> str:
         """`mp_rank_TT`, then `_PPP` if there are pipeline stages, then `_EEE` if experts are spread."""
         return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self.pp > 1 else "") + (f"_{ep:03d}" if self.ep > 1 else "")
-
-    def _ranks(self) -> list[tuple[int, int, int]]:
-        return [(t, p, e) for p in range(self.pp) for e in range(self.ep) for t in range(self.tp)]
 
     # Layers
 

@@ -178,11 +178,12 @@ def hccl_ports(host: Host) -> list[Finding]:
         ]
     span = f"{ports[0]}-{ports[-1]}"
     if taken := [port for port in ports if not free_port(port)]:
+        other = next(b for b in range(50000, 65000, 16) if all(free_port(b + i) for i in range(HCCL_COUNT)))
         return [
             fail(
                 "HCCL ports",
                 f"{', '.join(map(str, taken))} of {span} in use",
-                f"export HCCL_IF_BASE_PORT={_free_base()}    # 16 ports from there; the same on every host",
+                f"export HCCL_IF_BASE_PORT={other}    # 16 ports from there; the same on every host",
             )
         ]
     return [_reserved(host, ports, span)]
@@ -200,10 +201,6 @@ def _reserved(host: Host, ports: list[int], span: str) -> Finding:
                 f"sysctl -w net.ipv4.ip_local_reserved_ports={span}",
             )
     return ok("HCCL ports", f"{span} free")
-
-
-def _free_base() -> int:
-    return next(b for b in range(50000, 65000, 16) if all(free_port(b + i) for i in range(HCCL_COUNT)))
 
 
 def _ranges(text: str) -> list[int]:

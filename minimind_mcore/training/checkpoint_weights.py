@@ -26,11 +26,6 @@ def is_model(path: Path) -> bool:
     return path.is_file() or (path / "config.json").is_file()
 
 
-def is_resharded(config: TrainConfig, directory: Path) -> bool:
-    """Whether a `torch` checkpoint was saved in another layout than this run's."""
-    return saved_layout(directory) != config.layout
-
-
 def saved_layout(directory: Path) -> ParallelLayout:
     """The layout of a `torch` checkpoint."""
     return ParallelLayout.from_args(saved_args(directory))

@@ -216,7 +216,7 @@ def load(config: TrainConfig, engine: Engine, role: str = "") -> Progress:
     resharded = (
         config.checkpoint.reshard
         and not is_torch_dist(directory)
-        and checkpoint_weights.is_resharded(config, directory)
+        and checkpoint_weights.saved_layout(directory) != config.layout
     )
     if resharded:
         saved = checkpoint_weights.reshard(config, directory, engine)
