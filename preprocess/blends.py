@@ -39,7 +39,8 @@ class Blend:
         return [word for pair in zip(self.weights, self.prefixes, strict=True) for word in pair]
 
 
-def _number(word: str) -> float | None:
+def number(word: str) -> float | None:
+    """Return the number that a word is, or None."""
     try:
         return float(word)
     except ValueError:
@@ -66,8 +67,8 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
     if not words:
         return Blend([], None)
     weights, prefixes = words[::2], words[1::2]
-    if len(words) % 2 or any(_number(word) is None for word in weights):
-        numbers = [word for word in words if _number(word) is not None and not _exists(word)]
+    if len(words) % 2 or any(number(word) is None for word in weights):
+        numbers = [word for word in words if number(word) is not None and not _exists(word)]
         if not numbers:
             return Blend(words, None)
         raise UserError(
@@ -75,7 +76,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
             "before each set, such as 0.3 one 0.7 two, or none"
         )
     for weight, prefix in zip(weights, prefixes, strict=True):
-        value = _number(weight)
+        value = number(weight)
         if value is None or not 0 < value < math.inf:
             raise UserError(
                 f"{flag}: the weight of {prefix} is {weight}; expected a number above 0. Leave the set out to read "
@@ -96,7 +97,7 @@ def blend_of_text(text: str, flag: str) -> Blend | None:
         UserError: see `parse_blend`.
     """
     words = text.split()
-    if len(words) < 2 or _exists(text) or not (_number(words[0]) is not None or _exists(words[0])):
+    if len(words) < 2 or _exists(text) or not (number(words[0]) is not None or _exists(words[0])):
         return None
     return parse_blend(words, flag)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.splits import MEGATRON_DEFAULT, parse_split
+from minimind_mcore.preprocess.blends import number
 from minimind_mcore.preprocess.check import idx_digest
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.training.config import SampleOrder, ScheduleSection
@@ -104,7 +105,7 @@ def _other_flags(own: Flags, saved: Flags) -> Iterator[str]:
         found = {flag: one[name] for name, flag in names.items() if name in one}
         if "--split" in found:
             found["--split"] = _shares(found["--split"])
-        weights = [word for word in _data_words(one) if _is_number(word)]
+        weights = [word for word in _data_words(one) if number(word) is not None]
         return found | {"the list of weights in --data-path": " ".join(weights) or "empty"}
 
     yield from values_differ(values(saved), values(own))
@@ -113,14 +114,6 @@ def _other_flags(own: Flags, saved: Flags) -> Iterator[str]:
 def _data_words(flags: Flags) -> list[str]:
     """The words of `--data-path`, or of `--train-data-path`."""
     return [str(word) for word in cast("list[object]", flags.get("train_data_path") or flags.get("data_path") or [])]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _shares(split: object) -> str:
