@@ -164,11 +164,8 @@ class Queue:
         if not made.is_dir():
             raise UserError(f"{job.id} has no weights to chat with; wait for its first checkpoint")
         weights, lora = (asked.weights, str(made)) if stage == "lora" else (str(made), "")
-        settings: dict[str, bool | int | float | str | None] = {"--raw": True} if stage == "pretrain" else {}
         name = f"chat with {asked.name or job.id}"[: request.LONGEST_NAME]
-        return JobRequest(
-            stage="serve", name=name, weights=weights, lora=lora, tokenizer=asked.tokenizer, settings=settings
-        )
+        return JobRequest(stage="serve", name=name, weights=weights, lora=lora, tokenizer=asked.tokenizer)
 
     def commands(self, asked: JobRequest, folder: Path) -> tuple[str, list[int], list[CommandRecord]]:
         """Return devices and commands of a job that writes to a directory.

@@ -39,7 +39,8 @@ def test_a_training_from_start_to_chat(tmp_path: Path) -> None:
         started = client.post(f"/api/jobs/{name}/chat")
         assert started.status_code == 201, started.text
         server = client.wait(started.json()["id"], lambda job: job["ready"] or job["state"] == "failed", seconds=60)
-        reply = httpx.post(f"{server['address']}v1/completions", json={"prompt": "1+1=", "max_tokens": 3}, timeout=60)
+        body = {"messages": [{"role": "user", "content": "1+1="}], "max_tokens": 3, "min_tokens": 3}
+        reply = httpx.post(f"{server['address']}v1/chat/completions", json=body, timeout=60)
         assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 3
         client.post(f"/api/jobs/{server['id']}/stop")
         client.until(server["id"], "stopped")
