@@ -117,6 +117,7 @@ def main() -> None:
         for number in range(args.rounds + 1):  # the first one warms up
             for batch in BATCHES:
                 for name, address in engines.items():
+                    time.sleep(2)  # until the threads of the other engine have gone to sleep
                     found.setdefault((name, batch), []).append(rate(address, batch, number))
     medians = {key: statistics.median(values[1:]) for key, values in found.items()}
     print(f"{args.model}, float32, {threads} threads, tokens/s of answers:")

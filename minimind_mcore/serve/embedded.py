@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib.util
 import logging
@@ -126,7 +127,11 @@ class EmbeddedServer:
         """
         serving = asyncio.ensure_future(self.server.serve(sockets=[listener]))
         try:
-            await asyncio.to_thread(self._load, asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            # In a thread that ends. A thread that lives on would keep its OpenMP threads; as soon as a process has more
+            # of them than cores, libgomp puts them to sleep after each operation, and a step takes 1.5 times as long.
+            with concurrent.futures.ThreadPoolExecutor(1) as loader:
+                await loop.run_in_executor(loader, self._load, loop)
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn would send the signal on when it has ended
                     signal.signal(number, self._on_signal)
