@@ -19,11 +19,12 @@ from torch import Tensor
 
 from minimind_mcore import arguments
 from minimind_mcore.checkpoint import megatron_dist
-from minimind_mcore.checkpoint.files import NAME, TRACKER, directory_of
+from minimind_mcore.checkpoint.files import NAME, directory_of
 from minimind_mcore.checkpoint.layout import FilePart, ParallelLayout
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.checkpoint.tensors import Slot
 from minimind_mcore.checkpoint.torch_zip import create_torch
+from minimind_mcore.checkpoint.tracker import TRACKER
 from minimind_mcore.converters.convert import Target
 from minimind_mcore.storage import FileEntry, atomic_write_text, file_entry, write_manifest
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from minimind_mcore import log
 from minimind_mcore.checkpoint import torch_zip
-from minimind_mcore.checkpoint.files import TRACKER, directory_of, iterations_in, read_tracker, tracked_directory
+from minimind_mcore.checkpoint.files import directory_of, iterations_in, tracked_directory
+from minimind_mcore.checkpoint.tracker import TRACKER, read_tracker
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import ranks
 from minimind_mcore.storage import MANIFEST, check_manifest

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.checkpoint.torch_zip import Archive, read_archive
+from minimind_mcore.checkpoint.tracker import TRACKER, read_tracker
 from minimind_mcore.errors import UserError
 
 NAME = "model_optim_rng.pt"
-TRACKER = "latest_checkpointed_iteration.txt"
 PREFIX = "iter_"
 
 
@@ -56,19 +56,6 @@ def iteration_directory(path: Path) -> Path | None:
     if not directory.is_dir():
         raise UserError(f"{tracker} says {text!r}, but there is no {directory.name}: an unfinished or damaged copy")
     return directory
-
-
-def read_tracker(root: Path) -> str:
-    """Return the text of the tracker file below `root`, "" if there is none; bytes that are not UTF-8 are replaced.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    tracker = root / TRACKER
-    try:
-        return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
-    except OSError as error:
-        raise UserError(f"{tracker}: cannot be read ({error.strerror})") from error
 
 
 def tracked_directory(root: Path, text: str) -> Path | None:

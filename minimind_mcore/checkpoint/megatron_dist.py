@@ -7,7 +7,6 @@ takes each chunk from its place; writing goes through megatron-core, so that the
 from __future__ import annotations
 
 import math
-import queue
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from minimind_mcore.checkpoint.torch_zip import StoredTensor, read_archive
 from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
+from minimind_mcore.platform import patches
 
 _EXPERT = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
@@ -35,11 +35,9 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 def save(state: dict[str, Any], directory: Path, **options: Any) -> None:
     """Let megatron-core write a checkpoint; the options are those of its `save`. Collective."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint.api import CheckpointException
 
-    # Its writers report over a queue of another process, which takes seconds to start; this save waits for them here.
-    filesystem_async._results_queue = queue.Queue()
+    patches.report_in_this_process()
     try:
         dist_checkpointing.save(state, str(directory), **options)
     except CheckpointException as error:  # no Exception, but a BaseException

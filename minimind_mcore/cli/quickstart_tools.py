@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from minimind_mcore.checkpoint.tracker import read_tracker
 from minimind_mcore.cli import data, place, quickstart
 from minimind_mcore.cli.settings import CLI, count, env, help_of, path, wait_for
 from minimind_mcore.errors import UserError
@@ -107,9 +108,8 @@ class ToolStage:
     def train(self, stage: str, changes: dict[str, str], seed: str) -> None:
         """Run a training, unless it is finished."""
         folder, iterations = self.folders[stage], self.iterations[stage]
-        tracker = folder / "checkpoints/latest_checkpointed_iteration.txt"
-        if tracker.is_file() and tracker.read_text(encoding="utf-8") == str(iterations):
-            logger.info(f"finished before: {tracker.parent}")
+        if read_tracker(folder / "checkpoints") == str(iterations):
+            logger.info(f"finished before: {folder / 'checkpoints'}")
             return
         flags = [*quickstart.schedule(iterations), "--seed", seed]
         self.call(["sft", *flags], **changes, OUTPUT_DIR=str(folder), TRAIN_ITERS=str(iterations))

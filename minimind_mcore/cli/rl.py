@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from minimind_mcore.checkpoint.tracker import read_tracker
 from minimind_mcore.cli import place, quickstart
 from minimind_mcore.cli.data import PROBLEMS
 from minimind_mcore.cli.settings import CLI, choice, data_dir, env, help_of, show, wait_for
@@ -278,4 +279,4 @@ class RLRun:
 
 def is_finished(checkpoints: Path) -> bool:
     """Whether a directory has checkpoints."""
-    return (checkpoints / "latest_checkpointed_iteration.txt").is_file()
+    return bool(read_tracker(checkpoints))

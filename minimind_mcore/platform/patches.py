@@ -1,22 +1,25 @@
 """Every change that the kit makes to megatron-core, in one table; `device.setup()` applies it, an import never does.
+The last two rows are applied by the code that needs them.
 
 A function with the decorator `patch` is a row of the table: the target, the versions of megatron-core that need the
 change, the test that fails without it, and in the docstring the reason. `sources` are the definitions of megatron-core
 that the change relies on: tests/contract/test_patches.py compares them with those that were read when the row was
 written, and fails when a newer version has changed one.
 
-Two other places change other programs: `cpu_as_cuda.py` redirects torch's CUDA functions, and
-`mindspeed/rl_hook.py` changes MindSpeed-RL.
+Three other places change what is not in the table: `cpu_as_cuda.py` redirects torch's CUDA functions, `ascend.py` sets
+a flag that decides about a row below, and `mindspeed/rl_hook.py` changes MindSpeed-RL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
+import queue
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,7 @@ class Patch:
         test: the test that fails without it.
         sources: definitions of megatron-core that the change relies on, "module:name", or whole modules, "module:*".
         apply: makes the change, where it is needed.
+        on_demand: not by `device.setup()`, but by the code that needs the change.
     """
 
     target: str
@@ -51,6 +55,7 @@ class Patch:
     test: str
     sources: tuple[str, ...]
     apply: Callable[[], None]
+    on_demand: bool = False
 
 
 PATCHES: list[Patch] = []
@@ -58,11 +63,13 @@ _FUSED = "tests/unit/test_fused.py::test_megatron_core_uses_them_and_the_cpu_flu
 _CONTRACT = "tests/contract/test_patches.py::test_what_setup_changes"
 
 
-def patch(target: str, versions: str, test: str, *sources: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def patch(
+    target: str, versions: str, test: str, *sources: str, on_demand: bool = False
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Add a row to the table; the docstring of the decorated function is the reason."""
 
     def decorate(function: Callable[[], None]) -> Callable[[], None]:
-        PATCHES.append(Patch(target, versions, inspect.getdoc(function) or "", test, sources, function))
+        PATCHES.append(Patch(target, versions, inspect.getdoc(function) or "", test, sources, function, on_demand))
         return function
 
     return decorate
@@ -79,7 +86,8 @@ def apply() -> None:
     # torch 2.13 renamed collectives that megatron-core (0.12 to 0.16) calls by their old names.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
     for row in PATCHES:
-        row.apply()
+        if not row.on_demand:
+            row.apply()
 
 
 # ----------------------------------------------------------------------------- what is broken without TE or Apex
@@ -150,6 +158,7 @@ def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: Any, per_tensor: bool
     "0.12",
     _CONTRACT,
     "megatron.core.fp8_utils:quantize_param_shard",
+    "megatron.core.optimizer.distrib_optimizer:_copy_main_params_to_model_params",
 )
 def _quantize_param_shard() -> None:
     """Copying weights back asks Transformer Engine to quantise the fp8 weights even where there are none."""
@@ -210,6 +219,8 @@ def _final_norm() -> None:
     "all",
     "tests/device/test_arithmetic.py::test_adam_is_torchs_adamw",
     "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
+    "megatron.core.optimizer.distrib_optimizer:state_dict",
+    "megatron.core.optimizer.distrib_optimizer:load_state_dict",
 )
 def _adam() -> None:
     """Torch's AdamW is a Python loop over parameters here, with a `step` per parameter on which the distributed
@@ -332,3 +343,43 @@ def _cross_entropy() -> None:
         return loss
 
     tensor_parallel.vocab_parallel_cross_entropy = apply
+
+
+# ------------------------------------------------------------------------------------- what some runs need, on demand
+
+
+@patch(
+    "megatron.core.distributed.param_and_grad_buffer:_coalescing_manager",
+    "all, with gloo on a GPU",
+    "tests/unit/test_on_a_gpu.py::test_gradients_are_reduced_without_coalescing",
+    "megatron.core.distributed.param_and_grad_buffer:start_param_sync",
+    "megatron.core.distributed.param_and_grad_buffer:start_grad_sync",
+    on_demand=True,
+)
+def reduce_one_by_one() -> None:
+    """Gloo has no coalesced all-reduce of GPU tensors: one bucket of gradients is reduced at a time."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    @contextlib.contextmanager
+    def one_by_one(*args: object, **kwargs: object) -> Iterator[None]:
+        yield
+
+    param_and_grad_buffer._coalescing_manager = one_by_one
+
+
+@patch(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
+    "all",
+    "tests/contract/test_patches.py::test_a_save_starts_no_process_for_its_queue",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:prepare_write_data",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:write_preloaded_data_multiproc",
+    on_demand=True,
+)
+def report_in_this_process() -> None:
+    """The writers of a checkpoint report over a queue of another process, which takes seconds to start. The kit's saves
+    wait for them in their own process.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

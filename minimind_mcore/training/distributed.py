@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +15,7 @@ import torch.distributed as dist
 
 from minimind_mcore import hosts
 from minimind_mcore.errors import UserError
-from minimind_mcore.platform import device, ranks
+from minimind_mcore.platform import device, patches, ranks
 from minimind_mcore.storage import writing
 from minimind_mcore.training.config import TrainConfig
 
@@ -43,7 +41,7 @@ def initialize(config: TrainConfig) -> None:
         backend = device.backend(config.parallel.distributed_backend)
         if backend != device.current().backend:  # gloo, and a GPU
             _require_simple(config)
-            _reduce_one_by_one()
+            patches.reduce_one_by_one()
         with hosts.port_errors(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     parallel_state.initialize_model_parallel(
@@ -82,17 +80,6 @@ def _require_simple(config: TrainConfig) -> None:
             f"--distributed-backend gloo on a GPU does not support {', '.join(flags)}: leave them out, or give every "
             "process a GPU of its own and leave out --distributed-backend"
         )
-
-
-def _reduce_one_by_one() -> None:
-    """Let Megatron reduce one bucket of gradients at a time: gloo has no coalesced all-reduce of GPU tensors."""
-    from megatron.core.distributed import param_and_grad_buffer
-
-    @contextlib.contextmanager
-    def one_by_one(*args: object, **kwargs: object) -> Iterator[None]:
-        yield
-
-    param_and_grad_buffer._coalescing_manager = one_by_one
 
 
 class Tee:

@@ -150,18 +150,33 @@ def test_what_setup_changes(folder: Path) -> None:
 LEFT = (
     STATE
     + """
+before = targets()
 from minimind_mcore.platform import device
 device.setup()
 from minimind_mcore.platform.patches import PATCHES
-owners = [(patch, getattr(target, "__module__", "")) for patch, target in zip(PATCHES, targets())]
-print([patch.target for patch, owner in owners if patch.versions == "all" and owner.startswith("megatron")])
+rows = [row for row in zip(PATCHES, before, targets()) if row[0].versions == "all" and not row[0].on_demand]
+print(len(rows) > 5, [patch.target for patch, old, new in rows if old is None or old is new])
 """
 )
 
 
 @pytest.mark.parametrize("folder", folders(), ids=version_of)
 def test_setup_replaces_every_target(folder: Path) -> None:
-    assert fresh(LEFT, folder if folder != installed() else ROOT) == ["[]"]
+    assert fresh(LEFT, folder if folder != installed() else ROOT) == ["True []"]
+
+
+QUEUE = """
+import multiprocessing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from minimind_mcore.platform import patches
+patches.report_in_this_process()
+print(type(filesystem_async._get_write_results_queue()).__name__, multiprocessing.active_children())
+"""
+
+
+@pytest.mark.parametrize("folder", folders(), ids=version_of)
+def test_a_save_starts_no_process_for_its_queue(folder: Path) -> None:
+    assert fresh(QUEUE, folder if folder != installed() else ROOT) == ["Queue []"]
 
 
 def test_an_import_changes_nothing() -> None:

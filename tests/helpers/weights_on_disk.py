@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimind_mcore import arguments
-from minimind_mcore.checkpoint.files import NAME, TRACKER
+from minimind_mcore.checkpoint.files import NAME
 from minimind_mcore.checkpoint.layout import ParallelLayout
+from minimind_mcore.checkpoint.tracker import TRACKER
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 from minimind_mcore.models.hf_config import hf_model_type

@@ -199,9 +199,9 @@ def test_gradients_are_reduced_without_coalescing(server: Server, corpus: Corpus
     hook = tmp_path / "hook.py"
     hook.write_text(
         "import torch.distributed.distributed_c10d as c10d\n"
-        "from minimind_mcore.training import distributed\n"
+        "from minimind_mcore.platform import patches\n"
         "def before():\n"
-        "    distributed._reduce_one_by_one()\n"
+        "    patches.reduce_one_by_one()\n"
         "    def refused(*args, **kwargs):\n"
         "        raise AssertionError('coalesced')\n"
         "    c10d._coalescing_manager = refused\n"

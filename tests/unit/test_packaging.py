@@ -133,6 +133,27 @@ def test_every_command_works_in_an_empty_directory(words: str, shown: str, wheel
     assert done.returncode == ("export-verl" in words), done.stderr
 
 
+HELP = """
+import sys
+from minimind_mcore.cli import COMMANDS, main
+for name in COMMANDS:
+    sys.argv = ["minimind-mcore", name, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        print(name, end.code or 0, file=sys.stderr)
+"""
+
+
+def test_every_command_has_help_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
+    environ = os.environ | {"PYTHONPATH": str(wheel), "DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    from minimind_mcore.cli import COMMANDS
+
+    assert [line for line in done.stderr.splitlines() if line.split()[0] in COMMANDS] == [f"{n} 0" for n in COMMANDS]
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_configuration_is_installed(wheel: Path) -> None:
     names = [{path.relative_to(top) for path in top.rglob("*.*")} for top in (ROOT / "configs", wheel / PACKED)]
     assert names[0] == names[1] and len(names[0]) > 30

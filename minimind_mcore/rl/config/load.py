@@ -294,3 +294,13 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="file of device/ to take (default: that of the device found)")
     parser.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
     return parser
+
+
+def require_weights(load: str | Path | None) -> None:
+    """Refuse weights that are not there.
+
+    Raises:
+        UserError: `load` of actor_config names no file or directory.
+    """
+    if not load or not Path(load).exists():
+        raise UserError(f"actor_config.load: {load} does not exist; expected the weights to begin with")

@@ -15,6 +15,7 @@ from minimind_mcore.forecast.memory import GIB, Workload
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.rl.config.load import require_weights
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.placement import devices
@@ -132,6 +133,7 @@ def _begins(config: Config) -> str:
     save, load = config.actor.save, config.actor.load
     if save and iterations_in(Path(save)):
         return f"from the last checkpoint of {save}"
-    if load and not Path(load).exists():
-        raise UserError(f"load: {load} does not exist; expected the weights to begin with")
-    return f"with the weights of {load}" if load else "with random weights"
+    if not load:
+        return "with random weights"
+    require_weights(load)
+    return f"with the weights of {load}"

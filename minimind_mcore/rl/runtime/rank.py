@@ -23,7 +23,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.rl.algorithms.batches import mini_batches, token_batches
 from minimind_mcore.rl.algorithms.losses import denominator
-from minimind_mcore.rl.config.load import megatron_flags
+from minimind_mcore.rl.config.load import megatron_flags, require_weights
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.runtime import weight_sync
@@ -197,8 +197,7 @@ class Rank:
         self.engine.take_weights()
 
     def _load_weights(self, path: Path, model: list[MegatronModule], role: str) -> None:
-        if not path.exists():
-            raise UserError(f"load: {path} does not exist; expected the weights to begin with")
+        require_weights(path)
         checkpointing.load_weights(self.training, path, model, role)
 
     def _load_trunk(self, path: Path) -> None:

@@ -33,6 +33,7 @@ from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
 from minimind_mcore.rl.algorithms.table import ALGORITHMS, algorithm
+from minimind_mcore.rl.config.load import require_weights
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.rewards.verifier_pool import resolve
@@ -133,8 +134,7 @@ def _model(config: Config, folder: Path) -> None:
     """The weights as transformers and vLLM load them."""
     from minimind_mcore.converters.conversion import Conversion, run_conversion
 
-    if not config.actor.load or not Path(config.actor.load).exists():
-        raise UserError(f"actor_config.load: {config.actor.load} does not exist; expected the weights to begin with")
+    require_weights(config.actor.load)
     tokenizer = Path(config.actor.tokenizer_name_or_path)
     run_conversion(Conversion(load_dir=Path(config.actor.load), save_dir=folder, tokenizer=tokenizer))
     template = folder / "chat_template.jinja"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.ranges import problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,9 @@ class RolloutSamplingParams:
     stop: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature > 0, "more than 0: the log-probabilities of training are divided by it"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("min_p", 0 <= self.min_p < 1, "0 to less than 1"),
-        ):
-            if not valid:
-                raise UserError(f"sampling_config.{name}: found {getattr(self, name)}, expected {expected}")
+        for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p"):
+            if wrong := problem(name, getattr(self, name), "sampling_config"):
+                raise UserError(f"sampling_config.{name}: {wrong}")
 
 
 @dataclass(frozen=True)
