@@ -22,10 +22,12 @@ from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.vllm_engine import head_size_problem
 from minimind_mcore.models.presets import find_model
+from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform.device import KINDS
 
 INSTALL: Mapping[str, str] = matrix.data()["install"]
-KIT = "bash requirements/install.sh"  # what it pins, in .venv
+# What the kit pins, in the checkout's .venv; or what a package asks for.
+KIT = "bash requirements/install.sh" if (CHECKOUT / "examples").is_dir() else "pip install -U minimind-mcore"
 
 
 def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
