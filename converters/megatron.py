@@ -129,15 +129,15 @@ class MegatronDistTarget(Target):
         return [name for name in self.source.tensors if name not in self._tensors]
 
     def finish(self) -> None:
-        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
         state: dict[str, Any] = {
             "args": checkpoint_args(self.source, ParallelLayout()),
             "checkpoint_version": 3.0,
             "iteration": self.source.training.iteration,
             "num_floating_point_operations_so_far": 0,
         }
-        with single_process():
+        with single_process():  # which sets the device up, before megatron-core is imported
+            from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
             megatron_dist.save(state | {"model": self._sharded()}, self._directory, sharded_strategy=strategy)
         self._tensors.clear()

@@ -17,6 +17,7 @@ from minimind_mcore.rl.runtime.batch import Batch
 
 def forget_the_output_layer() -> None:
     """Break the engine as vLLM was once seen: the output layer, tied to the embedding, keeps its first values."""
+    from minimind_mcore.inference.decoder import Decoder
     from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
 
     load = DecoderEngine.load_weights
@@ -26,6 +27,7 @@ def forget_the_output_layer() -> None:
         torch.manual_seed(0)
         output = self.model.get_output_embeddings()
         output.weight = torch.nn.Parameter(torch.randn_like(output.weight))
+        self.decoder = Decoder(self.model)
 
     DecoderEngine.load_weights = incomplete  # type: ignore[method-assign]
 
