@@ -121,8 +121,8 @@ def fit(machine: Machine, name: str, pair: Pair, seconds: float, peak: float) ->
         return dataclasses.replace(machine, program=peak - sum(held.values()))
     if name.startswith("fragmentation"):
         changing = held["activations"] + held["logits"]
-        beyond = peak - machine.program - sum(held.values())
-        return dataclasses.replace(machine, **{name: getattr(machine, name) * (1 + beyond / changing)})
+        fragments = peak - machine.program - sum(held.values()) + held.get("fragmentation", 0.0)
+        return dataclasses.replace(machine, **{name: 1 + fragments / changing})
     parts = speed.of_training(work, machine)
     if name == "efficiency":
         share = machine.efficiency * parts["compute"] / (seconds - parts["update"])

@@ -109,15 +109,17 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
     moments = 8 if work.optimizer == "adam" else 4 if work.sgd_momentum else 0
     reference = work.model.num_parameters() // work.layout.tp * work.width if work.reference_live else 0
     kept, logits = _kept(work, machine)
-    held_per_byte = machine.fragmentation_moe if work.model.moe else machine.fragmentation
+    factor = machine.fragmentation_moe if work.model.moe else machine.fragmentation
+    fragments = (factor - 1) * (kept + logits)
     return {
         "weights": (held + (dense if work.lora_target_modules else 0)) * work.width,
         "gradients": (dense + experts) * work.gradient_width,
         "master weights": stored * (4 if work.width == 2 else 0),
         "moments": stored * moments,
-        "activations": kept * held_per_byte,
-        "logits": logits * held_per_byte,
+        "activations": kept,
+        "logits": logits,
         **({"reference": reference} if reference else {}),
+        **({"fragmentation": fragments} if fragments else {}),
     }
 
 

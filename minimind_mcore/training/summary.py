@@ -72,7 +72,8 @@ def require_memory(config: TrainConfig, sequences: int) -> None:
     found = device.current()
     # The processes of a CPU share its memory. A host of several has its own share of them.
     sharing = min(config.layout.world_size, found.count) if found.kind == "cpu" else 1
-    needed = sum(memory.of_training(workload(config, sequences), machines.like(found.kind)).values()) * sharing
+    parts = memory.of_training(workload(config, sequences), machines.like(found.kind))
+    needed = (sum(parts.values()) - parts.get("fragmentation", 0.0)) * sharing  # what is certain
     if found.memory and needed > found.memory:
         raise UserError(
             f"this run needs about {needed / GIB:.1f} GiB, the {found.kind} has {found.memory / GIB:.1f} GiB; lower "

@@ -42,7 +42,7 @@ def test_lora_has_gradients_and_moments_of_adapters_alone(name: str) -> None:
 
 def test_a_pair_has_the_activations_of_two_samples() -> None:
     (one, _), (two, _) = estimate(), estimate(sequences=2)
-    assert {name for name in one if two[name] == 2 * one[name] > 0} == {"activations", "logits"}
+    assert {name for name in one if two[name] == 2 * one[name] > 0} == {"activations", "logits", "fragmentation"}
     assert all(two[name] == one[name] for name in ("weights", "gradients", "moments"))
 
 
