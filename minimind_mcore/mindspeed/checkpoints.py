@@ -12,15 +12,14 @@ from pathlib import Path
 
 from minimind_mcore.checkpoint.files import (
     NAME,
-    TRACKER,
     is_converted,
     is_torch_dist,
-    read_tracker,
     saved_args,
     tracked_directory,
 )
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.torch_zip import check_checkpoint
+from minimind_mcore.checkpoint.tracker import TRACKER, read_tracker
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training import sample_order

@@ -26,7 +26,6 @@ from minimind_mcore import log
 from minimind_mcore.checkpoint.choose import choose, forget
 from minimind_mcore.checkpoint.files import (
     PREFIX,
-    TRACKER,
     content,
     directory_of,
     is_converted,
@@ -36,6 +35,7 @@ from minimind_mcore.checkpoint.files import (
 )
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
+from minimind_mcore.checkpoint.tracker import TRACKER
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import (
     RouterWeight,
