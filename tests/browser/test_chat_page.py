@@ -173,7 +173,8 @@ def test_tools_run_on_the_server_of_the_page(chat: Page, scripted: StandIn) -> N
         return [call("calculate_math", '{"expression": "256*37"}'), call("get_current_time", '{"timezone": 5}', 1)]
 
     scripted.answer = answer
-    chat.get_by_role("checkbox", name="calculate_math").check()
+    for name in ("calculate_math", "get_current_time"):
+        chat.get_by_role("checkbox", name=name).check()
     ask(chat, "256 times 37?")
     expect(answers(chat)).to_have_count(2)
     expect(answers(chat).last).to_contain_text("The product is 9472.")
@@ -182,15 +183,36 @@ def test_tools_run_on_the_server_of_the_page(chat: Page, scripted: StandIn) -> N
     expect(card).to_contain_text('"result": "9472"')
     expect(card).to_contain_text("done")
     expect(chat.get_by_role("region", name="get_current_time")).to_contain_text("failed")
-    assert [tool["function"]["name"] for tool in scripted.bodies[0]["tools"]] == ["calculate_math"]
+    assert {tool["function"]["name"] for tool in scripted.bodies[0]["tools"]} == {"calculate_math", "get_current_time"}
     _, question, result, wrong = scripted.bodies[1]["messages"]
     assert question["tool_calls"][0]["function"] == {"name": "calculate_math", "arguments": '{"expression": "256*37"}'}
     assert result == {"role": "tool", "tool_call_id": "call_0", "content": '{"result": "9472"}'}
     assert "error" in wrong["content"]
-    chat.get_by_role("checkbox", name="calculate_math").uncheck()
+
+
+def test_a_tool_that_is_off_does_not_run(chat: Page, scripted: StandIn) -> None:
+    def answer(body: dict[str, Any]) -> list[Any]:
+        if body["messages"][-1]["role"] == "tool":
+            return [{"content": "Well."}]
+        return [call("get_current_time", "{}"), call("calculate_math", '{"expression": "256*37"}', 1)]
+
+    ran: list[Any] = []
+    chat.on("request", lambda request: ran.append(request.post_data_json) if "/tools/call" in request.url else None)
+    scripted.answer = answer
     ask(chat, "plain")
-    expect(answers(chat)).to_have_count(4)  # again a call and an answer
-    assert "tools" not in scripted.bodies[2]
+    expect(chat.get_by_text("Well.")).to_have_count(1)
+    assert ran == [] and "tools" not in scripted.bodies[0]
+    assert {message["content"] for message in scripted.bodies[1]["messages"][2:]} == {'{"error": "this tool is off"}'}
+    for name in ("get_current_time", "calculate_math"):
+        card = chat.get_by_role("region", name=name)
+        expect(card).to_contain_text("failed")
+        expect(card).to_contain_text("this tool is off")
+    chat.get_by_role("checkbox", name="calculate_math").check()
+    ask(chat, "one is on")
+    expect(chat.get_by_text("Well.")).to_have_count(2)
+    assert [request["name"] for request in ran] == ["calculate_math"]
+    off, on = scripted.bodies[3]["messages"][-2:]
+    assert (off["content"], on["content"]) == ('{"error": "this tool is off"}', '{"result": "9472"}')
 
 
 def test_the_user_answers_the_calls_of_other_tools(chat: Page, scripted: StandIn) -> None:

@@ -47,10 +47,11 @@ export interface Settings {
   tools: ToolDefinition[];
 }
 
-/** A tool that the page's server runs. The user answers the calls of other tools. */
+/** The tools that the page's server has, and those that are switched on. The user answers the calls of other tools. */
 export interface ToolRunner {
   server: Server;
   names: ReadonlySet<string>;
+  on: ReadonlySet<string>;
 }
 
 const NUMBERS = [
@@ -219,8 +220,12 @@ export class Conversation extends Store<readonly Message[]> {
 
   /** Find the result of a call: from the server, or from the user. */
   private async run(message: AssistantMessage, call: Call, signal: AbortSignal): Promise<void> {
-    const { server, names } = this.runner();
-    if (!names.has(call.name)) {
+    const { server, names, on } = this.runner();
+    if (names.has(call.name) && !on.has(call.name)) {
+      // The text of a page or of a file can make a model call a tool that was never offered.
+      call.result = '{"error": "this tool is off"}';
+      call.state = "failed";
+    } else if (!names.has(call.name)) {
       call.state = "waiting";
       this.refresh(message, true);
       const text = await new Promise<string | undefined>((resolve) => {

@@ -77,7 +77,7 @@ export function currentSettings(): Settings {
 function toolRunner() {
   const own = new Set((ownTools(parameters.value.ownTools) ?? []).map((tool) => tool.function.name));
   const names = serverTools.value.map((tool) => tool.function.name).filter((name) => !own.has(name));
-  return { server: address(""), names: new Set(names) };
+  return { server: address(""), names: new Set(names), on: new Set(parameters.value.tools) };
 }
 
 export const conversations = ([0, 1] as const).map(
