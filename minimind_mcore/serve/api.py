@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
 from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 from pydantic import ValidationError
 from sse_starlette import EventSourceResponse  # pyright: ignore[reportMissingImports]
+from starlette.datastructures import Headers  # pyright: ignore[reportMissingImports]
 from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
 from starlette.middleware.cors import CORSMiddleware  # pyright: ignore[reportMissingImports]
 from starlette.types import ASGIApp, Message, Receive, Scope, Send  # pyright: ignore[reportMissingImports]
 
 from minimind_mcore import web
 from minimind_mcore.errors import UserError
-from minimind_mcore.serve.metrics import ServerMetrics
+from minimind_mcore.serve.engines import ServerOptions
 from minimind_mcore.serve.protocol import (
     ChatBody,
     CompletionBody,
@@ -55,17 +58,11 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> ASGIApp:
-    """The application.
-
-    Args:
-        service: answers; its model may still be loading.
-        api_key: what clients must send as bearer token.
-        cors_origins: web pages that may send requests.
-    """
+def create_app(service: Service) -> ASGIApp:
+    """The application. The model of the service may still be loading."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    if origins := service.options.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(QueueFull, _queue_full)
@@ -73,10 +70,10 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
     app.state.large = asyncio.Semaphore(1)
     _add_information(app, service)
     _add_answers(app, service)
-    _add_tools(app, open_tools(BUILTIN))
+    _add_tools(app, open_tools(BUILTIN), service.options.is_anonymous)
     for path, (content, headers) in PAGE.items():
         app.add_api_route(path, _file(content, headers), methods=["GET"])
-    return Gate(app, service.metrics, api_key)
+    return Gate(app, service)
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
@@ -139,14 +136,16 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     app.add_api_route("/v1/completions", completions, methods=["POST"])
 
 
-def _add_tools(app: FastAPI, toolbox: Toolbox) -> None:
-    """Let the chat page run tools: each call in a subprocess with limits."""
+def _add_tools(app: FastAPI, toolbox: Toolbox, is_anonymous: bool) -> None:
+    """Let the chat page run tools: each call in a subprocess with limits. Strangers on a network may run none."""
     slots = asyncio.Semaphore(PARALLEL)
 
     async def tools() -> Response:
-        return JSONResponse({"tools": toolbox.definitions})
+        return JSONResponse({"tools": [] if is_anonymous else toolbox.definitions})
 
     async def call(request: Request) -> Response:
+        if is_anonymous:
+            raise HTTPException(403, "the server runs no tools for other hosts without a key; start it with API_KEY")
         body = parse(ToolCallBody, await read_json(request))
         async with slots:
             result = await asyncio.to_thread(toolbox.run, body.name, body.arguments)
@@ -359,15 +358,38 @@ async def _unexpected(request: Request, problem: Exception) -> Response:
     return _reply(500, "the server failed; its log says where")
 
 
+def refusal(options: ServerOptions, headers: Headers) -> str | None:
+    """Return why a request may come from a page of another site; None if it does not.
+
+    A browser sends the page's address as Origin with each POST. A site can also let its own name point to this host
+    (DNS rebinding): its pages then read replies as their own, but Host has the name. A key stops both.
+    """
+    allowed = options.cors_origins
+    if options.api_key is not None or "*" in allowed:
+        return None
+    host, origin = headers.get("host", ""), headers.get("origin")
+    names = {"", "localhost", options.host.lower(), *(urlsplit(other).hostname for other in allowed)}
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name not in names:
+            ipaddress.ip_address(name)  # an address, unlike a name, points to no other host
+    except ValueError:
+        return f"Host is {host[:80]!r}; expected an IP address or localhost. To accept every Host, set API_KEY"
+    if origin is None or origin in (f"http://{host}", f"https://{host}", *allowed):
+        return None
+    return f"Origin is {origin[:80]!r}; to let this web page send requests, start the server with --cors-origin"
+
+
 class Gate:
-    """Asks for the key, counts and logs requests, and keeps exceptions to itself.
+    """Refuses pages of other sites, asks for the key, counts and logs requests, and keeps exceptions to itself.
 
     The log has neither bodies nor addresses that a client made up.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics, api_key: str | None) -> None:
-        self.app, self.metrics = app, metrics
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.metrics, self.options = app, service.metrics, service.options
+        key = self.options.api_key
+        self._expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -385,7 +407,9 @@ class Gate:
             await send(message)
 
         try:
-            if path not in ("/health", *PAGE) and not self._allowed(scope):  # the page asks its user for the key
+            if path != "/health" and (reason := refusal(self.options, Headers(scope=scope))):
+                await _reply(403, reason)(scope, receive, counted)
+            elif path not in ("/health", *PAGE) and not self._allowed(scope):  # the page asks its user for the key
                 refused = _reply(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", None,
                                  "invalid_api_key", **{"WWW-Authenticate": "Bearer"})  # fmt: skip
                 await refused(scope, receive, counted)

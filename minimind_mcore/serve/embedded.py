@@ -104,7 +104,7 @@ class EmbeddedServer:
         self.source, self.info, self.options = source, info, options
         self.service = Service(options)
         config = uvicorn.Config(
-            create_app(self.service, options.api_key, options.cors_origins),
+            create_app(self.service),
             log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", http=LimitedHeads,
             timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=30,
         )  # fmt: skip

@@ -11,6 +11,7 @@ It is imported only when it is asked for, or when the choice depends on it.
 from __future__ import annotations
 
 import importlib
+import ipaddress
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -50,6 +51,11 @@ class ServerOptions:
     defaults: tuple[tuple[str, float], ...] = ()
     cors_origins: tuple[str, ...] = ()
 
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether other hosts are served without a key."""
+        return self.api_key is None and not is_loopback(self.host)
+
 
 def engine(name: str) -> ModuleType:
     """The module of an engine."""
@@ -75,3 +81,13 @@ def choose(asked: str, source: Source) -> tuple[str, str]:
     if problem := engine(asked).problem(source):
         raise UserError(f"ENGINE={asked}: {problem}. ENGINE=embedded needs neither vLLM nor a certain head size")
     return asked, f"ENGINE={asked}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

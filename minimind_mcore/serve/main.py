@@ -61,7 +61,7 @@ def _options(args: argparse.Namespace) -> ServerOptions:
     if args.kv_cache_gib is not None and not args.kv_cache_gib > 0:
         raise UserError(f"--kv-cache-gib {args.kv_cache_gib}: expected more than 0")
     key = os.environ.get("API_KEY") or None
-    if key is None and not args.allow_anonymous and not is_loopback(args.host):
+    if key is None and not args.allow_anonymous and not engines.is_loopback(args.host):
         raise UserError(
             f"--host {args.host} serves other hosts, and API_KEY is not set. Set API_KEY to the key that clients must "
             "send, or give --allow-anonymous to serve everybody"
@@ -94,13 +94,3 @@ def host_flag(setting: str) -> list[str]:
         logger.warning(f"HOST={setting} is not an IP address and is ignored; --host takes any name")
         return []
     return ["--host", setting] if setting else []
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

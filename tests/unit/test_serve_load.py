@@ -133,7 +133,7 @@ def test_200_malformed_requests(address: str) -> None:
 def test_slow_clients_and_disconnects(address: str) -> None:
     """Connections that send half a request, or leave while they are answered, hold nobody up."""
     host, port = address.removeprefix("http://").split(":")
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
     body = json.dumps(body_of(2, stream=True, max_tokens=2000)).encode()
     sockets = []
     for number in range(60):
@@ -160,5 +160,5 @@ def test_a_body_that_does_not_arrive(address: str, monkeypatch: pytest.MonkeyPat
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.settimeout(20)
-        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
         assert b"408" in connection.recv(100)

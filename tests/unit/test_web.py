@@ -55,14 +55,20 @@ def test_the_lock_file_names_no_registry() -> None:
     assert '"integrity"' in lock and '"resolved"' not in lock
 
 
-def ask_server(*requests: tuple[str, str, Any], key: str = "secret") -> list[httpx.Response]:
+def ask_server(
+    *requests: tuple[str, str, Any],
+    key: str = "secret",
+    headers: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[httpx.Response]:
     """The replies of a server with the key "secret" and no model."""
 
     async def ask() -> list[httpx.Response]:
-        app = create_app(Service(ServerOptions(host="127.0.0.1", port=0, name="minimind", api_key="secret")), "secret")
-        headers = {"Authorization": f"Bearer {key}"}
+        fields = {"host": "127.0.0.1", "port": 0, "name": "minimind", "api_key": "secret"} | (options or {})
+        app = create_app(Service(ServerOptions(**fields)))
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers) as client:
+        sent = {"Authorization": f"Bearer {key}"} | (headers or {})
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", headers=sent) as client:
             return [await client.request(method, path, json=body) for method, path, body in requests]
 
     return asyncio.run(ask())
@@ -97,6 +103,52 @@ def test_the_server_runs_built_in_tools() -> None:
     assert not hostile.json()["ok"] and not unknown.json()["ok"]
     assert "there is no tool 'os:system'" in unknown.json()["text"]
     assert [reply.status_code for reply in wrong] == [400, 400, 400]
+
+
+CALL = ("POST", "/tools/call", {"name": "calculate_math", "arguments": {"expression": "256*37"}})
+EVIL = "http://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "options", "status"),
+    [
+        ({"Host": "127.0.0.1:8998"}, {}, 200),
+        ({"Host": "localhost:8998"}, {}, 200),
+        ({"Host": "[::1]:8998"}, {"host": "::1"}, 200),
+        ({"Host": "localhost:8998", "Origin": "http://localhost:8998"}, {}, 200),
+        ({"Host": "evil.example:8998"}, {}, 403),  # DNS rebinding
+        ({"Host": "evil.example:8998", "Origin": f"{EVIL}:8998"}, {}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, {}, 403),
+        ({"Host": "[::1"}, {}, 403),
+        ({"Host": "127.0.0.1:8998", "Origin": EVIL}, {}, 403),  # a page of another site
+        ({"Host": "127.0.0.1:8998", "Origin": "http://127.0.0.1:3000"}, {}, 403),  # another server's page
+        ({"Host": "127.0.0.1:8998", "Origin": "null"}, {}, 403),  # a file, or a frame without an origin
+        ({"Host": "127.0.0.1:8998", "Origin": EVIL}, {"cors_origins": (EVIL,)}, 200),
+        ({"Host": "evil.example", "Origin": "https://evil.example"}, {"cors_origins": (EVIL,)}, 200),  # a proxy
+        ({"Host": "evil.example", "Origin": EVIL}, {"cors_origins": ("*",)}, 200),
+        ({"Host": "evil.example", "Origin": EVIL}, {"api_key": "secret"}, 200),  # the key says enough
+        ({"Host": "gpu.example"}, {"api_key": "secret", "host": "0.0.0.0"}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_refused(headers: dict[str, str], options: dict[str, Any], status: int) -> None:
+    content = {"Content-Type": "text/plain"} if "Origin" in headers else {}  # which a browser sends without asking
+    requests = (CALL, ("GET", "/v1/models", None), ("GET", "/", None), ("GET", "/health", None))
+    call, *others, health = ask_server(*requests, headers=headers | content, options={"api_key": None} | options)
+    assert [call.status_code, *(reply.status_code == 403 for reply in others)] == [status, status == 403, status == 403]
+    assert health.status_code == 503  # for load balancers, whatever they call the server
+    if status == 403:
+        assert next(iter(headers.values()))[:5] in call.json()["error"]["message"] or "Origin" in headers
+        assert "9472" not in call.text
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.5", "::"])
+def test_strangers_on_the_network_run_no_tools(address: str) -> None:
+    requests = (CALL, ("GET", "/tools", None), ("GET", "/v1/models", None))
+    call, tools, models = ask_server(
+        *requests, headers={"Host": "192.168.1.5:8998"}, options={"host": address, "api_key": None}
+    )
+    assert call.status_code == 403 and "API_KEY" in call.json()["error"]["message"]
+    assert tools.json() == {"tools": []} and models.status_code == 503  # the answers themselves are for all
 
 
 def test_the_stage_web_prints_the_address_of_the_page(
