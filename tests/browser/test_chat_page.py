@@ -288,6 +288,18 @@ def test_the_token_view_shows_ids_and_alternatives(real: str, new_page: NewPage)
     expect(folds.last.locator(".token-facts dd").nth(1)).to_have_text(str(prompt[0]))
 
 
+def test_lists_and_tables_are_as_written(chat: Page, scripted: StandIn) -> None:
+    text = "3. three\n4. four\n\n|a|b|c|\n|-|:-:|-:|\n|1|2|3|"
+    scripted.answer = lambda body: [{"content": text}]
+    ask(chat, "write")
+    expect(chat.get_by_role("cell", name="3")).to_be_visible()
+    assert chat.locator(".answer ol").evaluate("list => list.start") == 3
+    for tag in ("th", "td"):
+        cells = chat.locator(f".answer {tag}").all()
+        found = [cell.evaluate("cell => getComputedStyle(cell).textAlign").removeprefix("-webkit-") for cell in cells]
+        assert [side.replace("start", "left") for side in found] == ["left", "center", "right"]
+
+
 HOSTILE = """<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>
 <svg onload="window.hacked=1"><style>body{display:none}</style><iframe src="javascript:window.hacked=1"></iframe>
 <form action="http://127.0.0.1:9/"><input name=key><button>go</button></form>

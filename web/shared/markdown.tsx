@@ -10,6 +10,7 @@ const ALLOWED = {
     "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody", "td", "th", "thead", "tr", "ul",
   ],
   ALLOWED_ATTR: ["href", "title", "align", "start"],
+  ADD_URI_SAFE_ATTR: ["align", "start"], // DOMPurify compares values of unknown attributes with the expression below
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
