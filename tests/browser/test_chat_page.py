@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx  # pyright: ignore[reportMissingImports]
@@ -22,10 +23,15 @@ LATE = "\n\nThe end."
 
 
 @pytest.fixture(scope="module")
-def real(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the embedded server with a small model."""
+def model(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model."""
     folder = tmp_path_factory.mktemp("served") / "model"
-    model = write_served(folder, shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+    return write_served(folder, shrunk("minimind3", vocabulary(tokenizer)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def real(model: Path) -> Iterator[str]:
+    """The address of the embedded server with the small model."""
     with embedded(model) as (address, _):
         yield address
 
@@ -37,10 +43,17 @@ def scripted() -> Iterator[StandIn]:
         yield server
 
 
+def agree(page: Page) -> Page:
+    """Agree to the other servers of a link."""
+    for _ in range(page.url.count("http%3A") + page.url.count("=http:")):
+        page.get_by_role("button", name="Connect").first.click()
+    return page
+
+
 @pytest.fixture
 def chat(real: str, scripted: StandIn, new_page: NewPage) -> Page:
     """The page of the embedded server, talking to the scripted one."""
-    return new_page(f"{real}/?api={scripted.address}")
+    return agree(new_page(f"{real}/?api={scripted.address}"))
 
 
 def ask(page: Page, text: str) -> None:
@@ -242,7 +255,7 @@ def test_two_models_side_by_side(real: str, scripted: StandIn, new_page: NewPage
     with stand_in("other") as other:
         scripted.answer = lambda body: [{"content": "before"}]
         other.answer = lambda body: [0.3, {"content": "after"}]
-        page = new_page(f"{real}/?api={scripted.address}/v1&compare={other.address}")
+        page = agree(new_page(f"{real}/?api={scripted.address}/v1&compare={other.address}"))
         ask(page, "the same question")
         columns = page.locator(".column")
         for column, title, answer in zip(columns.all(), ("scripted", "other"), ("before", "after"), strict=True):
@@ -416,7 +429,7 @@ def test_the_key_goes_to_its_own_server_only(
 ) -> None:
     scripted.key = "secret"
     with stand_in("other") as other:
-        page = new_page(f"{real}/?api={scripted.address}")
+        page = agree(new_page(f"{real}/?api={scripted.address}"))
         expect(page.get_by_role("alert")).to_have_text("The server asks for an API key.")
         page.get_by_label("API key").fill("secret")
         page.get_by_label("API key").press("Tab")
@@ -434,11 +447,36 @@ def test_the_key_goes_to_its_own_server_only(
     errors.clear()
 
 
+def test_the_server_of_a_link_gets_nothing_before_the_user_agrees(
+    real: str, scripted: StandIn, new_page: NewPage
+) -> None:
+    page = new_page(f"{real}/?api={scripted.address}")
+    expect(page.locator(".welcome")).to_contain_text("another server")
+    expect(page.locator(".welcome")).to_contain_text(scripted.address)
+    page.get_by_label("Message", exact=True).fill("hello")
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("Message", exact=True).press("Enter")
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    page.get_by_role("button", name="Use this page's server").click()
+    expect(page.get_by_label("Model")).to_have_text("minimind")
+    assert "api=" not in page.url and scripted.keys == []
+    page.goto(f"{real}/?api={scripted.address}")  # has not agreed
+    agree(page)
+    expect(page.get_by_label("Model")).to_have_text("scripted")
+    page.reload()
+    expect(page.get_by_label("Model")).to_have_text("scripted")  # asked once
+    expect(page.locator(".column-title")).to_contain_text(scripted.address)
+    with stand_in("typed") as other:
+        page.get_by_label("Address").fill(other.address)
+        page.get_by_label("Address").press("Tab")
+        expect(page.get_by_label("Model")).to_have_text("typed")  # the user wrote the address
+
+
 def test_a_narrow_screen(real: str, scripted: StandIn, new_page: NewPage) -> None:
     scripted.answer = lambda body: [
         {"content": f"`{'x' * 300}`\n\n```\n{'y' * 300}\n```\n\n|a|b|\n|-|-|\n|1|{'z' * 300}|"}
     ]
-    page = new_page(f"{real}/?api={scripted.address}", viewport={"width": 390, "height": 760})
+    page = agree(new_page(f"{real}/?api={scripted.address}", viewport={"width": 390, "height": 760}))
     expect(page.get_by_label("System prompt")).to_be_hidden()
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("x" * 500)
@@ -461,7 +499,9 @@ def test_axe_finds_nothing_serious(
     answer: list[Any] = [{"reasoning_content": "hmm"}, {"content": markdown, "choice": choice}]
     scripted.answer = lambda body: [*map(dict, answer), call("lookup", '{"a": 1}')]
     page = new_page(f"{real}/?api={scripted.address}", color_scheme=look)
+    expect(page.get_by_role("button", name="Connect")).to_be_visible()
     accessible(page)
+    agree(page)
     ask(page, "everything")
     expect(page.get_by_text("needs your result")).to_be_visible()
     for fold in page.locator(".answer summary").filter(has_not_text="Prompt").all():

@@ -9,8 +9,8 @@ import { explain } from "./connection";
 import { Answer, isEnter, Question } from "./messages";
 import { SettingsPanel } from "./settings";
 import {
-  bases, chosenModels, comparing, connections, conversations, LETTERS, serverOf, useConnection, useServerTools,
-  type Side,
+  bases, chooseServer, chosenModels, comparing, connections, conversations, LETTERS, serverOf, useConnection,
+  useServerTools, type Side,
 } from "./state";
 import { EXAMPLES, WORDS } from "./words";
 
@@ -98,9 +98,9 @@ function Column({ side, both }: { side: Side; both: boolean }): JSX.Element {
   const label = both ? t("conversationWith", { side: LETTERS[side] }) : t("conversation");
   return (
     <section class="column" aria-label={label}>
-      {both && (
+      {(both || base) && (
         <p class="column-title">
-          <b>{LETTERS[side]}</b> {model || t("noModel")} <small>{base || t("thisServer")}</small>
+          {both && <b>{LETTERS[side]}</b>} {model || t("noModel")} <small>{base || t("thisServer")}</small>
         </p>
       )}
       <div
@@ -136,6 +136,23 @@ function Welcome({ side, both }: { side: Side; both: boolean }): JSX.Element {
   const t = useWords(WORDS);
   const examples = EXAMPLES[useStore(language)];
   const { state } = useStore(connections[side]!);
+  const base = useStore(bases)[side]!;
+  if (state === "unasked") {
+    const choose = (chosen: string) => {
+      chooseServer(side, chosen);
+      document.querySelector<HTMLElement>(".composer textarea")!.focus(); // the buttons disappear
+    };
+    return (
+      <div class="welcome">
+        <p>{t("unasked")}</p>
+        <p class="welcome-model">{base}</p>
+        <div class="examples">
+          <button type="button" onClick={() => choose(base)}>{t("connect")}</button>
+          <button type="button" onClick={() => choose("")}>{t("useThisServer")}</button>
+        </div>
+      </div>
+    );
+  }
   return (
     <div class="welcome">
       <p class="welcome-model">{state === "connecting" ? t("connecting") : serverOf(side).model}</p>

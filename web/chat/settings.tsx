@@ -5,7 +5,7 @@ import { Check, Field } from "../shared/widgets";
 import { explain } from "./connection";
 import { normalBase } from "./server";
 import {
-  bases, chosenModels, comparing, connections, keys, LETTERS, ownTools, parameters, serverOf, serverTools,
+  bases, chooseServer, chosenModels, comparing, connections, keys, LETTERS, ownTools, parameters, serverOf, serverTools,
   type Parameters, type Side,
 } from "./state";
 import { WORDS } from "./words";
@@ -78,7 +78,7 @@ function ServerSettings({ side, title }: { side: Side; title: string }): JSX.Ele
           type="url"
           placeholder={t("thisServer")}
           value={base}
-          onChange={(event) => bases.set(replace(bases.value, normalBase(event.currentTarget.value)))}
+          onChange={(event) => chooseServer(side, normalBase(event.currentTarget.value))}
         />
       </Field>
       <Field label={t("key")} hint={t("keyHint")}>

@@ -26,6 +26,19 @@ comparing.subscribe(writeAddress);
 // By address: the key of one server is never sent to another one.
 export const keys = kept<Record<string, string>>("minimind.chat.keys", {}, () => sessionStorage);
 
+// Other servers that the user agreed to. A link can name any server: nothing is sent there before.
+const agreed = kept<string[]>("minimind.chat.agreed", []);
+
+function isAgreed(base: string): boolean {
+  return !base || base === location.origin || agreed.value.includes(base);
+}
+
+/** Set the address of a side's server, as its user wants it. */
+export function chooseServer(side: Side, base: string): void {
+  if (!isAgreed(base)) agreed.set([...agreed.value, base]);
+  bases.set(bases.value.map((old, n) => (n === side ? base : old)));
+}
+
 export type Parameters = Omit<Settings, "tools"> & { tools: string[]; ownTools: string };
 
 export const parameters = kept<Parameters>("minimind.chat.parameters", {
@@ -34,7 +47,7 @@ export const parameters = kept<Parameters>("minimind.chat.parameters", {
 
 /** What is known of the server of a side. */
 export interface Connection {
-  state: "connecting" | "ready" | "failed";
+  state: "unasked" | "connecting" | "ready" | "failed"; // unasked: the user has not agreed to the server of a link
   models: string[];
   error?: unknown;
 }
@@ -88,13 +101,15 @@ export const conversations = ([0, 1] as const).map(
 export function useConnection(side: Side): void {
   const base = useStore(bases)[side]!;
   const key = useStore(keys)[base] ?? "";
+  useStore(agreed);
+  const mayAsk = isAgreed(base);
   const [attempt, retry] = useState(0);
   useEffect(() => {
     let ended = false;
     const store = connections[side]!;
     let timer: ReturnType<typeof setTimeout> | undefined;
-    if (!attempt) store.set({ state: "connecting", models: [] });
-    void connect();
+    if (!attempt) store.set({ state: mayAsk ? "connecting" : "unasked", models: [] });
+    if (mayAsk) void connect();
     async function connect() {
       try {
         const models = await listModels({ base, key, model: "" });
@@ -110,7 +125,7 @@ export function useConnection(side: Side): void {
       ended = true;
       clearTimeout(timer);
     };
-  }, [side, base, key, attempt]);
+  }, [side, base, key, mayAsk, attempt]);
 }
 
 /** Keep the list of the tools that the page's server runs up to date. */

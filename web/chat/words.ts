@@ -14,6 +14,12 @@ export const WORDS = {
   model: ["Model", "模型"],
   noModel: ["no model", "没有模型"],
   connecting: ["Connecting…", "正在连接……"],
+  unasked: [
+    "The link opens this page with another server. Your messages would be sent to:",
+    "此链接让本页使用另一台服务器，您的消息将发送到：",
+  ],
+  connect: ["Connect", "连接"],
+  useThisServer: ["Use this page's server", "使用本页的服务器"],
   needsKey: ["The server asks for an API key.", "服务器要求 API 密钥。"],
   noAnswer: [
     "{address} does not answer. Check that the server runs. A server at another address must allow this page (CORS): start it with --cors-origin {origin}",
