@@ -472,6 +472,19 @@ def test_the_server_of_a_link_gets_nothing_before_the_user_agrees(
         expect(page.get_by_label("Model")).to_have_text("typed")  # the user wrote the address
 
 
+def test_the_key_of_a_link_is_kept_and_leaves_the_address(model: Path, new_page: NewPage) -> None:
+    with embedded(model, api_key="s3+cr&t/") as (address, _):
+        page = new_page(f"{address}/#key=s3%2Bcr%26t%2F")
+        expect(page.get_by_label("Model")).to_have_text("minimind")
+        expect(page.get_by_label("API key")).to_have_value("s3+cr&t/")
+        assert page.url == f"{address}/"
+        page.reload()
+        expect(page.get_by_label("Model")).to_have_text("minimind")
+        assert page.evaluate("JSON.stringify(localStorage)").find("s3") < 0
+        page.evaluate("location.hash = 'key=s3%2Bcr%26t%2F'")
+        expect(page).to_have_url(f"{address}/")
+
+
 def test_a_narrow_screen(real: str, scripted: StandIn, new_page: NewPage) -> None:
     scripted.answer = lambda body: [
         {"content": f"`{'x' * 300}`\n\n```\n{'y' * 300}\n```\n\n|a|b|\n|-|-|\n|1|{'z' * 300}|"}

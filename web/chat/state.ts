@@ -26,6 +26,16 @@ comparing.subscribe(writeAddress);
 // By address: the key of one server is never sent to another one.
 export const keys = kept<Record<string, string>>("minimind.chat.keys", {}, () => sessionStorage);
 
+/** Keep the key of a link, #key=..., which is this server's, and remove it from the address. */
+function readKey(): void {
+  const key = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (key === null) return;
+  keys.set({ ...keys.value, "": key });
+  history.replaceState(null, "", location.pathname + location.search);
+}
+readKey();
+addEventListener("hashchange", readKey);
+
 // Other servers that the user agreed to. A link can name any server: nothing is sent there before.
 const agreed = kept<string[]>("minimind.chat.agreed", []);
 
