@@ -60,7 +60,7 @@ def ask(page: Page, text: str) -> None:
     """Write a message and send it."""
     box = page.get_by_label("Message", exact=True)
     box.fill(text)
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()  # the page has found the server
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled()  # the page has found the server
     box.press("Enter")
 
 
@@ -404,6 +404,26 @@ def test_keys_of_the_keyboard(chat: Page, scripted: StandIn) -> None:
     chat.keyboard.press("Shift+Tab")
     assert chat.evaluate("document.activeElement.tagName") == "BUTTON"
     assert chat.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_escape_stops_an_answer_only_by_itself(chat: Page, scripted: StandIn) -> None:
+    composing = "e => e.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', isComposing: true, bubbles: true}))"
+    ask(chat, "first")
+    expect(answers(chat)).to_contain_text("hello")
+    chat.get_by_role("button", name="Edit").click()
+    scripted.answer = endless
+    ask(chat, "second")
+    expect(answers(chat).last).to_contain_text("0 1 2")
+    editor, stop = chat.get_by_label("Edit the message"), chat.get_by_role("button", name="Stop (Esc)")
+    for box in (chat.get_by_label("Message", exact=True), editor):
+        box.evaluate(composing)
+    expect(editor).to_be_visible()
+    editor.press("Escape")
+    expect(editor).to_have_count(0)
+    expect(answers(chat).last).to_contain_text("10 11 12")
+    expect(stop).to_be_visible()
+    chat.keyboard.press("Escape")
+    expect(chat.get_by_text("Stopped.")).to_be_visible()
 
 
 def test_errors_are_shown_and_the_chat_goes_on(chat: Page, scripted: StandIn, errors: list[str]) -> None:

@@ -27,7 +27,8 @@ function Page(): JSX.Element {
   });
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
-      if (event.key !== "Escape" || event.defaultPrevented) return;
+      // Escape also ends the input of a Chinese word, and the editing of a message.
+      if (event.key !== "Escape" || event.isComposing || event.defaultPrevented) return;
       if (conversations.some((conversation) => conversation.busy.value)) stop();
       else if (!WIDE.matches) setShowSettings(false);
     };

@@ -51,7 +51,10 @@ export function Question(props: { message: UserMessage; conversation: Conversati
               if (isEnter(event)) {
                 event.preventDefault();
                 save();
-              } else if (event.key === "Escape") setDraft(undefined);
+              } else if (event.key === "Escape" && !event.isComposing) {
+                event.preventDefault(); // it would also stop an answer
+                setDraft(undefined);
+              }
             }}
           />
           <div class="actions">
