@@ -24,10 +24,18 @@ from minimind_mcore.serve.service import Service
 from minimind_mcore.tools.registry import open_tools
 
 SOURCES = ROOT / "web"
-needs_node = pytest.mark.skipif(
-    shutil.which("node") is None or not (SOURCES / "node_modules").is_dir(),
-    reason="the packages of the pages are not installed: run `npm ci --ignore-scripts` in web/ (Node.js 20 or later)",
-)
+
+
+def missing() -> str:
+    """What a build of the pages lacks here, and what to do; "" if it lacks nothing."""
+    if shutil.which("node") is None:
+        return "the built pages are not compared with their sources: install Node.js 20 or later, with npm"
+    if not (SOURCES / "node_modules/.package-lock.json").is_file():  # npm writes it last
+        return "the built pages are not compared with their sources: run `npm ci --ignore-scripts` in web/"
+    return ""
+
+
+needs_node = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 def node(*words: str) -> None:
