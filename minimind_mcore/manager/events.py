@@ -145,7 +145,7 @@ def _rows(file: Path, attempt: int, cursor: Cursor) -> list[Event]:
 
 def described(queue: Queue, job: JobRecord) -> dict[str, object]:
     """Return a job as JSON for clients."""
-    found = job.model_dump(exclude={"mark", "pid", "pid_started", "commands"})
+    found = job.model_dump(exclude={"mark", "pid", "commands"})
     found |= {"name": job.request.name or job.request.stage, "stage": job.request.stage}
     found["waits_for"] = queue.blockers(job) if job.state == "queued" else []
     return found

@@ -6,7 +6,6 @@ CPU's slots; a server on a CPU takes none, because it waits for questions most o
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -20,8 +19,6 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-
-import psutil
 
 from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
@@ -126,6 +123,7 @@ class Queue:
         self._held = hold(places.jobs / ".manager.lock")
         self._lock = threading.RLock()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._deadlines: dict[str, float] = {}  # of jobs that save: the monotonic clock's time, then they are killed
         self._ending = threading.Event()
         found = [record.read_job(folder) for folder in sorted(places.jobs.iterdir()) if folder.is_dir()]
         self.jobs = {job.id: job for job in sorted(filter(None, found), key=lambda job: job.created)}
@@ -207,9 +205,13 @@ class Queue:
             elif job.state == "stopping":
                 record.kill(job.mark)
             else:
-                self._change(job, state="stopping", stop_requested=time.time())
-                if job.is_alive():
-                    os.kill(job.pid, signal.SIGINT)
+                self._change(job, state="stopping")
+                self._interrupt(job)
+
+    def _interrupt(self, job: JobRecord) -> None:
+        self._deadlines[job.id] = time.monotonic() + self.stop_seconds
+        if job.is_alive():
+            os.kill(job.pid, signal.SIGINT)
 
     def resume(self, job: JobRecord) -> None:
         """Queue a job again that was stopped or failed: its commands continue from its checkpoint.
@@ -220,7 +222,7 @@ class Queue:
         with self._lock:
             if job.state not in ("stopped", "failed"):
                 raise UserError(f"{job.id} is {job.state}; only a job that was stopped or failed can be resumed")
-            self._change(job, state="queued", stop_requested=0.0, ended=0.0, status=None, error="")
+            self._change(job, state="queued", ended=0.0, status=None, error="")
 
     def blockers(self, job: JobRecord) -> list[str]:
         """Return the jobs that a queued job waits for."""
@@ -273,18 +275,15 @@ class Queue:
                 [sys.executable, "-m", "minimind_mcore.manager.runner", str(folder)],
                 env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self._know(job, self._children[job.id].pid)
-
-    def _know(self, job: JobRecord, pid: int) -> None:
-        with contextlib.suppress(psutil.Error):
-            self._change(job, pid=pid, pid_started=psutil.Process(pid).create_time())
+        self._change(job, pid=self._children[job.id].pid)
 
     def _find_again(self, job: JobRecord) -> None:
         """Find the process of a job that a former manager started."""
+        self._deadlines[job.id] = time.monotonic() + self.stop_seconds
         if not job.pid:
             found = [p for p in record.processes(job.mark) if "minimind_mcore.manager.runner" in p.cmdline()]
             if found:
-                self._know(job, found[0].pid)
+                self._change(job, pid=found[0].pid)
             elif not record.read_exit(self.folder(job), job.attempt):
                 self._change(job, state="queued", attempt=job.attempt - 1)
 
@@ -296,7 +295,7 @@ class Queue:
         if job.is_alive():
             if job.address and not job.ready and answers(job.address):
                 self._change(job, ready=True)
-            if job.state == "stopping" and time.time() - job.stop_requested > self.stop_seconds:
+            if job.state == "stopping" and time.monotonic() > self._deadlines[job.id]:
                 logger.warning(f"{job.id} did not end within {self.stop_seconds:.0f} s: killed")
                 record.kill(job.mark)
             return

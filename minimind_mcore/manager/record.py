@@ -66,8 +66,6 @@ class JobRecord(BaseModel):
         attempt: how often it was started.
         mark: value of the variable `MARK` in the processes of this attempt.
         pid: of the job's own process; 0 before it is known.
-        pid_started: when that process started, as the system says.
-        stop_requested: when a client asked to stop it.
         address: of a server; `ready`: it answers.
         version: counts the changes of this record.
     """
@@ -86,8 +84,6 @@ class JobRecord(BaseModel):
     attempt: int = 0
     mark: str = ""
     pid: int = 0
-    pid_started: float = 0.0
-    stop_requested: float = 0.0
     address: str = ""
     ready: bool = False
     version: int = 0
@@ -98,10 +94,13 @@ class JobRecord(BaseModel):
         atomic_write_text(root / self.id / RECORD, self.model_dump_json(indent=1) + "\n")
 
     def is_alive(self) -> bool:
-        """Whether the job's own process runs."""
+        """Whether the job's own process runs.
+
+        The mark identifies the process. The time of its start does not: it changes when the system's clock is set.
+        """
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.pid_started) < 2 and process.environ().get(MARK) == self.mark
+            same = process.environ().get(MARK) == self.mark
             return bool(self.pid) and same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shlex
 import subprocess
 import time
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 600  # a GPU's server may compile its kernels first
 QUESTION = "17+25=?"
+MARK = "MINIMIND_PIPELINE_SERVER"  # variable in the environment of the server
 
 
 def serve(run: Run, kind: str, dry: bool) -> None:
@@ -63,10 +65,12 @@ def serve(run: Run, kind: str, dry: bool) -> None:
         if _health(address(run)) is not None:
             raise UserError(f"port {run.port} is taken by another server; end it, or give another port with --port")
         with log.open("wb") as output:
+            mark = secrets.token_hex(16)
             process = subprocess.Popen(
-                command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        before = wanted if service else wanted | {"pid": process.pid, "started": _started(process.pid)}
+                command, env=os.environ | settings | {MARK: mark}, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        before = wanted if service else wanted | {"pid": process.pid, "mark": mark}
         atomic_write_text(state, json.dumps(before))
         _wait(address(run), process, log, bool(service))
     stopping = shlex.join(compose(service, "rm", "--stop", "--force")) if service else f"kill {before['pid']}"
@@ -115,19 +119,18 @@ def stop(state: dict[str, object]) -> None:
 def _alive(state: dict[str, object]) -> bool:
     """Whether a recorded service or process still runs.
 
-    Another process may have got the number of the process: the time of its start tells.
+    Another process may have got the number of the process: the mark in its environment tells. The time of its start
+    does not, because it changes when the system's clock is set.
     """
     if service := state.get("service"):
         listed = subprocess.run(compose(str(service), "ps", "--quiet", "--status", "running"), capture_output=True)
         return bool(listed.stdout.strip())
     try:
-        return _started(int(str(state["pid"]))) == state["started"]
+        process = psutil.Process(int(str(state["pid"])))
+        same = process.environ().get(MARK) == state["mark"]
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except (KeyError, psutil.Error):
         return False
-
-
-def _started(pid: int) -> float:
-    return float(psutil.Process(pid).create_time())
 
 
 def _health(url: str) -> int | None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +429,47 @@ def test_a_job_that_does_not_save_in_time_is_killed(tmp_path: Path, stub: str) -
         assert client.until(name, "stopped", seconds=20)["status"] == 128 + signal.SIGKILL
 
 
+@pytest.fixture
+def own_queue(tmp_path: Path, stub: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
+    """A queue in this process, with one GPU, whose thread does nothing: the test calls `tick`."""
+    monkeypatch.setenv("PYTHONPATH", stub)
+    monkeypatch.setattr("minimind_mcore.manager.queue.TICK_SECONDS", 3600)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with contextlib.closing(Queue(Places(tmp_path, tmp_path, (tmp_path,)), Hardware("cuda", (0,), 1), 600)) as queue:
+        yield queue
+        for job in queue.listed():
+            record.kill(job.mark)
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def start_own(queue: Queue, **settings: int) -> record.JobRecord:
+    """Start a job of a queue and wait until its training runs."""
+    job = queue.add(job_request(settings={**LONG, **settings}))
+    queue.tick()
+    eventually(lambda: (queue.output(job) / "metrics.jsonl").exists())
+    return job
+
+
+def test_a_step_of_the_clock_ends_no_job(own_queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = start_own(own_queue, SEED=1)  # does not answer SIGINT
+    create, now = psutil.Process.create_time, time.time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create(process) + 7200)
+    monkeypatch.setattr(time, "time", lambda: now() + 7200)
+    own_queue.tick()
+    assert job.state == "running" and job.is_alive()
+    own_queue.stop(job)
+    monkeypatch.setattr(time, "time", lambda: now() + 14400)
+    own_queue.tick()
+    assert job.state == "stopping" and job.is_alive()  # it has 600 seconds to save
+
+
 def test_a_reused_process_number_is_not_touched(tmp_path: Path, stub: str) -> None:
     with manager(tmp_path, PYTHONPATH=stub) as (client, process):
         name = client.start(settings=LONG)
@@ -440,9 +481,8 @@ def test_a_reused_process_number_is_not_touched(tmp_path: Path, stub: str) -> No
     record.kill(job["mark"])
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        # The system has given the number to another program, which even began at the same second.
-        job |= {"pid": bystander.pid, "pid_started": psutil.Process(bystander.pid).create_time()}
-        file.write_text(json.dumps(job))
+        # The system has given the number to another program.
+        file.write_text(json.dumps(job | {"pid": bystander.pid}))
         with manager(tmp_path, PYTHONPATH=stub) as (client, process):
             assert client.until(name, "failed")["status"] == 128 + signal.SIGKILL
             assert client.post(f"/api/jobs/{name}/stop").status_code == 400

@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import minimind_mcore
@@ -392,6 +395,20 @@ def test_a_server_of_docker_is_found_again(tmp_path: Path, monkeypatch: pytest.M
     serving.serve(run, "cuda", False)
     assert asked() == ["up", "ps", "rm", "up"]
     assert all(line.endswith(" serve-vllm-cuda") for line in Path("docker.log").read_text().splitlines())
+
+
+def test_a_server_of_a_former_run_is_ended_by_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {**os.environ, "MINIMIND_PIPELINE_SERVER": "a"}
+    server = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=environ)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: 1.0)  # the system's clock was set
+    try:
+        serving.stop({"pid": server.pid, "mark": "b"})  # another process has got the number
+        assert server.poll() is None
+        serving.stop({"pid": server.pid, "mark": "a"})
+        assert server.poll() is not None
+    finally:
+        server.kill()
+        server.communicate()
 
 
 @pytest.mark.parametrize(
