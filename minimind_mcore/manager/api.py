@@ -127,15 +127,13 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
         commands = [typed(command.words, command.settings) for command in job.commands]
         return JSONResponse({**described(queue, job), "commands": commands})
 
-    async def stop(asked: Request) -> Response:
-        job = job_of(queue, asked)
-        await asyncio.to_thread(queue.stop, job)
-        return JSONResponse(described(queue, job))
+    def changing(change: Callable[[JobRecord], None]) -> Endpoint:
+        async def changed(asked: Request) -> Response:
+            job = job_of(queue, asked)
+            await asyncio.to_thread(change, job)
+            return JSONResponse(described(queue, job))
 
-    async def resume(asked: Request) -> Response:
-        job = job_of(queue, asked)
-        await asyncio.to_thread(queue.resume, job)
-        return JSONResponse(described(queue, job))
+        return changed
 
     async def stream(asked: Request) -> Response:
         return event_stream(queue, job_of(queue, asked), asked)
@@ -166,7 +164,8 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
 
     return {
         "GET /api/jobs": listed, "POST /api/jobs": start, "POST /api/plan": plan, "GET /api/compare": compare,
-        "GET /api/jobs/{id}": one, "POST /api/jobs/{id}/stop": stop, "POST /api/jobs/{id}/resume": resume,
+        "GET /api/jobs/{id}": one, "POST /api/jobs/{id}/stop": changing(queue.stop),
+        "POST /api/jobs/{id}/kill": changing(queue.kill), "POST /api/jobs/{id}/resume": changing(queue.resume),
         "GET /api/jobs/{id}/events": stream, "GET /api/jobs/{id}/metrics": metrics,
         "GET /api/jobs/{id}/samples": samples, "POST /api/jobs/{id}/chat": chat,
     }  # fmt: skip

@@ -192,21 +192,39 @@ class Queue:
         return job
 
     def stop(self, job: JobRecord) -> None:
-        """Ask a job to save and end. A second request kills its processes.
+        """Ask a job to save and end. A second request changes nothing: two clicks must not end a job that saves.
 
         Raises:
             UserError: the job has ended.
         """
         with self._lock:
-            if job.state in ENDED:
-                raise UserError(f"{job.id} has ended before ({job.state})")
-            if job.state == "queued":
-                self._change(job, state="stopped", ended=time.time())
-            elif job.state == "stopping":
-                record.kill(job.mark)
-            else:
+            if self._require_going(job).state == "running":
                 self._change(job, state="stopping")
                 self._interrupt(job)
+
+    def kill(self, job: JobRecord) -> None:
+        """End the processes of a job without saving.
+
+        Raises:
+            UserError: the job has ended.
+        """
+        with self._lock:
+            if self._require_going(job).state != "stopped":
+                self._change(job, state="stopping")
+                self._deadlines[job.id] = time.monotonic()
+                record.kill(job.mark)
+
+    def _require_going(self, job: JobRecord) -> JobRecord:
+        """Return a job that has not ended; one that waits ends here.
+
+        Raises:
+            UserError: the job has ended.
+        """
+        if job.state in ENDED:
+            raise UserError(f"{job.id} has ended before ({job.state})")
+        if job.state == "queued":
+            self._change(job, state="stopped", ended=time.time())
+        return job
 
     def _interrupt(self, job: JobRecord) -> None:
         self._deadlines[job.id] = time.monotonic() + self.stop_seconds

@@ -105,6 +105,21 @@ def test_start_watch_stop_resume_chat(
     expect(main.get_by_text(words["stopped"])).to_be_visible()
 
 
+def test_two_clicks_on_stop_save_and_end_now_asks(client: Client, place: Path, new_page: NewPage) -> None:
+    name = client.start(name="stubborn", settings={"TRAIN_ITERS": 3000, "SEED": 1})  # does not answer SIGINT
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="stubborn pretrain").click()
+    main, asked = page.get_by_role("main"), []
+    expect(main.get_by_text("iteration 3 <b>你好</b>", exact=True)).to_be_visible()
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    main.get_by_role("button", name="Stop", exact=True).dblclick()
+    expect(main.get_by_text("Saving")).to_be_visible()
+    main.get_by_role("button", name="End now").click()
+    assert "without saving" in asked[-1] and client.job(name)["state"] == "stopping"
+    client.post(f"/api/jobs/{name}/kill")
+    client.until(name, "stopped")
+
+
 def test_a_wrong_value_is_named_and_nothing_starts(client: Client, new_page: NewPage, errors: list[str]) -> None:
     page = new_page(f"{client.base_url}/#token={TOKEN}")
     before = client.get("/api/jobs").json()

@@ -61,14 +61,18 @@ function Head(props: { job: Job }): JSX.Element {
   const { job } = props;
   const t = useText();
   const [error, setError] = useState("");
-  const act = async (what: string) => {
+  const [busy, setBusy] = useState(false);
+  const act = async (what: "stop" | "kill" | "resume" | "chat") => {
+    if (what === "kill" && !confirm(t("killQuestion"))) return;
     setError("");
+    setBusy(true);
     try {
       const found = await post<Job>(`/api/jobs/${job.id}/${what}`);
       if (what === "chat") location.hash = `#/jobs/${found.id}`;
     } catch (problem) {
       setError((problem as ApiError).message);
     }
+    setBusy(false);
   };
   const ended = ENDED.includes(job.state);
   const hasWeights = !["serve", "eval", "download", "tokenizer"].includes(job.stage);
@@ -92,19 +96,20 @@ function Head(props: { job: Job }): JSX.Element {
           <button
             class="danger"
             type="button"
+            disabled={busy}
             title={t(job.state === "stopping" ? "killHint" : "stopHint")}
-            onClick={() => act("stop")}
+            onClick={() => act(job.state === "stopping" ? "kill" : "stop")}
           >
             {t(job.state === "stopping" ? "kill" : "stop")}
           </button>
         )}
         {(job.state === "stopped" || job.state === "failed") && (
-          <button type="button" onClick={() => act("resume")}>
+          <button type="button" disabled={busy} onClick={() => act("resume")}>
             {t("resume")}
           </button>
         )}
         {hasWeights && (
-          <button type="button" title={t("chatHint")} onClick={() => act("chat")}>
+          <button type="button" disabled={busy} title={t("chatHint")} onClick={() => act("chat")}>
             {t("chat")}
           </button>
         )}

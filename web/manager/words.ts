@@ -18,6 +18,10 @@ export const WORDS = {
   stopHint: ["The job saves a checkpoint first.", "任务会先保存检查点。"],
   kill: ["End now", "立即结束"],
   killHint: ["Ends the processes without saving.", "不保存，直接结束进程。"],
+  killQuestion: [
+    "End the job without saving? The steps since its last checkpoint are lost.",
+    "不保存就结束任务？上一个检查点之后的训练会丢失。",
+  ],
   resume: ["Resume", "继续"],
   chat: ["Chat", "对话"],
   chatHint: ["Start a server for this job's weights.", "用该任务的权重启动服务。"],
