@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import os
 import secrets
 import socket
 import sys
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (token.isascii() and all(letter.isalnum() or letter in "-._~" for letter in token)):
         raise UserError("TOKEN (--token): expected letters, digits and - . _ ~ alone, as an address carries it")
     from minimind_mcore.manager.files import Places
-    from minimind_mcore.manager.queue import Hardware, Queue
+    from minimind_mcore.manager.queue import DROPPED, Hardware, Queue
     from minimind_mcore.serve.embedded import listening
 
     root = default_outputs()
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--allow {absent[0]}: there is no such directory")
     readable = dict.fromkeys((jobs, data, data_dir(), root / "outputs", *allowed))
     queue = Queue(Places(jobs, data, tuple(readable)), Hardware.find(args.cpu_slots), args.stop_seconds)
+    for name in DROPPED - {"DATA_DIR", "DEVICE"}:  # the stages' functions read some of them, such as TRAIN_ITERS
+        os.environ.pop(name, None)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.hand_over()
     with contextlib.closing(queue), listening(args.host, port) as listener:

@@ -106,10 +106,9 @@ def _dry_run(commands: Sequence[CommandRecord]) -> tuple[str, str]:
 
 def _ask(words: Sequence[str], command: CommandRecord) -> tuple[int, str, str]:
     mark = secrets.token_hex(16)
-    environ = environment(mark) | {name: value for name, value in command.settings.items() if value}
     process = subprocess.Popen(
-        words, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True,
+        words, env=environment(mark) | command.settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         printed, errors = process.communicate(timeout=SECONDS)

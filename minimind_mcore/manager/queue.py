@@ -35,19 +35,18 @@ from minimind_mcore.pipeline.stages import RL, TRAININGS, UNSET
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.3
-# Settings in the manager's own environment that would change a job behind the form's back, and the manager's token.
+# Settings in the manager's own environment that would change a job without appearing in its form, the manager's token,
+# and a server's key. tests/unit/test_manager.py compares them with the settings that the kit's commands read.
 DROPPED = {
     *SETTINGS,
     *UNSET,
-    "MODEL",
-    "DATA_PATH",
-    "TOKENIZER_PATH",
-    "DATA_DIR",
-    "OUTPUT_DIR",
-    "PORT",
-    "HOST",
-    "RAW",
-    "TOKEN",
+    *(
+        "API_BASE_URL API_KEY API_MODEL BATCH CONFIG DATA DATA_DIR DATA_KIND DATA_PATH ENGINE EVAL_INTERVAL "
+        "EVAL_ITERS FORMAT HARNESS HF_CFG_DIR HISTORY_TURNS HOST HOSTFILE LEAST LOG_INTERVAL LORA_ALPHA LORA_DIR "
+        "LORA_R MASTER_ADDR MASTER_PORT MERGE MODEL MODELS MODEL_TYPE_HF NODE_ADDR NODE_RANK NOOP_LAYERS "
+        "NUM_LAYER_LIST OUTPUTS OUTPUT_DIR PAD_HEAD_DIM PORT RAW SAVE_INTERVAL SYSTEM TEMPERATURE THINKING TOKEN "
+        "TOKENIZER_PATH TOOLS TOP_K TOP_P VERIFY"
+    ).split(),
 }
 FIRST_STEPS = ("download", "tokenizer", "convert")  # stages that use no accelerator
 CPU = "cpu"

@@ -27,8 +27,8 @@ RECORD, EXIT = "job.json", "exit.json"
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a command with these settings."""
-    return os.environ | {name: value for name, value in settings.items() if value} | {"PYTHONUNBUFFERED": "1"}
+    """Return the environment of a command with these settings. An empty one hides an inherited setting."""
+    return os.environ | settings | {"PYTHONUNBUFFERED": "1"}
 
 
 def typed(words: Sequence[str], settings: Mapping[str, str]) -> str:

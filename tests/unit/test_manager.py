@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from helpers.manager import TOKEN, Client, manager, stub_path
 
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
-from minimind_mcore.manager import devices, record
+from minimind_mcore.manager import devices, record, runner
 from minimind_mcore.manager.files import Places
-from minimind_mcore.manager.queue import Hardware, Queue
+from minimind_mcore.manager.queue import Hardware, Queue, environment
 
 LONG = {"TRAIN_ITERS": 3000}
 SHORT = {"TRAIN_ITERS": 8}
@@ -162,6 +163,41 @@ def test_the_plan_is_the_kits_dry_run(client: Client) -> None:
     assert same.status_code == 422 and same.json()["error"] == "LR=0.5 is too much\nlower it"
     assert client.post("/api/jobs", json={"stage": "pretrain", "settings": {"LR": 0.5}}).status_code == 422
     assert client.get("/api/jobs").json() == before
+
+
+# Settings that belong to the host, to the installation, or to scripts that are not jobs.
+OF_THE_HOST = set(
+    "ASCEND_TOOLKIT_HOME CANN_HOME CPU_AFFINITY_CONF FIND_LINKS GROUP_ID HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT "
+    "HF_ENDPOINT HOME LOG_LEVEL MEGATRON_HOME MINDSPEED_HOME MINDSPEED_LLM_HOME MODELSCOPE_ENDPOINT MOUNTS NNAL_HOME "
+    "NUM_CPUS OMP_NUM_THREADS PYTHON PYTHONPATH PYTORCH_NPU_ALLOC_CONF RAY_ADDRESS RAY_AUTH_MODE RAY_FLAGS RAY_TMPDIR "
+    "REHEARSAL REHEARSE SOCKET_IFNAME TASK_QUEUE_ENABLE TORCH_INDEX_URL USER_ID WAIT_SECONDS WORKERS".split()
+)
+
+
+def test_jobs_inherit_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    [names] = json.loads((ROOT / "tests/contract/names.json").read_text())["settings"].values()
+    settings = {name for name in " ".join(names).split() if not name.startswith("QUICKSTART_")}
+    for name in {*settings, "TOKEN", "API_KEY", "HOSTFILE"}:
+        monkeypatch.setenv(name, "1")
+    inherited = environment("mark")
+    assert settings & inherited.keys() == OF_THE_HOST & settings
+    assert not {"TOKEN", "API_KEY", "HOSTFILE"} & inherited.keys()
+    # An empty setting of a command means "not given".
+    assert runner.environment({"LORA_DIR": ""})["LORA_DIR"] == ""
+
+
+def test_settings_of_the_manager_change_no_plan(tmp_path: Path, stub: str) -> None:
+    (tmp_path / "full_sft.pth").write_bytes(b"0")
+    own = {"TRAIN_ITERS": "3", "TASK": "mmlu", "FORMAT": "minimind", "PAD_HEAD_DIM": "128", "LR": "0.5"}
+    with manager(tmp_path / "jobs", DATA_DIR=str(tmp_path), PYTHONPATH=stub, **own) as (client, _):
+        for stage in ("pretrain", "grpo", "eval", "convert"):
+            body = {"stage": stage} | (
+                {"weights": str(tmp_path / "full_sft.pth")} if stage in ("eval", "convert") else {}
+            )
+            reply = client.post("/api/plan", json=body)
+            assert reply.status_code == 200, reply.text
+            text = " ".join(reply.json()["commands"])
+            assert not re.search("train_iters=3|mmlu|FORMAT=minimind|PAD_HEAD_DIM|TRAIN_ITERS=3 |LR=0.5", text), text
 
 
 def test_stages_run_the_pipelines_commands(client: Client, place: Path) -> None:
