@@ -296,13 +296,13 @@ class Queue:
 
     def _find_again(self, job: JobRecord) -> None:
         """Find the process of a job that a former manager started."""
-        self._deadlines[job.id] = time.monotonic() + self.stop_seconds
         if not job.pid:
-            found = [p for p in record.processes(job.mark) if "minimind_mcore.manager.runner" in p.cmdline()]
-            if found:
-                self._change(job, pid=found[0].pid)
-            elif not record.read_exit(self.folder(job), job.attempt):
+            if pid := record.runner_pid(job.mark):
+                self._change(job, pid=pid)
+            elif job.state == "running" and not record.read_exit(self.folder(job), job.attempt):
                 self._change(job, state="queued", attempt=job.attempt - 1)
+        if job.state == "stopping":
+            self._interrupt(job)  # the former manager may have ended before it did
 
     def _follow(self, job: JobRecord) -> None:
         """Notice that a job has ended, or kill one that takes too long to save."""

@@ -136,6 +136,15 @@ def processes(mark: str) -> list[psutil.Process]:
     return list(found.values())
 
 
+def runner_pid(mark: str) -> int:
+    """Return the number of the job's own process; 0 if there is none."""
+    for process in processes(mark):
+        with contextlib.suppress(psutil.Error):
+            if "minimind_mcore.manager.runner" in process.cmdline():
+                return process.pid
+    return 0
+
+
 def kill(mark: str) -> None:
     """Kill the processes of an attempt."""
     end = time.monotonic() + 10

@@ -1,8 +1,9 @@
 """python -m minimind_mcore.manager.runner DIRECTORY: the process of a job, which outlives the manager.
 
 It runs the commands of job.json one after another and writes exit.json, so that a manager that was restarted learns how
-they ended. SIGINT and SIGTERM go to the command that runs, which saves; no further command starts. This module imports
-little, because it stays in memory as long as the job.
+they ended. SIGINT and SIGTERM go to the command that runs, which saves; no further command starts. Only the first
+signal goes there: a second one would end a training that saves. This module imports little, because it stays in memory
+as long as the job.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Runner:
             signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        if self.process:
+        first, self.number = not self.number, number
+        if self.process and first:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
 

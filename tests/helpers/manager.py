@@ -18,7 +18,8 @@ from helpers.engine import ROOT
 
 TOKEN = "token-of-the-tests"
 # Runs in place of `python -m minimind_mcore.cli COMMAND`. SEED 1: does not answer SIGINT. SEED 2: has a child in a
-# session of its own. SEED 3: fails. Each of TRAIN_ITERS rows takes SAVE_INTERVAL milliseconds.
+# session of its own. SEED 3: fails. SEED 4: takes 0.5 s to save, and leaves at a second SIGINT. Each of TRAIN_ITERS
+# rows takes SAVE_INTERVAL milliseconds.
 STUB = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -34,7 +35,13 @@ if "--dry-run" in words:
 print("devices", env.get("CUDA_VISIBLE_DEVICES"), env["DEVICE"], "token" if "TOKEN" in env else "no token", flush=True)
 seed = env.get("SEED")
 asked = []
-signal.signal(signal.SIGINT, signal.SIG_IGN if seed == "1" else lambda *_: asked.append(1))
+def stop(*_):
+    if seed == "4" and asked:
+        os._exit(9)
+    asked.append(1)
+
+
+signal.signal(signal.SIGINT, signal.SIG_IGN if seed == "1" else stop)
 if seed == "2":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 if words[0] == "serve":
@@ -68,6 +75,7 @@ for iteration in range(begin + 1, int(env["TRAIN_ITERS"]) + 1):
     if asked or iteration % 5 == 0:
         saved.write_text(str(max(iteration - 2, 0)))
     if asked:
+        time.sleep(0.5 if seed == "4" else 0)
         print("saved", flush=True)
         sys.exit(130)
     if seed == "3" and iteration == 3:

@@ -508,6 +508,32 @@ def test_a_step_of_the_clock_ends_no_job(own_queue: Queue, monkeypatch: pytest.M
     assert job.state == "stopping" and job.is_alive()  # it has 600 seconds to save
 
 
+def test_a_stop_survives_a_killed_manager(tmp_path: Path, stub: str) -> None:
+    with manager(tmp_path, PYTHONPATH=stub) as (client, process):
+        name, waiting = client.start(settings=LONG), client.start(settings=LONG)
+        client.wait(name, lambda job: len(client.get(f"/api/jobs/{name}/metrics").json()["rows"]) > 2)
+        process.kill()
+        process.wait()
+    # As if the manager had been killed between the record of the stop and the signal.
+    for job in (name, waiting):
+        file = tmp_path / job / "job.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "stopping"}))
+    with manager(tmp_path, PYTHONPATH=stub) as (client, process):
+        assert client.until(name, "stopped", seconds=20)["status"] == 130
+        assert "saved" in (tmp_path / name / "log.txt").read_text().splitlines()
+        # A job whose process was not yet known is not started again.
+        assert client.until(waiting, "stopped", seconds=20)["attempt"] == 0
+
+
+def test_a_second_signal_does_not_reach_the_training(own_queue: Queue) -> None:
+    job = start_own(own_queue, SEED=4)  # leaves at the second SIGINT without saving
+    for _ in range(3):
+        os.kill(job.pid, signal.SIGINT)
+        time.sleep(0.05)
+    eventually(lambda: not job.is_alive())
+    assert "saved" in (own_queue.folder(job) / "log.txt").read_text().splitlines()
+
+
 def test_a_reused_process_number_is_not_touched(tmp_path: Path, stub: str) -> None:
     with manager(tmp_path, PYTHONPATH=stub) as (client, process):
         name = client.start(settings=LONG)
