@@ -113,7 +113,7 @@ def _ask(words: Sequence[str], command: CommandRecord) -> tuple[int, str, str]:
     try:
         printed, errors = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        record.kill(mark)
+        record.end(mark)
         process.communicate()
         return 1, "", f"error: the dry run took more than {SECONDS} s"
     return process.returncode, printed, errors

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
@@ -123,6 +125,7 @@ class Queue:
         self._lock = threading.RLock()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deadlines: dict[str, float] = {}  # of jobs that save: the monotonic clock's time, then they are killed
+        self._killed: dict[str, list[psutil.Process]] = {}  # and have not ended yet
         self._ending = threading.Event()
         found = [record.read_job(folder) for folder in sorted(places.jobs.iterdir()) if folder.is_dir()]
         self.jobs = {job.id: job for job in sorted(filter(None, found), key=lambda job: job.created)}
@@ -211,7 +214,12 @@ class Queue:
             if self._require_going(job).state != "stopped":
                 self._change(job, state="stopping")
                 self._deadlines[job.id] = time.monotonic()
-                record.kill(job.mark)
+                self._kill(job)
+
+    def _kill(self, job: JobRecord) -> bool:
+        """Kill the processes of a job. Return whether all have ended."""
+        self._killed[job.id] = record.kill(job.mark, self._killed.get(job.id, ()))
+        return not self._killed[job.id]
 
     def _require_going(self, job: JobRecord) -> JobRecord:
         """Return a job that has not ended; one that waits ends here.
@@ -313,11 +321,12 @@ class Queue:
             if job.address and not job.ready and answers(job.address):
                 self._change(job, ready=True)
             if job.state == "stopping" and time.monotonic() > self._deadlines[job.id]:
-                logger.warning(f"{job.id} did not end within {self.stop_seconds:.0f} s: killed")
-                record.kill(job.mark)
+                self._kill(job)
+            return
+        # What the job's own process has left. The device is not free before all have ended.
+        if not self._kill(job):
             return
         status, ended = record.read_exit(folder, job.attempt) or (128 + signal.SIGKILL, time.time())
-        record.kill(job.mark)  # what the job's own process would have ended, had it not been killed
         done = status == 0 and not (job.state == "stopping" and job.request.stage == "serve")
         state = "finished" if done else "stopped" if job.state == "stopping" else "failed"
         error = record.error_of(folder, status) if state == "failed" else ""

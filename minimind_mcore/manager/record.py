@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -145,14 +145,36 @@ def runner_pid(mark: str) -> int:
     return 0
 
 
-def kill(mark: str) -> None:
-    """Kill the processes of an attempt."""
-    end = time.monotonic() + 10
-    while (found := processes(mark)) and time.monotonic() < end:  # a child may have been born meanwhile
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(found, timeout=1)
+def kill(mark: str, known: Iterable[psutil.Process] = ()) -> list[psutil.Process]:
+    """Kill the processes of an attempt. Return those that have not ended yet.
+
+    A process that waits in a driver ends late or never, and keeps its device. The system shows no environment of a
+    process that ends, so its mark is not found.
+
+    Args:
+        mark: of the attempt.
+        known: the processes that a call before has returned.
+    """
+    found = dict.fromkeys([*known, *processes(mark)])
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return [process for process in found if _runs(process)]
+
+
+def end(mark: str, seconds: float = 10) -> None:
+    """Kill the processes of an attempt, and wait so long for their end."""
+    last, left = time.monotonic() + seconds, kill(mark)
+    while left and time.monotonic() < last:
+        time.sleep(0.05)
+        left = kill(mark, left)  # a child may have been born meanwhile
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def error_of(folder: Path, status: int) -> str:

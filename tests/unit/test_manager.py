@@ -476,7 +476,7 @@ def own_queue(tmp_path: Path, stub: str, monkeypatch: pytest.MonkeyPatch) -> Ite
     with contextlib.closing(Queue(Places(tmp_path, tmp_path, (tmp_path,)), Hardware("cuda", (0,), 1), 600)) as queue:
         yield queue
         for job in queue.listed():
-            record.kill(job.mark)
+            record.end(job.mark)
 
 
 def eventually(is_so: Callable[[], bool], seconds: float = 30) -> None:
@@ -534,6 +534,36 @@ def test_a_second_signal_does_not_reach_the_training(own_queue: Queue) -> None:
     assert "saved" in (own_queue.folder(job) / "log.txt").read_text().splitlines()
 
 
+def test_a_device_is_not_free_before_all_processes_have_ended(
+    own_queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(psutil.Process):
+        """A process that waits in a driver: signals do not end it."""
+
+        ended = False
+
+        def kill(self) -> None:
+            pass
+
+        def is_running(self) -> bool:
+            return not self.ended
+
+    job, waiting = start_own(own_queue), own_queue.add(job_request(settings=LONG))
+    stuck, find = [Stuck(os.getpid())], record.processes
+    monkeypatch.setattr(record, "processes", lambda mark: find(mark) + (stuck if mark == job.mark else []))
+    begin = time.monotonic()
+    own_queue.kill(job)
+    assert time.monotonic() - begin < 5  # requests do not wait for the end of a process
+    eventually(lambda: not job.is_alive())
+    for _ in range(3):
+        own_queue.tick()
+        time.sleep(0.1)
+    assert (job.state, waiting.state) == ("stopping", "queued")
+    stuck.pop().ended = True
+    own_queue.tick()
+    assert (job.state, waiting.state) == ("stopped", "running")
+
+
 def test_a_reused_process_number_is_not_touched(tmp_path: Path, stub: str) -> None:
     with manager(tmp_path, PYTHONPATH=stub) as (client, process):
         name = client.start(settings=LONG)
@@ -542,7 +572,7 @@ def test_a_reused_process_number_is_not_touched(tmp_path: Path, stub: str) -> No
         process.wait()
     file = tmp_path / name / "job.json"
     job = json.loads(file.read_text())
-    record.kill(job["mark"])
+    record.end(job["mark"])
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         # The system has given the number to another program.
