@@ -120,6 +120,8 @@ def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]
     ]
     if stage == "serve":
         where = {"LOAD_DIR": paths["weights"], "LORA_DIR": paths["lora"], "TOKENIZER_PATH": paths["tokenizer"]}
+        # The queue gives the port as the setting PORT, which a flag would hide; 0 stands for a free one.
+        words = [word for word in words if not word.startswith("--port=")]
         return [Command(("serve", *words), {**UNSET, **where, **settings, "HOST": "127.0.0.1"})]
     run = _run(request, places, folder, paths, model, sample and stage in RL, "RAW" in settings)
     found = STAGES[stage](run)

@@ -23,6 +23,7 @@ from helpers.manager import TOKEN, Client, manager, stub_path
 
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import free_port
 from minimind_mcore.manager import devices, record, runner
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.queue import Hardware, Queue, environment
@@ -589,6 +590,20 @@ def test_a_reused_process_number_is_not_touched(tmp_path: Path, stub: str) -> No
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.parametrize("port", ["0", "free", None])
+def test_a_server_listens_at_the_port_of_its_link(own_queue: Queue, tmp_path: Path, port: str | None) -> None:
+    (tmp_path / "full_sft.pth").write_bytes(b"0")
+    given = str(free_port()) if port == "free" else port
+    asked = job_request(
+        stage="serve", weights=str(tmp_path / "full_sft.pth"), settings={"--port": given, "--max-queue": 5}
+    )
+    job = own_queue.add(asked)
+    own_queue.tick()
+    found = job.commands[-1].settings["PORT"]
+    assert int(found) > 0 and job.address == f"http://127.0.0.1:{found}/" and given in (found, "0", None)
+    assert job.commands[-1].words == ["serve", "--max-queue=5"]
 
 
 def test_chat_serves_the_weights_of_a_job(client: Client, place: Path) -> None:
