@@ -1,4 +1,4 @@
-"""The paths of minimind-ascend's manager, for its web panel: one job at a time, the one that was started last.
+"""The paths of minimind-ascend's manager, for its web panel: one job at a time, the one that runs.
 
 Its tools are those of the kit's one registry, which also knows minimind-ascend's names of them.
 """
@@ -37,7 +37,7 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
     """Return the endpoints by method and path."""
 
     async def status(asked: Request) -> Response:
-        return JSONResponse(_status(queue, _last(queue)))
+        return JSONResponse(_status(queue, _current(queue)))
 
     async def weights(asked: Request) -> Response:
         return JSONResponse({"weights": await asyncio.to_thread(queue.places.checkpoints)})
@@ -52,7 +52,7 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
         return JSONResponse({"ok": True, "command": found.commands[-1]})
 
     async def stop(asked: Request) -> Response:
-        job = _last(queue)
+        job = _current(queue)
         if job is None or job.state in ENDED:
             return JSONResponse({"ok": False, "error": "no training runs"})
         await asyncio.to_thread(queue.stop, job)
@@ -78,10 +78,10 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _last(queue: Queue) -> JobRecord | None:
-    """Return the training that was started last."""
+def _current(queue: Queue) -> JobRecord | None:
+    """Return the training that runs; of several, and if none runs, the newest."""
     found = [job for job in queue.listed() if job.request.stage in (*TRAININGS, *RL)]
-    return found[-1] if found else None
+    return max(found, key=lambda job: (job.state in ("running", "stopping"), job.created), default=None)
 
 
 def _status(queue: Queue, job: JobRecord | None) -> dict[str, object]:
@@ -147,8 +147,8 @@ def _named(rows: list[dict[str, object]], field: str, name: object) -> str:
 
 
 async def _logs(queue: Queue, last: str) -> AsyncIterator[dict[str, str]]:
-    """Yield the log of the training that was started last, then its state; while there is none the state "idle"."""
-    while (job := _last(queue)) is None:
+    """Yield the log of the current training, then its state; while there is none the state "idle"."""
+    while (job := _current(queue)) is None:
         yield {"data": json.dumps({"type": "status", "data": "idle"})}
         await asyncio.sleep(IDLE_SECONDS)
     name, _, rest = last.partition("@")

@@ -719,8 +719,11 @@ def test_the_log_of_minimind_ascend(client: Client, place: Path) -> None:
     assert events[-1][2] == {"type": "status", "data": "finished"}
     assert client.get("/api/status").json()["log_lines"] == len(log)
     assert client.post("/api/train/stop").json() == {"ok": False, "error": "no training runs"}
-    client.start(settings=LONG)
-    assert client.post("/api/train/stop").json() == {"ok": True}
+    running, waiting = client.start(settings=LONG), client.start(settings=LONG)
+    client.wait(running, lambda job: len(client.get(f"/api/jobs/{running}/metrics").json()["rows"]) > 2)
+    assert client.post("/api/train/stop").json() == {"ok": True}  # the training that runs, not the newest
+    assert (client.job(running)["state"], client.job(waiting)["attempt"]) == ("stopping", 0)
+    assert client.until(running, "stopped")["status"] == 130
 
 
 def test_tools_of_minimind_ascend(client: Client) -> None:
