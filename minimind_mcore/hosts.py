@@ -29,7 +29,9 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
+from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
 
@@ -297,6 +299,16 @@ def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
             raise UserError(f"MASTER_PORT={given} is no port; expected 1 to 65535:\n    export MASTER_PORT={PORT}")
         return int(given)
     return PORT if hosts.count > 1 else free_port()
+
+
+def open_local(request: str | Request, timeout: float) -> HTTPResponse:
+    """Send a request to a server of this host. The proxy of http_proxy, which cannot reach it, is not used.
+
+    Raises:
+        OSError: nothing answers, or the answer is an error.
+    """
+    found: HTTPResponse = build_opener(ProxyHandler({})).open(request, timeout=timeout)
+    return found
 
 
 def free_port() -> int:

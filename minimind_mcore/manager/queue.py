@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -25,7 +24,7 @@ import psutil
 from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
-from minimind_mcore.hosts import free_port
+from minimind_mcore.hosts import free_port, open_local
 from minimind_mcore.manager import record, request
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.record import ENDED, LOG, MARK, CommandRecord, JobRecord
@@ -272,6 +271,7 @@ class Queue:
         while not self._ending.wait(TICK_SECONDS):
             try:
                 self.tick()
+                self.ask_servers()
             except Exception:  # a full disk must not end the following of jobs
                 logger.exception("the queue could not follow its jobs; it tries again")
 
@@ -284,6 +284,15 @@ class Queue:
             for job in self.listed():
                 if job.state == "queued" and not self.blockers(job):
                     self._start(job)
+
+    def ask_servers(self) -> None:
+        """Notice servers that have loaded their models. The lock is free while they are asked."""
+        for job in self.listed():
+            address = job.address
+            if address and not job.ready and answers(address):
+                with self._lock:
+                    if job.address == address:
+                        self._change(job, ready=True)
 
     def _start(self, job: JobRecord) -> None:
         folder = self.folder(job)
@@ -318,8 +327,6 @@ class Queue:
         if child and child.poll() is not None:
             del self._children[job.id]
         if job.is_alive():
-            if job.address and not job.ready and answers(job.address):
-                self._change(job, ready=True)
             if job.state == "stopping" and time.monotonic() > self._deadlines[job.id]:
                 self._kill(job)
             return
@@ -348,7 +355,7 @@ def _needs(job: JobRecord) -> set[tuple[str, int]]:
 def answers(address: str) -> bool:
     """Whether a server has loaded its model."""
     try:
-        with urllib.request.urlopen(f"{address}health", timeout=1) as reply:
+        with open_local(f"{address}health", timeout=1) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False

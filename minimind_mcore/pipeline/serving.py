@@ -18,6 +18,7 @@ import psutil
 
 from minimind_mcore.cli.settings import CLI, show, wait_for
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import open_local
 from minimind_mcore.pipeline.docker import COMPOSE, service_of
 from minimind_mcore.pipeline.stages import UNSET, Run
 from minimind_mcore.storage import atomic_write_text
@@ -87,7 +88,7 @@ def compose(service: str, *words: str) -> list[str]:
 def page(run: Run) -> None:
     """Print the address of the server's chat page, or how to use another server's page."""
     try:
-        with urllib.request.urlopen(f"{address(run)}/", timeout=10) as reply:
+        with open_local(f"{address(run)}/", timeout=10) as reply:
             has_page = b'src="chat.js"' in reply.read()
     except urllib.error.HTTPError:
         has_page = False
@@ -136,7 +137,7 @@ def _alive(state: dict[str, object]) -> bool:
 def _health(url: str) -> int | None:
     """Return the HTTP status of a server's /health; None if nothing answers."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+        with open_local(f"{url}/health", timeout=5) as reply:
             return int(reply.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -173,7 +174,7 @@ def _ask(url: str) -> str:
     }
     asked = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(asked, timeout=120) as reply:
+        with open_local(asked, timeout=120) as reply:
             return str(json.load(reply)["choices"][0]["message"]["content"])
     except OSError as error:
         raise UserError(f"{url}: the server does not answer a chat ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
 from minimind_mcore.manager import devices, record, runner
+from minimind_mcore.manager import queue as queue_module
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.queue import Hardware, Queue, environment
 
@@ -604,6 +607,35 @@ def test_a_server_listens_at_the_port_of_its_link(own_queue: Queue, tmp_path: Pa
     found = job.commands[-1].settings["PORT"]
     assert int(found) > 0 and job.address == f"http://127.0.0.1:{found}/" and given in (found, "0", None)
     assert job.commands[-1].words == ["serve", "--max-queue=5"]
+
+
+def test_a_server_is_asked_without_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # where nothing listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert queue_module.answers(f"http://127.0.0.1:{server.server_port}/")
+
+
+def test_a_server_that_does_not_answer_delays_no_request(own_queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = start_own(own_queue)
+    job.address = "http://127.0.0.1:1/"
+
+    def answers(address: str) -> bool:
+        request = threading.Thread(target=own_queue.stop, args=(job,))
+        request.start()
+        request.join(5)
+        assert not request.is_alive()  # it would wait for the lock
+        return True
+
+    monkeypatch.setattr(queue_module, "answers", answers)
+    own_queue.ask_servers()
+    assert job.ready and job.state == "stopping"
 
 
 def test_chat_serves_the_weights_of_a_job(client: Client, place: Path) -> None:
