@@ -108,6 +108,8 @@ def _lines(log: Path, place: int, ended: bool) -> Iterator[tuple[list[str], int]
     except OSError:
         return
     with file:
+        if place > file.seek(0, os.SEEK_END):  # the log was cut, or is another file
+            place = 0
         file.seek(place)
         while chunk := file.read(CHUNK):
             end = chunk.rfind(b"\n") + 1

@@ -26,7 +26,7 @@ from helpers.manager import TOKEN, Client, manager, stub_path
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
-from minimind_mcore.manager import devices, record, runner
+from minimind_mcore.manager import devices, events, record, runner
 from minimind_mcore.manager import queue as queue_module
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.queue import Hardware, Queue, environment
@@ -288,6 +288,17 @@ def test_a_cut_stream_continues_exactly(client: Client, place: Path) -> None:
     for number, (last, _, _) in list(enumerate(found))[:: max(1, len(found) // 6)]:
         again = read(client, name, last) if number + 1 < len(found) else []
         assert lines_of(found[: number + 1]) + lines_of(again) == lines_of(found)
+
+
+def test_a_log_that_was_cut_is_read_from_its_beginning(own_queue: Queue) -> None:
+    job = own_queue.add(job_request(settings=LONG))
+    log = own_queue.folder(job) / "log.txt"
+    log.write_text("first\nsecond\n")
+    [shown, state] = events.news(own_queue, job, events.Cursor())
+    assert shown.data == {"lines": ["first", "second"]}
+    log.write_text("third\n")  # as copytruncate of logrotate does
+    [shown] = events.news(own_queue, job, state.cursor)
+    assert shown.data == {"lines": ["third"]} and shown.cursor.log == 6
 
 
 def test_stop_saves_and_resume_continues(client: Client) -> None:
