@@ -28,11 +28,13 @@ class Places:
         jobs: has a directory for each job, with what the job writes.
         data: of the data files, where minimind-ascend's API looks names up.
         readable: directories whose files jobs may read; `jobs` and `data` are among them.
+        trusts_reward_models: jobs may use reward models, whose directories have Python code that is run.
     """
 
     jobs: Path
     data: Path
     readable: tuple[Path, ...]
+    trusts_reward_models: bool = False
 
     def check(self, name: str, text: str, is_dataset: bool = False) -> str:
         """Return a path of a request as an absolute one, links resolved.

@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
         "--allow", action="append", default=[], metavar="DIRECTORY",
         help="jobs may read data, weights and tokenizers there; may be given again (always: dataset, data, outputs)",
     )  # fmt: skip
+    found.add_argument(
+        "--trust-reward-models", action="store_true",
+        help="jobs may use reward models: Python code in their directories is run with your rights",
+    )  # fmt: skip
     found.add_argument("--cpu-slots", type=int, default=1, help="jobs that may run on the CPU at once (default: 1)")
     found.add_argument(
         "--stop-seconds", type=float, default=600, help="that a job may take to save before it is killed (default: 600)"
@@ -84,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if absent := [str(folder) for folder in allowed if not folder.is_dir()]:
         raise UserError(f"--allow {absent[0]}: there is no such directory")
     readable = dict.fromkeys((jobs, data, data_dir(), root / "outputs", *allowed))
-    queue = Queue(Places(jobs, data, tuple(readable)), Hardware.find(args.cpu_slots), args.stop_seconds)
+    places = Places(jobs, data, tuple(readable), args.trust_reward_models)
+    queue = Queue(places, Hardware.find(args.cpu_slots), args.stop_seconds)
     for name in DROPPED - {"DATA_DIR", "DEVICE"}:  # the stages' functions read some of them, such as TRAIN_ITERS
         os.environ.pop(name, None)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)

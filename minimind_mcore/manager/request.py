@@ -150,6 +150,11 @@ def _paths(request: JobRequest, places: Places) -> dict[str, str]:
             raise UserError(f"{name}: the stage {request.stage} does not read it; leave the field empty")
         if text:
             found[name] = places.check(name, text, is_dataset=name == "data" and request.stage in TRAININGS)
+            if name == "reward_model" and not places.trusts_reward_models:
+                raise UserError(
+                    "reward_model: the directory of a reward model has Python code, which the job would run with your "
+                    "rights. Start the manager with --trust-reward-models if you trust the directories that it may read"
+                )
         elif needed.get(name):
             raise UserError(f"{name}: the stage {request.stage} needs it; choose one of the list")
     return found

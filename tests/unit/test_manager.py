@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import itertools
 import json
@@ -26,7 +27,7 @@ from helpers.manager import TOKEN, Client, manager, stub_path
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
-from minimind_mcore.manager import devices, events, record, runner
+from minimind_mcore.manager import devices, events, record, request, runner
 from minimind_mcore.manager import queue as queue_module
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.queue import Hardware, Queue, environment
@@ -56,7 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(stub: str, place: Path) -> Iterator[Client]:
-    with manager(place / "jobs", PYTHONPATH=stub, DATA_DIR=str(place / "dataset")) as (client, _):
+    environment = {"PYTHONPATH": stub, "DATA_DIR": str(place / "dataset")}
+    with manager(place / "jobs", "--trust-reward-models", **environment) as (client, _):
         yield client
 
 
@@ -288,6 +290,20 @@ def test_a_cut_stream_continues_exactly(client: Client, place: Path) -> None:
     for number, (last, _, _) in list(enumerate(found))[:: max(1, len(found) // 6)]:
         again = read(client, name, last) if number + 1 < len(found) else []
         assert lines_of(found[: number + 1]) + lines_of(again) == lines_of(found)
+
+
+def test_code_of_a_reward_model_needs_a_flag_of_the_manager(own_queue: Queue, tmp_path: Path) -> None:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "rlaif.jsonl").write_text("{}\n")
+    (tmp_path / "full_sft.pth").write_bytes(b"0")
+    files = {"data": "rlaif.jsonl", "weights": "full_sft.pth", "reward_model": "reward"}
+    asked = job_request(stage="grpo", settings={}, **{name: str(tmp_path / file) for name, file in files.items()})
+    with pytest.raises(UserError, match="--trust-reward-models"):
+        own_queue.add(asked)
+    assert own_queue.listed() == []
+    trusting = dataclasses.replace(own_queue.places, trusts_reward_models=True)
+    words = request.commands(asked, trusting, tmp_path / "job")[-1].words
+    assert "minimind.reward_model_trust_remote_code=true" in words
 
 
 def test_a_log_that_was_cut_is_read_from_its_beginning(own_queue: Queue) -> None:
