@@ -13,7 +13,7 @@ import pytest
 from helpers.manager import TOKEN, Client, manager, stub_path
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Route
 
     NewPage = Callable[..., Page]
 
@@ -118,6 +118,28 @@ def test_two_clicks_on_stop_save_and_end_now_asks(client: Client, place: Path, n
     assert "without saving" in asked[-1] and client.job(name)["state"] == "stopping"
     client.post(f"/api/jobs/{name}/kill")
     client.until(name, "stopped")
+
+
+def test_the_job_that_starts_is_the_one_that_was_reviewed(client: Client, new_page: NewPage) -> None:
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="New job").click()
+    page.get_by_label("Name").fill("reviewed")
+    page.get_by_label("Iterations TRAIN_ITERS").fill("5")
+    held: list[Route] = []
+    page.route("**/api/plan", held.append)
+    page.get_by_role("button", name="Review and start").click()
+    expect(page.get_by_label("Iterations TRAIN_ITERS")).to_be_disabled()  # while the dry run is under way
+    held[0].continue_()
+    dialog = page.get_by_role("dialog", name="Before it starts")
+    expect(dialog.get_by_text("TRAIN_ITERS=5")).to_be_visible()
+    # The fields behind the dialog can still be changed by a script, such as a password manager's.
+    field = page.locator("label", has_text="TRAIN_ITERS").locator("input")
+    field.evaluate("field => { field.value = '7'; field.dispatchEvent(new Event('input', { bubbles: true })) }")
+    dialog.get_by_role("button", name="Start", exact=True).click()
+    expect(page.get_by_role("heading", name="reviewed")).to_be_visible()
+    [job] = [job for job in client.get("/api/jobs").json()["jobs"] if job["name"] == "reviewed"]
+    assert job["request"]["settings"] == {"TRAIN_ITERS": "5"}
+    client.until(job["id"], "finished")
 
 
 def test_a_wrong_value_is_named_and_nothing_starts(client: Client, new_page: NewPage, errors: list[str]) -> None:

@@ -34,7 +34,7 @@ export function NewJob(props: { info: Info; started: (job: Job) => void }): JSX.
   const [values, setValues] = useState<Values>({});
   const [form, setForm] = useState<Form>();
   const [error, setError] = useState("");
-  const [plan, setPlan] = useState<Plan>();
+  const [reviewed, setReviewed] = useState<{ request: JobRequest; plan: Plan }>();
   const [checks, setChecks] = useState(false);
   const change = (changes: Partial<JobRequest>) => setRequest((old) => ({ ...old, ...changes }));
 
@@ -61,16 +61,19 @@ export function NewJob(props: { info: Info; started: (job: Job) => void }): JSX.
     setError("");
     setChecks(true);
     try {
-      setPlan(await post<Plan>("/api/plan", body()));
+      const request = body();
+      setReviewed({ request, plan: await post<Plan>("/api/plan", request) });
     } catch (problem) {
       setError((problem as ApiError).message);
     }
     setChecks(false);
   };
   const start = async () => {
-    setPlan(undefined);
+    const request = reviewed?.request;
+    if (!request) return; // a second click
+    setReviewed(undefined);
     try {
-      props.started(await post<Job>("/api/jobs", body()));
+      props.started(await post<Job>("/api/jobs", request));
     } catch (problem) {
       setError((problem as ApiError).message);
     }
@@ -91,52 +94,54 @@ export function NewJob(props: { info: Info; started: (job: Job) => void }): JSX.
   return (
     <form class="new-job" onSubmit={review}>
       <h2 tabIndex={-1}>{t("newJob")}</h2>
-      <div class="card grid">
-        <Field label={t("stage")}>
-          <select value={request.stage} onChange={(event) => choose(event.currentTarget.value)}>
-            {Object.keys(props.info.stages).map((name) => (
-              <option key={name}>{name}</option>
-            ))}
-          </select>
-        </Field>
-        <Field label={t("name")} hint={t("nameHint")}>
-          <input value={request.name} maxLength={80} onInput={(event) => change({ name: event.currentTarget.value })} />
-        </Field>
-        {trains && (
-          <Field label={t("model")}>
-            <select value={request.model} onChange={(event) => change({ model: event.currentTarget.value })}>
-              <option value="">
-                {t("default")} ({request.data ? "minimind3" : "minimind3_tiny"})
-              </option>
-              {props.info.presets.map((name) => (
+      <fieldset class="fields" disabled={checks}>
+        <div class="card grid">
+          <Field label={t("stage")}>
+            <select value={request.stage} onChange={(event) => choose(event.currentTarget.value)}>
+              {Object.keys(props.info.stages).map((name) => (
                 <option key={name}>{name}</option>
               ))}
             </select>
           </Field>
-        )}
-        {form?.options.some((option) => option.name === "EPOCHS") && (
-          <Field label={t("recipe")}>
-            <select value={request.recipe} onChange={(event) => change({ recipe: event.currentTarget.value })}>
-              <option value="">{t("ownRecipe")}</option>
-              {props.info.recipes.map((name) => (
-                <option key={name}>{name}</option>
-              ))}
-            </select>
+          <Field label={t("name")} hint={t("nameHint")}>
+            <input value={request.name} maxLength={80} onInput={(event) => change({ name: event.currentTarget.value })} />
           </Field>
-        )}
-        {Object.entries(form?.inputs ?? {}).map(([name, required]) => (
-          <Input
-            key={name}
-            name={name as Key}
-            required={required}
-            empty={name === "data" && !required ? t("sampleData") : t("none")}
-            value={request[name as "data"]}
-            change={(value) => change({ [name]: value })}
-          />
-        ))}
-      </div>
-      <Devices info={props.info} request={request} change={change} />
-      {form && <Options options={form.options} values={values} setValues={setValues} />}
+          {trains && (
+            <Field label={t("model")}>
+              <select value={request.model} onChange={(event) => change({ model: event.currentTarget.value })}>
+                <option value="">
+                  {t("default")} ({request.data ? "minimind3" : "minimind3_tiny"})
+                </option>
+                {props.info.presets.map((name) => (
+                  <option key={name}>{name}</option>
+                ))}
+              </select>
+            </Field>
+          )}
+          {form?.options.some((option) => option.name === "EPOCHS") && (
+            <Field label={t("recipe")}>
+              <select value={request.recipe} onChange={(event) => change({ recipe: event.currentTarget.value })}>
+                <option value="">{t("ownRecipe")}</option>
+                {props.info.recipes.map((name) => (
+                  <option key={name}>{name}</option>
+                ))}
+              </select>
+            </Field>
+          )}
+          {Object.entries(form?.inputs ?? {}).map(([name, required]) => (
+            <Input
+              key={name}
+              name={name as Key}
+              required={required}
+              empty={name === "data" && !required ? t("sampleData") : t("none")}
+              value={request[name as "data"]}
+              change={(value) => change({ [name]: value })}
+            />
+          ))}
+        </div>
+        <Devices info={props.info} request={request} change={change} />
+        {form && <Options options={form.options} values={values} setValues={setValues} />}
+      </fieldset>
       {error && (
         <p class="notice bad pre" role="alert">
           {error}
@@ -147,7 +152,7 @@ export function NewJob(props: { info: Info; started: (job: Job) => void }): JSX.
           {checks ? t("reviewing") : t("review")}
         </button>
       </div>
-      {plan && <Review plan={plan} start={start} back={() => setPlan(undefined)} />}
+      {reviewed && <Review plan={reviewed.plan} start={start} back={() => setReviewed(undefined)} />}
     </form>
   );
 }
