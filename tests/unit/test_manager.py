@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import http.server
@@ -29,8 +30,11 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
 from minimind_mcore.manager import devices, events, record, request, runner
 from minimind_mcore.manager import queue as queue_module
+from minimind_mcore.manager.api import create_app
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.queue import Hardware, Queue, environment
+from minimind_mcore.tools.process import Result
+from minimind_mcore.tools.registry import Toolbox
 
 LONG = {"TRAIN_ITERS": 3000}
 SHORT = {"TRAIN_ITERS": 8}
@@ -801,6 +805,29 @@ def test_tools_of_minimind_ascend(client: Client) -> None:
     assert client.post("/api/mcp/tools/call", json={}).status_code == 400
     cards = client.get("/api/npu").json()
     assert cards["devices"] == [] and "npu-smi" in cards["raw"]
+
+
+def test_two_tools_run_at_a_time(own_queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[str] = []
+    most: list[int] = []
+
+    def run(toolbox: Toolbox, name: str, arguments: object) -> Result:
+        running.append(name)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.remove(name)
+        return Result("", ok=True)
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(create_app(own_queue, TOKEN))
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers) as client:
+            calls = (client.post("/api/mcp/tools/call", json={"name": "get_current_time"}) for _ in range(8))
+            return [reply.status_code for reply in await asyncio.gather(*calls)]
+
+    monkeypatch.setattr(Toolbox, "run", run)
+    assert asyncio.run(ask()) == [200] * 8
+    assert len(most) == 8 and max(most) == 2
 
 
 def test_the_command_line_is_checked(tmp_path: Path) -> None:
