@@ -38,20 +38,20 @@ MOST_JOBS = 8  # that are compared
 TAIL = 1000  # lines of a log that a page begins with
 
 
-def create_app(queue: Queue, token: str) -> ASGIApp:
+def create_app(planner: Planner, token: str) -> ASGIApp:
     """Return the application.
 
     Args:
-        queue: of the jobs.
+        planner: of the jobs, with their queue.
         token: that clients send as bearer token.
     """
     from minimind_mcore.manager import ascend_api
 
+    queue = planner.queue
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    planner = Planner(queue)
     for path, (content, headers) in PAGE.items():
         app.add_api_route(path, _file(content, headers), methods=["GET"])
     routes = {**_information(queue), **_jobs(queue, planner), **ascend_api.routes(queue, planner)}

@@ -16,10 +16,12 @@ import importlib.util
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from minimind_mcore import log
@@ -97,20 +99,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.closing(queue), listening(args.host, port) as listener:
         address = f"http://{args.host}:{listener.getsockname()[1]}"
         print(f"manager    {address}/#token={token}", file=sys.stderr, flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(serve(queue, token, listener))
+        asyncio.run(serve(queue, token, listener))
     return 0
 
 
 async def serve(queue: Queue, token: str, listener: socket.socket) -> None:
-    """Answer at a socket until a signal."""
+    """Answer at a socket until a signal, which also ends streams of events and a dry run."""
     import uvicorn  # pyright: ignore[reportMissingImports]
+    from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
 
     from minimind_mcore.manager.api import create_app
+    from minimind_mcore.manager.plan import Planner
     from minimind_mcore.serve.http_protocol import LimitedHeads
 
+    planner = Planner(queue)
     config = uvicorn.Config(
-        create_app(queue, token), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+        create_app(planner, token), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
         http=LimitedHeads, timeout_graceful_shutdown=CLOSE_SECONDS, timeout_keep_alive=30,
     )  # fmt: skip
-    await uvicorn.Server(config).serve(sockets=[listener])
+    server = uvicorn.Server(config)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit and number == signal.SIGINT
+        server.should_exit = AppStatus.should_exit = True
+
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    await asyncio.sleep(0)  # uvicorn has set handlers of its own, which would send the signal again after the end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    try:
+        await serving
+    finally:
+        planner.close()

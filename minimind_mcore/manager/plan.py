@@ -53,6 +53,14 @@ class Planner:
         self.queue = queue
         self._lock = asyncio.Lock()
         self._known: dict[str, tuple[float, Plan]] = {}
+        self._mark = ""  # of the processes of the dry run that runs
+        self._closed = False
+
+    def close(self) -> None:
+        """End the dry run that runs; no other one starts."""
+        self._closed = True
+        if self._mark:
+            record.end(self._mark)
 
     async def plan(self, asked: JobRequest) -> Plan:
         """Return the plan of a job.
@@ -67,7 +75,7 @@ class Planner:
             self._known = {k: v for k, v in self._known.items() if now - v[0] < FRESH_SECONDS}
             if key in self._known:
                 return self._known[key][1]
-            output, error = await asyncio.to_thread(_dry_run, commands)
+            output, error = await asyncio.to_thread(self._dry_run, commands)
             facts = {match[1]: match[2] for match in map(FACT.fullmatch, output.splitlines()) if match}
             shown = [runner.typed(command.words, command.settings) for command in commands]
             found = Plan(shown, kind, numbers, facts, output, error)
@@ -86,34 +94,36 @@ class Planner:
             raise UserError(found.error)
         return found
 
+    def _dry_run(self, commands: Sequence[CommandRecord]) -> tuple[str, str]:
+        """Run the dry runs of a job's commands. Return what they print, and the error of the first that fails."""
+        output = ""
+        for number, command in enumerate(commands):
+            if command.words[0] not in CHECKED:
+                continue
+            # The data of a training by reinforcement is made by the command before it.
+            pending = ["--data-pending"] if command.words[0] == "rl" and number else []
+            status, printed, errors = self._ask([*CLI, *command.words, "--dry-run", *pending], command)
+            output = (output + printed)[-LONGEST:]
+            if status:
+                lines = [line for line in errors.splitlines() if line.strip()]
+                start = next((n for n, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 3))
+                return output, "\n".join(lines[start:]).removeprefix("error: ")[:4000] or f"exit status {status}"
+        return output, ""
 
-def _dry_run(commands: Sequence[CommandRecord]) -> tuple[str, str]:
-    """Run the dry runs of a job's commands. Return what they print, and the error of the first that fails."""
-    output = ""
-    for number, command in enumerate(commands):
-        if command.words[0] not in CHECKED:
-            continue
-        # The data of a training by reinforcement is made by the command before it.
-        pending = ["--data-pending"] if command.words[0] == "rl" and number else []
-        status, printed, errors = _ask([*CLI, *command.words, "--dry-run", *pending], command)
-        output = (output + printed)[-LONGEST:]
-        if status:
-            lines = [line for line in errors.splitlines() if line.strip()]
-            start = next((n for n, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 3))
-            return output, "\n".join(lines[start:]).removeprefix("error: ")[:4000] or f"exit status {status}"
-    return output, ""
-
-
-def _ask(words: Sequence[str], command: CommandRecord) -> tuple[int, str, str]:
-    mark = secrets.token_hex(16)
-    process = subprocess.Popen(
-        words, env=environment(mark) | command.settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
-    try:
-        printed, errors = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        record.end(mark)
-        process.communicate()
-        return 1, "", f"error: the dry run took more than {SECONDS} s"
-    return process.returncode, printed, errors
+    def _ask(self, words: Sequence[str], command: CommandRecord) -> tuple[int, str, str]:
+        mark = self._mark = secrets.token_hex(16)
+        process = subprocess.Popen(
+            words, env=environment(mark) | command.settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        if self._closed:  # before the process had started
+            record.end(mark)
+        try:
+            printed, errors = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            record.end(mark)
+            process.communicate()
+            return 1, "", f"error: the dry run took more than {SECONDS} s"
+        finally:
+            self._mark = ""
+        return process.returncode, printed, errors

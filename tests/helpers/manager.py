@@ -28,6 +28,7 @@ words, env = sys.argv[1:], os.environ
 if "--dry-run" in words:
     if env.get("LR") == "0.5":
         sys.exit("error: LR=0.5 is too much\\nlower it")
+    time.sleep(60 if env.get("LR") == "0.25" else 0)
     print("layout:     1 process")
     print("memory:     about 0.10 GiB per rank")
     print("time:       about 1 s per iteration")

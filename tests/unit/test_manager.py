@@ -32,6 +32,7 @@ from minimind_mcore.manager import devices, events, record, request, runner
 from minimind_mcore.manager import queue as queue_module
 from minimind_mcore.manager.api import create_app
 from minimind_mcore.manager.files import Places
+from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Hardware, Queue, environment
 from minimind_mcore.tools.process import Result
 from minimind_mcore.tools.registry import Toolbox
@@ -452,7 +453,7 @@ def test_jobs_survive_a_killed_manager(tmp_path: Path, stub: str) -> None:
         late = client.start(settings={"TRAIN_ITERS": 20})
         client.until(late, "running")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) is not None
+        assert process.wait(20) == 0
     time.sleep(1)  # the job ends while there is no manager
     with manager(tmp_path, PYTHONPATH=stub) as (client, process):
         job = client.until(late, "finished", seconds=20)
@@ -541,6 +542,25 @@ def test_a_step_of_the_clock_ends_no_job(own_queue: Queue, monkeypatch: pytest.M
     monkeypatch.setattr(time, "time", lambda: now() + 14400)
     own_queue.tick()
     assert job.state == "stopping" and job.is_alive()  # it has 600 seconds to save
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_dry_run_ends_with_the_manager(tmp_path: Path, stub: str, number: signal.Signals) -> None:
+    with manager(tmp_path, PYTHONPATH=stub) as (client, process):
+        body = {"stage": "pretrain", "settings": {"LR": 0.25}}  # its dry run takes 60 seconds
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                client.post("/api/plan", json=body)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        eventually(lambda: bool(psutil.Process(process.pid).children()))
+        dry_runs = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        eventually(lambda: not any(map(alive, dry_runs)), seconds=1)
+        asking.join(20)
 
 
 def test_a_stop_survives_a_killed_manager(tmp_path: Path, stub: str) -> None:
@@ -819,7 +839,7 @@ def test_two_tools_run_at_a_time(own_queue: Queue, monkeypatch: pytest.MonkeyPat
         return Result("", ok=True)
 
     async def ask() -> list[int]:
-        transport = httpx.ASGITransport(create_app(own_queue, TOKEN))
+        transport = httpx.ASGITransport(create_app(Planner(own_queue), TOKEN))
         headers = {"Authorization": f"Bearer {TOKEN}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers) as client:
             calls = (client.post("/api/mcp/tools/call", json={"name": "get_current_time"}) for _ in range(8))
