@@ -114,6 +114,10 @@ NUMBERS = {
 DEFAULTS = {"SEED": "42", "TP": "", "PP": "1", "EP": "1", "CP": "1", "SAVE_INTERVAL": "1000", "LOG_INTERVAL": "10",
             "EVAL_INTERVAL": "100", "EVAL_ITERS": "5"}  # fmt: skip
 CHOICES = {
+    "BACKEND": Option(
+        name="BACKEND", kind="choice", group="layout", choices=("native", "mindspeed-llm"), default="native",
+        help="mindspeed-llm: MindSpeed-LLM trains, on NPUs only; a stop does not save, and there are no curves",
+    ),
     "PRECISION": Option(
         name="PRECISION", kind="choice", group="main", choices=("bf16", "fp16", "fp32"),
         help="of weights and arithmetic; default: bf16, on a CPU fp32",
@@ -179,7 +183,7 @@ def recipe_defaults(stage: str, model: str, recipe: str) -> dict[str, str]:
 @functools.cache
 def _options(stage: str) -> tuple[Option, ...]:
     if stage in TRAININGS:
-        chosen = [CHOICES[name] for name in ("PRECISION", "PACK", "CKPT_FORMAT", "ROUTER_WEIGHT")]
+        chosen = [CHOICES[name] for name in ("BACKEND", "PRECISION", "PACK", "CKPT_FORMAT", "ROUTER_WEIGHT")]
         return (*_settings(), *chosen, *_training_flags(stage != "pretrain"))
     if stage in RL:
         return tuple(sorted(_rl_keys(stage), key=lambda option: option.group))

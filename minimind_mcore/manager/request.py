@@ -130,7 +130,8 @@ def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]
     [job] = found
     changes = _changes(run, job.begins, paths)
     if stage in TRAININGS:
-        settings["DATA_PATH"] = paths["data"]
+        # On an NPU the commands' own default is MindSpeed-LLM, which neither saves at a stop nor writes metrics.jsonl.
+        settings = {"BACKEND": "native", **settings, "DATA_PATH": paths["data"]}
     settings |= {"DATA_DIR": str(data_dir())} if sample else {}
     if stage in (*TRAININGS, *ON_WEIGHTS) and (sample or not Path(run.tokenizer_dir(), "tokenizer.json").is_file()):
         settings["TOKENIZER_PATH"] = paths["tokenizer"]

@@ -170,6 +170,9 @@ def test_the_plan_is_the_kits_dry_run(client: Client) -> None:
     [command] = plan["commands"]
     assert "LR=0.001" in command and command.endswith("minimind-mcore pretrain --weight-decay=0.2")
     assert "MODEL=minimind3_tiny" in command and plan["device"] == "cpu"
+    assert "BACKEND=native" in command.split()  # MindSpeed-LLM, the default on an NPU, does not save at a stop
+    other = client.post("/api/plan", json={"stage": "pretrain", "settings": {"BACKEND": "mindspeed-llm"}}).json()
+    assert "BACKEND=mindspeed-llm" in other["commands"][0].split()
     same = client.post("/api/jobs", json={"stage": "pretrain", "dry_run": True, "settings": {"LR": 0.5}})
     assert same.status_code == 422 and same.json()["error"] == "LR=0.5 is too much\nlower it"
     assert client.post("/api/jobs", json={"stage": "pretrain", "settings": {"LR": 0.5}}).status_code == 422

@@ -113,6 +113,7 @@ export const WORDS = {
   GBS: ["Global batch", "全局批大小"],
   SEQ_LENGTH: ["Sequence length", "序列长度"],
   SEED: ["Seed", "随机种子"],
+  BACKEND: ["Engine", "训练引擎"],
   PRECISION: ["Precision", "精度"],
   PACK: ["Pack conversations", "对话打包"],
   NPUS_PER_NODE: ["Processes", "进程数"],
