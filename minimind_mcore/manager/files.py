@@ -15,9 +15,10 @@ from minimind_mcore.preprocess.check import datasets_at
 DEPTH = 6  # directories below a readable one that are searched
 MOST = 1000  # entries of a list
 LONGEST = 1000  # characters of a path
-DATA = (".jsonl", ".json", ".parquet", ".txt", ".csv")
+DATA = (".jsonl", ".parquet", ".txt", ".csv")
 CONVERTED = "_document.idx"
 TRACKER = "latest_checkpointed_iteration.txt"
+OF_MODELS = {TRACKER, "tokenizer.json", "config.json"}  # text next to them, such as merges.txt, is no data
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,20 @@ class Places:
         return str(path)
 
     def datasets(self) -> list[dict[str, object]]:
-        """Return raw data files, and prefixes of converted datasets."""
+        """Return raw data files, and prefixes of converted datasets. Jobs write no raw data."""
         found: dict[str, int] = {}
         for folder, _, files in self._walk():
+            is_raw = not folder.is_relative_to(self.jobs) and folder.name not in (
+                "cache",
+                "logs",
+                "records",
+                "tokenizer",
+            )
+            suffixes = [name for name in DATA if is_raw and not (name == ".txt" and OF_MODELS & set(files))]
             for file in files:
                 path = folder / file
-                if path.suffix in DATA and folder.name not in ("cache", "logs", "records", "tokenizer"):
-                    if file not in ("metrics.jsonl", "config.json", "scores.json", "job.json", "samples.jsonl"):
-                        found[str(path)] = _size(path)
+                if path.suffix in suffixes and file not in ("metrics.jsonl", "samples.jsonl"):
+                    found[str(path)] = _size(path)
                 elif file.endswith(CONVERTED):
                     prefix = str(path.with_suffix("")).partition("_packed_")[0]
                     found[prefix] = found.get(prefix, 0) + _size(path.with_suffix(".bin"))

@@ -137,6 +137,25 @@ def test_what_there_is(client: Client, place: Path) -> None:
     assert client.delete("/api/jobs").status_code == 405
 
 
+def test_the_list_of_data_has_only_data(tmp_path: Path) -> None:
+    data = ("dataset/pretrain.jsonl", "dataset/book.txt", "dataset/rows.parquet")
+    converted = "jobs/20260101-full_sft/cache/sft_packed_input_ids_document"
+    others = (
+        "dataset/dataset_info.json", "dataset/model/config.json", "dataset/model/merges.txt",
+        "dataset/tokenizer-6400/tokenizer.json", "dataset/tokenizer-6400/vocab.txt",
+        "dataset/full_sft/latest_checkpointed_iteration.txt", "jobs/20260101-full_sft/log.txt",
+        "jobs/20260101-full_sft/job.json", "jobs/20260101-full_sft/exit.json",
+        "jobs/20260101-full_sft/full_sft/metrics.jsonl", "jobs/20260101-full_sft/eval/replies.jsonl",
+        "jobs/20260101-full_sft/full_sft/checkpoints/latest_checkpointed_iteration.txt",
+    )  # fmt: skip
+    for name in (*data, *others, f"{converted}.idx", f"{converted}.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("0")
+    places = Places(tmp_path / "jobs", tmp_path / "dataset", (tmp_path / "jobs", tmp_path / "dataset"))
+    prefix = converted.removesuffix("_packed_input_ids_document")
+    assert {row["path"] for row in places.datasets()} == {str(tmp_path / name) for name in (*data, prefix)}
+
+
 def form(client: Client, stage: str, **query: str) -> dict[str, dict[str, Any]]:
     reply = client.get(f"/api/form/{stage}", params=query)
     assert reply.status_code == 200, reply.text
