@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response  # pyright: ignore[reportMissingImports]
@@ -16,7 +18,6 @@ from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImpor
 from sse_starlette import EventSourceResponse  # pyright: ignore[reportMissingImports]
 
 from minimind_mcore import __version__
-from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 from minimind_mcore.manager import devices, events, request
 from minimind_mcore.manager.options import shown
@@ -36,8 +37,10 @@ FIELDS = {"epochs": "EPOCHS", "batch_size": "MBS", "learning_rate": "LR"}
 def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
     """Return the endpoints by method and path."""
 
+    count = LineCounter()
+
     async def status(asked: Request) -> Response:
-        return JSONResponse(_status(queue, _current(queue)))
+        return JSONResponse(await asyncio.to_thread(_status, queue, _current(queue), count))
 
     async def weights(asked: Request) -> Response:
         return JSONResponse({"weights": await asyncio.to_thread(queue.places.checkpoints)})
@@ -63,8 +66,7 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
 
     async def cards(asked: Request) -> Response:
         rows = await asyncio.to_thread(devices.table, queue.hardware, queue.listed())
-        tool = "npu-smi"
-        raw = await asyncio.to_thread(Host().run, tool, "info") or f"{tool} is not installed on this host"
+        raw = await asyncio.to_thread(devices.printed, "npu-smi", "info") or "npu-smi is not installed on this host"
         found = [
             {"id": row["number"], "name": row["name"], "health": row["health"], "power": row["power"],
              "temp": row["temperature"]}
@@ -84,11 +86,33 @@ def _current(queue: Queue) -> JobRecord | None:
     return max(found, key=lambda job: (job.state in ("running", "stopping"), job.created), default=None)
 
 
-def _status(queue: Queue, job: JobRecord | None) -> dict[str, object]:
+class LineCounter:
+    """Counts the lines of a file that grows; each call reads only what is new."""
+
+    def __init__(self) -> None:
+        self._known = (0, 0, 0)  # inode, bytes, lines
+
+    def __call__(self, log: Path) -> int:
+        """Return the number of lines of a file; 0 if there is none."""
+        if not log.is_file():
+            return 0
+        inode, size, lines = self._known
+        with log.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != inode or found.st_size < size:
+                size = lines = 0
+            file.seek(size)
+            while chunk := file.read(1 << 20):
+                size += len(chunk)
+                lines += chunk.count(b"\n")
+        self._known = (found.st_ino, size, lines)
+        return lines
+
+
+def _status(queue: Queue, job: JobRecord | None, count: LineCounter) -> dict[str, object]:
     if job is None:
         return {"status": "idle", "stage": "", "error": "", "log_lines": 0, "elapsed_seconds": None}
-    log = queue.folder(job) / LOG
-    lines = log.read_bytes().count(b"\n") if log.is_file() else 0
+    lines = count(queue.folder(job) / LOG)
     elapsed = int(time.time() - job.started) if job.state in ("running", "stopping") else None
     state = STATES.get(job.state, "idle")
     found: dict[str, object] = {"status": state, "stage": job.request.stage, "error": job.error}
@@ -157,14 +181,14 @@ async def _logs(queue: Queue, last: str) -> AsyncIterator[dict[str, str]]:
     skip = line if name == job.id else 0  # lines after `place` that the client has
     while True:
         ended = job.state in ENDED
-        found = [e for e in await asyncio.to_thread(events.news, queue, job, cursor) if e.kind == "log"]
+        found = await asyncio.to_thread(events.news, queue, job, cursor)
         for event in found:
-            lines = event.data["lines"]
+            lines = event.data["lines"] if event.kind == "log" else []
             assert isinstance(lines, list)
             for number, text in list(enumerate(lines, 1))[skip:]:
                 data = json.dumps({"type": "log", "data": text}, ensure_ascii=False)
                 yield {"id": f"{job.id}@{cursor.log}.{number}", "data": data}
-            cursor, skip = event.cursor, 0
+            cursor, skip = event.cursor, 0 if event.kind == "log" else skip
         if ended and not found:
             yield {"data": json.dumps({"type": "status", "data": STATES.get(job.state, "idle")})}
             return

@@ -8,6 +8,7 @@ event `reset` tells the client to forget the rows that it has.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -168,7 +169,18 @@ def finite(row: Row) -> Row:
 
 def metrics(queue: Queue, job: JobRecord, most: int) -> list[Row]:
     """Return the rows of a job's metrics.jsonl."""
-    return thinned([finite(row) for row in read_history(queue.output(job) / METRICS)], most)
+    file = queue.output(job) / METRICS
+    try:
+        found = file.stat()
+    except OSError:
+        return []
+    return list(_history(file, (found.st_ino, found.st_size, found.st_mtime_ns), most))
+
+
+@functools.lru_cache(maxsize=16)
+def _history(file: Path, version: tuple[int, int, int], most: int) -> tuple[Row, ...]:
+    """Return the rows of a version of a file. Pages ask for them every few seconds."""
+    return tuple(thinned([finite(row) for row in read_history(file)], most))
 
 
 def samples(queue: Queue, job: JobRecord, most: int) -> list[Row]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx  # pyright: ignore[reportMissingImports]
@@ -28,7 +29,7 @@ from helpers.manager import TOKEN, Client, manager, stub_path
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
-from minimind_mcore.manager import devices, events, record, request, runner
+from minimind_mcore.manager import ascend_api, devices, events, record, request, runner
 from minimind_mcore.manager import queue as queue_module
 from minimind_mcore.manager.api import create_app
 from minimind_mcore.manager.files import Places
@@ -452,6 +453,41 @@ def test_the_table_has_the_accelerators_and_their_jobs(tmp_path: Path) -> None:
     assert cpu["kind"] == "cpu" and cpu["jobs"] == ["x"]
     assert hardware.choose(asked) == ("npu", [1])
     assert hardware.settings("npu", [1]) == {"DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": "1", "NPUS_PER_NODE": "1"}
+
+
+def test_pages_that_are_open_cost_little(own_queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(host: Host, *command: str) -> str:
+        commands.append(command)
+        return "0, H100, 1, 2\n"
+
+    monkeypatch.setattr(Host, "run", run)
+    monkeypatch.setattr("minimind_mcore.manager.devices.time", SimpleNamespace(monotonic=lambda: 1e9))
+    for _ in range(3):
+        first, _cpu = devices.table(own_queue.hardware, [])
+        assert first["name"] == "H100"
+    assert len(commands) == 1  # nvidia-smi and npu-smi are slow
+    job = own_queue.add(job_request())
+    own_queue.output(job).mkdir()
+    file = own_queue.output(job) / "metrics.jsonl"
+    reads: list[Path] = []
+
+    def read_history(path: Path) -> list[dict[str, float]]:
+        reads.append(path)
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    monkeypatch.setattr(events, "read_history", read_history)
+    for rows in (2, 2, 3, 3):
+        file.write_text("".join(f'{{"iteration": {n}}}\n' for n in range(rows)))
+        os.utime(file, (1, 1))
+        assert events.metrics(own_queue, job, 10) == [{"iteration": n} for n in range(rows)]
+    assert reads == [file] * 2
+    log, count = tmp_path / "log.txt", ascend_api.LineCounter()
+    assert count(log) == 0
+    for text, lines in (("a\nb", 1), ("a\nb\nc\n", 3), ("d\n", 1)):
+        log.write_text(text)
+        assert count(log) == lines
 
 
 def test_jobs_survive_a_killed_manager(tmp_path: Path, stub: str) -> None:
