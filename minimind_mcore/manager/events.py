@@ -22,6 +22,7 @@ from minimind_mcore.training.metrics import Row, parse_rows, read_history
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CHUNK = 1 << 16  # bytes that are read at a time; a longer line is cut
+CHUNK_OF_ROWS = 1 << 18  # bytes of about 1,000 rows
 MOST_CHUNKS = 16
 LONGEST_TAIL = 1 << 20  # bytes
 ID = re.compile(r"(\d{1,9})-(\d{1,18})-(\d{1,9})-(\d{1,20})-(\d{1,18})")
@@ -84,7 +85,7 @@ def at_tail(log: Path, lines: int) -> Cursor:
 
 
 def news(queue: Queue, job: JobRecord, cursor: Cursor) -> list[Event]:
-    """Return what is new since a cursor: log, then metrics, then state. A part of a long log is returned alone.
+    """Return what is new since a cursor: log, then metrics, then state. Of much news only a part is returned.
 
     The state is read first: a client that learns that the job has ended has the whole log.
     """
@@ -95,8 +96,11 @@ def news(queue: Queue, job: JobRecord, cursor: Cursor) -> list[Event]:
         found.append(Event("log", {"lines": lines}, cursor))
         if len(found) == MOST_CHUNKS:
             return found
-    found += _rows(queue.output(job) / METRICS, job.attempt, cursor)
-    cursor = found[-1].cursor if found else cursor
+    for event in _rows(queue.output(job) / METRICS, job.attempt, cursor):
+        cursor = event.cursor
+        found.append(event)
+        if len(found) == MOST_CHUNKS:
+            return found
     if version > cursor.version:
         found.append(Event("state", state, replace(cursor, version=version)))
     return found
@@ -124,26 +128,27 @@ def _lines(log: Path, place: int, ended: bool) -> Iterator[tuple[list[str], int]
             yield chunk[:end].decode(errors="replace").removesuffix("\n").split("\n"), place
 
 
-def _rows(file: Path, attempt: int, cursor: Cursor) -> list[Event]:
-    """Return new rows; "reset" first if the client has rows of another file or attempt."""
+def _rows(file: Path, attempt: int, cursor: Cursor) -> Iterator[Event]:
+    """Yield new rows; "reset" first if the client has rows of another file or attempt."""
     try:
         opened = file.open("rb")
     except OSError:
-        return []
-    found = []
+        return
     with opened:
-        inode = os.fstat(opened.fileno()).st_ino
-        if (cursor.attempt, cursor.inode) != (attempt, inode):
+        status = os.fstat(opened.fileno())
+        if (cursor.attempt, cursor.inode) != (attempt, status.st_ino) or cursor.rows > status.st_size:
             had = cursor.rows > 0
-            cursor = replace(cursor, attempt=attempt, inode=inode, rows=0)
+            cursor = replace(cursor, attempt=attempt, inode=status.st_ino, rows=0)
             if had:
-                found.append(Event("reset", {}, cursor))
+                yield Event("reset", {}, cursor)
         opened.seek(cursor.rows)
-        content = opened.read()
-    if end := content.rfind(b"\n") + 1:
-        rows = [finite(row) for row in parse_rows(content[:end].decode(errors="replace"))]
-        found.append(Event("metrics", {"rows": rows}, replace(cursor, rows=cursor.rows + end)))
-    return found
+        while lines := opened.readlines(CHUNK_OF_ROWS):
+            content = b"".join(line for line in lines if line.endswith(b"\n"))
+            if not content:
+                return
+            cursor = replace(cursor, rows=cursor.rows + len(content))
+            rows = [finite(row) for row in parse_rows(content.decode(errors="replace"))]
+            yield Event("metrics", {"rows": rows}, cursor)
 
 
 def described(queue: Queue, job: JobRecord) -> dict[str, object]:

@@ -345,6 +345,26 @@ def test_a_log_that_was_cut_is_read_from_its_beginning(own_queue: Queue) -> None
     assert shown.data == {"lines": ["third"]} and shown.cursor.log == 6
 
 
+def test_many_rows_come_in_parts_and_the_state_comes_last(own_queue: Queue) -> None:
+    job = own_queue.add(job_request())
+    own_queue.output(job).mkdir()
+    file = own_queue.output(job) / "metrics.jsonl"
+    values = {f"metric_{n}": n / 7 for n in range(20)}
+    file.write_text("".join(json.dumps({"iteration": n, **values}) + "\n" for n in range(30000)) + '{"iteration": 3')
+    found: list[Any] = []
+    cursor = events.Cursor()
+    while part := events.news(own_queue, job, cursor):
+        found += part
+        cursor = part[-1].cursor
+    assert [event.kind for event in found[:-1]] == ["metrics"] * (len(found) - 1) and found[-1].kind == "state"
+    rows = [row for event in found[:-1] for row in event.data["rows"]]
+    assert [row["iteration"] for row in rows] == list(range(30000))
+    assert max(len(event.data["rows"]) for event in found[:-1]) <= 1000
+    file.write_text('{"iteration": 1}\n')  # the same file, cut
+    again: list[Any] = events.news(own_queue, job, cursor)
+    assert [event.kind for event in again] == ["reset", "metrics"] and again[1].data["rows"] == [{"iteration": 1}]
+
+
 def test_stop_saves_and_resume_continues(client: Client) -> None:
     name = client.start(settings=LONG)
     client.wait(name, lambda job: len(client.get(f"/api/jobs/{name}/metrics").json()["rows"]) > 6)

@@ -148,6 +148,7 @@ export interface Live {
 }
 
 const MOST_LINES = 5000;
+const MOST_ROWS = 20000;
 
 /** Follow a job until `signal` is aborted. After a lost connection it goes on behind the last event. */
 export async function follow(id: string, signal: AbortSignal, changed: (live: Live) => void): Promise<void> {
@@ -169,10 +170,15 @@ export async function follow(id: string, signal: AbortSignal, changed: (live: Li
   }
 }
 
+/** Rows without every second one of the older half, if they are too many for a page. */
+function thinned(rows: Row[]): Row[] {
+  return rows.length > MOST_ROWS ? rows.filter((_, number) => number % 2 === 0 || number > MOST_ROWS / 2) : rows;
+}
+
 function taken(live: Live, kind: string, data: unknown): Live {
   if (kind === "state") return { ...live, job: data as Job };
   if (kind === "reset") return { ...live, rows: [] };
-  if (kind === "metrics") return { ...live, rows: [...live.rows, ...(data as { rows: Row[] }).rows] };
+  if (kind === "metrics") return { ...live, rows: thinned([...live.rows, ...(data as { rows: Row[] }).rows]) };
   if (kind === "log") return { ...live, lines: [...live.lines, ...(data as { lines: string[] }).lines].slice(-MOST_LINES) };
   return live;
 }

@@ -10,15 +10,18 @@ export interface ServerEvent {
  */
 export async function* serverEvents(body: ReadableStream<Uint8Array>): AsyncGenerator<ServerEvent> {
   const reader = body.pipeThrough(new TextDecoderStream() as ReadableWritablePair<string, Uint8Array>).getReader();
-  let rest = "";
+  let rest = ""; // of the last line
+  let cr = ""; // at the end of a piece: it may be the first half of CR LF
   let found: ServerEvent & { lines: string[] } = empty();
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      rest += value;
-      // A CR at the end may be the first half of CR LF.
-      const lines = rest.split(/\r\n|\n|\r(?!$)/);
+      const piece = cr + value;
+      cr = piece.endsWith("\r") ? "\r" : "";
+      // Only the new piece is searched: a long line comes in many.
+      const lines = piece.slice(0, piece.length - cr.length).split(/\r\n|\n|\r/);
+      lines[0] = rest + lines[0]!;
       rest = lines.pop() ?? "";
       for (const line of lines) {
         if (line === "") {
