@@ -23,7 +23,7 @@ from minimind_mcore.manager import devices, events, options, request
 from minimind_mcore.manager.events import Cursor, described
 from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Queue
-from minimind_mcore.manager.record import LOG, JobRecord
+from minimind_mcore.manager.record import ENDED, LOG, JobRecord
 from minimind_mcore.manager.runner import typed
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.serve.api import read_json
@@ -186,7 +186,8 @@ def job_of(queue: Queue, asked: Request) -> JobRecord:
 def event_stream(queue: Queue, job: JobRecord, asked: Request) -> Response:
     """Return the events of a job that a client does not have.
 
-    The header Last-Event-ID says what the client has. Without it the query `tail` limits the log to its last lines.
+    The header Last-Event-ID says what the client has. Without it the query `tail` limits the log to its last lines. The
+    stream of a job that has ended ends too: a browser opens at most six connections to a server.
     """
     last, tail = asked.headers.get("last-event-id", ""), asked.query_params.get("tail", "")
     cursor = Cursor.parse(last)
@@ -195,10 +196,13 @@ def event_stream(queue: Queue, job: JobRecord, asked: Request) -> Response:
 
     async def stream(cursor: Cursor) -> AsyncIterator[dict[str, str]]:
         while True:
+            ended = job.state in ENDED
             found = await asyncio.to_thread(events.news, queue, job, cursor)
             for event in found:
                 cursor = event.cursor
                 yield {"event": event.kind, "id": str(cursor), "data": json.dumps(event.data, ensure_ascii=False)}
+            if ended and not found:
+                return
             await asyncio.sleep(0 if found else POLL_SECONDS)
 
     return EventSourceResponse(stream(cursor), ping=15, sep="\n")

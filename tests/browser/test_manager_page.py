@@ -176,6 +176,28 @@ def test_two_jobs_are_compared_and_the_second_waits(
     shot(page, "compare")
 
 
+def test_a_hidden_page_holds_no_connection(client: Client, new_page: NewPage, errors: list[str]) -> None:
+    name = client.start(name="hidden", settings={"TRAIN_ITERS": 3000})
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="hidden pretrain").click()
+    expect(page.get_by_text("iteration 3 <b>你好</b>", exact=True)).to_be_visible()
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/events?tail=1000")):
+        page.evaluate(hide, True)
+    with page.expect_request("**/events?tail=1000") as again:
+        page.evaluate(hide, False)
+    assert again.value.headers["last-event-id"]
+    client.post(f"/api/jobs/{name}/stop")
+    expect(page.get_by_role("main").get_by_text("Stopped")).to_be_visible()
+    log = page.get_by_role("region", name="Log").locator("div").all_inner_texts()
+    rows = [line for line in log if line.startswith("iteration ")]
+    assert rows == [f"iteration {n} <b>你好</b>" for n in range(1, len(rows) + 1)]
+    errors[:] = [text for text in errors if "ERR_ABORTED" not in text]
+
+
 def test_rewards_and_samples_are_text(client: Client, place: Path, new_page: NewPage) -> None:
     name = client.start(name="rewards", settings={"TRAIN_ITERS": 5})
     client.until(name, "finished")

@@ -302,6 +302,10 @@ def test_events_end_with_the_job_and_have_all_of_it(client: Client, place: Path)
     compared = client.get(f"/api/compare?jobs={name},{other}").json()["jobs"]
     assert [len(rows) for rows in compared.values()] == [8, 8] and list(compared) == [name, other]
     assert client.get(f"/api/compare?jobs={name},x").status_code == 404
+    # The stream of a job that has ended ends: a browser opens at most six connections to a server.
+    whole = list(client.events(f"/api/jobs/{name}/events"))
+    assert lines_of(whole) == log and whole[-1][1] == "state"
+    assert list(client.events(f"/api/jobs/{name}/events", whole[-1][0])) == []
 
 
 def test_a_cut_stream_continues_exactly(client: Client, place: Path) -> None:

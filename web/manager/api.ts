@@ -150,14 +150,38 @@ export interface Live {
 const MOST_LINES = 5000;
 const MOST_ROWS = 20000;
 
-/** Follow a job until `signal` is aborted. After a lost connection it goes on behind the last event. */
+/** Wait until the page is visible. */
+function visible(): Promise<void> {
+  return new Promise((resolve) => {
+    const check = () => {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", check);
+      resolve();
+    };
+    document.addEventListener("visibilitychange", check);
+    check();
+  });
+}
+
+/**
+ * Follow a job until `signal` is aborted. The stream ends with the job, while the page is hidden, or with a lost
+ * connection: a browser opens at most six to a server. The next one goes on behind the last event.
+ */
 export async function follow(id: string, signal: AbortSignal, changed: (live: Live) => void): Promise<void> {
   let live: Live = { job: undefined, rows: [], lines: [] };
   let last = "";
   while (!signal.aborted) {
+    await visible();
+    const ending = new AbortController();
+    const end = () => (signal.aborted || document.hidden) && ending.abort();
+    document.addEventListener("visibilitychange", end);
+    signal.addEventListener("abort", end);
     try {
       const headers: Record<string, string> = last ? { "Last-Event-ID": last } : {};
-      const reply = await request("GET", `/api/jobs/${id}/events?tail=1000`, undefined, { headers, signal });
+      const reply = await request("GET", `/api/jobs/${id}/events?tail=1000`, undefined, {
+        headers,
+        signal: ending.signal,
+      });
       for await (const event of serverEvents(reply.body!)) {
         last = event.id || last;
         live = taken(live, event.event, JSON.parse(event.data));
@@ -165,6 +189,9 @@ export async function follow(id: string, signal: AbortSignal, changed: (live: Li
       }
     } catch (error) {
       if (error instanceof ApiError && error.status < 500) return;
+    } finally {
+      document.removeEventListener("visibilitychange", end);
+      signal.removeEventListener("abort", end);
     }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
