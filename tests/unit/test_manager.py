@@ -817,7 +817,7 @@ BAD: list[tuple[str, Any]] = [
         {"LR\n": 1}, {f"X{n}": n for n in range(500)}, "LR=1", {"--num-layers": "0x10"}, {"--num-layers": "1_000"},
     )
 ] + [
-    ("name", "x" * 100), ("name", "a\nb"), ("name", "\u202egnp.exe"), ("weights", "/etc"), ("lora", "/etc"),
+    ("name", "x" * 100), ("name", "a\nb"), ("name", "\u202egnp.exe"),
     ("devices", [0]), ("devices", ["0; id"]), ("devices", -1), ("device", "cpu; id"), ("device", "cuda"),
     ("recipe", "tiny --load"), ("unknown", 1), ("commands", [["sh", "-c", "id"]]), ("id", "../x"),
 ]  # fmt: skip
@@ -840,6 +840,27 @@ def test_hostile_requests_are_refused(client: Client, place: Path) -> None:
         for reply in (client.get(f"/api/jobs/{name}"), client.post(f"/api/jobs/{name}/stop")):
             assert reply.status_code in (404, 405), name
     assert client.get("/api/jobs").json() == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [
+        ("full_sft", "weights"),
+        ("eval", "lora"),
+        ("distillation", "teacher"),
+        ("full_sft", "tokenizer"),
+        ("grpo", "reward_model"),
+    ],
+)
+def test_every_input_must_lie_in_a_readable_directory(client: Client, place: Path, stage: str, field: str) -> None:
+    weights = str(place / "dataset/full_sft_768.pth")
+    inputs = client.get("/api/info").json()["stages"][stage]["inputs"]
+    needed = {name: weights for name in ("weights", "teacher") if name in inputs}
+    for path in ("/etc", f"{place}/secret.jsonl", f"{place}/dataset/link.jsonl", f"{place}/dataset/../secret.jsonl"):
+        reply = client.post("/api/plan", json={"stage": stage, **needed, field: path})
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert error.startswith(f"{field}: ") and "is outside of the directories" in error, error
 
 
 def test_paths_of_minimind_ascend(client: Client, place: Path) -> None:
