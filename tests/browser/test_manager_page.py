@@ -242,10 +242,28 @@ def test_narrow_dark_and_by_keyboard(client: Client, new_page: NewPage, accessib
     shot(page, "narrow-job")
 
 
-def test_the_page_asks_for_the_token(client: Client, new_page: NewPage) -> None:
+def test_the_page_asks_for_the_token(client: Client, new_page: NewPage, errors: list[str]) -> None:
     page = new_page(str(client.base_url))
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.get_by_label("Token").fill("wrong")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.get_by_role("alert")).to_contain_text("refused the token")
     page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Continue").click()
     expect(page.get_by_role("heading", name="Devices")).to_be_visible()
     expect(page.get_by_text(re.compile("cores"))).to_be_visible()
     shot(page, "devices")
+    # The browser itself logs every reply with an error status.
+    errors[:] = [text for text in errors if "Failed to load resource" not in text]
+
+
+def test_options_are_described_in_both_languages(client: Client, new_page: NewPage) -> None:
+    for locale, new, name, text in (
+        ("en-US", "New job", "Learning rate LR", "highest learning rate; 0 to 1000"),
+        ("zh-CN", "新建任务", "学习率 LR", "最高学习率；0 到 1000"),
+    ):
+        page = new_page(f"{client.base_url}/#token={TOKEN}", locale=locale)
+        page.get_by_role("link", name=new).click()
+        field = page.get_by_label(name)
+        expect(field).to_have_accessible_description(text)
+        expect(page.get_by_text(text)).to_be_visible()

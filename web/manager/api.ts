@@ -1,5 +1,5 @@
 import { serverEvents } from "../shared/sse";
-import { kept } from "../shared/store";
+import { kept, Store } from "../shared/store";
 
 export type State = "queued" | "running" | "stopping" | "finished" | "stopped" | "failed";
 export const ENDED: readonly State[] = ["finished", "stopped", "failed"];
@@ -101,6 +101,9 @@ export interface FileEntry {
 /** The token: of the address, kept for this tab. */
 export const token = kept<string>("minimind.manager.token", "", () => sessionStorage);
 
+/** Whether the manager has refused the last token. */
+export const refused = new Store(false);
+
 /** Take the token out of the address, where others could read it over a shoulder. */
 export function takeToken(): void {
   const given = /^#token=(.+)$/.exec(location.hash)?.[1];
@@ -128,7 +131,10 @@ async function request(method: string, path: string, body?: unknown, init: Reque
   const reply = await fetch(path, { ...init, method, headers, ...(text === undefined ? {} : { body: text }) });
   if (reply.ok) return reply;
   const content = (await reply.json().catch(() => ({}))) as { error?: string };
-  if (reply.status === 401) token.set("");
+  if (reply.status === 401) {
+    if (token.value) refused.set(true); // not for a second request with the same token
+    token.set("");
+  }
   throw new ApiError(content.error ?? `HTTP ${reply.status}`, reply.status, content);
 }
 

@@ -14,7 +14,7 @@ import {
   type Plan,
 } from "./api";
 import { tail } from "./format";
-import { label, useText, type Key } from "./words";
+import { description, label, useText, type Key } from "./words";
 
 type Values = Record<string, string | boolean>;
 const GROUPS = ["main", "layout", "output"] as const;
@@ -282,37 +282,47 @@ function OptionField(props: {
   const { option, set } = props;
   const t = useText();
   const name = label(t, option.name);
-  const hint = [option.help, option.limits].filter(Boolean).join("; ");
+  const hint = description(option);
+  const id = `help-${option.name}`;
   if (option.kind === "flag")
     return (
-      <div class="field" title={option.help}>
+      <div class="field">
         <span>{name}</span>
         <Check label={t("given")} checked={props.value === true} onChange={(value) => set(option.name, value)} />
+        {hint && <small>{hint}</small>}
       </div>
     );
   const value = String(props.value ?? "");
   return (
-    <label class="field" title={hint}>
-      <span>
-        {name}
-        {name !== option.name && <code class="hint"> {option.name}</code>}
-      </span>
-      {option.kind === "choice" ? (
-        <select value={value} onChange={(event) => set(option.name, event.currentTarget.value)}>
-          <option value="">{option.default ? `${t("default")} (${option.default})` : t("default")}</option>
-          {option.choices.map((choice) => (
-            <option key={choice}>{choice}</option>
-          ))}
-        </select>
-      ) : (
-        <input
-          inputMode={option.kind === "int" ? "numeric" : "decimal"}
-          value={value}
-          placeholder={option.default}
-          onInput={(event) => set(option.name, event.currentTarget.value.trim())}
-        />
-      )}
-    </label>
+    <div class="field">
+      <label class="field">
+        <span>
+          {name}
+          {name !== option.name && <code class="hint"> {option.name}</code>}
+        </span>
+        {option.kind === "choice" ? (
+          <select
+            value={value}
+            aria-describedby={hint && id}
+            onChange={(event) => set(option.name, event.currentTarget.value)}
+          >
+            <option value="">{option.default ? `${t("default")} (${option.default})` : t("default")}</option>
+            {option.choices.map((choice) => (
+              <option key={choice}>{choice}</option>
+            ))}
+          </select>
+        ) : (
+          <input
+            inputMode={option.kind === "int" ? "numeric" : "decimal"}
+            value={value}
+            placeholder={option.default}
+            aria-describedby={hint && id}
+            onInput={(event) => set(option.name, event.currentTarget.value.trim())}
+          />
+        )}
+      </label>
+      {hint && <small id={id}>{hint}</small>}
+    </div>
   );
 }
 

@@ -4,7 +4,7 @@ import { render, type JSX } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { useStore } from "../shared/store";
 import { Field, Header } from "../shared/widgets";
-import { ApiError, get, takeToken, token, type Info, type Job } from "./api";
+import { ApiError, get, refused, takeToken, token, type Info, type Job } from "./api";
 import { moment } from "./format";
 import { NewJob } from "./form";
 import { JobPage, StateBadge } from "./job";
@@ -30,6 +30,7 @@ function useHash(): string {
 function Gate(): JSX.Element {
   const t = useText();
   const [text, setText] = useState("");
+  const isRefused = useStore(refused);
   return (
     <main class="gate">
       <form
@@ -40,6 +41,11 @@ function Gate(): JSX.Element {
         }}
       >
         <p>{t("tokenText")}</p>
+        {isRefused && (
+          <p class="notice bad" role="alert">
+            {t("tokenWrong")}
+          </p>
+        )}
         <Field label={t("token")}>
           <input type="password" autocomplete="off" value={text} onInput={(e) => setText(e.currentTarget.value)} />
         </Field>

@@ -1,4 +1,4 @@
-import { useWords, type Translate, type Words } from "../shared/i18n";
+import { language, useWords, type Translate, type Words } from "../shared/i18n";
 
 export const WORDS = {
   title: ["MiniMind Training", "MiniMind 训练"],
@@ -36,8 +36,8 @@ export const WORDS = {
   iteration: ["Iteration", "迭代"],
   loss: ["Loss", "损失"],
   reward: ["Reward", "奖励"],
-  speed: ["Tokens/s", "词元/秒"],
-  attempt: ["Attempt", "第几次运行"],
+  speed: ["Tokens/s", "token/秒"],
+  attempt: ["Attempt", "运行次数"],
   device: ["Device", "设备"],
   progress: ["Progress", "进度"],
   curves: ["Curves", "曲线"],
@@ -80,7 +80,6 @@ export const WORDS = {
   reviewing: ["Checking…", "正在检查…"],
   reviewTitle: ["Before it starts", "启动前检查"],
   reviewText: ["The dry run found nothing wrong. This is what the job does.", "预检没有发现问题。任务将执行以下内容。"],
-  wrong: ["The dry run found a problem", "预检发现问题"],
   start: ["Start", "启动"],
   back: ["Back", "返回"],
   wholeOutput: ["Whole output", "完整输出"],
@@ -89,8 +88,9 @@ export const WORDS = {
     "The manager printed an address with a token when it started. Open that address, or enter the token.",
     "管理器启动时打印了带令牌的地址。打开该地址，或在此输入令牌。",
   ],
+  tokenWrong: ["The manager refused the token. It makes a new one at each start.", "管理器拒绝了该令牌。每次启动管理器都会生成新的令牌。"],
   enter: ["Continue", "继续"],
-  memory: ["Memory", "内存"],
+  memory: ["Memory", "内存/显存"],
   health: ["State", "状态"],
   power: ["Power", "功率"],
   temperature: ["Temperature", "温度"],
@@ -98,7 +98,6 @@ export const WORDS = {
   lost: ["The manager does not answer. Jobs go on without it.", "管理器没有响应。任务仍在继续运行。"],
   last: ["Last value", "最后的值"],
   difference: ["Setting", "设置项"],
-  newest: ["Newest values", "最新数值"],
   skip: ["Skip to content", "跳到内容"],
   time: ["Time", "时间"],
   batch: ["Batch", "批"],
@@ -138,6 +137,54 @@ export type T = Translate<Key>;
 
 export function useText(): T {
   return useWords(WORDS);
+}
+
+/** Chinese descriptions of options; the English ones come from the manager, as those of all other options do. */
+const HELP: Record<string, string> = {
+  EPOCHS: "遍历数据的次数",
+  TRAIN_ITERS: "迭代数，代替轮数",
+  LR: "最高学习率",
+  MBS: "每个微批的样本数",
+  GBS: "每次更新的样本数（所有设备合计）",
+  SEQ_LENGTH: "每个样本的 token 数",
+  SEED: "随机种子",
+  NPUS_PER_NODE: "进程数；默认每个所选设备一个，CPU 上最多两个",
+  TP: "张量并行的进程数",
+  PP: "流水线并行的进程数",
+  VPP: "每个虚拟流水级的层数",
+  EP: "专家并行的进程数",
+  CP: "上下文并行的进程数",
+  SAVE_INTERVAL: "每隔多少次迭代保存检查点",
+  LOG_INTERVAL: "每隔多少次迭代记录指标",
+  EVAL_INTERVAL: "每隔多少次迭代评估",
+  EVAL_ITERS: "每次评估的批数",
+  BACKEND: "mindspeed-llm：由 MindSpeed-LLM 训练，仅限 NPU；停止时不保存，没有曲线",
+  PRECISION: "权重和计算的精度；默认 bf16，CPU 上为 fp32",
+  PACK: "多个对话共用一个序列，互不可见",
+  CKPT_FORMAT: "torch_dist 可以用任意并行布局加载",
+  ROUTER_WEIGHT: "混合专家模型如何给专家加权",
+  RAW: "基座模型：提示不套用对话模板",
+  FORMAT: "minimind：使用 MiniMind 自己的权重名",
+  PAD_HEAD_DIM: "用零补齐注意力头，供 NPU 上的 vLLM 使用",
+};
+
+/** Limits of numbers in Chinese. */
+const LIMITS: [RegExp, string][] = [
+  [/^any number$/, "任意数"],
+  [/^(\S+) or more$/, "不小于 $1"],
+  [/^more than (\S+)$/, "大于 $1"],
+  [/^more than (\S+), less than (\S+)$/, "大于 $1，小于 $2"],
+  [/^more than (\S+), at most (\S+)$/, "大于 $1，不大于 $2"],
+  [/^(\S+) to less than (\S+)$/, "$1 到 $2，不含 $2"],
+  [/^(\S+) to (\S+)$/, "$1 到 $2"],
+];
+
+/** What an option means, and the limits of its value. */
+export function description(option: { name: string; help: string; limits: string }): string {
+  const { name, help, limits } = option;
+  if (language.value !== "zh") return [help, limits].filter(Boolean).join("; ");
+  const limited = LIMITS.reduce((text, [pattern, words]) => text.replace(pattern, words), limits);
+  return [HELP[name] ?? help, limited].filter(Boolean).join("；");
 }
 
 /** The name of an option or fact: a word of the page, else the name itself. */
