@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
 from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
@@ -74,7 +74,7 @@ def _information(queue: Queue) -> dict[str, Endpoint]:
 
     async def info(asked: Request) -> Response:
         found = {"version": minimind_mcore.__version__, "device": hardware.kind, "devices": list(hardware.numbers)}
-        found |= {"presets": list(PRESETS), "recipes": ["minimind2", "minimind3", "tiny"]}
+        found |= {"presets": list(PRESETS), "recipes": list(filter(None, get_args(request.Recipe)))}
         stages = {name: {"inputs": request.inputs(name)} for name in request.JOB_STAGES}
         return JSONResponse(found | {"stages": stages, "readable": list(map(str, places.readable))})
 

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="minimind-mcore manager", description=__doc__, formatter_class=raw)
     found.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this host alone)")
     found.add_argument("--port", type=int, help="port to listen at (default: PORT, else 8999)")
-    found.add_argument("--token", default="", help="what clients must send (default: TOKEN, else a new one)")
+    found.add_argument("--token", default="", help="as TOKEN; other users of the host can read flags")
     found.add_argument(
         "--jobs", default="", metavar="DIRECTORY", help="of the jobs (default: OUTPUT_DIR, else outputs/manager)"
     )
@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.hand_over()
     with contextlib.closing(queue), listening(args.host, port) as listener:
-        address = f"http://{args.host}:{listener.getsockname()[1]}"
+        shown = f"[{args.host}]" if ":" in args.host else args.host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
         print(f"manager    {address}/#token={token}", file=sys.stderr, flush=True)
         asyncio.run(serve(queue, token, listener))
     return 0

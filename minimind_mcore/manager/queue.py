@@ -102,7 +102,9 @@ class Hardware:
         if kind == CPU:
             return {"DEVICE": CPU}
         listed = ",".join(map(str, numbers))
-        return {"DEVICE": kind, devices.VISIBLE[kind]: listed, "NPUS_PER_NODE": str(len(numbers))}
+        # The numbers are those of nvidia-smi. CUDA's own order begins with the fastest GPU.
+        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if kind == "cuda" else {}
+        return {"DEVICE": kind, **order, devices.VISIBLE[kind]: listed, "NPUS_PER_NODE": str(len(numbers))}
 
 
 class Queue:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from minimind_mcore.manager.request import JobRequest
 from minimind_mcore.manager.runner import EXIT, RECORD
 from minimind_mcore.pipeline.job import Command
 from minimind_mcore.storage import atomic_write_text
+
+logger = logging.getLogger(__name__)
 
 MARK = "MINIMIND_MANAGER_JOB"  # variable in the environment of a job's processes
 LOG = "log.txt"
@@ -107,10 +110,13 @@ class JobRecord(BaseModel):
 
 
 def read_job(folder: Path) -> JobRecord | None:
-    """Return the job of a directory; None if it has none, or a damaged record."""
+    """Return the job of a directory; None if it has none, or a damaged record, which is logged."""
     try:
         return JobRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, ValueError) as error:
+        logger.error(f"{folder / RECORD} cannot be read; the manager does not list this job: {error}")
         return None
 
 

@@ -25,6 +25,7 @@ from minimind_mcore.pipeline.stages import KIND, RL, STAGES, TRAININGS, UNSET, R
 JOB_STAGES = (*(name for name in STAGES if name not in ("build", "vllm", "web")), "serve")
 ON_WEIGHTS = ("eval", "convert", "serve")
 INPUTS: tuple[str, ...] = ("data", "tokenizer", "weights", "lora", "teacher", "reward_model")
+Recipe = Literal["", "minimind2", "minimind3", "tiny"]
 LONGEST_NAME = 80
 MOST = 64  # options or devices of a request
 
@@ -54,7 +55,7 @@ class JobRequest(BaseModel):
     stage: str
     name: str = ""
     model: str = ""
-    recipe: Literal["", "minimind2", "minimind3", "tiny"] = ""
+    recipe: Recipe = ""
     data: str = ""
     tokenizer: str = ""
     weights: str = ""

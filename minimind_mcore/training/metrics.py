@@ -220,7 +220,7 @@ def read_history(path: Path) -> list[Row]:
 def parse_rows(text: str) -> list[Row]:
     """Return the rows of lines of a metrics.jsonl, without damaged lines."""
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a sample completion may have other separators of lines, such as U+2028
         try:
             row = json.loads(line)
         except ValueError:

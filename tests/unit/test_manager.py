@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -181,6 +182,34 @@ def test_a_form_has_the_recipes_values_and_the_parsers_flags(client: Client) -> 
         assert {option["kind"] for option in form(client, stage).values()} <= {"int", "float", "choice", "flag"}
         assert not [name for name in form(client, stage) if "trust" in name or name == "save" or name[2:6] == "load"]
     assert client.get("/api/form/full_sft?model=minimindd3").status_code == 400
+    assert client.get("/api/info").json()["recipes"] == ["minimind2", "minimind3", "tiny"]
+
+
+def test_samples_may_have_any_characters(own_queue: Queue) -> None:
+    job = own_queue.add(job_request(stage="grpo", settings={}))
+    own_queue.output(job).mkdir()
+    rows = [{"iteration": n, "response": f"a{mark}b"} for n, mark in enumerate("\u2028\u2029\x85\x0b\x1e\r")]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (own_queue.output(job) / "samples.jsonl").write_text(text)
+    assert events.samples(own_queue, job, 40) == rows[::-1]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("damaged", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "damaged/job.json").write_text('{"id": "damaged"')
+    assert record.read_job(tmp_path / "damaged") is None and record.read_job(tmp_path / "empty") is None
+    [line] = caplog.messages
+    assert str(tmp_path / "damaged/job.json") in line
+
+
+def test_an_address_of_ipv6_has_brackets(tmp_path: Path, stub: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    with manager(tmp_path, "--host", "::1", PYTHONPATH=stub) as (client, _):
+        assert client.base_url.host == "::1" and client.get("/api/jobs").json() == {"jobs": []}
 
 
 def test_the_plan_is_the_kits_dry_run(client: Client) -> None:
@@ -437,6 +466,7 @@ def test_jobs_on_different_devices_run_at_once(
             assert job.commands[0].settings["DEVICE"] == (job.device or kind)
         assert jobs[1].commands[0].settings["CUDA_VISIBLE_DEVICES"] == "1,5"
         assert jobs[1].commands[0].settings["NPUS_PER_NODE"] == "2"
+        assert jobs[1].commands[0].settings["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # as nvidia-smi numbers them
         for devices, device, message in (([7], "", "found \\[7\\]"), ([0], "cpu", "expected none"), ([], "x", "cpu")):
             with pytest.raises(UserError, match=message):
                 queue.add(job_request(devices=devices, device=device))
