@@ -302,10 +302,12 @@ class Queue:
         if job.request.stage == "serve":
             port = int(job.request.settings.get("--port") or 0) or free_port()
             job.commands[-1].settings["PORT"], job.address = str(port), f"http://127.0.0.1:{port}/"
+            job.api_key = secrets.token_urlsafe(24)
         # Saved before the process starts: a manager that is killed in between finds the process by its mark.
         changes = {"attempt": job.attempt + 1, "mark": secrets.token_hex(16), "pid": 0, "started": time.time()}
         self._change(job, state="running", **changes)
-        environ = environment(job.mark)
+        # Not a setting of the command, which the log shows.
+        environ = environment(job.mark) | ({"API_KEY": job.api_key} if job.api_key else {})
         with (folder / LOG).open("ab") as log:
             self._children[job.id] = subprocess.Popen(
                 [sys.executable, "-m", "minimind_mcore.manager.runner", str(folder)],
@@ -339,7 +341,9 @@ class Queue:
         done = status == 0 and not (job.state == "stopping" and job.request.stage == "serve")
         state = "finished" if done else "stopped" if job.state == "stopping" else "failed"
         error = record.error_of(folder, status) if state == "failed" else ""
-        self._change(job, state=state, status=status, ended=ended, error=error, address="", ready=False, pid=0)
+        self._change(
+            job, state=state, status=status, ended=ended, error=error, address="", api_key="", ready=False, pid=0
+        )
 
 
 def environment(mark: str) -> dict[str, str]:

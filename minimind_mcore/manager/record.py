@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from minimind_mcore.manager.request import JobRequest
 from minimind_mcore.manager.runner import EXIT, RECORD
 from minimind_mcore.pipeline.job import Command
-from minimind_mcore.storage import atomic_write_text
+from minimind_mcore.storage import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class JobRecord(BaseModel):
         mark: value of the variable `MARK` in the processes of this attempt.
         pid: of the job's own process; 0 before it is known.
         address: of a server; `ready`: it answers.
+        api_key: that the server asks for: other users of the host, and other web pages, can reach its address.
         version: counts the changes of this record.
     """
 
@@ -88,13 +90,16 @@ class JobRecord(BaseModel):
     mark: str = ""
     pid: int = 0
     address: str = ""
+    api_key: str = ""
     ready: bool = False
     version: int = 0
 
     def save(self, root: Path) -> None:
-        """Write the record."""
+        """Write the record, which only this user may read: it has the key of a server."""
         self.version += 1
-        atomic_write_text(root / self.id / RECORD, self.model_dump_json(indent=1) + "\n")
+        with atomic_file(root / self.id / RECORD) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     def is_alive(self) -> bool:
         """Whether the job's own process runs.

@@ -101,6 +101,7 @@ def test_start_watch_stop_resume_chat(
     with page.context.expect_page() as opened:
         link.click()
     expect(opened.value.get_by_role("heading")).to_have_text("the chat page")
+    expect(opened.value).to_have_url(re.compile("/#key=[\\w-]{32}$"))
     main.get_by_role("button", name=words["stop"], exact=True).click()
     expect(main.get_by_text(words["stopped"])).to_be_visible()
 

@@ -809,13 +809,20 @@ def test_chat_serves_the_weights_of_a_job(client: Client, place: Path) -> None:
     assert reply.status_code == 201, reply.text
     server = client.wait(reply.json()["id"], lambda job: job["state"] == "running" and job["address"])
     assert server["stage"] == "serve" and server["address"].startswith("http://127.0.0.1:")
-    client.wait(server["id"], lambda job: "serving" in (place / "jobs" / job["id"] / "log.txt").read_text())
-    log = (place / "jobs" / server["id"] / "log.txt").read_text()
+    file = place / "jobs" / server["id"] / "log.txt"
+    client.wait(server["id"], lambda job: file.exists() and "serving" in file.read_text())
+    log = file.read_text()
     port = server["address"].rstrip("/").rpartition(":")[2]
     assert f"serving {place}/jobs/{name}/pretrain/checkpoints {port}" in log
+    # The server asks for a key, which other users of the host can read nowhere.
+    file = place / "jobs" / server["id"] / "job.json"
+    processes = record.processes(json.loads(file.read_text())["mark"])
+    assert {process.environ().get("API_KEY") for process in processes} == {server["api_key"]}
+    assert len(server["api_key"]) >= 32 and server["api_key"] not in log and file.stat().st_mode & 0o077 == 0
     assert client.job(busy)["state"] == "running"  # a server takes none of the CPU's slots
     client.post(f"/api/jobs/{server['id']}/stop")
-    assert client.until(server["id"], "stopped")["address"] == ""
+    ended = client.until(server["id"], "stopped")
+    assert ended["address"] == ended["api_key"] == ""
     assert client.post(f"/api/jobs/{server['id']}/chat").status_code == 400
 
 

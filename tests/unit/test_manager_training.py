@@ -40,7 +40,9 @@ def test_a_training_from_start_to_chat(tmp_path: Path) -> None:
         assert started.status_code == 201, started.text
         server = client.wait(started.json()["id"], lambda job: job["ready"] or job["state"] == "failed", seconds=60)
         body = {"messages": [{"role": "user", "content": "1+1="}], "max_tokens": 3, "min_tokens": 3}
-        reply = httpx.post(f"{server['address']}v1/chat/completions", json=body, timeout=60)
+        assert httpx.post(f"{server['address']}v1/chat/completions", json=body).status_code == 401
+        headers = {"Authorization": f"Bearer {server['api_key']}"}
+        reply = httpx.post(f"{server['address']}v1/chat/completions", json=body, headers=headers, timeout=60)
         assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 3
         client.post(f"/api/jobs/{server['id']}/stop")
         client.until(server["id"], "stopped")

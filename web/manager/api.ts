@@ -35,6 +35,7 @@ export interface Job {
   error: string;
   attempt: number;
   address: string;
+  api_key: string;
   ready: boolean;
   waits_for: string[];
   version: number;

@@ -87,7 +87,7 @@ function Head(props: { job: Job }): JSX.Element {
       </div>
       <div class="row">
         {job.address && job.ready && (
-          <a class="button primary" href={job.address} target="_blank" rel="noreferrer">
+          <a class="button primary" href={`${job.address}#key=${job.api_key}`} target="_blank" rel="noreferrer">
             {t("openChat")}
           </a>
         )}
