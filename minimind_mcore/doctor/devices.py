@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def check(host: Host, device: str) -> list[Finding]:
         tool = "npu-smi" if device == "npu" else "nvidia-smi"
         return [fail("driver", f"{tool} lists no device here", f"{tool}; reinstall the driver if it fails")]
     return _visibility(host, device, listed)
+
+
+def selection(device: str, numbers: Sequence[int]) -> dict[str, str]:
+    """Return the settings by which a process sees these devices alone, with the numbers of the driver's tool."""
+    # CUDA's own order begins with the fastest GPU.
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if device == "cuda" else {}
+    return {VISIBLE[device]: ",".join(map(str, numbers)), **order}
 
 
 def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:

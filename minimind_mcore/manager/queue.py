@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TextIO
 
@@ -101,10 +102,7 @@ class Hardware:
         """Return the settings by which a command uses these devices and no others."""
         if kind == CPU:
             return {"DEVICE": CPU}
-        listed = ",".join(map(str, numbers))
-        # The numbers are those of nvidia-smi. CUDA's own order begins with the fastest GPU.
-        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if kind == "cuda" else {}
-        return {"DEVICE": kind, **order, devices.VISIBLE[kind]: listed, "NPUS_PER_NODE": str(len(numbers))}
+        return {"DEVICE": kind, "NPUS_PER_NODE": str(len(numbers)), **devices.selection(kind, numbers)}
 
 
 class Queue:
@@ -363,7 +361,7 @@ def answers(address: str) -> bool:
     try:
         with open_local(f"{address}health", timeout=1) as reply:
             return bool(reply.status == 200)
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
