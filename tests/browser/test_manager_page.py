@@ -127,10 +127,11 @@ def test_the_job_that_starts_is_the_one_that_was_reviewed(client: Client, new_pa
     page.get_by_label("Name").fill("reviewed")
     page.get_by_label("Iterations TRAIN_ITERS").fill("5")
     held: list[Route] = []
-    page.route("**/api/plan", held.append)
+    page.route("**/api/plan", lambda route: held.append(route))
     page.get_by_role("button", name="Review and start").click()
     expect(page.get_by_label("Iterations TRAIN_ITERS")).to_be_disabled()  # while the dry run is under way
     held[0].continue_()
+    page.unroute("**/api/plan")
     dialog = page.get_by_role("dialog", name="Before it starts")
     expect(dialog.get_by_text("TRAIN_ITERS=5")).to_be_visible()
     # The fields behind the dialog can still be changed by a script, such as a password manager's.
