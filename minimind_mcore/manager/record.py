@@ -152,7 +152,7 @@ def runner_pid(mark: str) -> int:
     for process in processes(mark):
         with contextlib.suppress(psutil.Error):
             if "minimind_mcore.manager.runner" in process.cmdline():
-                return process.pid
+                return int(process.pid)
     return 0
 
 
@@ -183,7 +183,7 @@ def end(mark: str, seconds: float = 10) -> None:
 
 def _runs(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 

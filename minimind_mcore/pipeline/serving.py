@@ -129,7 +129,7 @@ def _alive(state: dict[str, object]) -> bool:
     try:
         process = psutil.Process(int(str(state["pid"])))
         same = process.environ().get(MARK) == state["mark"]
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except (KeyError, psutil.Error):
         return False
 
