@@ -13,7 +13,7 @@ import pytest
 from helpers.manager import TOKEN, Client, manager, stub_path
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page, Route
+    from playwright.sync_api import Dialog, Page, Route
 
     NewPage = Callable[..., Page]
 
@@ -110,9 +110,15 @@ def test_two_clicks_on_stop_save_and_end_now_asks(client: Client, place: Path, n
     name = client.start(name="stubborn", settings={"TRAIN_ITERS": 3000, "SEED": 1})  # does not answer SIGINT
     page = new_page(f"{client.base_url}/#token={TOKEN}")
     page.get_by_role("link", name="stubborn pretrain").click()
-    main, asked = page.get_by_role("main"), []
+    main = page.get_by_role("main")
+    asked: list[str] = []
+
+    def decline(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
     expect(main.get_by_text("iteration 3 <b>你好</b>", exact=True)).to_be_visible()
-    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.on("dialog", decline)
     main.get_by_role("button", name="Stop", exact=True).dblclick()
     expect(main.get_by_text("Saving")).to_be_visible()
     main.get_by_role("button", name="End now").click()
