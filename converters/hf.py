@@ -62,7 +62,7 @@ def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | N
     if tokenizer is not None:
         ids = copy_tokenizer(tokenizer, root)
     config = native_config(source, folder, root, copy_code) if native else hf_config(source.config)
-    # Its name is that of transformers 4, which 5 reads too, as does MindSpeed-LLM (it knows no other).
+    # transformers 4 and MindSpeed-LLM know this name alone. transformers 5 reads it too.
     dtype = {"torch_dtype": str(source.dtype).removeprefix("torch.")}
     _write_json(root / "config.json", config | ids | dtype)
     _write_json(root / "generation_config.json", ids)

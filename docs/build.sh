@@ -3,7 +3,7 @@
 #
 #   bash docs/build.sh [DIRECTORY]      # default: build/site; open its index.html, no server is needed
 #
-# PYTHON   an interpreter, 3.11 or later, that has requirements/docs.txt (default: that of .venv-docs, which is made)
+# PYTHON   interpreter of Python 3.11 or later with the packages of requirements/docs.txt (default: makes .venv-docs)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

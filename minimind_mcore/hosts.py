@@ -29,8 +29,9 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
@@ -309,6 +310,35 @@ def open_local(request: str | Request, timeout: float) -> HTTPResponse:
     """
     found: HTTPResponse = build_opener(ProxyHandler({})).open(request, timeout=timeout)
     return found
+
+
+def health(url: str, timeout: float) -> int | None:
+    """Return the HTTP status of /health of a server of this host; None if nothing answers."""
+    try:
+        with open_local(f"{url}/health", timeout) as reply:
+            return reply.status
+    except HTTPError as error:
+        return error.code
+    except (OSError, HTTPException):
+        return None
+
+
+def is_marked(pid: int, variable: str, mark: str) -> bool:
+    """Whether a process of this host runs, with this value of a variable in its environment.
+
+    Another process may have got the number of the process: the mark tells. The time of its start does not, because it
+    changes when the system's clock is set.
+    """
+    try:
+        process = psutil.Process(pid)
+        return bool(process.environ().get(variable) == mark and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def in_url(host: str) -> str:
+    """Return a host as URLs have it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def free_port() -> int:

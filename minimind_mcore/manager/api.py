@@ -26,7 +26,7 @@ from minimind_mcore.manager.queue import Queue
 from minimind_mcore.manager.record import ENDED, LOG, JobRecord
 from minimind_mcore.manager.runner import typed
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.serve.api import read_json
+from minimind_mcore.serve.api import add_page, read_json
 from minimind_mcore.serve.protocol import RequestError
 
 logger = logging.getLogger(__name__)
@@ -52,20 +52,12 @@ def create_app(planner: Planner, token: str) -> ASGIApp:
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    for path, (content, headers) in PAGE.items():
-        app.add_api_route(path, _file(content, headers), methods=["GET"])
+    add_page(app, PAGE)
     routes = {**_information(queue), **_jobs(queue, planner), **ascend_api.routes(queue, planner)}
     for name, endpoint in routes.items():
         method, path = name.split()
         app.add_api_route(path, endpoint, methods=[method])
     return Gate(app, token)
-
-
-def _file(content: bytes, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
-    async def file() -> Response:
-        return Response(content, headers=headers)
-
-    return file
 
 
 def _information(queue: Queue) -> dict[str, Endpoint]:
@@ -123,41 +115,38 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
         return JSONResponse(described(queue, await asyncio.to_thread(queue.add, wanted)), 201)
 
     async def one(asked: Request) -> Response:
-        job = job_of(queue, asked)
+        job = job_of(queue, asked.path_params["id"])
         commands = [typed(command.words, command.settings) for command in job.commands]
         return JSONResponse({**described(queue, job), "commands": commands})
 
     def changing(change: Callable[[JobRecord], None]) -> Endpoint:
         async def changed(asked: Request) -> Response:
-            job = job_of(queue, asked)
+            job = job_of(queue, asked.path_params["id"])
             await asyncio.to_thread(change, job)
             return JSONResponse(described(queue, job))
 
         return changed
 
     async def stream(asked: Request) -> Response:
-        return event_stream(queue, job_of(queue, asked), asked)
+        return event_stream(queue, job_of(queue, asked.path_params["id"]), asked)
 
     async def metrics(asked: Request) -> Response:
-        found = await asyncio.to_thread(events.metrics, queue, job_of(queue, asked), MOST_ROWS)
+        found = await asyncio.to_thread(events.metrics, queue, job_of(queue, asked.path_params["id"]), MOST_ROWS)
         return JSONResponse({"rows": found})
 
     async def samples(asked: Request) -> Response:
-        found = await asyncio.to_thread(events.samples, queue, job_of(queue, asked), 40)
+        found = await asyncio.to_thread(events.samples, queue, job_of(queue, asked.path_params["id"]), 40)
         return JSONResponse({"samples": found})
 
     async def compare(asked: Request) -> Response:
         names = asked.query_params.get("jobs", "").split(",")[:MOST_JOBS]
         found = {}
         for name in names:
-            job = queue.jobs.get(name)
-            if job is None:
-                raise HTTPException(404, f"there is no job {options.shown(name)}")
-            found[name] = await asyncio.to_thread(events.metrics, queue, job, MOST_ROWS)
+            found[name] = await asyncio.to_thread(events.metrics, queue, job_of(queue, name), MOST_ROWS)
         return JSONResponse({"jobs": found})
 
     async def chat(asked: Request) -> Response:
-        job = job_of(queue, asked)
+        job = job_of(queue, asked.path_params["id"])
         wanted = await asyncio.to_thread(queue.chat_request, job)
         await planner.require(wanted)
         return JSONResponse(described(queue, await asyncio.to_thread(queue.add, wanted)), 201)
@@ -171,15 +160,15 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
     }  # fmt: skip
 
 
-def job_of(queue: Queue, asked: Request) -> JobRecord:
-    """Return the job that a path names.
+def job_of(queue: Queue, name: str) -> JobRecord:
+    """Return the job of an id.
 
     Raises:
-        HTTPException: there is none.
+        HTTPException: the job does not exist.
     """
-    job = queue.jobs.get(asked.path_params["id"])
+    job = queue.jobs.get(name)
     if job is None:
-        raise HTTPException(404, f"there is no job {options.shown(asked.path_params['id'])}")
+        raise HTTPException(404, f"the job {options.shown(name)} does not exist")
     return job
 
 

@@ -26,8 +26,8 @@ from minimind_mcore.manager.queue import Queue
 from minimind_mcore.manager.record import ENDED, LOG, JobRecord
 from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.pipeline.stages import RL, TRAININGS
-from minimind_mcore.serve.api import read_json
-from minimind_mcore.tools.registry import BUILTIN, PARALLEL, open_tools
+from minimind_mcore.serve.api import in_slots, read_json
+from minimind_mcore.tools.registry import BUILTIN, open_tools
 
 STATES = {"queued": "running", "running": "running", "stopping": "running", "finished": "finished", "failed": "error"}
 IDLE_SECONDS, POLL_SECONDS = 2.0, 0.3
@@ -197,7 +197,8 @@ async def _logs(queue: Queue, last: str) -> AsyncIterator[dict[str, str]]:
 
 def _tools() -> dict[str, Any]:
     """Return the endpoints of tools: shaped as JSON-RPC, with minimind-ascend's methods."""
-    slots = asyncio.Semaphore(PARALLEL)  # each call starts a process
+    toolbox = open_tools(BUILTIN)
+    run = in_slots(toolbox)
 
     def reply(result: object) -> Response:
         return JSONResponse({"jsonrpc": "2.0", "id": 1, "result": result})
@@ -207,8 +208,7 @@ def _tools() -> dict[str, Any]:
         return reply(about | {"capabilities": {"tools": True}})
 
     async def listed(asked: Request) -> Response:
-        with open_tools(BUILTIN) as toolbox:
-            functions = [definition["function"] for definition in toolbox.definitions]
+        functions = [definition["function"] for definition in toolbox.definitions]
         names = [
             {"name": f["name"], "description": f.get("description", ""), "inputSchema": f.get("parameters", {})}
             for f in functions if isinstance(f, Mapping)
@@ -219,10 +219,7 @@ def _tools() -> dict[str, Any]:
         body = await read_json(asked)
         if not isinstance(body, dict) or not isinstance(body.get("name"), str):
             raise UserError('the body has no name of a tool; expected {"name": ..., "arguments": {...}}')
-        async with slots:
-            with open_tools(BUILTIN) as toolbox:
-                result = await asyncio.to_thread(toolbox.run, body["name"], body.get("arguments", {}))
-        assert result is not None  # every built-in tool has a function
+        result = await run(body["name"], body.get("arguments", {}))
         return reply({"content": [{"type": "text", "text": result.text}], "isError": not result.ok})
 
     return {

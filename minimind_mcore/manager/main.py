@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from minimind_mcore import log
 from minimind_mcore.cli.settings import data_dir, env
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import in_url
 from minimind_mcore.paths import default_outputs
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.hand_over()
     with contextlib.closing(queue), listening(args.host, port) as listener:
-        shown = f"[{args.host}]" if ":" in args.host else args.host
-        address = f"http://{shown}:{listener.getsockname()[1]}"
+        address = f"http://{in_url(args.host)}:{listener.getsockname()[1]}"
         print(f"manager    {address}/#token={token}", file=sys.stderr, flush=True)
         asyncio.run(serve(queue, token, listener))
     return 0

@@ -1,8 +1,8 @@
 """The options of a stage's form: settings of the environment, flags of its program, keys of the RL configuration.
 
 An option has a type, a range or choices, and a default. They come from the tables that the commands themselves read:
-ranges.json, kit_flags.json, flags.json, the recipes and the schema of the RL configuration. There is no option whose
-value is free text, so that no value can be taken for a flag, a path or a piece of a program.
+ranges.json, kit_flags.json, flags.json, the recipes and the schema of the RL configuration. No option takes
+free text, so no value can be taken for a flag, a path or a piece of a program.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _rl_key(section: str, key: str, kind: type, default: object) -> Iterator[Opt
 
 
 def checked(known: Mapping[str, Option], given: Mapping[str, object]) -> dict[str, str]:
-    """Return the values of a request as the commands read them; what is not given is left out.
+    """Return the values that a request gives, as text for the commands.
 
     Raises:
         UserError: an option does not exist, or its value is wrong.

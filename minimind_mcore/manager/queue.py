@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +24,7 @@ import psutil
 from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
-from minimind_mcore.hosts import free_port, open_local
+from minimind_mcore.hosts import free_port, health
 from minimind_mcore.manager import record, request
 from minimind_mcore.manager.files import Places
 from minimind_mcore.manager.record import ENDED, LOG, MARK, CommandRecord, JobRecord
@@ -358,11 +357,7 @@ def _needs(job: JobRecord) -> set[tuple[str, int]]:
 
 def answers(address: str) -> bool:
     """Whether a server has loaded its model."""
-    try:
-        with open_local(f"{address}health", timeout=1) as reply:
-            return bool(reply.status == 200)
-    except (OSError, HTTPException):
-        return False
+    return health(address.rstrip("/"), timeout=1) == 200
 
 
 def hold(path: Path) -> TextIO:

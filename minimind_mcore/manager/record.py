@@ -24,6 +24,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ValidationError
 
+from minimind_mcore.hosts import is_marked
 from minimind_mcore.manager.request import JobRequest
 from minimind_mcore.manager.runner import EXIT, RECORD
 from minimind_mcore.pipeline.job import Command
@@ -48,10 +49,6 @@ class CommandRecord(BaseModel):
     def of(cls, command: Command) -> CommandRecord:
         """Return the record of a command."""
         return cls(words=list(command.words), settings=dict(command.settings))
-
-    def command(self) -> Command:
-        """Return the command."""
-        return Command(tuple(self.words), self.settings)
 
 
 class JobRecord(BaseModel):
@@ -102,16 +99,8 @@ class JobRecord(BaseModel):
             file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     def is_alive(self) -> bool:
-        """Whether the job's own process runs.
-
-        The mark identifies the process. The time of its start does not: it changes when the system's clock is set.
-        """
-        try:
-            process = psutil.Process(self.pid)
-            same = process.environ().get(MARK) == self.mark
-            return bool(self.pid) and same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        """Whether the job's own process runs."""
+        return bool(self.pid) and is_marked(self.pid, MARK, self.mark)
 
 
 def read_job(folder: Path) -> JobRecord | None:

@@ -110,7 +110,7 @@ def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]
         UserError: an input or an option is wrong.
     """
     stage, paths = request.stage, _paths(request, places)
-    # Without data there are no prompts for the reward model either.
+    # A reward model needs the prompts of the user's data: the sample problems have rewards by rules.
     sample = "data" in inputs(stage) and not paths["data"] and not (stage in RL and paths["reward_model"])
     model = model_of(request, places, "minimind3_tiny" if sample else "minimind3")
     known = options(stage, model, request.recipe)
@@ -166,7 +166,7 @@ def model_of(request: JobRequest, places: Places, default: str = "minimind3") ->
     """Return the preset of a request, or the path of its config.json.
 
     Raises:
-        UserError: there is no such preset, or the path is not allowed.
+        UserError: the preset does not exist, or the path is not allowed.
     """
     text = request.model or default
     if len(text) > LONGEST_NAME or not text.isprintable() or is_path(text):

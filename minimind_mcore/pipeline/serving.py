@@ -18,7 +18,7 @@ import psutil
 
 from minimind_mcore.cli.settings import CLI, show, wait_for
 from minimind_mcore.errors import UserError
-from minimind_mcore.hosts import open_local
+from minimind_mcore.hosts import health, is_marked, open_local
 from minimind_mcore.pipeline.docker import COMPOSE, service_of
 from minimind_mcore.pipeline.stages import UNSET, Run
 from minimind_mcore.storage import atomic_write_text
@@ -26,6 +26,7 @@ from minimind_mcore.storage import atomic_write_text
 logger = logging.getLogger(__name__)
 
 SECONDS = 600  # a GPU's server may compile its kernels first
+HEALTH_SECONDS = 5.0  # that a server may take to answer
 QUESTION = "17+25=?"
 MARK = "MINIMIND_PIPELINE_SERVER"  # variable in the environment of the server
 
@@ -63,7 +64,7 @@ def serve(run: Run, kind: str, dry: bool) -> None:
         logger.info(f"already serving: {service or before['pid']}")
     else:
         stop(before)
-        if _health(address(run)) is not None:
+        if health(address(run), HEALTH_SECONDS) is not None:
             raise UserError(f"port {run.port} is taken by another server; end it, or give another port with --port")
         with log.open("wb") as output:
             mark = secrets.token_hex(16)
@@ -118,31 +119,11 @@ def stop(state: dict[str, object]) -> None:
 
 
 def _alive(state: dict[str, object]) -> bool:
-    """Whether a recorded service or process still runs.
-
-    Another process may have got the number of the process: the mark in its environment tells. The time of its start
-    does not, because it changes when the system's clock is set.
-    """
+    """Whether a recorded service or process still runs."""
     if service := state.get("service"):
         listed = subprocess.run(compose(str(service), "ps", "--quiet", "--status", "running"), capture_output=True)
         return bool(listed.stdout.strip())
-    try:
-        process = psutil.Process(int(str(state["pid"])))
-        same = process.environ().get(MARK) == state["mark"]
-        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
-    except (KeyError, psutil.Error):
-        return False
-
-
-def _health(url: str) -> int | None:
-    """Return the HTTP status of a server's /health; None if nothing answers."""
-    try:
-        with open_local(f"{url}/health", timeout=5) as reply:
-            return int(reply.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return None
+    return "mark" in state and is_marked(int(str(state["pid"])), MARK, str(state["mark"]))
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path, docker: bool) -> None:
@@ -151,7 +132,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, docker: bool) -
         # `docker compose up -d` ends at once; the container goes on.
         if (status := process.poll()) is not None and not (docker and status == 0):
             raise UserError(f"the server ended with exit status {status}; the end of {log}:\n{_tail(log)}")
-        if _health(url) == 200:
+        if health(url, HEALTH_SECONDS) == 200:
             return
         time.sleep(0.5)
     raise UserError(f"{url}/health did not answer within {SECONDS} s; the end of {log}:\n{_tail(log)}")

@@ -6,8 +6,8 @@ change, the test that fails without it, and in the docstring the reason. `source
 that the change relies on: tests/contract/test_patches.py compares them with those that were read when the row was
 written, and fails when a newer version has changed one.
 
-Three other places change what is not in the table: `cpu_as_cuda.py` redirects torch's CUDA functions, `ascend.py` sets
-a flag that decides about a row below, and `mindspeed/rl_hook.py` changes MindSpeed-RL.
+Three other modules make changes that the table does not list. `cpu_as_cuda.py` redirects torch's CUDA functions.
+`ascend.py` sets the flag that `_weight_gradient` reads. `mindspeed/rl_hook.py` changes MindSpeed-RL.
 """
 
 from __future__ import annotations

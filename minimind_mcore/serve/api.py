@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
@@ -39,6 +39,7 @@ from minimind_mcore.serve.protocol import (
 from minimind_mcore.serve.replies import error, usage
 from minimind_mcore.serve.scheduler import Piece, QueueFull, report
 from minimind_mcore.serve.service import Answers, GenerationRequest, Service
+from minimind_mcore.tools.process import Result as ToolResult
 from minimind_mcore.tools.registry import BUILTIN, PARALLEL, Toolbox, open_tools
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,7 @@ def create_app(service: Service) -> ASGIApp:
     _add_information(app, service)
     _add_answers(app, service)
     _add_tools(app, open_tools(BUILTIN), service.options.is_anonymous)
-    for path, (content, headers) in PAGE.items():
-        app.add_api_route(path, _file(content, headers), methods=["GET"])
+    add_page(app, PAGE)
     return Gate(app, service)
 
 
@@ -138,7 +138,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 def _add_tools(app: FastAPI, toolbox: Toolbox, is_anonymous: bool) -> None:
     """Let the chat page run tools: each call in a subprocess with limits. Strangers on a network may run none."""
-    slots = asyncio.Semaphore(PARALLEL)
+    run = in_slots(toolbox)
 
     async def tools() -> Response:
         return JSONResponse({"tools": [] if is_anonymous else toolbox.definitions})
@@ -147,20 +147,37 @@ def _add_tools(app: FastAPI, toolbox: Toolbox, is_anonymous: bool) -> None:
         if is_anonymous:
             raise HTTPException(403, "the server runs no tools for other hosts without a key; start it with API_KEY")
         body = parse(ToolCallBody, await read_json(request))
-        async with slots:
-            result = await asyncio.to_thread(toolbox.run, body.name, body.arguments)
-        assert result is not None  # a function is behind each built-in tool
+        result = await run(body.name, body.arguments)
         return JSONResponse({"text": result.text, "ok": result.ok})
 
     app.add_api_route("/tools", tools, methods=["GET"])
     app.add_api_route("/tools/call", call, methods=["POST"])
 
 
-def _file(content: bytes, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
-    async def file() -> Response:
-        return Response(content, headers=headers)
+def in_slots(toolbox: Toolbox) -> Callable[[str, object], Awaitable[ToolResult]]:
+    """Return what runs a built-in tool in a thread, a few at a time: each call starts a process."""
+    slots = asyncio.Semaphore(PARALLEL)
 
-    return file
+    async def run(name: str, arguments: object) -> ToolResult:
+        async with slots:
+            result = await asyncio.to_thread(toolbox.run, name, arguments)
+        assert result is not None  # a function is behind each built-in tool
+        return result
+
+    return run
+
+
+def add_page(app: FastAPI, files: Mapping[str, tuple[bytes, dict[str, str]]]) -> None:
+    """Serve the files of `web.page`."""
+
+    def file(content: bytes, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
+        async def reply() -> Response:
+            return Response(content, headers=headers)
+
+        return reply
+
+    for path, (content, headers) in files.items():
+        app.add_api_route(path, file(content, headers), methods=["GET"])
 
 
 async def _in_thread(

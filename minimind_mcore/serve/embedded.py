@@ -17,6 +17,7 @@ from types import FrameType
 from minimind_mcore import log
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import in_url
 from minimind_mcore.inference.loading import Loaded, start
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
@@ -136,9 +137,9 @@ class EmbeddedServer:
                 for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn would send the signal on when it has ended
                     signal.signal(number, self._on_signal)
             host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            print(f"chat page  http://{shown}:{port}/", file=sys.stderr, flush=True)
-            print(f"serving    http://{shown}:{port}/v1 as {self.options.name}", file=sys.stderr, flush=True)
+            address = f"http://{in_url(host)}:{port}"
+            print(f"chat page  {address}/", file=sys.stderr, flush=True)
+            print(f"serving    {address}/v1 as {self.options.name}", file=sys.stderr, flush=True)
         except BaseException:
             self.stop()
             raise

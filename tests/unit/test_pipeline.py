@@ -380,7 +380,7 @@ def test_a_server_of_docker_is_found_again(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serving, "_health", lambda url: 200 if Path("running").exists() else None)
+    monkeypatch.setattr(serving, "health", lambda url, seconds: 200 if Path("running").exists() else None)
     monkeypatch.setattr(serving, "_wait", lambda url, process, *_: process.wait())
     monkeypatch.setattr(serving, "_ask", lambda url: "42")
 

@@ -5,6 +5,7 @@ import "uplot/dist/uPlot.min.css";
 import { useStore } from "../shared/store";
 import { theme } from "../shared/theme";
 import { short } from "./format";
+import { useText } from "./words";
 
 /** A curve: points of iteration and value. */
 export interface Curve {
@@ -27,7 +28,7 @@ function aligned(curves: Curve[]): uPlot.AlignedData {
 }
 
 /** Curves of one metric. Screen readers get the last values as text. */
-export function Chart(props: { label: string; curves: Curve[] }): JSX.Element {
+function Chart(props: { label: string; curves: Curve[] }): JSX.Element {
   const box = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | undefined>(undefined);
   const chosen = useStore(theme);
@@ -97,4 +98,38 @@ function options(place: HTMLElement, curves: Curve[]): uPlot.Options {
     legend: { live: true },
     cursor: { points: { size: 7 } },
   };
+}
+
+/** A card with curves of one metric, and the list to choose the metric from. */
+export function ChartCard(props: {
+  label: string;
+  names: string[];
+  column: string;
+  curves: Curve[];
+  onChoose: (name: string) => void;
+}): JSX.Element {
+  const t = useText();
+  return (
+    <section class="card" aria-labelledby="curves-title">
+      <div class="card-head">
+        <h3 id="curves-title">{t("curves")}</h3>
+        {props.names.length > 0 && (
+          <select
+            aria-label={t("column")}
+            value={props.column}
+            onChange={(event) => props.onChoose(event.currentTarget.value)}
+          >
+            {props.names.map((name) => (
+              <option key={name}>{name}</option>
+            ))}
+          </select>
+        )}
+      </div>
+      {props.names.length ? (
+        <Chart label={props.label} curves={props.curves} />
+      ) : (
+        <p class="hint">{t("noRows")}</p>
+      )}
+    </section>
+  );
 }

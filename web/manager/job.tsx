@@ -2,7 +2,7 @@ import type { JSX } from "preact";
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { CopyButton } from "../shared/widgets";
 import { ApiError, ENDED, follow, get, post, type Job, type Live, type Plan, type Row, type Sample } from "./api";
-import { Chart } from "./chart";
+import { ChartCard } from "./chart";
 import { duration, moment, short } from "./format";
 import { Log } from "./log";
 import { useText, type Key } from "./words";
@@ -183,21 +183,7 @@ function Curves(props: { rows: Row[] }): JSX.Element {
     if (column === "lm_loss" && validation.length) found.push({ label: "validation_loss", points: validation });
     return found;
   }, [props.rows, column]);
-  return (
-    <section class="card" aria-labelledby="curves-title">
-      <div class="card-head">
-        <h3 id="curves-title">{t("curves")}</h3>
-        {names.length > 0 && (
-          <select aria-label={t("column")} value={column} onChange={(event) => setChosen(event.currentTarget.value)}>
-            {names.map((name) => (
-              <option key={name}>{name}</option>
-            ))}
-          </select>
-        )}
-      </div>
-      {names.length ? <Chart label={t("curves")} curves={curves} /> : <p class="hint">{t("noRows")}</p>}
-    </section>
-  );
+  return <ChartCard label={t("curves")} {...{ names, column, curves }} onChoose={setChosen} />;
 }
 
 function Samples(props: { id: string; rows: number }): JSX.Element | null {

@@ -1,7 +1,7 @@
 import type { JSX } from "preact";
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { get, type Device, type Job, type Row } from "./api";
-import { Chart } from "./chart";
+import { ChartCard } from "./chart";
 import { gib, short } from "./format";
 import { columns, points } from "./job";
 import { useText } from "./words";
@@ -102,19 +102,7 @@ export function Compare(props: { ids: string[]; jobs: Job[] }): JSX.Element {
   return (
     <section>
       <h2 tabIndex={-1}>{t("compare")}</h2>
-      <div class="card">
-        <div class="card-head">
-          <h3>{t("curves")}</h3>
-          {names.length > 0 && (
-            <select aria-label={t("column")} value={column} onChange={(event) => setChosen(event.currentTarget.value)}>
-              {names.map((name) => (
-                <option key={name}>{name}</option>
-              ))}
-            </select>
-          )}
-        </div>
-        {names.length ? <Chart label={t("compare")} curves={curves} /> : <p class="hint">{t("noRows")}</p>}
-      </div>
+      <ChartCard label={t("compare")} {...{ names, column, curves }} onChoose={setChosen} />
       <div class="card scroll" tabIndex={0} role="region" aria-label={t("settings")}>
         <table>
           <thead>

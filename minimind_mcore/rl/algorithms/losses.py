@@ -65,8 +65,8 @@ def gspo(
 ) -> tuple[Tensor, Tensor]:
     """GSPO: `clip` with one ratio for all tokens of a response."""
     whole = _bounded(masked_mean(logp - old_logp, mask, dim=1)).detach().unsqueeze(1)
-    # The value is the ratio of the response, the gradient that of each token. Averaged over the response's tokens this
-    # is the gradient of the response's ratio (the paper's GSPO-token), and tokens can be weighted (`tis_cap`).
+    # Each token has the response's ratio as its value, and a gradient of its own (the paper's GSPO-token). The mean of
+    # these gradients over the response is the gradient of its ratio. Tokens can so be weighted (`tis_cap`).
     return _clipped(whole + logp - logp.detach(), advantages, clip_low, clip_high)
 
 
