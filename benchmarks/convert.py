@@ -1,11 +1,11 @@
-"""Conversions against copying the same bytes, and against loading and saving with transformers.
+"""Compare conversions with copying the same bytes, and with loading and saving in transformers.
 
     python benchmarks/convert.py --work DIRECTORY            # speed, on a checkpoint of 2.3 GB
     python benchmarks/convert.py --work DIRECTORY --memory   # peak memory, on one of 4.6 GB
 
-The copy is the least that anything that writes a checkpoint does: read and write, SHA-256 of what was written
-(which a manifest has), fsync. All sides run in turn, each in a process of its own, on files that are in the page
-cache; times begin after the imports. A conversion is whole: the self-check that reads everything back is in it.
+The copy does the minimum of any program that writes a checkpoint: read and write, SHA-256 of the output (as for a
+manifest), fsync. All sides run alternately, each in a process of its own, on files in the page cache. Times start after
+the imports. The time of a conversion includes the self-check, which reads everything back.
 
 Required: at least 0.7 of the copy's speed from Hugging Face to Megatron (TP 2, PP 2) and back; peak memory
 below the largest output file + 1 GiB.
@@ -37,7 +37,7 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform.cpu import keep_freed_memory
 from minimind_mcore.storage import sha256
 
-# MiniMind's architecture at forty times its size.
+# MiniMind's architecture with forty times its size.
 MODEL = ModelConfig(
     vocab_size=32000,
     hidden_size=2048,
@@ -55,7 +55,7 @@ GIB = 1 << 30
 
 
 def make(folder: Path, layers: int) -> None:
-    """A Hugging Face directory of random bf16 weights."""
+    """Write a Hugging Face directory with random bf16 weights."""
     folder.mkdir(parents=True)
     config = MODEL.replace(num_layers=layers)
     shapes = {n: s for rule in weights.rules(config) if rule.written for n, s in zip(rule.hf, rule.shapes, strict=True)}
@@ -68,11 +68,11 @@ def make(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(hf_config(config) | {"torch_dtype": "bfloat16"}))
 
 
-# What is measured, each in a process of its own: `work(source, output)`.
+# The measured functions `work(source, output)`, each in a process of its own.
 
 
 def copy(source: Path, output: Path) -> None:
-    """Copy, hash, sync."""
+    """Copy, hash and sync."""
     output.mkdir()
     for file in sorted(p for p in source.rglob("*") if p.stat().st_size > 1 << 20):
         target = output / f"{file.parent.name}-{file.name}"
@@ -83,19 +83,19 @@ def copy(source: Path, output: Path) -> None:
 
 
 def to_mcore(source: Path, output: Path) -> None:
-    """Hugging Face to Megatron, TP 2 x PP 2."""
+    """Convert Hugging Face to Megatron, TP 2 x PP 2."""
     opened = open_source(source)
     convert(opened, MegatronTarget(opened, LAYOUT), output)
 
 
 def to_hf(source: Path, output: Path) -> None:
-    """Megatron to Hugging Face."""
+    """Convert Megatron to Hugging Face."""
     opened = open_source(source)
     convert(opened, HFTarget(opened, native=False, folder=None), output)
 
 
 def load_and_save(source: Path, output: Path) -> None:
-    """from_pretrained and save_pretrained of transformers."""
+    """Run from_pretrained and save_pretrained of transformers."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -122,9 +122,9 @@ def run_one(name: str, source: Path, output: Path) -> None:
 
 
 def measure(name: str, source: Path, output: Path) -> dict[str, float]:
-    """Run one of `WORK` in a process of its own."""
+    """Run one function of `WORK` in a process of its own."""
     shutil.rmtree(output, ignore_errors=True)
-    os.sync()  # what an earlier run left to be written is not this one's
+    os.sync()  # pending writes of an earlier run must not count
     command = [sys.executable, __file__, "--one", name, str(source), str(output)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -132,7 +132,7 @@ def measure(name: str, source: Path, output: Path) -> dict[str, float]:
 
 
 def size(folder: Path) -> int:
-    """Bytes of its files."""
+    """Return the size of a folder's files in bytes."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 

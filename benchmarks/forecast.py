@@ -1,12 +1,12 @@
-"""Compare forecasts with trainings on this CPU: eight pairs of model and layout, of one and two processes.
+"""Compare forecasts with training runs on this CPU: eight pairs of model and layout, with one and two processes.
 
     python benchmarks/forecast.py --output outputs/forecast
 
-Five constants are fitted first, on four other pairs: the memory of a process besides the model, the share of the
-matrix rate that a training reaches, the fragmentation of the heap without and with experts, and the bandwidth between
-processes. The rate itself is measured. Then the eight pairs are trained on the sample data. The program prints a row
-for each, writes forecast.json and forecast.png, and exits with status 1 if the memory of a pair is off by more than 15
-%, or the time by more than 20 % in the median. It takes about fourteen minutes on two quiet cores.
+First five constants are fitted on four other pairs: the memory of a process besides the model, the share of the matrix
+rate that training reaches, the fragmentation of the heap without and with experts, and the bandwidth between
+processes. The matrix rate itself is measured. Then the eight pairs are trained on the sample data. The program prints
+one row per pair, writes forecast.json and forecast.png, and exits with status 1 if the memory of a pair is wrong by
+more than 15 %, or the median time by more than 20 %. It takes about fourteen minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS, WARM_UP = 12, 4
 
 @dataclass(frozen=True)
 class Pair:
-    """A model and a layout, and the samples of a micro-batch; a step has two micro-batches per data-parallel rank."""
+    """A model, a layout and a micro-batch size. A step has two micro-batches per data-parallel rank."""
 
     model: str
     processes: int = 1
@@ -54,11 +54,11 @@ class Pair:
 
     @property
     def batch(self) -> int:
-        """Samples of a step."""
+        """Number of samples of a step."""
         return 2 * self.samples * self.processes // (self.tp * self.pp)
 
 
-FITTED = {  # a pair, and what is fitted on it
+FITTED = {  # pairs, with the constant fitted on each
     Pair("minimind3_tiny", samples=1, length=64): ("program",),
     Pair("minimind2_small"): ("efficiency", "fragmentation"),
     Pair("minimind2_small", processes=2): ("host_bandwidth",),
@@ -77,7 +77,7 @@ PAIRS = [
 
 
 def workload(pair: Pair) -> Workload:
-    """What forecasts read of a pair."""
+    """Return the forecast's workload of a pair."""
     model = get_preset(pair.model)
     sizes = {
         "seq-length": pair.length, "micro-batch-size": pair.samples, "global-batch-size": pair.batch,
@@ -114,7 +114,7 @@ def train(pair: Pair, folder: Path) -> tuple[float, float]:
 
 
 def fit(machine: Machine, name: str, pair: Pair, seconds: float, peak: float) -> Machine:
-    """Return the device with one constant chosen so that the forecast of the pair is what was measured."""
+    """Return the device with one constant changed so that the forecast of the pair equals the measurement."""
     work = workload(pair)
     held = memory.of_training(work, machine)
     if name == "program":
@@ -132,7 +132,7 @@ def fit(machine: Machine, name: str, pair: Pair, seconds: float, peak: float) ->
 
 
 def plot(rows: list[dict[str, float | str]], file: Path) -> None:
-    """Draw measured against predicted, of time and of memory."""
+    """Plot measured against predicted values, for time and memory."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
@@ -161,7 +161,7 @@ def main() -> None:
         for number, (pair, names) in enumerate(FITTED.items()):
             seconds, peak = train(pair, Path(folder, f"fitted-{number}"))
             for name in names:
-                # Only the fitted constant is taken over: `machine` describes one core.
+                # Only the fitted constant is copied, because `machine` describes one core.
                 fitted = fit(machine.with_cores(cores / pair.processes), name, pair, seconds, peak)
                 machine = dataclasses.replace(machine, **{name: getattr(fitted, name)})
                 machine = dataclasses.replace(machine, efficiency_compiled=machine.efficiency)

@@ -1,14 +1,13 @@
-"""Generation against a plain PyTorch loop.
+"""Compare generation with a plain PyTorch loop.
 
     python benchmarks/generate.py                                   # minimind2_small and minimind3, fp32
     python benchmarks/generate.py --model minimind2_small --rounds 32
 
-The plain loop is MiniMind's own way of generating: modules of its own, a key-value cache that is concatenated
-every step, attention by two matrix products, top-k and top-p on all logits. The other side is what
-`inference.py` runs. Both have random weights of the same sizes and sample 50 of the likeliest tokens at
-temperature 0.85, never stopping. Each side is a process of its own; they are called in turn, so that what else
-the machine does disturbs both alike, and the median of the pairs' ratios is printed; also how a batch does
-against its prompts one after the other.
+The plain loop generates as MiniMind does: its own modules, a key-value cache that is concatenated every step, attention
+by two matrix products, and top-k and top-p on all logits. The other side is the code of `inference.py`. Both have
+random weights of the same sizes, and sample from the 50 most likely tokens at temperature 0.85 without stopping. Each
+side runs in a process of its own. The sides alternate, so that other load on the machine affects both, and the median
+of the pairs' ratios is printed. The program also compares a batch with its prompts one after the other.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def plain_run(config: ModelConfig, args: argparse.Namespace) -> Run:
 
 
 def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
-    """What inference.py runs, with nothing to stop it."""
+    """The generation of inference.py, without stop tokens."""
     import transformers
 
     from minimind_mcore.inference.generation import Generator
@@ -84,7 +83,7 @@ def kit_run(config: ModelConfig, args: argparse.Namespace) -> Run:
 
 
 class NoTokenizer:
-    """Random weights write no text."""
+    """Stands for a tokenizer, because random weights generate no text."""
 
     eos_token_id = 2
 
@@ -93,7 +92,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def serve(args: argparse.Namespace) -> None:
-    """The measured process: for each line "BATCH CALLS" generate, and print seconds by the clock and of the CPU."""
+    """Run the measured process: for each line "BATCH CALLS" generate, and print wall-clock and CPU seconds."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     if args.side != "plain" and device.current().kind == "cpu":
@@ -111,7 +110,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Side:
-    """A measured process, and what it took."""
+    """A measured process and its times."""
 
     def __init__(self, side: str, model: str, args: argparse.Namespace) -> None:
         options = [f"--{name}={getattr(args, name)}" for name in ("tokens", "prompt", "dtype", "threads")]
@@ -124,7 +123,7 @@ class Side:
         )
 
     def seconds(self, batch: int, calls: int = 1) -> tuple[float, float]:
-        """Of so many calls with so many prompts: by the clock, and of the CPU."""
+        """Return wall-clock and CPU seconds of `calls` calls with `batch` prompts each."""
         assert self.process.stdin and self.process.stdout
         print(batch, calls, file=self.process.stdin, flush=True)
         wall, busy = json.loads(self.process.stdout.readline())
@@ -137,7 +136,7 @@ class Side:
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    """Both sides call by call in turn, `--rounds` times; print tokens/s and the medians of the pairs' ratios."""
+    """Call both sides alternately, `--rounds` times; print tokens/s and the medians of the pairs' ratios."""
     kit, plain = Side("kit", model, args), Side("plain", model, args)
     for batch in (1, 16):
         for side in (kit, plain):
@@ -158,7 +157,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
 
 
 def ratio(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> str:
-    """How many times as fast the first is: median of the pairs, and the middle half of them."""
+    """Format how many times faster the first side is: the median of the pairs, and their middle half."""
     texts = []
     for place, name in enumerate(("by the clock", "by CPU seconds")):
         ratios = sorted(second[place] / first[place] for first, second in pairs)

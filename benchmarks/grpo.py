@@ -1,12 +1,13 @@
-"""A GRPO step by the Ray trainer against one of TRL's GRPOTrainer.
+"""Compare a GRPO step of the Ray trainer with a step of TRL's GRPOTrainer.
 
     python benchmarks/grpo.py --tokenizer data/tokenizer                    # minimind3_tiny and minimind2_small, fp32
     python benchmarks/grpo.py --tokenizer data/tokenizer --model minimind3_tiny --steps 8
+    python benchmarks/grpo.py --tokenizer data/tokenizer --vllm PYTHON      # also with vLLM: see requirements/vllm.sh
 
-Both sides get the same random weights, prompts, numbers of responses and of tokens, and a reference model; they
-generate with transformers' model (TRL with its `generate`), on all cores. Each side is a process of its own, and
-they are called in turn. Printed are the medians of a step and its phases, the ratio of the steps, and the share of
-a step that is neither rollout nor update nor the reference's forward pass.
+Both sides get the same random weights, prompts, numbers of responses and of tokens, and a reference model. Both
+generate with the transformers model (TRL with its `generate`) on all cores. Each side runs in a process of its own, and
+the sides alternate. The program prints the medians of a step and its phases, the ratio of the steps, and the share of a
+step that is neither rollout nor update nor the reference's forward pass.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from minimind_mcore.models.presets import get_preset
 from minimind_mcore.preprocess.indexed import IndexedWriter
 from minimind_mcore.rl.models import model_section
 
-SIDES = ("ours", "trl")
-WARM_UP = 1  # steps that are not counted
+SIDES = ("ours", "vllm", "trl")
+WARM_UP = 1  # number of steps that are not measured
 
 
 def reward(response: str, label: str, **context: Any) -> float:
-    """Something that costs nothing and differs."""
+    """A reward that takes no time and differs between responses."""
     return len(set(response)) / (1 + len(response))
 
 
 def prepare(args: argparse.Namespace, model: str, folder: Path) -> None:
-    """Weights in Hugging Face's format, and prompts for either side."""
+    """Write weights in Hugging Face format, and prompts for both sides."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,8 +59,13 @@ def prepare(args: argparse.Namespace, model: str, folder: Path) -> None:
             writer.add(np.concatenate(rows), np.array([len(row) for row in rows]))
 
 
-def ours(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, float]]:
-    """Steps of this kit's trainer."""
+def vllm(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, float]]:
+    """Run steps of this kit's trainer with vLLM as its rollout engine."""
+    return ours(args, model, folder, "vllm")
+
+
+def ours(args: argparse.Namespace, model: str, folder: Path, engine: str = "transformers") -> list[dict[str, float]]:
+    """Run steps of this kit's trainer."""
     from minimind_mcore.rl.config.load import resolve
     from minimind_mcore.rl.runtime.trainer import run
 
@@ -82,19 +88,22 @@ def ours(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, f
             "num_cpus_for_placement_group": 1, "verifier_function": ["grpo:reward"], "verifier_weight": [1.0],
         },
         "generate_config": {
-            "infer_tensor_parallel_size": 1, "max_num_seqs": rows, "dtype": "float32",
+            "infer_tensor_parallel_size": 1, "max_num_seqs": rows, "dtype": "float32", "enforce_eager": True,
+            "max_model_len": length, "max_num_batched_tokens": rows * length,
             "sampling_config": {"temperature": 1.0, "max_tokens": args.tokens, "top_k": -1, "top_p": 1.0},
         },
-        "minimind": {"precision": "fp32", "output_dir": str(folder / "ours"), "sample_interval": 0},
+        "minimind": {
+            "precision": "fp32", "rollout_engine": engine, "output_dir": str(folder / engine), "sample_interval": 0,
+        },
     }  # fmt: skip
     os.environ.setdefault("RAY_ADDRESS", "local")
     run(resolve(tree))
-    lines = (folder / "ours/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / engine / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k.startswith("timing/")} for line in lines]
 
 
 def trl(args: argparse.Namespace, model: str, folder: Path) -> list[dict[str, float]]:
-    """Steps of TRL's."""
+    """Run steps of TRL's trainer."""
     import datasets
     import torch
     from transformers import AutoTokenizer, TrainerCallback
@@ -162,9 +171,11 @@ def compare(args: argparse.Namespace, model: str) -> None:
         prepare(args, model, folder)
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         found = {}
-        for side in SIDES:
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", name, "--model", model]
-            subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        for side in [side for side in SIDES if args.vllm or side != "vllm"]:
+            python = args.vllm if side == "vllm" else sys.executable
+            command = [python, __file__, *sys.argv[1:], "--side", side, "--folder", name, "--model", model]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
             found[side] = medians(json.loads((folder / f"{side}.json").read_text(encoding="utf-8")))
     print(f"\n{model}: {args.prompts} prompts x {args.responses} responses x {args.tokens} tokens, seconds of a step")
     for side, row in found.items():
@@ -177,22 +188,29 @@ def compare(args: argparse.Namespace, model: str) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def workload_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of the benchmarks' GRPO steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="directory of a tokenizer of 6400 ids")
-    parser.add_argument("--model", action="append", help="presets (default: minimind3_tiny, minimind2_small)")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = workload_parser(__doc__)
+    parser.add_argument("--model", action="append", help="presets (default: minimind3_tiny, minimind2_small)")
     parser.add_argument("--micro", type=int, default=16, help="rows of a micro-batch")
     parser.add_argument("--processes", type=int, default=2, help="training ranks, and rollout engines, of our side")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--vllm", help="interpreter of requirements/vllm.sh: measure the kit with vLLM too")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        steps = {"ours": ours, "trl": trl}[args.side](args, args.model[-1], args.folder)
+        steps = {"ours": ours, "vllm": vllm, "trl": trl}[args.side](args, args.model[-1], args.folder)
         (args.folder / f"{args.side}.json").write_text(json.dumps(steps), encoding="utf-8")
         return
     for model in args.model or ["minimind3_tiny", "minimind2_small"]:

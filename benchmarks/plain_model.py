@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: MiniMind's way of writing its model, in modules of plain PyTorch.
+"""The baseline of the benchmarks: MiniMind's model in plain PyTorch modules.
 
 Attention repeats the key-value heads; a key-value cache is concatenated every step, and one new token attends to
 it by two matrix products. A mixture of experts loops over its experts.
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 class Experts(nn.Module):
-    """MiniMind's mixture: each expert computes the tokens that were sent to it, one expert after the other."""
+    """MiniMind's mixture: the experts run one after the other, each on its tokens."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Experts(nn.Module):
         self.shared = Mlp(c.hidden_size, c.moe.shared_ffn_hidden_size) if c.moe.shared_ffn_hidden_size else None
         self.aux_loss = torch.zeros(())
 
-    # How many tokens an expert gets is not known in advance: torch.compile leaves this as it is.
+    # The number of tokens of an expert varies, so torch.compile skips this method.
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -113,7 +113,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainModel(nn.Module):
-    """A MiniMind in plain PyTorch; `positions` is the longest sequence."""
+    """A MiniMind in plain PyTorch. `positions` is the maximum sequence length."""
 
     cos: Tensor
     sin: Tensor
@@ -126,8 +126,8 @@ class PlainModel(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.head.weight = self.embedding.weight
-        # Not torch's N(0, 1): logits of that size leave most softmax probabilities denormal, and a CPU multiplies
-        # matrices of such numbers at a third of its speed.
+        # Not torch's N(0, 1): logits of that size make most softmax probabilities denormal, and a CPU multiplies
+        # matrices of denormal numbers at a third of its speed.
         for parameter in (p for p in self.parameters() if p.dim() > 1):
             nn.init.normal_(parameter, std=0.02)
         frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
@@ -136,7 +136,7 @@ class PlainModel(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Logits of the ids that follow those in the cache, and the cache with them."""
+        """Return the logits of ids that follow the cached ones, and the extended cache."""
         start = cache[0][0].shape[1] if cache else 0
         x = self.embedding(ids)
         cos, sin = (t[start : start + ids.shape[1]] for t in (self.cos, self.sin))

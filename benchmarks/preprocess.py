@@ -1,17 +1,17 @@
-"""How fast and how large the conversion is.
+"""Measure speed and memory of the conversion of raw text.
 
     python benchmarks/preprocess.py                    # speed, side by side on one generated input
     python benchmarks/preprocess.py --memory           # peak memory for a 100 MB and a 1 GB input
 
-The opponent is a loop built like Megatron-LM's tools/preprocess_data.py: a pool of as many workers,
+The baseline is a loop like Megatron-LM's tools/preprocess_data.py: a pool with the same number of workers,
 `imap` over the lines in chunks of 32, `json.loads` and the Hugging Face tokenizer on one document at
-a time, megatron-core's `IndexedDatasetBuilder` in the parent. All write int32 and append eos, and the
-files must be equal before any time counts. Times are of whole runs, process start and loading of the
-tokenizer included on both sides. CPU seconds, of all processes together, hardly depend on what else
-the machine is doing; on a busy one they are the fairer comparison.
+a time, megatron-core's `IndexedDatasetBuilder` in the parent. All sides write int32 and append eos, and their
+files must be equal before times are reported. Times are of whole runs, including process start and loading of the
+tokenizer. CPU seconds of all processes together hardly depend on other load, so on a busy machine they are the
+better comparison.
 
-Requirements held here: with gigatoken at least 8 times the opponent's speed, without it never slower;
-memory of both inputs within 10 %, below 1 GiB per worker.
+Required: with gigatoken at least 8 times the baseline's speed, without gigatoken never slower; equal memory for both
+inputs within 10 %, below 1 GiB per worker.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MIB = 1 << 20
 
 
 def write_input(path: Path, size: int, seed: int) -> None:
-    """Chinese and English documents of 50 to 2000 characters, none like another, `size` bytes in all."""
+    """Write different Chinese and English documents of 50 to 2000 characters, `size` bytes in total."""
     from minimind_mcore.preprocess.corpus import build
 
     generator = random.Random(seed)
@@ -60,7 +60,7 @@ def write_input(path: Path, size: int, seed: int) -> None:
 
 
 def sample_tokenizer(directory: Path) -> Path:
-    """A tokenizer of 6400 ids, trained on the sample corpus."""
+    """Train a tokenizer of 6400 ids on the sample corpus."""
     module = [sys.executable, "-m"]
     corpus, tokenizer = directory / "sample.jsonl", directory / "tokenizer"
     subprocess.run([*module, "minimind_mcore.preprocess.corpus", "--output", str(corpus)], check=True, cwd=REPOSITORY)
@@ -69,11 +69,11 @@ def sample_tokenizer(directory: Path) -> Path:
     return tokenizer
 
 
-# ------------------------------------------------------------------ the opponent
+# ------------------------------------------------------------------ the baseline
 
 
 class DocumentEncoder:
-    """Encodes one JSON line at a time; the tokenizer lives in the worker process."""
+    """Encodes one JSON line at a time. The tokenizer is loaded in the worker process."""
 
     tokenizer: Any = None
 
@@ -122,7 +122,7 @@ def theirs(source: Path, tokenizer: Path, prefix: Path, workers: int) -> list[st
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds on the clock, and of CPU time of all its processes."""
+    """Return wall-clock seconds, and CPU seconds of all processes."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -143,7 +143,7 @@ def speed(directory: Path, tokenizer: Path, megabytes: float, workers: int, repe
         "ours, gigatoken": lambda prefix: ours(source, tokenizer, prefix, workers, "gigatoken"),
     }
     prefixes = {name: directory / name.replace(" ", "_") for name in commands}
-    # Interleaved, so that a slow minute of the machine meets all of them.
+    # Interleaved, so that other load affects all of them.
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
@@ -174,7 +174,7 @@ def speed(directory: Path, tokenizer: Path, megabytes: float, workers: int, repe
 
 
 class PeakMemory:
-    """Highest resident memory of a process's largest child, and of all together (libraries counted in each)."""
+    """Peak resident memory of a process's largest child, and of all children (shared libraries count in each)."""
 
     def __init__(self, pid: int) -> None:
         self.worker = self.total = 0

@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/serve.py --model minimind3 --vllm .venv-vllm/bin/python --rounds 5
 
 Both engines run the same random float32 weights on the same threads, with the client on the same cores. Each request
-has a prompt of 32 tokens and an answer of 128 at temperature 0. The engines are asked in turn, so that what else the
-machine does disturbs both alike, and the median of the rounds is printed.
+has a prompt of 32 tokens and an answer of 128 tokens at temperature 0. The engines alternate, so that other load on the
+machine affects both, and the median of the rounds is printed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from minimind_mcore.preprocess import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, ANSWER, BATCHES = 32, 128, (1, 16)
-VOCABULARY = 296  # of the tokenizer
+VOCABULARY = 296  # vocab size of the tokenizer
 VLLM = (
     "--dtype float32 --max-model-len 512 --enforce-eager --max-num-seqs 16 --no-enable-prefix-caching "
     "--disable-log-stats --served-model-name minimind"
@@ -42,7 +42,7 @@ VLLM = (
 
 
 def write_model(folder: Path, preset: str, **changes: int) -> Path:
-    """A directory of transformers with random weights and a small tokenizer; `changes` of the preset's shape."""
+    """Write a Hugging Face directory with random weights and a small tokenizer. `changes` modify the preset's shape."""
     import transformers
 
     torch.manual_seed(1)
@@ -56,7 +56,7 @@ def write_model(folder: Path, preset: str, **changes: int) -> Path:
 
 @contextlib.contextmanager
 def server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
-    """Run a server on a free port; gives its address."""
+    """Run a server on a free port, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,7 +79,7 @@ def server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
 
 
 def rate(address: str, batch: int, seed: int) -> float:
-    """Tokens per second of answers to `batch` requests at a time."""
+    """Return the answer tokens per second with `batch` concurrent requests."""
     numbers = random.Random(seed)
     bodies = [
         {"model": "minimind", "prompt": [numbers.randrange(40, 260) for _ in range(PROMPT)], "max_tokens": ANSWER,
@@ -114,10 +114,10 @@ def main() -> None:
             environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": threads}
             engines["vllm"] = stack.enter_context(server(command, Path(temporary) / "vllm.log", **environment))
         found: dict[tuple[str, int], list[float]] = {}
-        for number in range(args.rounds + 1):  # the first one warms up
+        for number in range(args.rounds + 1):  # the first round warms up
             for batch in BATCHES:
                 for name, address in engines.items():
-                    time.sleep(2)  # until the threads of the other engine have gone to sleep
+                    time.sleep(2)  # until the other engine's threads sleep
                     found.setdefault((name, batch), []).append(rate(address, batch, number))
     medians = {key: statistics.median(values[1:]) for key, values in found.items()}
     print(f"{args.model}, float32, {threads} threads, tokens/s of answers:")

@@ -3,9 +3,9 @@
     python benchmarks/startup.py ../old .            # each with its own .venv; the first is the reference
     python benchmarks/startup.py --rounds 5 .
 
-Launch to first step: from the start of pretrain_minimind_ptd.sh (minimind3_tiny, TP=2, converted data) to the line of
-the first iteration. Dry run: the whole of the same command with --dry-run. The checkouts take turns; the table has the
-smallest of the rounds, since a busy machine only ever makes a start longer.
+First step: time from the start of pretrain_minimind_ptd.sh (minimind3_tiny, TP=2, converted data) to the line of
+the first iteration. Dry run: time of the same command with --dry-run. The checkouts alternate. The table has the
+minimum over the rounds, because other load can only make a start longer.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Training speed: the native engine against a plain PyTorch loop, in one run.
+"""Compare the training speed of the native engine with a plain PyTorch loop, in one run.
 
     python benchmarks/train.py --model minimind2_small minimind3          # a CPU, fp32
     python benchmarks/train.py --model minimind3 --dtype bf16 --batch 32  # a GPU: the loop uses autocast and compile
 
-The loop is MiniMind's way: modules of its own, scaled-dot-product attention, AdamW, gradient clipping; on a GPU
-autocast, torch.compile of one layer, whose code all layers share, and fused AdamW. Both sides see the same sizes,
-batches, precision and threads, each in a process of its own, in turn, several times; medians and their ratio are
-printed. `minimind_mcore.training.mfu` computes the MFU: the same process measures the rate of matrix products in the
-same dtype.
-The table has tokens per second and tokens per CPU second: other programs on the machine disturb the latter less.
-On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu.py), to
-show how much of the difference they are.
+The loop trains as MiniMind does: its own modules, scaled-dot-product attention, AdamW, gradient clipping; on a GPU
+also autocast, torch.compile of one layer, whose code all layers share, and fused AdamW. Both sides have the same sizes,
+batches, precision and threads. Each runs in a process of its own, and they alternate several times. The program prints
+the medians and their ratio. `minimind_mcore.training.mfu` computes the MFU: the same process measures the matrix
+multiplication rate in the same dtype.
+The table has tokens per second and tokens per CPU second, which depend less on other load.
+On a CPU that is not Intel's the loop also runs with this kit's matrix products (see cpu.py), which
+shows their part of the difference.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Trained(PlainModel):
 
 
 def batches(config: ModelConfig, args: argparse.Namespace) -> Iterator[Tensor]:
-    """Random token ids [batch, seq + 1] on the device, new ones each time, the same for both sides."""
+    """Yield new random token ids [batch, seq + 1] on the device, the same for both sides."""
     numbers = torch.Generator().manual_seed(0)
     while True:
         ids = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1), generator=numbers)
@@ -60,14 +60,14 @@ def batches(config: ModelConfig, args: argparse.Namespace) -> Iterator[Tensor]:
 
 
 def plain_step(config: ModelConfig, args: argparse.Namespace) -> tuple[Step, Step]:
-    """One update of the plain loop, and what ends it."""
+    """Return one update of the plain loop, and a function that ends it."""
     kind = device.current().torch_device
     model: Any = Trained(config, args.seq).to(kind)
     gpu, half = kind.type != "cpu", args.dtype == "bf16"
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=gpu or None)
     if gpu or args.compile_backend != "inductor":
         torch._dynamo.reset()
-        for layer in model.layers:  # which have one code: it is compiled once
+        for layer in model.layers:  # all layers share one code, which is compiled once
             layer.compile(backend=args.compile_backend, dynamic=False)
     data = batches(config, args)
 
@@ -84,7 +84,7 @@ def plain_step(config: ModelConfig, args: argparse.Namespace) -> tuple[Step, Ste
 
 
 def native_step(config: ModelConfig, args: argparse.Namespace) -> tuple[Step, Step]:
-    """One update of the native engine, as pretrain_gpt.py does it, and what ends it."""
+    """Return one update of the native engine, as in pretrain_gpt.py, and a function that ends it."""
     engine = NativeEngine(config, args.batch, args.seq, args.dtype == "bf16")
     data = batches(config, args)
 
@@ -137,9 +137,10 @@ def run_side(side: str, model: str, args: argparse.Namespace) -> dict[str, float
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    """Both sides in turn, `--rounds` times; print a table row per side and the ratio."""
+    """Run both sides alternately, `--rounds` times; print a table row per side and the ratio."""
     found, config = device.current(), get_preset(model)
-    sides = ["native", "plain", *(["onednn"] if found.kind == "cpu" and cpu.mkl_is_slow() else [])]
+    uses_mkl = found.kind == "cpu" and cpu.mkl_is_slow() and args.dtype == "fp32"
+    sides = args.sides or ["native", "plain", *(["onednn"] if uses_mkl else [])]
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(args.rounds):
         for side in sides[:: -1 if number % 2 else 1]:
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=("native", "plain", "onednn"), help="default: all that differ")
     parser.add_argument(
         "--compile-backend",
         default="inductor",

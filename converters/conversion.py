@@ -1,4 +1,4 @@
-"""What a command line asks for, and the source, the target and the checks that follow from it."""
+"""The options of a conversion, and the source, the target and the checks that follow from them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
-# MindSpeed-LLM's names of the model types, and transformers'
+# MindSpeed-LLM's names of the model types, with the names in transformers
 MODEL_TYPES = {"llama2": "llama", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "qwen2-moe": "qwen2_moe"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A conversion as it is asked for; the fields are the flags, None where a flag was not given.
+    """The options of a conversion. The fields are the flags, None where a flag was not given.
 
-    To read a model needs no `save_dir`.
+    Reading a model needs no `save_dir`.
     """
 
     load_dir: Path
@@ -70,7 +70,7 @@ class Conversion:
 
 
 def run_conversion(conversion: Conversion) -> Result | None:
-    """Convert, and say what was done. A dry run returns None before anything is read or written.
+    """Convert, and log the result. A dry run returns None before anything is read or written.
 
     Raises:
         UserError: see the functions below, and `convert`.
@@ -84,8 +84,8 @@ def run_conversion(conversion: Conversion) -> Result | None:
         logger.info(f"note  {line}")
     if source.dtype == torch.float16:
         logger.info(
-            "note  fp16 weights: MiniMind's own tools save fp16 whatever a model was trained in; "
-            "convert from the trainer's checkpoint where more precision matters"
+            "note  fp16 weights: MiniMind's own tools save fp16 whatever the training precision; "
+            "convert from the trainer's checkpoint if more precision matters"
         )
     if conversion.dry_run:
         require_free(conversion.save_dir)
@@ -112,10 +112,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def open_model(conversion: Conversion) -> Source:
-    """The source, and whether it is what the flags say.
+    """Open the source, and check it against the flags.
 
     Raises:
-        UserError: it is not, or is damaged.
+        UserError: the source contradicts a flag, or is damaged.
     """
     source = open_source(conversion.load_dir, _given_config(conversion.hf_cfg_dir), conversion.stated)
     found = "mg" if source.kind.startswith("Megatron") else "hf"
@@ -129,7 +129,7 @@ def open_model(conversion: Conversion) -> Source:
         if conversion.lora_load.is_file():
             adapters, file = lora.open_minimind_adapter(conversion.lora_load, source)
             rank = min(tensor.shape[0] for name, tensor in adapters.items() if ".lora_A." in name)
-            training = source.training.replace(lora_alpha=float(rank))  # it adds B A as it is
+            training = source.training.replace(lora_alpha=float(rank))  # MiniMind adds B A without scaling
             source = source.replace(adapters=adapters, files=(*source.files, file), training=training)
         else:
             source = open_adapters(_iteration(conversion.lora_load), source)
@@ -151,10 +151,10 @@ def _iteration(path: Path) -> Path:
 
 
 def check_model_type(name: str | None, config: ModelConfig) -> None:
-    """Compare `--model-type-hf`, MindSpeed-LLM's name or MiniMind's, with the architecture.
+    """Check `--model-type-hf`, a name of MindSpeed-LLM or MiniMind, against the architecture.
 
     Raises:
-        UserError: they differ, or no MiniMind is called so.
+        UserError: they differ, or the name is unknown.
     """
     if name is None:
         return
@@ -170,14 +170,14 @@ def check_model_type(name: str | None, config: ModelConfig) -> None:
         known = ", ".join([*MODEL_TYPES, "minimind", *(n for n in PRESETS if not n.endswith("_tiny"))])
         raise UserError(f"--model-type-hf {name}: not an architecture of MiniMind; expected one of {known}")
     if expected != found:
-        raise UserError(f"--model-type-hf {name}: that is {expected}, but the model is {found}")
+        raise UserError(f"--model-type-hf {name}: this name means {expected}, but the model is {found}")
 
 
 def prepare(conversion: Conversion, source: Source) -> Source:
-    """The source with what the flags change: adapters merged, dtype, vocabulary.
+    """Apply the flags that change the source: merge adapters, cast, resize the vocabulary.
 
     Raises:
-        UserError: a flag asks for what cannot be.
+        UserError: a flag asks for something impossible.
     """
     if source.adapters and not conversion.lora_only:
         source = lora.merge(
@@ -200,10 +200,10 @@ def prepare(conversion: Conversion, source: Source) -> Source:
 
 
 def with_padded_heads(conversion: Conversion, source: Source) -> Source:
-    """The source with the heads of `--pad-head-dim`.
+    """Pad the heads of the source to `--pad-head-dim`.
 
     Raises:
-        UserError: the output cannot hold padded heads, or the heads cannot be padded to that size.
+        UserError: the output format cannot hold padded heads, or the heads cannot be padded to that size.
     """
     if (
         conversion.lora_only
@@ -221,7 +221,7 @@ def with_padded_heads(conversion: Conversion, source: Source) -> Source:
 
 
 def _rows(conversion: Conversion, source: Source) -> int:
-    """Rows of the embedding in the output."""
+    """Return the number of rows of the embedding in the output."""
     rows = source.config.vocab_size
     true = conversion.true_vocab_size
     if true is None and conversion.save_type == "hf" and (given := _given_config(conversion.hf_cfg_dir)):
@@ -243,10 +243,10 @@ def _rows(conversion: Conversion, source: Source) -> int:
 
 
 def make_target(conversion: Conversion, source: Source) -> Target:
-    """What to write.
+    """Create the target.
 
     Raises:
-        UserError: the model cannot be written so.
+        UserError: the format cannot hold the model.
     """
     folder = conversion.tokenizer or conversion.hf_cfg_dir
     if conversion.lora_only:
@@ -272,7 +272,7 @@ def make_target(conversion: Conversion, source: Source) -> Target:
 
 
 def _with_tokenizer(source: Source, folder: Path | None) -> Source:
-    """A Megatron checkpoint remembers its tokenizer, so that a mix-up is noticed."""
+    """Record the tokenizer, so that training can detect a different one."""
     if folder is None or not (folder / "tokenizer.json").is_file():
         return source
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint

@@ -1,10 +1,10 @@
-"""A conversion, top to bottom.
+"""Run a conversion: read, write, verify, publish.
 
     result = convert(open_source(path), HFTarget(source, native=False, folder=None), Path("out"))
 
-Each tensor of the whole megatron-core model is read once, looked at, and handed to the target, whose files are
-hashed as they fill. Then what was written is opened as anybody would, and must give the same tensors: the same
-digest, computed on both sides. Only then does the output appear, as a whole.
+Each tensor of the whole megatron-core model is read once, hashed, and written to the target, whose files are hashed
+while they fill. Then the output is opened with the ordinary readers and must give the same tensors: both sides compute
+a digest. Only then the output is moved to its place, as a whole.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from minimind_mcore.storage import (
 
 
 class Sealing:
-    """Hash files in threads of their own while other threads write them. One thread at a time hashes a file, in order.
+    """Hashes files in separate threads while others write. A file is hashed in order, by one thread at a time.
 
     Args:
-        writers: of the files.
+        writers: writers of the files.
     """
 
     def __init__(self, writers: Sequence[TensorWriter]) -> None:
@@ -58,7 +58,7 @@ class Sealing:
         self._executor = ThreadPoolExecutor(max(2, min(4, usable_cores())))
 
     def advance(self) -> None:
-        """Hash on where there is something new."""
+        """Continue hashing where new bytes are complete."""
         for writer in self._writers:
             running = self._hashing.get(writer.path)
             if writer.can_hash and (running is None or running.done()):
@@ -67,11 +67,11 @@ class Sealing:
                 self._hashing[writer.path] = self._executor.submit(writer.hash_written)
 
     def finish(self) -> None:
-        """All is written: begin to close the files."""
+        """Start to close the files after the last write."""
         self._closing = {writer.path: self._executor.submit(writer.close) for writer in self._writers}
 
     def entries(self, root: Path) -> dict[str, FileEntry]:
-        """Wait for the files; their manifest entries by path below the root.
+        """Wait for the files, and return their manifest entries by path below the root.
 
         Raises:
             UserError: the disk is full.
@@ -86,15 +86,16 @@ class Sealing:
 
 
 class Target(ABC):
-    """Files to fill. `create` makes them, `write` fills them, `finish` adds small ones, `record` the manifest.
+    """The files that a conversion fills: `create`, `write` per tensor, `finish` with small files, `record` the
+    manifest.
 
     Args:
-        source: what is converted.
-        kind: what is written, for people.
-        nbytes: bytes of all tensors.
+        source: source of the conversion.
+        kind: format, for messages.
+        nbytes: size of all tensors in bytes.
     """
 
-    single_file: str | None = None  # its name, where the output is no directory
+    single_file: str | None = None  # name of the file, if the output is not a directory
 
     def __init__(self, source: Source, kind: str, nbytes: int) -> None:
         self.source, self.kind, self.nbytes = source, kind, nbytes
@@ -103,32 +104,32 @@ class Target(ABC):
 
     @abstractmethod
     def create(self) -> None:
-        """Make the files in the empty directory `root`, at their full sizes."""
+        """Create the files at full size in the empty directory `root`."""
 
     @abstractmethod
     def write(self, name: str, whole: Tensor) -> None:
-        """Write all that comes of one tensor of the whole megatron-core model."""
+        """Write all tensors of the target that are made from one tensor of the whole megatron-core model."""
 
     def finish(self) -> None:  # noqa: B027  (most formats have no other files)
-        """Write the files that hold no tensors. Afterwards the target can be opened."""
+        """Write the files without tensors. Afterwards the target can be opened."""
 
     @abstractmethod
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """Write the manifest, and what must come last.
+        """Write the manifest, and files that must come last.
 
         Args:
             manifest: size and digest of every tensor file, by its path below the root.
-            about: what else the manifest says.
+            about: further entries of the manifest.
         """
 
     def reopen(self) -> Mapping[str, Lazy]:
-        """The tensors of the whole megatron-core model, as they are read from what was written."""
+        """Return the tensors of the whole megatron-core model, read from the output."""
         from minimind_mcore.checkpoint.opening import open_source
 
         return open_source(self.root).tensors
 
     def unwritten(self) -> list[str]:
-        """Places for tensors of which a byte was not written, or was written twice."""
+        """Return the names of tensors with a byte that was not written, or was written twice."""
         return [f"{writer.path.name}: {name}" for writer in self.writers for name in writer.unwritten()]
 
     def __enter__(self) -> Target:
@@ -139,7 +140,7 @@ class Target(ABC):
             writer.abandon()
 
 
-# What a small file, a header or a directory may need besides the tensors.
+# Space for small files, headers and directories besides the tensors.
 SLACK_BYTES = 16 << 20
 DIGEST = "xxh3_128"  # in the manifest
 Digests = dict[str, str]
@@ -148,14 +149,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        path: of the output.
-        tensors: of the whole megatron-core model.
-        nbytes: that were written.
-        seconds: it took.
-        digest: of the weights, whatever the format: equal weights have an equal one.
+        path: path of the output.
+        tensors: number of tensors of the whole megatron-core model.
+        nbytes: number of bytes written.
+        seconds: duration.
+        digest: digest of the weights, independent of the format.
     """
 
     path: Path
@@ -171,16 +172,16 @@ def convert(
     output: Path,
     probe: Callable[[Mapping[str, Lazy], Path], None] | None = None,
 ) -> Result:
-    """Convert, check, publish.
+    """Convert, verify and publish.
 
     Args:
-        source: what to read.
-        target: what to write.
-        output: the directory or file to make.
-        probe: a further check of what was written: its tensors, and the directory it is in.
+        source: the source.
+        target: the target.
+        output: path of the directory or file to create.
+        probe: a further check of the output. It gets the tensors of the output and its directory.
 
     Raises:
-        UserError: whatever is wrong with the source, the target or the disk; then there is no output.
+        UserError: the source, the target or the disk has a fault. Nothing is written then.
     """
     started = time.monotonic()
     require_free(output)
@@ -194,7 +195,7 @@ def convert(
             target.finish()
             written = target.reopen()
             sealing.finish()
-            verify(source, written, digests, pool)  # meanwhile
+            verify(source, written, digests, pool)  # while the files are hashed
             digest = combined(digests)
             require_digest(source, digest)
             entries = sealing.entries(tmp)
@@ -209,11 +210,11 @@ def convert(
 
 
 def stream(source: Source, target: Target, sealing: Sealing, pool: ThreadPool) -> Digests:
-    """Read every tensor once and write what comes of it; returns digests of the tensors by name."""
+    """Read every tensor once and write it to the target. Return the digests of the tensors by name."""
 
     def pass_on(name: str) -> str:
         tensor = source.tensors[name].read()
-        digest = look_at(name, source.tensors[name], tensor)
+        digest = checked_digest(name, source.tensors[name], tensor)
         require_finite(name, tensor)
         target.write(name, tensor)
         return digest
@@ -231,14 +232,14 @@ def stream(source: Source, target: Target, sealing: Sealing, pool: ThreadPool) -
     return digests
 
 
-def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
-    """A digest of a tensor: dtype, shape, XXH3 of 128 bits of its bytes.
+def checked_digest(name: str, expected: Lazy, tensor: Tensor) -> str:
+    """Check shape and dtype of a tensor, and return its digest: dtype, shape, 128-bit XXH3 of its bytes.
 
-    It tells apart what goes wrong by itself, at the speed of memory; nobody forges weights here, and the files
-    have SHA-256 in their manifest.
+    XXH3 detects accidental damage at memory speed. It need not resist forgery, because the manifest has SHA-256
+    digests of the files.
 
     Raises:
-        UserError: it has another shape or dtype than was said.
+        UserError: shape or dtype differ from the expected ones.
     """
     if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -247,19 +248,19 @@ def look_at(name: str, expected: Lazy, tensor: Tensor) -> str:
 
 
 def combined(digests: Mapping[str, str]) -> str:
-    """One digest of all."""
+    """Return one digest of all tensors."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]
 
 
 def require_whole(source: Source) -> None:
-    """Compare the source's files with its manifest, if it has one.
+    """Verify the source's files with its manifest, if there is one.
 
-    Files of torch have checksums that are compared as they are read, and a converter's manifest has the digest of the
-    weights: only without both are whole files hashed.
+    Files of torch have checksums that are verified while reading, and a converter's manifest has a digest of the
+    weights. Whole files are hashed only if both are missing.
 
     Raises:
-        UserError: names the files that differ.
+        UserError: files differ. The message names them.
     """
     if (source.path / MANIFEST).is_file():
         by_itself = recorded_digest(source) or all(file.has_checksums for file in source.files)
@@ -267,19 +268,19 @@ def require_whole(source: Source) -> None:
 
 
 def require_digest(source: Source, digest: str) -> None:
-    """Compare the weights that were read with the manifest, if it has their digest.
+    """Compare the digest of the weights with the manifest, if the manifest has one.
 
     Raises:
-        UserError: names the files that differ.
+        UserError: the digests differ. The message names the files.
     """
     recorded = recorded_digest(source)
     if recorded not in (None, digest):
-        problem = f"{source.path}: the weights have digest {digest}, {MANIFEST} says {recorded}"
+        problem = f"{source.path}: the weights have digest {digest}, but {MANIFEST} has {recorded}"
         _require_undamaged(check_manifest(source.path) or [problem])
 
 
 def recorded_digest(source: Source) -> str | None:
-    """The digest of its tensors in its manifest, unless they are not those of the files any more."""
+    """Return the digest of the source's tensors in its manifest, unless the tensors were changed after reading."""
     if not source.as_stored or not (source.path / MANIFEST).is_file():
         return None
     weights = read_object(source.path / MANIFEST, "the source is damaged; get it again").get("weights", {})
@@ -298,15 +299,19 @@ def _require_undamaged(problems: list[str]) -> None:
 
 
 def verify(source: Source, written: Mapping[str, Lazy], digests: Mapping[str, str], pool: ThreadPool) -> None:
-    """Read what was written, and compare.
+    """Read the output, and compare it with the source.
 
     Raises:
-        UserError: a tensor is missing, or reads back otherwise.
+        UserError: a tensor is missing, or differs.
     """
     _require_nothing("written and not read back", [name for name in digests if name not in written])
+
+    def digest_of(name: str) -> str:
+        return checked_digest(name, source.tensors[name], written[name].read())
+
     differ = []
     with ProgressBar("checking", source.nbytes) as progress:
-        for name, found in pool.map(lambda name: look_at(name, source.tensors[name], written[name].read()), digests):
+        for name, found in pool.map(digest_of, digests):
             differ += [name] if found != digests[name] else []
             progress.add(written[name].nbytes)
     _require_nothing("not the same when read back", differ)
@@ -322,13 +327,13 @@ def _require_nothing(what: str, names: list[str]) -> None:
 
 
 def require_free(output: Path) -> None:
-    """Refuse to replace anything."""
+    """Refuse to overwrite an existing output."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists already: give another --save-dir, or remove it")
 
 
 def require_space(output: Path, nbytes: int) -> None:
-    """Refuse what cannot fit, before anything is read."""
+    """Check the free disk space before anything is read."""
     free = free_bytes(output)
     if free < nbytes + SLACK_BYTES:
         raise UserError(
@@ -339,25 +344,25 @@ def require_space(output: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
-    """A directory beside the output, gone at the end whatever happens; what killed runs left there goes too."""
+    """Yield a directory next to the output, and remove it in the end, as well as directories of killed runs."""
     remove_abandoned(output)
     tmp = temporary_beside(output)
     missing = [p for p in tmp.absolute().parents if not p.exists()]
     try:
         tmp.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror})") from error
+        raise UserError(f"{output}: cannot be created ({error.strerror})") from error
     try:
         yield tmp
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        with contextlib.suppress(OSError):  # they hold the output now
+        with contextlib.suppress(OSError):  # the files were moved to the output
             for parent in missing:
                 parent.rmdir()
 
 
 def publish(tmp: Path, output: Path, single_file: str | None) -> None:
-    """Let the output appear."""
+    """Move the output to its place."""
     if single_file is None:
         publish_directory(tmp, output)
         return
@@ -369,18 +374,18 @@ def publish(tmp: Path, output: Path, single_file: str | None) -> None:
 
 
 class ThreadPool:
-    """Threads that share the work: all of it holds no lock of Python's while it takes time."""
+    """Worker threads. The work releases the GIL wherever it takes time."""
 
     def __init__(self) -> None:
         self._workers = max(2, min(4, usable_cores()))
-        # one core each, and not a team of them
+        # torch gets one core per worker, because the workers already use all cores
         self._executor = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, work: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
-        """(name, result), as they are ready; no more is begun than there are threads, so that memory holds few tensors.
+        """Yield (name, result) in order of completion. At most one task per thread runs, which bounds the memory.
 
         Raises:
-            UserError: that of the work.
+            UserError: raised by a task.
         """
         running: dict[Future[T], str] = {}
         for name in names:

@@ -1,4 +1,4 @@
-"""Write directories of transformers and MiniMind, and `.pth` files; `checkpoint/hf.py` reads them."""
+"""Write Hugging Face directories, MiniMind's directories and `.pth` files. `checkpoint/hf.py` reads them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-# What `to_dict` writes too: of no causal language model, or of this installation.
+# Keys of `to_dict` that do not belong to a causal language model, or that describe this installation.
 _NOT_THE_MODEL = (
     *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "output_hidden_states", "output_attentions"),
     *("return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
@@ -48,21 +48,21 @@ def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | N
     """Write config.json, generation_config.json and the tokenizer's files.
 
     Args:
-        root: the directory.
-        source: what is converted.
-        native: MiniMind's own config.
-        folder: a directory with a tokenizer; otherwise the source's, or that of its training.
-        copy_code: with `native`, whether to copy MiniMind's modelling code too.
+        root: output directory.
+        source: source of the conversion.
+        native: write MiniMind's own config.
+        folder: a directory with a tokenizer; default: the source's, or the one of its training.
+        copy_code: with `native`, also copy MiniMind's modelling code.
 
     Raises:
-        UserError: the tokenizer is not the one that the model was trained with.
+        UserError: the model was trained with another tokenizer.
     """
     tokenizer = find_tokenizer(source, folder)
     ids: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every MiniMind
     if tokenizer is not None:
         ids = copy_tokenizer(tokenizer, root)
     config = native_config(source, folder, root, copy_code) if native else hf_config(source.config)
-    # transformers 4 and MindSpeed-LLM know this name alone. transformers 5 reads it too.
+    # transformers 4 and MindSpeed-LLM read only this name. transformers 5 accepts it too.
     dtype = {"torch_dtype": str(source.dtype).removeprefix("torch.")}
     _write_json(root / "config.json", config | ids | dtype)
     _write_json(root / "generation_config.json", ids)
@@ -71,18 +71,18 @@ def write_sidecars(root: Path, source: Source, *, native: bool, folder: Path | N
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5, vLLM and MindSpeed-LLM all read."""
+    """Return a config.json that transformers 4 and 5, vLLM and MindSpeed-LLM can read."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     fields: dict[str, Any] = config.hf_config().to_dict()
     for key in _NOT_THE_MODEL:
         fields.pop(key, None)
     fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_model_type(config)]]
-    # transformers 5 has them in `rope_parameters`, and other names for the counts; the others know only these.
-    # Not `rope_scaling`: where it is there, if only as null, transformers 5 does not look at `rope_parameters`.
+    # transformers 5 has `rope_parameters` and other names of the counts. Other programs read only these names.
+    # `rope_scaling` must be absent: if it is present, even as null, transformers 5 ignores `rope_parameters`.
     fields |= {"rope_theta": config.rotary_base, "tie_word_embeddings": config.tie_embeddings}
     fields.pop("rope_scaling", None)
-    if config.inference_rope_scaling:  # in the one form that transformers 4 and 5 and vLLM read alike
+    if config.inference_rope_scaling:  # the only form that transformers 4 and 5 and vLLM read alike
         fields.pop("rope_parameters", None)
         fields["rope_scaling"] = yarn.PARAMETERS | yarn.SERVING
     if config.moe:
@@ -95,7 +95,7 @@ def native_config(source: Source, folder: Path | None, root: Path, copy_code: bo
     """Return MiniMind's own config.json.
 
     With `copy_code`, copy `model_minimind.py` from `folder` or the source, and name the file in `auto_map`, so that
-    transformers runs it under `trust_remote_code`. Without the flag, code of an unknown author does not spread.
+    transformers runs it under `trust_remote_code`. The flag is needed because the author of the code is unknown.
     """
     fields = to_native_config(source.config)
     if moe := source.config.moe:
@@ -104,7 +104,7 @@ def native_config(source: Source, folder: Path | None, root: Path, copy_code: bo
         code = place / "model_minimind.py"
         if code.is_file() and not copy_code:
             logger.warning(
-                f"{code} was not copied: it is code, which transformers runs under trust_remote_code. Give --copy-code "
+                f"{code} was not copied: transformers would run this code under trust_remote_code. Give --copy-code "
                 "to copy it, if you trust it"
             )
             break
@@ -117,7 +117,7 @@ def native_config(source: Source, folder: Path | None, root: Path, copy_code: bo
 
 
 def find_tokenizer(source: Source, folder: Path | None) -> Path | None:
-    """The directory of the model's tokenizer, or None; says so if there is none."""
+    """Return the directory of the model's tokenizer, or log that there is none and return None."""
     trained = Path(source.training.tokenizer) if source.training.tokenizer else None
     for place in filter(None, (folder, source.folder, trained)):
         if (place / "tokenizer.json").is_file():
@@ -129,15 +129,15 @@ def find_tokenizer(source: Source, folder: Path | None) -> Path | None:
                 )
             return place
     logger.warning(
-        "no tokenizer was given (--hf-cfg-dir, or --tokenizer-name-or-path): the output has weights and configs, "
-        "and needs its tokenizer's files"
+        "found no tokenizer (--hf-cfg-dir, or --tokenizer-name-or-path): the output has weights and configs, "
+        "but no tokenizer files"
     )
     return None
 
 
 def copy_tokenizer(tokenizer: Path, root: Path) -> dict[str, int | None]:
     """Copy a tokenizer's files, with a tokenizer_config.json that has a chat template and makes AutoTokenizer load
-    tokenizer.json; returns the special ids by config key, None for a token that the tokenizer does not have.
+    tokenizer.json. Return the special ids by config key, None for a token that the tokenizer lacks.
     """
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
@@ -162,12 +162,12 @@ SHARD_BYTES = 2 << 30
 
 
 class StateTarget(Target):
-    """A state dict of transformers or MiniMind, in whatever files.
+    """A state dict of transformers or MiniMind, in any number of files.
 
     Args:
-        source: what is converted.
+        source: source of the conversion.
         form: one of `weights.FORMS`.
-        kind: what is written, for people.
+        kind: format, for messages.
     """
 
     def __init__(self, source: Source, form: str, kind: str) -> None:
@@ -201,14 +201,14 @@ class StateTarget(Target):
 
 
 class HFTarget(StateTarget):
-    """A directory of transformers: safetensors, config, generation config, tokenizer.
+    """A Hugging Face directory: safetensors, config, generation config, tokenizer.
 
     Args:
-        source: what is converted.
-        native: in MiniMind's own form.
-        folder: where config and tokenizer come from, if not the source's.
-        copy_code: whether MiniMind's modelling code is copied with its own form; transformers runs that code.
-        shard_bytes: largest size of a file, unless one tensor is larger.
+        source: source of the conversion.
+        native: write MiniMind's own format.
+        folder: directory of config and tokenizer; default: the source's.
+        copy_code: with `native`, also copy MiniMind's modelling code, which transformers can run.
+        shard_bytes: maximum size of a file, unless a single tensor is larger.
     """
 
     def __init__(
@@ -249,10 +249,10 @@ class HFTarget(StateTarget):
 
 
 class PthTarget(StateTarget):
-    """A `.pth` of MiniMind's trainer: one state dict of today's names.
+    """A `.pth` of MiniMind's trainer: one state dict with today's names.
 
     Args:
-        source: what is converted.
+        source: source of the conversion.
     """
 
     single_file: str = "weights.pth"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -264,10 +264,10 @@ class PthTarget(StateTarget):
         self.writers = [create_torch(self.root / self.single_file, {}, {"": self.slots})]
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """Write nothing: a single file has no manifest."""
+        """Write nothing, because a single file has no manifest."""
 
     def reopen(self) -> Mapping[str, Lazy]:
-        """Pass the architecture, which a file of weights does not tell completely."""
+        """Open the output with the architecture, which a weights file does not store completely."""
         from minimind_mcore.checkpoint.minimind import open_pth
 
         return open_pth(self.root / self.single_file, self.source.config).tensors

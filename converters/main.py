@@ -1,4 +1,4 @@
-"""The command lines of convert_ckpt_v2.py and convert_ckpt.py: MindSpeed-LLM's flags, and a few of ours.
+"""The command lines of convert_ckpt_v2.py and convert_ckpt.py: MindSpeed-LLM's flags, and additional ones.
 
 python convert_ckpt_v2.py --load-model-type hf --save-model-type mg --load-dir minimind-3 --save-dir mcore \\
     --target-tensor-parallel-size 2 --model-type-hf qwen3
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 V2, V1 = "convert_ckpt_v2.py", "convert_ckpt.py"
 
 _LEGACY = (
-    "a Megatron-legacy model: only mcore models are supported, as MindSpeed-LLM itself has no other any more; give "
+    "a Megatron-legacy model: only mcore models are supported, as in current versions of MindSpeed-LLM; give "
     "--use-mcore-models and leave out --load-from-legacy and --save-to-legacy"
 )
 
 
 def main_v2(argv: Sequence[str] | None = None) -> None:
     """The program convert_ckpt_v2.py."""
-    keep_freed_memory()  # of one tensor for the next
+    keep_freed_memory()  # each tensor reuses the memory of the one before
     args, given = _parse(V2, sys.argv[1:] if argv is None else argv)
     if args.transformer_impl != "local":
         raise UserError(
-            "--transformer-impl transformer_engine: its names for norms are not MiniMind's spec's; use local"
+            "--transformer-impl transformer_engine: its names for norms differ from MiniMind's spec; use local"
         )
     run_conversion(_conversion(args, given, Path(args.save_dir), _first_path(args.hf_cfg_dir, args.hf_dir)))
 
@@ -49,7 +49,7 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
     if args.model_type != "GPT":
         raise UserError(f"--model-type {args.model_type}: expected GPT")
     save_dir, hf_cfg_dir = Path(args.save_dir), _first_path(args.hf_cfg_dir, args.hf_dir)
-    if args.save_model_type == "hf":  # --save-dir is the original model, whose config and tokenizer are the output's
+    if args.save_model_type == "hf":  # --save-dir is the original model, which supplies config and tokenizer
         if hf_cfg_dir is None and (save_dir / "config.json").is_file():
             hf_cfg_dir = save_dir
         save_dir = save_dir / "mg2hf"
@@ -60,11 +60,11 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a command line of one of the programs; returns also which flags it has."""
+    """Parse a command line of one of the programs. Return the arguments and the flags that were given."""
     parser = build_parser(program, prog=program)
     for action in parser._actions:
         if action.dest in ("model_type_hf", "params_dtype", "ckpt_format", "lora_r", "lora_alpha"):
-            # ours has other models, and takes from the source what is not given
+            # This kit has other model types, and infers the type from the source by default.
             action.choices, action.default = None, None
     unpickling.add_trust_flag(add_kit_flags(parser, f"{V2}, {V1}"))
     known = {flag for action in parser._actions for flag in action.option_strings}
@@ -78,15 +78,15 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 def _conversion(args: argparse.Namespace, given: Sequence[str], save_dir: Path, hf_cfg_dir: Path | None) -> Conversion:
-    """Return what a command line asks for."""
+    """Return the conversion for a command line."""
     list_ = parse_numbers("num_layer_list", args.num_layer_list or "")
     tp = args.target_tensor_parallel_size
     etp = getattr(args, "expert_tensor_parallel_size", None)
     if etp not in (None, tp):
-        raise UserError(f"--expert-tensor-parallel-size {etp}: experts are split like the rest here; expected {tp}")
+        raise UserError(f"--expert-tensor-parallel-size {etp}: experts are split like the other layers; expected {tp}")
     dense = getattr(args, "first_k_dense_replace", None)
     if dense not in (None, 0, -1):
-        raise UserError(f"--first-k-dense-replace {dense}: every layer of a MiniMind is alike; expected 0")
+        raise UserError(f"--first-k-dense-replace {dense}: all layers of a MiniMind have the same type; expected 0")
     changes = {
         "load_dir": Path(args.load_dir),
         "save_dir": save_dir,

@@ -1,7 +1,7 @@
 """Write Megatron checkpoints of formats `torch` and `torch_dist`.
 
-`checkpoint/megatron.py` and `checkpoint/megatron_dist.py` read them. Format `torch_dist` is written by megatron-core
-itself, from the whole model in memory.
+`checkpoint/megatron.py` and `checkpoint/megatron_dist.py` read them. megatron-core itself writes format `torch_dist`,
+from the whole model in memory.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class MegatronTarget(Target):
     """A checkpoint of format `torch`.
 
     Args:
-        source: what is converted.
-        layout: the layout.
+        source: source of the conversion.
+        layout: parallel layout of the checkpoint.
 
     Raises:
-        UserError: the model cannot have that layout.
+        UserError: the layout is impossible for the model.
     """
 
     def __init__(self, source: Source, layout: ParallelLayout) -> None:
         layout.check(source.config)
         self.layout, self.iteration = layout, source.training.iteration
         self._parts = layout.parts(source.config)
-        # all values of a tensor that several ranks have are counted for each
+        # Replicated tensors count once per rank.
         self._slots: dict[str, dict[str, dict[str, Slot]]] = defaultdict(lambda: defaultdict(dict))
         for name, tensor in source.tensors.items():
             for part in self._parts[name]:
@@ -70,7 +70,7 @@ class MegatronTarget(Target):
             writers[part.folder].write(f"{part.chunk}/{part.name}", tensor, part.block, part.blocks)
 
     def record(self, manifest: Mapping[str, FileEntry], about: Mapping[str, object]) -> None:
-        """Write the manifest, then the tracker, which makes the checkpoint complete."""
+        """Write the manifest, then the tracker file, which makes the checkpoint complete."""
         directory = directory_of(self.root, self.iteration)
         entries = {str(Path(name).relative_to(directory.name)): entry for name, entry in manifest.items()}
         write_manifest(directory, entries, **about)
@@ -78,7 +78,7 @@ class MegatronTarget(Target):
 
 
 def _joined_shape(part: FilePart, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the tensor that a part is (in): grouped experts are joined along the axis of their width."""
+    """Return the shape of the stored tensor: grouped experts are concatenated along their width."""
     if part.blocks == 1 and not part.grouped:
         return shape
     first, second = shape
@@ -86,21 +86,21 @@ def _joined_shape(part: FilePart, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def checkpoint_args(source: Source, layout: ParallelLayout) -> argparse.Namespace:
-    """The arguments that a checkpoint carries: what training would have been given for this model and layout."""
+    """Return the arguments to store in the checkpoint: the training flags of this model and layout."""
     precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(source.dtype, [])
     args = arguments.parse([*source.config.megatron_flags(), *layout.flags(), *precision])
-    per, places = layout.layers_per_virtual_stage, layout.places(source.config)
-    args.num_layers = places
+    per, layers = layout.layers_per_virtual_stage, layout.megatron_layers(source.config)
+    args.num_layers = layers
     args.moe_grouped_gemm = layout.grouped_experts
     args.noop_layers = ",".join(map(str, layout.noop_layers)) or None
     args.num_layer_list = ",".join(map(str, layout.layers_per_stage or ())) or None
-    args.virtual_pipeline_model_parallel_size = places // layout.pp // per if per else None
+    args.virtual_pipeline_model_parallel_size = layers // layout.pp // per if per else None
     args.expert_tensor_parallel_size = layout.tp
     args.params_dtype = source.dtype
     args.consumed_train_samples = source.training.consumed_samples
     args.skipped_train_samples = 0
     if source.config.inference_rope_scaling:
-        args.inference_rope_scaling = True  # the kit's own: no flag of Megatron means it
+        args.inference_rope_scaling = True  # this kit's own argument: Megatron has no such flag
     args.tokenizer_name_or_path = source.training.tokenizer
     if source.training.fingerprint:
         args.tokenizer_fingerprint = source.training.fingerprint
@@ -108,10 +108,10 @@ def checkpoint_args(source: Source, layout: ParallelLayout) -> argparse.Namespac
 
 
 class MegatronDistTarget(Target):
-    """A checkpoint of format `torch_dist`; megatron-core writes it, in one file, when all tensors are there.
+    """A checkpoint of format `torch_dist`. megatron-core writes it to one file after the last tensor.
 
     Args:
-        source: what is converted.
+        source: source of the conversion.
     """
 
     def __init__(self, source: Source) -> None:
@@ -135,7 +135,7 @@ class MegatronDistTarget(Target):
             "iteration": self.source.training.iteration,
             "num_floating_point_operations_so_far": 0,
         }
-        with single_process():  # which sets the device up, before megatron-core is imported
+        with single_process():  # sets up the device before megatron-core is imported
             from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
@@ -148,7 +148,7 @@ class MegatronDistTarget(Target):
         atomic_write_text(self.root / TRACKER, str(self.source.training.iteration))
 
     def _sharded(self) -> dict[str, Any]:
-        """The tensors as megatron-core takes them, and the empty states that its linear layers have."""
+        """Return the tensors in megatron-core's form, with the empty extra states of its linear layers."""
         from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
         config = self.source.config
@@ -168,7 +168,7 @@ class MegatronDistTarget(Target):
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """megatron-core's parallel state, of this process alone."""
+    """Initialize megatron-core's parallel state for this process alone."""
     from minimind_mcore.platform import device
 
     device.setup()

@@ -1,4 +1,4 @@
-"""Adapters as `peft.PeftModel.from_pretrained` loads them."""
+"""Write LoRA adapters in the format of `peft.PeftModel.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ NAME, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def adapter_source(source: Source) -> Source:
-    """A source whose tensors are the adapters: the base weights are not touched."""
+    """Return a source whose tensors are the adapters, without the base weights."""
     return source.replace(tensors=source.adapters, files=(), checks=(), as_stored=False)
 
 
 class PeftTarget(Target):
-    """A directory of PEFT.
+    """A PEFT adapter directory.
 
-    A weight of megatron-core is several of transformers: each has the same A, and its own rows of B. Modules
-    whose B is zero in every layer are left out: MiniMind adapts q and o alone.
+    One weight of megatron-core corresponds to several of transformers, which share A and have their own rows of B.
+    Modules whose B is zero in every layer are left out, because MiniMind adapts only q and o.
 
     Args:
-        source: with adapters.
-        rank: that the command line gives, or None.
-        alpha: the same.
-        base: the model that the adapters are of, for `base_model_name_or_path`.
+        source: source with adapters.
+        rank: rank of the command line, or None.
+        alpha: alpha of the command line, or None.
+        base: base model, for `base_model_name_or_path`.
 
     Raises:
-        UserError: an adapter is of a weight that no linear layer of transformers has.
+        UserError: an adapter belongs to a weight that is not a linear layer in transformers.
     """
 
     def __init__(self, source: Source, rank: int | None, alpha: float | None, base: Path | None) -> None:
@@ -50,8 +50,8 @@ class PeftTarget(Target):
         odd = [n for n, a in self._adapters.items() if a.rank != self.rank or ".local_experts." in n or "router" in n]
         if odd:
             raise UserError(
-                f"{odd[0]}: PEFT has no place for this adapter (transformers keeps experts in one tensor, and one rank "
-                "is expected everywhere); merge it instead"
+                f"{odd[0]}: PEFT cannot hold this adapter (transformers keeps experts in one tensor, and all modules "
+                "must have the same rank); merge it instead"
             )
         self._left_out: set[str] = set()
         self._slots = self._lay_out()
@@ -59,7 +59,7 @@ class PeftTarget(Target):
         super().__init__(source, kind, sum(slot.nbytes for slot in self._slots.values()))
 
     def _pairs(self, name: str, adapter: Adapter) -> list[tuple[str, Tensor]]:
-        """(module of transformers, its B) of one adapter."""
+        """Return pairs (module of transformers, its B) of one adapter."""
         rule: Rule = self._rules[name]
         parts = rule.to_hf([adapter.b.read()])
         return [(hf.removesuffix(".weight"), part) for hf, part in zip(rule.hf, parts, strict=True)]
@@ -120,7 +120,7 @@ class PeftTarget(Target):
                 return rule.to_mcore([b_of(n, m) for n, m in zip(rule.hf, meta, strict=True)])[0]
             copies = [file.read(k) for n in rule.hf if (k := _key(n.removesuffix(".weight"), "A")) in file.entries]
             if not copies or not all(torch.equal(copies[0], copy) for copy in copies):
-                raise UserError(f"{weight}: its modules' A differ in what was written")
+                raise UserError(f"{weight}: the A of its modules differ in the output")
             return copies[0]
 
         tensors: dict[str, Lazy] = {}
@@ -132,7 +132,7 @@ class PeftTarget(Target):
 
 
 def _kind(module: str) -> str:
-    """`q_proj` of `model.layers.0.self_attn.q_proj`."""
+    """Return `q_proj` for `model.layers.0.self_attn.q_proj`."""
     return module.rsplit(".", 1)[-1]
 
 

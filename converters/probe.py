@@ -1,8 +1,8 @@
-"""`--verify logits`: run the model that was read and the one that was written, and compare.
+"""`--verify logits`: run the source model and the output model, and compare the logits.
 
-Each runs where it belongs: weights of Hugging Face or MiniMind in transformers, those of Megatron in
-megatron-core (one process, on the CPU). Both in fp32, so that what is compared is the weights and not the
-rounding of an attention kernel. The whole model is in memory, twice at most.
+Weights of Hugging Face and MiniMind run in transformers, Megatron's in megatron-core (one process, on the CPU). Both
+run in fp32, so that the comparison shows the weights and not the rounding of attention kernels. The memory holds up to
+two copies of the model.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from minimind_mcore.models.config import ModelConfig
 logger = logging.getLogger(__name__)
 
 BATCH, SEQUENCE, SEED = 2, 64, 20240828
-# Padded heads have another base of the rotary embedding. Its rounding in float32 grows with the position, so that the
-# difference is also printed for a text of 2,048 tokens.
+# Padded heads use another base of the rotary embedding. Its float32 rounding error grows with the position, so the
+# difference is also printed for 2,048 tokens.
 PADDED_SEQUENCE, PADDED_LONG = 512, 2048
-TOLERANCE = 1e-4  # of the largest logit, or of 1 if that is less
+TOLERANCE = 1e-4  # relative to the largest logit, or to 1 if that is smaller
 
 
 def compare_logits(source: Source, target: Target, written: Mapping[str, Lazy], root: Path) -> None:
-    """Print the largest difference.
+    """Log the largest difference of the logits.
 
     Raises:
-        UserError: it is more than rounding.
+        UserError: the difference exceeds rounding errors.
     """
     config = source.config
     padded = isinstance(target, HFTarget) and target.source.config.unpadded_head_dim != config.unpadded_head_dim
@@ -53,7 +53,7 @@ def compare_logits(source: Source, target: Target, written: Mapping[str, Lazy], 
         return run(config, written, ids)
 
     with torch.no_grad():
-        # First what needs transformers: once the CPU is Megatron's device, it leaves buffers unset that it loads.
+        # transformers runs first: once the CPU is Megatron's device, transformers leaves loaded buffers uninitialized.
         if source.kind.startswith("Megatron"):
             found, expected = of_target(), of_source()
         else:
@@ -70,12 +70,12 @@ def compare_logits(source: Source, target: Target, written: Mapping[str, Lazy], 
     )
     if not difference <= limit:
         raise UserError(
-            f"--verify logits: they differ by {difference:.3g}, expected at most {limit:.3g}; nothing is written"
+            f"--verify logits: the logits differ by {difference:.3g}, expected at most {limit:.3g}; nothing is written"
         )
 
 
 def transformers_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: Tensor) -> Tensor:
-    """Of the transformers model with these weights."""
+    """Return the logits of the transformers model with these weights."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_config(config.hf_config()).float().eval()
@@ -93,7 +93,7 @@ def transformers_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: T
 
 
 def directory_logits(root: Path, ids: Tensor) -> Tensor:
-    """Of the model that transformers loads from a directory."""
+    """Return the logits of the model that transformers loads from a directory."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(root)).float().eval()
@@ -102,7 +102,7 @@ def directory_logits(root: Path, ids: Tensor) -> Tensor:
 
 
 def megatron_logits(config: ModelConfig, tensors: Mapping[str, Lazy], ids: Tensor) -> Tensor:
-    """Of the megatron-core model with these weights."""
+    """Return the logits of the megatron-core model with these weights."""
     from minimind_mcore.converters.megatron import single_process
 
     with single_process():

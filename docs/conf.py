@@ -1,14 +1,15 @@
 """The documentation site: one build for each SITE_LANGUAGE, en or zh. docs/build.sh runs both.
 
 A Chinese page is PAGE_zh.md next to PAGE.md. Its document name is PAGE in both builds, so that a page has the same
-address under en/ and zh/. The pages are also read on the repository's website, so they hold no directives of Sphinx:
-the links of index.md and of the pages that it names make the navigation.
+address under en/ and zh/. The pages are also read on the repository's website, so they hold no directives of Sphinx
+except those of chapters.py: the links of index.md and of the pages that it names make the navigation.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))  # for chapters.py and messages.py
 CHINESE = os.environ.get("SITE_LANGUAGE") == "zh"
 SUFFIX = "_zh.md" if CHINESE else ".md"
 
 project = "MiniMind on Megatron"
 author = copyright = "MiniMind on Megatron"
 language = "zh_CN" if CHINESE else "en"
-extensions = ["myst_parser", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx_copybutton", "chapters"]
 source_suffix = {SUFFIX: "markdown"}
 include_patterns = ["*_zh.md"] if CHINESE else ["*.md"]
 exclude_patterns = [] if CHINESE else ["*_zh.md"]
@@ -34,7 +36,7 @@ html_title = project
 html_favicon = "images/icon.svg"
 html_show_sourcelink = False
 html_sidebars = {"**": ["sidebar-nav-bs"], "index": [], "start": []}
-html_static_path = ["images"]
+html_static_path = ["images", "figures"]
 templates_path = ["templates"]
 html_theme_options = {
     "navbar_end": ["language", "theme-switcher"],
@@ -73,6 +75,10 @@ def read(app: Sphinx, page: str, source: list[str]) -> None:
     text = re.sub(r" ?\[(?:English|中文)\]\(\w+\.md\)", "", source[0], count=1)
     text = re.sub(r"\[\w+\.md\](?=\(\w+\.md)", "[]", text)  # MyST shows the title of the page or the heading
     text = re.sub(r"(?<=[\u4e00-\u9fff，。；：、）]) *\n {0,3}(?=[\u4e00-\u9fff（“])", "", text)
+    if page == "errors":
+        import messages
+
+        text += "\n" + messages.render("zh" if CHINESE else "en")
     if below := navigation().get(page):
         text += "\n```{toctree}\n:hidden:\n\n" + "\n".join(below) + "\n```\n"
     source[0] = text

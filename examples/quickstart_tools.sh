@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Teach the model of the quickstart to call tools, on a CPU: choose one of three, and copy its arguments.
+# Teach the quickstart's model to call tools, on a CPU: to choose one of three tools, and to copy its arguments.
 #
 #   bash examples/quickstart.sh && bash examples/quickstart_tools.sh
 #
-# The model of 1.7M parameters is fine-tuned on dialogues that call a tool, and on lists that it repeats. Then it gets
-# 300 questions whose towns and numbers occur in no dialogue. The share of calls whose tool and arguments are exact is
-# printed before and after. Ends with 1 if fewer than LEAST are exact. The same command again skips what is finished.
+# The model is fine-tuned on dialogues that call a tool, and on lists to repeat. The 300 test questions use towns and
+# numbers that occur in no training text. The share of exact calls is printed before and after. The exit status is 1 if this
+# share is below LEAST. Run the same command again to skip finished stages.
 #
 # QUICKSTART_TOOL_ITERS    iterations of the first round (default 1000)
-# QUICKSTART_TOOL_MORE_ITERS   of the second, at a lower learning rate (default 700)
-# QUICKSTART_TOOL_SEED     seed of the training (default 42); each seed has a directory of its own
-# LEAST                    share of the calls that must be exact (default 0.8)
+# QUICKSTART_TOOL_MORE_ITERS   iterations of the second round, at a lower learning rate (default 700)
+# QUICKSTART_TOOL_SEED     seed of the training (default 42); each seed has its own directory
+# LEAST                    required share of exact calls (default 0.8)
 # OUTPUT_DIR DATA_DIR      as in quickstart.sh
 # common.sh has the settings of device and processes; here DEVICE is cpu unless it is given.
 export DEVICE=${DEVICE:-cpu}

@@ -1,9 +1,9 @@
-"""Megatron's flags are the interface.
+"""The command line of training: Megatron's flags.
 
-The parser knows every flag of MindSpeed-LLM's programs (`inputs/flags.py`). What the native engine does with a flag is
-one of three things: it implements the flag (perhaps for some values only), it ignores the flag without effect (a kernel
-of another device, say; these are named once in the log), or it refuses the flag because ignoring it would change what
-is trained.
+The parser accepts every flag of MindSpeed-LLM's programs (`inputs/flags.py`). The native engine treats a flag in one of
+three ways. It implements the flag, possibly only for some values. Or it ignores the flag because it has no effect, such
+as a kernel of another device; ignored flags are logged once. Or it refuses the flag, because ignoring it would change
+the training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minimind_mcore.inputs.flags import (
 from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.models.config import NO_EXPERTS, named_router_weight, router_weight_flags
 
-# The dests of flags; inputs/support.json has the table.
+# Dests of flags, from the table in inputs/support.json.
 IMPLEMENTED, NO_EFFECT = support("pretrain_gpt.py", "implemented"), support("pretrain_gpt.py", "no effect")
 POSTTRAIN, POSTTRAIN_NO_EFFECT = support("posttrain_gpt.py", "implemented"), support("posttrain_gpt.py", "no effect")
 STAGES = ("sft", "dpo", "reason", "distill")
@@ -34,7 +34,7 @@ DPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
 
 def _add_flags(parser: Parser, posttrain: bool) -> None:
-    """Add the flags that neither Megatron nor MindSpeed-LLM has, and the stages and losses of MiniMind."""
+    """Add the flags that only this kit has, and the stages and losses of MiniMind."""
     unpickling.add_trust_flag(add_kit_flags(parser, "pretrain_gpt.py"))
     if posttrain:
         parser.set_choices("stage", STAGES)
@@ -44,7 +44,7 @@ def _add_flags(parser: Parser, posttrain: bool) -> None:
 
 @functools.cache
 def kit_flags() -> tuple[str, ...]:
-    """The flags that this kit's training programs have and MindSpeed-LLM's do not."""
+    """Return the flags of this kit's training programs that MindSpeed-LLM's programs lack."""
     parser = build_parser()
     _add_flags(parser, posttrain=True)
     return tuple(f for action in parser._actions for f in action.option_strings if f not in flag_table())
@@ -61,11 +61,11 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
     """Parse a command line of pretrain_gpt.py, or of posttrain_gpt.py.
 
     Returns:
-        A namespace with every flag of Megatron and MindSpeed-LLM (checkpoints carry it, as theirs do)
-        and ours; `no_effect` lists the given flags that do nothing here.
+        A namespace with every flag of Megatron and MindSpeed-LLM (stored in checkpoints, as in MindSpeed-LLM) and of
+        this kit. `no_effect` lists the given flags that are ignored.
 
     Raises:
-        UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
+        UserError: a flag is unknown or not implemented, or has a value of the wrong type.
     """
     args, given = training_parser(posttrain).parse(argv)
     table = flag_table()
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
 
 
 def _refuse_values(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a value that the native engine does not have; the others would train something else."""
+    """Raise a `UserError` for values that the native engine lacks, because other values would change the training."""
     flags = {record["dest"]: flag for flag, record in flag_table().items()}
     for dest, supported in supported_values().items():
         found = getattr(args, dest)
@@ -104,7 +104,7 @@ def _refuse_values(args: argparse.Namespace) -> None:
 
 
 def fill_model(args: argparse.Namespace) -> None:
-    """What some flags of the model say through others, as Megatron and MindSpeed-LLM read them."""
+    """Set model flags that follow from other flags, as Megatron and MindSpeed-LLM do."""
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"
     if args.vocab_size is not None and args.padded_vocab_size is None:

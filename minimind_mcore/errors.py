@@ -1,10 +1,11 @@
-"""The one exception for what a user can put right, and how a program ends on it."""
+"""The exception for errors that a user can fix, and how a program ends with it."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import errno
+import io
 import logging
 import os
 import select
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 from minimind_mcore import log
@@ -20,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class UserError(Exception):
-    """Something the user gave or owns is wrong.
+    """An input or a resource of the user is wrong.
 
-    The message names the thing, what was found, what was expected, and what to do. Programs print
+    The message names the thing, the value found, the value expected, and what to do. Programs print
     it without a traceback and exit with status 1.
     """
 
@@ -33,6 +35,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def shown(value: object) -> str:
+    """Return a value for a message, cut at 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str], begin: str = "; did") -> str:
     """Return the end of a message about an unknown name: "; did you mean X?", or nothing if no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
@@ -41,7 +49,7 @@ def did_you_mean(name: str, known: Iterable[str], begin: str = "; did") -> str:
 
 @contextlib.contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Put the path of what is read before the message of a `UserError` that does not name it."""
+    """Put the path of the file in front of the message of a `UserError` that does not name it."""
     try:
         yield
     except UserError as error:
@@ -50,14 +58,45 @@ def naming(path: object) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
-VERDICT = "MINIMIND_VERDICT"  # variable with the file in which a rank tells the launcher what ended the run
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
+VERDICT = "MINIMIND_VERDICT"  # variable with the file in which a rank tells the launcher the reason of the end
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stops_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread and in child processes started meanwhile, until their `run`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def stops_handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Call `handler` for SIGINT and SIGTERM during the block."""
+    before = {number: signal.signal(number, handler) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def last_error(stderr: str, status: int) -> str:
+    """Return the error that a program of the kit printed last: from "error:" on, else the last three lines."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    start = next((n for n, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 3))
+    return "\n".join(lines[start:]).removeprefix("error: ") or f"exit status {status}"
 
 
 def tell_launcher(problem: str) -> None:
-    """Say what ended a run: to the launcher of this kit, which prints it last, or on stderr where there is none.
+    """Report why a run ended: to this kit's launcher, which prints the message last, or on stderr without a launcher.
 
-    The first rank to say something is heard.
+    Only the first message of all ranks is used.
     """
     file = os.environ.get(VERDICT)
     try:
@@ -68,19 +107,22 @@ def tell_launcher(problem: str) -> None:
     except FileExistsError:
         return
     except OSError:
-        pass  # the launcher is gone, and its directory with it
+        pass  # the launcher and its directory no longer exist
     logger.error(problem)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a `UserError`, or a full disk, becomes one message on stderr and exit status 1.
+    """Run a program's `main`. A `UserError` or a full disk becomes one message on stderr and exit status 1.
 
-    Ctrl-C becomes one message and exit status 130. Where the reader of stdout has ended, as in `... | head`, the exit
+    Ctrl-C becomes one message and exit status 130. If the reader of stdout has closed it, as in `... | head`, the exit
     status is 141.
     """
     try:
         try:
             _set_up_log()
+            # A parent may have blocked the signals (`stops_blocked`), because Python can lose a signal during its
+            # start.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             main()
         finally:
             sys.stdout.flush()
@@ -89,15 +131,16 @@ def run(main: Callable[[], None]) -> None:
         _exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         problem = str(error)
-        if isinstance(error, OSError):  # of a file whose writer does not know what else to say, or of stdout
+        if isinstance(error, OSError):  # a write without its own error handling, or stdout
             if error.errno == errno.EPIPE and _stdout_is_closed():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
                 _exit(128 + signal.SIGPIPE)
             if error.errno not in NO_SPACE:
                 raise
             problem = f"{error.filename or 'an output file'}: {error.strerror}. Free some space, or raise the limit"
         if os.environ.get("RANK", "0") != "0":
-            # Most errors are every rank's: the launcher then ends this one before it says what rank 0 has said.
+            # Most errors occur on every rank. The launcher must be able to end this rank, to print the message of rank
+            # 0.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         logger.error(problem)
@@ -105,6 +148,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _set_up_log() -> None:
+    # A locale without Chinese must not end a run whose model answers in Chinese.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         log.setup()
     except ValueError as error:
@@ -112,7 +158,7 @@ def _set_up_log() -> None:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Return whether stdout is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -123,5 +169,5 @@ def _exit(status: int) -> NoReturn:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(status)  # among other ranks an orderly exit can wait for them for ever
+        os._exit(status)  # a normal exit can wait for other ranks for ever
     sys.exit(status)

@@ -1,21 +1,22 @@
-"""The hosts of a job and how they reach each other, from the environment: for the scripts, and for the doctor.
+"""The hosts of a job and the network between them, from the environment: for the scripts, and for the doctor.
 
-    python -m minimind_mcore.hosts npu [--dry-run]      # of a job on NPUs; a line NAME=VALUE for each setting
+    python -m minimind_mcore.hosts npu [--dry-run]      # for a job on NPUs; prints NAME=VALUE per setting
 
-    HOSTFILE     a file with a host a line, the first the master; what follows a name, as in "node1 slots=8  # rack 3",
-                 is not used. It stands for the next three, of which NODE_RANK and MASTER_ADDR still win.
+    HOSTFILE     a file with one host per line, the first is the master. Text after a name, as in
+                 "node1 slots=8  # rack 3", is ignored. It replaces the next three, but NODE_RANK and MASTER_ADDR
+                 take precedence if set.
     NNODES       number of hosts (default 1)
-    NODE_RANK    of this host, 0 to NNODES - 1 (default 0)
+    NODE_RANK    number of this host, 0 to NNODES - 1 (default 0)
     MASTER_ADDR  address of the host with NODE_RANK 0
-    MASTER_PORT  default 29500; on a single host a free one, so that two runs there do not meet
+    MASTER_PORT  default 29500; on a single host a free port, so that two runs there do not collide
 
-HCCL, which connects NPUs, and gloo, which connects processes, each choose an interface by themselves, and on a host
-with several (docker0, a management network) not always the same: then every rank waits for the others until a timeout.
-So, for a job on the NPUs of several hosts, the interface that leads to MASTER_ADDR is named to both.
+HCCL connects NPUs, and gloo connects processes. Each chooses a network interface itself. On a host with several
+interfaces (docker0, a management network) the choices can differ, and then every rank waits for the others until a
+timeout. Therefore both get the interface that leads to MASTER_ADDR in a job on the NPUs of several hosts.
 
-    HCCL_SOCKET_IFNAME  interface of HCCL's handshake, in its notation (see `matching`)
-    GLOO_SOCKET_IFNAME  that of gloo: names
-    HCCL_IF_IP          this host's address on it
+    HCCL_SOCKET_IFNAME  interface of HCCL's handshake, in HCCL's notation (see `matching`)
+    GLOO_SOCKET_IFNAME  interfaces of gloo: names
+    HCCL_IF_IP          this host's address on the interface
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 @dataclass(frozen=True)
 class Hosts:
-    """How many hosts, which this one is, and where the first is reached."""
+    """The number of hosts, the number of this host, and the address of the first."""
 
     count: int
     rank: int
@@ -55,10 +56,10 @@ class Hosts:
 
 
 def read(environ: Mapping[str, str]) -> Hosts:
-    """The hosts that HOSTFILE, NNODES, NODE_RANK and MASTER_ADDR describe.
+    """Return the hosts that HOSTFILE, NNODES, NODE_RANK and MASTER_ADDR describe.
 
     Raises:
-        UserError: they contradict each other, or do not tell which of the hosts this one is.
+        UserError: the settings contradict each other, or do not determine the number of this host.
     """
     listed = read_hostfile(Path(environ["HOSTFILE"])) if environ.get("HOSTFILE") else []
     count = _number(environ, "NNODES", len(listed) or 1)
@@ -70,7 +71,7 @@ def read(environ: Mapping[str, str]) -> Hosts:
     if environ.get("NODE_RANK") or not listed:
         rank = _number(environ, "NODE_RANK", 0)
     else:
-        rank = _place(listed, environ["HOSTFILE"])
+        rank = _index_of_this_host(listed, environ["HOSTFILE"])
     if rank >= count:
         raise UserError(
             f"NODE_RANK={rank}: expected 0 to {count - 1}, a number of its own for each of NNODES={count} hosts"
@@ -85,10 +86,10 @@ def read(environ: Mapping[str, str]) -> Hosts:
 
 
 def read_hostfile(file: Path) -> list[str]:
-    """The hosts of a HOSTFILE, in its order.
+    """Read the hosts of a HOSTFILE, in order.
 
     Raises:
-        UserError: there is no such file, a line is something else, or a host is there twice.
+        UserError: the file does not exist, a line is invalid, or a host is listed twice.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -129,8 +130,8 @@ def _is_address(text: str) -> bool:
     return False
 
 
-def _place(listed: Sequence[str], file: str) -> int:
-    """Which of these hosts this one is; they are resolved only where none has its name."""
+def _index_of_this_host(listed: Sequence[str], file: str) -> int:
+    """Return the index of this host in a list. Names are resolved only if no entry equals this host's name."""
     name = socket.gethostname()
     mine = {name, name.partition(".")[0]} | own_addresses().keys() | ({"localhost"} if len(listed) == 1 else set())
     here = [n for n, host in enumerate(listed) if host in mine]
@@ -149,10 +150,10 @@ def _place(listed: Sequence[str], file: str) -> int:
 
 
 def check_master(hosts: Hosts) -> str:
-    """That the hosts of a job find the first, as far as this one can tell. Returns a doubt, or nothing.
+    """Check that the hosts of a job can find the first host, as far as this host can tell. Return a warning or "".
 
     Raises:
-        UserError: they do not.
+        UserError: they cannot.
     """
     addresses = resolve(hosts.master)
     if not addresses:
@@ -165,20 +166,21 @@ def check_master(hosts: Hosts) -> str:
         return ""
     others = ", ".join(filter(reachable, mine))
     return (
-        f"NODE_RANK=0, but MASTER_ADDR={hosts.master} is no address of this host ({others}): right for a service in "
-        "front of it; else give each host a NODE_RANK of its own, and all of them the address of the one with 0"
+        f"NODE_RANK=0, but MASTER_ADDR={hosts.master} is not an address of this host ({others}). This is fine behind "
+        "a load balancer. Otherwise set MASTER_ADDR on every host to the address of rank 0, and give each host its "
+        "own NODE_RANK"
     )
 
 
 def resolve(name: str) -> list[str]:
-    """The addresses of a host; empty where nobody knows it."""
+    """Return the addresses of a host. Empty if the name is unknown."""
     with contextlib.suppress(OSError, UnicodeError):
         return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(name, None)))
     return []
 
 
 def own_addresses() -> dict[str, str]:
-    """The addresses of this host, and the interfaces that have them."""
+    """Return the addresses of this host, with their interfaces."""
     return {
         entry.address.partition("%")[0]: name
         for name, entries in psutil.net_if_addrs().items()
@@ -188,16 +190,16 @@ def own_addresses() -> dict[str, str]:
 
 
 def reachable(address: str) -> bool:
-    """Whether other hosts may reach this address: it is not one by which each host means itself."""
+    """Return whether other hosts may reach an address, that is whether it is not a loopback address."""
     return not ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def way_to(name: str) -> tuple[str, str] | None:
-    """This host's interface, and its address there, by which it reaches another (or itself); None if it does not."""
+def route_to(name: str) -> tuple[str, str] | None:
+    """Return the interface and the own address that route to a host, or None without a route."""
     for address in resolve(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            probe.connect((address, PORT))  # of datagrams: nothing is sent
+            probe.connect((address, PORT))  # a datagram socket: no packet is sent
             mine = str(probe.getsockname()[0])
             if mine in (addresses := own_addresses()):
                 return addresses[mine], mine
@@ -205,12 +207,12 @@ def way_to(name: str) -> tuple[str, str] | None:
 
 
 def matching(given: str, there: Sequence[str], prefix: bool) -> list[str]:
-    """The interfaces that HCCL_SOCKET_IFNAME's notation names: `eth` by prefix, `=eth0` exactly, `^` all others.
+    """Return the interfaces that match HCCL_SOCKET_IFNAME: `eth` is a prefix, `=eth0` is exact, `^` negates.
 
     Args:
-        given: names with commas between them.
-        there: the interfaces of this host.
-        prefix: False for names that are always meant exactly, as gloo's are.
+        given: names separated by commas.
+        there: interfaces of this host.
+        prefix: False for names that are always exact, as gloo's.
     """
     exclude, rest = given.startswith("^"), given.removeprefix("^")
     exact, rest = rest.startswith("=") or not prefix, rest.removeprefix("=")
@@ -220,9 +222,9 @@ def matching(given: str, there: Sequence[str], prefix: bool) -> list[str]:
 
 
 def connected() -> dict[str, bool]:
-    """The interfaces of this host that are up and have an address, and whether other hosts may reach them by it.
+    """Return the interfaces of this host that are up and have an address, and whether other hosts may reach them.
 
-    An IPv6 address of the link alone (fe80::), as each interface gives itself, counts as none.
+    A link-local IPv6 address (fe80::), which every interface has, does not count.
     """
     up = [name for name, stats in psutil.net_if_stats().items() if stats.isup]
     addresses = [
@@ -233,10 +235,10 @@ def connected() -> dict[str, bool]:
     return {name: any(reachable(a) for other, a in addresses if other == name) for name, _ in addresses}
 
 
-def _for_gloo(given: str, fitting: Sequence[str], way: str) -> str:
-    """Of the interfaces that fit HCCL_SOCKET_IFNAME the one for gloo, which takes names alone: `way`, if that is one.
+def _for_gloo(given: str, fitting: Sequence[str], preferred: str) -> str:
+    """Choose gloo's interface among those that match HCCL_SOCKET_IFNAME: `preferred` if it is one of them.
 
-    The loopback, which fits `^docker` too, only where it is named.
+    The loopback, which `^docker` matches too, is chosen only if it is named.
     """
     there = connected()
     usable = [name for name in fitting if there.get(name)]
@@ -248,51 +250,52 @@ def _for_gloo(given: str, fitting: Sequence[str], way: str) -> str:
             f"hosts reach; expected one of {', '.join(name for name, reached in there.items() if reached) or 'these'} "
             "(`ip -br addr` lists them)"
         )
-    return way if way in usable else usable[0]
+    return preferred if preferred in usable else usable[0]
 
 
 def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
-    """What HCCL and gloo are told in a job on the NPUs of several hosts: of what is given and what leads to the master.
+    """Return the settings of HCCL and gloo for a job on the NPUs of several hosts, from given ones and the master's
+    route.
 
     Raises:
-        UserError: an interface or address that is given is not there, or none leads to the master.
+        UserError: this host lacks a given interface or address, or has no route to the master.
     """
     there = [name for _, name in socket.if_nameindex()]
     hccl, gloo = environ.get("HCCL_SOCKET_IFNAME", ""), environ.get("GLOO_SOCKET_IFNAME", "")
-    way, address = way_to(hosts.master), environ.get("HCCL_IF_IP", "")
+    route, address = route_to(hosts.master), environ.get("HCCL_IF_IP", "")
     if address and address not in own_addresses():
         mine = ", ".join(filter(reachable, own_addresses()))
-        raise UserError(f"HCCL_IF_IP={address} is no address of this host ({mine}); it differs from host to host")
+        raise UserError(f"HCCL_IF_IP={address} is not an address of this host ({mine}); it differs from host to host")
     if hccl:
         fitting = matching(hccl, there, prefix=True)
         if not fitting:
             raise UserError(f"HCCL_SOCKET_IFNAME={hccl} matches no interface of this host; it has {', '.join(there)}")
-        gloo = gloo or _for_gloo(hccl, fitting, way[0] if way else "")
+        gloo = gloo or _for_gloo(hccl, fitting, route[0] if route else "")
     elif not gloo:
-        if way is None or not reachable(way[1]):
-            found = (
-                f"is this host itself ({way[1]}), to every host" if way else "is reached from no interface of this host"
-            )
+        if route is None or not reachable(route[1]):
+            found = "is reached from no interface of this host"
+            if route:
+                found = f"is this host itself ({route[1]}), to every host"
             raise UserError(
                 f"MASTER_ADDR={hosts.master} {found}; give the address by which the others reach it, or set "
                 f"HCCL_SOCKET_IFNAME to the interface that leads there, of {', '.join(there)}"
             )
-        gloo, address = way[0], address or way[1]
+        gloo, address = route[0], address or route[1]
     if missing := [name for name in gloo.split(",") if name not in there]:
         raise UserError(
             f"GLOO_SOCKET_IFNAME={gloo}: this host has no interface {', '.join(missing)}; it has {', '.join(there)}"
         )
-    # `=`, where another interface begins like this one
+    # `=` if another interface has this name as a prefix
     hccl = hccl or (gloo if matching(gloo, there, prefix=True) == gloo.split(",") else f"={gloo}")
     named = {"HCCL_SOCKET_IFNAME": hccl, "GLOO_SOCKET_IFNAME": gloo, "HCCL_IF_IP": address}
     return {name: value for name, value in named.items() if value}
 
 
 def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
-    """MASTER_PORT, or one in its place.
+    """Return MASTER_PORT, or a port to use instead.
 
     Raises:
-        UserError: it is no port.
+        UserError: the value is not a port.
     """
     given = environ.get("MASTER_PORT")
     if given:
@@ -303,7 +306,7 @@ def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
 
 
 def open_local(request: str | Request, timeout: float) -> HTTPResponse:
-    """Send a request to a server of this host. The proxy of http_proxy, which cannot reach it, is not used.
+    """Send a request to a server on this host. The proxy of http_proxy is ignored, because it cannot reach this host.
 
     Raises:
         OSError: nothing answers, or the answer is an error.
@@ -324,10 +327,10 @@ def health(url: str, timeout: float) -> int | None:
 
 
 def is_marked(pid: int, variable: str, mark: str) -> bool:
-    """Whether a process of this host runs, with this value of a variable in its environment.
+    """Return whether a process of this host runs and has this value of an environment variable.
 
-    Another process may have got the number of the process: the mark tells. The time of its start does not, because it
-    changes when the system's clock is set.
+    Another process may have got the same id, so the variable identifies the process. The start time does not, because
+    it changes when the system's clock is set.
     """
     try:
         process = psutil.Process(pid)
@@ -337,12 +340,12 @@ def is_marked(pid: int, variable: str, mark: str) -> bool:
 
 
 def in_url(host: str) -> str:
-    """Return a host as URLs have it: an IPv6 address in brackets."""
+    """Return a host in URL form: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def free_port() -> int:
-    """A port of this host that nothing listens on now."""
+    """Return a port of this host on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -368,7 +371,7 @@ def port_errors(address: str, number: str) -> Iterator[None]:
 
 
 def _user_of(number: str) -> str:
-    """Who listens on a port, as far as this user may know."""
+    """Describe the process that listens on a port, if this user may see it."""
     with contextlib.suppress(psutil.Error, OSError):
         for entry in psutil.net_connections("tcp"):
             if entry.status == psutil.CONN_LISTEN and entry.laddr and str(entry.laddr.port) == number and entry.pid:
@@ -377,17 +380,17 @@ def _user_of(number: str) -> str:
 
 
 def runs(process: int) -> bool:
-    """Whether a process of this host runs, and is not a zombie."""
+    """Return whether a process of this host runs and is not a zombie."""
     with contextlib.suppress(psutil.Error):
         return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
     return False
 
 
 def named(hosts: Hosts, ascend: bool, dry: bool) -> dict[str, str]:
-    """Return the variables that name the interfaces of a job on several Ascend hosts, and say which.
+    """Return the variables that select the interfaces of a job on several Ascend hosts, and log them.
 
     Raises:
-        UserError: the job would fail on this host. A dry run, which may be made on another host, only says so.
+        UserError: the job would fail on this host. A dry run only warns, because it may run on another host.
     """
     found: dict[str, str] = {}
     if hosts.count > 1:

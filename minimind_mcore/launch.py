@@ -27,19 +27,19 @@ logger = logging.getLogger("minimind_mcore.launch")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run torchrun with the arguments of a command line.
 
-    Exits with status 1 if a rank fails, and with 128 + the signal's number if one ended the job.
+    Exits with status 1 if a rank fails, and with 128 + the signal's number if a signal ended the job.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     processes = run.parse_args(arguments).nproc_per_node  # type: ignore[no-untyped-call]
-    # torchrun would give every process one thread, whatever the machine.
+    # torchrun would set one thread per process on any machine.
     threads = usable_cores() // int(processes) if processes.isdigit() else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    # A signal asks the ranks to save: a step on a CPU and a large checkpoint may take longer than torchrun's 30 s.
+    # A signal asks the ranks to save. A step on a CPU plus a large checkpoint can exceed torchrun's 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
-    if hangup_ignored():  # torchrun would answer SIGHUP, and end the run, even under nohup
+    if hangup_ignored():  # torchrun would handle SIGHUP and end the run, even under nohup
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[LAUNCHER] = str(os.getpid())  # ranks stop when this process is gone
+    os.environ[LAUNCHER] = str(os.getpid())  # ranks stop when this process ends
     with tempfile.TemporaryDirectory(prefix="minimind-") as folder:
         os.environ[errors.VERDICT] = str(Path(folder) / "verdict")
         sys.exit(_launch(arguments))
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _launch(arguments: list[str]) -> int:
     """Run torchrun; returns the exit status."""
     given = run.parse_args(arguments)  # type: ignore[no-untyped-call]
-    # torchrun would listen on some port, and tell its ranks 0, which none of them can reach.
+    # torchrun would listen on a random port but tell its ranks port 0, which they cannot reach.
     if given.master_port == 0:
         if given.nnodes not in ("1", "1:1"):
             logger.error("--master-port 0: several hosts need the same port, as 29500 (MASTER_PORT)")
@@ -63,21 +63,21 @@ def _launch(arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _failed(rank, failure)
-    except SignalException as error:  # it has passed the signal on, and waited for the ranks to save
+    except SignalException as error:  # torchrun has forwarded the signal and waited for the ranks to save
         logger.info(f"stopped by {error.sigval.name}")
         return 128 + error.sigval
     return 0
 
 
 def _failed(rank: int, failure: ProcessFailure) -> int:
-    """Log what ended the run, as the last line. Return the exit status: 128 + the signal's number, or 1."""
+    """Log why the run ended, as the last line. Return the exit status: 128 + the signal's number, or 1."""
     verdict = Path(os.environ[errors.VERDICT])
-    if verdict.is_file():  # a rank knows more than its exit status says
+    if verdict.is_file():  # a rank has reported the reason
         logger.error(verdict.read_text(encoding="utf-8"))
         return 1
     status: int = failure.exitcode
     number = -status if status < 0 else status - 128
-    if number in SIGNALS:  # one rank got it, and all saved
+    if number in SIGNALS:  # one rank got the signal, and all saved
         logger.info(f"stopped by {signal.Signals(number).name}")
         return 128 + number
     how = f"exit status {status}" if status >= 0 else f"signal {failure.signal_name()}"

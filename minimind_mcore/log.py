@@ -1,4 +1,4 @@
-"""The messages of the kit: standard `logging`, below the logger `minimind_mcore`.
+"""Logging of the kit: standard `logging`, below the logger `minimind_mcore`.
 
 A module has `logger = logging.getLogger(__name__)`. Every command calls `setup` before it does anything, through
 `errors.run`; the launcher and the Ray workers call it themselves.
@@ -38,9 +38,9 @@ ON_STDERR = tuple(
 
 
 def rank() -> int:
-    """Return the rank of this process: of its process group, else as torchrun numbered it, else 0.
+    """Return the rank of this process: from its process group, else from torchrun, else 0.
 
-    RANK alone does not count: schedulers such as Kubeflow's set it to the number of the host.
+    RANK alone is ignored, because schedulers such as Kubeflow's set it to the number of the host.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -49,14 +49,14 @@ def rank() -> int:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Filter: rank 0 speaks for all ranks, except about what is wrong."""
+    """Filter records: only rank 0 logs information, every rank logs warnings and errors."""
     return record.levelno >= logging.WARNING or rank() == 0
 
 
 class Console(logging.Handler):
-    """Print records. Unlike `StreamHandler` it finds the streams at each record, as programs and tests replace them.
+    """Prints records. Unlike `StreamHandler` it looks up the streams at each record, because programs replace them.
 
-    Errors of writing are raised: a closed pipe ends the program, and a full disk is reported.
+    Write errors are raised: a closed pipe ends the program, and a full disk is reported.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -89,13 +89,13 @@ def setup() -> None:
 
 
 def warn_once(logger: logging.Logger, text: str) -> None:
-    """Warn about what every rank has found: rank 0 does it for all."""
+    """Log a warning that applies to every rank only on rank 0."""
     if rank() == 0:
         logger.warning(text)
 
 
 def hand_over() -> None:
-    """Leave the kit's messages to the handlers of the root logger, in a program that has set them up."""
+    """Pass the kit's messages to the handlers of the root logger, for programs that configure them."""
     logger = logging.getLogger(KIT)
     logger.handlers.clear()
     logger.propagate = True

@@ -1,4 +1,4 @@
-"""Show how far a long piece of work is: a bar on a terminal, elsewhere a line now and then."""
+"""Show the progress of long work: a bar on a terminal, otherwise a line at intervals."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LINE_SECONDS = 5.0
 
 
 class ProgressBar:
-    """Show bytes done, the speed and the time left.
+    """Shows the bytes done, the speed and the remaining time.
 
     Args:
-        what: is done.
-        total: bytes.
-        before: bytes that an earlier run has done; they do not count for the speed.
+        what: name of the work.
+        total: total number of bytes.
+        before: bytes that an earlier run has done, which do not count for the speed.
     """
 
     def __init__(self, what: str, total: int, before: int = 0) -> None:
@@ -31,15 +31,15 @@ class ProgressBar:
             self._bar = tqdm(total=total, initial=before, unit="B", unit_scale=True, desc=what, dynamic_ncols=True)
 
     def add(self, nbytes: int) -> None:
-        """So many more bytes are done."""
+        """Report `nbytes` more bytes as done."""
         self.show(self._done + nbytes)
 
     def show(self, done: int, tokens: int | None = None) -> None:
-        """Update.
+        """Update the display.
 
         Args:
             done: bytes since the start of this run.
-            tokens: written since then.
+            tokens: tokens written since then.
         """
         self._done, now = done, time.monotonic()
         seconds = max(now - self._start, 1e-9)

@@ -221,12 +221,12 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Where this process makes what becomes `path`: on the same filesystem, hidden, and nobody else's."""
+    """Return this process's temporary path for `path`: hidden, unique, and on the same filesystem."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove what killed processes of this host left of `path`, unfinished."""
+    """Remove temporary files of `path` that killed processes of this host left."""
     prefix = temporary_beside(path).name.removesuffix(str(os.getpid()))
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         owner = left.name.removeprefix(prefix)
@@ -248,7 +248,7 @@ def publish_directory(tmp: Path, path: Path) -> None:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))  # small enough to stay in a core's cache
     with open(path, "rb", buffering=0) as f:
         while count := f.readinto(buffer):
@@ -257,12 +257,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file, as a manifest records them."""
+    """Return size and SHA-256 of a file, for a manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_manifest(directory: Path, entries: dict[str, FileEntry], **about: object) -> None:
-    """Record the files of a directory, by relative name, in its `manifest.json`; and more, by keyword."""
+    """Write `manifest.json` with the files of a directory by relative name, and further entries by keyword."""
     _write_entries(directory / MANIFEST, entries, **about)
 
 
@@ -271,24 +271,24 @@ def _write_entries(manifest: Path, entries: dict[str, FileEntry], **about: objec
 
 
 def record_files(record: Path, files: Sequence[Path]) -> None:
-    """Write a manifest of some files in the directory of `record`, under that name; see `check_manifest`."""
+    """Write a manifest of some files in the directory of `record`, under the name of `record`. See `check_manifest`."""
     _write_entries(record, {file.name: file_entry(file) for file in files})
 
 
 def check_manifest(
     directory: Path, share: int = 0, shares: int = 1, contents: bool = True, name: str = MANIFEST
 ) -> list[str]:
-    """Compare a directory's files with its manifest, or one of `shares` equal shares of them.
+    """Compare a directory's files, or one of `shares` equal shares of them, with the manifest.
 
     Args:
-        directory: of the files.
-        share: which of the shares.
-        shares: their number.
-        contents: hash the files; otherwise presence and size alone.
+        directory: directory of the files.
+        share: number of the share.
+        shares: number of shares.
+        contents: hash the files; otherwise check only existence and size.
         name: file name of the manifest.
 
     Returns:
-        One line per problem (missing, wrong size, wrong digest); empty if all is well.
+        One line per problem (missing, wrong size, wrong digest).
     """
     entries = read_entries(directory / name)
     if entries is None:

@@ -14,12 +14,12 @@ from minimind_mcore.models.config import ModelConfig
 
 
 def validate(args: argparse.Namespace, world_size: int) -> ParallelLayout:
-    """Check a parsed command line and fill in what follows from it, under Megatron's names.
+    """Check a parsed command line, and set the values that follow from it, under Megatron's names.
 
     Raises:
-        UserError: values that contradict each other, the model, or the number of processes.
+            UserError: values contradict each other, the model, or the number of processes.
     """
-    for name, wrong in ranges.problems(args):  # of a namespace that another parser made
+    for name, wrong in ranges.problems(args):  # a namespace of another parser may be out of range
         raise UserError(f"--{name.replace('_', '-')}: {wrong}")
     model = ModelConfig.from_args(args)
     layout = _layout(args, world_size)
@@ -168,7 +168,7 @@ def _fill_weight_decay(args: argparse.Namespace) -> None:
 def _fill_precision(args: argparse.Namespace) -> None:
     require(not (args.bf16 and args.fp16), "--bf16 and --fp16: give one")
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    # As Megatron does: gradients of bf16 weights are summed in fp32.
+    # As in Megatron, gradients of bf16 weights are summed in fp32.
     args.accumulate_allreduce_grads_in_fp32 = args.accumulate_allreduce_grads_in_fp32 or args.bf16
     if args.overlap_param_gather:
         require(args.use_distributed_optimizer, "--overlap-param-gather needs --use-distributed-optimizer")

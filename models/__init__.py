@@ -1,4 +1,4 @@
-"""What MiniMind is: architecture presets, layer spec, weight rules, HF config."""
+"""MiniMind's architecture: presets, layer spec, weight rules, Hugging Face configs."""
 
 if __name__ == "models":
     raise ImportError("import minimind_mcore.models instead of models: a second copy of its classes differs")

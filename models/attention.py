@@ -1,7 +1,8 @@
-"""Core attention through `torch.nn.functional.scaled_dot_product_attention`.
+"""Core attention: the fastest function of the device, with the arguments of megatron-core's.
 
-The flash kernels of CPU and CUDA stand behind it: no scores of size sequence x sequence in memory,
-no mask for the causal case, and grouped key-value heads as they are.
+CUDA uses torch's kernels, an NPU CANN's fused operator, and a CPU `causal_attention`. No scores of size
+sequence x sequence stay in memory. The exception is a CPU with up to 512 positions: `causal_attention` then keeps the
+part of the softmax on and below the diagonal for its backward pass, which is faster than to compute it again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.platform import ascend
-from minimind_mcore.platform.fused.attention import SHORT, causal_attention, scaled_dot_product
+from minimind_mcore.platform.fused.attention import causal_attention, scaled_dot_product
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -30,7 +31,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
     """Drop-in for megatron-core's `DotProductAttention` (0.12 and 0.16), without its memory.
 
     Raises:
-        UserError: on construction, for context parallelism or sliding windows, which it has not.
+        UserError: on construction, for context parallelism or sliding windows, which are not supported.
     """
 
     def __init__(
@@ -66,20 +67,20 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
-            query: [sequence, batch, heads, head_dim], heads of this tensor-parallel rank; a packed
+            query: [sequence, batch, heads, head_dim] with the heads of this tensor-parallel rank. A packed
                 batch has no batch axis: [tokens, heads, head_dim].
-            key: as the query, with its own length and the fewer key-value heads.
-            value: as the key.
-            attention_mask: True where a query may not look, of a shape that broadcasts to
-                [batch, 1, query, key]; None: all, or under a causal type the past and itself. A
-                mask given with type `causal` is the whole truth, as in megatron-core.
-            attn_mask_type: overrides that of the constructor.
+            key: like the query, with its own length and fewer key-value heads.
+            value: like the key.
+            attention_mask: True where a query must not attend, in a shape that broadcasts to
+                [batch, 1, query, key]. None: no mask, or the causal mask for a causal type. With type `causal` a
+                given mask replaces the causal mask, as in megatron-core.
+            attn_mask_type: overrides the type of the constructor.
             attention_bias: not supported.
-            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens; on the CPU, as every
-                layer reads it and would else wait for the device.
+            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens. On the CPU, because every
+                layer reads the values and would otherwise synchronize with the device.
 
         Returns:
             [sequence, batch, heads * head_dim], or [tokens, heads * head_dim].
@@ -91,7 +92,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
             return self._packed(query, key, value, packed_seq_params, mask_type)
         if attention_mask is None and mask_type in _CAUSAL and query.shape[0] == key.shape[0] and ascend.operators():
             return self._fused(query, key, value)
-        if attention_mask is None and mask_type in _CAUSAL and self._short_on_cpu(query, key):
+        if attention_mask is None and mask_type in _CAUSAL and self._plain_on_cpu(query, key):
             return causal_attention(query, key, value, self.scale).flatten(2)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -99,10 +100,10 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         out = self._attend(query, key, value, mask, is_causal)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _short_on_cpu(self, query: Tensor, key: Tensor) -> bool:
+    def _plain_on_cpu(self, query: Tensor, key: Tensor) -> bool:
         dropout = self.dropout if self.training else 0.0
-        plain = query.dtype == torch.float32 and dropout == 0.0 and query.shape[0] == key.shape[0]
-        return plain and query.device.type == "cpu" and 1 < query.shape[0] <= SHORT
+        plain = query.dtype in (torch.float32, torch.bfloat16) and dropout == 0.0
+        return plain and query.device.type == "cpu" and 1 < query.shape[0] == key.shape[0]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -112,7 +113,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
     def _mask(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None, mask_type: AttnMaskType
     ) -> tuple[Tensor | None, bool]:
-        """The mask in torch's sense (True: may look), and whether it is the plain causal one."""
+        """Return the mask in torch's convention (True: may attend), and whether it is the plain causal mask."""
         length, keys = query.shape[2], key.shape[2]
         if attention_mask is None:
             if mask_type not in _CAUSAL or length == 1:
@@ -126,7 +127,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         return allowed, False
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any, mask_type: AttnMaskType) -> Tensor:
-        """One call per sequence: each is as long as it is, and nothing crosses a boundary."""
+        """Run one call per packed sequence, each with its own length, so that no attention crosses a boundary."""
         out, ends = [], packed.cu_seqlens_q.tolist()
         if mask_type in _CAUSAL and ascend.operators():
             return self._fused(query, key, value, ends[1:])
@@ -141,7 +142,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
             return ascend.causal_attention(query, key, value, self.scale, dropout, ends)
 
     def _rng(self, dropout: float) -> AbstractContextManager[None]:
-        """Under tensor parallelism, each rank drops in its own heads: another random stream."""
+        """Under tensor parallelism each rank drops in its own heads, so it uses its own random stream."""
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         tracker: Any = tensor_parallel.get_cuda_rng_tracker()
@@ -150,5 +151,5 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
 
 
 def _causal_mask(length: int, keys: int, device: torch.device) -> Tensor:
-    """[length, keys]: the last query sees every key."""
+    """Return [length, keys], in which the last query attends to every key."""
     return torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)

@@ -1,14 +1,13 @@
-"""One frozen description of a MiniMind architecture, and what follows from it.
+"""The frozen configuration of a MiniMind architecture, and the values derived from it.
 
     >>> from minimind_mcore.models.presets import get_preset
     >>> get_preset("minimind3").num_parameters()
     63912192
 
-A `ModelConfig` covers every generation: MiniMind2 is a Llama, minimind-3 a Qwen3 (it adds the
-norms on queries and keys), and either may replace its MLP by a mixture of experts. It gives the
-megatron-core `TransformerConfig`, the Megatron flags and the transformers config, and can be read
-back from the last two. Importing this module imports neither torch nor megatron nor transformers,
-because the shell scripts call it.
+A `ModelConfig` covers every generation: MiniMind2 is a Llama, minimind-3 is a Qwen3 (with norms on queries and keys),
+and both can replace the MLP by a mixture of experts. A `ModelConfig` converts to megatron-core's `TransformerConfig`,
+to Megatron flags and to a transformers config, and can be read back from the last two. This module imports neither
+torch nor megatron nor transformers, because shell scripts call it and must start fast.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
 RouterWeight = Literal["normalized", "softmax", "straight_through"]
 ROUTER_WEIGHTS: tuple[RouterWeight, ...] = get_args(RouterWeight)
 _SPEC_MODULE = "minimind_mcore.models.minimind_spec"
-# `--spec` of MiniMind's layer. The second one is how MindSpeed-LLM, whose arguments have no router weight, trains
-# `straight_through`; its checkpoints carry `--spec`.
+# Values of `--spec`. The second layer spec makes MindSpeed-LLM, whose arguments have no router weight, train
+# `straight_through`. Its checkpoints store `--spec`.
 LAYER_SPEC = [_SPEC_MODULE, "layer_spec"]
 STRAIGHT_THROUGH_SPEC = [_SPEC_MODULE, "straight_through_layer_spec"]
 NO_EXPERTS = "--router-weight: the model has no experts (--num-experts); leave the flag out (ROUTER_WEIGHT)"
-# Names of the fields in the table of ranges.
+# Names of the fields in the table of ranges (`inputs/ranges.py`).
 _MODEL_FIELDS = {
     "vocab_size": "padded_vocab_size",
     "hidden_size": "hidden_size",
@@ -70,24 +69,24 @@ class MoEConfig:
     """The mixture of experts that replaces the MLP of every layer.
 
     Scores are a softmax over all experts. Each token goes to its `topk` best experts. No token is dropped.
-    A shared expert, if any, is added for every token with weight 1. `router_weight` is the rule that makes
-    the weights of the experts' outputs from their scores:
+    A shared expert, if any, is added for every token with weight 1. `router_weight` is the rule that computes
+    the weights of the experts' outputs from the scores:
 
-    - `normalized`: the scores divided by their sum. With one expert per token the weight is 1 whatever the
-      score is, so the language-model loss gives the router no gradient.
+    - `normalized`: the scores divided by their sum. With one expert per token the weight is always 1, so the
+      language-model loss gives the router no gradient.
     - `softmax`: the scores.
-    - `straight_through`, for one expert per token only: the weight is 1, its gradient is the score's. The
-      forward pass is that of `normalized`.
-    - None: the source names no rule, and `normalized` is assumed. Training from random weights takes
+    - `straight_through`, only for one expert per token: the weight is 1, with the gradient of the score. The
+      forward pass equals `normalized`.
+    - None: the source names no rule, and `normalized` is assumed. Training from random weights uses
       `default_router_weight`.
 
-    `norm_topk_prob` is the name of transformers and vLLM for the forward pass, and follows from `router_weight`:
-    False is `softmax`.
+    `norm_topk_prob` is the name in transformers and vLLM for the forward pass, and follows from `router_weight`:
+    False means `softmax`.
 
-    The auxiliary loss of a layer is `aux_loss_coeff * E * sum_i f_i P_i`: `f_i` the share of the
-    token-to-expert assignments that expert i got, `P_i` its mean score, both over the micro-batch
-    (`aux_loss`) or over each sequence and then averaged (`seq_aux_loss`). minimind-3 leaves `f_i`
-    undivided by `topk`; its coefficient, multiplied by `topk`, is the one here.
+    The auxiliary loss of a layer is `aux_loss_coeff * E * sum_i f_i P_i`. `f_i` is expert i's share of the
+    token-to-expert assignments, and `P_i` its mean score, both over the micro-batch (`aux_loss`), or over each
+    sequence and then averaged (`seq_aux_loss`). minimind-3 does not divide `f_i` by `topk`, so the coefficient
+    here is minimind-3's coefficient times `topk`.
     """
 
     num_experts: int = 4
@@ -124,11 +123,11 @@ class MoEConfig:
 class ModelConfig:
     """A MiniMind decoder: pre-norm, RMSNorm, SwiGLU, RoPE (rotate-half), grouped queries, no biases.
 
-    Sizes are those of the whole model, whatever the parallel layout. `vocab_size` counts the rows
-    of the embedding. `rope_theta` is an integer because Megatron's `--rotary-base` takes no other.
-    `inference_rope_scaling` is MiniMind's YaRN (`yarn.py`). No flag of Megatron says it: training runs without.
-    `unpadded_head_dim` is the head size that the model was trained with, where its heads are padded with zeros for an
-    engine that has no kernels for that size (`checkpoint/padding.py`).
+    Sizes are those of the whole model in any parallel layout. `vocab_size` is the number of rows of the embedding.
+    `rope_theta` is an integer because Megatron's `--rotary-base` accepts only integers. `inference_rope_scaling`
+    enables MiniMind's YaRN (`yarn.py`). Megatron has no flag for YaRN, and training runs without it.
+    `unpadded_head_dim` is the head size of training, if the heads are padded with zeros for an engine without kernels
+    for that size (`checkpoint/padding.py`).
     """
 
     vocab_size: int = 6400
@@ -164,7 +163,7 @@ class ModelConfig:
     def rotary_base(self) -> float:
         """The base of the rotary embedding over `head_dim`.
 
-        Padded heads keep their frequencies: theta' ^ (-2i / head_dim) is rope_theta ^ (-2i / unpadded_head_dim).
+        Padded heads keep their frequencies: theta' ^ (-2i / head_dim) equals rope_theta ^ (-2i / unpadded_head_dim).
         """
         return math.pow(self.rope_theta, self.head_dim / (self.unpadded_head_dim or self.head_dim))
 
@@ -180,15 +179,15 @@ class ModelConfig:
     # Sizes
 
     def num_parameters(self) -> int:
-        """Parameters of the model, a tied embedding counted once."""
+        """Return the number of parameters. A tied embedding counts once."""
         experts = self.moe.num_experts if self.moe else 1
         return self._embedding_parameters() + self._layer_parameters(experts)
 
     def num_adapter_parameters(self, rank: int, targets: Sequence[str], tp: int = 1, pp: int = 1) -> int:
-        """Parameters of LoRA adapters of that rank on megatron-core's layers of these names.
+        """Return the number of parameters of LoRA adapters with a rank on megatron-core's layers of these names.
 
-        With `tp` and `pp` those of one rank of such a layout: B is cut where the weight's rows are, A where its
-        columns are.
+        With `tp` and `pp` the number is that of one rank in this layout: B is split like the rows of the weight, A like
+        its columns.
         """
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         widths = [self.ffn_hidden_size]
@@ -206,17 +205,17 @@ class ModelConfig:
         return per_layer * self.num_layers // pp
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token uses: all of them, less the experts it is not sent to."""
+        """Return the number of parameters that one token uses, that is without the experts it is not sent to."""
         return self._embedding_parameters() + self._layer_parameters(self.moe.topk if self.moe else 1)
 
     def flops_per_token(self, seq_length: int) -> float:
-        """Floating-point operations of forward and backward for one token, for MFU.
+        """Return the floating-point operations of forward and backward for one token, for MFU.
 
         `6 * (active parameters outside the embedding + vocab * hidden + layers * heads * head_dim * seq)`: two
         operations per multiply-add, and a backward pass of twice the forward's. `vocab * hidden` is the output layer,
-        which computes whether or not its weights are those of the embedding. The last term is the attention: its
-        scores and their product with the values, half of them, as the mask is causal (PaLM, appendix B, counts them
-        in full). Recomputation does not count.
+        which computes even if its weights are tied. The last term is the attention: the scores and their product with
+        the values, both halved because the mask is causal (PaLM, appendix B, counts them in full). Activation
+        recomputation does not count.
         """
         active = self._layer_parameters(self.moe.topk if self.moe else 1)
         attention = self.num_layers * self.num_heads * self.head_dim * seq_length
@@ -226,7 +225,7 @@ class ModelConfig:
         return self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
     def _layer_parameters(self, experts: int) -> int:
-        """Parameters outside the embeddings, with `experts` routed experts per layer."""
+        """Return the number of parameters outside the embeddings, with `experts` routed experts per layer."""
         h, d = self.hidden_size, self.head_dim
         attention = h * d * (2 * self.num_heads + 2 * self.num_kv_heads)
         norms = 2 * h + (2 * d if self.qk_layernorm else 0)
@@ -240,18 +239,18 @@ class ModelConfig:
     # Megatron
 
     def transformer_config(self, **overrides: Any) -> TransformerConfig:
-        """The megatron-core config (imports megatron-core). `overrides` name its fields and win."""
+        """Return the megatron-core config (imports megatron-core). `overrides` replace its fields."""
         from minimind_mcore.models.core_config import transformer_config
 
         self.require_unpadded()
         return transformer_config(self, **overrides)
 
     def megatron_flags(self) -> list[str]:
-        """The Megatron flags of this architecture, in the form of `sys.argv`.
+        """Return the Megatron flags of this architecture, in the form of `sys.argv`.
 
-        All of them are flags of MindSpeed-LLM's training programs, except `--router-weight`: with one expert per
-        token MindSpeed-LLM's flags do not distinguish `normalized` from `straight_through`. They say nothing about
-        the run (layout, precision, batch, `--spec`).
+        All of them are flags of MindSpeed-LLM's training programs, except `--router-weight`: with one expert per token
+        MindSpeed-LLM's flags do not distinguish `normalized` from `straight_through`. The flags do not include settings
+        of a run (layout, precision, batch, `--spec`).
 
         Raises:
             UserError: the heads are padded.
@@ -274,7 +273,7 @@ class ModelConfig:
             "--use-rotary-position-embeddings": True,
             "--rotary-base": self.rope_theta,
             "--max-position-embeddings": self.max_position_embeddings,
-            # Megatron would pad the vocabulary to a multiple of 128 times the TP size.
+            # By default Megatron pads the vocabulary to a multiple of 128 times the TP size.
             "--padded-vocab-size": self.vocab_size,
             "--make-vocab-size-divisible-by": 1,
             "--untie-embeddings-and-output-weights": not self.tie_embeddings,
@@ -288,15 +287,15 @@ class ModelConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelConfig:
-        """The architecture that parsed Megatron flags describe; the inverse of `megatron_flags`.
+        """Return the architecture of parsed Megatron flags. The inverse of `megatron_flags`.
 
         Raises:
-            UserError: a flag asks for what MiniMind's architecture does not have, or is missing.
+            UserError: a flag is missing, or asks for something that MiniMind's architecture lacks.
         """
         for name, expected, flag in _FIXED_ARGS:
             found = getattr(args, name)
             if found != expected:
-                raise UserError(f"{flag}: this flag is needed, as MiniMind has {name}={expected}; found {found}")
+                raise UserError(f"{flag}: this flag is needed, because MiniMind has {name}={expected}; found {found}")
         missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if getattr(args, n) is None]
         if missing:
             raise UserError(f"missing model flags: {', '.join('--' + n.replace('_', '-') for n in missing)}")
@@ -308,7 +307,7 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
             head_dim=args.kv_channels or args.hidden_size // heads,
-            # Megatron's own default under --swiglu.
+            # Megatron's default with --swiglu.
             ffn_hidden_size=args.ffn_hidden_size or args.hidden_size * 8 // 3 // 64 * 64,
             qk_layernorm=args.qk_layernorm,
             norm_eps=args.norm_epsilon,
@@ -321,7 +320,7 @@ class ModelConfig:
     # Hugging Face
 
     def hf_config(self) -> PretrainedConfig:
-        """The transformers config of the model that computes the same (imports transformers)."""
+        """Return the transformers config of the equivalent model (imports transformers)."""
         from minimind_mcore.models.hf_config import to_hf_config
 
         return to_hf_config(self)
@@ -342,12 +341,12 @@ class ModelConfig:
             return cls(**fields, moe=moe and MoEConfig(**moe))
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
 def format_flags(flags: Mapping[str, object]) -> list[str]:
-    """`{"--a": 1, "--b": True, "--c": False, "--d": (2, 3)}` as `["--a", "1", "--b", "--d", "2", "3"]`."""
+    """Return `["--a", "1", "--b", "--d", "2", "3"]` for `{"--a": 1, "--b": True, "--c": False, "--d": (2, 3)}`."""
     argv: list[str] = []
     for flag, value in flags.items():
         if value is True:
@@ -376,8 +375,8 @@ def _moe_flags(moe: MoEConfig) -> dict[str, object]:
         "--num-experts": moe.num_experts,
         "--moe-ffn-hidden-size": moe.ffn_hidden_size,
         "--moe-router-topk": moe.topk,
-        # Without pre-softmax, Megatron's softmax over the selected logits is the normalised form;
-        # it refuses that for a single expert, where `--norm-topk-prob` then normalises.
+        # Without pre-softmax, Megatron's softmax over the selected logits is the normalized form. Megatron refuses that
+        # for a single expert, so there `--norm-topk-prob` normalizes.
         "--moe-router-pre-softmax": moe.topk == 1 or not moe.norm_topk_prob,
         "--norm-topk-prob": moe.norm_topk_prob,
         **({"--router-weight": moe.router_weight} if moe.router_weight and moe.norm_topk_prob else {}),
@@ -388,7 +387,7 @@ def _moe_flags(moe: MoEConfig) -> dict[str, object]:
 
 
 def straight_through_needs_one(topk: int) -> str:
-    """Say that `straight_through` is not for several experts per token."""
+    """Return the error for `straight_through` with several experts per token."""
     return (
         f"router_weight: found straight_through with {topk} experts per token, expected one expert per token; "
         "with several use normalized or softmax (--router-weight)"
@@ -396,11 +395,11 @@ def straight_through_needs_one(topk: int) -> str:
 
 
 def named_router_weight(flags: Mapping[str, Any]) -> RouterWeight | None:
-    """Return the router weight that flags, or the arguments of a checkpoint, name; None if they leave it open.
+    """Return the router weight that flags, or the arguments of a checkpoint, name; None if they do not name one.
 
-    Megatron's flags distinguish `softmax` from the other two rules only, which have the same forward pass.
+    Megatron's flags distinguish only `softmax` from the other two rules, which have the same forward pass.
     """
-    # Checkpoints of other programs and versions lack some of them.
+    # Checkpoints of other programs and versions lack some of these flags.
     named: RouterWeight | None = flags.get("router_weight")
     if named is not None:
         return named
@@ -410,12 +409,12 @@ def named_router_weight(flags: Mapping[str, Any]) -> RouterWeight | None:
 
 
 def default_router_weight(topk: int) -> RouterWeight:
-    """Return the router weight of new training with that many experts per token (docs/models.md has the reason)."""
+    """Return the router weight for training from random weights (docs/models.md gives the reason)."""
     return "straight_through" if topk == 1 else "normalized"
 
 
 def router_weight_flags(rule: RouterWeight, topk: int) -> dict[str, object]:
-    """Return a router weight as parsed flags, with what it means for Megatron's own flags."""
+    """Return a router weight as parsed flags, together with Megatron's flags that it implies."""
     return {
         "router_weight": rule,
         "norm_topk_prob": rule != "softmax",

@@ -1,6 +1,6 @@
-"""`ModelConfig` as megatron-core's `TransformerConfig`, and the `GPTModel` built from it.
+"""Convert a `ModelConfig` to megatron-core's `TransformerConfig`, and build the `GPTModel`.
 
-Imports megatron-core: call `minimind_mcore.platform.device.setup()` first.
+This module imports megatron-core: call `minimind_mcore.platform.device.setup()` first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class MiniMindTransformerConfig(TransformerConfig):  # type: ignore[misc]
-    """megatron-core's config, and the one thing that MiniMind needs and it lacks."""
+    """megatron-core's config with one more field for MiniMind."""
 
     router_weight: RouterWeight = "normalized"
     """How the experts' scores become the weights of their outputs; see `MoEConfig`."""
@@ -31,7 +31,7 @@ _FIELDS = {field.name for field in dataclasses.fields(MiniMindTransformerConfig)
 
 
 def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransformerConfig:
-    """Return the configuration of megatron-core for a model; `overrides` replace its fields."""
+    """Return megatron-core's configuration of a model. `overrides` replace its fields."""
     fields: dict[str, Any] = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -47,10 +47,10 @@ def transformer_config(config: ModelConfig, **overrides: Any) -> MiniMindTransfo
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # Megatron's default refuses sequences of any length, even in a model without experts.
+        # Megatron's default dispatcher refuses variable sequence lengths, even in a model without experts.
         "moe_token_dispatcher_type": "alltoall",
     }
-    if "transformer_impl" in _FIELDS:  # not in 0.12.1, which knows it as a flag only
+    if "transformer_impl" in _FIELDS:  # in 0.12.1 this is only a flag
         fields["transformer_impl"] = "local"
     if moe := config.moe:
         fields |= {
@@ -75,15 +75,15 @@ def build_gpt_model(
     vp_stage: int | None = None,
     parallel_output: bool = True,
 ) -> GPTModel:
-    """This rank's part of the model (one chunk of it under virtual pipeline stages).
+    """Build this rank's shard of the model (one chunk with virtual pipeline stages).
 
     Args:
         config: the architecture.
-        core_config: from `config.transformer_config(...)`.
-        pre_process: the chunk holds the embedding.
-        post_process: the chunk holds the final norm and the output layer.
-        vp_stage: number of the chunk on this rank; megatron-core 0.12.1 reads it from its global state.
-        parallel_output: logits stay split over the vocabulary, as its loss wants them.
+        core_config: result of `config.transformer_config(...)`.
+        pre_process: the chunk has the embedding.
+        post_process: the chunk has the final norm and the output layer.
+        vp_stage: number of the chunk on this rank. megatron-core 0.12.1 reads it from its global state.
+        parallel_output: keep the logits split over the vocabulary, as the parallel loss needs them.
     """
     from minimind_mcore.models.minimind_spec import layer_spec
 
@@ -104,7 +104,7 @@ def build_gpt_model(
         **stage,
     )
     if config.inference_rope_scaling:
-        # megatron-core 0.12.1 has YaRN for multi-head latent attention only.
+        # megatron-core 0.12.1 implements YaRN only for multi-head latent attention.
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary.inv_freq * rotary.inv_freq.new_tensor(yarn.factors(config.head_dim, config.rope_theta))
     return model

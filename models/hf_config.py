@@ -1,4 +1,4 @@
-"""transformers configs and MiniMind's own `config.json`, to and from `ModelConfig`.
+"""Convert transformers configs and MiniMind's own `config.json` to and from `ModelConfig`.
 
 | `ModelConfig`                         | transformers          | MiniMind's own (`model_type: minimind`) |
 |---------------------------------------|-----------------------|------------------------------------------|
@@ -7,9 +7,9 @@
 | qk-norm (minimind-3)                  | Qwen3                 | keys `num_experts`, `head_dim`, ...      |
 | qk-norm, experts                      | Qwen3-MoE             | the same, `use_moe: true`                |
 
-Qwen2-MoE gates its shared expert and adds biases to q, k, v. A gate of zero halves the expert's
-output, so its `down_proj` is stored doubled; the biases are stored as zeros (`weights.py`).
-MiniMind writes the keys of its mixture of experts for dense models too: only `use_moe` tells.
+Qwen2-MoE gates its shared expert and adds biases to q, k, v. A gate logit of zero halves the expert's output, so
+`down_proj` of the expert is stored doubled. The biases are stored as zeros (`weights.py`). MiniMind writes the keys of
+its mixture of experts for dense models too, so only `use_moe` tells whether the model has experts.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 _MODEL_TYPES = ("llama", "qwen3", "qwen2_moe", "qwen3_moe")
 _BOOLS = ("tie_word_embeddings", "use_moe", "norm_topk_prob", "seq_aux", "inference_rope_scaling")
-# As in the table of ranges, but a float with an integer's value will do: transformers writes such.
+# As in the table of ranges, but floats with an integer value are accepted, because transformers writes them.
 _ROPE_THETA = dataclasses.replace(RANGES["rotary_base"], kind=float)
 
 
 def hf_model_type(config: ModelConfig) -> str:
-    """The transformers `model_type` that computes the same: a key of the table above.
+    """Return the transformers `model_type` of the equivalent model: a key of the table above.
 
     Raises:
-        UserError: transformers has no such model.
+        UserError: transformers has no equivalent model.
     """
     if config.moe is None:
         return "qwen3" if config.qk_layernorm else "llama"
@@ -54,12 +54,12 @@ def hf_model_type(config: ModelConfig) -> str:
 
 
 def to_hf_config(config: ModelConfig) -> PretrainedConfig:
-    """Return the configuration of transformers for a model."""
+    """Return the transformers configuration of a model."""
     import transformers
 
     model_type = hf_model_type(config)
     fields = _common_fields(config)
-    # transformers 5 keeps it in `rope_parameters`, and accepts it here as 4 does.
+    # transformers 5 stores the value in `rope_parameters`, but accepts it here as 4 does.
     fields["rope_theta"] = config.rotary_base
     if config.unpadded_head_dim:
         fields["unpadded_head_dim"] = config.unpadded_head_dim
@@ -83,16 +83,16 @@ def to_hf_config(config: ModelConfig) -> PretrainedConfig:
         }
     if model_type == "qwen2_moe":
         assert config.moe is not None
-        # Before 4.50 or so the biases could not be switched off; zeros work in every version.
+        # Versions before about 4.50 cannot switch off the biases. Zeros work in every version.
         fields |= {"shared_expert_intermediate_size": config.moe.shared_ffn_hidden_size, "qkv_bias": True}
     return transformers.AutoConfig.for_model(model_type, **fields)
 
 
 def to_native_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of MiniMind's own `config.json`.
+    """Return the content of MiniMind's own `config.json`.
 
     Raises:
-        UserError: MiniMind's code cannot express this mixture of experts or padded heads.
+        UserError: MiniMind's code does not support this mixture of experts or padded heads.
     """
     config.require_unpadded()
     if config.inference_rope_scaling and config.max_position_embeddings <= yarn.TRAINED_LENGTH:
@@ -140,7 +140,8 @@ def to_native_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _router_weight(moe: MoEConfig | None) -> dict[str, str]:
-    """The key of this kit, where the rule is known. transformers and vLLM read `norm_topk_prob` and keep this one."""
+    """Return this kit's key for the router weight, if known. transformers and vLLM use `norm_topk_prob` and keep the
+    key."""
     return {"router_weight": moe.router_weight} if moe and moe.router_weight else {}
 
 
@@ -163,14 +164,14 @@ def _common_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_fields(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that a config gives; "moe" is None, or the fields of `MoEConfig`.
+    """Return the fields of `ModelConfig` that a config sets. "moe" is None, or the fields of `MoEConfig`.
 
     Args:
         raw: content of the config.
-        name: of the config, for messages.
+        name: name of the config, for messages.
 
     Raises:
-        UserError: the config describes something else than a MiniMind.
+        UserError: the config does not describe a MiniMind.
     """
     reader = _Reader(raw, name)
     model_type = raw.get("model_type")
@@ -189,12 +190,12 @@ def read_fields(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """Keys of a config, with errors that name the file, the key, what was found and expected."""
+    """The keys of a config. Errors name the file, the key, the value found and the value expected."""
 
     def __init__(self, raw: Mapping[str, Any], name: str) -> None:
         self.raw, self.name = raw, name
         for key, field in HF_NAMES.items():
-            if raw.get(key) is not None and not (key == "n_shared_experts" and "n_layers" in raw):  # there a bool
+            if raw.get(key) is not None and not (key == "n_shared_experts" and "n_layers" in raw):  # a bool there
                 self._require(key, problem(field, raw[key]))
         for key in _BOOLS:
             if raw.get(key) is not None and not isinstance(raw[key], bool):
@@ -208,25 +209,25 @@ class _Reader:
             raise UserError(f"{self.name}: {key}: {wrong}")
 
     def get(self, *keys: str) -> Any:
-        """The value of the first of these keys that is there."""
+        """Return the value of the first of these keys that exists."""
         for key in keys:
             if self.raw.get(key) is not None:
                 return self.raw[key]
         raise UserError(f"{self.name}: {keys[0]} is missing")
 
     def expect(self, key: str, expected: object) -> None:
-        """A key that may be absent, but if there must have this value."""
+        """Check that a key is absent or has this value."""
         found = self.raw.get(key)
         if found is not None and found != expected:
             raise UserError(f"{self.name}: {key}: found {found!r}, expected {expected!r}; MiniMind has nothing else")
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """Those of the rotary embedding, in the form of transformers 4 or 5."""
+        """Return the parameters of the rotary embedding, from the form of transformers 4 or 5."""
         return {**(self.raw.get("rope_scaling") or {}), **(self.raw.get("rope_parameters") or {})}
 
     def inference_rope_scaling(self) -> bool:
-        """Whether the config asks for MiniMind's YaRN."""
+        """Return whether the config enables MiniMind's YaRN."""
         parameters, native = self.rope_parameters, self.raw.get("model_type") == "minimind"
         asked = bool(self.raw.get("inference_rope_scaling"))
         kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -240,12 +241,12 @@ class _Reader:
                 f"{self.name}: rope_scaling is {kind!r} and inference_rope_scaling is false: MiniMind's class would "
                 "not scale. Remove rope_scaling, or set inference_rope_scaling to true"
             )
-        if native:  # its class scales only where there are more positions than it was trained for
+        if native:  # MiniMind's class scales only if there are more positions than in training
             return asked and bool(self.get("max_position_embeddings") > yarn.TRAINED_LENGTH)
         return asked or kind != "default"
 
     def rope_theta(self) -> int:
-        """The base of the rotary embedding."""
+        """Return the base of the rotary embedding."""
         parameters = self.rope_parameters
         if parameters.get("partial_rotary_factor") not in (None, 1.0):
             raise UserError(f"{self.name}: partial_rotary_factor: expected 1.0")
@@ -255,11 +256,11 @@ class _Reader:
             return self._unpadded_theta(theta, unpadded / self.get("head_dim"))
         self._require("rope_theta", _ROPE_THETA.problem(theta))
         if theta != int(theta):
-            raise UserError(f"{self.name}: rope_theta: found {theta}, expected an integer (Megatron takes no other)")
+            raise UserError(f"{self.name}: rope_theta: found {theta}, expected an integer (Megatron needs one)")
         return int(theta)
 
     def _unpadded_theta(self, theta: object, share: float) -> int:
-        """The base of the rotary embedding before the heads were padded; `share` is the part that is not padding."""
+        """Return the base of the rotary embedding before padding. `share` is the unpadded share of a head."""
         number = theta if isinstance(theta, int | float) and theta > 1 else math.nan
         unpadded = math.pow(number, share)
         self._require("rope_theta", _ROPE_THETA.problem(unpadded))
@@ -298,15 +299,21 @@ def _read_moe(reader: _Reader, model_type: str) -> dict[str, Any]:
     reader.expect("mlp_only_layers", [])
     shared = model_type == "qwen2_moe"
     return dict(
+        _routing(reader),
         num_experts=reader.get("num_experts", "num_local_experts"),
-        topk=reader.get("num_experts_per_tok"),
         ffn_hidden_size=reader.get("moe_intermediate_size"),
         shared_ffn_hidden_size=reader.get("shared_expert_intermediate_size") if shared else 0,
-        norm_topk_prob=reader.get("norm_topk_prob"),
-        router_weight=reader.raw.get("router_weight"),
-        # Not in the config: each is the one that MiniMind trains this architecture with.
+        # Not in the config: the loss with which MiniMind trains this architecture.
         load_balancing="seq_aux_loss" if shared else "aux_loss",
         aux_loss_coeff=reader.get("router_aux_loss_coef"),
+    )
+
+
+def _routing(reader: _Reader) -> dict[str, Any]:
+    return dict(
+        topk=reader.get("num_experts_per_tok"),
+        norm_topk_prob=reader.get("norm_topk_prob"),
+        router_weight=reader.raw.get("router_weight"),
     )
 
 
@@ -315,7 +322,7 @@ def _read_native(reader: _Reader) -> dict[str, Any]:
         reader = _Reader(_legacy_as_native(reader), reader.name)
     reader.expect("dropout", 0.0)
     reader.expect("scoring_func", "softmax")
-    second = "n_routed_experts" in reader.raw  # minimind-3 calls it num_experts, and has it when dense too
+    second = "n_routed_experts" in reader.raw  # minimind-3 has num_experts instead, also in dense models
     raw = dict(reader.raw)
     if raw.get("intermediate_size") is None:
         ratio = 8 / 3 if second else math.pi
@@ -328,9 +335,9 @@ def _read_native(reader: _Reader) -> dict[str, Any]:
 
 
 def _legacy_as_native(reader: _Reader) -> dict[str, Any]:
-    """The config of v1 and the first MiniMind2 (before 2025-04-26) under the names of MiniMind2.
+    """Return the config of v1 and the first MiniMind2 (before 2025-04-26) with the names of MiniMind2.
 
-    Their weights rotate neighbouring rows of a head (`weights.py`, form `legacy`); the model is the same.
+    Their weights rotate neighbouring rows of a head (`weights.py`, form `legacy`). The model is the same.
     """
     raw, get = dict(reader.raw), reader.get
     width, unit = raw.get("hidden_dim"), raw.get("multiple_of") or 64
@@ -354,27 +361,22 @@ def _legacy_as_native(reader: _Reader) -> dict[str, Any]:
 def _read_moe2(reader: _Reader) -> dict[str, Any]:
     width = reader.get("intermediate_size")
     return dict(
+        _routing(reader),
         num_experts=reader.get("n_routed_experts"),
-        topk=reader.get("num_experts_per_tok"),
         ffn_hidden_size=width,
         shared_ffn_hidden_size=width * reader.get("n_shared_experts"),
-        norm_topk_prob=reader.get("norm_topk_prob"),
-        router_weight=reader.raw.get("router_weight"),
         load_balancing="seq_aux_loss" if reader.get("seq_aux") else "aux_loss",
         aux_loss_coeff=reader.get("aux_loss_alpha"),
     )
 
 
 def _read_moe3(reader: _Reader) -> dict[str, Any]:
-    topk = reader.get("num_experts_per_tok")
     return dict(
+        _routing(reader),
         num_experts=reader.get("num_experts"),
-        topk=topk,
         ffn_hidden_size=reader.get("moe_intermediate_size"),
-        norm_topk_prob=reader.get("norm_topk_prob"),
-        router_weight=reader.raw.get("router_weight"),
         load_balancing="aux_loss",
-        aux_loss_coeff=reader.get("router_aux_loss_coef") * topk,
+        aux_loss_coeff=reader.get("router_aux_loss_coef") * reader.get("num_experts_per_tok"),
     )
 
 

@@ -1,15 +1,15 @@
-"""How the weights start, the same whatever the parallel layout.
+"""Initialize the weights, independent of the parallel layout.
 
-Each tensor of the whole model comes from a generator seeded by `seed` and the tensor's own name;
-`initialize` gives every rank its part. Megatron's own initialisation instead depends on the
-number of pipeline stages, and on a device on the tensor-parallel size.
+Each tensor of the whole model comes from a generator seeded by `seed` and the tensor's name, and `initialize` sets
+every rank's shard. Megatron's own initialization depends on the number of pipeline stages and, on a device, on the
+tensor-parallel size.
 
 | scheme     | matrices and embedding                                                     |
 |------------|----------------------------------------------------------------------------|
 | `megatron` | N(0, std); the outputs of attention and MLP N(0, std / sqrt(2 layers))       |
 | `normal`   | N(0, std): minimind-3 since 2026-04-19, by transformers' `post_init`         |
 | `torch`    | U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for a linear layer:     |
-|            | MiniMind2, and minimind-3 before that day. The embedding too, tied to one.  |
+|            | MiniMind2, and minimind-3 before that day. Also for the embedding.          |
 
 Norm weights start at 1.
 """
@@ -34,17 +34,17 @@ SCHEMES = ("megatron", "normal", "torch")
 def initialize(
     chunks: Sequence[torch.nn.Module], config: ModelConfig, *, scheme: str, seed: int, std: float = 0.02
 ) -> None:
-    """Set this rank's parameters to their part of the initial model.
+    """Set this rank's parameters to their shards of the initial model.
 
     Args:
-        chunks: the GPTModels of this rank (megatron-core's parallel state knows the layout).
+        chunks: GPTModels of this rank. megatron-core's parallel state determines the layout.
         config: the architecture.
         scheme: one of `SCHEMES`.
-        seed: of the model.
-        std: Megatron's `--init-method-std`; `torch` has none.
+        seed: seed of the weights.
+        std: Megatron's `--init-method-std`. `torch` ignores it.
 
     Raises:
-        UserError: no such scheme.
+        UserError: the scheme is unknown.
     """
     from minimind_mcore.models.loading import load_into  # imports megatron
 
@@ -55,15 +55,15 @@ def initialize(
 def initial_tensor(
     name: str, shape: Shape, config: ModelConfig, *, scheme: str, seed: int, std: float = 0.02
 ) -> Tensor:
-    """One tensor of the whole megatron-core model, float32, on the CPU.
+    """Return one tensor of the whole megatron-core model, in float32 on the CPU.
 
     Args:
-        name: as in `weights.mcore_shapes`.
-        shape: as there: [outputs, inputs] of a matrix.
+        name: a name of `weights.mcore_shapes`.
+        shape: its shape: [outputs, inputs] for a matrix.
         config: the architecture.
-        scheme: see `initialize`, as for `seed`, `std` and errors.
-        seed: see there.
-        std: see there.
+        scheme: see `initialize`.
+        seed: see `initialize`.
+        std: see `initialize`.
     """
     if scheme not in SCHEMES:
         raise UserError(f"initialisation: found {scheme!r}, expected one of {', '.join(SCHEMES)}")

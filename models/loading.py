@@ -1,7 +1,7 @@
-"""Fill live models, whatever their parallel layout, from whole tensors.
+"""Load whole tensors into models in any parallel layout.
 
-Each parameter of a rank's model chunks is known by its name in the whole model: layers and experts
-numbered from 0, as in `weights.py`. Requires megatron-core's parallel state.
+Each parameter of a rank's model chunks is identified by its name in the whole model: layers and experts are numbered
+from 0, as in `weights.py`. Requires megatron-core's parallel state.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 def whole_model_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters by their names in the whole model.
+    """Yield this rank's parameters by their names in the whole model.
 
     Args:
-        chunks: the GPTModels of this rank, one per virtual pipeline stage; wrappers (mixed
-            precision, data parallel) may be around them.
+        chunks: GPTModels of this rank, one per virtual pipeline stage, with or without wrappers (mixed
+            precision, data parallel).
     """
     for model in map(unwrap, chunks):
         for name, parameter in model.named_parameters():
@@ -50,21 +50,21 @@ def _whole_name(model: Any, name: str) -> str:
 
 @torch.no_grad()
 def load_into(chunks: Sequence[torch.nn.Module], whole: Callable[[str], Tensor]) -> None:
-    """Set every parameter of this rank to its part of `whole(name)`, cast to the parameter's dtype.
+    """Set every parameter of this rank to its shard of `whole(name)`, cast to the parameter's dtype.
 
     Raises:
-        UserError: a part has another shape than the parameter.
+        UserError: a shard and its parameter have different shapes.
     """
     for name, parameter in whole_model_parameters(chunks):
-        rank, size = tensor_parallel_place(name)
+        rank, size = tensor_parallel_rank(name)
         part = weights.shard(name, whole(name), rank, size)
         if part.shape != parameter.shape:
             raise UserError(f"{name}: found {tuple(part.shape)} for this rank, expected {tuple(parameter.shape)}")
         parameter.copy_(part)
 
 
-def tensor_parallel_place(name: str) -> tuple[int, int]:
-    """Rank and size of the tensor parallelism that cuts this parameter: experts have their own."""
+def tensor_parallel_rank(name: str) -> tuple[int, int]:
+    """Return rank and size of the tensor parallelism that splits this parameter. Experts have their own."""
     ps: Any = parallel_state
     if _EXPERT.search(name):
         return ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()

@@ -1,14 +1,14 @@
-"""The one layer of every MiniMind, as a megatron-core spec.
+"""The layer of every MiniMind model, as a megatron-core spec.
 
     --spec minimind_mcore.models.minimind_spec layer_spec
 
-Its slots are filled by small classes that decide from the `TransformerConfig` when the layer is
-built, qk-norm or none, dense or mixture of experts, shared expert or none. So it is one constant, it
-needs neither global arguments nor Transformer Engine, and it serves plain megatron-core (0.12.1,
-0.16.1), Megatron-LM and MindSpeed-LLM alike. Never import it from a package's `__init__`: MindSpeed
-patches megatron-core first. Under MindSpeed its norm, attention and router are MindSpeed's, so that
-the fused kernels run. The norm after the last layer is not part of a layer: `device.setup()` has
-megatron-core build `Norm` there, too (`platform/patches.py`).
+The spec consists of small classes that read the `TransformerConfig` when the layer is built: qk-norm or none, dense MLP
+or mixture of experts, shared expert or none. One constant therefore serves all models, without global arguments and
+without Transformer Engine, in plain megatron-core (0.12.1, 0.16.1), Megatron-LM and MindSpeed-LLM. Never import this
+module from a package's `__init__`, because MindSpeed must patch megatron-core first. Under MindSpeed the norm,
+attention
+and router are MindSpeed's, so that its fused kernels run. The norm after the last layer is not part of a layer:
+`device.setup()` makes megatron-core build `Norm` there too (`platform/patches.py`).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from minimind_mcore.platform.fused.norm import Norm
 
 
 class QKNorm:
-    """The norm of each query and key head, or nothing."""
+    """The norm of each query head and key head, or no norm."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         return Norm(config, hidden_size, eps) if config.qk_layernorm else IdentityOp()
 
 
 class CoreAttention:
-    """torch's attention; MindSpeed's under MindSpeed; Transformer Engine's where asked for."""
+    """torch's attention, MindSpeed's under MindSpeed, or Transformer Engine's if requested."""
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:
         if ascend.active():
@@ -61,14 +61,15 @@ class FeedForward:
         if config.num_moe_experts:
             return build_moe(config, None if ascend.active() else MiniMindRouter)
         if "ffn_hidden_size" in inspect.signature(MLP.__init__).parameters:
-            kwargs["ffn_hidden_size"] = config.ffn_hidden_size  # 0.16.1 warns of its own default
+            kwargs["ffn_hidden_size"] = config.ffn_hidden_size  # 0.16.1 warns if the value is left to its default
         return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
 
 
 class StraightThroughFeedForward(FeedForward):
-    """The mixture of experts whose router weight is `straight_through`, whatever the config says.
+    """The mixture of experts with router weight `straight_through`, whatever the config has.
 
-    MindSpeed-LLM's config has no such field, and MindSpeed-LLM rejects unknown flags: the layer spec says it.
+    MindSpeed-LLM's config has no such field, and MindSpeed-LLM rejects unknown flags, so the layer spec selects the
+    rule.
     """
 
     def __new__(cls, config: TransformerConfig, **kwargs: Any) -> Any:

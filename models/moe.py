@@ -1,10 +1,10 @@
 """MiniMind's mixture of experts on megatron-core.
 
-MiniMind's router differs from megatron-core's in one thing: the weight of a single expert. minimind-3 sends
-a token to one expert and divides the weight by itself, so that the weight is exactly 1 (model_minimind.py,
-`norm_topk_prob`). Then only the auxiliary loss trains the router. `straight_through` keeps the weight of 1
-and gives the router the gradient of the score. The rest is megatron-core's own: the softmax, the
-auxiliary losses over micro-batches and sequences (under any layout, and in its log), the dispatch.
+MiniMind's router differs from megatron-core's only in the weight of a single expert. minimind-3 sends a token to one
+expert and divides the weight by itself, so that the weight is exactly 1 (model_minimind.py, `norm_topk_prob`). Then
+only the auxiliary loss trains the router. `straight_through` keeps the weight of 1 and gives the router the gradient of
+the score. All else is megatron-core's: the softmax, the auxiliary losses over micro-batches and sequences (in any
+layout, and in its log), and the dispatch.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class MiniMindRouter(TopKRouter):  # type: ignore[misc]
         Args:
             logits: [sequence, batch, experts], of this rank's tokens.
             args: a padding mask, in 0.16.1.
-            kwargs: the same.
+            kwargs: a padding mask, in 0.16.1.
 
         Returns:
-            Weights [tokens, experts], zero for experts not chosen, and the choice as booleans.
+            Weights [tokens, experts], zero for experts that are not chosen, and the choice as booleans.
         """
         probs, routing_map = super().routing(logits, *args, **kwargs)
         if self.config.router_weight == "straight_through":
             probs = straight_through(probs, routing_map)
-        # Without pre-softmax megatron-core's softmax over the chosen logits has normalised already.
+        # Without pre-softmax, megatron-core's softmax over the chosen logits has already normalized.
         elif self.config.router_weight == "normalized" and self.config.moe_router_pre_softmax:
-            # 1e-20 as upstream: it vanishes in float32, and no softmax's best k sum to zero.
+            # 1e-20 as in upstream: it vanishes in float32, and the best k probabilities of a softmax never sum to zero.
             probs = probs / (probs.sum(dim=-1, keepdim=True) + 1e-20)
         return probs, routing_map
 
@@ -52,7 +52,7 @@ class MiniMindRouter(TopKRouter):  # type: ignore[misc]
 class StraightThroughRouter(TopKRouter):  # type: ignore[misc]
     """Router whose weights have the value 1 and the gradient of the scores, for MindSpeed-LLM.
 
-    It expects a router below it that returns the scores: `--moe-router-pre-softmax` without `--norm-topk-prob`.
+    The parent router must return the scores: `--moe-router-pre-softmax` without `--norm-topk-prob`.
     """
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def straight_through(scores: Tensor, routing_map: Tensor) -> Tensor:
     """Return weights of exactly 1 where `routing_map` is set and 0 elsewhere, with the gradient of `scores`.
 
     Args:
-        scores: [tokens, experts], zero for experts not chosen.
+        scores: [tokens, experts], zero for experts that are not chosen.
         routing_map: [tokens, experts], the choice as booleans.
     """
     # s - s is 0 in every dtype, so the sum is exactly 0 or 1. The other order, (1 - s) + s, would round.
@@ -72,11 +72,11 @@ def straight_through(scores: Tensor, routing_map: Tensor) -> Tensor:
 
 
 def build_moe(config: TransformerConfig, router: type[TopKRouter] | None) -> MoELayer:
-    """The mixture of experts of one layer, as `config` describes it.
+    """Build the mixture of experts of one layer.
 
     Args:
-        config: with `num_moe_experts` and so on.
-        router: class of the router; None where the platform's own router computes the same.
+        config: config with `num_moe_experts` and the other settings.
+        router: class of the router. None if the platform's own router computes the same function.
     """
     spec: Any = get_moe_module_spec(
         use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
@@ -89,18 +89,18 @@ def build_moe(config: TransformerConfig, router: type[TopKRouter] | None) -> MoE
         spec.submodules.router = router
         return MoELayer(config, spec.submodules)
     layer = MoELayer(config, spec.submodules)
-    layer.router = router(config)  # 0.12.1 takes no router in its spec
+    layer.router = router(config)  # the spec of 0.12.1 has no field for the router
     return layer
 
 
 def collect_aux_losses(micro_batches: int) -> dict[str, float]:
-    """The auxiliary losses logged since the last call, which it forgets. All ranks must call it.
+    """Return the auxiliary losses logged since the last call, and reset them. Collective.
 
-    megatron-core's own `track_moe_metrics` needs a tensorboard writer to answer, and that of 0.12.1
-    reports one data-parallel rank's losses for all.
+    megatron-core's own `track_moe_metrics` needs a tensorboard writer to return values, and in 0.12.1 it
+    reports the losses of one data-parallel rank for all.
 
     Args:
-        micro_batches: that each rank has run since the last call.
+        micro_batches: number of micro-batches that each rank has run since the last call.
 
     Returns:
         By megatron-core's name ("load_balancing_loss", in 0.16.1 also "seq_load_balancing_loss"):
@@ -109,9 +109,9 @@ def collect_aux_losses(micro_batches: int) -> dict[str, float]:
     where: Any = moe_utils if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker") else parallel_state
     losses = {}
     for name, entry in where.get_moe_layer_wise_logging_tracker().items():
-        values: Tensor = entry["values"]  # [layers], zero for those of other pipeline stages
+        values: Tensor = entry["values"]  # [layers], zero for layers of other pipeline stages
         dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
-        if entry.get("reduce_group") is not None:  # the ranks that hold parts of the same sequences
+        if entry.get("reduce_group") is not None:  # the ranks that have parts of the same sequences
             dist.all_reduce(values, group=entry["reduce_group"])
         replicas: Any = parallel_state.get_data_parallel_group()
         dist.all_reduce(values, group=replicas)

@@ -1,10 +1,10 @@
 """MiniMind's published models by name, and a tiny variant of each.
 
-    python -m minimind_mcore.models.presets minimind3     # its Megatron flags, one word a line
+        python -m minimind_mcore.models.presets minimind3     # prints its Megatron flags, one word per line
     python -m minimind_mcore.models.presets path/to/config.json
     python -m minimind_mcore.models.presets --list
 
-configs/models.yaml has the sizes. A model that is not in the file is given by its config.json.
+configs/models.yaml has the sizes. Other models are described by their config.json.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PRESETS = _read()
 
 
 def lookup(kind: str, table: Mapping[str, T], name: str) -> T:
-    """The entry of that name; case and `-` for `_` do not matter.
+    """Return the entry of a name. Case is ignored, and `-` equals `_`.
 
     Raises:
-        UserError: there is none; the message suggests the nearest name.
+        UserError: the name is unknown. The message suggests the nearest name.
     """
     key = name.lower().replace("-", "_")
     if key in table:
@@ -51,25 +51,25 @@ def lookup(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 def get_preset(name: str) -> ModelConfig:
-    """The preset of that name, or a `UserError` that suggests the nearest."""
+    """Return the preset of a name. A `UserError` suggests the nearest name."""
     return lookup("model preset", PRESETS, name)
 
 
 def is_path(name: str) -> bool:
-    """Whether a model is given by the path of an HF directory or `config.json`, and not by a preset's name."""
-    if name.lower().replace("-", "_") in PRESETS:  # even where a directory has that name
+    """Return whether a name is the path of a Hugging Face directory or `config.json`, not a preset."""
+    if name.lower().replace("-", "_") in PRESETS:  # a preset wins over a directory of the same name
         return False
     path = Path(name)
     return path.suffix == ".json" or len(path.parts) > 1 or path.exists()
 
 
 def find_model(name: str) -> ModelConfig:
-    """The preset of that name, or the model that an HF directory or `config.json` of that path describes."""
+    """Return the preset of a name, or the model of a Hugging Face directory or `config.json`."""
     return ModelConfig.from_hf_config(name) if is_path(name) else get_preset(name)
 
 
 def table() -> str:
-    """The presets as an aligned text table."""
+    """Return the presets as an aligned text table."""
     lines = [f"{'name':<24}{'parameters':>12}{'active':>12}{'layers':>8}{'hidden':>8}"]
     for name, config in PRESETS.items():
         total, active = config.num_parameters(), config.num_active_parameters()
@@ -78,7 +78,7 @@ def table() -> str:
 
 
 def flags_of(name: str) -> list[str]:
-    """Return a model's Megatron flags, and say what training leaves out."""
+    """Return a model's Megatron flags, and log what training ignores."""
     config = find_model(name)
     if config.inference_rope_scaling:
         logger.info(f"note: {name} has inference_rope_scaling; training runs without it, as MiniMind's")
@@ -86,7 +86,7 @@ def flags_of(name: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a preset's Megatron flags, one word a line, or the table."""
+    """Print a preset's Megatron flags, one word per line, or the table."""
     parser = argparse.ArgumentParser(prog="minimind-mcore presets", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="a preset, or an HF directory or config.json")
     parser.add_argument("--list", action="store_true", help="print the table of presets")

@@ -1,14 +1,13 @@
 """MiniMind's training recipes as Megatron flags.
 
-    python -m minimind_mcore.models.recipes minimind3_pretrain     # one word a line
-    python -m minimind_mcore.models.recipes --model minimind3 --stage dpo      # the one that suits the model
+        python -m minimind_mcore.models.recipes minimind3_pretrain     # one word per line
+        python -m minimind_mcore.models.recipes --model minimind3 --stage dpo      # the recipe for a model
     python -m minimind_mcore.models.recipes --list
 
-configs/recipes.yaml has the hyperparameters. MiniMind's learning rate,
-`lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`, is Megatron's cosine from `lr` to `lr / 10` without
-warm-up, except that Megatron counts from t = 0. What Megatron lacks are flags of this kit:
-`--lr-at-iteration-end` (t = 1), `--minimind-init` (see `minimind_mcore.models.init`), and
-`--decay-all`, weight decay for every parameter, the norms too.
+configs/recipes.yaml has the hyperparameters. MiniMind's learning rate, `lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`, is
+Megatron's cosine from `lr` to `lr / 10` without warm-up, except that Megatron counts from t = 0. This kit adds flags
+for what Megatron lacks: `--lr-at-iteration-end` (t = 1), `--minimind-init` (see `minimind_mcore.models.init`), and
+`--decay-all`, weight decay for every parameter including the norms.
 """
 
 from __future__ import annotations
@@ -29,26 +28,28 @@ from minimind_mcore.paths import CONFIGS
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training stage. Batches are per data-parallel rank, as MiniMind gives them."""
+    """One training stage. Batch sizes are per data-parallel rank, as in MiniMind."""
 
     epochs: int
     lr: float
     seq_length: int
     micro_batch_size: int
     accumulation: int
-    init: str | None = None  # a scheme of minimind_mcore.models.init; None: starts from weights
-    flags: Mapping[str, object] = field(default_factory=dict)  # further ones, of the stage
+    init: str | None = None  # a scheme of minimind_mcore.models.init; None: training starts from weights
+    flags: Mapping[str, object] = field(default_factory=dict)  # further flags of the stage
 
     def global_batch_size(self, data_parallel_size: int) -> int:
-        """Samples of one update."""
+        """Return the number of samples of one update."""
         return self.micro_batch_size * self.accumulation * data_parallel_size
 
     def iterations(self, samples: float, global_batch_size: int) -> int:
-        """Updates in `epochs` passes over so many samples of `seq_length` tokens, or conversations, or pairs."""
+        """Return the number of updates in `epochs` passes over the samples (texts of `seq_length`, conversations or
+        pairs)."""
         return max(1, int(self.epochs * samples / global_batch_size))
 
     def megatron_flags(self, data_parallel_size: int = 1, global_batch_size: int | None = None) -> list[str]:
-        """The Megatron flags of this recipe, in the form of `sys.argv`; `--train-iters` depends on the data."""
+        """Return the Megatron flags, in the form of `sys.argv`. `--train-iters` is missing, as it depends on the
+        data."""
         flags: dict[str, object] = {
             "--seq-length": self.seq_length,
             "--micro-batch-size": self.micro_batch_size,
@@ -76,12 +77,12 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name, or a `UserError` that suggests the nearest."""
+    """Return the recipe of a name. A `UserError` suggests the nearest name."""
     return lookup("recipe", RECIPES, name)
 
 
 def recipe_for(model: str, stage: str = "pretrain") -> str:
-    """The name of the recipe that suits a model, a preset or an HF directory or config.json, and a stage."""
+    """Return the name of the recipe for a model (a preset, a Hugging Face directory or config.json) and a stage."""
     name = model.lower().replace("-", "_")
     if name in PRESETS and name.endswith("_tiny"):
         return f"tiny_{stage}"
@@ -89,9 +90,9 @@ def recipe_for(model: str, stage: str = "pretrain") -> str:
 
 
 def count_samples(data: Sequence[str], seq_length: int) -> float:
-    """Samples in datasets, given as `--data-path` takes them: prefixes, or weights and prefixes.
+    """Count the samples of datasets, given as for `--data-path`: prefixes, or weights and prefixes.
 
-    Text is cut into samples of `seq_length` tokens; a conversation is one, a pair too.
+    Text is split into samples of `seq_length` tokens. A conversation or a pair is one sample.
     """
     from minimind_mcore.preprocess.blends import parse_blend
     from minimind_mcore.preprocess.indexed import idx_path, read_index
@@ -108,12 +109,12 @@ def count_samples(data: Sequence[str], seq_length: int) -> float:
 
 
 def training_share(split: str) -> float:
-    """The part of the data that a `--split` such as "99,1,0" trains on."""
+    """Return the training share of a `--split` such as "99,1,0"."""
     return parse_split(split)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a recipe's Megatron flags, one word a line, or the names of all."""
+    """Print a recipe's Megatron flags, one word per line, or the names of all recipes."""
     print("\n".join(words(argv)))
 
 
@@ -124,21 +125,21 @@ def words(argv: Sequence[str] | None = None) -> list[str]:
         UserError: the recipe does not exist, or its batch sizes do not divide.
     """
     parser = argparse.ArgumentParser(prog="minimind-mcore recipes", description=main.__doc__)
-    parser.add_argument("name", nargs="?", help="a recipe (default: the one that suits --model)")
+    parser.add_argument("name", nargs="?", help="a recipe (default: the recipe for --model)")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--model", help="a preset, or an HF directory or config.json")
     parser.add_argument("--stage", default="pretrain", help="with --model: pretrain, sft, lora, dpo, distill or reason")
     parser.add_argument(
-        "--data-parallel-size", type=flag_type("data_parallel_size"), default=1, help="scales the global batch"
+        "--data-parallel-size", type=flag_type("data_parallel_size"), default=1, help="multiplies the global batch"
     )
-    parser.add_argument("--data", nargs="+", help="the dataset, as for --data-path: gives --train-iters")
-    parser.add_argument("--split", default="1", help="as for Megatron: an epoch is a pass over the training part")
+    parser.add_argument("--data", nargs="+", help="the dataset, as for --data-path: determines --train-iters")
+    parser.add_argument("--split", default="1", help="as for Megatron: an epoch is one pass over the training part")
     parser.add_argument(
-        "--train-iters", type=flag_type("train_iters"), help="in place of what follows from data and epochs"
+        "--train-iters", type=flag_type("train_iters"), help="overrides the number from data and epochs"
     )
-    parser.add_argument("--global-batch-size", type=flag_type("global_batch_size"), help="in place of the recipe's")
+    parser.add_argument("--global-batch-size", type=flag_type("global_batch_size"), help="overrides the recipe's")
     for name in ("epochs", "lr", "seq-length", "micro-batch-size"):
-        parser.add_argument(f"--{name}", type=flag_type(name.replace("-", "_")), help="in place of the recipe's")
+        parser.add_argument(f"--{name}", type=flag_type(name.replace("-", "_")), help="overrides the recipe's")
     args = parser.parse_args(argv)
     if args.list:
         return list(RECIPES)
@@ -146,7 +147,7 @@ def words(argv: Sequence[str] | None = None) -> list[str]:
     if args.name is None and args.model is None:
         parser.error("give a recipe's name, or --model, or --list")
     recipe = get_recipe(args.name or recipe_for(args.model, args.stage))
-    # From the recipe as it stands: another micro-batch changes the memory, not what is learned.
+    # From the recipe's own micro-batch: another micro-batch size changes the memory, not the training result.
     batch = args.global_batch_size or recipe.global_batch_size(args.data_parallel_size)
     names = ("epochs", "lr", "seq_length", "micro_batch_size")
     recipe = replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})

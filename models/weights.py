@@ -1,21 +1,21 @@
-"""One table of weight rules, for both directions between transformers and megatron-core.
+"""The weight table: one set of rules for both directions between transformers and megatron-core.
 
-    hf_state = mcore_to_hf(mcore, config)      # every tensor accounted for, or an error
+        hf_state = mcore_to_hf(mcore, config)      # an error unless every tensor is used
 
-A rule (`rules.py`) names tensors on both sides and knows how each becomes the other; `rules` lists those
-of a model. Everything here is the whole model: layers and experts numbered from 0, no tensor split.
-`shard` and `unshard` cut and join one tensor for tensor parallelism; `loading.py` fills live models.
+A rule (`rules.py`) names tensors of both formats and converts them in both directions. `rules` returns the rules of a
+model. All tensors belong to the whole model: layers and experts are numbered from 0, and no tensor is split. `shard`
+and `unshard` split and join one tensor for tensor parallelism. `loading.py` loads tensors into models.
 
-Four forms of the other side: `hf`, the files of transformers (Llama, Qwen3, Qwen2-MoE, Qwen3-MoE);
-`hf_fused`, the same as transformers 5 holds it in memory, experts stacked; `native`, MiniMind's own;
-`legacy`, MiniMind's before 2025-04-26 (v1, and the first MiniMind2).
+The other format has four forms: `hf`, the files of transformers (Llama, Qwen3, Qwen2-MoE, Qwen3-MoE); `hf_fused`, the
+same in the memory of transformers 5, with stacked experts; `native`, MiniMind's own; `legacy`, MiniMind's before
+2025-04-26 (v1, and the first MiniMind2).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -32,10 +32,10 @@ OUTPUT = "output_layer.weight"
 
 
 def rules(config: ModelConfig, form: str = "hf") -> list[Rule]:
-    """The table of a model: every tensor of either side is in it.
+    """Return the rules of a model, which cover every tensor of both formats.
 
     Raises:
-        UserError: the form is none of `FORMS`, or cannot express this model.
+        UserError: the form is unknown, or cannot express this model.
     """
     if form not in FORMS:
         raise UserError(f"weight form: found {form!r}, expected one of {FORMS}")
@@ -48,7 +48,7 @@ def rules(config: ModelConfig, form: str = "hf") -> list[Rule]:
     return _table(config, form)
 
 
-# From MiniMind's names of today to those before 2025-04-26 (commit 274483c renamed them).
+# MiniMind's names of today, with the names before 2025-04-26 (commit 274483c renamed them).
 _LEGACY_NAMES = (
     (r"^model\.embed_tokens\.", "tok_embeddings."),
     (r"^lm_head\.", "output."),
@@ -65,7 +65,7 @@ _LEGACY_NAMES = (
 
 
 def legacy_name(name: str) -> str:
-    """What MiniMind called one of its tensors before 2025-04-26."""
+    """Return MiniMind's name of a tensor before 2025-04-26."""
     for pattern, replacement in _LEGACY_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -81,7 +81,7 @@ def _table(config: ModelConfig, form: str) -> list[Rule]:
     h, vocab = config.hidden_size, (config.vocab_size, config.hidden_size)
     table = [_same(EMBEDDING, "model.embed_tokens.weight", vocab)]
     if config.tie_embeddings:
-        # A state dict lists the tied tensor twice, and so do MiniMind's .pth files; safetensors not.
+        # State dicts and MiniMind's .pth files list a tied tensor twice; safetensors files list it once.
         table.append(
             Rule(mcore=(EMBEDDING,), hf=("lm_head.weight",), shapes=(vocab,), required=False, written=form == "native")
         )
@@ -125,7 +125,7 @@ def _attention_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
 
 
 def _mlp_rules(ours: str, theirs: Sequence[str], h: int, ffn: int) -> list[Rule]:
-    """One MLP, or several of the same input whose outputs add up: they are one that is wider."""
+    """Convert one MLP, or several with the same input whose outputs are added: these are one wider MLP."""
     names = [f"{mlp}.{x}_proj.weight" for x in ("gate", "up") for mlp in theirs]
     outputs = Rule(
         mcore=(ours + ".linear_fc2.weight",),
@@ -173,43 +173,77 @@ def _qwen2_moe_zeros(config: ModelConfig, theirs: str) -> list[Rule]:
 
 
 def detect_form(names: Iterable[str]) -> str:
-    """The form of a state dict, from its names. Dense models have one form only."""
+    """Infer the form of a state dict from its names. Dense models have only one form."""
     names = list(names)
     if any(name.endswith("mlp.experts.gate_up_proj") for name in names):
         return "hf_fused"
     if any(".attention.wq." in name for name in names):
         return "legacy"
-    # Without a shared expert MiniMind's own names are those of Qwen3-MoE.
+    # Without a shared expert, MiniMind's own names equal those of Qwen3-MoE.
     return "native" if any(".shared_experts." in name for name in names) else "hf"
 
 
 def mcore_to_hf(state: Mapping[str, Tensor], config: ModelConfig, form: str = "hf") -> dict[str, Tensor]:
-    """The state dict of transformers or MiniMind, from a whole megatron-core model.
+    """Convert a whole megatron-core model to a state dict of transformers or MiniMind.
 
     The result may share memory with `state`.
 
     Raises:
-        UserError: a tensor is missing, unknown, or of a wrong shape.
+        UserError: a tensor is missing, unknown, or has a wrong shape.
     """
-    table = rules(config, form)
     shapes = mcore_shapes(config)
     account(state, set(shapes), set(shapes))
-    for name, shape in shapes.items():
-        check_shape(name, state[name], shape)
-    dtype = state[EMBEDDING].dtype
-    hf: dict[str, Tensor] = {}
+    found = dict(stream_to_hf(state.items(), config, form))
+    return {name: found[name] for rule in rules(config, form) if rule.written for name in rule.hf}
+
+
+def stream_to_hf(
+    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, form: str = "hf"
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of `mcore_to_hf`, each as soon as all its inputs have arrived.
+
+    An input is released after its last use, so that a large model needs little memory.
+
+    Args:
+        tensors: names and tensors of a whole megatron-core model, in any order.
+        config: the architecture.
+        form: one of `FORMS`.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or has a wrong shape.
+    """
+    table = [rule for rule in rules(config, form) if rule.written]
+    shapes = mcore_shapes(config)
+    readers: dict[str, list[int]] = {name: [] for name in shapes}
+    for number, rule in enumerate(table):
+        for name in rule.mcore:
+            readers[name].append(number)
+    missing = [set(rule.mcore) for rule in table]
+    waiting: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    dtype = torch.get_default_dtype()
+    for name, tensor in tensors:
+        account({name: tensor}, set(), set(shapes))
+        check_shape(name, tensor, shapes[name])
+        seen.add(name)
+        waiting[name] = tensor
+        dtype = tensor.dtype if name == EMBEDDING else dtype
+        for number in readers[name]:
+            rule = table[number]
+            missing[number].discard(name)
+            if not missing[number]:
+                yield from zip(rule.hf, rule.to_hf([waiting[part] for part in rule.mcore]), strict=True)
+        for part in {part for number in readers[name] for part in table[number].mcore}:
+            if not any(missing[number] for number in readers[part]):
+                waiting.pop(part, None)
+    account(dict.fromkeys(seen), set(shapes), set(shapes))
     for rule in table:
-        if not rule.written:
-            continue
-        tensors = rule.to_hf([state[name] for name in rule.mcore])
         if isinstance(rule, Zeros):
-            tensors = [t.to(dtype) for t in tensors]
-        hf |= dict(zip(rule.hf, tensors, strict=True))
-    return hf
+            yield from zip(rule.hf, [zeros.to(dtype) for zeros in rule.to_hf([])], strict=True)
 
 
 def mcore_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Names and shapes of the whole megatron-core model."""
+    """Return names and shapes of the whole megatron-core model."""
     shapes: dict[str, Shape] = {}
     for rule in _table(config, "hf"):
         shapes |= dict(zip(rule.mcore, rule.mcore_shapes, strict=True))
@@ -217,7 +251,7 @@ def mcore_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def account(state: Mapping[str, object], required: set[str], known: set[str]) -> None:
-    """Raise a `UserError` that names what is missing from, or unknown in, a table of tensors by name."""
+    """Raise a `UserError` that lists the missing and the unknown names of a table of tensors."""
     problems = [
         f"{len(names)} {kind} tensors: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
         for kind, names in (("missing", required - state.keys()), ("unknown", state.keys() - known))
@@ -228,13 +262,13 @@ def account(state: Mapping[str, object], required: set[str], known: set[str]) ->
 
 
 def check_shape(name: str, tensor: HasShape, expected: Shape) -> None:
-    """Raise a `UserError` unless the tensor has that shape."""
+    """Raise a `UserError` if the tensor has another shape."""
     if tuple(tensor.shape) != expected:
         raise UserError(f"{name}: found shape {tuple(tensor.shape)}, expected {expected} from the model config")
 
 
-# How tensor parallelism cuts a tensor: the axis, and the blocks along it that are each cut (the MLP's
-# first matrix is [gate; up], and every rank holds its part of both). Anything else every rank has.
+# How tensor parallelism splits a tensor: the axis, and the number of blocks along it that are split separately. (The
+# MLP's first matrix is [gate; up], and every rank has a shard of both.) All other tensors are replicated.
 _SPLITS = {
     "word_embeddings.weight": (0, 1),
     "output_layer.weight": (0, 1),
@@ -246,16 +280,16 @@ _SPLITS = {
 
 
 class HasShape(Protocol):
-    """A tensor, or what stands for one."""
+    """A tensor, or an object that represents one."""
 
     @property
     def shape(self) -> Shape:
-        """Its shape."""
+        """The shape of the tensor."""
         ...
 
 
 def is_split(name: str) -> bool:
-    """Whether tensor parallelism cuts a tensor of this name; every rank has a copy of the others."""
+    """Return whether tensor parallelism splits a tensor of this name. All others are replicated."""
     return _split(name) is not None
 
 
@@ -264,10 +298,10 @@ def _split(name: str) -> tuple[int, int] | None:
 
 
 def shard(name: str, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of a whole megatron-core tensor that a tensor-parallel rank holds (a view where possible).
+    """Return a tensor-parallel rank's shard of a whole megatron-core tensor (a view where possible).
 
     Raises:
-        UserError: the tensor does not divide.
+        UserError: the tensor cannot be split evenly.
     """
     split = _split(name)
     if split is None or tp_size == 1:
@@ -279,7 +313,7 @@ def shard(name: str, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
 
 
 def shard_shape(name: str, shape: Shape, tp_size: int) -> Shape:
-    """The shape of what `shard` gives; raises as it does."""
+    """Return the shape of the result of `shard`. Raises as `shard` does."""
     split = _split(name)
     if split is None or tp_size == 1:
         return shape
@@ -290,7 +324,7 @@ def shard_shape(name: str, shape: Shape, tp_size: int) -> Shape:
 
 
 def unshard(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """The whole tensor, from the parts of all ranks in order; the inverse of `shard`."""
+    """Join the shards of all ranks, in order, to the whole tensor. The inverse of `shard`."""
     split = _split(name)
     if split is None or len(tensors) == 1:
         return tensors[0]

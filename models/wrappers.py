@@ -1,4 +1,4 @@
-"""What is around a model when it trains: data-parallel and precision wrappers."""
+"""The wrappers around a model in training: data parallel and precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def unwrap(chunk: Any) -> Any:
-    """The GPTModel inside them."""
+    """Return the GPTModel inside the wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk

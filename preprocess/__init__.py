@@ -1,6 +1,6 @@
-"""Text and conversations to token datasets: readers, tokenizers, the `.bin/.idx` format, the sample corpus.
+"""Convert text and conversations to token datasets: readers, tokenizers, the `.bin/.idx` format, the sample corpus.
 
-What other parts of the kit call:
+Functions for other packages:
 
     from minimind_mcore.preprocess.convert import convert               # raw files -> indexed prefixes
     from minimind_mcore.preprocess.options import ChatOptions, Options

@@ -1,10 +1,10 @@
-"""Blends: several sets of pretraining data, each read in proportion to its weight.
+"""Blends: several pretraining datasets, each read in proportion to its weight.
 
     blend = parse_blend(["0.3", "data/one", "0.7", "data/two"])     # the words of --data-path
-    blend.weights or sizes(blend.prefixes)                          # without weights: in proportion to the tokens
+        blend.weights or sizes(blend.prefixes)                          # without weights: in proportion to the tokens
 
-megatron-core gives sets without weights one pass each, ends the run there, and raises a bare AssertionError for a set
-of less than one sample. Here sets without weights are weighted by size explicitly, under every backend.
+Without weights megatron-core gives each dataset one pass and ends the run there, and raises a bare AssertionError for a
+dataset with less than one sample. Here datasets without weights get their sizes as explicit weights, in every backend.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from minimind_mcore.preprocess.tokenize import tokenizer_info
 
 @dataclass(frozen=True)
 class Blend:
-    """Sets of data, and the weight of each as it was written; None for sets that are weighted by size."""
+    """Datasets with their weights as written. `weights` is None for datasets that are weighted by size."""
 
     prefixes: list[str]
     weights: list[str] | None
 
     @property
     def words(self) -> list[str]:
-        """The words of --data-path: with weights a weight before each prefix."""
+        """Return the words of --data-path: prefixes, each after its weight if there are weights."""
         if self.weights is None:
             return self.prefixes
         return [word for pair in zip(self.weights, self.prefixes, strict=True) for word in pair]
 
 
 def number(word: str) -> float | None:
-    """Return the number that a word is, or None."""
+    """Return the number in a word, or None if the word is not a number."""
     try:
         return float(word)
     except ValueError:
@@ -48,7 +48,7 @@ def number(word: str) -> float | None:
 
 
 def _exists(path: str) -> bool:
-    """Whether a path names a finished dataset, or raw files."""
+    """Return whether a path names a converted dataset or raw files."""
     expanded = Path(path).expanduser()
     return expanded.exists() or bool(datasets_at(expanded)) or bool(glob.glob(str(expanded)))
 
@@ -57,11 +57,11 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
     """Parse prefixes, or pairs of a weight and a prefix.
 
     Args:
-        words: of `flag`.
-        flag: for errors.
+        words: words of `flag`.
+        flag: name of the flag, for messages.
 
     Raises:
-        UserError: weights for some sets only, or a weight that is not a positive number.
+        UserError: only some datasets have weights, or a weight is not a positive number.
     """
     words = [word.strip() for word in words]
     if not words:
@@ -86,12 +86,12 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
 
 
 def sizes(prefixes: Sequence[str]) -> list[int]:
-    """The tokens of each dataset."""
+    """Return the number of tokens of each dataset."""
     return [int(read_index(prefix).lengths.sum(dtype="int64")) for prefix in prefixes]
 
 
 def blend_of_text(text: str, flag: str) -> Blend | None:
-    """The blend that a text such as "0.3 one 0.7 two" holds; None for one path, which may have white space in it.
+    """Parse a text such as "0.3 one 0.7 two" to a blend. None for a single path, which may contain white space.
 
     Raises:
         UserError: see `parse_blend`.
@@ -103,18 +103,18 @@ def blend_of_text(text: str, flag: str) -> Blend | None:
 
 
 def prepare_blend(blend: Blend, options: Options, dry_run: bool) -> list[str]:
-    """Convert the raw sets of a blend, and check the others.
+    """Convert the raw datasets of a blend, and check the others.
 
     Args:
-        blend: sets that are finished datasets or raw files.
-        options: of the conversion; their input and output prefix are the set's.
+        blend: converted datasets or raw files.
+        options: options of the conversion. Input and output prefix are replaced for each dataset.
         dry_run: convert nothing.
 
     Returns:
-        The words of --data-path, weights included; an empty list where a dry run leaves sets unconverted.
+        The words of --data-path with weights. Empty if a dry run leaves datasets unconverted.
 
     Raises:
-        UserError: a set that is neither, cannot be converted, or has another tokenizer.
+        UserError: a dataset does not exist, cannot be converted, or has another tokenizer.
     """
     if isinstance(options.find_handler(), ChatHandler):
         raise UserError(

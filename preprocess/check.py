@@ -1,11 +1,11 @@
 """Verify an indexed dataset.
 
     quick_check("data/pt_text_document", fingerprint)      # before training: files, sizes, tokenizer
-    problems = check_dataset("data/pt_text_document")      # everything, reading all of it
-    datasets_at("data/sft")                                # of conversations: every dataset under the prefix
+    problems = check_dataset("data/pt_text_document")      # complete check, reads all bytes
+    datasets_at("data/sft")                                # every dataset of conversations under the prefix
 
-megatron-core itself opens a truncated `.bin` without complaint and fails only at the sample that
-lies behind the cut, hours later.
+megatron-core opens a truncated `.bin` without an error, and fails only when it reads a sample after the cut,
+possibly hours later.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ Prefix = str | os.PathLike[str]
 def quick_check(
     prefix: Prefix, fingerprint: str | None = None, vocab_size: int | None = None, everything: bool = False
 ) -> None:
-    """Refuse a dataset that cannot be trained on, reading its index and some blocks of its tokens.
+    """Refuse a dataset that cannot be trained on. Reads its index and some blocks of its tokens.
 
     Args:
-        prefix: of the `.bin/.idx` pair.
-        fingerprint: `tokenizer_fingerprint` of the tokenizer in use; compared with the dataset's
-            record where it has one (data that another program wrote has none).
-        vocab_size: of that tokenizer; without a record, the first few million ids must fit it.
-            (Under tensor parallelism ids beyond it train on zeros, without an error.)
-        everything: compare all blocks with the dataset's record, and not only some of a large file (the processes
-            of a host share the blocks); without a record, all ids must fit the vocabulary.
+        prefix: prefix of the `.bin/.idx` pair.
+        fingerprint: `tokenizer_fingerprint` of the run's tokenizer, compared with the dataset's record if there
+            is one (data of other programs has none).
+        vocab_size: vocab size of that tokenizer. Without a record the first few million ids must be below it.
+            (Under tensor parallelism larger ids train on zeros, without an error.)
+        everything: compare all blocks with the record, not only some of a large file (the processes
+            of a host share the blocks). Without a record all ids must be in the vocabulary.
 
     Raises:
-        UserError: a file is missing, truncated, damaged or no dataset, or the tokenizer is another one.
+        UserError: a file is missing, truncated, damaged or not a dataset, or the tokenizer differs.
     """
     index = read_index(prefix)
     problems = _kind_problems(prefix, index) or _size_problems(prefix, index) or _index_problems(prefix, index)
@@ -64,14 +64,14 @@ def quick_check(
 
 
 def check_dataset(prefix: Prefix, tokenizer: TokenizerInfo | None = None) -> list[str]:
-    """Verify everything that can be verified, reading every byte.
+    """Check a dataset completely, reading every byte.
 
     Args:
-        prefix: of the `.bin/.idx` pair.
-        tokenizer: whose vocabulary the ids must fit; by default the recorded one.
+        prefix: prefix of the `.bin/.idx` pair.
+        tokenizer: tokenizer whose vocabulary must contain the ids (default: the recorded one).
 
     Returns:
-        One line per problem; empty if all is well.
+        One line per problem.
     """
     try:
         index = read_index(prefix)
@@ -88,7 +88,7 @@ def check_dataset(prefix: Prefix, tokenizer: TokenizerInfo | None = None) -> lis
 
 
 def datasets_at(prefix: Prefix) -> list[str]:
-    """The datasets that a prefix stands for: itself, or those of conversations that begin with it; none if none is."""
+    """Return the dataset at a prefix, or the datasets of conversations whose names start with the prefix."""
     if idx_path(prefix).is_file():
         return [os.fspath(prefix)]
     path = Path(prefix)
@@ -97,10 +97,10 @@ def datasets_at(prefix: Prefix) -> list[str]:
 
 
 def check_together(prefixes: Sequence[str]) -> list[str]:
-    """Verify that datasets of the same conversations hold as many sequences, each as long in all of one side.
+    """Check that datasets of the same conversations have the same number of sequences with the same lengths.
 
     Returns:
-        One line per problem; empty if all is well.
+        One line per problem.
     """
     if len(prefixes) < 2:
         return []
@@ -123,7 +123,7 @@ def check_together(prefixes: Sequence[str]) -> list[str]:
 
 
 def _answers(prefixes: Sequence[str]) -> list[str]:
-    """The labels that are no labels of ids but right answers of tasks: none of them is `IGNORED`."""
+    """Return the prefixes of labels that are right answers of tasks, not labels of ids: they contain no `IGNORED`."""
     found = []
     for prefix in prefixes:
         size = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else 0
@@ -150,7 +150,7 @@ def _kind_problems(prefix: Prefix, index: Index) -> list[str]:
 
 
 def idx_digest(prefix: Prefix) -> str:
-    """Return the SHA-256 of a dataset's index; the file is read again only after it has changed."""
+    """Return the SHA-256 of a dataset's index. An unchanged file is read only once."""
     return _digest(idx_path(prefix))
 
 
@@ -165,12 +165,12 @@ def _read_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _prompts_of(column: Prefix) -> Path:
-    """The records of the tasks of which a dataset is a column."""
+    """Return the records file of the tasks whose column this dataset is."""
     return prompts_path(os.fspath(column).rpartition("_packed_")[0])
 
 
 def _prompts_problems(prefix: Prefix, meta: DatasetMeta) -> list[str]:
-    """Compare the records of tasks, which hold their right answers, with the digest of the conversion."""
+    """Compare the records of tasks, which hold the right answers, with the digest of the conversion."""
     path = _prompts_of(prefix)
     if meta.prompts_sha256 is None or (path.is_file() and _digest(path) == meta.prompts_sha256):
         return []
@@ -189,7 +189,7 @@ def digest_problems(prefix: Prefix, meta: DatasetMeta, everything: bool = False)
     if problems := _prompts_problems(prefix, meta):
         return [f"{problems[0]}: {again}"]
     path, count = bin_path(prefix), len(written.bin_blocks) // 8
-    if count == 0:  # a record of an earlier version
+    if count == 0:  # recorded by an earlier version
         small = everything or written.bin_bytes <= SAMPLED_BLOCKS * BLOCK_BYTES
         if small and sha256(path) != written.bin_sha256:
             return [f"{path}: content differs from its recorded SHA-256: {again}"]
@@ -204,9 +204,9 @@ def digest_problems(prefix: Prefix, meta: DatasetMeta, everything: bool = False)
 
 
 def _blocks_to_check(count: int, everything: bool) -> Sequence[int]:
-    """The blocks of a .bin file that a start reads: 64 MiB take about 0.1 s.
+    """Return the blocks of a .bin file that a quick check reads. 64 MiB take about 0.1 s.
 
-    The choice differs from process to process and from start to start, so that damage that one misses, another finds.
+    The choice differs between processes and between starts, so that damage in other blocks is found eventually.
     """
     if everything:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -286,6 +286,6 @@ def _tokenizer_problems(meta: DatasetMeta, fingerprint: str) -> list[str]:
         return []
     return [
         f"tokenizer mismatch: the data was made with {meta.tokenizer.path} (fingerprint "
-        f"{meta.tokenizer.fingerprint[:12]}), the tokenizer given has {fingerprint[:12]}, so its ids mean other text: "
-        "give the tokenizer the data was made with, or convert the text again"
+        f"{meta.tokenizer.fingerprint[:12]}), but the given tokenizer has {fingerprint[:12]}: its ids mean other text; "
+        "give the tokenizer that made the data, or convert the text again"
     ]

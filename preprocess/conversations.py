@@ -1,4 +1,4 @@
-"""What a record of each format holds: conversations, in one form (`messages`).
+"""Read the records of each format as conversations in one common form (`messages`).
 
 | format | handlers |
 |---|---|
@@ -9,9 +9,9 @@
 | leetcode: code_with_problem, code_only, explanation_only | LeetcodePython... |
 | minimind: conversations of {role, content, reasoning_content, tools, tool_calls}, the last two as JSON | MiniMind... |
 
-The columns and their defaults are MindSpeed-LLM's (tasks/preprocess/utils.py), except that the fields `system`,
-`tools` and `prompt` are read where they exist. MiniMind's are those of its dataset/lm_dataset.py. Where MindSpeed-LLM
-skips a record or trains on an empty dialogue in its place, here the record is rejected with its reason.
+The columns and their defaults are MindSpeed-LLM's (tasks/preprocess/utils.py). In addition the fields `system`, `tools`
+and `prompt` are read if they exist. MiniMind's columns are those of its dataset/lm_dataset.py. Some invalid records are
+skipped by MindSpeed-LLM, or replaced by an empty dialogue. Here such a record is rejected with a reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TAGS = {
     **{"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
     **{"observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"},
 }
-# The fields of a record that belong to its conversation, next to the messages.
+# Fields of a record that belong to the conversation in addition to the messages.
 BESIDE = {"system": "system", "tools": "tools", "prompt": "prompt"}
 SHAREGPT = {"messages": "conversations", **BESIDE, **TAGS}
 OPENAI = {"messages": "messages", **BESIDE}
@@ -65,12 +65,14 @@ def _system(text: str) -> list[Message]:
 
 
 def read_minimind(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's own: tools are on the system message (functions in the Ascend fork), or next to the messages."""
+    """Read MiniMind's format: tools are in the system message (`functions` in the Ascend fork) or next to the
+    messages."""
     return {"": conversation_of(record, columns, list_of(record, columns["messages"]))}
 
 
 def read_minimind_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's preferences, two whole conversations; or TRL's, a prompt and two answers: messages or texts."""
+    """Read MiniMind's preferences (two whole conversations) or TRL's (a prompt and two answers, as messages or
+    texts)."""
     return {
         f"{side}_": conversation_of(record, {**columns, "messages": columns[side]}, _side(record, columns, side))
         for side in ("chosen", "rejected")
@@ -78,7 +80,7 @@ def read_minimind_pair(record: Mapping[str, Any], columns: Columns) -> dict[str,
 
 
 def _side(record: Mapping[str, Any], columns: Columns, side: str) -> list[dict[str, Any]]:
-    """The messages of one side; a text is an answer to the prompt."""
+    """Return the messages of one side. A text is an answer to the prompt."""
     value = record.get(columns[side])
     if isinstance(value, str) and columns["prompt"] and not is_empty(record.get(columns["prompt"])):
         return [{"role": "assistant", "content": value}]
@@ -86,7 +88,8 @@ def _side(record: Mapping[str, Any], columns: Columns, side: str) -> list[dict[s
 
 
 def read_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's tasks for reinforcement learning: an answer at the end is a placeholder. Or TRL's field `prompt`."""
+    """Read MiniMind's tasks for reinforcement learning, or TRL's field `prompt`. An answer at the end is a
+    placeholder."""
     if "gt" in columns and not isinstance(record.get(columns["gt"]), list):
         raise Unusable(f"field {columns['gt']!r} is not a list of answers but {kind_of(record.get(columns['gt']))}")
     prompt = columns["prompt"]
@@ -98,7 +101,7 @@ def read_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conver
 
 
 def read_openai(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """OpenAI's chat format."""
+    """Read OpenAI's chat format."""
     conversation = conversation_of(record, columns, list_of(record, columns["messages"]))
     if conversation.messages[-1]["role"] != "assistant":
         raise Unusable(f"the last message is not the assistant's but of role {conversation.messages[-1]['role']!r}")
@@ -106,7 +109,7 @@ def read_openai(record: Mapping[str, Any], columns: Columns) -> dict[str, Conver
 
 
 def read_steps(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """A text with a placeholder behind each step of a solution, and the reward token of each step."""
+    """Read a text with a placeholder after each step of a solution, and the reward token of each step."""
     values = record.get(columns["value"])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise Unusable(f"field {columns['value']!r} is not a list of texts but {kind_of(values)}")
@@ -114,7 +117,7 @@ def read_steps(record: Mapping[str, Any], columns: Columns) -> dict[str, Convers
 
 
 def alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:
-    """Alpaca's question with what comes before it: system prompt and history."""
+    """Return Alpaca's question after system prompt and history."""
     messages = _system(optional(record, columns["system"]))
     history = record.get(columns["history"]) if columns["history"] else None
     for pair in history or []:
@@ -126,7 +129,7 @@ def alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> list[Message]:
 
 
 def read_alpaca(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """Alpaca: instruction and input are one message, a line break between them."""
+    """Read Alpaca: instruction and input form one message, separated by a line break."""
     answer = {"role": "assistant", "content": text_of(record, columns["response"])}
     thoughts = reasoning_of(record, "the record")
     if thoughts:
@@ -135,7 +138,7 @@ def read_alpaca(record: Mapping[str, Any], columns: Columns) -> dict[str, Conver
 
 
 def read_alpaca_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """Alpaca with two answers."""
+    """Read Alpaca with two answers."""
     prompt = alpaca_prompt(record, columns)
     return {
         f"{side}_": Conversation(
@@ -147,14 +150,14 @@ def read_alpaca_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, C
 
 
 def _sharegpt_form(columns: Columns) -> Form:
-    """How turns are written by these columns."""
+    """Return the message form of these columns."""
     tags = {role: columns[f"{role}_tag"] for role in ("system", "user", "assistant")}
     tags["tool"] = columns["observation_tag"]
     return Form(partial(_sharegpt_message, columns), (columns["role_tag"], columns["content_tag"]), tags)
 
 
 def _sharegpt_message(columns: Columns, turn: Mapping[str, Any], number: int) -> Message:
-    """One turn; the assistant's calls of tools have a tag of their own, and their content is JSON."""
+    """Read one turn. The assistant's tool calls have a tag of their own, and their content is JSON."""
     where, role = f"turn {number}", turn.get(columns["role_tag"])
     roles = {columns["observation_tag"]: "tool", columns["assistant_tag"]: "assistant"}
     roles |= {columns["function_tag"]: "calls", columns["system_tag"]: "system", columns["user_tag"]: "user"}
@@ -168,7 +171,7 @@ def _sharegpt_message(columns: Columns, turn: Mapping[str, Any], number: int) ->
 
 
 def read_sharegpt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """ShareGPT: turns of both sides, one after the other."""
+    """Read ShareGPT: alternating turns of both sides."""
     turns = list_of(record, columns["messages"])
     conversation = conversation_of(record, columns, turns, _sharegpt_form(columns))
     if conversation.messages[-1]["role"] != "assistant":
@@ -177,7 +180,7 @@ def read_sharegpt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conv
 
 
 def read_sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """ShareGPT with two answers, each a turn of its own."""
+    """Read ShareGPT with two answers, each a turn of its own."""
     turns, form, sides = list_of(record, columns["messages"]), _sharegpt_form(columns), {}
     for side in ("chosen", "rejected"):
         answer = record.get(columns[side])
@@ -198,15 +201,15 @@ def _exchange(question: str, answer: str) -> dict[str, Conversation]:
 
 
 def read_general(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """Instruction and input are one message, a line break between them even if the input is empty."""
+    """Read instruction and input as one message, separated by a line break even if the input is empty."""
     asked, given = text_of(record, columns["prompt"]), optional(record, columns["query"])
     return _exchange(f"{asked}\n{given}", text_of(record, columns["response"]))
 
 
 def read_belle(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """Belle's dialogues: the instruction has all turns as one text, and ends where the output is to follow.
+    """Read Belle's dialogues: the instruction is one text with all turns, and the output follows it.
 
-    What is behind a second "Assistant:" of one turn is left out, and a turn without any is the assistant's.
+    Text after a second "Assistant:" in one turn is dropped. A turn without "Assistant:" belongs to the assistant.
     """
     messages: list[Message] = []
     for turn in text_of(record, columns["prompt"]).split("Human:"):
@@ -222,6 +225,6 @@ def read_belle(record: Mapping[str, Any], columns: Columns) -> dict[str, Convers
 
 
 def read_leetcode(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """The problem without its code; the answer is code and explanation."""
+    """Read a problem without its code. The answer is code and explanation."""
     problem = text_of(record, columns["problem"]).partition("```")[0].strip()
     return _exchange(problem, f"{text_of(record, columns['code'])}\n{text_of(record, columns['explanation'])}")

@@ -1,21 +1,21 @@
-"""Raw files to indexed datasets: `<prefix>_<key>_document.bin/.idx/.meta.json`.
+"""Convert raw files to indexed datasets: `<prefix>_<key>_document.bin/.idx/.meta.json`.
 
     python preprocess_data.py --input data/sample.jsonl --output-prefix data/sample \\
         --tokenizer-name-or-path data/tokenizer --prepend-bos --append-eod --workers 2
 
-or from a program, with a name chosen from the content, done once and found again afterwards:
+From a program, the name can be derived from the content. A repeated call finds the finished result:
 
     [prefix] = convert(Options("data/sample.jsonl", "data/tokenizer", cache_dir="data/cache"))
 
-Conversations become several datasets with `_packed` in their names, as MindSpeed-LLM calls them:
+Conversations become several datasets with MindSpeed-LLM's names:
 `data/sft_packed_input_ids_document`, `..._attention_mask_...`, `..._labels_...`. Tasks for reinforcement
-learning become the ids of their prompt, and beside them `data/rl_packed_prompts.jsonl`: for each, in the
-same order, a line with `prompt`, `messages`, `tools`, `open_thinking` and the record's other fields (`gt`).
+learning become the ids of their prompts. `data/rl_packed_prompts.jsonl` has one line per task, in the
+same order, with `prompt`, `messages`, `tools`, `open_thinking` and the record's other fields (`gt`).
 
-The input is cut into shards. Worker processes turn each into part files, which are then concatenated
-in input order or packed, so the result does not depend on `workers`, `n_subs` or the tokenizer backend. What an
-interrupted run finished lies in `<prefix>.parts/` and is used by the next one with the same request.
-The final files appear at the end, by renaming: `.bin`, `.idx`, then the record `.meta.json`.
+The input is split into shards. Worker processes convert each shard to part files, which are then concatenated
+in input order or packed, so the result does not depend on `workers`, `n_subs` or the tokenizer backend.
+`<prefix>.parts/` keeps the finished parts of an interrupted run, and the next run with the same request uses
+them. The final files are renamed into place at the end: `.bin`, `.idx`, then the record `.meta.json`.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ PREVIEWED = 1000
 
 
 def convert(options: Options) -> list[str]:
-    """Convert raw files, or find that it has been done already.
+    """Convert raw files, unless a finished result exists.
 
     Returns:
-        What --data-path takes: the prefix of each key's dataset, or the common one of conversations.
+        The words of --data-path: the prefix of each key's dataset, or the common prefix of conversations.
 
     Raises:
-        UserError: bad options, unusable input, too many rejects, a full disk, a dead worker.
-        RuntimeError: a defect, with the traceback of the worker it showed in.
+        UserError: invalid options, unusable input, too many rejects, a full disk, or a dead worker.
+        RuntimeError: a bug, with the traceback of the worker.
     """
     sources, info, request, prefix = _prepare(options)
     with disk_errors(prefix):
@@ -113,13 +113,13 @@ def _prepare(options: Options) -> tuple[list[InputFile], TokenizerInfo, str, Pat
 
 
 def preview(options: Options) -> list[str]:
-    """Check all that can be checked without converting, and say what would be converted.
+    """Check everything that can be checked without converting, and log the conversion.
 
     Returns:
-        What `convert` returns if it would find everything done, else an empty list.
+        The result of `convert` if it is already finished, else an empty list.
 
     Raises:
-        UserError: what `convert` would raise at once, or none of the first records is usable.
+        UserError: an error that `convert` would raise at once, or none of the first records is usable.
     """
     sources, info, request, prefix = _prepare(options)
     if _done(options, prefix, request):
@@ -132,7 +132,7 @@ def preview(options: Options) -> list[str]:
 
 
 def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[InputFile]) -> None:
-    """See that the first file that is not empty has records that this handler can use."""
+    """Check that the first non-empty file has records that the handler can use."""
     stage = make_stage(options, info, load_encoder(options.tokenizer, options.backend))
     reason = "it has no records"
     shards = plan_shards(sources, 1)
@@ -159,7 +159,7 @@ def _done(options: Options, prefix: Path, request: str) -> bool:
 
 
 def _refuse_others(options: Options, prefix: Path) -> None:
-    """What reads conversations takes all datasets of a prefix for the same ones.
+    """Refuse a prefix with other datasets, because readers of conversations assume that all datasets belong together.
 
     Raises:
         UserError: there are datasets that this conversion would not replace.
@@ -170,14 +170,14 @@ def _refuse_others(options: Options, prefix: Path) -> None:
 
 
 def _unused(reports: Sequence[Report]) -> Counter[str]:
-    """The keys of the input that nothing reads, of all shards."""
+    """Return the unread keys of the input, over all shards."""
     return sum((Counter(report.unused) for report in reports), Counter[str]())
 
 
 def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:
     try:
         meta = read_meta(target)
-    except UserError:  # a damaged record: make it anew
+    except UserError:  # a damaged record: convert again
         return False
     if meta is None or meta.request != request or meta.rejects > max_reject_rate * meta.records:
         return False
@@ -186,7 +186,7 @@ def _up_to_date(target: str, request: str, max_reject_rate: float) -> bool:
 
 @contextlib.contextmanager
 def _exclusive(prefix: Path) -> Iterator[None]:
-    """Let one run at a time work on a prefix; a second one waits, and then finds the result."""
+    """Lock a prefix. A second run waits, and then finds the result."""
     path = prefix.with_name(f".{prefix.name}.lock")
     while True:
         with open(path, "w") as file:
@@ -195,7 +195,7 @@ def _exclusive(prefix: Path) -> Iterator[None]:
             except BlockingIOError:
                 logger.info(f"{prefix}: another process is converting it; waiting")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # The holder before us may have removed the file that we opened; then nobody else sees our lock.
+            # The previous holder may have removed the file that we opened. Other processes would not see our lock.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 try:
                     yield
@@ -206,7 +206,7 @@ def _exclusive(prefix: Path) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One conversion that has to be done."""
+    """One conversion that has no finished result."""
 
     _options: Options
     _info: TokenizerInfo
@@ -219,12 +219,12 @@ class _Run:
         self._targets = dataset_prefixes(options, prefix)
         self._shards = plan_shards(self._sources, options.n_subs)
         self._parts = prefix.with_name(prefix.name + PARTS)
-        if options.cache_dir:  # where outputs of one name in different places must not meet
+        if options.cache_dir:  # outputs of the same name in different directories must not collide
             place = hashlib.sha256(os.fsencode(prefix.resolve())).hexdigest()[:8]
             self._parts = Path(options.cache_dir).expanduser() / f"{prefix.name}-{place}{PARTS}"
 
     def run(self) -> None:
-        """Shards to parts, parts to the final files."""
+        """Convert shards to parts, then parts to the final files."""
         start = time.monotonic()
         directory = self._part_directory()
         reports = self._convert_shards(directory)
@@ -239,7 +239,7 @@ class _Run:
         logger.info(f"done in {seconds:.1f} s ({read / 1e6 / seconds:.1f} MB/s)")
 
     def _part_directory(self) -> Path:
-        """Where this request's parts are; those of other requests for the same output are dropped."""
+        """Return the directory of this request's parts, and remove parts of other requests for the same output."""
         plan = [self._request, [[s.source.path, s.start, s.stop] for s in self._shards]]
         name = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
         directory = self._parts / name
@@ -254,7 +254,7 @@ class _Run:
         return directory
 
     def _convert_shards(self, directory: Path) -> list[Report]:
-        """Run the shards that are not done yet; returns all reports in input order."""
+        """Convert the remaining shards. Return all reports in input order."""
         options, info, shards = self._options, self._info, self._shards
         reports = finished(directory, len(shards))
         todo = [ShardTask(number, shard) for number, shard in enumerate(shards) if number not in reports]
@@ -274,10 +274,10 @@ class _Run:
         return [reports[number] for number in range(len(shards))]
 
     def _check_rejects(self, directory: Path, reports: Sequence[Report]) -> None:
-        """Collect the rejects beside the output, name the first, and stop if they are too many.
+        """Collect the rejects next to the output, log the first ones, and stop if there are too many.
 
         Raises:
-            UserError: above the tolerated rate, or nothing usable at all.
+            UserError: the rate is above the limit, or no record is usable.
         """
         rejects, records = sum(r.rejects for r in reports), sum(r.records for r in reports)
         path = self._prefix.with_name(f"{self._prefix.name}.rejects.jsonl")
@@ -313,14 +313,14 @@ class _Run:
                             logger.info(f"rejected: {entry['file']}, line {entry['line']}: {entry['reason']}")
 
     def _plan(self, directory: Path, reports: Sequence[Report]) -> Plan | None:
-        """Which samples are to share a sequence, if they are to be packed."""
+        """Plan which samples share a sequence, if packing is enabled."""
         if not self._options.chat.pack:
             return None
         samples = SamplesOfKey([part_prefix(directory, report.number, "input_ids") for report in reports])
         return plan_packs(samples.lengths, (self._options.seq_length or 0) - 1)
 
     def _publish_beside(self, directory: Path, reports: Sequence[Report]) -> None:
-        """Put in place what goes beside the tasks."""
+        """Move the records of the tasks to their place."""
         path = beside_file(self._options, self._prefix)
         if path is not None:
             with atomic_file(path) as out:
@@ -328,7 +328,7 @@ class _Run:
                     out.writelines(copy_chunks(beside_path(directory, report.number)))
 
     def _publish(self, directory: Path, reports: Sequence[Report], key: str, target: str, plan: Plan | None) -> None:
-        """Put one key's dataset in place, its record last."""
+        """Move one key's dataset to its place, its record last."""
         parts = [part_prefix(directory, report.number, key) for report in reports]
         with disk_errors(bin_path(target)):
             meta_path(target).unlink(missing_ok=True)

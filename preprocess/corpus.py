@@ -1,17 +1,16 @@
-"""The sample corpus: text that every machine with Python has, as pretraining data.
+"""The sample corpus: pretraining text that exists on every machine with Python.
 
     python -m minimind_mcore.preprocess.corpus --output data/sample.jsonl --seed 42
     python -m minimind_mcore.preprocess.corpus --kind sft --output data/dialogues.jsonl     # see `dialogues`
     python -m minimind_mcore.preprocess.corpus --kind drills --output data/drills.jsonl     # see `drills`
 
-Two parts, shuffled together: real prose, which is the docstrings of Python's standard library and
-the language documentation behind `help()`; and arithmetic word problems in Chinese and English,
-generated, which a very small model can visibly learn. The same Python and seed give the same bytes.
+The corpus has two parts, shuffled together. The first is real prose: the docstrings of Python's standard library and
+the language documentation of `help()`. The second is generated: arithmetic word problems in Chinese and English, which
+a very small model can learn visibly. The same Python version and seed give the same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import inspect
@@ -24,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError, run
+from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.preprocess.dialogues import SUMMANDS, TEXTS, dialogues, drills, held_out, preferences, thoughts
 from minimind_mcore.preprocess.math_problems import careless, unseen_problems
 from minimind_mcore.preprocess.math_problems import problems as math_problems
 from minimind_mcore.preprocess.tool_dialogues import dialogues as tool_dialogues
 from minimind_mcore.preprocess.tool_dialogues import held_out as unseen_tool_questions
+from minimind_mcore.preprocess.tool_dialogues import numbers_in
 from minimind_mcore.storage import write_json_lines
 
 logger = logging.getLogger("minimind_mcore.preprocess.corpus")
 
-# Not prose: test suites, vendored code, tables, and a pip that may or may not be there.
+# Not prose: test suites, vendored code, tables, and pip, which is not always installed.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip", "encodings", "__pycache__"}
 SHORTEST = 80
 TOTAL_BYTES = 4_000_000
@@ -41,7 +42,7 @@ LEAST_PROBLEMS = 1_000_000
 
 
 def stdlib_prose() -> list[str]:
-    """Docstrings of the standard library and pydoc's topics, sorted, each once."""
+    """Return the docstrings of the standard library and pydoc's topics, sorted and without duplicates."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = set(_topics())
     for file in root.rglob("*.py"):
@@ -59,12 +60,12 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    """A module's docstring by itself, and each class with its methods as one text."""
+    """Yield a module's docstring, and each class with its methods as one text."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old modules hold invalid escapes
             module = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # lib2to3 and such carry files that are no valid source
+    except (SyntaxError, UnicodeDecodeError):  # lib2to3 and others contain files with invalid source
         return
     for node in (module, *module.body):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -88,7 +89,7 @@ HELD_OUT = frozenset(SUMMANDS[1])
 
 
 def _summands(r: random.Random, largest: int) -> tuple[int, int]:
-    """Two numbers whose sum no question asks for that is held out."""
+    """Return two numbers whose sum is not held out."""
     while (pair := (r.randint(1, largest), r.randint(1, largest))) in HELD_OUT:
         pass
     return pair
@@ -116,7 +117,7 @@ def _trip(r: random.Random) -> dict[str, object]:
     return {"speed": speed, "hours": hours, "way": speed * hours}
 
 
-# The numbers of each kind of problem; sample_texts.json has the words. A difference begins with the whole.
+# The numbers of each kind of problem; sample_texts.json has the words. A subtraction starts with the sum.
 PROBLEMS: tuple[tuple[str, Callable[[random.Random], dict[str, object]]], ...] = (
     ("addition", functools.partial(_sum, 99)), ("subtraction", functools.partial(_sum, 49)),
     ("product", _product), ("share", _product), ("cages", _cages), ("trip", _trip),
@@ -130,11 +131,11 @@ def _problem(r: random.Random, language: int) -> str:
 
 
 def problems(seed: int, size: int) -> list[str]:
-    """Generated word problems, a few to a text, about half of them Chinese.
+    """Generate word problems, a few per text, about half of them in Chinese.
 
     Args:
-        seed: of the generator.
-        size: UTF-8 bytes wanted, reached by at most one text too many.
+        seed: seed of the generator.
+        size: minimum of UTF-8 bytes, exceeded by less than one text.
     """
     generator = random.Random(seed)
     texts, total = [], 0
@@ -147,7 +148,7 @@ def problems(seed: int, size: int) -> list[str]:
 
 
 def build(seed: int) -> list[str]:
-    """The corpus: the prose, filled up to `TOTAL_BYTES` with problems."""
+    """Build the corpus: the prose, filled up to `TOTAL_BYTES` with problems."""
     prose = stdlib_prose()
     size = sum(len(text.encode()) for text in prose)
     texts = prose + problems(seed, max(LEAST_PROBLEMS, TOTAL_BYTES - size))
@@ -156,9 +157,8 @@ def build(seed: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="minimind-mcore corpus", description=__doc__, formatter_class=raw)
+    """Run the command line."""
+    parser = documented_parser("minimind-mcore corpus", __doc__)
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
@@ -171,7 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--held-out", metavar="JSONL", help="with --kind sft, math or tools: unseen questions")
     args = parser.parse_args(argv)
-    unseen = {"sft": held_out, "math": unseen_problems, "tools": unseen_tool_questions}
+    unseen: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+        "sft": held_out,
+        "math": unseen_problems,
+        "tools": lambda seed: unseen_tool_questions(seed, read=numbers_in(build(seed))),
+    }
     if args.held_out and args.kind not in unseen:
         raise UserError(f"--held-out: --kind {args.kind} has nothing to hold out; it goes with {' or '.join(unseen)}")
     makers: dict[str, Callable[[int], list[dict[str, Any]]]] = {

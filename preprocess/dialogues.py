@@ -1,30 +1,29 @@
-"""Sample dialogues for fine-tuning, in MiniMind's format, whose answers a program can mark.
+"""Sample dialogues for fine-tuning, in MiniMind's format, with answers that a program can check.
 
     python -m minimind_mcore.preprocess.corpus --kind sft --output data/dialogues.jsonl --held-out data/questions.jsonl
     python -m minimind_mcore.preprocess.corpus --kind dpo --output data/preferences.jsonl
 
-Two tasks, in Chinese and English, and a little small talk:
+There are two tasks, in Chinese and English, and a little small talk:
 
 | task | question | answer |
 |---|---|---|
 | lookup | Table: KD=37, QX=52, MB=18. What is QX? | 52 |
 | addition | 17+25=? | 42 |
 
-One key and one pair of numbers in ten are held out, the pairs in both orders: they occur in no dialogue,
-neither asked for nor in a table, and in no text that `corpus` and `drills` make up. `held_out` asks for
-them: a lookup shows all its keys for the first time, so an answer must come from the table. These are
-tasks for tiny models, and say nothing about what a model knows.
+10 % of the keys and 10 % of the number pairs (in both orders) are held out: they occur in no dialogue, neither in a
+question nor in a table, and in no text that `corpus` and `drills` generate. `held_out` asks about them. In a held-out
+lookup all keys are new, so the model must read the answer from the table. The tasks are for tiny models, and do not
+measure knowledge.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
 LARGEST = 49
@@ -39,7 +38,7 @@ Task = Callable[[random.Random, bool], list[tuple[str, str]]]
 
 
 def split(items: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Return (in dialogues, held out): the same whatever the seed of a sample."""
+    """Return (in dialogues, held out). The split does not depend on the seed of a sample."""
     shuffled = random.Random(0).sample(items, len(items))
     count = len(items) // HELD_OUT_SHARE
     return shuffled[count:], shuffled[:count]
@@ -53,11 +52,11 @@ KEYS = split([first + second for first, second in itertools.permutations(LETTERS
 # 17+25 is held out together with 25+17.
 SUMMANDS = tuple(map(_both_orders, split(list(itertools.combinations_with_replacement(range(1, LARGEST + 1), 2)))))
 
-TEXTS: dict[str, Any] = json.loads((PACKAGE / "preprocess/sample_texts.json").read_text(encoding="utf-8"))
+TEXTS: dict[str, Any] = package_json("preprocess/sample_texts.json")
 
 
 def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
-    """A table, and one to three questions about it."""
+    """Make a table, and one to three questions about it."""
     chinese = r.randrange(2)
     keys = r.sample(KEYS[unseen], r.randint(*TABLE))
     values = r.sample(range(10, 100), len(keys))
@@ -70,12 +69,12 @@ def lookup(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
 
 
 def ask_sum(r: random.Random, a: int, b: int) -> str:
-    """What a + b is, in Chinese or in signs."""
+    """Return the question for a + b, in Chinese or in symbols."""
     return f"{a}+{b}等于多少？" if r.randrange(2) else f"{a}+{b}=?"
 
 
 def addition(r: random.Random, unseen: bool) -> list[tuple[str, str]]:
-    """A sum."""
+    """Make a sum."""
     a, b = r.choice(SUMMANDS[unseen])
     return [(ask_sum(r, a, b), str(a + b))]
 
@@ -94,14 +93,14 @@ def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:
 
 
 def dialogues(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
-    """Records for supervised fine-tuning: {"conversations": [...]}."""
+    """Return records for supervised fine-tuning: {"conversations": [...]}."""
     r = random.Random(seed)
     tasks, weights = zip(*TASKS, strict=True)
     return [{"conversations": _messages(r.choices(tasks, weights)[0](r, False))} for _ in range(count)]
 
 
 def thoughts(seed: int, count: int = DIALOGUES // 2) -> list[dict[str, Any]]:
-    """Sums for reasoning, half of them with a thought: the sum of the last digits."""
+    """Return sums for reasoning, half of them with a thought: the sum of the last digits."""
     r = random.Random(seed)
     records = []
     for _ in range(count):
@@ -114,7 +113,7 @@ def thoughts(seed: int, count: int = DIALOGUES // 2) -> list[dict[str, Any]]:
 
 
 def held_out(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
-    """Questions about what no dialogue holds, `count` of each task.
+    """Return held-out questions, `count` of each task.
 
     Returns:
         {"task": "lookup" or "addition", "conversations": [question, answer], "answer": str}.
@@ -129,7 +128,7 @@ def held_out(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
 
 
 def preferences(seed: int, count: int = PAIRS) -> list[dict[str, Any]]:
-    """Records for DPO: the right answer is chosen, another number rejected."""
+    """Return records for DPO: the right answer is chosen, another number is rejected."""
     r = random.Random(seed)
     records = []
     for _ in range(count):
@@ -140,20 +139,20 @@ def preferences(seed: int, count: int = PAIRS) -> list[dict[str, Any]]:
     return records
 
 
-# Drills are the bare sums and tables that the dialogues ask about, as text for pretraining, without questions and
-# answers. A model meets the sums in pretraining and the form of a dialogue in fine-tuning. What the dialogues hold out
-# does not occur here either.
+# Drills are pretraining texts of bare sums and tables, without questions and answers. A model learns the sums in
+# pretraining and the form of a dialogue in fine-tuning. Numbers and keys that the dialogues hold out do not occur here
+# either.
 DRILLS = 80_000
 LINES = 4, 16
 
 
 def sums(r: random.Random) -> str:
-    """A few sums, one a line."""
+    """Return a few sums, one per line."""
     return "\n".join(f"{a}+{b}={a + b}" for a, b in r.choices(SUMMANDS[0], k=r.randint(*LINES)))
 
 
 def table(r: random.Random) -> str:
-    """A table, and its rows in other order."""
+    """Return a table, and its rows in another order."""
     keys = r.sample(KEYS[0], r.randint(*TABLE))
     rows = [f"{key}={value}" for key, value in zip(keys, r.sample(range(10, 100), len(keys)), strict=True)]
     again = r.sample(rows, len(rows))
@@ -163,7 +162,7 @@ def table(r: random.Random) -> str:
 
 
 def drills(seed: int, count: int = DRILLS) -> Iterator[str]:
-    """Texts of sums and of tables, about as many of each; the same for the same seed."""
+    """Yield texts of sums and of tables, about as many of each. The same seed gives the same texts."""
     r = random.Random(seed)
     for _ in range(count):
         yield r.choice((sums, table))(r)

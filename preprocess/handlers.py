@@ -1,8 +1,8 @@
-"""What a record becomes: the tables behind --handler-name.
+"""The handlers of --handler-name: what a record is converted to.
 
-A handler of pretraining turns a parsed record and the wanted keys into one text per key. One of
-fine-tuning turns it into conversations (`conversations`). Either may answer with a `Reject`. Tasks for reinforcement
-learning also have a right answer to compare responses with:
+A pretraining handler converts a parsed record and the requested keys to one text per key. A fine-tuning handler
+converts a record to conversations (`conversations`). Both may return a `Reject`. Tasks for reinforcement learning also
+have a right answer, with which responses are compared:
 
 | format | handler |
 |---|---|
@@ -12,9 +12,9 @@ learning also have a right answer to compare responses with:
 | Orz-57k: [{from: human, value}, {from: assistant, ground_truth: {value}}] | OrzMathHandler |
 | MiniMind's agent_rl_math: conversations, gt | MiniMindMathHandler |
 
-Their columns are MindSpeed-RL's (datasets/handler_utils.py). It drops the earlier answers of a history, and trains
-on an empty question where a record has several answers. Here, as in MindSpeed-LLM, the earlier answers stay, and a
-record with several right answers is rejected.
+The columns are MindSpeed-RL's (datasets/handler_utils.py). MindSpeed-RL drops the earlier answers of a history, and
+trains on an empty question if a record has several answers. Here, as in MindSpeed-LLM, the earlier answers are kept,
+and a record with several right answers is rejected.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ ORZ = {"messages": "messages"}
 
 
 def read_alpaca_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """Alpaca's question."""
+    """Read Alpaca's question."""
     return {"": Conversation(alpaca_prompt(record, columns), tools_of(record, columns.get("tools", "")))}
 
 
 def answer_of_alpaca(record: Mapping[str, Any], columns: Columns) -> str:
-    """Alpaca's output; a list of one counts as that one."""
+    """Return Alpaca's output. A list with one entry counts as that entry."""
     value = record.get(columns["response"])
     if isinstance(value, list):
         if len(value) != 1 or not isinstance(value[0], str):
@@ -88,18 +88,18 @@ def answer_of_alpaca(record: Mapping[str, Any], columns: Columns) -> str:
 
 
 def read_sharegpt_prompt(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """ShareGPT's turns up to the last answer."""
+    """Read ShareGPT's turns up to the last answer."""
     conversation = read_sharegpt(record, columns)[""]
     return {"": replace(conversation, messages=conversation.messages[:-1])}
 
 
 def answer_of_sharegpt(record: Mapping[str, Any], columns: Columns) -> str:
-    """ShareGPT's last answer."""
+    """Return ShareGPT's last answer."""
     return str(read_sharegpt(record, columns)[""].messages[-1]["content"])
 
 
 def read_math17k(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """A question that is a list of messages, or a text."""
+    """Read a question that is a list of messages or a text."""
     if isinstance(record.get(columns["prompt"]), str):
         return read_alpaca_prompt(record, columns)
     field = columns["prompt"]
@@ -107,7 +107,7 @@ def read_math17k(record: Mapping[str, Any], columns: Columns) -> dict[str, Conve
 
 
 def answer_of_math17k(record: Mapping[str, Any], columns: Columns) -> str:
-    """`ground_truth` of the column, or the column itself."""
+    """Return `ground_truth` of the column, or the column itself."""
     value = record.get(columns["response"])
     if isinstance(value, dict):
         return text_of(value, "ground_truth")
@@ -122,24 +122,24 @@ def _orz_turns(record: Mapping[str, Any], columns: Columns) -> tuple[Mapping[str
 
 
 def read_orz(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """Open-Reasoner-Zero's question."""
+    """Read Open-Reasoner-Zero's question."""
     return {"": Conversation([{"role": "user", "content": text_of(_orz_turns(record, columns)[0], "value")}])}
 
 
 def answer_of_orz(record: Mapping[str, Any], columns: Columns) -> str:
-    """Open-Reasoner-Zero's answer."""
+    """Return Open-Reasoner-Zero's answer."""
     return text_of(_orz_turns(record, columns)[1]["ground_truth"], "value")
 
 
 def read_math(record: Mapping[str, Any], columns: Columns) -> dict[str, Conversation]:
-    """MiniMind's task with an answer, without its tools: a single turn cannot call them."""
+    """Read MiniMind's task with an answer. Its tools are dropped, because a single turn cannot call them."""
     conversation = read_prompt(record, columns)[""]
     messages = [m for m in conversation.messages if m["role"] != "system" or m["content"]]
     return {"": Conversation(messages, unused=conversation.unused)}
 
 
 def answer_of_gt(record: Mapping[str, Any], columns: Columns) -> str:
-    """MiniMind's answers, several with commas between; the list itself is in the line beside the ids."""
+    """Return MiniMind's answers, joined by commas. The records file keeps the list itself."""
     values = record.get(columns["gt"])
     if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
         raise Unusable(f"field {columns['gt']!r} is not a list of answers but {kind_of(values)}")
@@ -148,26 +148,26 @@ def answer_of_gt(record: Mapping[str, Any], columns: Columns) -> str:
 
 @dataclass(frozen=True)
 class Handler:
-    """What a name of --handler-name does in pretraining.
+    """A pretraining handler.
 
     Attributes:
-        text: of a record's fields and one key.
-        fields: what it reads of a record; none: the keys themselves.
+        text: returns the text for a record's fields and one key.
+        fields: fields that the handler reads. Empty: the keys themselves.
     """
 
     text: Callable[[Mapping[str, Any], str], str]
     fields: tuple[str, ...] = ()
 
     def columns(self, keys: Sequence[str]) -> Sequence[str]:
-        """The fields that must be read for these keys."""
+        """Return the fields to read for these keys."""
         return self.fields or keys
 
     def unused(self, record: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-        """Fields that hold something and that nothing reads."""
+        """Return the non-empty fields that the handler does not read."""
         return unread(record, self.columns(keys))
 
     def __call__(self, record: Any, keys: Sequence[str]) -> dict[str, str] | Reject:
-        """The text under each key; a record that cannot be used is rejected whole."""
+        """Return the text for each key. A record with an unusable key is rejected as a whole."""
         if not isinstance(record, dict):
             return rejected(f"not an object but {kind_of(record)}", record)
         texts = {}
@@ -184,24 +184,24 @@ class Handler:
 
 
 def unread(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
-    """Fields of a record that hold something and are not among those that are read."""
+    """Return the non-empty fields of a record that are not in `fields`."""
     return [field for field, value in record.items() if field not in fields and not is_empty(value)]
 
 
 def _alpaca(record: Mapping[str, Any], key: str) -> str:
-    """An Alpaca record (instruction, input, output) in its prompt; `key` names the dataset only."""
+    """Return an Alpaca record (instruction, input, output) as a prompt. `key` only names the dataset."""
     instruction, output = text_of(record, "instruction"), text_of(record, "output")
-    # Where a record has no input, MindSpeed-LLM's template prints Python's None.
+    # For a record without input MindSpeed-LLM's template prints Python's None.
     given = f" Input:\n{text_of(record, 'input')}" if record.get("input") else None
     return PROMPTS["alpaca"].format(instruction=instruction, input=given, output=output)
 
 
 def _sharegpt(record: Mapping[str, Any], key: str) -> str:
-    """The turns of a conversation (`value`, or `content`), one after the other with nothing between."""
+    """Return the turns of a conversation (`value` or `content`), concatenated without separator."""
     turns = record.get(key)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable(f"field {key!r} is not a list of turns but {kind_of(turns)}")
-    # A parquet file has both columns for every turn, one of them null.
+    # In a parquet file every turn has both columns, and one of them is null.
     texts = [turn.get("content") if turn.get("value") is None else turn["value"] for turn in turns]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
@@ -218,20 +218,20 @@ HANDLERS: Mapping[str, Handler] = {
 
 @dataclass(frozen=True)
 class ChatHandler:
-    """What a name of --handler-name does in fine-tuning.
+    """A fine-tuning handler.
 
     Attributes:
-        read: the conversations of a record's fields, by the beginning of their datasets' names.
-        columns: which field holds what; --map-keys changes it.
-        outputs: the datasets, named as by MindSpeed-LLM: `<prefix>_packed_<output>_document`.
-        minimind: MiniMind's own format, whose random changes and whose loss on every answer apply.
-        prompts: a record is a task for reinforcement learning: a prompt without its answer. Its datasets
-            after the first two are texts that go with it, each encoded: `labels`, the right answer, and fields
+        read: returns the conversations of a record, by the first part of their datasets' names.
+        columns: field of each column. --map-keys changes it.
+        outputs: the datasets, with MindSpeed-LLM's names: `<prefix>_packed_<output>_document`.
+        minimind: MiniMind's own format, with its random changes and a loss on every answer.
+        prompts: a record is a task for reinforcement learning: a prompt without its answer. Datasets after the
+            first two are encoded texts of the task: `labels`, the right answer, and fields
             of the record.
-        answer: of tasks: the right answer.
+        answer: for tasks: returns the right answer.
         step_rewards: each placeholder in the text has a reward token as its label, for process reward models.
-        fixed_prompt: the text is that of `PROMPTS["instruction"]`, not of a chat template.
-        thinking_ratio: of tasks: how many let the model think, by default (MiniMind's trainers').
+        fixed_prompt: the text has the form of `PROMPTS["instruction"]`, not of a chat template.
+        thinking_ratio: for tasks: default share of prompts that let the model think (as in MiniMind's trainers).
         others: fields that are read under their own names.
     """
 
@@ -248,29 +248,29 @@ class ChatHandler:
 
     @property
     def pairwise(self) -> bool:
-        """Whether a record holds two answers to choose from."""
+        """Whether a record has a chosen and a rejected answer."""
         return "chosen_input_ids" in self.outputs
 
     @property
     def fields(self) -> list[str] | None:
-        """The columns to read of a parquet file; None for all: what goes beside a prompt is the user's."""
+        """The columns to read from a parquet file. None for all, because the records file keeps every field."""
         if self.prompts:
             return None
         return [*(field for name, field in self.columns.items() if field and name not in TAGS), *self.others]
 
     def unused(self, record: Mapping[str, Any], sides: Mapping[str, Conversation]) -> list[str]:
-        """Keys of a record and of its messages that hold something and that nothing reads.
+        """Return the non-empty keys of a record and its messages that are not read.
 
-        The fields of a task are all kept, in the line beside its ids.
+        All fields of a task are kept in the records file.
         """
         fields = unread(record, self.fields or ()) if not self.prompts else []
         counts = Counter[str]()
-        for conversation in sides.values():  # both sides of a pair read the fields that they share
+        for conversation in sides.values():  # both sides of a pair read the same shared fields
             counts |= Counter(conversation.unused)
         return [*fields, *counts.elements()]
 
     def __call__(self, record: Any) -> dict[str, Conversation] | Reject:
-        """The conversations of a record."""
+        """Return the conversations of a record."""
         try:
             if not isinstance(record, dict):
                 raise Unusable(f"not an object but {kind_of(record)}")
@@ -279,10 +279,10 @@ class ChatHandler:
             return rejected(str(reason), record)
 
     def extras(self, record: Mapping[str, Any]) -> list[str]:
-        """Of a task: the texts of its datasets after the first two.
+        """Return the texts of a task's datasets after the first two.
 
         Raises:
-            Unusable: one is missing or empty.
+            Unusable: a text is missing or empty.
         """
         texts = [
             self.answer(record, self.columns) if name == "labels" and self.answer else text_of(record, name)
@@ -294,10 +294,10 @@ class ChatHandler:
         return texts
 
     def with_keys(self, name: str, keys: Sequence[str]) -> ChatHandler:
-        """This handler with the datasets of --dataset-additional-keys in place of its own after the first two.
+        """Return this handler with the datasets of --dataset-additional-keys instead of its own after the first two.
 
         Raises:
-            UserError: it is no handler of tasks, or has no answer to write under `labels`.
+            UserError: the handler does not write tasks, or has no answer for `labels`.
         """
         if not keys:
             return self
@@ -309,13 +309,13 @@ class ChatHandler:
         return dataclasses.replace(self, outputs=(*_PROMPT_OUTPUTS, *keys))
 
     def mapped(self, name: str, map_keys: Mapping[str, Any] | None) -> ChatHandler:
-        """This handler with the columns of --map-keys, as MindSpeed-LLM reads it: {column: the record's field}.
+        """Return this handler with the columns of --map-keys, in MindSpeed-LLM's form: {column: field of the record}.
 
-        A column may be "" for none. `tags` holds the names that ShareGPT's turns use; those not given
-        keep their default (MindSpeed-LLM drops them).
+        A column may be "" for none. `tags` has the names of roles and keys in ShareGPT's turns. Names that are not
+        given keep their defaults (MindSpeed-LLM drops them).
 
         Raises:
-            UserError: a column that the format does not have.
+            UserError: the format has no such column.
         """
         given = map_keys or {}
         if not isinstance(given, dict) or not isinstance(given.get("tags") or {}, dict):
@@ -348,7 +348,7 @@ def _task(
     columns: Columns,
     answer: Callable[[Mapping[str, Any], Columns], str],
 ) -> ChatHandler:
-    """A handler of tasks with an answer."""
+    """Return a handler of tasks with an answer."""
     return ChatHandler(read, columns, (*_PROMPT_OUTPUTS, "labels"), prompts=True, answer=answer, thinking_ratio=0.0)
 
 
@@ -363,7 +363,7 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     "GeneralInstructionHandler": ChatHandler(read_general, GENERAL, fixed_prompt=True),
     "BelleMultiTurnInstructionHandler": ChatHandler(read_belle, BELLE, fixed_prompt=True),
     "LeetcodePythonInstructionHandler": ChatHandler(read_leetcode, LEETCODE, fixed_prompt=True),
-    # Of MindSpeed-LLM 2.0.0 to 2.2.0; 2.3.0 dropped process reward models.
+    # From MindSpeed-LLM 2.0.0 to 2.2.0. Version 2.3.0 dropped process reward models.
     "AlpacaStyleProcessRewardHandler": ChatHandler(read_steps, STEPS, fixed_prompt=True, step_rewards=True),
     # MiniMind's own files: sft, lora, reason and tool calls; dpo; rlaif; agent_rl
     "MiniMindInstructionHandler": ChatHandler(read_minimind, MINIMIND, minimind=True),
@@ -378,21 +378,21 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
     "HermesToolHandler": ChatHandler(read_hermes, HERMES, minimind=True),
     "GlaiveToolHandler": ChatHandler(read_glaive, GLAIVE, minimind=True),
     "XlamToolHandler": ChatHandler(read_xlam, XLAM, minimind=True),
-    # agent_rl_math with its answers, its tools left out
+    # agent_rl_math with its answers, without its tools
     "MiniMindMathHandler": _task(read_math, AGENT, answer_of_gt),
-    # MindSpeed-LLM's and MindSpeed-RL's
+    # Handlers of MindSpeed-LLM and MindSpeed-RL
     "R1AlpacaStyleInstructionHandler": _task(read_alpaca_prompt, ALPACA, answer_of_alpaca),
     "R1SharegptStyleInstructionHandler": _task(read_sharegpt_prompt, SHAREGPT, answer_of_sharegpt),
     "Math17kAlpacaStyleInstructionHandler": _task(read_math17k, MATH17K, answer_of_math17k),
     "PPOAlpacaStyleInstructionHandler": ChatHandler(
         read_alpaca_prompt, ALPACA, _PROMPT_OUTPUTS, prompts=True, thinking_ratio=0.0
     ),
-    # Open-Reasoner-Zero's own file: a list of two turns to a record
+    # Open-Reasoner-Zero's own file: a record is a list of two turns
     "OrzMathHandler": _task(read_orz, ORZ, answer_of_orz),
 }
 
 
-# Of MindSpeed-LLM, and not here.
+# Handlers of MindSpeed-LLM that are not supported.
 REFUSED: Mapping[str, str] = {
     "HunyuanInstructionHandler": "its loss is found by <|extra_0|> and <|eos|>, tokens of HunyuanLarge",
     "MOSSMultiTurnHandler": "it writes ids 195 and 196, which are turns in Baichuan's vocabulary alone",
@@ -405,11 +405,11 @@ REFUSED: Mapping[str, str] = {
 
 
 def find_handler(name: str) -> Handler | ChatHandler:
-    """Look up a handler.
+    """Return the handler of a name.
 
     Raises:
-        UserError: unknown. (MindSpeed-LLM takes an unknown name for GeneralPretrainHandler, so that
-            a misspelt instruction handler yields data of the wrong kind.)
+        UserError: the name is unknown. (MindSpeed-LLM uses GeneralPretrainHandler for an unknown name, so that
+            a misspelt instruction handler produces data of the wrong kind.)
     """
     handler = HANDLERS.get(name) or CHAT_HANDLERS.get(name)
     if name in REFUSED:

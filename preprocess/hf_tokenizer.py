@@ -1,9 +1,9 @@
-"""transformers' tokenizer around a tokenizer.json, and exports that AutoTokenizer loads with the same ids.
+"""Load tokenizer.json with transformers, and export tokenizers that AutoTokenizer loads with the same ids.
 
-AutoTokenizer chooses a class by `tokenizer_class` and by the model type in config.json, and some classes build another
-tokenizer from the vocabulary: Qwen2Tokenizer, which transformers 5 takes for every Qwen3 model, splits digits and
-normalizes text. Training reads tokenizer.json. So `load_tokenizer` wraps tokenizer.json too, and exports get a
-tokenizer_config.json that makes AutoTokenizer do so.
+AutoTokenizer chooses a class by `tokenizer_class` and by the model type in config.json. Some classes build another
+tokenizer from the vocabulary: Qwen2Tokenizer, which transformers 5 uses for every Qwen3 model, splits digits and
+normalizes text. Training reads tokenizer.json. Therefore `load_tokenizer` also wraps tokenizer.json, and exports get a
+tokenizer_config.json that makes AutoTokenizer do the same.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _OVERRIDES = (
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """transformers' PreTrainedTokenizerFast around a tokenizer.json, with the directory's chat template.
+    """Return transformers' PreTrainedTokenizerFast for a tokenizer.json, with the directory's chat template.
 
     Args:
         path: tokenizer directory or `tokenizer.json`.
 
     Raises:
-        UserError: no usable tokenizer, or transformers would encode texts differently.
+            UserError: the tokenizer is not usable, or transformers would encode texts differently.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -76,16 +76,16 @@ def require_same_ids(tokenizer: Any, backend: tokenizers.Tokenizer, file: Path) 
 
 
 def _prefix_space(content: dict[str, Any]) -> bool | None:
-    """Whether tokenizer.json puts a space before a text; None where its pre-tokenizer has no such setting."""
+    """Return whether tokenizer.json puts a space before a text. None if its pre-tokenizer has no such setting."""
     found = (content.get("pre_tokenizer") or {}).get("add_prefix_space")
     return None if found is None else bool(found)
 
 
 def export_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A tokenizer_config.json with which AutoTokenizer of transformers 4 and 5, and so vLLM, loads tokenizer.json.
+    """Return a tokenizer_config.json with which AutoTokenizer (transformers 4 and 5, vLLM) loads tokenizer.json.
 
-    Special tokens and chat template of the other files are in it. Left out is whatever would change ids: another class,
-    tokens that tokenizer.json lacks.
+    It contains special tokens and chat template of the other files. Settings that would change ids are left out:
+    another class, and tokens that tokenizer.json lacks.
 
     Args:
         path: tokenizer directory or `tokenizer.json`.
@@ -94,7 +94,7 @@ def export_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     content, config = read_json(file), read_optional(file.with_name(CONFIG))
     added = {token["content"]: token for token in content.get("added_tokens") or []}
     result = {key: value for key, value in config.items() if key not in (*_OVERRIDES, *SPECIAL_TOKENS)}
-    # Written by transformers 5 as a list, where transformers 4 expects an object.
+    # transformers 5 writes a list, but transformers 4 expects an object.
     extra = result.pop("extra_special_tokens", None)
     listed = [*(config.get("additional_special_tokens") or []), *(extra if isinstance(extra, list) else [])]
     kept = [text for text in dict.fromkeys(map(text_of, listed)) if text in added]
@@ -102,7 +102,7 @@ def export_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         result["additional_special_tokens"] = kept
     if isinstance(extra, dict):
         result["extra_special_tokens"] = {key: token for key, token in extra.items() if text_of(token) in added}
-    # transformers 5 takes every text under a key like image_token for a special token.
+    # transformers 5 treats every text under a key like image_token as a special token.
     for key in [key for key, value in result.items() if key.endswith("_token") and text_of(value) is not None]:
         if text_of(result[key]) not in added:
             del result[key]
@@ -123,7 +123,7 @@ def export_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def require_auto_tokenizer(folder: Path) -> None:
-    """Raise a `UserError` unless AutoTokenizer loads a written directory with the ids of its tokenizer.json."""
+    """Raise a `UserError` unless AutoTokenizer loads the exported directory with the ids of its tokenizer.json."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -1,17 +1,17 @@
-"""Megatron's indexed dataset: `<prefix>.bin` holds tokens back to back, `<prefix>.idx` says where each lies.
+"""Megatron's indexed dataset: `<prefix>.bin` has consecutive tokens, `<prefix>.idx` the position of each sequence.
 
     with IndexedWriter("data/pt_text_document") as writer:
         writer.add(tokens, lengths)            # a whole batch of documents as two arrays
     index = read_index("data/pt_text_document")
-    index.sequences                            # how many
+        index.sequences                            # number of sequences
 
 Layout of the index, little endian (megatron/core/datasets/indexed_dataset.py, the same in 0.12 and 0.16):
 
     9 bytes "MMIDIDX\\0\\0" | u64 version 1 | u8 dtype code | u64 sequences S | u64 document indices D
     | int32 length[S] | int64 byte offset[S] | int64 document index[D]
 
-A document is a run of sequences; `document index` holds S's prefix that ends each, starting at 0.
-Here every document is one sequence, so D = S + 1. Files are byte for byte what megatron-core's
+A document is a run of sequences. `document index` starts with 0 and has the number of sequences at the end of each
+document. Here every document is one sequence, so D = S + 1. The files are byte-identical to those that megatron-core's
 `IndexedDatasetBuilder` writes for the same tokens.
 """
 
@@ -37,31 +37,31 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 COPY_BYTES = 1 << 22
-BLOCK_BYTES = 1 << 20  # of a .bin file, each with a checksum in the dataset's record
+BLOCK_BYTES = 1 << 20  # block size of a .bin file; the dataset's record has a checksum per block
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """The data file of a dataset."""
+    """Return the data file of a dataset."""
     return Path(f"{os.fspath(prefix)}.bin")
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """The index file of a dataset."""
+    """Return the index file of a dataset."""
     return Path(f"{os.fspath(prefix)}.idx")
 
 
 @dataclass(frozen=True)
 class Index:
-    """An opened index; the arrays are memory maps of the file.
+    """An opened index. The arrays are memory maps of the file.
 
     Attributes:
-        dtype: of the tokens in the `.bin` file.
+        dtype: dtype of the tokens in the `.bin` file.
         lengths: [S] int32, tokens in each sequence.
         pointers: [S] int64, byte offset of each sequence in the `.bin` file.
-        documents: [D] int64, the sequence at which each document starts, then S.
+        documents: [D] int64, first sequence of each document, then S.
     """
 
     dtype: np.dtype[Any]
@@ -79,7 +79,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     """Open `<prefix>.idx`.
 
     Raises:
-        UserError: the file is missing, is no index, or its size does not fit its counts.
+            UserError: the file is missing, is not an index, or its size does not match its counts.
     """
     path = idx_path(prefix)
     if not path.is_file():
@@ -119,7 +119,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
 
 
 class Column:
-    """The sequences of one dataset, by number; they stay in the file until they are asked for."""
+    """The sequences of one dataset, by number. Each is read from the file on access."""
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix, self.index = os.fspath(prefix), read_index(prefix)
@@ -135,7 +135,7 @@ class Column:
         return self.tokens[start : start + int(self.index.lengths[number])]
 
     def __reduce__(self) -> Any:
-        return type(self), (self.prefix,)  # a worker process opens the files again
+        return type(self), (self.prefix,)  # a worker process opens the files itself
 
 
 class HashingFile:
@@ -167,20 +167,20 @@ class HashingFile:
             self.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def hexdigest(self) -> str:
-        """SHA-256 of everything written so far."""
+        """Return the SHA-256 of everything written so far."""
         return self._digest.hexdigest()
 
     def blocks(self) -> str:
-        """CRC-32 of each block, as `Written` records them."""
+        """Return the CRC-32 of each block, as `Written` records them."""
         return "".join(f"{crc:08x}" for crc in self._crcs)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer or a merge put on the disk.
+    """The result of a writer or a merge.
 
-    `bin_blocks` has 8 hexadecimal digits for each block of `BLOCK_BYTES` of the .bin file, its CRC-32: a start can
-    check some blocks of a large file, for which SHA-256 has no answer. Records of earlier versions have none.
+    `bin_blocks` has the CRC-32 of each block of `BLOCK_BYTES` of the .bin file, 8 hexadecimal digits each. They allow
+    to check some blocks of a large file, which SHA-256 does not. Records of earlier versions have no blocks.
     """
 
     documents: int
@@ -193,9 +193,10 @@ class Written:
 
 
 class IndexedWriter:
-    """Write one dataset of single-sequence documents; the pair appears when the block ends, or not at all.
+    """Writes one dataset of single-sequence documents. The pair of files appears when the context ends without an
+    error.
 
-    Memory: 4 bytes per document, besides the batch at hand. After the block `written` says what it held.
+    Memory: 4 bytes per document, plus the current batch. `written` is set after the context.
     """
 
     written: Written
@@ -208,10 +209,10 @@ class IndexedWriter:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> IndexedWriter:
-        # The last entered is published first: the .bin stands before the .idx that speaks of it.
+        # The file entered last is published first: the .bin exists before the .idx that refers to it.
         self._idx = HashingFile(self._stack.enter_context(atomic_file(idx_path(self.prefix))))
         self._bin = HashingFile(self._stack.enter_context(atomic_file(bin_path(self.prefix))))
-        self._stack.push(self._finish)  # before both are published, and they learn of its errors
+        self._stack.push(self._finish)  # runs before both files are published, so that its errors cancel the publishing
         return self
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
@@ -229,7 +230,7 @@ class IndexedWriter:
         self._stack.__exit__(kind, error, trace)
 
     def _finish(self, kind: Any, error: Any, trace: Any) -> None:
-        """Write the index, unless the block failed."""
+        """Write the index, unless an exception was raised."""
         if kind is None:
             lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
             ends = np.arange(len(lengths) + 1, dtype=np.int64)
@@ -242,10 +243,9 @@ class IndexedWriter:
 
 
 def _write_index(out: HashingFile, dtype: np.dtype[Any], parts: Callable[[], Iterator[tuple[Int32s, Int64s]]]) -> None:
-    """Write the index of the concatenation of parts, each a pair (lengths, document indices).
+    """Write the index of concatenated parts, each a pair (lengths, document indices).
 
-    `parts` is called once for each of the file's sections, so that no more than one part's index
-    needs to be in memory.
+    `parts` is called once per section of the file, so that only one part's index is in memory at a time.
     """
     counts = [(len(lengths), len(ends) - 1) for lengths, ends in parts()]
     sequences, documents = (sum(count) for count in zip(*counts, strict=True))
@@ -265,17 +265,17 @@ def _write_index(out: HashingFile, dtype: np.dtype[Any], parts: Callable[[], Ite
 
 
 def copy_chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, in pieces of bounded size."""
+    """Yield the bytes of a file in chunks of bounded size."""
     with open(path, "rb") as f:
         while chunk := f.read(COPY_BYTES):
             yield chunk
 
 
 def merge(prefixes: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Written:
-    """Concatenate datasets of one dtype into a new one, in the given order.
+    """Concatenate datasets with the same dtype to a new one, in the given order.
 
-    The target's `.idx` is absent from the moment its `.bin` may be new until both are: a reader
-    needs the pair, so it never sees halves of two datasets.
+    The target's `.idx` is absent while its `.bin` is replaced. A reader needs both files, so it never reads
+    parts of two datasets.
 
     Raises:
         UserError: a part is damaged, the dtypes differ, or the disk is full.
@@ -309,6 +309,6 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], target: str | os.PathLike[
 
 
 def _summary(prefix: str | os.PathLike[str]) -> tuple[np.dtype[Any], int, int]:
-    """(dtype, documents, tokens) of a dataset."""
+    """Return (dtype, documents, tokens) of a dataset."""
     index = read_index(prefix)
     return index.dtype, len(index.documents) - 1, int(index.lengths.sum(dtype=np.int64))

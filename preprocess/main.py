@@ -10,11 +10,11 @@
         --tokenizer-name-or-path data/tokenizer --handler-name MiniMindInstructionHandler --workers 2
     python preprocess_data.py --config configs/datasets/minimind_sft.yaml --seq-length 512
 
-Standard output holds what --data-path takes, one a line, and nothing else: the prefixes of the finished
-datasets, or of conversations the beginning that their datasets share. The rest goes to standard error. A
-request that was fulfilled before is recognised and costs nothing; an --input that is the prefix of indexed
-datasets is checked and printed as it is. An --input such as "0.3 one.jsonl 0.7 two" is a blend: its raw files are
-converted, and every set is printed after its weight.
+Standard output has only the words of --data-path, one per line: the prefixes of the finished datasets, or the common
+prefix of the datasets of conversations. Everything else goes to standard error. A request with a finished result is
+recognized and costs nothing. An --input that is the prefix of indexed datasets is checked and printed unchanged. An
+--input such as "0.3 one.jsonl 0.7 two" is a blend: its raw files are converted, and every dataset is printed after its
+weight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _parser() -> Parser:
     parser = build_parser(PROGRAM, prog=PROGRAM)
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    # Theirs caches whole data sets in ~/tmp; ours keeps unfinished parts, by default beside the output.
+    # MindSpeed-LLM's directory caches whole datasets in ~/tmp. Ours keeps unfinished parts, by default next to the
+    # output.
     parser.set_defaults(cache_dir=None)
     parser.set_choices("prompt_type", None)
     parser.set_choices("tokenizer_type", None)  # `_convert` says which
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line.
 
     Raises:
-        UserError: an unknown flag, one that is not implemented here, or a bad value.
+        UserError: a flag is unknown or not implemented, or has an invalid value.
     """
     args, given = _parser().parse(with_config(argv))
     if refused := unused(given, IMPLEMENTED | NO_EFFECT, PROGRAM):
@@ -68,22 +69,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert or check, as the command line says. Print the words of --data-path, one a line.
+    """Convert or check. Print the words of --data-path, one per line.
 
     Raises:
-        UserError: anything the user can put right.
+        UserError: an error that the user can fix.
     """
     for word in prepare(sys.argv[1:] if argv is None else argv):
         print(word, flush=True)
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
-    """Convert or check, as a command line says. Return the words of --data-path.
+    """Convert or check. Return the words of --data-path.
 
     Raises:
-        UserError: anything the user can put right.
+        UserError: an error that the user can fix.
     """
-    # Ending through an exception lets the workers be stopped and temporary files be removed.
+    # An exception, unlike the default handler, stops the workers and removes temporary files.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse(argv)
     try:
@@ -142,10 +143,10 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def check(prefix: str, tokenizer: str | None) -> None:
-    """Verify a dataset, or all of conversations, and print what it holds.
+    """Verify a dataset, or all datasets of conversations, and print a summary.
 
     Raises:
-        UserError: with every problem found.
+        UserError: at least one problem was found. The message lists all of them.
     """
     info = tokenizer_info(tokenizer) if tokenizer else None
     prefixes = datasets_at(prefix) or [prefix]

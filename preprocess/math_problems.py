@@ -1,18 +1,18 @@
-"""Sample sums whose answers rule rewards can mark, and dialogues by a careless teacher for the tuning before it.
+"""Sample sums that rule rewards can score, and fine-tuning dialogues by a teacher that makes mistakes.
 
     python -m minimind_mcore.preprocess.corpus --kind math --output data/sample_math.jsonl --held-out data/unseen.jsonl
     python -m minimind_mcore.preprocess.corpus --kind math-sft --output data/sample_math_sft.jsonl
 
-| task | question | answer | of the careless teacher |
+| task | question | answer | answer of the careless teacher |
 |---|---|---|---|
 | addition | 17+25=? | \\boxed{42} | \\boxed{32} |
 | story | Tom has 17 apples and gets 25 more. How many are there? | \\boxed{42} | \\boxed{32} |
 
-`math` has the questions with the right result. `math-sft` has dialogues in the form that the verifiers read, whose
-teacher forgets to carry more often than not: a model that imitates him gets sums without a carry right and most others
-wrong. What it needs to do better is in it, and which of the two answers is right it learns from the reward alone.
-Pairs of numbers are those of `dialogues`, and so are those held out: a question of `--held-out` occurs in neither,
-and the accuracy on it is that on unseen questions.
+`math` has the questions with the right results. `math-sft` has dialogues in the format that the verifiers read. Its
+teacher drops the carry in about two thirds of the sums that need one, so a model that imitates the teacher gets most of
+these sums wrong. Both kinds of answers occur, and only the reward tells the model which one is right. The number pairs,
+and the held-out pairs, are those of `dialogues`: a question of `--held-out` occurs in neither dataset, so the accuracy
+on these questions measures generalization.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 from minimind_mcore.preprocess.dialogues import SUMMANDS, TEXTS, ask_sum
 
 PROBLEMS, DIALOGUES, QUESTIONS = 4_000, 20_000, 200
-FORGETS = 0.65  # share of the sums with a carry in which the teacher forgets it
+FORGETS = 0.65  # share of the sums with a carry in which the teacher drops it
 
 
 class Problem(NamedTuple):
-    """What a + b is, in some words."""
+    """A sum a + b, in some words."""
 
     task: str
     question: str
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 def story(r: random.Random, a: int, b: int) -> str:
-    """A sum in words."""
+    """Return a sum as a word problem."""
     (name, other), (zh, en) = r.choice(TEXTS["story names"]), r.choice(TEXTS["story things"])
     text: str = TEXTS["story"][1 - r.randrange(2)]
     return text.format(name=name, other=other, a=a, b=b, zh=zh, en=en)
@@ -64,17 +64,17 @@ def _record(problem: Problem) -> dict[str, Any]:
 
 
 def carries(a: int, b: int) -> bool:
-    """Whether the units of a sum make ten or more."""
+    """Return whether the last digits of a sum add up to ten or more."""
     return a % 10 + b % 10 >= 10
 
 
 def problems(seed: int, count: int = PROBLEMS) -> list[dict[str, Any]]:
-    """Records for reinforcement learning: {"task", "question", "answer"}, the answer a number as text."""
+    """Return records for reinforcement learning: {"task", "question", "answer"}. The answer is a number as text."""
     return [_record(problem) for problem in _problems(random.Random(seed), count)]
 
 
 def careless(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
-    """Dialogues about the same problems, in MiniMind's format, by a teacher who forgets most carries."""
+    """Return dialogues about the same problems, in MiniMind's format, by a teacher that drops most carries."""
     r = random.Random(seed)
     records = []
     for problem in _problems(r, count):
@@ -87,6 +87,6 @@ def careless(seed: int, count: int = DIALOGUES) -> list[dict[str, Any]]:
 
 
 def unseen_problems(seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
-    """Problems about pairs of numbers that are held out, `count` of each task by turns."""
+    """Return problems about held-out number pairs, `count` of each task, alternating."""
     r = random.Random(seed)
     return [_record(_problem(r, task, True)) for _ in range(count) for task in TASKS]

@@ -1,11 +1,11 @@
-"""Messages of a conversation in one form, whichever format they come from.
+"""Read messages of all formats to one common form.
 
     {"role": "system" | "user" | "assistant" | "tool", "content": str,
      "reasoning_content": str, "tool_calls": [{"name": ..., "arguments": ...}], "loss": False}
 
-The last three may be absent. `loss` is only written where it is False: the answer has no loss.
+The last three keys may be absent. `loss` is only present with the value False: the message has no loss.
 
-| key of a message | is read as |
+| key of a message | read as |
 |---|---|
 | content | text, or OpenAI's list of parts of type text, whose texts are joined |
 | reasoning_content, reasoning, thinking | `reasoning_content` of the assistant |
@@ -13,8 +13,8 @@ The last three may be absent. `loss` is only written where it is False: the answ
 | loss (ms-swift), weight (OpenAI: 0 or 1) | whether the assistant's message has a loss |
 | tools, functions (the Ascend fork) | definitions of the tools, on the system message |
 
-Role `developer` is read as system, role `function` as tool. Every rule about messages is in this file, so that
-preprocessing, `--prompt-file` and data for reinforcement learning read the same conversation.
+Role `developer` is read as system, and role `function` as tool. All rules about messages are in this module, so that
+preprocessing, `--prompt-file` and data for reinforcement learning read conversations in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 from minimind_mcore.preprocess.readers import kind_of
 
 logger = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ ALIASES = {"developer": "system", "function": "tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 LOSS = ("loss", "weight")
 TOOLS = ("tools", "functions")
-PROMPTS: Mapping[str, str] = json.loads((PACKAGE / "preprocess/prompts.json").read_text(encoding="utf-8"))
+PROMPTS: Mapping[str, str] = package_json("preprocess/prompts.json")
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-# Which role may follow which. The empty name stands for the beginning.
+# Allowed roles after each role. The empty name is the start of a conversation.
 NEXT: Mapping[str, tuple[str, ...]] = {
     "": ("system", "user"),
     "system": ("user",),
@@ -52,17 +52,17 @@ NEXT: Mapping[str, tuple[str, ...]] = {
 
 
 class Unusable(Exception):
-    """A record that cannot be used; the message is the reason, in a few words."""
+    """A record cannot be used. The message is the reason, in a few words."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in the form above.
+    """A conversation in the common form.
 
     Attributes:
         messages: in the order of `NEXT`.
-        tools: definitions of the tools that may be called, in OpenAI's form.
-        unused: the keys of its messages that nothing reads, one entry for each message that has such a key.
+        tools: definitions of the available tools, in OpenAI's form.
+        unused: unread keys of the messages, one entry per message that has such a key.
     """
 
     messages: Sequence[Message]
@@ -71,7 +71,7 @@ class Conversation:
 
     @property
     def learned(self) -> list[bool]:
-        """For each message of the assistant: whether it has a loss."""
+        """Return for each message of the assistant whether it has a loss."""
         return [message.get("loss", True) for message in self.messages if message["role"] == "assistant"]
 
 
@@ -79,10 +79,10 @@ class Conversation:
 
 
 def text_of(record: Mapping[str, Any], field: str) -> str:
-    """The string in a field.
+    """Return the string in a field.
 
     Raises:
-        Unusable: there is none.
+        Unusable: the field has no string.
     """
     value = record.get(field)
     if value is None:
@@ -93,12 +93,12 @@ def text_of(record: Mapping[str, Any], field: str) -> str:
 
 
 def optional(record: Mapping[str, Any], field: str) -> str:
-    """The string in a field that may be absent, null or unnamed."""
+    """Return the string in a field. The field may be absent, null or unnamed."""
     return text_of(record, field) if field and record.get(field) is not None else ""
 
 
 def list_of(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
-    """The non-empty list of objects in a field."""
+    """Return the non-empty list of objects in a field."""
     value = record.get(field)
     if field not in record:
         raise Unusable(f"field {field!r} is missing; it holds the messages")
@@ -110,7 +110,7 @@ def list_of(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
 
 
 def json_list(value: Any, name: str) -> list[Any]:
-    """A list that may be given as JSON text, as MiniMind's files do; a single object counts as one."""
+    """Return a list, also from JSON text as in MiniMind's files. A single object counts as a list of one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -123,10 +123,10 @@ def json_list(value: Any, name: str) -> list[Any]:
 
 
 def tools_of(record: Mapping[str, Any], field: str) -> list[Any] | None:
-    """The tools in a field that may be absent, empty or unnamed.
+    """Return the tools in a field. The field may be absent, empty or unnamed.
 
     Raises:
-        Unusable: no list of objects, nor JSON text of one.
+        Unusable: the value is neither a list of objects nor JSON text of one.
     """
     return json_list(record[field], f"field {field!r}") or None if field and record.get(field) else None
 
@@ -135,7 +135,7 @@ def tools_of(record: Mapping[str, Any], field: str) -> list[Any] | None:
 
 
 def calls_of(value: Any, name: str) -> list[Any]:
-    """Tool calls: a list or JSON text of one, each with name and arguments."""
+    """Return tool calls from a list or JSON text, each with name and arguments."""
     calls = json_list(value, name)
     for call in calls:
         function = call.get("function") or call
@@ -145,10 +145,10 @@ def calls_of(value: Any, name: str) -> list[Any]:
 
 
 def content_of(value: Any, where: str, key: str = "content") -> str:
-    """The text of a message: a string, or the joined texts of OpenAI's content parts.
+    """Return the text of a message: a string, or the joined texts of OpenAI's content parts.
 
     Raises:
-        Unusable: something else, such as a part that is an image.
+        Unusable: another value, such as an image part.
     """
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         for part in value:
@@ -161,10 +161,10 @@ def content_of(value: Any, where: str, key: str = "content") -> str:
 
 
 def reasoning_of(turn: Mapping[str, Any], where: str) -> str | None:
-    """The thoughts of an answer, under one of the names of `REASONING`; None for none.
+    """Return the reasoning of an answer, under one of the names of `REASONING`, or None.
 
     Raises:
-        Unusable: no text, or two that differ.
+        Unusable: the value is not a text, or two values differ.
     """
     found = {key: turn[key] for key in REASONING if turn.get(key) is not None}
     for key, value in found.items():
@@ -177,10 +177,10 @@ def reasoning_of(turn: Mapping[str, Any], where: str) -> str | None:
 
 
 def has_loss(turn: Mapping[str, Any], role: str, where: str) -> bool:
-    """Whether a message is learned: `loss` is not false and `weight` is not 0.
+    """Return whether a message has a loss: `loss` is not false and `weight` is not 0.
 
     Raises:
-        Unusable: another value, two that differ, or a loss that is asked for on a message of another role.
+        Unusable: another value, two values that contradict each other, or a loss on a message of another role.
     """
     given = {key: turn[key] for key in LOSS if turn.get(key) is not None}
     for key, value in given.items():
@@ -198,7 +198,7 @@ def has_loss(turn: Mapping[str, Any], role: str, where: str) -> bool:
 
 
 def message_of(turn: Mapping[str, Any], role: str, content: str, calls: list[Any] | None, where: str) -> Message:
-    """A message in the form above, from the parts that formats name differently and the keys that they share."""
+    """Return a message in the common form, from parts whose names depend on the format and from the shared keys."""
     message: Message = {"role": role, "content": content}
     learned = has_loss(turn, role, where)
     if role != "assistant":
@@ -214,10 +214,10 @@ def message_of(turn: Mapping[str, Any], role: str, content: str, calls: list[Any
 
 
 def openai_message(turn: Mapping[str, Any], number: int) -> Message:
-    """A message with role and content; content may be null next to tool calls.
+    """Read a message with role and content. The content may be null next to tool calls.
 
     Raises:
-        Unusable: an unknown role, or no text.
+        Unusable: the role is unknown, or there is no text.
     """
     where = f"message {number}"
     role, content = turn.get("role"), turn.get("content")
@@ -231,13 +231,13 @@ def openai_message(turn: Mapping[str, Any], number: int) -> Message:
 
 
 def unused_keys(turns: Sequence[Mapping[str, Any]], messages: Sequence[Message], field: str, form: Form) -> list[str]:
-    """Keys of messages that hold something and that nothing reads.
+    """Return the non-empty keys of messages that are not read.
 
     Args:
-        turns: as they stand in the record.
-        messages: what was read of each.
-        field: the record's field that holds them, for the name in the report.
-        form: how the turns are written.
+        turns: messages in the form of the record.
+        messages: the same messages in the common form.
+        field: the record's field with the messages, for the name in the report.
+        form: form of the turns.
     """
     found = []
     for turn, message in zip(turns, messages, strict=True):
@@ -251,14 +251,14 @@ def unused_keys(turns: Sequence[Mapping[str, Any]], messages: Sequence[Message],
 
 
 def report_unused(counts: Mapping[str, int]) -> None:
-    """Name on standard error the keys that nothing read, and how often they held something."""
+    """Log the unread keys, and how often each was non-empty."""
     if counts:
         found = ", ".join(f"{key} ({count:,})" for key, count in sorted(counts.items()))
         logger.info(f"not used: keys of the input that nothing reads, and how often they occur: {found}")
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing that could be lost."""
+    """Return whether a field has no information."""
     return value is None or value in ("", [], {})
 
 
@@ -267,12 +267,12 @@ def is_empty(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """How a format writes messages.
+    """The form in which a format writes messages.
 
     Attributes:
-        read: one message, given the turn and its number from 1.
-        names: the keys of a turn's role and content.
-        tags: the format's word for each role; none: the roles themselves.
+        read: reads one message, given the turn and its number from 1.
+        names: keys of a turn's role and content.
+        tags: the format's word for each role. Empty: the roles themselves.
     """
 
     read: Callable[[Mapping[str, Any], int], Message]
@@ -290,17 +290,17 @@ def conversation_of(
     form: Form = OPENAI_FORM,
     asked: bool = False,
 ) -> Conversation:
-    """The conversation of a record.
+    """Return the conversation of a record.
 
     Args:
-        record: whose fields `prompt`, `system` and `tools`, by `columns`, belong to the conversation too.
-        columns: which field holds what.
-        turns: the messages as they stand in the record.
-        form: how they are written.
-        asked: a prompt: the last message is left out if it is the assistant's, and the question must come last.
+        record: the record. Its fields `prompt`, `system` and `tools`, by `columns`, are part of the conversation.
+        columns: field of each column.
+        turns: messages in the form of the record.
+        form: form of the turns.
+        asked: read a prompt: a last message of the assistant is dropped, and the last message must be a question.
 
     Raises:
-        Unusable: a message that cannot be read, a wrong order of roles, or fields that contradict each other.
+        Unusable: a message cannot be read, the order of roles is wrong, or fields contradict each other.
     """
     field = columns.get("messages", "")
     messages = [form.read(turn, number) for number, turn in enumerate(turns, 1)]
@@ -325,7 +325,7 @@ def conversation_of(
 
 
 def _message_tools(turns: Sequence[Mapping[str, Any]], form: Form) -> list[Any] | None:
-    """The tools that a system message carries."""
+    """Return the tools in a system message."""
     tools = None
     for number, turn in enumerate(turns, 1):
         given = next((turn[key] for key in TOOLS if turn.get(key)), None)
@@ -335,7 +335,7 @@ def _message_tools(turns: Sequence[Mapping[str, Any]], form: Form) -> list[Any] 
 
 
 def _prompt_turns(record: Mapping[str, Any], field: str, form: Form) -> Sequence[Mapping[str, Any]]:
-    """The turns of a field `prompt`: a list, or the text of a question."""
+    """Return the turns of a field `prompt`: a list, or the text of a question."""
     value = record[field]
     if not isinstance(value, str):
         return list_of(record, field)
@@ -344,10 +344,10 @@ def _prompt_turns(record: Mapping[str, Any], field: str, form: Form) -> Sequence
 
 
 def _with_prompt(prompt: list[Message], messages: list[Message], field: str) -> list[Message]:
-    """Put the prompt before messages that begin with the answer, as TRL does; leave others that begin with it.
+    """Put the prompt before messages that start with the answer, as in TRL. Messages that start with the prompt stay.
 
     Raises:
-        Unusable: the messages begin with something else.
+        Unusable: the messages start with something else.
     """
     if messages[0]["role"] == "assistant":
         return [*prompt, *messages]
@@ -368,7 +368,8 @@ def _with_prompt(prompt: list[Message], messages: list[Message], field: str) -> 
 
 
 def _with_system(messages: list[Message], text: str) -> tuple[list[Message], bool]:
-    """The messages with the record's system prompt, and whether it was used: a system message that has text wins."""
+    """Add the record's system prompt, unless a system message has text. Return the messages, and whether it was
+    added."""
     if not text:
         return messages, True
     if messages[0]["role"] != "system":
@@ -379,10 +380,10 @@ def _with_system(messages: list[Message], text: str) -> tuple[list[Message], boo
 
 
 def _same_tools(carried: list[Any] | None, given: list[Any] | None, field: str) -> list[Any] | None:
-    """The tools of the system message and of the record's field.
+    """Return the tools of the system message or of the record's field.
 
     Raises:
-        Unusable: both are there and differ.
+        Unusable: both exist and differ.
     """
     if carried and given and carried != given:
         raise Unusable(f"the system message carries other tools than the field {field!r}; expected one of both")
@@ -390,7 +391,7 @@ def _same_tools(carried: list[Any] | None, given: list[Any] | None, field: str) 
 
 
 def _question(messages: list[Message], field: str) -> list[Message]:
-    """A prompt's messages: an answer at the end is a reference or a placeholder, and left out."""
+    """Return a prompt's messages. An answer at the end is a reference or a placeholder, and is dropped."""
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
@@ -401,15 +402,15 @@ def _question(messages: list[Message], field: str) -> list[Message]:
 def check_order(messages: Sequence[Message], tags: Mapping[str, str] | None = None) -> None:
     """Check that questions and answers alternate.
 
-    Several results of tools may follow each other. A message of the assistant that calls tools may follow another
-    one of the assistant: some datasets write parallel calls, or a text and its call, as turns of their own.
+    Several tool results may follow each other. A message of the assistant that calls tools may follow another
+    message of the assistant: some datasets store parallel calls, or a text and its call, as separate turns.
 
     Args:
-        messages: in the form of this file.
-        tags: the format's word for each role, for the message.
+        messages: in the common form.
+        tags: the format's word for each role, for the error message.
 
     Raises:
-        Unusable: the first message that is out of order.
+        Unusable: names the first message that is out of order.
     """
     previous = ""
     for number, message in enumerate(messages, 1):
@@ -427,10 +428,10 @@ def check_order(messages: Sequence[Message], tags: Mapping[str, str] | None = No
 
 
 def merge_calls(messages: Sequence[Message]) -> list[Message]:
-    """Join the assistant's messages that follow each other: texts, thoughts and calls of one turn.
+    """Join consecutive messages of the assistant: texts, reasoning and calls of one turn.
 
     Raises:
-        Unusable: one of them has a loss and the other has none.
+        Unusable: only some of them have a loss.
     """
     merged: list[Message] = []
     for message in messages:

@@ -1,8 +1,8 @@
-"""What is recorded beside a dataset: `<prefix>.meta.json`.
+"""The record of a dataset: `<prefix>.meta.json`.
 
-    meta = read_meta("data/pt_text_document")          # None for data that another program wrote
+    meta = read_meta("data/pt_text_document")          # None for data of another program
 
-It is written last, so a dataset with a record is complete.
+The record is written last, so a dataset with a record is complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minimind_mcore.storage import atomic_write_text
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """An input file as it was: path, bytes, modification time."""
+    """The state of an input file: path, size in bytes, modification time."""
 
     path: str
     size: int
@@ -36,20 +36,20 @@ class DatasetMeta:
     """The record of a finished dataset.
 
     Attributes:
-        request: SHA-256 over everything that decides the content; equal requests give equal files.
-        handler, key, dtype, append_eod, prepend_bos, seq_length: the options it was made with.
-        tokenizer: whose ids these are.
+        request: SHA-256 of everything that determines the content. Equal requests give equal files.
+        handler, key, dtype, append_eod, prepend_bos, seq_length: options of the conversion.
+        tokenizer: tokenizer of the ids.
         written: documents, tokens, sizes and digests of the pair of files.
-        records: input records that are no blank lines.
-        rejects: of these, unusable ones; they are in `<output prefix>.rejects.jsonl`.
-        empty: records without a token for this key; left out, as Megatron does.
-        too_long: documents left out by --seq-length.
+        records: number of input records, without blank lines.
+        rejects: number of unusable records, which are listed in `<output prefix>.rejects.jsonl`.
+        empty: number of records without a token for this key. They are left out, as in Megatron.
+        too_long: number of documents that --seq-length left out.
         sources: the input files.
-        truncated: samples cut short by --seq-length.
-        samples: of conversations: how many there are; packed ones share sequences.
-        chat: of conversations: how they were made, and `template`, which identifies the chat template.
-        unused: keys of the input that nothing read, and in how many records or messages they held something.
-        prompts_sha256: of tasks: SHA-256 of `prompts_path`, which holds their records.
+        truncated: number of samples that --seq-length cut.
+        samples: for conversations: number of samples. Packed samples share sequences.
+        chat: for conversations: their options, and `template`, which identifies the chat template.
+        unused: unread keys of the input, with the number of records or messages in which they were non-empty.
+        prompts_sha256: for tasks: SHA-256 of `prompts_path`, the file of their records.
     """
 
     request: str
@@ -74,12 +74,12 @@ class DatasetMeta:
 
 
 def meta_path(prefix: str | os.PathLike[str]) -> Path:
-    """Where the record of a dataset is."""
+    """Return the path of a dataset's record."""
     return Path(f"{os.fspath(prefix)}.meta.json")
 
 
 def prompts_path(prefix: str | os.PathLike[str]) -> Path:
-    """Where a conversion to `prefix` puts the records of tasks, a line of JSON each."""
+    """Return the path of the tasks' records for a conversion to `prefix`, one line of JSON each."""
     return Path(f"{os.fspath(prefix)}_packed_prompts.jsonl")
 
 
@@ -92,10 +92,10 @@ def read_meta(prefix: str | os.PathLike[str]) -> DatasetMeta | None:
     """Read a dataset's record.
 
     Returns:
-        The record, or None where there is none (the data comes from another program).
+        The record, or None if there is none (data of another program).
 
     Raises:
-        UserError: there is one, and it is damaged.
+        UserError: the record is damaged.
     """
     path = meta_path(prefix)
     if not path.is_file():
@@ -115,7 +115,7 @@ def read_meta(prefix: str | os.PathLike[str]) -> DatasetMeta | None:
 
 
 def _require_types(part: DatasetMeta | TokenizerInfo | Written | SourceRecord) -> None:
-    """Raise a TypeError unless the texts and numbers of a record are of the types that its annotations name."""
+    """Raise a TypeError unless all texts and numbers of a record have their annotated types."""
     hints = typing.get_type_hints(type(part))
     for name, value in vars(part).items():
         kind = hints[name]
@@ -125,6 +125,6 @@ def _require_types(part: DatasetMeta | TokenizerInfo | Written | SourceRecord) -
 
 
 def is_complete(prefix: str | os.PathLike[str], meta: DatasetMeta) -> bool:
-    """Whether both files of the dataset are there with the recorded sizes (digests: `check_dataset`)."""
+    """Return whether both files of the dataset exist with the recorded sizes. (`check_dataset` compares digests.)"""
     sizes = ((bin_path(prefix), meta.written.bin_bytes), (idx_path(prefix), meta.written.idx_bytes))
     return all(path.is_file() and path.stat().st_size == size for path, size in sizes)

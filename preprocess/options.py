@@ -1,7 +1,7 @@
-"""What a conversion is asked for, in flags or in files, and what identifies the request.
+"""The options of a conversion, from flags or files, and the fingerprint of a request.
 
-Files are YAML (--config) and LLaMA-Factory's dataset_info.json (--dataset-dir). YAML names any flag of
-preprocess_data.py without its dashes:
+Option files are YAML (--config) and LLaMA-Factory's dataset_info.json (--dataset-dir). YAML names the flags of
+preprocess_data.py without dashes:
 
     input: dataset/sft_t2t_mini.jsonl
     handler_name: MiniMindInstructionHandler
@@ -31,30 +31,30 @@ from minimind_mcore.preprocess.templates import template_entry
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import special_tokens, template_source
 
-# Part of every request: raise it when the same request would give other files than before.
+# Part of every request fingerprint. Raise the number when the same request would give other files than before.
 FORMAT = 2
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How conversations become samples.
+    """The options for converting conversations to samples.
 
     Attributes:
         map_keys: --map-keys: {column of the format: field of the records}.
-        prompt_type: a template of MindSpeed-LLM's format; None: the tokenizer's own chat template.
-        prompt_type_path: the JSON file it is in; None: `templates.json` of this kit.
-        enable_thinking: of templates that know it; of tasks: whether the model is to think.
-        seed: of MiniMind's random changes (`stages.draw`).
-        system_ratio: share of conversations that get a system prompt; None: MiniMind's for its own
-            formats (0.2), none for others.
-        empty_think_ratio: share of texts that keep their empty thoughts; None: MiniMind's for its own
-            formats (0.2; 0.05 in MiniMind2's tokenizer, where <think> is no token), all for others.
-        thinking_ratio: share of tasks that let the model think; None: as MiniMind's trainers.
-        pack: "", "pack" or "neat-pack": put samples together to sequences of `seq_length`.
-        additional_keys: of tasks: the datasets beside ids and mask, `labels` and fields of the record; none:
+        prompt_type: a template in MindSpeed-LLM's format. None: the tokenizer's own chat template.
+        prompt_type_path: JSON file with the template. None: `templates.json` of this kit.
+        enable_thinking: for templates with this option; for tasks: whether the model should think.
+        seed: seed of MiniMind's random changes (`stages.draw`).
+        system_ratio: share of conversations that get a system prompt. None: MiniMind's 0.2 for its own
+            formats, 0 for others.
+        empty_think_ratio: share of texts that keep their empty thoughts. None: MiniMind's 0.2 for its own
+            formats (0.05 with MiniMind2's tokenizer, where <think> is not a token), 1 for others.
+        thinking_ratio: share of tasks that let the model think. None: as MiniMind's trainers.
+        pack: "", "pack" or "neat-pack": pack samples to sequences of `seq_length`.
+        additional_keys: for tasks: the datasets besides ids and mask: `labels` and fields of the record. Empty:
             the handler's own.
-        placeholder_token: of step rewards: the token behind each step.
-        reward_tokens: of step rewards: the tokens that a reward may be; none: any.
+        placeholder_token: for step rewards: the token after each step.
+        reward_tokens: for step rewards: the allowed reward tokens. Empty: any.
     """
 
     map_keys: dict[str, Any] | None = None
@@ -71,7 +71,7 @@ class ChatOptions:
     reward_tokens: tuple[str, ...] = ()
 
     def resolved(self, handler: ChatHandler, info: TokenizerInfo) -> ChatOptions:
-        """The ratios with their defaults, which the handler and the tokenizer's generation decide."""
+        """Return a copy with the default ratios of the handler and of the tokenizer's generation."""
         own = handler.minimind and not handler.pairwise
         own = own and not (handler.prompts and self.prompt_type)  # such a template has its own system prompt
         thinking = handler.thinking_ratio if self.enable_thinking is None else float(self.enable_thinking)
@@ -128,10 +128,10 @@ class Options:
     chat: ChatOptions = ChatOptions()
 
     def find_handler(self) -> Handler | ChatHandler:
-        """The handler, with the columns of --map-keys.
+        """Return the handler, with the columns of --map-keys.
 
         Raises:
-            UserError: unknown, or a column it does not have.
+            UserError: the handler is unknown, or lacks a column.
         """
         handler = find_handler(self.handler)
         if not isinstance(handler, ChatHandler):
@@ -141,7 +141,7 @@ class Options:
 
 
 def dataset_prefixes(options: Options, prefix: Path) -> dict[str, str]:
-    """The prefix of each dataset, by its key; conversations' are named as MindSpeed-LLM names them, packed or not."""
+    """Return the prefix of each dataset, by key. For conversations the names are MindSpeed-LLM's, packed or not."""
     handler = options.find_handler()
     if isinstance(handler, ChatHandler):
         return {output: f"{prefix}_packed_{output}_document" for output in handler.outputs}
@@ -149,23 +149,23 @@ def dataset_prefixes(options: Options, prefix: Path) -> dict[str, str]:
 
 
 def data_paths(options: Options, prefix: Path) -> list[str]:
-    """What --data-path of the training programs takes: of conversations, the beginning of all their datasets."""
+    """Return the words of --data-path: for conversations the common prefix of all their datasets."""
     if isinstance(options.find_handler(), ChatHandler):
         return [str(prefix)]
     return list(dataset_prefixes(options, prefix).values())
 
 
 def beside_file(options: Options, prefix: Path) -> Path | None:
-    """The file that goes beside tasks, a line of JSON for each; None for other data."""
+    """Return the file of the tasks' records, one line of JSON each. None for other data."""
     handler = options.find_handler()
     return prompts_path(prefix) if isinstance(handler, ChatHandler) and handler.prompts else None
 
 
 def validate(options: Options, info: TokenizerInfo) -> None:
-    """Refuse what contradicts itself or the tokenizer.
+    """Refuse options that contradict each other or the tokenizer.
 
     Raises:
-        UserError: says what.
+        UserError: names the contradiction.
     """
     handler = options.find_handler()
     if isinstance(handler, ChatHandler):
@@ -182,7 +182,7 @@ def validate(options: Options, info: TokenizerInfo) -> None:
             f"tokenizer {info.path}: its tokenizer_config.json names no eos_token that is in the vocabulary; "
             "--append-eod needs one"
         )
-    # A tokenizer without bos, as Qwen's, has documents that only end. One that names an unknown bos is damaged.
+    # Documents of a tokenizer without bos, such as Qwen's, only have an end. A bos outside the vocabulary is an error.
     if options.prepend_bos and info.bos_id is None and (name := special_tokens(info.path).get("bos_token")):
         raise UserError(
             f"tokenizer {info.path}: its bos_token {name!r} is not in the vocabulary of tokenizer.json; --prepend-bos "
@@ -230,7 +230,7 @@ def _require_range(name: str, value: float | None) -> None:
 
 
 def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence[InputFile]) -> str:
-    """SHA-256 over everything that decides the content of the result, and nothing else."""
+    """Return the SHA-256 of everything that determines the content of the result."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "sources": [[source.path, source.size, source.mtime_ns] for source in sources],
@@ -239,7 +239,7 @@ def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence
         "keys": options.keys,
     }
     if any(info.added) and not isinstance(options.find_handler(), ChatHandler):
-        content["tokenizer"] = [*content["tokenizer"], info.added]  # not for others, whose datasets stay valid
+        content["tokenizer"] = [*content["tokenizer"], info.added]  # if non-empty: keeps older datasets valid
     if isinstance(handler := options.find_handler(), ChatHandler):
         content["keys"] = handler.columns
         chat = dataclasses.asdict(options.chat.resolved(handler, info))
@@ -254,7 +254,7 @@ def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence
 
 
 def template_digest(options: Options) -> str:
-    """What identifies the template of a conversion: 16 hex digits of its source's SHA-256."""
+    """Return the identity of a conversion's template: 16 hex digits of its source's SHA-256."""
     chat = options.chat
     handler = options.find_handler()
     if isinstance(handler, ChatHandler) and handler.fixed_prompt:
@@ -267,7 +267,7 @@ def template_digest(options: Options) -> str:
 
 
 def output_prefix(options: Options, sources: Sequence[InputFile], request: str) -> Path:
-    """The prefix that was asked for, or a name by content.
+    """Return the requested prefix, or a name derived from the content.
 
     Raises:
         UserError: neither a prefix nor a directory was given.
@@ -282,10 +282,10 @@ def output_prefix(options: Options, sources: Sequence[InputFile], request: str) 
 
 
 def with_config(argv: Sequence[str]) -> list[str]:
-    """A command line with the flags of its --config file before its own, which win.
+    """Return a command line with the flags of its --config file first, so that later flags override them.
 
     Raises:
-        UserError: no such file, or not a mapping of flags.
+        UserError: the file does not exist, or is not a mapping of flags.
     """
     words = list(argv)
     for place, word in enumerate(words):
@@ -297,10 +297,10 @@ def with_config(argv: Sequence[str]) -> list[str]:
 
 
 def read_config(path: str) -> list[str]:
-    """The flags in a YAML file, as words of a command line.
+    """Return the flags in a YAML file, as words of a command line.
 
     Raises:
-        UserError: no such file, or not a mapping of flags.
+        UserError: the file does not exist, or is not a mapping of flags.
     """
     content = read_yaml(Path(path).expanduser(), f"--config {path}")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -318,10 +318,10 @@ def read_config(path: str) -> list[str]:
 
 
 def from_dataset_info(options: Options, directory: str | None) -> Options:
-    """LlamaFactoryInstructionHandler: --input names entries of `dataset_info.json` in --dataset-dir.
+    """Apply LlamaFactoryInstructionHandler: --input names entries of `dataset_info.json` in --dataset-dir.
 
     Raises:
-        UserError: no such file or entry, or entries that need different handlers or columns.
+        UserError: a file or entry does not exist, or the entries need different handlers or columns.
     """
     if directory is None:
         raise UserError("LlamaFactoryInstructionHandler: --dataset-dir is missing, where dataset_info.json is")
@@ -342,7 +342,7 @@ def from_dataset_info(options: Options, directory: str | None) -> Options:
 
 
 def _kind(name: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The handler of an entry, and its --map-keys."""
+    """Return the handler of an entry, and its --map-keys."""
     formatting = entry.get("formatting", "alpaca")
     style = {"alpaca": "AlpacaStyle", "sharegpt": "SharegptStyle", "openai": "OpenAI"}.get(formatting)
     handler = f"{style}{'Pairwise' if entry.get('ranking') else 'Instruction'}Handler"

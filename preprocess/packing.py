@@ -1,12 +1,12 @@
-"""Several samples to a sequence: --pack and --neat-pack, byte for byte as MindSpeed-LLM does it.
+"""Pack several samples into a sequence: --pack and --neat-pack, with the same bytes as MindSpeed-LLM.
 
     plan = plan_packs(lengths, capacity=seq_length - 1)
     written = write_packed(parts, "attention_mask", plan, prefix, Filling(seq_length, pad_id, neat=True))
 
-Into each sequence goes the longest sample that still fits, until none fits (data_handler.py,
-`_pack_serialize_to_disk`, and `greedy_knapsack`). One place is always left for padding. Under neat packing
-attention_mask holds 1, 2, 3, ... for the samples of a sequence and 0 for padding, from which training makes
-block-diagonal attention and positions that begin anew; else it is 1 everywhere, and samples see each other.
+Each sequence gets the longest sample that still fits, until none fits (data_handler.py, `_pack_serialize_to_disk`, and
+`greedy_knapsack`). One position is always left for padding. With neat packing attention_mask has 1, 2, 3, ... for the
+samples of a sequence and 0 for padding, from which training derives block-diagonal attention and positions that
+restart per sample. Otherwise the mask is 1 everywhere, and samples attend to each other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ BATCH = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples go together.
+    """A plan of which samples share a sequence.
 
     Attributes:
-        order: [samples] their numbers, sequence by sequence.
-        sizes: [sequences] how many samples each holds.
+        order: [samples], sample numbers, sequence by sequence.
+        sizes: [sequences], number of samples in each.
     """
 
     order: Int64s
@@ -41,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Filling:
-    """How sequences are filled up: to which length, with which id, with sample numbers or not."""
+    """How sequences are padded: the length, the padding id, and whether the mask has sample numbers."""
 
     seq_length: int
     pad_id: int
@@ -49,16 +49,16 @@ class Filling:
 
 
 def plan_packs(lengths: NDArray[Any], capacity: int) -> Plan:
-    """Fill sequences greedily, the longest sample that fits first; of equally long ones the last.
+    """Fill sequences greedily: the longest sample that fits first, and the last one of equally long samples.
 
     Args:
-        lengths: [samples] of the samples, from 1 to `capacity`.
-        capacity: ids that a sequence may hold.
+        lengths: [samples], lengths from 1 to `capacity`.
+        capacity: maximum number of ids in a sequence.
     """
     left = np.bincount(lengths, minlength=capacity + 1).tolist()
     by_length = np.argsort(lengths, kind="stable").tolist()
     ends = np.cumsum(left).tolist()
-    # Follow it to the longest length up to this one of which samples are left; it ends at 0.
+    # below[length] leads to the longest available length up to `length`, and ends at 0.
     below = [length if left[length] else length - 1 for length in range(1, capacity + 1)]
     below.insert(0, 0)
     order: list[int] = []
@@ -83,7 +83,7 @@ def plan_packs(lengths: NDArray[Any], capacity: int) -> Plan:
 
 
 class SamplesOfKey:
-    """The samples of one key of all parts, by number."""
+    """The samples of one key, of all parts, by number."""
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:
         self._parts = [column for column in map(Column, prefixes) if len(column)]
@@ -103,7 +103,7 @@ def write_packed(parts: Sequence[Prefix], key: str, plan: Plan, target: Prefix, 
         key: "input_ids", "attention_mask" or "labels".
         plan: from `plan_packs`.
         target: prefix of the dataset.
-        filling: what the rest of each sequence holds.
+            filling: padding of each sequence.
     """
     with IndexedWriter(target) as writer:
         batch: list[NDArray[Any]] = []

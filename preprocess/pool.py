@@ -1,10 +1,10 @@
-"""Worker processes that take tasks one at a time; a dead one is an error, never a wait without end.
+"""Worker processes that take tasks one at a time. A dead worker is an error, never an endless wait.
 
     for result in run_tasks(setup, state, tasks, workers=4, tick=bar.update):
         ...                                    # in the order of completion
 
-Not `concurrent.futures`: its pool cannot be stopped at once on an interrupt, and reports a killed
-worker without its signal.
+`concurrent.futures` is not used, because its pool cannot be stopped at once on an interrupt, and does not report the
+signal that killed a worker.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ TICK_SECONDS = 0.2
 
 
 def _serve(connection: Connection, setup: Callable[[State], Callable[[Task], Result]], state: State) -> None:
-    """A worker's life: prepare once, then answer each task with ("done", result) or the failure."""
+    """Run a worker: prepare once, then answer each task with ("done", result) or the failure."""
     try:
         work = setup(state)
         while True:
             connection.send(("done", work(connection.recv())))
     except (EOFError, BrokenPipeError):
-        pass  # the parent is gone or has closed the pipe: nothing left to do
+        pass  # the parent has ended or closed the pipe
     except (UserError, OSError) as error:  # the system names the file in its errors
         connection.send(("user error", str(error)))
     except Exception:
@@ -62,9 +62,9 @@ def _receive(connection: Connection, process: Any) -> Any:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Start workers with SIGINT blocked, for their whole life: a terminal sends Ctrl-C to them too, and
-    it is for the parent to end them."""
-    # The first start of a process would start multiprocessing's tracker, which unblocks SIGINT (Python 3.8 to 3.14).
+    """Start workers with SIGINT blocked permanently: a terminal sends Ctrl-C to the workers too, but the parent must
+    stop them."""
+    # Starting the first process would start multiprocessing's tracker, which unblocks SIGINT (Python 3.8 to 3.14).
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -83,18 +83,18 @@ def run_tasks(
     """Run tasks in worker processes.
 
     Args:
-        setup: called once in each worker with `state`; returns the function that does a task. Both
-            it and `state` must be importable or picklable: workers are fresh interpreters.
-        state: what every worker needs.
-        tasks: handed out in this order.
-        workers: processes, at most one per task.
+        setup: called once in each worker with `state`. Returns the function that runs a task. Both
+            `setup` and `state` must be picklable, because workers are fresh interpreters.
+        state: shared input of the workers.
+        tasks: assigned in this order.
+        workers: number of processes, at most one per task.
         tick: called several times a second, and after each result.
 
     Yields:
         Results in the order of completion.
 
     Raises:
-        UserError: from a task, or because a worker died.
+        UserError: raised by a task, or a worker died.
         RuntimeError: any other exception in a worker, with its traceback.
     """
     context = multiprocessing.get_context("spawn")
@@ -106,7 +106,7 @@ def run_tasks(
             process = context.Process(target=_serve, args=(theirs, setup, state), daemon=True)
             with _interrupts_held():
                 process.start()
-            theirs.close()  # so that the death of the worker closes the pipe
+            theirs.close()  # only then the death of the worker closes the pipe
             crew[ours] = process
             ours.send(pending.popleft())
         busy = set(crew)

@@ -1,4 +1,4 @@
-"""Reading raw corpora: which files, cut into shards how, and each record with its line.
+"""Read raw corpora: find files, split them into shards, and yield each record with its line number.
 
     sources = find_sources("data/a.jsonl,data/more/,data/*.parquet")
     for shard in plan_shards(sources, subsets=1):
@@ -14,11 +14,11 @@
 
 Names may be in capitals (.JSONL). CSV is refused: its columns have no types and no nesting.
 
-In Parquet every object of a column has the keys of all others, null where the record had none. These nulls are left
-out, so that a file made from JSON Lines reads as that file. A null that stood in the JSON text is left out with them.
+In Parquet every object of a column has the same keys, with null where the record had none. These nulls are dropped, so
+that a file converted from JSON Lines reads like the original. Nulls of the original JSON are dropped too.
 
-Lines end at "\\n" (or "\\r\\n"); blank ones are skipped, they are no rejects. A byte-order mark at the
-start of a file is ignored. Nothing is read whole: memory is bounded by the longest record.
+Lines end with "\\n" (or "\\r\\n"). Blank lines are skipped and do not count as rejects. A byte-order mark at the
+start of a file is ignored. Files are streamed: memory is bounded by the longest record.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ READ_CHARS = 1 << 20
 
 
 class JsonArray:
-    """Iterate over (line, element) of a stream that holds one JSON array.
+    """Iterate over (line, element) of a stream with one JSON array.
 
     Args:
-        stream: the text; lines count from 1 where it stands.
-        path: named in errors.
-        limit: longest element, in characters.
+        stream: the text. Lines count from 1 at its position.
+        path: name of the file in errors.
+        limit: maximum length of an element in characters.
 
     Raises:
-        UserError: the array is malformed; what follows the fault cannot be told apart.
+        UserError: the array is malformed. The elements after the fault cannot be read.
     """
 
     def __init__(self, stream: TextIO, path: str, limit: int) -> None:
@@ -78,7 +78,7 @@ class JsonArray:
             raise self._fault("there is more after the end of the array")
 
     def _peek(self) -> str:
-        """The next character that is no white space; "" at the end of the file."""
+        """Return the next character that is not white space; "" at the end of the file."""
         while True:
             rest = self._buffer.lstrip(" \t\r\n")
             self._line += self._buffer.count("\n", 0, len(self._buffer) - len(rest))
@@ -102,10 +102,10 @@ class JsonArray:
                 value, size, why = None, len(self._buffer), str(error)
             else:
                 why = ""
-            # An element that ends with the buffer may go on behind it: 12 is the start of 123.
+            # An element at the end of the buffer may continue after it: 12 may be the start of 123.
             if size < len(self._buffer):
                 break
-            # Doubling keeps the work of trying again linear in the element's size.
+            # Doubling the buffer keeps the total parsing work linear in the element's size.
             more = self._stream.read(max(READ_CHARS, len(self._buffer)))
             if not more and not why:
                 break
@@ -126,7 +126,7 @@ class JsonArray:
 LINE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "txt", ".text": "txt"}
 COMPRESSIONS = (".gz", ".zst")
 TABLES = (".csv", ".tsv")
-# What this kit writes beside its datasets, and so may find again in an input directory.
+# Files that this kit writes next to its datasets, and that may lie in an input directory.
 OWN_FILES = (".rejects.jsonl", ".meta.json", ".bin", ".idx")
 SHOWN_IGNORED = 5
 PARTS = ".parts"
@@ -144,10 +144,10 @@ class InputFile:
     """One input file.
 
     Attributes:
-        path: absolute.
+        path: absolute path.
         format: "jsonl", "array", "txt" or "parquet".
         compression: "", ".gz" or ".zst".
-        size: bytes on the disk.
+        size: size on disk in bytes.
         mtime_ns: modification time.
     """
 
@@ -160,12 +160,12 @@ class InputFile:
 
 @dataclass(frozen=True)
 class InputShard:
-    """A part of one source, small enough to do again.
+    """A part of one input file, small enough to be repeated.
 
     Attributes:
         source: the file.
-        start, stop: a range of its bytes, or of the row groups of a parquet file.
-        bytes: its share of the file's size.
+        start, stop: range of bytes, or of row groups of a parquet file.
+        bytes: share of the file's size.
     """
 
     source: InputFile
@@ -179,8 +179,8 @@ class Reject:
     """A record that cannot be used.
 
     Attributes:
-        reason: in a few words.
-        content: the raw record, undecodable bytes escaped.
+        reason: the reason, in a few words.
+        content: the raw record, with undecodable bytes escaped.
     """
 
     reason: str
@@ -188,7 +188,7 @@ class Reject:
 
 
 def _format(path: Path) -> tuple[str, str] | None:
-    """(format, compression) by the file's name; None if it is of no kind we read."""
+    """Return (format, compression) by the file's name, or None if the kind is not supported."""
     suffix, compression = _suffixes(path)
     if path.name.endswith(OWN_FILES):
         return None
@@ -199,14 +199,14 @@ def _format(path: Path) -> tuple[str, str] | None:
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """The suffixes of the format and of the compression, in small letters."""
+    """Return the suffixes of format and compression in lower case."""
     name = path.name.lower()
     compression = Path(name).suffix if name.endswith(COMPRESSIONS) else ""
     return Path(name.removesuffix(compression)).suffix, compression
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Files that one item of --input stands for, sorted; of a directory or a glob those we can read."""
+    """Return the sorted files of one item of --input. Of a directory or a glob only files of supported kinds."""
     path = Path(pattern).expanduser()
     if path.is_file():
         _refuse_table(path)
@@ -234,7 +234,7 @@ def _refuse_table(path: Path) -> None:
     """Refuse a CSV file.
 
     Raises:
-        UserError: it is one.
+        UserError: the file is CSV.
     """
     suffix, _ = _suffixes(path)
     if suffix in TABLES:
@@ -246,7 +246,7 @@ def _refuse_table(path: Path) -> None:
 
 
 def _below(directory: Path) -> Iterator[Path]:
-    """All files below a directory, but hidden ones and the parts of unfinished conversions."""
+    """Yield all files below a directory, without hidden files and parts of unfinished conversions."""
     for path in directory.rglob("*"):
         folders = path.relative_to(directory).parts
         if path.is_file() and not any(name.startswith(".") or name.endswith(PARTS) for name in folders):
@@ -257,11 +257,11 @@ def find_sources(spec: str) -> list[InputFile]:
     """Resolve --input: files, directories (recursive) and globs, separated by commas.
 
     Returns:
-        The files in the order given; those of a directory or glob sorted by path. In directories,
-        hidden files are passed over, and files of unknown kind are counted on standard error.
+        The files in the given order. Files of a directory or glob are sorted by path. In directories
+        hidden files are skipped, and files of unknown kind are counted in a log line.
 
     Raises:
-        UserError: nothing there, an unknown kind of file, a CSV file, or one file given twice.
+        UserError: there is no file, a file is of unknown kind or CSV, or a file is given twice.
     """
     items = [spec] if Path(spec).expanduser().exists() else [item.strip() for item in spec.split(",") if item.strip()]
     if not items:
@@ -277,7 +277,7 @@ def find_sources(spec: str) -> list[InputFile]:
 
 def _source(path: str) -> InputFile:
     format_and_compression = _format(Path(path))
-    if format_and_compression is None:  # a link named data.jsonl that points to a file of another kind
+    if format_and_compression is None:  # a link named data.jsonl to a file of another kind
         raise UserError(f"input {path}: unknown kind of file")
     kind, compression = format_and_compression
     stat = os.stat(path)
@@ -290,15 +290,15 @@ def _source(path: str) -> InputFile:
 
 
 def plan_shards(sources: Sequence[InputFile], subsets: int) -> list[InputShard]:
-    """Cut the input into pieces that can be done and redone on their own.
+    """Split the input into shards that can be converted, and repeated, separately.
 
     Args:
-        sources: from `find_sources`.
-        subsets: cut into at least about so many pieces (MindSpeed-LLM's --n-subs). Large inputs are
-            cut further, so that an interruption costs little; the pieces never change the result.
+        sources: result of `find_sources`.
+        subsets: approximate minimum number of shards (MindSpeed-LLM's --n-subs). Large inputs are
+            split further, so that an interruption costs little. The split never changes the result.
 
     Returns:
-        Shards in input order. Compressed files and JSON arrays cannot be entered midway: one shard.
+        Shards in input order. A compressed file or a JSON array is one shard, because reading cannot start midway.
     """
     total = sum(source.size for source in sources)
     target = min(max(SHARD_BYTES, -(-total // MAX_SHARDS)), max(1, -(-total // subsets)))
@@ -308,7 +308,7 @@ def plan_shards(sources: Sequence[InputFile], subsets: int) -> list[InputShard]:
             groups = _row_groups(source)
             step = max(1, groups * target // max(1, source.size))
             ranges = [(i, min(i + step, groups)) for i in range(0, groups, step)]
-            # Row groups are alike in size; what each takes on the disk matters to the progress bar only.
+            # Row groups have similar sizes. Their exact size on disk matters only to the progress bar.
             shards += [InputShard(source, i, j, source.size * (j - i) // groups) for i, j in ranges]
         elif source.compression or source.format == "array":
             shards.append(InputShard(source, 0, source.size, source.size))
@@ -325,35 +325,35 @@ def _row_groups(source: InputFile) -> int:
 
 @contextlib.contextmanager
 def _damage(path: str) -> Iterator[None]:
-    """Name the file when a decompressor or the parquet reader finds it broken."""
+    """Name the file in errors of a decompressor or the parquet reader."""
     try:
         yield
     except (EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise UserError(f"input {path}: truncated or damaged ({error}); get the file again") from error
     except OSError as error:
-        if error.errno is not None:  # a real error of the system, not pyarrow's or gzip's own
+        if error.errno is not None:  # an error of the operating system, not of pyarrow or gzip
             raise
         raise UserError(f"input {path}: truncated or damaged ({error}); get the file again") from error
 
 
 def _decompressed(source: InputFile, raw: BinaryIO) -> BinaryIO:
-    """A buffered stream of what `raw`, the opened file, holds."""
+    """Return a buffered stream of the decompressed content of the opened file `raw`."""
     if source.compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if source.compression == ".zst":
-        # Not the zstandard package: its reader takes a truncated file for a complete one.
+        # The reader of the zstandard package accepts a truncated file as complete.
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), READ_BYTES)
     return raw
 
 
 def escape(raw: bytes | str) -> str:
-    """A rejected record as text that any program can read, cut to 4096 characters."""
+    """Return a rejected record as printable text, cut to 4096 characters."""
     data = raw[:4096].encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw[:4096]
     return data.decode("utf-8", "backslashreplace").rstrip("\r\n")
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, for a message."""
+    """Describe the type of a JSON value, for a message."""
     names = {
         dict: "an object",
         list: "an array",
@@ -366,7 +366,7 @@ def kind_of(value: Any) -> str:
 
 
 def rejected(reason: str, record: Any) -> Reject:
-    """A parsed record that cannot be used."""
+    """Return a `Reject` for a parsed record."""
     return Reject(reason, escape(json.dumps(record, ensure_ascii=False, default=repr)))
 
 
@@ -377,7 +377,7 @@ def _json_line(line: bytes) -> Any:
         return Reject(f"invalid UTF-8 at byte {error.start + 1}", escape(line))
     except json.JSONDecodeError as error:
         return Reject(f"malformed JSON: {error.msg} at column {error.colno}", escape(line))
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, nesting of 10000 levels
+    except (ValueError, RecursionError) as error:  # such as a number of 5000 digits, or 10000 nested levels
         return Reject(f"malformed JSON: {error}", escape(line))
 
 
@@ -391,18 +391,18 @@ def _text_line(line: bytes) -> Any:
 class ShardReader:
     """Iterate over a shard's records, as (number, record).
 
-    The number is that of the line or row, counted from 1 at the shard's first. The record is the
-    parsed JSON value (of any type: the caller checks), a `Reject`, or None for a blank line.
+    The number counts lines or rows from 1 at the shard's start. The record is the
+    parsed JSON value (of any type: the caller checks it), a `Reject`, or None for a blank line.
 
     Args:
-        shard: from `plan_shards`.
-        keys: the columns to read of a parquet file; None for all.
+        shard: result of `plan_shards`.
+        keys: columns to read from a parquet file. None for all.
 
     Attributes:
-        unread: of a parquet file, once it is read: the columns that were not wanted, and how many rows have a value.
+        unread: after reading a parquet file: the unread columns, and the number of rows with a value.
 
     Raises:
-        UserError: the file is damaged in a way that hides the records behind the place.
+        UserError: the file is damaged, and the records after the damage cannot be read.
     """
 
     def __init__(self, shard: InputShard, keys: Sequence[str] | None) -> None:
@@ -414,7 +414,7 @@ class ShardReader:
 
     @property
     def bytes_read(self) -> int:
-        """How many of the shard's bytes on the disk have been consumed."""
+        """Number of bytes of the shard, on disk, that have been read."""
         if self._raw is not None:
             return min(self._raw.tell() - self._shard.start, self._shard.bytes)
         return int(self._shard.bytes * self._row_share)
@@ -427,7 +427,7 @@ class ShardReader:
         with open(source.path, "rb") as self._raw, _damage(source.path):
             stream = _decompressed(source, self._raw)
             if source.format == "array":
-                # surrogateescape: bytes that are no UTF-8 become lone surrogates in the element that holds them.
+                # surrogateescape: invalid UTF-8 bytes become lone surrogates in the element that contains them.
                 text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape")
                 yield from JsonArray(text, source.path, MAX_RECORD_BYTES)
             else:
@@ -436,10 +436,10 @@ class ShardReader:
                     yield number, None if line.isspace() else parse(line)
 
     def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """The lines that begin in the shard."""
+        """Yield the lines that start in the shard."""
         shard = self._shard
         position, number = shard.start, 0
-        if position:  # the line that reaches into the shard belongs to the shard before
+        if position:  # a line that starts before the shard belongs to the previous shard
             stream.seek(position - 1)
             position += len(stream.readline()) - 1
         while shard.source.compression or position < shard.stop:
@@ -454,7 +454,7 @@ class ShardReader:
             position += len(line)
 
     def _rows(self) -> Iterator[tuple[int, Any]]:
-        """The rows of the shard's row groups."""
+        """Yield the rows of the shard's row groups."""
         path = self._shard.source.path
         # A bounded buffer streams the column pages instead of holding a whole row group.
         with _damage(path), pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
@@ -480,11 +480,11 @@ class ShardReader:
 def read_records(inputs: str, keys: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
     """Iterate over the records of an input, as (place, record).
 
-    The place is for messages. The record is as `ShardReader` yields it. Blank lines are left out.
+    The place is the file and line, for messages. The record is the same as in `ShardReader`. Blank lines are skipped.
 
     Args:
         inputs: files, directories, globs, separated by commas.
-        keys: the columns to read of parquet files; None for all.
+        keys: columns to read from parquet files. None for all.
     """
     for shard in plan_shards(find_sources(inputs), subsets=1):
         for number, record in ShardReader(shard, keys):
@@ -505,14 +505,14 @@ def sound_records(inputs: str, keys: Sequence[str] | None = None) -> Iterator[tu
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value of a nested column without the keys that are null."""
+    """Return a value of a nested column without keys whose value is null."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _values(file: pyarrow.parquet.ParquetFile, groups: Sequence[int], column: str) -> int:
-    """How many rows of these row groups have a value in a column, as far as the file's statistics tell."""
+    """Return how many rows of these row groups have a value in a column, by the file's statistics."""
     count = 0
     for group in map(file.metadata.row_group, groups):
         count += group.num_rows

@@ -1,8 +1,8 @@
-"""Converting one shard of the input into part files, inside a worker process.
+"""Convert one shard of the input to part files, inside a worker process.
 
-A part is `<directory>/<shard>.<key>.bin/.idx`, its rejects, what goes beside its tasks, and last
-`<shard>.json`, the report: a shard with a report is finished, whatever happened to the run afterwards.
-What becomes of a record, the stage decides (`stages`).
+A part is `<directory>/<shard>.<key>.bin/.idx`, its rejects, the records of its tasks, and last
+`<shard>.json`, the report. A shard with a report is finished, even if the run was killed later. The stage (`stages`)
+converts the records.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from minimind_mcore.preprocess.stages import Prepared, make_stage
 from minimind_mcore.preprocess.tokenize import TokenizerInfo, load_encoder
 from minimind_mcore.storage import atomic_file, atomic_write_text
 
-# Large enough that the cost per call vanishes, small enough that a worker stays far below 1 GiB.
+# Large enough that the overhead per call vanishes, small enough that a worker stays far below 1 GiB.
 BATCH_CHARS = 1 << 19
 
-# So many rejects, if they are most of what was read, mean the wrong file or key: no use reading on.
+# If most records are rejected after this many rejects, the file or the key is wrong, and reading stops.
 HOPELESS_REJECTS = 1000
 
-# Keys of the input that a shard reports at most: where keys are data (a name, a date), their number has no bound.
+# Maximum number of unread keys that a shard reports: if keys are data (names, dates), their number is unbounded.
 MOST_UNUSED = 100
 
 
 @dataclass(frozen=True)
 class ShardContext:
-    """What all shards of a run have in common.
+    """The common inputs of all shards of a run.
 
     Attributes:
-        directory: for the part files.
-        options: of the conversion.
-        info: of its tokenizer.
+        directory: directory of the part files.
+        options: options of the conversion.
+        info: its tokenizer.
         backend: "tokenizers" or "gigatoken".
-        progress: shared memory, two counters per shard: bytes read, tokens written. A worker writes
-            only its own shard's, so they need no lock that a killed worker could keep.
+        progress: shared memory with two counters per shard: bytes read, tokens written. A worker writes
+            only its own shard's counters, so no lock is needed, which a killed worker could keep.
     """
 
     directory: Path
@@ -65,18 +65,18 @@ class ShardTask:
 
 @dataclass
 class Report:
-    """What became of a shard.
+    """The result of a shard.
 
     Attributes:
-        number: of the shard.
-        bytes: of input.
-        lines: lines or rows read, so that the next shard's lines can be numbered.
-        records: of these, not blank.
-        rejects, too_long: records left out.
-        truncated: records cut short.
-        empty: by key, records without a token.
-        tokens: by key.
-        unused: by key of the input that nothing reads: in how many records, or messages.
+        number: number of the shard.
+        bytes: number of input bytes.
+        lines: number of lines or rows read, so that the next shard's lines can be numbered.
+        records: number of lines that are not blank.
+        rejects, too_long: number of records left out.
+        truncated: number of records cut.
+        empty: by key, number of records without a token.
+        tokens: by key, number of tokens.
+        unused: by unread key of the input: in how many records, or messages.
     """
 
     number: int
@@ -92,34 +92,34 @@ class Report:
 
 
 def part_prefix(directory: Path, number: int, key: str) -> Path:
-    """Prefix of the dataset that holds one key of one shard."""
+    """Return the prefix of the dataset with one key of one shard."""
     return directory / f"{number:05d}.{key}"
 
 
 def rejects_path(directory: Path, number: int) -> Path:
-    """The rejects of a shard, with lines counted from its first."""
+    """Return the rejects file of a shard, with lines counted from its start."""
     return directory / f"{number:05d}.rejects.jsonl"
 
 
 def beside_path(directory: Path, number: int) -> Path:
-    """What goes beside the tasks of a shard, a line for each."""
+    """Return the records file of the tasks of a shard, one line each."""
     return directory / f"{number:05d}.prompts.jsonl"
 
 
 def report_path(directory: Path, number: int) -> Path:
-    """The report of a finished shard."""
+    """Return the report file of a finished shard."""
     return directory / f"{number:05d}.json"
 
 
 def finished(directory: Path, count: int) -> dict[int, Report]:
-    """Reports of the shards that an earlier run finished."""
+    """Return the reports of shards that an earlier run finished."""
     paths = {number: report_path(directory, number) for number in range(count)}
     return {number: Report(**json.loads(path.read_text())) for number, path in paths.items() if path.is_file()}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The files of a shard while they are written."""
+    """The files of a shard during writing."""
 
     writers: Mapping[str, IndexedWriter]
     rejects: BinaryIO
@@ -127,7 +127,7 @@ class _Part:
 
 
 class ShardConverter:
-    """Converts shards one after the other; a worker has one."""
+    """Converts shards one after the other. Each worker has one converter."""
 
     def __init__(self, job: ShardContext) -> None:
         self._job = job
@@ -135,10 +135,10 @@ class ShardConverter:
         self._parent = os.getppid()
 
     def __call__(self, task: ShardTask) -> Report:
-        """Convert one shard, report it on the disk, and return the report.
+        """Convert one shard, write its report, and return the report.
 
         Raises:
-            UserError: unreadable input, a full disk, or nearly nothing but rejects.
+            UserError: the input is unreadable, the disk is full, or nearly all records are rejects.
         """
         directory, keys = self._job.directory, self._stage.keys
         report = Report(task.number, task.shard.bytes)
@@ -213,12 +213,12 @@ class ShardConverter:
         counters: array[int] = self._job.progress
         counters[2 * task.number] = bytes_read
         counters[2 * task.number + 1] = sum(report.tokens.values())
-        if os.getppid() != self._parent:  # it was killed; the next run must not race with us
+        if os.getppid() != self._parent:  # the parent was killed, and the next run must not race with this worker
             raise EOFError("the parent process is gone")
 
 
 def lines_before_each(shards: Sequence[InputShard], reports: Sequence[Report]) -> list[int]:
-    """How many lines of the same file come before each shard."""
+    """Return how many lines of the same file come before each shard."""
     offsets, path, lines = [], "", 0
     for shard, report in zip(shards, reports, strict=True):
         lines = lines if shard.source.path == path else 0

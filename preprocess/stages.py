@@ -1,15 +1,15 @@
-"""What becomes of a record, in two steps: the texts to encode, then sequences of ids.
+"""Convert a record in two steps: to texts, and then to sequences of ids.
 
 | stage | a record becomes | too long for --seq-length L |
 |---|---|---|
 | `Documents` (pretraining) | for each of --json-keys the document's ids | L or more: left out, counted |
 | `Conversations` | input_ids, attention_mask, labels; pairs and tasks see `handlers` | see below |
 
-Of conversations: by the tokenizer's own template they are cut to L, as MiniMind does; a template of --prompt-type
-shortens question and answer, as MindSpeed-LLM does, and what still has L or more is left out. To be packed,
-what has L or more is left out; under --neat-pack cut to L - 1 (one place is kept free, as there). What is
-cut and what is left out is counted. Where a cut leaves no label, the sample is left out too. A task is
-never cut: MiniMind's is left out if its prompt has more than L, MindSpeed's if that or its answer has L or more.
+Conversations in the tokenizer's own template are cut to L, as in MiniMind. A template of --prompt-type shortens
+question and answer, as in MindSpeed-LLM, and samples that still have L or more are left out. With packing, samples of L
+or more are left out; with --neat-pack they are cut to L - 1 (one position is kept free, as in MindSpeed-LLM). Cut and
+dropped samples are counted. A sample without any label after the cut is dropped too. A task is never cut: in MiniMind's
+formats it is dropped if its prompt has more than L, in MindSpeed's if the prompt or the answer has L or more.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from minimind_mcore.preprocess.templates import (
 )
 from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, token_text
 
-# MiniMind changes a conversation at random each time it reads the record (dataset/lm_dataset.py): one in five gets a
-# system prompt, and four of five texts with empty thoughts lose them, so that the model learns to answer with and
-# without. Here the changes are drawn once, when the data is made. They depend on the seed and on the conversation's
-# content alone, not on the order, the shards or the workers: equal conversations share one draw.
+# MiniMind changes a conversation at random each time it reads the record (dataset/lm_dataset.py): 20 % get a system
+# prompt, and 80 % of the texts with empty thoughts lose them, so that the model learns to answer with and without.
+# Here the changes are drawn once, when the data is converted. They depend only on the seed and on the conversation's
+# content, not on the order, the shards or the workers: equal conversations get the same changes.
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 SYSTEM_PROMPTS: Sequence[str] = TEXTS["system prompts"]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Independent numbers for one conversation, uniform in [0, 1)."""
+    """Independent random numbers of one conversation, uniform in [0, 1)."""
 
     system: float
     prompt: float
@@ -64,14 +64,14 @@ class Draw:
 
 
 def draw(seed: int, conversation: Conversation) -> Draw:
-    """The numbers that a seed gives a conversation."""
+    """Return the random numbers of a conversation for a seed."""
     content = json.dumps([seed, list(conversation.messages), conversation.tools], sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=32).digest()
     return Draw(*((number >> 11) * 2.0**-53 for number in struct.unpack("<4Q", digest)))
 
 
 def add_system_prompt(conversation: Conversation, drawn: Draw, ratio: float) -> Conversation:
-    """Put one of MiniMind's system prompts first, with probability `ratio`, where there is none and no tools."""
+    """With probability `ratio` prepend one of MiniMind's system prompts, unless there is a system prompt or tools."""
     if conversation.tools or conversation.messages[0]["role"] == "system" or drawn.system >= ratio:
         return conversation
     message = {"role": "system", "content": SYSTEM_PROMPTS[int(drawn.prompt * len(SYSTEM_PROMPTS))]}
@@ -79,7 +79,7 @@ def add_system_prompt(conversation: Conversation, drawn: Draw, ratio: float) -> 
 
 
 def drop_empty_thoughts(text: str, drawn: Draw, ratio: float) -> str:
-    """Remove empty thought blocks, all of a text or none; they stay with probability `ratio`."""
+    """Remove all empty thought blocks of a text, or keep all with probability `ratio`."""
     return text if drawn.empty_think < ratio else text.replace(EMPTY_THINK, "")
 
 
@@ -88,7 +88,7 @@ Sequences = tuple[NDArray[Any], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record's texts, and what its stage must know to put their ids together."""
+    """A record's texts, and what the stage needs to combine their ids."""
 
     texts: list[str]
     detail: Any = None
@@ -99,11 +99,11 @@ class Encoded:
     """The sequences of a batch of records.
 
     Attributes:
-        sequences: by key: ids back to back, and the number of ids of each sequence; 0 for an empty one.
-        too_long: records left out for their length.
-        truncated: records cut short.
-        unusable: (place in the batch, reason) of records that showed only now to be unusable.
-        beside: a line of JSON for each task, to be kept beside its ids.
+        sequences: by key: consecutive ids, and the number of ids of each sequence; 0 for an empty one.
+        too_long: number of records left out for their length.
+        truncated: number of records cut.
+        unusable: (index in the batch, reason) of records that turned out to be unusable only during encoding.
+        beside: for each task a line of JSON for the records file.
     """
 
     sequences: dict[str, Sequences]
@@ -114,13 +114,13 @@ class Encoded:
 
 
 class Stage(Protocol):
-    """Turns records into sequences.
+    """Converts records to sequences.
 
     Attributes:
-        keys: of the datasets.
-        columns: to read of a parquet file; None for all.
-        unused: keys that hold something and that nothing reads, and in how many records or messages, since
-            the caller emptied it.
+        keys: keys of the datasets.
+        columns: columns to read from a parquet file. None for all.
+        unused: unread non-empty keys, with the number of records or messages since
+            the caller cleared the counter.
     """
 
     keys: tuple[str, ...]
@@ -128,16 +128,16 @@ class Stage(Protocol):
     unused: Counter[str]
 
     def prepare(self, record: Any) -> Prepared | Reject:
-        """The texts of a record."""
+        """Return the texts of a record."""
         ...
 
     def encode(self, batch: Sequence[Prepared]) -> Encoded:
-        """The sequences of prepared records."""
+        """Return the sequences of prepared records."""
         ...
 
 
 def make_stage(options: Options, info: TokenizerInfo, encoder: Encoder) -> Stage:
-    """The stage that the handler's name asks for."""
+    """Return the stage of the handler."""
     handler = options.find_handler()
     if isinstance(handler, ChatHandler):
         return Conversations(options, info, encoder, handler)
@@ -145,7 +145,7 @@ def make_stage(options: Options, info: TokenizerInfo, encoder: Encoder) -> Stage
 
 
 class Documents:
-    """Pretraining: a document for each key."""
+    """Pretraining: one document per key."""
 
     def __init__(self, options: Options, info: TokenizerInfo, encoder: Encoder, handler: Handler) -> None:
         self.keys = options.keys
@@ -157,7 +157,7 @@ class Documents:
         self._limit = options.seq_length
 
     def prepare(self, record: Any) -> Prepared | Reject:
-        """One text for each key."""
+        """Return one text per key."""
         texts = self._handler(record, self.keys)
         if isinstance(texts, Reject):
             return texts
@@ -179,12 +179,12 @@ class Documents:
 def frame(
     tokens: NDArray[np.uint32], lengths: NDArray[np.int64], before: Sequence[int], after: Sequence[int]
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Put begin and end tokens around each document that has tokens; the others stay empty.
+    """Put begin and end tokens around each document that has tokens. Empty documents stay empty.
 
     Args:
         tokens: [sum(lengths)] ids.
         lengths: [documents].
-        before, after: ids to put there.
+        before, after: ids to insert.
 
     Returns:
         The new ids and lengths.
@@ -221,8 +221,8 @@ class Conversations:
             self._most = None if cut_before else self._most - 1
 
     def prepare(self, record: Any) -> Prepared | Reject:
-        """The pieces of every turn of every side, and of a task the texts that go with it."""
-        if self._handler.prompts and isinstance(record, list):  # the turns themselves
+        """Return the texts of every turn of every side, and for a task its additional texts."""
+        if self._handler.prompts and isinstance(record, list):  # the record is the list of turns
             record = {self._handler.columns.get("messages", ""): record}
         sides = self._handler(record)
         if isinstance(sides, Reject):
@@ -244,7 +244,7 @@ class Conversations:
         return Prepared(texts, (shape, beside, learned))
 
     def _unwritten(self, sides: Collection[Conversation]) -> Iterator[str]:
-        """What the chat template leaves out of these conversations."""
+        """Yield the parts of these conversations that the chat template does not write."""
         for key in self._template.unwritten:
             for side in sides:
                 holders = [side.tools] if key == "tools" else [message.get(key) for message in side.messages]
@@ -253,7 +253,8 @@ class Conversations:
                         yield f"{key} (the chat template does not write it)"
 
     def _change(self, conversation: Conversation) -> tuple[Conversation, bool | None, Draw]:
-        """The conversation with what is drawn for it, whether the model is to think if it is asked, the draw."""
+        """Return the changed conversation, whether the model should think in its answer to a prompt, and the random
+        numbers."""
         chat, drawn = self._chat, draw(self._chat.seed, conversation)
         ratio = chat.thinking_ratio if self._handler.prompts else None
         thinking = drawn.thinking < ratio if ratio is not None else None
@@ -267,7 +268,8 @@ class Conversations:
         return checked(turns)
 
     def _beside(self, record: Mapping[str, Any], asked: Conversation, thinking: bool | None, turns: Turns) -> bytes:
-        """A task as a line: what the environment or the reward needs and ids do not tell."""
+        """Return a line of JSON for a task: values that the environment or the reward needs and that ids do not
+        contain."""
         prompt = "".join(piece for pieces in turns for piece in pieces)
         own = {"prompt": prompt, "messages": asked.messages, "tools": asked.tools, "open_thinking": thinking}
         others = {key: value for key, value in record.items() if key != self._handler.columns.get("messages")}
@@ -302,7 +304,7 @@ class Conversations:
     def _encode_task(
         self, prepared: Prepared, sides: Sequence[Sequence[Ids]], found: Mapping[str, list[Ids]], encoded: Encoded
     ) -> None:
-        """A prompt and its mask, and the texts that go with it; left out whole if one of them is too long."""
+        """Encode a prompt, its mask and its texts. The task is dropped as a whole if one of them is too long."""
         prompt, *extras = (np.concatenate(turns).astype(np.int32) for turns in sides)
         if self._most is not None and max(map(len, (prompt, *extras))) > self._most:
             encoded.too_long += 1
@@ -312,7 +314,7 @@ class Conversations:
         encoded.beside.append(prepared.detail[1])
 
     def _limited(self, ids: Ids, labels: Ids, cut: bool) -> tuple[Ids, Ids, bool]:
-        """A sample as it is kept, and whether it is shorter than it was; nothing is left of one too long."""
+        """Return a sample after cutting, and whether it was cut. The result is empty if the sample is dropped."""
         ids, labels = (np.append(part, self._eos).astype(np.int32) for part in (ids, labels))
         if self._most is None or len(ids) <= self._most:
             return ids, labels, cut
@@ -320,14 +322,14 @@ class Conversations:
         return ids[:kept], labels[:kept], True
 
     def _outputs(self, samples: Sequence[tuple[Ids, Ids, bool]]) -> list[Ids]:
-        """What `keys` name."""
+        """Return the outputs that `keys` name."""
         if self._handler.pairwise:
             return [part for ids, labels, _ in samples for part in (ids, labels)]
         [(ids, labels, _)] = samples
         return [ids, np.ones(len(ids), np.int32), labels]
 
     def _turns_of(self, batch: Sequence[Prepared]) -> Iterator[list[list[Ids]]]:
-        """Each record's sides' turns' ids, in the order of the batch; all pieces are encoded at once."""
+        """Yield the ids of each record's sides and turns, in the order of the batch. All texts are encoded at once."""
         tokens, lengths = self._encoder.encode([text for prepared in batch for text in prepared.texts])
         ids = tokens.astype(np.int32)
         ends = [0, *np.cumsum(lengths).tolist()]
@@ -344,7 +346,7 @@ class Conversations:
 
 
 def make_template(options: Options, info: TokenizerInfo, encoder: Encoder, handler: ChatHandler) -> ChatTemplate:
-    """The tokenizer's own chat template, or that of --prompt-type, or the handler's fixed prompt."""
+    """Return the tokenizer's own chat template, the template of --prompt-type, or the handler's fixed prompt."""
     if handler.step_rewards:
         return StepRewards(options.chat.placeholder_token, options.chat.reward_tokens)
     if handler.fixed_prompt:

@@ -1,32 +1,32 @@
-"""From a conversation to ids and labels: by the tokenizer's own chat template, or MindSpeed-LLM's --prompt-type NAME.
+"""Convert a conversation to ids and labels, with the tokenizer's chat template or MindSpeed-LLM's --prompt-type NAME.
 
     template = TokenizerTemplate(info, encoder, ...)
     turns = template.render(Conversation([{"role": "user", "content": "hi"}, ...]))     # texts to encode
     ids, labels, cut = template.label([encoder.encode(text)[0] for text in turns[0]])   # labels: -100 for no loss
 
-Labels are not shifted, as MindSpeed-LLM stores them. By the tokenizer's template the loss is where MiniMind's
-SFTDataset puts it: on what is between the ids of "<|im_start|>assistant\\n" and of "<|im_end|>\\n", and on these
-last two, found in the ids of the whole text. A template with other marks, as that of a tokenizer without BOS, has
-its own in their place. (So an answer that begins with line breaks which the tokenizer joins to the mark before has
-no loss there, and none here.)
+Labels are not shifted, as in MindSpeed-LLM's files. With the tokenizer's template the loss is on the same tokens as in
+MiniMind's SFTDataset: on the ids between "<|im_start|>assistant\\n" and "<|im_end|>\\n", and on the ids of
+"<|im_end|>\\n" itself. Both markers are found in the ids of the whole text. Templates with other markers, such as that
+of a tokenizer without BOS, use their own. (If an answer starts with line breaks that the tokenizer merges with the
+marker, the answer has no loss, neither in MiniMind nor here.)
 
     template = find_template("qwen3", None, thinking=True, ...)
 
-`templates.json` beside this file holds some, the first four under names that MindSpeed-LLM's --prompt-type allows,
-so that its own programs can read them too (--prompt-type-path):
+`templates.json` next to this file has some templates. The first four use names that MindSpeed-LLM's --prompt-type
+accepts, so that its own programs can read them too (--prompt-type-path):
 
-| name | with | writes what |
+| name | with | text |
 |---|---|---|
-| qwen3 | --enable-thinking true | minimind-3's chat template writes, ids and labels |
-| chatml | | MiniMind2's |
-| chatml_de | | minimind-3's less the thought blocks |
-| empty | | the messages alone |
+| qwen3 | --enable-thinking true | minimind-3's chat template, with equal ids and labels |
+| chatml | | MiniMind2's chat template |
+| chatml_de | | minimind-3's chat template without thought blocks |
+| empty | | only the messages |
 | qwen_r1 | | DeepSeek-R1's instruction (arXiv 2501.12948), as in MindSpeed-RL: 157 tokens in minimind-3's tokenizer |
-| minimind_r1 | | the same in 40: the response must begin with <think>, which the prompt does not write |
+| minimind_r1 | | the same in 40 tokens: the response must start with <think>, which the prompt does not contain |
 
-A template writes the turns of a conversation piece by piece, and each piece is encoded by itself. Odd
-turns (user, tool result) have no loss, even ones (assistant) have. Long conversations are cut so that
-question and answer share what room there is (mindspeed_llm/tasks/preprocess/templates.py).
+A template writes the turns of a conversation in pieces, and each piece is encoded separately. Odd turns (user, tool
+result) have no loss, even turns (assistant) have. Long conversations are cut so that question and answer share the
+available length (mindspeed_llm/tasks/preprocess/templates.py).
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ from minimind_mcore.preprocess.tokenizer_files import template_source
 
 IGNORED = -100
 Ids = NDArray[np.int32]
-# What a chat template may leave out; one that writes it has the name in its source.
+# Parts that a chat template may ignore. A template that writes a part has its name in the source.
 WRITTEN = ("tools", "tool_calls", "reasoning_content")
-# The turns of a conversation, each as pieces of text that are encoded one by one.
+# The turns of a conversation, each as pieces of text that are encoded separately.
 Turns = list[list[str]]
 
 
 class ChatTemplate(Protocol):
-    """How conversations are written and where their loss is.
+    """Writes conversations and places the loss.
 
     Attributes:
-        unwritten: which of `WRITTEN` the template does not write.
+        unwritten: entries of `WRITTEN` that the template does not write.
     """
 
     unwritten: frozenset[str]
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """The texts of a conversation.
+        """Return the texts of a conversation.
 
         Args:
             conversation: the messages.
-            thinking: None: the conversation is complete. Else the assistant's next turn is opened, and this
-                says whether to let it think.
+            thinking: None: the conversation is complete. Otherwise the assistant's next turn is opened, and the value
+                tells whether the model may think.
 
         Raises:
             Unusable: the template cannot write this conversation.
@@ -79,27 +79,27 @@ class ChatTemplate(Protocol):
         ...
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """Ids, labels, and whether something was cut off.
+        """Return ids, labels, and whether something was cut off.
 
         Args:
-            turns: the ids of each turn of `render`.
-            learned: for each message of the assistant, whether it has a loss; empty: all have.
+            turns: ids of each turn of `render`.
+            learned: for each message of the assistant, whether it has a loss. Empty: all have.
 
         Raises:
-            Unusable: the messages that have no loss cannot be found in the ids.
+            Unusable: messages without loss cannot be located in the ids.
         """
         ...
 
 
 class TokenizerTemplate:
-    """The chat template that comes with the tokenizer, rendered by transformers.
+    """The chat template of the tokenizer, rendered by transformers.
 
     Args:
-        info: of the tokenizer.
-        encoder: of the same tokenizer.
-        seq_length: where to cut.
-        last_only: loss on the last answer instead of on all.
-        labelled: False where only prompts are wanted, and `label` is not called.
+        info: the tokenizer.
+        encoder: encoder of the same tokenizer.
+        seq_length: maximum length.
+        last_only: put the loss on the last answer instead of on all.
+        labelled: False if only prompts are needed, and `label` is not called.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TokenizerTemplate:
         self._first = -1 if last_only else 0
 
     def _marks(self, info: TokenizerInfo) -> tuple[str, str]:
-        """The texts before and after an answer: MiniMind's, or of a tokenizer that has others the template's.
+        """Return the texts before and after an answer: MiniMind's, or for other tokenizers those of the template.
 
         Raises:
             UserError: the template does not open an answer with a text of its own.
@@ -137,14 +137,14 @@ class TokenizerTemplate:
             question = str(names.apply_chat_template([asked], tokenize=False))
             prompt = str(names.apply_chat_template([asked], tokenize=False, add_generation_prompt=True))
         except self._refusal as error:
-            if info.bos_id is not None:  # it may only refuse this conversation
+            if info.bos_id is not None:  # the template may refuse only this conversation
                 return minimind
             raise UserError(
                 f"tokenizer {info.path}: its chat template refuses a question and its answer: {error}"
             ) from error
         if info.bos_id is not None and all(mark in whole for mark in minimind):
             return minimind
-        # What the answer's turn and the generation prompt have in common is less than either: both may add thoughts.
+        # The common prefix of answer and generation prompt is shorter than both, because both may add thoughts.
         count = len(question) if whole.startswith(question) and prompt.startswith(question) else len(whole)
         pairs = zip(whole[count:].partition("ANSWER")[0], prompt[count:], strict=False)
         opening = "".join(first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -157,7 +157,7 @@ class TokenizerTemplate:
         return opening, closing
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """One text."""
+        """Return one text."""
         options = {} if thinking is None else {"add_generation_prompt": True, "open_thinking": thinking}
         try:
             text = self._tokenizer.apply_chat_template(
@@ -168,12 +168,12 @@ class TokenizerTemplate:
         return [[text]]
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """Cut at the sequence length, a cut answer still has its loss, as in MiniMind."""
+        """Cut at the maximum length. A cut answer keeps its loss, as in MiniMind."""
         [ids] = turns
         labels = np.full(len(ids), IGNORED, np.int32)
         answers = self._answers(ids)
         heard = [True] * len(answers) if all(learned) else list(learned)
-        if len(heard) != len(answers):  # MiniMind's markers stand in a text, or an answer begins with a line break
+        if len(heard) != len(answers):  # a text contains MiniMind's markers, or an answer starts with a line break
             raise Unusable(
                 f"{len(heard)} answers, of which some have no loss, but the text has {len(answers)} places that look "
                 "like the beginning of an answer; remove the template's markers from the texts"
@@ -184,11 +184,12 @@ class TokenizerTemplate:
         return ids[:limit], labels[:limit], limit is not None and len(ids) > limit
 
     def _answers(self, ids: Ids) -> list[tuple[int, int]]:
-        """From behind each opening to behind the closing that follows it, or to the end."""
+        """Return for each opening marker the range from its end to the end of the next closing marker, or to the
+        end."""
         openings, closings = _positions(ids, self._opening), _positions(ids, self._closing)
         answers, position = [], 0
         for opening in openings:
-            if opening < position:  # inside of the answer before
+            if opening < position:  # inside the previous answer
                 continue
             start = opening + len(self._opening)
             nearest = np.searchsorted(closings, start)
@@ -198,7 +199,7 @@ class TokenizerTemplate:
 
 
 def _positions(ids: Ids, pattern: Sequence[int]) -> list[int]:
-    """Where a run of ids occurs."""
+    """Return the positions of a sequence of ids."""
     count = len(ids) - len(pattern) + 1
     if count <= 0:
         return []
@@ -209,10 +210,10 @@ def _positions(ids: Ids, pattern: Sequence[int]) -> list[int]:
 
 
 def checked(turns: Turns) -> Turns:
-    """The turns, if every tokenizer can encode them.
+    """Return the turns, if every tokenizer can encode them.
 
     Raises:
-        Unusable: half of a surrogate pair.
+        Unusable: a text has half of a surrogate pair.
     """
     try:
         for pieces in turns:
@@ -229,13 +230,13 @@ TOOL_FORMATS = ("qwen", "qwen3")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is chosen beside the template.
+    """Settings besides the template.
 
     Attributes:
-        bos, eos: the tokenizer's.
+        bos, eos: the tokenizer's tokens.
         thinking: --enable-thinking.
-        seq_length, neat_pack: as the flags.
-        last_only: of pairs: the loss is on the last answer, and only that one shows its thoughts.
+        seq_length, neat_pack: the flags.
+        last_only: for pairs: only the last answer has a loss and keeps its thoughts.
     """
 
     bos: str
@@ -247,10 +248,10 @@ class Settings:
 
 
 def read_templates(path: str | None) -> dict[str, dict[str, Any]]:
-    """The templates of a JSON file, or of ours, by name.
+    """Return the templates of a JSON file, or of this kit, by name.
 
     Raises:
-        UserError: no such file, or not in MindSpeed-LLM's format.
+        UserError: the file does not exist, or is not in MindSpeed-LLM's format.
     """
     file = Path(path).expanduser() if path else PACKAGE / "preprocess/templates.json"
     try:
@@ -261,10 +262,10 @@ def read_templates(path: str | None) -> dict[str, dict[str, Any]]:
 
 
 def template_entry(name: str, path: str | None) -> dict[str, Any]:
-    """A template's JSON.
+    """Return a template's JSON.
 
     Raises:
-        UserError: unknown, or of a class that is not implemented here.
+        UserError: the template is unknown, or its class is not supported.
     """
     entries = read_templates(path)
     if name not in entries:
@@ -286,7 +287,7 @@ def template_entry(name: str, path: str | None) -> dict[str, Any]:
 class SlotTemplate:
     """A template of MindSpeed-LLM's format."""
 
-    unwritten = frozenset[str]()  # what it cannot write, it rejects
+    unwritten = frozenset[str]()  # conversations with parts that it cannot write are rejected
 
     def __init__(self, entry: Mapping[str, Any], settings: Settings) -> None:
         self._entry = entry
@@ -297,10 +298,10 @@ class SlotTemplate:
         self._thought = tuple(entry.get("thought_words") or ("<think>\n", "\n</think>\n\n"))
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """A list of pieces for each turn, a question's and an answer's by turns.
+        """Return a list of pieces for each turn, questions and answers alternating.
 
         The formats of questions open the answer. A template with thoughts then adds empty ones unless the model
-        is to think; the others leave it to the prompt.
+        should think. Other templates leave the choice to the prompt.
         """
         check_order(conversation.messages)
         messages = self._joined_results(conversation.messages)
@@ -327,11 +328,11 @@ class SlotTemplate:
 
     @property
     def stop_words(self) -> list[str]:
-        """What ends an answer, besides the tokenizer's eos."""
+        """Return the texts that end an answer, besides the tokenizer's eos."""
         return list(self._entry.get("stop_words") or [])
 
     def _joined_results(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, with results of tools that follow each other in one, as LLaMA-Factory joins them."""
+        """Join consecutive tool results to one message, as LLaMA-Factory does."""
         joined: list[Message] = []
         for message in messages:
             if joined and joined[-1]["role"] == message["role"] == "tool":
@@ -348,7 +349,7 @@ class SlotTemplate:
         return joined
 
     def _turn(self, message: Message, number: int, last: bool) -> list[str]:
-        """The pieces of one message."""
+        """Return the pieces of one message."""
         content = message["content"]
         if message["role"] == "assistant":
             if message.get("reasoning_content") is not None:
@@ -363,7 +364,7 @@ class SlotTemplate:
         return self._pieces("format_observation" if observed else "format_user", content, idx=str(number // 2))
 
     def _pieces(self, name: str, content: str = "", **values: str) -> list[str]:
-        """A format's slots, filled in."""
+        """Fill in a format's slots."""
         slots = (self._entry.get(name) or {}).get("slots")
         if slots is None:  # MindSpeed-LLM's defaults
             if name in ("format_prefix", "format_separator"):
@@ -415,9 +416,9 @@ class SlotTemplate:
         return re.sub(f"{start}(.*?){end}", "", content, flags=re.DOTALL).lstrip("\n")
 
     def _place_thoughts(self, messages: Sequence[Message], turns: Turns) -> None:
-        """An answer without thoughts gets empty ones: with loss where thinking is on, else without.
+        """Add empty thoughts to answers without thoughts: with loss if thinking is on, else without.
 
-        (Of a pair MindSpeed-LLM puts the chosen answer's before the rejected one too, whether or not that has its own.)
+        (For pairs MindSpeed-LLM also inserts the chosen answer's before the rejected one, even if that has its own.)
         """
         empty = "".join(self._thought)
         for number in range(len(messages) - 1 if self._settings.last_only else 1, len(messages), 2):
@@ -429,7 +430,7 @@ class SlotTemplate:
                     turns[number - 1].append(empty)
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """A pair is never cut, as in MindSpeed-LLM."""
+        """Return ids and labels. A pair is never cut, as in MindSpeed-LLM."""
         size = sum(map(len, turns))
         pairs = list(zip(turns[::2], turns[1::2], strict=True))
         if self._settings.seq_length is not None and not self._settings.last_only:
@@ -445,7 +446,7 @@ class SlotTemplate:
         return found, np.concatenate(labels), len(found) < size
 
     def _cut(self, pairs: list[tuple[Ids, Ids]], limit: int) -> list[tuple[Ids, Ids]]:
-        """Shorten questions and answers in turn until `limit` is reached."""
+        """Shorten questions and answers one after another until `limit` is reached."""
         room = limit if self._class == "Template" else limit - 1
         kept = []
         for source, target in pairs:
@@ -463,7 +464,7 @@ class SlotTemplate:
 
 
 def _share(source: int, target: int, room: int) -> tuple[int, int]:
-    """What is kept of a question and its answer: the shorter one whole if it takes less than half the room."""
+    """Return the kept lengths of a question and its answer. The shorter one is kept if it is below half the room."""
     if 2 * target < room:
         most = room
     elif 2 * source < room:
@@ -475,7 +476,7 @@ def _share(source: int, target: int, room: int) -> tuple[int, int]:
 
 
 def _share_at_least_one(source: int, target: int, room: int) -> tuple[int, int]:
-    """What is kept of a question and its answer: in proportion to their lengths."""
+    """Return the kept lengths of a question and its answer, in proportion to their lengths."""
     most = max(int(room * (target / (source + target))) if source + target else 0, 1)
     return room - min(most, target), most
 
@@ -483,11 +484,11 @@ def _share_at_least_one(source: int, target: int, room: int) -> tuple[int, int]:
 class StepRewards:
     """The text of a process reward model, a `ChatTemplate` without a template.
 
-    The label of each placeholder is the reward token of its step; nothing else has a label.
+    The label of each placeholder is the reward token of its step. Other tokens have no label.
 
     Args:
-        placeholder: a token of the tokenizer, behind each step.
-        rewards: the tokens that a reward may be; none: any.
+        placeholder: the token after each step.
+        rewards: the allowed reward tokens. Empty: any.
     """
 
     unwritten = frozenset[str]()
@@ -496,7 +497,7 @@ class StepRewards:
         self._placeholder, self._rewards = placeholder, rewards
 
     def render(self, conversation: Conversation, thinking: bool | None = None) -> Turns:
-        """Return the text, the placeholder and the rewards, each to be encoded by itself."""
+        """Return the text, the placeholder and the rewards, each encoded separately."""
         [message] = conversation.messages
         for reward in message["rewards"]:
             if self._rewards and reward not in self._rewards:
@@ -504,7 +505,7 @@ class StepRewards:
         return [[message["content"]], [self._placeholder], *([reward] for reward in message["rewards"])]
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """Return the ids, and labels on the placeholders alone."""
+        """Return the ids, with labels only on the placeholders."""
         ids, *tokens = turns
         if any(len(token) != 1 for token in tokens):
             raise Unusable("the placeholder or a reward is not one token of the tokenizer")
@@ -522,7 +523,7 @@ PROMPTER_USER, PROMPTER_ASSISTANT = "### Instruction:", "### Response:"
 class Prompter:
     """The fixed prompt of MindSpeed-LLM's first instruction handlers, a `ChatTemplate` that ignores --prompt-type.
 
-    The loss is on what follows the last "### Response:", the answer itself: earlier answers are context. The prompt's
+    The loss is on the text after the last "### Response:", the answer. Earlier answers are context. The prompt's
     length is that of its text encoded alone, as MindSpeed-LLM counts it.
     """
 
@@ -536,7 +537,7 @@ class Prompter:
         return [[text], [text.rpartition(PROMPTER_ASSISTANT)[0] + PROMPTER_ASSISTANT + "\n"]]
 
     def label(self, turns: Sequence[Ids], learned: Sequence[bool] = ()) -> tuple[Ids, Ids, bool]:
-        """Return the ids, and labels on the last answer alone."""
+        """Return the ids, with labels only on the last answer."""
         ids, asked = turns
         labels = ids.copy()
         labels[: len(asked)] = IGNORED

@@ -1,19 +1,19 @@
-"""Tokenizers: where they are, what identifies them, and encoding whole batches.
+"""Tokenizers: find them, identify them, and encode batches of texts.
 
     encoder = load_encoder("tokenizer/", backend="auto")
     tokens, lengths = encoder.encode(["first document", "second"])   # flat uint32 [sum], int64 [2]
     before, after = tokenizer_info("tokenizer/").frame()             # bos and eos, as lists of ids
 
-An encoder adds nothing to a text, even if tokenizer.json has a post-processor that does: `frame` says what a document
-begins and ends with, so that conversion, generation and perplexity all write one bos.
+An encoder adds nothing to a text, even if tokenizer.json has a post-processor that does. `frame` returns the ids at the
+begin and end of a document, so that conversion, generation and perplexity all write one bos.
 
-Two backends give the same tokens: `tokenizers` (Hugging Face's Rust library, always there) and
-`gigatoken` (optional, several times as fast). `auto` takes gigatoken when it is installed and
-agrees with `tokenizers` on a probe; workers encode single-threaded, `--workers` is the parallelism.
+Two backends give the same tokens: `tokenizers` (Hugging Face's Rust library, always installed) and
+`gigatoken` (optional, several times as fast). `auto` uses gigatoken if it is installed and
+agrees with `tokenizers` on test texts. Workers encode single-threaded; `--workers` sets the parallelism.
 
-`tokenizer_fingerprint` identifies what decides the ids. MiniMind's generations share a vocabulary
-size and almost no ids, so data of one trained with the other is silent garbage: the fingerprint is
-written beside the data and into checkpoints and compared wherever both meet.
+`tokenizer_fingerprint` identifies everything that determines the ids. MiniMind's generations share a vocab
+size and almost no ids, so training one on data of another silently produces garbage. The fingerprint is
+therefore stored in datasets and checkpoints, and compared wherever both are used.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.preprocess.tokenizer_files import read_json, special_tokens, tokenizer_json
 
-# gigatoken remembers every word it has met; a new instance every so often (15 ms) bounds its memory.
+# gigatoken caches every word it has seen. A new instance at intervals (15 ms each) bounds its memory.
 RENEWAL_CHARS = 8 << 20
 
-# Strings on which tokenizer implementations tend to part: empty, specials inside text, mixed
+# Texts on which tokenizer implementations tend to differ: empty, special tokens inside text, mixed
 # scripts, runs of white space, combining marks, astral characters, contractions, digits.
 PROBE = (
     "",
@@ -53,7 +53,7 @@ PROBE = (
 
 
 def _inserted(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The post-processor if it can insert tokens; transformers 5 writes an empty one on saving."""
+    """Return the post-processor if it can insert tokens. transformers 5 saves an empty one, which cannot."""
     if post_processor is None or post_processor.get("type") == "ByteLevel":
         return None
     empty = post_processor.get("type") == "TemplateProcessing" and not post_processor.get("special_tokens")
@@ -61,24 +61,24 @@ def _inserted(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def tokenizer_fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) over what determines token ids, and nothing else.
+    """Return the SHA-256 (hex) of everything that determines token ids.
 
-    In it: vocabulary, merges, further model settings, added tokens with their matching flags,
-    normalizer, pre-tokenizer, a post-processor that inserts tokens. Not in it: decoder, padding, truncation, chat
-    template, names of special tokens, key order, defaults written out or left out, merges as
-    "a b" or as ["a", "b"], so that saving a tokenizer anew with another library version keeps it.
+    Included: vocabulary, merges, further model settings, added tokens with their matching flags,
+    normalizer, pre-tokenizer, and a post-processor that inserts tokens. Not included: decoder, padding, truncation,
+    chat template, names of special tokens, key order, explicit defaults, and whether merges are
+    "a b" or ["a", "b"]. Saving a tokenizer with another library version therefore keeps the fingerprint.
 
     Args:
         path: tokenizer directory or `tokenizer.json`.
 
     Raises:
-        UserError: no tokenizer there, or a damaged one.
+        UserError: the tokenizer is missing or damaged.
     """
     return hashlib.sha256(_canonical(read_json(tokenizer_json(path))).encode("ascii")).hexdigest()
 
 
 def identity(text: str) -> str:
-    """The part of a tokenizer.json, given as text, that determines token ids; see `tokenizer_fingerprint`."""
+    """Return the part of a tokenizer.json, given as text, that determines token ids. See `tokenizer_fingerprint`."""
     return _canonical(json.loads(text))
 
 
@@ -95,15 +95,15 @@ def _canonical(content: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a dataset must know of its tokenizer.
+    """The tokenizer facts that a dataset needs.
 
     Attributes:
-        path: as the user gave it.
+        path: path as given by the user.
         fingerprint: see `tokenizer_fingerprint`.
-        vocab_size: one more than the largest id.
-        bos_id, eos_id, pad_id: of the special tokens that the directory names; None where it names none.
+        vocab_size: the largest id plus one.
+        bos_id, eos_id, pad_id: ids of the special tokens that the directory names, or None.
         thinks: whether <think> is one token, as in MiniMind's third generation.
-        added: the ids that the tokenizer's post-processor puts before and after a text; usually none.
+        added: ids that the tokenizer's post-processor puts before and after a text; usually none.
     """
 
     path: str
@@ -116,12 +116,12 @@ class TokenizerInfo:
     added: Sequence[Sequence[int]] = ((), ())
 
     def frame(self, bos: bool = True, eos: bool = True) -> tuple[list[int], list[int]]:
-        """The ids before and after a document: see `document_frame`."""
+        """Return the ids before and after a document. See `document_frame`."""
         return document_frame(self.added, self.bos_id if bos else None, self.eos_id if eos else None)
 
 
 def added_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer's post-processor puts before and after a text."""
+    """Return the ids that a tokenizer's post-processor puts before and after a text."""
     text = "a"
     bare, whole = tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.encode(text).ids
     starts = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
@@ -133,11 +133,11 @@ def added_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 def document_frame(
     added: Sequence[Sequence[int]], bos_id: int | None, eos_id: int | None
 ) -> tuple[list[int], list[int]]:
-    """The ids before and after a document: bos and eos once each, whether or not the tokenizer adds them by itself.
+    """Return the ids before and after a document: one bos and one eos, whether or not the tokenizer adds them itself.
 
     Args:
         added: see `added_ids`.
-        bos_id, eos_id: to write; None for none, as of a tokenizer without bos.
+        bos_id, eos_id: ids to write. None for none, as for a tokenizer without bos.
     """
     before, after = list(added[0]), list(added[1])
     if bos_id is not None and bos_id not in before:
@@ -148,10 +148,10 @@ def document_frame(
 
 
 def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
-    """Read a tokenizer's identity, vocabulary size and special ids.
+    """Read a tokenizer's identity, vocab size and special ids.
 
     Raises:
-        UserError: no tokenizer there, or a damaged one.
+        UserError: the tokenizer is missing or damaged.
     """
     file = tokenizer_json(path)
     tokenizer = load_backend(file)
@@ -174,12 +174,12 @@ def tokenizer_info(path: str | os.PathLike[str]) -> TokenizerInfo:
 
 
 def token_text(path: str | os.PathLike[str], token: int | None) -> str:
-    """The text of a token; empty for none."""
+    """Return the text of a token, or an empty text for None."""
     return "" if token is None else load_backend(tokenizer_json(path)).id_to_token(token) or ""
 
 
 class Encoder(Protocol):
-    """Turns texts into ids."""
+    """Converts texts to ids."""
 
     name: str
 
@@ -190,13 +190,13 @@ class Encoder(Protocol):
             texts: documents without lone surrogates.
 
         Returns:
-            All ids back to back, and the number of ids of each document; nothing is added to a text.
+                All ids consecutively, and the number of ids of each document. Nothing is added to a text.
         """
         ...
 
 
 def load_backend(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json, without truncation and padding.
+    """Load a tokenizer.json with the tokenizers library, without truncation and padding.
 
     Raises:
         UserError: the tokenizers library cannot read the file.
@@ -206,17 +206,17 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"{file}: not a usable tokenizer ({error})") from error
-    # Both would drop tokens of long documents or invent padding.
+    # Truncation would drop tokens of long documents, and padding would add tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def require_ids(file: Path, content: dict[str, Any]) -> None:
-    """Refuse a tokenizer.json whose ids are out of range: the tokenizers library makes an array up to the largest.
+    """Refuse a tokenizer.json with ids out of range, because the tokenizers library allocates up to the largest id.
 
     Raises:
-        UserError: names the token, or the part of the file that has another form.
+        UserError: names the token, or the invalid part of the file.
     """
     model, added = content.get("model"), content.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -247,7 +247,7 @@ class TokenizersEncoder:
 
 
 class GigatokenEncoder:
-    """The optional `gigatoken` library. Only its encoder: its file readers lose documents at bad lines."""
+    """The optional `gigatoken` library. Only its encoder is used: its file readers lose documents at invalid lines."""
 
     name = "gigatoken"
 
@@ -264,7 +264,7 @@ class GigatokenEncoder:
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         self._chars += sum(map(len, texts))
         if self._chars > RENEWAL_CHARS:
-            self._tokenizer = None  # first, so that two never stand side by side
+            self._tokenizer = None  # freed first, so that memory never holds two
             self._tokenizer, self._chars = self._load(self._file), 0
         rows = self._tokenizer.encode_batch(list(texts), parallel=False)
         return np.asarray(self._awkward.flatten(rows)), np.asarray(self._awkward.num(rows))
@@ -283,7 +283,7 @@ def load_encoder(path: str | os.PathLike[str], backend: str = "auto") -> Encoder
         backend: "tokenizers", "gigatoken" (must be installed and support this tokenizer), or "auto".
 
     Raises:
-        UserError: no usable tokenizer, or gigatoken was asked for and cannot serve.
+            UserError: the tokenizer is not usable, or gigatoken was requested and does not support it.
     """
     file = tokenizer_json(path)
     reference = TokenizersEncoder(file)
@@ -294,7 +294,7 @@ def load_encoder(path: str | os.PathLike[str], backend: str = "auto") -> Encoder
         why = None if _agree(fast, reference) else "its tokens differ from those of tokenizers"
     except ImportError:
         why = "it is not installed (pip install gigatoken)"
-    except Exception as error:  # a tokenizer it does not support: any error of the Rust side
+    except Exception as error:  # an unsupported tokenizer can raise any error of the Rust library
         why = f"it cannot load this tokenizer ({error})"
     if why is None:
         return fast

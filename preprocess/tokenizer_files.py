@@ -1,6 +1,6 @@
 """Read the files of a tokenizer directory: tokenizer.json, its special tokens, its chat template.
 
-tokenizer.json decides the ids. The other files only name special tokens and hold the chat template:
+tokenizer.json determines the ids. The other files only name special tokens and contain the chat template:
 
 | what | read from, first match |
 |---|---|
@@ -24,10 +24,10 @@ TEMPLATES = ("chat_template.jinja", CONFIG, "chat_template.json")
 
 
 def tokenizer_json(path: str | os.PathLike[str]) -> Path:
-    """The `tokenizer.json` of a tokenizer directory (or the file itself).
+    """Return the `tokenizer.json` of a tokenizer directory (or the file itself).
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -41,30 +41,30 @@ def tokenizer_json(path: str | os.PathLike[str]) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object of a tokenizer's file.
+    """Read the JSON object in a tokenizer's file.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file has another content.
     """
     return read_object(file, "the tokenizer is damaged")
 
 
 def read_optional(file: Path) -> dict[str, Any]:
-    """The JSON object of a file, or an empty one where there is no such file."""
+    """Read the JSON object in a file. Empty if the file does not exist."""
     return read_json(file) if file.is_file() else {}
 
 
 def text_of(token: Any) -> str | None:
-    """The text of a special token, which a config holds as a string or as an object with `content`."""
+    """Return the text of a special token, which is a string or an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The special tokens that a tokenizer directory names, {"bos_token": "<s>", ...}; null ones are left out.
+    """Return the special tokens of a tokenizer directory, {"bos_token": "<s>", ...}, without null values.
 
-    transformers ignores special_tokens_map.json where tokenizer_config.json has `added_tokens_decoder`, and lets the
-    map win elsewhere. Here the map also gives the tokens that such a tokenizer_config.json does not mention.
+    transformers ignores special_tokens_map.json if tokenizer_config.json has `added_tokens_decoder`, and otherwise
+    prefers it. Here it also supplies tokens that such a tokenizer_config.json does not mention.
 
     Args:
         path: tokenizer directory or `tokenizer.json`.
@@ -77,7 +77,7 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def chat_template(path: str | os.PathLike[str]) -> str | list[dict[str, str]] | None:
-    """The Jinja source of a tokenizer's chat template, a list of named ones, or None.
+    """Return the Jinja source of a tokenizer's chat template, a list of named templates, or None.
 
     Args:
         path: tokenizer directory or `tokenizer.json`.
@@ -97,10 +97,10 @@ def chat_template(path: str | os.PathLike[str]) -> str | list[dict[str, str]] | 
 
 
 def template_source(tokenizer: str | os.PathLike[str]) -> str:
-    """The chat template of a tokenizer directory, as text.
+    """Return the chat template of a tokenizer directory as text.
 
     Raises:
-        UserError: it has none.
+        UserError: the tokenizer has no chat template.
     """
     found = chat_template(tokenizer)
     if not found:

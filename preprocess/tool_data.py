@@ -10,7 +10,6 @@ ends before the assistant's first message, whose calls are in `calls`. The forms
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import random
@@ -18,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from minimind_mcore.errors import UserError, run
+from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.preprocess.handlers import CHAT_HANDLERS, ChatHandler
 from minimind_mcore.preprocess.messages import Conversation
 from minimind_mcore.preprocess.readers import Reject, read_records
@@ -33,7 +33,7 @@ Row = dict[str, object]
 
 
 def rows(inputs: str, handler: ChatHandler) -> Iterator[Conversation | Reject]:
-    """Yield the conversation of each record, or why there is none."""
+    """Yield the conversation of each record, or the reason of its rejection."""
     for _, record in read_records(inputs):
         found = record if isinstance(record, Reject) else handler(record)
         yield found if isinstance(found, Reject) else found[""]
@@ -61,9 +61,8 @@ def case_row(conversation: Conversation, task: str) -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="minimind-mcore tool-data", description=__doc__, formatter_class=raw)
+    """Run the command line."""
+    parser = documented_parser("minimind-mcore tool-data", __doc__)
     parser.add_argument("--source", required=True, choices=SOURCES)
     parser.add_argument("--input", required=True, help="files, directories or globs: .json, .jsonl or .parquet")
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
@@ -71,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--held-out", metavar="JSONL", help="write cases for TASK=toolcall, which are not in the output"
     )
     parser.add_argument("--held-out-ratio", type=float, default=0.05, help="share of the records (default 0.05)")
-    parser.add_argument("--max-samples", type=int, help="so many records at most, chosen at random")
+    parser.add_argument("--max-samples", type=int, help="maximum number of records, chosen at random")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
     if not 0 < args.held_out_ratio < 1:
         raise UserError(f"--held-out-ratio {args.held_out_ratio}: expected a number between 0 and 1")
-    unique: dict[str, Conversation] = {}  # a duplicate could be held out and trained on
+    unique: dict[str, Conversation] = {}  # without this a duplicate could be both held out and trained on
     rejects: list[Reject] = []
     left_out: Counter[str] = Counter()
     for found in rows(args.input, CHAT_HANDLERS[SOURCES[args.source]]):

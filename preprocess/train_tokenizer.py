@@ -2,15 +2,14 @@
 
     python -m minimind_mcore.preprocess.train_tokenizer --input data/sample.jsonl --output data/tokenizer
 
-The result is a directory that `AutoTokenizer.from_pretrained` loads, with transformers 4 and 5: ids
-0 to 35 are the special tokens of MiniMind's third generation (jingyaogong/minimind,
-trainer/train_tokenizer.py), its pre-tokenizer and decoder, and a chat template that renders the same
-text. Training is deterministic: the same input gives the same files.
+The result is a directory that `AutoTokenizer.from_pretrained` loads with transformers 4 and 5. Ids 0 to 35 are the
+special tokens of MiniMind's third generation (jingyaogong/minimind, trainer/train_tokenizer.py). Pre-tokenizer and
+decoder are MiniMind's too, and the chat template renders the same text. Training is deterministic: the same input gives
+the same files.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,32 +19,33 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minimind_mcore.errors import UserError, run
+from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.inputs.ranges import flag_type
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import PACKAGE, package_json
 from minimind_mcore.preprocess.handlers import HANDLERS
 from minimind_mcore.preprocess.readers import Reject, read_records
 from minimind_mcore.storage import atomic_directory
 
 logger = logging.getLogger("minimind_mcore.preprocess.train_tokenizer")
 
-_CONTENT = json.loads((PACKAGE / "preprocess/tokenizer_config.json").read_text(encoding="utf-8"))
+_CONTENT = package_json("preprocess/tokenizer_config.json")
 CONFIG: dict[str, Any] = _CONTENT["config"]
-# Special tokens are left out of decoded text. Markers are part of it: a model writes them and a program reads them.
+# Special tokens are left out of decoded text. Markers are kept: a model writes them and a program reads them.
 SPECIAL = (CONFIG["pad_token"], *CONFIG["additional_special_tokens"])
 MARKERS = tuple(_CONTENT["markers"])
 BYTES = 256
 
 
 def chat_template() -> str:
-    """The Jinja source of the chat template."""
+    """Return the Jinja source of the chat template."""
     return (PACKAGE / "preprocess/chat_template.jinja").read_text(encoding="utf-8")
 
 
 def texts(spec: str, key: str) -> Iterator[str]:
-    """The usable texts of raw files (see `readers`), in order.
+    """Yield the usable texts of raw files (see `readers`), in order.
 
     Raises:
-        UserError: no file there, or a damaged one.
+        UserError: a file is missing or damaged.
     """
     text = HANDLERS["GeneralPretrainHandler"]
     for _, record in read_records(spec, [key]):
@@ -59,11 +59,11 @@ def train(corpus: Iterator[str], vocab_size: int, split_digits: bool = False) ->
 
     Args:
         corpus: the texts.
-        vocab_size: ids in all, special tokens and the 256 bytes included.
-        split_digits: each digit is a token, as Llama and Qwen have it; MiniMind's tokenizers join some.
+        vocab_size: total number of ids, including special tokens and the 256 bytes.
+        split_digits: make each digit a token, as in Llama and Qwen. MiniMind's tokenizers merge some digits.
 
     Raises:
-        UserError: the corpus is too small, or the vocabulary, for that.
+        UserError: the corpus or the vocabulary is too small.
     """
     least = len(SPECIAL) + len(MARKERS) + BYTES
     if vocab_size < least:
@@ -89,7 +89,7 @@ def train(corpus: Iterator[str], vocab_size: int, split_digits: bool = False) ->
 
 
 def _with_markers_as_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Mark `MARKERS` as not special; the trainer marks all that it is given, and offers no way around."""
+    """Mark `MARKERS` as not special, because the trainer marks all added tokens as special."""
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] in SPECIAL
@@ -97,20 +97,20 @@ def _with_markers_as_text(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
+    """Return the content of tokenizer_config.json."""
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     return CONFIG | {
         "added_tokens_decoder": {str(number): dict(sorted(token.__getstate__().items())) for number, token in added},
-        # In the config, where every version of transformers looks; chat_template.jinja came with 4.43.
+        # Stored in the config, which every version of transformers reads; chat_template.jinja exists since 4.43.
         "chat_template": chat_template(),
     }
 
 
 def save(tokenizer: Tokenizer, directory: str) -> None:
-    """Write the tokenizer directory, whole or not at all.
+    """Write the tokenizer directory atomically.
 
     Raises:
-        UserError: the disk is full, or `directory` holds something else.
+        UserError: the disk is full, or `directory` contains something else.
     """
     path = Path(directory)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / "tokenizer.json").is_file())):
@@ -122,9 +122,8 @@ def save(tokenizer: Tokenizer, directory: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="minimind-mcore tokenizer", description=__doc__, formatter_class=raw)
+    """Run the command line."""
+    parser = documented_parser("minimind-mcore tokenizer", __doc__)
     parser.add_argument("--input", required=True, help="files, directories, globs, separated by commas")
     parser.add_argument("--output", required=True, help="the directory to write")
     parser.add_argument("--vocab-size", type=flag_type("vocab_size"), default=6400)

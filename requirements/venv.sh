@@ -34,13 +34,14 @@ record() {
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-# make_venv NEWEST: an empty one, unless it is there, of PYTHON 3.10 to 3.NEWEST.
+# make_venv NEWEST [OLDEST]: an empty one, unless it is there, of PYTHON 3.OLDEST (default 3.10) to 3.NEWEST.
 make_venv() {
+    local oldest=${2:-10}
     if pip --version > /dev/null 2>&1; then return; fi
     PYTHON=${PYTHON:-python3}
-    command -v "$PYTHON" > /dev/null || fail "no $PYTHON on the PATH; install Python 3.10 to 3.$1, or set PYTHON"
-    "$PYTHON" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $1))" ||
-        fail "$("$PYTHON" --version) is not supported; expected Python 3.10 to 3.$1 (set PYTHON)"
+    command -v "$PYTHON" > /dev/null || fail "no $PYTHON on the PATH; install Python 3.$oldest to 3.$1, or set PYTHON"
+    "$PYTHON" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $1))" ||
+        fail "$("$PYTHON" --version) is not supported; expected Python 3.$oldest to 3.$1 (set PYTHON)"
     say "making $VENV with $("$PYTHON" --version)"
     "$PYTHON" -m venv "$VENV" || {
         rm -rf "$VENV" # half of one would look like a whole one to the next run

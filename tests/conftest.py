@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import engine, posttrain_oracle
+from helpers.site import build
 
 from minimind_mcore import log
 
@@ -149,3 +150,12 @@ def start(server: engine.Server, corpus: engine.Corpus, tmp_path_factory: pytest
     flags = posttrain_oracle.FLAGS | still | {"save": folder / "checkpoints"}
     server.run(corpus.flags(PRESETS[posttrain_oracle.MODEL], **flags), folder / "run")
     return folder / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation site, built without a warning."""
+    out = tmp_path_factory.mktemp("a site")
+    done = build(out)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return out

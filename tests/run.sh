@@ -50,6 +50,8 @@ if [ $# -eq 0 ]; then
         exit 1
     }
     bash tests/typecheck.sh "$PYTHON"
-    set -- -m "not slow"
+    # Two processes, each with the tests of one file at a time, in the order of their names: the long files come first.
+    export OMP_NUM_THREADS=1
+    set -- -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 60
 fi
 exec "$PYTHON" -m pytest "$@"

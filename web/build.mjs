@@ -1,9 +1,10 @@
 // Build the pages: node build.mjs [DIRECTORY]
 //
 // Every folder with a main.tsx is a page. Page "chat" becomes chat.html, chat.js and chat.css in DIRECTORY, by default
-// minimind_mcore/web. The same sources and packages give the same bytes.
+// minimind_mcore/web. learn/ is no page: its script and style go to docs/figures, for the chapters of the documentation.
+// The same sources and packages give the same bytes.
 import { build } from "esbuild";
-import { existsSync, readFileSync, readdirSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, readdirSync, renameSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -27,9 +28,13 @@ const result = await build({
   jsxImportSource: "preact",
 });
 
-for (const name of pages) {
+for (const name of pages.filter((page) => page !== "learn")) {
   const html = readFileSync(join(here, "shared/page.html"), "utf8");
   writeFileSync(join(out, `${name}.html`), html.replaceAll("PAGE", name));
+}
+
+if (!process.argv[2]) {
+  for (const kind of ["js", "css"]) renameSync(join(out, `learn.${kind}`), join(here, `../docs/figures/learn.${kind}`));
 }
 
 const inputs = Object.keys(result.metafile.inputs);

@@ -1,1 +1,1 @@
-"""The check of a GPU that benchmarks/gpu_check.sh runs; docs/benchmarks.md says how to use it."""
+"""The GPU check that benchmarks/gpu_check.sh runs. docs/benchmarks.md describes its use."""

@@ -1,12 +1,12 @@
-"""Check the kit on a GPU in one call of at most seven minutes: correctness, speed, and what a step is made of.
+"""Check the kit on a GPU in at most seven minutes: correctness, speed, and a profile of one step.
 
     bash benchmarks/gpu_check.sh                    # the whole check, on a CUDA device
     bash benchmarks/gpu_check.sh --part speed       # one part of it
-    bash benchmarks/gpu_check.sh --dry-run          # says what it would do, on any machine
+    bash benchmarks/gpu_check.sh --dry-run          # print the plan; works on any machine
     bash benchmarks/gpu_check.sh --tiny --device cpu
 
-A table is printed; gpu_check.json and gpu_check.log go to $OUT, or to outputs/gpu_check. The exit status is 1 if
-anything failed.
+The check prints a table, and writes gpu_check.json and gpu_check.log to $OUT (default: outputs/gpu_check). The exit
+status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dry_run(checks, chosen, args, seen)
     if args.device == "cuda" and seen is None:
         print(
-            "error: torch finds no CUDA device here. --dry-run says what the check would do; --tiny --device cpu "
-            "runs it on the CPU with small sizes",
+            "error: torch finds no CUDA device here. --dry-run prints the plan; --tiny --device cpu runs the check on "
+            "the CPU with small sizes",
             file=sys.stderr,
         )
         return 2
@@ -56,17 +56,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--part",
         action="append",
         choices=plan.PARTS,
-        help="only this part; may be given again. speed runs environment first: its MFU needs that matrix rate",
+        help="run only this part; can be repeated. speed also runs environment, whose matrix rate the MFU needs",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, whose speed means nothing")
-    parser.add_argument("--output", type=Path, help="directory of the JSON and the log")
+    parser.add_argument("--tiny", action="store_true", help="small sizes; the measured speed is meaningless")
+    parser.add_argument("--output", type=Path, help="output directory of the JSON file and the log")
     return parser.parse_args(argv)
 
 
 def _cuda_device() -> str | None:
-    """Name of the first CUDA device; None without one. Asked in this process, which uses it no further."""
+    """Return the name of the first CUDA device, or None."""
     if not importable("torch"):
         return None
     import torch
@@ -99,12 +99,13 @@ def _output(args: argparse.Namespace) -> Path:
 def _run(
     checks: Sequence[plan.Check], chosen: Sequence[str], args: argparse.Namespace, scratch: Path, started: float
 ) -> int:
-    """Run the parts. JSON and log are written after each of them, so that an interrupted check leaves its results."""
+    """Run the parts. JSON and log are written after each part, so an interrupted check keeps its results."""
     output, slowness = _output(args), plan.slowness(args.tiny)
     site, newer = scratch / "site", scratch / "newer"
     site.mkdir()
     environment = _environment(args, [site])
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")  # of all programs, which have their own TMPDIR
+    # Shared by all programs, although each has its own TMPDIR.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     unpack = plan.unpack(WHEELS, site, newer)
     results: dict[str, list[Row]] = {}
     logs: list[str] = []
@@ -121,7 +122,7 @@ def _run(
         _write(output, args, results, logs, time.monotonic() - started)
 
     run("wheels", [unpack], slowness * unpack.seconds)
-    sys.path.insert(0, str(site))  # `needs` looks there too
+    sys.path.insert(0, str(site))  # so that `needs` finds the unpacked packages
     importlib.invalidate_caches()
     for number, part in enumerate(chosen):
         left = plan.TOTAL_SECONDS - (time.monotonic() - started) / slowness
@@ -157,7 +158,7 @@ def _run_checks(
     newer: list[Path] | None,
     seconds: float,
 ) -> list[Outcome]:
-    """The outcomes of one part's programs; what needs a newer megatron-core comes last."""
+    """Run the programs of one part. Programs that need a newer megatron-core run last."""
     deadline = time.monotonic() + seconds
     workers = max(2, min(5, len(os.sched_getaffinity(0)) // 2))
     usual = [check for check in checks if not check.newer]
@@ -169,7 +170,7 @@ def _run_checks(
             continue
         left = deadline - time.monotonic()
         outcome = run_part([check], _environment(args, newer), left, 1, ROOT)[0]
-        # Nobody claims that the kit runs on it: what it finds is a fact to read, and no failure of the check.
+        # The kit does not claim support for the newer megatron-core, so a failure is only noted.
         rows = [
             replace(row, name=f"newer: {row.name}", status="noted" if row.status == "failed" else row.status)
             for row in outcome.rows
@@ -179,7 +180,7 @@ def _run_checks(
 
 
 def _environment(args: argparse.Namespace, first: Sequence[Path]) -> dict[str, str]:
-    """Variables of the programs."""
+    """Return the environment of the programs."""
     path = [*map(str, first), str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     more = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -189,11 +190,11 @@ def _environment(args: argparse.Namespace, first: Sequence[Path]) -> dict[str, s
         "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        # All processes are on this host, whose own name need not resolve.
+        # All processes are on this host, whose host name may not resolve.
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "NVIDIA_TF32_OVERRIDE": "0",
-        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each program; up to five compile at the same time
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # per program; up to five programs compile at the same time
     }
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if args.device == "cpu" else "4")}
     return {**os.environ, **threads, **more}

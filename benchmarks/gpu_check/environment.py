@@ -1,4 +1,4 @@
-"""Part 1: what the machine is, and the rates that everything else is compared with."""
+"""Part `environment`: the machine and software, and the matrix and copy rates for comparison."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def missing_requirements() -> list[str]:
-    """Packages that pyproject.toml needs for training, LoRA among it, and that are not installed."""
+    """Return the packages that pyproject.toml requires for training and LoRA and that are not installed."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -73,7 +73,7 @@ def _device(tiny: bool) -> None:
 
 
 def copy_rate(size: int) -> float:
-    """Bytes per second, read and written, of a copy of `size` bytes on the device."""
+    """Return the bandwidth of a copy of `size` bytes on the device, in bytes per second read plus written."""
     import torch
 
     from minimind_mcore.platform import device

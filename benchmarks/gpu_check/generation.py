@@ -1,4 +1,4 @@
-"""Part 4: generation speed at batch 1 and 64, of what inference.py runs and of the plain loop."""
+"""Part `rest`: generation speed at batch 1 and 64, of inference.py's decoder and of a plain loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
         prompts = torch.randint(3, config.vocab_size, (batch, PROMPT), device=device.current().torch_device)
         for side, build in (("kit", generate.kit_run), ("plain loop", generate.plain_run)):
             run = build(config, settings)
-            run(prompts)  # the first call sets up
+            run(prompts)  # warm-up
             device.synchronize()
             started = time.perf_counter()
             run(prompts)

@@ -1,4 +1,4 @@
-"""What the check does: its parts, and the programs of each, with their time limits."""
+"""The plan of the check: its parts, and the programs of each part with their time limits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-TOTAL_SECONDS = 410.0  # from the first line of the program on
+TOTAL_SECONDS = 410.0  # measured from the start of the program
 PARTS = ("environment", "speed", "rest", "correctness")
-# The longest that a part may take, and what is kept free for it whatever the parts before it took. Correctness comes
-# last, as its programs wait most for the compiler: it gets what the others leave.
+# LIMITS: seconds that a part may take at most. RESERVED: seconds that earlier parts must leave for a part. Correctness
+# comes last and gets the remaining time, because its programs mostly wait for the compiler.
 LIMITS = {"environment": 60.0, "speed": 130.0, "rest": 140.0, "correctness": 200.0}
 RESERVED = {"environment": 10.0, "speed": 120.0, "rest": 120.0, "correctness": 150.0}
 
@@ -17,7 +17,7 @@ KIT = ("megatron.core", "transformers", "tokenizers", "safetensors", "pyarrow", 
 TRAINING = (*KIT, "matplotlib", "tqdm")
 SERVING = (*KIT, "httpx", "fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
 SPEED_MODELS = ("minimind3", "minimind3_moe")
-RATE = "GPU_CHECK_MATMUL_RATE"  # environment variable: TFLOP/s of bf16 that part 1 measured, for the MFU
+RATE = "GPU_CHECK_MATMUL_RATE"  # environment variable: TFLOP/s in bf16, measured by part `environment`, for the MFU
 NOT_MEASURED = {"correctness": ("PP2", "EP2")}
 TWO_DEVICES = "needs two devices"
 
@@ -28,13 +28,13 @@ class Check:
 
     Attributes:
         part: one of `PARTS`.
-        name: for the table, if the program itself has no rows.
+        name: name in the table, if the program writes no rows.
         argv: arguments of Python.
-        seconds: it is ended after that time.
-        does: what it does, for `--dry-run`.
-        needs: modules that must be importable; else its row says "not measured".
-        together: it may run at the same time as others of its part, as it measures no speed.
-        newer: it runs with the newer megatron-core that was collected.
+        seconds: time limit, after which the program is killed.
+        does: description for `--dry-run`.
+        needs: modules that must be importable. Otherwise the row says "not measured".
+        together: may run concurrently with other programs of its part, because it measures no speed.
+        newer: runs with the newer megatron-core from the collected wheels.
     """
 
     part: str
@@ -48,24 +48,24 @@ class Check:
 
 
 def checks(tiny: bool) -> list[Check]:
-    """All programs, in their order; `tiny` ones have sizes that a CPU finishes in seconds."""
+    """Return all programs in order. `tiny` selects sizes that a CPU finishes in seconds."""
     found = [_environment(tiny), *_correctness(tiny), *_speed(tiny), *_rest(tiny)]
     return [replace(check, seconds=slowness(tiny) * check.seconds) for check in found]
 
 
 def with_needed(parts: Sequence[str]) -> list[str]:
-    """The parts in their order. `speed` needs `environment`, whose matrix rate is the denominator of every MFU."""
+    """Return the parts in order. `speed` also needs `environment`, whose matrix rate is the denominator of the MFU."""
     return [part for part in PARTS if part in parts or (part == "environment" and "speed" in parts)]
 
 
 def unpack(wheels: Path, site: Path, newer: Path) -> Check:
-    """The program that unpacks the collected wheels, before all parts."""
+    """Return the program that unpacks the collected wheels before all parts."""
     argv = _module("wheels", "--wheels", str(wheels), "--site", str(site), "--newer", str(newer))
     return Check("wheels", "wheels", argv, 20, "unpack the collected wheels whose packages are missing", needs=())
 
 
 def slowness(tiny: bool) -> float:
-    """What all limits are multiplied by: small sizes are for machines that do other things meanwhile."""
+    """Return the factor of all time limits. It is larger for `tiny`, which runs on machines with other load."""
     return 4.0 if tiny else 1.0
 
 
@@ -161,5 +161,5 @@ def _rest(tiny: bool) -> list[Check]:
 
 
 def limit(part: str, later: Sequence[str], remaining: float) -> float:
-    """Seconds that a part may take, so that enough is left for the parts after it."""
+    """Return the seconds that a part may take so that enough time is left for later parts."""
     return max(5.0, min(LIMITS[part], remaining - sum(RESERVED[name] for name in later)))

@@ -1,13 +1,12 @@
-"""Every preset, shrunk: its logits and the losses of ten steps, against values that a CPU computed in fp32.
+"""Compare the logits and the losses of ten steps of every preset, shrunk, with values that a CPU computed in fp32.
 
     python -m gpu_check.presets             # compare, on the device of DEVICE
     python -m gpu_check.presets --record    # compute recorded_cpu.json again, on the CPU
 
-The weights follow from a seed and each tensor's name, the token ids from another seed, so nothing but the results is
-recorded. A mixture of experts must not have a token whose two best experts score almost alike: rounding would send it
-to the other one, and the comparison would say nothing. For fp32 `--record` takes the first seed whose results stay
-when all weights change by one millionth. bf16 rounds so much that no seed would do: there the logits are computed with
-the recorded experts of each token.
+Weights and token ids are derived from a seed, so only the results are recorded. Rounding must not change which expert a
+token is routed to, or the comparison would be meaningless. For fp32 `--record` therefore searches for the first seed
+whose results are stable when all weights change by one millionth. With bf16 no seed is stable, so the logits are
+computed with the recorded experts of each token.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ PRESETS = ("minimind3_tiny", "minimind3_moe_tiny", "minimind2_small_tiny", "mini
            "minimind2_moe_768_tiny")  # fmt: skip
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 VOCABULARY, BATCH, SEQUENCE, STEPS = 512, 2, 48, 10
-ROWS, COLUMNS = 6, 16  # every so manieth position and token id of the logits is recorded
-STABLE = 2e-5  # relative change that one millionth of the weights may make
+ROWS, COLUMNS = 6, 16  # stride in positions and in token ids of the recorded logits
+STABLE = 2e-5  # allowed relative change of the results when all weights change by one millionth
 
 
 def results(
@@ -39,15 +38,15 @@ def results(
     """Return logits, losses and experts.
 
     Args:
-        name: of the preset.
-        bf16: mixed precision; else fp32.
-        seed: of weights and token ids.
-        noise: relative change of all weights before.
-        experts: as returned; the logits are computed with these experts and no others.
+        name: name of the preset.
+        bf16: mixed precision instead of fp32.
+        seed: seed of weights and token ids.
+        noise: relative change that is applied to all weights first.
+        experts: experts to route tokens to, in the format of the result.
 
     Returns:
         `logits` of the initial model at some positions and token ids; `losses` of ten steps; `experts`, for each layer
-        the numbers token * experts + expert of those chosen for the logits.
+        the chosen experts as token * num_experts + expert.
     """
     import torch
     from native_engine import NativeEngine
@@ -75,14 +74,16 @@ def results(
 
 @contextlib.contextmanager
 def _routed(model: Sequence[Any], experts: list[list[int]] | None) -> Iterator[list[list[int]]]:
-    """Within it every router chooses the given experts, if there are any; yields what the routers chose."""
+    """Make every router choose the given experts, if any. Yield the list of experts that the routers chose."""
     chosen: list[list[int]] = []
     from minimind_mcore.models.moe import MiniMindRouter
 
     routers: list[Any] = [module for module in model[0].modules() if isinstance(module, MiniMindRouter)]
-    hooks = [router.register_forward_hook(lambda *call: chosen.append(_places(call[2][1]))) for router in routers]
-    for router, places in zip(routers, experts or [], strict=False):
-        router.gating = functools.partial(_only, router.gating, places)
+    hooks = [
+        router.register_forward_hook(lambda *call: chosen.append(_true_positions(call[2][1]))) for router in routers
+    ]
+    for router, given in zip(routers, experts or [], strict=False):
+        router.gating = functools.partial(_only, router.gating, given)
     try:
         yield chosen
     finally:
@@ -92,18 +93,18 @@ def _routed(model: Sequence[Any], experts: list[list[int]] | None) -> Iterator[l
             vars(router).pop("gating", None)
 
 
-def _places(routing_map: Any) -> list[int]:
+def _true_positions(routing_map: Any) -> list[int]:
     found: list[int] = routing_map.flatten().nonzero().flatten().tolist()
     return found
 
 
-def _only(gating: Callable[[Any], Any], places: list[int], hidden: Any) -> Any:
-    """The router's logits, -inf for all experts but the given ones. The weights of those stay: they are normalised."""
+def _only(gating: Callable[[Any], Any], chosen: list[int], hidden: Any) -> Any:
+    """Return the router's logits, -inf for all experts that are not in `chosen`."""
     import torch
 
     logits = gating(hidden)
     kept = torch.zeros(logits.numel(), dtype=torch.bool, device=logits.device)
-    kept[places] = True
+    kept[chosen] = True
     return logits.masked_fill(~kept.view_as(logits), -math.inf)
 
 
@@ -119,10 +120,10 @@ def _disturb(model: Sequence[Any], size: float) -> None:
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any], key: str) -> float:
-    """Return the relative difference: of losses the largest; of logits ||found - expected|| / ||expected||."""
+    """Return the relative difference: the largest one for losses, ||found - expected|| / ||expected|| for logits."""
     pairs = list(zip(found[key], expected[key], strict=True))
     if not all(math.isfinite(a) for a, _ in pairs):
-        return math.nan  # `max` would not see it
+        return math.nan  # `max` ignores NaN
     if key == "losses":
         return max(abs(a - b) / abs(b) for a, b in pairs)
     return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / sum(b * b for _, b in pairs))
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCES), default=list(TOLERANCES))
-    parser.add_argument("--record", action="store_true", help="compute the values again, on the CPU")
+    parser.add_argument("--record", action="store_true", help="compute the recorded values again on the CPU")
     parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
     args = parser.parse_args()
     from minimind_mcore.platform import device
@@ -172,7 +173,7 @@ def main() -> None:
     found = device.setup()
     if args.record:
         if found.kind != "cpu":
-            sys.exit("--record: the values are a CPU's; set DEVICE=cpu")
+            sys.exit("--record: the values must be computed on a CPU; set DEVICE=cpu")
         record()
     else:
         compare(args.presets, args.dtypes)

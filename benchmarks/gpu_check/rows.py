@@ -1,4 +1,4 @@
-"""What the check finds: rows, each one fact, the table that is printed, and the JSON that is written."""
+"""The results of the check: rows, the printed table, and the JSON file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Status = Literal["ok", "failed", "noted", "not measured"]
 Value = float | int | str | None
 LARGEST_FILE = 9_000_000  # bytes of the JSON and of the log, each
 ROWS_FILE = "GPU_CHECK_ROWS"  # environment variable: the file that a check appends its rows to
-MATMUL_RATE = "matrix products, bf16"  # name of the row, in TFLOP/s
+MATMUL_RATE = "matrix products, bf16"  # row name; the unit is TFLOP/s
 WIDEST_NAME, WIDEST_NOTE = 58, 160
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fact.
+    """One result.
 
     Attributes:
-        name: of what was checked or measured.
+        name: name of the check or measurement.
         value: a number in `unit`, a word, or None.
-        unit: of the value.
-        status: "failed" makes the whole check fail. "noted" is a failure that does not, "not measured" says that
-            no result exists.
-        note: the reason of a failure or of what was not measured, or what the value is compared with.
+        unit: unit of the value.
+        status: "failed" makes the whole check fail. "noted" is a failure that is ignored. "not measured" marks a
+            check without a result.
+        note: reason of the status, or the reference that the value is compared with.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Row:
 
 
 def emit(name: str, value: Value = None, unit: str = "", ok: bool = True, note: str = "") -> None:
-    """Add a row to the results of the check that this process runs, and print it."""
+    """Print a row, and append it to the results of this process's check."""
     if isinstance(value, float) and not math.isfinite(value):
         value, unit = str(value), ""  # JSON has no NaN
     row = Row(name, value, unit, "ok" if ok else "failed", note)
@@ -50,7 +50,7 @@ def emit(name: str, value: Value = None, unit: str = "", ok: bool = True, note: 
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that a check wrote; none if it wrote none. A line that a kill cut off is dropped."""
+    """Read the rows of a check. A line truncated by a kill is dropped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def formatted(row: Row) -> str:
-    """Value and unit for people."""
+    """Format value and unit for the table."""
     if row.value is None:
         return ""
     if isinstance(row.value, float):
@@ -73,7 +73,7 @@ def formatted(row: Row) -> str:
 
 
 def table(parts: Mapping[str, Sequence[Row]]) -> str:
-    """The rows of all parts as aligned text."""
+    """Format the rows of all parts as an aligned table."""
     lines = []
     for part, rows in parts.items():
         lines.append(f"== {part}")
@@ -85,7 +85,7 @@ def table(parts: Mapping[str, Sequence[Row]]) -> str:
 
 
 def document(facts: dict[str, Value], parts: Mapping[str, Sequence[Row]]) -> str:
-    """The JSON of a whole check, at most `LARGEST_FILE` bytes: where it would be longer the notes are cut."""
+    """Return the JSON of a whole check. Notes are shortened so that it has at most `LARGEST_FILE` bytes."""
     for longest in (100_000, 1_000, 100, 0):
         body = {
             part: [asdict(row) | {"note": row.note[:longest], "name": row.name[:1_000]} for row in rows]
@@ -98,5 +98,5 @@ def document(facts: dict[str, Value], parts: Mapping[str, Sequence[Row]]) -> str
 
 
 def failed(parts: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Names of the rows that failed, with their part."""
+    """Return the names of the failed rows with their part."""
     return [f"{part}: {row.name}" for part, rows in parts.items() for row in rows if row.status == "failed"]

@@ -1,4 +1,4 @@
-"""Run the programs of a part, each in a process group of its own that is ended when its time is up."""
+"""Run the programs of a part. Each has its own process group, which is killed at the time limit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from gpu_check.plan import Check
 from gpu_check.rows import ROWS_FILE, Row, read_rows
 
-LOG_BYTES = 600_000  # of one program, its end
+LOG_BYTES = 600_000  # longest log per program; the end is kept
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one program did."""
+    """The result of one program."""
 
     rows: list[Row]
     log: str
@@ -32,14 +32,14 @@ class Outcome:
 def run_part(
     checks: Sequence[Check], environment: Mapping[str, str], seconds: float, workers: int, root: Path
 ) -> list[Outcome]:
-    """Run the programs of one part: those that may run together in `workers` threads, the others one by one.
+    """Run the programs of one part: concurrent ones in `workers` threads, the others one by one.
 
     Args:
-        checks: of one part.
-        environment: of the programs.
-        seconds: for all of them; a program whose turn comes later is not started.
-        workers: at a time.
-        root: of the checkout, where they run.
+        checks: programs of one part.
+        environment: environment of the programs.
+        seconds: time limit of the part. After it no program is started.
+        workers: number of programs that run at the same time.
+        root: working directory, the root of the checkout.
     """
     deadline = time.monotonic() + seconds
 
@@ -55,13 +55,13 @@ def run_part(
 
 
 def run_check(check: Check, environment: Mapping[str, str], seconds: float, root: Path) -> Outcome:
-    """Run one program and collect its rows; a failure of the program is a row."""
+    """Run one program and return its rows. If the program fails, a row says so."""
     missing = [name for name in check.needs if not importable(name)]
     if missing:
         note = f"not installed here: {', '.join(missing)}"
         return Outcome([Row(check.name, status="not measured", note=note)], "", 0.0)
     started = time.monotonic()
-    # A program that was just ended may still be writing there.
+    # A process that was just killed may still be writing there.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         variables = {**environment, ROWS_FILE: str(folder / "rows.jsonl"), "TMPDIR": name}
@@ -86,14 +86,14 @@ def run_check(check: Check, environment: Mapping[str, str], seconds: float, root
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """Wait for the process, and end it with all that it started; what went wrong, or ""."""
+    """Wait for the process, and kill its process group. Return the problem, or ""."""
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         _end_group(process)
         process.wait()
         return f"ended after {seconds:.0f} s"
-    _end_group(process)  # what it left running
+    _end_group(process)  # children that it left running
     return f"exit status {status}" if status else ""
 
 
@@ -116,7 +116,7 @@ def _last_line(text: str) -> str:
 
 
 def importable(name: str) -> bool:
-    """Whether a module can be found, without importing it."""
+    """Return whether a module can be found, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):

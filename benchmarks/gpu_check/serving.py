@@ -1,4 +1,4 @@
-"""Part 4: the embedded server on the device: its greedy answers against transformers, and its speed."""
+"""Part `rest`: the embedded server on the device: greedy answers compared with transformers, and speed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main() -> None:
         folder = serve.write_model(Path(name) / "model", preset)
         with serve.server(_command(folder, dtype), Path(name) / "log") as address:
             for batch in batches:
-                serve.rate(address, batch, 0)  # the first one warms up
+                serve.rate(address, batch, 0)  # warm-up
                 note = f"tokens of answers; prompts of {serve.PROMPT}, answers of {serve.ANSWER}"
                 emit(f"serving, {preset}, {dtype}, {batch} at a time", serve.rate(address, batch, 1), "tokens/s",
                      note=note)  # fmt: skip
@@ -65,7 +65,7 @@ def _complete(address: str, prompts: list[list[int]]) -> dict[str, list[dict[str
 
 
 def _expected(folder: Path, torch_device: torch.device) -> list[list[int]]:
-    """What transformers generates, one prompt at a time."""
+    """Return the tokens that transformers generates, one prompt at a time."""
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

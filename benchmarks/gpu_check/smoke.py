@@ -1,9 +1,9 @@
-"""Runs of the training programs that must come out right: train and fine-tune, resume, generate; and two processes.
+"""Smoke tests of the training programs: train, resume, fine-tune, generate, and train with two processes.
 
     python -m gpu_check.smoke train         # in this process, one run after the other
     python -m gpu_check.smoke layouts       # pretrain_gpt.py in two processes that share the device
 
-The data are made from a seed, and the tokenizer is trained by the kit, so nothing but the checkout is needed.
+Data are generated from a seed and the kit trains the tokenizer, so only the checkout is needed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from gpu_check.rows import emit
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, SEQUENCE = 512, 64
 MODEL = "minimind3_tiny"
-STEPS, SAVED = 6, 3  # of the run that is resumed
-SAME = 1e-4  # relative difference of the losses of runs that must agree, fp32
+STEPS, SAVED = 6, 3  # steps of the resumed run, and the step of its checkpoint
+SAME = 1e-4  # allowed relative difference of fp32 losses between runs that must agree
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A tokenizer and datasets: prefixes of text, conversations and pairs."""
+    """A tokenizer, and the prefixes of the text, conversation and preference datasets."""
 
     tokenizer: Path
     text: Path
@@ -48,7 +48,7 @@ class Data:
 
 
 def make_data(folder: Path) -> Data:
-    """A tokenizer of the kit, and sequences whose next token is the last plus a small step."""
+    """Train a tokenizer, and write sequences in which each token id is the previous one plus a small step."""
     from minimind_mcore.preprocess import train_tokenizer
     from minimind_mcore.preprocess.indexed import IndexedWriter
 
@@ -79,7 +79,7 @@ def make_data(folder: Path) -> Data:
 
 
 def command_line(data: Data, prefix: Path, **changes: Any) -> list[str]:
-    """Flags of a training program; changes by name, True for a flag without a value, None leaves one out."""
+    """Return the flags of a training program. In `changes` True is a flag without a value, and None removes a flag."""
     from minimind_mcore.models.presets import get_preset
 
     values: dict[str, Any] = {
@@ -108,13 +108,13 @@ def command_line(data: Data, prefix: Path, **changes: Any) -> list[str]:
 
 
 def column(folder: Path, name: str = "lm_loss") -> list[float]:
-    """A column of the training rows of a run's metrics.jsonl."""
+    """Return one column of the training rows in a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row[name] for row in rows if name in row]
 
 
 def apart(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference of two curves; infinite if they have not as many points."""
+    """Return the largest relative difference of two curves; infinity if their lengths differ."""
     if len(found) != len(expected) or not found:
         return math.inf
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
@@ -124,10 +124,10 @@ def apart(found: list[float], expected: list[float]) -> float:
 
 
 def train(folder: Path) -> None:
-    """Pretrain, resume, fine-tune and generate, each in turn in this process; a failure is a row of its own."""
+    """Pretrain, resume, fine-tune and generate in this process, in this order. Each failure is a row."""
     data = make_data(folder)
     saved = folder / "pretrain/checkpoints"
-    dropout = {"hidden_dropout": 0.1}  # whose random numbers a resumed run must continue
+    dropout = {"hidden_dropout": 0.1}  # so that resuming must restore the random state
     tuning = {"pretrained_checkpoint": saved, "train_iters": 16}
 
     def pretrain() -> None:
@@ -160,7 +160,7 @@ def train(folder: Path) -> None:
 
 
 def guarded(name: str, stage: Callable[[], None]) -> None:
-    """Run one stage; an error or an exit of it becomes a failed row, and the next stage can run."""
+    """Run one stage. An exception or exit becomes a failed row, so that the next stage can run."""
     try:
         stage()
     except (Exception, SystemExit) as error:
@@ -168,17 +168,17 @@ def guarded(name: str, stage: Callable[[], None]) -> None:
         emit(name, ok=False, note=f"{type(error).__name__}: {error}"[:300])
         from megatron.core import parallel_state
 
-        parallel_state.destroy_model_parallel()  # which the next stage initialises
+        parallel_state.destroy_model_parallel()  # the next stage initialises it again
 
 
 def falls(name: str, losses: list[float]) -> None:
-    """Whether the last four losses are below the first four, in the mean."""
+    """Check that the mean of the last four losses is below the mean of the first four."""
     first, last = (sum(part) / len(part) for part in (losses[:4], losses[-4:]))
     emit(f"{name}: loss falls", last, "nats", ok=last < first, note=f"mean of the last 4 steps; {first:.3f} at first")
 
 
 def run(folder: Path, argv: list[str], posttrain: bool = False) -> list[float]:
-    """The losses of one run of pretrain_gpt.py or posttrain_gpt.py, in this process."""
+    """Run pretrain_gpt.py or posttrain_gpt.py in this process, and return the losses."""
     from minimind_mcore.posttrain import main as posttraining
     from minimind_mcore.training import pretrain
 
@@ -187,7 +187,7 @@ def run(folder: Path, argv: list[str], posttrain: bool = False) -> list[float]:
 
 
 def generate(checkpoints: Path, data: Data) -> None:
-    """Greedy tokens of the kit's decoder against transformers' own `generate`, one prompt and a padded batch."""
+    """Compare the decoder's greedy tokens with transformers' `generate`: single prompts and a padded batch."""
     import torch
 
     from minimind_mcore.checkpoint.layout import ParallelLayout
@@ -226,7 +226,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def layouts(folder: Path, seconds: float) -> None:
-    """One process, TP2 and DP2 at the same time, all on one device; then their losses are compared."""
+    """Run one process, TP2 and DP2 at the same time on one device, and compare their losses."""
     data = make_data(folder)
     ranks = {
         name: start(folder / name, command_line(data, data.text, **flags), 1 if name == "one process" else 2)
@@ -244,7 +244,7 @@ def layouts(folder: Path, seconds: float) -> None:
 
 
 def finished(name: str, process: subprocess.Popen[str], deadline: float) -> bool:
-    """Wait for one rank until the deadline, and end it then; True if it came to its end. Else print what it said."""
+    """Wait for one rank, and kill it at the deadline. Return whether it succeeded; if not, print its output."""
     try:
         text, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -256,7 +256,7 @@ def finished(name: str, process: subprocess.Popen[str], deadline: float) -> bool
 
 
 def free_port() -> int:
-    """A port below those that systems give to outgoing connections, of which the other runs open many."""
+    """Return a free port below the ephemeral range, because the other runs open many outgoing connections."""
     while True:
         with socket.socket() as s, contextlib.suppress(OSError):
             port = random.randrange(20000, 32000)
@@ -265,7 +265,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, argv: list[str], count: int) -> list[subprocess.Popen[str]]:
-    """Start the ranks of one run of pretrain_gpt.py."""
+    """Start all ranks of one pretrain_gpt.py run."""
     port = free_port()
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder)]
@@ -287,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "layouts"))
     parser.add_argument("--tiny", action="store_true", help="has no effect: the sizes are small anyway")
-    parser.add_argument("--seconds", type=float, default=180, help="layouts: a run that takes longer is ended")
+    parser.add_argument("--seconds", type=float, default=180, help="layouts: time limit of a run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if args.what == "train":

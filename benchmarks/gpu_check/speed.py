@@ -1,4 +1,4 @@
-"""Part 3: the training speed of one side of benchmarks/train.py, at two sequence lengths."""
+"""Part `speed`: the training speed of one side of benchmarks/train.py at two sequence lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minimind_mcore.models.presets import PRESETS
 from minimind_mcore.platform import device
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
-# Sequences and their length: as many tokens either way.
+# (batch size, sequence length), with about the same number of tokens.
 SHAPES = ((96, 340), (16, 2048))
 TINY_SHAPES = ((2, 34), (1, 64))
 
@@ -35,14 +35,14 @@ def main() -> None:
         compile_backend="aot_eager" if args.tiny else "inductor",
     )
     train.prepare(common)
-    # One rate for all rows of a check: part 1 measured it. Alone, this program measures it.
+    # Part `environment` measures the rate once for all rows. Without that part it is measured here.
     known = os.environ.get(RATE)
     rate = float(known) * 1e12 if known else matmul_rate(torch.bfloat16, 512 if args.tiny else 8192)
     side = "native engine" if args.side == "native" else "plain loop"
     for name in (f"{model}_tiny" if args.tiny else model for model in args.models):
         for batch, seq in TINY_SHAPES if args.tiny else SHAPES:
             if device.current().kind == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # the peak of the shape before is not this one's
+                torch.cuda.reset_peak_memory_stats()  # forget the peak of the previous shape
             found = train.measure(argparse.Namespace(**vars(common), model=[name], batch=batch, seq=seq))
             share = mfu(PRESETS[name], seq, found["wall"], rate)
             label = f"{name}, {batch} x {seq}: {side}"

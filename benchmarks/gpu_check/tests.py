@@ -1,4 +1,4 @@
-"""Run the tests of tests/device on the device of DEVICE."""
+"""Run tests/device on the device of DEVICE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unpack the wheels that benchmarks/gpu_wheels.sh collected, as far as their packages are missing here.
+"""Unpack the wheels that benchmarks/gpu_wheels.sh collected, if their packages are not installed.
 
     python -m gpu_check.wheels --wheels .gpu_wheels --site DIRECTORY --newer DIRECTORY
 
@@ -17,7 +17,7 @@ from gpu_check.rows import emit
 
 
 def unpack_missing(folder: Path, target: Path) -> list[str]:
-    """Unpack every wheel of `folder` whose distribution is not installed into `target`; returns their names."""
+    """Unpack every wheel of `folder` whose distribution is not installed into `target`. Return their names."""
     return [unpack(wheel, target) for wheel in sorted(folder.glob("*.whl")) if not _installed(wheel.name.split("-")[0])]
 
 

@@ -159,7 +159,6 @@ def split(model: ModelConfig, sizes: dict[str, int], cards: int) -> None:
         f"{model.num_heads} heads by TP": (model.num_heads, sizes["TP"]),
         f"{model.num_layers} layers by PP": (model.num_layers, sizes["PP"]),
         f"{experts} experts by EP": (experts, sizes["EP"]),
-        f"{cards} cards by TP x PP": (cards, sizes["TP"] * sizes["PP"]),
         f"{cards} cards by TP x PP x EP": (cards, sizes["TP"] * sizes["PP"] * sizes["EP"]),
     }
     for what, (whole, part) in parts.items():

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Reinforcement learning of a MiniMind on several hosts: this one leads, grpo_minimind_worker.sh runs on the others.
+# Train a MiniMind with reinforcement learning on several hosts. This host is the head of the Ray cluster;
+# grpo_minimind_worker.sh runs on the others.
 #
-#   NNODES=2 bash examples/rlxf/grpo_minimind_head.sh                                # here; it says what to run there:
-#   MASTER_ADDR=10.0.0.1 bash examples/rlxf/grpo_minimind_worker.sh                  # on the other
+#   NNODES=2 bash examples/rlxf/grpo_minimind_head.sh                                # on this host; prints the command below
+#   MASTER_ADDR=10.0.0.1 bash examples/rlxf/grpo_minimind_worker.sh                  # on each other host
 #
-# NNODES       hosts to wait for, this one among them (default 1)
-# MASTER_ADDR  this host's address, by which the others reach it (default: that of SOCKET_IFNAME, or of the way out)
-# rlxf.sh has the other settings. docs/rl_cluster.md says what the hosts must share, and what messages mean.
+# NNODES       number of hosts, including this one (default 1)
+# MASTER_ADDR  address by which the other hosts reach this one (default: the address of SOCKET_IFNAME or the default route)
+# rlxf.sh has the other settings. docs/rl_cluster.md describes what the hosts must share.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 
 run rl head "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lends this host to the run that grpo_minimind_head.sh leads, until that ends. Run it again after the host was lost.
+# Join this host to the cluster of grpo_minimind_head.sh until the run ends. After a lost host, run this script again.
 #
 #   MASTER_ADDR=10.0.0.1 bash examples/rlxf/grpo_minimind_worker.sh
 #
-# MASTER_ADDR  the head's address (MASTER_PORT: its port)
-# NODE_ADDR    this host's address (default: that of SOCKET_IFNAME, or of the way to the head)
+# MASTER_ADDR  address of the head (MASTER_PORT: its port)
+# NODE_ADDR    address of this host (default: the address of SOCKET_IFNAME, or of the route to the head)
 # rlxf.sh has the other settings.
 source "$(dirname "${BASH_SOURCE[0]}")/rlxf.sh"
 

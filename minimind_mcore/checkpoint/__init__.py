@@ -1,13 +1,13 @@
-"""Checkpoints and weights in files: where they lie, what they hold, how they are cut, and safe ways to read them.
+"""Checkpoints and weights in files: locations, contents, sharding, and safe readers.
 
 layout.py        the parallel layout, and which file of a checkpoint holds which part of which tensor
-files.py         names of files and directories, and which checkpoint is meant
+files.py         names of files and directories, and the directory of a checkpoint
 tracker.py       the file that names the newest checkpoint
-choose.py        the newest checkpoint whose files are whole
+choose.py        the newest undamaged checkpoint
 unpickling.py    the classes that a checkpoint may name
-torch_zip.py     the format of torch.save, read without executing what is in it
-tensors.py       files of tensors, mapped for reading and laid out for writing
+torch_zip.py     reader and writer of torch.save's format; the reader executes nothing of a file
+tensors.py       memory-mapped tensor files
 source.py        a model in files: a table of lazy tensors
 opening.py       opens a model of any format: hf.py, minimind.py, megatron.py, megatron_dist.py
-lora.py          adapters in files
+lora.py          LoRA adapters in files
 """

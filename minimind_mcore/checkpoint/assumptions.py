@@ -1,7 +1,7 @@
-"""Values of a model that its tensors do not determine: what is assumed, and the flags that replace it.
+"""Settings of a model that its tensors do not determine: the assumed values, and the flags that replace them.
 
-A `.pth` file of MiniMind's trainer holds tensors alone. Directories and Megatron checkpoints say these values, and the
-flags are compared with them.
+A `.pth` file of MiniMind's trainer holds only tensors. Directories and Megatron checkpoints store these settings, and
+flags are compared with the stored values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.ranges import RANGES, flag_type
 from minimind_mcore.models.config import LOAD_BALANCING, ROUTER_WEIGHTS, ModelConfig
 
-# By the field of ModelConfig or MoEConfig; the flags are Megatron's, where it has one.
+# Flags by field of ModelConfig or MoEConfig. Names are Megatron's if it has such a flag.
 FLAGS = {
     "num_layers": "--num-layers",
     "hidden_size": "--hidden-size",
@@ -46,11 +46,11 @@ class Assumption:
 
 
 def add_flags(group: argparse._ArgumentGroup, known: set[str]) -> None:
-    """Add the flags that are not among `known`, those that the parser has already."""
+    """Add the flags, except those in `known`, which the parser already has."""
     for name, flag in FLAGS.items():
         if flag in known:
             continue
-        what = f"{name} of the model; replaces what is assumed for a .pth file, and must be right for other models"
+        what = f"{name} of the model; replaces the assumed value of a .pth file, and must match other models"
         dest = flag.removeprefix("--").replace("-", "_")
         if name in _CHOICES:
             group.add_argument(flag, choices=_CHOICES[name], help=what)
@@ -61,7 +61,7 @@ def add_flags(group: argparse._ArgumentGroup, known: set[str]) -> None:
 
 
 def stated(args: argparse.Namespace, given: Sequence[str]) -> dict[str, object]:
-    """Return the values that the flags on a command line state, by field."""
+    """Return the values of the flags on a command line, by field."""
     found: dict[str, object] = {}
     for name, flag in FLAGS.items():
         if flag in given or flag.replace("--", "--no-", 1) in given:
@@ -78,10 +78,10 @@ def value_of(config: ModelConfig, name: str) -> object:
 
 
 def compare(config: ModelConfig, values: Mapping[str, object], where: str = "the model") -> None:
-    """Compare a model with what flags state.
+    """Check that a model agrees with the flags.
 
     Raises:
-        UserError: a flag states another value.
+        UserError: a flag has another value.
     """
     for name, value in values.items():
         if (actual := value_of(config, name)) != value:
@@ -89,7 +89,7 @@ def compare(config: ModelConfig, values: Mapping[str, object], where: str = "the
 
 
 def described(path: Path | str, assumptions: Sequence[Assumption]) -> list[str]:
-    """Return the lines that tell a user what is assumed."""
+    """Return lines that tell a user the assumed values."""
     if not assumptions:
         return []
     head = f"{path}: its tensors do not determine these values, so they are assumed; --hf-cfg-dir replaces all of them:"

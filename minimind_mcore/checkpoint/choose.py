@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: the newest one whose files are whole."""
+"""Choose the checkpoint that a run resumes from: the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from minimind_mcore.storage import MANIFEST, check_manifest
 
 logger = logging.getLogger(__name__)
 
-_whole: set[Path] = set()  # checkpoints whose files were compared, and which are not loaded yet
+_whole: set[Path] = set()  # checkpoints whose files were verified, and which are not loaded yet
 
 
 def choose(root: Path, step: int | None = None) -> Path | None:
-    """Return the newest undamaged checkpoint below `root`, or the one of iteration `step`. Collective.
+    """Return the newest undamaged checkpoint below `root`, or the checkpoint of iteration `step`. Collective.
 
-    Without any checkpoint the result is None.
-    The tracker file is asked first. If it names nothing that is whole, that is said, and others are tried: older ones
-    first, then newer ones, each from the newest on.
+    Return None if `root` has no checkpoint. The search starts with the checkpoint that the tracker file names. If this
+    checkpoint is damaged or missing, the function logs a warning and tries older checkpoints, then newer checkpoints,
+    each in descending order.
     """
-    # One rank looks, so that all try the same.
+    # Only the main rank lists the candidates, so that all ranks try the same.
     candidates = ranks.from_main(lambda: [directory_of(root, step)] if step else _candidates(root))
     for directory in candidates:
         problems = [] if directory in _whole else check(directory)
@@ -41,7 +41,7 @@ def choose(root: Path, step: int | None = None) -> Path | None:
 
 
 def forget(directory: Path) -> None:
-    """Compare the files of this checkpoint again when it is chosen the next time."""
+    """Verify the files of this checkpoint again when it is chosen the next time."""
     _whole.discard(directory)
 
 
@@ -59,7 +59,7 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def check(directory: Path) -> list[str]:
-    """Problems of a checkpoint's files, the same list on every rank. Collective: each checks a share."""
+    """Return the problems of a checkpoint's files, on every rank. Collective: each rank checks some files."""
     number = dist.get_world_size() if dist.is_initialized() else 1
     found = ranks.gather(_check_share(directory, ranks.rank(), number))
     return list(dict.fromkeys(problem for problems in found for problem in problems))
@@ -70,7 +70,7 @@ def _check_share(directory: Path, rank: int, number: int) -> list[str]:
         return [f"{directory}: missing"]
     if (directory / MANIFEST).is_file():
         return check_manifest(directory, rank, number)
-    # Without a manifest, as other programs write: torch.load compares no checksums, the archives have them.
+    # Other programs write no manifest. torch.load ignores the checksums in the archives, so they are checked here.
     files = sorted(file for pattern in ("*.pt", "*.distcp") for file in directory.rglob(pattern))
     if not files:
         return [f"{directory}: no checkpoint files"]

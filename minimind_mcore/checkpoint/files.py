@@ -1,4 +1,4 @@
-"""The files of Megatron's checkpoints: their names, which checkpoint is meant, and what a checkpoint says of itself.
+"""The files of Megatron's checkpoints: names, the directory of a checkpoint, and its stored arguments.
 
 checkpoints/
     latest_checkpointed_iteration.txt      names the newest checkpoint; written last
@@ -24,21 +24,21 @@ PREFIX = "iter_"
 
 
 def directory_of(root: Path, iteration: int) -> Path:
-    """Directory of an iteration's checkpoint."""
+    """Return the directory of an iteration's checkpoint."""
     return root / f"{PREFIX}{iteration:07d}"
 
 
 def iterations_in(root: Path) -> list[int]:
-    """Iterations that have a checkpoint directory, newest first."""
+    """Return the iterations with a checkpoint directory, newest first."""
     names = [p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*") if p.is_dir()]
     return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
 def iteration_directory(path: Path) -> Path | None:
-    """The directory of the checkpoint that `path` is, or whose tracker file it has; None if it is neither.
+    """Return `path` if it is a checkpoint, or the checkpoint that its tracker file names. None if it has neither.
 
     Raises:
-        UserError: the tracker names a directory that is not there.
+        UserError: the tracker file names a directory that does not exist.
     """
     if is_torch_dist(path) or any(path.glob("mp_rank_*")):
         return path
@@ -54,7 +54,7 @@ def iteration_directory(path: Path) -> Path | None:
             f"of one checkpoint, such as {path}/iter_0000100"
         )
     if not directory.is_dir():
-        raise UserError(f"{tracker} says {text!r}, but there is no {directory.name}: an unfinished or damaged copy")
+        raise UserError(f"{tracker} names {text!r}, but there is no {directory.name}: an unfinished or damaged copy")
     return directory
 
 
@@ -66,17 +66,17 @@ def tracked_directory(root: Path, text: str) -> Path | None:
 
 
 def is_torch_dist(directory: Path) -> bool:
-    """True for a `torch_dist` checkpoint, False for a `torch` one."""
+    """Return True for a `torch_dist` checkpoint, False for a `torch` checkpoint."""
     return (directory / "metadata.json").is_file()
 
 
 def content(directory: Path) -> Any:
-    """What the checkpoint of an iteration, of either format, holds beside tensors.
+    """Return the contents of a checkpoint of either format, without its tensors.
 
     Raises:
-        UserError: it is damaged, or no checkpoint of Megatron.
+        UserError: the checkpoint is damaged, or not Megatron's.
     """
-    common = directory / "common.pt"  # of torch_dist
+    common = directory / "common.pt"  # exists only in torch_dist
     first = next(iter(sorted(directory.glob("mp_rank_*"))), directory / "mp_rank_00")
     archive = read_archive(common if common.is_file() else first / NAME)
     args_in(archive)
@@ -84,28 +84,28 @@ def content(directory: Path) -> Any:
 
 
 def args_in(archive: Archive) -> argparse.Namespace:
-    """Return the arguments that a file of a checkpoint carries.
+    """Return the arguments in a checkpoint file.
 
     Raises:
-        UserError: the file is no part of a checkpoint of Megatron.
+        UserError: the file does not belong to a Megatron checkpoint.
     """
     found = archive.content.get("args") if isinstance(archive.content, dict) else None
     if not isinstance(found, argparse.Namespace):
-        raise UserError(f"{archive.path}: no checkpoint of Megatron: it has no args")
+        raise UserError(f"{archive.path}: not a Megatron checkpoint: it has no args")
     return found
 
 
 def saved_args(directory: Path) -> argparse.Namespace:
-    """Return the arguments that the checkpoint of an iteration carries."""
+    """Return the arguments in the checkpoint of an iteration."""
     args: argparse.Namespace = content(directory)["args"]
     return args
 
 
 def is_converted(directory: Path) -> bool:
-    """Return whether the checkpoint of an iteration holds weights alone, as converters write it.
+    """Return whether a checkpoint was written by a converter and holds only weights.
 
-    MindSpeed-LLM's converters write iteration 1, and the kit's keep the iteration of the source. A run has to begin at
-    iteration 0 with either. A run under `--no-save-optim` saves weights alone, too, but has consumed samples.
+    MindSpeed-LLM's converters write iteration 1, and this kit's keep the iteration of the source. In both cases a run
+    must start at iteration 0. A run with `--no-save-optim` also saves only weights, but has consumed samples.
     """
     found = content(directory)
     args = found["args"]

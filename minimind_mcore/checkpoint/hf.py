@@ -1,7 +1,7 @@
-"""Directories of transformers (Llama, Qwen3, Qwen3-MoE, Qwen2-MoE) and of MiniMind in that form.
+"""Hugging Face directories (Llama, Qwen3, Qwen3-MoE, Qwen2-MoE), and MiniMind in the same format.
 
-Weights are one file or several with an index, safetensors or `torch.save` files; the names are those of
-`models/weights.py`, experts one by one or, as transformers 5 stacks them, in one tensor.
+The weights are one file, or several files with an index, in safetensors or `torch.save` format. The names are those of
+`models/weights.py`. Experts are separate tensors, or stacked in one tensor as in transformers 5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Stored(Slot):
-    """A tensor of a file."""
+    """A tensor in a file."""
 
     file: TensorFile
     name: str
@@ -39,20 +39,20 @@ class Stored(Slot):
 
 
 def is_hf(path: Path) -> bool:
-    """Whether it is a directory of transformers, or meant to be one."""
+    """Return whether a path is a Hugging Face directory, or looks like an incomplete one."""
     return (path / "config.json").is_file()
 
 
 def open_hf(path: Path, given: ModelConfig | None = None) -> Source:
-    """Open a directory.
+    """Open a Hugging Face directory.
 
     Args:
         path: the directory.
-        given: another config that is said to be the model's.
+        given: another config, which must describe the same model.
 
     Raises:
-        UserError: a file is missing or damaged, or its tensors are not those of the config, or the configs contradict
-            each other.
+        UserError: a file is missing or damaged, the tensors do not match the config, or the configs contradict each
+            other.
     """
     config = ModelConfig.from_hf_config(path)
     if given is not None:
@@ -67,13 +67,13 @@ def open_hf(path: Path, given: ModelConfig | None = None) -> Source:
 
 
 def require_same(config: ModelConfig, given: ModelConfig, where: str) -> None:
-    """Compare two descriptions of a model.
+    """Check that two configs describe the same model.
 
-    The rows of the embedding may differ, because an output can be padded or cut. How the experts are balanced does not
-    change what the model computes, and no config of transformers says it.
+    The rows of the embedding may differ, because an output can be padded or cut. The balancing of experts may differ,
+    because it does not change the model's function, and no config of transformers states it.
 
     Raises:
-        UserError: names the values that differ.
+        UserError: the configs differ. The message names the values.
     """
 
     def fields(model: ModelConfig) -> dict[str, object]:
@@ -92,10 +92,10 @@ def require_same(config: ModelConfig, given: ModelConfig, where: str) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of its tensors.
+    """Return the files with the tensors.
 
     Raises:
-        UserError: there are none, or one that its index names is missing.
+        UserError: there are none, or a file of the index is missing.
     """
     for name in WEIGHTS:
         index = path / f"{name}.index.json"
@@ -107,10 +107,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[str]:
-    """Return the names of the files in an index.
+    """Return the file names of an index.
 
     Raises:
-        UserError: the index is damaged, or names a file that is missing or outside its own directory.
+        UserError: the index is damaged, or names a file that is missing or outside its directory.
     """
     try:
         names = sorted(set(read_object(index)["weight_map"].values()))
@@ -128,7 +128,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Open a file of safetensors or of `torch.save`."""
+    """Open a safetensors or `torch.save` file."""
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     archive = read_archive(path)
@@ -140,17 +140,17 @@ def open_tensors(path: Path) -> TensorFile:
 def assemble(
     path: Path, kind: str, config: ModelConfig, files: list[TensorFile], names: Callable[[str], str] = lambda name: name
 ) -> Source:
-    """The whole megatron-core model from state dicts of transformers or MiniMind.
+    """Build the whole megatron-core model from a state dict of transformers or MiniMind.
 
     Args:
-        path: what was opened.
+        path: path of the model.
         kind: see `Source`.
         config: the architecture.
-        files: with all its tensors.
-        names: from a name in a file to a name of the table.
+        files: the files with all tensors.
+        names: maps a name in a file to a name of `models/weights.py`.
 
     Raises:
-        UserError: a tensor is missing, unknown, in two files, or of a wrong shape.
+        UserError: a tensor is missing, unknown, in two files, or has a wrong shape.
     """
     stored: dict[str, Stored] = {}
     for file in files:
@@ -160,12 +160,12 @@ def assemble(
             stored[names(name)] = Stored(entry.shape, entry.dtype, file, name)
     table = weights.rules(config, weights.detect_form(stored))
     if config.tie_embeddings and table[0].hf[0] not in stored and table[1].hf[0] in stored:
-        stored[table[0].hf[0]] = stored.pop(table[1].hf[0])  # safetensors keep one of the two, and any
+        stored[table[0].hf[0]] = stored.pop(table[1].hf[0])  # safetensors stores only one of two tied tensors
     weights.account(stored, {n for r in table if r.required for n in r.hf}, {n for r in table for n in r.hf})
     tensors: dict[str, Lazy] = {}
     checks: list[Callable[[], object]] = []
     for rule in table:
-        if any(name not in stored for name in rule.hf):  # and not required
+        if any(name not in stored for name in rule.hf):  # an optional tensor
             continue
         for name, shape in zip(rule.hf, rule.shapes, strict=True):
             weights.check_shape(name, stored[name], shape)
@@ -180,13 +180,13 @@ def assemble(
 
 
 def _outputs(rule: Rule, inputs: list[Stored]) -> list[Lazy]:
-    """The megatron-core tensors of a rule."""
+    """Return the megatron-core tensors of a rule."""
     if len({tensor.dtype for tensor in inputs}) > 1:
         found = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in inputs)
         raise UserError(f"expected one dtype, found {found}; give --params-dtype after making them equal")
     dtype = inputs[0].dtype
     shape = rule.mcore_shapes[0]
-    if isinstance(rule, StackExperts):  # no other makes several
+    if isinstance(rule, StackExperts):  # the only rule with several outputs
         stacked, blocks = inputs[0], len(rule.mcore)
         return [Lazy(shape, dtype, functools.partial(_block, stacked, e, blocks, shape)) for e in range(blocks)]
     return [Lazy(shape, dtype, lambda: _apply(rule, inputs)[0])]
@@ -201,7 +201,7 @@ def _apply(rule: Rule, inputs: list[Stored]) -> list[Tensor]:
 
 
 def _same(first: Lazy, second: Lazy, names: tuple[str, ...]) -> Lazy:
-    """A tensor that is there twice."""
+    """Return one of two tied tensors, and check that both are equal when it is read."""
 
     def read() -> Tensor:
         tensor = first.read()

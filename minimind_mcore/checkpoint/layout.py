@@ -4,9 +4,8 @@
     layout.parts(config)["decoder.layers.5.mlp.linear_fc2.weight"]
     [Part(folder='mp_rank_00_001', chunk='model', name='decoder.layers.1.mlp.linear_fc2.weight', rank=0, ...), ...]
 
-That table serves reading and writing alike. Source: Megatron-LM core_v0.12.1 (megatron/training/checkpointing.py)
-and MindSpeed-LLM 26.1.0 (mindspeed_llm/tasks/checkpoint), whose layout of `--noop-layers`, `--num-layer-list` and
-grouped experts it is.
+Reading and writing use the same table. Sources: Megatron-LM core_v0.12.1 (megatron/training/checkpointing.py), and for
+`--noop-layers`, `--num-layer-list` and grouped experts MindSpeed-LLM 26.1.0 (mindspeed_llm/tasks/checkpoint).
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ _FIRST, _LAST = (weights.EMBEDDING,), ("decoder.final_layernorm.weight", weights
 
 @dataclass(frozen=True)
 class FilePart:
-    """What one file holds of one whole tensor.
+    """The part of one whole tensor that one file holds.
 
     Attributes:
-        folder: of the file, such as `mp_rank_00_001`.
-        chunk: the state dict in it: `model`, or `model0`, `model1`, ... with virtual stages.
-        name: of the tensor in that state dict.
-        rank: which of the `tp` parts of the whole tensor it is; the whole, if tensor parallelism leaves it whole.
-        block: of `blocks` equal parts of the bytes of that tensor: grouped experts lie in one, each transposed.
-        blocks: see `block`; 1 for a tensor of its own.
+        folder: folder of the file, such as `mp_rank_00_001`.
+        chunk: state dict in the file: `model`, or `model0`, `model1`, ... with virtual stages.
+        name: name of the tensor in that state dict.
+        rank: tensor-parallel rank of the part. Ignored for tensors that tensor parallelism does not split.
+        block: number of the equal block within the stored tensor: grouped experts share one, each transposed.
+        blocks: number of blocks of the stored tensor, 1 for most tensors.
     """
 
     folder: str
@@ -51,28 +50,28 @@ class FilePart:
     grouped: bool = False
 
     def cut(self, name: str, whole: Tensor, tp: int) -> Tensor:
-        """This part of the whole tensor of that name, as the file has it."""
+        """Cut this part out of the whole tensor, in the form that the file stores."""
         part = weights.shard(name, whole, self.rank, tp)
         return part.t() if self.grouped else part
 
     def shape(self, name: str, whole: Shape, tp: int) -> Shape:
-        """The shape of what `cut` gives."""
+        """Return the shape of the result of `cut`."""
         shape = weights.shard_shape(name, whole, tp)
         return shape[::-1] if self.grouped else shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How ranks share a model: the layout of a checkpoint, and with a world size that of a run.
+    """How ranks shard a model: the layout of a checkpoint, and with a world size the layout of a run.
 
     Attributes:
-        tp, pp, ep: ranks of tensor, pipeline and expert parallelism; experts are also cut by `tp`.
-        layers_per_virtual_stage: of an interleaved pipeline.
-        layers_per_stage: for each stage, where they differ (`--num-layer-list`).
-        noop_layers: places in the pipeline that hold no layer (`--noop-layers`), counted from 0.
-        grouped_experts: the experts of a layer in two tensors (`--moe-grouped-gemm`).
-        world_size: processes of a run; 0 for a checkpoint, which loads with any number of data-parallel ranks.
-        vpp: virtual stages of a run's pipeline ranks; None without an interleaved pipeline.
+        tp, pp, ep: ranks of tensor, pipeline and expert parallelism. Experts are also split by `tp`.
+        layers_per_virtual_stage: layers of a virtual stage of an interleaved pipeline.
+        layers_per_stage: layers of each stage, if they differ (`--num-layer-list`).
+        noop_layers: positions in the pipeline without a layer (`--noop-layers`), counted from 0.
+        grouped_experts: the experts of a layer are two tensors (`--moe-grouped-gemm`).
+        world_size: number of processes of a run. 0 for a checkpoint, which fits any number of data-parallel ranks.
+        vpp: virtual stages per pipeline rank of a run. None without an interleaved pipeline.
     """
 
     tp: int = 1
@@ -87,7 +86,7 @@ class ParallelLayout:
 
     @property
     def dp(self) -> int:
-        """Data-parallel ranks of a run."""
+        """Number of data-parallel ranks of a run."""
         return self.world_size // (self.tp * self.pp)
 
     def __str__(self) -> str:
@@ -106,7 +105,7 @@ class ParallelLayout:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ParallelLayout:
-        """From the arguments that a checkpoint carries, of training or of a converter."""
+        """Return the layout of the arguments in a checkpoint, of training or of a converter."""
 
         def numbers(name: str) -> tuple[int, ...]:
             value = getattr(args, name, None) or ()
@@ -123,7 +122,7 @@ class ParallelLayout:
         )
 
     def flags(self) -> list[str]:
-        """The flags of training that load such a checkpoint, less those that the native engine has not."""
+        """Return the training flags for such a checkpoint, without flags that the native engine lacks."""
         return format_flags(
             {
                 "--tensor-model-parallel-size": self.tp,
@@ -136,23 +135,23 @@ class ParallelLayout:
     # Ranks
 
     def folders(self) -> list[str]:
-        """The directories of all ranks."""
+        """Return the directories of all ranks."""
         return [self.folder(t, p, e) for p in range(self.pp) for e in range(self.ep) for t in range(self.tp)]
 
     def folder(self, tp: int, pp: int, ep: int) -> str:
-        """`mp_rank_TT`, then `_PPP` if there are pipeline stages, then `_EEE` if experts are spread."""
+        """Return `mp_rank_TT`, then `_PPP` with pipeline parallelism, then `_EEE` with expert parallelism."""
         return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self.pp > 1 else "") + (f"_{ep:03d}" if self.ep > 1 else "")
 
     # Layers
 
-    def places(self, config: ModelConfig) -> int:
-        """Layers as Megatron counts them, places without one included."""
+    def megatron_layers(self, config: ModelConfig) -> int:
+        """Return the number of layers in Megatron's count, which includes noop layers."""
         return config.num_layers + len(self.noop_layers)
 
     def stages(self, config: ModelConfig) -> list[list[list[tuple[int, int]]]]:
-        """By stage and chunk: (number in the chunk, layer) of each layer."""
-        places = self.places(config)
-        layer_of = dict(zip((p for p in range(places) if p not in self.noop_layers), range(places), strict=False))
+        """Return by stage and chunk: (number in the chunk, layer) of each layer."""
+        layers = self.megatron_layers(config)
+        layer_of = dict(zip((p for p in range(layers) if p not in self.noop_layers), range(layers), strict=False))
 
         def chunk(start: int, count: int) -> list[tuple[int, int]]:
             return [(p - start, layer_of[p]) for p in range(start, start + count) if p in layer_of]
@@ -160,19 +159,19 @@ class ParallelLayout:
         if self.layers_per_stage:
             starts = [sum(self.layers_per_stage[:stage]) for stage in range(self.pp)]
             return [[chunk(start, count)] for start, count in zip(starts, self.layers_per_stage, strict=True)]
-        per = self.layers_per_virtual_stage or places // self.pp
-        chunks = places // self.pp // per
+        per = self.layers_per_virtual_stage or layers // self.pp
+        chunks = layers // self.pp // per
         return [[chunk((c * self.pp + stage) * per, per) for c in range(chunks)] for stage in range(self.pp)]
 
     def chunk_keys(self, config: ModelConfig) -> list[str]:
-        """Keys of a rank's state dicts."""
+        """Return the keys of a rank's state dicts."""
         count = len(self.stages(config)[0])
         return ["model"] if count == 1 else [f"model{i}" for i in range(count)]
 
     # Parts
 
     def parts(self, config: ModelConfig) -> dict[str, list[FilePart]]:
-        """All parts of every tensor of the whole model, those of a tied output layer under the embedding's name."""
+        """Return all parts of every tensor of the whole model. A tied output layer is listed as the embedding."""
         table: dict[str, list[FilePart]] = {name: [] for name in weights.mcore_shapes(config)}
         keys = self.chunk_keys(config)
         for stage, chunks in enumerate(self.stages(config)):
@@ -185,7 +184,7 @@ class ParallelLayout:
         return table
 
     def _names(self, config: ModelConfig, whole: str, local: Mapping[int, int], first: bool, last: bool) -> list[str]:
-        """What a chunk with these layers (`local` numbers by layer) calls this tensor, if it has it."""
+        """Return the names of a tensor in a chunk with these layers (`local` maps layers to numbers in the chunk)."""
         if match := _LAYER.match(whole):
             number = local.get(int(match[1]))
             return [] if number is None else [f"decoder.layers.{number}.{match[2]}"]
@@ -195,7 +194,7 @@ class ParallelLayout:
         return names
 
     def _everywhere(self, config: ModelConfig, whole: str, stage: int, chunk: str, name: str) -> list[FilePart]:
-        """The parts of a tensor of one chunk, on all its tensor and expert ranks."""
+        """Return the parts of a tensor of one chunk, on all tensor and expert ranks."""
         layer = _LAYER.match(name)
         expert = _EXPERT.match(layer[2]) if layer else None
         if not (layer and expert and config.moe):
@@ -213,10 +212,10 @@ class ParallelLayout:
     # Checks
 
     def check(self, config: ModelConfig) -> None:
-        """Refuse a layout that this model cannot have.
+        """Refuse a layout that is impossible for this model.
 
         Raises:
-            UserError: names the flag, what was found, what would fit.
+            UserError: names the flag, the value found, and a value that fits.
         """
         for name, size in (("tensor", self.tp), ("pipeline", self.pp), ("expert", self.ep)):
             require(size >= 1, f"--target-{name}-parallel-size: found {size}, expected 1 or more")
@@ -249,10 +248,10 @@ class ParallelLayout:
         )
 
     def _check_pipeline(self, config: ModelConfig) -> None:
-        places, stages, per = self.places(config), self.layers_per_stage, self.layers_per_virtual_stage
-        counted = f"{places} layers" + (f" ({len(self.noop_layers)} of them noop)" if self.noop_layers else "")
-        wrong = [p for p in self.noop_layers if not 0 <= p < places]
-        require(not wrong, f"--noop-layers {wrong}: expected numbers from 0 to {places - 1}")
+        layers, stages, per = self.megatron_layers(config), self.layers_per_stage, self.layers_per_virtual_stage
+        counted = f"{layers} layers" + (f" ({len(self.noop_layers)} of them noop)" if self.noop_layers else "")
+        wrong = [p for p in self.noop_layers if not 0 <= p < layers]
+        require(not wrong, f"--noop-layers {wrong}: expected numbers from 0 to {layers - 1}")
         require(len(set(self.noop_layers)) == len(self.noop_layers), "--noop-layers names a layer twice")
         if stages:
             require(per is None, "--num-layer-list and --num-layers-per-virtual-pipeline-stage exclude each other")
@@ -260,28 +259,28 @@ class ParallelLayout:
             found = f"--num-layer-list {','.join(map(str, stages))}:"
             require(len(stages) == self.pp, f"{found} {len(stages)} stages, expected {self.pp}")
             require(
-                sum(stages) == places and min(stages) > 0, f"{found} expected {self.pp} numbers that add to {places}"
+                sum(stages) == layers and min(stages) > 0, f"{found} expected {self.pp} numbers that add to {layers}"
             )
             return
         require(
-            places % self.pp == 0,
+            layers % self.pp == 0,
             f"--target-pipeline-parallel-size {self.pp} does not divide {counted}; choose a divisor, or give "
             "--num-layer-list or --noop-layers",
         )
         if per is not None:
             require(self.pp > 1, "--num-layers-per-virtual-pipeline-stage needs a pipeline of 2 stages or more")
             require(
-                0 < per < places // self.pp and places // self.pp % per == 0,
-                f"--num-layers-per-virtual-pipeline-stage {per} does not divide the {places // self.pp} layers of a "
+                0 < per < layers // self.pp and layers // self.pp % per == 0,
+                f"--num-layers-per-virtual-pipeline-stage {per} does not divide the {layers // self.pp} layers of a "
                 f"stage into two parts or more ({counted}, PP={self.pp})",
             )
 
 
 def parse_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """`"1,2,3"` as numbers.
+    """Parse `"1,2,3"`.
 
     Raises:
-        UserError: it is something else.
+        UserError: the text has another form.
     """
     try:
         return tuple(int(x) for x in (value.split(",") if isinstance(value, str) else value) if str(x).strip())

@@ -1,11 +1,11 @@
-"""LoRA adapters: merged into the weights, or as PEFT has them.
+"""LoRA adapters in files: read them, merge them into the weights, or convert them to PEFT's format.
 
-An adapter of a weight W (out x in) is A (r x in) and B (out x r); the model computes with
-W + alpha / r * B A. In a Megatron checkpoint (MindSpeed-LLM's names) they lie beside the weight:
+The adapter of a weight W (out x in) is A (r x in) and B (out x r). The model computes with W + alpha / r * B A. In a
+Megatron checkpoint (MindSpeed-LLM's names) the adapter lies next to the weight:
 
     linear_qkv.base_layer.weight   linear_qkv.lora_A.default.weight   linear_qkv.lora_B.default.weight
 
-and tensor parallelism cuts B as it cuts the rows of the weight, or A as it cuts the columns. MiniMind's own
+Tensor parallelism splits B as it splits the rows of the weight, or A as it splits the columns. MiniMind's own
 `.pth` has `q_proj.lora.A.weight` and `q_proj.lora.B.weight`, with alpha = r (model/model_lora.py).
 """
 
@@ -35,14 +35,14 @@ _MINIMIND = re.compile(r"^(?:module\.|_orig_mod\.)*(.*)\.lora\.([AB])\.weight$")
 
 @dataclass(frozen=True)
 class Adapter:
-    """Of one weight of the whole megatron-core model: A [r, in] and B [out, r]."""
+    """The adapter of one weight of the whole megatron-core model: A [r, in] and B [out, r]."""
 
     a: Lazy
     b: Lazy
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r of the adapter."""
         return self.a.shape[0]
 
 
@@ -50,12 +50,12 @@ class Adapter:
 
 
 def without_base_layer(name: str) -> str:
-    """The name of a weight, of a module that has adapters or not."""
+    """Return the name of a weight without the `base_layer` of modules with adapters."""
     return name.removesuffix(".base_layer.weight") + ".weight" if name.endswith(".base_layer.weight") else name
 
 
 def with_base_layer(name: str) -> str:
-    """The name of a weight of a module that has adapters."""
+    """Return the name of a weight in a module with adapters."""
     return name.removesuffix(".weight") + ".base_layer.weight"
 
 
@@ -66,7 +66,7 @@ def _adapter_name(weight: str, letter: str) -> str:
 def adapter_parts(
     layout: ParallelLayout, config: ModelConfig, files: Mapping[str, TensorFile]
 ) -> dict[str, list[FilePart]]:
-    """The parts of all adapters in a checkpoint, by the name of A or B in the whole model."""
+    """Return the parts of all adapters in a checkpoint, by the name of A or B in the whole model."""
     table: dict[str, list[FilePart]] = {}
     for weight, parts in layout.parts(config).items():
         for letter in "AB":
@@ -77,10 +77,10 @@ def adapter_parts(
 
 
 def whole(name: str, parts: list[FilePart], files: Mapping[str, TensorFile], tp: int) -> Lazy:
-    """A or B of the whole model, from its parts.
+    """Assemble A or B of the whole model from its parts.
 
     Raises:
-        UserError: copies of it differ.
+        UserError: copies of a part differ.
     """
     weight, letter = re.sub(r"\.lora_[AB]\.default", "", name), name[-len("A.default.weight")]
     column_parallel = weight.split(".")[-2] in ("linear_qkv", "linear_fc1")
@@ -99,7 +99,7 @@ def whole(name: str, parts: list[FilePart], files: Mapping[str, TensorFile], tp:
 
 
 def shards(name: str, parts: list[FilePart], is_cut: bool, read: Callable[[FilePart], Tensor]) -> list[Tensor]:
-    """Read the shards of a tensor, by tensor-parallel rank; one shard if the tensor is not cut.
+    """Read the shards of a tensor, by tensor-parallel rank. One shard if the tensor is not split.
 
     Raises:
         UserError: copies of a shard differ.
@@ -115,10 +115,10 @@ def shards(name: str, parts: list[FilePart], is_cut: bool, read: Callable[[FileP
 
 
 def adapters_of(source: Source) -> dict[str, Adapter]:
-    """The adapters of a source, by the name of the weight.
+    """Return the adapters of a source, by the name of the weight.
 
     Raises:
-        UserError: one has an A and no B, or the other way round.
+        UserError: an adapter has only one of A and B.
     """
     found: dict[str, dict[str, Lazy]] = defaultdict(dict)
     for name, tensor in source.adapters.items():
@@ -126,12 +126,12 @@ def adapters_of(source: Source) -> dict[str, Adapter]:
         found[weight][letter] = tensor
     incomplete = [weight for weight, pair in found.items() if len(pair) != 2]
     if incomplete:
-        raise UserError(f"{source.path}: {incomplete[0]} has one of lora_A and lora_B, expected both")
+        raise UserError(f"{source.path}: {incomplete[0]} has only one of lora_A and lora_B, expected both")
     return {weight: Adapter(pair["A"], pair["B"]) for weight, pair in found.items()}
 
 
 def only_adapters(files: Mapping[str, TensorFile]) -> dict[str, TensorFile]:
-    """The same files, as if they held nothing but adapters."""
+    """Return the same files with only the adapters in them."""
 
     def keep(entries: Mapping[str, Entry]) -> dict[str, Entry]:
         return {name: entry for name, entry in entries.items() if ".lora_" in name}
@@ -143,13 +143,13 @@ def only_adapters(files: Mapping[str, TensorFile]) -> dict[str, TensorFile]:
 
 
 def open_minimind_adapter(path: Path, base: Source) -> tuple[dict[str, Lazy], TensorFile]:
-    """MiniMind's LoRA `.pth` as adapters of the whole megatron-core model.
+    """Open a LoRA `.pth` of MiniMind as adapters of the whole megatron-core model.
 
-    q, k and v share a weight there, and so an A: that of one of them, or all of them one below the other,
-    each with its own columns of B.
+    In megatron-core q, k and v share a weight, and therefore one A: the A of the only one that has an adapter, or all
+    A stacked, each with its own columns of B.
 
     Raises:
-        UserError: damaged, or adapters of another model.
+        UserError: the file is damaged, or has adapters of another model.
     """
     archive = read_archive(path)
     if not isinstance(archive.content, dict):
@@ -169,14 +169,14 @@ def open_minimind_adapter(path: Path, base: Source) -> tuple[dict[str, Lazy], Te
     for weight in pairs:
         rule = rules.get(weight)
         if rule is None or len(pairs[weight]) != 2 or not rule.mcore:
-            raise UserError(f"{path}: {weight} is no weight of {base.path}, or lacks one of A and B")
+            raise UserError(f"{path}: {weight} is not a weight of {base.path}, or lacks A or B")
         if _adapter_name(rule.mcore[0], "A") not in tensors:
             tensors |= _combined(path, rule, file, pairs)
     return tensors, file
 
 
 def _combined(path: Path, rule: Rule, file: TensorFile, pairs: Mapping[str, Mapping[str, str]]) -> dict[str, Lazy]:
-    """A and B of the one megatron-core tensor of a rule, from those of its inputs that have adapters."""
+    """Combine the adapters of a rule's inputs to A and B of its megatron-core tensor."""
     present = [(i, pairs[name]) for i, name in enumerate(rule.hf) if name in pairs]
     joins_rows = isinstance(rule, QKV) or (isinstance(rule, Concat) and rule.axis == 0)
     if len(rule.hf) > 1 and not joins_rows:
@@ -211,12 +211,12 @@ def _combined(path: Path, rule: Rule, file: TensorFile, pairs: Mapping[str, Mapp
 
 
 def scale_of(source: Source, rank: int | None, alpha: float | None) -> tuple[int, float]:
-    """Rank and alpha of the adapters: the rank from their shapes, alpha from the checkpoint or the command line.
+    """Return rank and alpha of the adapters: the rank from their shapes, alpha from the checkpoint or the flag.
 
     Raises:
-        UserError: what is given is not what is found, or alpha is in neither.
+        UserError: a flag contradicts the checkpoint, or alpha is in neither.
     """
-    found = min(adapter.rank for adapter in adapters_of(source).values())  # more where MiniMind's were joined
+    found = min(adapter.rank for adapter in adapters_of(source).values())  # combined adapters of MiniMind have more
     if rank not in (None, found):
         raise UserError(f"--lora-r {rank}: the adapters have rank {found}")
     known = source.training.lora_alpha
@@ -229,10 +229,10 @@ def scale_of(source: Source, rank: int | None, alpha: float | None) -> tuple[int
 
 
 def require_modules(source: Source, modules: tuple[str, ...]) -> Source:
-    """See that the adapters are those of `--lora-target-modules`, if it is given.
+    """Check that the adapters belong to `--lora-target-modules`, if given.
 
     Raises:
-        UserError: they are not.
+        UserError: they belong to other modules.
     """
     if not modules:
         return source
@@ -241,13 +241,13 @@ def require_modules(source: Source, modules: tuple[str, ...]) -> Source:
     if missing or len(kept) < len(source.adapters):
         found = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in source.adapters})
         raise UserError(
-            f"--lora-target-modules {' '.join(modules)}: the adapters are of {' '.join(found)}; name these, or none"
+            f"--lora-target-modules {' '.join(modules)}: the adapters belong to {' '.join(found)}; name these, or none"
         )
     return source
 
 
 def merge(source: Source, rank: int | None, alpha: float | None) -> Source:
-    """With the adapters added to the weights, in fp32, and none left.
+    """Return the source with the adapters added to the weights in fp32.
 
     Raises:
         UserError: see `scale_of`; or an adapter does not fit its weight.

@@ -1,4 +1,4 @@
-"""Megatron checkpoints of format `torch`, at any parallel layout: MindSpeed-LLM's, its converter's, ours.
+"""Megatron checkpoints of format `torch` in any parallel layout, from this kit, MindSpeed-LLM or its converters.
 
 checkpoint/latest_checkpointed_iteration.txt
            iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt     args, model (or model0, model1, ...)
@@ -26,7 +26,7 @@ from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig, MoEConfig, named_router_weight
 
 Shapes = Mapping[str, tuple[int, ...]]
-# What no shape tells; MindSpeed-LLM's converter names some otherwise or leaves them out.
+# Settings that shapes do not determine. MindSpeed-LLM's converter uses other names for some or leaves them out.
 _SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("num_heads", ("num_attention_heads",)),
     ("num_kv_heads", ("num_query_groups", "num_attention_heads")),
@@ -43,17 +43,17 @@ def model_config(
     shapes: Shapes,
     given: ModelConfig | None,
 ) -> ModelConfig:
-    """The architecture.
+    """Return the architecture of a checkpoint.
 
     Args:
-        directory: for messages.
-        args: of the checkpoint.
-        layout: its layout.
-        shapes: of tensors of its files, by name.
-        given: where the arguments may be incomplete, the architecture that they belong to.
+        directory: the checkpoint, for messages.
+        args: arguments in the checkpoint.
+        layout: layout of the checkpoint.
+        shapes: shapes of the tensors in its files, by name.
+        given: the architecture, for values that the arguments lack.
 
     Raises:
-        UserError: something is neither in the arguments nor given, or they contradict each other.
+        UserError: a value is neither in the arguments nor given, or the two contradict each other.
     """
     rows = _size(directory, shapes, weights.EMBEDDING, 0) * layout.tp
     if given is not None:
@@ -65,7 +65,7 @@ def model_config(
     dense = _shape(shapes, ".mlp.linear_fc1.weight")
     ffn = dense[0] * layout.tp // 2 if dense else None
     width = getattr(args, "moe_ffn_hidden_size", None) or getattr(args, "moe_intermediate_size", None)
-    # grouped experts have one shape for all, and the number is known
+    # Grouped experts have one shape for all of them, and their number is known.
     expert = _shape(shapes, ".local_experts.0.linear_fc1.weight")
     width = expert[0] * layout.tp // 2 if expert else width
     return ModelConfig(
@@ -102,11 +102,11 @@ def _experts(
 
 
 def _compare(directory: Path, args: argparse.Namespace, layout: ParallelLayout, given: ModelConfig) -> None:
-    """Refuse a config that is not this checkpoint's; what shapes tell is compared later, tensor by tensor."""
+    """Check a given config against the checkpoint's arguments. Shapes are compared later, tensor by tensor."""
     expected: dict[str, Any] = {names[0]: getattr(given, name) for name, names in _SETTINGS[:4]}
-    expected |= {"num_layers": layout.places(given), "kv_channels": given.head_dim}
+    expected |= {"num_layers": layout.megatron_layers(given), "kv_channels": given.head_dim}
     expected["untie_embeddings_and_output_weights"] = not given.tie_embeddings
-    expected["inference_rope_scaling"] = given.inference_rope_scaling  # of converted checkpoints; training says nothing
+    expected["inference_rope_scaling"] = given.inference_rope_scaling  # only converters store this value
     if given.moe:
         expected |= {"num_experts": given.moe.num_experts, "moe_router_topk": given.moe.topk}
     for name, value in expected.items():
@@ -133,7 +133,7 @@ def _shape(shapes: Shapes, ending: str) -> tuple[int, ...] | None:
 def _size(directory: Path, shapes: Shapes, ending: str, axis: int) -> int:
     shape = _shape(shapes, ending)
     if shape is None:
-        raise UserError(f"{directory}: no {ending} in it: not a checkpoint of a language model")
+        raise UserError(f"{directory}: found no {ending}: not a checkpoint of a language model")
     return shape[axis]
 
 
@@ -144,11 +144,11 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
     """Open the checkpoint of one iteration.
 
     Args:
-        directory: with `mp_rank_*` in it.
-        config: the architecture, for what the checkpoint's arguments do not say.
+        directory: directory with `mp_rank_*`.
+        config: the architecture, for values that the checkpoint's arguments lack.
 
     Raises:
-        UserError: a file is missing or damaged, or its tensors are not those of the model.
+        UserError: a file is missing or damaged, or the tensors do not match the model.
     """
     first, args, layout, files = _open(directory)
     found = {lora.without_base_layer(n): e.shape for file in files.values() for n, e in file.entries.items()}
@@ -171,10 +171,10 @@ def open_megatron(directory: Path, config: ModelConfig | None = None) -> Source:
 
 
 def open_adapters(directory: Path, base: Source) -> Source:
-    """The base with the adapters of another checkpoint, at whatever layout that has.
+    """Return the base with the adapters of another checkpoint, saved in any layout.
 
     Raises:
-        UserError: damaged, without adapters, or with those of another model.
+        UserError: the checkpoint is damaged, has no adapters, or has adapters of another model.
     """
     first, args, layout, opened = _open(directory)
     files = lora.only_adapters(opened)
@@ -190,13 +190,13 @@ def open_adapters(directory: Path, base: Source) -> Source:
 
 
 def _open(directory: Path) -> tuple[Archive, argparse.Namespace, ParallelLayout, dict[str, TensorFile]]:
-    """The file of the first rank, what it says of the run, and the tensors of every rank by folder."""
+    """Return the file of the first rank, its arguments, its layout, and the tensors of every rank by folder."""
     first = read_archive(sorted(directory.glob("mp_rank_*"))[0] / NAME)
     args, model = args_in(first), first.content.get("model")
     if isinstance(model, dict) and "language_model" in model:
         raise UserError(
             f"{first.path}: a Megatron-legacy checkpoint (language_model): only mcore checkpoints are supported; "
-            "convert it with the tools it was made with"
+            "convert it with the tools of its source"
         )
     layout = ParallelLayout.from_args(args)
     folders = _folders(directory, layout)
@@ -204,7 +204,7 @@ def _open(directory: Path) -> tuple[Archive, argparse.Namespace, ParallelLayout,
 
 
 def _folders(directory: Path, layout: ParallelLayout) -> list[str]:
-    """The folders of all ranks, which must be those that are there."""
+    """Return the folders of all ranks, and check that the directory has exactly these."""
     expected = layout.folders()
     found = {p.name for p in directory.glob("mp_rank_*")}
     missing = [name for name in expected if not (directory / name / NAME).is_file()]
@@ -219,7 +219,7 @@ def _tensors(archive: Archive) -> TensorFile:
     state: dict[str, StoredTensor] = {}
     for key, chunk in archive.content.items():
         if key.removeprefix("model").isdigit() or key == "model":
-            # Transformer Engine's, without meaning here
+            # Transformer Engine's extra state is not needed
             state |= {f"{key}/{name}": value for name, value in chunk.items() if not name.endswith("_extra_state")}
     return archive.tensors(state)
 
@@ -227,12 +227,12 @@ def _tensors(archive: Archive) -> TensorFile:
 def _account(
     directory: Path, parts: Mapping[str, list[FilePart]], adapters: Mapping[str, list[FilePart]], files: Files
 ) -> None:
-    """Every tensor of every file must be a part of a tensor of the model, and every part must be there."""
+    """Check that the files hold exactly the parts of the model's tensors."""
     expected: dict[str, set[str]] = defaultdict(set)
     for part in (part for table in (parts, adapters) for found in table.values() for part in found):
         expected[part.folder].add(f"{part.chunk}/{part.name}")
     for folder, file in files.items():
-        # with adapters Megatron's LoRA puts the weight itself a level lower
+        # In modules with adapters the weight is one level deeper.
         renamed = {lora.without_base_layer(name) for name in file.entries}
         problems = []
         for kind, names in (("missing", expected[folder] - renamed), ("unknown", renamed - expected[folder])):
@@ -243,7 +243,7 @@ def _account(
 
 
 def _whole(name: str, shape: tuple[int, ...], parts: list[FilePart], files: Files, tp: int) -> Lazy:
-    """A tensor of the whole model, from its parts."""
+    """Assemble a tensor of the whole model from its parts."""
     dtypes = {files[part.folder].entries[_stored_name(files, part)].dtype for part in parts}
     if len(dtypes) > 1:
         raise UserError(f"{name}: its parts have dtypes {', '.join(map(str, dtypes))}, expected one")
@@ -259,10 +259,10 @@ def _whole(name: str, shape: tuple[int, ...], parts: list[FilePart], files: File
 
 
 def read_part(files: Files, part: FilePart, expected: tuple[int, ...]) -> Tensor:
-    """A part as its file has it.
+    """Read a part in the form that its file stores.
 
     Raises:
-        UserError: it has another shape.
+        UserError: the part has another shape.
     """
     file, name = files[part.folder], _stored_name(files, part)
     found = file.entries[name].shape
@@ -279,13 +279,13 @@ def _stored_name(files: Files, part: FilePart) -> str:
 
 
 def training_of(args: argparse.Namespace, content: Mapping[str, Any]) -> Training:
-    """What a checkpoint with these arguments says of its training."""
+    """Return the training facts in the arguments and the contents of a checkpoint."""
 
     def text(name: str) -> str | None:
         value = getattr(args, name, None)
         return value if isinstance(value, str) else None
 
-    # every command line has an alpha; it was used where modules are named
+    # Every command line has an alpha. It was used only if modules are named.
     alpha = getattr(args, "lora_alpha", None) if getattr(args, "lora_target_modules", None) else None
     return Training(
         iteration=content["iteration"] if isinstance(content.get("iteration"), int) else 1,

@@ -1,7 +1,7 @@
-"""Megatron checkpoints of format `torch_dist`: megatron-core's, which load into any layout.
+"""Megatron checkpoints of format `torch_dist`: megatron-core's distributed format, which loads into any layout.
 
-A tensor there is the whole model's, those of all layers stacked, in chunks by the ranks that saved it. Reading
-takes each chunk from its place; writing goes through megatron-core, so that the whole model is in memory.
+A tensor in the checkpoint belongs to the whole model, with all layers stacked, in chunks by the ranks that saved it.
+Reading maps each chunk from its file. Writing goes through megatron-core, so the whole model must fit in memory.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 
 
 def save(state: dict[str, Any], directory: Path, **options: Any) -> None:
-    """Let megatron-core write a checkpoint; the options are those of its `save`. Collective."""
+    """Write a checkpoint with megatron-core. The options are passed to its `save`. Collective."""
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
 
     patches.report_in_this_process()
     try:
         dist_checkpointing.save(state, str(directory), **options)
-    except CheckpointException as error:  # no Exception, but a BaseException
+    except CheckpointException as error:  # derives from BaseException, not from Exception
         raise RuntimeError(str(error)) from error
 
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
-    """The tensor of a checkpoint that holds one of the whole model, and its place along the first axes.
+    """Return the stacked tensor of the checkpoint that holds a tensor of the model, and its index in the first axes.
 
-    `decoder.layers.3.mlp.linear_fc2.weight` is number 3 of `decoder.layers.mlp.linear_fc2.weight`; experts are
+    `decoder.layers.3.mlp.linear_fc2.weight` is number 3 of `decoder.layers.mlp.linear_fc2.weight`. Experts are
     stacked by layer, then by number (megatron-core 0.16.1, SequentialMLP.sharded_state_dict).
     """
     if match := _EXPERT.match(name):
@@ -59,7 +59,7 @@ def stacked(name: str) -> tuple[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a stacked tensor: where it lies in it, and under which name in which file."""
+    """A part of a stacked tensor: its position in the tensor, and its name and file."""
 
     offsets: Shape
     sizes: Shape
@@ -71,11 +71,11 @@ def open_megatron_dist(directory: Path, config: ModelConfig | None = None) -> So
     """Open the checkpoint of one iteration.
 
     Args:
-        directory: with `.metadata` in it.
-        config: the architecture, for what the checkpoint's arguments do not say.
+        directory: directory with `.metadata`.
+        config: the architecture, for values that the checkpoint's arguments lack.
 
     Raises:
-        UserError: a file is missing or damaged, or its tensors are not those of the model.
+        UserError: a file is missing or damaged, or the tensors do not match the model.
     """
     sizes, chunks, files = _chunks(directory)
     common = read_archive(directory / "common.pt").content
@@ -104,7 +104,7 @@ def open_megatron_dist(directory: Path, config: ModelConfig | None = None) -> So
 
 
 def _chunks(directory: Path) -> tuple[dict[str, Shape], dict[str, list[Chunk]], tuple[TensorFile, ...]]:
-    """Sizes of the stacked tensors, their chunks, and the files with these."""
+    """Return the sizes of the stacked tensors, their chunks, and the files."""
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
     if not (directory / ".metadata").is_file():

@@ -1,15 +1,16 @@
-"""`.pth` files of MiniMind's trainer, of every generation: the architecture is told from names and shapes.
+"""`.pth` files of MiniMind's trainer, of every generation. The architecture is inferred from names and shapes.
 
-| names                                | generation                              | told how               |
+| names                                | generation                              | inferred from          |
 |--------------------------------------|-----------------------------------------|------------------------|
 | `layers.N.attention.wq`              | v1 (2024-08 to 2025-01)                 | 2 query heads a key head |
 |                                      | the first MiniMind2 (2025-02 to 2025-04)| 4 query heads a key head |
 | `model.layers.N.self_attn.q_proj`    | MiniMind2                               | no `q_norm`            |
 |                                      | minimind-3                              | `q_norm`               |
 
-What shapes do not tell (the number of heads without `q_norm`, eps, rotary base, experts per token) is assumed to be the
-generation's and listed in `Source.assumptions`; a config.json or flags replace it. Source: jingyaogong/minimind,
-model/ and trainer/trainer_utils.py, and their history.
+Settings that shapes do not determine (the number of heads without `q_norm`, eps, rotary base, experts per token) get
+the
+generation's values, and are listed in `Source.assumptions`. A config.json or flags replace them. Source:
+jingyaogong/minimind, model/ and trainer/trainer_utils.py, and their history.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from minimind_mcore.checkpoint.torch_zip import Archive, StoredTensor, read_arch
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import ModelConfig, MoEConfig
 
-# what torch.compile and DistributedDataParallel put before names
+# Prefixes that torch.compile and DistributedDataParallel add to names
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the shapes of a generation's weights do not tell."""
+    """The settings of a generation that the shapes of its weights do not determine."""
 
     name: str
     rope_theta: int
@@ -53,20 +54,20 @@ MINIMIND3 = Generation("minimind-3", 1_000_000, 32768, 1e-6, topk=1, load_balanc
 
 
 def is_pth(path: Path) -> bool:
-    """Whether it is a file, as MiniMind's weights are."""
+    """Return whether a path is a file, as MiniMind's weights are."""
     return path.is_file()
 
 
 def open_pth(path: Path, config: ModelConfig | None = None, stated: Mapping[str, object] | None = None) -> Source:
-    """Open a file of weights, or one of those that MiniMind resumes from.
+    """Open a weights file, or a resume file, of MiniMind's trainer.
 
     Args:
         path: the file.
-        config: the architecture, in place of what names and shapes tell.
-        stated: single values in place of those that are assumed, by field; see `assumptions.FLAGS`.
+        config: the architecture, instead of the inferred one.
+        stated: single values by field, instead of the assumed ones; see `assumptions.FLAGS`.
 
     Raises:
-        UserError: damaged, not a MiniMind's weights, or `config` is another model's.
+        UserError: the file is damaged, is not a MiniMind's, or contradicts `config`.
     """
     archive = read_archive(path)
     file = _state_file(archive)
@@ -98,7 +99,7 @@ def _state_file(archive: Archive) -> TensorFile:
 
 
 def legacy_to_today(name: str) -> str:
-    """Today's name of a tensor, whatever the generation, for reading shapes; see `weights.legacy_name`."""
+    """Return today's name of a tensor of any generation, for reading shapes. See `weights.legacy_name`."""
     for pattern, replacement in (
         (r"^tok_embeddings\.", "model.embed_tokens."),
         (r"^output\.", "lm_head."),
@@ -113,10 +114,10 @@ def legacy_to_today(name: str) -> str:
 
 
 def generation_of(path: Path, file: TensorFile, shapes: Mapping[str, Shape]) -> Generation:
-    """The generation, by the table above.
+    """Return the generation by the module's table.
 
     Raises:
-        UserError: none of them.
+        UserError: the names fit no generation.
     """
     first = "model.layers.0.self_attn."
     try:
@@ -133,16 +134,16 @@ def generation_of(path: Path, file: TensorFile, shapes: Mapping[str, Shape]) -> 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the tensors of a file determine.
+    """The sizes that the tensors of a file determine.
 
     Attributes:
         query_rows: num_heads x head_dim.
         key_rows: num_kv_heads x head_dim.
-        head_dim: None where no norm of queries tells it.
-        ffn_hidden_size: of the dense MLP, or of an expert.
-        num_experts: 0 for a dense model.
-        shared_ffn_hidden_size: of all shared experts together.
-        tied: whether the output layer is the embedding; None: both are there with equal values.
+        head_dim: head size. None without a norm of the queries.
+        ffn_hidden_size: hidden size of the dense MLP, or of one expert.
+        num_experts: number of experts, 0 for a dense model.
+        shared_ffn_hidden_size: hidden size of all shared experts together.
+        tied: whether the output layer is tied to the embedding. None: both are stored, with equal values.
     """
 
     vocab_size: int
@@ -158,7 +159,7 @@ class Sizes:
 
     @classmethod
     def of(cls, path: Path, shapes: Mapping[str, Shape], tied: bool | None) -> Sizes:
-        """Read them from the shapes, by today's names.
+        """Read the sizes from the shapes, by today's names.
 
         Raises:
             UserError: a tensor is missing.
@@ -187,10 +188,10 @@ class Sizes:
         )
 
     def require(self, path: Path, config: ModelConfig) -> None:
-        """Compare them with a config that is given.
+        """Check the sizes against a given config.
 
         Raises:
-            UserError: names the values that differ.
+            UserError: they differ. The message names the values.
         """
         moe = config.moe
         given = {
@@ -218,7 +219,7 @@ class Sizes:
         ]
         if differ:
             raise UserError(
-                f"{path}: contradicts the config that is given: {'; '.join(differ)}. Give the config.json of this "
+                f"{path}: contradicts the given config: {'; '.join(differ)}. Give the config.json of this "
                 "model (--hf-cfg-dir) or its model flags"
             )
 
@@ -226,13 +227,13 @@ class Sizes:
 def architecture(
     path: Path, sizes: Sizes, generation: Generation, stated: Mapping[str, object]
 ) -> tuple[ModelConfig, tuple[Assumption, ...]]:
-    """Return the architecture of weights of a generation, and what of it is assumed.
+    """Return the architecture for the weights of a generation, and the values in it that are assumed.
 
     Args:
-        path: for messages.
-        sizes: what the tensors determine.
-        generation: for what they do not.
-        stated: values that replace the generation's; others are compared with the result by the caller.
+        path: the file, for messages.
+        sizes: sizes from the tensors.
+        generation: supplies the other values.
+        stated: values that replace the generation's. The caller compares the others with the result.
 
     Raises:
         UserError: the shapes fit no such model.
@@ -250,7 +251,7 @@ def architecture(
             "aux_loss_coeff": generation.aux_loss_coeff,
         }
     values: dict[str, Any] = open_values | {name: value for name, value in stated.items() if name in open_values}
-    if sizes.num_experts and "router_weight" in stated:  # says both
+    if sizes.num_experts and "router_weight" in stated:  # router_weight sets two fields
         del open_values["norm_topk_prob"]
         values["norm_topk_prob"] = values["router_weight"] != "softmax"
     elif sizes.num_experts and not values["norm_topk_prob"]:
@@ -289,9 +290,10 @@ def architecture(
 
 
 def _is_tied(archive: Archive, file: TensorFile, shapes: Mapping[str, Shape]) -> bool | None:
-    """Whether the output layer is the embedding; None where both have equal values, which an untied model may have too.
+    """Return whether the output layer is tied. None if both tensors are equal, which can also be true of an untied
+    model.
 
-    MiniMind's files hold both tensors, of tied models too.
+    MiniMind's files store both tensors even for tied models.
     """
     if "lm_head.weight" not in shapes:
         return True
@@ -302,5 +304,5 @@ def _is_tied(archive: Archive, file: TensorFile, shapes: Mapping[str, Shape]) ->
         return True
     if first.shape != second.shape:
         return False
-    probe = TensorFile(archive.path, {embedding: first, output: second})  # does not count as reading
+    probe = TensorFile(archive.path, {embedding: first, output: second})  # separate, so that its reads are not counted
     return None if bool((probe.read(embedding) == probe.read(output)).all()) else False

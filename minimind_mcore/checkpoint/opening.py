@@ -1,4 +1,4 @@
-"""Open whatever it is: the format is told from what is there."""
+"""Open a model of any format. The format is inferred from the files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from minimind_mcore.models.config import ModelConfig
 
 
 def open_source(path: Path, config: ModelConfig | None = None, stated: Mapping[str, object] | None = None) -> Source:
-    """Open a model: a directory of transformers or MiniMind, a `.pth`, a Megatron checkpoint.
+    """Open a model: a Hugging Face or MiniMind directory, a `.pth` file, or a Megatron checkpoint.
 
     Args:
         path: file or directory.
-        config: the architecture, for formats that do not tell all of it.
-        stated: values of the architecture by field, in place of those that would be assumed for a `.pth` file.
+        config: the architecture, for formats that store only part of it.
+        stated: values of the architecture by field, instead of the assumed values of a `.pth` file.
 
     Raises:
-        UserError: there is nothing, or something else, or it is damaged; or it contradicts `config`.
+        UserError: the path does not exist, is not a model, is damaged, or contradicts `config`.
     """
     with naming(path):
         return _open(path, config, stated)

@@ -7,12 +7,12 @@ The padded model computes the same function. With head size d before and D after
 - The rotary pair (i, i + d/2) of a head moves to (i, i + D/2). The new rows of q, k and v and the new columns of the
   output projection are zero.
 - The base of the rotary embedding becomes theta^(D/d), so that pair i keeps its frequency theta^(-2i/d).
-- Attention divides by sqrt(D) instead of sqrt(d). The queries are multiplied by sqrt(D/d) to make up for that.
-- A norm of queries and keys takes the mean over D values, of which D - d are zero: its result is sqrt(D/d) times as
-  large. For the queries this is the wanted factor; for the keys the weight of the norm is multiplied by sqrt(d/D).
+- Attention divides by sqrt(D) instead of sqrt(d). The queries are multiplied by sqrt(D/d) to compensate.
+- A norm of queries and keys averages over D values, of which D - d are zero, so its result is larger by sqrt(D/d).
+  The queries need that factor. For the keys the weight of the norm is multiplied by sqrt(d/D) to remove the factor.
   Epsilon counts D/d times as much, which is below the rounding of float32.
 
-A partial rotary factor is not a way: transformers ignores it for Llama and Qwen3.
+A partial rotary factor would be simpler, but transformers ignores it for Llama and Qwen3.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def pad_heads(source: Source, head_dim: int) -> Source:
 
 
 def padded_config(config: ModelConfig, head_dim: int) -> ModelConfig:
-    """The architecture with padded heads.
+    """Return the architecture with padded heads.
 
     Raises:
         UserError: the heads cannot be padded to that size.
@@ -68,12 +68,12 @@ def padded_config(config: ModelConfig, head_dim: int) -> ModelConfig:
     if head_dim <= found:
         raise UserError(f"{flag}: the model's heads have size {found}, expected a larger size; leave the flag out")
     if head_dim % 2:
-        raise UserError(f"{flag}: expected an even number (RoPE rotates pairs)")
+        raise UserError(f"{flag}: expected an even number, because RoPE rotates pairs")
     base = config.rope_theta ** (head_dim / found) if head_dim < 64 * found else math.inf
     if base > torch.finfo(torch.float32).max:
         raise UserError(
-            f"{flag}: rope_theta {config.rope_theta} of heads of size {found} would become {base:.3g}, which is more "
-            "than float32 holds; pad to a smaller size"
+            f"{flag}: rope_theta {config.rope_theta} of heads of size {found} would become {base:.3g}, which exceeds "
+            "float32; pad to a smaller size"
         )
     padded = config.replace(head_dim=head_dim, unpadded_head_dim=found)
     if config.inference_rope_scaling and (
@@ -92,7 +92,7 @@ def _pad(tensor: Tensor, config: ModelConfig, head_dim: int, axis: int) -> Tenso
 
 
 def _scaled_queries(rows: Tensor, config: ModelConfig, head_dim: int) -> Tensor:
-    """The rows of q, k and v, those of q multiplied where no norm does it."""
+    """Scale the query rows of q, k and v by sqrt(D/d), unless a norm of the queries does."""
     if config.qk_layernorm:
         return rows
     groups = rows.reshape(config.num_kv_heads, -1, config.head_dim, rows.shape[-1])  # query heads, key, value

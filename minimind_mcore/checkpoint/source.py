@@ -1,4 +1,4 @@
-"""What a conversion reads from: a table of lazy tensors, and changes to it that stay lazy."""
+"""The input of a conversion: a table of lazy tensors, and lazy changes to it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from minimind_mcore.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Lazy(Slot):
-    """A tensor that is read when asked for."""
+    """A tensor that is read on demand."""
 
     read: Callable[[], Tensor]
 
     def map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> Lazy:
-        """The same with values changed, and perhaps the shape."""
+        """Return a lazy tensor whose values, and possibly shape, are changed."""
         return Lazy(self.shape if shape is None else shape, self.dtype, lambda: change(self.read()))
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a checkpoint says of the training that it comes from.
+    """Facts about the training that a checkpoint comes from.
 
     Attributes:
-        iteration: of the checkpoint; a converter's says 1, as MindSpeed-LLM's do.
-        consumed_samples: that the training had seen.
-        tokenizer: its directory, if it is named.
-        fingerprint: of that tokenizer.
-        lora_alpha: of its adapters, if any.
+        iteration: iteration of the checkpoint. A converter writes 1, as MindSpeed-LLM's do.
+        consumed_samples: number of samples that the training has read.
+        tokenizer: directory of the tokenizer, if stored.
+        fingerprint: fingerprint of that tokenizer.
+        lora_alpha: alpha of the adapters, if any.
     """
 
     iteration: int = 1
@@ -48,7 +48,7 @@ class Training:
     lora_alpha: float | None = None
 
     def replace(self, **changes: object) -> Training:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -57,18 +57,18 @@ class Source:
     """A model in files.
 
     Attributes:
-        path: what was opened.
-        kind: for people: "Hugging Face qwen3", "Megatron torch, TP=2 PP=1 EP=1".
-        config: the architecture; its vocabulary is that of the tensors.
-        tensors: the whole megatron-core model, in its order.
-        files: all tensor files that belong to it.
-        checks: what must hold of tensors that are read and that the model has not.
-        layout: of a Megatron checkpoint of format `torch`.
-        training: what it knows of its training.
-        folder: where its config and tokenizer may lie.
-        adapters: tensors of LoRA adapters by whole name, not yet part of the weights.
-        assumptions: values of the config that the tensors do not determine and that nothing states.
-        as_stored: whether the tensors are those of the files, and not cast, merged or resized.
+        path: path that was opened.
+        kind: format for messages: "Hugging Face qwen3", "Megatron torch, TP=2 PP=1 EP=1".
+        config: the architecture. Its vocab size is the number of rows of the tensors.
+        tensors: tensors of the whole megatron-core model, in its order.
+        files: all tensor files of the model.
+        checks: checks of tensors that are read but are not part of the model.
+        layout: layout of a Megatron checkpoint of format `torch`.
+        training: facts about the training.
+        folder: directory that may contain config and tokenizer.
+        adapters: tensors of unmerged LoRA adapters, by whole name.
+        assumptions: values of the config that neither tensors nor flags determine.
+        as_stored: the tensors equal those in the files: not cast, merged or resized.
     """
 
     path: Path
@@ -86,25 +86,25 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor, the embedding; it is that of (nearly) all."""
+        """The dtype of the first tensor, the embedding. (Nearly) all tensors have the same."""
         return next(iter(self.tensors.values())).dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole model."""
+        """The size of the whole model in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def unread(self) -> list[str]:
-        """Tensors of the files of which a byte was not read, or was read twice."""
+        """Return the names of tensors with a byte that was not read, or was read twice."""
         return [f"{file.path.name}: {name}" for file in self.files for name in file.unread()]
 
     def replace(self, **changes: object) -> Source:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def cast(source: Source, dtype: torch.dtype) -> Source:
-    """With every tensor of that dtype."""
+    """Return the source with every tensor cast to a dtype."""
 
     def to(tensor: Lazy) -> Lazy:
         return Lazy(tensor.shape, dtype, lambda: tensor.read().to(dtype))
@@ -114,7 +114,7 @@ def cast(source: Source, dtype: torch.dtype) -> Source:
 
 
 def resize_vocabulary(source: Source, rows: int) -> Source:
-    """With so many rows in the embedding and the output layer: zeros are added at the end, or rows left out.
+    """Return the source with `rows` rows in embedding and output layer: padded with zeros, or cut.
 
     Raises:
         UserError: `rows` is not a positive number.
@@ -139,5 +139,5 @@ def resize_vocabulary(source: Source, rows: int) -> Source:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise a `UserError` if a value is NaN or infinite."""
-    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN goes through both
-        raise UserError(f"{name}: NaN or infinity among its values (in {tensor.dtype}): not usable weights")
+    if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # aminmax propagates NaN
+        raise UserError(f"{name}: has NaN or infinite values (in {tensor.dtype}): not usable weights")

@@ -1,12 +1,12 @@
-"""Files of tensors: mapped for reading, laid out in advance for writing, every byte counted.
+"""Tensor files: memory-mapped for reading, preallocated for writing, with every byte accounted for.
 
-file = open_tensors(path)                      # .safetensors, or what torch.save writes
-tensor = file.read("model.norm.weight")        # maps just these bytes
-file.unread()                                  # names of which not every byte was read once
+file = open_tensors(path)                      # .safetensors, or a file of torch.save
+tensor = file.read("model.norm.weight")        # maps only these bytes
+file.unread()                                  # names of tensors that were not read exactly once
 
 with create_safetensors(path, slots) as writer:
     writer.write("model.norm.weight", tensor)
-    writer.hash_written()                      # whenever one likes: what is complete from the beginning on
+    writer.hash_written()                      # at any time: hashes the complete prefix of the file
     writer.close()                             # {"bytes": ..., "sha256": ...}
 """
 
@@ -33,35 +33,35 @@ from minimind_mcore.storage import FileEntry, disk_errors
 
 Shape = tuple[int, ...]
 HASHED_AT_ONCE = 1 << 19  # small enough to stay in a core's cache
-# A larger write has Linux look for as large a piece of free memory to put it in, which on virtual machines is
-# mostly what the host has taken back: ten times the CPU time.
+# For a larger write Linux looks for an equally large piece of free memory. On virtual machines the host has usually
+# reclaimed that memory, and the write takes ten times the CPU time.
 WRITTEN_AT_ONCE = 1 << 16
 
-# https://github.com/huggingface/safetensors: the dtypes that weights come in
+# The weight dtypes of https://github.com/huggingface/safetensors
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Shape and dtype of a tensor, its bytes in the order of the first axis."""
+    """Shape and dtype of a tensor, stored in row-major order."""
 
     shape: Shape
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """The size of the values in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class Entry(Slot):
-    """Where a tensor lies in a file.
+    """The location of a tensor in a file.
 
     Attributes:
-        offset: of its first byte.
-        crc: CRC-32 that the file records for its bytes, or for those of `span`; None for none.
-        span: offset and number of the bytes with that checksum, where they are more than the tensor's.
+        offset: offset of the first byte.
+        crc: CRC-32 that the file records for the tensor's bytes, or for the bytes of `span`. None: not recorded.
+        span: offset and number of the bytes that the checksum covers, if it covers more than the tensor.
     """
 
     offset: int
@@ -70,23 +70,23 @@ class Entry(Slot):
 
 
 class TensorFile:
-    """A file of tensors by name. Each read maps its own bytes, so that memory holds what is in use only."""
+    """A file of named tensors. Each read maps only its own bytes, so memory holds only tensors in use."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, dict(entries)
         self._read: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._checked: set[tuple[int, int]] = set()  # spans that several tensors share
+        self._checked: set[tuple[int, int]] = set()  # verified spans that several tensors share
         size = path.stat().st_size
         end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
         if end > size:
             raise UserError(f"{path}: truncated: {size:,} bytes, its tensors need {end:,}; get the file again")
 
     def read(self, name: str, block: int = 0, blocks: int = 1) -> Tensor:
-        """A tensor, or one of `blocks` equal parts of its bytes, flat. Writing to it does not change the file.
+        """Read a tensor, or one of `blocks` equal parts of its bytes as a flat tensor. Changes do not reach the file.
 
         Raises:
-            UserError: the bytes do not have the CRC-32 that the file records.
+            UserError: the bytes do not match the CRC-32 that the file records.
         """
         entry = self.entries[name]
         nbytes = entry.nbytes // blocks
@@ -100,7 +100,7 @@ class TensorFile:
         return tensor if blocks > 1 else tensor.view(entry.shape)
 
     def _check(self, name: str, entry: Entry) -> None:
-        """Compare the bytes of a tensor, or of the span in which it lies, with their checksum."""
+        """Compare the checksum of a tensor, or of the span that contains it."""
         span = entry.span or (entry.offset, entry.nbytes)
         with self._lock:
             if span in self._checked:
@@ -119,16 +119,16 @@ class TensorFile:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether every tensor is compared with a checksum when it is read."""
+        """Whether reading verifies a checksum of every tensor."""
         return all(entry.crc is not None for entry in self.entries.values())
 
     def unread(self) -> list[str]:
-        """Tensors of which some byte was not read, or was read twice."""
+        """Return the names of tensors with a byte that was not read, or was read twice."""
         return [name for name, entry in self.entries.items() if self._read[name] != entry.nbytes]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
+    """Return the bytes of a tensor, without a copy if the tensor is contiguous."""
     values = tensor.contiguous().view(-1).view(torch.uint8)
     return values.numpy().data  # numpy has no bfloat16
 
@@ -136,11 +136,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def open_safetensors(path: Path) -> TensorFile:
     """Open a safetensors file.
 
-    The safetensors library judges the header: it refuses offsets that overlap, leave gaps, run backwards or do not
-    fit the shapes. Only the offsets are read here, because the library does not tell them before version 0.6.
+    The safetensors library checks the header: it refuses offsets that overlap, leave gaps, decrease, or do not fit
+    the shapes. Only the offsets are parsed here, because the library does not return them before version 0.6.
 
     Raises:
-        UserError: no such file, a header that the library refuses, or a tensor of a dtype that weights cannot have.
+        UserError: the file does not exist, the library refuses its header, or a dtype cannot hold weights.
     """
     try:
         with safe_open(path, framework="numpy") as library:
@@ -157,7 +157,7 @@ def open_safetensors(path: Path) -> TensorFile:
             raise UserError(
                 f"{path}: truncated: {size:,} bytes, its header describes another number ({error}); get the file again"
             ) from error
-        raise UserError(f"{path}: truncated, or no safetensors file ({error}); get it again") from error
+        raise UserError(f"{path}: truncated, or not a safetensors file ({error}); get it again") from error
     entries = {}
     for name, (dtype, shape) in found.items():
         if dtype not in SAFETENSORS_DTYPES:
@@ -167,7 +167,7 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 def require_weights_dtype(path: Path, name: str, dtype: torch.dtype) -> None:
-    """Raise a `UserError` if a tensor has a dtype that weights cannot have: integers, complex numbers, 8-bit floats."""
+    """Raise a `UserError` if a dtype cannot hold weights: integers, complex numbers, 8-bit floats."""
     if dtype not in SAFETENSORS_DTYPES.values():
         raise _not_weights(path, name, str(dtype))
 
@@ -180,15 +180,15 @@ def _not_weights(path: Path, name: str, dtype: str) -> UserError:
 
 
 class TensorWriter:
-    """A file that is filled in tensor by tensor, each at its place, and hashed as it fills.
+    """Writes a file tensor by tensor at fixed offsets, and hashes it meanwhile.
 
     Args:
-        path: exists already where `offset`s lie behind something that is kept.
-        entries: where each tensor goes.
-        size: of the file.
+        path: the file. It already exists if the `offset`s lie after content that is kept.
+        entries: location of each tensor.
+        size: size of the file.
 
     Raises:
-        UserError: the disk has no room.
+        UserError: the disk is full.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], size: int) -> None:
@@ -199,13 +199,13 @@ class TensorWriter:
         self._to_hash = deque(sorted(entries, key=lambda name: entries[name].offset))
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with disk_errors(path):
-            os.ftruncate(self._fd, size)  # not fallocate: writing to what it reserves takes twice the time on ext4
+            os.ftruncate(self._fd, size)  # not fallocate: writing to reserved blocks takes twice the time on ext4
 
     def write(self, name: str, tensor: Tensor, block: int = 0, blocks: int = 1) -> None:
         """Write a tensor, or one of `blocks` equal parts of its bytes.
 
         Raises:
-            UserError: it has another dtype or size than its place, or the disk is full.
+            UserError: dtype or size differ from the entry, or the disk is full.
         """
         entry = self.entries[name]
         nbytes = entry.nbytes // blocks
@@ -222,7 +222,7 @@ class TensorWriter:
             self._written[name] += nbytes
 
     def unwritten(self) -> list[str]:
-        """Tensors of which some byte was not written, or was written twice."""
+        """Return the names of tensors with a byte that was not written, or was written twice."""
         return [name for name in self.entries if not self._is_written(name)]
 
     def _is_written(self, name: str) -> bool:
@@ -230,21 +230,21 @@ class TensorWriter:
 
     @property
     def can_hash(self) -> bool:
-        """Whether `hash_written` has something to do."""
+        """Whether `hash_written` has complete tensors to hash."""
         return bool(self._to_hash) and self._is_written(self._to_hash[0])
 
     def hash_written(self) -> None:
-        """Read and hash the file, from where the last call ended to the first tensor that is not there yet."""
+        """Read back and hash the file, from the end of the last call to the first incomplete tensor."""
         with self._hash_lock:
             while self.can_hash:
                 name = self._to_hash[0]
                 entry = self.entries[name]
-                self._hash(entry.offset)  # what lies before it
+                self._hash(entry.offset)  # the bytes before the tensor
                 self._hash(entry.offset + entry.nbytes, name)
                 self._to_hash.popleft()
 
     def _hash(self, end: int, name: str | None = None) -> None:
-        """Hash up to there; the bytes are those of that tensor."""
+        """Hash up to `end`. With `name` the bytes are that tensor's."""
         buffer = memoryview(bytearray(min(HASHED_AT_ONCE, end - self._hashed)))
         while self._hashed < end:
             count = os.preadv(self._fd, [buffer[: end - self._hashed]], self._hashed)
@@ -256,13 +256,13 @@ class TensorWriter:
                 self._passed(name, buffer[:count])
 
     def _passed(self, name: str, data: memoryview) -> None:
-        """Called with all bytes of each tensor, in order, as they are read back."""
+        """Hook that gets all bytes of each tensor, in order, as they are read back."""
 
     def _complete(self) -> None:
-        """Write what depends on all tensors; it lies behind them."""
+        """Hook that writes bytes after the tensors that depend on all of them."""
 
     def close(self) -> FileEntry:
-        """Hash the rest and make all bytes durable; returns size and SHA-256."""
+        """Hash the rest and sync the file. Return size and SHA-256."""
         with disk_errors(self.path):
             self.hash_written()
             self._complete()
@@ -287,17 +287,17 @@ class TensorWriter:
 
 
 def lay_out(slots: Mapping[str, Slot], start: int) -> Iterator[tuple[str, Entry]]:
-    """Entries of tensors one after the other from `start` on."""
+    """Yield entries of consecutive tensors, from `start` on."""
     for name, slot in slots.items():
         yield name, Entry(slot.shape, slot.dtype, start)
         start += slot.nbytes
 
 
 def create_safetensors(path: Path, slots: Mapping[str, Slot]) -> TensorWriter:
-    """A safetensors file with a place for each of these tensors, its header written.
+    """Create a safetensors file with its header and with space for the tensors.
 
     Raises:
-        UserError: the disk has no room.
+        UserError: the disk is full.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -308,7 +308,7 @@ def create_safetensors(path: Path, slots: Mapping[str, Slot]) -> TensorWriter:
             "data_offsets": [entry.offset, entry.offset + entry.nbytes],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
+    text += b" " * (-len(text) % 8)  # align the data to eight bytes
     start = 8 + len(text)
     with disk_errors(path):
         path.write_bytes(len(text).to_bytes(8, "little") + text)

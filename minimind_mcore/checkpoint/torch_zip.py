@@ -1,9 +1,8 @@
-"""The format of `torch.save`: read without executing what is in it, written with room for the tensors.
+"""The file format of `torch.save`: read without executing anything in the file, written with space for tensors.
 
-It is a zip archive, nothing compressed: `data.pkl`, a pickle in which a tensor is a call of a function
-of torch with a reference to `data/N`, its bytes. Only tensors, containers, numbers and namespaces are
-made of that pickle; another class that `unpickling` allows becomes an `Opaque` that holds nothing and runs nothing,
-and a class that it does not allow is refused.
+The file is an uncompressed zip archive. `data.pkl` is a pickle in which a tensor is a call of a torch function with a
+reference to `data/N`, its bytes. The reader builds only tensors, containers, numbers and namespaces. Other classes that
+`unpickling` allows become an `Opaque`, which holds nothing and runs nothing. All other classes are refused.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from minimind_mcore.storage import disk_errors
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that was not loaded: `storage` is the number of its record, `start` counts elements in it."""
+    """A tensor that is not loaded. `storage` is the number of its record, `start` the offset in elements."""
 
     shape: Shape
     strides: Shape
@@ -42,7 +41,7 @@ class StoredTensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether its values lie one after the other."""
+        """Whether the values are contiguous."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and stride != expected:
@@ -52,57 +51,57 @@ class StoredTensor:
 
 
 class Opaque:
-    """Stands for an object of a class that is not loaded."""
+    """Placeholder for an object of a class that is not loaded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes anything."""
+        """Accept and ignore any arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
-        """What stands for a function gives what stands for its result."""
+        """Return a placeholder for the result of a call."""
         return Opaque()
 
     def __setstate__(self, state: Any) -> None:
-        """Keeps nothing."""
+        """Ignore the state."""
 
     # a pickle may fill a subclass of dict or list
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Keeps nothing."""
+        """Ignore the item."""
 
     def append(self, value: Any) -> None:
-        """Keeps nothing."""
+        """Ignore the value."""
 
     def extend(self, values: Any) -> None:
-        """Keeps nothing."""
+        """Ignore the values."""
 
 
 @dataclass(frozen=True)
 class UnreadableTensor:
-    """Stands for a tensor whose values do not lie in one storage: a quantized one, a sparse one, a subclass."""
+    """Placeholder for a tensor whose values are not in one storage: a quantized or sparse one, or a subclass."""
 
     kind: str
 
     def __setstate__(self, state: Any) -> None:
-        """Keeps nothing."""
+        """Ignore the state."""
 
 
 def _unreadable(kind: str) -> Callable[..., UnreadableTensor]:
-    """What the pickle calls for a tensor of that kind."""
+    """Return the function that the pickle calls for a tensor of that kind."""
     return lambda *_: UnreadableTensor(kind)
 
 
 def _tensor(storage: Any, start: int, shape: Shape, strides: Shape, *_: Any) -> Any:
     dtype, key, elements = storage
     if dtype is None:
-        raise pickle.UnpicklingError("a tensor of a dtype that this reader does not know")
+        raise pickle.UnpicklingError("a tensor with an unsupported dtype")
     return StoredTensor(tuple(shape), tuple(strides), dtype, key, start, elements)
 
 
 def _tensor_of_bytes(
     storage: Any, start: int, shape: Shape, strides: Shape, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Any:
-    """Return a tensor whose dtype stands in the pickle and not in its storage, as torch saves 8-bit floats."""
+    """Return a tensor whose dtype is in the pickle and not in the storage, as torch saves 8-bit floats."""
     if not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError("a tensor of a dtype that this reader does not know")
+        raise pickle.UnpicklingError("a tensor with an unsupported dtype")
     _, key, elements = storage
     return StoredTensor(tuple(shape), tuple(strides), dtype, key, start, elements)
 
@@ -111,7 +110,7 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-# Pickled references to bytes name a class of torch for their dtype.
+# Pickled references to storages name a torch class for the dtype.
 _STORAGES = torch.storage._storage_type_to_dtype_map()
 _BUILT: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -135,7 +134,7 @@ _UNREADABLE = {
     ("torch._utils", "_rebuild_wrapper_subclass"): _unreadable("wrapped"),
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unreadable("device"),
     ("torch._tensor", "_rebuild_from_type_v2"): _unreadable("subclassed"),
-    # how a tensor is quantized, which is not called
+    # quantization schemes, which are never called
     ("torch", "per_tensor_affine"): None,
     ("torch", "per_tensor_symmetric"): None,
     ("torch", "per_channel_affine"): None,
@@ -145,7 +144,7 @@ _UNREADABLE = {
 
 
 _DAMAGED = (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError, struct.error)
-# What Python raises for a pickle that makes no sense.
+# Exceptions that Python raises for an invalid pickle.
 _SENSELESS = (AttributeError, TypeError, ValueError, IndexError, OverflowError, RecursionError, NotImplementedError)
 
 
@@ -153,7 +152,7 @@ class _Unpickler(pickle.Unpickler):
     """Build what `_BUILT` lists, `Opaque` for other allowed classes, and refuse the rest."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _UNREADABLE:  # named, so that the message can say which tensor it is; nothing runs
+        if (module, name) in _UNREADABLE:  # placeholders, so that the message can name the tensor; nothing runs
             return _UNREADABLE[module, name]
         unpickling.require_allowed(module, name)
         module = unpickling.current_module(module)
@@ -172,7 +171,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class Record:
-    """A file of the archive: where its bytes begin, how many they are, their CRC-32 (0: not recorded)."""
+    """A file in the archive: offset of its bytes, their number, and their CRC-32 (0: not recorded)."""
 
     offset: int
     size: int
@@ -181,17 +180,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Archive:
-    """What a file of `torch.save` holds: the object, `StoredTensor`s in place of tensors, and its records."""
+    """The contents of a file of `torch.save`: the object, with a `StoredTensor` for each tensor, and its records."""
 
     path: Path
     content: Any
     records: Mapping[str, Record]
 
     def entry(self, tensor: StoredTensor, name: str) -> Entry:
-        """Where the bytes of one of its tensors lie.
+        """Return the location of a tensor's bytes.
 
         Raises:
-            UserError: they do not lie one after the other, are not all there, or are not floating-point numbers.
+            UserError: the bytes are not contiguous, are incomplete, or are not floating-point numbers.
         """
         require_weights_dtype(self.path, name, tensor.dtype)
         record = self.records.get(tensor.storage)
@@ -199,33 +198,33 @@ class Archive:
             raise UserError(f"{self.path}: {name} has no bytes in the file; get it again")
         offset = record.offset + tensor.start * tensor.dtype.itemsize
         whole = tensor.shape and torch.Size(tensor.shape).numel() * tensor.dtype.itemsize == record.size
-        # The archive has one checksum for the whole storage, of which a view is a part.
+        # The archive has one checksum per storage. A view is only a part of its storage.
         span = None if whole else (record.offset, record.size)
         entry = Entry(tensor.shape, tensor.dtype, offset, record.crc or None, span)
         if not tensor.contiguous or offset + entry.nbytes > record.offset + record.size:
-            raise UserError(f"{self.path}: {name} is not stored in one piece; save it again with .contiguous()")
+            raise UserError(f"{self.path}: {name} is not contiguous; save it again with .contiguous()")
         return entry
 
     def tensors(self, state: Mapping[str, Any]) -> TensorFile:
-        """The tensors of a state dict that is (part of) the content.
+        """Return the tensors of a state dict in the content.
 
         Raises:
-            UserError: one of them is quantized, sparse or of a kind that this reader does not know.
+            UserError: a tensor is quantized, sparse or of another unsupported kind.
         """
         for name, value in state.items():
             if isinstance(value, UnreadableTensor):
                 raise UserError(
                     f"{self.path}: {name} is a {value.kind} tensor; expected a dense tensor of floating-point numbers. "
-                    "Save the weights of the model before it was changed to that form"
+                    "Save the weights of the model as they were before that conversion"
                 )
         return TensorFile(self.path, {n: self.entry(t, n) for n, t in state.items() if isinstance(t, StoredTensor)})
 
 
 def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archive:
-    """Read the structure of a file of `torch.save`, or of one that lies within another file; no tensor is read.
+    """Read the structure of a file of `torch.save`, or of one inside another file. No tensor is read.
 
     Raises:
-        UserError: no such file, truncated, or something else.
+        UserError: the file does not exist, is truncated, or has another format.
     """
     try:
         with open(path, "rb") as f:
@@ -248,15 +247,15 @@ def read_archive(path: Path, offset: int = 0, size: int | None = None) -> Archiv
 
 
 def check_records(path: Path) -> list[str]:
-    """Compare every record of a file of `torch.save` with its CRC-32; a torch_dist file holds several archives.
+    """Verify the CRC-32 of every record of a file of `torch.save`. A torch_dist file contains several archives.
 
     Returns:
-        One line per problem; empty if all is well. Records without a checksum (torch can leave it out) pass.
+        One line per problem. Records without a checksum (torch can leave it out) pass.
     """
     problems = []
     try:
         with open(path, "rb") as f:
-            # The directory of a zip archive is at its end: from there archive by archive to the beginning.
+            # The directory of a zip archive is at its end, so the archives are read from last to first.
             end = path.stat().st_size
             while end > 0:
                 part: IO[bytes] = _Part(f, 0, end)  # type: ignore[assignment]
@@ -285,7 +284,7 @@ def _crc_of(file: IO[bytes], offset: int, size: int) -> int:
 
 
 def _small_records(archive: zipfile.ZipFile, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, bytes]:
-    """Read all records but tensors as a whole, because zipfile compares a CRC-32 at the end of a record only."""
+    """Read all records except tensors completely, because zipfile checks a CRC-32 only at the end of a record."""
     for info in infos.values():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise zipfile.BadZipFile(f"{info.filename} is compressed")
@@ -295,14 +294,14 @@ def _small_records(archive: zipfile.ZipFile, infos: Mapping[str, zipfile.ZipInfo
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the records by their names without the folder.
 
-    torch's reader finds records without regard to case, in the folder of the first one. An archive in which it could
-    find another pickle than this reader is refused, and so is TorchScript, which is code.
+    torch's reader ignores case when it finds records, and uses the folder of the first record. An archive in which
+    torch could find another pickle than this reader is refused. So is TorchScript, which is code.
     """
     infos = archive.infolist()
     folders = {info.filename.split("/", 1)[0] for info in infos}
     names = {info.filename.casefold() for info in infos}
     if len(folders) != 1 or len(names) != len(infos) or (infos and min(info.header_offset for info in infos) != 0):
-        raise UserError(f"{path}: holds several archives in one; torch.save writes one. Get it again")
+        raise UserError(f"{path}: contains several archives; torch.save writes one. Get the file again")
     members = {info.filename.split("/", 1)[-1]: info for info in infos}
     if "constants.pkl" in members:
         raise UserError(f"{path}: is a TorchScript program; expected weights saved by torch.save")
@@ -310,7 +309,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 
 
 class _Part:
-    """A region of an open file as a file of its own."""
+    """A region of an open file, as a file object."""
 
     def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._at = file, offset, size, 0
@@ -335,14 +334,14 @@ class _Part:
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a record begin: behind its local header, whose padding aligns them."""
+    """Return the offset of a record's bytes: after its local header, whose padding aligns them."""
     file.seek(info.header_offset + 26)
     name, extra = struct.unpack("<HH", file.read(4))
     return int(info.header_offset + 30 + name + extra)
 
 
 class TorchWriter(TensorWriter):
-    """A file that `torch.load` reads; tensors are written to their places, their checksums at the end."""
+    """Writes a file for `torch.load`. Tensors go to fixed offsets, and their checksums are set at the end."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], storages: Mapping[str, str]) -> None:
         super().__init__(path, entries, path.stat().st_size)
@@ -358,7 +357,7 @@ class TorchWriter(TensorWriter):
 
 
 def _patch_checksums(file: IO[bytes], crcs: Mapping[str, int]) -> None:
-    """Set the CRC-32 of records in the archive's directory, where readers look (APPNOTE.TXT, 4.3.12)."""
+    """Set the CRC-32 of records in the archive's directory, which readers use (APPNOTE.TXT, 4.3.12)."""
     with zipfile.ZipFile(file, "r") as archive:
         at, count = archive.start_dir, len(archive.infolist())
     for _ in range(count):
@@ -373,19 +372,19 @@ def _patch_checksums(file: IO[bytes], crcs: Mapping[str, int]) -> None:
 
 
 def create_torch(path: Path, content: Mapping[str, Any], states: Mapping[str, Mapping[str, Slot]]) -> TorchWriter:
-    """A file of `torch.save` with a place for each tensor.
+    """Create a file of `torch.save` with space for each tensor.
 
     Args:
         path: the file.
-        content: what the object holds besides tensors.
-        states: state dicts by their key in the object; the key "" is the object itself.
+        content: the contents other than tensors.
+        states: state dicts by their key in the object. The key "" is the object itself.
 
     Returns:
-        A writer that knows a tensor of `states[key]` as "key/name", or as "name" if the key is "".
+        A writer, in which a tensor of `states[key]` has the name "key/name", or "name" if the key is "".
     """
     whole: dict[str, Any] = dict(content)
     for key, slots in states.items():
-        # Memory that is never touched: only its size is written, as a hole.
+        # The memory of these tensors is never touched. Only their size is written, as a hole in the file.
         tensors = {name: torch.empty(slot.shape, dtype=slot.dtype) for name, slot in slots.items()}
         whole |= {key: tensors} if key else tensors
     with disk_errors(path), skip_data():
@@ -397,7 +396,7 @@ def create_torch(path: Path, content: Mapping[str, Any], states: Mapping[str, Ma
             if isinstance(tensor, StoredTensor):
                 full = f"{key}/{name}" if key else name
                 entry = archive.entry(tensor, name)
-                # without the checksum that it does not have yet
+                # The checksum is left out, because the values do not exist yet.
                 entries[full], storages[full] = Entry(entry.shape, entry.dtype, entry.offset), tensor.storage
     return TorchWriter(path, entries, storages)
 
@@ -434,7 +433,7 @@ def check_file(path: Path, offset: int = 0, size: int | None = None) -> None:
 def check_checkpoint(directory: Path) -> None:
     """Refuse the checkpoint of an iteration, of either format, if a pickle in it names a class outside `ALLOWED`.
 
-    Reads the pickles alone: milliseconds for a checkpoint of any size.
+    Reads only the pickles, which takes milliseconds for a checkpoint of any size.
 
     Raises:
         UserError: such a pickle, or a damaged one; the message names the file.
@@ -448,7 +447,7 @@ def check_checkpoint(directory: Path) -> None:
 
 
 def _check_objects(directory: Path) -> None:
-    """Check the pickled objects between the tensors of a torch_dist checkpoint."""
+    """Check the pickled objects that a torch_dist checkpoint stores between its tensors."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     metadata = unpickling.load_pickle(directory / ".metadata")

@@ -1,14 +1,14 @@
 """The classes that a checkpoint may name. Unpickling any other class can run code.
 
-`.pth`, `model_optim_rng.pt`, `common.pt` and `.metadata` are pickles, and a pickle calls whatever function it names.
-Checkpoints come from other people, so every reader of this kit refuses a file that names anything outside `ALLOWED`:
+`.pth`, `model_optim_rng.pt`, `common.pt` and `.metadata` are pickles, and a pickle can call any function that it names.
+Checkpoints come from other people, so every reader of this kit refuses a file that names a class outside `ALLOWED`:
 
     torch_zip.check_checkpoint(directory)    before Megatron, or MindSpeed-LLM, loads a checkpoint
     torch_zip.load_torch(file)               in place of torch.load
     load_pickle(file)                        in place of pickle.load, for `.metadata` of torch_dist
     restricted()                             around Megatron's own loading
 
-`trust()`, the flag `--trust-checkpoints`, lifts the restriction for this process and those that it starts.
+`trust()`, also available as `--trust-checkpoints`, lifts the restriction for this process and its child processes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from minimind_mcore.errors import UserError
 TRUST_FLAG = "--trust-checkpoints"
 _TRUST_VARIABLE = "MINIMIND_TRUST_CHECKPOINTS"
 
-# Module -> names. None of these runs code of the file: they are containers, numbers, arrays, tensors, enumerations
-# and configurations. Sources: torch/_weights_only_unpickler.py (torch 2.13), megatron/core/safe_globals.py
-# (megatron-core 0.16.1), and what the torch_dist format of megatron-core 0.16.1 writes into `.metadata`.
+# Names by module. None of them runs code of the file: they are containers, numbers, arrays, tensors, enumerations and
+# configurations. Sources: torch/_weights_only_unpickler.py (torch 2.13), megatron/core/safe_globals.py
+# (megatron-core 0.16.1), and the classes that megatron-core 0.16.1 writes into `.metadata` of torch_dist.
 ALLOWED: dict[str, frozenset[str]] = {
     module: frozenset(names.split())
     for module, names in {
@@ -49,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
         "signal": "Signals",
         "io": "BytesIO",
         "_io": "BytesIO",
-        "_codecs": "encode",  # how protocol 2 writes bytes
+        "_codecs": "encode",  # pickle protocol 2 uses it for bytes
         "numpy": "ndarray dtype",
         "numpy.core.multiarray": "_reconstruct scalar",
         "numpy._core.multiarray": "_reconstruct scalar",
@@ -86,7 +86,7 @@ class UnsafeGlobal(pickle.UnpicklingError):
 
 
 class _Trust(argparse.Action):
-    """Call `trust()` where the flag is given."""
+    """Call `trust()` if the flag is given."""
 
     def __call__(self, *_: Any) -> None:
         """Lift the restriction."""
@@ -100,12 +100,12 @@ def add_trust_flag(group: argparse._ActionsContainer) -> None:
         action=_Trust,
         nargs=0,
         default=False,
-        help="unpickle any class that a checkpoint names: its maker can then run code here",
+        help="unpickle any class that a checkpoint names, which lets the author of the checkpoint run code here",
     )
 
 
 def trust() -> None:
-    """Let this process, and the processes that it starts, unpickle whatever a checkpoint names."""
+    """Allow this process and its child processes to unpickle every class that a checkpoint names."""
     os.environ[_TRUST_VARIABLE] = "1"
 
 
@@ -115,7 +115,7 @@ def is_trusted() -> bool:
 
 
 def current_module(module: str) -> str:
-    """Return today's name of a module: pickles of protocol 2 have the names of Python 2."""
+    """Return the Python 3 name of a module: pickles of protocol 2 have the names of Python 2."""
     return _compat_pickle.IMPORT_MAPPING.get(module, module)
 
 
@@ -139,7 +139,7 @@ def require_allowed(module: str, name: str) -> None:
 def refusal(path: Path, name: object) -> UserError:
     """Return the error for a file that names a class outside `ALLOWED`."""
     return UserError(
-        f"{path}: names {name}, which no checkpoint needs: loading it could run code of whoever made the file. Nothing "
+        f"{path}: names {name}, which no checkpoint needs: loading it could run code of the file's author. Nothing "
         f"was loaded. Get the checkpoint from a source that you trust; if you trust this one, give {TRUST_FLAG}"
     )
 
@@ -168,7 +168,7 @@ def load_pickle(path: Path) -> Any:
         raise refusal(path, error) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError) as error:
         raise UserError(f"{path}: truncated, or not a pickle ({error}); get it again") from error
-    except (TypeError, ValueError, MemoryError, OverflowError) as error:  # well-formed opcodes without sense
+    except (TypeError, ValueError, MemoryError, OverflowError) as error:  # valid opcodes with invalid operands
         raise UserError(f"{path}: damaged ({error}); get it again") from error
 
 
@@ -205,7 +205,7 @@ def restricted() -> Iterator[None]:
 
 @functools.cache
 def _allowed_objects() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Return what `ALLOWED` names, as far as it is installed, under the names that files use."""
+    """Return the objects of `ALLOWED` that are installed, with the names that files use."""
     found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     for module, names in ALLOWED.items():
         with contextlib.suppress(ImportError):

@@ -1,11 +1,11 @@
-"""minimind-mcore COMMAND ...: everything that the kit does, under one name.
+"""minimind-mcore COMMAND ...: the one command for everything in the kit.
 
     minimind-mcore --help
     MODEL=minimind3 DATA_PATH=pretrain.jsonl TOKENIZER_PATH=tokenizer minimind-mcore pretrain
     python -m minimind_mcore.cli doctor      # from a checkout that is not installed
 
-Each command is a function `main(argv)` of a module. The module is imported only when its command is given, so that a
-command does not wait for the libraries of another.
+Each command is a function `main(argv)` in a module. Only the module of the given command is imported, so a command does
+not wait for libraries that it does not use.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ from minimind_mcore.errors import UserError
 
 # command: (module:function, what it does)
 COMMANDS = {
-    "run": ("minimind_mcore.pipeline.main:main", "all stages from data to a served model, each skipped if finished"),
-    "download": ("minimind_mcore.pipeline.download:main", "get MiniMind's data, weights, tokenizers, a reward model"),
-    "pretrain": ("minimind_mcore.cli.train:pretrain", "train a model from the beginning, or continue"),
+    "run": ("minimind_mcore.pipeline.main:main", "run the stages from data to a served model, except finished ones"),
+    "download": ("minimind_mcore.pipeline.download:main", "download data, weights, tokenizers or the reward model"),
+    "pretrain": ("minimind_mcore.cli.train:pretrain", "pretrain a model, or resume"),
     "sft": ("minimind_mcore.cli.train:sft", "fine-tune all weights on conversations"),
     "lora": ("minimind_mcore.cli.train:lora", "fine-tune adapters on conversations"),
     "dpo": ("minimind_mcore.cli.train:dpo", "align a model with preferences"),
     "distill": ("minimind_mcore.cli.train:distill", "fine-tune a model on the logits of a teacher"),
     "reason": ("minimind_mcore.cli.train:reason", "fine-tune a model on reasoning (MiniMind2)"),
     "tune": ("minimind_mcore.cli.train:tune", "sft, reason or distill, by the setting STAGE"),
-    "data": ("minimind_mcore.cli.data:main", "convert text, conversations or pairs, or make the sample data"),
+    "data": ("minimind_mcore.cli.data:main", "convert text, conversations or preference pairs, or make sample data"),
     "convert": ("minimind_mcore.cli.model:convert", "convert weights between MiniMind, Hugging Face and Megatron"),
     "generate": ("minimind_mcore.cli.model:generate", "complete prompts"),
     "chat": ("minimind_mcore.cli.model:chat", "talk to a model"),
     "evaluate": ("minimind_mcore.cli.model:evaluate", "score a model: C-Eval, CMMLU, MMLU, perplexity and others"),
-    "serve": ("minimind_mcore.cli.model:serve", "answer OpenAI's HTTP requests with a model in any form"),
+    "serve": ("minimind_mcore.cli.model:serve", "serve a model in any format through an OpenAI-compatible HTTP API"),
     "manager": ("minimind_mcore.manager.main:main", "start, watch and stop jobs of every stage in a browser"),
     "rl": ("minimind_mcore.cli.rl:main", "reinforcement learning: train, and check or export a configuration"),
     "quickstart-tools": ("minimind_mcore.cli.quickstart_tools:main", "teach the quickstart's model to call tools"),
-    "plan": ("minimind_mcore.forecast.main:main", "memory, time and layouts of a model on any devices"),
-    "doctor": ("minimind_mcore.doctor.main:main", "what is installed, what is wrong, and the command that fixes it"),
+    "plan": ("minimind_mcore.forecast.main:main", "estimate memory, time and layouts of a model on any devices"),
+    "doctor": ("minimind_mcore.doctor.main:main", "report what is installed, what is wrong, and how to fix it"),
     "presets": ("minimind_mcore.models.presets:main", "list the models, or print the flags of one"),
     "recipes": ("minimind_mcore.models.recipes:main", "list the training recipes, or print the flags of one"),
     "corpus": ("minimind_mcore.preprocess.corpus:main", "write sample data"),
     "tool-data": ("minimind_mcore.preprocess.tool_data:main", "convert hermes, glaive and xlam to MiniMind's format"),
     "tokenizer": ("minimind_mcore.preprocess.train_tokenizer:main", "train a tokenizer"),
-    "report": ("minimind_mcore.training.report:main", "draw the curves of a training again"),
+    "docs": ("minimind_mcore.figures.main:main", "train small models and compute the figures of the documentation"),
+    "report": ("minimind_mcore.training.report:main", "redraw the curves of a training"),
 }
-# The same, by the names of MindSpeed-LLM's and MindSpeed-RL's programs, with their flags.
+# The programs of MindSpeed-LLM and MindSpeed-RL: the same names and flags.
 PROGRAMS = {
     "pretrain_gpt.py": ("minimind_mcore.training.pretrain:main", "pretrain"),
     "posttrain_gpt.py": ("minimind_mcore.posttrain.main:main", "fine-tune, align or distill"),
@@ -62,7 +63,7 @@ PROGRAMS = {
 
 
 def usage() -> str:
-    """Return what `--help` prints."""
+    """Return the text of `--help`."""
     width = max(map(len, COMMANDS | PROGRAMS))
 
     def listed(table: dict[str, tuple[str, str]]) -> list[str]:
@@ -70,8 +71,17 @@ def usage() -> str:
 
     programs = "with the flags of MindSpeed-LLM and MindSpeed-RL:"
     lines = [*listed(COMMANDS), "", programs, *listed(PROGRAMS)]
-    levels = f"{log.SETTING}={'|'.join(log.LEVELS)} leaves out messages below a level (default: info)."
-    return "\n".join(["usage: minimind-mcore COMMAND ...", "", *lines, "", "`COMMAND --help` says more.", levels])
+    levels = f"{log.SETTING}={'|'.join(log.LEVELS)} hides messages below a level (default: info)."
+    return "\n".join(
+        [
+            "usage: minimind-mcore COMMAND ...",
+            "",
+            *lines,
+            "",
+            "`minimind-mcore COMMAND --help` describes a command.",
+            levels,
+        ]
+    )
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -98,5 +108,5 @@ def main() -> None:
 
 
 def program(file: str) -> None:
-    """Run the command that a script is called like."""
+    """Run the command named like a script file, such as pretrain_gpt.py."""
     errors.run(lambda: sys.exit(dispatch([Path(file).name, *sys.argv[1:]])))

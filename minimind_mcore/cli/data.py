@@ -1,4 +1,4 @@
-"""Data for a training: what the settings name, converted once, or the sample data."""
+"""Prepare the data of a training: convert DATA_PATH once, or make the sample data."""
 
 from __future__ import annotations
 
@@ -18,20 +18,31 @@ from minimind_mcore.preprocess.check import datasets_at
 
 logger = logging.getLogger(__name__)
 
-LOCK_SECONDS = 600
-PROBLEMS = "grpo_minimind_math"  # the dataset of reinforcement learning that has sample data
+LOCK_SECONDS = 600  # time to wait for another process
+PROBLEMS = "grpo_minimind_math"  # the reinforcement learning dataset that has sample data
 HANDLERS = {"sft": "MiniMindInstructionHandler", "dpo": "MiniMindPairwiseHandler"}
 
 
 def main(argv: Sequence[str]) -> None:
-    """minimind-mcore data text|sft|dpo [flags]: convert data; print the words of --data-path.
+    """minimind-mcore data text|sft|dpo [flags]: convert data, and print the value of --data-path.
 
-    minimind-mcore data NAME [flags]: convert a dataset of configs/datasets, or of another file NAME.yaml. For
-    grpo_minimind_math make its sample problems first.
+    minimind-mcore data NAME [flags]: convert the dataset that configs/datasets/NAME.yaml or the file NAME describes.
+    For grpo_minimind_math the sample problems are made first.
 
-    Settings: DATA_PATH (files, directories, globs, a blend; default: sample data), TOKENIZER_PATH, OUTPUT_PREFIX,
-    DATA_DIR, HANDLER_NAME, JSON_KEYS, PROMPT_TYPE, MAP_KEYS, SEQ_LENGTH, PACK=1, WORKERS. The flags are those of
-    preprocess_data.py and win; --dry-run converts nothing.
+    A second run with the same input and flags reuses the result. Settings of text, sft and dpo:
+      DATA_PATH       files, directories or globs separated by commas, or a blend (default: sample data): .jsonl, .json,
+                      .parquet, for text also .txt; .gz and .zst are read too
+      TOKENIZER_PATH  directory with tokenizer.json, for sft and dpo also a chat template (default for sample data: a
+                      tokenizer trained on the sample corpus)
+      SEQ_LENGTH      maximum number of tokens of a sample (default: no limit); cut and skipped samples are counted
+      PACK            sft: 1 packs samples, like --pack --neat-pack
+      HANDLER_NAME    format of the data (default: GeneralPretrainHandler, MiniMindInstructionHandler or
+                      MiniMindPairwiseHandler; docs/data.md lists all)
+      PROMPT_TYPE MAP_KEYS   sft and dpo: like the flags (default: the chat template of the tokenizer)
+      JSON_KEYS       text: fields to read (default: text)
+      OUTPUT_PREFIX   prefix of the output (default: a name by content in DATA_DIR/cache)
+      WORKERS         processes (default: the CPU cores)
+    The flags are those of preprocess_data.py and override settings. --dry-run converts nothing.
     """
     help_of(argv, main.__doc__)
     kind, *rest = argv or [""]
@@ -54,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     _, tokenizer = sample("math-sft", dry, path("TOKENIZER_PATH"))
     raw, tokenizer = sample("math", dry, tokenizer)
     if dry and not (Path(raw).exists() and Path(tokenizer).exists()):
-        return  # a dry run does not make the sample data, which therefore cannot be checked
+        return  # a dry run makes no sample data, so there is nothing to check
     for part in ("", "_unseen"):
         output = ["--tokenizer-name-or-path", tokenizer, "--output-prefix", f"{data_dir() / PROBLEMS}{part}"]
         preprocess.main([*named, "--input", f"{raw.removesuffix('.jsonl')}{part}.jsonl", *output, *rest])
@@ -65,13 +76,13 @@ def prepare(kind: str, more: Sequence[str], dry: bool, seq_length: str = "") -> 
 
     Args:
         kind: "text", "sft" or "dpo".
-        more: flags of preprocess_data.py, which win.
-        dry: check the input and make nothing.
-        seq_length: the tokens of a sample, unless SEQ_LENGTH is given.
+        more: further flags of preprocess_data.py, which override the settings.
+        dry: only check the input.
+        seq_length: tokens per sample, unless "".
 
     Returns:
-        The words of --data-path, and the directory of the tokenizer. A dry run returns no words if the data is not yet
-        converted.
+        The values of --data-path, and the tokenizer directory. A dry run returns no values if the data is not converted
+        yet.
 
     Raises:
         UserError: a setting is missing, or the data cannot be converted.
@@ -92,17 +103,17 @@ def prepare(kind: str, more: Sequence[str], dry: bool, seq_length: str = "") -> 
     words += ["--workers", env("WORKERS", str(usable_cores())), *handler_flags(kind, seq_length), *output, *more]
     if dry:
         show([*CLI, "preprocess_data.py", *words])
-        # A dry run does not make the sample data, which therefore cannot be checked.
+        # A dry run makes no sample data, so there is nothing to check.
         if not env("DATA_PATH") and not (Path(raw).exists() and Path(tokenizer).exists()):
             return [], tokenizer
         words.append("--dry-run")
-    from minimind_mcore.preprocess import main as preprocess  # imports much, and is not needed for converted data
+    from minimind_mcore.preprocess import main as preprocess  # a slow import that converted data does not need
 
     return preprocess.prepare(words), tokenizer
 
 
 def handler_flags(kind: str, seq_length: str) -> list[str]:
-    """Return the flags of preprocess_data.py for a kind of data."""
+    """Return the handler flags of preprocess_data.py for a kind of data."""
     handler = ["--handler-name", env("HANDLER_NAME", HANDLERS.get(kind, "GeneralPretrainHandler"))]
     if kind == "text":
         return [*handler, "--json-keys", *env("JSON_KEYS", "text").split(), "--prepend-bos", "--append-eod"]
@@ -112,10 +123,10 @@ def handler_flags(kind: str, seq_length: str) -> list[str]:
 
 
 def sample(kind: str, dry: bool, tokenizer: str) -> tuple[str, str]:
-    """Make the sample data of a kind, and a tokenizer unless one is given. What exists is used again.
+    """Make the sample data of a kind, and a tokenizer unless one is given. Existing files are reused.
 
     Returns:
-        The file of the data, and the directory of the tokenizer.
+        The data file and the tokenizer directory.
     """
     folder = data_dir()
     text = folder / "sample.jsonl"
@@ -143,7 +154,7 @@ def sample(kind: str, dry: bool, tokenizer: str) -> tuple[str, str]:
 
 
 def make(steps: Mapping[Path, Sequence[str]], dry: bool) -> None:
-    """Make the files that do not exist, each by its command. In a dry run show the commands."""
+    """Make each missing file with its command. In a dry run print the commands."""
     from minimind_mcore.cli import dispatch
 
     for file, command in steps.items():
@@ -156,12 +167,12 @@ def make(steps: Mapping[Path, Sequence[str]], dry: bool) -> None:
 
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Let one process at a time make what several may start together, on this host or on others that share the disk.
+    """Let one process at a time run the block, among all processes and hosts that share the directory.
 
-    `mkdir` succeeds for one of them on every filesystem; flock does not exist on some network shares.
+    The lock is a directory: `mkdir` is atomic on every filesystem, while some network shares do not support flock.
 
     Raises:
-        UserError: the directory cannot be made, or has existed for too long.
+        UserError: the directory cannot be made, or another process has held it for too long.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     waited = 0
@@ -174,9 +185,11 @@ def lock(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot write to {directory.parent}: {error.strerror}") from error
         if not waited:
-            logger.warning(f"waiting for another process; if there is none, remove the directory {directory}")
+            logger.warning(
+                f"waiting for another process that holds {directory}; if no other process runs, remove this directory"
+            )
         if waited >= LOCK_SECONDS:
-            raise UserError(f"waited 10 minutes; if nothing else is running here, remove the directory {directory}")
+            raise UserError(f"waited 10 minutes for {directory}; if no other process runs, remove this directory")
         time.sleep(2)
         waited += 2
     try:

@@ -1,13 +1,13 @@
-"""Settings with which a MiniMind of 1.7M parameters learns the sample data in minutes of a CPU."""
+"""Settings with which a MiniMind of 1.7M parameters learns the sample data in minutes on a CPU."""
 
 from __future__ import annotations
 
 from minimind_mcore.errors import UserError
 
 MODEL = "minimind3_tiny"
-BATCH = 8  # sequences of an update, in one micro-batch of each process
-WARM_UP = 50
-# In the form in which the chat template asks: without system prompt, with the empty thought.
+BATCH = 8  # global batch size; each process has one micro-batch
+WARM_UP = 50  # iterations
+# Training data as the chat template renders a prompt: no system prompt, and an empty reasoning block.
 FORM = ("--system-ratio", "0", "--empty-think-ratio", "1")
 
 
@@ -15,7 +15,7 @@ def sizes(processes: int, batch: int = BATCH) -> dict[str, str]:
     """Return the settings of a training.
 
     Raises:
-        UserError: the processes cannot share the batch.
+        UserError: the batch size is not divisible by the number of processes.
     """
     if batch % processes:
         raise UserError(f"NPUS_PER_NODE={processes}: expected a divisor of {batch}, the batch of the sample data")
@@ -26,5 +26,5 @@ def sizes(processes: int, batch: int = BATCH) -> dict[str, str]:
 
 
 def schedule(iterations: int) -> list[str]:
-    """Return the flags of the schedule of a training."""
+    """Return the flags of the learning rate schedule and Adam."""
     return ["--lr-warmup-iters", str(min(WARM_UP, iterations // 4)), "--adam-beta2", "0.99"]

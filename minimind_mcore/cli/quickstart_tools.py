@@ -1,4 +1,4 @@
-"""The stage after the quickstart: a tiny model learns to choose a tool and to copy its arguments."""
+"""The stage after the quickstart: the tiny model learns to choose a tool and to copy the tool's arguments."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind_mcore.checkpoint.tracker import read_tracker
-from minimind_mcore.cli import data, place, quickstart
+from minimind_mcore.cli import data, launcher, quickstart
 from minimind_mcore.cli.settings import CLI, count, env, help_of, path, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
 
 logger = logging.getLogger(__name__)
 
-BATCH = 4  # sequences of an update
-LENGTH = "1024"
+BATCH = 4  # global batch size
+LENGTH = "1024"  # tokens per sequence
 
 
 def main(argv: Sequence[str]) -> None:
-    """minimind-mcore quickstart-tools: teach the quickstart's model to call tools, and judge calls with unseen values.
+    """minimind-mcore quickstart-tools: teach the quickstart's model to call tools, and score calls with unseen values.
 
-    Settings: those of the quickstart, whose fine-tuned checkpoint this stage starts from; QUICKSTART_TOOL_ITERS (1000)
-    and QUICKSTART_TOOL_MORE_ITERS (700, at a lower learning rate); QUICKSTART_TOOL_SEED (42); and LEAST, the share of
-    the calls whose tool and arguments must be exact (0.8): with fewer the exit status is 1.
+    The stage starts from the fine-tuned checkpoint of the quickstart. Settings: those of the quickstart,
+    QUICKSTART_TOOL_ITERS (1000), QUICKSTART_TOOL_MORE_ITERS (700, at a lower learning rate), QUICKSTART_TOOL_SEED (42)
+    and LEAST (0.8). The exit status is 1 if the share of calls with the right tool and arguments is below LEAST.
     """
     help_of(argv, main.__doc__)
     os.environ["DEVICE"] = env("DEVICE", "cpu")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 class ToolStage:
-    """The stage and its files."""
+    """The stage: its settings, directories and steps."""
 
     def __init__(self) -> None:
         self.data = Path(path("DATA_DIR", default_outputs() / "data/quickstart"))
@@ -51,11 +51,11 @@ class ToolStage:
         self.least = float(env("LEAST", "0.8"))
         self.times: list[str] = []
         tokenizer = str(self.data / "tokenizer")
-        sizes = quickstart.sizes(place.processes(), BATCH)
+        sizes = quickstart.sizes(launcher.processes(), BATCH)
         os.environ.update(sizes, SEQ_LENGTH=LENGTH, DATA_DIR=str(self.data), TOKENIZER_PATH=tokenizer)
 
     def run(self) -> None:
-        """Run the stage. Exit with status 1 if too few calls are exact."""
+        """Run the stage, and exit. The status is 1 if too few calls are exact."""
         if not (self.tuned / "checkpoints").is_dir():
             raise UserError(f"{self.tuned}/checkpoints does not exist: run examples/quickstart.sh first")
         dialogues = self.data / "tools"
@@ -83,7 +83,7 @@ class ToolStage:
         sys.exit(after < self.least)
 
     def judge(self, folder: Path) -> float:
-        """Return the share of calls whose tool and arguments are exact."""
+        """Return the share of calls with the right tool and arguments."""
         output = self.folders["tools"] / ("before" if folder == self.tuned else "after")
         settings = {
             "LOAD_DIR": f"{folder}/checkpoints", "OUTPUT_DIR": str(output), "BATCH": "100", "MAX_NEW_TOKENS": "80",
@@ -94,14 +94,14 @@ class ToolStage:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Name a stage, and measure how long it takes."""
+        """Log the name of a step, and measure its time."""
         began = time.monotonic()
         logger.info(f"\n== {name}")
         yield
         self.times.append(f"{name:<12} {time.monotonic() - began:4.0f} s")
 
     def call(self, command: Sequence[str], **changes: str) -> None:
-        """Run a command of the kit with further settings. End the program if it fails."""
+        """Run a command of the kit with changed settings. Exit if the command fails."""
         if status := wait_for([*CLI, *command], changes):
             sys.exit(status)
 

@@ -1,25 +1,35 @@
 """minimind-mcore rl ...: reinforcement learning.
 
     minimind-mcore rl single                    # train on this host
-    NNODES=2 minimind-mcore rl head             # train on several hosts: this one leads
-    MASTER_ADDR=10.0.0.1 minimind-mcore rl worker     # lend this host to the run that another one leads
+    NNODES=2 minimind-mcore rl head             # train on several hosts; this host is the head of the Ray cluster
+    MASTER_ADDR=10.0.0.1 minimind-mcore rl worker     # join this host to the cluster of that head
     minimind-mcore rl show|lint|export-verl     # print, check or export a configuration; `rl lint --help`
     minimind-mcore rl models                    # write the presets as MindSpeed-RL's model/*.yaml
 
-Settings of the first three, from the environment:
-  CONFIG         a YAML of configs/rlxf, or the path of another (default: on a CPU and in a rehearsal
-                 grpo_minimind_tiny, elsewhere grpo_minimind3)
-  BACKEND        embedded or mindspeed-rl
-  NNODES MASTER_ADDR MASTER_PORT NODE_ADDR SOCKET_IFNAME   the hosts, and how they reach each other
-  NPUS_PER_NODE NUM_CPUS    devices and cores that Ray gives away on this host
-  RAY_ADDRESS    of single: the cluster to use, HOST:PORT (default: a Ray of its own, which ends with the run)
-  RAY_TMPDIR RAY_FLAGS WAIT_SECONDS   where Ray logs, more flags of `ray start`, how long to wait for hosts
-Further words are hydra overrides, such as actor_config.lr=1e-6. --dry-run checks everything and starts nothing.
+Settings of `single`, `head` and `worker`, from the environment:
+  CONFIG         the name of a YAML file in configs/rlxf, or a path (default: grpo_minimind_tiny on a CPU and in a
+                 rehearsal, else grpo_minimind3)
+  BACKEND        embedded or mindspeed-rl (default: mindspeed-rl on an NPU, else embedded)
+  NNODES         hosts of the cluster, for `head` (default: 1)
+  MASTER_ADDR    address of the head; `head` chooses one by default
+  MASTER_PORT    Ray's port on the head (default: 6766, as in MindSpeed-RL's scripts; its older guides use 6344; for
+                 `single` a free port)
+  NODE_ADDR      address of this host, for `worker` (default: the address of the route to the head)
+  SOCKET_IFNAME  network interface of this host (default: the interface of the route to the head)
+  NPUS_PER_NODE NUM_CPUS   devices and CPU cores of this host that Ray may use (default: all)
+  RAY_ADDRESS    for `single`: an existing cluster, HOST:PORT (default: a new cluster that ends with the run)
+  RAY_TMPDIR     directory of Ray's logs and sockets (default: a new directory /tmp/minimind-ray-XXXXXX, which is
+                 removed at the end unless the run fails)
+  RAY_FLAGS      more flags of `ray start`, such as "--min-worker-port 20000 --max-worker-port 20999"
+  WAIT_SECONDS   time to wait for the head or for hosts (default: 600)
+Further arguments are Hydra overrides, such as actor_config.lr=1e-6. Paths in the YAML file and in overrides are
+relative to the repository. --dry-run checks everything and starts nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -33,7 +43,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind_mcore.checkpoint.tracker import read_tracker
-from minimind_mcore.cli import place, quickstart
+from minimind_mcore.cli import launcher, quickstart
 from minimind_mcore.cli.data import PROBLEMS
 from minimind_mcore.cli.settings import CLI, choice, data_dir, env, help_of, show, wait_for
 from minimind_mcore.errors import UserError
@@ -44,12 +54,12 @@ from minimind_mcore.platform.cpu import usable_cores
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 40  # letters of RAY_TMPDIR: below it go 65 more, and the path of a socket has at most 107
+LONGEST = 40  # characters of RAY_TMPDIR: Ray appends up to 65, and a socket path has at most 107
 STOPPED = (0, 130, 143)  # exit statuses of a run that has not failed
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train, or run one of the tools of configurations."""
+    """Train, or run one of the configuration tools."""
     command, *rest = argv or ["--help"]
     if command in ("single", "head", "worker"):
         help_of(rest, __doc__)
@@ -67,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(role: str, argv: Sequence[str]) -> int:
-    """Train on this host, lead a run of several, or lend this host. Return the exit status."""
+    """Train on this host, start the head of a cluster, or join one. Return the exit status."""
     job = RLRun(role, argv)
     if role == "worker" and not job.leader:
         raise UserError("MASTER_ADDR is not set: give the address of the host that runs grpo_minimind_head.sh")
@@ -75,7 +85,7 @@ def run(role: str, argv: Sequence[str]) -> int:
     if role == "worker":
         return job.follow()
     job.prepare()
-    # MindSpeed-RL learns of its NPUs from the cluster.
+    # MindSpeed-RL reads the number of NPUs from a Ray cluster, so it needs one even on a single host.
     if role == "head" or (job.backend == "mindspeed-rl" and not env("RAY_ADDRESS")):
         return job.lead()
     os.environ["RAY_ADDRESS"] = env("RAY_ADDRESS", "local")
@@ -83,11 +93,11 @@ def run(role: str, argv: Sequence[str]) -> int:
 
 
 class RLRun:
-    """A run of reinforcement learning, or this host's part of one.
+    """A reinforcement learning run, or this host's part of one.
 
     Args:
-        role: single, head or worker.
-        argv: hydra overrides, and --dry-run.
+        role: "single", "head" or "worker".
+        argv: Hydra overrides, and --dry-run.
 
     Raises:
         UserError: a setting is wrong.
@@ -99,28 +109,28 @@ class RLRun:
         self.rehearses = env("REHEARSE", "0") != "0"
         own_port = str(free_port()) if role == "single" else "6766"
         self.leader, self.port = env("MASTER_ADDR"), env("MASTER_PORT", own_port)
-        for name in ("MASTER_ADDR", "MASTER_PORT"):  # of Ray: the actors agree on their own
+        for name in ("MASTER_ADDR", "MASTER_PORT"):  # these are for Ray; the actors choose their own
             os.environ.pop(name, None)
         found = device.current()
         os.environ["DEVICE"] = found.kind
-        self.on_cpu, self.ascend, self.devices = found.kind == "cpu", found.is_ascend, place.processes()
+        self.on_cpu, self.ascend, self.devices = found.kind == "cpu", found.is_ascend, launcher.processes()
         config = env("CONFIG", "grpo_minimind_tiny" if self.on_cpu or self.rehearses else "grpo_minimind3")
         self.config = Path(config).absolute() if Path(config).is_file() else Path(config)
-        os.chdir(default_outputs())  # paths in the YAML and in the overrides are relative to the repository
+        os.chdir(default_outputs())  # paths in the YAML file and in overrides are relative to this directory
         self.backend = choice("BACKEND", "mindspeed-rl" if self.ascend else "embedded", "embedded", "mindspeed-rl")
         if not re.fullmatch("[1-9][0-9]*", nodes := env("NNODES", "1")):
             raise UserError(f"NNODES={nodes}: expected the number of hosts")
         self.nodes, self.seconds = int(nodes), float(env("WAIT_SECONDS", "600"))
-        # MindSpeed-RL's prompts must divide among the hosts: the linter reads NNODES.
+        # The check of MindSpeed-RL's batch sizes reads NNODES.
         os.environ.update(NNODES=nodes, BACKEND=self.backend, RAY_AUTH_MODE=env("RAY_AUTH_MODE", "disabled"))
         self.where = ["--config-name", self.config.name.removesuffix(".yaml")]
         if self.config.is_file():
             self.where += ["--config-dir", str(self.config.parent)]
-        self.prepared: list[str] = []  # overrides that name the sample data
-        self.pending = "--data-pending" in argv  # a dry run would have to make data first
+        self.prepared: list[str] = []  # overrides for the sample data and model
+        self.pending = "--data-pending" in argv  # dry run: the data does not exist yet
 
     def lead(self) -> int:
-        """Start the head of a cluster, wait until the other hosts are there, and train."""
+        """Start the head of a Ray cluster, wait for the other hosts to join, and train."""
         from minimind_mcore.rl.runtime import hosts
 
         leader = self.leader or hosts.own_address(None, env("SOCKET_IFNAME") or None)
@@ -128,6 +138,7 @@ class RLRun:
         if not self.dry:
             hosts.require_free(address)
         head = ["--head", "--port", self.port, "--node-ip-address", leader, "--include-dashboard=false"]
+        head += ["--system-config", json.dumps(hosts.SYSTEM_CONFIG)]
         with self.ray("head", head) as process:
             if self.nodes > 1:
                 logger.info(
@@ -139,7 +150,7 @@ class RLRun:
             return self.train()
 
     def follow(self) -> int:
-        """Lend this host to the cluster of the head, until the head is gone."""
+        """Join the cluster of the head, and stay until the head is gone."""
         from minimind_mcore.rl.runtime import hosts
 
         address = f"{self.leader}:{self.port}"
@@ -154,13 +165,13 @@ class RLRun:
 
     @contextlib.contextmanager
     def ray(self, name: str, flags: Sequence[str]) -> Iterator[int | None]:
-        """Run a Ray node on this host, which ends with the block and touches no other. Yield its process id."""
+        """Run a Ray node on this host during the block, and leave other nodes alone. Yield the process id."""
         from minimind_mcore.rl.runtime import hosts
 
         folder = env("RAY_TMPDIR", "/tmp/minimind-ray-XXXXXX")
         if len(folder) > LONGEST:
             raise UserError(f"RAY_TMPDIR={folder} is too long for the paths of sockets: at most {LONGEST} letters")
-        # A name that can be guessed could be a link that another user has made there.
+        # mkdtemp, because another user could have placed a link at a predictable name in /tmp.
         made = "" if self.dry or env("RAY_TMPDIR") else tempfile.mkdtemp(prefix="minimind-ray-", dir="/tmp")
         folder = os.environ["RAY_TMPDIR"] = made or folder
         cpus = env("NUM_CPUS", str(usable_cores()))
@@ -169,7 +180,8 @@ class RLRun:
             node += ["--resources", f'{{"NPU": {self.devices}}}']
         else:
             node += ["--num-gpus", "0" if self.on_cpu else str(self.devices)]
-        if self.role == "single":  # workers of two clusters on one host take the same ports of Ray's fixed range
+        # Ray's default port range is fixed, so the workers of two clusters on one host would collide.
+        if self.role == "single":
             node += ["--min-worker-port", "0", "--max-worker-port", "0"]
         node += shlex.split(env("RAY_FLAGS"))
         if interface := env("SOCKET_IFNAME"):
@@ -203,9 +215,9 @@ class RLRun:
                 shutil.rmtree(made, ignore_errors=True)
 
     def prepare(self) -> None:
-        """Make the sample sums of the tiny configurations, and a model that a careless teacher has tuned on them.
+        """Make the sample data of the tiny configurations, and a model fine-tuned on it with wrong carries.
 
-        This happens before Ray starts: other hosts wait for Ray.
+        This happens before Ray starts, because other hosts join as soon as Ray runs.
         """
         if not self.config.name.endswith("_tiny"):
             return
@@ -218,11 +230,11 @@ class RLRun:
         tuned = base / "full_sft/checkpoints"
         begin = outputs / ("rehearsal" if self.rehearses else "minimind3_tiny") / "math_sft/checkpoints"
         here = {"BACKEND": "native", "DATA_DIR": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer")}
-        if self.rehearses:  # to make data and a model the stand-in of torch_npu is not needed
+        if self.rehearses:  # data and model are made without the emulated torch_npu
             here["DEVICE"], here["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "cpu", "0"
         unset = ("OUTPUT_DIR", "NNODES")
         if not (folder / f"{PROBLEMS}_unseen_packed_labels_document.idx").is_file() or not is_finished(tuned):
-            # This model adds correctly, and does not know the form of the answers.
+            # This model adds correctly, but does not know the answer format yet.
             short = {"TRAIN_ITERS": "60"} if self.rehearses else {}
             stages = ("run", "--sample", "pretrain", "full_sft")
             self.make({**here, **short, "OUTPUT_DIR": str(base)}, unset, *stages)
@@ -237,7 +249,7 @@ class RLRun:
             self.make(tuning, unset, "sft", *quickstart.schedule(iterations))
         model = here["TOKENIZER_PATH"]
         if self.backend == "mindspeed-rl" and not (own_data or own_model):
-            model = str(begin.parent / "hf")  # vLLM builds its model from the config.json next to the tokenizer
+            model = str(begin.parent / "hf")  # vLLM reads the config.json next to the tokenizer
             if not Path(model, "config.json").is_file():
                 self.make({**here, "LOAD_DIR": str(begin), "SAVE_DIR": model}, unset, "convert", "mcore2hf")
         if not own_data:
@@ -255,7 +267,7 @@ class RLRun:
             self.prepared.append("minimind.eval_interval=20")
 
     def make(self, changes: dict[str, str], unset: Sequence[str], *command: str) -> None:
-        """Run a command of the kit with these settings. In a dry run show it."""
+        """Run a command of the kit with these settings. In a dry run print the command."""
         if self.dry:
             self.pending = True
             print("+", shlex.join(["env", *(f"{k}={v}" for k, v in changes.items()), *CLI, *command]), flush=True)
@@ -264,7 +276,7 @@ class RLRun:
             sys.exit(status)
 
     def train(self) -> int:
-        """Run train_grpo.py, or the program of the configuration's algorithm. Return its exit status."""
+        """Run train_grpo.py or train_ppo.py, whichever the configuration needs. Return the exit status."""
         from minimind_mcore.rl.main import program
 
         name = program([*self.where, *self.overrides])
@@ -273,10 +285,10 @@ class RLRun:
         if not self.dry:
             return wait_for(command)
         command += ["--dry-run", *(["--data-pending"] if self.pending else [])]
-        place.run_here(name, command[len(CLI) + 1 :])
+        launcher.run_here(name, command[len(CLI) + 1 :])
         return 0
 
 
 def is_finished(checkpoints: Path) -> bool:
-    """Whether a directory has checkpoints."""
+    """Return whether a directory has checkpoints."""
     return bool(read_tracker(checkpoints))

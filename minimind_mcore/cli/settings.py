@@ -1,30 +1,28 @@
-"""Settings: what users of the commands give through the environment. An empty setting counts as one not given."""
+"""Settings: options of the commands that users set as environment variables. An empty setting counts as not set."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, stops_handled
 from minimind_mcore.paths import default_outputs
 
 CLI = [sys.executable, "-m", "minimind_mcore.cli"]
 
 
 def env(name: str, default: str = "") -> str:
-    """Return a setting."""
+    """Return the value of a setting, or the default if the setting is empty."""
     return os.environ.get(name) or default
 
 
 def count(name: str, default: int) -> int:
-    """Return a setting that is a number of something.
+    """Return a setting that is a positive integer.
 
     Raises:
         UserError: the setting is not a whole number of 1 or more.
@@ -35,13 +33,13 @@ def count(name: str, default: int) -> int:
 
 
 def path(name: str, default: str | Path = "") -> str:
-    """Return a setting that is a path, as an absolute path: MindSpeed-LLM's programs run in a folder of their own."""
+    """Return a path setting as an absolute path, because MindSpeed-LLM's programs change the working directory."""
     found = env(name, str(default))
     return os.path.abspath(os.path.expanduser(found)) if found else ""
 
 
 def flags(*names: str) -> list[str]:
-    """Return the flags of the settings that are given: "NAME" is the setting of --name, "NAME --other" of --other."""
+    """Return the flags for the settings that are set. "NAME" becomes --name, "NAME --other" becomes --other."""
     words = []
     for name, _, flag in (row.partition(" ") for row in names):
         if value := env(name):
@@ -50,20 +48,20 @@ def flags(*names: str) -> list[str]:
 
 
 def path_flags(*names: str) -> list[str]:
-    """Return the flags of settings that are paths, as absolute paths; see `flags`."""
+    """Return the flags for path settings, like `flags`, with absolute paths."""
     return [word for row in names for word in (*flags(row)[:1], path(row.split()[0])) if word]
 
 
 def given(argv: Sequence[str], *names: str) -> bool:
-    """Whether one of these flags is among the words of a command line."""
+    """Return whether the command line contains one of these flags."""
     return any(word.partition("=")[0] in names for word in argv)
 
 
 def choice(name: str, default: str, *expected: str) -> str:
-    """Return a setting that is one of a few words.
+    """Return a setting that is one of the expected words.
 
     Raises:
-        UserError: the setting is another word.
+        UserError: the setting has another value.
     """
     if (found := env(name, default)) not in expected:
         listed = f"{', '.join(expected[:-1])} or {expected[-1]}"
@@ -72,42 +70,34 @@ def choice(name: str, default: str, *expected: str) -> str:
 
 
 def data_dir() -> Path:
-    """Return the directory of the data that the kit makes."""
+    """Return the directory for data that the kit makes."""
     return Path(path("DATA_DIR", default_outputs() / "data"))
 
 
 def show(command: Sequence[str]) -> None:
-    """Print a command as one could type it."""
+    """Print a command in shell syntax."""
     print("+", shlex.join(command), flush=True)
 
 
 def help_of(argv: Sequence[str], text: str | None) -> None:
-    """Print a command's documentation and end the program, if its arguments ask for help."""
+    """If the arguments contain -h or --help, print the text and exit."""
     if given(argv, "-h", "--help"):
         print(text)
         sys.exit()
 
 
 def wait_for(command: Sequence[str], changes: Mapping[str, str | None] | None = None) -> int:
-    """Run a command. Return its exit status, or 128 + the number of the signal that ended it.
+    """Run a command. Return its exit status, or 128 + N if signal N ended the command.
 
-    A request to stop goes to the command, which may save; this program ends after it.
+    SIGINT and SIGTERM are passed to the command, which may save a checkpoint first.
 
     Args:
-        command: the words.
-        changes: of the environment; None removes a setting.
+        command: program and arguments.
+        changes: changes of the environment. None removes a variable.
     """
     changed = os.environ | (changes or {})
     environ = {name: value for name, value in changed.items() if value is not None}
     process = subprocess.Popen(command, env=environ)
-
-    def stop(*_: int | FrameType | None) -> None:
-        process.terminate()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stops_handled(lambda *_: process.terminate()):
         status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return status if status >= 0 else 128 - status

@@ -1,12 +1,12 @@
-"""`minimind-mcore doctor`: what is installed here, what goes with it, and what would stop a job.
+"""`minimind-mcore doctor`: check what is installed, which versions fit together, and what would stop a job.
 
 | | |
 |---|---|
-| `matrix.json`, `matrix.py` | which versions go together, and who says so |
+| `matrix.json`, `matrix.py` | which versions fit together, with sources |
 | `installed.py` | what is installed, found without importing it |
 | `host.py` | devices, memory, disk, ports, interfaces, names |
-| `job.py` | the paths of one script, from its own dry run |
+| `dry_run.py` | the paths of one script, from its own dry run |
 | `main.py` | the command: gathers, judges, prints |
 
-With `minimind_mcore/platform/device.py` and `minimind_mcore/mindspeed/` the only place that names devices.
+Besides `minimind_mcore/platform/device.py` and `minimind_mcore/mindspeed/` only this package names devices.
 """

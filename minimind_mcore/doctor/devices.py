@@ -1,4 +1,4 @@
-"""The devices of a host: which there are, which are visible, whether they are well and have memory to spare."""
+"""The devices of a host: their number, visibility, health and free memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ class Card:
 
     @property
     def free(self) -> int:
-        """MiB that nobody holds."""
+        """Free memory in MiB."""
         return self.total - self.used
 
 
 def kind(host: Host) -> str:
-    """The device that a job would take, as `minimind_mcore.platform.device` decides, but told without importing torch.
+    """Return the device that a job would use, decided as in `minimind_mcore.platform.device` but without importing
+    torch.
 
-    An NPU counts if its device files or torch_npu are there: one without the other is what the doctor is for.
+    An NPU counts if its device files or torch_npu exist, because the doctor must report one without the other.
     """
     if asked := host.environ.get("DEVICE"):
         return asked
@@ -46,7 +47,7 @@ def kind(host: Host) -> str:
 
 
 def cards(host: Host, device: str) -> list[Card]:
-    """The devices that npu-smi or nvidia-smi lists, in order."""
+    """Return the devices that npu-smi or nvidia-smi lists, in order."""
     if device == "npu":
         return _npu_cards(host.run("npu-smi", "info") or "")
     query = "--query-gpu=index,name,memory.used,memory.total"
@@ -60,7 +61,7 @@ def cards(host: Host, device: str) -> list[Card]:
 
 
 def _npu_cards(printed: str) -> list[Card]:
-    """Two lines for each chip: "| 0  910B2 | OK | 94.5 40 0 / 0 |", "| 0 | 0000:C1:00.0 | 0  0 / 0  3410/ 65536 |"."""
+    """Parse two lines per chip: "| 0  910B2 | OK | 94.5 40 0 / 0 |", "| 0 | 0000:C1:00.0 | 0  0 / 0  3410/ 65536 |"."""
     found: list[Card] = []
     head: tuple[str, str] | None = None
     measured: list[str] = []
@@ -81,7 +82,7 @@ def _npu_cards(printed: str) -> list[Card]:
 
 
 def visible(host: Host, device: str, count: int) -> list[int] | None:
-    """The numbers that the environment makes visible; None where it names one that is no number."""
+    """Return the numbers of visible devices from the environment. None if it has an entry that is not a number."""
     given = host.environ.get(VISIBLE[device])
     if given is None:
         return list(range(count))
@@ -90,10 +91,10 @@ def visible(host: Host, device: str, count: int) -> list[int] | None:
 
 
 def check(host: Host, device: str) -> list[Finding]:
-    """All of it.
+    """Check the devices.
 
     Args:
-        host: where to look.
+        host: the host to check.
         device: "npu", "cuda" or "cpu".
     """
     if device == "cpu":
@@ -114,8 +115,8 @@ def check(host: Host, device: str) -> list[Finding]:
 
 
 def selection(device: str, numbers: Sequence[int]) -> dict[str, str]:
-    """Return the settings by which a process sees these devices alone, with the numbers of the driver's tool."""
-    # CUDA's own order begins with the fastest GPU.
+    """Return the settings that make only these devices visible to a process, numbered as in the driver's tool."""
+    # CUDA's default order starts with the fastest GPU.
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if device == "cuda" else {}
     return {VISIBLE[device]: ",".join(map(str, numbers)), **order}
 
@@ -124,7 +125,7 @@ def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:
     variable = VISIBLE[device]
     given = host.environ.get(variable)
     numbers = visible(host, device, len(listed))
-    if numbers is None:  # CUDA takes UUIDs too
+    if numbers is None:  # CUDA accepts UUIDs too
         return [warn("device", f"{variable}={given} is not a list of numbers: not checked")]
     if not numbers:
         text = f"no device is visible: {variable}={given!r} names none of {len(listed)}"
@@ -149,7 +150,7 @@ def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:
 
 
 def _nodes(host: Host, device: str, count: int) -> set[int]:
-    """The numbers of the devices that can be opened; of NVIDIA's all that its tool lists.
+    """Return the numbers of the devices that can be opened. For NVIDIA these are all that its tool lists.
 
     In a container that got /dev/davinci4 and 5 these are devices 0 and 1.
     """
@@ -175,7 +176,7 @@ def _memory(device: str, chosen: list[Card]) -> Finding:
     if least.free < LEAST_FREE_MIB:
         return fail(
             "device memory",
-            f"{text}; a job wants {LEAST_FREE_MIB / 1024:.0f} GiB: other processes hold the rest",
+            f"{text}; a job needs {LEAST_FREE_MIB / 1024:.0f} GiB: other processes hold the rest",
             f"{tool}    # lists them; end yours, or choose other devices with {VISIBLE[device]}",
         )
     if least.free < 0.5 * least.total:

@@ -1,4 +1,4 @@
-"""Check one script: its dry run looks at data, tokenizer, checkpoints and the places that are written."""
+"""Check one script with its dry run, which checks data, tokenizer, checkpoints and output directories."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from minimind_mcore.doctor.finding import Finding, fail, ok
 from minimind_mcore.doctor.installed import Host
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, last_error
 
 
 def require(script: str) -> None:
-    """That there is such a script.
+    """Check that a script exists.
 
     Raises:
-        UserError: there is none.
+        UserError: the script does not exist.
     """
     if not Path(script).is_file():
         raise UserError(
@@ -24,7 +24,7 @@ def require(script: str) -> None:
 
 
 def check(host: Host, script: str, arguments: Sequence[str]) -> list[Finding]:
-    """Run a script with `--dry-run` in this environment, and pass on its error."""
+    """Run a script with `--dry-run` in this environment, and report its error."""
     done = subprocess.run(
         ["bash", script, *arguments, *([] if "--dry-run" in arguments else ["--dry-run"])],
         env=dict(host.environ),
@@ -33,8 +33,6 @@ def check(host: Host, script: str, arguments: Sequence[str]) -> list[Finding]:
     )
     name = Path(script).name
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        start = next((n for n, line in enumerate(said) if line.startswith("error:")), max(0, len(said) - 3))
-        return [fail(name, "\n".join(said[start:]).removeprefix("error: ") or f"exit status {done.returncode}")]
+        return [fail(name, last_error(done.stderr, done.returncode))]
     forecast = [line for line in done.stdout.splitlines() if line.startswith(("memory:", "time:"))]
     return [ok(name, "\n".join(["its dry run finds nothing wrong", *forecast]))]

@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        level: "ok"; "warn": it may go wrong, or goes slower; "fail": the job would fail.
-        subject: what was checked, in a word or two.
+        level: "ok"; "warn": the job may fail or be slower; "fail": the job would fail.
+        subject: the checked thing, in a word or two.
         text: what was found, and what was expected.
-        fix: the command that puts it right, or what to do.
+        fix: the command that fixes the problem, or what to do.
     """
 
     level: str
@@ -23,15 +23,15 @@ class Finding:
 
 
 def ok(subject: str, text: str) -> Finding:
-    """All is well."""
+    """Return a finding without a problem."""
     return Finding("ok", subject, text)
 
 
 def warn(subject: str, text: str, fix: str = "") -> Finding:
-    """It may go wrong."""
+    """Return a finding about a job that may fail."""
     return Finding("warn", subject, text, fix)
 
 
 def fail(subject: str, text: str, fix: str = "") -> Finding:
-    """The job would fail."""
+    """Return a finding about a job that would fail."""
     return Finding("fail", subject, text, fix)

@@ -1,4 +1,4 @@
-"""What a job needs of a host besides its devices: shared memory, disk, ports, interfaces, names."""
+"""Check what a job needs of a host besides its devices: shared memory, disk, ports, interfaces, names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HCCL_BASE, HCCL_COUNT = 60000, 16  # CANN: HCCL_IF_BASE_PORT
 
 
 def check(host: Host, device: str) -> list[Finding]:
-    """All of it, for a job on a kind of device."""
+    """Check a host for a job on a kind of device."""
     found = [*processes(host), *shared_memory(host), *disk(host), *master(host)]
     if device == "npu":
         found += [*homes(host), *compiler(host), *hccl_ports(host)]
@@ -28,7 +28,7 @@ def check(host: Host, device: str) -> list[Finding]:
 
 
 def processes(host: Host) -> list[Finding]:
-    """NPUS_PER_NODE is a number, if it is given; whether there are so many devices, `devices` tells."""
+    """Check that NPUS_PER_NODE is a number, if set. `devices` checks whether there are as many devices."""
     given = host.environ.get("NPUS_PER_NODE") or "1"
     if given.isdecimal() and int(given) >= 1:
         return []
@@ -37,7 +37,7 @@ def processes(host: Host) -> list[Finding]:
 
 
 def homes(host: Host) -> list[Finding]:
-    """CANN_HOME and NNAL_HOME, if they are given, have the set_env.sh that every script sources."""
+    """Check that CANN_HOME and NNAL_HOME, if set, have the set_env.sh that every script sources."""
     found = []
     for variable, usual in (("CANN_HOME", "/usr/local/Ascend/cann"), ("NNAL_HOME", "/usr/local/Ascend/nnal/atb")):
         given = host.environ.get(variable)
@@ -48,10 +48,10 @@ def homes(host: Host) -> list[Finding]:
 
 
 def compiler(host: Host) -> list[Finding]:
-    """What MindSpeed needs at the first forward pass, when it compiles its operators (op_builder/builder.py).
+    """Check what MindSpeed needs to compile its operators at the first forward pass (op_builder/builder.py).
 
-    `--use-fused-rotary-pos-emb`, which the scripts give, is such an operator. Megatron-LM compiles a helper for its
-    datasets with g++ too.
+    `--use-fused-rotary-pos-emb`, which the scripts set, is such an operator. Megatron-LM also compiles a helper for its
+    datasets with g++.
     """
     found = []
     for program, fix in (
@@ -71,7 +71,7 @@ def compiler(host: Host) -> list[Finding]:
 
 
 def shared_memory(host: Host) -> list[Finding]:
-    """Size of /dev/shm, through which the workers of a data loader hand over their batches."""
+    """Check the size of /dev/shm, through which data loader workers pass their batches."""
     place = host.root / "dev/shm"
     if not place.is_dir():
         return []
@@ -89,7 +89,7 @@ def shared_memory(host: Host) -> list[Finding]:
 
 
 def disk(host: Host) -> list[Finding]:
-    """Free space where outputs and converted data go."""
+    """Check the free space for outputs and converted data."""
     checkout = default_outputs()
     found = []
     for variable, default in (("OUTPUT_DIR", checkout / "outputs"), ("DATA_DIR", checkout / "data")):
@@ -108,7 +108,7 @@ def disk(host: Host) -> list[Finding]:
 
 
 def free_port(port: int, address: str = "") -> bool:
-    """Whether nobody on this host listens at a port."""
+    """Return whether nothing on this host listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -119,7 +119,7 @@ def free_port(port: int, address: str = "") -> bool:
 
 
 def master(host: Host) -> list[Finding]:
-    """HOSTFILE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT: where rank 0 waits for the others."""
+    """Check HOSTFILE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, which tell where rank 0 waits for the others."""
     environ = host.environ
     try:
         job = hosts.read(environ)
@@ -130,7 +130,7 @@ def master(host: Host) -> list[Finding]:
         text = f"this is number {job.rank} of {job.count}; MASTER_ADDR {job.master}"
         found.append(_master_address(job) or ok("hosts", text))
     if job.count == 1 and "MASTER_PORT" not in environ:
-        return found  # a free one is taken
+        return found  # a free port is chosen
     try:
         port = hosts.port(job, environ)
     except UserError as error:
@@ -142,7 +142,7 @@ def master(host: Host) -> list[Finding]:
 
 
 def _master_address(job: hosts.Hosts) -> Finding | None:
-    """What is wrong with it."""
+    """Return what is wrong with MASTER_ADDR, or None."""
     addresses = hosts.resolve(job.master)
     if addresses and not any(map(hosts.reachable, addresses)):
         text = f"MASTER_ADDR={job.master} is {addresses[0]}, by which each host means itself"
@@ -155,13 +155,13 @@ def _master_address(job: hosts.Hosts) -> Finding | None:
 
 
 def _of(subject: str, error: UserError) -> Finding:
-    """An error of the scripts; what it puts on a line of its own is the command that puts it right."""
+    """Convert an error of the scripts to a finding. A line of its own in the message is the command that fixes it."""
     text, _, fix = str(error).partition("\n")
     return fail(subject, text.removesuffix(":"), fix.strip())
 
 
 def hccl_ports(host: Host) -> list[Finding]:
-    """The ports at which HCCL gathers a cluster's information: free, and not given away by the system."""
+    """Check the ports over which HCCL exchanges a cluster's addresses: free, and reserved in the system."""
     given = host.environ.get("HCCL_HOST_SOCKET_PORT_RANGE")
     if given == "auto":
         return [ok("HCCL ports", "HCCL_HOST_SOCKET_PORT_RANGE=auto")]
@@ -204,7 +204,7 @@ def _reserved(host: Host, ports: list[int], span: str) -> Finding:
 
 
 def _ranges(text: str) -> list[int]:
-    """`60000,60050-60052` as numbers; empty if it is something else."""
+    """Parse `60000,60050-60052` to numbers. Empty for any other form."""
     ports: list[int] = []
     for word in filter(None, re.split(r"[,\s]+", text)):
         bounds = word.split("-")
@@ -215,7 +215,7 @@ def _ranges(text: str) -> list[int]:
 
 
 def interfaces(host: Host, device: str) -> list[Finding]:
-    """The interfaces that HCCL, gloo and NCCL are told to use are there; on NPUs also those that the scripts choose."""
+    """Check that the interfaces selected for HCCL, gloo and NCCL exist, on NPUs also those that the scripts choose."""
     there = [name for _, name in socket.if_nameindex()]
     found = []
     variables = {"npu": ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), "cuda": ("NCCL_SOCKET_IFNAME",)}
@@ -230,7 +230,7 @@ def interfaces(host: Host, device: str) -> list[Finding]:
         else:
             found.append(ok("interface", f"{variable}={given}"))
     if device == "npu" and all(finding.level == "ok" for finding in found):
-        with contextlib.suppress(UserError):  # which `master` has told
+        with contextlib.suppress(UserError):  # `master` has already reported it
             job = hosts.read(host.environ)
             hosts.check_master(job)
             found += _network(job, host) if job.count > 1 else []
@@ -238,7 +238,7 @@ def interfaces(host: Host, device: str) -> list[Finding]:
 
 
 def _network(job: hosts.Hosts, host: Host) -> list[Finding]:
-    """What the scripts set."""
+    """Report the interfaces that the scripts set."""
     try:
         named = hosts.network(job, host.environ)
     except UserError as error:
@@ -247,7 +247,7 @@ def _network(job: hosts.Hosts, host: Host) -> list[Finding]:
 
 
 def names() -> list[Finding]:
-    """This host's own name resolves: torchrun and gloo ask for it."""
+    """Check that this host's own name resolves, because torchrun and gloo look it up."""
     name = socket.gethostname()
     try:
         socket.getaddrinfo(name, None)

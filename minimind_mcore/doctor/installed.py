@@ -1,4 +1,4 @@
-"""What is installed, found in files and metadata: nothing is imported, since that is what may fail."""
+"""Find what is installed from files and metadata. Nothing is imported, because an import may fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from minimind_mcore.doctor import matrix
 from minimind_mcore.paths import CHECKOUT
 
-# What the table lists, in its order; the version of a Python package is in the metadata of its distribution.
+# Components in the table's order. The version of a Python package is in the metadata of its distribution.
 DISTRIBUTIONS = (
     "torch", "torch_npu", "megatron-core", "transformers", "numpy", "vLLM", "vllm-ascend", "Triton-Ascend", "ray",
 )  # fmt: skip
@@ -33,13 +33,13 @@ INFO = "ascend_toolkit_install.info"
 
 @dataclass(frozen=True)
 class Host:
-    """Where to look; tests look elsewhere.
+    """The host to examine. Tests use other directories.
 
     Attributes:
-        root: of the file system that has /dev, /proc, /usr/local/Ascend.
+        root: root of the file system with /dev, /proc, /usr/local/Ascend.
         environ: the environment.
-        path: where Python packages are; None: this interpreter's own.
-        python: the interpreter that a job would run on.
+        path: directories of Python packages. None: those of this interpreter.
+        python: interpreter of the job.
     """
 
     root: Path = Path("/")
@@ -48,7 +48,7 @@ class Host:
     python: str = sys.executable
 
     def run(self, *command: str, timeout: float = 60) -> str | None:
-        """What a program of the PATH printed; None if there is none, or it failed."""
+        """Return the output of a program on the PATH. None if it does not exist or fails."""
         program = shutil.which(command[0], path=self.environ.get("PATH", ""))
         if program is None:
             return None
@@ -60,18 +60,18 @@ class Host:
             return None
         return done.stdout if done.returncode == 0 else None
 
-    def places(self, variable: str, *defaults: str) -> list[Path]:
-        """The directories that a variable names, then the usual ones."""
+    def directories(self, variable: str, *defaults: str) -> list[Path]:
+        """Return the directories of a variable, then the default ones."""
         given = self.environ.get(variable)
         return ([Path(given)] if given else []) + [self.root / default.lstrip("/") for default in defaults]
 
 
 @dataclass(frozen=True)
 class Component:
-    """Something that is installed.
+    """An installed program or package.
 
     Attributes:
-        version: None: it is not installed; "unknown": it is, at a version that nothing tells.
+        version: None if not installed, "unknown" if the version cannot be determined.
         where: file or directory where it was found.
     """
 
@@ -81,11 +81,11 @@ class Component:
 
 
 def examine(host: Host, backend: str) -> dict[str, Component]:
-    """Every component, by name, in the table's order.
+    """Return every component by name, in the table's order.
 
     Args:
-        host: where to look.
-        backend: "mindspeed-llm": megatron-core is the one that MindSpeed-LLM's folder holds.
+        host: the host to examine.
+        backend: with "mindspeed-llm", megatron-core is the copy in MindSpeed-LLM's folder.
     """
     found = {"driver": driver(host), "CANN": cann(host), "Python": Component("Python", platform.python_version())}
     found |= {name: distribution(host, name) for name in DISTRIBUTIONS}
@@ -97,11 +97,11 @@ def examine(host: Host, backend: str) -> dict[str, Component]:
 
 
 def driver(host: Host) -> Component:
-    """The NPU's driver, as npu-smi or its own file has it; else NVIDIA's."""
+    """Return the NPU's driver from npu-smi or its version file, else NVIDIA's."""
     printed = host.run("npu-smi", "info")
     if printed and (version := re.search(r"Version:\s*(\S+)", printed)):
         return Component("driver", version[1], "npu-smi")
-    for place in host.places("ASCEND_DRIVER_PATH", "/usr/local/Ascend/driver"):
+    for place in host.directories("ASCEND_DRIVER_PATH", "/usr/local/Ascend/driver"):
         if written := _search(place / "version.info", r"^Version=(\S+)"):
             return Component("driver", written, str(place / "version.info"))
     printed = host.run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -111,14 +111,18 @@ def driver(host: Host) -> Component:
 
 
 def cann(host: Host) -> Component:
-    """CANN's toolkit: of the environment, else where its installer puts it."""
+    """Return CANN's toolkit from the environment, else from its default directory."""
     usual = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")
     home = host.environ.get("HOME", "")
-    places = host.places("CANN_HOME") + host.places("ASCEND_TOOLKIT_HOME") + host.places("ASCEND_HOME_PATH", *usual)
+    directories = (
+        host.directories("CANN_HOME")
+        + host.directories("ASCEND_TOOLKIT_HOME")
+        + host.directories("ASCEND_HOME_PATH", *usual)
+    )
     if home:
-        places += [Path(home, "Ascend/cann"), Path(home, "Ascend/ascend-toolkit/latest")]
-    for place in places:
-        # CANN_HOME has set_env.sh; until CANN 8.5 that was the folder above
+        directories += [Path(home, "Ascend/cann"), Path(home, "Ascend/ascend-toolkit/latest")]
+    for place in directories:
+        # CANN_HOME contains set_env.sh. Before CANN 8.5 that was the parent directory.
         for info in (info for form in ("", "latest/") for info in sorted(place.glob(f"{form}*-linux/{INFO}"))):
             if version := _search(info, r"^version=(\S+)"):
                 return Component("CANN", version.removeprefix("V"), str(place))
@@ -126,7 +130,7 @@ def cann(host: Host) -> Component:
 
 
 def distribution(host: Host, name: str) -> Component:
-    """A Python package, from its metadata."""
+    """Return a Python package, from its metadata."""
     options: Any = {} if host.path is None else {"path": list(host.path)}
     for found in importlib.metadata.distributions(name=name, **options):
         return Component(name, found.version.partition("+")[0], str(found.locate_file("")))
@@ -134,28 +138,28 @@ def distribution(host: Host, name: str) -> Component:
 
 
 def mindspeed(host: Host, name: str) -> Component:
-    """One of MindSpeed's, told by its files: their metadata say the same in every release."""
+    """Return one of MindSpeed's packages, identified by its files, because the metadata are the same in every
+    release."""
     package = name.lower().replace("-", "_")
-    for place in _mindspeed_places(host, name):
+    for place in _mindspeed_directories(host, name):
         if (place / package / "__init__.py").is_file() or (place / package).is_dir():
             return Component(name, fingerprint(name, place), str(place))
     return Component(name, None)
 
 
-def _mindspeed_places(host: Host, name: str) -> list[Path]:
+def _mindspeed_directories(host: Host, name: str) -> list[Path]:
     variable = name.upper().replace("-", "_") + "_HOME"
     if name != "MindSpeed" and host.environ.get(variable):
-        return [Path(host.environ[variable])]  # as the scripts have it: what is given is meant
-    beside = CHECKOUT.parent / name
-    places = host.places(variable, f"/workspace/{name}")
-    if host.root == Path("/"):
-        places.insert(1 if host.environ.get(variable) else 0, beside)
+        return [Path(host.environ[variable])]  # a given directory is the only candidate, as in the scripts
+    given = host.directories(variable)
+    beside = [CHECKOUT.parent / name] if host.root == Path("/") else []
     imported = sys.path if host.path is None else host.path
-    return places + [Path(entry or ".") for entry in imported] + _editable(host, name)
+    paths = [Path(entry or ".") for entry in imported]
+    return [*given, *beside, host.root / "workspace" / name, *paths, *_editable(host, name)]
 
 
 def _editable(host: Host, name: str) -> list[Path]:
-    """Where `pip install -e` says that the sources are."""
+    """Return the source directories of `pip install -e`."""
     options: Any = {} if host.path is None else {"path": list(host.path)}
     for found in importlib.metadata.distributions(name=name.lower().replace("-", "_"), **options):
         text = found.read_text("direct_url.json") or ""
@@ -165,7 +169,7 @@ def _editable(host: Host, name: str) -> list[Path]:
 
 
 def fingerprint(name: str, place: Path) -> str:
-    """The release of one of MindSpeed's, by a file that differs in each."""
+    """Identify the release of one of MindSpeed's packages by a file that differs in each release."""
     for mark in matrix.data()["fingerprints"][name]:
         file = place / mark["file"]
         if file.is_file() and git_blob(file) == mark["blob"]:
@@ -174,13 +178,13 @@ def fingerprint(name: str, place: Path) -> str:
 
 
 def git_blob(file: Path) -> str:
-    """What `git hash-object` prints for a file."""
+    """Return the output of `git hash-object` for a file."""
     content = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def core_beside(folder: Path) -> Component:
-    """megatron-core in MindSpeed-LLM's folder, where its guide copies it."""
+    """Return megatron-core in MindSpeed-LLM's folder, where its guide copies it."""
     info = folder / "megatron" / "core" / "package_info.py"
     numbers = [_search(info, rf"^{part}\s*=\s*(\d+)") for part in ("MAJOR", "MINOR", "PATCH")]
     if None in numbers:

@@ -3,9 +3,9 @@
     minimind-mcore doctor
     MODEL=minimind3 TP=2 minimind-mcore doctor examples/mcore/minimind/pretrain_minimind_ptd.sh
 
-It reads the environment that the scripts read (DEVICE, BACKEND, NPUS_PER_NODE, HOSTFILE, NNODES, MASTER_ADDR, ...; with
-REHEARSE=1 it looks at what a rehearsal needs). With a script it also runs that script's `--dry-run`, and checks the
-data and the checkpoints that it names. The exit status is 1 if the job would fail, else 0.
+The doctor reads the environment variables of the scripts (DEVICE, BACKEND, NPUS_PER_NODE, HOSTFILE, NNODES,
+MASTER_ADDR, ...). With REHEARSE=1 it checks what a rehearsal needs. With a script it also runs that script's
+`--dry-run`, which checks the data and the checkpoints. The exit status is 1 if the job would fail, else 0.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Component, Host, examine
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.vllm_engine import head_size_problem
+from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.models.presets import find_model
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform.device import KINDS
 
 INSTALL: Mapping[str, str] = matrix.data()["install"]
-# What the kit pins, in the checkout's .venv; or what a package asks for.
-KIT = "bash requirements/install.sh" if (CHECKOUT / "examples").is_dir() else "pip install -U minimind-mcore"
+# The versions that the kit pins in the checkout's .venv, or that a package requires.
+KIT = "bash requirements/install.sh" if (CHECKOUT / "examples").is_dir() else "pip install ."
 
 
 def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
-    """The command; returns its exit status.
+    """Run the command and return its exit status.
 
     Raises:
-        UserError: DEVICE or BACKEND is none, or the script is not there.
+        UserError: DEVICE or BACKEND has an unknown value, or the script does not exist.
     """
-    parser = argparse.ArgumentParser(
-        prog="minimind-mcore doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser("minimind-mcore doctor", __doc__)
     parser.add_argument("script", nargs="?", help="a script of examples/, to check what its job would use")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
     found = examine(where, backend)
     print_title(device, backend, where)
     problems = report(found, device, backend, where)
-    if found["MindSpeed-RL"].version:
+    if device == "npu" and found["MindSpeed-RL"].version:  # the matrix has no row of it for other devices
         print()
         problems += report(found, device, "mindspeed-rl", where)
     checks = devices.check(where, device) + host.check(where, device) + loads(where, device)
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
 
 
 def rehearse(where: Host, backend: str, args: argparse.Namespace) -> int:
-    """The checks of REHEARSE=1, in place of those of devices and what is installed; returns the exit status."""
+    """Run the checks of REHEARSE=1 instead of the device and version checks. Return the exit status."""
     checks = rehearsal.check(where, backend) + host.check(where, "cpu")
     if args.script and not rehearsal.is_made():
         checks.append(warn(Path(args.script).name, "its dry run is left out: it needs the environment above"))
@@ -82,13 +81,13 @@ def rehearse(where: Host, backend: str, args: argparse.Namespace) -> int:
 
 
 def report(found: Mapping[str, Component], device: str, backend: str, where: Host) -> list[Finding]:
-    """Print the table of components against a row of the matrix; returns what is wrong."""
+    """Print the table of components compared with a row of the matrix. Return the problems."""
     versions = {name: component.version for name, component in found.items()}
     stack = matrix.find(device, backend, versions) or matrix.newest(device, backend)
     findings = [finding for name in found if (finding := judged(stack, found, name, where))]
     if device == "npu":
         pairs = pairing(versions, stack)
-        told = {finding.subject for finding in pairs}  # and by which version to replace it
+        told = {finding.subject for finding in pairs}  # these findings already name the version to install
         findings = [finding for finding in findings if finding.level == "fail" or finding.subject not in told] + pairs
     print_table(stack, found)
     print(textwrap.fill(f"{stack.name}: {stack.proof}. {stack.note}", 118, subsequent_indent="  "))
@@ -98,7 +97,7 @@ def report(found: Mapping[str, Component], device: str, backend: str, where: Hos
 
 
 def judged(stack: matrix.Stack, found: Mapping[str, Component], name: str, where: Host) -> Finding | None:
-    """What is wrong with one component."""
+    """Return what is wrong with one component, or None."""
     version = found[name].version
     verdict = stack.judge(name, version)
     fix = install(name, stack, found["MindSpeed-LLM"].where)
@@ -117,7 +116,7 @@ def judged(stack: matrix.Stack, found: Mapping[str, Component], name: str, where
 
 
 def install(name: str, stack: matrix.Stack, home: str = "") -> str:
-    """The command that installs a component at the version of a row; `home` is MindSpeed-LLM's folder."""
+    """Return the command that installs a component in the version of a row. `home` is MindSpeed-LLM's folder."""
     if stack.device != "npu":
         return KIT if name != "Python" else f"rm -r .venv && PYTHON=python{stack.wanted('Python')} {KIT}"
     version = {key: stack.wanted(key).lstrip("<>= ").split(",")[0] for key in {*stack.needs, *stack.best}}
@@ -136,14 +135,14 @@ def install(name: str, stack: matrix.Stack, home: str = "") -> str:
 
 
 def heads(where: Host) -> Finding:
-    """Whether the attention of vllm-ascend has a kernel for the heads of MODEL."""
+    """Check whether vllm-ascend's attention has a kernel for the head size of MODEL."""
     model = where.environ.get("MODEL") or "minimind3"
     problem = head_size_problem(find_model(model), "npu")
     return warn("head size", f"{model}: {problem}") if problem else ok("head size", f"vLLM takes the heads of {model}")
 
 
 def _elsewhere(where: Host, stack: matrix.Stack, given: str) -> str:
-    """What makes MINDSPEED_LLM_HOME name a MindSpeed-LLM: one that is there, else a new one."""
+    """Return the command that sets MINDSPEED_LLM_HOME to an existing or a new MindSpeed-LLM."""
     usual = where.root / "workspace/MindSpeed-LLM"
     if (usual / "pretrain_gpt.py").is_file() and usual != Path(given):
         return f"export MINDSPEED_LLM_HOME={usual}"
@@ -153,7 +152,7 @@ def _elsewhere(where: Host, stack: matrix.Stack, given: str) -> str:
 
 
 def pairing(versions: Mapping[str, str | None], stack: matrix.Stack) -> list[Finding]:
-    """torch_npu is built for one torch and one CANN."""
+    """Check that torch and CANN are those for which torch_npu was built."""
     package, torch, cann = (versions[name] for name in ("torch_npu", "torch", "CANN"))
     pair = matrix.torch_npu_pair(package) if package else None
     if package is None or pair is None:
@@ -172,7 +171,7 @@ def pairing(versions: Mapping[str, str | None], stack: matrix.Stack) -> list[Fin
 
 
 def loads(where: Host, device: str) -> list[Finding]:
-    """Whether torch itself, in the interpreter of the job, sees the device."""
+    """Check whether torch sees the device, in the interpreter of the job."""
     printed = where.run(where.python, "-m", "minimind_mcore.platform.device", timeout=120)
     if printed is not None and printed.split()[:1] == [device]:
         return [ok("torch", f"sees {printed.strip()}")]
@@ -187,14 +186,14 @@ def loads(where: Host, device: str) -> list[Finding]:
 
 
 def print_title(device: str, backend: str, where: Host) -> None:
-    """What the doctor has looked at."""
+    """Print what the doctor has examined."""
     listed = devices.cards(where, device) if device != "cpu" else []
     cards = f", {len(listed)} x {listed[0].name}" if listed else ""
     print(f"device {device}{cards}; backend {backend}; python {where.python}\n")
 
 
 def print_table(stack: matrix.Stack, found: Mapping[str, Component]) -> None:
-    """Component, installed, wanted, verdict."""
+    """Print component, installed version, required version and verdict."""
     rows = [("component", "installed", "wanted", "")]
     for name, component in found.items():
         verdict = stack.judge(name, component.version)
@@ -207,13 +206,13 @@ def print_table(stack: matrix.Stack, found: Mapping[str, Component]) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """One block each: level, subject, text; below it the command."""
+    """Print one block per finding: level, subject, text, and the command on the next line."""
     subject = max((len(finding.subject) for finding in findings), default=0)
     width = max(shutil.get_terminal_size((120, 24)).columns, 80)
     for finding in findings:
         head = f"{finding.level:<4}  {finding.subject:<{subject}}  "
         wrap = textwrap.TextWrapper(width, initial_indent=head, subsequent_indent=" " * len(head))
-        wrap.break_on_hyphens = wrap.break_long_words = False  # a path is copied from here
+        wrap.break_on_hyphens = wrap.break_long_words = False  # so that paths can be copied
         lines = finding.text.splitlines() or [""]
         print(wrap.fill(lines[0]))
         for line in lines[1:]:
@@ -223,7 +222,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def conclude(findings: Sequence[Finding], what: str = "A job") -> int:
-    """Print how it ends; returns the exit status."""
+    """Print the conclusion and return the exit status."""
     failures = [finding for finding in findings if finding.level == "fail"]
     warnings = sum(finding.level == "warn" for finding in findings)
     print()

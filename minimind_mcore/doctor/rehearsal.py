@@ -1,4 +1,4 @@
-"""REHEARSE=1: what a rehearsal on this CPU needs in place of an NPU, as requirements/rehearse.sh has it."""
+"""REHEARSE=1: check what a rehearsal on this CPU needs instead of an NPU (see requirements/rehearse.sh)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Upstream:
-    """One of the sources: its name, the variable that says where it is, a file that it has, the release rehearsed."""
+    """An upstream source: name, variable with its directory, a file that it contains, and the rehearsed release."""
 
     name: str
     file: str
@@ -29,17 +29,17 @@ class Upstream:
 
     @property
     def variable(self) -> str:
-        """Such as MINDSPEED_LLM_HOME."""
+        """The variable with its directory, such as MINDSPEED_LLM_HOME."""
         return "MEGATRON_HOME" if self.name == "Megatron-LM" else self.name.upper().replace("-", "_") + "_HOME"
 
     def version(self, place: Path) -> str:
-        """The release that a folder has."""
+        """Return the release in a folder."""
         if self.name == "Megatron-LM":
             return core_beside(place).version or "unknown"
         return fingerprint(self.name, place)
 
     def check(self, host: Host, place: Path) -> Finding:
-        """Whether the folder has it, at the release rehearsed."""
+        """Check that a folder has the source in the rehearsed release."""
         pin = matrix.data()["pins"][self.name]
         clone = f"git clone -b {pin['ref']} {pin['url']}"
         if not (place / self.file).is_file():
@@ -61,12 +61,12 @@ BESIDE = (
 
 
 def asked(host: Host) -> bool:
-    """Whether the scripts would rehearse."""
+    """Return whether the scripts would rehearse."""
     return (host.environ.get("REHEARSE") or "0") != "0"
 
 
 def check(host: Host, backend: str) -> list[Finding]:
-    """What will be rehearsed, and whether it can be."""
+    """Report what would be rehearsed, and check whether it can be."""
     processes = host.environ.get("NPUS_PER_NODE") or "2"
     text = (
         f"{WHAT[backend]} on this CPU, in {processes} processes, with a stand-in for torch_npu. It finds wrong flags, "
@@ -85,7 +85,7 @@ def check(host: Host, backend: str) -> list[Finding]:
 
 
 def _llm(host: Host) -> Path:
-    """MindSpeed-LLM's folder, else where it would be."""
+    """Return MindSpeed-LLM's folder, or the place where it is expected."""
     if given := host.environ.get(LLM.variable):
         return Path(given)
     places = [host.root / "workspace" / LLM.name]
@@ -95,12 +95,12 @@ def _llm(host: Host) -> Path:
 
 
 def is_made() -> bool:
-    """Whether the environment of the rehearsals is there: a script's dry run makes it, too."""
+    """Return whether the rehearsal environment exists. A script's dry run would create it."""
     return (ENVIRONMENT / "installed").is_file()
 
 
 def _environment(host: Host) -> Finding:
-    """The one that the scripts make, of another Python than the kit's perhaps."""
+    """Check the rehearsal environment that the scripts create, possibly with another Python than the kit's."""
     if is_made():
         return ok("environment", str(ENVIRONMENT))
     python = host.environ.get("PYTHON") or "python3"

@@ -1,4 +1,4 @@
-"""Layouts of a model on a number of devices: those that validation accepts and that fit, the fastest first."""
+"""Find the layouts of a model on a number of devices that are valid and fit into memory, the fastest first."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from minimind_mcore.models.recipes import get_recipe, recipe_for
 from minimind_mcore.validation import validate
 
 STAGES = ("pretrain", "sft", "lora", "dpo", "grpo")
-# Of a step of GRPO on each device, as configs/rlxf/grpo_minimind3.yaml has them.
+# A step of GRPO on each device, as in configs/rlxf/grpo_minimind3.yaml.
 GRPO = Rollouts(responses=64, prompt_length=512, response_length=1024, at_once=256)
 GRPO_FLAGS = "--seq-length 1536 --micro-batch-size 8 --lr 1e-6"
 SCALES = (1, 8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 10000)
-# What a step loses its time to, by the keys of `speed.of_training`.
+# Reasons for slow steps, by the keys of `speed.of_training`.
 REASONS = {
     "launches": "the host starts kernels more slowly than the device runs them",
     "TP": "all-reduces of activations between tensor-parallel ranks",
@@ -34,7 +34,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout with its forecast: bytes and seconds of a rank, by what they are for."""
+    """A layout with its forecast: bytes and seconds of a rank, by purpose."""
 
     work: Workload
     machine: Machine
@@ -43,7 +43,7 @@ class Proposal:
 
     @property
     def bytes(self) -> float:
-        """Memory of a rank, the program included."""
+        """Memory of a rank, including the program."""
         return sum(self.memory.values()) + self.machine.program
 
     @property
@@ -53,17 +53,17 @@ class Proposal:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks."""
+        """Tokens per second of all ranks."""
         return speed.step_tokens(self.work) / self.step
 
     @property
     def utilization(self) -> float:
-        """Model FLOPs utilisation."""
+        """Model FLOPs utilization."""
         return speed.utilization(self.work, self.machine, self.step)
 
 
 def base_flags(name: str, model: ModelConfig, stage: str, devices: int, machine: Machine) -> argparse.Namespace:
-    """The flags of a stage's recipe, as the scripts give them, for TP=1 and PP=1."""
+    """Return the flags of a stage's recipe for TP=1 and PP=1, as the scripts set them."""
     if stage == "grpo":
         flags = [*GRPO_FLAGS.split(), "--global-batch-size", str(GRPO.responses * devices)]
     else:
@@ -76,10 +76,10 @@ def base_flags(name: str, model: ModelConfig, stage: str, devices: int, machine:
 def workload(
     args: argparse.Namespace, model: ModelConfig, stage: str, world: int, sizes: Sequence[int]
 ) -> Workload | None:
-    """The workload of a layout; None if validation refuses it.
+    """Return the workload of a layout, or None if validation refuses it.
 
     Args:
-        args: of `base_flags`.
+        args: result of `base_flags`.
         sizes: TP, PP, EP, samples of a micro-batch.
     """
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
@@ -92,22 +92,22 @@ def workload(
 
 
 def forecast(work: Workload, machine: Machine, rollouts: Rollouts | None = None) -> Proposal:
-    """Memory and time of a workload, of reinforcement learning if there are rollouts."""
+    """Forecast memory and time of a workload. With rollouts the workload is reinforcement learning."""
     if rollouts:
         return Proposal(work, machine, memory.of_rl(work, machine, rollouts), speed.of_rl(work, machine, rollouts))
     return Proposal(work, machine, memory.of_training(work, machine), speed.of_training(work, machine))
 
 
 def propose(name: str, model: ModelConfig, stage: str, devices: int, machine: Machine, limit: float) -> list[Proposal]:
-    """Every layout that fits, with its fastest micro-batch, the fastest layout first.
+    """Return every layout that fits, each with its fastest micro-batch size, the fastest layout first.
 
     Args:
-        name: of the model, which chooses the recipe.
+        name: name of the model, which selects the recipe.
         stage: one of `STAGES`.
-        limit: bytes of memory of a device.
+        limit: memory of a device in bytes.
 
     Raises:
-        UserError: none fits; the message has the smallest.
+        UserError: no layout fits. The message has the smallest one.
     """
     args = base_flags(name, model, stage, devices, machine)
     found: dict[tuple[int, ...], Proposal] = {}
@@ -131,7 +131,7 @@ def propose(name: str, model: ModelConfig, stage: str, devices: int, machine: Ma
 
 
 def _sizes(model: ModelConfig, devices: int) -> Iterator[tuple[int, int]]:
-    """TP and PP that a number of devices has room for. Whether the model allows them, validation says."""
+    """Yield TP and PP whose product divides the devices. Validation checks later whether the model allows them."""
     for tp in range(1, min(model.num_heads, devices) + 1):
         yield from ((tp, pp) for pp in range(1, min(model.num_layers, devices // tp) + 1))
 
@@ -139,8 +139,8 @@ def _sizes(model: ModelConfig, devices: int) -> Iterator[tuple[int, int]]:
 def _workloads(
     args: argparse.Namespace, model: ModelConfig, stage: str, world: int, tp: int, pp: int
 ) -> Iterator[Workload]:
-    """What validation accepts of every EP, and of the micro-batch and its halves."""
-    if workload(args, model, stage, world, (tp, pp, 1, 1)) is None:  # saves time: neither EP nor a micro-batch helps
+    """Yield the valid workloads for every EP, with the micro-batch size and its halves."""
+    if workload(args, model, stage, world, (tp, pp, 1, 1)) is None:  # then no EP or micro-batch size is valid either
         return
     for ep in range(1, (model.moe.num_experts if model.moe else 1) + 1):
         micro_batch = args.micro_batch_size
@@ -152,7 +152,7 @@ def _workloads(
 
 @dataclass(frozen=True)
 class Scale:
-    """The fastest layout on at most `devices` devices, and what share of them works as fast as one alone."""
+    """The fastest layout on at most `devices` devices, and its efficiency relative to one device."""
 
     devices: int
     best: Proposal
@@ -160,7 +160,7 @@ class Scale:
 
 
 def scale(name: str, model: ModelConfig, machine: Machine, limit: float) -> tuple[list[Scale], str]:
-    """Pretraining with the global batch of eight devices on ever more devices, and why it stops scaling.
+    """Forecast pretraining with the global batch of eight devices on more and more devices, and why scaling ends.
 
     Raises:
         UserError: the model does not fit on any number of devices.
@@ -181,7 +181,7 @@ def scale(name: str, model: ModelConfig, machine: Machine, limit: float) -> tupl
 
 
 def _usable(args: argparse.Namespace, model: ModelConfig, devices: int, machine: Machine) -> Iterator[Proposal]:
-    """Layouts with as many data-parallel ranks as the global batch divides into, on at most so many devices."""
+    """Yield layouts whose number of data-parallel ranks divides the global batch, on at most `devices` devices."""
     batch = args.global_batch_size
     for tp, pp in _sizes(model, devices):
         dp = next(n for n in range(min(batch, devices // (tp * pp)), 0, -1) if batch % n == 0)
@@ -189,7 +189,7 @@ def _usable(args: argparse.Namespace, model: ModelConfig, devices: int, machine:
 
 
 def _why(rows: Sequence[Scale], batch: int) -> str:
-    """The sentence about the end of scaling: the last number of devices at half the speed of one or more, the cause."""
+    """Explain the end of scaling: the first number of devices below half efficiency, and the largest cost there."""
     good = [row for row in rows if row.efficiency >= 0.5]
     later = rows[len(good) :]
     if not later:

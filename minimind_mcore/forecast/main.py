@@ -4,12 +4,11 @@
     minimind-mcore plan minimind3_moe --devices 16 --device H100 --stage pretrain --memory 40GiB
     minimind-mcore plan minimind3 --device H100 --scaling
 
-The devices need not be here. docs/plan.md explains the columns.
+The devices need not exist on this host. docs/plan.md explains the columns.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Sequence
@@ -20,11 +19,12 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.forecast import layouts, machines, speed
 from minimind_mcore.forecast.layouts import STAGES, Proposal
 from minimind_mcore.forecast.memory import GIB
+from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.models.presets import find_model
 
 UNITS = {"MiB": 2**20, "GiB": GIB, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-SHOWN = 3  # layouts of each stage; all of one that is asked for
+SHOWN = 3  # layouts shown per stage; --stage shows all of its layouts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: no layout fits, or the memory is not a size.
     """
-    parser = argparse.ArgumentParser(
-        prog="minimind-mcore plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser("minimind-mcore plan", __doc__)
     parser.add_argument("model", help="a preset, or an HF directory or config.json")
     parser.add_argument("--devices", type=flag_type("data_parallel_size"), default=1, help="processes (default: 1)")
     parser.add_argument(
@@ -61,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def size(text: str) -> float:
-    """`64GiB` in bytes.
+    """Parse a size such as `64GiB` to bytes.
 
     Raises:
-        UserError: it is not a size above zero.
+        UserError: the text is not a size above zero.
     """
     found = re.fullmatch(r"([0-9.]+) *([A-Za-z]+)", text)
     try:

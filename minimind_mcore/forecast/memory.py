@@ -1,8 +1,8 @@
-"""Memory of one rank, in bytes, by what it is for.
+"""Memory of one rank in bytes, by purpose.
 
-Weights, gradients and the optimizer's states are counted exactly, but for alignment. Activations are what a backward
-pass keeps; tests compare them with the tensors that autograd saves. They come and go in each step, so the allocator
-holds more than is live at a time; that factor is measured.
+Weights, gradients and optimizer states are counted exactly, except for alignment. Activations are the tensors that the
+backward pass keeps; tests compare them with the tensors that autograd saves. Activations are allocated and freed in
+each step, so the allocator reserves more than is live at any time. That factor is measured.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from minimind_mcore.forecast.machines import Machine
 from minimind_mcore.inputs.flags import fields_from
 from minimind_mcore.models import weights
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.platform.fused.attention import BLOCK, SHORT
+from minimind_mcore.platform.fused.attention import SHORT, block_size
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What the ranks of a training do. The fields after `sequences` have the names of Megatron's flags.
+    """The work of a rank in training. The fields after `sequences` have the names of Megatron's flags.
 
     Attributes:
-        layout: of a run, with its world size.
-        sequences: of a sample; 2 for a preference pair.
-        reference_live: every rank also holds the whole reference model, cut by TP only.
+        layout: layout of the run, with its world size.
+        sequences: sequences of a sample, 2 for a preference pair.
+        reference_live: every rank also holds the whole reference model, split only by TP.
     """
 
     model: ModelConfig
@@ -55,7 +55,7 @@ class Workload:
     def from_flags(
         cls, flags: Mapping[str, object], layout: ParallelLayout, model: ModelConfig, sequences: int = 1
     ) -> Workload:
-        """Return the workload that validated flags describe."""
+        """Return the workload of validated flags."""
         return cls(**fields_from(cls, {**flags, "model": model, "layout": layout, "sequences": sequences}))
 
     @property
@@ -75,7 +75,7 @@ class Workload:
 
     @property
     def trained(self) -> tuple[int, int]:
-        """Parameters of a rank that learn: those of the dense part, or adapters, and those of routed experts."""
+        """Trained parameters of a rank: those outside the routed experts (or adapters), and those in routed experts."""
         if self.lora_target_modules:
             adapters = (self.lora_r, self.lora_target_modules)
             return self.model.num_adapter_parameters(*adapters, self.layout.tp, self.layout.pp), 0
@@ -83,14 +83,14 @@ class Workload:
 
     @property
     def shards(self) -> tuple[int, int]:
-        """Ranks that share the optimizer's states of the dense part, and of the routed experts."""
+        """Number of ranks that share the optimizer states outside the routed experts, and in them."""
         dp = self.layout.dp if self.use_distributed_optimizer else 1
         return dp, max(1, dp // self.layout.ep)
 
 
 @functools.lru_cache
 def rank_parameters(model: ModelConfig, layout: ParallelLayout) -> tuple[int, int]:
-    """Parameters of the rank that has most: outside the routed experts, and in them."""
+    """Return the parameters of the largest rank: outside the routed experts, and in them."""
     shapes = weights.mcore_shapes(model)
     counts: dict[str, list[int]] = {}
     for name, parts in layout.parts(model).items():
@@ -102,7 +102,7 @@ def rank_parameters(model: ModelConfig, layout: ParallelLayout) -> tuple[int, in
 
 
 def of_training(work: Workload, machine: Machine) -> dict[str, float]:
-    """Bytes of a rank of a training. A teacher comes on top."""
+    """Return the bytes of a rank in training. A teacher is not included."""
     held = sum(rank_parameters(work.model, work.layout))
     dense, experts = work.trained
     stored = dense / work.shards[0] + experts / work.shards[1]
@@ -111,6 +111,7 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
     kept, logits = _kept(work, machine)
     factor = machine.fragmentation_moe if work.model.moe else machine.fragmentation
     fragments = (factor - 1) * (kept + logits)
+    copies = _collective_copies(work) if machine.kind == "cpu" else 0.0
     return {
         "weights": (held + (dense if work.lora_target_modules else 0)) * work.width,
         "gradients": (dense + experts) * work.gradient_width,
@@ -119,15 +120,31 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
         "activations": kept,
         "logits": logits,
         **({"reference": reference} if reference else {}),
+        **({"collectives": copies} if copies else {}),
         **({"fragmentation": fragments} if fragments else {}),
     }
 
 
+def _collective_copies(work: Workload) -> float:
+    """Return the bytes of gloo's copies in a collective over the data-parallel ranks.
+
+    The all-gather of weights copies the rank's shard and the result. Without the distributed optimizer, the all-reduce
+    copies the gradients. A group of one rank communicates nothing.
+    """
+    dp, ep = work.layout.dp, work.layout.ep
+    copies = 0.0
+    for parameters, ranks in zip(work.trained, (dp, dp // ep), strict=True):
+        if ranks > 1:
+            gathered = parameters * work.width * (1 + 1 / ranks)
+            copies += gathered if work.use_distributed_optimizer else parameters * work.gradient_width
+    return copies
+
+
 def _kept(work: Workload, machine: Machine) -> tuple[float, float]:
-    """Bytes of activations and logits: of the first stage, which has most micro-batches in flight, or of the last."""
+    """Return the bytes of activations and logits, the maximum of the first stage (most micro-batches) and the last."""
     layout, v = work.layout, work.layout.vpp or 1
     layer = layer_activations(work, machine) * work.tokens * work.width
-    if work.recompute_granularity == "full":  # each layer keeps its input; one layer at a time is computed again
+    if work.recompute_granularity == "full":  # each layer keeps only its input, and one layer at a time is recomputed
         again, layer = layer, work.model.hidden_size * work.tokens * work.width
     else:
         again = 0.0
@@ -135,7 +152,7 @@ def _kept(work: Workload, machine: Machine) -> tuple[float, float]:
     # Megatron's schedules: 1F1B, and interleaved 1F1B with its warm-up of 2 (p - 1) + (v - 1) p chunks.
     warm_up = layout.pp - 1 if v == 1 else 2 * (layout.pp - 1) + (v - 1) * layout.pp
     first = chunk * min(warm_up + 1, work.num_microbatches * v) + again
-    logits = logits_bytes(work)
+    logits = logits_bytes(work, machine)
     if layout.pp == 1:
         return first, logits
     last = chunk * v + again
@@ -143,10 +160,11 @@ def _kept(work: Workload, machine: Machine) -> tuple[float, float]:
 
 
 def layer_activations(work: Workload, machine: Machine) -> float:
-    """Values that the backward pass of one layer keeps, for each token of a rank.
+    """Return the number of values per token that the backward pass of one layer keeps on a rank.
 
-    Hidden vectors (inputs of norms and products), the projections of attention before and after the rotation, its
-    output, and of the MLP gate, up and their product. Experts also keep their tokens' hidden vectors, sorted.
+    These are the hidden vectors (inputs of norms and products), the projections of attention before and after the
+    rotation, the attention's output, and for the MLP gate, up and their product. Experts also keep sorted copies of
+    their tokens' hidden vectors.
     """
     model, tp = work.model, work.layout.tp
     heads, groups = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -157,36 +175,40 @@ def layer_activations(work: Workload, machine: Machine) -> float:
         hidden += 5 * model.moe.topk
     split = 3.0 * (heads + groups + mlp)
     if machine.kind == "cpu" and work.seq_length <= SHORT:
-        # The backward pass keeps the softmax, without the blocks above the diagonal.
-        split += heads + model.num_heads * (work.seq_length + BLOCK) / 2
+        # The backward pass keeps the softmax, except for blocks above the diagonal.
+        split += model.num_heads * (work.seq_length + block_size(work.width)) / 2
     return hidden * model.hidden_size / (tp if work.sequence_parallel else 1) + split / tp
 
 
 def compiles(work: Workload) -> bool:
-    """Whether a device that compiles layers compiles those of this training (platform/fused/compiled.py)."""
+    """Return whether devices that compile layers also do so in this training (platform/fused/compiled.py)."""
     plain = work.model.moe is None and not work.lora_target_modules and not work.recompute_granularity
     return plain and work.layout.tp == 1
 
 
-def logits_bytes(work: Workload) -> float:
-    """Bytes of the logits of a micro-batch and of what the loss makes of them.
+def logits_bytes(work: Workload, machine: Machine) -> float:
+    """Return the bytes of a micro-batch's logits and their copies in the loss.
 
-    In fp32 the loss and its gradient are computed in the memory of the logits. In half precision there are the logits
-    and their gradient, each in half precision and in fp32.
+    In fp32 loss and gradient overwrite the logits. In half precision there are the logits and their gradient. A CPU
+    computes with a few rows in fp32 at a time (platform/fused/cross_entropy.py). Other devices are counted with fp32
+    copies of both, which are part of the peaks that their other numbers were fitted to.
     """
-    return work.tokens * work.model.vocab_size / work.layout.tp * (12 if work.width == 2 else 4)
+    width = 12 if work.width == 2 and machine.kind != "cpu" else 4
+    return work.tokens * work.model.vocab_size / work.layout.tp * width
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """The rollouts of one step of reinforcement learning, on one device of those that generate.
+    """The rollouts of one step of reinforcement learning, on one device that generates.
 
     Attributes:
-        responses: that the device writes in a step.
-        prompt_length, response_length: at most, in tokens.
-        at_once: responses that are written together.
+        responses: number of responses that the device generates in a step.
+        prompt_length, response_length: maximum lengths in tokens.
+        at_once: number of responses that are generated concurrently.
         reference: a rank also holds the reference model.
-        updates: of the weights in a step.
+        updates: number of weight updates in a step.
+        apart: the engines have devices of their own.
+        copies: copies of the trained weights that a rank keeps, because the engines may be steps ahead.
     """
 
     responses: int
@@ -195,10 +217,12 @@ class Rollouts:
     at_once: int
     reference: bool = True
     updates: int = 1
+    apart: bool = False
+    copies: int = 0
 
     @property
     def rows(self) -> int:
-        """Responses that are written together."""
+        """Number of responses that are generated concurrently."""
         return min(self.responses, self.at_once)
 
 
@@ -207,14 +231,23 @@ def cache_bytes_per_token(model: ModelConfig, width: int) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
 
 
+def of_engine(work: Workload, rollouts: Rollouts) -> dict[str, float]:
+    """Bytes of a rollout engine and its cache."""
+    length = rollouts.prompt_length + rollouts.response_length
+    return {
+        "rollout engine": work.model.num_parameters() * work.width,
+        "KV cache": rollouts.rows * length * cache_bytes_per_token(work.model, work.width),
+    }
+
+
 def of_rl(work: Workload, machine: Machine, rollouts: Rollouts) -> dict[str, float]:
-    """Bytes of a device of reinforcement learning: policy, reference, rollout engine and its cache, rollouts."""
+    """Bytes of a device that trains in reinforcement learning; an engine is included if it shares the device."""
     length = rollouts.prompt_length + rollouts.response_length
     return {
         **of_training(work, machine),
         "reference": sum(rank_parameters(work.model, work.layout)) * work.width if rollouts.reference else 0,
-        "rollout engine": work.model.num_parameters() * work.width,
-        "KV cache": rollouts.rows * length * cache_bytes_per_token(work.model, work.width),
+        **({"copies of weights": rollouts.copies * sum(work.trained) * work.width} if rollouts.copies else {}),
+        **({} if rollouts.apart else of_engine(work, rollouts)),
         # Ids and positions (int64), a mask, and log-probabilities of policy, engine and reference, advantages (fp32).
         "rollouts": rollouts.responses * length * (2 * 8 + 1 + 4 * 4),
     }

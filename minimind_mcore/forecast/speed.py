@@ -1,8 +1,8 @@
 """Time of one step of one rank, in seconds, by what it is spent on, and the bytes that the rank sends.
 
-Computing takes model FLOPs over the measured rate of a training, but never less than the host needs to start the
-kernels. Collectives take their volume over the bandwidth of the slowest link, plus a latency for each hop; nothing
-overlaps, which is what a training without `--overlap-grad-reduce` does.
+Compute time is model FLOPs divided by the measured rate of training, but at least the time of the host to launch the
+kernels. Collectives take their volume divided by the bandwidth of the slowest link, plus a latency per hop. Nothing
+overlaps, as in training without `--overlap-grad-reduce`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from minimind_mcore.forecast.memory import Rollouts, Workload, cache_bytes_per_t
 
 
 def bubble(stages: int, micro_batches: int, virtual: int = 1) -> float:
-    """Share of a step that a pipeline stage waits: (p - 1) / (v m + p - 1) (Megatron-LM, arXiv 2104.04473)."""
+    """Return the share of a step that a pipeline stage waits: (p - 1) / (v m + p - 1) (Megatron-LM, arXiv
+    2104.04473)."""
     return (stages - 1) / (virtual * micro_batches + stages - 1)
 
 
 def volume(work: Workload) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by the kind of parallelism.
+    """Return the bytes that a rank sends in a step, by the kind of parallelism.
 
-    A ring all-reduce of n ranks sends 2 (n - 1) / n of the data; a reduce-scatter or an all-gather half of that.
-    Sequence parallelism and the distributed optimizer replace one all-reduce by one of each.
+    A ring all-reduce of n ranks sends 2 (n - 1) / n of the data. A reduce-scatter or an all-gather sends half of that.
+    Sequence parallelism and the distributed optimizer replace each all-reduce by a reduce-scatter and an all-gather.
     """
     layout, model = work.layout, work.model
     hidden = work.tokens * model.hidden_size * work.width
@@ -45,15 +46,15 @@ def _others(ranks: int) -> float:
 
 
 def _tensor_collectives(work: Workload) -> float:
-    """All-reduces of a micro-batch: two forward and two backward in each layer, one of the embedding and one of the
-    output layer."""
+    """Return the number of all-reduces of a micro-batch: two forward and two backward per layer, one for the embedding
+    and one for the output layer."""
     return 4 * work.model.num_layers / work.layout.pp + 2
 
 
 def link(machine: Machine, ranks: int, stride: int) -> tuple[float, float]:
-    """Bandwidth and latency of a collective of `ranks` ranks, `stride` apart. Hosts hold consecutive ranks.
+    """Return bandwidth and latency of a collective of `ranks` ranks, `stride` apart. Hosts hold consecutive ranks.
 
-    Between hosts a group has a network port for each of its members on a host, and its hops form a tree.
+    Between hosts a group uses one network port per member on a host, and its hops form a tree.
     """
     inside = max(1, min(ranks, int(machine.devices_per_host) // stride))
     hosts = math.ceil(ranks / inside)
@@ -65,7 +66,7 @@ def link(machine: Machine, ranks: int, stride: int) -> tuple[float, float]:
 
 
 def of_training(work: Workload, machine: Machine) -> dict[str, float]:
-    """Seconds of a step of training. They add up to the step."""
+    """Return the seconds of a training step by purpose. They add up to the step."""
     layout, model, m = work.layout, work.model, work.num_microbatches
     efficiency = machine.efficiency_compiled if compiles(work) else machine.efficiency
     compute = _flops(work) / (machine.matmul_flops * efficiency)
@@ -91,10 +92,10 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
 
 
 def _flops(work: Workload) -> float:
-    """FLOPs of a micro-batch on the last pipeline stage, which also has the output layer.
+    """Return the FLOPs of a micro-batch on the last pipeline stage, which also has the output layer.
 
-    Of the 6 FLOPs of a weight 2 are forward and 4 backward. Frozen weights have no gradients of their own (2). A layer
-    that is computed again runs forward once more. A pair's reference runs forward once.
+    Of the 6 FLOPs per weight, 2 are forward and 4 backward. Frozen weights have no weight gradients (2 less). A
+    recomputed layer runs forward once more. A pair's reference runs forward once.
     """
     model, layout = work.model, work.layout
     output = 6.0 * model.vocab_size * model.hidden_size
@@ -106,7 +107,7 @@ def _flops(work: Workload) -> float:
 
 
 def of_rl(work: Workload, machine: Machine, rollouts: Rollouts) -> dict[str, float]:
-    """Seconds of a step of reinforcement learning: rollout, reference, weights to the engine, and the update."""
+    """Return the seconds of a reinforcement learning step: rollout, reference, weight sync and update."""
     model = work.model
     rate = machine.matmul_flops * machine.efficiency
     length = rollouts.prompt_length + rollouts.response_length
@@ -127,11 +128,11 @@ def of_rl(work: Workload, machine: Machine, rollouts: Rollouts) -> dict[str, flo
 
 
 def utilization(work: Workload, machine: Machine, seconds: float) -> float:
-    """Model FLOPs utilisation of a step of training."""
+    """Return the model FLOPs utilization of a training step."""
     flops = work.model.flops_per_token(work.seq_length) * step_tokens(work)
     return flops / (work.layout.world_size * machine.matmul_flops * seconds)
 
 
 def step_tokens(work: Workload) -> int:
-    """Tokens of a step of all ranks."""
+    """Return the tokens of a step, over all ranks."""
     return work.global_batch_size * work.seq_length * work.sequences

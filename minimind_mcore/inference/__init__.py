@@ -1,1 +1,1 @@
-"""Generate, chat, evaluate: any MiniMind, whatever its files, as a transformers model."""
+"""Generate, chat and evaluate with any MiniMind model in any format, loaded as a transformers model."""

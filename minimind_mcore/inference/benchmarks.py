@@ -1,4 +1,4 @@
-"""Multiple-choice benchmarks from local files, in the forms in which they are published.
+"""Multiple-choice benchmarks from local files, in their published formats.
 
 | benchmark | its own files | on the Hugging Face hub |
 |---|---|---|
@@ -7,8 +7,8 @@
 | MMLU | `dev/SUBJECT_dev.csv`, `test/SUBJECT_test.csv`, no header | `SUBJECT/dev-*.parquet`, `SUBJECT/test-*.parquet` |
 | OpenBookQA | `Main/train.jsonl`, `Main/test.jsonl` | `main/train-*.parquet`, `main/test-*.parquet` |
 
-Questions are written as lm-evaluation-harness writes them, except that subjects of C-Eval and CMMLU keep their
-English names. What is scored is the letter behind "Answer:" or its Chinese word; for OpenBookQA the text of the choice.
+Questions have the text of lm-evaluation-harness, except that subjects of C-Eval and CMMLU keep their English names. The
+scored text is the letter after "Answer:" or the Chinese equivalent. For OpenBookQA it is the text of the choice.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from minimind_mcore.preprocess.readers import sound_records
 
 LETTERS = "ABCD"
 SUFFIXES = (".csv", ".parquet", ".jsonl")
-REPEATED = ("all", "additional")  # folders of the hub's MMLU and OpenBookQA that have every question once more
+REPEATED = ("all", "additional")  # folders of the hub's MMLU and OpenBookQA that repeat every question
 
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A question, its choices, and which of them is right (counted from 0)."""
+    """A question, its choices, and the index of the right one."""
 
     text: str
     choices: tuple[str, ...]
@@ -39,7 +39,7 @@ class ChoiceQuestion:
 
 @dataclass(frozen=True)
 class Subject:
-    """The questions of a subject, and those with known answers that may be shown before (`shots`)."""
+    """The questions of a subject, and solved questions for the prompt (`shots`)."""
 
     name: str
     questions: list[ChoiceQuestion]
@@ -48,14 +48,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is stored and written.
+    """How a benchmark is stored, and the text of its prompts.
 
     Attributes:
         splits: folder or file of the questions, and of the shots.
-        read: a question from a record; `header` names the columns of a CSV file without any.
-        introduction: what comes first; {subject} is its name.
-        answer_word: what comes before the answer; None where the texts of the choices are scored.
-        header: see `read`.
+        read: makes a question from a record.
+        introduction: first text of the prompt. {subject} is the name of the subject.
+        answer_word: text before the answer. None if the texts of the choices are scored.
+        header: column names for CSV files without a header.
     """
 
     splits: tuple[str, str]
@@ -65,33 +65,33 @@ class Benchmark:
     header: tuple[str, ...] | None = None
 
     def context(self, question: ChoiceQuestion) -> str:
-        """What the model reads of a question."""
+        """Return the text of a question in the prompt."""
         if self.answer_word is None:
             return question.text
         choices = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True))
         return f"{question.text.strip()}{choices}\n{self.answer_word}"
 
     def continuations(self, question: ChoiceQuestion) -> list[str]:
-        """What it may go on with: the letters, or the texts."""
+        """Return the continuations to score: the letters, or the texts."""
         texts = question.choices if self.answer_word is None else LETTERS[: len(question.choices)]
         return [f" {text}" for text in texts]
 
     def prompt(self, subject: Subject, question: ChoiceQuestion, shots: int) -> str:
-        """Introduction, so many shots with their answers, and the question."""
+        """Return introduction, `shots` solved questions, and the question."""
         shown = [self.context(s) + self.continuations(s)[s.answer] + "\n\n" for s in subject.shots[:shots]]
         introduction = self.introduction.format(subject=subject.name.replace("_", " "))
         return introduction + "".join(shown) + self.context(question)
 
 
 def _lettered(record: Mapping[str, Any]) -> ChoiceQuestion:
-    """A row of C-Eval, CMMLU or MMLU: columns of that name in capitals or not, or `choices` and a number."""
+    """Read a row of C-Eval, CMMLU or MMLU: columns A to D in either case, or `choices` and a number."""
     row = {str(key).lower(): value for key, value in record.items()}
     text = row["question"]
     if "choices" in row:
         choices, answer = tuple(row["choices"]), int(row["answer"])
     else:
         choices, letter = tuple(row[letter] for letter in "abcd"), str(row["answer"]).strip()
-        if letter not in tuple(LETTERS):  # an empty text is in the string, and so is "BC"
+        if letter not in tuple(LETTERS):  # a tuple, because "" and "BC" are substrings of the string
             raise ValueError(f"answer {letter!r}, expected one of {', '.join(LETTERS)}")
         answer = LETTERS.index(letter)
     if len(choices) != len(LETTERS) or not 0 <= answer < len(LETTERS):
@@ -100,7 +100,7 @@ def _lettered(record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def _openbook(record: Mapping[str, Any]) -> ChoiceQuestion:
-    """A row of OpenBookQA, with the question in an object of its own or not."""
+    """Read a row of OpenBookQA. The question may be an object of its own."""
     inner = record["question"] if isinstance(record.get("question"), Mapping) else record
     choices = inner["choices"]
     if isinstance(choices, Mapping):
@@ -130,15 +130,15 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str, path: Path, shots: int) -> list[Subject]:
-    """The subjects of a benchmark, by name.
+    """Return the subjects of a benchmark, by name.
 
     Args:
         name: a key of `BENCHMARKS`.
-        path: its folder, or that of its questions, as MindSpeed-LLM's --task-data-path has it.
-        shots: how many solved questions each subject must have.
+        path: folder of the benchmark, or of its questions as for MindSpeed-LLM's --task-data-path.
+        shots: number of solved questions that each subject must have.
 
     Raises:
-        UserError: nothing there, a file without questions, a row that is none, or too few shots.
+        UserError: a file is missing or empty, a row is not a question, or there are too few shots.
     """
     benchmark = BENCHMARKS[name]
     if not path.is_dir():
@@ -161,10 +161,10 @@ def load_benchmark(name: str, path: Path, shots: int) -> list[Subject]:
 
 
 def _files(folder: Path, split: str) -> dict[str, list[Path]]:
-    """The files of a split, by subject: `val/SUBJECT_val.csv`, `SUBJECT/val-00000-of-00001.parquet`, `Main/test.jsonl`.
+    """Return the files of a split by subject: `val/X_val.csv`, `X/val-00000-of-00001.parquet`, `Main/test.jsonl`.
 
     Raises:
-        UserError: a subject is there in two forms.
+        UserError: a subject exists in two formats.
     """
     found: dict[str, list[Path]] = {}
     for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
@@ -183,10 +183,10 @@ def _files(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 def _questions(file: Path, benchmark: Benchmark) -> list[ChoiceQuestion]:
-    """The questions of a file.
+    """Return the questions of a file.
 
     Raises:
-        UserError: it has none, or a row that is no question.
+        UserError: the file is empty, or a row is not a question.
     """
     questions = []
     for where, record in _records(file, benchmark.header):
@@ -200,7 +200,7 @@ def _questions(file: Path, benchmark: Benchmark) -> list[ChoiceQuestion]:
 
 
 def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each record of a file is, and the record."""
+    """Yield each record of a file with its place for messages."""
     if file.suffix.lower() == ".csv":
         yield from _rows(file, header)
         return
@@ -212,7 +212,7 @@ def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Ma
 
 
 def _rows(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a CSV file."""
+    """Yield the rows of a CSV file."""
     with open(file, encoding="utf-8-sig", newline="") as f:
         reader = csv.DictReader(f, header)
         try:

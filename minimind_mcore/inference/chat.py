@@ -1,9 +1,9 @@
-"""Chat: several turns, as they are written, with thoughts and tool calls set apart.
+"""Chat: several turns, printed while they are generated, with thoughts and tool calls marked.
 
-Reads a terminal or a pipe; commands are `/new` (forget the conversation), `/quit`, and MindSpeed-LLM's words for
-the same. On a terminal thoughts are dim; elsewhere they stand between [thinking] and [/thinking]. A tool
-behind which a function stands runs, and its result is printed. Another tool's call is printed, and a line that begins
-with `/tool ` gives the model its result.
+The input is a terminal or a pipe. Commands are `/new` (start a new conversation), `/quit`, and MindSpeed-LLM's words
+for the same. On a terminal thoughts are dim; elsewhere they are between [thinking] and [/thinking]. A tool with a
+function runs, and its result is printed. The call of a tool without a function is printed, and a line that starts with
+`/tool ` supplies the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TextIO
 
 from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
-from minimind_mcore.inference.prompts import Message, Prompt, PromptEncoder, is_text, text_input
+from minimind_mcore.inference.prompts import Message, Prompt, PromptEncoder, text_input
+from minimind_mcore.inference.safe_text import is_text
 from minimind_mcore.tools.parser import Call, StreamParser, Text
 from minimind_mcore.tools.registry import Toolbox
 
@@ -28,20 +29,20 @@ logger = logging.getLogger(__name__)
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
 TOOL = "/tool "
-ROUNDS = 16  # replies to one line at most, all but the last with calls
+ROUNDS = 16  # maximum number of replies to one line; all but the last contain calls
 HELP = "/new begins a new conversation, /quit ends; a line /tool RESULT answers a tool call"
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 @dataclass
 class Session:
-    """A conversation so far.
+    """The conversation so far.
 
     Attributes:
-        turns: how many earlier questions, with what followed each, the model is shown.
+        turns: number of earlier questions, with their answers, that the model gets.
         system: a system prompt.
-        tools: that the model may call; those behind which a function stands run.
-        messages: of the conversation, the system prompt not among them.
+        tools: tools that the model may call. Those with a function run.
+        messages: messages of the conversation without the system prompt.
     """
 
     turns: int
@@ -50,7 +51,7 @@ class Session:
     messages: list[Message] = field(default_factory=list)
 
     def prompt(self) -> Prompt:
-        """What the model is shown: the last question and what led to it."""
+        """Return the prompt: the last question and the turns before it."""
         questions = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         first = questions[-(self.turns + 1) :][0] if questions else 0
         opening = [{"role": "system", "content": self.system}] if self.system else []
@@ -58,16 +59,16 @@ class Session:
 
 
 def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: TextIO | None = None) -> None:
-    """Answer lines until they end, or `/quit`.
+    """Answer lines until the input ends, or `/quit`.
 
     Args:
-        generator: of the answers.
-        encoder: of the prompts.
+        generator: generates the answers.
+        encoder: encodes the prompts.
         session: holds the conversation.
-        lines: where to read; stdin if None.
+        lines: the input. None: stdin.
 
     Raises:
-        UserError: the conversation is longer than the model's positions.
+        UserError: the conversation is longer than the model's maximum position.
     """
     lines = lines or text_input()
     if lines.isatty():
@@ -93,7 +94,7 @@ def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: T
 
 
 def _read(lines: TextIO) -> Iterator[str]:
-    """Lines, with something to type behind on a terminal."""
+    """Yield the input lines, with a prompt sign on a terminal."""
     while True:
         if lines.isatty():
             print("\nyou> ", end="", flush=True)
@@ -106,7 +107,7 @@ def _read(lines: TextIO) -> Iterator[str]:
 
 
 def _run(tools: Toolbox, messages: list[Message], reply: StreamParser) -> bool:
-    """Run the calls of a reply, and add the results to the messages. Return whether the model can go on."""
+    """Run the calls of a reply and add the results to the messages. Return whether the model can continue."""
     results = tools.run_all([(call.name, call.arguments) for call in reply.calls])
     for result in results:
         if result is not None:
@@ -118,7 +119,7 @@ def _run(tools: Toolbox, messages: list[Message], reply: StreamParser) -> bool:
 
 
 def answer(generator: Generator, encoder: PromptEncoder, prompt: Prompt) -> StreamParser:
-    """Write an answer as it comes, and return it."""
+    """Generate an answer, print it meanwhile, and return it."""
     began, count = time.perf_counter(), 0
 
     def counted() -> Iterator[int]:

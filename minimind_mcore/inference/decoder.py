@@ -1,15 +1,15 @@
-"""The blocks of a transformers model, run with less around them than its own `forward` puts there.
+"""Run the blocks of a transformers model with less overhead than its own `forward`.
 
-    decoder = Decoder(model)
-    cache = Cache(batch=2, padding=[0, 3])
-    logits = decoder(ids, cache)            # [2, vocabulary], of the last position
+decoder = Decoder(model)
+cache = Cache(batch=2, padding=[0, 3])
+    logits = decoder(ids, cache)            # [2, vocabulary], at the last position
     logits = decoder(next_ids, cache)       # one token further
 
-At MiniMind's sizes a token costs a few milliseconds, so what surrounds the matrix products counts. The same weights
-here make one product of q, k and v, and one of gate and up; on a CPU they are packed once for all products
-(`platform/fused/linear.py`); the cache has its room in advance instead of being concatenated at each step; a norm is
-one call; one set of key-value heads serves the query heads without being repeated. Works for Llama, Qwen3, Qwen2-MoE
-and Qwen3-MoE, whose modules have the same names.
+At MiniMind's sizes a token takes a few milliseconds, so the overhead around the matrix products matters. Here q, k
+and v are one matrix product, and so are gate and up. On a CPU the weights are packed once for all products
+(`platform/fused/linear.py`). The cache is preallocated instead of concatenated at each step. A norm is one call.
+Grouped query heads read the key-value heads without copies. Works for Llama, Qwen3, Qwen2-MoE and Qwen3-MoE, whose
+modules have the same names.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import Tensor
 from minimind_mcore.platform.fused.attention import scaled_dot_product
 from minimind_mcore.platform.fused.linear import Linear
 
-ROOM = 128  # positions that a cache grows by at least
+MIN_GROWTH = 128  # minimum number of positions by which a cache grows
 
 
 class Window(NamedTuple):
-    """Where a call of the decoder puts its tokens.
+    """Positions of the tokens in one call of the decoder.
 
     Attributes:
-        cos, sin: rotary tables of the new positions, [batch or 1, tokens, 1, head_dim]; of the sines the first half is
-            negative (`Decoder.rotary`).
-        mask: cached positions that each query may read, broadcast to [batch, heads, tokens, positions]; None: all of
-            them for one token, the causal ones for several.
+        cos, sin: rotary tables of the new positions, [batch or 1, tokens, 1, head_dim]. The first half of the sines is
+            negated (`Decoder.rotary`).
+        mask: cached positions that each query may attend to, broadcast to [batch, heads, tokens, positions]. None: all
+            positions for one token, the causal mask for several.
     """
 
     cos: Tensor
@@ -43,17 +43,17 @@ class Window(NamedTuple):
 
 
 class KeyValues(Protocol):
-    """What the decoder asks of a cache: `open` before the layers, `store` in each layer, `close` behind them."""
+    """The interface of a cache: `open` before the layers, `store` in each layer, `close` after the layers."""
 
     def open(self, decoder: Decoder, tokens: int) -> Window:
-        """Make room for that many tokens in each row."""
+        """Reserve positions for `tokens` new tokens in each row."""
         ...
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [batch, tokens, kv_heads, head_dim].
 
         Returns:
-            Those to read, [batch, kv_heads, positions, head_dim].
+            Keys and values to attend to, [batch, kv_heads, positions, head_dim].
         """
         ...
 
@@ -62,11 +62,11 @@ class KeyValues(Protocol):
 
 
 class Cache:
-    """Keys and values of the positions so far.
+    """Keys and values of all positions so far.
 
     Args:
         batch: number of sequences.
-        padding: positions at the left of each sequence that are none of it.
+        padding: number of padding positions at the left of each sequence.
     """
 
     def __init__(self, batch: int, padding: Sequence[int] | None = None) -> None:
@@ -75,23 +75,23 @@ class Cache:
         self.padding = list(padding) if padding and any(padding) else None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.visible: Tensor | None = None  # [batch, 1, 1, room], where there is padding
+        self.visible: Tensor | None = None  # [batch, 1, 1, capacity], only with padding
         self.cos = self.sin = torch.empty(0)
 
     @property
-    def room(self) -> int:
-        """Positions that there is memory for."""
+    def capacity(self) -> int:
+        """Number of allocated positions."""
         return self.keys[0].shape[2] if self.keys else 0
 
     def open(self, decoder: Decoder, tokens: int) -> Window:
-        """Make room for that many tokens in each row."""
+        """Reserve positions for `tokens` new tokens in each row."""
         self._reserve(decoder, tokens)
         self.stop = self.length + tokens
         cos, sin = (table[:, self.length : self.stop, None] for table in (self.cos, self.sin))
         return Window(cos, sin, self._mask(tokens))
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new positions of a layer; return all of its positions so far."""
+        """Add the new positions of a layer, and return all its positions so far."""
         for table, new in ((self.keys[layer], keys), (self.values[layer], values)):
             table[:, :, self.length : self.stop] = new.transpose(1, 2)
         return self.keys[layer][:, :, : self.stop], self.values[layer][:, :, : self.stop]
@@ -101,28 +101,28 @@ class Cache:
         self.length = self.stop
 
     def _mask(self, tokens: int) -> Tensor | None:
-        """Which positions may be read, [batch or 1, 1, tokens, stop]; None where plain causality says it."""
+        """Return the mask, [batch or 1, 1, tokens, stop], or None if the causal mask suffices."""
         if tokens == 1 or (self.length == 0 and self.visible is None):
             return None if self.visible is None else self.visible[..., : self.stop]
         here = torch.arange(self.stop, device=self.cos.device)
         causal = here <= here[self.length :, None]
         if self.visible is None:
             return causal[None, None]
-        # Padding reads itself alone: a softmax over nothing would be no number.
+        # Padding attends to itself, because the softmax over an empty set is NaN.
         return (causal & self.visible[..., : self.stop]) | (here == here[self.length :, None])
 
     def _reserve(self, decoder: Decoder, tokens: int) -> None:
-        """Give the cache room for more positions."""
-        if self.length + tokens <= self.room:
+        """Allocate more positions."""
+        if self.length + tokens <= self.capacity:
             return
-        room = max(2 * self.room, self.length + tokens + ROOM)
+        capacity = max(2 * self.capacity, self.length + tokens + MIN_GROWTH)
         like = decoder.weight
         for tables in (self.keys, self.values):
-            grown = [like.new_empty(self.batch, decoder.kv_heads, room, decoder.head_dim) for _ in decoder.layers]
+            grown = [like.new_empty(self.batch, decoder.kv_heads, capacity, decoder.head_dim) for _ in decoder.layers]
             for old, new in zip(tables, grown, strict=False):
                 new[:, :, : self.length] = old[:, :, : self.length]
             tables[:] = grown
-        positions = torch.arange(room, device=like.device)[None]
+        positions = torch.arange(capacity, device=like.device)[None]
         if self.padding is not None:
             padding = torch.tensor(self.padding, device=like.device)[:, None]
             self.visible = (positions >= padding)[:, None, None]
@@ -130,7 +130,7 @@ class Cache:
         self.cos, self.sin = decoder.rotary(positions)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences, or several times with one: `rows` [sequences] are their numbers."""
+        """Keep the sequences `rows` [sequences], which may repeat a number."""
         self.batch = len(rows)
         for tables in (self.keys, self.values):
             tables[:] = [table.index_select(0, rows) for table in tables]
@@ -142,10 +142,10 @@ class Cache:
 
 
 class Decoder:
-    """Runs a model one step after another.
+    """Runs a model step by step.
 
     Args:
-        model: of transformers. q, k, v, gate and up become views of what is used here.
+        model: a transformers model. Its q, k, v, gate and up become views of the joined weights.
     """
 
     def __init__(self, model: Any) -> None:
@@ -159,31 +159,31 @@ class Decoder:
 
     @property
     def weight(self) -> Tensor:
-        """The embedding [vocabulary, hidden]: its device and dtype are the model's."""
+        """The embedding [vocabulary, hidden], which has the model's device and dtype."""
         weight: Tensor = self.model.model.embed_tokens.weight
         return weight
 
     def pack(self) -> None:
-        """Take over weights of the model that were changed in place."""
+        """Pack the weights again after they were changed in place."""
         for product in [self.head, *(product for layer in self.layers for product in layer.products)]:
             product.pack()
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [batch, tokens, head_dim] of positions [batch, tokens], for `x * cos + swapped * sin`.
+        """Return cos and sin [batch, tokens, head_dim] of positions [batch, tokens], for `x * cos + swapped * sin`.
 
-        `swapped` has the second half of x before the first, so the first half of the sines is negative.
+        `swapped` has the second half of x before the first, so the first half of the sines is negated.
         """
         cos, sin = self.model.model.rotary_emb(self.weight, positions)
         left, right = sin.chunk(2, dim=-1)
         return cos, torch.cat((-left, right), dim=-1)
 
     def __call__(self, ids: Tensor, cache: KeyValues, last: Tensor | None = None) -> Tensor:
-        """Logits [batch, vocabulary] of the token behind `ids` [batch, tokens], which the cache then has.
+        """Return the logits [batch, vocabulary] after `ids` [batch, tokens], and add `ids` to the cache.
 
         Args:
             ids: new tokens of each sequence.
-            cache: of the tokens before.
-            last: index of each sequence's last token in `ids`, [batch]; None: they are all as long.
+            cache: cache of the earlier tokens.
+            last: index of each sequence's last token in `ids`, [batch]. None: the last column.
         """
         window = cache.open(self, ids.shape[1])
         x = self.model.model.embed_tokens(ids)
@@ -196,7 +196,7 @@ class Decoder:
         return self.head(_norm(x, norm.weight, norm.variance_epsilon))
 
     def _attend(self, layer: _Layer, x: Tensor, window: Window, cache: KeyValues, number: int) -> Tensor:
-        """What the heads of a layer read, [batch, tokens, heads * head_dim]."""
+        """Return the attention output of a layer, [batch, tokens, heads * head_dim]."""
         batch, tokens, _ = x.shape
         cos, sin, mask = window
         both = self.heads + self.kv_heads
@@ -205,7 +205,7 @@ class Decoder:
         left, right = qk.chunk(2, dim=-1)
         qk = torch.addcmul(qk * cos, torch.cat((right, left), dim=-1), sin)
         keys, values = cache.store(number, qk[:, :, self.heads :], qkv[:, :, both:])
-        if tokens == 1:  # the query heads of a key-value head are as many queries to it
+        if tokens == 1:  # the query heads of a key-value head become several queries of one head
             q = qk[:, 0, : self.heads].view(batch, self.kv_heads, -1, self.head_dim)
             return scaled_dot_product(q, keys, values, mask, False, self.scale).reshape(batch, 1, -1)
         q = qk[:, :, : self.heads].transpose(1, 2)
@@ -214,7 +214,7 @@ class Decoder:
 
 
 class _Layer:
-    """One block's weights as they are used here."""
+    """The weights of one block in the form that the decoder uses."""
 
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
@@ -229,15 +229,15 @@ class _Layer:
             self.products += [self.gate_up, self.down]
 
     def norm1(self, x: Tensor) -> Tensor:
-        """Before the attention."""
+        """Normalize the input of the attention."""
         return _norm(x, *self.norms[0])
 
     def norm2(self, x: Tensor) -> Tensor:
-        """Before the MLP."""
+        """Normalize the input of the MLP."""
         return _norm(x, *self.norms[1])
 
     def norm_heads(self, qk: Tensor, heads: int) -> Tensor:
-        """The norms of queries and keys, where the model has them."""
+        """Normalize queries and keys, if the model has such norms."""
         if self.q_norm is None or self.k_norm is None:
             return qk
         q = _norm(qk[:, :, :heads], self.q_norm.weight, self.q_norm.variance_epsilon)
@@ -245,10 +245,10 @@ class _Layer:
         return torch.cat((q, k), dim=2)
 
     def mlp(self, x: Tensor, added: Tensor) -> Tensor:
-        """SwiGLU, or the experts, plus what it is added to."""
+        """Add the output of SwiGLU, or of the experts, to `added`."""
         if self.experts is not None:
             out = self.experts(x)
-            routed: Tensor = out[0] if isinstance(out, tuple) else out  # transformers 4 adds the router's logits
+            routed: Tensor = out[0] if isinstance(out, tuple) else out  # transformers 4 also returns router logits
             return added + routed
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate).mul_(up), added)
@@ -259,7 +259,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _joined(*layers: Any) -> Linear:
-    """The weights and biases of linear layers of one input, one below the other; the layers then share them."""
+    """Join the weights and biases of linear layers with the same input. The layers become views of the result."""
     joined: list[Tensor | None] = []
     for name in ("weight", "bias"):
         parts = [getattr(layer, name) for layer in layers]

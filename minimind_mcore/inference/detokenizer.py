@@ -1,30 +1,30 @@
-"""Token ids to text, token by token. Text is given out as soon as no later token can change it."""
+"""Convert token ids to text, token by token. Text is returned as soon as no later token can change it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-UNFINISHED = "�"  # bytes of a character whose rest is still to come
-WINDOW = 64  # tokens that wait at most for the rest of a character
+UNFINISHED = "�"  # the decoded form of an incomplete character
+WINDOW = 64  # maximum number of tokens that wait for the rest of a character
 
 
 class Detokenizer:
-    """Turns ids into text as they come; the pieces together are what `tokenizer.decode` makes of all ids.
+    """Converts ids to text incrementally. The concatenated pieces equal `tokenizer.decode` of all ids.
 
     Args:
-        tokenizer: of transformers.
-        skip_special_tokens: leave their texts out.
+        tokenizer: a transformers tokenizer.
+        skip_special_tokens: leave out the texts of special tokens.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         self._decode, self._skip = tokenizer.backend_tokenizer.decode, skip_special_tokens
-        self._ids: list[int] = []  # some decoders look at the token before
-        self._before = 0  # how many of these ids precede the last text
-        self._sent = 0  # characters of their text that were given out
+        self._ids: list[int] = []  # includes earlier ids, because some decoders depend on the previous token
+        self._before = 0  # number of ids before the last text
+        self._sent = 0  # number of characters of the ids' text that were returned
 
     def add(self, token: int) -> str:
-        """The text that is certain by now."""
+        """Add a token and return the text that later tokens cannot change."""
         self._ids.append(token)
         text: str = self._decode(self._ids, skip_special_tokens=self._skip)
         held = len(self._ids) <= WINDOW and text.endswith(UNFINISHED)
@@ -36,12 +36,12 @@ class Detokenizer:
         return new
 
     def end(self) -> str:
-        """The rest."""
+        """Return the remaining text."""
         return str(self._decode(self._ids, skip_special_tokens=self._skip))[self._sent :]
 
 
 def detokenize(ids: Iterable[int], tokenizer: Any) -> Iterator[str]:
-    """The text of ids as they come; a character is given once all its bytes are there."""
+    """Yield the text of ids incrementally. A character is yielded once all its bytes have arrived."""
     detokenizer = Detokenizer(tokenizer)
     for token in ids:
         if text := detokenizer.add(token):

@@ -1,9 +1,9 @@
-"""evaluation.py: benchmarks from local files, exact answers, perplexity and bits per byte, with MindSpeed-LLM's flags.
+"""evaluation.py: benchmarks from local files, exact match, perplexity and bits per byte, with MindSpeed-LLM's flags.
 
     python evaluation.py --load minimind-3 --task ceval cmmlu --task-data-path data/ceval data/cmmlu --num-fewshot 5
     python evaluation.py --load outputs/minimind3/checkpoints --task perplexity --task-data-path held_out.jsonl
 
-A benchmark is scored by log-probabilities (see `benchmarks.py`), so no answer is ever parsed. A bad file or a question
+Benchmarks are scored by log-probabilities (see `benchmarks.py`), so no answer is parsed. A damaged file or a question
 that cannot be scored ends the program with an error.
 """
 
@@ -40,14 +40,14 @@ Document = tuple[list[int], int]
 
 
 def documents(path: str, loaded: Loaded) -> Iterator[Document]:
-    """The ids of each document, bos and eos among them, and the bytes of its text.
+    """Yield the ids of each document, including bos and eos, and the number of bytes of its text.
 
     Args:
-        path: files as preprocess_data.py reads them (.jsonl with `text`, .txt, .parquet), or the prefix of a dataset.
-        loaded: whose tokenizer it is.
+        path: files as for preprocess_data.py (.jsonl with `text`, .txt, .parquet), or the prefix of a dataset.
+        loaded: model and tokenizer.
 
     Raises:
-        UserError: nothing there, a record without text, or ids of another tokenizer.
+        UserError: the path does not exist, a record has no text, or the ids belong to another tokenizer.
     """
     yield from _of_dataset(path, loaded) if idx_path(path).is_file() else _of_files(path, loaded)
 
@@ -74,10 +74,10 @@ def _of_dataset(prefix: str, loaded: Loaded) -> Iterator[Document]:
 
 
 def run_harness(loaded: Loaded, tasks: Sequence[str], shots: int, batch: int, limit: int | None) -> dict[str, Any]:
-    """Its results by task.
+    """Return the results of lm-evaluation-harness by task.
 
     Raises:
-        UserError: it is not installed.
+        UserError: lm-evaluation-harness is not installed.
     """
     require_harness()
     import lm_eval  # pyright: ignore[reportMissingImports]
@@ -102,7 +102,7 @@ PROGRAM = "evaluation.py"
 EXACT_MATCH, PERPLEXITY, QUALITY = "exact_match", "perplexity", "quality"
 LENGTH = 2048
 USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples seq_length max_new_tokens".split())
-# Of sampling: answers are greedy.
+# Sampling flags have no effect, because answers are greedy.
 IGNORED = frozenset("no_chat_template temperature top_k top_p greedy eval_language".split())
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.harness:
         require_harness()
     tasks = _tasks(args)
-    # Read before the model is: what is wrong with the files shows at once.
+    # The files are read before the model, so that faults in them are reported at once.
     subjects = {name: _subjects(args, name, path) for name, path in tasks if name in BENCHMARKS}
     questions = {path: read_questions(path)[: args.max_eval_samples] for name, path in tasks if name == EXACT_MATCH}
     cases = {path: read_cases(path, args.seed)[: args.max_eval_samples] for name, path in tasks if name == TOOLCALL}
@@ -155,17 +155,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _evaluate_api(args: argparse.Namespace, cases: dict[str, list[Case]]) -> None:
-    """Evaluate the tool calls of a server.
+    """Evaluate the tool calls of a model behind an API.
 
     Raises:
-        UserError: another task, or no model is named.
+        UserError: the task is not toolcall, or --api-model is missing.
     """
     if set(args.task) != {TOOLCALL} or not args.api_model:
         raise UserError(f"--backend api: expected --task {TOOLCALL} and --api-model, the name that the server knows")
     if args.dry_run:
         print("a dry run: everything is valid, nothing was evaluated", flush=True)
         return
-    key = args.api_key or os.environ.get("API_KEY") or "none"  # not a flag of a shell, which others could read
+    key = args.api_key or os.environ.get("API_KEY") or "none"  # the variable is not visible in process lists
     api = Api(args.api_base_url, key, args.api_model, args.max_new_tokens, args.seed)
     scores = EvaluationResults({"model": args.api_model, "api_base_url": args.api_base_url})
     for path, listed in cases.items():
@@ -177,10 +177,10 @@ def _evaluate_api(args: argparse.Namespace, cases: dict[str, list[Case]]) -> Non
 
 
 def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The tasks, each with its path.
+    """Return the tasks, each with its path.
 
     Raises:
-        UserError: none, an unknown one, or not a path for each.
+        UserError: no task is given, a task is unknown, or the numbers of tasks and paths differ.
     """
     names, paths = args.task or [], args.task_data_path
     known = [*BENCHMARKS, EXACT_MATCH, TOOLCALL, QUALITY, PERPLEXITY]
@@ -206,7 +206,7 @@ def _subjects(args: argparse.Namespace, name: str, path: str) -> list[Subject]:
 
 
 def _run(scorer: Scorer, name: str, subjects: Sequence[Subject], shots: int) -> dict[str, Accuracy]:
-    """The accuracies of a benchmark, by subject."""
+    """Return the accuracies of a benchmark, by subject."""
     found = {}
     with tqdm(total=sum(len(s.questions) for s in subjects), desc=name, unit="question", disable=None) as bar:
         for subject in subjects:

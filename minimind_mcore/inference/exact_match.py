@@ -1,4 +1,4 @@
-"""Questions with one right answer: the model answers in the chat template, and exact matches count."""
+"""Questions with a single right answer: the model answers in the chat template, and exact matches count."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from minimind_mcore.inference.prompts import Prompt, PromptEncoder, records
 from minimind_mcore.inference.quality import Quality
 from minimind_mcore.inference.sampling import SamplingParams
 
-# Questions whose answer is one text: the model answers in the chat template, greedily, and every character counts.
+# The model answers greedily in the chat template, and the answer must match in every character.
 # Files: {"conversations": [{"role": "user", "content": "17+25=?"}, ...], "answer": "17+25=42", "task": "addition"}.
-# `messages` may stand for `conversations`; an answer of the assistant at the end is left out; without `task` all
-# questions belong to one. `python -m minimind_mcore.preprocess.corpus --kind sft --held-out` makes such files.
-LONGEST = 64  # tokens of a completion, or as many as the longest answer needs
+# `messages` can replace `conversations`. An answer of the assistant at the end is ignored. Without `task` all
+# questions belong to one task. `python -m minimind_mcore.preprocess.corpus --kind sft --held-out` writes such files.
+LONGEST = 64  # minimum of the token limit, which grows with the longest answer
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its only answer; `task` is its kind."""
+    """A question with its only right answer and its task."""
 
     task: str
     prompt: Prompt
@@ -34,27 +34,27 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and what the model said."""
+    """A question and the model's answer."""
 
     question: Question
     completion: str
 
     @property
     def right(self) -> bool:
-        """White space around an answer does not count."""
+        """Whether the answer is right. White space around it is ignored."""
         return self.completion.strip() == self.question.answer.strip()
 
     def row(self) -> dict[str, Any]:
-        """For a file."""
+        """Return a line for answers.jsonl."""
         shown = {"task": self.question.task, "messages": self.question.prompt.messages}
         return {**shown, "answer": self.question.answer, "completion": self.completion, "right": self.right}
 
 
 def read_questions(path: str) -> list[Question]:
-    """The questions of a jsonl file.
+    """Read the questions of a jsonl file.
 
     Raises:
-        UserError: no such file, or a record without question or answer.
+        UserError: the file does not exist, or a record has no question or no answer.
     """
     questions = []
     for where, record, prompt in records(path, used=("answer", "task")):
@@ -68,9 +68,9 @@ def read_questions(path: str) -> list[Question]:
 
 
 def ask(loaded: Loaded, questions: Sequence[Question], batch_size: int, quality: Quality) -> list[Answered]:
-    """Let the model answer all questions. `quality` counts the replies."""
+    """Generate the answers to all questions. `quality` collects the replies."""
     answers = loaded.tokenizer([question.answer for question in questions], add_special_tokens=False)["input_ids"]
-    longest = max(LONGEST, *(len(ids) + 1 for ids in answers))  # one for the end
+    longest = max(LONGEST, *(len(ids) + 1 for ids in answers))  # one more for the end token
     generator = Generator(loaded, SamplingParams(temperature=0), longest)
     encoder = PromptEncoder(loaded.tokenizer, raw=False)
     answered = []

@@ -1,7 +1,7 @@
-"""The command lines of inference.py and evaluation.py: MindSpeed-LLM's flags, and a few of ours.
+"""The command lines of inference.py and evaluation.py: MindSpeed-LLM's flags, and additional flags of this kit.
 
-What the checkpoint itself tells need not be given. A flag of the model is compared with it where it is; those
-of the layout and of training say nothing here and are named once.
+Values that the checkpoint stores need no flag. Model flags are compared with the checkpoint. Flags of the layout and of
+training have no effect here, and are logged once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from minimind_mcore.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS = "inference.py, evaluation.py"  # share a row of inputs/support.json
+PROGRAMS = "inference.py, evaluation.py"  # the two programs share a row of inputs/support.json
 USED, CHECKED = support(PROGRAMS, "implemented"), support(PROGRAMS, "compared")
-# Of MindSpeed-LLM's inference: what is always so here, and how it computes with adapters, which are merged here.
+# MindSpeed-LLM's inference flags without effect: settings that always hold here, or handling of adapters (merged here).
 NO_EFFECT = arguments.IMPLEMENTED | arguments.NO_EFFECT
 NO_EFFECT |= support(PROGRAMS, "no effect")
 
@@ -38,21 +38,21 @@ def parse(
     """Parse a command line of one of the programs.
 
     Args:
-        argv: the words.
-        program: its name, for messages; a key of inputs/kit_flags.json, which has the flags of this kit.
-        used: dests of MindSpeed-LLM's flags that it uses beside those of loading.
-        ignored: dests of MindSpeed-LLM's flags that have no effect in it.
-        defaults: other defaults of MindSpeed-LLM's flags.
+        argv: words of the command line.
+        program: name of the program, a key of inputs/kit_flags.json, which has this kit's flags.
+        used: dests of MindSpeed-LLM's flags that the program uses besides the loading flags.
+        ignored: dests of MindSpeed-LLM's flags without effect in the program.
+        defaults: defaults that replace MindSpeed-LLM's.
 
     Returns:
-        A namespace; `given` lists the given flags, `no_effect` those that do nothing, which the log names.
+        A namespace. `given` lists the given flags, `no_effect` the given flags without effect, which are logged.
 
     Raises:
-        UserError: an unknown flag, a value of the wrong type, or a flag that is not implemented here.
+        UserError: a flag is unknown or not implemented, or has a value of the wrong type.
     """
     parser = build_parser(prog=program)
     parser.set_choices("prompt_type", None)
-    parser.set_defaults(lora_r=None, lora_alpha=None, **defaults)  # LoRA's are taken from the checkpoint
+    parser.set_defaults(lora_r=None, lora_alpha=None, **defaults)  # rank and alpha come from the checkpoint
     group = add_kit_flags(parser, PROGRAMS)
     unpickling.add_trust_flag(group)
     assumptions.add_flags(group, {flag for action in parser._actions for flag in action.option_strings})
@@ -75,10 +75,10 @@ def parse(
 
 
 def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Conversion:
-    """What to read.
+    """Return the conversion that loads the model.
 
     Raises:
-        UserError: two dtypes are asked for.
+        UserError: several dtypes are requested.
     """
     asked = {name for name in ("bf16", "fp16") if getattr(args, name)} | ({args.params_dtype} - {None})
     if len(asked) > 1:
@@ -96,18 +96,18 @@ def loading_job(args: argparse.Namespace, default_dtype: str | None) -> Conversi
 
 
 def _stated(args: argparse.Namespace) -> dict[str, object]:
-    """The flags of the model that replace what is assumed for a `.pth` file; `check_model` compares others."""
+    """Return the model flags that replace assumed values of a `.pth` file. `check_model` compares the others."""
     found = assumptions.stated(args, args.given)
-    # Flags that MindSpeed-LLM does not have, which `check_model` therefore does not know.
+    # `check_model` does not handle these flags, which MindSpeed-LLM lacks.
     kept = ("inference_rope_scaling", "router_weight")
     return found if Path(args.load).is_file() else {name: value for name, value in found.items() if name in kept}
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:
-    """`--load`, or the iteration of it that `--ckpt-step` names.
+    """Return `--load`, or its iteration `--ckpt-step`.
 
     Raises:
-        UserError: there is no such iteration.
+        UserError: the iteration does not exist.
     """
     if args.ckpt_step is None:
         return Path(args.load)
@@ -118,10 +118,10 @@ def _checkpoint(args: argparse.Namespace) -> Path:
 
 
 def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
-    """Compare the flags of the model that are given with the model.
+    """Check the given model flags against the model.
 
     Raises:
-        UserError: one says something else.
+        UserError: a flag contradicts the model.
     """
     table = flag_table()
     checked = {flag: table[flag]["dest"] for flag in args.given if flag in table and table[flag]["dest"] in CHECKED}
@@ -137,6 +137,6 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def tokenizer_flag(args: argparse.Namespace) -> str | None:
-    """The directory of the tokenizer, where a flag names it."""
+    """Return the directory of the tokenizer, if a flag names it."""
     found: str | None = args.tokenizer_name_or_path or args.tokenizer_model
     return found

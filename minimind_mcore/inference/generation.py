@@ -1,4 +1,4 @@
-"""From prompts to completions.
+"""Generate completions from prompts.
 
     generator = Generator(loaded, SamplingParams(temperature=0), max_new_tokens=64)
     generator.complete([[1, 320, 17], [1, 9]])      # a batch, padded at the left
@@ -24,11 +24,11 @@ from minimind_mcore.inference.sampling import Sampler, SamplingParams, choose
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote.
+    """A completion.
 
     Attributes:
-        ids: of the new tokens, without the one that ended it.
-        finished: it ended by itself; else max_new_tokens, or the model's positions, were used up.
+        ids: ids of the new tokens, without the end token.
+        finished: the model ended the completion. Otherwise max_new_tokens or the maximum position was reached.
     """
 
     ids: list[int]
@@ -40,10 +40,10 @@ class Generator:
 
     Args:
         loaded: the model.
-        sampling: parameters of every prompt; the n-th prompt of a generator gets the seed `sampling.seed` + n.
-        max_new_tokens: per prompt, at most.
+        sampling: sampling parameters of every prompt. The n-th prompt gets the seed `sampling.seed` + n.
+        max_new_tokens: maximum number of new tokens per prompt.
         stop: ids that end a completion, besides the tokenizer's eos.
-        num_beams: of a beam search; 1 for none.
+        num_beams: beams of a beam search. 1: no beam search.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Generator:
         self.loaded, self.sampling = loaded, sampling
         self.max_new_tokens, self.num_beams = max_new_tokens, num_beams
         self.stop = sorted({loaded.tokenizer.eos_token_id, *stop})
-        self._prompts = 0  # so far
+        self._prompts = 0  # number of prompts so far
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete a batch of prompts.
 
         Raises:
-            UserError: a prompt is empty, or longer than the model's positions.
+            UserError: a prompt is empty, or longer than the model's maximum position.
         """
         ids: list[list[int]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
@@ -76,14 +76,14 @@ class Generator:
         return [Completion(*pair) for pair in zip(ids, finished, strict=True)]
 
     def stream(self, prompt: Sequence[int]) -> Iterator[int]:
-        """The new tokens of one prompt, as they come; the one that ends it is left out."""
+        """Yield the new tokens of one prompt as they are generated, without the end token."""
         for (token,) in self._steps([prompt]):
             if token in self.stop:
                 return
             yield token
 
     def _room(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many tokens may be added."""
+        """Return how many tokens can be added."""
         positions, longest = self.loaded.config.max_position_embeddings, max(map(len, prompts))
         if min(map(len, prompts)) == 0:
             raise UserError("a prompt is empty; expected at least one token")
@@ -92,16 +92,16 @@ class Generator:
         return min(self.max_new_tokens, positions - longest)
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-        """Ids [batch, longest], and how many at the left of each row are padding."""
+        """Return ids [batch, longest], and the number of padding tokens at the left of each row."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
-        # A row's first token pads it: nothing reads it, and a penalty for repetition finds nothing new.
+        # The row's first token is the padding: nothing attends to it, and it does not change the repetition penalty.
         rows = [[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)]
         return torch.tensor(rows, device=self.loaded.device), padding
 
     @torch.inference_mode()
     def _steps(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The next token of every prompt, step by step, until all have ended."""
+        """Yield the next token of every prompt, step by step, until all prompts have ended."""
         room = self._room(prompts)
         ids, padding = self._padded(prompts)
         samplers = [self._sampler(prompt) for prompt in prompts]
@@ -109,7 +109,7 @@ class Generator:
         written: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         for _ in range(room):
-            # Rows behind the tokenizer's ids are padding of the vocabulary.
+            # Ids above the tokenizer's are padding of the vocabulary.
             logits = self.loaded.decoder(ids, cache)[:, :known]
             if self.sampling.changes_logits:
                 for row, sampler in enumerate(samplers):
@@ -124,14 +124,14 @@ class Generator:
             ids = torch.tensor(tokens, device=self.loaded.device)[:, None]
 
     def _sampler(self, prompt: Sequence[int]) -> Sampler:
-        """The sampler of the next prompt."""
+        """Return the sampler of the next prompt."""
         seed = self.sampling.seed
         self._prompts += 1
         return Sampler(self.sampling if seed is None else replace(self.sampling, seed=seed + self._prompts - 1), prompt)
 
     @torch.inference_mode()
     def _beams(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The same from a beam search, all at once."""
+        """Yield the same from a beam search, in a single step."""
         room, how = self._room(prompts), self.sampling
         ids, padding = self._padded(prompts)
         mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(padding, device=ids.device)[:, None]

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations, and what follows from them: accuracies, perplexity, bits per byte."""
+"""Log-probabilities of continuations, and the scores computed from them: accuracy, perplexity, bits per byte."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from minimind_mcore.inference.loading import Loaded
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many questions were answered rightly.
+    """The number of right answers.
 
     Attributes:
-        questions: how many there are.
-        right: where the likeliest continuation is the right one, or the answer.
-        right_by_length: of choices the same, by log-probabilities divided by the choice's length in characters.
+        questions: number of questions.
+        right: number of questions whose most likely continuation, or whose answer, is right.
+        right_by_length: for choices: the same with log-probabilities divided by the choice's length in characters.
     """
 
     questions: int
@@ -36,12 +36,13 @@ class Accuracy:
 
     @property
     def by_length(self) -> float | None:
-        """The same by length."""
+        """The share of right answers by `right_by_length`."""
         return None if self.right_by_length is None else self.right_by_length / self.questions
 
     @property
     def error(self) -> float:
-        """Standard error of `value`: sample deviation over the root of the number; nan of a single question."""
+        """Standard error of `value`: sample standard deviation over the root of the number; nan for a single
+        question."""
         if self.questions < 2:
             return math.nan
         return math.sqrt(self.value * (1 - self.value) / (self.questions - 1))
@@ -58,8 +59,8 @@ class Perplexity:
 
     Attributes:
         nats: negative log-likelihood of all tokens.
-        tokens: how many were predicted: all but the first of each document, its eos among them.
-        bytes: of the text, as UTF-8.
+        tokens: number of predicted tokens: all except the first of each document, including eos.
+        bytes: number of UTF-8 bytes of the text.
     """
 
     nats: float
@@ -68,28 +69,28 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """Perplexity per token: it depends on the tokenizer."""
+        """Perplexity per token. Depends on the tokenizer."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits of all tokens by bytes of text: of models with different tokenizers alike."""
+        """Bits per byte of text. Comparable between models with different tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
 class Scorer:
-    """Log-probabilities under a model.
+    """Computes log-probabilities with a model.
 
     Args:
         loaded: the model.
-        batch: rows at a time.
+        batch: rows per batch.
     """
 
     def __init__(self, loaded: Loaded, batch: int) -> None:
         self.loaded, self.batch = loaded, batch
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Ids of both together, and how many are the continuation's; as lm-evaluation-harness splits them."""
+        """Return the ids of both texts, and how many belong to the continuation (split as in lm-evaluation-harness)."""
         tokenizer: Any = self.loaded.tokenizer
         spaces = len(context) - len(context.rstrip())
         if spaces:
@@ -103,9 +104,9 @@ class Scorer:
         return whole, count
 
     def scores(self, requests: Sequence[tuple[list[int], int]]) -> Iterator[tuple[int, float]]:
-        """(number of the request, log-probability of the last `count` of its ids), in any order.
+        """Yield (number of the request, log-probability of the last `count` of its ids), in any order.
 
-        Continuations of one token behind the same context share a row.
+        One-token continuations of the same context share a row.
         """
         rows: dict[tuple[int, ...], list[int]] = {}
         for number, (ids, _) in enumerate(requests):
@@ -120,9 +121,9 @@ class Scorer:
     def _of_batch(
         self, rows: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, int, list[int], int]]
     ) -> list[tuple[int, float]]:
-        """The scores of (row, request, its ids, how many of them) in one batch."""
+        """Return the scores of the requests (row, request, ids, count) in one batch."""
         hidden = self._hidden(rows)
-        # One copy to the device for all targets, and one from it for all scores: each of them waits for it.
+        # One copy of all targets to the device and one of all scores back, because each copy synchronizes.
         targets = torch.tensor([i for _, _, ids, count in wanted for i in ids[-count:]], device=hidden.device)
         sums, start = [], 0
         for row, _, ids, count in wanted:
@@ -133,20 +134,22 @@ class Scorer:
         return [(number, score) for (_, number, _, _), score in zip(wanted, scores, strict=True)]
 
     def _hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Of the last layer, [rows, longest, hidden]; padded at the right, where causality hides it."""
+        """Return the last layer's output, [rows, longest, hidden]. Padding is on the right, hidden by the causal
+        mask."""
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.loaded.device)
         hidden: Tensor = self.loaded.model.model(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
 
     def _log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Of each of the ids `targets` [n], given the hidden state before it [n, hidden]: [n] in fp32."""
+        """Return the log-probabilities [n] in fp32 of the ids `targets` [n] from the hidden states before them [n,
+        hidden]."""
         logits = self.loaded.model.lm_head(hidden).float()
         found: Tensor = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         return found
 
     def accuracy(self, benchmark: Benchmark, subject: Subject, shots: int) -> Accuracy:
-        """Answer the questions of a subject by the likeliest continuation."""
+        """Answer the questions of a subject by the most likely continuation."""
         requests, places = [], []
         for number, question in enumerate(subject.questions):
             context = benchmark.prompt(subject, question, shots)
@@ -165,10 +168,11 @@ class Scorer:
         return Accuracy(len(subject.questions), *right)
 
     def perplexity(self, documents: Iterable[tuple[Sequence[int], int]], length: int) -> Perplexity:
-        """Of documents, each as its ids and the bytes of its text; long ones in pieces of `length` tokens.
+        """Return the perplexity of documents, each given as ids and bytes of text. Long ones are split at `length`
+        tokens.
 
         Raises:
-            UserError: nothing to predict.
+            UserError: the text has no token to predict.
         """
         nats, tokens, size = 0.0, 0, 0
         pieces: list[Sequence[int]] = []
@@ -183,7 +187,7 @@ class Scorer:
 
         for ids, count in documents:
             size += count
-            # A piece begins with the last token of the one before: every token but the first is predicted once.
+            # A piece starts with the last token of the previous piece, so every token but the first is predicted once.
             pieces += [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
             if len(pieces) >= 4 * self.batch:
                 flush()

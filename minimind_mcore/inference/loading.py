@@ -1,4 +1,4 @@
-"""A model in memory for inference, from any format that the converters read; nothing is written.
+"""Load a model for inference from any format that the converters read. Nothing is written.
 
 loaded = load(*open_both(conversion, tokenizer))
 loaded.model                            # a transformers model: Llama, Qwen3, Qwen2-MoE or Qwen3-MoE
@@ -36,11 +36,11 @@ class Loaded:
     """A model that is ready to run, and its tokenizer.
 
     Attributes:
-        model: of transformers, on the device, in evaluation mode.
-        tokenizer: of transformers.
+        model: a transformers model on the device, in evaluation mode.
+        tokenizer: a transformers tokenizer.
         info: identity of the tokenizer.
         config: the architecture.
-        kind: what was read, for people.
+        kind: format of the source, for messages.
     """
 
     model: Any
@@ -51,30 +51,30 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         found: torch.device = self.model.device
         return found
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        """Runs the model step by step; made once, as it rearranges the weights."""
+        """The decoder of the model. Created once, because it rearranges the weights."""
         return Decoder(self.model)
 
     @property
     def dtype(self) -> str:
-        """Of the weights: fp32, bf16 or fp16."""
+        """The dtype of the weights: fp32, bf16 or fp16."""
         return DTYPE_NAMES[str(self.model.dtype).removeprefix("torch.")]
 
 
 def open_both(conversion: Conversion, tokenizer: str | None) -> tuple[Source, TokenizerInfo]:
-    """A model that is not yet read, and its tokenizer.
+    """Open a model without reading its weights, and its tokenizer.
 
     Args:
-        conversion: what to read, and its adapters and dtype; see `converters/conversion.py`.
-        tokenizer: its directory; None for the one that the source names or carries.
+        conversion: source of the model, with its adapters and dtype; see `converters/conversion.py`.
+        tokenizer: directory of the tokenizer. None: the one that the source names or contains.
 
     Raises:
-        UserError: the source is damaged or of another architecture, or the tokenizer is missing or not its own.
+        UserError: the source is damaged or has another architecture, or the tokenizer is missing or another one.
     """
     source = prepare(conversion, open_model(conversion))
     return source, find_tokenizer(source, tokenizer)
@@ -84,19 +84,19 @@ def load(source: Source, info: TokenizerInfo) -> Loaded:
     """Read the weights onto the device.
 
     Raises:
-        UserError: they are damaged.
+        UserError: the weights are damaged.
     """
     model = build_model(source).to(device.current().torch_device)
     return Loaded(model, load_tokenizer(info), info, source.config, source.kind)
 
 
 def default_dtype() -> str | None:
-    """A CPU computes in fp32: halves are slower there. Elsewhere the dtype is the source's (None)."""
+    """Return fp32 on a CPU, where half precision is slower, and None (the dtype of the source) elsewhere."""
     return "fp32" if device.current().kind == "cpu" else None
 
 
 def build_model(source: Source) -> Any:
-    """The transformers model with the weights of a source, on the CPU.
+    """Return the transformers model with the weights of a source, on the CPU.
 
     Raises:
         UserError: transformers' model has other tensors.
@@ -108,7 +108,7 @@ def build_model(source: Source) -> Any:
 
 
 def empty_model(config: ModelConfig) -> Any:
-    """The transformers model of an architecture; its weights, which are to be replaced, take no memory."""
+    """Return the transformers model of an architecture, with weights that use no memory and must be replaced."""
     import transformers
 
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def empty_model(config: ModelConfig) -> Any:
 
 
 def fill_model(model: Any, state: dict[str, torch.Tensor], config: ModelConfig) -> Any:
-    """The `empty_model` with these weights, ready to run; they are not copied.
+    """Put weights into the result of `empty_model` without copying them, and return the model ready to run.
 
     Raises:
         UserError: transformers' model has other tensors.
@@ -130,20 +130,20 @@ def fill_model(model: Any, state: dict[str, torch.Tensor], config: ModelConfig) 
     except RuntimeError as error:
         raise UserError(f"transformers {transformers.__version__} has other tensors for this model: {error}") from error
     model.tie_weights()
-    # its buffers are in no state dict
+    # state dicts do not contain its buffers
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config.hf_config())
     return model.requires_grad_(False).eval()
 
 
 def find_tokenizer(source: Source, given: str | None) -> TokenizerInfo:
-    """The tokenizer of a model.
+    """Find the tokenizer of a model.
 
     Args:
         source: the model.
         given: `--tokenizer-name-or-path`.
 
     Raises:
-        UserError: there is none, it is not the one that the model was trained with, or has more ids than the model.
+        UserError: the directory lacks a tokenizer, or its tokenizer does not belong to the model.
     """
     beside = source.folder if source.folder and (source.folder / "tokenizer.json").is_file() else None
     path = given or source.training.tokenizer or beside
@@ -169,10 +169,10 @@ def find_tokenizer(source: Source, given: str | None) -> TokenizerInfo:
 
 
 def load_tokenizer(info: TokenizerInfo) -> Any:
-    """transformers' tokenizer, with the ids of tokenizer.json, which training reads.
+    """Load transformers' tokenizer, with the ids of tokenizer.json, which training reads.
 
     Raises:
-        UserError: it names no eos, or transformers would give other ids.
+        UserError: the tokenizer has no eos, or transformers would produce other ids.
     """
     if info.eos_id is None:
         raise UserError(
@@ -182,7 +182,7 @@ def load_tokenizer(info: TokenizerInfo) -> Any:
 
 
 def opened(args: argparse.Namespace) -> tuple[Source, TokenizerInfo]:
-    """Open the model and the tokenizer that a command line names, without reading weights.
+    """Open the model and the tokenizer of a command line, without reading weights.
 
     Raises:
         UserError: see `open_both` and `flags.check_model`.

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 PROGRAM = "inference.py"
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
-BEAMS = 2  # MindSpeed-LLM's
+BEAMS = 2  # as in MindSpeed-LLM
 USED = frozenset(
     "task max_new_tokens temperature top_k top_p history_turns hf_chat_template add_eos_token enable_thinking "
     "prompt_type prompt_type_path".split()
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             beams = {"num_beams": BEAMS} if task.startswith("beam_search") else {}
             generator = engine(sampling(args, task), args.max_new_tokens, stop, **beams)
             if task == "chat":
-                # What a pretrained model has seen are single texts.
+                # A pretrained model has seen only single texts, so it gets no earlier turns.
                 chat.run(generator, encoder, chat.Session(0 if raw else args.history_turns, args.system, toolbox))
             else:
                 generate(generator, encoder, prompts, args.prompt_batch_size, task, output)
@@ -88,10 +88,10 @@ def _engine(name: str, source: Source, info: TokenizerInfo) -> Iterator[Callable
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:
-    """The tasks that are asked for.
+    """Return the requested tasks.
 
     Raises:
-        UserError: one is unknown.
+        UserError: a task is unknown.
     """
     tasks: list[str] = args.task or ["greedy"]
     unknown = [task for task in tasks if task not in TASKS]
@@ -101,10 +101,10 @@ def _tasks(args: argparse.Namespace) -> list[str]:
 
 
 def _is_raw(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
-    """Whether prompts are given as they are.
+    """Return whether prompts are used without a template.
 
     Raises:
-        UserError: more than one way to write them is asked for.
+        UserError: several prompt formats are requested.
     """
     ways = {"--raw": args.raw, "--hf-chat-template": args.hf_chat_template, "--prompt-type": args.prompt_type}
     chosen = [flag for flag, is_given in ways.items() if is_given]
@@ -114,10 +114,10 @@ def _is_raw(args: argparse.Namespace, tasks: Sequence[str]) -> bool:
 
 
 def _template(args: argparse.Namespace, tokenizer: Any) -> SlotTemplate | None:
-    """The template of `--prompt-type`, as preprocess_data.py uses it.
+    """Return the template of `--prompt-type`, as preprocess_data.py uses it.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the template is unknown.
     """
     if args.prompt_type is None:
         return None
@@ -127,7 +127,7 @@ def _template(args: argparse.Namespace, tokenizer: Any) -> SlotTemplate | None:
 
 
 def sampling(args: argparse.Namespace, task: str) -> SamplingParams:
-    """The sampling parameters of a task."""
+    """Return the sampling parameters of a task."""
     samples = task in ("do_sample", "beam_search_with_sampling", "chat")
     return SamplingParams(
         temperature=args.temperature if samples else 0.0,
@@ -139,10 +139,10 @@ def sampling(args: argparse.Namespace, task: str) -> SamplingParams:
 
 
 def stop_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The ids that end a completion: eos, and those of `--add-eos-token`.
+    """Return the ids that end a completion: eos, and those of `--add-eos-token`.
 
     Raises:
-        UserError: a word is not one token.
+        UserError: a word is not a single token.
     """
     found = [tokenizer.eos_token_id]
     for word in words:
@@ -161,7 +161,7 @@ def generate(
     task: str,
     output: Any,
 ) -> None:
-    """Complete all prompts; text goes to stdout and to `output`, the speed to stderr."""
+    """Complete all prompts. Texts go to stdout and to `output`, the speed to stderr."""
     began, new_tokens = time.perf_counter(), 0
     encoded = [encoder(prompt) for prompt in prompts]
     for first in range(0, len(prompts), batch_size):

@@ -1,12 +1,17 @@
-"""Prompts: where they come from, and the ids that a model gets.
+"""Read prompts, and convert them to ids.
 
-A prompt is a conversation; a line of text is one with a single message of the user. A model that has had
-supervised fine-tuning gets it through the tokenizer's chat template. One that is only pretrained has seen bos
-and text, and gets that (`raw`), as in MiniMind's eval_llm.py.
+A prompt is a conversation. A line of text is a conversation with a single message of the user. A model after supervised
+fine-tuning gets the prompt in the tokenizer's chat template. A base model gets bos and the text (`raw`), as in
+MiniMind's eval_llm.py.
+
+Text in a message that looks like an added token, such as <|im_end|>, is encoded as ordinary text, as the server does:
+see `safe_text`. Messages of the assistant are the exception, because a model writes such tokens. So are raw prompts,
+because pretraining data has the tokens. Every other prompt has the ids of transformers.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import sys
@@ -16,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inference.safe_text import Guard, SafeText, is_text
 from minimind_mcore.preprocess.messages import (
     Conversation,
     Unusable,
@@ -37,11 +43,11 @@ BESIDE = {"system": "system", "tools": "tools"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that the assistant is to continue.
+    """A conversation that the assistant continues.
 
     Attributes:
-        messages: {"role": ..., "content": ...}, the last one not the assistant's.
-        tools: definitions, in OpenAI's form.
+        messages: {"role": ..., "content": ...}. The last one is not the assistant's.
+        tools: definitions in OpenAI's form.
     """
 
     messages: list[Message]
@@ -49,12 +55,12 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """What the user said last."""
+        """The last message of the user."""
         return str(self.messages[-1].get("content", ""))
 
 
 def from_text(text: str, system: str | None = None, tools: list[Any] | None = None) -> Prompt:
-    """A prompt that is one line of the user."""
+    """Return a prompt with one line of the user."""
     opening = [{"role": "system", "content": system}] if system else []
     return Prompt([*opening, {"role": "user", "content": text}], tools)
 
@@ -62,10 +68,10 @@ def from_text(text: str, system: str | None = None, tools: list[Any] | None = No
 def read_prompts(
     texts: Sequence[str], file: str | None, system: str | None = None, tools: list[Any] | None = None
 ) -> list[Prompt]:
-    """The prompts of `--prompt` and `--prompt-file`; where neither is given, of stdin, one a line.
+    """Read the prompts of `--prompt` and `--prompt-file`, or of stdin, one per line.
 
     Raises:
-        UserError: none at all, or a file that is no such thing.
+        UserError: there is no prompt, or a file cannot be read.
     """
     prompts = [from_text(text, system, tools) for text in texts]
     if file is not None:
@@ -83,35 +89,26 @@ def read_prompts(
 
 
 def text_input() -> TextIO:
-    """stdin, where bytes that are no text become what `is_text` refuses, and not an end of the reading."""
+    """Return stdin, with invalid bytes converted to characters that `is_text` refuses, so that reading continues."""
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin
 
 
-def is_text(line: str) -> bool:
-    """Whether a tokenizer can encode it: no half of a surrogate pair, no escaped byte."""
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def records(
     spec: str, system: str | None = None, tools: list[Any] | None = None, used: Sequence[str] = ()
 ) -> Iterator[tuple[str, Any, Prompt]]:
-    """Where each record of files of prompts is, the record, and the prompt that it holds.
+    """Yield for each record of prompt files its place for messages, the record, and its prompt.
 
-    At the end the keys that nothing reads are reported.
+    Unread keys are logged at the end.
 
     Args:
         spec: files, directories, globs.
-        system, tools: for prompts that have none of their own.
+        system, tools: for prompts without their own.
         used: fields of a record that the caller reads.
 
     Raises:
-        UserError: no file there, or a record that holds none.
+        UserError: a file does not exist, or a record has no prompt.
     """
     unused = Counter[str]()
     for where, record in sound_records(spec):
@@ -126,12 +123,12 @@ def records(
 def _of_record(
     record: Any, where: str, system: str | None, tools: list[Any] | None
 ) -> tuple[str, Prompt, Sequence[str]]:
-    """A prompt of a record: {"prompt": TEXT}, {"text": TEXT}, or a conversation in MiniMind's form or OpenAI's.
+    """Read the prompt of a record: {"prompt": TEXT}, {"text": TEXT}, or a conversation in MiniMind's or OpenAI's form.
 
-    An answer at the end is the reference, and left out. `system` and `tools` may stand next to the prompt.
+    An answer at the end is the reference, and is dropped. `system` and `tools` may stand next to the prompt.
 
     Returns:
-        The field that holds the prompt, the prompt, and the keys of its messages that nothing reads.
+        The field with the prompt, the prompt, and the unread keys of its messages.
     """
     key = next((key for key in KEYS if isinstance(record, dict) and record.get(key)), None)
     if key is None:
@@ -154,16 +151,16 @@ def _of_record(
 
 
 class PromptEncoder:
-    """Turns prompts into ids.
+    """Converts prompts to ids.
 
     Args:
-        tokenizer: of transformers.
-        raw: bos and text; else the chat template.
-        thinking: whether to let the model think; None leaves that to the template.
-        template: of --prompt-type, in place of the tokenizer's own.
+        tokenizer: a transformers tokenizer.
+        raw: use bos and text instead of the chat template.
+        thinking: whether the model may think. None leaves the choice to the template.
+        template: template of --prompt-type, instead of the tokenizer's own.
 
     Raises:
-        UserError: the tokenizer has no chat template, and one is needed.
+        UserError: a chat template is needed, and the tokenizer has none.
     """
 
     def __init__(
@@ -174,21 +171,25 @@ class PromptEncoder:
                 "the tokenizer has no chat template: give --raw, --prompt-type, or a tokenizer that has one"
             )
         self.tokenizer, self.raw, self.thinking, self.template = tokenizer, raw, thinking, template
-        # A raw prompt begins as a document does; see `preprocess.stages.Documents`.
+        # A raw prompt starts like a document in pretraining; see `preprocess.stages.Documents`.
         self._before = document_frame(added_ids(tokenizer.backend_tokenizer), tokenizer.bos_token_id, None)[0]
-        # MiniMind's name of the switch, and Qwen3's
+        # The names of the option in MiniMind and in Qwen3
         self.switches = {} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking}
 
+    @functools.cached_property
+    def _safe(self) -> SafeText:
+        return SafeText(self.tokenizer)
+
     def text(self, prompt: Prompt) -> str:
-        """What the model reads."""
+        """Return the text that the model gets."""
         before = self.tokenizer.decode(self._before) if self.raw else ""
         return before + "".join(self._pieces(prompt))
 
     def _pieces(self, prompt: Prompt) -> list[str]:
-        """The same, in the parts that are encoded one by one.
+        """Return the same text in pieces that are encoded separately.
 
         Raises:
-            UserError: the template refuses it, or something in it is no text.
+            UserError: the template refuses the conversation, or a text is invalid.
         """
         pieces = self._of_template(prompt, self.template) if self.template else [self._text(prompt)]
         if not all(map(is_text, pieces)):
@@ -196,10 +197,10 @@ class PromptEncoder:
         return pieces
 
     def _of_template(self, prompt: Prompt, template: SlotTemplate) -> list[str]:
-        """What the template writes before an answer.
+        """Return the text that the template writes before an answer.
 
         Raises:
-            UserError: it cannot write this conversation.
+            UserError: the template cannot write this conversation.
         """
         asked = Conversation(prompt.messages, prompt.tools)
         try:
@@ -221,6 +222,12 @@ class PromptEncoder:
         return text
 
     def __call__(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt."""
+        """Return the ids of a prompt."""
+        if not self.raw:
+            guard = Guard(self._safe, [prompt.messages, prompt.tools])
+            safe = [message if message["role"] == "assistant" else guard(message) for message in prompt.messages]
+            guarded = Prompt(safe, guard(prompt.tools))
+            if guard.texts:
+                return list(itertools.chain.from_iterable(map(guard.encode, self._pieces(guarded))))
         pieces = self.tokenizer(self._pieces(prompt), add_special_tokens=False)["input_ids"]
         return [*(self._before if self.raw else []), *itertools.chain.from_iterable(pieces)]

@@ -1,4 +1,4 @@
-"""Quality of replies that any model can be measured by: how much they repeat, and whether they end."""
+"""Quality measures for the replies of any model: repetition, and whether replies end."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Quality:
     """Sums over replies.
 
     Attributes:
-        replies: how many.
-        repeated: the sum of their repetition rates.
-        ended: how many ended by themselves, before the limit of new tokens.
-        tokens: of all replies.
+        replies: number of replies.
+        repeated: sum of their repetition rates.
+        ended: number of replies that ended before the limit of new tokens.
+        tokens: number of tokens of all replies.
     """
 
     replies: int = 0
@@ -38,7 +38,7 @@ class Quality:
     tokens: int = 0
 
     def add(self, tokens: Sequence[Hashable], finished: bool) -> None:
-        """Count a reply."""
+        """Add a reply."""
         self.replies += 1
         self.repeated += repetition(tokens)
         self.ended += finished
@@ -52,7 +52,7 @@ class Quality:
 
 
 def measure(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, batch: int, raw: bool) -> Quality:
-    """Answer prompts, and measure the replies."""
+    """Generate replies to prompts, and measure them."""
     generator, encoder, quality = (
         Generator(loaded, SamplingParams(temperature=0), max_new_tokens),
         PromptEncoder(loaded.tokenizer, raw),

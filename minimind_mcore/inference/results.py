@@ -1,4 +1,4 @@
-"""Results of an evaluation: a table, scores.json and scores.png, and the answers where some were written."""
+"""Results of an evaluation: a table, scores.json, scores.png, and the answers if there are any."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 JSON, PICTURE, ANSWERS = "scores.json", "scores.png", "answers.jsonl"
-CHANCE = 0.25  # of benchmarks
+CHANCE = 0.25  # accuracy of random answers in the benchmarks
 SHOWN = 3
 
 
 @dataclass
 class EvaluationResults:
-    """What was found.
+    """The results of an evaluation.
 
     Attributes:
-        about: the model, the settings.
-        accuracies: of each benchmark, by subject.
-        answers: what the model said, of exact_match.
-        perplexities: of each held-out text.
-        harness: what lm-evaluation-harness says, by task.
-        outcomes: of the cases with tools.
-        quality: of the replies, by task.
+        about: the model and the settings.
+        accuracies: by benchmark and subject.
+        answers: the model's answers in exact_match.
+        perplexities: by held-out text.
+        harness: results of lm-evaluation-harness, by task.
+        outcomes: results of the cases with tools.
+        quality: quality of the replies, by task.
     """
 
     about: dict[str, Any]
@@ -46,14 +46,14 @@ class EvaluationResults:
     quality: dict[str, Quality] = field(default_factory=dict)
 
     def total(self, benchmark: str) -> Accuracy:
-        """Of all questions of a benchmark, whatever their subject; of tool calls, the rate of exact ones."""
+        """Return the accuracy over all subjects of a benchmark. For tool calls it is the rate of exact ones."""
         if benchmark == TOOLCALL and "exact" in self.accuracies[benchmark]:
             return self.accuracies[benchmark]["exact"]
         first, *others = self.accuracies[benchmark].values()
         return sum(others, first)
 
     def add_answers(self, benchmark: str, answers: Sequence[Answered]) -> None:
-        """Count the right ones of each task."""
+        """Count the right answers of each task."""
         self.answers += answers
         tasks = self.accuracies.setdefault(benchmark, {})
         for answer in answers:
@@ -68,7 +68,7 @@ class EvaluationResults:
         }
 
     def table(self) -> str:
-        """Lines for people."""
+        """Return the results as lines of text."""
         lines = []
         for name, subjects in self.accuracies.items():
             rows = {**subjects, **({"all": self.total(name)} if len(subjects) > 1 else {})}
@@ -94,7 +94,7 @@ class EvaluationResults:
         return "\n".join(lines)
 
     def _examples(self) -> list[str]:
-        """A few answers of each task, right ones and wrong ones."""
+        """Return a few right and wrong answers of each task."""
         lines = []
         for (task, right), group in _grouped(self.answers).items():
             for answer in group[:SHOWN]:
@@ -104,7 +104,7 @@ class EvaluationResults:
         return lines
 
     def write(self, folder: Path) -> None:
-        """Write scores.json and scores.png, and answers.jsonl where there are any."""
+        """Write scores.json and scores.png, and answers.jsonl if there are answers."""
         folder.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {**self.about, "accuracy": {}, "perplexity": {}, "harness": self.harness}
         for name, subjects in self.accuracies.items():
@@ -126,7 +126,7 @@ class EvaluationResults:
                 self._figure().savefig(file, format="png", dpi=100)
 
     def _figure(self) -> Figure:
-        """A bar for each subject, and for all of a benchmark."""
+        """Draw a bar for each subject, and for all of a benchmark."""
         from matplotlib.figure import Figure
 
         bars = []
@@ -147,7 +147,7 @@ class EvaluationResults:
 
 
 def _grouped(answers: Sequence[Answered]) -> dict[tuple[str, bool], list[Answered]]:
-    """By task, and whether they are right."""
+    """Group answers by task and correctness."""
     groups: dict[tuple[str, bool], list[Answered]] = {}
     for answer in answers:
         groups.setdefault((answer.question.task, answer.right), []).append(answer)

@@ -1,4 +1,4 @@
-"""The next token of every sequence in a batch, each with settings of its own."""
+"""Sample the next token of every sequence in a batch, each with its own sampling parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-LIKELIEST = 256  # tokens that top_p looks at first; a full sort of 6400 takes ten times as long
+LIKELIEST = 256  # number of tokens that top_p tries first; a full sort of 6400 takes ten times as long
 
 
 class Constraint(Protocol):
@@ -28,15 +28,15 @@ class SamplingParams:
     """Sampling parameters of one sequence, with the names and meanings of OpenAI and vLLM.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample from this many of the likeliest tokens; 0 for all.
-        top_p: then from the likeliest tokens that together reach this probability.
-        min_p: then from the tokens that have this share of the likeliest token's probability.
-        repetition_penalty: divides the positive logits of tokens of prompt and answer, multiplies the negative ones.
-        seed: of the random numbers; None for a different one each time.
-        logprobs: how many of the likeliest tokens each position reports; None for no log-probabilities.
+        temperature: divisor of the logits. 0: greedy.
+        top_k: sample from the k most likely tokens. 0: all.
+        top_p: then from the most likely tokens that together reach this probability.
+        min_p: then from the tokens with at least this share of the most likely token's probability.
+        repetition_penalty: divides positive logits of tokens in prompt and answer, and multiplies negative ones.
+        seed: seed of the random numbers. None: a different one each time.
+        logprobs: number of most likely tokens to report per position. None: no log-probabilities.
         banned: ids that are not sampled before `min_tokens`.
-        grammar: what the text must follow.
+        grammar: constraint on the text.
     """
 
     temperature: float = 1.0
@@ -55,7 +55,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything but temperature and truncation is applied."""
+        """Whether any setting besides temperature and truncation changes the logits."""
         penalties = (self.repetition_penalty != 1, self.presence_penalty, self.frequency_penalty)
         return bool(any(penalties) or self.logit_bias or self.min_tokens or self.grammar)
 
@@ -65,9 +65,9 @@ class Logprob:
     """Log-probabilities at one position, before temperature and truncation.
 
     Attributes:
-        token: that was chosen.
-        value: its log-probability.
-        top: the likeliest tokens and theirs.
+        token: the chosen token.
+        value: log-probability of the chosen token.
+        top: most likely tokens with their log-probabilities.
     """
 
     token: int
@@ -76,30 +76,30 @@ class Logprob:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; the numbers that it draws do not depend on the rest of the batch.
+    """Samples the tokens of one sequence. Its random numbers do not depend on the rest of the batch.
 
     Args:
-        settings: how.
-        prompt: ids, for the penalty for repetition.
+        settings: sampling parameters.
+        prompt: ids of the prompt, for the repetition penalty.
     """
 
     def __init__(self, settings: SamplingParams, prompt: SequenceOf[int]) -> None:
         self.settings, self.prompt = settings, prompt
-        # As a text: random takes the absolute value of a number, and -1 would draw what 1 draws.
+        # The seed is passed as a text, because random uses the absolute value of a number: -1 would equal 1.
         self._random = random.Random(None if settings.seed is None else str(settings.seed))
-        self._seen: Tensor | None = None  # [vocabulary]: tokens of the prompt and of the answer
-        self._counts: Tensor | None = None  # [vocabulary]: of the answer
+        self._seen: Tensor | None = None  # [vocabulary]: tokens in prompt or answer
+        self._counts: Tensor | None = None  # [vocabulary]: counts of tokens in the answer
 
     def uniform(self) -> float:
-        """A number of [0, 1)."""
+        """Return a random number in [0, 1)."""
         return self._random.random()
 
     def adjust(self, logits: Tensor, ids: SequenceOf[int]) -> None:
         """Apply penalties, biases and the grammar to logits [vocabulary], in place.
 
         Args:
-            logits: of the next token.
-            ids: of the answer so far.
+            logits: logits of the next token.
+            ids: ids of the answer so far.
         """
         how = self.settings
         if how.repetition_penalty != 1 or how.presence_penalty or how.frequency_penalty:
@@ -122,16 +122,16 @@ class Sampler:
         if len(ids) < how.min_tokens:
             longer = logits.clone()
             longer[list(how.banned)] = float("-inf")
-            if longer.max() > float("-inf"):  # what follows a grammar to its end cannot go on
+            if longer.max() > float("-inf"):  # a completed grammar allows nothing but the end
                 logits.copy_(longer)
 
 
 def choose(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
-    """The next token of each sequence.
+    """Choose the next token of each sequence.
 
     Args:
         logits: [sequences, vocabulary], adjusted.
-        samplers: of each sequence.
+        samplers: one per sequence.
     """
     chosen: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, sampler in enumerate(samplers) if sampler.settings.temperature > 0]
@@ -143,7 +143,7 @@ def choose(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
 
 
 def _draw(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
-    """Draw a token for each row of logits [sequences, vocabulary]."""
+    """Sample a token for each row of logits [sequences, vocabulary]."""
     settings, size = [sampler.settings for sampler in samplers], logits.shape[1]
 
     def column(values: list[float]) -> Tensor:
@@ -161,7 +161,7 @@ def _draw(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
         shares = (likeliest - total).exp()
         before = shares.cumsum(-1) - shares
         shares = shares.masked_fill(before >= column([how.top_p for how in settings]), 0.0)
-        # In the order of the vocabulary, as without top_p and top_k: a seed draws the same tokens in any batch.
+        # In vocabulary order, as without top_p and top_k, so that a seed gives the same tokens in any batch.
         probabilities = torch.zeros_like(scaled).scatter_(1, order, shares)
     if any(how.min_p for how in settings):
         least = column([how.min_p for how in settings]) * probabilities.amax(-1, keepdim=True)
@@ -174,10 +174,10 @@ def _draw(logits: Tensor, samplers: SequenceOf[Sampler]) -> list[int]:
 
 
 def _likeliest(scaled: Tensor, settings: SequenceOf[SamplingParams]) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest tokens of each row in order, as many as top_k and top_p need.
+    """Return the most likely tokens of each row in descending order, as many as top_k and top_p need.
 
     Returns:
-        Values and ids [sequences, tokens], and the logarithm of the sum over all tokens, [sequences, 1].
+        Values and ids [sequences, tokens], and the log of the sum over all tokens, [sequences, 1].
     """
     total = scaled.logsumexp(-1, keepdim=True)
     values, order = scaled.topk(min(LIKELIEST, scaled.shape[1]), dim=-1)
@@ -190,12 +190,12 @@ def _likeliest(scaled: Tensor, settings: SequenceOf[SamplingParams]) -> tuple[Te
 
 
 def logprobs(logits: Tensor, token: int, top: int) -> Logprob:
-    """Log-probabilities at a position.
+    """Return the log-probabilities at a position.
 
     Args:
-        logits: [vocabulary], as the model gave them.
-        token: that was chosen.
-        top: how many of the likeliest to report.
+        logits: [vocabulary], unchanged logits of the model.
+        token: the chosen token.
+        top: number of most likely tokens to report.
     """
     values = logits.float().log_softmax(-1)
     best, order = values.topk(min(top, len(values)))

@@ -1,4 +1,4 @@
-"""Evaluate tool calls: ask, run the calls, and ask again, as eval_toolcall.py of MiniMind does, but with scores.
+"""Evaluate tool calls: ask, run the calls, and ask again, like MiniMind's eval_toolcall.py, but with scores.
 
 | rate | numerator | denominator |
 |---|---|---|
@@ -8,11 +8,11 @@
 | complete_arguments | every call has all required arguments | cases with a call |
 | exact | tools and arguments of the expected calls are exact | cases that need a call |
 | not_called | no call | cases that need none |
-| answer_holds_result | the final answer holds a value of the last tool result | cases with a call |
+| answer_holds_result | the final answer contains a value of the last tool result | cases with a call |
 
 `called`, `right_tool`, `valid_json`, `complete_arguments` and `not_called` are the rates of minimind-ascend's
-eval_tool_call.py, except that a tool without required arguments needs none here. A call whose JSON is broken counts as
-a call that is not valid.
+eval_tool_call.py, except that here a tool without required arguments is complete without any. A call with invalid JSON
+counts as a call that is not valid.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from minimind_mcore.tools.process import Limits, failed
 from minimind_mcore.tools.registry import Toolbox, tool_of
 from minimind_mcore.tools.tool import Tool
 
-ROUNDS = 3  # replies with calls; then one more reply
+ROUNDS = 3  # maximum number of replies with calls, before the final reply
 TOOLCALL = "toolcall"
-TIMEOUT = 600.0  # seconds for a reply of an API
+TIMEOUT = 600.0  # timeout in seconds for a reply of an API
 Message = Mapping[str, object]
 
 
 @dataclass
 class Reply:
-    """A reply: its parsed text, and the message that the conversation goes on with."""
+    """A reply: its parsed text, and the message to append to the conversation."""
 
     answer: str
     calls: Sequence[Call]
@@ -58,15 +58,15 @@ class Reply:
 
 
 class Backend(Protocol):
-    """Answers conversations."""
+    """Generates replies to conversations."""
 
     def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:
-        """Answer pairs of messages and tools."""
+        """Reply to pairs of messages and tools."""
         ...
 
 
 class Local:
-    """The model in this process, greedy."""
+    """The model in this process, with greedy decoding."""
 
     def __init__(self, loaded: Loaded, max_new_tokens: int) -> None:
         self._generator = Generator(loaded, SamplingParams(temperature=0), max_new_tokens)
@@ -74,7 +74,7 @@ class Local:
         self._tokenizer = loaded.tokenizer
 
     def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:
-        """Answer pairs of messages and tools as one batch."""
+        """Reply to pairs of messages and tools in one batch."""
         prompts = [Prompt([dict(m) for m in messages], list(tools)) for messages, tools in conversations]
         replies = []
         completions = self._generator.complete([self._encoder(prompt) for prompt in prompts])
@@ -96,7 +96,7 @@ class Api:
     seed: int
 
     def reply(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Message]]]) -> list[Reply]:
-        """Answer pairs of messages and tools at the same time."""
+        """Reply to pairs of messages and tools concurrently."""
         with ThreadPoolExecutor(len(conversations)) as pool:
             return list(pool.map(self._one, conversations))
 
@@ -118,7 +118,7 @@ class Api:
         calls = [parse_call(json.dumps({"name": f["name"], "arguments": f["arguments"]})) for f in functions]
         content = found.get("content") or ""
         for function, call in zip(functions, calls, strict=True):
-            if call is None:  # arguments that are not JSON count as a call that is not valid
+            if call is None:  # arguments that are not JSON count as an invalid call
                 content += TAGS["call"][0] + str(function)
         kept = {key: value for key, value in found.items() if key in ("role", "content", "tool_calls") and value}
         done = choice["finish_reason"] != "length"
@@ -127,14 +127,14 @@ class Api:
 
 @dataclass
 class Outcome:
-    """What a model did in a case.
+    """The result of one case.
 
     Attributes:
         calls: all calls, in order.
-        invalid: some call was not valid JSON.
-        results: of the calls.
+        invalid: at least one call was not valid JSON.
+        results: results of the calls.
         answer: the last reply.
-        rounds: replies with calls.
+        rounds: number of replies with calls.
     """
 
     case: Case
@@ -151,7 +151,7 @@ class Outcome:
 
     @property
     def rates(self) -> dict[str, bool]:
-        """Whether the case counts for each rate that it belongs to."""
+        """Return for each applicable rate whether the case counts as a success."""
         expected, called = self.case.calls, bool(self.calls) or self.invalid
         tools = self.case_tools
         found: dict[str, bool] = {}
@@ -178,7 +178,7 @@ class Outcome:
 
 
 def _filled(tool: Tool, arguments: Mapping[str, object]) -> dict[str, object]:
-    """Return arguments under the definition's names with the defaults; blanks in an expression are left out."""
+    """Return arguments under the definition's names, with defaults, and without white space in an expression."""
     defaults = {name: p["default"] for name, p in tool.properties.items() if "default" in p}
     given = {**defaults, **tool.canonical(arguments)}
     texts = {name: value.strip() for name, value in given.items() if isinstance(value, str)}
@@ -200,7 +200,7 @@ def _is_complete(tools: Mapping[str, Tool], call: Call) -> bool:
 
 
 def _holds(answer: str, result: str, calls: Sequence[Call]) -> bool:
-    """Whether an answer holds a value of a result that is not merely an argument of a call."""
+    """Return whether an answer contains a value of a result that is not just an argument of a call."""
     given = {str(v) for call in calls if isinstance(call.arguments, Mapping) for v in call.arguments.values()}
     try:
         values = set(_leaves(json.loads(result))) - given
@@ -222,10 +222,10 @@ def _leaves(value: object) -> Iterator[str]:
 def read_cases(spec: str, seed: int) -> list[Case]:
     """Return the cases of `--task-data-path`: a name of `SETS`, or a file of records with `calls`.
 
-    A record holds a conversation with its tools, as for SFT, and {"calls": [{"name": ..., "arguments": {...}}, ...]}.
+    A record has a conversation with its tools, as for SFT, and {"calls": [{"name": ..., "arguments": {...}}, ...]}.
 
     Raises:
-        UserError: neither a set nor a file, or a record without tools or calls.
+        UserError: the path is neither a set nor a file, or a record has no tools or calls.
     """
     if spec in SETS:
         return SETS[spec](seed)
@@ -246,7 +246,7 @@ def read_cases(spec: str, seed: int) -> list[Case]:
 
 
 def evaluate(backend: Backend, cases: Sequence[Case], batch: int, seed: int) -> tuple[list[Outcome], Quality]:
-    """Play all cases. Return what the model did in each, and the quality of its replies."""
+    """Run all cases. Return the result of each case, and the quality of the replies."""
     outcomes, quality = [Outcome(case) for case in cases], Quality()
     with tqdm(total=len(cases), desc=TOOLCALL, unit="case", disable=None) as bar:
         for first in range(0, len(outcomes), batch):
@@ -290,7 +290,7 @@ def _results(outcome: Outcome, reply: Reply, seed: int) -> list[dict[str, object
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
-    """Return (numerator, denominator) of each rate: of all cases ("exact"), then of each task ("generated: exact")."""
+    """Return (numerator, denominator) of each rate: over all cases ("exact"), then per task ("generated: exact")."""
     found: dict[str, tuple[int, int]] = {}
     tasks = list(dict.fromkeys(outcome.case.task for outcome in outcomes))
     for task in ["", *(tasks if len(tasks) > 1 else [])]:

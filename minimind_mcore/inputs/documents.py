@@ -1,6 +1,6 @@
-"""Read JSON and YAML files that anybody may have made.
+"""Read JSON and YAML files from untrusted sources.
 
-YAML is bounded in size: an alias may stand for a large part, and aliases of aliases for more than memory holds.
+YAML is limited in size: an alias can stand for a large part, and nested aliases for more than fits into memory.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import yaml
 
 from minimind_mcore.errors import UserError
 
-MOST_NODES = 100_000  # of a document with its aliases written out; the kit's largest has 300
+MOST_NODES = 100_000  # nodes of a document with its aliases expanded; the largest file of this kit has 300
 MOST_BYTES = 8 << 20
 
 
 def read_object(file: Path, advice: str = "get the file again") -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object in a JSON file.
 
     Args:
-        file: to read.
+        file: path of the file.
         advice: what to do about a damaged file, for messages.
 
     Raises:
-        UserError: the file cannot be read, is no JSON (not UTF-8, cut, nested too deep), or holds something else.
+        UserError: the file cannot be read, is not JSON (not UTF-8, truncated, nested too deeply), or is not an object.
     """
     try:
         content = file.read_bytes()
@@ -41,9 +41,9 @@ def parse_object(content: bytes, name: str, advice: str) -> dict[str, Any]:
     """Return the object of a JSON text; see `read_object`.
 
     Args:
-        content: of the text.
-        name: of the text, for messages.
-        advice: as `read_object`.
+        content: bytes of the text.
+        name: name of the text, for messages.
+        advice: see `read_object`.
     """
     try:
         found = json.loads(content.decode("utf-8"))
@@ -55,20 +55,21 @@ def parse_object(content: bytes, name: str, advice: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, name: str | None = None) -> Any:
-    """The content of a YAML file.
+    """Read a YAML file.
 
     Args:
-        path: of the file.
-        name: of the file in messages (default: its path).
+        path: path of the file.
+        name: name of the file in messages (default: its path).
 
     Raises:
-        UserError: the file cannot be read, is no YAML, contains itself, or is too large with its aliases written out.
+        UserError: the file cannot be read, is not YAML, contains itself, or is too large with its aliases expanded.
     """
     return yaml.safe_load(checked_yaml(path, name))
 
 
 def checked_yaml(path: Path, name: str | None = None) -> str:
-    """The text of a YAML file that `read_yaml`, hydra and OmegaConf can read without harm; see there."""
+    """Return the text of a YAML file after the checks of `read_yaml`, so that hydra and OmegaConf can parse it
+    safely."""
     name = name or str(path)
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -80,7 +81,7 @@ def checked_yaml(path: Path, name: str | None = None) -> str:
                 f"{name}: {nodes:,} values with its aliases (*name) written out, expected at most {MOST_NODES:,}; "
                 "write the values themselves"
             )
-        yaml.safe_load(text)  # raises for dates and numbers that do not exist
+        yaml.safe_load(text)  # raises for impossible dates and numbers
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
         raise UserError(f"{name}: not valid YAML ({error})") from error
     except OSError as error:
@@ -91,7 +92,7 @@ def checked_yaml(path: Path, name: str | None = None) -> str:
 
 
 def _nodes(node: yaml.Node | None, known: dict[int, int | None]) -> int:
-    """The number of nodes, each counted as often as aliases repeat it; `known` has those of finished nodes."""
+    """Count the nodes with aliases expanded. `known` has the counts of finished nodes."""
     if node is None:
         return 0
     if (found := known.get(id(node), 0)) is None:
@@ -110,7 +111,7 @@ def _nodes(node: yaml.Node | None, known: dict[int, int | None]) -> int:
 
 
 def composed_files(directory: Path, name: str) -> dict[Path, Any]:
-    """The contents of a file of hydra's and of those that its defaults lists name below the same directory.
+    """Return the contents of a hydra file and of all files of its defaults lists below the same directory.
 
     Raises:
         UserError: see `checked_yaml`.
@@ -128,7 +129,7 @@ def composed_files(directory: Path, name: str) -> dict[Path, Any]:
 
 
 def _named(entry: object) -> list[str]:
-    """The files that an entry of a defaults list names, without suffix."""
+    """Return the files that an entry of a defaults list names, without suffix."""
     if isinstance(entry, str):
         return [] if entry == "_self_" else [entry.partition("@")[0].strip("/")]
     found = []

@@ -16,7 +16,7 @@ from typing import Any
 
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.ranges import flag_type
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 
 
 def _truth(text: str) -> bool | None:
@@ -43,9 +43,10 @@ TYPES: dict[str, Callable[[str], Any]] = {
 }
 
 
-@functools.cache
-def _table(name: str) -> Any:
-    return json.loads((PACKAGE / "inputs" / name).read_text(encoding="utf-8"))
+def documented_parser(prog: str, documentation: str | None, **more: Any) -> argparse.ArgumentParser:
+    """Return a parser whose help keeps the line breaks of a module's docstring."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=documentation, formatter_class=raw, **more)
 
 
 def support(program: str, kind: str) -> frozenset[str]:
@@ -55,32 +56,32 @@ def support(program: str, kind: str) -> frozenset[str]:
         program: a key of "programs" in support.json.
         kind: "implemented", "no effect" (accepted), "compared" (with the model) or "refused".
     """
-    return frozenset(" ".join(_table("support.json")["programs"][program][kind]).split())
+    return frozenset(" ".join(package_json("inputs/support.json")["programs"][program][kind]).split())
 
 
 def supported_values() -> Mapping[str, Sequence[object]]:
-    """Return the values that the native engine has of the flags of which it lacks some, by dest."""
-    values: Mapping[str, Sequence[object]] = _table("support.json")["values"]
+    """Return the supported values of flags that the native engine supports only in part, by dest."""
+    values: Mapping[str, Sequence[object]] = package_json("inputs/support.json")["values"]
     return values
 
 
 @functools.cache
 def flag_table(program: str = "training") -> dict[str, dict[str, Any]]:
-    """The flags of one of MindSpeed-LLM's programs: {"--num-layers": record}, in its own order.
+    """Return the flags of one of MindSpeed-LLM's programs in their original order: {"--num-layers": record}.
 
     Args:
         program: "training", "preprocess_data.py", "convert_ckpt_v2.py" or "convert_ckpt.py".
     """
-    records = [record for record in _table("flags.json")["flags"] if record["program"] == program]
+    records = [record for record in package_json("inputs/flags.json")["flags"] if record["program"] == program]
     return {flag: record for record in records for flag in record["flags"]}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors that a `UserError` carries."""
+    """argparse's parser, with errors raised as `UserError`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # argparse takes "-1,1,0" for a flag. As a value it reaches `parse_split`, whose error says what is expected.
+        # argparse parses "-1,1,0" as a flag. As a value it reaches `parse_split`, whose error states the expected form.
         self._negative_number_matcher = re.compile(r"-[\d.][\d.,/]*$")
 
     def error(self, message: str) -> Any:
@@ -91,22 +92,22 @@ class Parser(argparse.ArgumentParser):
         """Parse a command line.
 
         Returns:
-            The values; the flags that are given, each once, in order.
+            The values, and the given flags, each once, in order.
 
         Raises:
-            UserError: names each unknown flag and the nearest known one, or says what is wrong with a value.
+            UserError: a flag is unknown (with the nearest known one), or a value is invalid.
         """
         given = given_flags(argv)
         refuse_unknown(given, [flag for action in self._actions for flag in action.option_strings])
         return self.parse_args(list(argv)), given
 
     def set_choices(self, dest: str, choices: Sequence[str] | None) -> None:
-        """Let one of MindSpeed-LLM's flags take other values; None: any."""
+        """Replace the choices of one of MindSpeed-LLM's flags. None: any value."""
         next(action for action in self._actions if action.dest == dest).choices = choices
 
 
 def build_parser(program: str = "training", prog: str | None = None) -> Parser:
-    """A parser that knows every flag of one of MindSpeed-LLM's programs, with its type and default."""
+    """Return a parser of every flag of one of MindSpeed-LLM's programs, with its type and default."""
     parser = Parser(prog=prog, allow_abbrev=False, description="Megatron's flags are the interface.")
     groups: dict[str, Any] = {}
     for record in {id(r): r for r in flag_table(program).values()}.values():
@@ -124,13 +125,13 @@ def build_parser(program: str = "training", prog: str | None = None) -> Parser:
 
 
 def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._ArgumentGroup:
-    """Add the flags that only this kit has, as far as the parser does not have them yet; return their group.
+    """Add this kit's own flags that the parser does not have yet, and return their group.
 
     Args:
-        parser: of MindSpeed-LLM's flags.
+        parser: parser of MindSpeed-LLM's flags.
         program: a key of kit_flags.json.
     """
-    table = _table("kit_flags.json")[program]
+    table = package_json("inputs/kit_flags.json")[program]
     group = parser.add_argument_group(table["group"], "flags of this kit; MindSpeed-LLM does not know them")
     for flag, row in table["flags"].items():
         options: dict[str, Any] = {key: value for key, value in row.items() if key != "range"}
@@ -144,12 +145,12 @@ def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._Ar
 
 
 def fields_from(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that have the names of a dataclass's fields."""
+    """Return the values whose names are fields of a dataclass."""
     return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
 
 
 def given_flags(argv: Sequence[str]) -> list[str]:
-    """The flags on a command line, without their values, each once, in order."""
+    """Return the flags on a command line, without their values, each once, in order."""
     return list(dict.fromkeys(arg.split("=", 1)[0] for arg in argv if arg.startswith("--")))
 
 
@@ -160,6 +161,6 @@ def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
 
 
 def unused(given: Sequence[str], used: Collection[str], program: str = "training") -> list[str]:
-    """Those of the given flags that MindSpeed-LLM's program has, and whose dest is not among the used ones."""
+    """Return the given flags that MindSpeed-LLM's program has and whose dest is not used."""
     table = flag_table(program)
     return [flag for flag in given if flag in table and table[flag]["dest"] not in used]

@@ -1,4 +1,4 @@
-"""The type and the range of every number that a user gives. ranges.json has the table, docs/flags.md shows it.
+"""The type and the range of every number in user input. ranges.json has the table, docs/flags.md shows it.
 
     problem("num_layers", 0)                       # "found 0, expected 1 to 1024"
     parser.add_argument("--keep-last", type=flag_type("keep_last"))
@@ -7,33 +7,32 @@ Flags, the YAML of reinforcement learning and `config.json` share the names of t
 arguments. `HF_NAMES` maps the names of `config.json` to them. A key such as "sampling_config.temperature" holds for
 that section of the YAML only. Numbers that are not in the table must be finite and fit into 64 bits.
 
-The limits of sizes are far above every published model. They keep a wrong digit in a file from work that does not
-end, because names of tensors are listed per layer and expert.
+The size limits are far above every published model. They prevent endless work after a wrong digit in a file, because
+tensor names are listed per layer and expert.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 
 Number = int | float
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a field can have.
+    """The allowed values of a field.
 
     Attributes:
-        kind: int, or float (for which an integer will do).
-        low: the least value; None: any.
-        high: the largest value; None: any.
-        above: `low` itself is not allowed.
-        below: `high` itself is not allowed.
+        kind: int, or float (which accepts integers too).
+        low: smallest value. None: any.
+        high: largest value. None: any.
+        above: `low` itself is excluded.
+        below: `high` itself is excluded.
         hint: what to do instead, appended to the message.
     """
 
@@ -45,7 +44,7 @@ class Range:
     hint: str = ""
 
     def problem(self, value: object) -> str | None:
-        """Say what is wrong with a value; None if nothing is."""
+        """Return what is wrong with a value, or None."""
         if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
             return f"found {value!r}, expected {'a whole number' if self.kind is int else 'a number'}"
         if not _fits(value):
@@ -68,7 +67,7 @@ def _fits(value: Number) -> bool:
 
 
 def _shown(value: Number) -> str:
-    """A number of a length that a message can hold: Python refuses to print integers of thousands of digits."""
+    """Format a number for a message. Python refuses to print integers with thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
     return str(value)
@@ -79,7 +78,7 @@ ANY = {int: Range(int), float: Range(float)}
 
 def _read() -> tuple[dict[str, Range], dict[str, str]]:
     """Return the ranges by name, and the names of the numbers in config.json; ranges.json has both."""
-    content = json.loads((PACKAGE / "inputs/ranges.json").read_text(encoding="utf-8"))
+    content = package_json("inputs/ranges.json")
     rows = {name: row for group in content["groups"].values() for name, row in group.items()}
     found = {name: Range(**row | {"kind": int if row["kind"] == "int" else float}) for name, row in rows.items()}
     return found, content["config.json"]
@@ -89,12 +88,12 @@ RANGES, HF_NAMES = _read()
 
 
 def find(name: str, section: str = "") -> Range | None:
-    """The range of a field: that of its section, else that of the name; None for names that are not in the table."""
+    """Return the range of a field in its section, else of its name. None for names that are not in the table."""
     return RANGES.get(f"{section}.{name}") or RANGES.get(name)
 
 
 def problem(name: str, value: object, section: str = "") -> str | None:
-    """Say what is wrong with a field's value; None if nothing is, or if the value is no number and has no range."""
+    """Return what is wrong with a field's value. None if nothing is, or if it is not a number and has no range."""
     if found := find(name, section):
         return found.problem(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -103,7 +102,7 @@ def problem(name: str, value: object, section: str = "") -> str | None:
 
 
 def problems(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """The fields of parsed arguments that are out of their ranges, and what is wrong; None means not given."""
+    """Yield the parsed arguments that are out of range, with the problem. None means that the flag is not given."""
     for name in RANGES:
         value = getattr(args, name, None)
         if value is not None and (wrong := problem(name, value)):
@@ -111,7 +110,7 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def flag_type(name: str, kind: type[int] | type[float] | None = None) -> Callable[[str], Number]:
-    """The `type` of a flag for argparse, which then names the flag in its message.
+    """Return the `type` of a flag for argparse, which adds the flag's name to error messages.
 
     Args:
         name: the flag's dest.

@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send  # pyright: ignore[rep
 
 import minimind_mcore
 from minimind_mcore import web
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, shown
 from minimind_mcore.manager import devices, events, options, request
 from minimind_mcore.manager.events import Cursor, described
+from minimind_mcore.manager.files import entry
 from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Queue
 from minimind_mcore.manager.record import ENDED, LOG, JobRecord
@@ -62,19 +63,19 @@ def create_app(planner: Planner, token: str) -> ASGIApp:
 
 def _information(queue: Queue) -> dict[str, Endpoint]:
     """Return the endpoints about what there is, by method and path."""
-    places, hardware = queue.places, queue.hardware
+    directories, hardware = queue.directories, queue.hardware
 
     async def info(asked: Request) -> Response:
         found = {"version": minimind_mcore.__version__, "device": hardware.kind, "devices": list(hardware.numbers)}
         found |= {"presets": list(PRESETS), "recipes": list(filter(None, get_args(request.Recipe)))}
         stages = {name: {"inputs": request.inputs(name)} for name in request.JOB_STAGES}
-        return JSONResponse(found | {"stages": stages, "readable": list(map(str, places.readable))})
+        return JSONResponse(found | {"stages": stages, "readable": list(map(str, directories.readable))})
 
     async def form(asked: Request) -> Response:
         stage, query = asked.path_params["stage"], asked.query_params
         body = {"stage": stage, "model": query.get("model", "minimind3"), "recipe": query.get("recipe", "")}
         wanted = request.read(body)
-        model = request.model_of(wanted, places)
+        model = request.model_of(wanted, directories)
         found = await asyncio.to_thread(options.options, stage, model, wanted.recipe)
         rows = [option.described() for option in found.values()]
         return JSONResponse({"stage": stage, "inputs": request.inputs(stage), "options": rows})
@@ -83,13 +84,13 @@ def _information(queue: Queue) -> dict[str, Endpoint]:
         return JSONResponse({"devices": await asyncio.to_thread(devices.table, hardware, queue.listed())})
 
     async def datasets(asked: Request) -> Response:
-        return JSONResponse({"datasets": await asyncio.to_thread(places.datasets)})
+        return JSONResponse({"datasets": await asyncio.to_thread(directories.datasets)})
 
     async def checkpoints(asked: Request) -> Response:
-        return JSONResponse({"checkpoints": await asyncio.to_thread(places.checkpoints)})
+        return JSONResponse({"checkpoints": await asyncio.to_thread(directories.checkpoints)})
 
     async def tokenizers(asked: Request) -> Response:
-        return JSONResponse({"tokenizers": await asyncio.to_thread(places.tokenizers)})
+        return JSONResponse({"tokenizers": await asyncio.to_thread(directories.tokenizers)})
 
     return {
         "GET /api/info": info, "GET /api/form/{stage}": form, "GET /api/devices": table,
@@ -117,7 +118,12 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
     async def one(asked: Request) -> Response:
         job = job_of(queue, asked.path_params["id"])
         commands = [typed(command.words, command.settings) for command in job.commands]
-        return JSONResponse({**described(queue, job), "commands": commands})
+        folder = await asyncio.to_thread(entry, queue.folder(job))
+        return JSONResponse({**described(queue, job), "commands": commands, "folder": folder})
+
+    async def delete(asked: Request) -> Response:
+        job = job_of(queue, asked.path_params["id"])
+        return JSONResponse({"deleted": await asyncio.to_thread(queue.delete, job)})
 
     def changing(change: Callable[[JobRecord], None]) -> Endpoint:
         async def changed(asked: Request) -> Response:
@@ -153,7 +159,8 @@ def _jobs(queue: Queue, planner: Planner) -> dict[str, Endpoint]:
 
     return {
         "GET /api/jobs": listed, "POST /api/jobs": start, "POST /api/plan": plan, "GET /api/compare": compare,
-        "GET /api/jobs/{id}": one, "POST /api/jobs/{id}/stop": changing(queue.stop),
+        "GET /api/jobs/{id}": one, "DELETE /api/jobs/{id}": delete,
+        "POST /api/jobs/{id}/stop": changing(queue.stop),
         "POST /api/jobs/{id}/kill": changing(queue.kill), "POST /api/jobs/{id}/resume": changing(queue.resume),
         "GET /api/jobs/{id}/events": stream, "GET /api/jobs/{id}/metrics": metrics,
         "GET /api/jobs/{id}/samples": samples, "POST /api/jobs/{id}/chat": chat,
@@ -168,7 +175,7 @@ def job_of(queue: Queue, name: str) -> JobRecord:
     """
     job = queue.jobs.get(name)
     if job is None:
-        raise HTTPException(404, f"the job {options.shown(name)} does not exist")
+        raise HTTPException(404, f"the job {shown(name)} does not exist")
     return job
 
 

@@ -18,9 +18,8 @@ from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImpor
 from sse_starlette import EventSourceResponse  # pyright: ignore[reportMissingImports]
 
 from minimind_mcore import __version__
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, shown
 from minimind_mcore.manager import devices, events, request
-from minimind_mcore.manager.options import shown
 from minimind_mcore.manager.plan import Planner
 from minimind_mcore.manager.queue import Queue
 from minimind_mcore.manager.record import ENDED, LOG, JobRecord
@@ -43,7 +42,7 @@ def routes(queue: Queue, planner: Planner) -> dict[str, Any]:
         return JSONResponse(await asyncio.to_thread(_status, queue, _current(queue), count))
 
     async def weights(asked: Request) -> Response:
-        return JSONResponse({"weights": await asyncio.to_thread(queue.places.checkpoints)})
+        return JSONResponse({"weights": await asyncio.to_thread(queue.directories.checkpoints)})
 
     async def start(asked: Request) -> Response:
         try:
@@ -132,9 +131,9 @@ def _request(queue: Queue, body: object) -> request.JobRequest:
     if any(name in body for name in ("hidden_size", "num_hidden_layers", "use_moe")):
         wanted["model"] = _preset(body)
     if data := body.get("data_path"):
-        wanted["data"] = _named(queue.places.datasets(), "data_path", data)
+        wanted["data"] = _named(queue.directories.datasets(), "data_path", data)
     if weight := body.get("from_weight"):
-        wanted["weights"] = _named(queue.places.checkpoints(), "from_weight", weight)
+        wanted["weights"] = _named(queue.directories.checkpoints(), "from_weight", weight)
     words = str(body.get("extra_args") or "").split()
     while words:
         name, equals, value = words.pop(0).partition("=")

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind_mcore.errors import UserError
-from minimind_mcore.manager.options import shown
+from minimind_mcore.checkpoint.tracker import TRACKER
+from minimind_mcore.errors import UserError, shown
 from minimind_mcore.preprocess.check import datasets_at
 
 DEPTH = 6  # directories below a readable one that are searched
@@ -17,12 +17,12 @@ MOST = 1000  # entries of a list
 LONGEST = 1000  # characters of a path
 DATA = (".jsonl", ".parquet", ".txt", ".csv")
 CONVERTED = "_document.idx"
-TRACKER = "latest_checkpointed_iteration.txt"
+SPLITS = ("val", "dev", "test")  # directories of a benchmark
 OF_MODELS = {TRACKER, "tokenizer.json", "config.json"}  # text next to them, such as merges.txt, is no data
 
 
 @dataclass(frozen=True)
-class Places:
+class Directories:
     """Directories of the manager.
 
     Attributes:
@@ -75,24 +75,26 @@ class Places:
                 path = folder / file
                 if path.suffix in suffixes and file not in ("metrics.jsonl", "samples.jsonl"):
                     found[str(path)] = _size(path)
+                    if folder.name in SPLITS and path.suffix == ".csv":  # of a benchmark, which is read as a whole
+                        found[str(folder.parent)] = found.get(str(folder.parent), 0) + _size(path)
                 elif file.endswith(CONVERTED):
                     prefix = str(path.with_suffix("")).partition("_packed_")[0]
                     found[prefix] = found.get(prefix, 0) + _size(path.with_suffix(".bin"))
-        return [_entry(Path(path), size) for path, size in sorted(found.items())[:MOST]]
+        return [entry(Path(path), size) for path, size in sorted(found.items())[:MOST]]
 
     def checkpoints(self) -> list[dict[str, object]]:
         """Return directories of Megatron checkpoints, Hugging Face models and .pth files."""
         found: list[dict[str, object]] = []
         for folder, folders, files in self._walk():
             if TRACKER in files or any(file.endswith(".safetensors") for file in files):
-                found.append(_entry(folder, sum(map(_size, folder.rglob("*")))))
+                found.append(entry(folder))
                 folders.clear()
-            found += [_entry(folder / file, _size(folder / file)) for file in files if file.endswith(".pth")]
-        return sorted(found, key=lambda entry: str(entry["path"]))[:MOST]
+            found += [entry(folder / file, _size(folder / file)) for file in files if file.endswith(".pth")]
+        return sorted(found, key=lambda row: str(row["path"]))[:MOST]
 
     def tokenizers(self) -> list[dict[str, object]]:
         """Return directories with a tokenizer.json."""
-        return [_entry(folder, 0) for folder, _, files in self._walk() if "tokenizer.json" in files][:MOST]
+        return [entry(folder, 0) for folder, _, files in self._walk() if "tokenizer.json" in files][:MOST]
 
     def _walk(self) -> Iterator[tuple[Path, list[str], Sequence[str]]]:
         """Yield each directory once, with its directories and files; links are not followed."""
@@ -116,5 +118,7 @@ def _size(path: Path) -> int:
     return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
-def _entry(path: Path, size: int) -> dict[str, object]:
+def entry(path: Path, size: int | None = None) -> dict[str, object]:
+    """Return name, path and size of a file or directory; a directory is measured unless its size is given."""
+    size = sum(map(_size, path.rglob("*"))) if size is None else size
     return {"name": path.name, "path": str(path), "size_mb": round(size / 2**20, 2)}

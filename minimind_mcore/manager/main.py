@@ -28,7 +28,8 @@ from minimind_mcore import log
 from minimind_mcore.cli.settings import data_dir, env
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import in_url
-from minimind_mcore.paths import default_outputs
+from minimind_mcore.inputs.flags import documented_parser
+from minimind_mcore.paths import default_outputs, install_command
 
 if TYPE_CHECKING:
     from minimind_mcore.manager.queue import Queue
@@ -40,8 +41,7 @@ CLOSE_SECONDS = 3  # that streams of events get when the manager ends
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    found = argparse.ArgumentParser(prog="minimind-mcore manager", description=__doc__, formatter_class=raw)
+    found = documented_parser("minimind-mcore manager", __doc__)
     found.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this host alone)")
     found.add_argument("--port", type=int, help="port to listen at (default: PORT, else 8999)")
     found.add_argument("--token", default="", help="as TOKEN; other users of the host can read flags")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UserError(f"{', '.join(missing)} not installed: pip install 'minimind-mcore[serve]'")
+        raise UserError(f"{', '.join(missing)} not installed: {install_command('serve')}")
     port = args.port if args.port is not None else int(env("PORT", str(PORT)))
     if not 0 <= port < 65536:
         raise UserError(f"--port {port}: expected 0 to 65535; 0 takes a free port")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     token = args.token or env("TOKEN") or secrets.token_urlsafe(24)
     if not (token.isascii() and all(letter.isalnum() or letter in "-._~" for letter in token)):
         raise UserError("TOKEN (--token): expected letters, digits and - . _ ~ alone, as an address carries it")
-    from minimind_mcore.manager.files import Places
+    from minimind_mcore.manager.files import Directories
     from minimind_mcore.manager.queue import DROPPED, Hardware, Queue
     from minimind_mcore.serve.embedded import listening
 
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if absent := [str(folder) for folder in allowed if not folder.is_dir()]:
         raise UserError(f"--allow {absent[0]}: there is no such directory")
     readable = dict.fromkeys((jobs, data, data_dir(), root / "outputs", *allowed))
-    places = Places(jobs, data, tuple(readable), args.trust_reward_models)
-    queue = Queue(places, Hardware.find(args.cpu_slots), args.stop_seconds)
+    directories = Directories(jobs, data, tuple(readable), args.trust_reward_models)
+    queue = Queue(directories, Hardware.find(args.cpu_slots), args.stop_seconds)
     for name in DROPPED - {"DATA_DIR", "DEVICE"}:  # the stages' functions read some of them, such as TRAIN_ITERS
         os.environ.pop(name, None)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)

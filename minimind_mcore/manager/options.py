@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minimind_mcore import arguments
-from minimind_mcore.errors import UserError, did_you_mean
+from minimind_mcore.errors import UserError, did_you_mean, shown
 from minimind_mcore.inputs.flags import Parser, add_kit_flags
 from minimind_mcore.inputs.ranges import ANY, Range, find
 from minimind_mcore.models.recipes import get_recipe, recipe_for
@@ -85,12 +85,6 @@ class Option:
         return found | {"limits": str(self.limits) if self.limits else ""}
 
 
-def shown(value: object) -> str:
-    """Return a value for a message, cut at 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 # Settings of a training: the name of its range, its group, what it is.
 NUMBERS = {
     "EPOCHS": ("epochs", "main", "passes over the data"),
@@ -119,8 +113,8 @@ CHOICES = {
         help="mindspeed-llm: MindSpeed-LLM trains, on NPUs only; a stop does not save, and there are no curves",
     ),
     "PRECISION": Option(
-        name="PRECISION", kind="choice", group="main", choices=("bf16", "fp16", "fp32"),
-        help="of weights and arithmetic; default: bf16, on a CPU fp32",
+        name="PRECISION", kind="choice", group="main", choices=("auto", "bf16", "fp16", "fp32"),
+        help="of weights and arithmetic; default: bf16, on a CPU fp32; auto: bf16, on a CPU without bf16 products fp32",
     ),
     "PACK": Option(
         name="PACK", kind="flag", group="main", help="several conversations share a sequence and do not see each other"
@@ -134,6 +128,11 @@ CHOICES = {
         help="how a mixture of experts weighs its experts",
     ),
     "RAW": Option(name="RAW", kind="flag", group="main", help="a base model: prompts without the chat template"),
+    "TASK": Option(
+        name="TASK", kind="choice", group="main",
+        choices=("toolcall", "exact_match", "perplexity", "ceval", "cmmlu", "mmlu", "openbookqa"),
+        help="scored besides the replies to fixed prompts; all but toolcall need data",
+    ),
     "FORMAT": Option(
         name="FORMAT", kind="choice", group="main", choices=("hf", "minimind"), default="hf",
         help="minimind: MiniMind's own names of weights",
@@ -195,7 +194,7 @@ def _options(stage: str) -> tuple[Option, ...]:
         free = {"--port": ""}  # the manager takes a free one
         flags = (dataclasses.replace(flag, default=free.get(flag.name, flag.default)) for flag in _flags(parser))
         return (CHOICES["PRECISION"], *flags)
-    return (CHOICES["PRECISION"], CHOICES["RAW"]) if stage == "eval" else ()
+    return (CHOICES["TASK"], CHOICES["PRECISION"], CHOICES["RAW"]) if stage == "eval" else ()
 
 
 def _settings() -> Iterator[Option]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minimind_mcore.cli.settings import CLI
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, last_error
 from minimind_mcore.manager import record, runner
 from minimind_mcore.manager.queue import Queue, environment
 from minimind_mcore.manager.record import CommandRecord
@@ -68,7 +68,7 @@ class Planner:
         Raises:
             UserError: the request is wrong, before any command was asked.
         """
-        folder = self.queue.places.jobs / "plan"  # never made: a dry run writes nothing
+        folder = self.queue.directories.jobs / "plan"  # never made: a dry run writes nothing
         kind, numbers, commands = await asyncio.to_thread(self.queue.commands, asked, folder)
         async with self._lock:
             now, key = time.monotonic(), key_of(asked)
@@ -105,9 +105,7 @@ class Planner:
             status, printed, errors = self._ask([*CLI, *command.words, "--dry-run", *pending], command)
             output = (output + printed)[-LONGEST:]
             if status:
-                lines = [line for line in errors.splitlines() if line.strip()]
-                start = next((n for n, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 3))
-                return output, "\n".join(lines[start:]).removeprefix("error: ")[:4000] or f"exit status {status}"
+                return output, last_error(errors, status)[:4000]
         return output, ""
 
     def _ask(self, words: Sequence[str], command: CommandRecord) -> tuple[int, str, str]:

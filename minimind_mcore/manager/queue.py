@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,10 @@ import psutil
 
 from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, stops_blocked
 from minimind_mcore.hosts import free_port, health
 from minimind_mcore.manager import record, request
-from minimind_mcore.manager.files import Places
+from minimind_mcore.manager.files import Directories, entry
 from minimind_mcore.manager.record import ENDED, LOG, MARK, CommandRecord, JobRecord
 from minimind_mcore.manager.request import JobRequest
 from minimind_mcore.manager.runner import EXIT
@@ -50,6 +51,7 @@ DROPPED = {
     ).split(),
 }
 FIRST_STEPS = ("download", "tokenizer", "convert")  # stages that use no accelerator
+DELETED = ".deleted-"  # beginning of the name of a directory that is being deleted
 CPU = "cpu"
 SLOT = (CPU, 0)  # one of the CPU's slots, of which there are several
 
@@ -108,7 +110,7 @@ class Queue:
     """The jobs of a manager. One thread starts and follows them; all methods may be called from any thread.
 
     Args:
-        places: of the jobs.
+        directories: directories of the manager.
         hardware: of the host.
         stop_seconds: how long a job may take to save before it is killed.
 
@@ -116,16 +118,20 @@ class Queue:
         UserError: another manager uses the directory.
     """
 
-    def __init__(self, places: Places, hardware: Hardware, stop_seconds: float) -> None:
-        self.places, self.hardware, self.stop_seconds = places, hardware, stop_seconds
-        places.jobs.mkdir(parents=True, exist_ok=True)
-        self._held = hold(places.jobs / ".manager.lock")
+    def __init__(self, directories: Directories, hardware: Hardware, stop_seconds: float) -> None:
+        self.directories, self.hardware, self.stop_seconds = directories, hardware, stop_seconds
+        directories.jobs.mkdir(parents=True, exist_ok=True)
+        self._held = hold(directories.jobs / ".manager.lock")
         self._lock = threading.RLock()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deadlines: dict[str, float] = {}  # of jobs that save: the monotonic clock's time, then they are killed
         self._killed: dict[str, list[psutil.Process]] = {}  # and have not ended yet
         self._ending = threading.Event()
-        found = [record.read_job(folder) for folder in sorted(places.jobs.iterdir()) if folder.is_dir()]
+        for folder in directories.jobs.glob(f"{DELETED}*"):
+            if problem := erase(folder):
+                logger.error(problem)
+        folders = [path for path in sorted(directories.jobs.iterdir()) if path.is_dir()]
+        found = [record.read_job(folder) for folder in folders if not folder.name.startswith(DELETED)]
         self.jobs = {job.id: job for job in sorted(filter(None, found), key=lambda job: job.created)}
         for job in self.jobs.values():
             if job.state not in ENDED and job.state != "queued":
@@ -141,7 +147,7 @@ class Queue:
 
     def folder(self, job: JobRecord) -> Path:
         """Return the directory of a job."""
-        return self.places.jobs / job.id
+        return self.directories.jobs / job.id
 
     def output(self, job: JobRecord) -> Path:
         """Return the directory with the metrics of a job."""
@@ -163,7 +169,8 @@ class Queue:
             raise UserError(f"{job.id} has no weights to chat with; wait for its first checkpoint")
         weights, lora = (asked.weights, str(made)) if stage == "lora" else (str(made), "")
         name = f"chat with {asked.name or job.id}"[: request.LONGEST_NAME]
-        return JobRequest(stage="serve", name=name, weights=weights, lora=lora, tokenizer=asked.tokenizer)
+        raw: dict[str, bool | int | float | str | None] = {"--raw": True} if stage == "pretrain" else {}
+        return JobRequest(stage="serve", name=name, weights=weights, lora=lora, tokenizer=asked.tokenizer, settings=raw)
 
     def commands(self, asked: JobRequest, folder: Path) -> tuple[str, list[int], list[CommandRecord]]:
         """Return devices and commands of a job that writes to a directory.
@@ -172,7 +179,7 @@ class Queue:
             UserError: the request is wrong.
         """
         kind, numbers = self.hardware.choose(asked)
-        found = [CommandRecord.of(command) for command in request.commands(asked, self.places, folder)]
+        found = [CommandRecord.of(command) for command in request.commands(asked, self.directories, folder)]
         for command in found:
             command.settings = self.hardware.settings(kind, numbers) | command.settings
         return kind, numbers, found
@@ -184,10 +191,12 @@ class Queue:
             UserError: the request is wrong.
         """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.stage}-{secrets.token_hex(2)}"
-        kind, numbers, commands = self.commands(asked, self.places.jobs / name)
-        job = JobRecord(id=name, request=asked, commands=commands, device=kind, devices=numbers, created=time.time())
-        with self._lock:
-            job.save(self.places.jobs)
+        with self._lock:  # no other request deletes the inputs after they were checked
+            kind, numbers, commands = self.commands(asked, self.directories.jobs / name)
+            job = JobRecord(
+                id=name, request=asked, commands=commands, device=kind, devices=numbers, created=time.time()
+            )
+            job.save(self.directories.jobs)
             self.jobs[name] = job
         return job
 
@@ -243,9 +252,49 @@ class Queue:
             UserError: the job runs, waits or has finished.
         """
         with self._lock:
+            self._require_there(job)
             if job.state not in ("stopped", "failed"):
                 raise UserError(f"{job.id} is {job.state}; only a job that was stopped or failed can be resumed")
             self._change(job, state="queued", ended=0.0, status=None, error="")
+
+    def delete(self, job: JobRecord) -> dict[str, object]:
+        """Delete a job that has ended, with its directory. Return what was deleted.
+
+        Raises:
+            UserError: the job has not ended, another one needs its files, or the directory cannot be deleted.
+        """
+        folder = self.folder(job)
+        with self._lock:
+            self._require_there(job)
+            if job.state not in ENDED:
+                raise UserError(f"{job.id} is {job.state}; only a job that has ended can be deleted. Stop it first")
+            users = [other for other in self.listed() if other is not job and other.needs(folder)]
+            if users:
+                names = ", ".join(f"{user.id} ({user.state})" for user in users)
+                raise UserError(
+                    f"{job.id} cannot be deleted, because its files are needed by {names}. Stop a server or an "
+                    "evaluation first; delete another job first"
+                )
+            if folder.is_symlink():
+                raise UserError(
+                    f"{folder} cannot be deleted, because it is a link to {folder.resolve()}. Delete both yourself, "
+                    "and then the job here"
+                )
+            found, gone = entry(folder), folder.with_name(f"{DELETED}{job.id}")
+            try:
+                if folder.exists():
+                    folder.rename(gone)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be deleted: {error.strerror}") from error
+            del self.jobs[job.id]
+        if problem := erase(gone):
+            raise UserError(f"{problem}. {job.id} is no longer listed")
+        return found
+
+    def _require_there(self, job: JobRecord) -> None:
+        """Raise a `UserError` for a job that another request has deleted in the meantime."""
+        if job.id not in self.jobs:
+            raise UserError(f"{job.id} has been deleted")
 
     def blockers(self, job: JobRecord) -> list[str]:
         """Return the jobs that a queued job waits for."""
@@ -264,25 +313,27 @@ class Queue:
     def _change(self, job: JobRecord, **fields: object) -> None:
         for name, value in fields.items():
             setattr(job, name, value)
-        job.save(self.places.jobs)
+        job.save(self.directories.jobs)
 
     def _loop(self) -> None:
         while not self._ending.wait(TICK_SECONDS):
+            self.tick()
             try:
-                self.tick()
                 self.ask_servers()
-            except Exception:  # a full disk must not end the following of jobs
-                logger.exception("the queue could not follow its jobs; it tries again")
+            except Exception:
+                logger.exception("the queue could not note that a server answers; it tries again")
 
     def tick(self) -> None:
         """Follow the jobs that run, and start those whose devices are free."""
         with self._lock:
             for job in self.listed():
-                if job.state in ("running", "stopping"):
-                    self._follow(job)
-            for job in self.listed():
-                if job.state == "queued" and not self.blockers(job):
-                    self._start(job)
+                try:
+                    if job.state in ("running", "stopping"):
+                        self._follow(job)
+                    elif job.state == "queued" and not self.blockers(job):
+                        self._start(job)
+                except Exception:  # a full disk, or a directory that cannot be written; other jobs go on
+                    logger.exception(f"the queue could not follow {job.id}; it tries again")
 
     def ask_servers(self) -> None:
         """Notice servers that have loaded their models. The lock is free while they are asked."""
@@ -305,7 +356,7 @@ class Queue:
         self._change(job, state="running", **changes)
         # Not a setting of the command, which the log shows.
         environ = environment(job.mark) | ({"API_KEY": job.api_key} if job.api_key else {})
-        with (folder / LOG).open("ab") as log:
+        with (folder / LOG).open("ab") as log, stops_blocked():
             self._children[job.id] = subprocess.Popen(
                 [sys.executable, "-m", "minimind_mcore.manager.runner", str(folder)],
                 env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -341,6 +392,17 @@ class Queue:
         self._change(
             job, state=state, status=status, ended=ended, error=error, address="", api_key="", ready=False, pid=0
         )
+
+
+def erase(folder: Path) -> str:
+    """Delete the directory of a deleted job. Return a message if files are left, else ""."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.lexists(folder):
+        return ""
+    return (
+        f"{folder} could not be deleted completely. Check its permissions, or delete it yourself; the manager tries "
+        "again at its next start"
+    )
 
 
 def environment(mark: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ValidationError
 
+from minimind_mcore.errors import shown
 from minimind_mcore.hosts import is_marked
 from minimind_mcore.manager.request import JobRequest
 from minimind_mcore.manager.runner import EXIT, RECORD
@@ -98,20 +99,39 @@ class JobRecord(BaseModel):
             os.fchmod(file.fileno(), 0o600)
             file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
+    def needs(self, folder: Path) -> bool:
+        """Whether the files of a directory are needed: to run or resume this job, or to use what it has made."""
+        if self.state in ENDED and self.request.stage in ("serve", "eval"):
+            return False  # neither has made weights, and starting one again is cheap
+        if self.state == "finished":
+            base = self.request.weights if self.request.stage == "lora" else ""  # adapters are useless without it
+            texts = [str(Path(text).resolve()) for text in (base, self.request.tokenizer) if text]
+        else:
+            texts = [text for command in self.commands for text in (*command.words, *command.settings.values())]
+        # The paths in commands have no links in them, because `Directories.check` resolves those of requests.
+        return any(f"{path}/" in f"{text}/" for text in texts for path in (folder, folder.resolve()))
+
     def is_alive(self) -> bool:
         """Whether the job's own process runs."""
         return bool(self.pid) and is_marked(self.pid, MARK, self.mark)
 
 
 def read_job(folder: Path) -> JobRecord | None:
-    """Return the job of a directory; None if it has none, or a damaged record, which is logged."""
+    """Return the job of a directory; None if it has none, or the record is damaged or of another directory (logged)."""
     try:
-        return JobRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+        job = JobRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, ValueError) as error:
         logger.error(f"{folder / RECORD} cannot be read; the manager does not list this job: {error}")
         return None
+    if job.id != folder.name:  # whoever stops or deletes the job of this id would change another directory
+        logger.error(
+            f"{folder / RECORD} has the id {shown(job.id)}, expected {folder.name}; the manager does not list it. "
+            "If you renamed its directory, rename it back"
+        )
+        return None
+    return job
 
 
 def read_exit(folder: Path, attempt: int) -> tuple[int, float] | None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from minimind_mcore.cli.settings import data_dir
-from minimind_mcore.errors import UserError, did_you_mean
-from minimind_mcore.manager.files import Places
-from minimind_mcore.manager.options import checked, options, shown
+from minimind_mcore.errors import UserError, did_you_mean, shown
+from minimind_mcore.manager.files import Directories
+from minimind_mcore.manager.options import checked, options
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.pipeline.job import Command, Records
 from minimind_mcore.pipeline.stages import KIND, RL, STAGES, TRAININGS, UNSET, Run
+from minimind_mcore.serve.protocol import validated
 
 # The pipeline's stages that have commands, and the server, which outlives a pipeline and is a job here.
 JOB_STAGES = (*(name for name in STAGES if name not in ("build", "vllm", "web")), "serve")
@@ -74,14 +76,7 @@ def read(content: object) -> JobRequest:
     Raises:
         UserError: a field is unknown, missing or of another type, or the stage does not exist.
     """
-    if not isinstance(content, dict):
-        raise UserError(f"the body is {shown(content)}; expected a JSON object with the field stage")
-    try:
-        request = JobRequest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part)[:60] for part in first["loc"][:2])
-        raise UserError(f"{field}: {first['msg']}; found {shown(first.get('input'))}") from error
+    request = validated(JobRequest, content)
     if request.stage not in JOB_STAGES:
         hint = did_you_mean(request.stage[:40], JOB_STAGES)
         raise UserError(f"stage: found {shown(request.stage)}{hint}; expected one of {', '.join(JOB_STAGES)}")
@@ -93,7 +88,8 @@ def read(content: object) -> JobRequest:
 def inputs(stage: str) -> dict[str, bool]:
     """Return the inputs that a stage reads, and whether each must be given."""
     if stage in ON_WEIGHTS:
-        return {"weights": True, "lora": False, "tokenizer": False}
+        found = {"data": False} if stage == "eval" else {}
+        return {"weights": True, **found, "lora": False, "tokenizer": False}
     if stage in TRAININGS:
         found = {"data": False, "tokenizer": False}
         found |= {"weights": True} if TRAININGS[stage][1] else {}
@@ -103,18 +99,20 @@ def inputs(stage: str) -> dict[str, bool]:
     return {"data": True} if stage == "tokenizer" else {}
 
 
-def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]:
+def commands(request: JobRequest, directories: Directories, folder: Path) -> list[Command]:
     """Return the commands of a job that writes to a directory.
 
     Raises:
         UserError: an input or an option is wrong.
     """
-    stage, paths = request.stage, _paths(request, places)
+    stage, paths = request.stage, _paths(request, directories)
     # A reward model needs the prompts of the user's data: the sample problems have rewards by rules.
-    sample = "data" in inputs(stage) and not paths["data"] and not (stage in RL and paths["reward_model"])
-    model = model_of(request, places, "minimind3_tiny" if sample else "minimind3")
+    trains = stage in (*TRAININGS, *RL)
+    sample = trains and not paths["data"] and not (stage in RL and paths["reward_model"])
+    model = model_of(request, directories, "minimind3_tiny" if sample else "minimind3")
     known = options(stage, model, request.recipe)
     given = checked(known, request.settings)
+    task = _task(given.pop("TASK", ""), paths["data"]) if stage == "eval" else None
     settings = {name: value for name, value in given.items() if name.isupper()}
     words = [
         name if known[name].kind == "flag" else f"{name}={value}" for name, value in given.items() if not name.isupper()
@@ -124,10 +122,12 @@ def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]
         # The queue gives the port as the setting PORT, which a flag would hide; 0 stands for a free one.
         words = [word for word in words if not word.startswith("--port=")]
         return [Command(("serve", *words), {**UNSET, **where, **settings, "HOST": "127.0.0.1"})]
-    run = _run(request, places, folder, paths, model, sample and stage in RL, "RAW" in settings)
+    run = _run(request, directories.data, folder, paths, model, sample and stage in RL, "RAW" in settings)
+    if task:
+        run = replace(run, tasks=task[:1], task_data=task[1:])
     found = STAGES[stage](run)
     if not found:
-        raise UserError(f"{stage}: nothing is left to do; all files are in {places.data}")
+        raise UserError(f"{stage}: nothing is left to do; all files are in {directories.data}")
     [job] = found
     changes = _changes(run, job.begins, paths)
     if stage in TRAININGS:
@@ -143,7 +143,22 @@ def commands(request: JobRequest, places: Places, folder: Path) -> list[Command]
     return done
 
 
-def _paths(request: JobRequest, places: Places) -> dict[str, str]:
+def _task(task: str, data: str) -> tuple[str, str] | None:
+    """Return the task of an evaluation and its data; None if only replies are scored.
+
+    Raises:
+        UserError: one of both is missing.
+    """
+    if task in ("", "toolcall"):
+        if data and not task:
+            raise UserError(f"TASK: expected the task that reads {data}; choose one, or leave data empty")
+        return (task, data or "minimind") if task else None  # eight cases that the kit has
+    if not data:
+        raise UserError(f"data: the task {task} needs it; choose some")
+    return task, data
+
+
+def _paths(request: JobRequest, directories: Directories) -> dict[str, str]:
     """Return the checked inputs of a request by name; "" for those that are not given."""
     needed, found = inputs(request.stage), dict.fromkeys(INPUTS, "")
     for name in INPUTS:
@@ -151,8 +166,9 @@ def _paths(request: JobRequest, places: Places) -> dict[str, str]:
         if text and name not in needed:
             raise UserError(f"{name}: the stage {request.stage} does not read it; leave the field empty")
         if text:
-            found[name] = places.check(name, text, is_dataset=name == "data" and request.stage in TRAININGS)
-            if name == "reward_model" and not places.trusts_reward_models:
+            is_dataset = name == "data" and request.stage in (*TRAININGS, "eval")
+            found[name] = directories.check(name, text, is_dataset)
+            if name == "reward_model" and not directories.trusts_reward_models:
                 raise UserError(
                     "reward_model: the directory of a reward model has Python code, which the job would run with your "
                     "rights. Start the manager with --trust-reward-models if you trust the directories that it may read"
@@ -162,7 +178,7 @@ def _paths(request: JobRequest, places: Places) -> dict[str, str]:
     return found
 
 
-def model_of(request: JobRequest, places: Places, default: str = "minimind3") -> str:
+def model_of(request: JobRequest, directories: Directories, default: str = "minimind3") -> str:
     """Return the preset of a request, or the path of its config.json.
 
     Raises:
@@ -170,7 +186,7 @@ def model_of(request: JobRequest, places: Places, default: str = "minimind3") ->
     """
     text = request.model or default
     if len(text) > LONGEST_NAME or not text.isprintable() or is_path(text):
-        return places.check("model", text)
+        return directories.check("model", text)
     try:
         find_model(text)
     except UserError as error:
@@ -179,7 +195,7 @@ def model_of(request: JobRequest, places: Places, default: str = "minimind3") ->
 
 
 def _run(
-    request: JobRequest, places: Places, folder: Path, paths: Mapping[str, str], model: str, sample: bool, raw: bool
+    request: JobRequest, datasets: Path, folder: Path, paths: Mapping[str, str], model: str, sample: bool, raw: bool
 ) -> Run:
     """Return what the pipeline needs to know about a job."""
     tokenizer = Path(paths["tokenizer"]) if paths["tokenizer"] else None
@@ -188,7 +204,7 @@ def _run(
     # The prefix of a converted dataset takes the place of the file afterwards.
     files = {} if not paths["data"] or not data.exists() else {KIND.get(request.stage, request.stage): data}
     return Run(
-        model=model, recipe=request.recipe, output=folder, data=places.data, tokenizer=tokenizer, sample=sample,
+        model=model, recipe=request.recipe, output=folder, data=datasets, tokenizer=tokenizer, sample=sample,
         weight=weight, teacher=paths["teacher"], reward_model=paths["reward_model"], port=0, stages=(request.stage,),
         records=Records(folder, {}), files=files,
     )  # fmt: skip

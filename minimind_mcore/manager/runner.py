@@ -56,7 +56,8 @@ class Runner:
     def run(self, words: Sequence[str], settings: Mapping[str, str]) -> int:
         """Run one command. Return its exit status, or 128 + the number of the signal that ended it."""
         print("+", typed(words, settings), flush=True)
-        self.process = subprocess.Popen([*CLI, *words], env=environment(settings), stdin=subprocess.DEVNULL)
+        with errors.stops_blocked():
+            self.process = subprocess.Popen([*CLI, *words], env=environment(settings), stdin=subprocess.DEVNULL)
         if self.number:  # the signal came before the process was known
             self.process.send_signal(self.number)
         status = self.process.wait()
@@ -76,10 +77,6 @@ class Runner:
         atomic_write_text(folder / EXIT, json.dumps(ended) + "\n")
 
 
-def main() -> None:
-    """Run the job of the directory that the command line names."""
-    Runner().run_all(Path(sys.argv[1]))
-
-
 if __name__ == "__main__":
-    errors.run(main)
+    runner = Runner()  # its handlers are there before `errors.run` lets a signal through
+    errors.run(lambda: runner.run_all(Path(sys.argv[1])))

@@ -1,7 +1,7 @@
-"""The checkpoints that a command line of MindSpeed-LLM's names: that they are there, whole, and of the run.
+"""Check the checkpoints on a command line of MindSpeed-LLM: they must exist, be complete, and fit the run.
 
-Without this its ranks would find out, a minute later and with a traceback each; or they would begin with random
-weights and say so in a line of many.
+Without these checks the ranks would fail a minute later with a traceback each, or start with random weights and only
+log a line about it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
 
 
 def form_problems(args: argparse.Namespace) -> list[str]:
-    """What could not be read, or not be read again, whatever is in it."""
+    """Return problems of the format: checkpoints that MindSpeed-LLM could not read, or could not read again later."""
     problems = []
     for flag in ("load", "pretrained_checkpoint", "ref_model"):
         path = getattr(args, flag)
@@ -54,7 +54,7 @@ def form_problems(args: argparse.Namespace) -> list[str]:
 
 
 def fit_problems(args: argparse.Namespace, hosts: int) -> list[str]:
-    """What would not load into the run: another model or layout, or none at all."""
+    """Return problems of checkpoints that would not load into the run: another model or layout, or no checkpoint."""
     problems = []
     for flag, path in _needed(args):
         try:
@@ -65,7 +65,7 @@ def fit_problems(args: argparse.Namespace, hosts: int) -> list[str]:
 
 
 def loaded_router_weight(args: argparse.Namespace) -> RouterWeight | None:
-    """Return the router weight of the weights that the run begins with; None if it begins with random weights.
+    """Return the router weight of the weights that the run starts with; None for random weights.
 
     A checkpoint that cannot be read counts as `normalized` here; `fit_problems` refuses it.
     """
@@ -79,7 +79,7 @@ def loaded_router_weight(args: argparse.Namespace) -> RouterWeight | None:
 
 
 def saved_router_weight(root: Path, step: int | None = None) -> RouterWeight | None:
-    """Return the router weight that the checkpoint below `root` names; None if it has no experts, or is not there.
+    """Return the router weight that the checkpoint below `root` names; None without experts or without a checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -89,13 +89,13 @@ def saved_router_weight(root: Path, step: int | None = None) -> RouterWeight | N
 
 
 def saved_layout(root: Path) -> ParallelLayout | None:
-    """Return the layout of the newest checkpoint below `root`; None if it has no experts, or is not there."""
+    """Return the layout of the newest checkpoint below `root`; None without experts or without a checkpoint."""
     saved = _saved_mixture(root)
     return ParallelLayout.from_args(saved) if saved else None
 
 
 def _saved_mixture(root: Path, step: int | None = None) -> argparse.Namespace | None:
-    """The arguments of a checkpoint with experts."""
+    """Return the arguments of a checkpoint with experts."""
     if not _exists(root) or not (directory := _iteration(root, step)).is_dir():
         return None
     saved = saved_args(directory)
@@ -103,7 +103,7 @@ def _saved_mixture(root: Path, step: int | None = None) -> argparse.Namespace | 
 
 
 def resumed(args: argparse.Namespace) -> Path | None:
-    """The directory of the checkpoint that a run resumes from; None for a run that begins."""
+    """Return the directory of the checkpoint that a run resumes from; None for a new run."""
     if args.finetune or not _exists(args.load):
         return None
     directory = _iteration(Path(args.load), args.ckpt_step)
@@ -111,7 +111,7 @@ def resumed(args: argparse.Namespace) -> Path | None:
 
 
 def schedule_problems(args: argparse.Namespace) -> list[str]:
-    """What `--override-opt_param-scheduler` asks for and MindSpeed-LLM does not do.
+    """Return settings of `--override-opt_param-scheduler` that MindSpeed-LLM does not apply.
 
     Its schedule reads the maximum and the minimum learning rate from the optimizer's parameter groups, which come from
     the checkpoint (NVIDIA/Megatron-LM#1138).
@@ -132,7 +132,7 @@ def schedule_problems(args: argparse.Namespace) -> list[str]:
 
 
 def resume_remarks(args: argparse.Namespace, directory: Path) -> list[str]:
-    """What a user should know about a run that resumes from a checkpoint with other flags than the run that saved."""
+    """Return remarks about a run that resumes from a checkpoint with other flags than the saved run's."""
     saved = saved_args(directory)
     differing = sample_order.differences(vars(args), vars(saved))
     found = [sample_order.warning(directory, differing)] if differing else []
@@ -147,23 +147,23 @@ def resume_remarks(args: argparse.Namespace, directory: Path) -> list[str]:
 
 
 def check_pickles(root: Path) -> None:
-    """Refuse the newest checkpoint below `root`, if there is one, when its pickles name classes that could run code."""
+    """Refuse the newest checkpoint below `root`, if any, when its pickles name classes that could run code."""
     if _exists(root):
         check_checkpoint(_iteration(root))
 
 
 def _exists(root: str | Path | None) -> bool:
-    """As Megatron tells it."""
+    """Return whether there is a checkpoint, by Megatron's criterion."""
     return root is not None and Path(root, TRACKER).is_file()
 
 
 def _iteration(root: Path, step: int | None = None) -> Path:
-    """The directory of the checkpoint of `step`, else of the one that the tracker file names."""
+    """Return the directory of the checkpoint of `step`, else of the one that the tracker file names."""
     return tracked_directory(root, str(step) if step else read_tracker(root)) or root / "iter_?"
 
 
 def _needed(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Flags and the paths, of those that the run will read; one to resume from need not be there."""
+    """Yield the flags of checkpoints that the run reads, with their paths. A checkpoint to resume from is optional."""
     if args.load and (_exists(args.load) or (args.finetune and not args.pretrained_checkpoint)):
         yield "--load", args.load
     elif args.pretrained_checkpoint:
@@ -194,5 +194,5 @@ def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
         return
     check_layout(ParallelLayout.from_args(args), ParallelLayout.from_args(saved), directory, convert)
     missing = [name for name in ParallelLayout.from_args(saved).folders() if not (directory / name / NAME).is_file()]
-    if missing and hosts == 1:  # each of several may have its own part on its own disk
+    if missing and hosts == 1:  # with several hosts each may have only its own part on its disk
         raise UserError(f"{flag} {directory}: missing {', '.join(f'{name}/{NAME}' for name in missing)}")

@@ -1,6 +1,6 @@
-"""What MindSpeed-LLM's training programs need of a command line, and what in it they would take amiss.
+"""Translate a command line for MindSpeed-LLM's training programs, and find flags that would give a wrong result there.
 
-Each message says what and why. The defects D1 to D9 are those of docs/ascend.md, all of 26.1.0.
+Each message says what is wrong and why. The defects D1 to D9 are those of docs/ascend.md, all in 26.1.0.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from minimind_mcore.preprocess.tokenizer_files import tokenizer_json
 from minimind_mcore.storage import require_writable
 from minimind_mcore.validation import validate
 
-# What it does instead of what these flags of the kit ask for.
+# What MindSpeed-LLM does instead of this kit's flags.
 INSTEAD = {
-    "--minimind-init": "it begins with Megatron's weights, whose spread shrinks with the depth",
+    "--minimind-init": "it starts with Megatron's weights, whose spread shrinks with the depth",
     "--lr-at-iteration-end": "its schedule lags MiniMind's by one iteration",
     "--decay-all": "its norms have no weight decay",
     "--keep-last": "it keeps every checkpoint",
     "--log-file": "its log is what is printed",
     "--output-dir": "it draws no curves",
 }
-# What a release before 26.1.0 calls otherwise, or wants beside it.
+# Flags with another name, or with an additional flag, in releases before 26.1.0.
 OLDER_NAMES = {
     "--no-pad-to-seq-lengths": ["--variable-seq-lengths"],
     "--neat-pack": ["--neat-pack", "--reset-position-ids"],
 }
-# Load balancing under which MindSpeed-LLM's router returns the softmax's scores for the chosen experts.
+# Load balancing types with which MindSpeed-LLM's router returns the softmax scores of the chosen experts.
 STRAIGHT_THROUGH_BALANCING = ("aux_loss", "seq_aux_loss", "softmax_topk", "none")
-# Layouts of MindSpeed-LLM's that are not the kit's: their arithmetic is left to it.
+# Layouts that only MindSpeed-LLM has. Their arithmetic is not checked.
 ITS_LAYOUTS = (
     "num_layer_list", "expert_tensor_parallel_size", "moe_tp_extend_ep", "tp_2d", "schedules_method", "use_torch_fsdp2",
     "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
@@ -59,10 +59,10 @@ ITS_LAYOUTS = (
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into what MindSpeed-LLM knows, and the names of this kit's flags, which it does not.
+    """Split a command line into MindSpeed-LLM's flags and the names of this kit's own flags.
 
     Raises:
-        UserError: a flag that neither knows.
+        UserError: a flag is unknown to both.
     """
     known, ours = flag_table(), kit_flags()
     refuse_unknown(given_flags(argv), [*known, *ours])
@@ -71,7 +71,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def without_flags(argv: Sequence[str], *names: str) -> list[str]:
-    """A command line without these flags and their values."""
+    """Return a command line without these flags and their values."""
     kept: list[str] = []
     keep = True
     for word in argv:
@@ -86,7 +86,7 @@ def given_router_weight(argv: Sequence[str]) -> RouterWeight | None:
     """Return the value of the last `--router-weight` of a command line.
 
     Raises:
-        UserError: an unknown rule.
+        UserError: the rule is unknown.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--router-weight")
@@ -97,22 +97,22 @@ def given_router_weight(argv: Sequence[str]) -> RouterWeight | None:
 
 
 def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int = 1) -> tuple[list[str], list[str]]:
-    """The flags that make `program` do what the kit's command line `argv` asks for, and remarks for the user.
+    """Return the flags that make `program` do what this kit's command line `argv` asks for, and remarks for the user.
 
     Args:
         program: pretrain_gpt.py or posttrain_gpt.py.
         argv: flags of Megatron, MindSpeed-LLM and this kit.
-        processes: of the job, on all hosts.
-        hosts: of the job.
+        processes: number of processes of the job, on all hosts.
+        hosts: number of hosts of the job.
 
     Raises:
-        UserError: an unknown flag or value, what it would compute wrongly without saying so, or what it would refuse
-            after a minute: a layout that does not divide, a checkpoint that is missing or another's.
+        UserError: a flag or value is unknown, would silently give a wrong result, or would fail after a
+            minute (a layout that does not divide, a checkpoint that is missing or belongs to another model).
     """
     flags, ours = split_flags(argv)
     if unpickling.TRUST_FLAG in ours:
         unpickling.trust()
-    # of the kit's start alone, and what `_router_flags` translates
+    # flags that only the kit's launcher uses, and flags that `_router_flags` translates
     done_here = (
         "--dry-run",
         "--data-pending",
@@ -130,7 +130,7 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
             raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
         raise
     rule = given_router_weight(argv)
-    if rule:  # replaces what the other flags say, which need not fit each other then
+    if rule:  # replaces the other router flags, which may then contradict each other
         flags = _router_flags(args, flags, rule)
     problems = [*_model_problems(args, flags), *_data_problems(args), *checkpoints.form_problems(args)]
     problems += _damaged_data(args, "--verify-data" in argv)
@@ -141,12 +141,12 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     if args.num_experts and not rule:
         flags = _router_flags(args, flags, _router_weight(args))
     if args.gradient_accumulation_fusion:
-        flags.append("--no-gradient-accumulation-fusion")  # it needs the nnal package, for a gain that is none here
+        flags.append("--no-gradient-accumulation-fusion")  # the fusion needs the nnal package and brings no gain here
     if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
         flags = [flag for flag in flags if flag != "--use-distributed-optimizer"]
         remarks.append("left out --use-distributed-optimizer: in fp32 it could not be resumed (Megatron-LM 0.12.1)")
     if args.num_experts and "--moe-token-dispatcher-type" not in given_flags(flags):
-        # the only one that LoRA has, and the default refuses a sequence-parallel shared expert
+        # LoRA supports only this dispatcher, and the default one refuses a sequence-parallel shared expert
         flags += ["--moe-token-dispatcher-type", "alltoall_seq", "--moe-permutation-async-comm"]
     resumed = checkpoints.resumed(args)
     if resumed and is_converted(resumed):
@@ -158,10 +158,10 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
 
 
 def require_files(flags: Sequence[str]) -> None:
-    """Check what a job reads and writes besides checkpoints, which `complete` checks.
+    """Check the files that a job reads and writes, except checkpoints, which `complete` checks.
 
     Raises:
-        UserError: no dataset, tokenizer or templates where a flag says, or --save cannot be written.
+        UserError: a dataset, tokenizer or template file is missing, or --save is not writable.
     """
     args = build_parser().parse_args(list(flags))
     for prefix in parse_blend(args.data_path or []).prefixes:
@@ -190,9 +190,9 @@ def _router_weight(args: argparse.Namespace) -> RouterWeight:
 
 
 def _router_flags(args: argparse.Namespace, flags: Sequence[str], rule: RouterWeight) -> list[str]:
-    """Return the flags that make MindSpeed-LLM compute a router weight; `args` becomes what they mean.
+    """Return the flags that make MindSpeed-LLM compute a router weight, and update `args` accordingly.
 
-    MindSpeed-LLM has `normalized` and `softmax` by flags of its own. For `straight_through` its router returns the
+    MindSpeed-LLM has flags for `normalized` and `softmax`. For `straight_through` its router returns the
     scores, as for `softmax`, and the layer spec replaces their values (`StraightThroughRouter`).
 
     Raises:
@@ -205,7 +205,7 @@ def _router_flags(args: argparse.Namespace, flags: Sequence[str], rule: RouterWe
     named = named_router_weight(vars(args)) or "normalized"
     vars(args).update(router_weight_flags(rule, args.moe_router_topk))
     args.norm_topk_prob = rule == "normalized"
-    if named == rule:  # the given flags compute it already
+    if named == rule:  # the given flags already compute it
         return list(flags)
     flags = without_flags(flags, "--moe-router-pre-softmax", "--norm-topk-prob", "--spec")
     flags += ["--moe-router-pre-softmax"] * args.moe_router_pre_softmax + ["--norm-topk-prob"] * args.norm_topk_prob
@@ -214,14 +214,14 @@ def _router_flags(args: argparse.Namespace, flags: Sequence[str], rule: RouterWe
 
 
 def spelled(flags: Sequence[str], home: Path) -> list[str]:
-    """The flags by the names that the MindSpeed-LLM in `home` has for them."""
+    """Return the flags with the names of the MindSpeed-LLM release in `home`."""
     definitions = home / "mindspeed_llm/features_manager/finetune/finetune.py"
     older = definitions.is_file() and "--no-pad-to-seq-lengths" not in definitions.read_text("utf-8")
     return [name for flag in flags for name in (OLDER_NAMES.get(flag, [flag]) if older else [flag])]
 
 
 def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
-    """What would make another model of it."""
+    """Return problems of flags that would give another model."""
     given = given_flags(flags)
     problems = []
     for flag in ("--attention-dropout", "--hidden-dropout"):
@@ -241,7 +241,7 @@ def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]
 
 
 def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
-    """Of a mixture of experts."""
+    """Return problems of flags of a mixture of experts."""
     problems = []
     balancing, dispatcher = args.moe_router_load_balancing_type, args.moe_token_dispatcher_type
     if args.moe_router_topk == 1 and not args.moe_router_pre_softmax:
@@ -262,7 +262,7 @@ def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
 
 
 def _data_problems(args: argparse.Namespace) -> list[str]:
-    """What would train on other tokens, or let them see others."""
+    """Return problems of flags that would train on other tokens, or let tokens of different samples see each other."""
     problems = []
     if args.split is None and args.data_path:
         problems.append("--split is missing: Megatron would train on 96.9% of the data; add --split 100,0,0")
@@ -295,7 +295,7 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _blend_problems(args: argparse.Namespace) -> list[str]:
-    """What Megatron would do otherwise than the native engine with several sets of pretraining data."""
+    """Return problems of blends that Megatron reads differently than the native engine."""
     problems = []
     for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
         words = getattr(args, flag[2:].replace("-", "_")) or []
@@ -314,7 +314,7 @@ def _blend_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _damaged_data(args: argparse.Namespace, everything: bool) -> list[str]:
-    """What is wrong with the datasets on this host; MindSpeed-LLM would train on whatever the files hold."""
+    """Return problems of the datasets on this host, because MindSpeed-LLM trains on any content of the files."""
     problems = []
     for word in args.data_path or []:
         for prefix in datasets_at(word):
@@ -326,7 +326,7 @@ def _damaged_data(args: argparse.Namespace, everything: bool) -> list[str]:
 
 
 def _layout_problems(args: argparse.Namespace, processes: int, argv: Sequence[str]) -> list[str]:
-    """What Megatron would refuse once every rank has begun: parts that do not divide the model, batches, schedules."""
+    """Return problems that Megatron reports only after every rank has started: sizes, batches, schedules."""
     if args.context_parallel_size > 1 or any(getattr(args, name) for name in ITS_LAYOUTS):
         return []
     checked = argparse.Namespace(**vars(args))

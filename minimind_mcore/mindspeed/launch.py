@@ -2,8 +2,8 @@
 
     python -m minimind_mcore.mindspeed.launch --nproc-per-node 8 pretrain_gpt.py --num-layers 8 ...
 
-What comes before the program's name are torchrun's flags. The program runs unedited, in its own
-folder, with MiniMind as its layer spec.
+Torchrun's flags come before the program's name. The program runs unmodified in its own folder, with MiniMind as its
+layer spec.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ RANK = ["-m", "minimind_mcore.mindspeed.program"]  # runs the program that follo
 
 
 def sources(name: str, program: str, instead: str) -> Path:
-    """Folder of one of MindSpeed's: where its variable says, else beside this checkout, else in /workspace.
+    """Return the source folder of a MindSpeed project: from its variable, else next to this checkout, else in
+    /workspace.
 
     Args:
-        name: such as MindSpeed-LLM, whose variable is MINDSPEED_LLM_HOME.
-        program: a file that it has.
-        instead: the setting that does without it, and what that does.
+        name: project such as MindSpeed-LLM, whose variable is MINDSPEED_LLM_HOME.
+        program: a file of the project.
+        instead: a setting that works without the project, for the message.
 
     Raises:
-        UserError: it is in none of these places.
+        UserError: the project is in none of these places.
     """
     variable = name.upper().replace("-", "_") + "_HOME"
     given = os.environ.get(variable)
@@ -48,12 +49,12 @@ def sources(name: str, program: str, instead: str) -> Path:
 
 
 def home() -> Path:
-    """MindSpeed-LLM's folder; see `sources`."""
+    """Return MindSpeed-LLM's folder; see `sources`."""
     return sources("MindSpeed-LLM", "pretrain_gpt.py", "BACKEND=native to run the kit's own engine")
 
 
 def size(words: Sequence[str]) -> tuple[int, int]:
-    """Processes of the job, and its hosts, by the flags of torchrun."""
+    """Return the number of processes of the job and of its hosts, from torchrun's flags."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in ("--nproc-per-node", "--nnodes"):
         parser.add_argument(flag, type=int, default=1)
@@ -62,10 +63,10 @@ def size(words: Sequence[str]) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the command, and replace this process by it: torchrun and the program. `--dry-run` prints only.
+    """Print the command, and replace this process by it: torchrun and the program. `--dry-run` only prints.
 
     Raises:
-        UserError: no program is named, or MindSpeed-LLM is not there.
+        UserError: no program is named, or MindSpeed-LLM is not found.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)

@@ -1,8 +1,8 @@
-"""A rank of one of MindSpeed-LLM's programs, whose failures are failures.
+"""Run one rank of a MindSpeed-LLM program, and turn silent failures into errors.
 
     torchrun --nproc-per-node 8 -m minimind_mcore.mindspeed.program pretrain_gpt.py --num-layers 8 ...
 
-The program runs unedited in this process.
+The program runs unmodified in this process.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from types import TracebackType
 
 from minimind_mcore.errors import UserError, run
 
-# Megatron-LM 0.12.1: where these give up they say why and call `sys.exit()`, status 0: a job that has trained nothing
-# would look like one that is done. The exits of --exit-interval and the like are those of `megatron.training.training`.
+# Modules of Megatron-LM 0.12.1 that print an error and call `sys.exit()`, with status 0. The job would look successful
+# without having trained. Regular exits, as of --exit-interval, come from `megatron.training.training`.
 GIVE_UP = {
     "megatron.training.checkpointing": "could not load the checkpoint",
     "megatron.training.arguments": "refuses these flags",
@@ -24,10 +24,10 @@ GIVE_UP = {
 
 
 def main() -> None:
-    """Run the program that the first argument names, with the others as its own.
+    """Run the program of the first argument with the remaining arguments.
 
     Raises:
-        UserError: it gave up, and would have ended with status 0.
+        UserError: the program gave up with status 0.
     """
     sys.argv = sys.argv[1:]
     try:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _module(traceback: TracebackType | None) -> str:
-    """Name of the module that ended the program."""
+    """Return the name of the module that ended the program."""
     names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(traceback)]
     return next((str(name) for name in reversed(names) if name != "_sitebuiltins"), "")  # where `exit` is
 

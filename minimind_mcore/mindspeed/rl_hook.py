@@ -1,22 +1,22 @@
-"""MindSpeed-RL taught MiniMind, and repaired, in every Ray worker, without an edit of it.
+"""Patch MindSpeed-RL for MiniMind in every Ray worker, without editing its files.
 
     runtime_env.yaml:   worker_process_setup_hook: minimind_mcore.mindspeed.rl_hook.setup
 
-Each change is made when its module is imported, and logged once a process. What they are for:
+Each change is applied when its module is imported, and logged once per process:
 
 | module | change |
 |---|---|
-| workers.resharding.weight_adaptor | MiniMind2 (a Llama) gets a weight adaptor; MiniMind-3's mixture one on 2.2.0 |
-| utils.tokenizer | a pad id of 0, as MiniMind's is, counts as one: rows without an end lose their padding |
-| models.rollout.vllm_engine | the synchronous rollout of master gets ids, not texts without their special tokens |
+| workers.resharding.weight_adaptor | add weight adaptors for MiniMind2 (a Llama) and, on 2.2.0, MiniMind-3's mixture |
+| utils.tokenizer | accept 0 as a pad id, so that rows without an end lose their padding |
+| models.rollout.vllm_engine | master's synchronous rollout passes ids, not texts without their special tokens |
 | models.base.base_training_engine | passes for log-probabilities keep their order under shuffle_mini_batch; a
   temperature of 0 is refused instead of divided by |
-| workers.base_worker | separate workers get the profiler's settings, which master gives the integrated worker alone |
-| models.rule_verifier | a verifier that is an import path, package.module:function, is called as the embedded trainer
-  calls it; an unknown name is an error instead of a reward of 0 |
+| workers.base_worker | separate workers get the profiler settings, which master gives only to the integrated worker |
+| models.rule_verifier | a verifier can be an import path package.module:function, called as in the embedded trainer;
+  an unknown name is an error instead of a reward of 0 |
 
-A loss of one's own would have to take the place of `ray_grpo_actor`, the only stage beside `ray_ppo` that
-MindSpeed-LLM's parser lets through; there is none here: CISPO, Dr.GRPO and SPO run on the embedded trainer.
+Custom losses are not supported: a loss would have to replace `ray_grpo_actor`, because MindSpeed-LLM's parser accepts
+no other stage besides `ray_ppo`. CISPO, Dr.GRPO and SPO therefore need the embedded trainer.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 
 def setup() -> None:
-    """Arrange for every change; importing nothing of MindSpeed-RL."""
-    log.setup()  # of the kit's logger alone: MindSpeed-RL's are not touched
+    """Register every change, without importing MindSpeed-RL."""
+    log.setup()  # changes only the kit's logger, not MindSpeed-RL's
     for module, patch in PATCHES.items():
         after_import(f"mindspeed_rl.{module}", patch)
 
@@ -54,7 +54,7 @@ def _log(change: str) -> None:
 
 
 def add_adaptors(module: ModuleType) -> None:
-    """Adaptors for the classes that vLLM builds of MiniMind's Hugging Face directories."""
+    """Add adaptors for the classes with which vLLM loads MiniMind's Hugging Face directories."""
     registry = module.WEIGHT_ADAPTOR_REGISTRY
     for name, adaptor in (
         ("LlamaForCausalLM", "QwenMVWeightAdaptor"),
@@ -69,14 +69,14 @@ def add_adaptors(module: ModuleType) -> None:
 
 
 class PadId(int):
-    """A token id that counts as given even if it is 0."""
+    """A token id that is true even if it is 0."""
 
     def __bool__(self) -> bool:
         return True
 
 
 def keep_pad(module: ModuleType) -> None:
-    """`tokenizer.pad if tokenizer.pad else tokenizer.eod` takes the pad id."""
+    """Make `tokenizer.pad if tokenizer.pad else tokenizer.eod` use the pad id."""
     cls = module._HuggingFaceTokenizer
     found = cls.pad
 
@@ -92,7 +92,7 @@ def keep_pad(module: ModuleType) -> None:
 
 
 def roll_out_ids(module: ModuleType) -> None:
-    """vLLM gets the ids that the training sees."""
+    """Pass vLLM the ids that training uses."""
     cls = module.VLLMInferEngine
     original = cls.generate_sequences
 
@@ -120,7 +120,7 @@ def roll_out_ids(module: ModuleType) -> None:
 
 
 def keep_order(module: ModuleType) -> None:
-    """No shuffling where nothing is learnt; no division by a temperature of 0."""
+    """Do not shuffle passes without training, and refuse to divide by a temperature of 0."""
     cls = module.BaseTrainingEngine
     original = cls._forward_backward_batch
 
@@ -141,7 +141,7 @@ def keep_order(module: ModuleType) -> None:
 def give_profiler(module: ModuleType) -> None:
     """Give every worker the profiler settings that it reads.
 
-    cli/train_grpo.py of master passes them to the integrated worker alone, and the separate actor ends with
+    cli/train_grpo.py of master passes them only to the integrated worker, and the separate actor ends with
     "'NoneType' object has no attribute 'role'" (workers/actor_hybrid_worker.py, line 194).
     """
     original = module.BaseWorker.__init__
@@ -160,12 +160,12 @@ def give_profiler(module: ModuleType) -> None:
 # Rewards
 
 
-# Of the responses that are being scored: their prompts and lengths, which MindSpeed-RL gives to no verifier.
+# Prompts and lengths of the responses that are being scored. MindSpeed-RL does not pass them to verifiers.
 _KNOWN: ContextVar[Mapping[str, Any]] = ContextVar("known", default={})  # noqa: B039 (nobody changes it)
 
 
 def call_user_rewards(module: ModuleType) -> None:
-    """Verifiers by import path; unknown names refused."""
+    """Support verifiers by import path, and refuse unknown names."""
     original, compute = module.verifier, module.compute_verifier_score
 
     @functools.wraps(original)
@@ -199,7 +199,7 @@ def call_user_rewards(module: ModuleType) -> None:
 
 
 def _known(batch: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Prompts as text, without padding, and lengths [B] of the responses of a batch of MindSpeed-RL's."""
+    """Return prompts as text without padding, and lengths [B] of the responses, of a batch of MindSpeed-RL."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = []
     for row in batch["prompts"]:
@@ -211,7 +211,7 @@ def _known(batch: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 def _scores(
     name: str, responses: Sequence[str], data: Mapping[str, Sequence[Any]], config: Any
 ) -> tuple[list[float], float]:
-    """What a function of the user's gives each response, and the share of those that it could not score."""
+    """Return the scores of a user's function, and the share of responses that it could not score."""
     columns = {key: list(values) for key, values in data.items() if key not in ("labels", "tool_call_num")}
     calls: dict[str, Any] = {"tool_calls": list(data["tool_call_num"])} if "tool_call_num" in data else {}
     rewards = _rewards(name, config.verifier_timeout, config.verifier_parallel, (*columns, *calls))
@@ -225,7 +225,7 @@ def _scores(
 
 @functools.cache
 def _rewards(name: str, timeout: float, parallel: int, columns: tuple[str, ...]) -> Rewards:
-    """Kept, for its processes and for the share of failures that ends a run."""
+    """Return the rewards object, cached for its processes and for the share of failures that ends a run."""
     from minimind_mcore.rl.config.schema import MiniMindConfig
     from minimind_mcore.rl.rewards.rewards import Rewards
 

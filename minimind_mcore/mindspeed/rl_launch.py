@@ -1,9 +1,9 @@
-"""BACKEND=mindspeed-rl: MindSpeed-RL's own programs with the kit's YAML, unedited.
+"""BACKEND=mindspeed-rl: run MindSpeed-RL's unmodified programs with this kit's YAML.
 
     MINDSPEED_RL_HOME=/workspace/MindSpeed-RL BACKEND=mindspeed-rl python train_grpo.py --config-name grpo_minimind3
 
-The YAML is checked (`rl.config.lint`) and written out, without groups and with absolute paths, in the keys of
-the version that is there, next to a runtime environment whose setup hook teaches every worker MiniMind (`rl_hook`).
+The YAML is checked (`rl.config.lint`) and written without groups, with absolute paths and with the keys of the
+installed version. Next to it a runtime environment is written, whose setup hook patches every worker (`rl_hook`).
 The command is printed; `--dry-run` stops there.
 """
 
@@ -40,21 +40,21 @@ logger = logging.getLogger(__name__)
 RUNTIME_ENV = CONFIGS / "envs" / "runtime_env.yaml"
 PROGRAMS = {"ray_grpo": "train_grpo.py", "ray_dapo": "train_dapo.py", "ray_ppo": "train_ppo.py"}
 PATHS = ("data_path", "tokenizer_name_or_path", "load", "save", "prompt_type_path", "pretrained_checkpoint")
-# Where the packages are that MindSpeed-RL imports, if they are not installed.
+# Folders of the packages that MindSpeed-RL imports, if they are not installed.
 HOMES = ("MINDSPEED_LLM_HOME", "MINDSPEED_HOME", "MEGATRON_HOME")
-# VLLM_VERSION of each release's configs/envs/runtime_env.yaml: vLLM-Ascend chooses its patches by it.
+# VLLM_VERSION in each release's configs/envs/runtime_env.yaml. vLLM-Ascend selects its patches by this value.
 VLLM_VERSIONS = {"mindspeed-rl-2.2.0": "0.9.1", "mindspeed-rl-master": "0.11.0"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What to run.
+    """A command to run.
 
     Attributes:
-        command: the words.
-        folder: to run it in, MindSpeed-RL's.
-        config: the YAML that was written.
-        environment: what is set beside the present one.
+        command: words of the command.
+        folder: working directory, MindSpeed-RL's folder.
+        config: path of the written YAML.
+        environment: variables to set in addition to the current ones.
     """
 
     command: Sequence[str]
@@ -68,28 +68,28 @@ class Launch:
 
 
 def home() -> Path:
-    """MindSpeed-RL's folder; see `launch.sources`."""
+    """Return MindSpeed-RL's folder; see `launch.sources`."""
     return sources("MindSpeed-RL", "cli/train_grpo.py", "BACKEND=embedded to train on this kit's own trainer").resolve()
 
 
 def version(folder: Path) -> str:
-    """Of `lint.TARGETS`: told by a key that the two versions call otherwise."""
+    """Return the target of `lint.TARGETS`, inferred from a key that differs between the versions."""
     text = (folder / "mindspeed_rl" / "config_cls" / "megatron_config.py").read_text(encoding="utf-8")
     return "mindspeed-rl-2.2.0" if "self.moe_intermediate_size" in text else "mindspeed-rl-master"
 
 
 def prepare(program: str, name: str, overrides: Sequence[str], directory: str | None = None) -> Launch:
-    """Check and write what MindSpeed-RL reads.
+    """Check the configuration, and write the files that MindSpeed-RL reads.
 
     Args:
-        program: "train_grpo.py" or "train_ppo.py", the kit's.
-        name: of the configuration.
-        overrides: hydra's.
-        directory: of the YAML files (default: the kit's).
+        program: this kit's "train_grpo.py" or "train_ppo.py".
+        name: name of the configuration.
+        overrides: hydra overrides.
+        directory: directory of the YAML files (default: the kit's).
 
     Raises:
-        UserError: MindSpeed-RL is not there, NNODES is no number, the configuration is not fit for MindSpeed-RL (with
-            all findings), or a reward cannot be imported.
+        UserError: MindSpeed-RL is not found, NNODES is not a number, the configuration has errors for MindSpeed-RL
+            (all are printed), or a reward cannot be imported.
     """
     folder = home()
     target = version(folder)
@@ -104,7 +104,7 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     if (stage == "ray_ppo") != (program == "train_ppo.py"):
         raise UserError(f"megatron_training.stage: {stage} is run by {PROGRAMS[stage]}, not by {program}")
     for path in [name for name in _rewards(tree)[0] if ":" in name]:
-        resolve(path)  # an error here, not in a worker
+        resolve(path)  # raises here rather than in a worker
     output = Path((tree.get("minimind") or {}).get("output_dir", "outputs/rl")).expanduser().resolve()
     written = output / "mindspeed_rl"
     atomic_write_text(written / "runtime_env.yaml", dump(runtime_environment(target)))
@@ -139,10 +139,10 @@ def require_normalized(load: str | None) -> None:
 
 
 def require_grouped(load: str | None) -> None:
-    """Refuse a mixture whose experts MindSpeed-RL could not send to vLLM: its weight adaptor knows grouped ones only.
+    """Refuse a mixture with ungrouped experts, which MindSpeed-RL's weight adaptor cannot send to vLLM.
 
     Raises:
-        UserError: each expert of the checkpoint has weights of its own.
+        UserError: each expert of the checkpoint has its own weights.
     """
     layout = saved_layout(Path(load).expanduser()) if load else None
     if layout and not layout.grouped_experts:
@@ -154,7 +154,7 @@ def require_grouped(load: str | None) -> None:
 
 
 def _hosts() -> int:
-    """Of the Ray cluster: NNODES, as the scripts of several hosts have it."""
+    """Return the number of hosts of the Ray cluster: NNODES, as the scripts of several hosts set it."""
     found = os.environ.get("NNODES") or "1"
     if not found.isdigit() or int(found) < 1:
         raise UserError(f"NNODES={found}: expected the number of hosts")
@@ -162,7 +162,7 @@ def _hosts() -> int:
 
 
 def _cores(tree: dict[str, Any], target: str) -> list[LintFinding]:
-    """Warn where this is the only host and has fewer CPU cores than Ray must have."""
+    """Warn if this is the only host and has fewer CPU cores than Ray needs."""
     config, found = resolve_config(tree if TARGETS[target] == NEWEST else migrate(tree, NEWEST)[0]), usable_cores()
     wanted, npus = sum(cpu_cores(config, _hosts()).values()), config.rl.actor_resource.num_npus
     if _hosts() > 1 or found >= wanted:
@@ -184,13 +184,14 @@ def runtime_environment(target: str) -> dict[str, Any]:
     environment: dict[str, Any] = yaml.safe_load(RUNTIME_ENV.read_text(encoding="utf-8"))
     variables = environment["env_vars"]
     variables["PYTHONPATH"] = _python_path(home())
-    if variables.get("VLLM_VERSION") in VLLM_VERSIONS.values():  # any other value is the user's choice
+    if variables.get("VLLM_VERSION") in VLLM_VERSIONS.values():  # the user chose any other value
         variables["VLLM_VERSION"] = VLLM_VERSIONS[target]
     return environment
 
 
 def _for_mindspeed_rl(tree: Mapping[str, Any], environment: Path) -> dict[str, Any]:
-    """The composed tree with absolute paths, user rewards among the verifiers, and no section of ours."""
+    """Return the composed tree with absolute paths, with user rewards among the verifiers, without the section
+    `minimind`."""
     new = copy.deepcopy({key: value for key, value in tree.items() if key != "minimind"})
     for section in [new[name] for name in MEGATRON_SECTIONS if name in new]:
         for key in PATHS:
@@ -205,7 +206,7 @@ def _for_mindspeed_rl(tree: Mapping[str, Any], environment: Path) -> dict[str, A
 
 
 def _rewards(tree: Mapping[str, Any]) -> tuple[list[str], list[float]]:
-    """Names and weights of the verifiers, the user's own functions among them."""
+    """Return names and weights of the verifiers, including the user's own functions."""
     rl, ours, known = tree["rl_config"], minimind_config(tree.get("minimind")), defaults("RLConfig")
     names = [*rl.get("verifier_function", known["verifier_function"]), *(reward.path for reward in ours.rewards)]
     weights = [*rl.get("verifier_weight", known["verifier_weight"]), *(reward.weight for reward in ours.rewards)]
@@ -213,7 +214,7 @@ def _rewards(tree: Mapping[str, Any]) -> tuple[list[str], list[float]]:
 
 
 def run(program: str, argv: Sequence[str]) -> None:
-    """Become MindSpeed-RL's program, or with `--dry-run` say how.
+    """Replace this process by MindSpeed-RL's program, or with `--dry-run` print the command.
 
     Raises:
         UserError: see `prepare`.

@@ -1,1 +1,1 @@
-"""The whole way from data to a served model, by the kit's own commands."""
+"""Run all stages from data to a served model with the kit's own commands."""

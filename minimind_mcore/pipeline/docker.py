@@ -1,4 +1,4 @@
-"""`--docker`: the same stages in the image of this host's device."""
+"""`minimind-mcore run --docker`: run the stages in the Docker image for this host's device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from minimind_mcore.platform import device
 logger = logging.getLogger(__name__)
 
 COMPOSE = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml")]
-OUTPUTS = "/workspace/minimind-mcore/outputs"  # in the images
-OUTSIDE = ("download", "build", "vllm", "web")  # stages that a container is not needed for, or that start their own
+OUTPUTS = "/workspace/minimind-mcore/outputs"  # path inside the images
+OUTSIDE = ("download", "build", "vllm", "web")  # stages that need no container or start one themselves
 
 
 def build(kind: str, dry: bool) -> int:
-    """Build the image of a kind of device, unless it exists. Return the exit status."""
+    """Build the image for a kind of device, unless the image exists. Return the exit status."""
     image = f"minimind-mcore:{kind}"
     command = ["docker", "build", "-f", str(CHECKOUT / f"docker/Dockerfile.{kind}"), "-t", image, str(CHECKOUT)]
     if not dry:
@@ -37,7 +37,7 @@ def build(kind: str, dry: bool) -> int:
 
 
 def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str], dry: bool) -> int:
-    """Run stages in a container, by this command in it. Return the exit status."""
+    """Run `minimind-mcore run` with these stages in a container. Return the exit status."""
     own = {"OUTPUT_DIR": f"{OUTPUTS}/{run.output.name}", **({} if run.sample else {"DATA_DIR": "/data"})}
     inside = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS) if os.environ.get(name)} | own
     named = {"TASK_DATA_PATH": " ".join(_task_data()), "TOKENIZER_PATH": str(run.tokenizer or "")}
@@ -49,7 +49,7 @@ def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str
     }  # fmt: skip
     if kind == "ascend":  # the script chooses the cards and passes settings on
         start = ["bash", str(CHECKOUT / "docker/run_ascend.sh")]
-        # vllm-ascend has kernels for heads of 128.
+        # vllm-ascend only has attention kernels for head_dim 128.
         padded = {"PAD_HEAD_DIM": "128"} if service_of(run, kind) != "serve" else {}
         host |= padded | inside | {"MOUNTS": "\n".join(mounts)}
     else:
@@ -64,10 +64,10 @@ def _task_data() -> list[str]:
 
 
 def mounted(run: Run) -> list[str]:
-    """Return the files and directories that a user names. The container sees each one at its own path, read-only.
+    """Return the files and directories named by the user. Each is mounted read-only at the same path as on the host.
 
     Raises:
-        UserError: one of them does not exist; docker would make a directory of that name.
+        UserError: a path does not exist. Docker would create an empty directory there.
     """
     paths = [("--teacher", run.teacher), ("--reward-model", run.reward_model)]
     paths += [("--model", run.model)] if is_path(run.model) else []
@@ -80,7 +80,7 @@ def mounted(run: Run) -> list[str]:
 
 
 def service_of(run: Run, kind: str) -> str:
-    """Return the service of compose.yaml: vLLM's have the flags of minimind-3; the kit's own serves any model."""
+    """Return the service in compose.yaml. The vLLM services have flags for minimind-3, so other models use `serve`."""
     has_flags = not run.sample and find_model(run.model).qk_layernorm
     return f"serve-vllm-{kind}" if kind != "cpu" and has_flags else "serve"
 
@@ -89,12 +89,17 @@ def kind_of_host(dry: bool) -> str:
     """Return the kind of image for this host's device.
 
     Raises:
-        UserError: docker or the kit's docker files are not here.
+        UserError: Docker or the kit's Docker files are missing.
     """
     if not (CHECKOUT / "docker").is_dir():
-        raise UserError("--docker: the images are built from a checkout of the kit, which this installation is not")
+        raise UserError(
+            "--docker: this installation has no docker directory. Images are built from a checkout of the kit; run the "
+            "command in a checkout"
+        )
     if not dry and shutil.which("docker") is None:
-        raise UserError("--docker: no docker here; leave out --docker to run natively")
+        raise UserError(
+            "--docker: the command docker was not found; install Docker, or leave out --docker to run natively"
+        )
     found = device.current()
     return "ascend" if found.is_ascend else found.kind
 

@@ -1,40 +1,39 @@
-"""minimind-mcore download data|weights|tokenizer|reward-model NAME: get published files through the hubs' own clients.
+"""minimind-mcore download data|weights|tokenizer|reward-model NAME: download published files with the hub's client.
 
     minimind-mcore download data pretrain_t2t_mini
     HF_ENDPOINT=https://hf-mirror.com minimind-mcore download weights minimind-3 --hub hf
     minimind-mcore download --list
 
-A download that was cut continues where it ended. Files with a published digest are compared with it.
+An interrupted download continues where it stopped. Files with a published SHA-256 are verified.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minimind_mcore.cli.settings import env
 from minimind_mcore.errors import UserError
-from minimind_mcore.paths import default_outputs
+from minimind_mcore.inputs.flags import documented_parser
+from minimind_mcore.paths import default_outputs, install_command
 from minimind_mcore.pipeline.tables import KINDS, Entry, find, tables
-from minimind_mcore.storage import disk_errors, free_bytes, sha256
+from minimind_mcore.storage import disk_errors, free_bytes, sha256, writing
 
 logger = logging.getLogger(__name__)
 
-CLIENTS = {"modelscope": "modelscope", "hf": "huggingface_hub"}  # hub: its client's package
-MARGIN = 1.1  # a client keeps a little next to the file
+CLIENTS = {"modelscope": "modelscope", "hf": "huggingface_hub"}  # the Python package of each hub's client
+MARGIN = 1.1  # clients write small extra files next to the download
 
 
 def main(argv: Sequence[str]) -> None:
-    """Download what a command line names."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="minimind-mcore download", description=__doc__, formatter_class=raw)
+    """Run the command line."""
+    parser = documented_parser("minimind-mcore download", __doc__)
     parser.add_argument("kind", nargs="?", choices=KINDS)
-    parser.add_argument("name", nargs="?", help="a name of --list")
+    parser.add_argument("name", nargs="?", help="a name that --list prints")
     parser.add_argument(
-        "--hub", choices=("auto", *CLIENTS), default="auto", help="auto: the first whose client is here"
+        "--hub", choices=("auto", *CLIENTS), default="auto", help="auto: the first hub whose client is installed"
     )
     parser.add_argument("--output", type=Path, help="directory (default: DATA_DIR or dataset; hf/NAME for models)")
     parser.add_argument("--list", action="store_true", help="print all names")
@@ -42,12 +41,12 @@ def main(argv: Sequence[str]) -> None:
     if args.list or not args.kind or not args.name:
         print(listing())
         if not args.list:
-            raise UserError("give a kind and a name of this list")
+            raise UserError("the kind or the name is missing; give both, as in the list above")
         return
     entry = find(args.kind, args.name)
     hub = choose(args.hub)
     folder = args.output or default_folder(args.kind, args.name)
-    require_space(folder, entry, args.name)
+    require_space(folder, {args.name: entry})
     logger.info(f"{args.name} from {repository_of(entry, hub)} on {hub}, licence {entry['licence']}")
     fetch(hub, entry, folder, args.kind == "data")
     verify(folder, entry)
@@ -61,58 +60,65 @@ def listing() -> str:
 
 
 def default_folder(kind: str, name: str) -> Path:
-    """Return where a download goes."""
+    """Return the default output directory of a download."""
     data = Path(env("DATA_DIR", str(default_outputs() / "dataset"))).absolute()
     return {"data": data, "tokenizer": data / "tokenizer"}.get(kind, default_outputs() / "hf" / name)
 
 
 def choose(hub: str) -> str:
-    """Return the hub to use. HF_ENDPOINT asks for Hugging Face.
+    """Return the hub to use. With "auto", HF_ENDPOINT selects Hugging Face.
 
     Raises:
-        UserError: its client is not installed.
+        UserError: the client of the hub is not installed.
     """
     here = [name for name, package in CLIENTS.items() if importlib.util.find_spec(package)]
     if hub == "auto" and here:
         return "hf" if "hf" in here and env("HF_ENDPOINT") else here[0]
     if hub not in here:
         package = CLIENTS.get(hub, "modelscope")
-        raise UserError(f"--hub {hub}: {package} is not installed; run pip install 'minimind-mcore[download]'")
+        raise UserError(f"--hub {hub}: {package} is not installed: {install_command('download')}")
     return hub
 
 
-def require_space(folder: Path, entry: Entry, name: str) -> None:
-    """Refuse a download that the disk has no room for.
+def require_space(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Check that the disk has space for downloads, less what interrupted downloads have already written.
 
     Raises:
-        UserError: see above.
+        UserError: the disk has too little free space.
     """
-    there = sum((folder / file).stat().st_size for file in entry.get("files", []) if (folder / file).is_file())
-    needed, free = entry["gb"] * 1e9 * MARGIN - there, free_bytes(folder)
-    if needed > free:
+    files = [folder / file for entry in entries.values() for file in entry.get("files", [])]
+    # Where the clients of Hugging Face and ModelScope keep files that are not complete.
+    files += [*folder.glob(".cache/huggingface/**/*.incomplete"), *folder.glob("._____temp/**/*")]
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    needed = sum(entry["gb"] for entry in entries.values()) * 1e9 * MARGIN - there
+    if needed > (free := free_bytes(folder)):
         raise UserError(
-            f"{name} needs {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free; free some space"
+            f"{', '.join(entries)}: {needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free; free "
+            "some space, or give another directory"
         )
 
 
 def repository_of(entry: Entry, hub: str) -> str:
-    """Return the name of an entry's repository on a hub."""
+    """Return the repository name of an entry on a hub."""
     return entry["modelscope"] if hub == "modelscope" else entry["hf"]
 
 
 def fetch(hub: str, entry: Entry, folder: Path, is_data: bool) -> None:
-    """Download an entry through a hub's client.
+    """Download an entry with a hub's client.
 
     Raises:
-        UserError: the file or the hub cannot be reached, or the disk is full.
+        UserError: the file does not exist, the hub cannot be reached, or the disk is full.
     """
     download = _modelscope if hub == "modelscope" else _hugging_face
-    folder.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder):
-        try:
+    with writing(folder, "give another directory (--output, DATA_DIR)"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(folder):  # first, as ModelScope's client hides a full disk in an error of the download
             download(repository_of(entry, hub), entry.get("files"), folder, is_data)
-        except Exception as error:
-            raise _explained(error, repository_of(entry, hub), hub) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise _explained(error, repository_of(entry, hub), hub) from error
 
 
 def _hugging_face(repository: str, files: list[str] | None, folder: Path, is_data: bool) -> None:
@@ -121,7 +127,7 @@ def _hugging_face(repository: str, files: list[str] | None, folder: Path, is_dat
     kind = "dataset" if is_data else "model"
     for file in files or HfApi().list_repo_files(repository, repo_type=kind):
         hf_hub_download(repository, file, repo_type=kind, local_dir=folder)
-        # The hub gives the SHA-256 of a large file as its ETag. The client compares sizes alone.
+        # huggingface_hub only compares file sizes. For large files the hub's ETag is the SHA-256.
         etag = get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind)).etag or ""
         if len(etag) == 64:
             require_digest(folder / file, etag)
@@ -130,20 +136,20 @@ def _hugging_face(repository: str, files: list[str] | None, folder: Path, is_dat
 def _modelscope(repository: str, files: list[str] | None, folder: Path, is_data: bool) -> None:
     from modelscope.hub.snapshot_download import dataset_snapshot_download, snapshot_download
 
-    # The client compares each file with the SHA-256 of the hub's list.
+    # modelscope verifies the SHA-256 of each file itself.
     get = dataset_snapshot_download if is_data else snapshot_download
     get(repository, local_dir=str(folder), allow_patterns=files)
     if missing := [file for file in files or () if not (folder / file).is_file()]:
         raise UserError(
-            f"{repository}: modelscope has no {', '.join(missing)}; minimind-mcore download --list has the names"
+            f"{repository}: ModelScope has no {', '.join(missing)}; minimind-mcore download --list prints the names"
         )
 
 
 def verify(folder: Path, entry: Entry) -> None:
-    """Compare files with the digests of the table.
+    """Compare files with the digests in the table.
 
     Raises:
-        UserError: a file differs. It is removed, so that the same command downloads it again.
+        UserError: a file differs. The file is removed, so that the same command downloads it again.
     """
     for file, expected in entry.get("sha256", {}).items():
         require_digest(folder / file, expected)
@@ -153,22 +159,20 @@ def require_digest(file: Path, expected: str) -> None:
     """Compare a file with its published SHA-256.
 
     Raises:
-        UserError: it differs. The file is removed, so that the same command downloads it again.
+        UserError: the digest differs. The file is removed, so that the same command downloads it again.
     """
     if (found := sha256(file)) != expected:
         file.unlink()
         raise UserError(
-            f"{file}: its SHA-256 is {found}, published is {expected}; it was removed: run the same command again"
+            f"{file}: found SHA-256 {found}, expected {expected}. The file was removed; run the same command again"
         )
 
 
-def _explained(error: Exception, what: str, hub: str) -> Exception:
-    """Return the error of a client as one that a user understands; errors of the disk as they are."""
-    if isinstance(error, UserError) or getattr(error, "errno", None):
-        return error
+def _explained(error: Exception, what: str, hub: str) -> UserError:
+    """Turn a client's error into a `UserError`."""
     endpoint = env("HF_ENDPOINT", "huggingface.co") if hub == "hf" else env("MODELSCOPE_ENDPOINT", "www.modelscope.cn")
     text = " ".join(str(error).split())[:300]
-    advice = "what was received is kept; run the same command again, or try --hub or a mirror in HF_ENDPOINT"
+    advice = "the received part is kept: run the same command again, or try another --hub or a mirror in HF_ENDPOINT"
     if "404" in text:
-        advice = "minimind-mcore download --list has the names"
-    return UserError(f"{what}: {hub} ({endpoint}) did not give it: {type(error).__name__}: {text}; {advice}")
+        advice = "minimind-mcore download --list prints the names"
+    return UserError(f"{what}: the download from {hub} ({endpoint}) failed: {type(error).__name__}: {text}; {advice}")

@@ -1,7 +1,7 @@
-"""What a stage does, and the record by which a finished stage is recognized.
+"""The jobs of a stage, and the record that marks a job as finished.
 
-A record holds digests of what the stage has read, of its settings and of what it has written. A stage whose record
-agrees with all of them is finished. Times of files are not looked at.
+A record holds the digests of a job's inputs and outputs, its settings and its commands. A job whose record matches all
+of them is skipped. File times are not used.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from minimind_mcore.checkpoint.files import iteration_directory
 from minimind_mcore.errors import UserError
 from minimind_mcore.storage import atomic_write_text, check_manifest, sha256
 
-# Settings of the environment that change what a training computes.
-SETTINGS = (
+# Environment variables that change the result of a training, and those that change the result of an evaluation.
+TRAINING = tuple(
     "RECIPE ROUTER_WEIGHT TP PP VPP EP CP MBS GBS SEQ_LENGTH EPOCHS TRAIN_ITERS LR PRECISION SPLIT SEED PACK "
-    "CKPT_FORMAT HANDLER_NAME PROMPT_TYPE MAP_KEYS JSON_KEYS DEVICE BACKEND NPUS_PER_NODE NNODES TASK TASK_DATA_PATH "
-    "NUM_FEWSHOT MAX_NEW_TOKENS"
-).split()
+    "CKPT_FORMAT HANDLER_NAME PROMPT_TYPE MAP_KEYS JSON_KEYS DEVICE BACKEND NPUS_PER_NODE NNODES".split()
+)
+EVALUATION = tuple(
+    "PRECISION SEED PROMPT_TYPE DEVICE BACKEND TASK TASK_DATA_PATH NUM_FEWSHOT MAX_NEW_TOKENS HARNESS".split()
+)
+SETTINGS = tuple(dict.fromkeys((*TRAINING, *EVALUATION)))
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the kit: the words after `minimind-mcore`, and settings."""
+    """A command of the kit: the words after `minimind-mcore`, and environment variables."""
 
     words: tuple[str, ...]
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -37,16 +40,17 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One piece of work of a stage.
+    """One unit of work of a stage.
 
     Attributes:
-        name: of the record: the name of the stage, or "eval-" and the name of the stage that is evaluated.
-        commands: run in this order.
-        inputs: files whose content decides, by what they are for.
-        begins: jobs whose weights decide.
-        folder: what the job writes, apart from the record. A folder of other inputs is set aside.
-        outputs: files that exist afterwards.
-        trains: the folder has checkpoints, whose weights get a digest.
+        name: name of the record: the stage, or "eval-" and the evaluated stage.
+        commands: commands, run in this order.
+        inputs: input files by purpose. If their content changes, the job runs again.
+        begins: jobs that train the initial weights. If the weights change, the job runs again.
+        folder: output directory of the job. A directory written with other inputs is renamed and kept.
+        outputs: files that exist after the job.
+        trains: the folder gets checkpoints. The digest of their weights is recorded.
+        settings: environment variables. If the value of one of them changes, the job runs again.
     """
 
     name: str
@@ -56,10 +60,11 @@ class Job:
     folder: Path | None = None
     outputs: tuple[Path, ...] = ()
     trains: bool = False
+    settings: tuple[str, ...] = ()
 
 
 class Record(TypedDict, total=False):
-    """What is known of a job. `inputs`, `settings` and `outputs` hold digests or values by name."""
+    """The recorded facts of a job. `inputs` and `outputs` hold digests by name, `settings` holds values by name."""
 
     job: str
     version: str
@@ -75,7 +80,7 @@ class Record(TypedDict, total=False):
 
 @functools.cache
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of a directory's files and their names.
+    """Return the SHA-256 of a file, or of the names and contents of a directory's files.
 
     Raises:
         UserError: the path does not exist.
@@ -83,16 +88,16 @@ def digest(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; expected an input of this stage")
+        raise UserError(f"{path} does not exist, but is an input of this stage")
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def weights_digest(checkpoints: Path) -> str:
-    """Return the digest of the newest checkpoint's weights: equal for equal tensors in any layout.
+    """Return the digest of the newest checkpoint's weights. Equal tensors have equal digests in any parallel layout.
 
-    A checkpoint of adapters holds no whole model. Its digest is that of its files.
+    A checkpoint of LoRA adapters does not hold a whole model, so its files are digested instead.
     """
     from minimind_mcore.converters import conversion, convert
 
@@ -101,32 +106,34 @@ def weights_digest(checkpoints: Path) -> str:
     except UserError:
         folder = iteration_directory(checkpoints)
         return digest(folder or checkpoints)
-    return convert.combined({name: convert.look_at(name, lazy, lazy.read()) for name, lazy in source.tensors.items()})
+    return convert.combined(
+        {name: convert.checked_digest(name, lazy, lazy.read()) for name, lazy in source.tensors.items()}
+    )
 
 
 def unfinished(job: Job, name: str) -> UserError:
-    """Return the error of a job that begins with the weights of a job that has not finished."""
+    """Return the error for a job whose initial weights come from an unfinished job."""
     return UserError(f"{job.name} begins with the weights of {name}, which has not finished: run {name} first")
 
 
 class Records:
-    """The records of a run, one file of JSON for each job.
+    """The records of a run, one JSON file per job.
 
     Args:
-        folder: of the files.
-        places: directories that occur in commands, by the names under which they are recorded. A run that is moved
-            stays the same run.
+        folder: directory of the JSON files.
+        placeholders: directories by the name that replaces them in a record. A run that is moved to another directory
+            then still matches its records.
     """
 
-    def __init__(self, folder: Path, places: Mapping[str, Path]) -> None:
-        self.folder, self.places = folder, places
+    def __init__(self, folder: Path, placeholders: Mapping[str, Path]) -> None:
+        self.folder, self.placeholders = folder, placeholders
 
     def file(self, name: str) -> Path:
         """Return the file of a job's record."""
         return self.folder / f"{name}.json"
 
     def read(self, name: str) -> Record:
-        """Return a job's record; an empty one if there is none, or if it is damaged."""
+        """Return a job's record, or an empty one if the file is missing or damaged."""
         try:
             found: Record = json.loads(self.file(name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -138,14 +145,14 @@ class Records:
         atomic_write_text(self.file(name), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def finished(self, name: str) -> bool:
-        """Whether a job of that name has finished, with whatever inputs."""
+        """Return whether the job has finished, with any inputs."""
         return self.read(name).get("finished", False)
 
     def expected(self, job: Job) -> Record:
         """Return the part of a job's record that is known before the job runs.
 
         Raises:
-            UserError: an input does not exist, or a job whose weights it needs has not finished.
+            UserError: an input does not exist, or the job that trains the initial weights has not finished.
         """
         inputs = {name: digest(path) for name, path in job.inputs.items()}
         for name in job.begins:
@@ -153,7 +160,7 @@ class Records:
             if not before.get("finished") or "weights" not in before:
                 raise unfinished(job, name)
             inputs[f"weights of {name}"] = before["weights"]
-        settings = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+        settings = {name: os.environ[name] for name in job.settings if os.environ.get(name)}
         commands = []
         for command in job.commands:
             words = [*(f"{name}={value}" for name, value in command.settings.items() if value), *command.words]
@@ -161,17 +168,21 @@ class Records:
         return {"job": job.name, "inputs": inputs, "settings": settings, "commands": commands}
 
     def _relative(self, text: str) -> str:
-        for name, place in self.places.items():
-            text = text.replace(str(place), name)
+        for name, directory in self.placeholders.items():
+            text = text.replace(str(directory), name)
         return text
 
     def agrees(self, job: Job, expected: Record) -> bool:
-        """Whether the record of a job, finished or not, is of these inputs and settings."""
+        """Return whether the record of a job, finished or not, has these inputs and settings."""
         found = self.read(job.name)
-        return bool(found) and all(found.get(key) == value for key, value in expected.items())
+        # Older records hold the variables of every kind of job.
+        settings = {name: value for name, value in found.get("settings", {}).items() if name in job.settings}
+        return bool(found) and all(
+            ({**found, "settings": settings}).get(key) == value for key, value in expected.items()
+        )
 
     def is_done(self, job: Job, expected: Record) -> bool:
-        """Whether a job has finished with these inputs and settings, and what it wrote is intact."""
+        """Return whether a job has finished with these inputs and settings, and its outputs are undamaged."""
         found = self.read(job.name)
         if not (self.agrees(job, expected) and found.get("finished")):
             return False
@@ -184,7 +195,7 @@ class Records:
         return intact
 
     def finish(self, job: Job, record: Record) -> Record:
-        """Record that a job has finished, with the digests of what it has written."""
+        """Record that a job has finished, with the digests of its outputs."""
         digest.cache_clear()
         record["outputs"] = {self._relative(str(path)): digest(path) for path in job.outputs}
         if job.trains and job.folder:

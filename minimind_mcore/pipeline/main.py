@@ -1,13 +1,13 @@
-"""minimind-mcore run STAGE|PRESET...: the stages from data to a served model, each by the kit's own command.
+"""minimind-mcore run STAGE|PRESET...: run the stages from data to a served model.
 
-    minimind-mcore run --sample all serve           # everything with sample data, on a CPU, in minutes
-    minimind-mcore run --dry-run zero               # check every stage and start nothing
+    minimind-mcore run --sample all serve           # all stages with sample data: minutes on a CPU
+    minimind-mcore run --dry-run zero               # check every stage without running it
     minimind-mcore run zero                         # MiniMind-3 from downloads to scores
     minimind-mcore run --model minimind2 --data reason=FILE --from dpo all
 
-A finished stage is skipped if its inputs, settings and outputs are the same, which digests decide. An interrupted stage
-continues from its checkpoint: give the same command again. The first failure ends the run. The settings of
-`minimind-mcore pretrain --help` (EPOCHS, MBS, TP, ...) apply to every training of the run.
+A finished stage is skipped if the digests of its inputs, settings and outputs are unchanged. Repeat the same command
+to continue an interrupted stage from its checkpoint. The first failure ends the run. The settings that
+`minimind-mcore pretrain --help` lists (EPOCHS, MBS, TP, ...) apply to every training of the run.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import contextlib
 import logging
 import os
 import shlex
-import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import minimind_mcore
-from minimind_mcore.cli import place, quickstart
+from minimind_mcore.cli import launcher, quickstart
 from minimind_mcore.cli.settings import CLI, env, wait_for
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.presets import is_path
-from minimind_mcore.paths import default_outputs
+from minimind_mcore.inputs.flags import documented_parser
+from minimind_mcore.models.presets import find_model, is_path
+from minimind_mcore.paths import CHECKOUT, default_outputs
 from minimind_mcore.pipeline import docker, download, report, sample, serving
 from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, unfinished
 from minimind_mcore.pipeline.stages import (
@@ -44,20 +45,32 @@ from minimind_mcore.pipeline.stages import (
 )
 from minimind_mcore.pipeline.tables import find
 from minimind_mcore.preprocess.check import datasets_at
-from minimind_mcore.storage import set_aside
+from minimind_mcore.storage import require_writable, set_aside
 
 logger = logging.getLogger(__name__)
 
-DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}  # commands whose dry run checks everything
+# Commands with a dry run that accepts --data-pending and --weights-pending.
+DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}
+
+# Environment variables of a command that repeats a stage, besides those that records hold.
+PATHS = ("OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH")
+MORE = (*PATHS, "LEAST", "FORMAT", "PAD_HEAD_DIM", "ENGINE", "HF_ENDPOINT", "MODELSCOPE_ENDPOINT")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the stages of a command line. Return the exit status."""
     args = parse(argv)
+    if env("PRECISION"):
+        os.environ["PRECISION"] = launcher.precision("")  # records hold the precision used, not "auto"
     run = make_run(args)
+    find_model(run.model)  # report a wrong name before a download
+    least()
+    require_writable(run.output, "give another directory with OUTPUT_DIR")
     logger.info(f"stages: {' '.join(run.stages)}")
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
+    if not kind and not args.dry_run and (stage := first_impossible(run)):
+        return failed(run, args, stage, 1)
     if kind and (status := before_container(run, kind, args)):
         return failed(run, args, "", status)
     if kind:
@@ -75,15 +88,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def failed(run: Run, args: argparse.Namespace, stage: str, status: int) -> int:
-    """Print that a stage, or the container (stage ""), failed, and the command that repeats it. Return the status."""
-    what, repeat = f"the stage {stage}" if stage else "the run", shlex.join(repeat_command(run, args, stage))
-    logger.error(f"{what} failed with exit status {status}. To repeat it:\n  {repeat}")
+    """Log that a stage, or the container (stage ""), failed, and the command that repeats it. Return the status."""
+    what = f"the stage {stage}" if stage else "the run"
+    logger.error(f"{what} failed with exit status {status}. To repeat it:\n  {repeat_command(run, args, stage)}")
     return status
+
+
+def first_impossible(run: Run) -> str:
+    """Return the first stage that must fail, or "". Log why, so that it does not show after hours of earlier stages."""
+    for stage in run.stages:
+        try:
+            for job in STAGES[stage](run):
+                require_inputs(run, stage, job)
+            if stage == "vllm":
+                serving.require_model(run)
+        except UserError as error:
+            logger.error(error)
+            return stage
+    return ""
 
 
 def before_container(run: Run, kind: str, args: argparse.Namespace) -> int:
     """Download on the host, build the image, and run the stages in a container. Return the exit status."""
-    docker.mounted(run)  # a missing file shows before the image is built
+    docker.mounted(run)  # report a missing file before the image is built
     inside = [name for name in run.stages if name not in docker.OUTSIDE]
     if "download" in run.stages and not run.sample and (status := run_stage(run, "download", args)):
         return status
@@ -93,33 +120,38 @@ def before_container(run: Run, kind: str, args: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; see `main`."""
-    raw = argparse.RawDescriptionHelpFormatter
+    """Parse the command line."""
     presets = "\n".join(f"  {name:<6}{stages}" for name, stages in PRESETS.items())
     epilog = f"stages: {' '.join(STAGES)}\npresets:\n{presets}"
-    parser = argparse.ArgumentParser(prog="minimind-mcore run", description=__doc__, epilog=epilog, formatter_class=raw)
-    parser.add_argument("stages", nargs="*", metavar="STAGE|PRESET", help="run in this order, each stage once")
+    parser = documented_parser("minimind-mcore run", __doc__, epilog=epilog)
+    parser.add_argument("stages", nargs="*", metavar="STAGE|PRESET", help="stages to run, in this order")
     parser.add_argument("--model", help="a preset or a config.json (default: MODEL, else minimind3)")
-    parser.add_argument("--recipe", choices=("minimind2", "minimind3", "tiny"), help="generation of the recipes")
-    parser.add_argument("--sample", action="store_true", help="sample data and a tiny model, for minutes of a CPU")
-    parser.add_argument("--from", dest="first", metavar="STAGE", help="leave out the stages before this one")
-    parser.add_argument("--until", metavar="STAGE", help="leave out the stages after this one")
-    parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
+    parser.add_argument("--recipe", choices=("minimind2", "minimind3", "tiny"), help="model generation of the recipes")
+    parser.add_argument("--sample", action="store_true", help="use sample data and a tiny model: minutes on a CPU")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="skip the stages before this one")
+    parser.add_argument("--until", metavar="STAGE", help="skip the stages after this one")
+    parser.add_argument("--only", metavar="STAGE", help="run only this stage")
     parser.add_argument(
         "--data", action="append", default=[], metavar="KIND=FILE", help=f"data file; KIND: {', '.join(DATA)}"
     )
-    parser.add_argument("--weight", default="full_sft", metavar="STAGE", help="convert and serve this stage's weights")
-    parser.add_argument("--teacher", default="", help="distillation: checkpoints or a Hugging Face directory")
-    parser.add_argument("--reward-model", default="", help="ppo, grpo, spo: directory of the reward model")
-    parser.add_argument("--port", type=int, default=int(env("PORT", "8998")), help="of the server (default: 8998)")
-    parser.add_argument("--docker", action="store_true", help="run in the image of this host's device")
-    parser.add_argument("--dry-run", action="store_true", help="check every stage and run nothing")
-    parser.add_argument("--resume", action="store_true", help="accepted; a run always continues")
-    return parser.parse_args(argv)
+    parser.add_argument("--weight", default="full_sft", metavar="STAGE", help="stage whose weights are served")
+    parser.add_argument("--teacher", default="", help="teacher for distillation, a model in any format")
+    parser.add_argument("--reward-model", default="", help="directory of the reward model for ppo, grpo and spo")
+    parser.add_argument("--port", type=_port, default=env("PORT", "8998"), help="port of the server (default: 8998)")
+    parser.add_argument("--docker", action="store_true", help="run in the Docker image for this host's device")
+    parser.add_argument("--dry-run", action="store_true", help="check every stage without running it")
+    parser.add_argument("--resume", action="store_true", help="accepted but not needed: a run always resumes")
+    return parser.parse_intermixed_args(argv)  # options may stand between stages
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"found {text!r} (--port, or PORT), expected a number from 1 to 65535")
+    return int(text)
 
 
 def make_run(args: argparse.Namespace) -> Run:
-    """Return what a command line asks for.
+    """Build the run that the command line describes.
 
     Raises:
         UserError: a stage, a kind of data or a model does not exist.
@@ -127,6 +159,10 @@ def make_run(args: argparse.Namespace) -> Run:
     root = default_outputs()
     if args.sample:
         os.environ["DEVICE"] = env("DEVICE", "cpu")
+        own = args.model in (None, quickstart.MODEL)
+        ignored = {"--model": not own, "--data": args.data, "--reward-model": args.reward_model}
+        if wrong := [flag for flag, value in ignored.items() if value]:
+            raise UserError(f"--sample has its own model and data: leave out {', '.join(wrong)}, or --sample")
     model = quickstart.MODEL if args.sample else args.model or env("MODEL", "minimind3")
     model = _absolute(model) if is_path(model) else model
     file = Path(model)
@@ -137,16 +173,17 @@ def make_run(args: argparse.Namespace) -> Run:
     data = Path(env("DATA_DIR", str(root / ("data/quickstart" if args.sample else "dataset")))).absolute()
     files = dict(_pair(word) for word in args.data)
     if args.weight not in (*TRAININGS, *RL):
-        raise UserError(f"--weight {args.weight}: expected a stage that trains: {', '.join((*TRAININGS, *RL))}")
+        raise UserError(f"--weight {args.weight}: expected a training stage: {', '.join((*TRAININGS, *RL))}")
     tokenizer = Path(given).absolute() if (given := env("TOKENIZER_PATH")) and not args.sample else None
     records = Records(output / "records", {"$OUTPUT": output, "$DATA": data, "$KIT": root})
     run = Run(
         model=model, recipe=args.recipe or "", output=output, data=data, tokenizer=tokenizer, sample=args.sample,
         weight=args.weight, teacher=_absolute(args.teacher), reward_model=_absolute(args.reward_model), port=args.port,
-        stages=tuple(chosen(args)), records=records, files=files,
+        stages=tuple(chosen(args)), records=records, files=files, tasks=tuple(env("TASK").split()),
+        task_data=tuple(env("TASK_DATA_PATH").split()),
     )  # fmt: skip
     if "reason" in {*run.stages} - {*args.stages, args.only} and has_no_reasoning(run):
-        logger.info("without reason: minimind-3 has no stage of reasoning; its data for full_sft has the thoughts")
+        logger.info("skipping reason: minimind-3 learns reasoning from the full_sft data and has no reason stage")
         run = replace(run, stages=tuple(name for name in run.stages if name != "reason"))
     return run
 
@@ -156,22 +193,22 @@ def _absolute(path: str) -> str:
 
 
 def _pair(word: str) -> tuple[str, Path]:
-    kind, equals, file = word.partition("=")
-    if kind not in DATA or not equals:
+    kind, _, file = word.partition("=")
+    if kind not in DATA or not file:
         raise UserError(f"--data {word}: expected KIND=FILE, with KIND one of {', '.join(DATA)}")
     return kind, Path(file).absolute()
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """Return the stages of a run: the expanded words, cut by --from, --until and --only.
+    """Return the stages of a run: presets expanded, then limited by --from, --until and --only.
 
     Raises:
-        UserError: a stage does not exist, or is not among the words.
+        UserError: a stage does not exist, or was not requested.
     """
     stages = expand([*args.stages, *([args.only] if args.only and not args.stages else [])])
     for flag, name in {"--from": args.first, "--until": args.until, "--only": args.only}.items():
         if name and name not in stages:
-            raise UserError(f"{flag} {name}: this stage is not among {' '.join(stages)}")
+            raise UserError(f"{flag} {name}: this stage is not among the stages of the run: {' '.join(stages)}")
     if args.first:
         stages = stages[stages.index(args.first) :]
     if args.until:
@@ -194,15 +231,19 @@ def _named(stage: str) -> Iterator[None]:
 
 
 def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
-    """Run a stage, or what of it is not finished. Return its exit status; an error is printed."""
+    """Run the unfinished jobs of a stage. Return the exit status. A `UserError` is logged."""
     try:
         if stage == "build":
-            logger.info("skipped: native runs need no image; --docker builds it")
+            logger.info("skipped: only --docker needs an image")
         elif stage == "vllm":
             serving.serve(run, docker.kind_of_host(args.dry_run) if args.docker else "", args.dry_run)
         elif stage == "web" and not (args.dry_run and "vllm" in run.stages):
             serving.page(run)
         for job in STAGES[stage](run):
+            if stage == "download" and not run.sample:
+                require_writable(run.data, "give another directory with DATA_DIR")
+                named = [command.words[1:] for command in job.commands]
+                download.require_space(run.data, {name: find(what, name) for what, name in named})
             if status := dry_run(run, stage, job) if args.dry_run else run_job(run, job):
                 return status
     except UserError as error:
@@ -212,16 +253,16 @@ def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
 
 
 def run_job(run: Run, job: Job) -> int:
-    """Run a job, unless it is finished. Return the exit status of the command that failed, or 0."""
+    """Run a job unless it is finished. Return the exit status of the command that failed, or 0."""
     record = run.records.expected(job)
     if run.records.is_done(job, record):
         logger.info(f"finished before: {job.folder or job.name}")
         return 0
     if job.folder and not run.records.agrees(job, record) and (old := set_aside(job.folder)):
-        logger.info(f"{job.folder} is of other inputs or settings; it is kept as {old.name}")
+        logger.info(f"{job.folder} was made with other inputs or settings; it is kept as {old.name}")
     before = run.records.read(job.name) if run.records.agrees(job, record) else {}
-    record |= {"version": minimind_mcore.__version__}  # of interest, but another one repeats nothing
-    record |= {"seconds": before.get("seconds", 0.0), "processes": place.processes(), "finished": False}
+    record |= {"version": minimind_mcore.__version__}  # for information: a new version does not repeat a job
+    record |= {"seconds": before.get("seconds", 0.0), "processes": launcher.processes(), "finished": False}
     run.records.write(job.name, record)
     began = time.monotonic()
     status = 0
@@ -237,27 +278,29 @@ def run_job(run: Run, job: Job) -> int:
 
 
 def require_inputs(run: Run, stage: str, job: Job) -> None:
-    """Check for a dry run that what a job reads is there, or is made by an earlier stage of the run.
+    """Check that the inputs of a job exist, or that an earlier stage of the run makes them.
 
     Raises:
         UserError: weights or a file will be missing.
     """
     earlier = run.before(stage)
     for name in job.begins:
-        if name not in earlier and not (run.records.finished(name) and _has_files(run.checkpoints(name))):
+        # A finished job does not read the weights again, so they may have been deleted since.
+        there = _has_files(run.checkpoints(name)) or run.records.finished(job.name)
+        if name not in earlier and not (run.records.finished(name) and there):
             raise unfinished(job, name)
     made = {path for name in earlier for before in STAGES[name](run) for path in before.outputs}
     for path in job.inputs.values():
         if not path.exists() and path not in made:
             raise UserError(
-                f"{job.name} reads {path}, which does not exist and which no earlier stage of this run makes; add the "
+                f"{job.name} reads {path}, which does not exist and which no earlier stage of this run makes. Add the "
                 "stage download or tokenizer, or give another path (--data, --teacher, --reward-model, TOKENIZER_PATH, "
                 "TASK_DATA_PATH)"
             )
 
 
 def dry_run(run: Run, stage: str, job: Job) -> int:
-    """Print the commands of a job, and run the dry run of those that have one. Return an exit status."""
+    """Print the commands of a job, and run each command that supports --dry-run. Return the exit status."""
     require_inputs(run, stage, job)
     for command in job.commands:
         settings = [f"{name}={shlex.quote(value)}" for name, value in command.settings.items() if value]
@@ -272,9 +315,6 @@ def dry_run(run: Run, stage: str, job: Job) -> int:
             )
         elif kind == "evaluate" and not _pending(command):
             status = wait_for([*CLI, *command.words, "--dry-run"], command.settings)
-        elif kind == "download":
-            _, what, name = command.words
-            download.require_space(run.data, find(what, name), name)
         if status:
             return status
     return 0
@@ -285,7 +325,7 @@ def _has_files(folder: str) -> bool:
 
 
 def _pending(command: Command) -> list[str]:
-    """Return the flags of a dry run that say which inputs earlier stages have yet to make."""
+    """Return the dry-run flags for inputs that an earlier stage has not made yet."""
     data, tokenizer = (command.settings.get(name, "") for name in ("DATA_PATH", "TOKENIZER_PATH"))
     there = (Path(data).exists() or datasets_at(data)) and Path(tokenizer, "tokenizer.json").exists()
     begins = [command.settings.get(name) for name in ("CKPT_LOAD_DIR", "LOAD_DIR", "LORA_DIR")]
@@ -293,20 +333,26 @@ def _pending(command: Command) -> list[str]:
     return [*([] if there else ["--data-pending"]), *([] if weights else ["--weights-pending"])]
 
 
-def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> list[str]:
-    """Return the command that repeats a stage, with the settings of the environment that it needs.
+def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
+    """Return the command that repeats a stage, with the environment variables that it needs.
 
-    A download needs to know all stages of the run, and the stages of a container (stage "") run together.
+    `download` needs all stages of the run to know which data to get. In a container (stage "") all stages run together.
     """
-    names = (*SETTINGS, *sample.SETTINGS, "OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "LEAST")
-    words = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    words += [*(["minimind-mcore"] if shutil.which("minimind-mcore") else CLI), "run"]
-    words += run.stages if stage in ("", "download") else ("--only", stage)
-    return [*words, *(["--docker"] if args.docker else []), *options_of(run)]
+    values = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS, *MORE) if os.environ.get(name)}
+    values |= {name: os.path.abspath(values[name]) for name in PATHS if name in values}
+    script = CHECKOUT / "examples/run_all.sh"
+    if script.is_file():  # works in any directory, and with this checkout
+        values["PYTHON"], program = sys.executable, ["bash", str(script)]
+    else:
+        program = [*CLI, "run"]
+    words = [*program, *(run.stages if stage in ("", "download") else ("--only", stage))]
+    words += [*(["--docker"] if args.docker else []), *options_of(run)]
+    # Only the value is quoted: a shell takes a quoted NAME=value for the name of a program.
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in values.items()), shlex.join(words)])
 
 
 def options_of(run: Run) -> list[str]:
-    """Return the options of a run that say what it is about, and not which stages it has. Paths are absolute."""
+    """Return the options of a run except those that select stages. Paths are absolute."""
     words = ["--sample"] if run.sample else []
     for name in ("model", "recipe", "weight", "teacher", "reward_model", "port"):
         if value := getattr(run, name):
@@ -315,9 +361,25 @@ def options_of(run: Run) -> list[str]:
 
 
 def judge(run: Run) -> int:
-    """Print how many unseen sums the sample run's model answers correctly. Return 1 if fewer than LEAST are right."""
+    """Print the accuracy on unseen sums in a sample run. Return 1 if the accuracy is below LEAST."""
     if not run.sample or "eval" not in run.stages or not run.records.finished("eval-full_sft"):
         return 0
-    least, found = float(env("LEAST", "0")), addition_accuracy(run, "full_sft")
-    print(f"unseen sums {found:.1%} right, expected {least:.0%} or more")
-    return int(found < least)
+    expected, found = least(), addition_accuracy(run, "full_sft")
+    print(f"unseen sums {found:.1%} right, expected {expected:.0%} or more")
+    return int(found < expected)
+
+
+def least() -> float:
+    """Return LEAST, the share of unseen sums that the model of the sample run must answer correctly.
+
+    Raises:
+        UserError: LEAST is not a number from 0 to 1.
+    """
+    text = env("LEAST", "0")
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise UserError(f"LEAST={text}: expected a number from 0 to 1")
+    return found

@@ -1,4 +1,4 @@
-"""The report of a run: report.html, which needs no network, and report.md."""
+"""Write the report of a run: report.md, and report.html, which loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from minimind_mcore.training.report import plot, save_png, svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PROMPTS = 5
+PROMPTS = 5  # prompts whose replies are shown
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
-LOSSES = ("lm_loss", "grpo/score/mean")  # the curve of a stage: its loss, or the mean reward
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
+LOSSES = ("lm_loss", "grpo/score/mean")  # metrics to plot; the first one that a stage logs is used
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, column names, rows
 
 
 def write(run: Run) -> None:
-    """Write the report of everything that has finished in a run's directory."""
+    """Write a report of all finished jobs in the output directory of a run."""
     records = {name: found for name in _names(run) if (found := run.records.read(name)).get("finished")}
     trained = [name for name in (*TRAININGS, *RL) if name in records]
     histories = {name: read_history(run.folder(name) / "metrics.jsonl") for name in trained}
     tables = [
         _stages(records, histories), _scores(run, trained), _replies(run, trained), _versions(run),
         ("Commands", ("job", "command"), [(n, text) for n, r in records.items() for text in r.get("commands", [])]),
+        ("Settings", ("job", "setting", "value"),
+         [(n, *pair) for n, record in records.items() for pair in record.get("settings", {}).items()]),
         ("Inputs", ("job", "input", "SHA-256, or digest of the weights"),
          [(n, *pair) for n, record in records.items() for pair in record.get("inputs", {}).items()]),
     ]  # fmt: skip
@@ -70,7 +72,7 @@ def _stages(records: Mapping[str, Record], histories: Mapping[str, list[Row]]) -
 
 
 def _tokens(history: Sequence[Row]) -> float:
-    """Return the tokens that a training has read; of samples of unequal lengths an estimate from the speed."""
+    """Return the number of tokens read by a training. Without a logged count, estimate it from tokens per second."""
     if history and "consumed_tokens" in history[-1]:
         return history[-1]["consumed_tokens"]
     total, before = 0.0, 0.0
@@ -92,7 +94,7 @@ def _last(history: Sequence[Row]) -> str:
 
 
 def _figure(histories: Mapping[str, list[Row]]) -> Figure:
-    """The curves of all stages, side by side."""
+    """Plot the curves of all stages side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * max(2, len(histories)), 3.2))
@@ -118,7 +120,7 @@ def _scores(run: Run, trained: Sequence[str]) -> Table:
             rows.append((name, f"perplexity: {Path(text).name}", f"{shown:.3f}"))
         for text, value in scores.get("quality", {}).items():
             rows.append((name, f"replies that end: {Path(text).name}", f"{value['ended']:.1%}"))
-    order = {task: None for _, task, _ in rows}  # a score of all stages stands together: before and after
+    order = {task: None for _, task, _ in rows}  # group rows by task, so that stages can be compared
     return "Scores", ("model after", "score", "value"), sorted(rows, key=lambda row: list(order).index(row[1]))
 
 

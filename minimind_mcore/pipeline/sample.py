@@ -1,10 +1,10 @@
-"""The sample run: data that the kit makes, and settings with which a tiny model learns it in minutes of a CPU."""
+"""The sample run: generated data, and settings with which a tiny model learns the data in minutes on a CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from minimind_mcore.cli import place, quickstart
+from minimind_mcore.cli import launcher, quickstart
 from minimind_mcore.cli.settings import count
 from minimind_mcore.pipeline.job import Command, Job
 
@@ -15,11 +15,11 @@ FILES = {
 ITERATIONS = {
     "pretrain": 2000, "full_sft": 1000, "lora": 200, "dpo": 60, "reason": 300, "toolcall": 1000, "distillation": 300,
 }  # fmt: skip
-SETTINGS = ("QUICKSTART_PRETRAIN_ITERS", "QUICKSTART_SFT_ITERS")  # in place of TRAIN_ITERS
+SETTINGS = ("QUICKSTART_PRETRAIN_ITERS", "QUICKSTART_SFT_ITERS")  # override TRAIN_ITERS for one stage
 
 
 def data_job(folder: Path) -> Job:
-    """Make text, dialogues, preferences, thoughts, questions and a tokenizer."""
+    """Return the job that makes all sample data, the test questions and a tokenizer."""
     corpus = ("corpus", "--seed", "42", "--output")
     text, tokenizer = folder / "sample.jsonl", folder / "tokenizer"
     made = {
@@ -31,7 +31,7 @@ def data_job(folder: Path) -> Job:
     }
     commands = [Command((*corpus, str(text)))]
     commands += [Command((*corpus, str(folder / name), *words)) for name, words in made.items()]
-    # One token per digit: the sum of two numbers then follows from few rules.
+    # One token per digit lets a tiny model learn digit-wise addition.
     commands.append(Command(("tokenizer", "--input", str(text), "--output", str(tokenizer), "--split-digits")))
     names = ("questions.jsonl", "tokenizer/tokenizer.json")
     outputs = tuple(folder / name for name in (*made, *names))
@@ -39,7 +39,7 @@ def data_job(folder: Path) -> Job:
 
 
 def iterations_of(stage: str) -> int:
-    """Return the iterations of a training: TRAIN_ITERS, a setting of the quickstart, or the default."""
+    """Return the iterations of a training: a QUICKSTART_* setting, else TRAIN_ITERS, else the default."""
     iterations = count("TRAIN_ITERS", ITERATIONS[stage])
     if stage == "pretrain":
         return count("QUICKSTART_PRETRAIN_ITERS", iterations)
@@ -47,9 +47,9 @@ def iterations_of(stage: str) -> int:
 
 
 def training(data: Path, stage: str) -> tuple[tuple[Command, ...], dict[str, str], list[str]]:
-    """Return the commands before a training of the sample run, the training's settings, and its flags."""
+    """Return the commands that run before a training of the sample run, its settings, and its flags."""
     iterations = iterations_of(stage)
-    settings = {**quickstart.sizes(place.processes()), "TRAIN_ITERS": str(iterations), "SAVE_INTERVAL": "250"}
+    settings = {**quickstart.sizes(launcher.processes()), "TRAIN_ITERS": str(iterations), "SAVE_INTERVAL": "250"}
     flags = quickstart.schedule(iterations)
     if stage == "pretrain":
         return (), settings, flags
@@ -60,7 +60,7 @@ def training(data: Path, stage: str) -> tuple[tuple[Command, ...], dict[str, str
     else:
         settings |= {"PACK": "1"}
     if stage == "toolcall":
-        settings |= {**quickstart.sizes(place.processes(), 4), "SEQ_LENGTH": "1024"}
+        settings |= {**quickstart.sizes(launcher.processes(), 4), "SEQ_LENGTH": "1024"}
     elif stage in ("lora", "reason", "distillation"):
         settings |= {"LR": "1e-3"}
     kind = "dpo" if stage == "dpo" else "sft"

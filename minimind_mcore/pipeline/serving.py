@@ -1,4 +1,4 @@
-"""The server of a run: started in the background, asked once, and left running."""
+"""Start the server of a run in the background, send one test request, and leave the server running."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from minimind_mcore.storage import atomic_write_text
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 600  # a GPU's server may compile its kernels first
-HEALTH_SECONDS = 5.0  # that a server may take to answer
+SECONDS = 600  # time to wait for a server: on a GPU it may compile kernels first
+HEALTH_SECONDS = 5.0  # timeout of a health request
 QUESTION = "17+25=?"
-MARK = "MINIMIND_PIPELINE_SERVER"  # variable in the environment of the server
+MARK = "MINIMIND_PIPELINE_SERVER"  # environment variable that identifies the server's process
 
 
 def serve(run: Run, kind: str, dry: bool) -> None:
-    """Start the server of the converted model, or find it running; send one chat; print its address and how to stop it.
+    """Start the server of the converted model unless it runs, send one chat, and print address and stop command.
 
     Args:
-        run: whose model is served.
-        kind: of the image of `--docker`: "cpu", "cuda" or "ascend"; "" without docker.
-        dry: start nothing.
+        run: run whose converted model is served.
+        kind: kind of Docker image, "cpu", "cuda" or "ascend"; "" without Docker.
+        dry: only print and check the command.
 
     Raises:
         UserError: there is no converted model, or the server does not answer.
@@ -47,16 +47,17 @@ def serve(run: Run, kind: str, dry: bool) -> None:
     command, service = [*CLI, "serve"], service_of(run, kind) if kind else ""
     if service:
         settings = {"MODELS": str(run.output), "LOAD_DIR": "/models/hf", "PORT": str(run.port)}
-        # compose would keep a container whose settings are the same, though the weights are others.
+        # Without --force-recreate compose keeps a running container, which would serve the old weights.
         command = compose(service, "up", "--detach", "--force-recreate")
     there = (model / "config.json").is_file()
-    if not there and not (dry and "convert" in run.stages):
-        raise UserError(f"{model} has no model: run the stage convert first")
     if dry:
+        require_model(run)
         show(["env", *(f"{name}={value}" for name, value in settings.items() if value), *command])
         if there and not service and wait_for([*command, "--dry-run"], settings):
             raise UserError(f"the model in {model} cannot be served")
         return
+    if not there:
+        raise UserError(f"{model} has no model: run the stage convert first")
     weights = run.records.read("convert").get("outputs", {})
     before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
     wanted = {"weights": weights, "port": run.port, "service": service}
@@ -65,7 +66,9 @@ def serve(run: Run, kind: str, dry: bool) -> None:
     else:
         stop(before)
         if health(address(run), HEALTH_SECONDS) is not None:
-            raise UserError(f"port {run.port} is taken by another server; end it, or give another port with --port")
+            raise UserError(
+                f"port {run.port} is used by another server; stop that server, or give another port with --port"
+            )
         with log.open("wb") as output:
             mark = secrets.token_hex(16)
             process = subprocess.Popen(
@@ -81,13 +84,23 @@ def serve(run: Run, kind: str, dry: bool) -> None:
     print(f"to stop     {stopping}", flush=True)
 
 
+def require_model(run: Run) -> None:
+    """Check that there is a converted model, or that an earlier stage of the run makes it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if not (run.output / "hf/config.json").is_file() and "convert" not in run.before("vllm"):
+        raise UserError(f"{run.output / 'hf'} has no model: run the stage convert first")
+
+
 def compose(service: str, *words: str) -> list[str]:
-    """Return a command of docker compose about a service."""
+    """Return a `docker compose` command line for a service."""
     return [*COMPOSE, "--profile", service, *words, service]
 
 
 def page(run: Run) -> None:
-    """Print the address of the server's chat page, or how to use another server's page."""
+    """Print the address of the chat page, or how to get one if the server is vLLM."""
     try:
         with open_local(f"{address(run)}/", timeout=10) as reply:
             has_page = b'src="chat.js"' in reply.read()
@@ -109,7 +122,7 @@ def address(run: Run) -> str:
 
 
 def stop(state: dict[str, object]) -> None:
-    """End the server of a previous run, if it is still there."""
+    """Stop the server of a previous run, if it is still running."""
     if service := state.get("service"):
         subprocess.run(compose(str(service), "rm", "--stop", "--force"), check=True)
     elif _alive(state):
@@ -119,7 +132,7 @@ def stop(state: dict[str, object]) -> None:
 
 
 def _alive(state: dict[str, object]) -> bool:
-    """Whether a recorded service or process still runs."""
+    """Return whether the recorded service or process still runs."""
     if service := state.get("service"):
         listed = subprocess.run(compose(str(service), "ps", "--quiet", "--status", "running"), capture_output=True)
         return bool(listed.stdout.strip())
@@ -129,7 +142,7 @@ def _alive(state: dict[str, object]) -> bool:
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path, docker: bool) -> None:
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        # `docker compose up -d` ends at once; the container goes on.
+        # `docker compose up -d` exits at once with status 0 while the container keeps running.
         if (status := process.poll()) is not None and not (docker and status == 0):
             raise UserError(f"the server ended with exit status {status}; the end of {log}:\n{_tail(log)}")
         if health(url, HEALTH_SECONDS) == 200:

@@ -1,6 +1,6 @@
-"""The stages: what each one reads, which commands of the kit it runs, and what it leaves.
+"""The stages of a run: the inputs, commands and outputs of each.
 
-A stage is a function that returns the jobs of a run. `STAGES` is the table of all.
+A stage is a function that takes a `Run` and returns a list of jobs. `STAGES` is the table of all stages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline import sample
-from minimind_mcore.pipeline.job import Command, Job, Records
+from minimind_mcore.pipeline.job import EVALUATION, TRAINING, Command, Job, Records
 from minimind_mcore.pipeline.tables import find, successor
 
 PRESETS = {
@@ -25,7 +25,8 @@ PRESETS = {
     "rl": "ppo grpo spo",
     "serve": "convert vllm web",
 }
-# Files of each kind of data: the first that exists is used; the first is downloaded if none does. Then old names.
+# File names of each kind of data, old names last. The first existing file is used. If none exists, the first name is
+# downloaded.
 DATA = {
     "pretrain": ("pretrain_t2t_mini", "pretrain_t2t", "pretrain_hq"),
     "full_sft": ("sft_t2t_mini", "sft_t2t", "sft_mini_512", "sft_512", "sft_1024", "sft_2048"),
@@ -36,7 +37,7 @@ DATA = {
     "rl": ("rlaif", "rlaif-mini"),
 }
 KIND = {"ppo": "rl", "grpo": "rl", "spo": "rl", "distillation": "full_sft", "tokenizer": "pretrain"}
-# The command of a stage, and the stages whose weights it begins with: the first that is there.
+# Each training stage: its command, and the stages that can provide its initial weights, in order of preference.
 TRAININGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pretrain": ("pretrain", ()),
     "full_sft": ("sft", ("pretrain",)),
@@ -47,28 +48,29 @@ TRAININGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distillation": ("distill", ("full_sft",)),
 }
 RL = {"ppo": ("reason", "full_sft"), "grpo": ("reason", "full_sft"), "spo": ("reason", "full_sft")}
-# Settings of a single command, which a stage gives itself: empty means not given.
+# Settings that belong to a single command. They are emptied so that the caller's environment cannot leak in.
 UNSET = dict.fromkeys("CKPT_SAVE_DIR CKPT_LOAD_DIR LOG_DIR OUTPUT_PREFIX LOAD_DIR SAVE_DIR STAGE TEACHER".split(), "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run is about.
+    """The options of a run.
 
     Attributes:
         model: a preset, or a directory or file with a config.json.
-        recipe: generation whose recipes are used, such as minimind2; "" for the model's own.
-        output: directory of the run.
+        recipe: model generation whose recipes are used, such as minimind2; "" uses the recipes of the model.
+        output: output directory.
         data: directory of the data files.
-        tokenizer: directory of the tokenizer that was given, if any.
+        tokenizer: tokenizer directory given by the user, if any.
         sample: use the sample data and its settings.
         weight: stage whose weights are converted and served.
-        teacher: model for distillation.
-        reward_model: directory of the reward model, for reinforcement learning.
-        port: of the server.
+        teacher: teacher model for distillation.
+        reward_model: directory of the reward model for reinforcement learning.
+        port: port of the server.
         files: data files given by the user, by kind.
-        stages: stages of this run, in order.
-        records: of what was finished before.
+        stages: stages to run, in order.
+        records: records of finished jobs.
+        tasks: evaluation tasks in addition to the quality of replies. `task_data` has one path per task.
     """
 
     model: str
@@ -84,6 +86,8 @@ class Run:
     stages: tuple[str, ...]
     records: Records
     files: Mapping[str, Path] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    task_data: tuple[str, ...] = ()
 
     def folder(self, stage: str) -> Path:
         """Return the directory of a stage."""
@@ -94,19 +98,19 @@ class Run:
         return str(self.folder(stage) / "checkpoints")
 
     def will_have(self, stage: str) -> bool:
-        """Whether a stage has finished, or belongs to this run."""
+        """Return whether a stage has finished or is part of this run."""
         return stage in self.stages or self.records.finished(stage)
 
     def before(self, stage: str) -> tuple[str, ...]:
-        """Return the stages of this run that come before one of them."""
+        """Return the stages of this run that come before `stage`."""
         return self.stages[: self.stages.index(stage)]
 
     def begin(self, candidates: Sequence[str]) -> tuple[str, ...]:
-        """Return the stage to begin with: the first that is there, else the last."""
+        """Return the stage that provides the initial weights: the first available candidate, else the last one."""
         return tuple([name for name in candidates if self.will_have(name)][:1] or candidates[-1:])
 
     def tokenizer_dir(self) -> Path:
-        """Return the directory of the tokenizer: given, trained by this run, or downloaded."""
+        """Return the tokenizer directory: given by the user, trained by this run, or downloaded."""
         if self.tokenizer:
             return self.tokenizer
         if self.sample:
@@ -115,7 +119,7 @@ class Run:
         return own if self.will_have("tokenizer") else self.data / "tokenizer"
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """Return the files of the tokenizer that decide: also settings and chat template, where they exist."""
+        """Return the tokenizer files that are inputs of a job, with its config and chat template if they exist."""
         folder = self.tokenizer_dir()
         more = {name: folder / name for name in ("tokenizer_config.json", "chat_template.jinja")}
         return {"tokenizer": folder / "tokenizer.json"} | {name: file for name, file in more.items() if file.exists()}
@@ -126,10 +130,10 @@ class Run:
         return {"model": path / "config.json" if path.is_dir() else path} if is_path(self.model) else {}
 
     def data_file(self, stage: str) -> Path:
-        """Return the data of a stage.
+        """Return the data file of a stage.
 
         Raises:
-            UserError: the file was named and does not exist, or cannot be downloaded any more.
+            UserError: a file given by the user does not exist.
         """
         kind = KIND.get(stage, stage)
         if self.sample:
@@ -143,26 +147,26 @@ class Run:
         return there[0] if there else self.data / f"{names[0]}.jsonl"
 
     def recipe_of(self, command: str) -> str:
-        """Return the name of a training's recipe; "" for the one that suits the model."""
+        """Return the recipe name of a training command, or "" for the default recipe of the model."""
         return recipe_of(self.model, self.recipe, command)
 
 
 def recipe_of(model: str, generation: str, command: str) -> str:
-    """Return the name of a training's recipe; "" for the one that suits the model.
+    """Return the recipe name of a training command, or "" for the default recipe of the model.
 
     Args:
         model: a preset or a path.
-        generation: whose recipes are used, such as "minimind2"; "" for the model's own.
-        command: of the training, such as "sft".
+        generation: model generation whose recipes are used, such as "minimind2", or "".
+        command: training command, such as "sft".
     """
     if generation:
         return f"{generation}_{command}"
-    # minimind-3 has no recipe for reasoning; MiniMind2's is the only one.
+    # Only MiniMind2 has a recipe for reasoning, so minimind-3 uses that one.
     return "minimind2_reason" if command == "reason" and not model.endswith("_tiny") else ""
 
 
 def download(run: Run) -> list[Job]:
-    """Get the data files and the tokenizer that the stages of a run need and that are not there."""
+    """Download the data files and the tokenizer that the stages of a run need and that do not exist yet."""
     if run.sample:
         return [sample.data_job(run.data)]
     kinds = {stage: KIND.get(stage, stage) for stage in run.stages}
@@ -177,7 +181,7 @@ def download(run: Run) -> list[Job]:
         try:
             find("data", path.stem)
         except UserError as error:
-            raise UserError(f"{error}; give that file or another one with --data {kind}=FILE") from error
+            raise UserError(f"{error}; give this file or another one with --data {kind}=FILE") from error
         commands.append(Command(("download", "data", path.stem), settings))
         outputs.append(path)
     if run.tokenizer_dir() == run.data / "tokenizer" and not (run.data / "tokenizer/tokenizer.json").exists():
@@ -200,7 +204,7 @@ def tokenizer(run: Run) -> list[Job]:
 
 
 def training(stage: str) -> Callable[[Run], list[Job]]:
-    """Return the function of a training stage."""
+    """Return the stage function of a training."""
 
     def jobs(run: Run) -> list[Job]:
         command, candidates = TRAININGS[stage]
@@ -227,14 +231,14 @@ def training(stage: str) -> Callable[[Run], list[Job]]:
             words += flags
         return [
             Job(name=stage, commands=(*before, Command(tuple(words), settings)), inputs=inputs, begins=begins,
-                folder=folder, trains=True)
+                folder=folder, trains=True, settings=TRAINING)
         ]  # fmt: skip
 
     return jobs
 
 
 def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
-    """Return the function of a stage of reinforcement learning."""
+    """Return the stage function of a reinforcement learning run."""
 
     def jobs(run: Run) -> list[Job]:
         folder = run.folder(stage)
@@ -243,9 +247,9 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
         overrides += ["minimind.algorithm=spo"] if stage == "spo" else []
         if iterations := os.environ.get("TRAIN_ITERS"):
             overrides.append(f"megatron_training.train_iters={iterations}")
-        if run.sample:  # the command makes its own problems, and tunes a model on them
+        if run.sample:  # the command makes its own problems, and fine-tunes a model on them
             command = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny"})
-            return [Job(name=stage, commands=(command,), folder=folder, trains=True)]
+            return [Job(name=stage, commands=(command,), folder=folder, trains=True, settings=TRAINING)]
         if not run.reward_model:
             raise UserError(
                 f"{stage}: --reward-model is missing; give the directory of internlm2-1_8b-reward "
@@ -271,13 +275,16 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
         train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind3"})
         inputs = {"data": raw, **run.tokenizer_files(), **run.model_file(), "reward model": Path(run.reward_model)}
         commands = (Command(convert), train)
-        return [Job(name=stage, commands=commands, inputs=inputs, begins=begins, folder=folder, trains=True)]
+        return [
+            Job(name=stage, commands=commands, inputs=inputs, begins=begins, folder=folder, trains=True,
+                settings=TRAINING)
+        ]  # fmt: skip
 
     return jobs
 
 
 def evaluate(run: Run) -> list[Job]:
-    """Answer fixed prompts with the model of every stage that has finished, and score it."""
+    """Score the model of every finished stage, and let it answer fixed prompts."""
     before = run.before("eval")
     stages = [name for name in (*TRAININGS, *RL) if name in before or run.records.finished(name)] or [run.weight]
     return [_evaluation(run, stage) for stage in stages]
@@ -300,11 +307,10 @@ def _evaluation(run: Run, stage: str) -> Job:
         inputs["questions"] = questions
         tasks, files = ["exact_match"], [str(questions)]
     else:
-        own = os.environ.get("TASK_DATA_PATH", "").split()
-        tasks, files = ["quality", *os.environ.get("TASK", "").split()], [str(prompts), *own]
-        inputs |= {f"task data {number}": Path(path) for number, path in enumerate(own, 1)}
+        tasks, files = ["quality", *run.tasks], [str(prompts), *run.task_data]
+        inputs |= {f"task data {number}": Path(path) for number, path in enumerate(run.task_data, 1)}
     begins = ("full_sft", "lora") if adapted else (stage,)
-    # As flags: paths in TASK_DATA_PATH end at white space, and TASK means another thing to generate.
+    # Passed as flags: TASK_DATA_PATH is split at white space, and `generate` uses TASK for the decoding mode.
     model |= {"TASK": "", "TASK_DATA_PATH": ""}
     score = ("evaluate", "--task", *tasks, "--task-data-path", *files)
     batch = {"BATCH": "100"} if run.sample else {}
@@ -312,11 +318,12 @@ def _evaluation(run: Run, stage: str) -> Job:
     return Job(
         name=f"eval-{stage}", commands=commands,
         inputs=inputs, begins=begins, folder=folder, outputs=(folder / "scores.json", folder / "replies.jsonl"),
+        settings=EVALUATION,
     )  # fmt: skip
 
 
 def convert(run: Run) -> list[Job]:
-    """Write the weights of `--weight` as a Hugging Face directory."""
+    """Convert the weights of the stage `--weight` to a Hugging Face directory."""
     folder = run.output / "hf"
     settings = {
         **UNSET, "LOAD_DIR": run.checkpoints(run.weight), "SAVE_DIR": str(folder),
@@ -330,13 +337,13 @@ def convert(run: Run) -> list[Job]:
     begins = ("full_sft", "lora") if run.weight == "lora" else (run.weight,)
     return [
         Job(name="convert", commands=(Command(words, settings),), inputs=run.tokenizer_files(), begins=begins,
-            folder=folder, outputs=(folder,))
+            folder=folder, outputs=(folder,), settings=("PRECISION",))
     ]  # fmt: skip
 
 
 STAGES: dict[str, Callable[[Run], list[Job]]] = {
     "download": download,
-    "build": lambda run: [],  # of --docker, see docker.py
+    "build": lambda run: [],  # only --docker builds an image (docker.py)
     "tokenizer": tokenizer,
     **{stage: training(stage) for stage in ("pretrain", "full_sft", "lora", "dpo", "reason", "toolcall")},
     **{stage: reinforcement(stage) for stage in RL},
@@ -349,10 +356,10 @@ STAGES: dict[str, Callable[[Run], list[Job]]] = {
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """Return the stages of a command line, presets replaced by theirs; each stage once.
+    """Return the stages of a command line, with presets expanded and duplicates removed.
 
     Raises:
-        UserError: a word is neither a stage nor a preset, or there is none.
+        UserError: a word is neither a stage nor a preset, or no word was given.
     """
     known = [*STAGES, *PRESETS]
     stages: list[str] = []
@@ -369,11 +376,11 @@ def expand(words: Sequence[str]) -> list[str]:
 
 
 def has_no_reasoning(run: Run) -> bool:
-    """Whether the model needs no stage of reasoning: minimind-3's dialogues for fine-tuning have the thoughts."""
+    """Return whether to skip the reason stage: the full_sft data of minimind-3 already contains reasoning."""
     return not run.sample and find_model(run.model).qk_layernorm and not run.data_file("reason").exists()
 
 
 def addition_accuracy(run: Run, stage: str) -> float:
-    """Return the share of unseen sums that a stage's model of the sample run answers correctly."""
+    """Return the accuracy on unseen sums of a stage's model in a sample run."""
     scores = json.loads((run.output / "eval" / stage / "scores.json").read_text(encoding="utf-8"))
     return float(scores["accuracy"]["exact_match"]["subjects"]["addition"]["accuracy"])

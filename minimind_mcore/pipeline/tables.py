@@ -1,13 +1,11 @@
-"""The published files that can be downloaded: names, places, licences, and what replaced the withdrawn ones."""
+"""The table of downloadable files: names, repositories, licences, and successors of withdrawn files."""
 
 from __future__ import annotations
 
-import functools
-import json
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from minimind_mcore.errors import UserError, did_you_mean
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 
 
 class Entry(TypedDict, total=False):
@@ -16,10 +14,10 @@ class Entry(TypedDict, total=False):
     Attributes:
         hf: repository on Hugging Face.
         modelscope: repository on ModelScope.
-        files: file names in the repository; without them all files.
-        gb: size of the download, as published; for the disk check.
-        sha256: of each file, where its digest is published.
-        licence: as the repository names it.
+        files: file names in the repository. If missing, all files are downloaded.
+        gb: size of the download in GB, for the disk check.
+        sha256: digest of each file that has a published one.
+        licence: licence named by the repository.
     """
 
     hf: str
@@ -33,41 +31,31 @@ class Entry(TypedDict, total=False):
 KINDS = ("data", "weights", "tokenizer", "reward-model")
 
 
-def _file() -> Any:
-    return json.loads((PACKAGE / "pipeline/downloads.json").read_text(encoding="utf-8"))
+TABLE = "pipeline/downloads.json"
 
 
-@functools.cache
 def tables() -> dict[str, dict[str, Entry]]:
     """Return the entries by kind and name."""
-    found: dict[str, dict[str, Entry]] = _file()
-    return {kind: found[kind] for kind in KINDS}
-
-
-@functools.cache
-def withdrawn() -> dict[str, str]:
-    """Return the successors of withdrawn data files by name."""
-    found: dict[str, str] = _file()["withdrawn"]
-    return found
+    return {kind: package_json(TABLE)[kind] for kind in KINDS}
 
 
 def successor(name: str) -> str:
-    """Return the end of a message about a withdrawn file, or nothing."""
-    new = withdrawn().get(name)
+    """Return a message suffix that names the successor of a withdrawn file, or an empty string."""
+    new = package_json(TABLE)["withdrawn"].get(name)
     return f": upstream withdrew {name}; its replacement is {new} (minimind-mcore download data {new})" if new else ""
 
 
 def find(kind: str, name: str) -> Entry:
-    """Return the entry of a name.
+    """Return the entry with this name.
 
     Raises:
-        UserError: there is none, or upstream withdrew it.
+        UserError: no such entry exists, or upstream withdrew the file.
     """
     entries = tables()[kind]
     if name in entries:
         return entries[name]
-    if command := _file()["made"].get(name):
-        raise UserError(f"download {kind} {name}: nobody publishes this file; make it with {command}")
+    if command := package_json(TABLE)["made"].get(name):
+        raise UserError(f"download {kind} {name}: this file is not published anywhere; make it with {command}")
     if text := successor(name):
         raise UserError(f"download {kind} {name}{text}")
     hint = did_you_mean(name, entries)

@@ -1,1 +1,1 @@
-"""Where a model runs: the device, a CPU as megatron-core's device, fused operations, changes to megatron-core."""
+"""Devices: detection, the CPU as megatron-core's device, fused operations, patches of megatron-core."""

@@ -1,6 +1,6 @@
-"""Change a module when it is imported, however late: `after_import("package.module", function)`.
+"""Patch a module when it is imported: `after_import("package.module", function)`.
 
-What is to be changed belongs to programs that must not be edited, and importing it early could ask for a device.
+The patched modules belong to programs that must not be edited, and importing them early could initialize a device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Patch = Callable[[ModuleType], None]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and has the patches run behind its own code."""
+    """Finds a module with the other finders, and runs its patches after the module's code."""
 
     def __init__(self) -> None:
         self.patches: dict[str, list[Patch]] = {}
@@ -25,7 +25,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec, with a loader that calls the patches."""
+        """Return the module's own spec, with a loader that calls the patches."""
         if name not in self.patches or name in self._busy:
             return None
         self._busy.add(name)
@@ -55,7 +55,7 @@ _FINDER = _Finder()
 
 
 def after_import(name: str, patch: Patch) -> None:
-    """Call `patch(module)` once the module of that name is imported; at once if it is."""
+    """Call `patch(module)` once the module is imported, or at once if it already is."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     if name in sys.modules:

@@ -1,4 +1,4 @@
-"""MindSpeed: what it patches for the kit's own engine on an NPU, and what the layer spec takes from it."""
+"""MindSpeed: its patches for this kit's engine on an NPU, and the operations that the layer spec uses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from minimind_mcore.errors import UserError
 
-MASK = 2048  # CANN's size of a compressed mask, whatever the length of the sequences
+MASK = 2048  # size of CANN's compressed mask, for sequences of any length
 
 
 def adapt() -> None:
-    """Let MindSpeed patch megatron-core for the NPU. Before megatron is imported.
+    """Let MindSpeed patch megatron-core for the NPU. Must run before megatron is imported.
 
     Raises:
         UserError: MindSpeed is not installed.
@@ -28,7 +28,7 @@ def adapt() -> None:
         raise UserError("an NPU needs MindSpeed, which is not installed: docs/install_ascend.md says how to install it")
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
     given = sys.argv
-    # With this flag MindSpeed takes the ends of packed samples from a global that only MindSpeed-LLM's batches set.
+    # With this flag MindSpeed reads the ends of packed samples from a global that only MindSpeed-LLM's batches set.
     sys.argv = [word for word in given if word != "--reset-attention-mask"]
     try:
         importlib.import_module("mindspeed.megatron_adaptor")
@@ -36,20 +36,20 @@ def adapt() -> None:
         sys.argv = given
     if not os.environ.get("ATB_HOME_PATH"):  # set by nnal's set_env.sh
         layers = importlib.import_module("megatron.core.tensor_parallel.layers")
-        # MindSpeed's operator is part of nnal; `patches.py` gives its own where there seems to be none.
+        # MindSpeed's operator is part of nnal. Without nnal `patches.py` supplies its own.
         layers._grad_accum_fusion_available = False  # type: ignore[attr-defined]
 
 
 def active() -> bool:
-    """Whether MindSpeed-LLM has patched megatron-core in this process.
+    """Return whether MindSpeed-LLM has patched megatron-core in this process.
 
-    Not where this kit's own engine runs with MindSpeed: its layers would look for MindSpeed-LLM's arguments.
+    False if this kit's own engine runs with MindSpeed, whose layers would look for MindSpeed-LLM's arguments.
     """
     return "mindspeed_llm.tasks.megatron_adaptor_v2" in sys.modules
 
 
 def norm(config: Any, hidden_size: int, eps: float) -> Any:
-    """MindSpeed-LLM's RMSNorm: it accepts sequence parallelism and runs the fused kernel."""
+    """Return MindSpeed-LLM's RMSNorm, which supports sequence parallelism and runs the fused kernel."""
     from mindspeed_llm.core.transformer.custom_layers.transformer_engine import (  # pyright: ignore[reportMissingImports]
         PTNorm,
     )
@@ -58,7 +58,7 @@ def norm(config: Any, hidden_size: int, eps: float) -> Any:
 
 
 def operators() -> Any:
-    """torch_npu, whose fused operators the layers of this kit's engine call; None where no NPU trains with them."""
+    """Return torch_npu, whose fused operators the layers of this kit's engine call; None without training on an NPU."""
     return sys.modules.get("torch_npu") if "mindspeed.megatron_adaptor" in sys.modules and not active() else None
 
 
@@ -83,15 +83,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, ends: Sequence[int] | None = None
 ) -> Tensor:
-    """CANN's flash attention, each position looking at itself and those before it in its sequence.
+    """CANN's flash attention with a causal mask per sequence.
 
     Args:
-        query: [sequence, batch, heads, head_dim], or of packed sequences [tokens, heads, head_dim].
-        key: as the query, with the key-value heads.
-        value: as the key.
-        scale: of the scores.
-        dropout: probability.
-        ends: of the packed sequences, in tokens.
+        query: [sequence, batch, heads, head_dim], or for packed sequences [tokens, heads, head_dim].
+        key: like the query, with the key-value heads.
+        value: like the key.
+        scale: factor of the scores.
+        dropout: dropout probability.
+        ends: ends of the packed sequences, in tokens.
 
     Returns:
         [sequence, batch, heads * head_dim], or [tokens, heads * head_dim].
@@ -108,5 +108,5 @@ def causal_attention(
 
 @functools.cache
 def _compressed_mask(device: torch.device) -> Tensor:
-    """[2048, 2048], True above the diagonal: sparse mode 2 reads it for sequences of any length."""
+    """Return [2048, 2048], True above the diagonal. Sparse mode 2 uses this mask for sequences of any length."""
     return torch.ones(MASK, MASK, dtype=torch.bool, device=device).triu_(1)

@@ -1,4 +1,4 @@
-"""What makes torch fast on a CPU. Precision and results stay; only the order of additions may differ."""
+"""Settings that make torch faster on a CPU. The precision is unchanged; only the order of additions may differ."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from typing import Any
 import torch
 
 _backends: Any = torch.backends
-_library: Any = None  # the replacement lives as long as this
+_library: Any = None  # keeps the replaced kernel registered
 
-# Names of glibc's mallopt(3).
+# Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def tune() -> None:
-    """Set up this process; call it before torch starts its threads, which inherit some of it."""
-    # Adam's moments of rare tokens and the softmax of a sure model hold numbers below 1e-38, on which a CPU
-    # multiplies matrices at a third of its speed.
+    """Set up this process. Call this before torch starts its threads, which inherit the floating-point mode."""
+    # Adam's moments of rare tokens and a confident softmax contain denormal numbers (below 1e-38). A CPU multiplies
+    # matrices with denormals at a third of its speed.
     torch.set_flush_denormal(True)
     keep_freed_memory()
     use_onednn()
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of large tensors, which it otherwise returns to the system at once.
+    """Let glibc reuse the memory of large tensors instead of returning it to the system at once.
 
-    torch has no cache for the CPU as it has for devices: each step would fault in and clear its
+    torch has a caching allocator for GPUs but not for the CPU. Without this, each step would page in and clear
     gigabytes of activations again.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has mallopt
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_ARENA_MAX, 1)  # the arenas of threads give their memory back all the same
+        mallopt(M_ARENA_MAX, 1)  # arenas of other threads ignore these settings
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The maker's name of the CPU."""
+    """Return the model name of the CPU."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         for line in f:
             if line.startswith("model name"):
@@ -55,8 +55,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def multiplies_bf16() -> bool:
+    """Return whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX), at least twice as fast as fp32."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            flags = next((line for line in f if line.startswith("flags")), "").split()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def mkl_is_slow() -> bool:
-    """Whether torch multiplies with MKL on a CPU that MKL treats as foreign."""
+    """Return whether torch uses MKL on a CPU that is not from Intel, where MKL takes a slow path."""
     if platform.machine() not in ("x86_64", "AMD64") or not _backends.mkl.is_available():
         return False
     try:
@@ -66,12 +76,17 @@ def mkl_is_slow() -> bool:
         return False
 
 
+def onednn_in_use() -> bool:
+    """Return whether `use_onednn` has replaced MKL in this process."""
+    return _library is not None
+
+
 @functools.cache
 def use_onednn() -> None:
-    """Let `torch.mm` of fp32 matrices on the CPU go to oneDNN, in forward and backward passes alike.
+    """Compute `torch.mm` of fp32 matrices on the CPU with oneDNN, in forward and backward passes.
 
-    torch's x86 builds multiply fp32 matrices with MKL, which takes its slow path on any CPU that is not
-    Intel's. oneDNN is in the same builds and does not: on an AMD EPYC it is 2.2 times as fast.
+    torch's x86 builds multiply fp32 matrices with MKL, which takes a slow path on CPUs that are not from Intel. The
+    same builds contain oneDNN, which is 2.2 times as fast on an AMD EPYC.
     """
     global _library
     get_kernel = getattr(torch.library, "get_kernel", None)  # torch 2.9 and later
@@ -81,12 +96,12 @@ def use_onednn() -> None:
     linear = torch.ops.mkldnn._linear_pointwise.default
 
     def mm(keys: Any, left: torch.Tensor, right: torch.Tensor) -> Any:
-        # oneDNN knows no empty matrices (an expert without tokens); small ones are not worth its set-up.
+        # oneDNN does not support empty matrices (an expert without tokens), and its setup cost dominates small ones.
         if left.dtype is torch.float32 and left.numel() * right.shape[1] > 1 << 20:
             return linear(left, right.t(), None, "none", [], "")
         return mkl.call_boxed(keys, left, right)
 
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch tells that a kernel is replaced
+        warnings.simplefilter("ignore")  # torch warns that a kernel is replaced
         _library.impl("mm", mm, "CPU", with_keyset=True)

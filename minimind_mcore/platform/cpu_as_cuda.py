@@ -1,4 +1,4 @@
-"""The CPU as Megatron's accelerator: `torch.cuda` answers for it, gloo stands in for nccl.
+"""Make the CPU Megatron's accelerator: redirect `torch.cuda` to the CPU, and nccl to gloo.
 
 Functions are replaced one by one rather than through a TorchFunctionMode: a mode costs microseconds on
 every torch call and is local to a thread.
@@ -33,7 +33,7 @@ _TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zer
 
 
 def _on_cpu(device: Any) -> Any:
-    """`device`, or the CPU where it names a CUDA device: "cuda", "cuda:1", 1, torch.device("cuda")."""
+    """Return `device`, or the CPU if it names a CUDA device: "cuda", "cuda:1", 1, torch.device("cuda")."""
     if isinstance(device, torch.device):
         return torch.device("cpu") if device.type == "cuda" else device
     if isinstance(device, str):
@@ -52,7 +52,7 @@ def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """A CUDA stream on a device that does everything at once and in order."""
+    """A CUDA stream on a device that runs everything synchronously and in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -72,7 +72,7 @@ class _Stream:
 
 
 class _Event:
-    """A CUDA event; it can time, as the real one does."""
+    """A CUDA event, which can measure time like a real one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds = 0.0
@@ -94,12 +94,12 @@ class _Event:
 
 
 def _nothing() -> Callable[..., None]:
-    """A function that does nothing; a new one each time, as torch._dynamo refuses one under two names."""
+    """Return a function that does nothing, a new one each time, because torch._dynamo refuses one under two names."""
     return lambda *args, **kwargs: None
 
 
 def _no_context() -> Callable[..., Any]:
-    """A context manager that does nothing."""
+    """Return a context manager that does nothing."""
     return lambda *args, **kwargs: contextlib.nullcontext()
 
 
@@ -168,7 +168,8 @@ def _replace_cuda_functions() -> None:
 
 
 def _gather_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    """gloo gathers tensors of one shape only; experts under tensor parallelism get unequal shares of the tokens."""
+    """Gather tensors of different shapes, which gloo does not support: with TP, experts get unequal numbers of
+    tokens."""
 
     @functools.wraps(all_gather)
     def wrapper(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
@@ -184,7 +185,7 @@ def _gather_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reduce_scatter_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    """The same the other way, in the backward pass."""
+    """Scatter parts of different shapes, the backward pass of `_gather_uneven`."""
 
     @functools.wraps(reduce_scatter)
     def wrapper(
@@ -204,7 +205,7 @@ def _reduce_scatter_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., 
 
 
 def _replace_collectives() -> None:
-    """gloo for nccl, and the places where gloo is used differently from it."""
+    """Replace nccl by gloo, and adapt calls that gloo handles differently."""
     c10d = dist.distributed_c10d
     new_group, isend, all_to_all = dist.new_group, dist.isend, dist.all_to_all_single
 
@@ -223,7 +224,7 @@ def _replace_collectives() -> None:
     def all_to_all_ints(
         output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
     ) -> Any:
-        # The MoE dispatcher leaves its split sizes in tensors that it believes to be on the device.
+        # The MoE dispatcher leaves its split sizes in tensors, which it assumes to be on the device.
         out, into = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
         return all_to_all(output, input, out, into, **kwargs)
 
@@ -239,10 +240,10 @@ def _replace_collectives() -> None:
 
 @functools.cache
 def emulate() -> None:
-    """Redirect `torch.cuda` and nccl to the CPU and gloo, in this process, for good."""
+    """Redirect `torch.cuda` and nccl to the CPU and gloo, in this process, permanently."""
     if any(name.startswith("megatron.core.") for name in sys.modules):
         raise RuntimeError("device.setup() must come before the first import of megatron.core")
-    # torch remembers the factories that `with torch.device(...)` steers when it is first asked: before they change.
+    # torch caches the factories that `with torch.device(...)` affects at the first call. It must see the original ones.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _with_cpu_device(getattr(torch, name)))

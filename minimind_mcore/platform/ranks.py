@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on. Without process groups each function is that of a single process."""
+"""Agreement between the ranks of a run. Without process groups each function acts on a single process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Rank of this process."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """True in the one process that writes logs and pictures."""
+    """Return whether this is the process that writes logs and pictures."""
     return rank() == 0
 
 
 def gather(value: T, group: Any = None) -> list[T]:
-    """The values of all ranks of a group, or of the run, in the order of the ranks. Collective."""
+    """Return the values of all ranks of a group, or of the run, in rank order. Collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -32,7 +32,7 @@ def gather(value: T, group: Any = None) -> list[T]:
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main rank, on every rank. Collective."""
+    """Run `work` on the main rank, and return its result on every rank. Collective."""
     if not dist.is_initialized():
         return work()
     box: list[Any] = [work() if is_main() else None]
@@ -41,12 +41,12 @@ def from_main(work: Callable[[], T]) -> T:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every rank and gather what it returns. If it refuses something on one rank, all refuse it.
+    """Run `work` on every rank, and gather the results. If it raises a `UserError` on one rank, all ranks raise it.
 
-    A rank that failed alone would leave the others waiting for it. Collective.
+    A rank that failed alone would leave the others waiting. Collective.
 
     Raises:
-        UserError: `work` raised it; with several, the error of the lowest rank.
+        UserError: `work` raised it. With several errors, the one of the lowest rank.
     """
     found: T | UserError
     try:
@@ -61,5 +61,5 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def check_on_main(check: Callable[[], None]) -> None:
-    """Run a check on the main rank alone; what it refuses, every rank refuses. Collective."""
+    """Run a check on the main rank only. If it raises a `UserError`, every rank raises it. Collective."""
     together(lambda: check() if is_main() else None)

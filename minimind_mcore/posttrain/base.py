@@ -1,4 +1,4 @@
-"""The base class of the post-training stages: data, packing, LoRA, and the call of the model."""
+"""Base class of the post-training stages: data, packing, LoRA, and the forward pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from minimind_mcore.errors import UserError, require
 from minimind_mcore.platform import ranks
 from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.check import idx_digest
-from minimind_mcore.training import checkpointing, sample_order
 from minimind_mcore.training import data as training_data
+from minimind_mcore.training import sample_order
 from minimind_mcore.training.config import TrainConfig
 from minimind_mcore.training.data import MapDataset
 from minimind_mcore.training.job import Job, MicroBatch
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class PostTraining(Job):
-    """A stage whose samples come one to a row, from converted conversations.
+    """A stage that reads converted conversations, one sample per row.
 
     Attributes:
-        columns: the files it reads.
+        columns: names of the columns that the stage reads.
     """
 
     columns: tuple[str, ...] = data.INSTRUCTION
@@ -38,35 +38,33 @@ class PostTraining(Job):
         flags = config.data
         require(
             not flags.variable_seq_lengths or not flags.neat_pack,
-            "--variable-seq-lengths: packed samples have one length; leave it out",
+            "--variable-seq-lengths: packed samples have one length; leave the flag out",
         )
         require(
             flags.reset_attention_mask == flags.neat_pack,
-            "--neat-pack and --reset-attention-mask belong together: alone, the first would let packed samples see "
-            "each other, the second would part an answer from its question",
+            "--neat-pack and --reset-attention-mask must be used together. --neat-pack alone would let packed samples "
+            "see each other. --reset-attention-mask alone would separate questions from their answers",
         )
         unpadded = flags.no_pad_to_seq_lengths or flags.variable_seq_lengths
-        # With variable lengths pipeline stages tell each other the shape of what they send.
+        # With variable lengths the pipeline stages exchange the shapes of the tensors that they send.
         config = config.changed(no_pad_to_seq_lengths=unpadded, variable_seq_lengths=unpadded or flags.neat_pack)
         if config.model.lora_target_modules:
             config = lora.check(config)
         begin = config.checkpoint.pretrained_checkpoint
         require(
             begin is None or config.checkpoint.weights_pending or Path(begin).exists(),
-            f"--pretrained-checkpoint {begin} does not exist; expected the weights to begin with",
+            f"--pretrained-checkpoint {begin} does not exist; expected the initial weights",
         )
         return config
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         if self.config.model.lora_target_modules:
-            checkpointing.load_weights(self.config, Path(str(self.config.checkpoint.pretrained_checkpoint)), chunks)
-            self.config.record.lora_base = lora.base_digest(chunks)
-            lora.adapt(self.config, chunks)
+            lora.begin(self.config, chunks)
 
     def check_data(self, tokenizer: training_data.DatasetTokenizer) -> None:
         config, prefix = self.config, data.data_prefix(self.config.data)
         data.check_files(prefix, self.columns, tokenizer, config.data.verify_data)
-        # Reads all of it: once is enough.
+        # This check reads all the data, so only one rank runs it.
         ranks.check_on_main(
             lambda: data.check_labels(
                 prefix, self.columns, config.data.seq_length, tokenizer.vocab_size, config.data.neat_pack
@@ -100,12 +98,12 @@ class PostTraining(Job):
         ]
 
     def data_digests(self) -> list[str]:
-        """Of the index of every file."""
+        """Return the digests of the index files of all columns."""
         prefix = data.data_prefix(self.config.data)
         return [idx_digest(data.file_prefix(prefix, name)) for name in self.columns]
 
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
-        """Packed samples come as one row, with `cu_seqlens` [samples + 1] and the `longest`."""
+        """Collate samples. Packed samples become one row, with `cu_seqlens` [samples + 1] and `longest`."""
         tokens, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
         length = data.padded_length(max(map(len, tokens)), self.config)
         batch = data.batch_of(tokens, labels, length)
@@ -115,10 +113,10 @@ class PostTraining(Job):
 
 
 def run_model(model: MegatronModule, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
-    """One chunk of the model on a micro-batch; from the last one the losses [rows, length] of the labels.
+    """Run one chunk of the model on a micro-batch. The last chunk returns the losses [rows, length] of the labels.
 
-    The loss of a label is minus its log-probability, over all tensor-parallel shards of the vocabulary.
-    Without labels the last chunk gives this rank's shard of the logits [rows, length, vocabulary / TP].
+    The loss of a label is its negative log-probability over all tensor-parallel shards of the vocabulary.
+    Without labels the last chunk returns this rank's shard of the logits [rows, length, vocabulary / TP].
     """
     packed = None
     if "cu_seqlens" in batch:

@@ -1,14 +1,14 @@
-"""Conversations with labels, in the files that MindSpeed-LLM's instruction and pairwise handlers write.
+"""Conversations with labels, in the file format of MindSpeed-LLM's instruction and pairwise handlers.
 
     PREFIX_packed_input_ids_document.{bin,idx}        PREFIX_packed_chosen_input_ids_document
     PREFIX_packed_attention_mask_document             PREFIX_packed_chosen_labels_document
     PREFIX_packed_labels_document                     PREFIX_packed_rejected_...
 
-All int32. A label is the token of its own position, -100 where there is no loss: here they are shifted.
-The attention mask of a packed sample holds the numbers of the samples in it, 1, 2, ...
+All values are int32. The label of a position is the token at that position, or -100 where there is no loss. The
+labels are shifted here. The attention mask of a packed sample holds the number of the sample at each token: 1, 2, ...
 
-Each epoch is a shuffle of the documents by one generator, as MindSpeed-LLM shuffles them
-(decoder_packed_mtf_dataset.py): the number of samples consumed is the whole data position.
+Each epoch shuffles the documents with one generator, as in MindSpeed-LLM (decoder_packed_mtf_dataset.py). The number of
+consumed samples is therefore the complete data position.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ Tokens = NDArray[np.int32]
 
 
 class PostTrainingDataset(Dataset[dict[str, Any]]):
-    """The samples of a run in its order: each column cut at `seq_length`, and `index`, the document's number.
+    """The samples of a run in order: each column cut to `seq_length`, and `index`, the number of the document.
 
     Args:
-        prefix: as in `--data-path`.
+        prefix: prefix of `--data-path`.
         columns: `INSTRUCTION` or `PAIRWISE`.
         order: document of each sample of the run.
-        seq_length: longest sample.
+        seq_length: maximum sample length.
     """
 
     def __init__(self, prefix: str, columns: tuple[str, ...], order: NDArray[np.int64], seq_length: int) -> None:
         self.columns = {name: open_column(prefix, name) for name in columns}
         self.order, self.seq_length = order, seq_length
-        self.extra: dict[str, NDArray[Any]] = {}  # more about each document, by its number
+        self.extra: dict[str, NDArray[Any]] = {}  # further values of each document, by document number
 
     def __len__(self) -> int:
         return len(self.order)
@@ -67,36 +67,36 @@ class PostTrainingDataset(Dataset[dict[str, Any]]):
 
 
 def file_prefix(prefix: str, name: str) -> str:
-    """The prefix of one column's pair of files."""
+    """Return the prefix of one column's pair of files."""
     return f"{prefix}_packed_{name}_document"
 
 
 def open_column(prefix: str, name: str) -> Column:
-    """One of the files: a run of int32 numbers for each sample."""
+    """Open one column: a sequence of int32 numbers per sample."""
     return Column(file_prefix(prefix, name))
 
 
 def data_prefix(data: DataSection) -> str:
-    """The one prefix of `--data-path`, without `_packed_..._document`."""
+    """Return the single prefix of `--data-path`, without `_packed_..._document`."""
     paths = data.data_path or []
     if len(paths) != 1:
         raise UserError(
-            f"--data-path: found {len(paths)} words, expected one prefix: PREFIX of PREFIX_packed_..._document"
+            f"--data-path: found {len(paths)} words, expected one prefix: the PREFIX of PREFIX_packed_..._document"
         )
     return str(paths[0])
 
 
 def check_files(prefix: str, columns: tuple[str, ...], tokenizer: DatasetTokenizer, everything: bool = False) -> None:
-    """Refuse data that is missing or for another stage, files that do not belong together, another tokenizer.
+    """Refuse data that is missing, incomplete, for another stage, or made with another tokenizer.
 
     Args:
-        prefix: of the columns.
-        columns: their names.
-        tokenizer: in use.
-        everything: compare all of the files with their records, and not only samples of large ones.
+        prefix: prefix of the columns.
+        columns: names of the columns.
+        tokenizer: tokenizer of the run.
+        everything: compare all bytes with their digests, instead of parts of large files.
 
     Raises:
-        UserError: see above.
+        UserError: the data is not usable.
     """
     for name in columns:
         if not idx_path(file_prefix(prefix, name)).is_file():
@@ -109,16 +109,16 @@ def check_files(prefix: str, columns: tuple[str, ...], tokenizer: DatasetTokeniz
         tokens = name.replace("attention_mask", "input_ids").replace("labels", "input_ids")
         if not np.array_equal(opened[name].lengths, opened[tokens].lengths):
             raise UserError(
-                f"{file_prefix(prefix, name)}: its samples are not as long as those of "
-                f"{file_prefix(prefix, tokens)}; the files are of different conversions: convert the data again"
+                f"{file_prefix(prefix, name)}: its samples have other lengths than the samples of "
+                f"{file_prefix(prefix, tokens)}; the files hold different conversions: convert the data again"
             )
     counts = {index.sequences for index in opened.values()}
     if len(counts) > 1 or 0 in counts:
-        raise UserError(f"{prefix}: found {sorted(counts)} samples in its files, expected as many in each, and some")
+        raise UserError(f"{prefix}: found {sorted(counts)} samples in its files, expected one equal, non-zero number")
 
 
 def _missing(prefix: str, name: str) -> str:
-    """What is wrong where a column is not there."""
+    """Return a message about a missing column."""
     kinds = {
         "instruction data, for --stage sft, reason or distill": file_prefix(prefix, "input_ids"),
         "pairwise data, for --stage dpo": file_prefix(prefix, "chosen_input_ids"),
@@ -136,10 +136,10 @@ def _missing(prefix: str, name: str) -> str:
 
 
 def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_size: int, packed: bool) -> None:
-    """Refuse samples that train nothing, labels that are no tokens, and packing that would be ignored; say what is cut.
+    """Check that samples have valid labels and that packing is not ignored, and report how many samples are cut.
 
     Raises:
-        UserError: names the first such samples.
+        UserError: a check fails. The message names the first such sample.
     """
     for name in columns:
         column = open_column(prefix, name)
@@ -156,11 +156,11 @@ def check_labels(prefix: str, columns: tuple[str, ...], seq_length: int, vocab_s
 def _check_packing(column: Column, packed: bool) -> None:
     found = _documents_where(column, column.index.lengths.max(initial=1), lambda x: x > 1)
     if packed and not found.any():
-        logger.info(f"{column.prefix}: not packed, each sample is a sequence: --neat-pack has no effect")
+        logger.info(f"{column.prefix}: the samples are not packed: --neat-pack has no effect")
     if found.any() and not packed:
         raise UserError(
-            f"{column.prefix}: sample {int(found.argmax())} is packed, its attention mask numbers the samples "
-            "in it: give --reset-attention-mask --neat-pack, or they would see each other"
+            f"{column.prefix}: sample {int(found.argmax())} is packed (its attention mask numbers the samples): "
+            "give --reset-attention-mask --neat-pack, or the packed samples would see each other"
         )
 
 
@@ -169,25 +169,25 @@ def _check_label_column(column: Column, seq_length: int, vocab_size: int) -> Non
     if wrong.any():
         raise UserError(
             f"{column.prefix}: sample {int(wrong.argmax())} has a label that is neither {IGNORED} nor a token of the "
-            f"vocabulary (0 to {vocab_size - 1}): convert the data again, with this tokenizer"
+            f"vocabulary (0 to {vocab_size - 1}): convert the data again with the tokenizer of this run"
         )
     empty = np.flatnonzero(~_documents_where(column, seq_length, lambda x: x != IGNORED, first=1))
     if len(empty):
         raise UserError(
             f"{column.prefix}: {len(empty)} of {len(column)} samples have no token with loss in the first "
-            f"{seq_length} (--seq-length), the first of them sample {empty[0]}: they train nothing. Raise "
-            "--seq-length, or leave them out when the data is converted"
+            f"{seq_length} tokens (--seq-length), the first of them sample {empty[0]}: they train nothing. Raise "
+            "--seq-length, or leave these samples out when the data is converted"
         )
 
 
 def _documents_where(
     column: Column, length: int, condition: Callable[[Tokens], NDArray[np.bool_]], first: int = 0
 ) -> NDArray[np.bool_]:
-    """[samples] whether `condition` holds for any number of a sample from `first` to `length`."""
+    """Return [samples]: whether `condition` holds for any number of a sample from `first` to `length`."""
     lengths, found = column.index.lengths, np.zeros(len(column), dtype=np.bool_)
     if len(column) == 0:
         return found
-    # So many samples at a time: memory stays bounded.
+    # Samples per chunk: bounds the memory.
     step = max(1, SCAN_TOKENS // max(1, int(lengths.max())))
     for start in range(0, len(column), step):
         sizes = lengths[start : start + step].astype(np.int64)
@@ -202,17 +202,17 @@ def _documents_where(
 
 
 def split_ranges(split: str | None, documents: int) -> list[range]:
-    """The documents of training, validation and test: consecutive ranges in the proportions of `--split`."""
+    """Return the documents of training, validation and test: consecutive ranges in the proportions of `--split`."""
     ends = [0]
     for share in parse_split(split or MEGATRON_DEFAULT):
         ends.append(ends[-1] + round(share * documents))
-    excess = ends[-1] - documents  # of rounding; taken as Megatron takes it
+    excess = ends[-1] - documents  # from rounding; removed as in Megatron
     ends = [0, *(end - excess for end in ends[1:])]
     return [range(ends[i], ends[i + 1]) for i in range(3)]
 
 
 def sample_order(documents: range, samples: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
-    """[>= samples] documents in the order of the run: epoch after epoch, each shuffled."""
+    """Return [>= samples] documents in the order of the run: one epoch after another, each shuffled."""
     generator = np.random.RandomState(seed)
     epochs = []
     for _ in range(max(1, math.ceil(samples / len(documents)))):
@@ -227,10 +227,10 @@ def sample_order(documents: range, samples: int, seed: int, shuffle: bool) -> ND
 
 
 def padded_length(longest: int, config: TrainConfig) -> int:
-    """The length of a micro-batch: `--seq-length`, or under `--no-pad-to-seq-lengths` its longest sample's."""
+    """Return the length of a micro-batch: `--seq-length`, or its longest sample under `--no-pad-to-seq-lengths`."""
     if not config.data.no_pad_to_seq_lengths:
         return int(config.data.seq_length)
-    # Sequence parallelism cuts the sequence into equal parts.
+    # Sequence parallelism splits the sequence into equal parts.
     unit = math.lcm(
         config.data.pad_to_multiple_of,
         config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
@@ -239,7 +239,7 @@ def padded_length(longest: int, config: TrainConfig) -> int:
 
 
 def pad(rows: list[Tokens], length: int, value: int) -> torch.Tensor:
-    """[rows, length] int64, filled up on the right."""
+    """Pad rows on the right to [rows, length] int64."""
     out = torch.full((len(rows), length), value, dtype=torch.long)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
@@ -247,28 +247,28 @@ def pad(rows: list[Tokens], length: int, value: int) -> torch.Tensor:
 
 
 def batch_of(tokens: list[Tokens], labels: list[Tokens], length: int) -> MicroBatch:
-    """Tokens, the label of the next position (0 where there is none), loss_mask, position_ids [rows, length].
+    """Return tokens, next-token labels (0 where there is no loss), loss_mask and position_ids, all [rows, length].
 
-    Padding is on the right, where causal attention hides it from every token.
+    Padding is on the right, where the causal mask hides it from all tokens.
     """
     shifted = pad([row[1:] for row in labels], length, IGNORED)
     return {
         "tokens": pad(tokens, length, 0),
         "labels": shifted.clamp(min=0),
         "loss_mask": (shifted != IGNORED).float(),
-        # Not expand: a tensor whose rows share memory cannot be pinned for the copy to a device.
+        # repeat, not expand: rows that share memory cannot be pinned for the copy to a device.
         "position_ids": torch.arange(length).repeat(len(tokens), 1),
     }
 
 
 def flatten_packed(batch: MicroBatch, numbers: torch.Tensor) -> MicroBatch:
-    """The rows of packed samples as one row [1, rows * length], and where each sample in it begins and ends.
+    """Flatten rows of packed samples to one row [1, rows * length], and return where each sample starts and ends.
 
-    Attention, positions and loss stay inside a sample; what pads a row is a sample by itself.
+    Attention, positions and loss stay within a sample. The padding of a row becomes a sample of its own.
 
     Args:
-        batch: as `batch_of` makes it.
-        numbers: [rows, length] of the sample that a token belongs to; 0 is padding.
+        batch: result of `batch_of`.
+        numbers: [rows, length], the number of each token's sample; 0 is padding.
     """
     rows, length = numbers.shape
     changes = torch.ones(rows, length, dtype=torch.bool)
@@ -279,7 +279,7 @@ def flatten_packed(batch: MicroBatch, numbers: torch.Tensor) -> MicroBatch:
     return {
         "tokens": batch["tokens"].reshape(1, -1),
         "labels": batch["labels"].reshape(1, -1),
-        # The last token of a sample must not learn to predict the next sample.
+        # The last token of a sample must not predict the first token of the next sample.
         "loss_mask": batch["loss_mask"].reshape(1, -1).index_fill(1, ends[1:] - 1, 0.0),
         "position_ids": (torch.arange(rows * length) - starts.repeat_interleave(lengths))[None],
         "cu_seqlens": ends.to(torch.int32),

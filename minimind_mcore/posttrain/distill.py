@@ -1,7 +1,7 @@
-"""Knowledge distillation (MiniMind, trainer/train_distillation.py): the labels, and a larger model's distribution.
+"""Knowledge distillation (MiniMind, trainer/train_distillation.py) from labels and from a teacher's distribution.
 
-loss = alpha * CE(labels) + (1 - alpha) * T^2 * KL(teacher || student), both distributions at temperature T,
-mean over the tokens that have a label. Of a mixture of experts, alpha also weighs the load-balancing loss.
+loss = alpha * CE(labels) + (1 - alpha) * T^2 * KL(teacher || student), with both distributions at temperature T,
+averaged over the tokens with a label. For a mixture of experts, alpha also multiplies the load-balancing loss.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Distill(SFT):
-    """SFT with a teacher."""
+    """SFT with an additional loss from a teacher."""
 
     title = "distillation"
     metrics = ("ce_loss", "kl_loss")
@@ -41,14 +41,14 @@ class Distill(SFT):
     def check(cls, config: TrainConfig) -> TrainConfig:
         require(
             bool(config.objective.teacher_model),
-            "--teacher-model is missing: an HF directory, or a directory of checkpoints",
+            "--teacher-model is missing: expected a Hugging Face directory or a directory of checkpoints",
         )
         return super().check(config)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         super().prepare_model(chunks)
         if self.config.model.num_experts:
-            for core in {id(chunk.config): chunk.config for chunk in chunks}.values():  # the chunks share one
+            for core in {id(chunk.config): chunk.config for chunk in chunks}.values():  # chunks may share a config
                 core.moe_aux_loss_coeff = cast("float", core.moe_aux_loss_coeff) * self.config.objective.distill_alpha
 
     def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
@@ -62,7 +62,8 @@ class Distill(SFT):
 def distillation_loss(
     objective: ObjectiveSection, batch: MicroBatch, taught: Tensor | None, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A `LossFunction`, of this rank's shards of the logits of teacher and student [rows, length, vocabulary / TP]."""
+    """Compute the loss, as a `LossFunction`, from this rank's logits of student and teacher [rows, length, vocab /
+    TP]."""
     from megatron.core.parallel_state import get_tensor_model_parallel_group
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -70,7 +71,7 @@ def distillation_loss(
     mask, temperature = batch["loss_mask"], objective.distill_temperature
     group = cast("ProcessGroup", get_tensor_model_parallel_group())
     kl = vocab_parallel_kl(logits, taught, temperature, group)
-    # Last: megatron-core computes in the memory of the logits.
+    # Computed last, because megatron-core overwrites the logits.
     ce = vocab_parallel_cross_entropy(logits.float(), batch["labels"])
     kl_total, ce_total = temperature**2 * (kl * mask).sum(), (ce * mask).sum()
     total = objective.distill_alpha * ce_total + (1 - objective.distill_alpha) * kl_total
@@ -78,12 +79,12 @@ def distillation_loss(
 
 
 def vocab_parallel_kl(student: Tensor, teacher: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
-    """KL(teacher || student) of each position over the whole vocabulary, in fp32.
+    """Return KL(teacher || student) of each position over the whole vocabulary, in fp32.
 
     Args:
-        student: this rank's shard of the logits [..., vocabulary / TP].
-        teacher: likewise; gets no gradient.
-        temperature: divides both.
+        student: this rank's shard of the student's logits [..., vocabulary / TP].
+        teacher: this rank's shard of the teacher's logits, without gradient.
+        temperature: divisor of both logits.
         group: the ranks that hold the shards.
     """
     kl: Tensor = _VocabParallelKL.apply(student, teacher, temperature, group)  # type: ignore[no-untyped-call]
@@ -109,7 +110,7 @@ class _VocabParallelKL(torch.autograd.Function):
 
 
 def _log_softmax(logits: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's shard of the log-softmax over the shards of all ranks."""
+    """Return this rank's shard of the log-softmax over the whole vocabulary."""
     largest = logits.amax(-1, keepdim=True)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     shifted = logits - largest

@@ -1,7 +1,7 @@
-"""Direct preference optimisation: pairs of a chosen and a rejected answer, against a frozen reference.
+"""Direct preference optimization: pairs of a chosen and a rejected answer, with a frozen reference model.
 
-With `log p` the summed log-probability of an answer's labels and `m` the policy's margin over the reference,
-`(log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))`:
+`log p` is the summed log-probability of an answer's labels. `m` is the margin of the policy over the reference:
+`(log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))`.
 
 | --dpo-loss-type | loss of a pair                                                        | source                |
 |-----------------|-----------------------------------------------------------------------|-----------------------|
@@ -10,7 +10,7 @@ With `log p` the summed log-probability of an answer's labels and `m` the policy
 | ipo             | (m - 1 / (2 beta))^2, log p a mean over the labels                     | IPO, 2310.12036       |
 | simpo           | -log sigmoid(beta (m - gamma / beta)), mean log p and no reference     | SimPO, 2405.14734     |
 
-`--pref-ftx` adds so much of the chosen answer's mean negative log-probability.
+`--pref-ftx` is the weight of an additional SFT loss: the mean negative log-probability of the chosen answer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class DPO(PostTraining):
-    """A sample is a pair; its rows are all chosen answers of the micro-batch, then all rejected ones."""
+    """A sample is a pair. The rows of a micro-batch are all its chosen answers, then all rejected answers."""
 
     title = "preference optimisation"
     metrics = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
@@ -51,27 +51,27 @@ class DPO(PostTraining):
     def check(cls, config: TrainConfig) -> TrainConfig:
         config = super().check(config)
         live, ref_model = config.objective.reference_live, config.checkpoint.ref_model
-        require(not config.data.neat_pack, "--neat-pack: pairwise data is not packed; leave it out")
-        require(not live or bool(ref_model), "--reference-live needs --ref-model, its weights")
+        require(not config.data.neat_pack, "--neat-pack: pairwise data is not packed; leave the flag out")
+        require(not live or bool(ref_model), "--reference-live needs --ref-model, the weights of the reference model")
         require(
             live or not (ref_model and config.model.lora_target_modules),
-            "--ref-model with --lora-target-modules: the reference is the base; leave it out, or give --reference-live",
+            "--ref-model with --lora-target-modules: the base is the reference; leave it out, or give --reference-live",
         )
         require(
             not live or config.objective.dpo_loss_type != "simpo",
-            "--reference-live with --dpo-loss-type simpo, which has no reference: leave it out",
+            "--reference-live with --dpo-loss-type simpo: simpo has no reference model; leave the flag out",
         )
         return config
 
     def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
-        """The reference's log-probabilities of every pair that the run reads."""
+        """Compute the reference's log-probabilities of every pair that the run reads."""
         if self.config.objective.reference_live:
             self.reference = FrozenModel(self.config, str(self.config.checkpoint.ref_model))
         elif self.config.objective.dpo_loss_type != "simpo":
             reference.attach(Reference(self.config), engine, datasets)
 
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
-        """Pad both sides of the pairs; `reference` [pairs, 2] has the summed log-probabilities of the reference."""
+        """Pad both answers of the pairs. `reference` [pairs, 2] has the reference's summed log-probabilities."""
         sides = ("chosen", "rejected")
         tokens = [sample[f"{side}_input_ids"] for side in sides for sample in samples]
         labels = [sample[f"{side}_labels"] for side in sides for sample in samples]
@@ -90,7 +90,7 @@ class DPO(PostTraining):
 
 
 class Reference(DPO):
-    """Logs the log-probabilities [2, pairs], and has no loss."""
+    """Logs the log-probabilities [2, pairs]. Has no loss."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         output = run_model(model, batch, labels=batch["labels"])
@@ -98,12 +98,12 @@ class Reference(DPO):
 
 
 def pair_log_probs(loss_mask: Tensor, losses: Tensor) -> Tensor:
-    """[2, pairs] summed log-probabilities of chosen and rejected, from the label losses [2 * pairs, length]."""
+    """Return [2, pairs] summed log-probabilities of chosen and rejected, from the token losses [2 * pairs, length]."""
     return -(losses.float() * loss_mask).sum(1).view(2, -1)
 
 
 def pair_loss(objective: ObjectiveSection, batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A `LossFunction`: mean over the pairs of a micro-batch; rewards are beta (log p - log p_ref)."""
+    """Compute the loss, as a `LossFunction`: the mean over pairs. Rewards are beta (log p - log p_ref)."""
     mask = batch["loss_mask"]
     log_probs, lengths = pair_log_probs(mask, losses), mask.sum(1).view(2, -1)
     reference_log_probs = batch["reference"].t() if "reference" in batch else torch.zeros_like(log_probs)
@@ -113,13 +113,13 @@ def pair_loss(objective: ObjectiveSection, batch: MicroBatch, losses: Tensor) ->
     total = (preference_losses(objective, gained[0] - gained[1]) - objective.pref_ftx * log_probs[0] / lengths[0]).sum()
     rewards = objective.dpo_beta * gained.detach()
     margins = rewards[0] - rewards[1]
-    # Not torch.tensor, whose copy from the host waits for the device.
+    # torch.tensor would copy from the host and synchronize with the device.
     pairs = torch.full((), len(margins), device=losses.device)
     return averaged(total, pairs, rewards[0].sum(), rewards[1].sum(), (margins > 0).float().sum(), margins.sum())
 
 
 def preference_losses(objective: ObjectiveSection, margins: Tensor) -> Tensor:
-    """[pairs] the table above, from m [pairs]."""
+    """Return the losses [pairs] of the module's table, from the margins m [pairs]."""
     beta, smoothing = objective.dpo_beta, objective.dpo_label_smoothing
     if objective.dpo_loss_type == "hinge":
         return torch.relu(1 - beta * margins)

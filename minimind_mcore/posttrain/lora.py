@@ -1,15 +1,15 @@
-"""LoRA through peft on Megatron's parallel linear layers: the base is frozen, checkpoints hold the adapters alone.
+"""LoRA with peft on Megatron's parallel linear layers. The base is frozen, and checkpoints hold only the adapters.
 
     linear_qkv.base_layer.weight [out, in]     linear_qkv.lora_A.default.weight [r, in]     ...lora_B... [out, r]
 
-The names are those of MindSpeed-LLM. Tensor parallelism cuts B where it cuts the rows of the weight, A where it
-cuts the columns; the other of the two is the same on every rank.
+The names are MindSpeed-LLM's. Tensor parallelism splits B where it splits the rows of the weight, and A where it splits
+the columns. The other of the two matrices is replicated.
 
-    --pretrained-checkpoint BASE --load ADAPTERS     a run that can be resumed by the same command
-    --load BASE [--lora-load ADAPTERS]               as MindSpeed-LLM has it
+    --pretrained-checkpoint BASE --load ADAPTERS     a run that the same command can resume
+    --load BASE [--lora-load ADAPTERS]               the flags of MindSpeed-LLM
 
-Adapters fit the weights that they were trained on and no others: their checkpoints carry `base_digest`, which a run
-that goes on compares with its own.
+Adapters fit only the base weights that they were trained on. Their checkpoints therefore store `base_digest`, and a
+resumed run compares it with its own base.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,14 +31,22 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models import weights
 from minimind_mcore.models.init import initial_tensor
 from minimind_mcore.platform import ranks
+from minimind_mcore.training import checkpointing
 from minimind_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
+def begin(config: TrainConfig, chunks: list[GPTModel]) -> None:
+    """Read the base of `pretrained_checkpoint` into this rank's GPTModels, and give them adapters. Collective."""
+    checkpointing.load_weights(config, Path(str(config.checkpoint.pretrained_checkpoint)), chunks)
+    config.record.lora_base = base_digest(chunks)
+    adapt(config, chunks)
+
+
 def adapt(config: TrainConfig, chunks: list[GPTModel]) -> None:
-    """Freeze this rank's GPTModels and give their target layers adapters, the same whatever the layout."""
+    """Freeze this rank's GPTModels and add adapters to the target layers, with the same values in every layout."""
     from megatron.core import tensor_parallel
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -54,14 +63,14 @@ def adapt(config: TrainConfig, chunks: list[GPTModel]) -> None:
     for chunk in chunks:
         inject_adapter_in_model(lora, chunk)
         if config.model.recompute_granularity == "full" and chunk.pre_process:
-            # What is computed again gets gradients only if its input does; that of the first layer is frozen.
+            # Activation recomputation computes gradients only if its input requires one; the embedding is frozen.
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     _initialize(config, chunks)
 
 
 @torch.no_grad()
 def _initialize(config: TrainConfig, chunks: list[GPTModel]) -> None:
-    """A as torch initialises a linear layer, from `--seed` and its name; B is zero."""
+    """Initialize A as torch initializes a linear layer, from `--seed` and the name. B is zero."""
     from megatron.core import parallel_state
 
     from minimind_mcore.models.loading import whole_model_parameters
@@ -79,22 +88,22 @@ def _initialize(config: TrainConfig, chunks: list[GPTModel]) -> None:
 
 
 def base_digest(chunks: list[GPTModel]) -> str:
-    """Identity of the weights of all ranks, whatever the layout, and the precision down to bf16. Collective.
+    """Return a digest of the weights of all ranks, independent of layout and, down to bf16, of precision. Collective.
 
     Args:
         chunks: this rank's GPTModels, without adapters.
     """
-    from minimind_mcore.models.loading import tensor_parallel_place, whole_model_parameters
+    from minimind_mcore.models.loading import tensor_parallel_rank, whole_model_parameters
 
     mine = {
-        (name, tensor_parallel_place(name)[0] if weights.is_split(name) else 0): content_sum(parameter.detach())
+        (name, tensor_parallel_rank(name)[0] if weights.is_split(name) else 0): content_sum(parameter.detach())
         for name, parameter in whole_model_parameters(chunks)
     }
     return digest_of({part: value for parts in ranks.gather(mine) for part, value in parts.items()})
 
 
 def digest_of(parts: Mapping[tuple[str, int], int]) -> str:
-    """SHA-256 of the `content_sum` of each part of each tensor, (name, tensor-parallel rank)."""
+    """Return the SHA-256 of the `content_sum` of each shard, keyed by (name, tensor-parallel rank)."""
     sums: dict[str, int] = {}
     for (name, _), value in parts.items():
         sums[name] = (sums.get(name, 0) + value) % 2**64
@@ -102,7 +111,7 @@ def digest_of(parts: Mapping[tuple[str, int], int]) -> str:
 
 
 def content_sum(tensor: Tensor) -> int:
-    """A hash of the elements in any order, which adds up modulo 2**64 over the parts of a tensor, however it is cut."""
+    """Hash the elements in any order. The sums of the shards of a tensor add up modulo 2**64, however it is split."""
     patterns = tensor.cpu().bfloat16().contiguous().view(torch.int16).flatten().long() & 0xFFFF
     counts = torch.bincount(patterns, minlength=2**16).numpy().astype(np.uint64)
     return int((counts * _hashes()).sum(dtype=np.uint64))
@@ -110,7 +119,7 @@ def content_sum(tensor: Tensor) -> int:
 
 @functools.cache
 def _hashes() -> NDArray[np.uint64]:
-    """A number for each pattern of 16 bits: splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Return a hash for each 16-bit pattern: splitmix64 (Steele, Lea and Flood, 2014)."""
     x = (np.arange(2**16, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -119,12 +128,12 @@ def _hashes() -> NDArray[np.uint64]:
 
 
 def check(config: TrainConfig) -> TrainConfig:
-    """Refuse what LoRA cannot do; return the configuration with base and adapters told apart.
+    """Refuse unsupported LoRA settings, and return the configuration with separate paths of base and adapters.
 
-    The base is then in `pretrained_checkpoint`, the adapters are in `load`.
+    The base is then in `pretrained_checkpoint`, and the adapters are in `load`.
 
     Raises:
-        UserError: see there.
+        UserError: a setting is not supported.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError("--lora-target-modules needs the package peft, which is not installed: pip install peft")

@@ -13,22 +13,22 @@ from torch import Tensor
 
 
 class ParallelLora(LoraParallelLinear):
-    """peft's layer, for Megatron's linear layers as they are.
+    """peft's LoRA layer, changed for Megatron's linear layers.
 
-    peft's own (0.17 to 0.21) takes what a parallel layer returns for a tensor, but it is a pair (output, bias); it
-    changes the dtype in a config that it shares with the whole model; it initialises each rank's part by itself; and
-    it does not know that under sequence parallelism a rank sees only a part of the tokens.
+    peft's own layer (0.17 to 0.21) expects a tensor from a parallel layer, which returns a pair (output, bias). It
+    changes the dtype in a config that it shares with the whole model, initializes each rank's shard separately, and
+    ignores that under sequence parallelism a rank has only some of the tokens.
     """
 
     def __init__(self, base_layer: MegatronModule, adapter_name: str, config: LoraConfig, **options: Any) -> None:
         own = copy.copy(base_layer.config)
         super().__init__(base_layer, adapter_name, config, tensor_parallel, megatron_config=own, **options)
         whole: Any = (self.lora_B if self.is_parallel_a else self.lora_A)[adapter_name]
-        # Megatron then adds up the gradients of all ranks.
+        # The attribute makes Megatron sum the gradients over the ranks.
         whole.weight.sequence_parallel = own.sequence_parallel
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
-        """[sequence, batch, in / TP or in] to [sequence, batch, out or out / TP], and the base's bias."""
+        """Map [sequence, batch, in / TP or in] to [sequence, batch, out or out / TP], and return the base's bias."""
         result, bias = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             first: Any = self.lora_A[name]

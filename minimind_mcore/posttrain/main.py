@@ -1,4 +1,4 @@
-"""posttrain_gpt.py: the training loop of pretraining, with the job that `--stage` names."""
+"""posttrain_gpt.py: the training loop of pretraining with the job of `--stage`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STAGES: dict[str, type[PostTraining]] = {"sft": SFT, "dpo": DPO, "reason": Reaso
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Post-train, by the flags of a command line."""
+    """Post-train with the flags of a command line."""
     args = arguments.parse(sys.argv[1:] if argv is None else argv, posttrain=True)
     pretrain.run(STAGES[stage_of(args)], args)
 
 
 def stage_of(args: argparse.Namespace) -> str:
-    """`--stage`, or what follows from the kind of data.
+    """Return `--stage`, or the stage that follows from the kind of data.
 
     Raises:
         UserError: neither is given, or they contradict each other.
@@ -37,5 +37,5 @@ def stage_of(args: argparse.Namespace) -> str:
     stage = str(args.stage or stages[given[0]])
     expected = "--is-pairwise-dataset" if stage == "dpo" else "--is-instruction-dataset"
     if wrong := [flag for flag in given if flag != expected]:
-        raise UserError(f"--stage {stage} with {wrong[0]}: it reads {expected} data")
+        raise UserError(f"--stage {stage} with {wrong[0]}: this stage reads {expected} data")
     return stage

@@ -1,11 +1,11 @@
-"""The reference's log-probabilities of every pair, computed once and kept beside `--save`.
+"""The reference model's log-probabilities of every pair, computed once and cached next to `--save`.
 
-    reference-<digest>.npy      [pairs of the data, 2] float32; NaN where no run has needed it yet
-                      .json     its SHA-256; without it, or with another, the log-probabilities are computed again
+    reference-<digest>.npy      [pairs of the data, 2] float32; NaN where no run has needed the value yet
+                      .json     the SHA-256 of the array; if it is missing or differs, the cache is not used
 
-The digest is over the data, the reference's weights, `--seq-length` and the precision: whatever would
-change a number changes the name. The policy's own model computes them before training, with the
-reference's weights in it, so that any layout will do and no second model is in memory.
+The digest covers the data, the reference's weights, `--seq-length` and the precision, that is everything that changes a
+value. The policy's own model computes the values before training, with the reference's weights loaded. So every layout
+works, and no second model takes memory.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ logger = logging.getLogger(__name__)
 
 
 class FrozenModel:
-    """It is whole on every rank of the last pipeline stage, where the loss is; its tensors are split as the run's are.
+    """A frozen model: a teacher, or a live reference model. Used on the last pipeline stage, which has the loss.
+
+    Each rank of that stage has all layers. Tensors are split as in the run.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         path: weights of Hugging Face, MiniMind or Megatron.
 
     Raises:
-        UserError: nothing there that can be read, or a model of another vocabulary.
+        UserError: the path has no readable model, or a model with another vocabulary.
     """
 
     def __init__(self, config: TrainConfig, path: str) -> None:
@@ -69,7 +71,7 @@ class FrozenModel:
             logger.info(line)
         if source.config.vocab_size != config.model.padded_vocab_size:
             raise UserError(
-                f"{path}: a vocabulary of {source.config.vocab_size}, --padded-vocab-size is "
+                f"{path}: its vocabulary has {source.config.vocab_size} rows, but --padded-vocab-size is "
                 f"{config.model.padded_vocab_size}"
             )
         self.model: MegatronModule | None = None
@@ -78,7 +80,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
-        assert self.model is not None  # the loss is on the last stage
+        assert self.model is not None  # only the last stage has a loss
         return run_model(self.model, batch, labels)
 
 
@@ -86,7 +88,7 @@ def _build(config: TrainConfig, source: Source) -> GPTModel:
     from minimind_mcore.models.core_config import build_gpt_model
     from minimind_mcore.models.loading import load_into
 
-    # One stage, whatever the run's pipeline; untied, as megatron-core adds up tied weights over all stages.
+    # One stage, whatever the run's pipeline, and untied, because megatron-core sums tied gradients over all stages.
     alone = dataclasses.replace(config.layout, pp=1, vpp=None)
     untied = source.config.replace(tie_embeddings=False)
     model = build_gpt_model(untied, core_config(config, alone, untied)).to(device.current().torch_device)
@@ -102,12 +104,12 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
     """Give every dataset the reference's log-probabilities of its pairs. Collective.
 
     Args:
-        job: whose loss function logs the log-probabilities [2, pairs] of a micro-batch.
-        engine: of the policy.
-        datasets: None among them is left out.
+        job: job whose loss function logs the log-probabilities [2, pairs] of a micro-batch.
+        engine: engine of the policy.
+        datasets: the datasets. None is skipped.
 
     Raises:
-        UserError: it is not known which weights are the reference, or there are none.
+        UserError: the reference's weights are unknown or missing.
     """
     config, used = job.config, [dataset for dataset in datasets if isinstance(dataset, data.PostTrainingDataset)]
     source = reference_path(config)
@@ -117,8 +119,8 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
     known: LogProbs = ranks.from_main(lambda: _read(cache, count))
     missing = needed[np.isnan(known[needed, 0])]
     if len(missing):
-        logger.info(f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the weights at hand'}")
-        # The adapters of LoRA are not loaded yet, and zero: the model is its base.
+        logger.info(f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the current weights'}")
+        # LoRA adapters are still zero here, so the policy's model equals its base.
         with _weights_of(config, None if config.model.lora_target_modules else source, engine.model):
             known[missing] = _measure(job, engine, missing)[missing]
         if ranks.is_main() and cache:
@@ -131,26 +133,26 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
 
 
 def reference_path(config: TrainConfig) -> str | None:
-    """Whose weights are the reference: `--ref-model`, else what the policy starts from; None: its initial weights."""
-    if config.checkpoint.ref_model or config.checkpoint.pretrained_checkpoint:
-        return str(config.checkpoint.ref_model or config.checkpoint.pretrained_checkpoint)
-    if config.checkpoint.load and (
-        config.checkpoint.finetune or checkpoint_weights.is_model(Path(config.checkpoint.load))
-    ):
-        return str(config.checkpoint.load)
-    if not config.checkpoint.load or not iterations_in(Path(config.checkpoint.load)):
+    """Return the path of the reference's weights: `--ref-model`, else the policy's initial weights. None: random
+    ones."""
+    given = config.checkpoint
+    if given.ref_model or given.pretrained_checkpoint:
+        return given.ref_model or given.pretrained_checkpoint
+    if given.load and (given.finetune or checkpoint_weights.is_model(Path(given.load))):
+        return given.load
+    if not given.load or not iterations_in(Path(given.load)):
         return None
-    begun = choose(Path(config.checkpoint.load), config.checkpoint.ckpt_step)
+    begun = choose(Path(given.load), given.ckpt_step)
     if begun is not None and is_converted(begun):
-        return str(config.checkpoint.load)
+        return given.load
     raise UserError(
-        f"--load {config.checkpoint.load} goes on with a run: give --ref-model (or --pretrained-checkpoint), the "
-        "weights that it began with, which are the reference; or --finetune to begin with these"
+        f"--load {given.load} resumes a run: give --ref-model (or --pretrained-checkpoint), the initial "
+        "weights of that run, as the reference; or give --finetune to start a new run from these weights"
     )
 
 
 def _cache_path(job: PostTraining, source: str | None) -> Path | None:
-    """Where the log-probabilities are kept; None without `--save`."""
+    """Return the path of the cache, or None without `--save`."""
     config = job.config
     if not config.checkpoint.save:
         return None
@@ -169,10 +171,10 @@ def _cache_path(job: PostTraining, source: str | None) -> Path | None:
 
 
 def _weights_digest(path: Path) -> list[str]:
-    """Of a directory of checkpoints, its newest; of anything else, its files."""
+    """Return the digests of the weights: of the newest checkpoint of a directory, or of the files."""
     iterations = iterations_in(path)
     folder = directory_of(path, iterations[0]) if iterations else path
-    if (folder / MANIFEST).is_file():  # it has the digests of the others
+    if (folder / MANIFEST).is_file():  # the manifest has the digests of the other files
         return [sha256(folder / MANIFEST)]
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     return [sha256(file) for file in files]
@@ -191,7 +193,7 @@ def _read(cache: Path | None, count: int) -> LogProbs:
 
 @contextlib.contextmanager
 def _weights_of(config: TrainConfig, source: str | None, model: list[MegatronModule]) -> Iterator[None]:
-    """Inside, the model has the reference's weights; the optimizer does not see them."""
+    """Within the context the model has the reference's weights. The optimizer is not affected."""
     if source is None:
         yield
         return
@@ -199,11 +201,11 @@ def _weights_of(config: TrainConfig, source: str | None, model: list[MegatronMod
     checkpointing.load_weights(config, Path(source), model, "reference")
     yield
     for chunk, state in zip(model, own, strict=True):
-        chunk.load_state_dict(state, strict=False)  # the rest is not tensors
+        chunk.load_state_dict(state, strict=False)  # the missing entries are not tensors
 
 
 def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64]) -> LogProbs:
-    """[pairs of the data, 2], filled in for `documents`; the same on every rank. Collective."""
+    """Return [pairs of the data, 2], filled in for `documents`, on every rank. Collective."""
     from megatron.core import parallel_state
 
     config, prefix = job.config, data.data_prefix(job.config.data)
@@ -217,7 +219,7 @@ def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64
         step.check_losses(result, 0)
         for indices, log_probs in zip(result.indices, result.losses, strict=True):
             found[indices] = log_probs.t()
-    # Each data-parallel rank of the last stage has its share; a pair that was read twice is the same twice.
+    # Each data-parallel rank of the last stage has some pairs. A pair that was read twice has the same values.
     dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
     dist.broadcast(found, src=dist.get_world_size() - 1)
     return found.cpu().numpy()

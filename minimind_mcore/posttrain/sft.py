@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, and MiniMind2's reasoning distillation."""
+"""Supervised fine-tuning, and the reasoning distillation of MiniMind2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SFT(PostTraining):
-    """The loss of pretraining, on the tokens that have a label."""
+    """The pretraining loss on the tokens with a label."""
 
     title = "supervised fine-tuning"
 
@@ -31,17 +31,17 @@ TAG_WEIGHT = 10.0
 
 
 class Reason(SFT):
-    """SFT in which every token that is a piece of a tag counts ten times, wherever it stands.
+    """SFT with weight 10 on every token that is a piece of a tag, wherever the token occurs.
 
-    In MiniMind2's vocabulary the tags are several pieces, `<` and `>` among them. The weighted sum is
-    divided by the number of labels without their weights.
+    MiniMind2's vocabulary splits the tags into several pieces, among them `<` and `>`. The weighted sum is divided by
+    the unweighted number of labels.
     """
 
     title = "reasoning distillation"
 
     @functools.cached_property
     def pieces(self) -> Tensor:
-        """Token ids of which the tags are made."""
+        """Return the token ids of the tags' pieces."""
         tokens, _ = load_encoder(tokenizer_path(self.config.data), backend="tokenizers").encode(list(TAGS))
         return torch.tensor(sorted(set(tokens.tolist())))
 

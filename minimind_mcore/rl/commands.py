@@ -1,6 +1,6 @@
-"""`minimind-mcore rl ...`: what goes with the YAML of a run of reinforcement learning.
+"""`minimind-mcore rl ...`: print, check and export a configuration of reinforcement learning.
 
-minimind-mcore rl show --config-name grpo_minimind3 rl_config.epochs=2      # as it is after groups and overrides
+minimind-mcore rl show --config-name grpo_minimind3 rl_config.epochs=2      # after groups and overrides
 minimind-mcore rl lint my.yaml --target mindspeed-rl-master --output new.yaml
 minimind-mcore rl export-verl grpo_minimind3 --output verl/
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.inputs.ranges import flag_type
 from minimind_mcore.rl.config.lint import TARGETS, dump, find, lint, read
 from minimind_mcore.rl.config.load import command_parser, compose, resolve
@@ -23,32 +24,30 @@ logger = logging.getLogger(__name__)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minimind-mcore rl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser("minimind-mcore rl", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shown = command_parser("minimind-mcore rl show", "")
     commands.add_parser("show", parents=[shown], add_help=False, help="print a configuration after overrides")
-    checked = commands.add_parser("lint", help="check a configuration; rewrite what older guides show")
-    checked.add_argument("config", help="a YAML file, or a name of configs/rlxf")
+    checked = commands.add_parser("lint", help="check a configuration and rewrite keys of older guides")
+    checked.add_argument("config", help="a YAML file, or a name in configs/rlxf")
     checked.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
-    checked.add_argument("--target", choices=TARGETS, default="embedded", help="what is to read it (default: embedded)")
-    checked.add_argument("--device", help="of the embedded trainer (default: the one found)")
+    checked.add_argument("--target", choices=TARGETS, default="embedded", help="program to check (default: embedded)")
+    checked.add_argument("--device", help="device of the embedded trainer (default: the one found)")
     hosts = flag_type("nodes")
     checked.add_argument(
         "--nodes", type=hosts, default=1, help="hosts of the Ray cluster, for MindSpeed-RL (default: 1)"
     )
     where = checked.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="write the rewritten file there")
-    where.add_argument("--fix", action="store_true", help="rewrite the file itself (the old one becomes FILE.orig)")
+    where.add_argument("--fix", action="store_true", help="rewrite the file itself (the old file becomes FILE.orig)")
     exported = commands.add_parser("export-verl", help="write model, data, rewards and script for verl")
-    exported.add_argument("config", help="a YAML file, or a name of configs/rlxf")
+    exported.add_argument("config", help="a YAML file, or a name in configs/rlxf")
     exported.add_argument("overrides", nargs="*", help="such as actor_config.load=my/checkpoints")
     exported.add_argument("--output", type=Path, required=True, help="the directory to write")
     exported.add_argument(
-        "--device", default="none", help="file of device/ to take (default: none, the YAML's own values)"
+        "--device", default="none", help="file of device/ to merge (default: none, the values of the YAML)"
     )
-    exported.add_argument("--engine", choices=("fsdp", "megatron"), default="fsdp", help="verl's (default: fsdp)")
+    exported.add_argument("--engine", choices=("fsdp", "megatron"), default="fsdp", help="engine (default: fsdp)")
     return parser
 
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, words = parser.parse_known_args(argv)
     if flags := [word for word in words if word.startswith("-")]:
         parser.error(f"unknown flag {flags[0]}")
-    args.overrides += words  # those behind a flag
+    args.overrides += words  # overrides that follow a flag
     {"show": _show, "lint": _lint, "export-verl": _export_verl}[args.command](args)
 
 
@@ -71,10 +70,10 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _lint(args: argparse.Namespace) -> None:
-    """Print the findings; exit with 1 if there are errors.
+    """Print the findings.
 
     Raises:
-        UserError: there are, after they are printed.
+        UserError: at least one finding is an error. Raised after all findings are printed.
     """
     findings, _, changes = lint(args.config, args.target, args.overrides, args.device, args.nodes)
     file = find(args.config)

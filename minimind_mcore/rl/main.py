@@ -32,7 +32,7 @@ def program(argv: Sequence[str]) -> str:
     """Return the program that runs the configuration of a command line.
 
     Raises:
-        UserError: there is no such configuration.
+        UserError: the configuration does not exist.
     """
     args, _ = command_parser("train_grpo.py", "").parse_known_intermixed_args(list(argv))
     tree = plain(compose(args.config_name, args.overrides, args.config_dir, args.device, quiet=True))
@@ -68,7 +68,7 @@ def backend() -> str:
     """Return the backend: the setting BACKEND, or by default MindSpeed-RL on an NPU and the embedded trainer elsewhere.
 
     Raises:
-        UserError: BACKEND is another word.
+            UserError: BACKEND has another value.
     """
     name = os.environ.get("BACKEND") or ("mindspeed-rl" if device.current().is_ascend else "embedded")
     if name not in BACKENDS:

@@ -1,8 +1,8 @@
-"""The presets as MindSpeed-RL's `model/*.yaml`.
+"""Write the presets as MindSpeed-RL's `model/*.yaml`.
 
-    python -m minimind_mcore.rl.models --output configs/rlxf/model      # writes every preset's file
+    python -m minimind_mcore.rl.models --output configs/rlxf/model      # writes a file per preset
 
-A test holds the files to the presets.
+A test compares the files with the presets.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from minimind_mcore.storage import atomic_write_text
 
 
 def model_section(config: ModelConfig) -> dict[str, Any]:
-    """The architecture as keys of MegatronConfig."""
+    """Return the architecture as keys of MegatronConfig."""
     keys: dict[str, Any] = {"use_mcore_models": True}
     words = config.megatron_flags()
     for place, word in enumerate(words):
         if not word.startswith("--"):
             continue
         key = word[2:].replace("-", "_")
-        if key == "moe_router_pre_softmax":  # MindSpeed-RL has no such key: norm_topk_prob alone says it
+        if key == "moe_router_pre_softmax":  # MindSpeed-RL has no such key: norm_topk_prob alone implies it
             continue
         if key == "moe_shared_expert_intermediate_size":
             keys["n_shared_experts"] = int(words[place + 1]) // keys["moe_ffn_hidden_size"]
@@ -40,7 +40,7 @@ def model_section(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_yaml(name: str) -> str:
-    """The file `model/NAME.yaml`: the name, and under it the keys."""
+    """Return the text of `model/NAME.yaml`: the name as the top key, with the model's keys below."""
     text = yaml.safe_dump({name: model_section(PRESETS[name])}, sort_keys=False)
     return f"# Written by `python -m minimind_mcore.rl.models`, from configs/models.yaml.\n{text}"
 

@@ -1,4 +1,4 @@
-"""Functions by name, or by the import path of a function of the user's.
+"""Look up functions by a registered name, or by the import path of a user's function.
 
 @register("clip", POLICY_LOSSES)
 def clip(logp, old_logp, advantages, mask, *, clip_low, clip_high): ...
@@ -34,7 +34,7 @@ def lookup(name: str, table: Mapping[str, Function], key: str) -> Function:
     Args:
         name: the name or the path.
         table: the registered functions.
-        key: the key of the YAML that has the name, for messages.
+            key: the YAML key that gives the name, for messages.
 
     Raises:
         UserError: no function is registered under the name, or the path cannot be imported.
@@ -47,7 +47,7 @@ def lookup(name: str, table: Mapping[str, Function], key: str) -> Function:
 
 
 def imported(path: str, key: str) -> Any:
-    """Return what the path `package.module:function` names.
+    """Import the function of a path `package.module:function`.
 
     Raises:
         UserError: the path cannot be imported.

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response  # pyright: ignore[reportMissingImports]
 from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
-from pydantic import ValidationError
 from sse_starlette import EventSourceResponse  # pyright: ignore[reportMissingImports]
 from starlette.datastructures import Headers  # pyright: ignore[reportMissingImports]
 from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
 from starlette.middleware.cors import CORSMiddleware  # pyright: ignore[reportMissingImports]
+from starlette.requests import ClientDisconnect  # pyright: ignore[reportMissingImports]
 from starlette.types import ASGIApp, Message, Receive, Scope, Send  # pyright: ignore[reportMissingImports]
 
 from minimind_mcore import web
@@ -35,6 +35,7 @@ from minimind_mcore.serve.protocol import (
     TokenizeBody,
     TokenizeChatBody,
     ToolCallBody,
+    validated,
 )
 from minimind_mcore.serve.replies import error, usage
 from minimind_mcore.serve.scheduler import Piece, QueueFull, report
@@ -43,16 +44,16 @@ from minimind_mcore.tools.process import Result as ToolResult
 from minimind_mcore.tools.registry import BUILTIN, PARALLEL, Toolbox, open_tools
 
 logger = logging.getLogger(__name__)
-MAX_BODY = 8 << 20  # bytes
-LARGE_BODY = 1 << 18  # bytes; to encode 8 MiB takes 7 s
-MAX_DEPTH = 100  # of lists and objects in a body
-BODY_SECONDS = 30.0  # that a client may take to send a body
-SEND_SECONDS = 120.0  # that a client may take to read a chunk
+MAX_BODY = 8 << 20  # maximum size of a body in bytes
+LARGE_BODY = 1 << 18  # bytes from which bodies are encoded one at a time; encoding 8 MiB takes 7 s
+MAX_DEPTH = 100  # maximum nesting of lists and objects in a body
+BODY_SECONDS = 30.0  # time for a client to send a body
+SEND_SECONDS = 120.0  # time for a client to read a chunk
 ROUTES = (
     "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/tools", "/tools/call",
     "/health", "/metrics",
 )  # fmt: skip
-# The chat page may use other servers too: side by side, or instead of this one.
+# The chat page can connect to other servers too, to compare answers or instead of this server.
 PAGE = web.page("chat", connect="'self' http: https:")
 AnyBody = TypeVar("AnyBody", bound=RequestBody)
 Arguments = ParamSpec("Arguments")
@@ -309,6 +310,8 @@ async def read_json(request: Request) -> Any:
         await asyncio.wait_for(receive(), BODY_SECONDS)
     except asyncio.TimeoutError as problem:
         raise RequestError(f"the body did not arrive within {BODY_SECONDS:.0f} s", status=408) from problem
+    except ClientDisconnect as problem:  # not an error of the server, which would be logged
+        raise RequestError("the client left before the body arrived", status=499) from problem
     request.state.size = len(data)
     try:
         content = json.loads(data, parse_constant=_refuse)
@@ -334,16 +337,7 @@ def parse(kind: type[AnyBody], content: Any) -> AnyBody:
     Raises:
         RequestError: a field is missing or has a wrong value.
     """
-    if not isinstance(content, dict):
-        raise RequestError(f"the body is a JSON {type(content).__name__}; expected an object")
-    try:
-        body = kind.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
-        value = first.get("input")
-        found = f"; found {value!r}" if isinstance(value, str | int | float | bool) and len(repr(value)) <= 60 else ""
-        raise RequestError(f"{field}: {first['msg']}{found}"[:500], param=field.split(".")[0] or None) from problem
+    body = validated(kind, content)
     body.check()
     return body
 

@@ -19,6 +19,7 @@ from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import in_url
 from minimind_mcore.inference.loading import Loaded, start
+from minimind_mcore.paths import install_command
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.serve.engines import ServerOptions
@@ -32,7 +33,7 @@ def problem(source: Source) -> str | None:
     """Why the embedded server cannot run; None if it can."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed: pip install 'minimind-mcore[serve]'"
+        return f"{', '.join(missing)} not installed: {install_command('serve')}"
     return None
 
 

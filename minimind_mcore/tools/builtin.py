@@ -8,17 +8,16 @@ the clock stands at 2025-03-07 14:30 in Shanghai and random numbers repeat.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import random
 import zoneinfo
 
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 from minimind_mcore.tools.arithmetic import Number, evaluate
 
 SEED = "MINIMIND_TOOLS_SEED"
 FIXED_TIME = datetime.datetime(2025, 3, 7, 6, 30, tzinfo=datetime.timezone.utc)
-TABLES = json.loads((PACKAGE / "tools/builtin.json").read_text(encoding="utf-8"))
+TABLES = package_json("tools/builtin.json")
 WEATHER = {city: (temperature, condition) for city, temperature, condition in TABLES["weather"]}
 RATES = {(source, target): rate for source, target, rate in TABLES["rates"]}
 TRANSLATIONS = {(text, language): translation for text, language, translation in TABLES["translations"]}

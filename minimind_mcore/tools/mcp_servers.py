@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.paths import install_command
 from minimind_mcore.tools.process import Limits, Result, failed
 from minimind_mcore.tools.tool import Tool
 
@@ -39,7 +40,7 @@ def open_servers(servers: object, where: str, stack: ExitStack) -> list[Tool]:
         from anyio.from_thread import start_blocking_portal  # pyright: ignore[reportMissingImports]
         from mcp import Client, StdioServerParameters  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError(f"{where}: mcpServers needs the MCP SDK: pip install 'minimind-mcore[mcp]'") from error
+        raise UserError(f"{where}: mcpServers needs the MCP SDK: {install_command('mcp')}") from error
     if not isinstance(servers, dict):
         raise UserError(f"{where}: mcpServers is {json.dumps(servers)[:80]}; expected an object of servers by name")
     portal, tools = stack.enter_context(start_blocking_portal()), []

@@ -1,4 +1,4 @@
-"""Run a Python function in a subprocess with limits on time, memory and output, and end it with all its children."""
+"""Run a Python function in a subprocess with limits on time, memory, processes and output. End it with its children."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-GRACE = 10.0  # seconds that the worker has to end a tool's children
+GRACE = 10.0  # seconds for the worker to kill a tool's children
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class Limits:
     """Limits of one call.
 
     Attributes:
-        seconds: until the tool is killed.
-        memory: bytes of address space.
-        output: bytes of the result, of what the tool prints, and of any file that the tool writes.
+        seconds: time until the tool is killed.
+        memory: bytes of address space of each process.
+        processes: maximum number of processes at the same time.
+        output: maximum bytes of the result, of the tool's output, and of any file that the tool writes.
     """
 
     seconds: float = 10.0
     memory: int = 1 << 29
+    processes: int = 64
     output: int = 1 << 20
 
 
@@ -36,8 +38,8 @@ class Result:
 
     Attributes:
         text: JSON for the model: the function's result, or {"error": ...}.
-        ok: the function returned.
-        printed: the beginning of what the tool printed.
+        ok: the function returned without an error.
+        printed: start of the tool's output.
     """
 
     text: str
@@ -56,17 +58,18 @@ def run(function: str, arguments: Mapping[str, object], limits: Limits, environ:
     Args:
         function: "module:name"; imported in the subprocess, and never here.
         arguments: keyword arguments of the function.
-        limits: of time, memory and output.
+        limits: limits of time, memory, processes and output.
         environ: additional environment variables.
 
     Returns:
-        What the function returned, or why it failed.
+        The result of the function, or the reason of the failure.
     """
     paths = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    # Files and not pipes: a tool that prints without end, or whose children keep a pipe open, cannot block the caller.
+    # Files, not pipes: a tool that prints without end, or whose children keep a pipe open, cannot block the caller.
     with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as printed:
         content = {"function": function, "arguments": arguments, "memory": limits.memory, "seconds": limits.seconds}
-        job.write(json.dumps({**content, "file_size": limits.output, "result": result.fileno()}).encode())
+        content |= {"file_size": limits.output, "processes": limits.processes, "result": result.fileno()}
+        job.write(json.dumps(content).encode())
         job.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-m", "minimind_mcore.tools.worker"],

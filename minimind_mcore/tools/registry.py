@@ -1,4 +1,4 @@
-"""The registry of tools: what a model may call, and what runs then.
+"""The registry of tools: the definitions that a model sees, and the functions that run its calls.
 
     toolbox = open_tools("builtin")              # or "calculate_math,get_current_time", or a JSON file
     toolbox.definitions                          # for the chat template
@@ -27,17 +27,17 @@ from minimind_mcore.tools.process import Limits, Result, failed, run
 from minimind_mcore.tools.tool import Tool
 
 BUILTIN = "builtin"
-PARALLEL = 2  # calls that run at the same time
+PARALLEL = 2  # maximum number of concurrent calls
 
 
 class Toolbox:
-    """The tools of a conversation; a context manager, which ends MCP servers.
+    """The tools of a conversation. A context manager, which stops MCP servers at its end.
 
     Args:
-        tools: each with its own name.
-        limits: of each call.
+        tools: tools with distinct names.
+        limits: limits of each call.
         seed: makes the built-in clock and random numbers repeatable.
-        stack: what to close.
+        stack: closed at the end of the context.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Toolbox:
         return run(tool.function, tool.canonical(arguments), self.limits, environ)
 
     def run_all(self, calls: Sequence[tuple[str, object]]) -> list[Result | None]:
-        """Run independent calls, some at the same time. The results are in the order of the calls."""
+        """Run independent calls, some of them concurrently. The results are in the order of the calls."""
         with ThreadPoolExecutor(PARALLEL) as pool:
             return list(pool.map(self.run, *zip(*calls, strict=True))) if calls else []
 
@@ -96,7 +96,7 @@ NAMES: Mapping[str, str] = {
 
 
 def open_tools(spec: str, limits: Limits | None = None, seed: int | None = None) -> Toolbox:
-    """Return the tools that `--tools` names: "builtin", names of built-in tools with commas between, or a JSON file.
+    """Return the tools of `--tools`: "builtin", names of built-in tools separated by commas, or a JSON file.
 
     Raises:
         UserError: an unknown name, or a file without tools.

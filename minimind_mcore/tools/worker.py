@@ -1,10 +1,14 @@
 """Run one tool in a process of its own: `python -m minimind_mcore.tools.worker`, started by `process.run`.
 
 Standard input holds {"function": "module:name", "arguments": {...}, "memory": bytes, "seconds": s, "file_size": bytes,
-"result": file descriptor}. The result is written to that descriptor as {"result": ...} or {"error": "..."}. What the
-tool prints goes to standard output. The limits are set before the tool's module is imported. The tool runs in a child,
-and the worker ends with the child's status. Before that it kills all processes that the tool has started, in whatever
-session they are.
+"processes": number, "result": file descriptor}. The result is written to that descriptor as {"result": ...} or
+{"error": "..."}. What the tool prints goes to standard output. The limits are set before the tool's module is imported.
+The tool runs in a child, and the worker ends with the child's status. Before that it kills all processes that the tool
+has started, in whatever session they are.
+
+The worker counts the tool's processes itself. RLIMIT_NPROC would be wrong for that: it counts all processes and threads
+of the user on the host, so the tools would fail because of the user's trainings, and root is exempt from it. The
+pids.max of a cgroup would be right, but inside a container cgroups are usually read-only.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from typing import Any, NoReturn
 
 import psutil
 
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl: processes whose parent ends become children of this one
+# Options of Linux's prctl.
+DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG: the signal that this process gets when its parent ends
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: processes whose parent ends become children of this one
+INTERVAL = 0.05  # seconds between two counts of the processes
 
 
 def main() -> None:
@@ -40,19 +47,45 @@ def main() -> None:
         resource.setrlimit(kind, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; without it endless output would only raise
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with contextlib.suppress(AttributeError):  # elsewhere only direct children are found
-        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    _prctl(SUBREAPER, 1)  # elsewhere only direct children are found
     tool = os.fork()
     if tool == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _prctl(DEATH_SIGNAL, signal.SIGKILL)
+        os.setpgid(0, 0)
         _run(job)
     try:
-        status = os.waitstatus_to_exitcode(os.waitpid(tool, 0)[1])
+        status = _wait(tool, job["processes"])
     finally:
         _kill_children()
+    if status is None:
+        _write(job, {"error": f"the tool started more than {job['processes']} processes and was ended"})
+        return
     if status < 0:
         os.kill(os.getpid(), -status)
     sys.exit(status)
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _wait(tool: int, most: int) -> int | None:
+    """Return the exit status of the tool, or None if it runs with more than `most` processes."""
+    while True:
+        try:
+            return int(psutil.Process(tool).wait(INTERVAL) or 0)
+        except psutil.TimeoutExpired:
+            children = psutil.Process().children(recursive=True)
+            if len(children) > most and sum(map(_is_running, children)) > most:
+                return None
+
+
+def _is_running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _run(job: dict[str, Any]) -> NoReturn:
@@ -61,23 +94,35 @@ def _run(job: dict[str, Any]) -> NoReturn:
     try:
         module, _, name = job["function"].partition(":")
         found = {"result": getattr(importlib.import_module(module), name)(**job["arguments"])}
-        text = json.dumps(found, ensure_ascii=False)
+        json.dumps(found)
     except MemoryError:
-        text = json.dumps({"error": f"the tool needs more than {job['memory'] / 2**20:,.0f} MiB of memory"})
+        found = {"error": f"the tool needs more than {job['memory'] / 2**20:,.0f} MiB of memory"}
     except BaseException as error:  # whatever the tool raises, SystemExit too, is its result
-        text = json.dumps({"error": f"{type(error).__name__}: {error}"}, ensure_ascii=False)
+        found = {"error": f"{type(error).__name__}: {error}"}
     if os.getpid() == own:  # else the tool has forked, and this is its child
         sys.stdout.flush()
-        with os.fdopen(job["result"], "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+        _write(job, found)
     os._exit(0)
 
 
+def _write(job: dict[str, Any], found: dict[str, Any]) -> None:
+    with os.fdopen(job["result"], "w", encoding="utf-8", errors="replace") as file:
+        file.seek(0)
+        file.truncate()  # a tool that is ended may have written its result
+        file.write(json.dumps(found, ensure_ascii=False))
+
+
 def _kill_children() -> None:
-    """Kill the children of this process, then those that become its children by that, until there are none."""
+    """Kill the children of this process, then those that become its children by that, until there are none.
+
+    A signal to a process group reaches also the processes that are being forked, so a fork bomb does not outrun it.
+    """
+    own = os.getpgrp()
     while children := psutil.Process().children():
         for child in children:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):
+                if (group := os.getpgid(child.pid)) != own:
+                    os.killpg(group, signal.SIGKILL)
                 child.kill()
                 child.wait()
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _metadata(config: TrainConfig) -> dict[str, Any]:
-    """How megatron-core 0.16.1 is to shard: the form that fits any number of ranks."""
+    """Return the sharding options of megatron-core 0.16.1, for files that load on any number of ranks."""
     from megatron.core import parallel_state as ps
 
     metadata = {
@@ -33,7 +33,7 @@ def _metadata(config: TrainConfig) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
     }
-    # Without the flag the mere key would tie the file to the number of expert ranks.
+    # With the key present, even if it is false, the file would only load with the same number of expert ranks.
     if config.parallel.use_distributed_optimizer:
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
@@ -43,7 +43,7 @@ def _metadata(config: TrainConfig) -> dict[str, Any]:
 def _sharded_state(
     config: TrainConfig, model: list[MegatronModule], optimizer: ChainedOptimizer | None, loading: bool = True
 ) -> dict[str, Any]:
-    """The tensors of the model and, unless it is None, of the optimizer."""
+    """Return the sharded tensors of the model and, if an optimizer is given, of the optimizer."""
     metadata = _metadata(config)
     chunks = zip(model_keys(model), map(unwrap, model), strict=True)
     state = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in chunks}
@@ -53,7 +53,7 @@ def _sharded_state(
 
 
 def _rng_object() -> ShardedObject:
-    """The random states as one object per (pipeline, tensor) rank."""
+    """Return the random states, as one object per (pipeline, tensor) rank."""
     from megatron.core import parallel_state as ps
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -64,7 +64,7 @@ def _rng_object() -> ShardedObject:
 
 
 def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progress) -> list[Path]:
-    """Write the checkpoint; returns this rank's share of its files, for their digests. Collective."""
+    """Write the checkpoint. Return the files that this rank hashes for the manifest. Collective."""
     _require_support()
     state = _sharded_state(
         config, engine.model, None if config.checkpoint.no_save_optim else engine.optimizer, loading=False
@@ -81,7 +81,7 @@ def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progre
 
 
 def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]:
-    """Load into whatever layout this run has; returns the saved dictionary."""
+    """Load a checkpoint into this run's layout. Return the saved dictionary."""
     from megatron.core import dist_checkpointing
 
     _require_support()
@@ -94,7 +94,7 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
     if wants_optimizer:
         check_optimizer(config.flags, flags, directory)
     state: Any = _sharded_state(config, engine.model, engine.optimizer if wants_optimizer else None)
-    # A converter's checkpoint has no world size, and one of --no-save-rng no random states.
+    # Checkpoints of converters have no world size. Checkpoints saved with --no-save-rng have no random states.
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
     same = [flags.get(name) for name in sizes] == [layout.tp, layout.pp, layout.world_size]
     wants_rng = same and not (config.checkpoint.finetune or config.checkpoint.no_load_rng or flags.get("no_save_rng"))
@@ -119,12 +119,12 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
 def fit_optimizers(
     loaded: dict[Any, Any], common: dict[Any, Any], optimizers: list[MegatronOptimizer]
 ) -> dict[Any, Any]:
-    """What to load into this layout's optimizers: with EP > 1 the experts have one of their own, else there is one.
+    """Return the states to load into this layout's optimizers. With EP > 1 the experts have an optimizer of their own.
 
     Args:
-        loaded: the optimizer's part of the loaded state, its tensors already sharded for this layout.
-        common: the same part of what the file holds once for all ranks: {0: ..., 1: ...} if saved with EP > 1.
-        optimizers: of this run.
+        loaded: optimizer part of the loaded state, already sharded for this layout.
+        common: optimizer part of the data that the file stores once: {0: ..., 1: ...} if saved with EP > 1.
+        optimizers: optimizers of this run.
     """
     if len(optimizers) == (2 if 0 in common else 1):
         return loaded
@@ -135,27 +135,27 @@ def fit_optimizers(
     for i, optimizer in enumerate(optimizers):
         own = loaded[i] if len(optimizers) > 1 else {k: v for k, v in loaded.items() if not isinstance(k, int)}
         fitted[i] = _merged(own, saved)
-        # The groups are this run's; learning rate and weight decay come from the schedule.
+        # Keep this run's parameter groups: learning rate and weight decay come from the schedule.
         groups = _inner(optimizer.state_dict())["param_groups"]  # pyright: ignore[reportArgumentType]
         _inner(fitted[i])["param_groups"] = [{**group, **kept} for group in groups]
     return fitted if len(optimizers) > 1 else fitted[0]
 
 
 def _inner(state: dict[Any, Any]) -> dict[Any, Any]:
-    """torch's part of the state of one of Megatron's optimizers."""
+    """Return torch's part of the state of a Megatron optimizer."""
     inner: dict[Any, Any] = state.get("optimizer", state)
     return inner
 
 
 def _merged(first: object, second: object) -> Any:
-    """Two trees of dictionaries in one; what `first` has wins."""
+    """Merge two nested dictionaries. Values of `first` take precedence."""
     if not (isinstance(first, dict) and isinstance(second, dict)):
         return first
     return second | {key: _merged(value, second.get(key)) for key, value in first.items()}
 
 
 def _require_support() -> None:
-    """megatron-core 0.12.1's writer does not fit torch 2.13 (`_write_item` has another signature there)."""
+    """Refuse megatron-core 0.12.1, whose writer does not work with torch 2.13 (`_write_item` has another signature)."""
     from megatron.core.package_info import __version__ as version
 
     if tuple(int(part) for part in version.split(".")[:2]) < (0, 13):

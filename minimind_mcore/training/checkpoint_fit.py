@@ -1,7 +1,7 @@
-"""Whether a checkpoint is one that a run can take: of its model, its layout and its tokenizer.
+"""Check that a checkpoint fits a run: the same model, layout and tokenizer.
 
-It is told by the arguments that the checkpoint carries, before anything is built. Training, its dry run, what starts
-MindSpeed-LLM and the generator of FusionOne's tasks ask here.
+The checks read only the arguments in the checkpoint, before anything is built. Users are training, its dry run, the
+launcher of MindSpeed-LLM and the generator of FusionOne tasks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training.sample_order import values_differ
 
-# What must be equal in a checkpoint and on the command line, whatever the layout.
+# Flags that must equal the checkpoint's, whatever the layout.
 MODEL_ARGS = (
     "num_layers",
     "hidden_size",
@@ -31,11 +31,11 @@ MODEL_ARGS = (
 )
 
 
-Flags = Mapping[str, object]  # of a command line, or of a checkpoint, by Megatron's names
+Flags = Mapping[str, object]  # flags of a command line or a checkpoint, by Megatron's names
 
 
 def check_model(flags: Flags, saved: Flags, directory: Path, fingerprint: str | None = None) -> None:
-    """Refuse a checkpoint whose model, or tokenizer, is another."""
+    """Refuse a checkpoint of another model or tokenizer."""
     for name in MODEL_ARGS:
         found, expected = saved.get(name), flags[name]
         if found is not None and found != expected:
@@ -49,16 +49,16 @@ def check_model(flags: Flags, saved: Flags, directory: Path, fingerprint: str | 
 
 
 def other_constants(flags: Flags, saved: Flags, directory: Path, overridable: bool = True) -> str:
-    """The warning that Adam's constants differ from the checkpoint's, with both values; empty where they do not.
+    """Return a warning if Adam's constants differ from the checkpoint's, with both values. Empty if they are equal.
 
-    They are part of the optimizer's state: a run that resumes takes them from the checkpoint, as Megatron-LM does,
-    unless `--override-opt_param-scheduler` says that the command line counts.
+    The constants are part of the optimizer's state: a resumed run takes them from the checkpoint, as Megatron-LM does,
+    unless `--override-opt_param-scheduler` selects the command line.
 
     Args:
-        flags: of the run.
-        saved: the checkpoint's.
-        directory: of the checkpoint, for the message.
-        overridable: False for MindSpeed-LLM, whose flag leaves these values alone.
+        flags: flags of the run.
+        saved: flags of the checkpoint.
+        directory: the checkpoint, for the message.
+        overridable: False for MindSpeed-LLM, whose flag does not affect these constants.
     """
     names = {"adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2", "adam_eps": "--adam-eps"}
     there, here = ({flag: one.get(name) for name, flag in names.items()} for one in (saved, flags))
@@ -66,16 +66,16 @@ def other_constants(flags: Flags, saved: Flags, directory: Path, overridable: bo
     if flags["optimizer"] != "adam" or flags["no_load_optim"] or not differing:
         return ""
     if overridable and flags["override_opt_param_scheduler"]:
-        used = "The run follows the command line"
+        used = "The run uses the command line"
     else:
-        advice = "; --override-opt_param-scheduler follows the command line" if overridable else ""
-        used = f"The run follows the checkpoint{advice}"
+        advice = "; --override-opt_param-scheduler uses the command line" if overridable else ""
+        used = f"The run uses the checkpoint{advice}"
     return f"{directory}: {'; '.join(differing)}. {used}"
 
 
 def check_optimizer(flags: Flags, saved: Flags, directory: Path) -> None:
-    """Refuse another optimizer, or one whose state is kept in another form."""
-    instead = "do the same, or give --no-load-optim to take the weights alone"
+    """Refuse a checkpoint of another optimizer, or with another format of the optimizer state."""
+    instead = "use the same setting, or give --no-load-optim to load only the weights"
     kind, own = saved.get("optimizer", "adam"), flags["optimizer"]
     if kind != own:
         raise UserError(f"{directory}: saved with --optimizer {kind}, and the run has {own}; {instead}")
@@ -90,13 +90,13 @@ def check_optimizer(flags: Flags, saved: Flags, directory: Path) -> None:
 def check_router(flags: Flags, topk: object, rule: RouterWeight | None, source: str) -> None:
     """Refuse weights whose router computes another function than the command line asks for.
 
-    `normalized` and `straight_through` compute the same function; only their gradients differ.
+    `normalized` and `straight_through` compute the same function and differ only in their gradients.
 
     Args:
-        flags: of the run.
+        flags: flags of the run.
         topk: experts per token of the weights.
-        rule: router weight that comes with the weights; None if they name none.
-        source: where the weights are, for the message.
+        rule: router weight stored with the weights, or None.
+        source: path of the weights, for the message.
     """
     own = flags["moe_router_topk"]
     if topk != own:
@@ -113,30 +113,30 @@ def check_router(flags: Flags, topk: object, rule: RouterWeight | None, source: 
 
 
 def check_layout(layout: ParallelLayout, found: ParallelLayout, directory: Path, instead: str) -> None:
-    """Refuse a `torch` checkpoint of another layout; `instead` is what to do."""
-    expected = dataclasses.replace(layout, world_size=0)  # of a checkpoint, which has no number of processes
+    """Refuse a `torch` checkpoint of another layout. `instead` tells the user what to do."""
+    expected = dataclasses.replace(layout, world_size=0)  # checkpoints have no world size
     if found != expected:
         raise UserError(f"{directory} has the layout {found}, and the run has {expected}; {instead}")
 
 
 def check_tokenizer(expected: str | None, found: object, path: Path) -> None:
-    """Refuse weights that were trained with another tokenizer, where that is known."""
+    """Refuse weights that were trained with another tokenizer. Weights without a fingerprint pass."""
     if found and expected and found != expected:
         raise UserError(
-            f"{path}: trained with another tokenizer (fingerprint {str(found)[:12]}, the given one's is "
-            f"{expected[:12]}). MiniMind's tokenizers share a vocabulary size and almost no ids: give the one it "
-            "was trained with"
+            f"{path}: trained with another tokenizer (fingerprint {str(found)[:12]}, but the given tokenizer has "
+            f"{expected[:12]}). MiniMind's tokenizers share a vocabulary size and almost no ids: give the tokenizer of "
+            "the weights"
         )
 
 
 def conversion(path: Path | str, kind: str, settings: str) -> str:
-    """The command that converts weights, by the kind that names its script (`hf2mcore`, `mcore2mcore`)."""
+    """Return the command that converts weights. `kind` names the script (`hf2mcore`, `mcore2mcore`)."""
     words = ["LOAD_DIR=" + shlex.quote(str(path)), *filter(None, [settings])]
     return f"{' '.join(words)} bash examples/mcore/minimind/ckpt_convert_minimind_{kind}.sh"
 
 
 def layout_settings(layout: ParallelLayout) -> str:
-    """TP, PP, VPP and EP of a layout, as that script takes them."""
+    """Return TP, PP, VPP and EP of a layout as settings of that script."""
     sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep}
     if layout.layers_per_virtual_stage:
         sizes["VPP"] = layout.layers_per_virtual_stage

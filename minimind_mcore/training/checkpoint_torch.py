@@ -3,8 +3,8 @@
     iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt     config, model, optimizer, schedule, RNG
                                        /distrib_optim.pt       with the distributed optimizer
 
-Source: Megatron-LM core_v0.12.1, megatron/training/checkpointing.py. It loads only where TP, PP and
-EP are the same.
+Source: Megatron-LM core_v0.12.1, megatron/training/checkpointing.py. The checkpoint loads only into the same TP, PP and
+EP.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_NAME = "distrib_optim.pt"
 INSTEAD = (
-    "give --reshard to take its weights into this layout, or convert it (convert_ckpt_v2.py), or save with "
+    "give --reshard to load its weights into this layout, or convert the checkpoint (convert_ckpt_v2.py), or save with "
     "--ckpt-format torch_dist"
 )
 
 
 def rank_directory(directory: Path) -> Path:
-    """Directory of this rank's part: `mp_rank_TT`, then `_PPP` if PP > 1, then `_EEE` if EP > 1."""
+    """Return the directory of this rank: `mp_rank_TT`, then `_PPP` if PP > 1, then `_EEE` if EP > 1."""
     from megatron.core import parallel_state as ps
 
     layout = ParallelLayout(
@@ -54,19 +54,19 @@ def rank_directory(directory: Path) -> Path:
 
 
 def model_keys(model: Sequence[MegatronModule]) -> list[str]:
-    """Keys of the chunks: "model", or "model0", "model1", ... with virtual pipeline stages."""
+    """Return the keys of the chunks: "model", or "model0", "model1", ... with virtual pipeline stages."""
     return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
 
 
 def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progress) -> list[Path]:
-    """Write this rank's files; returns them. Collective."""
+    """Write this rank's files and return them. Collective."""
     from megatron.core import parallel_state as ps
 
     folder, files = rank_directory(directory), []
     if config.parallel.use_distributed_optimizer and not config.checkpoint.no_save_optim:
         folder.mkdir(exist_ok=True)
         engine.optimizer.save_parameter_state(str(folder / OPTIMIZER_NAME))
-        # Experts have data-parallel groups of their own, and a file for each of their ranks.
+        # Experts have their own data-parallel groups, with one optimizer file per expert rank.
         files = [p for p in [folder / OPTIMIZER_NAME] if p.is_file() and ps.get_expert_data_parallel_rank() == 0]
     rng = rng_states()
     if ps.get_expert_data_parallel_rank() != 0:
@@ -74,7 +74,7 @@ def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progre
     state = common_state(config, engine, progress)
     for key, chunk in zip(model_keys(engine.model), engine.model, strict=True):
         state[key] = chunk.state_dict_for_save_checkpoint()
-        if config.model.lora_target_modules:  # the weights below the adapters are where they came from
+        if config.model.lora_target_modules:  # only the adapters are saved; the base weights stay in their file
             state[key] = _adapters(state[key])
     if not config.checkpoint.no_save_rng:
         state["rng_state"] = rng
@@ -85,7 +85,7 @@ def write(config: TrainConfig, directory: Path, engine: Engine, progress: Progre
 
 
 def common_state(config: TrainConfig, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint holds besides weights and random states."""
+    """Return the contents of a checkpoint other than weights and random states."""
     args = config.saved_arguments(
         iteration=progress.iteration,
         consumed_train_samples=progress.consumed,
@@ -103,7 +103,7 @@ def common_state(config: TrainConfig, engine: Engine, progress: Progress) -> dic
 
 
 def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]:
-    """Load this rank's part into the model and the rest; returns the saved dictionary."""
+    """Load this rank's part: model, optimizer, schedule. Return the saved dictionary."""
     folder = rank_directory(directory)
     if not (folder / NAME).is_file():
         found = ", ".join(sorted(p.name for p in directory.glob("mp_rank_*"))) or "none"
@@ -119,7 +119,7 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
         if key not in state:
             raise UserError(
                 f"{folder / NAME}: no {key!r}: saved with another number of virtual pipeline stages; give --reshard to "
-                "take its weights into this layout"
+                "load its weights into this layout"
             )
         _load_chunk(config, chunk, state, key, directory)
     if not config.checkpoint.loads_optimizer or "optimizer" not in state:
@@ -139,8 +139,8 @@ def read(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]
 
 
 def _convert_steps(state: list[dict[str, Any]] | dict[str, Any], kind: Callable[[Any], Any]) -> None:
-    """Adam's count of its steps, in every parameter group: MindSpeed 2.2.0 can read a tensor alone, and 26.1.0 either;
-    megatron-core compares the groups', for which they must be numbers."""
+    """Convert Adam's step in every parameter group. MindSpeed 2.2.0 accepts only a tensor; 26.1.0 accepts both.
+    megatron-core compares the steps of the groups and needs plain numbers."""
     for part in state if isinstance(state, list) else [state]:
         for group in part.get("optimizer", part)["param_groups"]:
             if "step" in group:
@@ -152,11 +152,11 @@ def _adapters(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
 
 
 def _load_chunk(config: TrainConfig, chunk: MegatronModule, state: dict[str, Any], key: str, directory: Path) -> None:
-    """The weights of one chunk; of a LoRA run the adapters, whose base is there already."""
+    """Load the weights of one chunk. In a LoRA run load only the adapters, because the base is already loaded."""
     adapters, wants = _adapters(state[key]), bool(config.model.lora_target_modules)
     if bool(adapters) != wants:
         raise UserError(
-            f"{directory}: found no LoRA adapters, expected those of --lora-target-modules; its own weights go to "
+            f"{directory}: found no LoRA adapters, expected adapters of --lora-target-modules; base weights belong to "
             "--pretrained-checkpoint"
             if wants
             else f"{directory}: holds LoRA adapters: merge them into their base first, or give --lora-target-modules"
@@ -169,12 +169,12 @@ def _load_chunk(config: TrainConfig, chunk: MegatronModule, state: dict[str, Any
         _check_base(config, state["args"], directory)
         if adapters.keys() != _adapters(chunk.state_dict()).keys():
             found = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapters})
-            raise UserError(f"{directory}: its adapters are those of --lora-target-modules {' '.join(found)}")
+            raise UserError(f"{directory}: the adapters were trained with --lora-target-modules {' '.join(found)}")
     chunk.load_state_dict(adapters if wants else state[key], strict=not wants)
 
 
 def _check_base(config: TrainConfig, saved: object, directory: Path) -> None:
-    """Refuse to go on with adapters upon other weights, where those of before are known."""
+    """Refuse adapters that were trained on other base weights, if the digest of those weights is known."""
     found, own = getattr(saved, "lora_base", None), str(config.record.lora_base)
     if found not in (None, own) and not config.checkpoint.finetune:
         base = getattr(saved, "pretrained_checkpoint", None)
@@ -187,24 +187,24 @@ def _check_base(config: TrainConfig, saved: object, directory: Path) -> None:
 
 
 def load_schedule(scheduler: OptimizerParamScheduler, state: dict[str, Any], directory: Path) -> None:
-    """Restore the place in the schedule.
+    """Restore the position in the learning-rate schedule.
 
     Raises:
-        UserError: the command line's schedule is another (more iterations, say), and no flag says which counts.
+        UserError: the schedule differs from the command line's, and no flag selects one of them.
     """
     try:
-        scheduler.num_steps = 0  # its load adds to what it has counted so far (one step under --lr-at-iteration-end)
+        scheduler.num_steps = 0  # loading adds to the current count (one step under --lr-at-iteration-end)
         scheduler.load_state_dict(state)
     except AssertionError as error:
         raise UserError(
-            f"{directory}: its learning-rate schedule is not the command line's ({error}); give "
-            "--override-opt_param-scheduler to follow the command line, --use-checkpoint-opt_param-scheduler to follow "
+            f"{directory}: its learning-rate schedule differs from the command line ({error}); give "
+            "--override-opt_param-scheduler to use the command line, --use-checkpoint-opt_param-scheduler to use "
             "the checkpoint; in a YAML of reinforcement learning set minimind.resume_schedule: override or checkpoint"
         ) from error
 
 
 def rng_states() -> list[dict[str, Any]]:
-    """The generators of every data-parallel rank, under Megatron's names. Collective."""
+    """Return the random states of every data-parallel rank, under Megatron's names. Collective."""
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -220,7 +220,7 @@ def rng_states() -> list[dict[str, Any]]:
 
 
 def restore_rng(states: list[dict[str, Any]]) -> None:
-    """Restore `rng_states`; Megatron itself saves one for all data-parallel ranks."""
+    """Restore `rng_states`. Megatron itself saves a single state for all data-parallel ranks."""
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -230,7 +230,7 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
     if len(state["cuda_rng_state"]) != len(device.rng_state()):
-        # A CPU's generator has 5056 bytes of state, a GPU's 16: no state of one fits the other.
+        # The generator state of a CPU has 5056 bytes, of a GPU 16, so neither can be restored on the other.
         logger.info(
             "the checkpoint was saved on another kind of device: dropout continues with random numbers of --seed"
         )

@@ -1,4 +1,4 @@
-"""Weights alone, into whatever layout this run has: of Hugging Face or MiniMind, or a `torch` checkpoint resharded."""
+"""Load only weights, into any layout: of Hugging Face or MiniMind, or a `torch` checkpoint that is resharded."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from minimind_mcore.training.step import Engine
 
 
 def is_model(path: Path) -> bool:
-    """Whether it is weights of Hugging Face or MiniMind, and no directory of checkpoints."""
+    """Return whether a path holds weights of Hugging Face or MiniMind, and is not a directory of checkpoints."""
     return path.is_file() or (path / "config.json").is_file()
 
 
 def saved_layout(directory: Path) -> ParallelLayout:
-    """The layout of a `torch` checkpoint."""
+    """Return the layout of a `torch` checkpoint."""
     return ParallelLayout.from_args(saved_args(directory))
 
 
 def read_model(config: TrainConfig, path: Path, engine: Engine) -> Source:
-    """Fill this rank's chunks from a model in files; the optimizer starts anew.
+    """Load this rank's chunks from model files. The optimizer starts with zero moments.
 
     Raises:
-        UserError: it is another model, or damaged.
+        UserError: the files hold another model, or are damaged.
     """
     from minimind_mcore.models.loading import load_into  # imports megatron
 
@@ -46,17 +46,17 @@ def read_model(config: TrainConfig, path: Path, engine: Engine) -> Source:
 
 
 def open_model(config: TrainConfig, path: Path) -> Source:
-    """The run's own model in files; no weight is read yet.
+    """Open files that must hold the run's model. No weight is read yet.
 
     Raises:
-        UserError: it is another model, or `open_weights` refuses it.
+        UserError: the files hold another model, or `open_weights` refuses them.
     """
     own = config.architecture
     source = open_weights(config, path, own if is_pth(path) else None)  # which does not say all of it
     for field in dataclasses.fields(ModelConfig):
         found, expected = getattr(source.config, field.name), getattr(own, field.name)
-        # a longer context needs no other weights, and how experts are balanced is the training's; MiniMind scales the
-        # rotary embedding for inference only
+        # The maximum context does not change the weights, the balancing of experts belongs to training, and MiniMind
+        # scales the rotary embedding for inference only.
         if field.name not in ("max_position_embeddings", "inference_rope_scaling", "moe") and found != expected:
             raise UserError(f"--load {path}: {field.name} is {found} there and {expected} on the command line")
     if moe := source.config.moe:
@@ -66,10 +66,10 @@ def open_model(config: TrainConfig, path: Path) -> Source:
 
 
 def open_weights(config: TrainConfig, path: Path, architecture: ModelConfig | None = None) -> Source:
-    """A model in files, of any size, that was trained with the run's tokenizer.
+    """Open a model of any size that was trained with the run's tokenizer.
 
     Raises:
-        UserError: another tokenizer, adapters that are not merged, or damaged.
+        UserError: the model has another tokenizer or unmerged adapters, or the files are damaged.
     """
     source = open_source(path, architecture)
     check_tokenizer(config.record.tokenizer_fingerprint, source.training.fingerprint, path)
@@ -81,14 +81,14 @@ def open_weights(config: TrainConfig, path: Path, architecture: ModelConfig | No
 
 
 def read_tensor(source: Source, name: str) -> Tensor:
-    """One tensor of the whole megatron-core model; a number that is not finite is a `UserError`."""
+    """Read one tensor of the whole megatron-core model. A value that is not finite is a `UserError`."""
     tensor = source.tensors[name].read()
     require_finite(name, tensor)
     return tensor
 
 
 def reshard(config: TrainConfig, directory: Path, engine: Engine) -> dict[str, Any]:
-    """Fill this rank's chunks from a `torch` checkpoint of another layout; returns the saved dictionary."""
+    """Load this rank's chunks from a `torch` checkpoint of another layout. Return the saved dictionary."""
     read_model(config, directory, engine)
     saved: dict[str, Any] = content(directory)
     if not (config.checkpoint.finetune or config.checkpoint.no_load_optim) and "opt_param_scheduler" in saved:

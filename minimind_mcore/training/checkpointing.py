@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there.
+"""Save and load checkpoints atomically.
 
     checkpoints/
         latest_checkpointed_iteration.txt      written last
@@ -7,9 +7,9 @@
             mp_rank_00/model_optim_rng.pt ...  --ckpt-format torch: as MindSpeed-LLM reads and writes it
             .metadata, __0_0.distcp ...        --ckpt-format torch_dist: loads into any other layout
 
-A save goes to a temporary directory, is synced, renamed, and only then named in the tracker file. A
-load compares the files with their manifest; where the newest checkpoint is damaged it says so and
-takes the newest whole one.
+A save goes to a temporary directory, which is synced and renamed. Only then the tracker file names it. A load compares
+the files with their manifest. If the newest checkpoint is damaged, a warning says so and the newest undamaged one is
+loaded.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ CONVERTED = "holds weights and no optimizer: training starts at iteration 0 with
 
 def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
     """Write the checkpoint of this iteration. Collective.
-
     Raises:
-        UserError: the disk is full, on any rank; what was saved before is untouched.
+        UserError: the disk of any rank is full. Earlier checkpoints are unchanged.
     """
     root = config.checkpoint.directory
     final = directory_of(root, progress.iteration)
@@ -100,11 +99,11 @@ def save(config: TrainConfig, progress: Progress, engine: Engine) -> None:
 
 
 def require_shared_directory(path: Path) -> None:
-    """Refuse a directory that cannot be written, or that is not the same one on every host. Collective."""
+    """Check that a directory is writable, and the same directory on every host. Collective."""
     probe = path / ".shared-probe"
 
     def write() -> None:
-        with writing(path, "give a directory of yours with --save (CKPT_SAVE_DIR)"):
+        with writing(path, "give a writable directory with --save (CKPT_SAVE_DIR)"):
             path.mkdir(parents=True, exist_ok=True)
             probe.touch()
 
@@ -115,15 +114,16 @@ def require_shared_directory(path: Path) -> None:
     ranks.check_on_main(write)
     try:
         ranks.together(look)
-    finally:  # every rank has looked
+    finally:  # wait until every rank has checked
         if ranks.is_main():
             probe.unlink(missing_ok=True)
 
 
 def expected_bytes(config: TrainConfig) -> int:
-    """What a checkpoint holds at least: weights, and in fp32 Adam's moments (and the weights of half precision).
+    """Return the minimum size of a checkpoint: weights, Adam's moments in fp32, and fp32 copies of half-precision
+    weights.
 
-    Under LoRA of the adapters alone.
+    Under LoRA only the adapters count.
     """
     width = 2 if config.precision.bf16 or config.precision.fp16 else 4
     optimizer = 0 if config.checkpoint.no_save_optim else (12 if width == 2 else 8)
@@ -133,14 +133,14 @@ def expected_bytes(config: TrainConfig) -> int:
 
 
 def _require_space(config: TrainConfig, tmp: Path) -> None:
-    """Refuse a save that cannot fit before any rank has begun to write."""
+    """Check the free disk space before any rank starts to write."""
     free = free_bytes(config.checkpoint.directory)
     if free < expected_bytes(config):
         raise disk_full(tmp, free, tmp)
 
 
 def _entries(write: Callable[[], list[Path]], tmp: Path) -> dict[str, FileEntry]:
-    """Write this rank's files of the checkpoint; return their manifest entries."""
+    """Write this rank's files of the checkpoint, and return their manifest entries."""
     with disk_errors(tmp):
         files = write()
         return {str(file.relative_to(tmp)): file_entry(file) for file in files}
@@ -154,18 +154,18 @@ def _publish(
         publish_directory(tmp, final)
         atomic_write_text(root / TRACKER, str(iteration))
     if keep_last:
-        # A later one can only be damaged, or the run went back behind it: it does not count.
+        # Later checkpoints do not count: they are damaged, or the run resumed from an earlier iteration.
         older = [one for one in iterations_in(root) if one <= iteration]
         for one in older[keep_last:]:
             _remove(directory_of(root, one))
 
 
 def _remove(directory: Path) -> None:
-    """Remove an older checkpoint, or the link to one; the run goes on where that fails."""
+    """Remove an older checkpoint, or the link to one. A failure is only logged."""
     try:
         directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
     except OSError as error:
-        logger.warning(f"{directory}: cannot be removed ({error.strerror or error}), as --keep-last asks")
+        logger.warning(f"{directory}: --keep-last could not remove it ({error.strerror or error})")
 
 
 def _together(work: Callable[[], T], tmp: Path) -> list[T]:
@@ -182,18 +182,18 @@ def _together(work: Callable[[], T], tmp: Path) -> list[T]:
 
 
 def load(config: TrainConfig, engine: Engine, role: str = "") -> Progress:
-    """Load `--load` into the model and, unless told otherwise, everything else. Collective.
+    """Load `--load` into the model and, unless flags exclude them, optimizer, schedule and random states. Collective.
 
     Args:
-        config: of the run.
-        engine: with the model.
-        role: of the model, for the message, where a program has several.
+        config: configuration of the run.
+        engine: engine with the model.
+        role: name of the model in messages, in programs with several models.
 
     Returns:
-        Where the saved run was; the beginning under `--finetune`, or if there is nothing to load.
+        The progress of the saved run. Zero under `--finetune`, or if there is no checkpoint.
 
     Raises:
-        UserError: every checkpoint there is damaged, or belongs to another model or layout.
+        UserError: all checkpoints are damaged, or belong to another model or layout.
     """
     if _begins_elsewhere(config):
         config = _beginning(config, config.checkpoint.pretrained_checkpoint)
@@ -221,7 +221,7 @@ def load(config: TrainConfig, engine: Engine, role: str = "") -> Progress:
     if resharded:
         saved = checkpoint_weights.reshard(config, directory, engine)
         logger.info(
-            f"resharded {directory} from {checkpoint_weights.saved_layout(directory)}: its optimizer starts anew"
+            f"resharded {directory} from {checkpoint_weights.saved_layout(directory)}: the optimizer starts from zero"
         )
     else:
         form = checkpoint_dist if is_torch_dist(directory) else checkpoint_torch
@@ -237,7 +237,7 @@ def load(config: TrainConfig, engine: Engine, role: str = "") -> Progress:
     ):
         log.warn_once(logger, line)
     logger.info(f"{who}loaded {directory}: iteration {progress.iteration}, {progress.consumed} samples consumed")
-    # In reinforcement learning the driver reads the prompts, and compares their order itself.
+    # In reinforcement learning the driver reads the prompts, and checks their order itself.
     own = config.record.sample_order
     differing = sample_order.differences(config.flags, vars(saved["args"]), own) if own else []
     if progress.consumed and differing:
@@ -246,69 +246,69 @@ def load(config: TrainConfig, engine: Engine, role: str = "") -> Progress:
 
 
 def _place_in_schedule(config: TrainConfig, directory: Path, progress: Progress, engine: Engine) -> str:
-    """Continue the learning-rate schedule at the iteration of a checkpoint that gives no optimizer.
+    """Resume the learning-rate schedule at the iteration of a checkpoint without optimizer.
 
-    Megatron-LM lets the schedule begin again at 0 under `--no-load-optim`, so that the learning rate of a resumed run
-    never reaches its minimum.
+    Megatron-LM restarts the schedule at 0 under `--no-load-optim`, so the learning rate of a resumed run never reaches
+    its minimum.
 
     Returns:
-        What a user should know.
+        A message for the user.
     """
     updates = (progress.iteration - progress.skipped) * config.schedule.updates_per_iteration
     engine.scheduler.step(increment=updates * config.schedule.global_batch_size)
     why = "--no-load-optim" if config.checkpoint.no_load_optim else f"{directory} holds no optimizer (--no-save-optim)"
     return (
-        f"{why}: Adam begins with zero moments, and the learning-rate schedule goes on at iteration "
-        f"{progress.iteration}. --finetune begins at iteration 0"
+        f"{why}: Adam starts with zero moments, and the learning-rate schedule resumes at iteration "
+        f"{progress.iteration}. --finetune starts at iteration 0"
     )
 
 
 def _begins_elsewhere(config: TrainConfig) -> bool:
-    """Whether the run has not begun, and takes its weights from `--pretrained-checkpoint`, as Megatron's do."""
+    """Return whether this is a new run that takes its weights from `--pretrained-checkpoint`, as in Megatron."""
     begun = config.checkpoint.load and iterations_in(Path(config.checkpoint.load))
     return bool(config.checkpoint.pretrained_checkpoint and not config.model.lora_target_modules and not begun)
 
 
 def _beginning(config: TrainConfig, path: str | Path | None) -> TrainConfig:
-    """The same run as one that takes the weights of `path`, in whatever layout they are, and nothing else."""
+    """Return a configuration that only loads the weights of `path`, saved in any layout."""
     changes = {"load": str(path), "finetune": True, "reshard": True, "ckpt_step": None}
     return config.changed(**changes, pretrained_checkpoint=None, lora_target_modules=[])
 
 
 def _chosen(config: TrainConfig, root: Path) -> Path | None:
-    """The checkpoint to load; None if there is none, and need not be."""
+    """Return the checkpoint to load, or None if there is none and none is required."""
     directory = choose(root, config.checkpoint.ckpt_step)
     if directory is None and (
         config.checkpoint.exit_on_missing_checkpoint or config.checkpoint.ckpt_step or config.checkpoint.finetune
     ):
-        raise UserError(f"{root}: found no checkpoint there; give where there is one")
+        raise UserError(f"{root}: found no checkpoint there; give a directory that has one")
     return directory
 
 
 def load_weights(config: TrainConfig, path: Path, model: Sequence[MegatronModule], role: str = "") -> None:
-    """The weights below `path` into the model, wrapped or not, and nothing else. Collective.
+    """Load the weights of `path` into the model, wrapped or not, and nothing else. Collective.
 
     Args:
-        config: of the run.
-        path: of the weights.
+        config: configuration of the run.
+        path: path of the weights.
         model: the chunks.
         role: see `load`.
 
     Raises:
-        UserError: as `load`.
+        UserError: see `load`.
     """
     load(_beginning(config, path), Engine(config, [*model]), role)
 
 
 def previews(config: TrainConfig, schedule: bool = True) -> dict[str, str]:
-    """What a run would begin with, by a name, checked as far as that goes without reading weights into a model.
+    """Describe what a run would load, by name, without reading weights into a model.
 
     Args:
-        config: of the run.
-        schedule: False where the length of the run is not known yet, and with it the learning-rate schedule.
+        config: configuration of the run.
+        schedule: False if the length of the run, and so the learning-rate schedule, is not known yet.
 
     Raises:
-        UserError: what `load` would raise.
+        UserError: any error that `load` would raise.
     """
     if config.checkpoint.weights_pending:
         return {"begin with": f"{config.checkpoint.pretrained_checkpoint}, to be trained first"}
@@ -323,16 +323,16 @@ def previews(config: TrainConfig, schedule: bool = True) -> dict[str, str]:
 
 
 def settle_router_weight(config: TrainConfig, **load: object) -> tuple[TrainConfig, str]:
-    """Choose the router weight: what the command line names, else the loaded weights' rule, else the default.
+    """Choose the router weight: the command line's, else the one stored with the loaded weights, else the default.
 
     Collective.
 
     Args:
-        config: of the run.
-        load: flags of loading, where the run does not load what `config` says.
+        config: configuration of the run.
+        load: loading flags that replace those of `config`.
 
     Returns:
-        The configuration with that rule; the rule and where it comes from, for the user (empty without experts).
+        The configuration with the router weight, and a message with the choice and its source (empty without experts).
     """
     if not config.model.num_experts:
         return config, ""
@@ -346,7 +346,8 @@ def settle_router_weight(config: TrainConfig, **load: object) -> tuple[TrainConf
 
 
 def _loaded_router_weight(config: TrainConfig) -> RouterWeight | None:
-    """The router weight of the weights that a run begins with; None if it begins with random weights. Collective."""
+    """Return the router weight of the weights that a run loads, or None if it starts with random weights.
+    Collective."""
     if config.checkpoint.weights_pending:
         return None
     begun = config.checkpoint.load and iterations_in(Path(config.checkpoint.load))
@@ -391,7 +392,7 @@ def _progress(config: TrainConfig, saved: dict[str, Any]) -> Progress:
     if config.checkpoint.finetune:
         return Progress()
     iteration = int(saved["iteration"])
-    # A converter's checkpoint has an iteration but no samples; MindSpeed-LLM counts them as consumed.
+    # A converter's checkpoint has an iteration but no sample count. MindSpeed-LLM counts its samples as consumed.
     consumed = getattr(saved["args"], "consumed_train_samples", 0) or iteration * config.schedule.global_batch_size
     skipped = getattr(saved["args"], "skipped_train_samples", 0) // config.schedule.global_batch_size
     return Progress(iteration, consumed, skipped)

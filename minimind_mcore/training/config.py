@@ -1,8 +1,8 @@
 """The settings of a training run: frozen, typed sections, built once from validated flags.
 
-The fields have the names that Megatron gives its arguments, so a flag and its use are found with one search. The
-functions of training/ and posttrain/ take a `TrainConfig`. `argparse.Namespace` stays where a command line comes in
-(`arguments.parse`, `validation.validate`) and where a checkpoint goes out (`TrainConfig.saved_arguments`).
+A field has the name of Megatron's argument, so one search finds both the flag and its uses. The functions of training/
+and posttrain/ take a `TrainConfig`. `argparse.Namespace` is used only for parsing (`arguments.parse`,
+`validation.validate`) and for the arguments in a checkpoint (`TrainConfig.saved_arguments`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """What is built, besides the architecture (`TrainConfig.architecture`)."""
+    """Settings of the model other than its architecture (`TrainConfig.architecture`)."""
 
     num_layers: int
     hidden_size: int
@@ -47,7 +47,7 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSection:
-    """Ranks and what they exchange; `TrainConfig.layout` has the sizes."""
+    """Parallelism and communication. `TrainConfig.layout` has the sizes."""
 
     data_parallel_size: int
     tensor_model_parallel_size: int
@@ -63,7 +63,7 @@ class ParallelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """The update of the weights."""
+    """Settings of the optimizer."""
 
     optimizer: str
     lr: float
@@ -80,7 +80,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSection:
-    """How long the run is, and its learning rate and weight decay over that time."""
+    """The length of the run, with its learning rate and weight decay."""
 
     train_iters: int
     global_batch_size: int
@@ -102,7 +102,7 @@ class ScheduleSection:
     weight_decay_incr_style: str
     override_opt_param_scheduler: bool
     use_checkpoint_opt_param_scheduler: bool
-    updates_per_iteration: int = 1  # of reinforcement learning, whose iterations update several times
+    updates_per_iteration: int = 1  # reinforcement learning makes several updates per iteration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class PrecisionSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Tokens and how they become batches."""
+    """Datasets and batches."""
 
     seed: int
     seq_length: int
@@ -152,7 +152,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    """What is read and written."""
+    """Paths and formats for loading and saving."""
 
     save: str | None
     save_interval: int | None
@@ -174,19 +174,19 @@ class CheckpointSection:
 
     @property
     def directory(self) -> Path:
-        """`--save` of a run that saves."""
+        """The directory of `--save`. Only for runs that save."""
         assert self.save
         return Path(self.save)
 
     @property
     def loads_optimizer(self) -> bool:
-        """Whether a checkpoint's optimizer is loaded, where it has one."""
+        """Whether the optimizer of a checkpoint is loaded, if the checkpoint has one."""
         return not (self.finetune or self.no_load_optim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loggers:
-    """Where metrics go besides metrics.jsonl. `swanlab` has further arguments of `swanlab.init`."""
+    """Loggers besides metrics.jsonl. `swanlab` has further arguments of `swanlab.init`."""
 
     tensorboard_dir: str | None
     use_wandb: bool
@@ -199,7 +199,7 @@ class Loggers:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingSection(Loggers):
-    """What the run says about itself."""
+    """Logging and profiling."""
 
     output_dir: str | None
     log_file: str | None
@@ -227,13 +227,13 @@ Section = TypeVar("Section")
 
 
 def _section(kind: type[Section], flags: Mapping[str, object]) -> Section:
-    """One section; a field that the program's command line lacks has its default."""
+    """Build one section. A field without a flag in this program gets its default."""
     return kind(**fields_from(kind, flags))
 
 
 class SampleOrder(TypedDict):
-    """What determines the order of a run's samples besides the flags: a digest for each dataset, of the order, its
-    length."""
+    """The settings other than flags that determine the order of a run's samples: a digest of each dataset, a digest of
+    the order, and its length."""
 
     data: list[str]
     order: str
@@ -242,13 +242,13 @@ class SampleOrder(TypedDict):
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What a run finds out after it has begun, and its checkpoints carry next to the flags.
+    """Facts that a run finds out after its start and stores in its checkpoints next to the flags.
 
     Attributes:
-        tokenizer_fingerprint: of the tokenizer in use.
-        sample_order: of the training set.
-        lora_base: digest of the weights below the adapters.
-        rl_state: of the driver of reinforcement learning.
+        tokenizer_fingerprint: fingerprint of the tokenizer.
+        sample_order: sample order of the training set.
+        lora_base: digest of the base weights of LoRA.
+        rl_state: state of the driver of reinforcement learning.
     """
 
     tokenizer_fingerprint: str | None = None
@@ -262,9 +262,9 @@ class TrainConfig:
     """The settings of one run.
 
     Attributes:
-        layout: of the ranks.
-        architecture: of the model, with the router weight of the loaded weights once that is known.
-        flags: all flags of Megatron and MindSpeed-LLM by name, which checkpoints carry.
+        layout: parallel layout of the ranks.
+        architecture: architecture of the model, with the router weight of the loaded weights once they are opened.
+        flags: all flags of Megatron and MindSpeed-LLM by name, as stored in checkpoints.
     """
 
     layout: ParallelLayout
@@ -283,7 +283,7 @@ class TrainConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, layout: ParallelLayout) -> TrainConfig:
-        """The sections of arguments that `validate` has checked and filled in."""
+        """Build the sections from arguments that `validate` has checked and completed."""
         flags = dict(vars(args))
         return cls(
             layout=layout,
@@ -301,11 +301,11 @@ class TrainConfig:
         )
 
     def changed(self, **changes: object) -> TrainConfig:
-        """The same run, with the same record, with other values of some flags."""
+        """Return a copy with other values of some flags, and the same record."""
         changed = TrainConfig.from_args(argparse.Namespace(**{**self.flags, **changes}), self.layout)
         return dataclasses.replace(changed, record=self.record)
 
     def saved_arguments(self, **more: object) -> argparse.Namespace:
-        """The arguments that a checkpoint carries, under Megatron's names, for MindSpeed-LLM to read."""
+        """Return the arguments for a checkpoint, under Megatron's names, so that MindSpeed-LLM can read them."""
         found = {name: value for name, value in vars(self.record).items() if value is not None}
         return argparse.Namespace(**{**self.flags, **found, **more})

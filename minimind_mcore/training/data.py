@@ -1,7 +1,7 @@
-"""Megatron's GPT dataset, in the order of its samples, from any of them on.
+"""Megatron's GPT dataset, read in order from any sample on.
 
-A run reads samples 0, 1, 2, ... of a dataset that is shuffled once by `--seed`; the number of
-samples consumed so far is therefore the whole data position of a run.
+A run reads samples 0, 1, 2, ... of a dataset that is shuffled once with `--seed`. The number of consumed samples is
+therefore the complete data position of a run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 
 class DatasetTokenizer:
-    """What megatron-core's datasets ask of a tokenizer: its end-of-document id, and its name in cache keys."""
+    """The interface that megatron-core's datasets need: the end-of-document id, and the tokenizer's name in cache
+    keys."""
 
     def __init__(self, path: str, vocab_size: int) -> None:
         info = tokenizer_info(path)
@@ -43,7 +44,7 @@ class DatasetTokenizer:
                 f"the tokenizer at {path} has {info.vocab_size} tokens, more than --padded-vocab-size {vocab_size}"
             )
         if info.eos_id is None:
-            raise UserError(f"{path}: tokenizer_config.json names no eos_token, which ends a document")
+            raise UserError(f"{path}: tokenizer_config.json has no eos_token, which must end each document")
         self.fingerprint = info.fingerprint
         self.vocab_size = vocab_size
         self.eod = info.eos_id
@@ -52,7 +53,7 @@ class DatasetTokenizer:
 
 
 class MapDataset(Protocol):
-    """A dataset of megatron-core's, or the one of post-training."""
+    """A map-style dataset of megatron-core or of post-training."""
 
     def __len__(self) -> int: ...
 
@@ -60,7 +61,7 @@ class MapDataset(Protocol):
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
-    """A dataset whose samples also say their index (if not of themselves), so that a message can name them."""
+    """Add each sample's dataset index under "index", unless present, so that error messages can cite it."""
 
     def __init__(self, dataset: MapDataset) -> None:
         self.dataset = dataset
@@ -73,27 +74,27 @@ class NumberedDataset(Dataset[dict[str, Any]]):
 
 
 def micro_batch_indices(total: int, consumed: int, mbs: int, rank: int, dp: int) -> Iterator[list[int]]:
-    """Indices of this data-parallel rank's micro-batches, starting after `consumed` samples.
+    """Yield the indices of this data-parallel rank's micro-batches, starting after `consumed` samples.
 
-    A global batch is the next `global_batch_size` samples; micro-batch m of rank r has its samples
-    `m * dp * mbs + r * mbs` to `... + mbs - 1`. It ends with the last whole global batch.
+    A global batch is the next `global_batch_size` samples. Micro-batch m of rank r has its samples
+    `m * dp * mbs + r * mbs` to `... + mbs - 1`. The last incomplete global batch is dropped.
     """
     for start in range(consumed + rank * mbs, total - (dp - 1 - rank) * mbs - mbs + 1, mbs * dp):
         yield list(range(start, start + mbs))
 
 
 def open_tokenizer(config: TrainConfig) -> DatasetTokenizer:
-    """The tokenizer of the run; checkpoints carry its fingerprint."""
+    """Open the tokenizer of the run, and record its fingerprint for checkpoints."""
     tokenizer = DatasetTokenizer(tokenizer_path(config.data), config.model.padded_vocab_size)
     config.record.tokenizer_fingerprint = tokenizer.fingerprint
     return tokenizer
 
 
 def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
-    """Train, validation and test datasets (None where the split leaves nothing).
+    """Build the training, validation and test datasets (None where the split is empty).
 
     Raises:
-        UserError: no data, or data that is damaged or was made with another tokenizer.
+        UserError: the data is missing, damaged, or was made with another tokenizer.
     """
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
@@ -101,7 +102,7 @@ def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
 
     tokenizer = open_tokenizer(config)
     check_prefixes(config, tokenizer)
-    # megatron-core keys its cached sample order by path; the same path may hold other data by now.
+    # megatron-core keys its cached sample order by path, but the data at that path may have changed.
     tokenizer.unique_identifiers["indices"] = [idx_digest(prefix) for prefix in prefixes(config.data)]
     require_same_everywhere(config, tokenizer)
     compile_helpers()
@@ -110,7 +111,7 @@ def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
         "sequence_length": config.data.seq_length,
         "path_to_cache": config.data.data_cache_path,
         "tokenizer": tokenizer,
-        # The attention is causal by itself; only documents that must not see each other need a mask.
+        # Attention is causal without a mask. A mask is needed only to separate documents.
         "create_attention_mask": config.data.reset_attention_mask,
     }
     wanted = samples_needed(config)
@@ -130,12 +131,12 @@ def build_datasets(config: TrainConfig) -> list[MapDataset | None]:
 
 @dataclass(frozen=True)
 class SplitData:
-    """What training, validation or test reads.
+    """The data of training, validation or test.
 
     Attributes:
-        prefixes: of the sets that have tokens for it; none where nothing is read.
-        weights: of the sets; None for a single one.
-        split: in Megatron's form.
+        prefixes: datasets that have tokens for this part. Empty if the part is not read.
+        weights: weights of the datasets. None for a single dataset.
+        split: the split in Megatron's format.
     """
 
     prefixes: list[str]
@@ -144,13 +145,13 @@ class SplitData:
 
 
 def parts(config: TrainConfig) -> list[SplitData]:
-    """What training, validation and test read.
+    """Return the data of training, validation and test.
 
-    A set that is too small for a part of the split is left out of that part: megatron-core 0.16.1 loops for ever where
-    a dataset has no tokens.
+    A dataset without tokens for a part of the split is left out of that part: megatron-core 0.16.1 loops for ever over
+    a dataset without tokens.
 
     Raises:
-        UserError: nothing is left to train on, or the words of a blend are wrong.
+        UserError: no training data is left, or the words of a blend are invalid.
     """
     per_split = [config.data.train_data_path, config.data.valid_data_path, config.data.test_data_path]
     found = []
@@ -161,14 +162,15 @@ def parts(config: TrainConfig) -> list[SplitData]:
         weights = [float(weight) for weight in blend.weights or sizes(blend.prefixes)]
         kept = [place for place, prefix in enumerate(blend.prefixes) if _tokens(prefix, split, number)]
         if number == 0 and not kept:
-            raise UserError(f"--split {split}: nothing is left to train on of {' '.join(blend.prefixes)}")
+            raise UserError(f"--split {split}: no training data is left of {' '.join(blend.prefixes)}")
         chosen = [weights[place] for place in kept] if len(kept) > 1 else None
         found.append(SplitData([blend.prefixes[place] for place in kept], chosen, split or MEGATRON_DEFAULT))
     return found
 
 
 def _tokens(prefix: str, split: str | None, number: int) -> int:
-    """The tokens of a dataset for training (0), validation (1) or test (2), with Megatron's rounding of documents."""
+    """Return the tokens of a dataset for training (0), validation (1) or test (2), rounded to documents as in
+    Megatron."""
     lengths = read_index(prefix).lengths
     shares = parse_split(split or MEGATRON_DEFAULT)
     start, stop = (round(sum(shares[:count]) * len(lengths)) for count in (number, number + 1))
@@ -176,12 +178,12 @@ def _tokens(prefix: str, split: str | None, number: int) -> int:
 
 
 def compile_helpers() -> None:
-    """Compile megatron-core's C++ index helpers where it runs from its sources, as on an Ascend host. Collective.
+    """Compile megatron-core's C++ index helpers if it runs from source, as on an Ascend host. Collective.
 
-    Wheels of megatron-core have the helpers. MindSpeed-LLM's programs compile them as well when they start.
+    Wheels of megatron-core include the helpers. MindSpeed-LLM's programs also compile them at the start.
 
     Raises:
-        UserError: they cannot be compiled.
+        UserError: the compilation fails.
     """
     name = "megatron.core.datasets.helpers_cpp"
 
@@ -202,7 +204,7 @@ def compile_helpers() -> None:
 
 
 def require_same_everywhere(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
-    """Each rank reads its own data: refuse ranks that would read different batches. Collective."""
+    """Check that all ranks read the same data, because each rank opens its own copy. Collective."""
     names = ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "seed", "split")
     mine = {name: config.flags[name] for name in names} | dict(tokenizer.unique_identifiers)
     everywhere = ranks.gather(mine)
@@ -210,38 +212,38 @@ def require_same_everywhere(config: TrainConfig, tokenizer: DatasetTokenizer) ->
         differing = [name for name in mine if other[name] != everywhere[0][name]]
         if differing:
             raise UserError(
-                f"rank {rank} has another {', '.join(differing)} than rank 0: give every host the same data and flags"
+                f"rank {rank} and rank 0 differ in {', '.join(differing)}: give every host the same data and flags"
             )
 
 
 def samples_needed(config: TrainConfig) -> list[int]:
-    """Samples that a run reads for training, validation and test."""
+    """Return how many samples a run reads for training, validation and test."""
     evaluations = (config.schedule.train_iters // config.schedule.eval_interval + 1) * config.schedule.eval_iters
     batches = [config.schedule.train_iters, evaluations, config.schedule.eval_iters]
     return [n * config.schedule.global_batch_size for n in batches]
 
 
 def tokenizer_path(data: DataSection) -> str:
-    """The directory of the run's tokenizer (two flags name it, by `--tokenizer-type`)."""
+    """Return the directory of the run's tokenizer (`--tokenizer-type` decides which of two flags names it)."""
     path = data.tokenizer_name_or_path or data.tokenizer_model
     if not path:
-        raise UserError("--tokenizer-name-or-path is missing: the directory that has tokenizer.json")
+        raise UserError("--tokenizer-name-or-path is missing: give the directory with tokenizer.json")
     return str(path)
 
 
 def prefixes(data: DataSection) -> list[str]:
-    """Every dataset prefix on the command line, weights left out."""
+    """Return the dataset prefixes of the command line, without weights."""
     found: list[str] = []
     for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
         if paths:
             found += parse_blend(paths).prefixes
     if not found:
-        raise UserError("--data-path is missing: the prefix of a .bin/.idx pair (see preprocess_data.py)")
+        raise UserError("--data-path is missing: give the prefix of a .bin/.idx pair (see preprocess_data.py)")
     return found
 
 
 def check_prefixes(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
-    """Refuse datasets that are missing, truncated, tokenized with another tokenizer, or have ids that it has not."""
+    """Refuse datasets that are missing, truncated, made with another tokenizer, or have ids outside the vocabulary."""
     for prefix in prefixes(config.data):
         quick_check(prefix, tokenizer.fingerprint, tokenizer.vocab_size, config.data.verify_data)
 
@@ -249,7 +251,7 @@ def check_prefixes(config: TrainConfig, tokenizer: DatasetTokenizer) -> None:
 def micro_batches(
     config: TrainConfig, job: Job, dataset: MapDataset, consumed: int, workers: int | None = None
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches, as the job collates them, on its device, with the list of the samples' indices.
+    """Yield this rank's micro-batches on its device, collated by the job, each with its sample indices.
 
     Raises:
         UserError: at the end of the data.
@@ -270,11 +272,11 @@ def micro_batches(
         collate_fn=job.collate,
         num_workers=config.data.num_workers if workers is None else workers,
         pin_memory=pin,
-        # A loader draws a seed for its workers: from the generator of dropout, a resumed run would drop other values.
+        # The loader seeds its workers from this generator. The global one is dropout's, and a resumed run would differ.
         generator=torch.Generator().manual_seed(config.data.seed),
     )
     place = device.current().torch_device
-    # On the CPU, where every layer of the model reads them: asking the device for them would stop the step.
+    # These stay on the CPU, because every layer reads them and reading from the device would synchronize.
     kept = () if device.current().is_ascend or config.model.transformer_impl != "local" else ("cu_seqlens",)
     for batch in loader:
         moved = {
@@ -284,5 +286,5 @@ def micro_batches(
         yield cast("MicroBatch", moved)
     raise UserError(
         f"the data ends after {len(dataset)} samples, of which {consumed} were consumed before this run: "
-        "give the --global-batch-size and --train-iters that the run began with"
+        "give the --global-batch-size and --train-iters of the original run"
     )

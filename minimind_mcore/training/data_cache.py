@@ -1,11 +1,12 @@
-"""megatron-core's cached sample orders, written atomically and compared with their digests before they are used.
+"""megatron-core's cached sample orders, written atomically and verified with digests before use.
 
-    CACHE/<hash>-GPTDataset-train-description.txt       what the order is for
+    CACHE/<hash>-GPTDataset-train-description.txt       the settings of the order
                                  -document_index.npy    -sample_index.npy -shuffle_index.npy
-                                 -digests.json          size and SHA-256 of each of these; written last
+                                 -digests.json          size and SHA-256 of each file, written last
 
-megatron-core takes any file of the right name: a file that a killed run left half-written makes every later start fail,
-and one with another order trains on other samples. Here an order that has no digests, or other ones, is built again.
+megatron-core loads any file with the right name. A file that a killed run left incomplete makes every later start
+fail, and a file with another order silently trains on other samples. Here an order without matching digests is
+rebuilt.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
-    """megatron-core's dataset; the name is part of the names of cached files."""
+    """megatron-core's dataset. The class name is part of the names of cached files."""
 
     dataset: Any  # an IndexedDataset
 
@@ -49,7 +50,7 @@ class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
 
 
 class BlendedDataset(blended_dataset.BlendedDataset):  # type: ignore[misc]
-    """megatron-core's blend of datasets; without `--data-cache-path` its order is not cached."""
+    """megatron-core's blend of datasets. Without `--data-cache-path` the order of the blend is not cached."""
 
     @override
     def _build_indices(self) -> Any:
@@ -59,7 +60,7 @@ class BlendedDataset(blended_dataset.BlendedDataset):  # type: ignore[misc]
 
 
 class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):  # type: ignore[misc]
-    """megatron-core's builder, with the blend of this module."""
+    """megatron-core's builder, which builds this module's `BlendedDataset`."""
 
     @staticmethod
     @override
@@ -74,7 +75,7 @@ T = TypeVar("T")
 
 
 def _cached(dataset: Cached, directory: Path, split: str, build: Callable[[], T]) -> T:
-    """Return the order that `build` makes or loads; before, the main rank replaces a cached one that is damaged."""
+    """Return the order that `build` makes or loads. Before that, the main rank replaces a damaged cached order."""
     if not ranks.is_main():
         return build()
     base = directory / f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
@@ -83,13 +84,13 @@ def _cached(dataset: Cached, directory: Path, split: str, build: Callable[[], T]
         problems = check_manifest(directory, name=record.name) + _pickles(base)
         if not problems:
             return build()
-        logger.warning("\n  ".join(["the cached sample order is damaged; building it again:", *problems]))
-    with writing(directory, "give a directory that can be written with --data-cache-path"):
+        logger.warning("\n  ".join(["the cached sample order is damaged and is rebuilt:", *problems]))
+    with writing(directory, "give a writable directory with --data-cache-path"):
         return _rebuilt(dataset, base, record, build)
 
 
 def _pickles(base: Path) -> list[str]:
-    """Problems of files that numpy.load would unpickle: megatron-core allows that, and a pickle can run code."""
+    """Return problems of files that numpy.load would unpickle. megatron-core allows pickles, which can run code."""
     files = sorted(base.parent.glob(f"{glob.escape(base.name)}-*.npy"))
     return [f"{file}: not an array of numpy" for file in files if not _is_array(file)]
 
@@ -100,14 +101,14 @@ def _is_array(file: Path) -> bool:
 
 
 def _rebuilt(dataset: Cached, base: Path, record: Path, build: Callable[[], T]) -> T:
-    """Build the order in a directory of its own, then move its files to the cache, and their digests last."""
+    """Build the order in a temporary directory, then move its files to the cache, and the digests last."""
     remove_abandoned(base)
     tmp, config = temporary_beside(base), dataset.config
     tmp.mkdir(parents=True)
     try:
-        dataset.config = copy.copy(config)  # shared with other datasets, which other threads may be building
+        dataset.config = copy.copy(config)  # the original is shared with datasets that other threads may be building
         dataset.config.path_to_cache = os.fspath(tmp)
-        with disk_errors(tmp):  # numpy names no errno: what it has written must still be there
+        with disk_errors(tmp):  # numpy errors have no errno, so the written file is checked
             found = build()
         record.unlink(missing_ok=True)
         files = sorted(tmp.iterdir())

@@ -1,4 +1,4 @@
-"""Process groups and random seeds of a run."""
+"""Initialize process groups and random seeds."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from minimind_mcore.platform import device, patches, ranks
 from minimind_mcore.storage import writing
 from minimind_mcore.training.config import TrainConfig
 
-# A rank that makes no progress is named after --distributed-timeout-minutes (liveness.py); only then libraries raise.
+# liveness.py reports a stuck rank after --distributed-timeout-minutes. Collectives time out this much later.
 GRACE_MINUTES = 2
 OTHER_FILE = "give another file with --log-file (LOG_DIR)"
 
 
 def world_size() -> int:
-    """Number of processes, as torchrun tells them; 1 without it."""
+    """Return the number of processes from torchrun's environment, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize(config: TrainConfig) -> None:
-    """Join the process group, make Megatron's groups for the layout, and seed every generator."""
+    """Join the process group, create Megatron's groups for the layout, and seed every generator."""
     from megatron.core import parallel_state, tensor_parallel
 
     layout = config.layout
@@ -39,7 +39,7 @@ def initialize(config: TrainConfig) -> None:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
         backend = device.backend(config.parallel.distributed_backend)
-        if backend != device.current().backend:  # gloo, and a GPU
+        if backend != device.current().backend:  # gloo on a GPU
             _require_simple(config)
             patches.reduce_one_by_one()
         with hosts.port_errors(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
@@ -51,7 +51,7 @@ def initialize(config: TrainConfig) -> None:
         expert_model_parallel_size=layout.ep,
         distributed_timeout_minutes=minutes,
     )
-    # Every pipeline stage draws other numbers (dropout), as in Megatron; weights have their own generators.
+    # Every pipeline stage has another seed for dropout, as in Megatron. Weights have generators of their own.
     seed = config.data.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)
@@ -62,10 +62,10 @@ def initialize(config: TrainConfig) -> None:
 def _require_simple(config: TrainConfig) -> None:
     """Refuse a layout that gloo cannot run on a GPU.
 
-    Of tensors on a GPU it only all-reduces, broadcasts and gathers (torch 2.7 to 2.13, ProcessGroupGloo.cpp).
+    gloo can only all-reduce, broadcast and gather GPU tensors (torch 2.7 to 2.13, ProcessGroupGloo.cpp).
 
     Raises:
-        UserError: the flags of what it cannot do.
+        UserError: a flag needs another collective. The message names the flags.
     """
     unsupported = {
         "--pipeline-model-parallel-size": config.layout.pp > 1,
@@ -83,7 +83,7 @@ def _require_simple(config: TrainConfig) -> None:
 
 
 class Tee:
-    """Standard output that goes to a file too."""
+    """Standard output that is also written to a file."""
 
     def __init__(self, stream: TextIO, path: str) -> None:
         self.path = Path(path)
@@ -107,7 +107,7 @@ class Tee:
 
 
 def log_to(path: str | None) -> None:
-    """Let what the main rank prints go to `path` too."""
+    """Also write the output of the main rank to `path`."""
     if path and ranks.is_main():
         with writing(Path(path), OTHER_FILE):
             tee: Any = Tee(sys.stdout, path)
@@ -115,7 +115,7 @@ def log_to(path: str | None) -> None:
 
 
 def finish() -> None:
-    """Leave the process groups: ranks that exit without it can hang the others."""
+    """Destroy the process groups: a rank that exits without doing so can hang the others."""
     from megatron.core import parallel_state
 
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""What a stage of training has of its own: data, loss, what it does to the model. The rest is everyone's."""
+"""The parts of training that differ between stages: data, loss, and changes to the model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class MicroBatch(TypedDict, total=False):
-    """What a forward pass reads: the first four are [sequences, length]; the others are there where a job needs them.
+    """The inputs of a forward pass. The first four are [sequences, length]. The others exist only for some jobs.
 
     Attributes:
-        index: of each sample in the dataset.
-        cu_seqlens: begin of each packed sample, and the end of the last.
-        longest: of the packed samples.
+        index: dataset index of each sample.
+        cu_seqlens: start of each packed sample, and the end of the last.
+        longest: length of the longest packed sample.
         reference: [pairs, 2] log-probabilities of the reference model.
-        rows: of reinforcement learning: its own batch.
+        rows: the batch of reinforcement learning.
     """
 
     tokens: Tensor
@@ -43,38 +43,39 @@ class MicroBatch(TypedDict, total=False):
     rows: Any
 
 
-# What megatron-core makes of a model's output: the summed loss, what to divide it by, and what to log.
+# Function that megatron-core applies to a model's output: returns the summed loss, its divisor, and values to log.
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def averaged(total: Tensor, number: Tensor, *metrics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The result of a `LossFunction`: sums over a micro-batch, and the number of things summed (tokens, pairs).
+    """Return the result of a `LossFunction` from sums over a micro-batch and the number of summed items (tokens,
+    pairs).
 
     megatron-core divides the loss by the number per micro-batch, or once per step under
-    `--calculate-per-token-loss`; `step.averages` does the same with all of them for the log.
+    `--calculate-per-token-loss`. `step.averages` divides all of them in the same way for the log.
     """
     sums = [total.detach(), number.float(), *(metric.detach() for metric in metrics)]
     return total, number.to(torch.int), torch.stack(sums)
 
 
 def measured(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a loss function returns that logs values and has no loss."""
+    """Return the result of a `LossFunction` that logs values and has no loss."""
     return values.sum(), torch.ones((), dtype=torch.int, device=values.device), values
 
 
 def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of the token losses [mbs, seq] where the mask [mbs, seq] is 1."""
+    """Average the token losses [mbs, seq] where the mask [mbs, seq] is 1."""
     mask = loss_mask.reshape(-1).float()
     return averaged((losses.reshape(-1).float() * mask).sum(), mask.sum())
 
 
 class Job:
-    """Pretraining. Another stage derives from it and overrides where it differs.
+    """The pretraining job. Other stages derive from it and override what differs.
 
     Attributes:
-        title: for reports.
-        metrics: names of what the loss function logs beside the loss.
-        sequences: that a sample has; 2 for a pair.
+        title: name of the stage in reports.
+        metrics: names of the values that the loss function logs besides the loss.
+        sequences: number of sequences in a sample, 2 for a pair.
     """
 
     title = "pretraining"
@@ -86,29 +87,29 @@ class Job:
 
     @classmethod
     def check(cls, config: TrainConfig) -> TrainConfig:
-        """Refuse flags that this stage cannot follow; return the configuration with what follows from them."""
+        """Refuse flags that this stage does not support, and return the configuration with derived values set."""
         return config
 
     def check_data(self, tokenizer: data.DatasetTokenizer) -> None:
-        """Refuse data that is missing, damaged, or not for this stage."""
+        """Refuse data that is missing, damaged, or for another stage."""
         data.check_prefixes(self.config, tokenizer)
 
     def build_datasets(self) -> list[data.MapDataset | None]:
-        """Training, validation and test set; None where there is none. Collective."""
+        """Build the training, validation and test set; None where there is none. Collective."""
         return data.build_datasets(self.config)
 
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
-        """Make a micro-batch of samples, on the CPU."""
+        """Collate samples to a micro-batch, on the CPU."""
         batch: MicroBatch = default_collate(samples)
         return {**batch, "index": [sample["index"] for sample in samples]}
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Change this rank's GPTModels, initialised but not yet wrapped."""
+        """Modify this rank's GPTModels after initialization and before wrapping."""
 
     def begin(self, engine: Engine, datasets: list[data.MapDataset | None]) -> None:
-        """What must be there before the first step; checkpoints are loaded after it. Collective."""
+        """Prepare the first step. Called before checkpoints are loaded. Collective."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """The output of one chunk of the model for a micro-batch, and what makes a loss of the last one's."""
+        """Run one chunk of the model on a micro-batch. Return its output, and the loss function of the last chunk."""
         output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
         return output, functools.partial(token_loss, batch["loss_mask"])

@@ -1,14 +1,14 @@
-"""Ranks that watch each other: one that is dead, stopped or stuck is named, and no other waits for it unseen.
+"""Detect ranks that have died or are stuck, name them, and end the run instead of waiting for ever.
 
-A thread of every rank sends a heartbeat to rank 0 every few seconds, and rank 0 answers. The heartbeat says how long
-ago the rank's main thread last made progress, and where that thread is. Then
+A thread of every rank sends a heartbeat to rank 0 every few seconds, and rank 0 answers. The heartbeat tells how long
+ago the rank's main thread last made progress, and its current position in the code. Three faults are reported:
 
-- a rank whose connection ends without a good-bye is dead,
-- a rank that sends nothing for `SILENT_SECONDS` is stopped, or its host is gone,
-- a rank that makes no progress for `--distributed-timeout-minutes` is stuck, unless it only waits for others.
+- A rank whose connection closes without a good-bye has died.
+- A rank that sends nothing for `SILENT_SECONDS` is stopped, or its host is unreachable.
+- A rank without progress for `--distributed-timeout-minutes` is stuck, unless it only waits for other ranks.
 
-Who finds that writes one sentence for the launcher, which prints it last, and ends its process. The process groups have
-a timeout that is `distributed.GRACE_MINUTES` longer, so that gloo and the device's library do not raise before.
+The rank that detects a fault writes one message for the launcher, which prints it last, and exits. The process groups
+time out `distributed.GRACE_MINUTES` later, so that errors of gloo or the device's library do not come first.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 5.0
 SILENT_SECONDS = 40.0
-# A rank that ends with an error of its own has said it, and its launcher is about to end the others.
+# A rank that ends with an error has printed it, and its launcher is about to end the others.
 ENDED_SECONDS = 8.0
-# Functions in which a main thread waits for other ranks, or for a device that does.
+# Calls in which a main thread waits for other ranks, directly or through a device.
 _WAITING = (".wait(", "synchronize(", ".item(", ".tolist(", "barrier(")
 
 
 @dataclass
 class _Progress:
-    """What the main thread has done last."""
+    """The latest progress of the main thread."""
 
     at: float = field(default_factory=time.monotonic)
     count: int = 0
@@ -59,14 +59,14 @@ _progress = _Progress()
 
 
 def mark() -> None:
-    """Note that the main thread has made progress. Costs a clock reading."""
+    """Record that the main thread has made progress. Costs one clock reading."""
     _progress.at = time.monotonic()
     _progress.count += 1
 
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """Inside, silence is no fault: writing a large file can hold Python's lock, which the heartbeat needs too."""
+    """Within the context silence is not a fault: writing a large file can hold the GIL, which the heartbeat needs."""
     mark()
     _progress.busy = True
     try:
@@ -78,20 +78,20 @@ def busy() -> Iterator[None]:
 
 @dataclass
 class _Peer:
-    """A rank as another one knows it.
+    """The state of another rank.
 
     Attributes:
-        rank: its number.
-        link: the connection to it.
-        heard: when something arrived last.
-        ended: when the connection ended without a good-bye.
-        left: it has said good-bye.
+        rank: number of the rank.
+        link: connection to the rank.
+        heard: time of the last message.
+        ended: time when the connection closed without a good-bye.
+        left: the rank has said good-bye.
         pid, host: its process.
-        age: seconds since its last progress, when it was heard last.
-        count: of its progress.
-        busy: it may be silent.
+        age: seconds since its last progress, at the last message.
+        count: its progress counter.
+        busy: the rank may be silent.
         waits: its main thread waits for other ranks.
-        where: its main thread is.
+        where: position of its main thread in the code.
     """
 
     rank: int
@@ -111,14 +111,14 @@ class _Peer:
         return f"rank {self.rank} (process {self.pid} on host {self.host})"
 
     def take(self, line: bytes) -> None:
-        """Note what has arrived."""
+        """Update the state with a message."""
         message = json.loads(line)
         self.heard = time.monotonic()
         for name in ("pid", "host", "age", "count", "busy", "waits", "where", "left"):
             setattr(self, name, message.get(name, getattr(self, name)))
 
     def fault(self) -> str:
-        """What is wrong with its process, or nothing."""
+        """Return the fault of the process, or an empty text."""
         now = time.monotonic()
         if self.left:
             return ""
@@ -134,21 +134,19 @@ class _Peer:
                 return f"{self} has ended"
             if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                 with contextlib.suppress(OSError):
-                    os.kill(self.pid, signal.SIGKILL)  # it would keep its launcher waiting
+                    os.kill(self.pid, signal.SIGKILL)  # its launcher would wait for it
                 return f"{self} was stopped (SIGSTOP, or a debugger) for {now - self.heard:.0f} s"
-            return ""  # it runs, and something holds Python's lock
+            return ""  # the process runs, and something holds the GIL
         if self.busy:
             return ""
-        return (
-            f"{self} has sent no heartbeat for {now - self.heard:.0f} s: it is stopped, or its host or network is gone"
-        )
+        return f"{self} has sent no heartbeat for {now - self.heard:.0f} s: it is stopped, or its host is unreachable"
 
 
 class Liveness:
-    """The heartbeat of this rank, and on rank 0 the watch over all others.
+    """Sends the heartbeat of this rank, and on rank 0 monitors all others.
 
     Args:
-        timeout: seconds without progress after which a rank is named.
+        timeout: seconds without progress after which a rank counts as stuck.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -181,7 +179,7 @@ class Liveness:
             except OSError as error:
                 logger.warning(
                     f"cannot reach rank 0 at {master}:{port} ({error}): a rank that dies or "
-                    "stops is not named, and found only by --distributed-timeout-minutes"
+                    "stops is not named, and only --distributed-timeout-minutes ends the run"
                 )
         self._run("heartbeat", self._beat)
 
@@ -194,11 +192,11 @@ class Liveness:
         self._send({"left": True})
 
     def give_up(self, error: BaseException) -> NoReturn:
-        """End this process after a collective has failed: another rank is the reason, and is named if it can be."""
+        """End this process after a collective has failed, and name the rank that caused it if possible."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        # The launcher of a rank that has ended is about to end this one. If that rank was on another host, the thread
-        # of the heartbeat names it; a rank that was stopped takes longer.
+        # The launcher of a rank that ended also ends this one. If that rank was on another host, the heartbeat thread
+        # reports it. A stopped rank takes longer to detect.
         longest = ENDED_SECONDS + (SILENT_SECONDS + 2 * INTERVAL_SECONDS if self.peers else 0)
         deadline = time.monotonic() + longest
         while time.monotonic() < deadline and not self._closed.is_set():
@@ -231,7 +229,7 @@ class Liveness:
     def _listen(self, peer: _Peer, lines: Iterable[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):
             for line in lines:
-                if b'"problem"' in line:  # rank 0 has found who it is
+                if b'"problem"' in line:  # rank 0 has found the cause
                     self._end(str(json.loads(line)["problem"]))
                 peer.take(line)
         peer.ended = time.monotonic()
@@ -240,7 +238,7 @@ class Liveness:
         last = time.monotonic()
         while not self._closed.wait(INTERVAL_SECONDS):
             now = time.monotonic()
-            if now - last > 3 * INTERVAL_SECONDS:  # the whole job was stopped, and goes on
+            if now - last > 3 * INTERVAL_SECONDS:  # the whole job was stopped, and continues
                 for peer in self.peers:
                     peer.heard = now
                 mark()
@@ -251,7 +249,7 @@ class Liveness:
                 self._end(problem)
 
     def _state(self) -> dict[str, object]:
-        waits, where = place(sys._current_frames().get(self.main or 0))
+        waits, where = describe_frame(sys._current_frames().get(self.main or 0))
         return {
             "pid": os.getpid(), "host": socket.gethostname(), "age": time.monotonic() - _progress.at,
             "count": _progress.count, "busy": _progress.busy, "waits": waits, "where": where,
@@ -265,14 +263,14 @@ class Liveness:
                     peer.link.send(line, socket.MSG_DONTWAIT)
 
     def _found(self) -> str:
-        """The sentence about the first rank that something is wrong with, or nothing."""
+        """Return a message about the first rank with a fault, or an empty text."""
         for peer in self.peers:
             if fault := peer.fault():
-                return f"{fault}; the run ends. The same command goes on from the last checkpoint"
+                return f"{fault}; the run ends. The same command resumes from the last checkpoint"
         return self._stuck() if self.rank == 0 else ""
 
     def _stuck(self) -> str:
-        """The sentence about ranks that make no progress, or nothing; asked on rank 0."""
+        """Return a message about ranks without progress, or an empty text. Called on rank 0."""
         own = _Peer(0, socket.socket())
         own.link.close()
         own.take(json.dumps(self._state()).encode())
@@ -284,7 +282,7 @@ class Liveness:
         named = ", ".join(f"{peer}, which is at {peer.where}" for peer in behind)
         return (
             f"no progress for {self.timeout:.0f} s (--distributed-timeout-minutes): the other ranks wait for {named}. "
-            "The run ends; the same command goes on from the last checkpoint"
+            "The run ends; the same command resumes from the last checkpoint"
         )
 
     def _end(self, problem: str) -> NoReturn:
@@ -293,7 +291,7 @@ class Liveness:
 
 
 def _listening(master: str) -> socket.socket:
-    """A socket for the other ranks; on a single host nobody else can reach it."""
+    """Return a socket for the other ranks. On a single host only local processes can connect."""
     if master in ("127.0.0.1", "localhost"):
         return socket.create_server(("127.0.0.1", 0), backlog=128)
     if socket.has_dualstack_ipv6():
@@ -301,21 +299,21 @@ def _listening(master: str) -> socket.socket:
     return socket.create_server(("", 0), backlog=128)
 
 
-def place(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread waits for other ranks, and the innermost line of it that says what it does."""
-    where, waits = "an unknown place", False
+def describe_frame(frame: FrameType | None) -> tuple[bool, str]:
+    """Return whether a thread waits for other ranks, and the innermost line outside torch."""
+    where, waits = "an unknown line", False
     inner = frame
     while frame is not None:
         file, line = frame.f_code.co_filename, frame.f_lineno
         line_waits = frame is inner and any(word in linecache.getline(file, line) for word in _WAITING)
         waits = waits or line_waits or f"torch{os.sep}distributed" in file
-        if where == "an unknown place" and f"{os.sep}torch{os.sep}" not in file:
+        if where == "an unknown line" and f"{os.sep}torch{os.sep}" not in file:
             where = f"{Path(file).name}:{line} ({frame.f_code.co_name})"
         frame = frame.f_back
     return waits, where
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception is that of a collective whose other side is gone or does not answer."""
+    """Return whether an exception means that the other side of a collective is gone or does not answer."""
     text = str(error)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)

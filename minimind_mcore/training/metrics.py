@@ -1,7 +1,7 @@
-"""What a run says about itself: Megatron's log line, metrics.jsonl, tensorboard, wandb, swanlab.
+"""Logging of a run: Megatron's log line, metrics.jsonl, tensorboard, wandb, swanlab.
 
-Only rank 0 prints and writes; the reductions behind a line are collective, so every rank calls
-`Metrics.record` for every step.
+Only rank 0 prints and writes. The reductions behind a line are collective, so every rank calls `Metrics.record` in
+every step.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 OTHER_PLACE = "give another directory with --output-dir (OUTPUT_DIR)"
 
 
-Row = dict[str, float]  # of metrics.jsonl, by the names of its columns
+Row = dict[str, float]  # a row of metrics.jsonl, by column name
 Sink = Callable[[Row | None], None]  # takes a row, or None to close
 
 
 @dataclass
 class Progress:
-    """Where a run is. `iteration` steps are done, `consumed` samples read; both are in every checkpoint."""
+    """The position of a run: finished iterations and consumed samples. Stored in every checkpoint."""
 
     iteration: int = 0
     consumed: int = 0
@@ -46,17 +46,17 @@ class Progress:
 
 
 def output_dir(config: TrainConfig) -> Path:
-    """Directory of metrics.jsonl, loss.png and report.html."""
+    """Return the directory of metrics.jsonl, loss.png and report.html."""
     save = config.checkpoint.save
     return Path(config.logging.output_dir or (Path(save).parent if save else "outputs"))
 
 
 class EndForecast:
-    """When a run ends, from the median time of its last steps, which ignores a few slow ones.
+    """Predicts the end of a run from the median step time, which a few slow steps do not affect.
 
     Attributes:
-        AFTER: steps of this process after which the end is announced.
-        RECENT: measurements that count.
+        AFTER: number of steps of this process before the prediction is announced.
+        RECENT: number of measurements that the median uses.
     """
 
     AFTER, RECENT = 20, 20
@@ -66,7 +66,7 @@ class EndForecast:
         self.recent: deque[float] = deque(maxlen=self.RECENT)
 
     def add(self, seconds: float, steps: int = 1) -> None:
-        """Add a measurement: the mean seconds of so many steps."""
+        """Add a measurement: the mean time of a number of steps."""
         if self.steps and not self.warm:  # the first measurement includes warm-up
             self.recent.clear()
             self.warm = True
@@ -74,11 +74,11 @@ class EndForecast:
         self.steps += steps
 
     def remaining(self, steps: int) -> float:
-        """Seconds of so many further steps."""
+        """Return the predicted seconds of a number of further steps."""
         return statistics.median(self.recent) * steps
 
     def announcement(self, steps: int) -> str:
-        """Say once, after enough steps, when a run with so many further steps ends; otherwise nothing."""
+        """Return the predicted end of a run with `steps` remaining steps, once; otherwise an empty text."""
         if self.announced or self.steps < self.AFTER or steps <= 0:
             return ""
         self.announced = True
@@ -94,7 +94,7 @@ class Metrics:
     def __init__(self, config: TrainConfig, job: Job, progress: Progress) -> None:
         self.config, self.job = config, job
         self.model = config.architecture
-        # Measured once, before the first step. A CPU's cores are shared between ranks and programs: it has no MFU.
+        # Measured once, before the first step. A CPU has no MFU, because ranks and programs share its cores.
         self.matmul_rate = matmul_rate(config.precision.params_dtype) if device.current().kind != "cpu" else None
         self.steps: list[step.StepResult] = []
         self.since = time.perf_counter()
@@ -165,7 +165,7 @@ class Metrics:
         return collect_aux_losses(self.config.schedule.num_microbatches * len(self.steps))
 
     def _line(self, row: Row) -> str:
-        """Megatron's log line, with what people ask for after it."""
+        """Return Megatron's log line, followed by further values."""
         train_iters = self.config.schedule.train_iters
         names = [n for n in row if n in self.job.metrics or (n.endswith("_loss") and n != "lm_loss")]
         stamp = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
@@ -189,7 +189,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the step times, as for an evaluation or a save."""
+        """Exclude the time inside the context from the step times, for an evaluation or a save."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -207,20 +207,20 @@ class Metrics:
             sink(row)
 
     def close(self) -> None:
-        """Flush what the sinks hold."""
+        """Flush and close the sinks."""
         for sink in self.sinks:
             sink(None)
 
 
 def read_history(path: Path) -> list[Row]:
-    """Return the rows of a metrics.jsonl; a line that a kill or a full disk has cut off is dropped."""
+    """Return the rows of a metrics.jsonl. A line that a kill or a full disk has truncated is dropped."""
     return parse_rows(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
 
 
 def parse_rows(text: str) -> list[Row]:
-    """Return the rows of lines of a metrics.jsonl, without damaged lines."""
+    """Parse the rows of a metrics.jsonl, without damaged lines."""
     rows = []
-    for line in text.split("\n"):  # a sample completion may have other separators of lines, such as U+2028
+    for line in text.split("\n"):  # not splitlines(): a sample completion may contain U+2028
         try:
             row = json.loads(line)
         except ValueError:
@@ -231,10 +231,10 @@ def parse_rows(text: str) -> list[Row]:
 
 
 def forget_after(path: Path, iteration: int) -> None:
-    """Drop the rows that a resumed run is about to write again, and a line that is cut off."""
+    """Drop the rows that a resumed run will write again, and a truncated last line."""
     kept = [row for row in read_history(path) if row["iteration"] <= iteration]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    # The bytes are compared: the next row would be appended to half a line, and both would be lost.
+    # Compare bytes: without the rewrite the next row would be appended to a truncated line, and both would be lost.
     if path.is_file() and path.read_bytes() != text.encode("utf-8"):
         atomic_write_text(path, text)
 
@@ -245,13 +245,13 @@ def open_sinks(
     progress: Progress,
     tag: Callable[[str], str] = lambda name: name.replace("_", " "),
 ) -> list[Sink]:
-    """One sink per requested logger.
+    """Open one sink per requested logger.
 
     Args:
-        loggers: which of them, and where to.
-        flags: of the run, for wandb and SwanLab to show.
-        progress: at the beginning.
-        tag: names columns in tensorboard.
+        loggers: the requested loggers and their destinations.
+        flags: flags of the run, shown by wandb and SwanLab.
+        progress: position at the start of the run.
+        tag: maps column names to tensorboard tags.
     """
     shown = {key: value for key, value in flags.items() if isinstance(value, str | int | float | bool | None)}
     sinks: list[Sink] = []
@@ -282,7 +282,7 @@ def _import(name: str, flag: str) -> Any:
 def _tensorboard(directory: str, progress: Progress, tag: Callable[[str], str]) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Events past the checkpoint belong to steps that are done again.
+    # Drop events after the checkpoint, because their steps are repeated.
     with writing(Path(directory), "give another directory with --tensorboard-dir (LOG_DIR)"):
         writer = SummaryWriter(directory, purge_step=progress.iteration + 1)
 

@@ -1,10 +1,10 @@
-"""Model FLOPs utilisation: the share of a device's measured matrix rate that a training run turns into model FLOPs.
+"""Model FLOPs utilization: model FLOPs per second divided by the device's measured matrix multiplication rate.
 
-    rate = matmul_rate(torch.bfloat16)                      # FLOP/s, measured here and now
+    rate = matmul_rate(torch.bfloat16)                      # FLOP/s, measured on this device
     mfu(config, seq_length=2048, tokens_per_second=5e5, matmul_rate=rate)
 
-The denominator is measured and not a data sheet's: data sheets state rates that no matrix product reaches, and the
-clock of a device depends on its power limit.
+The rate is measured, not taken from a data sheet: no matrix product reaches the rates of data sheets, and the clock of
+a device depends on its power limit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 
-LARGEST = 8192  # rows of the matrices; an H100 multiplies two of them in 1.4 ms
-ENOUGH_SECONDS = 1e-3  # one product of this length hides the launch of a kernel
+LARGEST = 8192  # rows of the largest matrices; an H100 multiplies two in 1.4 ms
+ENOUGH_SECONDS = 1e-3  # at this length of a product the kernel launch no longer matters
 
 
 def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_rate: float) -> float:
@@ -25,9 +25,9 @@ def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_r
 
     Args:
         config: the architecture.
-        seq_length: tokens of a sequence; attention is counted causally.
-        tokens_per_second: of this device.
-        matmul_rate: FLOP/s of `matmul_rate`, measured in the same run.
+        seq_length: tokens of a sequence. Attention counts as causal.
+        tokens_per_second: tokens per second of this device.
+        matmul_rate: result of `matmul_rate` in the same run, in FLOP/s.
     """
     return config.flops_per_token(seq_length) * tokens_per_second / matmul_rate
 
@@ -35,12 +35,12 @@ def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_r
 def matmul_rate(dtype: torch.dtype, largest: int = LARGEST, repeats: int = 10) -> float:
     """Measure the rate of matrix products on this process's device, in FLOP/s.
 
-    The matrices are square and random (zeros multiply faster on a GPU, as they take less power). Their size doubles
-    from 512 until one product takes `ENOUGH_SECONDS`, or reaches `largest`. The result is the median of three
-    measurements of `repeats` products.
+    The matrices are square and random, because a GPU multiplies zeros faster, at less power. Their size doubles
+    from 512 until one product takes `ENOUGH_SECONDS` or the size is `largest`. The result is the median of three
+    measurements with `repeats` products each.
     """
     place, size = device.current().torch_device, min(512, largest)
-    # Numbers from the device's own generator would be missing in the dropout of a run that is resumed.
+    # A generator of its own: drawing from the device's generator would change the dropout of a resumed run.
     numbers = torch.Generator(place).manual_seed(0)
     while True:
         left, right = (torch.randn(size, size, device=place, dtype=dtype, generator=numbers) for _ in range(2))
@@ -54,7 +54,7 @@ def matmul_rate(dtype: torch.dtype, largest: int = LARGEST, repeats: int = 10) -
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, repeats: int) -> float:
-    """Seconds of one product, the mean of several after one that does not count."""
+    """Return the mean seconds of one product, after one warm-up product."""
     torch.mm(left, right, out=out)
     device.synchronize()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""This rank's part of the model, wrapped for mixed precision and data parallelism."""
+"""This rank's shard of the model, wrapped for mixed precision and data parallelism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig) -> TransformerConfig:
-    """megatron-core's `TransformerConfig` of a model, in a layout, with the settings of a run."""
+    """Return megatron-core's `TransformerConfig` of a model for a layout and the settings of a run."""
     overrides: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -49,20 +49,20 @@ def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig)
         "calculate_per_token_loss": config.optimizer.calculate_per_token_loss,
         "overlap_p2p_comm": layout.vpp is not None and config.parallel.overlap_p2p_comm,
         "batch_p2p_comm": not (layout.vpp is not None and config.parallel.overlap_p2p_comm),
-        # A stage frees its output once it is sent: its memory is not needed for the backward pass.
+        # A stage frees its output after sending it, because the backward pass does not need the values.
         "deallocate_pipeline_outputs": True,
         "recompute_granularity": config.model.recompute_granularity,
         "recompute_method": config.model.recompute_method,
         "recompute_num_layers": config.model.recompute_num_layers,
-        # Where Apex is missing, by minimind_mcore.platform.fused.
+        # Without Apex, minimind_mcore.platform.fused provides the kernel.
         "gradient_accumulation_fusion": True,
         "bias_activation_fusion": True,
-        # Fusions that need Transformer Engine or a compiler.
+        # These fusions need Transformer Engine or a compiler.
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
-        # `initialize` sets every weight; megatron-core's own pass marks what is split over ranks.
+        # `initialize` sets every weight. megatron-core's own initialization only marks the weights that ranks shard.
         "init_method": _leave,
         "output_layer_init_method": _leave,
     }
@@ -76,20 +76,20 @@ def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig)
 
 
 def _transformer_engine() -> str:
-    """The name of that implementation, where it can be had."""
+    """Return the name of the Transformer Engine implementation, if it is usable."""
     if importlib.util.find_spec("transformer_engine") is None or device.current().kind != "cuda":
         raise UserError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed, or has no device here; "
+            "--transformer-impl transformer_engine: Transformer Engine is not installed, or finds no device; "
             "use --transformer-impl local"
         )
     return "transformer_engine"
 
 
 def build_model(config: TrainConfig, job: Job) -> list[MegatronModule]:
-    """Build, initialise and wrap the chunks of this rank (one, or `config.layout.vpp` of them), for training.
+    """Build, initialize and wrap the chunks of this rank (one, or `config.layout.vpp` chunks) for training.
 
-    The weights depend on `--seed` and their names only: every layout starts from the same model. The
-    job may change it before it is wrapped.
+    The weights depend only on `--seed` and their names, so every layout starts with the same model. The job may
+    change the model before it is wrapped.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -99,7 +99,7 @@ def build_model(config: TrainConfig, job: Job) -> list[MegatronModule]:
         grad_reduce_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32,
         bucket_size=config.parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * config.layout.dp),
     )
-    # Only the first chunk of a rank overlaps its reduction bucket by bucket, as Megatron does.
+    # Only a rank's first chunk overlaps its gradient reduction bucket by bucket, as in Megatron.
     return [
         DistributedDataParallel(
             chunk.config, ddp, chunk, disable_bucketing=i > 0 or not config.parallel.overlap_grad_reduce
@@ -109,7 +109,7 @@ def build_model(config: TrainConfig, job: Job) -> list[MegatronModule]:
 
 
 def build_chunks(config: TrainConfig, job: Job) -> list[MegatronModule]:
-    """The chunks of this rank, initialised, in the run's precision; not wrapped for data parallelism."""
+    """Build and initialize the chunks of this rank in the run's precision, without the data-parallel wrapper."""
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
 
@@ -141,7 +141,7 @@ def build_chunks(config: TrainConfig, job: Job) -> list[MegatronModule]:
         std=config.model.init_method_std,
     )
     job.prepare_model(built)
-    # The hooks that gather weights within a forward pass would be traced.
+    # The compiler would trace the hooks that gather weights during a forward pass.
     if compiled.usable() and not config.parallel.overlap_param_gather:
         compiled.compile_layers(built)
     half = config.precision.params_dtype != torch.float32
@@ -150,7 +150,7 @@ def build_chunks(config: TrainConfig, job: Job) -> list[MegatronModule]:
 
 @contextlib.contextmanager
 def weights_gathered(config: TrainConfig, model: Sequence[MegatronModule]) -> Iterator[None]:
-    """Inside, every rank holds all its weights: `--overlap-param-gather` otherwise gathers them in the next step."""
+    """Within the context every rank holds all its weights. `--overlap-param-gather` otherwise defers the gather."""
     overlapped = model if config.parallel.overlap_param_gather else []
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()  # pyright: ignore[reportCallIssue]  (DistributedDataParallel)

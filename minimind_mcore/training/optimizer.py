@@ -1,4 +1,4 @@
-"""Megatron's optimizer and learning-rate schedule, from flags."""
+"""Build Megatron's optimizer and learning-rate schedule from flags."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.module import MegatronModule
 
-# What Megatron's schedule reads from a parameter group in place of its own value, and Adam's constants.
+# Keys of a parameter group that override the schedule's own values, and Adam's constants.
 SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
 
 
 def build_optimizer(
     config: TrainConfig, model: list[MegatronModule]
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """The optimizer (distributed or not) and the schedule that sets its learning rate and weight decay."""
+    """Build the optimizer (distributed or not) and the schedule of its learning rate and weight decay."""
     from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
-    # The fields have Megatron's names. Which of them the optimizer reads differs between versions of megatron-core:
-    # 0.12.1 has no overlap_param_gather.
+    # The fields have Megatron's names. Versions of megatron-core read different fields: 0.12.1 has no
+    # overlap_param_gather.
     settings = {**vars(config.optimizer), **vars(config.precision), **vars(config.parallel), **vars(config.logging)}
     built = OptimizerConfig(**fields_from(OptimizerConfig, settings))
     options: dict[str, Any] = {}
     if config.optimizer.decay_all:
-        # megatron-core spares vectors (norms) from weight decay unless told what to spare: nothing.
+        # By default megatron-core applies no weight decay to vectors (norms). This override applies it to all weights.
         newer = "config_overrides" in inspect.signature(get_megatron_optimizer).parameters
         options = {"config_overrides": {}} if newer else {"no_weight_decay_cond": lambda name, parameter: False}
     optimizer = get_megatron_optimizer(built, model, **options)
     assert isinstance(optimizer, ChainedOptimizer)
     for part in optimizer.chained_optimizers:
-        # megatron-core 0.16.1 has none for SGD, and then cannot load a torch_dist checkpoint: TypeError.
+        # megatron-core 0.16.1 sets no init_state_fn for SGD, and then fails to load a torch_dist checkpoint: TypeError.
         part.init_state_fn = part.init_state_fn or _begin_momentum
     _connect(config, model, optimizer)
     return optimizer, build_scheduler(config, optimizer)
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer, config: object = None) -> None:
-    """Give the parameters that SGD has never updated zero momentum, which the first step replaces by the gradient."""
+    """Set zero momentum for parameters that SGD has never updated. The first step replaces it by the gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if group.get("momentum") and optimizer.state[parameter].get("momentum_buffer") is None:
@@ -54,7 +54,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer, config: object = None) -> 
 
 
 def _connect(config: TrainConfig, model: list[MegatronModule], optimizer: ChainedOptimizer) -> None:
-    """Tell megatron-core's schedules how to scale the loss and when to reduce gradients and gather weights."""
+    """Set how megatron-core's schedules scale the loss, reduce gradients and gather weights."""
     from megatron.core.distributed import finalize_model_grads
 
     core = model[0].config
@@ -75,7 +75,7 @@ def _connect(config: TrainConfig, model: list[MegatronModule], optimizer: Chaine
 def build_scheduler(
     config: TrainConfig, optimizer: ChainedOptimizer | torch.optim.Optimizer
 ) -> OptimizerParamScheduler:
-    """Megatron's schedule; it counts samples, so that a change of batch size keeps its place."""
+    """Build Megatron's schedule. It counts samples, so a change of the batch size does not move its position."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     schedule = config.schedule
@@ -104,10 +104,10 @@ def build_scheduler(
 
 @contextlib.contextmanager
 def schedule_kept(config: TrainConfig, optimizer: ChainedOptimizer) -> Iterator[None]:
-    """Under `--override-opt_param-scheduler`, keep learning rates and Adam's constants while others are loaded.
+    """With `--override-opt_param-scheduler`, keep learning rates and Adam's constants while a state is loaded.
 
-    Megatron-LM overrides the schedule's own values only. Its schedule reads the maximum and the minimum from the
-    parameter groups, and loading the optimizer replaces these groups by those of the checkpoint.
+    Megatron-LM overrides only the schedule's own values. Its schedule reads the maximum and the minimum from the
+    parameter groups, and loading the optimizer replaces these groups by the checkpoint's.
     """
     own = [{name: group[name] for name in SCHEDULED if name in group} for group in optimizer.param_groups]
     yield
@@ -117,10 +117,10 @@ def schedule_kept(config: TrainConfig, optimizer: ChainedOptimizer) -> Iterator[
 
 
 def allocate_moments(optimizer: ChainedOptimizer) -> None:
-    """Give the parameters that were never updated zero moments, with which Adam begins.
+    """Set zero moments, Adam's initial state, for parameters that were never updated.
 
-    Under fp16 the steps are skipped until the loss scale fits. Before the first applied step Adam has no moments, and
-    megatron-core cannot save it: its distributed optimizer raises KeyError: 'exp_avg'.
+    With fp16 steps are skipped until the loss scale fits. Until the first applied step Adam has no moments, and
+    megatron-core's distributed optimizer cannot save it: it raises KeyError: 'exp_avg'.
     """
     for part in optimizer.chained_optimizers:
         if not getattr(part, "is_stub_optimizer", False):
@@ -130,5 +130,5 @@ def allocate_moments(optimizer: ChainedOptimizer) -> None:
 
 
 def learning_rate(optimizer: ChainedOptimizer) -> float:
-    """The learning rate of the next step."""
+    """Return the learning rate of the next step."""
     return next(float(group["lr"]) for group in optimizer.param_groups if not group.get("is_decoupled_lr"))

@@ -1,4 +1,4 @@
-"""The training loop, from the flags to the last checkpoint. It pretrains by default; post-training passes another job.
+"""The training loop, from the flags to the last checkpoint. Pretraining by default; post-training passes another job.
 
 torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (see examples/mcore/minimind)
 """
@@ -32,12 +32,13 @@ J = TypeVar("J", bound=Job)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pretrain, by the flags of a command line."""
+    """Pretrain with the flags of a command line."""
     run(Job, arguments.parse(sys.argv[1:] if argv is None else argv))
 
 
 def run(kind: type[J], args: argparse.Namespace) -> J | None:
-    """Validate, train by a job of that kind, and return the job. `--dry-run` stops before anything is built."""
+    """Validate the flags, train a job of class `kind`, and return the job. `--dry-run` stops before building the
+    model."""
     has_length = bool(args.train_iters or args.train_samples)
     if args.dry_run and args.data_pending and not has_length:
         args.train_iters = 1
@@ -71,7 +72,7 @@ def run(kind: type[J], args: argparse.Namespace) -> J | None:
 
 
 def lock(config: TrainConfig) -> None:
-    """Refuse directories that cannot be written, and let no second run write to them."""
+    """Refuse directories that are not writable, and lock them against a second run."""
     summary.require_writable_outputs(config)
     save = Path(config.checkpoint.save) if config.checkpoint.save else None
     run_lock.take(output_dir(config), save, "give another directory with --output-dir and --save (OUTPUT_DIR)")
@@ -129,8 +130,8 @@ def train(config: TrainConfig, job: Job, stop: StopSignal, watch: liveness.Liven
 
 
 def evaluate(config: TrainConfig, job: Job, engine: step.Engine, dataset: data.MapDataset) -> float:
-    """Mean loss (pretraining: nats per token) of the first `--eval-iters` global batches of the validation set."""
-    # Iterators of its own each time: worker processes would cost more than the few batches.
+    """Return the mean loss (pretraining: nats per token) of the first `--eval-iters` validation batches."""
+    # New iterators without workers for each evaluation: worker processes would cost more than the few batches.
     batches = [data.micro_batches(config, job, dataset, 0, workers=0) for _ in engine.model]
     rounds = min(config.schedule.eval_iters, len(dataset) // config.schedule.global_batch_size)
     return step.averages(config, job, engine.measure(job, batches, config.schedule.num_microbatches, rounds))[0][0]

@@ -1,4 +1,4 @@
-"""The curves of a run: loss.png, and report.html with all of them. Both are made from metrics.jsonl alone.
+"""The curves of a run, from metrics.jsonl: loss.png with the loss, and report.html with all curves.
 
 python -m minimind_mcore.training.report OUTPUT_DIR
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minimind_mcore import errors
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import PACKAGE, package_json
 from minimind_mcore.storage import atomic_file, atomic_write_text
 from minimind_mcore.training.metrics import Row, read_history
 
@@ -22,15 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CURVES: dict[str, str] = json.loads((PACKAGE / "training/curves.json").read_text(encoding="utf-8"))
+CURVES: dict[str, str] = package_json("training/curves.json")
 
 LOSSES = ("lm_loss", "validation_loss")
 
 
 def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, picture: str = "loss.png") -> None:
-    """Draw `picture`, of the named columns, and `report.html` into `directory` from its `metrics.jsonl`.
+    """Draw `picture` with the named columns, and `report.html`, from `metrics.jsonl` in `directory`.
 
-    Nothing if that is empty.
+    Without any row nothing is drawn.
     """
     rows = read_history(directory / "metrics.jsonl")
     if not rows:
@@ -44,7 +43,7 @@ def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, pic
 
 
 def _figure(rows: list[Row], names: Sequence[str], title: str) -> Figure:
-    """The named columns over the iterations."""
+    """Plot the named columns over the iterations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5))
@@ -57,7 +56,7 @@ def _figure(rows: list[Row], names: Sequence[str], title: str) -> Figure:
 
 
 def plot(axes: Axes, title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw curves over the iterations, by their labels."""
+    """Draw curves over the iterations, each with its label."""
     for label, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, ms=3)
@@ -66,14 +65,14 @@ def plot(axes: Axes, title: str, curves: Mapping[str, Sequence[tuple[float, floa
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as an element of a page."""
+    """Return a figure as SVG for a page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return "<svg" + text.getvalue().partition("<svg")[2]
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure into a file."""
+    """Save a figure as a PNG file."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -97,10 +96,10 @@ def _summary(rows: list[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the report of a directory again."""
     parser = argparse.ArgumentParser(prog="minimind-mcore report", description=main.__doc__)
-    parser.add_argument("directory", type=Path, help="the OUTPUT_DIR of a training, which has metrics.jsonl")
+    parser.add_argument("directory", type=Path, help="the OUTPUT_DIR of a training run, with metrics.jsonl")
     directory = parser.parse_args(argv).directory
     if not (directory / "metrics.jsonl").is_file():
-        raise errors.UserError(f"{directory}: found no metrics.jsonl there; expected the OUTPUT_DIR of a training")
+        raise errors.UserError(f"{directory}: found no metrics.jsonl there; expected the OUTPUT_DIR of a training run")
     write_report(directory, f"MiniMind, {directory.name}")
     print(directory / "loss.png", directory / "report.html", sep="\n")
 

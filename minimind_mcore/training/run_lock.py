@@ -1,4 +1,4 @@
-"""One run at a time in a directory: rank 0 holds a lock on a file, which says who holds it.
+"""One run at a time per directory: rank 0 locks a file that names the holder.
 
     outputs/minimind3/.run.lock              {"host": ..., "pid": ..., "run": ..., "since": ...}
 
@@ -34,12 +34,12 @@ _HELD: dict[Path, TextIO] = {}
 def lock_files(output_dir: Path, save: Path | None) -> dict[Path, Path]:
     """Return the directories of a run that are locked, each with its lock file.
 
-    The lock of the checkpoints lies next to their directory, which holds checkpoints alone, or inside where that is the
-    only place that can be written.
+    The lock file of the checkpoints lies next to their directory, which contains only checkpoints. It lies inside if
+    only the inside is writable.
     """
     found = {output_dir: output_dir / LOCK}
     if save is not None and save.resolve() != output_dir.resolve():
-        place = save.resolve()  # of two names of one directory, by a symbolic link, one lock
+        place = save.resolve()  # a directory and a symbolic link to it share one lock
         inside = place.parent.is_dir() and not os.access(place.parent, os.W_OK | os.X_OK)
         found[save] = place / LOCK if inside else place.with_name(f".{place.name}.lock")
     return found
@@ -48,10 +48,9 @@ def lock_files(output_dir: Path, save: Path | None) -> dict[Path, Path]:
 def take(output_dir: Path, save: Path | None, advice: str) -> None:
     """Lock the directories of a run until this process ends or releases them.
 
-    Args:
-        output_dir: of the metrics.
-        save: of the checkpoints, if any are saved.
-        advice: what to do where a directory cannot be written.
+    output_dir: directory of the metrics.
+    save: directory of the checkpoints, if any are saved.
+    advice: what to do if a directory is not writable.
 
     Raises:
         UserError: another run holds a lock, or a directory cannot be written.
@@ -66,8 +65,8 @@ def take(output_dir: Path, save: Path | None, advice: str) -> None:
         raise
     if unlocked := [str(directory) for directory, file in lock_files(output_dir, save).items() if file not in _HELD]:
         logger.warning(
-            f"{' and '.join(unlocked)}: the filesystem has no file locks, so nothing stops a second run "
-            "there, which would delete this run's temporary files"
+            f"{' and '.join(unlocked)}: the filesystem has no file locks, so nothing prevents a second run "
+            "in this directory, which would delete this run's temporary files"
         )
 
 
@@ -77,7 +76,7 @@ def _take(directory: Path, file: Path) -> None:
     while True:
         handle = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (the lock lasts as long as the file is open)
         try:
-            # A lock of the process, and not of the open file: worker processes that are forked later do not hold it.
+            # A lock of the process, not of the open file, so that worker processes forked later do not hold it.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             text = _read(handle)
@@ -85,10 +84,10 @@ def _take(directory: Path, file: Path) -> None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return  # this filesystem has no locks
             raise UserError(
-                f"{directory} is in use by another run: {_holder(text)}. Stop that run or wait for its end, or give "
-                "this one a directory of its own (OUTPUT_DIR, or --save and --output-dir)"
+                f"{directory} is in use by another run: {_holder(text)}. Stop that run, wait until it ends, or give "
+                "this run a directory of its own (OUTPUT_DIR, or --save and --output-dir)"
             ) from error
-        # The run that held the lock before may have removed the file: the lock of a removed file protects nothing.
+        # The previous holder may have removed the file, and a lock on a removed file protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                 break
@@ -118,4 +117,4 @@ def _holder(text: str) -> str:
         found = json.loads(text)
         return f"process {found['pid']} on host {found['host']}, run {found['run']}, since {found['since']}"
     except (ValueError, LookupError, TypeError):
-        return "its lock file does not say which"
+        return "its lock file does not name the run"

@@ -1,7 +1,7 @@
-"""What determines the order in which a run reads its samples, and a warning where a checkpoint's run had another.
+"""The order in which a run reads its samples, and a warning if a checkpoint was saved with another order.
 
-A run's data position is the number of samples consumed so far. In another order the samples at that position are other
-ones: a resumed run then reads some samples again and others never. Megatron-LM resumes without a word.
+The data position of a run is the number of consumed samples. With another order, other samples come before that
+position: a resumed run reads some samples twice and never reads others. Megatron-LM resumes without a warning.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from minimind_mcore.training.config import SampleOrder, ScheduleSection
 if TYPE_CHECKING:
     from minimind_mcore.training.data_cache import BlendedDataset, GPTDataset
 
-Flags = Mapping[str, object]  # of a command line, or of a checkpoint, by Megatron's names
+Flags = Mapping[str, object]  # flags of a command line or a checkpoint, by Megatron's names
 
 
 def data_digest(prefix: str | Path) -> str:
-    """A digest of a dataset: of its documents' lengths and, where its record has one, of its tokens."""
+    """Return a digest of a dataset: of the lengths of its documents and, if recorded, of its tokens."""
     meta = read_meta(prefix)
     return idx_digest(prefix) + (meta.written.bin_sha256 if meta else "")
 
 
 def order_digest(dataset: GPTDataset | BlendedDataset) -> str:
-    """A digest of the order that megatron-core gives to the documents and samples of a training set, blends included.
+    """Return a digest of megatron-core's order of the documents and samples of a training set, blends included.
 
     Within one epoch the order does not depend on the length of the run. Over several epochs it does, because Megatron
-    shuffles all of them together.
+    shuffles all epochs together.
     """
     digest = hashlib.sha256()
     for part in getattr(dataset, "datasets", [dataset]):
@@ -44,17 +44,17 @@ def order_digest(dataset: GPTDataset | BlendedDataset) -> str:
 
 
 def record(schedule: ScheduleSection, digests: Sequence[str], order: str = "") -> SampleOrder:
-    """What a checkpoint of this run says about its samples besides the flags."""
+    """Return what a checkpoint records about the run's samples besides the flags."""
     return {"data": list(digests), "order": order, "samples": schedule.train_iters * schedule.global_batch_size}
 
 
 def differences(flags: Flags, saved: Flags, ours: SampleOrder | None = None) -> list[str]:
-    """What gives this run another sample order than the run of a checkpoint had, with both values.
+    """Return the reasons why this run has another sample order than a checkpoint's run, with both values.
 
     Args:
-        flags: this run's.
-        saved: the checkpoint's; one of MindSpeed-LLM carries the flags only.
-        ours: the order of this run, where that is known.
+        flags: flags of this run.
+        saved: flags of the checkpoint. A checkpoint of MindSpeed-LLM has only these.
+        ours: sample order of this run, if already determined.
     """
     theirs = cast("SampleOrder | None", saved.get("sample_order"))
     found = list(_other_flags(flags, saved))
@@ -76,29 +76,29 @@ def differences(flags: Flags, saved: Flags, ours: SampleOrder | None = None) -> 
 
 
 def warning(where: str | Path, differing: Sequence[str]) -> str:
-    """The warning that a resumed run prints once."""
+    """Return the warning that a resumed run prints once."""
     return (
         f"{where}: this run reads its samples in another order than the run that saved the checkpoint: "
-        f"{'; '.join(differing)}. Samples that were read come again, and others are never read. To go on in the order "
-        "of the checkpoint, give its values"
+        f"{'; '.join(differing)}. Some samples are read twice, and others are never read. To keep the order "
+        "of the checkpoint, use its values"
     )
 
 
 def values_differ(there: Flags, here: Flags) -> Iterator[str]:
-    """The values that both mappings have, and that differ."""
+    """Yield the values that both mappings have and that differ."""
     for name, value in there.items():
         if name in here and here[name] != value:
             yield f"{name} is {value} there and {here[name]} here"
 
 
 def _other_flags(own: Flags, saved: Flags) -> Iterator[str]:
-    """Flags that determine the sample order."""
+    """Yield differences in flags that determine the sample order."""
     names = {"seed": "--seed", "split": "--split"}
     if own.get("stage") is None:
         names["seq_length"] = "--seq-length"
-    else:  # conversations are not cut into samples of one length
+    else:  # conversations are not split into samples of equal length
         names["no_shuffle"] = "--no-shuffle"
-    if own.get("train_data_path"):  # it has no part for validation
+    if own.get("train_data_path"):  # then --split has no part for validation
         del names["split"]
 
     def values(one: Flags) -> Flags:
@@ -112,13 +112,13 @@ def _other_flags(own: Flags, saved: Flags) -> Iterator[str]:
 
 
 def _data_words(flags: Flags) -> list[str]:
-    """The words of `--data-path`, or of `--train-data-path`."""
+    """Return the words of `--data-path`, or of `--train-data-path`."""
     return [str(word) for word in cast("list[object]", flags.get("train_data_path") or flags.get("data_path") or [])]
 
 
 def _shares(split: object) -> str:
-    """`--split` in one spelling, whose shares sum to 1."""
+    """Normalize `--split` so that its shares sum to 1."""
     try:
         return ",".join(f"{share:.4g}" for share in parse_split(str(split or MEGATRON_DEFAULT)))
-    except UserError:  # of a checkpoint that another program wrote
+    except UserError:  # from a checkpoint of another program
         return str(split)

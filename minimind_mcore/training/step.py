@@ -30,16 +30,16 @@ Output = tuple[torch.Tensor, LossFunction]
 
 @dataclass
 class StepResult:
-    """What one step did, as this rank knows it.
+    """The result of one step on this rank.
 
     Attributes:
-        losses: per micro-batch, what the job's loss function logs: [summed loss, number, sum of each metric];
-            empty before the last stage.
+        losses: per micro-batch, the values that the job's loss function logs: [summed loss, number, sum of each
+            metric]. Empty before the last stage.
         indices: per micro-batch, the dataset indices of its samples.
-        positions: tokens that went through the model, padding included.
+        positions: number of tokens that the model processed, padding included.
         updated: False if fp16 gradients overflowed and the step was skipped.
         grad_norm: global gradient norm before clipping.
-        zeros: gradients that are zero, if `--log-num-zeros-in-grad`.
+        zeros: number of zero gradients, with `--log-num-zeros-in-grad`.
     """
 
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -51,23 +51,23 @@ class StepResult:
 
 
 def _forward_step(job: Job, result: StepResult, batches: Iterator[MicroBatch], model: MegatronModule) -> Output:
-    """megatron-core's forward-step function: the model's output and what turns it into a loss."""
+    """Run megatron-core's forward step: return the model's output and the loss function."""
     liveness.mark()
     batch = next(batches)
-    if unwrap(model).post_process:  # the chunk that has the loss
+    if unwrap(model).post_process:  # only the last chunk has a loss
         result.indices.append(batch["index"])
         result.positions += batch["tokens"].numel()
     return job.forward_step(batch, model)
 
 
 class Engine:
-    """A model, and how it is trained: pretraining, post-training and reinforcement learning take their steps here.
+    """Runs training steps on a model, for pretraining, post-training and reinforcement learning.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         model: this rank's chunks.
-        optimizer: None for a model that is only measured.
-        scheduler: of the learning rate; it counts samples.
+        optimizer: None for a model that is not trained.
+        scheduler: learning-rate schedule, which counts samples.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class Engine:
 
     @property
     def optimizer(self) -> ChainedOptimizer:
-        """The optimizer of a model that is trained."""
+        """The optimizer. Only for a model that is trained."""
         assert self._optimizer is not None
         return self._optimizer
 
     @property
     def scheduler(self) -> OptimizerParamScheduler:
-        """The schedule of a model that is trained."""
+        """The schedule. Only for a model that is trained."""
         assert self._scheduler is not None
         return self._scheduler
 
     def forward_backward(self, job: Job, batches: Batches, micro_batches: int, forward_only: bool) -> StepResult:
-        """Run the pipeline schedule over that many micro-batches of each iterator of `batches`, one for each chunk."""
+        """Run the pipeline schedule over `micro_batches` micro-batches. `batches` has one iterator per chunk."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         result = StepResult()
@@ -111,18 +111,18 @@ class Engine:
     def step(self, job: Job, batches: Batches, micro_batches: int, samples: int, iteration: int) -> StepResult:
         """Update the weights once.
 
-        The losses are looked at after the update: the host waits for the device once in a step, where Megatron asks
-        for the gradient norm. Nothing is saved of a step that ends in an error.
+        The losses are checked after the update, so the host synchronizes with the device only once per step, where
+        Megatron reads the gradient norm. A step that ends in an error is not saved.
 
         Args:
-            job: has the loss.
-            batches: an iterator over micro-batches for each chunk.
-            micro_batches: that this rank takes from each.
-            samples: of the global batch; the schedule moves on by so many.
-            iteration: for messages.
+            job: provides the loss.
+            batches: one iterator over micro-batches per chunk.
+            micro_batches: number of micro-batches that this rank runs.
+            samples: samples of the global batch, by which the schedule advances.
+            iteration: number of the iteration, for messages.
 
         Raises:
-            UserError: a loss or the gradient norm is not finite; the run must end there.
+            UserError: a loss or the gradient norm is not finite. The run must end.
         """
         for chunk in self.model:
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]  (DistributedDataParallel)
@@ -131,7 +131,7 @@ class Engine:
         result.updated, norm, result.zeros = self.optimizer.step()
         result.grad_norm = float(norm or 0.0)
         check_losses(result, iteration)
-        # Under fp16 a norm that is not finite is an overflow: the optimizer has skipped the step.
+        # With fp16 a non-finite norm is an overflow, and the optimizer has skipped the step.
         if not (self.config.precision.fp16 or math.isfinite(result.grad_norm)):
             raise UserError(f"{_where(result.indices, iteration)}: the gradient norm is {result.grad_norm}")
         if result.updated:
@@ -139,13 +139,13 @@ class Engine:
         return result
 
     def take_weights(self) -> None:
-        """Let the optimizer know that other weights have been loaded into the model."""
+        """Update the optimizer's copies after other weights were loaded into the model."""
         if self._optimizer is not None:
             self._optimizer.reload_model_params()
 
     @torch.no_grad()
     def measure(self, job: Job, batches: Batches, micro_batches: int, rounds: int = 1) -> list[StepResult]:
-        """Run the model without dropout and without gradients, `rounds` times over that many micro-batches."""
+        """Run the model without dropout and gradients, `rounds` times over `micro_batches` micro-batches."""
         trained = self._optimizer is not None
         for chunk in self.model:
             chunk.eval()
@@ -157,13 +157,13 @@ class Engine:
 
 
 def check_losses(result: StepResult, iteration: int) -> None:
-    """Raise if a micro-batch has a loss that is not finite, naming its samples."""
+    """Raise a `UserError` that names the samples if a micro-batch has a non-finite loss."""
     if not result.losses or bool(torch.isfinite(torch.stack(result.losses)).all()):
         return
     finite = [bool(torch.isfinite(loss).all()) for loss in result.losses]
     bad = [samples for samples, good in zip(result.indices, finite, strict=True) if not good]
     raise UserError(
-        f"{_where(bad, iteration)}: the loss is not finite. Nothing of this iteration is saved; go on from the last "
+        f"{_where(bad, iteration)}: the loss is not finite. This iteration is not saved; resume from the last "
         "checkpoint with a lower --lr or other data"
     )
 
@@ -174,10 +174,10 @@ def _where(indices: list[list[int]], iteration: int) -> str:
 
 
 def averages(config: TrainConfig, job: Job, results: list[StepResult]) -> tuple[list[float], float]:
-    """Over a run of steps and all data-parallel ranks, the same on every rank: [loss, metrics of the job], positions.
+    """Average over steps and all data-parallel ranks. Return [loss, metrics of the job] and positions, on every rank.
 
-    The mean over micro-batches of their means over tokens (or pairs), as Megatron reports it; over all
-    tokens under `--calculate-per-token-loss`.
+    The average is the mean over micro-batches of their means over tokens (or pairs), as Megatron reports it. With
+    `--calculate-per-token-loss` it is the mean over all tokens.
     """
     from megatron.core import parallel_state
 
@@ -193,11 +193,11 @@ def averages(config: TrainConfig, job: Job, results: list[StepResult]) -> tuple[
         else:
             total[:-2], total[-2] = (sums / number.clamp(min=1)).sum(0), len(losses)
         total[-1] = sum(result.positions for result in results)
-    # HCCL cannot sum float64, and MindSpeed's all_reduce of 26.1.0 then reduces a copy and loses the result.
+    # HCCL cannot sum float64: MindSpeed 26.1.0's all_reduce then reduces a copy and loses the result.
     reduced = total.float()
     if losses:
         dist.all_reduce(reduced, group=parallel_state.get_data_parallel_group())
-    # The last rank is in the last pipeline stage, where the losses are.
+    # The last rank is in the last pipeline stage, which has the losses.
     dist.broadcast(reduced, src=dist.get_world_size() - 1)
     total = reduced.double()
     return (total[:-2] / total[-2].clamp(min=1)).tolist(), float(total[-1])

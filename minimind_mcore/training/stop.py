@@ -1,6 +1,6 @@
-"""Stopping in order: a signal asks every rank to save and leave after the step; a second one leaves at once.
+"""Stop a run on a signal: all ranks save and exit after the current step. A second signal exits at once.
 
-The loss of the launcher asks for the same: ranks that nothing watches any more would train on unseen.
+The end of the launcher has the same effect, because otherwise the ranks would train on without supervision.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from minimind_mcore.platform import device
 
 logger = logging.getLogger(__name__)
 
-# Ctrl-C reaches a rank twice within moments, from the terminal and from torchrun: that is one request.
+# Ctrl-C reaches a rank twice in quick succession, from the terminal and from torchrun: this is one request.
 _SAME_REQUEST_SECONDS = 3.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LAUNCHER = "MINIMIND_LAUNCHER"  # variable with the process number of the launcher
-ANSWER_SECONDS = 60.0  # without a launcher: so long the ranks wait for each other before a save
+LAUNCHER = "MINIMIND_LAUNCHER"  # environment variable with the launcher's process id
+ANSWER_SECONDS = 60.0  # how long ranks without a launcher wait for each other before a save
 _POLL_SECONDS = 1.0
-_LOST = 255  # stands for the loss of the launcher among numbers of signals
+_LOST = 255  # represents the end of the launcher among signal numbers
 
 
 def hangup_ignored() -> bool:
-    """Whether this program was started under nohup, to go on after its terminal has closed."""
+    """Return whether this program was started with nohup, to continue after its terminal closes."""
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT, SIGHUP and the loss of the launcher into a request that all ranks agree on.
+    """Turns SIGTERM, SIGINT, SIGHUP and the end of the launcher into a request that all ranks agree on.
 
     Attributes:
-        exit_status: what the process should exit with after the ranks agreed to stop; 0 without such a request.
+        exit_status: exit status of the process after the ranks agreed to stop; 0 without a request.
     """
 
     def __init__(self) -> None:
@@ -58,16 +58,16 @@ class StopSignal:
         now = time.monotonic()
         if self.at is None:
             self.at, self.name, self._number = now, signal.Signals(number).name, number
-            # os.write, as print is not safe inside a signal handler
+            # os.write, because print is not safe inside a signal handler
             os.write(sys.stderr.fileno(), f"{self.name}: saving after this iteration; again to exit at once\n".encode())
         elif now - self.at > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
     def agreed(self, also: bool = False) -> bool:
-        """True on every rank if any rank was asked to stop, or says `also`. Collective."""
+        """Return on every rank whether any rank was asked to stop, or passes `also`. Collective."""
         number = _LOST if self.lost else self._number
         asked = [int(number > 0 or also), number]
-        if dist.get_world_size() > 1:  # else there is nobody to ask, and no device to wait for
+        if dist.get_world_size() > 1:  # a single process needs no synchronization
             flag = torch.tensor(asked, device=device.current().torch_device)
             self._asking = time.monotonic()
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -80,9 +80,9 @@ class StopSignal:
         return bool(stopping)
 
     def watch_launcher(self) -> None:
-        """Start a thread that asks to stop when the launcher of this rank is gone."""
+        """Start a thread that requests a stop when the launcher of this rank ends."""
         launcher = int(os.environ.get(LAUNCHER, "0"))
-        if launcher or "TORCHELASTIC_RUN_ID" in os.environ:  # else a shell may end and leave this process running
+        if launcher or "TORCHELASTIC_RUN_ID" in os.environ:  # a plain shell may end before this process
             arguments = (os.getppid(), launcher)
             threading.Thread(target=self._watch_launcher, args=arguments, name="launcher", daemon=True).start()
 
@@ -103,9 +103,9 @@ class StopSignal:
                 os._exit(1)
 
     def leave(self) -> None:
-        """Wait until every rank is ready to exit; signals no longer matter. Collective.
+        """Wait until every rank is ready to exit. Signals are ignored from here on. Collective.
 
-        The launcher ends the other ranks as soon as one has exited with another status than 0.
+        The launcher kills the other ranks as soon as one exits with a non-zero status.
         """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -114,7 +114,7 @@ class StopSignal:
 
 
 def _drop_closed_output() -> None:
-    """Replace outputs that nobody reads any more: a print to them would raise, and the save would be lost."""
+    """Redirect closed outputs to /dev/null: a print to them would raise, and the save would be lost."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, 0)

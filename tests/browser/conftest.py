@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -72,14 +76,14 @@ def new_page(browser: Browser, errors: Errors) -> Iterator[Callable[..., Page]]:
 
 
 @pytest.fixture
-def accessible() -> Callable[[Page], None]:
-    """Check a page with axe-core; skips where it is missing."""
+def accessible() -> Callable[..., None]:
+    """Check a page, or the part of it with a selector, with axe-core; skips where it is missing."""
     if not AXE.is_file():
         pytest.skip("axe-core is not installed: run `npm ci --ignore-scripts` in web/")
 
-    def check(page: Page) -> None:
+    def check(page: Page, part: str = "html") -> None:
         page.evaluate(AXE.read_text(encoding="utf-8"))
-        violations = page.evaluate("async () => (await axe.run()).violations")
+        violations = page.evaluate("async part => (await axe.run(part)).violations", part)
         found = [
             (rule["id"], rule["help"], [node["html"][:200] for node in rule["nodes"]])
             for rule in violations
@@ -88,3 +92,19 @@ def accessible() -> Callable[[Page], None]:
         assert found == [], json.dumps(found, indent=1)
 
     return check
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files without a line for each."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def site(built_site: Path) -> Iterator[str]:
+    """The address of the built site. From files it works too, but the search shows no excerpts."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(built_site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -301,6 +301,80 @@ def test_the_token_view_shows_ids_and_alternatives(real: str, new_page: NewPage)
     expect(folds.last.locator(".token-facts dd").nth(1)).to_have_text(str(prompt[0]))
 
 
+def test_a_model_without_chats_continues_texts(model: Path, new_page: NewPage) -> None:
+    with embedded(model, raw=True) as (address, _):
+        page = new_page(address)
+        expect(page.get_by_text("Write the beginning of a text. The model continues it.")).to_be_visible()
+        expect(page.get_by_role("combobox", name="Prompt", exact=True)).to_have_accessible_description(
+            re.compile("have no effect")
+        )
+        page.get_by_label("Token view").check()
+        for label, value in {"Temperature": "0", "Max tokens": "12", "System prompt": "Be brief."}.items():
+            page.get_by_label(label).fill(value)
+        text = ""
+        for number, beginning in enumerate(("hello wor", " and so on")):
+            ask(page, beginning)
+            expect(answers(page)).to_have_count(number + 1)
+            expect(answers(page).last.get_by_role("button", name="Regenerate")).to_be_visible()
+            text += beginning
+            fields = {"prompt": text, "temperature": 0, "max_tokens": 12, "logprobs": 5, "return_token_ids": True}
+            [choice] = httpx.post(f"{address}/v1/completions", json=fields, timeout=60).json()["choices"]
+            assert answers(page).last.locator(".plain").evaluate("element => element.textContent") == choice["text"]
+            text += choice["text"]
+        tokens, prompt = answers(page).last.locator("details.fold").all()
+        tokens.locator("summary").click()
+        expect(tokens.locator("button.token")).to_have_count(12)
+        tokens.locator("button.token").nth(3).hover()
+        expect(tokens.locator(".token-facts dd").nth(1)).to_have_text(str(choice["token_ids"][3]))
+        expect(tokens.locator(".alternatives li").first).to_be_visible()
+        ids = httpx.post(f"{address}/tokenize", json={"prompt": fields["prompt"]}).json()["tokens"]
+        prompt.locator("summary").click()
+        expect(prompt.locator("button.token")).to_have_count(len(ids))
+
+
+def test_the_format_of_another_server_is_chosen(chat: Page, scripted: StandIn) -> None:
+    scripted.answer = lambda body: [{"content": "42."}]
+    chat.get_by_role("combobox", name="Prompt", exact=True).select_option("Plain text")
+    ask(chat, "6*7=")
+    expect(answers(chat).locator(".plain")).to_have_text("42.")
+    assert scripted.bodies[0]["prompt"] == "6*7=" and scripted.bodies[0]["max_tokens"] == 128
+    chat.get_by_role("combobox", name="Prompt", exact=True).select_option("Chat")
+    ask(chat, "again")
+    expect(answers(chat)).to_have_count(2)
+    assert sent(scripted)[-1] == ("user", "again")
+
+
+def test_a_conversation_survives_a_reload(chat: Page, scripted: StandIn) -> None:
+    scripted.answer = lambda body: [{"reasoning_content": "Hmm"}, {"content": f"answer {len(scripted.bodies)}"}]
+    ask(chat, "first")
+    expect(answers(chat)).to_contain_text("answer 1")
+    chat.reload()
+    expect(answers(chat).locator(".markdown").last).to_have_text("answer 1")
+    expect(answers(chat).locator(".author")).to_have_text("scripted")
+    ask(chat, "second")
+    expect(answers(chat).last).to_contain_text("answer 2")
+    assert sent(scripted) == [("user", "first"), ("assistant", "answer 1"), ("user", "second")]
+    scripted.answer = endless
+    ask(chat, "third")
+    expect(answers(chat).last).to_contain_text("0 1 2")
+    chat.reload()  # in the middle of an answer
+    expect(chat.get_by_text("Stopped.")).to_be_visible()
+    expect(answers(chat).last).to_contain_text("0 1 2")
+    other = chat.context.new_page()
+    other.goto(chat.url)
+    expect(answers(other)).to_have_count(3)  # a new tab shows the last conversation
+    other.get_by_role("button", name="New chat").click()
+    chat.reload()
+    expect(answers(chat)).to_have_count(3)  # each tab has its own
+    chat.get_by_role("button", name="New chat").click()
+    for storage in ("localStorage", "sessionStorage"):
+        assert "answer" not in chat.evaluate(f"JSON.stringify({storage})")
+    chat.evaluate("localStorage['minimind.chat.conversations'] = '[[{}]]'")
+    damaged = chat.context.new_page()
+    damaged.goto(chat.url)
+    expect(damaged.get_by_text("Ask the model something.")).to_be_visible()
+
+
 def test_lists_and_tables_are_as_written(chat: Page, scripted: StandIn) -> None:
     text = "3. three\n4. four\n\n|a|b|c|\n|-|:-:|-:|\n|1|2|3|"
     scripted.answer = lambda body: [{"content": text}]
@@ -367,6 +441,8 @@ def test_languages_and_themes(real: str, new_page: NewPage) -> None:
     expect(page.locator("h1")).to_have_text("MiniMind Chat")
     background = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(background) == "rgb(21, 23, 22)"
+    expect(page.get_by_text("Evaluates an expression")).to_be_visible()
+    assert set(re.findall(r"[\u4e00-\u9fff]+", page.locator("body").inner_text())) == {"中文"}
     page.get_by_role("button", name="中文").click()
     expect(page.locator("h1")).to_have_text("MiniMind 对话")
     page.get_by_label("主题").select_option("light")
@@ -410,11 +486,12 @@ def test_escape_stops_an_answer_only_by_itself(chat: Page, scripted: StandIn) ->
     composing = "e => e.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', isComposing: true, bubbles: true}))"
     ask(chat, "first")
     expect(answers(chat)).to_contain_text("hello")
+    editor, stop = chat.get_by_label("Edit the message"), chat.get_by_role("button", name="Stop (Esc)")
     chat.get_by_role("button", name="Edit").click()
+    expect(editor).to_be_focused()  # before it is, it could take the next message
     scripted.answer = endless
     ask(chat, "second")
     expect(answers(chat).last).to_contain_text("0 1 2")
-    editor, stop = chat.get_by_label("Edit the message"), chat.get_by_role("button", name="Stop (Esc)")
     for box in (chat.get_by_label("Message", exact=True), editor):
         box.evaluate(composing)
     expect(editor).to_be_visible()

@@ -184,6 +184,36 @@ def test_two_jobs_are_compared_and_the_second_waits(
     shot(page, "compare")
 
 
+def test_a_job_is_deleted_after_a_question(client: Client, place: Path, new_page: NewPage) -> None:
+    name = client.start(name="old", settings={"TRAIN_ITERS": 2})
+    client.until(name, "finished")
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_label("Compare old").check()
+    page.get_by_role("link", name="old pretrain").click()
+    main, asked = page.get_by_role("main"), list[str]()
+
+    def answer(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.accept() if len(asked) > 1 else dialog.dismiss()
+
+    page.on("dialog", answer)
+    main.get_by_role("button", name="Delete").click()
+    expect(main.get_by_role("button", name="Delete")).to_be_enabled()
+    assert str(place / "jobs" / name) in asked[0] and "MiB" in asked[0] and client.job(name)["state"] == "finished"
+    main.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("heading", name="Devices")).to_be_visible()
+    expect(page.get_by_role("link", name="old pretrain")).to_have_count(0)
+    assert not (place / "jobs" / name).exists()
+
+
+def test_an_evaluation_asks_for_its_task(client: Client, new_page: NewPage) -> None:
+    page = new_page(f"{client.base_url}/#token={TOKEN}")
+    page.get_by_role("link", name="New job").click()
+    page.get_by_label("Stage").select_option("eval")
+    expect(page.get_by_label("Task TASK").locator("option", has_text="toolcall")).to_be_attached()
+    expect(page.get_by_label("Data").locator("option").first).to_have_text("none")
+
+
 def test_a_hidden_page_holds_no_connection(client: Client, new_page: NewPage, errors: list[str]) -> None:
     name = client.start(name="hidden", settings={"TRAIN_ITERS": 3000})
     page = new_page(f"{client.base_url}/#token={TOKEN}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.site import build, needs_sphinx
+from helpers.pages import english_pages
+from helpers.site import needs_sphinx
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -18,25 +16,7 @@ if TYPE_CHECKING:
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 pytestmark = needs_sphinx
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves files without a line for each."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the built site. From files it works too, but the search shows no excerpts."""
-    out = tmp_path_factory.mktemp("site")
-    done = build(out)
-    assert done.returncode == 0, done.stderr
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(out))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+PAGES = sorted(page.stem for page in english_pages() if page.stem != "README")
 
 
 @pytest.mark.parametrize("page", ["start", "rl", "flags"])
@@ -66,3 +46,18 @@ def test_the_search_finds_a_page(language: str, query: str, title: str, site: st
 @pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("zh-CN", "zh")])
 def test_the_first_page_is_in_the_reader_s_language(locale: str, language: str, site: str, new_page: NewPage) -> None:
     expect(new_page(f"{site}/index.html", locale=locale)).to_have_url(f"{site}/{language}/index.html")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_page_opens(language: str, site: str, new_page: NewPage) -> None:
+    """Without an error, a request to another host, or a page that is wider than a phone."""
+    page = new_page("about:blank", viewport={"width": 390, "height": 800})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for name in PAGES:
+        response = page.goto(f"{site}/{language}/{name}.html")
+        assert response is not None and response.status == 200, name
+        assert page.locator("article h1").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+    assert len(asked) > len(PAGES) and all(url.startswith((site, "data:")) for url in asked), asked

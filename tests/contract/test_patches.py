@@ -93,7 +93,7 @@ def test_a_change_of_a_source_is_noticed(tmp_path: Path) -> None:
 def test_every_row_names_a_reason_and_a_test_that_exists(patch: Patch) -> None:
     file, _, name = patch.test.partition("::")
     assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
-    assert patch.reason and patch.versions and patch.sources
+    assert patch.reason and patch.versions and patch.until and patch.sources
 
 
 @pytest.mark.parametrize("folder", folders(), ids=version_of)
@@ -176,6 +176,26 @@ print(len(rows) > 5, [row.target for row, target in rows if getattr(target, "__m
 @pytest.mark.parametrize("folder", folders(), ids=version_of)
 def test_setup_replaces_every_target(folder: Path) -> None:
     assert fresh(LEFT, folder if folder != installed() else ROOT) == ["True []"]
+
+
+ALONE = """
+import types, torch
+from minimind_mcore.platform import device
+device.setup()
+from megatron.core.distributed import param_and_grad_buffer as module
+group = types.SimpleNamespace(size=lambda: 1)  # a collective would fail on it
+weights = torch.ones(4)
+with module._coalescing_manager(group, async_ops=True) as handle:
+    print(module.dist_all_gather_func(weights, weights, group=group, async_op=True))
+handle.wait()
+with module._coalescing_manager(group, async_ops=False):
+    print(module.dist_reduce_scatter_func(weights, weights, group=group, op=None, async_op=False), weights.tolist())
+"""
+
+
+@pytest.mark.parametrize("folder", folders(), ids=version_of)
+def test_one_data_parallel_rank_communicates_nothing(folder: Path) -> None:
+    assert fresh(ALONE, folder if folder != installed() else ROOT) == ["None", "None [1.0, 1.0, 1.0, 1.0]"]
 
 
 QUEUE = """

@@ -90,9 +90,12 @@ NORM = "decoder.layers.0.input_layernorm.weight"
 HF_DAMAGE: dict[str, tuple[Damage, str]] = {
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "found a config.json and no weights"),
     "truncated": (lambda p: truncate(p / "model.safetensors"), r"model\.safetensors: truncated: [\d,]+ bytes, its"),
-    "not safetensors": (lambda p: (p / "model.safetensors").write_bytes(b"<html>"), "or no safetensors file"),
+    "not safetensors": (lambda p: (p / "model.safetensors").write_bytes(b"<html>"), "or not a safetensors file"),
     "extra tensor": (lambda p: edit_hf(p, surplus=torch.ones(2)), "1 unknown tensors: surplus"),
-    "NaN": (lambda p: edit_hf(p, **{"model.norm.weight": nan()}), r"final_layernorm\.weight: NaN or infinity"),
+    "NaN": (
+        lambda p: edit_hf(p, **{"model.norm.weight": nan()}),
+        r"final_layernorm\.weight: has NaN or infinite values",
+    ),
     "wrong shape": (
         lambda p: edit_hf(p, **{"model.norm.weight": torch.ones(5)}),
         r"model\.norm\.weight: found shape \(5,\), expected \(32,\) from the model config",
@@ -146,11 +149,11 @@ MCORE_DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda p: change_model(
             rank_file(p), "decoder.layers.0.mlp.linear_fc2.weight", lambda t: t.clone().fill_(float("inf"))
         ),
-        r"layers\.0\.mlp\.linear_fc2\.weight: NaN or infinity",
+        r"layers\.0\.mlp\.linear_fc2\.weight: has NaN or infinite values",
     ),
     "tracker without directory": (
         lambda p: (p / "latest_checkpointed_iteration.txt").write_text("500"),
-        r"says '500', but there is no iter_0000500",
+        r"names '500', but there is no iter_0000500",
     ),
     "Megatron-legacy": (
         lambda p: edit(
@@ -222,7 +225,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "noop": (["--noop-layers", "9"], r"--noop-layers \[9\]: expected numbers from 0 to 4"),
     "experts of a dense model": (["--target-expert-parallel-size", "2"], "this model has no experts"),
     "grouped experts of a dense model": (["--moe-grouped-gemm"], "--moe-grouped-gemm: this model has no experts"),
-    "model type": (["--model-type-hf", "qwen3-moe"], "that is qwen3_moe, but the model is qwen3"),
+    "model type": (["--model-type-hf", "qwen3-moe"], "this name means qwen3_moe, but the model is qwen3"),
     "foreign model": (["--model-type-hf", "deepseek3"], "not an architecture of MiniMind"),
     "source type": (["--load-model-type", "mg"], "--load-model-type mg: found Hugging Face qwen3"),
     "dtype": (["--params-dtype", "int8"], "--params-dtype int8: expected one of fp32, bf16, fp16"),
@@ -324,7 +327,7 @@ def test_logits_that_differ_are_a_miss(hf: Path, tmp_path: Path) -> None:
     )
     flags = ["--load-dir", str(hf), "--save-dir", str(tmp_path / "out"), "--verify", "logits"]
     done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "they differ by 0.01" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 1 and "the logits differ by 0.01" in done.stderr, done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -262,10 +262,10 @@ def test_a_damaged_cache_is_built_again_and_changes_no_loss(
     run = server.run(argv, tmp_path / "second", 2, check=False)
     assert not (tmp_path / "code has run").exists()
     assert run.codes == [0, 0] and run.column() == expected, run.output
-    assert damage is half_written or "the cached sample order is damaged; building it again" in run.output
+    assert damage is half_written or "the cached sample order is damaged and is rebuilt" in run.output
     assert {file.name for file in (tmp_path / "cache").iterdir()} == names
     run = server.run(argv, tmp_path / "third", 2)
-    assert run.column() == expected and "building it again" not in run.output
+    assert run.column() == expected and "is rebuilt" not in run.output
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(server: Server, corpus: Corpus, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(server: Server, corpus: 
     argv = corpus.flags(CONFIG, data_cache_path=tmp_path / "file" / "cache", train_iters=1)
     run = server.run(argv, tmp_path / "run", check=False)
     assert run.codes == [1] and "Traceback" not in run.output, run.output
-    message = f"error: {tmp_path / 'file' / 'cache'}: cannot be written (Not a directory); give a directory that can be"
+    message = f"error: {tmp_path / 'file' / 'cache'}: cannot be written (Not a directory); give a writable directory"
     assert message in run.output, run.output
 
 

@@ -59,7 +59,7 @@ def test_data_of_another_kind_is_named(server: Server, dialogues: Corpus, corpus
     out = refused(server, dialogues, tmp_path, stage="sft", data_path=corpus.prefix.with_name("data"))
     assert "is pretraining data, for pretrain_gpt.py" in out
     out = refused(server, dialogues, tmp_path, stage="dpo", is_instruction_dataset=True)
-    assert "--stage dpo with --is-instruction-dataset: it reads --is-pairwise-dataset data" in out
+    assert "--stage dpo with --is-instruction-dataset: this stage reads --is-pairwise-dataset data" in out
     assert "--stage is missing: expected one of sft, dpo, reason, distill" in refused(server, dialogues, tmp_path)
     out = refused(server, dialogues, tmp_path, posttrain=False, stage="sft")
     assert "--stage: for posttrain_gpt.py, not for pretraining" in out
@@ -76,7 +76,8 @@ def test_samples_that_train_nothing_are_counted(
     labels = [[-100] * 7 + [47], [40] + [-100] * 8, [-100] * 9 + [49], [-100] * 5 + [45] * 6]
     rewrite(copied, "bad_packed_labels", labels)
     out = refused(server, dialogues, tmp_path, 2, stage="sft", data_path=copied / "bad", seq_length=9)
-    assert "2 of 4 samples have no token with loss in the first 9 (--seq-length), the first of them sample 1" in out
+    assert "2 of 4 samples have no token with loss in the first 9 tokens (--seq-length)" in out
+    assert "the first of them sample 1" in out
 
 
 def test_numbers_that_are_no_tokens_are_named(server: Server, dialogues: Corpus, copied: Path, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_numbers_that_are_no_tokens_are_named(server: Server, dialogues: Corpus,
     assert "sample 1 has a label that is neither -100 nor a token of the vocabulary" in out
     rewrite(copied, "bad_packed_labels", [[50] * 8, [50] * 7])
     out = refused(server, dialogues, tmp_path, stage="sft", data_path=copied / "bad")
-    assert "its samples are not as long as those of" in out
+    assert "its samples have other lengths than the samples of" in out
 
 
 def test_packing_that_would_leak_is_refused(server: Server, dialogues: Corpus, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_packing_that_would_leak_is_refused(server: Server, dialogues: Corpus, t
     out = refused(server, dialogues, tmp_path, stage="sft", data_path=packed)
     assert "is packed" in out and "give --reset-attention-mask --neat-pack" in out
     out = refused(server, dialogues, tmp_path, stage="sft", data_path=packed, reset_attention_mask=True)
-    assert "--neat-pack and --reset-attention-mask belong together" in out
+    assert "--neat-pack and --reset-attention-mask must be used together" in out
 
 
 def test_what_is_cut_is_counted_and_packing_that_is_none_is_told(
@@ -112,7 +113,7 @@ def test_what_is_cut_is_counted_and_packing_that_is_none_is_told(
     cut = "1 of 4 samples are cut to 8 tokens (--seq-length)"
     assert capsys.readouterr().out == f"{tmp_path}/x_packed_labels_document: {cut}\n"
     check_labels(f"{tmp_path}/x", INSTRUCTION, seq_length=9, vocab_size=10, packed=True)
-    assert "attention_mask_document: not packed" in capsys.readouterr().out
+    assert "attention_mask_document: the samples are not packed" in capsys.readouterr().out
 
 
 def test_a_teacher_that_does_not_fit_is_refused(server: Server, dialogues: Corpus, start: Path, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_reference_that_is_not_known_is_asked_for(
 ) -> None:
     pairs = {"stage": "dpo", "data_path": dialogues.prefix.with_name("pairs")}
     out = refused(server, dialogues, tmp_path, **pairs, load=start, ckpt_format="torch")
-    assert "goes on with a run: give --ref-model (or --pretrained-checkpoint)" in out
+    assert "resumes a run: give --ref-model (or --pretrained-checkpoint)" in out
     assert "--reference-live needs --ref-model" in refused(server, dialogues, tmp_path, **pairs, reference_live=True)
 
 

@@ -197,7 +197,7 @@ def test_another_optimizer_than_the_checkpoints_is_refused(
         whole = server.run(corpus.flags(CONFIG, **flags, optimizer=saved), tmp_path / "whole")
         assert dry or facts(run) == facts(whole)
         return
-    message = f"saved with --optimizer {saved}, and the run has {given}; do the same, or give --no-load-optim"
+    message = f"saved with --optimizer {saved}, and the run has {given}; use the same setting, or give --no-load-optim"
     assert run.codes == [1] and message in run.output, run.output
 
 
@@ -217,7 +217,7 @@ def test_another_schedule_than_the_checkpoints_is_a_choice(server: Server, corpu
     argv = corpus.flags(CONFIG, train_iters=4, load=tmp_path / "saved")
     run = server.run(argv, tmp_path / "second", check=False)
     assert run.codes == [1] and "Traceback" not in run.output
-    assert "--override-opt_param-scheduler to follow the command line" in run.output, run.output
+    assert "--override-opt_param-scheduler to use the command line" in run.output, run.output
     ours = server.run([*argv, "--override-opt_param-scheduler"], tmp_path / "second").column("learning_rate")
     theirs = server.run([*argv, "--use-checkpoint-opt_param-scheduler"], tmp_path / "third").column("learning_rate")
     assert ours[0] > theirs[0] and theirs == [1e-4, 1e-4]

@@ -29,7 +29,7 @@ from minimind_mcore.storage import MANIFEST, check_manifest
 
 SEED = int(os.environ.get("CHAOS_SEED", "14"))
 SAVED = re.compile(r"saved checkpoint of iteration (\d+)")
-PATIENCE = 240.0  # seconds for one attempt; on two quiet cores the slowest takes about 40
+PATIENCE = 240.0  # seconds for one attempt; on two idle cores the slowest takes about 40
 CLOCKS = ("-20y", "+20y", "-3d", "+1h", "-59m", "+1d")
 REFUSED = re.compile(r"^(?:\S*\(.*?\)\S*\s+)?error: (.+)$", re.MULTILINE)
 

@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self._refused():
             return
-        if self.path != "/v1/chat/completions":
+        if self.path not in ("/v1/chat/completions", "/v1/completions"):
             self._json(404, {"error": {"message": "no such address"}})
             return
         self.server.bodies.append(body)
@@ -104,7 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             count += 1
             finish = part.pop("finish", "tool_calls" if "tool_calls" in part else "stop")
             choice = {"index": 0, "finish_reason": None} | part.pop("choice", {})
-            self._event({"choices": [choice | {"delta": part}]})
+            text = {"text": part.get("content", "")} if self.path == "/v1/completions" else {"delta": part}
+            self._event({"choices": [choice | text]})
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
         usage = {"prompt_tokens": 12, "completion_tokens": count, "total_tokens": 12 + count}
         self._event({"choices": [], "usage": usage})

@@ -29,6 +29,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 KEPT = ("iteration", "consumed_samples", "learning_rate", "lm_loss", "validation_loss", "load_balancing_loss",
         "seq_load_balancing_loss", "rewards/margins", "grad_norm", "skipped_iterations")  # fmt: skip
 TIMEOUT = 90.0  # seconds for one run; the slowest takes about ten
+LAST_WORDS = 8.0  # seconds for the other ranks after one failed; `errors.run` lets them wait 3 before they speak
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class _Ranks:
                     self.codes[pid] = os.waitstatus_to_exitcode(found[1])
             failed = any(code != 0 for code in self.codes.values())
             if failed:  # the others may still be about to say why
-                deadline = min(deadline, time.monotonic() + 3)
+                deadline = min(deadline, time.monotonic() + LAST_WORDS)
             if time.monotonic() > deadline:
                 for pid in set(self.pids) - set(self.codes):
                     os.kill(pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx  # pyright: ignore[reportMissingImports]
+import psutil
 
 from helpers.engine import ROOT
+from minimind_mcore.manager import record, request
+from minimind_mcore.manager.queue import Queue
 
 TOKEN = "token-of-the-tests"
+LONG = {"TRAIN_ITERS": 3000}
+SHORT = {"TRAIN_ITERS": 8}
 # Runs in place of `python -m minimind_mcore.cli COMMAND`. SEED 1: does not answer SIGINT. SEED 2: has a child in a
 # session of its own. SEED 3: fails. SEED 4: takes 0.5 s to save, and leaves at a second SIGINT. Each of TRAIN_ITERS
 # rows takes SAVE_INTERVAL milliseconds.
@@ -43,6 +49,7 @@ def stop(*_):
 
 
 signal.signal(signal.SIGINT, signal.SIG_IGN if seed == "1" else stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # as `errors.run` does
 if seed == "2":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 if words[0] == "serve":
@@ -60,7 +67,10 @@ if words[0] == "serve":
     while not asked:
         server.handle_request()
     sys.exit()
-folder = Path(env["OUTPUT_DIR"])
+given = dict(word.split("=", 1) for word in words if "=" in word)
+rl = words[0] == "rl"
+folder = Path(given["minimind.output_dir"] if rl else env["OUTPUT_DIR"])
+iterations = int(given.get("megatron_training.train_iters") or env["TRAIN_ITERS"])
 saved, metrics = folder / "checkpoints/saved", folder / "metrics.jsonl"
 saved.parent.mkdir(parents=True, exist_ok=True)
 begin = int(saved.read_text()) if saved.exists() else 0
@@ -68,11 +78,16 @@ if metrics.exists():
     kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["iteration"] <= begin]
     metrics.with_suffix(".tmp").write_text("".join(line + "\\n" for line in kept))
     metrics.with_suffix(".tmp").replace(metrics)
-for iteration in range(begin + 1, int(env["TRAIN_ITERS"]) + 1):
+for iteration in range(begin + 1, iterations + 1):
     time.sleep(int(env.get("SAVE_INTERVAL") or 20) / 1000)
     print(f"iteration {iteration} <b>\\u4f60\\u597d</b>", flush=True)
+    value = {"grpo/score/mean": 1 - 1 / iteration} if rl else {"lm_loss": 5 / iteration}
     with metrics.open("a") as file:
-        file.write(json.dumps({"iteration": iteration, "lm_loss": 5 / iteration, "eta_seconds": 1.0}) + "\\n")
+        file.write(json.dumps({"iteration": iteration, **value, "eta_seconds": 1.0}) + "\\n")
+    if rl:
+        sample = {"iteration": iteration, "prompt": "1+1=", "response": "<b>2</b>", "label": "2", "reward": "1.00"}
+        with (folder / "samples.jsonl").open("a") as file:
+            file.write(json.dumps(sample) + "\\n")
     if asked or iteration % 5 == 0:
         saved.write_text(str(max(iteration - 2, 0)))
     if asked:
@@ -117,6 +132,17 @@ class Client(httpx.Client):
     def until(self, name: str, *states: str, seconds: float = 60) -> dict[str, Any]:
         """Wait until a job has one of these states."""
         return self.wait(name, lambda job: job["state"] in states, seconds)
+
+    def rows(self, name: str, least: int, seconds: float = 60) -> list[dict[str, Any]]:
+        """Wait until a job has so many rows of metrics; return them."""
+        found: list[dict[str, Any]] = []
+
+        def is_done(job: dict[str, Any]) -> bool:
+            found[:] = self.get(f"/api/jobs/{name}/metrics").json()["rows"]
+            return len(found) >= least
+
+        self.wait(name, is_done, seconds)
+        return found
 
     def wait(self, name: str, is_done: Callable[[dict[str, Any]], bool], seconds: float = 60) -> dict[str, Any]:
         """Wait until a job is as it should be."""
@@ -166,3 +192,51 @@ def manager(jobs: Path, *flags: str, **environment: str) -> Iterator[tuple[Clien
     finally:
         process.kill()
         process.wait()
+
+
+def lines_of(events: list[tuple[str, str, Any]]) -> list[str]:
+    return [line for _, kind, data in events if kind == "log" for line in data["lines"]]
+
+
+def iterations_of(events: list[tuple[str, str, Any]]) -> list[int]:
+    found: list[int] = []
+    for _, kind, data in events:
+        found = [] if kind == "reset" else found
+        found += [row["iteration"] for row in data["rows"]] if kind == "metrics" else []
+    return found
+
+
+def read(client: Client, name: str, last: str = "", most: int = 10**6, tail: str = "") -> list[tuple[str, str, Any]]:
+    """The events of a job, until it has ended or there are so many."""
+    found = []
+    with contextlib.closing(client.events(f"/api/jobs/{name}/events{tail}", last)) as events:
+        for event in events:
+            found.append(event)
+            if len(found) >= most or (event[1] == "state" and event[2]["state"] in record.ENDED):
+                return found
+    return found
+
+
+def job_request(**fields: Any) -> request.JobRequest:
+    """A checked request; a long pretraining unless the fields say otherwise."""
+    return request.read({"stage": "pretrain", "settings": LONG, **fields})
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def start_own(queue: Queue, **settings: int) -> record.JobRecord:
+    """Start a job of a queue and wait until its training runs."""
+    job = queue.add(job_request(settings={**LONG, **settings}))
+    queue.tick()
+    eventually(lambda: (queue.output(job) / "metrics.jsonl").exists())
+    return job

@@ -1,6 +1,6 @@
 """What OpenAI's official client may do with a server: every endpoint, field and error.
 
-    PYTHONPATH=tests python -m helpers.openai_suite http://127.0.0.1:8998/v1 [--vllm] [--skip CHECK ...]
+    PYTHONPATH=tests python -m helpers.openai_suite http://127.0.0.1:8998/v1 [--vllm]
 
 A program, so that each version of the client can be tried in a process of its own. `--vllm` says that the server is
 vLLM 0.32: a case in a `differs` block must then fail, and the block says why vLLM is not like OpenAI there.
@@ -14,11 +14,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import openai  # pyright: ignore[reportMissingImports]
 
+from minimind_mcore.tools.cases import Case, Expected
 from minimind_mcore.tools.process import Limits
 from minimind_mcore.tools.registry import Toolbox, tool_of
 
@@ -198,9 +199,10 @@ def logprobs(client: Any) -> None:
         assert len(position.top_logprobs) == 3 and position.logprob <= 0
         assert position.top_logprobs[0].logprob == position.logprob  # greedy
     ordinary = [position for position in content if not position.token.startswith("<|")]  # special tokens have no text
-    with differs("the bytes of half a character are those of the replacement character"):
-        written = b"".join(bytes(position.bytes) for position in ordinary).decode(errors="replace")
-        assert written == reply.choices[0].message.content
+    text = reply.choices[0].message.content
+    is_whole = "\ufffd" not in text  # else the answer has a character that was never finished
+    with nullcontext() if is_whole else differs("a token that is a part of a character has no bytes"):
+        assert b"".join(bytes(position.bytes) for position in ordinary).decode(errors="replace") == text
     streamed = [chunk.choices[0].logprobs for chunk in chat(client, logprobs=True, stream=True) if chunk.choices]
     tokens = [position.token for found in streamed if found for position in found.content]
     assert tokens == [position.token for position in content]
@@ -242,23 +244,37 @@ def no_blanks(client: Any) -> dict[str, int]:
     return dict.fromkeys(map(str, ids), -100)
 
 
+PLACES = {"location": {"enum": ["Tokyo", "Paris"]}}
+PARAMETERS = {"type": "object", "properties": PLACES, "required": ["location"], "additionalProperties": False}
+FUNCTION = {"name": "get_current_weather", "strict": True, "parameters": PARAMETERS}  # strict: see TOOLS
+WEATHER = {"type": "function", "function": FUNCTION}
+
+
+@check
+def tool_evaluation(client: Any) -> None:
+    """The evaluation of tool calls through the API; random weights call no tool."""
+    from minimind_mcore.inference.toolcall import Api, evaluate, summary
+
+    backend = Api(str(client.base_url), client.api_key, "minimind", max_tokens=12, seed=0)
+    cases = [Case("hello", HELLO, [WEATHER], [Expected("get_current_weather")]), Case("talk", HELLO, [WEATHER], [])]
+    outcomes, quality = evaluate(backend, cases, batch=2, seed=0)
+    assert summary(outcomes)["called"] == (0, 1) and summary(outcomes)["not_called"] == (1, 1)
+    assert quality.replies == 2 and (VLLM or outcomes[0].answer == outcomes[1].answer != "")
+
+
 @check
 def tool_loop(client: Any) -> None:
     """Three rounds: the model calls a tool, the tool runs, the model reads the result. Then the model answers."""
-    places = {"location": {"enum": ["Tokyo", "Paris"]}}
-    parameters = {"type": "object", "properties": places, "required": ["location"], "additionalProperties": False}
-    function = {"name": "get_current_weather", "strict": True, "parameters": parameters}  # strict: see TOOLS
-    weather = {"type": "function", "function": function}
-    toolbox, messages = Toolbox([tool_of(weather)], Limits(seconds=60)), list[Any](HELLO)
+    toolbox, messages = Toolbox([tool_of(WEATHER)], Limits(seconds=60)), list[Any](HELLO)
     named = {"type": "function", "function": {"name": "get_current_weather"}}
-    forced = {"tools": [weather], "tool_choice": named, "logit_bias": no_blanks(client)}
+    forced = {"tools": [WEATHER], "tool_choice": named, "logit_bias": no_blanks(client)}
     for _ in range(3):
         reply = chat(client, messages=messages, max_tokens=300, ignore_eos=False, **forced).choices[0].message
         [call] = reply.tool_calls
         result = toolbox.run(call.function.name, json.loads(call.function.arguments))
         assert result is not None and json.loads(result.text)["temperature"] in ("12°C", "10°C")
         messages += [reply, {"role": "tool", "tool_call_id": call.id, "content": result.text}]
-    final = chat(client, messages=messages, tools=[weather], tool_choice="none").choices[0].message
+    final = chat(client, messages=messages, tools=[WEATHER], tool_choice="none").choices[0].message
     assert final.content is not None and final.tool_calls is None and len(messages) == 7
 
 
@@ -269,8 +285,9 @@ def tool_choices(client: Any) -> None:
     assert chat(client, tools=TOOLS, tool_choice="none").choices[0].message.tool_calls is None
     named, bias = {"type": "function", "function": {"name": "get_time"}}, no_blanks(client)
     for choice, names in (("required", {"get_weather", "get_time"}), (named, {"get_time"})):
+        # Without parallel_tool_calls vLLM may write several calls. The embedded server writes one forced call.
         wanted = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 300, "ignore_eos": False,
-                  "logit_bias": bias}  # fmt: skip
+                  "logit_bias": bias, "parallel_tool_calls": False}  # fmt: skip
         reply = chat(client, **wanted).choices[0]
         [call] = reply.message.tool_calls
         assert call.function.name in names and call.type == "function" and call.id
@@ -307,9 +324,24 @@ def formats(client: Any) -> None:
         chat(client, response_format={"type": "xml"})
 
 
+def has_a_switch(client: Any) -> bool:
+    """Whether enable_thinking opens a thought in the prompt: in minimind-3's chat template, not in MiniMind2's."""
+    given = [raw(client, "tokenize", messages=HELLO, chat_template_kwargs=kwargs)
+             for kwargs in ({"enable_thinking": True}, {})]  # fmt: skip
+    opened, plain = [json.loads(reply)["tokens"] for reply in given]
+    return bool(opened != plain)
+
+
 @check
 def thinking(client: Any) -> None:
     """What opens a thought, and where it arrives."""
+    closed: list[dict[str, Any]] = [{"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}]
+    if not has_a_switch(client):  # the model decides; enable_thinking only closes the thought
+        for extra in (MINIMIND, {"chat_template_kwargs": {"enable_thinking": True}}, *closed):
+            reply = chat(client, extra_body=extra)
+            assert reply.choices[0].message.content and not getattr(reply.choices[0].message, "reasoning", None)
+            assert (reply.usage.prompt_tokens > chat(client).usage.prompt_tokens) == (extra in closed)
+        return
     for extra in (MINIMIND, {"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "high"}):
         reply = chat(client, extra_body=extra).choices[0].message
         assert reply.reasoning and not reply.content, reply
@@ -319,7 +351,7 @@ def thinking(client: Any) -> None:
             assert reply.reasoning_content == reply.reasoning
     with differs("its parser does not know open_thinking: the thought stays in the content"):
         assert chat(client, extra_body={"chat_template_kwargs": {"open_thinking": True}}).choices[0].message.reasoning
-    for extra in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+    for extra in closed:
         assert chat(client, extra_body=extra).choices[0].message.content
     usage = chat(client, extra_body={"chat_template_kwargs": {"enable_thinking": True}}).usage
     assert usage.completion_tokens_details.reasoning_tokens == 12
@@ -329,6 +361,7 @@ def thinking(client: Any) -> None:
 def the_client_of_minimind(client: Any) -> None:
     """Two turns of MiniMind's chat_api.py."""
     messages: list[dict[str, str]] = []
+    thinks = has_a_switch(client)
     for question in ("你好", "hello"):
         messages.append({"role": "user", "content": question})
         stream = client.chat.completions.create(
@@ -338,8 +371,11 @@ def the_client_of_minimind(client: Any) -> None:
         deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
         content = "".join(delta.content or "" for delta in deltas)
         assert content or any(getattr(delta, "reasoning", None) for delta in deltas)
-        with differs("the client shows no thought, as it reads `reasoning_content` alone"):
-            assert any(getattr(delta, "reasoning_content", None) for delta in deltas)
+        if not thinks:
+            assert content
+        else:
+            with differs("the client shows no thought, as it reads `reasoning_content` alone"):
+                assert any(getattr(delta, "reasoning_content", None) for delta in deltas)
         messages.append({"role": "assistant", "content": content})
 
 
@@ -366,7 +402,9 @@ def completions(client: Any) -> None:
         sampled = common | {"temperature": 2, "seed": 3, "max_tokens": 40, "logprobs": count}
         scored = client.completions.create(prompt="one two", **sampled).choices[0].logprobs
         for token, value, top in zip(scored.tokens, scored.token_logprobs, scored.top_logprobs, strict=True):
-            assert top[token] == value and len(top) <= count + 1
+            assert len(top) <= count + 1 and token in top
+            # vLLM gives every token that is a part of a character the text "". In `top` these tokens share one key.
+            assert top[token] == value or (VLLM and not token)
     with refused(400):
         client.completions.create(prompt="x", suffix="y", **common)
 
@@ -435,12 +473,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("address")
     parser.add_argument("--vllm", action="store_true", help="the server is vLLM")
-    parser.add_argument("--skip", nargs="*", default=[], help="checks to leave out")
     args = parser.parse_args()
     client = openai.OpenAI(base_url=args.address, api_key=os.environ.get("API_KEY", "any"), max_retries=0, timeout=120)
     failed = []
-    checks = {name: function for name, function in CHECKS.items() if name not in args.skip}
-    for name, function in checks.items():
+    for name, function in CHECKS.items():
         try:
             function(client)
         except Exception as error:
@@ -448,7 +484,7 @@ def main() -> None:
 
             traceback.print_exc()
             failed.append(f"{name}: {type(error).__name__} {str(error)[:300]}")
-    print(f"openai {openai.__version__}: {len(checks)} checks", *failed, sep="\n", flush=True)
+    print(f"openai {openai.__version__}: {len(CHECKS)} checks", *failed, sep="\n", flush=True)
     sys.exit(bool(failed))
 
 

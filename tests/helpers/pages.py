@@ -45,6 +45,22 @@ def commands(page: str | Path) -> list[str]:
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
+# A line that begins a command: settings, then a program.
+PROGRAMS = "bash python3.10 python pip docker curl git apt cd cp ls export source npu-smi minimind-mcore".split()
+COMMAND = re.compile(rf"""(?:[A-Z_]+=(?:"[^"]*"|\S+) )*(?:\.venv/bin/|\./|(?:{"|".join(map(re.escape, PROGRAMS))}) )""")
+
+
+def all_commands(name: str) -> list[str]:
+    """Return the commands of an English page: of its bash blocks, of blocks without a language, of indented blocks."""
+    page = ROOT / ("README.md" if name == "README" else f"docs/{name}.md")
+    text = page.read_text(encoding="utf-8")
+    other = [body for language, body in FENCE.findall(text) if not language]
+    other += re.findall(r"(?:^    .*\n)+", FENCE.sub("", text), re.M)
+    lines = [" ".join(line.split()) for line in "".join(other).replace("\\\n", " ").splitlines()]
+    found = [*commands(page), *filter(COMMAND.match, lines)]
+    return [re.sub(r"\s+# .*", "", command) for command in found if not command.startswith("#")]
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of a table: the code of each cell, and the numbers outside code."""
@@ -80,7 +96,7 @@ def content(page: Path) -> Content:
         headings=[len(marks) for marks in re.findall(r"^(#+) ", text, re.M)],
         code=blocks,
         tables=tables,
-        pictures=re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text),
+        pictures=re.findall(r"!\[[^\]]*\]\(([^)]*?)(?:_zh)?(?:\.png)?\)", text),  # a page of the kit in its language
         numbers=_numbers(text),
     )
 

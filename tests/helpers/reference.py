@@ -111,6 +111,7 @@ PURPOSES = {
     "corpus": "写出示例数据",
     "tool-data": "把 hermes、glaive 和 xlam 转换为 MiniMind 的格式",
     "tokenizer": "训练分词器",
+    "docs": "训练小模型，计算文档中的图",
     "report": "重新绘制一次训练的曲线",
     "manager": "在浏览器中启动、查看和停止训练",
     "pretrain_gpt.py": "预训练",

@@ -5,18 +5,22 @@ Where namespaces are not allowed the hosts are two Ray nodes of this machine, wi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams
 from minimind_mcore.rl.runtime.hosts import own_address
+from minimind_mcore.rl.runtime.trajectory import Trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "rlxf"
@@ -47,6 +51,35 @@ def why_no_namespaces() -> str:
     except subprocess.CalledProcessError as error:
         return f"namespaces are refused: {error.stderr.decode().strip()}"
     return ""
+
+
+def noted(trajectories: Sequence[Trajectory], engines: Any, sampling: RolloutSamplingParams) -> None:
+    """A rollout function: every engine writes the address of its host and its seeds to the file $ROLLOUTS_NOTED."""
+    import ray
+    from ray.exceptions import RayError
+
+    file = os.environ["ROLLOUTS_NOTED"]
+    for actor in engines.workers.actors.values():
+        with contextlib.suppress(RayError):  # a lost engine: the others do its part
+            ray.get(actor.__ray_call__.remote(_note, file))
+    engines.generate(trajectories, sampling)
+
+
+def _note(worker: Any, file: str) -> None:
+    """Runs in the actor of an engine, before each call; a new actor has an engine that does not write yet."""
+    import ray
+
+    address, engine = ray.util.get_node_ip_address(), worker.engine
+    if hasattr(engine, "noted"):
+        return
+
+    def generate(prompts: Any, n: int, sampling: Any, seeds: list[int]) -> Any:
+        found = type(engine).generate(engine, prompts, n, sampling, seeds)
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(f"{address} {' '.join(map(str, seeds))}\n")
+        return found
+
+    engine.noted, engine.generate = True, generate
 
 
 class Host:

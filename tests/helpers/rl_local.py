@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,12 @@ from megatron.core import parallel_state
 
 from minimind_mcore.rl.config.load import resolve
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.runtime import placement, trainer
-from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime import placement, trainer, weight_sync
 from minimind_mcore.rl.runtime.rank import Rank
+from minimind_mcore.rl.runtime.sharding import Division, Shard
 from minimind_mcore.rl.runtime.supervise import Restarts
+from minimind_mcore.rl.runtime.weight_sync import WeightVersion
+from minimind_mcore.rl.runtime.workers.manager import ManagerWorker, RolloutClient
 from minimind_mcore.rl.runtime.workers.reward import RewardWorker
 from minimind_mcore.rl.runtime.workers.rollout import RolloutWorker
 
@@ -47,6 +50,18 @@ class Done:
         return [self.found]
 
 
+@dataclass
+class LocalWeights:
+    """A `WeightSource` of this process."""
+
+    rank: Rank
+    version: WeightVersion
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for names in self.version.buckets:
+            yield from weight_sync.join([self.rank.shards(self.version.number, names)]).items()
+
+
 class LocalTrain:
     """A `TrainGroup` of this process."""
 
@@ -59,19 +74,18 @@ class LocalTrain:
         self.rank = Rank(self.config, self.role, self.kept)
         return self.rank.load(at)
 
-    def measure(self, batch: Batch, reference: bool = False) -> dict[str, torch.Tensor]:
-        share = self.rank.measure(batch, reference)
-        assert share is not None
-        columns = {name: torch.zeros(len(batch), batch.width) for name in share.columns}
-        for name, values in share.columns.items():
-            columns[name][share.rows] = values
-        return columns
+    @property
+    def division(self) -> Division:
+        return self.rank.division()[1]
 
-    def update(self, batch: Batch, iteration: int, kl_coef: float | None = None) -> dict[str, float]:
-        return self.rank.update(batch, iteration, kl_coef)
+    def measure(self, shards: list[Shard], reference: bool = False) -> list[Any]:
+        return [self.rank.measure(shards[0], reference)]
 
-    def weights(self) -> list[Any]:
-        return [self.rank.shards()]
+    def update(self, shards: list[Shard], iteration: int, kl_coef: float | None = None) -> dict[str, float]:
+        return self.rank.update(shards[0], iteration, kl_coef)
+
+    def weights(self, keep: bool = False) -> LocalWeights:
+        return LocalWeights(self.rank, self.rank.publish(keep))
 
     def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
         self.rank.save(iteration, consumed, state)
@@ -83,17 +97,46 @@ class LocalRollout:
     def __init__(self, worker: RolloutWorker) -> None:
         self.worker = worker
 
-    def load(self, shards: list[Any]) -> Done:
-        self.shards = shards
-        self.worker.load(*shards)
+    def load(self, source: Any) -> Done:
+        self.source = source
+        self.worker.load(source)
         return Done()
 
     def check(self) -> list[str]:
-        return self.worker.check(*self.shards)
+        return self.worker.check(self.source)
 
-    def generate(self, prompts: Any, n: int, draw: Any, seeds: Any) -> Callable[[], Any]:
-        found = self.worker.generate(prompts, n, draw, seeds)
-        return lambda: found
+
+class LocalWorkers:
+    """`Workers` of this process: a single one."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+
+    def __len__(self) -> int:
+        return 1
+
+    def run(self, method: str, parts: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(self.worker, method)(*part) for part in parts]
+
+
+class LocalManager(RolloutClient):
+    """The rollout manager in this process."""
+
+    def __init__(self, config: Config, engine: Any, rewards: Any) -> None:
+        self.worker, self.prepared = ManagerWorker(config, LocalWorkers(engine), LocalWorkers(rewards)), False
+
+    def go_to(self, position: Any, state: dict[str, Any]) -> None:
+        (self.worker.go_to if self.prepared else self.worker.prepare)(position, state)
+        self.prepared = True
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return self.worker.ask(method, *arguments).value
+
+    def generate(self, step: int, ahead: int = 0) -> int:
+        return int(self.ask("generate", step, ahead))
+
+    def shards(self, division: Division, step: int | None = None) -> list[Any]:
+        return self.worker.shards(division, step)[1:]
 
 
 class LocalGroups:
@@ -111,11 +154,7 @@ class LocalGroups:
         self.critic = LocalTrain(config, "critic") if algorithm.advantage == "gae" else None
         model = placement.ModelConfig.from_args(placement.command_line(config, "actor"))
         self.rollout = LocalRollout(RolloutWorker(config, model, vocab_size, 1))
-        worker = RewardWorker(config)
-        self.rewards = SimpleNamespace(
-            submit=lambda method, parts: Done(getattr(worker, method)(*parts[0])),
-            run=lambda method, parts: [getattr(worker, method)(*parts[0])],
-        )
+        self.manager = LocalManager(config, self.rollout.worker, RewardWorker(config))
 
     def finished(self, step: int) -> None:
         self.restarts.finished(step)

@@ -1,8 +1,9 @@
 """Runs of the Ray trainer for tests, each set in a process of its own with a Ray of its own.
 
 `python rl_ray.py FOLDER` reads `runs.json` there: a list of {"name", "tree", "kills": {step: ["KIND@PHASE", ...]}},
-done one after another on one small cluster. Kinds are actors: rollout, reward, actor, reference, critic. The phases are
-those of a step: rollout, reward, logprob, update, sync, save; an actor is killed just after the phase's call was made.
+done one after another on one small cluster. Kinds are actors: manager, rollout, reward, actor, reference, critic. The
+phases are those of a step: rollout, reward, logprob, update, sync, save; an actor is killed just after the phase's call
+was made.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
         kills: dict[str, list[str]]
         number = 0
 
-        def generate(self) -> Any:
+        def generate(self) -> None:
             self.number = self.done + 1
             # Asked beforehand: a busy actor does not answer.
             pools = {"rollout": self.groups.rollout.pool, "reward": self.groups.rewards}
@@ -92,18 +93,11 @@ def main() -> None:
             for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
                 group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
                 self.pids[group.role] = process_id(group.actors[-1])
-            self.rollouts.begin()
-            self.at("rollout")
-            found = super().generate()
-            score = type(self.rollouts).score.__get__(self.rollouts)
-
-            def scored(experience: Any) -> Any:
-                fill = score(experience)
-                self.at("reward")
-                return fill
-
-            self.rollouts.score = scored  # type: ignore[method-assign]
-            return found
+            manager = self.rollouts
+            with contextlib.suppress(RayActorError):
+                self.pids["manager"] = process_id(manager.actor)
+            manager.submit = self.watched(type(manager).submit.__get__(manager))  # type: ignore[method-assign]
+            super().generate()
 
         def at(self, phase: str) -> None:
             """Kill who is to be killed now."""
@@ -113,10 +107,11 @@ def main() -> None:
                 os.kill(self.pids[victim.partition("@")[0]], signal.SIGKILL)
 
         def watched(self, submit: Any) -> Any:
-            phases = {"measure": "logprob", "update": "update", "shards": "sync", "save": "save"}
+            phases = {"generate": "rollout", "rewards": "reward", "measure": "logprob", "update": "update"}
+            phases |= {"publish": "sync", "save": "save"}
 
-            def call(method: str, *arguments: Any) -> Any:
-                refs = submit(method, *arguments)
+            def call(method: str, *arguments: Any, **more: Any) -> Any:
+                refs = submit(method, *arguments, **more)
                 if method in phases:
                     self.at(phases[method])
                 return refs

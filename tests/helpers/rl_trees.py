@@ -113,6 +113,40 @@ def gated(response: str, label: str, **context: Any) -> float:
     return rewarded(response, label, **context)
 
 
+_generated = _losses = 0
+
+
+def _until(name: str) -> None:
+    """Wait for a file in $RL_EVENTS; not when the parent has ended."""
+    parent = os.getppid()
+    while not Path(os.environ["RL_EVENTS"], name).exists() and os.getppid() == parent:
+        time.sleep(0.01)
+
+
+def within_the_update(trajectories: Any, engines: Any, sampling: Any) -> None:
+    """A rollout function: the responses of a step are generated when the update of the step before has begun."""
+    global _generated
+    _generated += 1
+    if _generated > 1:
+        _until(f"updating-{_generated - 1}")
+    engines.generate(trajectories, sampling)
+    Path(os.environ["RL_EVENTS"], f"generated-{_generated}").touch()
+
+
+def around_the_rollout(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, **clip: float
+) -> tuple[Tensor, Tensor]:
+    """A policy loss: an update of 4 micro-batches ends when the responses of the next of 4 steps are generated."""
+    global _losses
+    step, first = 1 + _losses // 4, _losses % 4 == 0
+    _losses += 1
+    if first:
+        Path(os.environ["RL_EVENTS"], f"updating-{step}").touch()
+        if step < 4:
+            _until(f"generated-{step + 1}")
+    return unclipped(logp, old_logp, advantages, mask, clip_low=0, clip_high=0)
+
+
 # Overrides of grpo_minimind3 (64 prompts, 8 responses each, 8 devices), hosts, and which version of MindSpeed-RL
 # refuses that; tests/contract/test_mindspeed_rl_config.py asks their own validations.
 FILTER = "rl_config.filter_groups_enable=true rl_config.filter_groups_metric=math_17k_acc"

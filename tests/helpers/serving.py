@@ -73,7 +73,7 @@ def embedded(model: Path, **options: Any) -> Iterator[tuple[str, EmbeddedServer]
             assert not thread.is_alive()
 
 
-def wait_until_ready(address: str, seconds: float = 60) -> None:
+def wait_until_ready(address: str, seconds: float = 180) -> None:
     """Wait until /health answers 200."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -103,7 +103,9 @@ def test_an_interrupted_run_goes_on(inputs: RlInputs, tmp_path: Path) -> None:
 
 def test_log_probabilities_and_losses_are_the_embedded_trainers(inputs: RlInputs, tmp_path: Path) -> None:
     """The embedded trainer learns from the responses that MindSpeed-RL's run recorded. MindSpeed-RL has bf16 only."""
-    same = ("actor_config.lr_decay_style=constant", "actor_config.micro_batch_size=32", "rl_config.init_kl_coef=0.1")
+    # With a rate of 1e-3 the KL of step 2 stands out from the rounding of bf16, and of the four decimals in the log.
+    same = ("actor_config.lr=1.0e-3", "actor_config.lr_decay_style=constant", "actor_config.micro_batch_size=32",
+            "rl_config.init_kl_coef=0.1")  # fmt: skip
     recorded = tmp_path / "rollouts"
     theirs = rl_rehearsal.run(inputs, tmp_path / "theirs", "grpo_minimind_tiny", "minimind3_tiny", 1, 1, *same,
                               "rl_config.zmq_communication=false", REHEARSAL_ROLLOUTS=str(recorded))  # fmt: skip
@@ -125,8 +127,7 @@ def test_log_probabilities_and_losses_are_the_embedded_trainers(inputs: RlInputs
     for step, (update, row, logged) in enumerate(zip(updates, rows, theirs.steps, strict=True), start=1):
         kept = torch.load(tmp_path / f"kept/rollouts-{step:07d}.pt", weights_only=True)["batch"]
         assert rl_rehearsal.logp_difference(update, kept) < 1e-2  # 2e-2 is promised
-        # Four decimals are logged. The KL is of second order in the difference of two bf16 log-probabilities.
-        assert row["actor/kl_loss"] == pytest.approx(logged["actor/kl_loss"], rel=5e-2, abs=1e-4)
+        assert row["actor/kl_loss"] == pytest.approx(logged["actor/kl_loss"], rel=2e-2, abs=1e-4)
         # MindSpeed-RL logs the absolute value of the whole loss, the KL term included.
         whole = abs(row["actor/pg_loss"] + 0.1 * row["actor/kl_loss"])
         assert whole == pytest.approx(logged["actor/pg_loss"], rel=2e-2, abs=1e-4)

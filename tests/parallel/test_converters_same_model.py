@@ -220,11 +220,11 @@ def test_a_checkpoint_of_another_layout_is_resharded_on_request(
 
     argv = corpus.flags(config, load=trained, sequence_parallel=True, **layout(tp=2))
     refused = server.run(argv, tmp_path / "refused", 2, check=False)
-    assert set(refused.codes) != {0} and "give --reshard to take its weights into this" in refused.output
+    assert set(refused.codes) != {0} and "give --reshard to load its weights into this" in refused.output
     printed = check(
         server, corpus, config, hf, ids, tmp_path / "resharded", 4,
         load=trained, reshard=True, train_iters=5, **layout(tp=2, pp=2), sequence_parallel=True,
     )  # fmt: skip
-    assert "its optimizer starts anew" in printed and "finished at iteration 5 of 5" in printed
+    assert "the optimizer starts from zero" in printed and "finished at iteration 5 of 5" in printed
     rows = [json.loads(line) for line in (tmp_path / "resharded" / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "lm_loss" in row] == [4, 5]

@@ -209,7 +209,7 @@ def test_what_lora_cannot_load_is_said(server: Server, dialogues: Corpus, start:
         ({"load": tmp_path / "adapters", "lora_r": 8}, "lora_r is 4 there and 8 on the command line"),
         ({"load": start}, "found no LoRA adapters"),
         ({"pretrained_checkpoint": tmp_path / "adapters"}, "holds LoRA adapters: merge them"),
-        ({"pretrained_checkpoint": tmp_path / "nothing"}, "does not exist; expected the weights to begin with"),
+        ({"pretrained_checkpoint": tmp_path / "nothing"}, "does not exist; expected the initial weights"),
         ({"ckpt_format": "torch_dist"}, "adapters are saved with --ckpt-format torch"),
     ]
     for flags, message in cases:

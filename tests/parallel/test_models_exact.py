@@ -473,7 +473,7 @@ def parts(chunks: list[Any]) -> Iterator[tuple[str, Any, Callable[[Tensor], Tens
     from minimind_mcore.models import loading
 
     for name, parameter in loading.whole_model_parameters(chunks):
-        rank, size = loading.tensor_parallel_place(name)
+        rank, size = loading.tensor_parallel_rank(name)
         yield name, parameter, functools.partial(weights.shard, name, tp_rank=rank, tp_size=size)
 
 

@@ -249,7 +249,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(server: Server, corpus: Corpus, 
     start = {"train_iters": 2, "ckpt_format": "torch_dist"}
     server.run(corpus.flags(CONFIG, **start, save=tmp_path / "saved"), tmp_path / "first")
     for changes, message in (
-        ({"lr": 5e-4}, "its learning-rate schedule is not the command line's"),
+        ({"lr": 5e-4}, "its learning-rate schedule differs from the command line"),
         ({"use_distributed_optimizer": True}, "saved without --use-distributed-optimizer"),
         ({"lr": 5e-4, "no_load_optim": True}, ""),
         ({"no_load_rng": True}, ""),
@@ -270,7 +270,7 @@ def test_a_run_that_saves_weights_alone_keeps_its_place(
     run = server.run(corpus.flags(CONFIG, **flags, load=tmp_path / "saved"), tmp_path / "second")
     assert run.column("iteration") == [3, 4] and run.column("consumed_samples") == [24, 32]
     assert rates(run) == pytest.approx([cosine(i, 0, 4, 1e-3, 1e-4) for i in (3, 4)], rel=1e-6)
-    assert "holds no optimizer (--no-save-optim): Adam begins with zero moments" in run.output
+    assert "holds no optimizer (--no-save-optim): Adam starts with zero moments" in run.output
 
 
 def test_a_run_without_the_optimizer_of_its_checkpoint_keeps_its_place_in_the_schedule(
@@ -280,7 +280,7 @@ def test_a_run_without_the_optimizer_of_its_checkpoint_keeps_its_place_in_the_sc
     server.run(corpus.flags(CONFIG, **flags, save=tmp_path / "saved", exit_interval=2), tmp_path / "first")
     run = server.run(corpus.flags(CONFIG, **flags, load=tmp_path / "saved", no_load_optim=True), tmp_path / "second")
     assert rates(run) == pytest.approx([cosine(i, 0, 4, 1e-3, 1e-4) for i in (3, 4)], rel=1e-6)
-    assert "--no-load-optim: Adam begins with zero moments" in run.output
+    assert "--no-load-optim: Adam starts with zero moments" in run.output
 
 
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])
@@ -292,15 +292,15 @@ def test_other_constants_of_adam_are_one_warning_with_both_values(
     losses = []
     for changes, override, follows in (
         ({}, False, ""),
-        ({"adam_beta2": 0.5}, False, "checkpoint; --override-opt_param-scheduler follows the command line"),
+        ({"adam_beta2": 0.5}, False, "checkpoint; --override-opt_param-scheduler uses the command line"),
         ({"adam_beta2": 0.5}, True, "command line\n"),
         ({"adam_eps": 1e-3}, True, "command line\n"),
     ):
         argv = corpus.flags(CONFIG, **start | changes, load=tmp_path / "saved")
         argv += ["--override-opt_param-scheduler"] if override else []
         run = server.run(argv, tmp_path / "second")
-        assert run.output.count("The run follows the") == bool(changes)
-        assert f"The run follows the {follows}" in run.output or not changes
+        assert run.output.count("The run uses the") == bool(changes)
+        assert f"The run uses the {follows}" in run.output or not changes
         assert "--adam-beta2 is 0.999 there and 0.5 here" in run.output or "adam_beta2" not in changes
         losses.append(run.column("grad_norm"))
     assert losses[0] == losses[1] and losses[2] != losses[0] and losses[3] != losses[0]

@@ -39,11 +39,15 @@ def variants(corpus: engine.Corpus, folder: Path) -> dict[str, dict[str, Any]]:
         "verifier_function": ["helpers.rl_trees:rewarded", "helpers.rl_trees:spotty"],
         "verifier_weight": [1.0, 1.0],
     }
+    stale = {"staleness": 2, "rollout_correction": "tis", "save_rollouts": str(folder / "stale" / "rollouts")}
+    partial = {"save_rollouts": str(folder / "partial" / "rollouts")}
     return {
         "grpo": variant("grpo", {}, kept | {"weight_check_interval": 1}),
         "apart": variant("apart", resources, {}, ref_config={"model": "minimind3_tiny", "micro_batch_size": 4}),
         "replay": variant("replay", {"mini_batch_size": 2, "epochs": 2}, {"replay_rollouts": str(folder / "rollouts")}),
         "ahead": variant("ahead", {"blocking": False}, {}),
+        "stale": variant("stale", {"blocking": False}, stale),
+        "partial": variant("partial", {"partial_rollout_max_split": 4}, partial),
         "dapo": variant("dapo", dapo | rewards, {"algorithm": "dapo"}),
         "spo": variant("spo", {"n_samples_per_prompt": 1}, {"algorithm": "spo"}),
         "cispo": variant("cispo", {}, {"algorithm": "cispo"}),
@@ -132,3 +136,31 @@ def test_a_loss_and_an_advantage_of_the_user_s_are_trained_on(runs: Rows) -> Non
         weighed = (0.25 - batch["rewards"])[:, None] * batch["rollout_logp"]
         assert row["actor/pg_loss"] == pytest.approx(weighed[inside].mean().item(), rel=1e-4)
         assert row["actor/pg_clipfrac"] == pytest.approx((lengths > 1).sum().item() / inside.sum().item())
+
+
+def saved(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The batch of a step that kept its rollouts."""
+    found: dict[str, torch.Tensor] = torch.load(f"{row['folder']}/rollouts/rollouts-{row['iteration']:07d}.pt")["batch"]
+    return found
+
+
+def test_responses_of_older_weights_are_weighed_by_the_truncated_importance_ratio(runs: Rows) -> None:
+    """The single update has a ratio of 1, so that the loss of a token is -A min(p of the trainer / p that wrote, 2)."""
+    first, second = runs["stale"]
+    assert first["actor/tis_weight"] == pytest.approx(1, abs=1e-4)
+    batch = saved(second)
+    inside, weight = batch["mask"].bool(), (batch["old_logp"] - batch["rollout_logp"]).double().exp()
+    assert (weight[inside] - 1).abs().max() > 1e-2
+    assert second["actor/tis_weight"] == pytest.approx(weight[inside].mean().item(), rel=1e-4)
+    tokens = (-batch["advantages"] * weight.clamp(max=2))[inside].mean().item()
+    assert second["actor/pg_loss"] == pytest.approx(tokens, rel=1e-3, abs=1e-6)
+    assert second["rollout/logp_diff_same_weights"] < 1e-4 < second["rollout/logp_diff"]
+
+
+def test_responses_in_parts_are_complete_and_of_the_trainer_s_model(runs: Rows) -> None:
+    """A call of an engine generates 2 of 8 tokens; test_rl_manager.py has responses that go on in the next step."""
+    for row in runs["partial"]:
+        batch = saved(row)
+        assert ((batch["response_lengths"] == 8) | batch["finished"]).all()
+        assert row["response_length/max"] <= 8
+    assert runs["partial"][0]["rollout/logp_diff"] < 1e-4

@@ -57,7 +57,7 @@ def test_trainer_and_rollout_engine_agree(alone: dict[str, Any], corpus: engine.
     with torch.no_grad():
         logp = (model(batch.tokens).logits / rl_rank.DRAW.temperature).log_softmax(-1)
     rows = torch.arange(len(batch))[:, None]
-    expected = logp[rows, batch.places - 1, batch.responses]
+    expected = logp[rows, batch.response_positions - 1, batch.responses]
     assert difference(alone["after"]["logp"], expected, batch) <= 1e-4
     assert difference(alone["after"]["logp"], alone["before"]["logp"], batch) > 1e-3, "the updates changed nothing"
 

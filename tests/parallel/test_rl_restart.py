@@ -58,7 +58,7 @@ def test_a_run_killed_between_the_saves_goes_on_from_the_pair_before(
 
     shutil.rmtree(critic / "iter_0000002")
     failed = run("killed", check=False)
-    assert failed.codes != [0] and "no checkpoint of iteration 2, from which the actor goes on" in failed.output
+    assert failed.codes != [0] and "no checkpoint of iteration 2, from which the actor resumes" in failed.output
 
 
 def lose_a_rank_once() -> None:

@@ -33,13 +33,13 @@ def forget_the_output_layer() -> None:
 
 
 def load_only_once() -> None:
-    """Break the sync: the engine keeps the weights that the run began with."""
+    """Break the sync: the engine keeps the weights that the run began with, and that step 0 has checked."""
     from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine
 
     load, loaded = DecoderEngine.load_weights, list[bool]()
 
     def once(self: Any, whole: Any) -> None:
-        if not loaded:
+        if len(loaded) < 2:
             load(self, whole)
         loaded.append(True)
 

@@ -111,6 +111,10 @@ def test_a_reward(kit: Path) -> None:
     follow("A reward", kit)
 
 
+def test_a_rollout_function(kit: Path) -> None:
+    follow("A rollout function", kit)
+
+
 def test_an_algorithm(kit: Path) -> None:
     follow("An algorithm", kit)
     # The page's functions and the named algorithm, by sums over plain numbers.

@@ -1,7 +1,11 @@
-"""The quickstart and its stage for tools in full, after which a model answers what it has never seen."""
+"""The quickstart and its stage for tools in full, after which a model answers what it has never seen.
+
+QUICKSTART_TEST_DIR=DIR keeps the results in DIR. The next run then skips what is finished there.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Path) -> None:
-    settings = {"PYTHON": sys.executable, "OUTPUT_DIR": str(tmp_path / "out"), "DATA_DIR": str(tmp_path / "data")}
+    folder = Path(os.environ.get("QUICKSTART_TEST_DIR") or tmp_path)
+    settings = {"PYTHON": sys.executable, "OUTPUT_DIR": str(folder / "out"), "DATA_DIR": str(folder / "data")}
 
     def run(script: str = "quickstart.sh", **more: str) -> subprocess.CompletedProcess[str]:
         began = time.monotonic()
@@ -35,13 +40,13 @@ def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Pat
 
     done = run()
     assert done.returncode == 0, done.stderr[-4000:]
-    marks = tmp_path / "out/eval/full_sft/scores.json"
+    marks = folder / "out/eval/full_sft/scores.json"
     scores = json.loads(marks.read_text())["accuracy"]["exact_match"]["subjects"]
     assert scores["addition"]["questions"] == 200 and scores["addition"]["accuracy"] >= 0.8
 
     # The marks are of what the model wrote, and nothing it was asked is in what it has read.
     answers = [json.loads(line) for line in marks.with_name("answers.jsonl").read_text().splitlines()]
-    read = (tmp_path / "data" / "drills.jsonl").read_text() + (tmp_path / "data" / "dialogues.jsonl").read_text()
+    read = (folder / "data" / "drills.jsonl").read_text() + (folder / "data" / "dialogues.jsonl").read_text()
     known = set(re.findall(r"(\d+)\+(\d+)", read))
     sums = [row for row in answers if row["task"] == "addition"]
     for row in sums:
@@ -57,7 +62,10 @@ def test_quickstart_answers_unseen_sums_and_skips_what_is_finished(tmp_path: Pat
     tools = run("quickstart_tools.sh", LEAST="0.7")
     assert tools.returncode == 0, tools.stdout[-2000:] + tools.stderr[-4000:]
     assert "exact calls 0.0% before" in tools.stdout
-    cases = [json.loads(line) for line in (tmp_path / "data/tool_cases.jsonl").read_text().splitlines()]
+    cases = [json.loads(line) for line in (folder / "data/tool_cases.jsonl").read_text().splitlines()]
     values = {str(value) for case in cases for call in case["calls"] for value in call["arguments"].values()}
-    read = (tmp_path / "data/tools.jsonl").read_text()
-    assert len(cases) == 300 and not any(re.search(rf"(?<!\d){re.escape(value)}(?!\d)", read) for value in values)
+    values = set(itertools.chain.from_iterable(value.split("*") for value in values))
+    assert len(cases) == 300 and len(values) > 100
+    for name in ("sample", "drills", "dialogues", "tools"):
+        read = (folder / f"data/{name}.jsonl").read_text()
+        assert not any(re.search(rf"(?<!\d){re.escape(value)}(?!\d)", read) for value in values), name

@@ -146,7 +146,8 @@ def test_a_hostfile_gives_the_flags_of_torchrun_and_the_network(ascend: dict[str
     done = script(ascend | hosts, "--dry-run")
     assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr 198.51.100.77 --master-port 29500" in done.stdout
     assert "network: HCCL_SOCKET_IFNAME==lo GLOO_SOCKET_IFNAME=lo" in done.stderr
-    python = "from minimind_mcore.cli import place; place.find([]); import os; print(os.environ['HCCL_SOCKET_IFNAME'])"
+    python = "from minimind_mcore.cli import launcher; launcher.read_settings([]); import os; "
+    python += "print(os.environ['HCCL_SOCKET_IFNAME'])"
     shown = 'source "$0/common.sh"; exec "$PYTHON" -c "$1; print(os.environ[\'GLOO_SOCKET_IFNAME\'])"'
     told = subprocess.run(
         ["bash", "-c", shown, str(SCRIPTS), python], env=ascend | hosts, capture_output=True, text=True

@@ -133,7 +133,7 @@ def test_a_config_of_another_model_is_refused(case: str, tmp_path: Path) -> None
     name, changes, says = CONTRADICTIONS[case]
     config = SMALL[name].replace(tie_embeddings=case != "tied")
     given = config_dir(tmp_path / "cfg", config.replace(**changes))
-    with pytest.raises(UserError, match=f"contradicts the config that is given.*({says})"):
+    with pytest.raises(UserError, match=f"contradicts the given config.*({says})"):
         convert(pth(tmp_path, config), tmp_path / "hf", "--hf-cfg-dir", str(given))
     assert not (tmp_path / "hf").exists()
 

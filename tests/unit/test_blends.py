@@ -111,7 +111,7 @@ def test_a_dataset_that_is_too_small_to_validate_trains(folder: Path, tmp_path: 
     train, valid, test = json.loads(done.stdout.splitlines()[-1])
     assert len(train) >= 320 and valid is None and test is None
     done = read(folder, tmp_path, [folder / "sets" / str(SMALL)], split="0,100,0")
-    assert "nothing is left to train on of" in done.stderr
+    assert "no training data is left of" in done.stderr
 
 
 def test_lists_for_each_part_are_weighted_too(folder: Path, tmp_path: Path) -> None:

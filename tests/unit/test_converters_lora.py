@@ -223,7 +223,10 @@ def test_wrong_flags_and_damage_are_said(base: Path, tmp_path: Path) -> None:
     for flags, message in (
         (["--lora-r", "16"], "--lora-r 16: the adapters have rank 4"),
         (["--lora-alpha", "32"], "--lora-alpha 32: the checkpoint was trained with 8"),
-        (["--lora-target-modules", "linear_qkv"], "the adapters are of linear_fc1 linear_fc2 linear_proj linear_qkv"),
+        (
+            ["--lora-target-modules", "linear_qkv"],
+            "the adapters belong to linear_fc1 linear_fc2 linear_proj linear_qkv",
+        ),
         (["--lora-load", str(base)], "expected a Megatron checkpoint with adapters"),
     ):
         with pytest.raises(UserError, match=message):

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 from helpers.engine import ROOT
 
+from minimind_mcore.paths import package_json
 from minimind_mcore.pipeline import download, tables
 
 CONTENT = b'{"conversations": []}\n' * 1_000_000  # more than a client buffers
@@ -90,7 +91,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.server.ranges.append(asked)
         cut, self.server.cut = self.server.cut, None
-        self.wfile.write(body[:cut])
+        try:
+            self.wfile.write(body[:cut])
+        except ConnectionError:  # the client gave up, on a full disk
+            self.close_connection = True
         if cut is not None:
             self.wfile.flush()
             self.connection.shutdown(2)
@@ -173,7 +177,7 @@ def test_a_missing_file_is_named(name: str, hub: Hub, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HUBS)
 def test_offline_is_one_message(name: str, hub: Hub, tmp_path: Path) -> None:
-    fast = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "MODELSCOPE_DOWNLOAD_RETRIES": "1"}
+    fast = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "1"}
     done = get(name, "http://127.0.0.1:9", tmp_path, **fast)
     assert done.returncode == 1
     assert "run the same command again" in done.stderr and "127.0.0.1:9" in done.stderr, done.stderr
@@ -185,8 +189,47 @@ def test_a_download_that_the_disk_has_no_room_for_does_not_begin(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
     monkeypatch.setattr(download, "fetch", lambda *words: pytest.fail("the download began"))
-    with pytest.raises(download.UserError, match=r"pretrain_t2t_mini needs 1\.3 GB in .*, 1\.0 GB are free"):
+    with pytest.raises(download.UserError, match=r"pretrain_t2t_mini: 1\.3 GB are needed in .*, 1\.0 GB are free"):
         download.main(["data", "pretrain_t2t_mini", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("partial", [".cache/huggingface/download/x.incomplete", "._____temp/pretrain_t2t_mini.jsonl"])
+def test_what_an_interrupted_download_has_written_is_not_needed_again(
+    partial: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    began: list[str] = []
+    monkeypatch.setattr(download, "fetch", lambda *words: began.append("fetch"))
+    monkeypatch.setattr(download, "choose", lambda hub: "hf")
+    file = tmp_path / partial
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as hole:
+        hole.truncate(5 * 10**8)
+    download.main(["data", "pretrain_t2t_mini", "--output", str(tmp_path)])
+    assert began == ["fetch"]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "choose", lambda hub: "hf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(download.UserError, match="file: cannot be written"):
+        download.main(["data", "lora_identity", "--output", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_a_full_disk_is_one_message_and_the_same_command_goes_on(name: str, hub: Hub, tmp_path: Path) -> None:
+    """A limit of the size of a file stands for the disk: it meets the client in the same call."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (15_000_000, resource.RLIM_INFINITY))"
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(f"{limit}\n")
+    once = {"MODELSCOPE_DOWNLOAD_MAX_RETRIES": "1"}
+    done = get(name, address(hub), tmp_path, PYTHONPATH=f"{site}:{ROOT}", **once)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "too large" in done.stderr and "run the same command again" in done.stderr, done.stderr
+    done = get(name, address(hub), tmp_path)
+    assert done.returncode == 0 and (tmp_path / FILE).read_bytes() == CONTENT, done.stderr
 
 
 def test_names_sizes_and_licences_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,4 +250,4 @@ def test_unknown_and_withdrawn_names(name: str, message: str) -> None:
 
 
 def test_every_withdrawn_name_has_a_successor_in_the_table() -> None:
-    assert set(tables.withdrawn().values()) <= tables.tables()["data"].keys()
+    assert set(package_json(tables.TABLE)["withdrawn"].values()) <= tables.tables()["data"].keys()

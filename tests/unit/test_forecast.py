@@ -108,6 +108,14 @@ def test_bytes_of_each_precision_and_optimizer() -> None:
     assert (shared["gradients"], shared["master weights"], shared["moments"]) == (4 * size, size, 2 * size)
 
 
+def test_gloo_copies_what_it_gathers_over_several_ranks() -> None:
+    size = get_preset("minimind3_tiny").num_parameters()
+    two = memory.of_training(work_of("minimind3_tiny", "--use-distributed-optimizer", world=2), CPU)
+    assert two["collectives"] == 4 * size * 1.5  # the shard of one rank, and the whole
+    assert memory.of_training(work_of("minimind3_tiny", world=2), CPU)["collectives"] == 4 * size
+    assert "collectives" not in memory.of_training(work_of("minimind3_tiny", "--use-distributed-optimizer"), CPU)
+
+
 def test_a_mixture_shards_its_experts_over_fewer_ranks() -> None:
     model = get_preset("minimind3_moe_tiny")
     assert model.moe
@@ -123,6 +131,7 @@ def test_activations_and_logits_by_hand() -> None:
     compiled = memory.of_training(work_of(model, "--bf16", seq=340, batch=32), H100)
     assert compiled["activations"] == 2 * 8 * tokens * (2 * 768 + 3 * (768 + 384) + 3 * 2432)
     assert compiled["logits"] == 12 * tokens * 6400
+    assert memory.of_training(work_of(model, "--bf16", seq=340, batch=32), CPU)["logits"] == 4 * tokens * 6400
     half = memory.of_training(work_of(model, f"--bf16 {TP}", world=2, seq=340, batch=32), H100)
     assert half["activations"] == 2 * 8 * tokens * (10 * 768 + 3 * (768 + 384) + 3 * 2432) / 2
     assert half["logits"] == 12 * tokens * 3200
@@ -319,6 +328,16 @@ def test_a_dry_run_prints_the_forecast() -> None:
     expected = sum(memory.of_training(work_of("minimind3"), CPU).values())
     assert lines["memory"].startswith(f"about {expected / GIB:.2f} GiB per rank (weights 0.24, ")
     assert re.match(r"about [\d.]+ s per iteration \(compute \d+%", lines["time"])
+    assert lines["time"].partition("), ")[2].partition(";")[0].endswith(" for all")
+
+
+def test_a_dry_run_without_data_does_not_claim_a_number_of_iterations() -> None:
+    args = arguments.parse(flags_of(get_preset("minimind3")))
+    args.train_iters = 1  # as a dry run sets it, without which no schedule can be checked
+    config = TrainConfig.from_args(args, validate(args, 1))
+    assert "; 1 iterations\n" in summary.describe(config) and " for all" in summary.describe(config)
+    text = summary.describe(config, has_length=False)
+    assert " for all" not in text and "as many iterations as the data has" in text
 
 
 def test_a_dry_run_of_rl_has_policy_reference_cache_and_rollouts(
@@ -332,5 +351,44 @@ def test_a_dry_run_of_rl_has_policy_reference_cache_and_rollouts(
     assert re.search(r"^time .* s per step \(rollout", printed, re.M)
     small = Device("cpu", "a CPU", 2, 2**26)
     monkeypatch.setattr(dry_run.device, "current", lambda: small)
-    with pytest.raises(UserError, match=r"optimizer's states need .* GiB of each process, which has 0.0 GiB"):
+    with pytest.raises(UserError, match=r"optimizer states need .* GiB per process, but it has 0.0 GiB"):
         dry_run.print_plan(config, pending=True)
+
+
+def test_a_dry_run_of_rl_has_engines_apart_and_the_weights_of_steps_ahead(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines with devices of their own take no memory of a device that trains."""
+
+    def printed(*words: str) -> dict[str, str]:
+        config = fit(plain(compose("grpo_minimind_tiny", list(words), None, "cpu")), "grpo_minimind_tiny")
+        dry_run.print_plan(config, pending=True)
+        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line)
+
+    apart = printed("minimind.rollout_resource.num_npus=3")
+    assert "rollout engine" not in apart["memory"] and "KV cache" not in apart["memory"]
+    assert re.match(r"3 on devices of their own, at most about .*\(rollout engine .*, KV cache ", apart["engines"])
+    # Weights, gradients, two moments and the reference fit, and the engine's weights do not.
+    size = int(5.5 * 4 * get_preset("minimind3_tiny").num_parameters())
+    monkeypatch.setattr(dry_run.device, "current", lambda: Device("cpu", "a CPU", 1, size))
+    printed("minimind.rollout_resource.num_npus=3")
+    with pytest.raises(UserError, match="optimizer states need"):
+        printed()
+    with pytest.raises(UserError, match="optimizer states need"):  # copies of the weights of three steps
+        printed("minimind.rollout_resource.num_npus=3", "rl_config.blocking=false", "minimind.staleness=3")
+    rollouts = memory.Rollouts(responses=64, prompt_length=100, response_length=200, at_once=16, apart=True, copies=4)
+    found = memory.of_rl(work_of("minimind3_tiny"), CPU, rollouts)
+    assert found["copies of weights"] == 4 * found["weights"]
+
+
+def test_the_table_of_many_hosts_is_that_of_the_program(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import rollout_scale
+
+    assert rollout_scale.main([]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 6
+    for page in ("docs/rl_cluster.md", "docs/rl_cluster_zh.md"):
+        assert "\n".join(lines) in (ROOT / page).read_text(encoding="utf-8"), page

@@ -24,9 +24,10 @@ DEVICE_FILES = (
 )  # fmt: skip
 # Names that upstream gave: Megatron's functions and keys of its files, flags without effect here, one preset of theirs.
 UPSTREAM_NAMES = {
-    "minimind_mcore/cli/place.py": ("NPUS_PER_NODE",),
+    "minimind_mcore/cli/launcher.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/quickstart.py": ("NPUS_PER_NODE",),
     "minimind_mcore/cli/rl.py": ("NPU",),  # Ray's name of the resource
+    "minimind_mcore/figures/study.py": ("NPUS_PER_NODE",),
     "minimind_mcore/manager/ascend_api.py": ("npu", "npu-smi"),  # minimind-ascend's path
     "minimind_mcore/manager/options.py": ("NPUS_PER_NODE",),
     "minimind_mcore/manager/queue.py": ("NPUS_PER_NODE",),

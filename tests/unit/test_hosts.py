@@ -119,7 +119,7 @@ def test_the_master_is_known_and_is_the_host_of_rank_0() -> None:
     assert not hosts.check_master(Hosts(2, 0, "127.0.0.1"))  # two runs on one host
     assert not hosts.check_master(Hosts(2, 1, ELSEWHERE))
     # a service's address, or a rank that was forgotten
-    assert f"MASTER_ADDR={ELSEWHERE} is no address of this host (" in hosts.check_master(Hosts(2, 0, ELSEWHERE))
+    assert f"MASTER_ADDR={ELSEWHERE} is not an address of this host (" in hosts.check_master(Hosts(2, 0, ELSEWHERE))
     with pytest.raises(UserError, match=r"MASTER_ADDR=node-0\.invalid does not resolve"):
         hosts.check_master(Hosts(2, 1, "node-0.invalid"))
 
@@ -182,7 +182,7 @@ def test_gloo_gets_an_interface_that_others_reach(given: str, expected: str, mon
     interfaces(
         monkeypatch, bond0="", eth0="down 10.0.0.1", veth7="fe80::1", br0="down", docker0="172.17.0.1", eth1="10.0.0.2"
     )  # fmt: skip
-    monkeypatch.setattr(hosts, "way_to", lambda name: ("lo", "127.0.0.1"))
+    monkeypatch.setattr(hosts, "route_to", lambda name: ("lo", "127.0.0.1"))
     settings = {"HCCL_SOCKET_IFNAME": given}
     if "none" in expected:
         with pytest.raises(UserError, match=expected):
@@ -193,7 +193,7 @@ def test_gloo_gets_an_interface_that_others_reach(given: str, expected: str, mon
 
 def test_a_name_that_is_another_s_prefix_is_meant_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     interfaces(monkeypatch, eth1="10.0.0.2", eth10="10.0.0.3")
-    monkeypatch.setattr(hosts, "way_to", lambda name: ("eth1", ELSEWHERE))
+    monkeypatch.setattr(hosts, "route_to", lambda name: ("eth1", ELSEWHERE))
     found = hosts.network(Hosts(2, 0, "a"), {})
     assert found == {"HCCL_SOCKET_IFNAME": "=eth1", "GLOO_SOCKET_IFNAME": "eth1", "HCCL_IF_IP": ELSEWHERE}
     assert hosts.network(Hosts(2, 0, "a"), {"GLOO_SOCKET_IFNAME": "eth10"})["HCCL_SOCKET_IFNAME"] == "eth10"
@@ -206,7 +206,7 @@ def test_a_name_that_is_another_s_prefix_is_meant_exactly(monkeypatch: pytest.Mo
         ({"HCCL_SOCKET_IFNAME": "roce9"}, "HCCL_SOCKET_IFNAME=roce9 matches no interface"),
         ({"GLOO_SOCKET_IFNAME": "lo,roce9"}, "GLOO_SOCKET_IFNAME=lo,roce9: this host has no interface roce9; it has"),
         ({"HCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "l"}, "this host has no interface l;"),
-        ({"HCCL_IF_IP": ELSEWHERE}, f"HCCL_IF_IP={ELSEWHERE} is no address of this host"),
+        ({"HCCL_IF_IP": ELSEWHERE}, f"HCCL_IF_IP={ELSEWHERE} is not an address of this host"),
     ],
 )
 def test_interfaces_that_are_not_there(settings: dict[str, str], message: str) -> None:

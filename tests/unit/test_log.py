@@ -143,3 +143,10 @@ def test_a_reader_that_has_ended_ends_a_command_quietly(command: str, tmp_path: 
         env=os.environ | {"DEVICE": "cpu", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode in (141, 0) and done.stderr == "", done  # 0: argparse ignores that its help is not read
+
+
+def test_a_locale_without_chinese_does_not_end_a_command() -> None:
+    program = "from minimind_mcore import errors; errors.run(lambda: print('\\u7b54\\u6848 42'))"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stdout == b"\\u7b54\\u6848 42\n", done.stderr

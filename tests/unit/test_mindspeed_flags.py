@@ -167,7 +167,7 @@ def test_an_override_that_megatron_does_not_follow_is_refused(tmp_path: Path) ->
 def test_a_resumed_run_says_which_values_the_checkpoint_decides(tmp_path: Path) -> None:
     given = resumed_run(tmp_path, "--adam-beta2", "0.95", adam_beta2=0.999)
     _, remarks = complete("pretrain_gpt.py", given)
-    assert len(remarks) == 1 and "--adam-beta2 is 0.999 there and 0.95 here. The run follows the check" in remarks[0]
+    assert len(remarks) == 1 and "--adam-beta2 is 0.999 there and 0.95 here. The run uses the check" in remarks[0]
     _, remarks = complete("pretrain_gpt.py", [*given, "--no-load-optim"])
     assert len(remarks) == 1 and "begins the learning-rate schedule at 0" in remarks[0] and "iteration 4" in remarks[0]
 

@@ -165,8 +165,8 @@ def test_a_padded_directory_is_not_taken_for_minimind(flags: list[str], message:
         ("minimind3", ["--pad-head-dim", "64"], "have size 96, expected a larger size"),
         ("minimind3", ["--pad-head-dim", "129"], "expected an even number"),
         ("minimind3", ["--pad-head-dim", "128", "--format", "minimind"], "only a Hugging Face directory"),
-        ("minimind2_tiny", ["--pad-head-dim", "128"], "would become 1e.48, which is more than float32 holds"),
-        ("minimind2_tiny", ["--pad-head-dim", "65536"], "more than float32 holds"),
+        ("minimind2_tiny", ["--pad-head-dim", "128"], "would become 1e.48, which exceeds float32"),
+        ("minimind2_tiny", ["--pad-head-dim", "65536"], "exceeds float32"),
     ],
 )
 def test_what_cannot_be_padded_is_refused(name: str, flags: list[str], message: str, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers import pages
 from helpers.engine import ROOT
 from helpers.pages import Content, commands, content, counterpart, english_pages
 
@@ -67,3 +70,27 @@ def test_files_commands_and_settings_on_a_page_exist(page: Path) -> None:
     assert named <= {*COMMANDS, *PROGRAMS}
     given = {name for command in commands(page) for name in re.findall(r"(?:^|\s)([A-Z][A-Z_]+)=", command)}
     assert given <= SETTINGS
+
+
+def test_pages_whose_counterpart_changed_later_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commits: the second one changes an English page and a Chinese one."""
+
+    def git(*words: str, second: int = 0) -> None:
+        moment = {"GIT_AUTHOR_DATE": f"@{10**9 + second} +0000", "GIT_COMMITTER_DATE": f"@{10**9 + second} +0000"}
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *name, *words], cwd=tmp_path, env=os.environ | moment, check=True, capture_output=True)
+
+    (tmp_path / "docs").mkdir()
+    files = [tmp_path / name for name in ("README.md", "docs/rl.md", "docs/serve.md")]
+    for file in files:
+        file.write_text("one")
+        counterpart(file).write_text("one")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.changed_later() == []
+    files[0].write_text("two")
+    counterpart(files[2]).write_text("two")
+    git("commit", "-am", "two", second=60)
+    assert pages.changed_later() == [(counterpart(files[0]), files[0]), (files[2], counterpart(files[2]))]

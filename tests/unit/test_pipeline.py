@@ -214,6 +214,19 @@ def test_a_stage_without_its_weights_says_what_to_run(capfd: pytest.CaptureFixtu
     )
 
 
+def test_weights_that_a_finished_job_has_read_may_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    (tmp_path / "data/tokenizer/tokenizer.json").write_text("{}")
+    run = run_of("eval")
+    for name in ("pretrain", "eval-pretrain"):
+        run.records.write(name, {"finished": True})
+    [job] = STAGES["eval"](run)
+    main.require_inputs(run, "eval", job)
+    run.records.write("eval-pretrain", {"finished": False})
+    with pytest.raises(UserError, match="eval-pretrain begins with the weights of pretrain"):
+        main.require_inputs(run, "eval", job)
+
+
 def test_the_first_failure_stops_and_names_the_command(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,8 +237,143 @@ def test_the_first_failure_stops_and_names_the_command(
     monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "no tokenizer"))
     assert dispatch(["run", "--model", "minimind3_tiny", "pretrain", "full_sft"]) == 1
     captured = capfd.readouterr()
-    assert "run --only pretrain --model minimind3_tiny" in captured.err and "TRAIN_ITERS=3" in captured.err
+    assert "/run_all.sh --only pretrain --model minimind3_tiny" in captured.err and "TRAIN_ITERS=3" in captured.err
     assert "== full_sft" not in captured.out
+
+
+def test_the_command_that_repeats_a_stage_works_in_any_directory_and_with_any_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for the interpreter that shows what it gets."""
+    python, home, there = tmp_path / "a python", tmp_path / "a home", tmp_path / "there"
+    names = "OUTPUT_DIR TASK FORMAT HF_ENDPOINT"
+    python.write_text(f'#!/bin/bash\nfor n in {names}; do echo "$n=${{!n}}"; done\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    home.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(home)
+    settings = {"OUTPUT_DIR": "out put", "TASK": "ceval cmmlu", "FORMAT": "hf", "HF_ENDPOINT": "http://a?b=1&c=2"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(main, "wait_for", lambda *words: 7)
+    (tmp_path / "data.jsonl").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path))
+    assert dispatch(["run", "pretrain", "--data", f"pretrain={tmp_path}/data.jsonl"]) == 7
+    command = capfd.readouterr().err.splitlines()[-1].replace(sys.executable, f"'{python}'")
+    done = subprocess.run(["bash", "-c", command], cwd=there, capture_output=True, text=True, check=True)
+    shown = done.stdout.splitlines()
+    assert shown[:4] == [f"OUTPUT_DIR={home}/out put", *(f"{n}={settings[n]}" for n in names.split()[1:])]
+    assert shown[4:9] == ["-m", "minimind_mcore.cli", "run", "--only", "pretrain"]
+    assert f"pretrain={tmp_path}/data.jsonl" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain", "full_sft"], "sft_t2t_mini.jsonl, which does not exist and which no earlier stage"),
+        (["pretrain", "dpo"], "dpo begins with the weights of full_sft, which has not finished"),
+        (["pretrain", "vllm"], "run the stage convert first"),
+        (["pretrain", "eval", "serve"], "convert begins with the weights of full_sft, which has not finished"),
+        (["download", "pretrain", "full_sft", "distillation"], "--teacher is missing"),
+        (["download", "pretrain", "full_sft", "rl"], "--reward-model is missing"),
+        (["download", "pretrain", "--model", "minimind33"], "no model preset is called 'minimind33'"),
+        (["download", "pretrain", "--model", "./config.json"], "config.json"),
+    ],
+)
+def test_a_run_that_must_fail_starts_nothing(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    for name in ("pretrain_t2t_mini.jsonl", "tokenizer/tokenizer.json", "../config.json"):
+        (tmp_path / "data" / name).write_text("{}")
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
+    try:
+        status, problem = dispatch(["run", *words]), capfd.readouterr().err
+    except UserError as error:
+        status, problem = 1, str(error)
+    assert status == 1 and message in problem
+
+
+def test_options_may_stand_between_stages() -> None:
+    args = settings("all", "--weight", "dpo", "serve", "--only", "vllm")
+    assert args.stages == ["all", "serve"] and args.weight == "dpo" and args.only == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "message"),
+    [
+        (["vllm", "--port", "70000"], {}, "found '70000'"),
+        (["vllm"], {"PORT": "web"}, "found 'web'"),
+        (["--sample", "eval"], {"LEAST": "80%"}, "LEAST=80%: expected a number from 0 to 1"),
+        (["pretrain", "--data", "pretrain="], {}, "expected KIND=FILE"),
+        (["--sample", "all", "--model", "minimind2"], {}, "leave out --model"),
+        (["--sample", "all", "--data", "dpo=x"], {}, "leave out --data"),
+        (["pretrain"], {"OUTPUT_DIR": "file"}, "file: cannot be written"),
+        (["download"], {"DATA_DIR": "file"}, "file: cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_wrong_options_are_named_at_once(
+    words: list[str], variables: dict[str, str], message: str, dry: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
+    try:
+        status, problem = dispatch(["run", *dry, *words]), ""
+    except UserError as error:
+        status, problem = 1, str(error)
+    except SystemExit as end:
+        status, problem = int(end.code or 0), ""
+    assert status in (1, 2) and message in problem + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_all_downloads_of_a_run_must_fit_on_the_disk_together(
+    dry: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2 * 10**9}))
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("the download began"))
+    assert dispatch(["run", *dry, "download", "pretrain", "full_sft"]) == 1
+    assert "pretrain_t2t_mini, sft_t2t_mini, minimind-3: 3.1 GB are needed" in capfd.readouterr().err
+
+
+def test_settings_repeat_only_the_jobs_that_use_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    for name in ("pretrain_t2t_mini.jsonl", "tokenizer/tokenizer.json"):
+        (tmp_path / "data" / name).write_text("{}")
+    run = run_of("pretrain", "eval", "convert", "--weight", "pretrain")
+    jobs = {stage: STAGES[stage](run)[0] for stage in ("pretrain", "eval", "convert")}
+    monkeypatch.setenv("NPUS_PER_NODE", "2")
+    monkeypatch.setenv("MAX_NEW_TOKENS", "64")
+    for job in jobs.values():
+        before = run.records.read("pretrain") | {"finished": True, "weights": "abc"}
+        run.records.write("pretrain", before)  # type: ignore[arg-type]
+        run.records.write(job.name, run.records.expected(job))
+
+    def repeated() -> list[str]:
+        run.records.write("pretrain", run.records.read("pretrain") | {"finished": True, "weights": "abc"})  # type: ignore[arg-type]
+        return [stage for stage, job in jobs.items() if not run.records.agrees(job, run.records.expected(job))]
+
+    assert repeated() == []
+    monkeypatch.setenv("MAX_NEW_TOKENS", "32")
+    assert repeated() == ["eval"]
+    monkeypatch.setenv("EPOCHS", "2")
+    assert repeated() == ["pretrain", "eval"]
+    monkeypatch.delenv("EPOCHS")
+    monkeypatch.setenv("MAX_NEW_TOKENS", "64")
+    monkeypatch.setenv("PRECISION", "bf16")
+    assert repeated() == ["pretrain", "eval", "convert"]
+    monkeypatch.delenv("PRECISION")
+    old = run.records.read("pretrain")
+    old["settings"]["TASK"] = "ceval"  # as older versions recorded for every job
+    run.records.write("pretrain", old)
+    assert repeated() == []
 
 
 def test_dry_run_checks_a_fresh_clone(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -342,7 +490,8 @@ def test_docker_failures_name_the_command_with_docker(
     monkeypatch.setattr(docker, "kind_of_host", lambda dry: "cpu")
     monkeypatch.setattr(docker, "build", lambda kind, dry: 5)
     assert dispatch(["run", "--docker", "--sample", "pretrain", "vllm"]) == 5
-    assert " run download pretrain vllm --docker --sample --model minimind3_tiny" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "/run_all.sh download pretrain vllm --docker --sample --model minimind3_tiny" in error
 
 
 def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -455,7 +604,7 @@ def test_the_report_has_every_stage_and_needs_no_network(tmp_path: Path) -> None
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         record = {"job": name, "finished": True, "seconds": 1800.0, "processes": 2, "weights": f"abc{number}",
-                  "commands": ["sft --x"], "inputs": {"data": "d" * 64}}  # fmt: skip
+                  "commands": ["sft --x"], "inputs": {"data": "d" * 64}, "settings": {"EPOCHS": "2"}}  # fmt: skip
         run.records.write(name, record)  # type: ignore[arg-type]
         evaluation = run.output / "eval" / name
         evaluation.mkdir(parents=True)
@@ -470,6 +619,7 @@ def test_the_report_has_every_stage_and_needs_no_network(tmp_path: Path) -> None
     assert "| pretrain | exact_match: addition | 25.0% of 200 |" in text
     assert "| full_sft | exact_match: addition | 75.0% of 200 |" in text
     assert "| 1+1=? | full_sft | <1> |" in text and "d" * 64 in text
+    assert "| full_sft | EPOCHS | 2 |" in text
     page = (run.output / "report.html").read_text()
     assert "&lt;1&gt;" in page and page.count("<svg") == 1
     assert not re.search(r"""(src|href)=["']?http|@import|url\(http""", page)

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 from helpers.engine import ROOT
 
-SCRIPTS = {"install": (".venv", "3.13"), "rehearse": (".venv-rehearsal", "3.12")}  # what they make, of Python up to
+# What they make, of which versions of Python.
+SCRIPTS = {
+    "install": (".venv", "3.10", "3.13"),
+    "rehearse": (".venv-rehearsal", "3.10", "3.12"),
+    "vllm": (".venv-vllm", "3.11", "3.13"),
+}
 
 
 @pytest.fixture
@@ -69,18 +74,18 @@ def test_an_ascend_host_gets_what_the_package_needs() -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_python_that_will_not_do_is_named(name: str, checkout: Path, tmp_path: Path) -> None:
-    _, newest = SCRIPTS[name]
-    for version in ("3.9.2", f"3.{int(newest[2:]) + 1}.0"):
+    _, oldest, newest = SCRIPTS[name]
+    for version in (f"3.{int(oldest[2:]) - 1}.2", f"3.{int(newest[2:]) + 1}.0"):
         done = run(checkout, name, PYTHON=python(tmp_path, version))
         assert done.returncode == 1
-        assert f"error: Python {version} is not supported; expected Python 3.10 to {newest}" in done.stderr
+        assert f"error: Python {version} is not supported; expected Python {oldest} to {newest}" in done.stderr
     done = run(checkout, name, PYTHON="python-of-nobody")
     assert done.returncode == 1 and "error: no python-of-nobody on the PATH" in done.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_half_an_environment_is_removed(name: str, checkout: Path, tmp_path: Path) -> None:
-    venv, newest = SCRIPTS[name]
+    venv, _, newest = SCRIPTS[name]
     done = run(checkout, name, PYTHON=python(tmp_path, f"{newest}.1"))
     assert done.returncode == 1 and f"{name}: making {venv} with Python {newest}.1" in done.stderr
     assert f"error: could not make {venv}" in done.stderr
@@ -89,10 +94,12 @@ def test_half_an_environment_is_removed(name: str, checkout: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_nothing_is_done_where_nothing_has_changed(name: str, checkout: Path, tmp_path: Path) -> None:
-    venv, _ = SCRIPTS[name]
+    venv, _, _ = SCRIPTS[name]
     inputs = ["requirements/cpu.txt", "requirements/common.txt", "pyproject.toml", "setup.py"]
     if name == "rehearse":
         inputs = ["requirements/rehearsal.txt", str(tmp_path / "Megatron-LM/megatron/core/package_info.py")]
+    elif name == "vllm":
+        inputs = ["requirements/vllm-cpu.txt", "pyproject.toml"]
     (checkout / venv).mkdir()
     sums = subprocess.run(["cksum", *inputs], cwd=checkout, capture_output=True, text=True, check=True).stdout
     (checkout / venv / "installed").write_text(sums)

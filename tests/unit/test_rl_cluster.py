@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.engine import ROOT
 
 from minimind_mcore.cli import rl
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config.load import CONFIGS
+from minimind_mcore.rl.config.lint import fit
+from minimind_mcore.rl.config.load import CONFIGS, compose, plain
+from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.main import program
 from minimind_mcore.rl.runtime import hosts
 
@@ -78,7 +81,7 @@ def test_an_address_of_something_that_is_not_ray_is_refused_and_named(
     threading.Thread(target=serve, daemon=True).start()
     from minimind_mcore.rl.runtime.cluster import connect
 
-    with pytest.raises(UserError, match=rf"RAY_ADDRESS={address_of(listener)}: what listens there is not Ray"):
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={address_of(listener)}: the program .* there is not Ray"):
         connect(print)
     listener.close()
     with pytest.raises(UserError, match="no Ray cluster answers there"):
@@ -144,7 +147,7 @@ def test_a_driver_whose_raylet_has_ended_says_so(closed: bool, status: int) -> N
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
-    assert ("error: Ray's process of this host (raylet) has ended" in done.stderr) != closed
+    assert ("error: The Ray process of this host (raylet) has ended" in done.stderr) != closed
 
 
 def test_a_host_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +164,43 @@ def test_a_host_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(cluster, "placement_group_table", lambda group: {"state": "RESCHEDULING"})
     alone = cluster.Cluster(True, print)
     alone.groups = [SimpleNamespace(bundle_count=1, bundle_specs=[{"CPU": 1.0}])]
-    with pytest.raises(UserError, match=r"Ray's process of this host \(raylet\) has ended.*checkpoints are whole"):
+    with pytest.raises(UserError, match=r"The Ray process of this host \(raylet\) has ended.*checkpoints are complete"):
         alone.wait_for_hosts(0.1)
+
+
+def test_the_message_about_missing_devices_names_the_key_that_sets_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from minimind_mcore.rl.runtime import cluster, placement
+
+    for name, found in (("nodes", [{"Alive": True}]), ("cluster_resources", {"CPU": 2.0}), ("available_resources", {})):
+        monkeypatch.setattr(cluster.ray, name, lambda found=found: found)
+    said: list[str] = []
+
+    class Full(cluster.Cluster):
+        """Has no resources, and notes what it says."""
+
+        def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str, *_: str) -> list[Any]:
+            said.append(self._missing(count, bundle, what))
+            return []
+
+    def engines(*_: Any) -> None:
+        raise UserError("here the engines would start")
+
+    monkeypatch.setattr(placement, "connect", lambda *_, **__: Full(False, print, node="own"))
+    monkeypatch.setattr(placement, "where", lambda places: "nowhere")
+    monkeypatch.setattr(placement, "RolloutGroup", engines)
+    words = ["minimind.rollout_resource.num_npus=3"]
+    config = fit(plain(compose("grpo_minimind3_separate", words, None, "cpu")), "grpo_minimind3_separate")
+    with pytest.raises(UserError, match="here the engines would start"):
+        placement.WorkerGroups(config, objective(config), 6400)
+    expected = (
+        "actor (rl_config.actor",
+        "reference (rl_config.reference",
+        "group of rollout engines (minimind.rollout",
+    )
+    assert [text.partition("_resource) needs ")[0] for text in said] == [f"the {what}" for what in expected]
+    assert "needs 3 x {'CPU': 1.0}" in said[-1] and all("actor_resource" not in text for text in said[1:])
 
 
 def test_a_worker_leaves_with_the_head_and_complains_when_its_own_ray_ends(
@@ -238,6 +276,30 @@ def test_a_dry_run_shows_both_hosts_commands_and_starts_nothing(tmp_path: Path) 
     worker = run_script("grpo_minimind_worker.sh", "--dry-run", **environment)
     assert worker.returncode == 0 and "--address 127.0.0.1:6344 --node-ip-address 127.0.0.1" in worker.stdout
     assert not ray.exists() and not list(tmp_path.glob("*"))
+
+
+MEETING = """
+import os, socket
+import torch.distributed as dist
+from minimind_mcore.rl.runtime import rank
+from minimind_mcore.rl.runtime.workers.train import TrainWorker
+
+worker = TrainWorker()
+address, port = worker.where()
+try:
+    socket.socket().bind((address, port))
+except OSError as error:
+    print(error.strerror)
+rank.Rank = lambda *arguments: dist.init_process_group("gloo")
+worker.start(None, "actor", False, (0, 1), (address, port), 1)
+print(os.environ["MASTER_PORT"] == str(port), dist.get_world_size())
+dist.destroy_process_group()
+"""
+
+
+def test_no_other_program_can_take_the_port_at_which_ranks_meet() -> None:
+    done = subprocess.run([sys.executable, "-c", MEETING], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.splitlines() == ["Address already in use", "True 1"], done.stderr
 
 
 def test_each_run_on_one_host_has_ports_of_its_own(job: rl.RLRun, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.engine import ROOT
 from helpers.rl_trees import DISPATCH, RECIPES, run_tree
 
 from minimind_mcore.arguments import parse
@@ -21,7 +23,7 @@ from minimind_mcore.rl.commands import main
 from minimind_mcore.rl.config.lint import TARGETS, check, lint
 from minimind_mcore.rl.config.load import CONFIGS, compose, megatron_flags, resolve
 from minimind_mcore.rl.config.migrate import RENAMED, migrate
-from minimind_mcore.rl.config.schema import Config, defaults, fits, value_type
+from minimind_mcore.rl.config.schema import Config, MiniMindConfig, defaults, fits, value_type
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.models import model_yaml
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
@@ -303,13 +305,13 @@ def test_actor_and_critic_need_a_core_each(cores: int, refused: bool) -> None:
 UNHEEDED = [
     "rl_config.multi_turn_enable=true rl_config.async_engine=true",
     "rl_config.rule_reward=false",
-    "rl_config.partial_rollout_max_split=2",
     "rl_config.adv_estimator=gae",
     "generate_config.sampling_config.seed=1",
     "megatron_training.stage=ray_dapo",
     "rl_config.filter_groups_train_batch_size=16 rl_config.filter_groups_enable=true",
     "rl_config.integrated_mode_config={ref_model_load_path: other}",
-    "minimind.rollout_correction=tis rl_config.blocking=false",
+    "minimind.staleness=2",
+    "minimind.rollout_filter=nowhere:none rl_config.filter_groups_max_batches=2",
     "megatron_training.bf16=false minimind.precision=bf16",
 ]
 
@@ -331,6 +333,33 @@ CONTRADICTIONS = [
         "rl_config.use_dynamic_bsz=true rl_config.update_max_packing_token_size=1024",
         "rl_config.update_max_packing_token_size",
         "found 1024, expected at least seq_length 1536",
+    ),
+    (
+        "minimind.algorithm=spo rl_config.blocking=false",
+        "minimind.rollout_correction",
+        "none: the loss of spo has no ratio to the older weights",
+    ),
+    (
+        "minimind.algorithm=spo rl_config.partial_rollout_max_split=4 rl_config.guarantee_order=false",
+        "minimind.rollout_correction",
+        "Set minimind.rollout_correction: tis",
+    ),
+    # textwrap.indent can be called with three arguments, as both functions are.
+    (
+        "minimind.rollout_filter=textwrap:indent",
+        "rl_config.filter_groups_max_batches",
+        "found 1: 1 batch has global_batch_size groups",
+    ),
+    (
+        "minimind.rollout_function=textwrap:indent rl_config.partial_rollout_max_split=4 "
+        "rl_config.guarantee_order=false",
+        "minimind.rollout_function",
+        "partial_rollout_max_split 4 would call the function in the middle of a turn",
+    ),
+    (
+        "minimind.rollout_engine=sglang minimind.sglang_base_url=http://a:1 minimind.rollout_resource.num_npus=3",
+        "minimind.sglang_base_url",
+        "found 1 servers, expected 3, one for each rollout engine",
     ),
     ("minimind.dual_clip=1.1", "minimind.dual_clip", "found 1.1, expected more than 1 + the upper clip range = 1.2"),
 ]
@@ -486,3 +515,19 @@ def test_lint_rewrites_a_file_that_is_then_fit(tmp_path: Path, capsys: pytest.Ca
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(UserError, match="1 error for embedded"):
         main(["lint", str(file), "--device", "none", "rl_config.epochs=twice"])
+
+
+@pytest.mark.parametrize("page", ["docs/rl_config.md", "docs/rl_config_zh.md"])
+def test_the_tables_of_keys_have_every_key_of_minimind_and_no_other(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    first, second, *_ = re.findall(r"^\| (?:key|键) \|.*\n\|---.*\n((?:\|.*\n)+)", text, re.M)
+    rows = [line.split("|")[1] for line in first.splitlines()]
+    named = [key for row in rows for key in re.findall(r"`([^`]+)`", row)]
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(MiniMindConfig))
+    config = resolve(compose("grpo_minimind_tiny", [], device="cpu"))
+    sections = {"rl_config": config.rl, "actor_config": config.actor, "generate_config": config.generate}
+    keys = [key for line in second.splitlines() for key in re.findall(r"`(\w+\.\w+)`", line.split("|")[1])]
+    assert len(keys) > 15
+    for key in keys:
+        section, _, name = key.partition(".")
+        assert hasattr(sections[section], name), key

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import rl_trees
 from helpers.engine import Corpus
+from helpers.rl_local import LocalWorkers
 from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError
@@ -25,11 +26,11 @@ from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.rewards import Rewards
 from minimind_mcore.rl.runtime import dry_run
-from minimind_mcore.rl.runtime.data import PromptDataset
+from minimind_mcore.rl.runtime.data import PromptDataset, prompt_dataset
 from minimind_mcore.rl.runtime.engines.protocol import Response
 from minimind_mcore.rl.runtime.rollouts import RolloutManager
 from minimind_mcore.rl.runtime.supervise import Lost
-from minimind_mcore.rl.runtime.trainer import Trainer, prompt_dataset, train
+from minimind_mcore.rl.runtime.trainer import Trainer, train
 from minimind_mcore.rl.runtime.workers.reward import RewardWorker
 from minimind_mcore.training.metrics import read_history
 
@@ -66,29 +67,23 @@ def source_of(config: Config, answer: Callable[[int], str], model: Any = None) -
         worker.rewards = Rewards([], [], model=model)
     written = 0
 
-    def generate(prompts: list[list[int]], n: int, *_: Any) -> Callable[[], list[Response]]:
+    def generate(prompts: list[list[int]], n: int, *_: Any) -> list[Response]:
         nonlocal written
         texts = [answer(written + row) for row in range(len(prompts) * n)]
         written += len(texts)
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return lambda: [Response(row, [-1.0] * len(row), True) for row in ids]
+        return [Response(np.array(row, np.int32), np.full(len(row), -1.0, np.float32), True) for row in ids]
 
-    def run(method: str, parts: list[Any]) -> list[Any]:
-        return [getattr(worker, method)(*parts[0])]
-
-    rewards: Any = SimpleNamespace(run=run, submit=lambda *task: SimpleNamespace(result=lambda: run(*task)))
-    engines: Any = SimpleNamespace(generate=generate)
     prompts = prompt_dataset(config, config.actor.data_path)
-    source = RolloutManager(config, objective(config), prompts, tokenizer, 0, engines, rewards)
-    source.go_to(0)
-    return source
+    engines = LocalWorkers(SimpleNamespace(generate=generate))
+    return RolloutManager(config, objective(config), prompts, tokenizer, 0, engines, LocalWorkers(worker))
 
 
 def test_questions_without_answers_are_scored_by_what_needs_none(corpus: Corpus, rlaif: Path) -> None:
     config = configured(corpus, rlaif, ["minimind_shape"], megatron_training={"dataset_additional_keys": []})
     source = source_of(config, lambda row: "a" * (5 if row % 2 else 30))
     experience = source.generate()
-    source.score(experience)()
+    source.score(experience)
     assert {text["label"] for text in experience.texts} == {""}
     assert experience.batch.rewards is not None and experience.batch.rewards.tolist() == [0.5, -0.5] * 8
     assert source.evaluate(source.prompts, 2) == {"score": 0.0}  # nobody says what is right
@@ -155,7 +150,7 @@ def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
     assert "my_evaluated:fails: ValueError: a; label ''" in capsys.readouterr().out
     experience = source.generate()
     with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
-        source.score(experience)()
+        source.score(experience)
 
 
 def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, mine: str, tmp_path: Path) -> None:
@@ -168,7 +163,7 @@ def test_rewards_get_every_column_and_categories_gate_the_rules(corpus: Corpus, 
     keys = {"dataset_additional_keys": ["labels", "level", "categories"], "no_shuffle": True}
     source = source_of(configured(corpus, prefix, [f"{mine}:graded"], megatron_training=keys), lambda row: "a")
     experience = source.generate()
-    source.score(experience)()
+    source.score(experience)
     expected = [len(text) * (place in (0, 3)) for place, text in enumerate(texts)]
     assert experience.batch.rewards is not None
     assert experience.batch.rewards.view(4, -1).tolist() == [[float(value)] * 4 for value in expected]
@@ -215,33 +210,33 @@ class Rehearsal(Trainer):
     def __init__(self, config: Config, done: int, told: list[str], accuracy: list[Callable[[], float]]) -> None:
         self.config, self.minimind, self.steps, self.told, self.left = config, config.minimind, 4, told, False
         self.done = self.saved = done
-        self.consumed, self.held_out = 0, {"unseen": cast(PromptDataset, [])}
+        self.state, self.held_out = {"consumed": 0}, {"unseen": cast(PromptDataset, [])}
         self.order: dict[str, Any] = {}
         self.loading = cast(Any, SimpleNamespace(result=lambda: None))
-        self.rollouts = cast(Any, SimpleNamespace(evaluate=lambda *_: {"accuracy": accuracy.pop(0)()}))
-        self.advantages = cast(Any, SimpleNamespace(state_dict=dict))
+        told_accuracy = {"ask": lambda *_: None, "evaluate": lambda *_: {"accuracy": accuracy.pop(0)()}}
+        self.rollouts = cast(Any, SimpleNamespace(**told_accuracy))
         actor = SimpleNamespace(save=lambda step, *_: told.append(f"save {step}"))
         self.groups = cast(Any, SimpleNamespace(training=lambda: [actor], cluster=SimpleNamespace(waiting=None)))
 
     def recover(self, loss: Lost | None = None) -> None:
         pass
 
-    def generate(self) -> Any:
+    def generate(self) -> None:
         self.told.append(f"step {self.done + 1}")
 
-    def score(self, experience: Any) -> None:
+    def score(self) -> None:
         pass
 
-    def compute_advantages(self, experience: Any) -> dict[str, float]:
-        return {}
+    def compute_advantages(self) -> Any:
+        return None
 
-    def update(self, experience: Any) -> dict[str, float]:
+    def update(self, scored: Any) -> dict[str, float]:
         return {"grpo/score/mean": 0.5}
 
     def sync_weights(self) -> None:
         pass
 
-    def report(self, experience: Any, metrics: dict[str, float]) -> None:
+    def report(self, scored: Any, metrics: dict[str, float]) -> None:
         self.done += 1
         self.log.step(self.done, metrics)
 

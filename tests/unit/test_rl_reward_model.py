@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import rl_trees
 from helpers.engine import Corpus
+from helpers.rl_local import LocalWorkers
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification, Qwen3Model
 
 from minimind_mcore.errors import UserError
@@ -107,15 +108,14 @@ def configured(corpus: Corpus, path: str, **ours: Any) -> Config:
 def rewards_of(config: Config, responses: list[str], talks: list[list[dict[str, str]]]) -> Experience:
     """What the driver makes of responses; the reward actor is an object of this process."""
     worker = RewardWorker(config)
-    answer = lambda method, parts: SimpleNamespace(result=lambda: [getattr(worker, method)(*parts[0])])  # noqa: E731
-    pool: Any = SimpleNamespace(submit=answer)
-    source = RolloutManager(config, objective(config), None, None, 0, None, pool)  # type: ignore[arg-type]
+    prompts: Any = SimpleNamespace(batches=lambda *_, **__: iter(()))  # the responses are given
+    source = RolloutManager(config, objective(config), prompts, None, 0, LocalWorkers(None), LocalWorkers(worker))
     count = len(responses)
     batch = batches.make([[5]] * count, [[1, 2]] * count, [[-1.0, -1.0]] * count, [True] * count, [0] * count)
     texts = [{"prompt": "p", "response": response, "label": ""} for response in responses]
     experience = Experience(batch, texts, talks, count)
     try:
-        source.score(experience)()
+        source.score(experience)
     finally:
         worker.rewards.close()
     return experience

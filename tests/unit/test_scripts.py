@@ -50,6 +50,15 @@ def test_adapters_have_their_base_for_the_reference(tmp_path: Path) -> None:
     assert "--ref-model /tuned" in command(*adapters, "--reference-live")
 
 
+def test_precision_auto_is_bf16_where_the_cpu_multiplies_it() -> None:
+    fast = any(word in Path("/proc/cpuinfo").read_text().split() for word in ("avx512_bf16", "amx_bf16"))
+    output = dry_run("pretrain_minimind_ptd.sh", PRECISION="auto", TRAIN_ITERS="2").stdout
+    assert ("--bf16" in output.split()) == fast
+    assert "--bf16" not in dry_run("pretrain_minimind_ptd.sh", TRAIN_ITERS="2").stdout  # the default on a CPU is fp32
+    chosen = f"--params-dtype {'bf16' if fast else 'fp32'}"
+    assert chosen in dry_run("generate_minimind_ptd.sh", PRECISION="auto", LOAD_DIR="model").stdout
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -57,7 +66,7 @@ def test_adapters_have_their_base_for_the_reference(tmp_path: Path) -> None:
         ("NPUS_PER_NODE", "0", "a whole number of 1 or more"),
         ("TP", "0", "a whole number of 1 or more"),
         ("PP", "x", "a whole number of 1 or more"),
-        ("PRECISION", "int8", "bf16, fp16 or fp32"),
+        ("PRECISION", "int8", "auto, bf16, fp16 or fp32"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(name: str, value: str, expected: str) -> None:

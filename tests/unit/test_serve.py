@@ -62,6 +62,20 @@ def greedy(address: str, content: str, tokens: int = 12, **more: Any) -> dict[st
 
 @pytest.mark.parametrize("version", ["newest", "1.x"])
 def test_the_official_client(address: str, version: str) -> None:
+    require_suite(address, version)
+
+
+@pytest.mark.slow
+def test_the_official_client_with_the_tokenizer_of_minimind2(tmp_path: Path) -> None:
+    tokenizer = Path(os.environ.get("MINIMIND_TOKENIZER_DIR", "/nowhere")) / "v2"
+    if not tokenizer.is_dir():
+        pytest.skip("MINIMIND_TOKENIZER_DIR is not set")
+    folder = write_served(tmp_path / "model", shrunk("minimind2_small", vocabulary(tokenizer)), tokenizer)
+    with embedded(folder) as (found, _):
+        require_suite(found, "newest")
+
+
+def require_suite(address: str, version: str) -> None:
     """Every endpoint, field and error; each version of the client in a process of its own."""
     path = [str(ROOT / "tests"), str(ROOT)]
     if version == "1.x":
@@ -110,7 +124,7 @@ def test_answers_equal_those_of_inference_py_and_of_transformers(name: str, toke
             replies = list(pool.map(lambda pair: greedy(address, *pair), zip(asked, lengths, strict=True)))
             stream = {"stream": True, "stream_options": {"include_usage": True}}
             texts = list(pool.map(lambda pair: streamed(address, *pair, **stream), zip(asked, lengths, strict=True)))
-        assert server.service.scheduler.slots.room * len(server.service.scheduler.slots.tokens) <= 1300
+        assert server.service.scheduler.slots.capacity * len(server.service.scheduler.slots.tokens) <= 1300
     for reply, text, tokens in zip(replies, texts, lengths, strict=True):
         [choice], ids = reply["choices"], reply["prompt_token_ids"]
         generator = Generator(loaded, SamplingParams(temperature=0), tokens)

@@ -23,7 +23,7 @@ from minimind_mcore.cli.model import serve
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.sampling import Sampler
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
-from minimind_mcore.serve import grammar, http_protocol
+from minimind_mcore.serve import grammar, http_protocol, protocol
 from minimind_mcore.serve.embedded import EmbeddedServer
 from minimind_mcore.serve.service import Service
 from minimind_mcore.serve.slots import Slots
@@ -216,6 +216,18 @@ def test_fields_of_tokenize_that_are_not_implemented(server: tuple[str, Embedded
     reply = post(server[0], "/tokenize", messages=HELLO, **field)
     assert reply.status_code == 400 and next(iter(field)) in reply.json()["error"]["message"]
     assert post(server[0], "/tokenize", messages=HELLO, continue_final_message=False).status_code == 200
+
+
+def test_every_field_of_the_official_client_is_known() -> None:
+    """A field of OpenAI's API is implemented or refused, never ignored. tests/real_vllm has the same for vLLM's."""
+    kinds: tuple[tuple[Any, type[protocol.Body]], ...] = (
+        (pytest.importorskip("openai.types.chat.completion_create_params"), protocol.ChatBody),
+        (pytest.importorskip("openai.types.completion_create_params"), protocol.CompletionBody),
+    )
+    for module, body in kinds:
+        fields = set(module.CompletionCreateParamsBase.__annotations__)
+        assert len(fields) > 15
+        assert not fields - body.model_fields.keys() - body.unsupported.keys()
 
 
 def test_fields_of_messages_without_effect_are_named_once(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
+import itertools
 import json
 import random
 import socket
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +18,13 @@ import psutil
 import pytest
 from helpers.serving import embedded, shrunk, vocabulary, write_served
 
+from minimind_mcore.serve.scheduler import Sequence
+from minimind_mcore.serve.service import Answers
+
 CHAT = "/v1/chat/completions"
+# Bytes that a round of malformed requests may add, in the median of six rounds: one round may take a few huge pages
+# of 2 MiB. Measured: 0.1 MiB in all rounds. A leak of 7 KiB for each of the 200 requests would exceed this bound.
+STABLE = (8 << 20) // 6
 
 
 @pytest.fixture(scope="module")
@@ -117,17 +126,31 @@ def malformed() -> list[tuple[str, bytes]]:
 
 
 def test_200_malformed_requests(address: str) -> None:
-    process = psutil.Process()
-    with httpx.Client(timeout=60) as client:
-        assert client.post(address + CHAT, json=body_of(1)).status_code == 200
-        memory = process.memory_info().rss
-        for path, body in malformed():
+    requests = malformed()
+    assert len(requests) == 200
+
+    def refused() -> None:
+        for path, body in requests:
             reply = client.post(address + path, content=body)
             assert 400 <= reply.status_code < 500, (path, body[:200], reply.text)
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
             assert "Traceback" not in reply.text and 'File "' not in reply.text and len(reply.text) < 2000
         assert client.post(address + CHAT, json=body_of(1)).status_code == 200
-    assert process.memory_info().rss - memory < 200 << 20
+
+    process, sizes = psutil.Process(), []  # the server runs in this process
+    with httpx.Client(timeout=60) as client:
+        for _ in range(8):
+            refused()
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+    growth = [after - before for before, after in itertools.pairwise(sizes[1:])]  # the first two rounds fill caches
+    assert statistics.median(growth) < STABLE, sizes
+
+
+def kept() -> list[type]:
+    """Return the types of the sequences and answers that are not freed."""
+    gc.collect()
+    return [kind for kind in map(type, gc.get_objects()) if kind in (Sequence, Answers)]
 
 
 def test_slow_clients_and_disconnects(address: str) -> None:
@@ -149,8 +172,9 @@ def test_slow_clients_and_disconnects(address: str) -> None:
         for connection in sockets:
             connection.close()
         end = time.monotonic() + 60
-        while "minimind_requests_running 0.0" not in client.get(f"{address}/metrics").text:
-            assert time.monotonic() < end, "answers of clients that have left are still written"
+        # Each connection that asked for an answer had one of each. The last request may still be referred to.
+        while "minimind_requests_running 0.0" not in client.get(f"{address}/metrics").text or len(kept()) > 2:
+            assert time.monotonic() < end, f"answers of clients that have left are still written or kept: {kept()}"
             client.post(address + CHAT, json=body_of(4))
             time.sleep(0.2)
 

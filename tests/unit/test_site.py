@@ -31,12 +31,9 @@ console.log(JSON.stringify(queries.map(query => {
 """
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("a site")
-    done = build(out)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return out
+@pytest.fixture
+def site(built_site: Path) -> Path:
+    return built_site
 
 
 def test_both_languages_have_every_page(site: Path) -> None:
@@ -88,12 +85,15 @@ def test_the_search_finds_words_of_both_languages(site: Path) -> None:
     assert "plan" in english and unknown == []
 
 
-def test_a_broken_link_or_anchor_ends_the_build(tmp_path: Path) -> None:
+def test_a_broken_link_anchor_excerpt_or_figure_ends_the_build(tmp_path: Path) -> None:
     root = tmp_path / "kit"
     shutil.copytree(ROOT / "docs", root / "docs")
+    (root / "minimind_mcore").symlink_to(ROOT / "minimind_mcore")  # for the excerpts of source code
     for name in ("plan.md", "plan_zh.md"):
         with (root / "docs" / name).open("a", encoding="utf-8") as file:
             file.write("\n[one](pretrain.md#no-such-heading)\n[two](no_such_page.md)\n")
+            file.write("\n```{excerpt}\nmodels.moe:no_such_function\n```\n\n```{widget} no_such_figure\n```\n")
     done = build(tmp_path / "out", root)
     assert done.returncode != 0
-    assert "no-such-heading" in done.stderr and "no_such_page" in done.stderr
+    wrong = ("no-such-heading", "no_such_page", "moe.py has no no_such_function", "there is no no_such_figure.json")
+    assert not [name for name in wrong if name not in done.stderr], done.stderr

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import evaluation
+from minimind_mcore.inference.prompts import Prompt, PromptEncoder
 from minimind_mcore.inference.quality import Quality, repetition
 from minimind_mcore.inference.toolcall import Reply, evaluate, read_cases, summary
-from minimind_mcore.preprocess import tool_dialogues
+from minimind_mcore.pipeline import sample
+from minimind_mcore.preprocess import corpus, tool_dialogues, train_tokenizer
+from minimind_mcore.preprocess.messages import conversation_of
 from minimind_mcore.tools.cases import SETS, Case
 from minimind_mcore.tools.parser import parse
 from minimind_mcore.tools.registry import TOOLS
@@ -164,12 +169,42 @@ def test_repetition_is_the_share_of_seen_ngrams() -> None:
     assert quality.row() == {"replies": 2, "repetition_4gram": 0.375, "ended": 0.5, "tokens_per_reply": 5.0}
 
 
-def test_sample_dialogues_hold_no_value_that_is_asked_for() -> None:
-    training = json.dumps(tool_dialogues.dialogues(42, 3000), ensure_ascii=False)
-    numbers = set(re.findall(r"\d+", training))
-    towns = set(re.findall(r"[A-Z][a-z]+", training))
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All sample texts, and the tokenizer, as the quickstart makes them."""
+    folder = tmp_path_factory.mktemp("stage")
+    for command in sample.data_job(folder).commands:
+        {"corpus": corpus.main, "tokenizer": train_tokenizer.main}[command.words[0]](command.words[1:])
+    return folder
+
+
+def test_no_text_that_the_model_reads_holds_a_value_that_is_asked_for(stage: Path) -> None:
+    """The texts of the quickstart before the stage, the text of the tokenizer, and the dialogues of the stage."""
+    cases = [json.loads(line) for line in (stage / "tool_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {case["task"] for case in cases} == {"get_current_weather", "calculate_math", "random_number"}
+    values = [str(value) for case in cases for value in case["calls"][0]["arguments"].values()]
+    numbers = set(re.findall(r"\d+", " ".join(values)))
+    towns = {value for value in values if value[0].isalpha()}
+    assert {len(number) for number in numbers} == {3, 4} and len(numbers) > 100 and len(towns) > 10
+    for name in ("sample", "drills", "dialogues", "preferences", "thoughts", "tools"):
+        text = (stage / f"{name}.jsonl").read_text(encoding="utf-8")
+        read = set(re.findall(r"\d+", text))
+        assert len(read) > 80 and not numbers & read, name
+        assert not [town for town in towns if town.lower() in text.lower()], name
+    training = (stage / "tools.jsonl").read_text(encoding="utf-8")
+    lengths = Counter(len(number) for number in re.findall(r"\d+", training))
+    assert min(lengths[2], lengths[3], lengths[4]) > 10_000
+
+
+def test_every_token_of_a_value_that_is_asked_for_occurs_in_the_dialogues(stage: Path) -> None:
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(stage / "tokenizer"), raw=False, thinking=False)
+    said: dict[str, object] = {"role": "assistant", "content": ""}
+
+    def ids(record: dict[str, Any], *answer: dict[str, object]) -> set[int]:
+        conversation = conversation_of(record, {"messages": "conversations"}, [*record["conversations"], *answer])
+        return set(encoder(Prompt(list(conversation.messages), conversation.tools)))
+
+    known = set.union(*map(ids, tool_dialogues.dialogues(42, 2000)))
     for case in tool_dialogues.held_out(42):
-        for value in re.findall(r"\d+|[A-Z][a-z]+", json.dumps(case["calls"])):
-            assert value not in numbers | towns
-    kinds = random.Random(0).sample(tool_dialogues.held_out(42), 30)
-    assert {case["task"] for case in kinds} == {"get_current_weather", "calculate_math", "random_number"}
+        call = {**said, "tool_calls": json.dumps(case["calls"], ensure_ascii=False)}
+        assert ids(case, call) <= known

@@ -16,6 +16,8 @@ from helpers.engine import ROOT
 from helpers.serving import embedded, shrunk, vocabulary, write_served
 
 from minimind_mcore import web
+from minimind_mcore.errors import UserError
+from minimind_mcore.manager import request
 from minimind_mcore.pipeline import serving
 from minimind_mcore.pipeline.stages import Run
 from minimind_mcore.serve.api import create_app
@@ -48,7 +50,9 @@ def node(*words: str) -> None:
 def test_the_built_files_are_those_of_the_sources(tmp_path: Path) -> None:
     node("build.mjs", str(tmp_path))
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    committed = {file.name: file.read_bytes() for file in web.FOLDER.iterdir() if file.suffix not in (".py", "")}
+    widgets = [ROOT / "docs/figures" / name for name in ("learn.js", "learn.css")]
+    files = [file for file in web.FOLDER.iterdir() if file.suffix not in (".py", "")] + widgets
+    committed = {file.name: file.read_bytes() for file in files}
     assert made.keys() == committed.keys()
     assert not [name for name in made if made[name] != committed[name]], "run `npm run build` in web/ and commit"
 
@@ -168,3 +172,13 @@ def test_the_stage_web_prints_the_address_of_the_page(
             serving.page(cast(Run, SimpleNamespace(port=int(server.rpartition(":")[2]))))
         shown = capsys.readouterr().out
     assert f"chat page   {address}/\n" in shown and f"open its page with ?api={other.address}\n" in shown
+
+
+def test_wrong_fields_are_named_in_the_words_of_the_manager() -> None:
+    for value, found in ({"a": 1}, "{'a': 1}"), (["x" * 99], "['xxxxxx"):
+        [reply] = ask_server(("POST", "/tools/call", {"name": value}))
+        message = reply.json()["error"]["message"]
+        with pytest.raises(UserError) as refused:
+            request.read({"stage": value})
+        assert message.replace("name: ", "stage: ") == str(refused.value)
+        assert message.startswith(f"name: Input should be a valid string; found {found}") and len(message) < 150

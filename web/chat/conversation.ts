@@ -1,8 +1,9 @@
 import { Store } from "../shared/store";
-import { callTool, streamChat, type Server, type Token, type ToolDefinition, type Usage } from "./server";
+import { callTool, streamAnswer, type Server, type Token, type ToolDefinition, type Usage } from "./server";
 
 const MAX_ROUNDS = 16; // of tool calls for one question
 const REFRESH = 40; // ms between two renderings of a streamed answer
+const PLAIN_TOKENS = 128; // of a continuation, unless the user sets a number; OpenAI's 16 are a few words
 
 export interface Call {
   id: string;
@@ -21,6 +22,8 @@ export interface UserMessage {
 export interface AssistantMessage {
   role: "assistant";
   key: number;
+  model: string;
+  plain: boolean; // the continuation of a text
   text: string;
   thinking: string;
   calls: Call[];
@@ -45,6 +48,7 @@ export interface Settings {
   thinking: "" | "on" | "off";
   tokens: boolean;
   tools: ToolDefinition[];
+  plain: boolean; // the model continues the text of the conversation, without a chat template
 }
 
 /** The tools that the page's server has, and those that are switched on. The user answers the calls of other tools. */
@@ -98,12 +102,20 @@ export function templateFields(
   return body;
 }
 
+/** What becomes the prompt: the messages of a chat, or the text so far. */
+export function promptFields(messages: readonly Message[], settings: Settings, model: string): Record<string, unknown> {
+  if (!settings.plain) return templateFields(messages, settings, model);
+  return { model, prompt: messages.map((message) => message.text).join("") };
+}
+
 function requestBody(messages: readonly Message[], settings: Settings, model: string): Record<string, unknown> {
-  const body = templateFields(messages, settings, model);
+  const body = promptFields(messages, settings, model);
+  if (settings.plain) body.max_tokens = PLAIN_TOKENS;
   for (const [name, field] of NUMBERS) {
     if (settings[name].trim() !== "") body[field] = Number(settings[name]);
   }
-  if (settings.tokens) Object.assign(body, { logprobs: true, top_logprobs: 5, return_token_ids: true });
+  const logprobs = settings.plain ? { logprobs: 5 } : { logprobs: true, top_logprobs: 5 };
+  if (settings.tokens) Object.assign(body, logprobs, { return_token_ids: true });
   return body;
 }
 
@@ -123,10 +135,27 @@ export class Conversation extends Store<readonly Message[]> {
     super([]);
   }
 
+  /** The messages as they are kept for a reload: without tokens, which are large. */
+  saved(): Message[] {
+    return this.value.map((message) => {
+      if (message.role === "user") return message;
+      const state = message.state === "done" ? "done" : "stopped";
+      const calls = message.calls.filter((call) => call.result !== undefined);
+      return { ...message, state, calls, tokens: [], error: undefined };
+    });
+  }
+
+  /** Show messages that were kept. */
+  restore(messages: readonly Message[]): void {
+    this.nextKey = 1 + Math.max(0, ...messages.map((message) => message.key));
+    this.set(messages);
+  }
+
   /** Ask, and answer until the model calls no more tools. */
   async send(text: string): Promise<void> {
     if (this.busy.value) return;
-    this.set([...this.value, { role: "user", key: this.nextKey++, text }]);
+    const asked = this.settings().plain ? text : text.trim(); // a text may go on with a space
+    this.set([...this.value, { role: "user", key: this.nextKey++, text: asked }]);
     await this.answer();
   }
 
@@ -180,16 +209,17 @@ export class Conversation extends Store<readonly Message[]> {
   /** Stream one answer. Returns it if it is complete. */
   private async reply(signal: AbortSignal): Promise<AssistantMessage | undefined> {
     const server = this.server();
-    const body = requestBody(this.value, this.settings(), server.model);
+    const settings = this.settings();
+    const body = requestBody(this.value, settings, server.model);
     const message: AssistantMessage = {
-      role: "assistant", key: this.nextKey++, text: "", thinking: "", calls: [], tokens: [], state: "writing",
+      role: "assistant", key: this.nextKey++, model: server.model, plain: settings.plain, text: "", thinking: "", calls: [], tokens: [], state: "writing",
     };
     this.set([...this.value, message]);
     const began = performance.now();
     let first = 0;
     let last = 0;
     try {
-      for await (const delta of streamChat(server, body, signal)) {
+      for await (const delta of streamAnswer(server, body, signal)) {
         if (delta.text || delta.thinking || delta.calls.length || delta.tokens.length) {
           last = performance.now();
           first ||= last;
@@ -202,7 +232,7 @@ export class Conversation extends Store<readonly Message[]> {
         message.usage = delta.usage ?? message.usage;
         this.refresh(message);
       }
-      message.text = message.text.trim();
+      if (!message.plain) message.text = message.text.trim();
       message.state = "done";
     } catch (error) {
       message.state = signal.aborted ? "stopped" : "failed";

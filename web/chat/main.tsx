@@ -9,10 +9,10 @@ import { explain } from "./connection";
 import { Answer, isEnter, Question } from "./messages";
 import { SettingsPanel } from "./settings";
 import {
-  bases, chooseServer, chosenModels, comparing, connections, conversations, LETTERS, serverOf, useConnection,
-  useServerTools, type Side,
+  bases, chooseServer, chosenModels, comparing, connections, conversations, isPlain, LETTERS, parameters, serverOf,
+  useConnection, useServerTools, type Side,
 } from "./state";
-import { EXAMPLES, WORDS } from "./words";
+import { BEGINNINGS, EXAMPLES, WORDS } from "./words";
 
 const WIDE = matchMedia("(min-width: 900px)");
 
@@ -124,7 +124,7 @@ function Column({ side, both }: { side: Side; both: boolean }): JSX.Element {
             message.role === "user" ? (
               <Question key={message.key} message={message} conversation={conversation} busy={busy} />
             ) : (
-              <Answer key={message.key} {...{ message, conversation, side, busy, model }} />
+              <Answer key={message.key} {...{ message, conversation, side, busy }} />
             ),
           )}
         </ol>
@@ -135,7 +135,9 @@ function Column({ side, both }: { side: Side; both: boolean }): JSX.Element {
 
 function Welcome({ side, both }: { side: Side; both: boolean }): JSX.Element {
   const t = useWords(WORDS);
-  const examples = EXAMPLES[useStore(language)];
+  useStore(parameters);
+  const plain = isPlain(side);
+  const examples = (plain ? BEGINNINGS : EXAMPLES)[useStore(language)];
   const { state } = useStore(connections[side]!);
   const base = useStore(bases)[side]!;
   if (state === "unasked") {
@@ -157,7 +159,7 @@ function Welcome({ side, both }: { side: Side; both: boolean }): JSX.Element {
   return (
     <div class="welcome">
       <p class="welcome-model">{state === "connecting" ? t("connecting") : serverOf(side).model}</p>
-      {state !== "failed" && <p>{t("welcome")}</p>}
+      {state !== "failed" && <p>{t(plain ? "welcomePlain" : "welcome")}</p>}
       {!both && state === "ready" && (
         <div class="examples">
           {examples.map((text) => (
@@ -178,7 +180,7 @@ function Composer({ busy, both }: { busy: boolean; both: boolean }): JSX.Element
   const send = () => {
     if (!text.trim() || busy || !ready) return;
     setText("");
-    ask(text.trim());
+    ask(text);
   };
   useLayoutEffect(() => {
     const element = area.current!;

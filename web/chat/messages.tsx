@@ -3,9 +3,9 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { useWords } from "../shared/i18n";
 import { Markdown } from "../shared/markdown";
 import { CopyButton } from "../shared/widgets";
-import { templateFields, type AssistantMessage, type Call, type Conversation, type UserMessage } from "./conversation";
+import { promptFields, type AssistantMessage, type Call, type Conversation, type UserMessage } from "./conversation";
 import { explain } from "./connection";
-import { tokenizeChat, type Token } from "./server";
+import { tokenize, type Token } from "./server";
 import { currentSettings, serverOf, type Side } from "./state";
 import { Tokens } from "./tokens";
 import { WORDS } from "./words";
@@ -82,7 +82,6 @@ export function Answer(props: {
   conversation: Conversation;
   side: Side;
   busy: boolean;
-  model: string;
 }): JSX.Element {
   const t = useWords(WORDS);
   const { message, conversation } = props;
@@ -90,7 +89,7 @@ export function Answer(props: {
   const thinking = writing && !message.text && !message.calls.length;
   return (
     <li class="message answer" aria-busy={writing}>
-      <h2 class="author">{props.model}</h2>
+      <h2 class="author">{message.model}</h2>
       {message.thinking && (
         // Another key: the fold opens while the model thinks and closes when it answers, unless the user changes it.
         <details key={String(thinking)} class="thinking" open={thinking}>
@@ -98,7 +97,7 @@ export function Answer(props: {
           <Markdown text={message.thinking} />
         </details>
       )}
-      {message.text && <Markdown text={message.text} />}
+      {message.text && (message.plain ? <div class="plain">{message.text}</div> : <Markdown text={message.text} />)}
       {writing && !message.text && !message.thinking && !message.calls.length && (
         <p class="dots" role="img" aria-label={t("writing")}><span /><span /><span /></p>
       )}
@@ -149,7 +148,8 @@ function PromptTokens(props: { message: AssistantMessage; conversation: Conversa
     const before = messages.slice(0, messages.findIndex(({ key }) => key === props.message.key));
     const server = serverOf(props.side);
     try {
-      setTokens(await tokenizeChat(server, templateFields(before, currentSettings(), server.model)));
+      const settings = { ...currentSettings(props.side), plain: props.message.plain };
+      setTokens(await tokenize(server, promptFields(before, settings, server.model)));
     } catch (error) {
       setProblem(explain(error, server.base, t));
     }

@@ -87,9 +87,14 @@ async function json<T>(server: Server, path: string, body?: unknown, signal?: Ab
   return (await (await send(server, path, body, signal)).json()) as T;
 }
 
-export async function listModels(server: Server): Promise<string[]> {
-  const { data } = await json<{ data: { id: string }[] }>(server, "v1/models");
-  return data.map((model) => model.id);
+/** A model of a server. `chat_template` is false for one that only continues texts; vLLM does not say. */
+export interface Model {
+  id: string;
+  chat_template?: boolean;
+}
+
+export async function listModels(server: Server): Promise<Model[]> {
+  return (await json<{ data: Model[] }>(server, "v1/models")).data;
 }
 
 export async function listTools(server: Server): Promise<ToolDefinition[]> {
@@ -105,13 +110,10 @@ export async function callTool(
   return json(server, "tools/call", { name, arguments: argumentsOfCall }, signal);
 }
 
-/** The tokens of the prompt that a chat becomes. */
-export async function tokenizeChat(server: Server, body: Record<string, unknown>): Promise<Token[]> {
-  const found = await json<{ tokens: number[]; token_strs?: string[] | null }>(server, "tokenize", {
-    ...body,
-    add_generation_prompt: true,
-    return_token_strs: true,
-  });
+/** The tokens of the prompt that a chat or a text becomes. */
+export async function tokenize(server: Server, body: Record<string, unknown>): Promise<Token[]> {
+  const whole = { ...body, return_token_strs: true, ...("messages" in body ? { add_generation_prompt: true } : {}) };
+  const found = await json<{ tokens: number[]; token_strs?: string[] | null }>(server, "tokenize", whole);
   return found.tokens.map((id, n) => ({ id, text: found.token_strs?.[n] ?? "", bytes: [], probability: 1, top: [] }));
 }
 
@@ -126,6 +128,27 @@ function alternative(entry: Logprob): Alternative {
   return { text: entry.token, bytes: entry.bytes ?? [], probability: Math.exp(entry.logprob) };
 }
 
+/** The log-probabilities of a completion. */
+interface TextLogprobs {
+  tokens: string[];
+  token_logprobs: (number | null)[];
+  top_logprobs?: (Record<string, number> | null)[] | null;
+}
+
+/** The entries of a chat's or of a completion's log-probabilities. */
+function entriesOf(logprobs: { content?: Logprob[] | null } | TextLogprobs | null | undefined): Logprob[] {
+  if (!logprobs) return [];
+  if (!("tokens" in logprobs)) return logprobs.content ?? [];
+  return logprobs.tokens.map((token, n) => {
+    const top = Object.entries(logprobs.top_logprobs?.[n] ?? {}).sort((a, b) => b[1] - a[1]);
+    return {
+      token,
+      logprob: logprobs.token_logprobs[n] ?? 0,
+      top_logprobs: top.map(([text, logprob]) => ({ token: text, logprob })),
+    };
+  });
+}
+
 interface Chunk {
   error?: { message?: string } | string;
   usage?: Usage | null;
@@ -136,20 +159,22 @@ interface Chunk {
       reasoning?: string | null;
       tool_calls?: Delta["calls"] | null;
     };
-    logprobs?: { content?: Logprob[] | null } | null;
+    text?: string; // of a completion
+    logprobs?: { content?: Logprob[] | null } | TextLogprobs | null;
     token_ids?: number[] | null;
     finish_reason?: string | null;
   }[];
 }
 
-/** What a chat's answer is made of, chunk by chunk. */
-export async function* streamChat(
+/** What the answer to a chat or the continuation of a text is made of, chunk by chunk. */
+export async function* streamAnswer(
   server: Server,
   body: Record<string, unknown>,
   signal: AbortSignal,
 ): AsyncGenerator<Delta> {
   const whole = { ...body, stream: true, stream_options: { include_usage: true } };
-  const response = await send(server, "v1/chat/completions", whole, signal);
+  const path = "prompt" in body ? "v1/completions" : "v1/chat/completions";
+  const response = await send(server, path, whole, signal);
   if (!response.body) throw new ServerError("the answer has no body", response.status);
   for await (const event of serverEvents(response.body)) {
     if (event.data === "[DONE]") return;
@@ -159,10 +184,10 @@ export async function* streamChat(
       throw new ServerError(typeof error === "string" ? error : (error.message ?? "unknown error"), 500);
     }
     const choice = chunk.choices?.[0];
-    const entries = choice?.logprobs?.content ?? [];
+    const entries = entriesOf(choice?.logprobs);
     const ids = choice?.token_ids ?? [];
     yield {
-      text: choice?.delta?.content ?? "",
+      text: choice?.delta?.content ?? choice?.text ?? "",
       thinking: choice?.delta?.reasoning_content ?? choice?.delta?.reasoning ?? "",
       calls: choice?.delta?.tool_calls ?? [],
       tokens: entries.map((entry, n) => ({

@@ -1,20 +1,22 @@
 import type { JSX } from "preact";
-import { useWords } from "../shared/i18n";
+import { language, useWords } from "../shared/i18n";
 import { useStore } from "../shared/store";
 import { Check, Field } from "../shared/widgets";
 import { explain } from "./connection";
 import { normalBase } from "./server";
 import {
-  bases, chooseServer, chosenModels, comparing, connections, keys, LETTERS, ownTools, parameters, serverOf, serverTools,
-  type Parameters, type Side,
+  bases, chooseServer, chosenModels, comparing, connections, isPlain, keys, LETTERS, ownTools, parameters, serverOf,
+  serverTools, type Parameters, type Side,
 } from "./state";
-import { WORDS } from "./words";
+import { TOOLS, WORDS } from "./words";
 
 export function SettingsPanel(props: { hidden: boolean }): JSX.Element {
   const t = useWords(WORDS);
   const both = useStore(comparing);
   const value = useStore(parameters);
   const change = (changes: Partial<Parameters>) => parameters.set({ ...parameters.value, ...changes });
+  for (const connection of connections) useStore(connection);
+  const plain = ([0, 1] as const).slice(0, both ? 2 : 1).every(isPlain);
   const number = (name: "temperature" | "topP" | "maxTokens" | "seed", limits: { min: number; max?: number; step: number }) => (
     <Field label={t(name)}>
       <input
@@ -31,6 +33,18 @@ export function SettingsPanel(props: { hidden: boolean }): JSX.Element {
       <ServerSettings side={0} title={both ? t("serverOf", { side: "A" }) : t("server")} />
       {both && <ServerSettings side={1} title={t("serverOf", { side: "B" })} />}
       <section>
+        <Field label={t("format")}>
+          <select
+            value={value.format}
+            aria-describedby={plain ? "plain-hint" : undefined}
+            onChange={(event) => change({ format: event.currentTarget.value as Parameters["format"] })}
+          >
+            <option value="">{t("byModel")}</option>
+            <option value="chat">{t("formatChat")}</option>
+            <option value="plain">{t("formatPlain")}</option>
+          </select>
+        </Field>
+        {plain && <small id="plain-hint">{t("plainHint")}</small>}
         <Field label={t("system")}>
           <textarea rows={3} value={value.system} onInput={(event) => change({ system: event.currentTarget.value })} />
         </Field>
@@ -96,7 +110,7 @@ function ServerSettings({ side, title }: { side: Side; title: string }): JSX.Ele
           onChange={(event) => chosenModels.set(replace(chosenModels.value, event.currentTarget.value))}
         >
           {connection.models.length === 0 && <option value="">{t("noModel")}</option>}
-          {connection.models.map((name) => <option key={name}>{name}</option>)}
+          {connection.models.map(({ id }) => <option key={id}>{id}</option>)}
         </select>
       </Field>
       {connection.state === "failed" && (
@@ -109,6 +123,7 @@ function ServerSettings({ side, title }: { side: Side; title: string }): JSX.Ele
 function ToolSettings(props: { value: Parameters; change: (changes: Partial<Parameters>) => void }): JSX.Element {
   const t = useWords(WORDS);
   const tools = useStore(serverTools);
+  const index = useStore(language) === "zh" ? 1 : 0;
   const { value, change } = props;
   const wrong = ownTools(value.ownTools) === undefined;
   const toggle = (name: string, on: boolean) =>
@@ -121,7 +136,7 @@ function ToolSettings(props: { value: Parameters; change: (changes: Partial<Para
         {tools.map(({ function: { name, description } }) => (
           <Check
             key={name}
-            label={<><span class="mono">{name}</span> <small>{description}</small></>}
+            label={<><span class="mono">{name}</span> <small>{TOOLS[name]?.[index] ?? description}</small></>}
             checked={value.tools.includes(name)}
             onChange={(on) => toggle(name, on)}
           />

@@ -1,7 +1,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { kept, Store, useStore } from "../shared/store";
-import { Conversation, type Settings } from "./conversation";
-import { listModels, listTools, normalBase, ServerError, type Server, type ToolDefinition } from "./server";
+import { Conversation, type Message, type Settings } from "./conversation";
+import { listModels, listTools, normalBase, ServerError, type Model, type Server, type ToolDefinition } from "./server";
 
 export type Side = 0 | 1;
 export const LETTERS = ["A", "B"] as const;
@@ -49,16 +49,22 @@ export function chooseServer(side: Side, base: string): void {
   bases.set(bases.value.map((old, n) => (n === side ? base : old)));
 }
 
-export type Parameters = Omit<Settings, "tools"> & { tools: string[]; ownTools: string };
+/** What the user has set; `format` "" stands for the model's own. */
+export type Parameters = Omit<Settings, "tools" | "plain"> & {
+  tools: string[];
+  ownTools: string;
+  format: "" | "chat" | "plain";
+};
 
 export const parameters = kept<Parameters>("minimind.chat.parameters", {
   system: "", temperature: "", topP: "", maxTokens: "", seed: "", thinking: "", tokens: false, tools: [], ownTools: "",
+  format: "",
 });
 
 /** What is known of the server of a side. */
 export interface Connection {
   state: "unasked" | "connecting" | "ready" | "failed"; // unasked: the user has not agreed to the server of a link
-  models: string[];
+  models: Model[];
   error?: unknown;
 }
 
@@ -71,7 +77,7 @@ function address(base: string): Server {
 }
 
 export function serverOf(side: Side): Server {
-  const models = connections[side]!.value.models;
+  const models = connections[side]!.value.models.map((model) => model.id);
   const chosen = chosenModels.value[side]!;
   return { ...address(bases.value[side]!), model: models.includes(chosen) ? chosen : (models[0] ?? chosen) };
 }
@@ -88,12 +94,20 @@ export function ownTools(text: string): ToolDefinition[] | undefined {
   }
 }
 
-export function currentSettings(): Settings {
-  const { tools, ownTools: text, ...rest } = parameters.value;
+/** Whether a side's model continues texts, and has no chats. */
+export function isPlain(side: Side): boolean {
+  const { format } = parameters.value;
+  if (format) return format === "plain";
+  const { model } = serverOf(side);
+  return connections[side]!.value.models.find(({ id }) => id === model)?.chat_template === false;
+}
+
+export function currentSettings(side: Side): Settings {
+  const { tools, ownTools: text, format, ...rest } = parameters.value;
   const own = ownTools(text) ?? [];
   const names = new Set(own.map((tool) => tool.function.name));
   const chosen = serverTools.value.filter(({ function: { name } }) => tools.includes(name) && !names.has(name));
-  return { ...rest, tools: [...chosen, ...own] };
+  return { ...rest, tools: [...chosen, ...own], plain: isPlain(side) };
 }
 
 // Tools run on the server of this page, also when another server has the model.
@@ -104,8 +118,51 @@ function toolRunner() {
 }
 
 export const conversations = ([0, 1] as const).map(
-  (side) => new Conversation(() => serverOf(side), currentSettings, toolRunner),
+  (side) => new Conversation(() => serverOf(side), () => currentSettings(side), toolRunner),
 );
+
+// A reload finds the conversations of its tab, and a new tab the last ones of this browser.
+const KEPT = "minimind.chat.conversations";
+const STORAGES = [() => sessionStorage, () => localStorage];
+
+function isConversation(value: unknown): value is Message[] {
+  const isMessage = (message: Message) =>
+    typeof message?.text === "string" &&
+    Number.isInteger(message.key) &&
+    (message.role === "user" || (message.role === "assistant" && Array.isArray(message.calls)));
+  return Array.isArray(value) && value.every(isMessage);
+}
+
+function restore(): void {
+  for (const storage of STORAGES) {
+    try {
+      const found = JSON.parse(storage().getItem(KEPT) ?? "null") as unknown;
+      if (!Array.isArray(found) || !found.every(isConversation)) continue;
+      found.slice(0, 2).forEach((messages, side) => conversations[side]!.restore(messages));
+      return;
+    } catch {
+      // blocked by the browser, or damaged
+    }
+  }
+}
+
+function save(): void {
+  const text = JSON.stringify(conversations.map((conversation) => conversation.saved()));
+  for (const storage of STORAGES) {
+    try {
+      storage().setItem(KEPT, text);
+    } catch {
+      // blocked by the browser, or full
+    }
+  }
+}
+
+restore();
+addEventListener("pagehide", save);
+for (const conversation of conversations) {
+  conversation.busy.subscribe(save);
+  conversation.subscribe(() => conversation.busy.value || save()); // not for each part of an answer
+}
 
 /** Keep a side's connection up to date; a server that is still loading its model is asked again. */
 export function useConnection(side: Side): void {

@@ -22,8 +22,16 @@ export const WORDS = {
   useThisServer: ["Use this page's server", "使用本页的服务器"],
   needsKey: ["The server asks for an API key.", "服务器要求 API 密钥。"],
   noAnswer: [
-    "{address} does not answer. Check that the server runs. A server at another address must allow this page (CORS): start it with --cors-origin {origin}",
-    "{address} 没有应答。请确认服务器正在运行。其他地址的服务器必须允许本页访问（CORS）：启动时加 --cors-origin {origin}",
+    "{address} does not answer. Check that the server runs. If it asks for an API key, enter the key. A server at another address must allow this page (CORS): start it with --cors-origin {origin}",
+    "{address} 没有应答。请确认服务器正在运行；如果它要求 API 密钥，请输入密钥。其他地址的服务器必须允许本页访问（CORS）：启动时加 --cors-origin {origin}",
+  ],
+  format: ["Prompt", "提示格式"],
+  byModel: ["automatic", "自动"],
+  formatChat: ["Chat", "对话"],
+  formatPlain: ["Plain text", "纯文本"],
+  plainHint: [
+    "The model continues the text of the conversation. System prompt, thinking and tools have no effect.",
+    "模型续写对话中的文本。系统提示词、思考和工具不起作用。",
   ],
   system: ["System prompt", "系统提示词"],
   sampling: ["Sampling", "采样"],
@@ -48,6 +56,7 @@ export const WORDS = {
   conversation: ["Conversation", "对话"],
   conversationWith: ["Conversation {side}", "对话 {side}"],
   welcome: ["Ask the model something.", "向模型提问。"],
+  welcomePlain: ["Write the beginning of a text. The model continues it.", "写下文本的开头，由模型续写。"],
   question: ["Message", "消息"],
   placeholder: ["Write a message. Enter sends, Shift+Enter starts a new line.", "输入消息。回车发送，Shift+回车换行。"],
   send: ["Send", "发送"],
@@ -95,3 +104,22 @@ export const EXAMPLES = {
   en: ["Introduce yourself.", "17+25=?", "What is 256 times 37? Use a tool."],
   zh: ["请介绍一下你自己。", "17+25=?", "用工具计算 256 乘以 37。"],
 } as const;
+
+/** Beginnings of texts, for a model that only continues them. */
+export const BEGINNINGS = {
+  en: ["17+25=", "Large language models are", "Once upon a time"],
+  zh: ["17+25=", "大语言模型是", "从前有一座山，"],
+} as const;
+
+/** What the built-in tools do. Their definitions, which the model reads, are in Chinese. */
+export const TOOLS: Record<string, readonly [en: string, zh: string]> = {
+  calculate_math: ["Evaluates an expression: arithmetic, powers, roots", "计算数学表达式：四则运算、幂、开方"],
+  get_current_time: ["The date and time of a time zone", "某个时区的日期和时间"],
+  random_number: ["A random number of a range", "指定范围内的随机数"],
+  text_length: ["Counts the characters and words of a text", "统计文本的字符数和单词数"],
+  unit_converter: ["Converts units, such as miles to km", "单位换算，例如英里换算为公里"],
+  get_current_weather: ["The weather of a city, from a table", "某个城市的天气（取自固定表格）"],
+  get_exchange_rate: ["The rate of two currencies, from a table", "两种货币的汇率（取自固定表格）"],
+  translate_text: ["Translates a text, from a table", "翻译文本（取自固定表格）"],
+  search: ["Stands for a search engine; finds nothing", "搜索引擎的占位，没有结果"],
+};

@@ -147,11 +147,17 @@ export async function post<T>(path: string, body?: unknown): Promise<T> {
   return (await (await request("POST", path, body ?? {})).json()) as T;
 }
 
+/** Delete what an address stands for. */
+export async function remove(path: string): Promise<void> {
+  await request("DELETE", path);
+}
+
 /** What a page knows of a job from its events. */
 export interface Live {
   job: Job | undefined;
   rows: Row[];
   lines: string[];
+  error: string; // why there are no events, for example because the job does not exist
 }
 
 const MOST_LINES = 5000;
@@ -175,7 +181,7 @@ function visible(): Promise<void> {
  * connection: a browser opens at most six to a server. The next one goes on behind the last event.
  */
 export async function follow(id: string, signal: AbortSignal, changed: (live: Live) => void): Promise<void> {
-  let live: Live = { job: undefined, rows: [], lines: [] };
+  let live: Live = { job: undefined, rows: [], lines: [], error: "" };
   let last = "";
   while (!signal.aborted) {
     await visible();
@@ -195,7 +201,7 @@ export async function follow(id: string, signal: AbortSignal, changed: (live: Li
         changed(live);
       }
     } catch (error) {
-      if (error instanceof ApiError && error.status < 500) return;
+      if (error instanceof ApiError && error.status < 500) return changed({ ...live, error: error.message });
     } finally {
       document.removeEventListener("visibilitychange", end);
       signal.removeEventListener("abort", end);

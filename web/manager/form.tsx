@@ -133,7 +133,7 @@ export function NewJob(props: { info: Info; started: (job: Job) => void }): JSX.
               key={name}
               name={name as Key}
               required={required}
-              empty={name === "data" && !required ? t("sampleData") : t("none")}
+              empty={name === "data" && trains ? t("sampleData") : t("none")}
               value={request[name as "data"]}
               change={(value) => change({ [name]: value })}
             />

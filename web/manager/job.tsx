@@ -1,13 +1,15 @@
 import type { JSX } from "preact";
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { CopyButton } from "../shared/widgets";
-import { ApiError, ENDED, follow, get, post, type Job, type Live, type Plan, type Row, type Sample } from "./api";
+import {
+  ApiError, ENDED, follow, get, post, remove, type FileEntry, type Job, type Live, type Plan, type Row, type Sample,
+} from "./api"; // prettier-ignore
 import { ChartCard } from "./chart";
 import { duration, moment, short } from "./format";
 import { Log } from "./log";
 import { useText, type Key } from "./words";
 
-const NOTHING: Live = { job: undefined, rows: [], lines: [] };
+const NOTHING: Live = { job: undefined, rows: [], lines: [], error: "" };
 const REWARD = "grpo/score/mean";
 const OUTDATED = ["iteration", "consumed_samples", "consumed_tokens", "global_batch_size", "skipped_iterations"];
 
@@ -33,14 +35,16 @@ export function JobPage(props: { id: string; changed: () => void }): JSX.Element
     void follow(props.id, ending.signal, setLive);
     return () => ending.abort();
   }, [props.id]);
-  const { job, rows, lines } = live;
+  const { job, rows, lines, error } = live;
   useEffect(() => {
     props.changed();
   }, [job?.version]);
-  if (!job) return <p class="hint">{props.id}</p>;
+  const problem = error && <p class="notice bad">{error}</p>;
+  if (!job) return <>{problem || <p class="hint">{props.id}</p>}</>;
   return (
     <article class="job">
-      <Head job={job} />
+      {problem}
+      <Head job={job} changed={props.changed} />
       {job.error && <p class="notice bad">{job.error}</p>}
       {job.waits_for.length > 0 && <p class="notice">{t("waitsFor", { jobs: job.waits_for.join(", ") })}</p>}
       <Facts job={job} rows={rows} />
@@ -57,18 +61,28 @@ export function StateBadge(props: { state: Job["state"] }): JSX.Element {
   return <span class={`badge ${props.state}`}>{t(props.state)}</span>;
 }
 
-function Head(props: { job: Job }): JSX.Element {
+function Head(props: { job: Job; changed: () => void }): JSX.Element {
   const { job } = props;
   const t = useText();
   const [error, setError] = useState("");
   const [busy, setBusy] = useState(false);
-  const act = async (what: "stop" | "kill" | "resume" | "chat") => {
+  const erase = async () => {
+    const { path, size_mb } = (await get<{ folder: FileEntry }>(`/api/jobs/${job.id}`)).folder;
+    if (!confirm(t("deleteQuestion", { name: job.name, path, size: size_mb.toFixed(1) }))) return;
+    await remove(`/api/jobs/${job.id}`);
+    location.hash = "#/";
+    props.changed();
+  };
+  const act = async (what: "stop" | "kill" | "resume" | "chat" | "delete") => {
     if (what === "kill" && !confirm(t("killQuestion"))) return;
     setError("");
     setBusy(true);
     try {
-      const found = await post<Job>(`/api/jobs/${job.id}/${what}`);
-      if (what === "chat") location.hash = `#/jobs/${found.id}`;
+      if (what === "delete") await erase();
+      else {
+        const found = await post<Job>(`/api/jobs/${job.id}/${what}`);
+        if (what === "chat") location.hash = `#/jobs/${found.id}`;
+      }
     } catch (problem) {
       setError((problem as ApiError).message);
     }
@@ -111,6 +125,11 @@ function Head(props: { job: Job }): JSX.Element {
         {hasWeights && (
           <button type="button" disabled={busy} title={t("chatHint")} onClick={() => act("chat")}>
             {t("chat")}
+          </button>
+        )}
+        {ended && (
+          <button class="danger" type="button" disabled={busy} onClick={() => act("delete")}>
+            {t("delete")}
           </button>
         )}
       </div>

@@ -89,6 +89,7 @@ function Manager(): JSX.Element {
   }, [hash]);
 
   const [, page = "", argument = ""] = hash.split("/");
+  const compared = marked.filter((id) => jobs.some((job) => job.id === id)); // others are deleted
   const mark = (id: string, is: boolean) => setMarked((old) => (is ? [...old, id] : old.filter((one) => one !== id)));
   return (
     <div class="columns">
@@ -99,9 +100,9 @@ function Manager(): JSX.Element {
         <a class="plain" href="#/" aria-current={page === "" ? "page" : undefined}>
           {t("devices")}
         </a>
-        {marked.length > 1 ? (
-          <a class="button" href={`#/compare/${marked.join(",")}`}>
-            {t("compare")} ({marked.length})
+        {compared.length > 1 ? (
+          <a class="button" href={`#/compare/${compared.join(",")}`}>
+            {t("compare")} ({compared.length})
           </a>
         ) : (
           jobs.length > 1 && <p class="hint">{t("compareHint")}</p>

@@ -77,9 +77,11 @@ export function Compare(props: { ids: string[]; jobs: Job[] }): JSX.Element {
   const t = useText();
   const [rows, setRows] = useState<Record<string, Row[]>>({});
   const [chosen, setChosen] = useState("");
-  const wanted = props.ids.join(",");
+  // Another browser may have deleted one.
+  const wanted = props.ids.filter((id) => props.jobs.some((job) => job.id === id)).join(",");
   useEffect(() => {
     const load = () =>
+      wanted &&
       get<{ jobs: Record<string, Row[]> }>(`/api/compare?jobs=${wanted}`).then(
         (found) => setRows(found.jobs),
         () => undefined,

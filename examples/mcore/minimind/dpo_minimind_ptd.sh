@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Align a MiniMind model with preferences (DPO); the reference is what it begins with.
+# Align a MiniMind model with preferences (DPO). The reference has the initial weights.
 #
 #   bash examples/mcore/minimind/dpo_minimind_ptd.sh                      # after tune_minimind_full_ptd.sh
 #   DATA_PATH=dpo.jsonl TOKENIZER_PATH=tokenizer MODEL=minimind3 CKPT_LOAD_DIR=tuned \
@@ -7,9 +7,8 @@
 #   ... --dpo-loss-type ipo                                               # or hinge; with BACKEND=native simpo too
 #   ... --dry-run                                                         # check everything, train nothing
 #
-# CKPT_LOAD_DIR    the weights to begin with (default: outputs/MODEL/sft/checkpoints)
-# Beta and loss are the recipe's, or --dpo-beta --dpo-loss-type --dpo-label-smoothing --pref-ftx.
-# train.sh has the settings of every training.
+# Settings, which --help describes together with the flags:
+# CKPT_LOAD_DIR
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
 run dpo "$@"

@@ -8,10 +8,8 @@
 #   STAGE=distill TEACHER=minimind2-hf ...                                # a teacher: HF directory or checkpoints
 #   ... --dry-run                                                         # check everything, train nothing
 #
-# CKPT_LOAD_DIR    the weights to begin with (default: what the stage before left in outputs/MODEL)
-# PACK             1: several conversations share a sequence and do not see each other; data that is converted already
-#                  must have been packed then (`--pack --neat-pack`)
-# train.sh has the settings of every training.
+# Settings, which --help describes together with the flags:
+# CKPT_LOAD_DIR PACK TEACHER
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
 run tune "$@"

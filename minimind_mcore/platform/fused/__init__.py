@@ -1,6 +1,6 @@
-"""Fused operations in torch, in place of those of Apex and Transformer Engine.
+"""Fused operations in plain torch, which replace those of Apex and Transformer Engine.
 
-Without these two megatron-core runs each operation of a chain by itself, and autograd keeps and copies what lies
-between. Here a chain is one node of autograd's graph. `platform/patches.py` puts the operations where megatron-core
-looks for the fused ones. Results differ from those of the unfused chains in the order of additions only.
+Without Apex or Transformer Engine, megatron-core runs each operation separately, and autograd stores the intermediate
+tensors. Here a chain of operations is one node of the autograd graph. `platform/patches.py` installs the operations
+where megatron-core looks for fused ones. Results differ from the unfused chains only in the order of additions.
 """

@@ -1,4 +1,4 @@
-"""AdamW as Megatron expects it of Apex or Transformer Engine, on torch's own fused kernel."""
+"""AdamW with the interface of Apex's FusedAdam that Megatron expects, on torch's fused kernel."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 class FusedAdam(torch.optim.Optimizer):
     """AdamW (decoupled weight decay) that keeps `step` in its parameter groups.
 
-    Megatron's distributed optimizer and its checkpoints are written for the optimizers of Apex and
-    Transformer Engine, whose state per parameter is `exp_avg` and `exp_avg_sq` alone; torch's has a
-    third entry, `step`, on which they fail. MindSpeed's is as Apex's, so checkpoints agree too.
+    Megatron's distributed optimizer and checkpoints expect the state of Apex and Transformer Engine: only `exp_avg` and
+    `exp_avg_sq` per parameter. torch's AdamW has a third entry, `step`, with which Megatron fails. MindSpeed has the
+    same state as Apex, so its checkpoints are compatible.
     """
 
     def __init__(
@@ -27,16 +27,16 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("FusedAdam decays weights as AdamW does; Adam's L2 regularisation is not implemented")
-        if capturable:  # megatron-core 0.17 and later ask, for CUDA graphs
-            raise ValueError("FusedAdam counts its steps on the host; a CUDA graph cannot capture it")
+            raise ValueError("FusedAdam: adam_w_mode=False (Adam with L2 regularisation) is not implemented; use AdamW")
+        if capturable:  # megatron-core 0.17 and later set this for CUDA graphs
+            raise ValueError("FusedAdam: capturable=True (CUDA graphs) is not supported: the host counts the steps")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1  # MindSpeed 2.2.0 saves a tensor
+            group["step"] = int(group.get("step", 0)) + 1  # int(): MindSpeed 2.2.0 saves a tensor
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue

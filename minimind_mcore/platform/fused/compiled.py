@@ -1,9 +1,9 @@
-"""What torch.compile makes of a model on a GPU: each layer, and the loss.
+"""Compile the layers and the loss of a model with torch.compile on a GPU.
 
-torch's eager operations read and write a tensor each; between the matrix products of a small model these took two
-thirds of a step on an H200. Compiled one by one they are fast, but a call of a compiled function costs the host 0.1 ms,
-and the GPU waits for it. Therefore a whole layer is compiled: all layers of a model share one graph
-(docs/benchmarks.md). `TORCH_COMPILE_DISABLE=1` turns this off.
+Eager operations read and write a whole tensor each. In a small model the operations between the matrix products took
+two thirds of a step on an H200. Compiling each operation separately does not help: a call of a compiled function costs
+0.1 ms on the host, and the GPU waits for the host. Therefore a whole layer is compiled. All layers of a model share one
+graph (docs/benchmarks.md). `TORCH_COMPILE_DISABLE=1` turns compilation off.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.autograd.function import once_differentiable
 
 @functools.cache
 def usable() -> bool:
-    """Whether torch.compile can make kernels here: for CUDA it needs Triton, a C compiler and Python's headers."""
-    # torch's own ways of turning it off.
+    """Return whether torch.compile works here: it needs a GPU, Triton, a C compiler and Python's headers."""
+    # torch's own environment variables that turn compilation off.
     if any(os.environ.get(name, "0") == "1" for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
         return False
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "cc", "clang"))
     has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    # On an NPU torch.cuda answers for the NPU, but torch is built for neither CUDA nor ROCm. On a CPU `device.setup()`
-    # has made torch.cuda answer no. device.py imports this module through patches.py, so it cannot be asked here.
+    # torch.cuda.is_available() is not enough: on an NPU torch.cuda reports the NPU, but torch is built for neither CUDA
+    # nor ROCm. device.py imports this module through patches.py, so this module cannot import device.py.
     built = torch.version.cuda or torch.version.hip
     if not (built and torch.cuda.is_available() and has_compiler and has_headers):
         return False
@@ -43,9 +43,9 @@ def usable() -> bool:
 def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
     """Compile the layers of a dense model.
 
-    How many tokens an expert gets is not known in advance, so mixtures stay as they are: compiling their attention
-    alone gained nothing. So do layers that the compiler would have to cut: with tensor parallelism, frozen
-    weights (LoRA), dropout of attention (it has random states of its own), Transformer Engine or recomputation.
+    Mixtures of experts are not compiled: the number of tokens per expert is not known in advance, and compiling only
+    their attention gained nothing. Layers with a graph break are not compiled either: layers with tensor parallelism,
+    frozen weights (LoRA), attention dropout (which has its own random state), Transformer Engine or recomputation.
     """
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -93,13 +93,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """As `elementwise.swiglu`, for the compiler; `x` stays as it is."""
+    """`elementwise.swiglu` for the compiler. `x` is not overwritten."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `elementwise.rotate`, for the compiler."""
+    """`elementwise.rotate` for the compiler."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
@@ -107,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return `-log softmax(logits)` at the labels, fp32, for logits whose vocabulary is split over the TP group.
 
-    No fp32 copy of the logits is made: each of the three passes over them computes in registers.
+    No fp32 copy of the logits is made: each of the three passes over the logits computes in registers.
 
     Args:
         logits: [sequence, batch, vocabulary / TP].
@@ -119,17 +119,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled. Not a decorator: torch.compile imports its compiler, which takes seconds."""
+    """Return `function` compiled. This is not a decorator, because torch.compile imports its compiler for seconds."""
     return torch.compile(function)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., n] as [rows, n]."""
+    """Reshape [..., n] to [rows, n]."""
     return _dynamic(x.reshape(-1, x.shape[-1]))
 
 
 def _dynamic(x: Tensor) -> Tensor:
-    """Have one kernel serve any size of `x` but that of its last axis, whose kernels differ by more than a bound."""
+    """Mark all axes of `x` except the last as dynamic, so that one kernel serves all sizes. The last axis is static."""
     import torch._dynamo
 
     for axis in range(x.dim() - 1):
@@ -145,7 +145,7 @@ class _CrossEntropy(torch.autograd.Function):
 
         group: Any = parallel_state.get_tensor_model_parallel_group()
         rows = _rows(logits)
-        # Ids of this rank's part of the vocabulary; others are found nowhere.
+        # Label ids relative to this rank's shard of the vocabulary. Labels of other ranks are out of range.
         local = _dynamic((labels.reshape(-1, 1) - dist.get_rank(group) * logits.shape[-1]).contiguous())
         largest = _dynamic(compiled(_largest)(rows))
         if dist.get_world_size(group) > 1:
@@ -167,12 +167,12 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """[rows, 1]."""
+    """Return the largest logit of each row, [rows, 1]."""
     return rows.amax(-1, keepdim=True).float()
 
 
 def _sums(rows: Tensor, local: Tensor, largest: Tensor) -> Tensor:
-    """[2, rows, 1]: the sum of exp(logit - largest), and the logit of the label, 0 if it is another rank's."""
+    """Return the sum of exp(logit - largest) and the logit of the label (0 on other ranks), stacked, [2, rows, 1]."""
     wide = rows.float()
     labelled = torch.where(_is_label(rows, local), wide, 0.0)
     return torch.stack([(wide - largest).exp().sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)])

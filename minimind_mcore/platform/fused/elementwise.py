@@ -1,7 +1,7 @@
-"""RMSNorm, SwiGLU and rotary embedding, each as one node of autograd's graph; for torch.compile their formulas.
+"""RMSNorm, SwiGLU and rotary embedding, each as one node of the autograd graph. torch.compile gets the plain formulas.
 
-An eager backward pass of such a chain costs many times its arithmetic in memory traffic: one tensor an
-operation, a copy for every `chunk`. These save the input alone and write into their results.
+The eager backward pass of such a chain is limited by memory traffic: each operation writes a tensor, and each `chunk`
+makes a copy. The functions here save only their input and write into their results.
 """
 
 from __future__ import annotations
@@ -18,41 +18,46 @@ from minimind_mcore.platform.fused import compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of `x` [..., n], in fp32; `weight` is [n]."""
+    """Return `weight * x / sqrt(mean(x^2) + eps)`, over the last axis of `x` [..., n], in fp32. `weight` is [n]."""
     if torch.compiler.is_compiling():
         return compiled.rms_norm(x, weight, eps)
     if ascend.operators():
         return ascend.rms_norm(x, weight, eps)
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu":
         return _apply(_RMSNorm, x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` [..., n] of `x` [..., 2 n], gate before up.
+    """Return `silu(gate) * up` [..., n], where `x` [..., 2 n] is gate and up.
 
-    The backward pass overwrites `x`, so nothing else may need it, and there is one such pass only.
+    The backward pass overwrites `x`. Therefore no other operation may need `x`, and backward can run only once.
     """
     if torch.compiler.is_compiling():
         return compiled.swiglu(x)
-    if x.numel() and ascend.operators():  # CANN refuses the empty input of an expert without tokens
+    if x.numel() and ascend.operators():  # CANN rejects empty input (an expert without tokens)
         return ascend.swiglu(x)
     return _apply(_SwiGLU, x)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + n/2) of the last axis of `x` [sequence, ..., n] by an angle of its own.
+    """Rotate each pair (i, i + n/2) of the last axis of `x` [sequence, ..., n] by its own angle.
 
     Args:
         x: queries or keys.
-        cos: cosines of the n/2 angles, of a shape that broadcasts to x's halves.
-        sin: their sines.
+        cos: cosines of the n/2 angles, broadcastable to the halves of `x`.
+        sin: sines of the same angles.
     """
     if torch.compiler.is_compiling():
         return compiled.rotate(x, cos, sin)
     if ascend.operators():
         return ascend.rotate(x, cos, sin)
     return _apply(_Rotary, x, cos, sin)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a CPU computes with `x`: fp32 for half precision, else the dtype of `x`."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _apply(function: Any, *args: Any) -> Tensor:
@@ -63,20 +68,23 @@ def _apply(function: Any, *args: Any) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = x.to(wide_dtype(x))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        rows = (grad * x).view(-1, x.shape[-1])
+        narrow, narrow_weight, scale = ctx.saved_tensors
+        grad, x, weight = (tensor.to(scale.dtype) for tensor in (grad, narrow, narrow_weight))
+        rows = (grad * x).reshape(-1, x.shape[-1])
         weight_grad = torch.mv(rows.t(), scale.view(-1))
         # d scale / dx = -scale^3 x / n
         along = torch.mv(rows, weight).view_as(scale).mul_(scale.pow(3)).div_(x.shape[-1])
-        return (grad * weight).mul_(scale).addcmul_(x, along, value=-1), weight_grad, None
+        x_grad = (grad * weight).mul_(scale).addcmul_(x, along, value=-1)
+        return x_grad.to(narrow.dtype), weight_grad.to(narrow_weight.dtype), None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -90,9 +98,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # The gradient takes x's place: writing as much memory anew costs more than the arithmetic.
+        # The gradient is written into x, because allocating and writing new memory costs more than the arithmetic.
         if ctx.used:
-            raise RuntimeError("SwiGLU has no second backward pass: the first one overwrites what it needs")
+            raise RuntimeError(
+                "SwiGLU has no second backward pass, because the first backward pass overwrites the input"
+            )
         ctx.used = True
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
@@ -117,8 +127,11 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    narrow = x.dtype
+    if x.device.type == "cpu":  # on a CPU torch's addcmul is six times slower in bf16 than in fp32
+        x, cos, sin = (tensor.to(wide_dtype(tensor)) for tensor in (x, cos, sin))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (left, right), (out_left, out_right) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(left, cos, out=out_left).addcmul_(right, sin, value=-direction)
     torch.mul(right, cos, out=out_right).addcmul_(left, sin, value=direction)
-    return out
+    return out.to(narrow)

@@ -1,7 +1,7 @@
-"""A linear layer for weights that stay the same over many calls, as in generation.
+"""A linear layer for weights that do not change over many calls, as in generation.
 
-On a CPU oneDNN reads a weight in blocks of its own order. `F.linear` gives MKL the plain order, which MKL brings into
-blocks at each call: at a batch of 16 that takes longer than the product.
+On a CPU the weight is stored once in oneDNN's blocked layout. `F.linear` uses MKL, which reorders the weight at each
+call. At a batch size of 16 reordering takes longer than the product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Linear:
-    """`x weight^T + bias`.
+    """Compute `x weight^T + bias`.
 
     Args:
         weight: [out, in].
@@ -25,10 +25,10 @@ class Linear:
         self.pack()
 
     def pack(self) -> None:
-        """Copy the weight into oneDNN's order; to be called when the weight has changed. Elsewhere: do nothing."""
+        """Copy the weight to oneDNN's layout (fp32 on a CPU only). Call this after the weight has changed."""
         on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
         if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            # The operators that torch.compile takes for frozen weights; torch has no public name for them.
+            # torch.compile uses these operators for frozen weights. torch has no public API for them.
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:

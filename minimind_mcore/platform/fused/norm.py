@@ -1,4 +1,4 @@
-"""The norms of MiniMind's layers."""
+"""RMSNorm for MiniMind's layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from minimind_mcore.platform.fused.elementwise import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32 and rounded once.
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, computed in fp32 and rounded once.
 
-    That is minimind-3's order. MiniMind2 rounds to half precision before it multiplies with the
-    weight; in float32 there is no difference.
+    minimind-3 rounds in the same place. MiniMind2 rounds to half precision before multiplying by the weight. In fp32
+    both are equal.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each rank sees a part of the sequence: Megatron must add up the weight's gradients.
+        # With sequence parallelism each rank sees a part of the sequence, so Megatron must sum the weight's gradients.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class Norm:
-    """The norm of this platform."""
+    """Construct the RMSNorm of this platform: the Ascend kernel on an NPU, else `RMSNorm`."""
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         if ascend.active():

@@ -1,4 +1,4 @@
-"""The actor's loss of one micro-batch: policy, distance to the reference, entropy."""
+"""The actor's loss of one micro-batch: policy loss, KL term and entropy term."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def actor_loss(
     total: Tensor | float | None = None,
     tokens: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """L = mean of the policy's loss + kl_coef * mean KL - entropy_coef * mean entropy of a token.
+    """Return L = mean policy loss + kl_coef * mean KL - entropy_coef * mean entropy, and its metrics.
 
     Args:
         algorithm: a row of `table.ALGORITHMS`.
-        logp: [B, T] with gradient; the other tensors [B, T] as in `policy_loss`.
+        logp: [B, T] with gradient. The other tensors [B, T] are those of `policy_loss`.
         advantages: [B, T].
         mask: [B, T].
         old_logp: see `policy_loss`.
-        ref_logp: the reference's; needed where the algorithm has its KL in the loss.
+        ref_logp: log-probabilities of the reference model. Required if the algorithm has a KL term in the loss.
         rollout_logp: see `policy_loss`.
-        entropy: [B, T], with gradient where `entropy_coef` is not 0; None where it is not wanted.
-        kl_coef: the coefficient now (`kl.Controller.value`); the algorithm's where it is None.
+        entropy: [B, T], with gradient if `entropy_coef` is not 0. None leaves out the entropy term and its metric.
+        kl_coef: the current coefficient (`kl.Controller.value`). None takes the algorithm's.
         entropy_coef: weight of the entropy.
         tis_cap: see `policy_loss`.
         length: see `aggregate`.
-        total: see `aggregate`; the losses, the divergence and the entropy are then this part's share.
-        tokens: number of response tokens in the whole mini-batch, needed with `total` where the aggregation counts
-            answers: the entropy is a mean over tokens whatever the aggregation is.
+        total: see `aggregate`. With `total` the loss, the KL divergence and the entropy are shares of the mini-batch.
+        tokens: number of response tokens of the whole mini-batch. Required with `total` if the aggregation counts
+            responses, because the entropy is always a mean over tokens.
 
     Returns:
-        The loss, a scalar, and detached scalars by MindSpeed-RL's names: `actor/pg_loss` (of the policy alone),
+        The loss, a scalar, and detached scalars with MindSpeed-RL's names: `actor/pg_loss` (the policy loss alone),
         `actor/pg_clipfrac`, `actor/ppo_kl`, `actor/kl_loss`, `actor/entropy`.
     """
 
@@ -65,8 +65,8 @@ def actor_loss(
         loss = loss + (algorithm.kl_coef if kl_coef is None else kl_coef) * divergence
         stats["actor/kl_loss"] = divergence.detach()
     if entropy is not None:
-        # A mean over tokens whatever the policy's loss is, as in MindSpeed-RL and TRL. With `tokens` it does not depend
-        # on how the mini-batch is cut into micro-batches; a mean of this part, weighted by its answers, does.
+        # MindSpeed-RL and TRL average the entropy over tokens, whatever the aggregation of the policy loss. Dividing by
+        # `tokens` makes the result independent of the micro-batch size. Weighting micro-batches by responses would not.
         share = 1.0 if total is None else denominator(mask, algorithm.aggregation) / total
         bonus = masked_mean(entropy, mask) * share if tokens is None else masked_sum(entropy, mask) / tokens
         loss = loss - entropy_coef * bonus

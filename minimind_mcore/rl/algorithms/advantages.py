@@ -1,4 +1,4 @@
-"""How much better an answer was than expected: the weight of its tokens in the policy loss.
+"""Advantages: by how much the reward of a response exceeds the expected reward.
 
 | advantage | expectation                                            | source                                     |
 |-----------|--------------------------------------------------------|--------------------------------------------|
@@ -23,7 +23,7 @@ from minimind_mcore.rl.algorithms.masked import whiten
 from minimind_mcore.rl.registry import register
 
 Spread = Literal["unbiased", "biased", "none"]
-# The deviation's correction (degrees of freedom) and what is added to it; None does not divide.
+# Degrees of freedom of the standard deviation, and the eps added to it. None: no division.
 # Functions (rewards [B], mask [B, T], n_samples, *, spread) -> advantages [B, T].
 Advantage = Callable[..., Tensor]
 ADVANTAGES: dict[str, Advantage] = {}
@@ -34,14 +34,14 @@ _SPREADS: dict[Spread, tuple[int, float] | None] = {"unbiased": (1, 1e-6), "bias
 def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread = "unbiased") -> Tensor:
     """GRPO: A = (r - mean) / (std + eps) within the samples of a prompt, the same for every token.
 
-    A group whose answers all score alike has nothing to teach: its advantages are 0 (see `groups`).
+    If all samples of a prompt have the same reward, their advantages are 0 and the group has no gradient.
 
     Args:
         rewards: [B], the `n_samples` of one prompt next to each other.
         mask: [B, T].
-        n_samples: samples of a prompt, B is a multiple of it.
-        spread: "unbiased" (MindSpeed-RL: sample deviation, eps 1e-6), "biased" (MiniMind: population deviation,
-            eps 1e-4) or "none" (Dr.GRPO: not divided, so that easy and hard prompts count alike).
+        n_samples: samples of a prompt. B is a multiple of this number.
+        spread: "unbiased" (MindSpeed-RL: sample standard deviation, eps 1e-6), "biased" (MiniMind: population
+            standard deviation, eps 1e-4) or "none" (Dr.GRPO: no division, so that easy and hard prompts weigh alike).
 
     Returns:
         [B, T] in float32, 0 outside the mask. Computed in float64.
@@ -49,7 +49,7 @@ def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread 
     scores = rewards.double().view(-1, n_samples)
     centred = scores - scores.mean(dim=1, keepdim=True)
     division = _SPREADS[spread]
-    # One sample has no sample deviation, and no advantage either.
+    # The sample standard deviation of one sample is undefined. Its advantage is 0 anyway.
     if division is not None and n_samples > 1:
         correction, eps = division
         centred = centred / (scores.std(dim=1, correction=correction, keepdim=True) + eps)
@@ -58,7 +58,7 @@ def group_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread 
 
 @register("rloo", ADVANTAGES)
 def leave_one_out(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread = "none") -> Tensor:
-    """RLOO: A = r - mean of the prompt's other samples; arguments and result as in `group_norm`."""
+    """RLOO: A = r - mean of the prompt's other samples. Arguments and result are those of `group_norm`."""
     scores = rewards.double().view(-1, n_samples)
     others = (scores.sum(dim=1, keepdim=True) - scores) / (n_samples - 1)
     return per_token((scores - others).view(-1), mask)
@@ -71,12 +71,12 @@ def batch_norm(rewards: Tensor, mask: Tensor, n_samples: int, *, spread: Spread 
 
 
 def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
-    """[B] advantages of whole answers as [B, T] of their tokens, float32."""
+    """Expand one advantage per response [B] to its tokens [B, T], in float32."""
     return advantages.float().unsqueeze(1) * mask
 
 
 def at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
-    """[B] rewards of whole answers as [B, T]: on the last token that counts, 0 elsewhere."""
+    """Place the reward of each response [B] on its last token of the mask, [B, T] with 0 elsewhere."""
     counts = mask.long().cumsum(dim=1)
     last = (counts == counts[:, -1:]) & mask.bool()
     return last * rewards.float().unsqueeze(1)
@@ -91,18 +91,18 @@ def gae(
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lam A_{t+1}
 
-    Tokens that do not count (a tool's answer between two of the model's turns) are stepped over.
+    Tokens outside the mask (a tool's result between two turns of the model) are skipped.
 
     Args:
-        rewards: [B, T], of each token (`at_last_token`, less the penalty of `kl.in_reward`).
-        values: [B, T], the critic's, of the state before each token.
+        rewards: [B, T], the reward of each token: `at_last_token`, minus the KL penalty of `kl.in_reward`.
+        values: [B, T], the critic's value of the state before each token.
         mask: [B, T].
-        gamma: discount of what comes later.
-        lam: 0 trusts the critic, 1 the rewards.
-        whitened: advantages of the batch with mean 0 and variance 1, as MindSpeed-RL always does.
+        gamma: discount factor.
+        lam: lambda of GAE. 0 uses the critic's one-step estimate, 1 the sum of rewards.
+        whitened: normalize the advantages of the batch to mean 0 and variance 1, as MindSpeed-RL always does.
 
     Returns:
-        Advantages [B, T] and returns [B, T] (what the critic should have said), both 0 outside the mask.
+        Advantages [B, T] and returns [B, T] (the critic's targets), both 0 outside the mask.
     """
     mask = mask.to(values.dtype)
     advantage = torch.zeros_like(values[:, 0])
@@ -120,25 +120,27 @@ def gae(
 
 @dataclass
 class Baseline:
-    """SPO: one answer per prompt, and a running mean of all answers as the expectation.
+    """SPO: one response per prompt, with a running mean over all responses as the baseline.
 
-    The baseline is the mean of a Beta distribution whose counts fade: the further the policy has moved since, the
-    faster (MiniMind-Ascend's train_spo.py; after single-stream policy optimization, arXiv 2509.13232).
+    The baseline is the mean of a Beta distribution. Its counts decay with the change of the policy since the last batch
+    (MiniMind-Ascend's train_spo.py, after single-stream policy optimization, arXiv 2509.13232).
 
         rho      = clip(2^(-|change of mean logp| / half_life), low, high)
         alpha    = rho alpha + mean reward, scaled from [-scale, scale] to [0, 1]
-        beta     = rho beta + 1 - the same
+        beta     = rho beta + 1 - the scaled mean reward
         baseline = alpha / (alpha + beta), scaled back
         A        = clip(r - baseline, -5, 5)
 
     Attributes:
         scale: rewards lie in [-scale, scale].
-        half_life: change of the mean log-probability at which the past counts half.
-        low: smallest share of the past that is kept; high: greatest.
-        first_rho: the share at the first update, when no change is known.
-        cap: advantages are cut to +-cap.
-        alpha: what spoke for the greatest reward; beta: for the smallest. Both begin at 1 / (1 - low) / 2.
-        mean_logp: of the batch before.
+        half_life: change of the mean log-probability that halves the weight of earlier batches.
+        low: smallest value of rho.
+        high: greatest value of rho.
+        first_rho: rho of the first update, which has no earlier log-probability to compare with.
+        cap: advantages are clipped to [-cap, cap].
+        alpha: decayed count of high rewards. Starts at 1 / (1 - low) / 2.
+        beta: decayed count of low rewards. Starts at the same value.
+        mean_logp: mean log-probability of the last batch.
     """
 
     scale: float = 3.0
@@ -153,17 +155,17 @@ class Baseline:
 
     @property
     def value(self) -> float:
-        """The expected reward, in [-scale, scale]."""
+        """Return the expected reward, in [-scale, scale]."""
         return (2 * self.alpha / (self.alpha + self.beta) - 1) * self.scale
 
     def advantages(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        """[B, T] from rewards [B] and mask [B, T], against the answers before this batch."""
+        """Return the advantages [B, T] of rewards [B], against the baseline of the earlier batches."""
         return per_token((rewards - self.value).clamp(-self.cap, self.cap), mask)
 
     def update(self, mean_reward: float, mean_logp: float) -> float:
-        """Take in a batch: its mean reward, and the mean log-probability of its tokens. Returns rho.
+        """Update the baseline with a batch and return rho.
 
-        The means are those of the whole batch: of all data-parallel ranks.
+        Both means are over the whole batch, that is over all data-parallel ranks.
         """
         rho = self.first_rho
         if self.mean_logp is not None:
@@ -175,10 +177,10 @@ class Baseline:
         return rho
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {name: asdict(self)[name] for name in ("alpha", "beta", "mean_logp")}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore the state of `state_dict`."""
         for name, value in state.items():
             setattr(self, name, value)

@@ -11,27 +11,27 @@ from minimind_mcore.errors import UserError
 
 
 def uneven(prompts: int, mini_batch_size: int) -> str | None:
-    """Say that mini-batches of a size do not divide the prompts of a step; None if they do."""
+    """Return a message if the mini-batch size does not divide the prompts of a step, else None."""
     if mini_batch_size > 0 and prompts % mini_batch_size == 0:
         return None
     return (
-        f"found {mini_batch_size}, expected a divisor of global_batch_size {prompts} (it counts prompts, not "
-        "responses: MindSpeed-RL multiplies it by n_samples_per_prompt)"
+        f"found {mini_batch_size}, expected a divisor of global_batch_size {prompts} (mini_batch_size counts prompts, "
+        "not responses: MindSpeed-RL multiplies it by n_samples_per_prompt)"
     )
 
 
 def mini_batches(
     prompts: int, n_samples: int, mini_batch_size: int, epochs: int = 1, shuffle: bool = False, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Row numbers of each mini-batch, one optimizer step each; each epoch sees every response once.
+    """Yield the row numbers of each mini-batch (one optimizer step). An epoch contains every response once.
 
     Args:
         prompts: prompts of the step (`global_batch_size`).
         n_samples: responses of a prompt (`n_samples_per_prompt`), neighbours in the batch.
-        mini_batch_size: prompts of a mini-batch, as MindSpeed-RL means it: it holds so many times n_samples rows.
-        epochs: passes over the experience.
-        shuffle: responses in a new order each epoch (`shuffle_mini_batch`), the same on every rank.
-        seed: of that order; give another one each step.
+        mini_batch_size: prompts of a mini-batch, as in MindSpeed-RL. A mini-batch has n_samples rows per prompt.
+        epochs: passes over the responses of the step.
+        shuffle: draw a new order of the responses each epoch (`shuffle_mini_batch`), the same on every rank.
+        seed: seed of that order. Pass another seed each step.
 
     Yields:
         [mini_batch_size * n_samples] int64.
@@ -48,13 +48,13 @@ def mini_batches(
 
 
 def token_batches(lengths: Sequence[int], budget: int, rows: int | None = None, unit: int = 1) -> list[list[int]]:
-    """Cut rows into micro-batches of at most `budget` tokens, padding included.
+    """Split rows into micro-batches of at most `budget` tokens, padding included.
 
     Args:
-        lengths: tokens of each row, rows of a similar length next to each other.
-        budget: number of rows times the longest row of a micro-batch, at most; a longer row is alone.
-        rows: of a micro-batch, at most; None: any number.
-        unit: the number of micro-batches is a multiple of it, and so must be the number of rows.
+        lengths: tokens of each row, sorted by length.
+        budget: maximum of rows times the longest row in a micro-batch. A row that is longer gets its own micro-batch.
+        rows: maximum number of rows of a micro-batch. None: no maximum.
+        unit: the number of micro-batches is a multiple of `unit`. The number of rows must be one too.
 
     Returns:
         Row numbers of each micro-batch.

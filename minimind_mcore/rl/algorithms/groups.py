@@ -1,7 +1,7 @@
-"""Groups of answers to one prompt: what they look like, and which are worth training on.
+"""Groups of responses to one prompt: their statistics, and which groups to train on.
 
-A group whose answers all score alike has advantages of 0 and only dilutes the batch. DAPO (arXiv 2503.14476) samples
-on until the batch is full of groups that differ ("dynamic sampling").
+If all responses of a group have the same reward, their advantages are 0 and the group only dilutes the batch. DAPO
+(arXiv 2503.14476) keeps sampling until the batch is full of groups with different rewards ("dynamic sampling").
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ class Groups:
 
     Attributes:
         keep: [G] bool.
-        reasons: why each of the others is left out, counted: `all_right`, `all_wrong`, and `all_same` (alike, and
-            neither, or it is not known which).
+        reasons: number of dropped groups by reason: `all_right`, `all_wrong`, or `all_same` (equal rewards that are
+            neither, or the score of a right or wrong answer is not defined).
     """
 
     keep: Tensor
     reasons: Counter[str]
 
     def rows(self, n_samples: int) -> Tensor:
-        """[B] bool: the responses of the groups that are kept."""
+        """Return [B] bool: the responses of the groups to train on."""
         return self.keep.repeat_interleave(n_samples)
 
 
 def select(metric: Tensor, n_samples: int, right: float | None = None, wrong: float | None = None) -> Groups:
-    """Keep the groups whose metric differs (std > 0); a group of one is kept, as MindSpeed-RL does.
+    """Keep the groups whose metric differs (std > 0). A group of one response is kept, as in MindSpeed-RL.
 
     Args:
         metric: [B], `filter_groups_metric` of MindSpeed-RL, such as the score of `acc`.
         n_samples: samples of a prompt.
-        right: the score of a right answer, for the reasons; None: no score is.
-        wrong: the score of a wrong answer, or more than that of the worst; None: no score is.
+        right: score of a right answer, used for the reasons. None: not defined.
+        wrong: greatest score of a wrong answer, used for the reasons. None: not defined.
     """
     groups = metric.double().view(-1, n_samples)
     low, high = groups.amin(dim=1), groups.amax(dim=1)
@@ -50,7 +50,7 @@ def select(metric: Tensor, n_samples: int, right: float | None = None, wrong: fl
 
 
 def statistics(rewards: Tensor, n_samples: int) -> dict[str, float]:
-    """Metrics of the groups: their spread, the share without any, and the share of prompts with a best answer."""
+    """Return metrics of the groups: spread, share of groups without spread, share of prompts with a best response."""
     groups = rewards.double().view(-1, n_samples)
     spread = groups.std(dim=1, correction=0)
     return {

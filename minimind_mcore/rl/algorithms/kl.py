@@ -1,6 +1,6 @@
-"""How far the policy has moved from the reference model, and what that costs.
+"""KL divergence of the policy from the reference model, and the coefficient of its penalty.
 
-With d = log pi(token) - log pi_ref(token), of a token that pi drew (Schulman, "Approximating KL divergence", 2020):
+With d = log pi(token) - log pi_ref(token) of a token sampled from pi (Schulman, "Approximating KL divergence", 2020):
 
 | kind       | estimate of the divergence    | aliases        |                                                     |
 |------------|-------------------------------|----------------|-----------------------------------------------------|
@@ -28,7 +28,7 @@ KINDS = ("k1", "k2", "k3", "abs")
 
 
 def kind_of(name: str) -> str:
-    """The kind of that name or alias; `UserError` with the nearest name where there is none."""
+    """Return the kind of a name or alias. A `UserError` suggests the nearest name."""
     kind = ALIASES.get(name, name)
     if kind not in KINDS:
         known = [*KINDS, *ALIASES]
@@ -38,7 +38,7 @@ def kind_of(name: str) -> str:
 
 
 def kl(logp: Tensor, ref_logp: Tensor, kind: str = "low_var_kl") -> Tensor:
-    """Estimate of the divergence from the reference, of each token; shapes [B, T]. Names: see the module's table."""
+    """Estimate the KL divergence from the reference model per token, shapes [B, T]. `kind`: see the module's table."""
     match kind_of(kind):
         case "k1":
             return logp - ref_logp
@@ -52,20 +52,20 @@ def kl(logp: Tensor, ref_logp: Tensor, kind: str = "low_var_kl") -> Tensor:
 
 
 def in_reward(rewards: Tensor, divergence: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """PPO with the penalty in the reward: r_t - coefficient KL_t; all [B, T]."""
+    """Return the reward per token minus the KL penalty: r_t - coefficient KL_t, all [B, T]."""
     return rewards - coefficient * torch.where(mask.bool(), divergence, torch.zeros_like(divergence))
 
 
 @dataclass
 class Controller:
-    """The penalty's coefficient: fixed, or moved so that the divergence stays near a target (arXiv 1909.08593).
+    """The coefficient of the KL penalty: fixed, or adapted to keep the divergence near a target (arXiv 1909.08593).
 
         coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon
 
     Attributes:
-        value: the coefficient now (`init_kl_coef`).
-        target: divergence to keep (`kl_target`); None leaves the coefficient fixed (`kl_ctrl_type: fixed`).
-        horizon: responses over which the coefficient can change by its own size (`kl_horizon`).
+        value: the current coefficient (`init_kl_coef` at the start).
+        target: the target divergence (`kl_target`). None keeps the coefficient fixed (`kl_ctrl_type: fixed`).
+        horizon: number of responses after which the coefficient can have doubled (`kl_horizon`).
     """
 
     value: float
@@ -73,15 +73,15 @@ class Controller:
     horizon: float = 1000
 
     def update(self, divergence: float, n: int) -> None:
-        """Move the coefficient after `n` responses with a mean divergence of `divergence`."""
+        """Adapt the coefficient after `n` responses whose mean KL divergence is `divergence`."""
         if self.target is not None:
             error = min(max(divergence / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * n / self.horizon
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore the state of `state_dict`."""
         self.value = state["value"]

@@ -1,24 +1,24 @@
-"""Policy and value losses, per token, and how tokens are averaged.
+"""Policy and value losses per token, and their aggregation over tokens.
 
 With the ratio rho = exp(logp - old_logp) and the advantage A of each token:
 
 | kind      | loss of a token                                        | source                                       |
 |-----------|--------------------------------------------------------|----------------------------------------------|
 | clip      | max(-A rho, -A clip(rho, 1 - low, 1 + high))           | PPO, 1707.06347; low != high: DAPO, 2503.14476 |
-| gspo      | clip, with the response's ratio in place of rho        | GSPO, 2507.18071                             |
+| gspo      | clip, with the ratio of the response as rho            | GSPO, 2507.18071                             |
 | cispo     | -stop(min(rho, high)) A logp                           | MiniMax-M1, 2506.13585; MiniMind's default   |
-| reinforce | -A logp                                                | SPO as MiniMind-Ascend runs it: one update   |
+| reinforce | -A logp                                                | SPO in MiniMind-Ascend, with a single update |
 
 The ratio of a response is exp(mean over its tokens of logp - old_logp). Every log-ratio is clamped to +-20, as in verl:
-beyond that exp would overflow in half precision and one token would decide the update. Dual clip (1912.09729) limits
-the loss of a token with a negative advantage to -A c.
+above that exp overflows in half precision, and one token would dominate the update. Dual clip (1912.09729) limits the
+loss of a token with a negative advantage to -A c.
 
 | aggregation             | loss of a batch                                               | used by             |
 |-------------------------|---------------------------------------------------------------|---------------------|
-| token-mean              | mean over all tokens: long answers weigh more                 | MindSpeed-RL, DAPO  |
-| seq-mean-token-mean     | mean over answers of their token means: all answers weigh alike | GRPO, MiniMind    |
-| seq-mean-token-sum      | mean over answers of their token sums                         |                     |
-| seq-mean-token-sum-norm | the same divided by a constant length: all tokens weigh alike | Dr.GRPO, 2503.20783 |
+| token-mean              | mean over all tokens: long responses weigh more               | MindSpeed-RL, DAPO  |
+| seq-mean-token-mean     | mean over responses of their token means: responses weigh alike | GRPO, MiniMind    |
+| seq-mean-token-sum      | mean over responses of their token sums                       |                     |
+| seq-mean-token-sum-norm | the previous divided by a constant length: tokens weigh alike | Dr.GRPO, 2503.20783 |
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from minimind_mcore.rl.registry import lookup, register
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Stats = dict[str, Tensor]
-# Functions (logp, old_logp, advantages, mask, *, clip_low, clip_high) -> (loss of each token, whether it is cut).
+# Functions (logp, old_logp, advantages, mask, *, clip_low, clip_high) -> (loss per token, whether it is clipped).
 PolicyLoss = Callable[..., tuple[Tensor, Tensor]]
 POLICY_LOSSES: dict[str, PolicyLoss] = {}
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    """Clamp log-ratios to +-20; see the module's docstring."""
+    """Clamp log-ratios to +-20 so that exp cannot overflow."""
     return log_ratio.clamp(-20, 20)
 
 
 def _clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """The smaller gain of the ratio and of the clipped ratio, and where it is the clipped one."""
+    """Return the larger loss of the ratio and the clipped ratio, and where the clipped one is larger."""
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
     return torch.maximum(plain, clipped), clipped > plain
@@ -55,7 +55,7 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> 
 def clip(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO and DAPO: the smaller gain of the ratio and of the clipped ratio."""
+    """PPO and DAPO: the larger loss of the ratio and the clipped ratio."""
     return _clipped(_bounded(logp - old_logp), advantages, clip_low, clip_high)
 
 
@@ -65,8 +65,8 @@ def gspo(
 ) -> tuple[Tensor, Tensor]:
     """GSPO: `clip` with one ratio for all tokens of a response."""
     whole = _bounded(masked_mean(logp - old_logp, mask, dim=1)).detach().unsqueeze(1)
-    # Each token has the response's ratio as its value, and a gradient of its own (the paper's GSPO-token). The mean of
-    # these gradients over the response is the gradient of its ratio. Tokens can so be weighted (`tis_cap`).
+    # The value is the ratio of the response. The gradient is that of the token (GSPO-token in the paper), so that
+    # `tis_cap` can weight tokens. The mean of the token gradients is the gradient of the response's ratio.
     return _clipped(whole + logp - logp.detach(), advantages, clip_low, clip_high)
 
 
@@ -74,7 +74,7 @@ def gspo(
 def cispo(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """CISPO: every token keeps its gradient, weighted by the ratio, which is cut at `clip_high`."""
+    """CISPO: every token keeps its gradient, weighted by the ratio, which is clipped at `clip_high`."""
     ratio = _bounded(logp - old_logp).exp()
     return -advantages * ratio.detach().clamp(max=clip_high) * logp, ratio > clip_high
 
@@ -83,7 +83,7 @@ def cispo(
 def reinforce(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """REINFORCE: no ratio, which is right for a single update."""
+    """REINFORCE: no importance ratio. Correct only for a single update per batch."""
     return -advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
 
 
@@ -100,28 +100,29 @@ def policy_loss(
     rollout_logp: Tensor | None = None,
     tis_cap: float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Return the loss of each token [B, T]; see the module's table. `aggregate` takes its mean.
+    """Return the loss of each token [B, T] by the module's table. `aggregate` computes the mean.
 
     Args:
-        logp: [B, T], of the policy being trained, with gradient.
-        old_logp: [B, T], of the policy before this step's updates. None: the same as `logp` (the first and only
-            update: the ratio is 1, its gradient that of logp).
+        logp: [B, T], log-probabilities of the policy in training, with gradient.
+        old_logp: [B, T], log-probabilities before this step's updates. None stands for `logp`: in a single update
+            the ratio is 1, and its gradient is the gradient of logp.
         advantages: [B, T].
         mask: [B, T].
         kind: a name of `POLICY_LOSSES`, or the import path of a function with the same signature.
-        clip_low: how far the ratio may fall below 1 where that lowers the loss (clip, gspo).
-        clip_high: how far it may rise above 1 (clip, gspo); the greatest ratio itself (cispo, MiniMind's 5).
-        dual_clip: the greatest ratio of tokens with a negative advantage (clip; 3 is usual); None: no limit.
-        rollout_logp: [B, T], of the engine that wrote the answers. Where its arithmetic differs from the trainer's
-            the answers are off policy; with `tis_cap` each token is weighted by the truncated importance ratio
+        clip_low: lower clip range: the ratio is clipped at 1 - clip_low (clip, gspo).
+        clip_high: upper clip range: the ratio is clipped at 1 + clip_high (clip, gspo). For cispo the greatest ratio
+            itself, 5 in MiniMind.
+        dual_clip: the greatest ratio of tokens with a negative advantage (clip; 3 is usual). None: no limit.
+        rollout_logp: [B, T], log-probabilities of the rollout engine. Where its arithmetic differs from the trainer's
+            the responses are off-policy. With `tis_cap` each token is weighted by the truncated importance ratio
             min(exp(old_logp - rollout_logp), tis_cap) (Yao et al. 2025, "Your efficient RL framework secretly
             brings you off-policy RL training").
-        tis_cap: 2 is usual; None leaves the weights at 1.
+        tis_cap: cap of the truncated importance ratio, usually 2. None leaves the weights at 1.
 
     Returns:
-        The losses, undefined outside the mask, and detached means over the mask: `actor/pg_clipfrac` (tokens whose
-        ratio is cut), `actor/ppo_kl` (mean of old_logp - logp), with a dual clip `actor/pg_clipfrac_lower` (tokens
-        that it cuts) and, with a cap, `actor/tis_*`.
+        The losses, undefined outside the mask, and detached means over the mask: `actor/pg_clipfrac` (share of tokens
+        whose ratio is clipped) and `actor/ppo_kl` (mean of old_logp - logp). With `dual_clip` also
+        `actor/pg_clipfrac_lower` (share of tokens that it clips), with `tis_cap` also `actor/tis_*`.
     """
     old = logp.detach() if old_logp is None else old_logp
     function = lookup(kind, POLICY_LOSSES, "minimind.policy_loss")
@@ -141,7 +142,7 @@ def policy_loss(
 
 
 def denominator(mask: Tensor, how: Aggregation) -> Tensor:
-    """What `aggregate` divides by, of this part of a batch: tokens (token-mean) or answers. Sums over parts."""
+    """Return the divisor of `aggregate` for one part of a batch: tokens (token-mean) or responses. Parts add up."""
     return mask.sum() if how == "token-mean" else torch.tensor(float(mask.shape[0]), device=mask.device)
 
 
@@ -153,16 +154,16 @@ def aggregate(
     length: int | None = None,
     total: Tensor | float | None = None,
 ) -> Tensor:
-    """The loss of a batch, a scalar, from that of its tokens [B, T]; see the module's table.
+    """Aggregate the losses of tokens [B, T] to the loss of a batch, a scalar, by the module's table.
 
     Args:
         loss: [B, T].
-        mask: [B, T]; an answer without any token counts as 0.
-        how: a row of the table.
-        length: the constant of seq-mean-token-sum-norm, the longest answer allowed; T where it is None.
-        total: the whole mini-batch's `denominator`, where this is a part of it (a micro-batch, a data-parallel
-            rank): the parts then sum to the loss of the whole, however they were cut. None: of this part alone,
-            which is what MindSpeed-RL averages over micro-batches.
+        mask: [B, T]. A response without any token counts as 0.
+        how: the aggregation.
+        length: divisor of seq-mean-token-sum-norm, the maximum response length. None takes T.
+        total: `denominator` of the whole mini-batch, if this is a part (a micro-batch, a data-parallel rank). The
+            results of all parts then add up to the loss of the mini-batch, independent of the micro-batch size. None
+            divides by this part's own denominator, which MindSpeed-RL averages over micro-batches.
     """
     count = (denominator(mask, how) if total is None else torch.as_tensor(total, device=mask.device)).clamp(min=1)
     if how == "token-mean":
@@ -176,10 +177,10 @@ def aggregate(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.5
 ) -> tuple[Tensor, Stats]:
-    """PPO's critic: max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2 of each token; shapes [B, T].
+    """PPO's value loss: max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2 of each token, shapes [B, T].
 
     Returns:
-        The losses (mean: `aggregate`), and `critic/vf_clipfrac`, the share of tokens whose value is cut.
+        The losses (`aggregate` computes the mean), and `critic/vf_clipfrac`, the share of tokens with a clipped value.
     """
     plain = (values - returns).square()
     if clip is None:

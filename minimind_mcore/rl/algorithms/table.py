@@ -1,4 +1,4 @@
-"""Every algorithm as its choice among the parts; a run's own values replace what it sets (`dataclasses.replace`).
+"""The parts of every algorithm. A run replaces single fields by its own values (`dataclasses.replace`).
 
 | name    | advantage             | loss      | mean over          | reference        | source                      |
 |---------|-----------------------|-----------|--------------------|------------------|-----------------------------|
@@ -11,8 +11,8 @@
 | ppo     | critic (GAE)          | clip      | tokens             | k1 in the reward | 1707.06347; MindSpeed-RL    |
 | spo     | running baseline      | reinforce | answers            | k3 in the loss   | 2509.13232; MiniMind-Ascend |
 
-REINFORCE++ (2501.03262) is reinforce_plus_plus: whitened returns, clip, tokens, k1 in the reward. With a baseline it is
-reinforce_plus_plus_baseline: group mean and whitening over the batch, clip, tokens, k2 in the loss.
+REINFORCE++ (2501.03262) is `reinforce_plus_plus`: whitened returns, clip, tokens, k1 in the reward. Its variant with a
+baseline is `reinforce_plus_plus_baseline`: group mean, whitened over the batch, clip, tokens, k2 in the loss.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ Placement = Literal["loss", "reward", "none"]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What an algorithm is made of; defaults are MindSpeed-RL's GRPO.
+    """The parts of an algorithm. The defaults are MindSpeed-RL's GRPO.
 
     Attributes:
-        advantage: "gae" (a critic), "returns", "baseline" (`advantages.Baseline`), a name of
+        advantage: "gae" (with a critic), "returns", "baseline" (`advantages.Baseline`), a name of
             `advantages.ADVANTAGES`, or the import path of a function with the same signature.
-        spread: what a group's advantages are divided by (`group_norm`).
+        spread: divisor of a group's advantages (`group_norm`).
         loss: a name of `losses.POLICY_LOSSES`, or the import path of a function with the same signature.
         clip_low: see `policy_loss`.
         clip_high: see `policy_loss`.
         dual_clip: see `policy_loss`.
-        aggregation: `aggregate`'s how.
-        kl: where the distance to the reference goes; "none" needs no reference model.
+        aggregation: see `aggregate`.
+        kl: where the KL term is added: the loss or the reward. "none" needs no reference model.
         kl_kind: see `kl.kl`.
-        kl_coef: its coefficient.
-        dynamic_sampling: train only on groups that differ (`groups.select`).
-        overlong: rewards are lowered towards the end of the room (`rl/rewards/length.py`).
+        kl_coef: coefficient of the KL term.
+        dynamic_sampling: train only on groups with different rewards (`groups.select`).
+        overlong: penalize responses near the maximum length (`rl/rewards/length.py`).
     """
 
     advantage: str = "group"
@@ -82,7 +82,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def algorithm(name: str) -> Algorithm:
-    """The algorithm of that name, or a `UserError` that suggests the nearest."""
+    """Return the algorithm of a name. A `UserError` suggests the nearest name."""
     if name not in ALGORITHMS:
         hint = did_you_mean(name, ALGORITHMS, begin=". Did") or f". Expected one of {', '.join(ALGORITHMS)}."
         raise UserError(f"algorithm: found {name!r}{hint}")

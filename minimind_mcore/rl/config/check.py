@@ -1,12 +1,12 @@
-"""The rules that a resolved configuration must fulfil: each of them stands here and nowhere else.
+"""The rules for a resolved configuration.
 
     for key, message in problems(config, "embedded"):
         print(f"{key}: {message}")
 
-`schema.keys` has checked names and types before. First come the values of single keys. The rules behind them compute
-with the values: sizes that divide each other, modes that exclude each other, and what MindSpeed-RL hands out at once.
-They are those of MindSpeed-RL's mindspeed_rl/config_cls/validate_config.py and of its programs. The embedded trainer
-keeps to them, except for what it does not need, and has a few of its own.
+`schema.keys` has checked names and types before. This module checks the values of single keys first, then the rules
+that combine values: sizes that must divide each other, modes that exclude each other, and the number of responses that
+MindSpeed-RL dispatches at once. The rules are those of MindSpeed-RL's mindspeed_rl/config_cls/validate_config.py and of
+its programs. The embedded trainer applies them too, except for features that it does not need, and adds a few.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.rl.algorithms.advantages import ADVANTAGES
 from minimind_mcore.rl.algorithms.batches import uneven
 from minimind_mcore.rl.algorithms.losses import POLICY_LOSSES
-from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.objective import objective, trains_on_older
 from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults, of_error
 from minimind_mcore.rl.registry import imported
 
-# MindSpeed-RL's: mindspeed_rl/utils/compute.py, trainer/base.py, trainer/utils/compute_utils.py; its three programs.
+# Sources in MindSpeed-RL: utils/compute.py, trainer/base.py, trainer/utils/compute_utils.py, and its three programs.
 STAGES = {"grpo": "ray_grpo", "dapo": "ray_dapo", "ppo": "ray_ppo"}
 NAMES: dict[str, tuple[str, ...]] = {
     "rl_config.kl_penalty": ("kl", "abs", "mse", "low_var_kl"),
@@ -36,12 +36,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "rl_config.adv_estimator": ("group_norm", "gae"),
     "megatron_training.stage": tuple(STAGES.values()),
 }
-MORE = {"rl_config.kl_penalty": ("k1", "k2", "k3")}  # of the embedded trainer
+MORE = {"rl_config.kl_penalty": ("k1", "k2", "k3")}  # further values of the embedded trainer
 
 COMPARING = ("group", "rloo", "batch")  # advantages that are 0 for a single response to a prompt
 
 OPTIONAL = ("megatron_training.stage",)
-# Keys without which a run cannot be planned; MindSpeed-RL's default of some is null.
+# Keys that a run cannot do without. MindSpeed-RL's default of some of these keys is null.
 REQUIRED = (
     "megatron_training.global_batch_size",
     "megatron_training.seq_length",
@@ -52,24 +52,24 @@ REQUIRED = (
 
 
 def problems(config: Config, target: str, nodes: int = 1) -> list[Problem]:
-    """Return everything that is wrong with a configuration, as pairs of a key and a message.
+    """Return all problems of a configuration, as pairs of a key and a message.
 
     Args:
         config: the resolved configuration.
         target: one of `lint.TARGETS`.
-        nodes: hosts of the Ray cluster.
+        nodes: number of hosts of the Ray cluster.
     """
     if found := [*values(config, target), *numbers(config)]:
         return found
     found = [wrong for rule in RULES for wrong in rule(config, target)]
     found += dispatch(config, target, nodes)
     if target == "embedded":
-        return [*found, *unheeded(config), *contradictions(config)]
+        return [*found, *ignored_keys(config), *contradictions(config)]
     return [*found, *one_process(config), *router(config)]
 
 
 def values(config: Config, target: str) -> Iterator[Problem]:
-    """Names that a key does not have, and keys without a value."""
+    """Yield keys whose value is not one of the allowed names, and required keys without a value."""
     for key, names in NAMES.items():
         value = _value(config, key)
         known = (*names, *(MORE.get(key, ()) if target == "embedded" else ()))
@@ -87,7 +87,7 @@ def _value(config: Config, key: str) -> Any:
 
 
 def numbers(config: Config) -> Iterator[Problem]:
-    """Numbers outside the ranges of `ranges.py`; `schema.keys` has checked those of the section `minimind`."""
+    """Yield numbers outside the ranges of `ranges.py`. `schema.keys` has checked the section `minimind`."""
     found: dict[str, str] = {}  # a key that several models share is reported once
     sections = {"actor_config": config.actor}
     sections |= {"ref_config": config.ref} if config.ref is not config.actor else {}
@@ -105,7 +105,7 @@ def numbers(config: Config) -> Iterator[Problem]:
 
 
 def _wrong(key: str, name: str, value: object, section: str = "") -> dict[str, str]:
-    """The problem of a value, or of the numbers in a list or a section, by key."""
+    """Return the problems of a value, or of the numbers in a list or a mapping, by key."""
     if isinstance(value, Section):
         parts = [_wrong(f"{key}.{inner}", inner, item, name) for inner, item in vars(value).items()]
         return {where: text for part in parts for where, text in part.items()}
@@ -117,7 +117,7 @@ def _wrong(key: str, name: str, value: object, section: str = "") -> dict[str, s
 
 
 def _given_in(config: Config, section: str, name: str) -> str:
-    """The key of a model's value by the section that gives it: its own, megatron_training, or its model's."""
+    """Return the full key of a model's value: of its own section, of megatron_training, or of its model file."""
     for where in (section, "megatron_training"):
         if any(str(key).replace("-", "_") == name for key in config.tree.get(where) or {}):
             return f"{where}.{name}"
@@ -128,19 +128,19 @@ def _given_in(config: Config, section: str, name: str) -> str:
 
 
 def multiple(key: str, count: int, what: str, of: int, unit: str = "") -> Iterator[Problem]:
-    """Yield a problem of `key` if the `count` of something is not a multiple of a number, whose unit follows it."""
+    """Yield a problem of `key` if `count` is not a multiple of `of`. `unit` is printed after the number."""
     if count % of:
         yield key, f"{count} {what} are not a multiple of {of}{unit}"
 
 
 def first(*rules: Iterator[Problem]) -> Iterator[Problem]:
-    """Yield the first problem of rules that each build on the one before."""
+    """Yield only the first problem, of rules that each assume the one before."""
     return itertools.islice(itertools.chain(*rules), 1)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A model that Megatron runs: its section, the keys in it, and the devices of its resource in `rl_config`."""
+    """A model that Megatron runs: its section, the section's keys, and the devices of its resource in `rl_config`."""
 
     name: str
     resource: str
@@ -149,18 +149,18 @@ class Worker:
 
     @property
     def model_parallel(self) -> int:
-        """Devices of one replica."""
+        """Return the number of devices of one replica."""
         keys = self.keys
         return int(keys.tensor_model_parallel_size * keys.pipeline_model_parallel_size * keys.context_parallel_size)
 
     @property
     def data_parallel(self) -> int:
-        """Replicas; at least 1, so that the other rules can go on."""
+        """Return the number of replicas, at least 1 so that later rules do not divide by 0."""
         return max(1, self.devices // self.model_parallel)
 
 
 def workers(config: Config) -> list[Worker]:
-    """Actor, and where they are apart or used reference, reward model and critic."""
+    """Return the actor and, if they have devices of their own, the reference, reward model and critic."""
     rl, apart = config.rl, not config.rl.use_integrated_worker
     found = [("actor", config.actor), *([("reference", config.ref), ("reward", config.reward)] if apart else [])]
     pairs = [(role, keys, getattr(rl, f"{role}_resource")) for role, keys in [*found, ("critic", config.critic)]]
@@ -172,7 +172,7 @@ def workers(config: Config) -> list[Worker]:
 
 
 def sections(config: Config, target: str) -> Iterator[Problem]:
-    """Which sections and resources go together."""
+    """Check which sections and resources belong together."""
     tree, rl = config.tree, config.rl
     if rl.use_integrated_worker:
         for name in ("ref_config", "reward_config"):
@@ -194,7 +194,7 @@ def sections(config: Config, target: str) -> Iterator[Problem]:
 
 
 def devices(config: Config, target: str) -> Iterator[Problem]:
-    """Devices divide into replicas, prompts among replicas, responses into micro-batches."""
+    """Check that devices divide into replicas, prompts into replicas, and responses into micro-batches."""
     samples, mini = config.rl.n_samples_per_prompt, config.rl.mini_batch_size
     for worker in workers(config):
         name, keys, ranks = worker.name, worker.keys, worker.data_parallel
@@ -219,11 +219,11 @@ def devices(config: Config, target: str) -> Iterator[Problem]:
 
 
 def batches(config: Config, target: str) -> Iterator[Problem]:
-    """Mini-batches, and the groups that dynamic sampling keeps (`dispatch` has what is handed out at once)."""
+    """Check mini-batches, and the groups that dynamic sampling keeps. `dispatch` checks the dispatch sizes."""
     rl, prompts, samples = config.rl, config.actor.global_batch_size, config.rl.n_samples_per_prompt
     if message := uneven(prompts, rl.mini_batch_size // samples):
         yield "rl_config.mini_batch_size", message
-    if target == "embedded":  # without a metric it goes by the whole reward
+    if target == "embedded":  # without a metric it compares the total reward
         names = config.reward_names
         metric = config.tree["rl_config"].get("filter_groups_metric")
         if metric is not None and objective(config).dynamic_sampling and metric not in names:
@@ -240,7 +240,7 @@ def batches(config: Config, target: str) -> Iterator[Problem]:
 
 
 def lengths(config: Config, target: str) -> Iterator[Problem]:
-    """Prompt, response and what fits."""
+    """Check the lengths of prompts and responses against the sequence length."""
     rl, generate, actor = config.rl, config.generate, config.actor
     answer = generate.sampling_config.max_tokens
     if generate.max_model_len < actor.seq_length:
@@ -260,7 +260,7 @@ def lengths(config: Config, target: str) -> Iterator[Problem]:
 
 
 def rewards(config: Config, target: str) -> Iterator[Problem]:
-    """Verifiers and what they need."""
+    """Check the verifiers and the data columns that they need."""
     rl = config.rl
     functions, weights = len(rl.verifier_function), len(rl.verifier_weight)
     if functions != weights:
@@ -273,7 +273,7 @@ def rewards(config: Config, target: str) -> Iterator[Problem]:
 
 
 def modes(config: Config, target: str) -> Iterator[Problem]:
-    """Switches that exclude or need each other."""
+    """Check switches that exclude or require each other."""
     rl, generate, actor = config.rl, config.generate, config.actor
     if generate.infer_pipeline_parallel_size > 1:
         yield "generate_config.infer_pipeline_parallel_size", "only 1 is supported"
@@ -285,7 +285,11 @@ def modes(config: Config, target: str) -> Iterator[Problem]:
                 tensor_parallel,
                 f"found {infer}, expected 1: a MiniMind fits on one device, and more engines are faster",
             )
-        if (generate.data_parallel_size or 1) > count:
+        own = config.minimind.rollout_resource
+        if own and generate.data_parallel_size not in (None, own.num_npus):
+            key = "generate_config.data_parallel_size"
+            yield key, f"found {generate.data_parallel_size}, minimind.rollout_resource has {own.num_npus} devices"
+        elif (generate.data_parallel_size or 1) > (own.num_npus if own else count):
             key = "generate_config.data_parallel_size"
             yield key, f"found {generate.data_parallel_size}, the actor has {count} devices"
     else:
@@ -307,7 +311,7 @@ def modes(config: Config, target: str) -> Iterator[Problem]:
 
 
 def one_process(config: Config) -> Iterator[Problem]:
-    """One process has no rollout groups in MindSpeed-RL (vllm_parallel_state.py, initialize_parallel_state)."""
+    """With one process MindSpeed-RL has no rollout groups (vllm_parallel_state.py, initialize_parallel_state)."""
     rl = config.rl
     for key in ("zmq_communication", "guarantee_order"):
         if rl.actor_resource.num_npus == 1 and getattr(rl, key):
@@ -316,17 +320,17 @@ def one_process(config: Config) -> Iterator[Problem]:
 
 
 def router(config: Config) -> Iterator[Problem]:
-    """A router weight that MindSpeed-RL cannot compute."""
+    """Refuse a router weight that MindSpeed-RL does not implement."""
     if config.actor.num_experts and not config.actor.norm_topk_prob:
         yield (
             "megatron_training.norm_topk_prob",
-            "false is the router weight softmax. MindSpeed-RL has no key for moe_router_pre_softmax, without which "
-            "MindSpeed-LLM's router normalizes the weights. Train on the embedded trainer (BACKEND=embedded)",
+            "false is the router weight softmax. It needs moe_router_pre_softmax, for which MindSpeed-RL has no key: "
+            "MindSpeed-LLM's router would normalize the weights. Use the embedded trainer (BACKEND=embedded)",
         )
 
 
 def padding(config: Config, target: str) -> Iterator[Problem]:
-    """Keys that use_remove_padding needs; the two versions differ."""
+    """Check the keys that use_remove_padding needs. The two versions of MindSpeed-RL differ here."""
     actor, older = config.actor, target == "mindspeed-rl-2.2.0"
     ring = actor.context_parallel_size > 1 and actor.context_parallel_algo == "megatron_cp_algo"
     if config.rl.use_remove_padding:
@@ -344,20 +348,20 @@ def padding(config: Config, target: str) -> Iterator[Problem]:
 RULES = (sections, devices, batches, lengths, rewards, modes, padding)
 
 
-# What MindSpeed-RL hands out at once
+# Dispatch sizes of MindSpeed-RL
 
 
 @dataclass(frozen=True)
 class Queue:
-    """Responses of a step that a kind of worker takes.
+    """The responses of a step that one kind of worker processes.
 
     Attributes:
-        name: of its key, `rl_config.{name}_dispatch_size`.
-        responses: of a step.
-        takers: replicas, engines or hosts that share them.
-        what: these are, for messages.
-        even: sizes divide each taker's share, not only the whole.
-        most: responses that a size may have at most; None: no such rule.
+        name: the key is `rl_config.{name}_dispatch_size`.
+        responses: number of responses in a step.
+        takers: number of replicas, engines or hosts that share the responses.
+        what: word for the takers in messages.
+        even: the dispatch size must divide each taker's share, not only the total.
+        most: maximum of the dispatch size. None: no maximum.
     """
 
     name: str
@@ -369,11 +373,11 @@ class Queue:
 
 
 def queues(config: Config, nodes: int) -> Iterator[Queue]:
-    """The queues of a run.
+    """Yield the queues of a run.
 
     Args:
-        config: of the run.
-        nodes: hosts of the Ray cluster.
+        config: the resolved configuration.
+        nodes: number of hosts of the Ray cluster.
     """
     rl, samples = config.rl, config.rl.n_samples_per_prompt
     found = {worker.name: worker for worker in workers(config)}
@@ -405,18 +409,18 @@ def queues(config: Config, nodes: int) -> Iterator[Queue]:
 
 
 def _scored(config: Config) -> int:
-    """Prompts of a step, as what scores them counts them."""
+    """Return the number of prompts of a step, as the reward workers count them."""
     keys = config.actor if config.rl.use_integrated_worker or config.reward is None else config.reward
     return keys.global_batch_size or 0
 
 
 def dispatch(config: Config, target: str, nodes: int) -> Iterator[Problem]:
-    """Sizes divide what there is, and are no larger than a share; prompts divide among the hosts.
+    """Check that dispatch sizes divide the responses and fit into a share, and that prompts divide among the hosts.
 
     Args:
-        config: of the run.
-        target: of `lint.TARGETS`. Master refuses sizes above a share, which no replica could take.
-        nodes: hosts of the Ray cluster.
+        config: the resolved configuration.
+        target: one of `lint.TARGETS`. Master refuses sizes above a share, which no replica could process.
+        nodes: number of hosts of the Ray cluster.
     """
     rl = config.rl
     ruled = rl.filter_groups_enable or rl.reward_resource is None
@@ -440,21 +444,28 @@ def dispatch(config: Config, target: str, nodes: int) -> Iterator[Problem]:
         yield "rl_config.actor_update_dispatch_size", f"{update} is less than {part}"
 
 
-# What the embedded trainer does not have
+# Features that the embedded trainer does not have
 
-# What a key asks for when it is not at its default.
+# By key of rl_config: the message for a value that is not the default.
 ABSENT = {
-    "multi_turn_enable": "there are no conversations of several turns",
-    "is_multimodal": "there are no images",
-    "partial_rollout_max_split": "responses are written in one go",
-    "reward_resource": "reward_config is not run; minimind.reward_model is the reward model",
-    "rule_reward": "the verifiers of verifier_function always score; leave them out (minimind.reward_model scores "
-    "without)",
+    "multi_turn_enable": "conversations of several turns are not supported",
+    "is_multimodal": "images are not supported",
+    "reward_resource": "reward_config is not used. Set minimind.reward_model to the reward model's directory",
+    "rule_reward": "the verifiers of verifier_function always score. Leave out verifier_function to score with "
+    "minimind.reward_model alone",
 }
 
 
-def unfit(path: str, key: str, example: Callable[..., Any]) -> Iterator[Problem]:
-    """A function of the user's that cannot be imported, or called with the arguments of `example`."""
+def _rollout_function(trajectories: Any, engines: Any, sampling: Any) -> None:
+    """Show the arguments of a function of `minimind.rollout_function`; see `rl.runtime.rollouts.generate`."""
+
+
+def _rollout_filter(rewards: Any, scores: Any, n: int) -> None:
+    """Show the arguments of a function of `minimind.rollout_filter`."""
+
+
+def signature_problems(path: str, key: str, example: Callable[..., Any]) -> Iterator[Problem]:
+    """Check that a user's function can be imported and called with the arguments of `example`."""
     parameters = inspect.signature(example).parameters.values()
     positional = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
     named = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
@@ -467,7 +478,7 @@ def unfit(path: str, key: str, example: Callable[..., Any]) -> Iterator[Problem]
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """Settings that an algorithm cannot be combined with, or would ignore."""
+    """Yield settings that contradict the algorithm, or that it would ignore."""
     chosen, name, dual = objective(config), config.minimind.algorithm, config.minimind.dual_clip
     if chosen.advantage in COMPARING and config.rl.n_samples_per_prompt < 2:
         why = f"{name} compares the responses to one prompt, so that every advantage of a single response is 0"
@@ -476,6 +487,23 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if chosen.loss == "gspo" and chosen.aggregation == "token-mean":
         why = "gspo's ratio and clip are those of whole responses, so its loss is the mean over responses"
         yield "rl_config.token_level_loss", f"true: {why}. Set false, or leave the key out"
+    if chosen.loss == "reinforce" and trains_on_older(config) and config.minimind.rollout_correction == "none":
+        why = f"the loss of {name} has no ratio to the older weights that generate responses with blocking: false or"
+        why += " partial_rollout_max_split"
+        yield "minimind.rollout_correction", f"none: {why}. Set minimind.rollout_correction: tis"
+    if config.minimind.router_replay:
+        yield from first(_replay(config))
+    if config.minimind.rollout_filter and config.rl.filter_groups_max_batches == 1:
+        why = "1 batch has global_batch_size groups, so that minimind.rollout_filter could reject none"
+        yield "rl_config.filter_groups_max_batches", f"found 1: {why}. Set 2 or more"
+    if config.minimind.rollout_function and (split := config.rl.partial_rollout_max_split) > 1:
+        why = f"partial_rollout_max_split {split} would call the function in the middle of a turn"
+        yield "minimind.rollout_function", f"{why}. Set rl_config.partial_rollout_max_split: 1"
+    servers, engines = config.minimind.sglang_base_url, config.rollout_engines
+    if config.minimind.rollout_engine == "sglang" and len(servers) != engines:
+        keys = "minimind.rollout_resource, else generate_config.data_parallel_size, else rl_config.actor_resource"
+        why = f"expected {engines}, one for each rollout engine. Their number is that of {keys}"
+        yield "minimind.sglang_base_url", f"found {len(servers)} servers, {why}"
     names = Counter(Path(prefix).name for prefix in config.minimind.eval_data or ())
     for same in [one for one, count in names.items() if count > 1]:
         why = "metrics are named by the last part of the path. Give each set another name"
@@ -492,23 +520,37 @@ def contradictions(config: Config) -> Iterator[Problem]:
         yield "minimind.dual_clip", f"found {dual}, expected more than {most}, which clips first"
 
 
-def unheeded(config: Config) -> Iterator[Problem]:
-    """Keys that ask for what there is not, so that a run would silently be another one."""
+def _replay(config: Config) -> Iterator[Problem]:
+    """Yield what `minimind.router_replay` cannot be combined with."""
+    key, actor, used = "minimind.router_replay", config.actor, config.minimind.rollout_engine
+    if not actor.num_experts:
+        yield key, "true: the model has no experts. Leave the key out"
+    if used != "transformers":
+        yield key, f"true: {used} gives no routes. Set minimind.rollout_engine: transformers"
+    if actor.recompute_granularity and actor.pipeline_model_parallel_size > 1:
+        why = "with pipeline stages a layer would be computed again with the routes of another micro-batch"
+        yield key, f"true: {why}. Leave recompute_granularity out"
+
+
+def ignored_keys(config: Config) -> Iterator[Problem]:
+    """Yield keys that ask for a feature the embedded trainer lacks: the run would silently differ from the YAML."""
     rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given, known = config.tree["rl_config"], defaults("RLConfig")
-    where = "the embedded trainer does not heed it"
-    for key, example in (("policy_loss", POLICY_LOSSES["clip"]), ("advantage", ADVANTAGES["group"])):
+    where = "the embedded trainer ignores this key"
+    functions = {"policy_loss": POLICY_LOSSES["clip"], "advantage": ADVANTAGES["group"]}
+    functions |= {"rollout_function": _rollout_function, "rollout_filter": _rollout_filter}
+    for key, example in functions.items():
         if path := getattr(config.minimind, key):
-            yield from unfit(path, f"minimind.{key}", example)
+            yield from signature_problems(path, f"minimind.{key}", example)
     for key, why in ABSENT.items():
         value = getattr(rl, key)
         if value is not None and value != known[key]:
             yield f"rl_config.{key}", f"{given[key]}: {where}: {why}"
     if config.generate.sampling_config.seed is not None:
-        why = "the responses are drawn by megatron_training.seed"
+        why = "the sampling of responses uses megatron_training.seed"
         yield "generate_config.sampling_config.seed", f"{where}: {why}"
     if (rl.integrated_mode_config or {}).get("ref_model_load_path") not in (None, config.actor.load):
-        why = "the reference is what the run began with; for another one use_integrated_worker: false"
+        why = "the reference is the model at the start of the run. To use another one set use_integrated_worker: false"
         yield "rl_config.integrated_mode_config", f"{where}: {why}"
     wanted, kept = config.actor.global_batch_size, rl.filter_groups_train_batch_size
     if chosen.dynamic_sampling and kept not in (known["filter_groups_train_batch_size"], wanted):
@@ -518,19 +560,15 @@ def unheeded(config: Config) -> Iterator[Problem]:
         if config.actor.stage == STAGES[other] and name != other:
             why = f"but minimind.algorithm, which is {name}; set that to {other}"
             yield "megatron_training.stage", f"{config.actor.stage}: {where}, {why}"
-    if not rl.blocking and config.minimind.rollout_correction == "tis":
-        yield (
-            "minimind.rollout_correction",
-            "tis: with rl_config.blocking: false every weight would be exactly 1. The ratio is then taken to the "
-            "engine's own log-probabilities, so none are left to compare these with. Set rl_config.blocking: true, or "
-            "minimind.rollout_correction: none",
-        )
+    if rl.blocking and config.minimind.staleness != 1:
+        why = "with rl_config.blocking: true the engines are never ahead. Set rl_config.blocking: false"
+        yield "minimind.staleness", f"{config.minimind.staleness}: {where}: {why}"
     trained = filter(None, (config.actor, config.ref, config.critic))
     if config.minimind.precision == "bf16" and not all(section.bf16 for section in trained):
         yield (
             "megatron_training.bf16",
-            "false, and minimind.precision is bf16: the training would run in fp32 and the engine in bf16. Set "
-            "minimind.precision: fp32, and leave bf16 out",
+            "false, but minimind.precision is bf16: the trainer would use fp32 and the engine bf16. Set "
+            "minimind.precision: fp32, and leave out bf16",
         )
     if rl.adv_estimator == "gae" and chosen.advantage != "gae":
         yield "rl_config.adv_estimator", f"gae: {where}, but minimind.algorithm: gae is ppo's, and this is {name}"

@@ -2,8 +2,8 @@
 
     findings, tree, changes = lint("configs/rlxf/grpo_minimind3.yaml", "mindspeed-rl-master")
 
-It migrates older files (`migrate`), then checks keys, types, sizes and modes (`check`). For MindSpeed-RL it also lists
-what fails there without an error (TRAPS), and the keys of the `minimind` section that MindSpeed-RL cannot honour.
+The linter migrates older files (`migrate`), then checks keys, types, sizes and modes (`check`). For MindSpeed-RL it
+also lists settings that fail there without an error (`traps`), and keys of `minimind` that MindSpeed-RL lacks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 TARGETS = {"embedded": "master", "mindspeed-rl-2.2.0": "2.2.0", "mindspeed-rl-master": "master"}
 LEVELS = ("error", "warning", "note")
 
-# Keys of our own section that BACKEND=mindspeed-rl honours, and the values that it can have there (None: any).
+# Keys of the section `minimind` that BACKEND=mindspeed-rl supports, with the allowed values (None: any).
 HONOURED: dict[str, tuple[Any, ...] | None] = {
     "algorithm": ("grpo", "ppo", "dapo"),
     "precision": ("bf16",),
@@ -43,12 +43,12 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "rewards": None,
     "output_dir": None,
 }
-VERIFIERS = {  # of MindSpeed-RL
+VERIFIERS = {  # verifiers of MindSpeed-RL
     *("acc", "format", "step", "strict_format", "base_acc", "math_17k_acc"),
     *("acc_for_dapo", "acc_for_ppo", "math_verify_reward"),
 }
-NEW_VERIFIERS = {"retool_reward"}  # of master
-THINKERS = {"base_acc", "format", "strict_format", "math_verify_reward"}  # the response must begin with <think>
+NEW_VERIFIERS = {"retool_reward"}  # verifiers that only master has
+THINKERS = {"base_acc", "format", "strict_format", "math_verify_reward"}  # need a response that begins with <think>
 # num_cpus of GRPOTransferDock and TransferQueueManager (trainer/utils/transfer_dock.py, utils/transfer_queue/tq_mgr.py)
 TRANSFER_DOCK_CORES = 10
 LEAST_PPO_CORES = 2
@@ -57,7 +57,7 @@ HOOK = "minimind_mcore.mindspeed.rl_hook.setup"
 
 @dataclass(frozen=True)
 class LintFinding:
-    """Something about a key: an error, a warning, or a note."""
+    """A finding about a key: an error, a warning or a note."""
 
     level: str
     key: str
@@ -70,27 +70,27 @@ class LintFinding:
 def lint(
     path: str, target: str, overrides: Sequence[str] = (), device: str | None = None, nodes: int = 1
 ) -> tuple[list[LintFinding], dict[str, Any], list[str]]:
-    """Check a YAML file, or one of the kit's by name.
+    """Check a YAML file, or one of the kit's configurations by name.
 
     Args:
-        path: of the file, or a name in configs/rlxf.
-        target: what is to read it.
-        overrides: hydra's.
-        device: of the embedded trainer (default: the one found).
-        nodes: hosts of the Ray cluster.
+        path: a YAML file, or a name in configs/rlxf.
+        target: the program to check for.
+        overrides: hydra overrides.
+        device: device of the embedded trainer (default: the one found).
+        nodes: number of hosts of the Ray cluster.
 
     Returns:
-        What was found, the composed configuration after migration, and what the migration changed in the file.
+        The findings, the composed configuration after migration, and the changes that the migration made to the file.
 
     Raises:
-        UserError: no such file, or it cannot be composed.
+        UserError: the file does not exist, or cannot be composed.
     """
     if target not in TARGETS:
         raise UserError(f"--target {target}: expected {', '.join(TARGETS)}")
     file, version = find(path), TARGETS[target]
     raw, changes = migrate(read(file), version)
     tree = _composed(raw, file, overrides, device if target == "embedded" else "none")
-    tree, more = migrate(tree, version)  # what comes from the files that it is made of
+    tree, more = migrate(tree, version)  # the files of its defaults list may have older keys too
     if target != "embedded":
         tree = with_table(tree, version)
     changed = (change.split(" ", 1) for change in [*changes, *more])
@@ -99,7 +99,7 @@ def lint(
 
 
 def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[LintFinding]:
-    """What is found in a composed configuration that has the target's keys, the worst first; see `lint`."""
+    """Return the findings of a composed configuration, errors first. See `lint`."""
     if found := keys(tree, TARGETS[target]):
         return [LintFinding("error", *problem) for problem in found]
     try:
@@ -111,10 +111,10 @@ def check(tree: dict[str, Any], target: str, nodes: int = 1) -> list[LintFinding
 
 
 def fit(tree: dict[str, Any], name: str) -> Config:
-    """The configuration of a composed tree, for the embedded trainer; what is not wrong but noteworthy is printed.
+    """Return the resolved configuration for the embedded trainer, and print warnings and notes.
 
     Raises:
-        UserError: with everything that is wrong with it.
+        UserError: the configuration has errors. The message lists all of them.
     """
     findings = check(tree, "embedded")
     refuse([(finding.key, finding.message) for finding in findings if finding.level == "error"], name)
@@ -128,7 +128,7 @@ def _rank(finding: LintFinding) -> int:
 
 
 def find(path: str) -> Path:
-    """The file that a path or a name of configs/rlxf means."""
+    """Return the file of a path, or of a name in configs/rlxf."""
     for file in (Path(path).expanduser(), CONFIGS / f"{path.removesuffix('.yaml')}.yaml"):
         if file.is_file():
             return file.resolve()
@@ -138,7 +138,7 @@ def find(path: str) -> Path:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A YAML file as it stands; numbers such as 1e-6 are numbers, as hydra reads them."""
+    """Read a YAML file without composing it. Numbers such as 1e-6 become floats, as in hydra."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -153,7 +153,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _composed(raw: Mapping[str, Any], file: Path, overrides: Sequence[str], device: str | None) -> dict[str, Any]:
-    """The migrated file with its groups, which are looked for beside it and in configs/rlxf."""
+    """Compose the migrated file with its groups, from its own directory and from configs/rlxf."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / file.name).with_suffix(".yaml").write_text(dump(raw), encoding="utf-8")
         tree = compose(file.stem, overrides, folder, device, beside=file.parent)
@@ -161,13 +161,13 @@ def _composed(raw: Mapping[str, Any], file: Path, overrides: Sequence[str], devi
 
 
 def dump(tree: Mapping[str, Any]) -> str:
-    """A tree as YAML, sections in their order."""
+    """Return a tree as YAML, with the sections in their usual order."""
     text: str = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)
     return text
 
 
 def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) -> Iterator[LintFinding]:
-    """What runs and is wrong, or waits for ever."""
+    """Yield settings that run without an error but train wrongly or wait for ever."""
     yield from _rewards(config, target)
     if target == "embedded":
         if nothing := idle(config):
@@ -177,15 +177,15 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
     level, after = ("note", "; the setup hook repairs it") if hooked else ("warning", "")
     rl, actor = config.rl, config.actor
     if target == "mindspeed-rl-master" and not rl.async_engine:
-        why = "vLLM gets prompts that were decoded without <|im_start|> and <|im_end|>, training the original ones"
+        why = "vLLM gets prompts that were decoded without <|im_start|> and <|im_end|>; training uses the original ones"
         yield LintFinding(level, "rl_config.async_engine", f"false: {why}; set it to true{after}")
-    why = "MiniMind's pad id is 0, which MindSpeed-RL takes for none: rows without an end keep their padding as tokens"
+    why = "MiniMind's pad id is 0, which MindSpeed-RL treats as unset: rows without an EOS keep their padding as tokens"
     yield LintFinding(level, "tokenizer", f"{why}{after}")
     if rl.shuffle_mini_batch:
-        why = "also shuffles the passes for old and reference log-probabilities, whose order is lost"
+        why = "also shuffles the passes for old and reference log-probabilities, and their original order is lost"
         yield LintFinding(level, "rl_config.shuffle_mini_batch", f"true {why}{after}")
     if not hooked:
-        why = f"is not {HOOK}, which teaches MindSpeed-RL MiniMind's weights and repairs what is named here"
+        why = f"is not {HOOK}, which adds MiniMind's weights to MindSpeed-RL and repairs the faults named here"
         yield LintFinding("warning", "rl_config.runtime_env_path", f"its worker_process_setup_hook {why}")
     cores = cpu_cores(config, nodes)
     parts = ", ".join(f"{count:g} for {what}" for what, count in cores.items())
@@ -198,7 +198,7 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
 
 
 def _heads(config: Config) -> Iterator[LintFinding]:
-    """What vllm-ascend's attention may not take. Weights with padded heads are for inference alone."""
+    """Warn about head sizes that vllm-ascend's attention may not support. Padded heads are for inference only."""
     from minimind_mcore.inference.vllm_engine import has_ascend_kernel  # imports torch
 
     heads, groups = config.actor.num_attention_heads, config.actor.num_query_groups
@@ -210,7 +210,7 @@ def _heads(config: Config) -> Iterator[LintFinding]:
 
 
 def _hooked(config: Config) -> bool:
-    """Whether the workers begin with our setup hook."""
+    """Return whether the workers start with this kit's setup hook."""
     for folder in (Path(), CONFIGS.parents[1], Path(os.environ.get("MINDSPEED_RL_HOME", ""))):
         file = folder / config.rl.runtime_env_path
         if file.is_file():
@@ -238,7 +238,7 @@ def _rewards(config: Config, target: str) -> Iterator[LintFinding]:
         prompt, given = str(first.get("prompt", "")), f"the prompts of {config.actor.data_path}"
         if "acc_for_dapo" in names and "Answer:" not in prompt:
             why = f'rewards responses that end in "Answer: ...", and {given} do not ask for that'
-            end = "no response earns a reward, unless the model was tuned on that form"
+            end = "no response earns a reward, unless the model was tuned to that format"
             yield LintFinding("warning", key, f"acc_for_dapo {why}: {end}")
         if thinkers and prompt.rstrip().endswith(("<think>", "</think>")):
             why = f"want a response that begins with <think>, and {given} write it already: no response can pass"
@@ -247,7 +247,7 @@ def _rewards(config: Config, target: str) -> Iterator[LintFinding]:
 
 
 def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Problem]:
-    """Keys of the section `minimind` that MindSpeed-RL cannot honour."""
+    """Yield keys of the section `minimind` that MindSpeed-RL does not support."""
     for key, value in (tree.get("minimind") or {}).items():
         allowed = HONOURED.get(key, ())
         if allowed is not None and value not in allowed:
@@ -259,7 +259,7 @@ def _ours(tree: Mapping[str, Any], config: Config) -> Iterator[Problem]:
 
 
 def _models(config: Config) -> Iterator[Problem]:
-    """What MindSpeed-RL does not have for a model, with the hook and without."""
+    """Yield features of a model that MindSpeed-RL lacks, with and without the setup hook."""
     actor, generate, rl_cores = config.actor, config.generate, config.rl.num_cpus_for_placement_group
     if not config.tree["megatron_training"].get("bf16", True):
         yield "megatron_training.bf16", "MindSpeed-RL trains in bf16 only"
@@ -282,10 +282,10 @@ def _models(config: Config) -> Iterator[Problem]:
 
 
 def _unsaved_mixture(config: Config) -> Iterator[Problem]:
-    """A checkpoint that Megatron-LM 0.12.1 cannot write.
+    """Refuse a checkpoint that Megatron-LM 0.12.1 cannot write.
 
-    For grouped experts `GroupedMLP.sharded_state_dict` counts the start of a rank's part of the distributed optimizer
-    (`w_start_range`) from the row in which the part begins, not from the expert's first row.
+    For grouped experts `GroupedMLP.sharded_state_dict` computes the offset of a rank's part of the distributed
+    optimizer (`w_start_range`) from the row where the part begins, not from the first row of the expert.
     """
     actor = config.actor
     ranks = actor.pipeline_model_parallel_size * max(actor.tensor_model_parallel_size, actor.expert_model_parallel_size)
@@ -296,13 +296,13 @@ def _unsaved_mixture(config: Config) -> Iterator[Problem]:
 
 
 def idle(config: Config) -> list[str]:
-    """Keys that stand there for MindSpeed-RL or another algorithm, and change nothing here."""
+    """Return the keys that have no effect on this run, such as keys for MindSpeed-RL or for another algorithm."""
     found = [*_idle_keys(config), *_idle_models(config), *_idle_sections(config)]
     return [f"{key} ({why})" for key, why in found]
 
 
 def _idle_keys(config: Config) -> Iterator[Problem]:
-    """Keys of the algorithm and of the order in which a step's parts run."""
+    """Yield keys without effect that belong to the algorithm and to the schedule of a step."""
     rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given: dict[str, Any] = config.tree["rl_config"]
     if given.get("init_kl_coef") and chosen.kl == "none":
@@ -311,7 +311,7 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
     if "adv_estimator" in given and rl.adv_estimator == "group_norm" and chosen.advantage != "group":
         yield f"rl_config.adv_estimator {rl.adv_estimator}", f"{name} has its own"
     if not rl.blocking and chosen.dynamic_sampling:
-        why = "dynamic sampling does not know its prompts ahead: steps are synchronous"
+        why = "dynamic sampling does not know in advance how many prompts it needs, so steps are synchronous"
         yield "rl_config.blocking false", why
     if chosen.loss in ("cispo", "reinforce"):
         own = "minimind.cispo_clip is its limit" if chosen.loss == "cispo" else "its loss is not clipped"
@@ -328,7 +328,7 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
 
 
 def _idle_models(config: Config) -> Iterator[Problem]:
-    """Sections and resources of models that do not run, or run elsewhere."""
+    """Yield sections and resources of models that this run does not use."""
     rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given = {worker.name: worker.devices for worker in workers(config)}
     actors, critics = given["actor_config"], given.get("critic_config", given["actor_config"])
@@ -343,7 +343,7 @@ def _idle_models(config: Config) -> Iterator[Problem]:
 
 
 def _idle_sections(config: Config) -> Iterator[Problem]:
-    """Sections that are not read, and keys of Megatron's sections at a default that the native engine lacks."""
+    """Yield sections that are not read, and Megatron keys at a default for which the native engine has no code."""
     for name in ("profiler_config", "msprobe_config"):
         if config.tree.get(name):
             yield name, "the embedded trainer has no profiler; BACKEND=mindspeed-rl has"
@@ -353,16 +353,16 @@ def _idle_sections(config: Config) -> Iterator[Problem]:
 
 
 def cpu_cores(config: Config, nodes: int) -> dict[str, int | float]:
-    """Return the CPU cores that Ray must have for a run of MindSpeed-RL, by what reserves them.
+    """Return the CPU cores that a run of MindSpeed-RL reserves in Ray, by consumer.
 
     MindSpeed-RL waits without a time limit for placement groups and actors whose cores are not free.
 
     Args:
-        config: the configuration.
-        nodes: hosts of the Ray cluster.
+        config: the resolved configuration.
+        nodes: number of hosts of the Ray cluster.
     """
     rl = config.rl
-    shared = rl.use_integrated_worker  # PPO's critic then has the actor's placement groups
+    shared = rl.use_integrated_worker  # PPO's critic then shares the actor's placement groups
     count = sum(worker.devices for worker in workers(config) if not (shared and worker.name == "critic_config"))
     filters = bool(rl.filter_groups_enable and config.actor.stage == "ray_dapo")
     docks = 1 + (filters and rl.data_strategy not in ("tq", "queue", "transfer_queue"))

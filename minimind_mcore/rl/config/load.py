@@ -1,4 +1,4 @@
-"""A run of reinforcement learning, described by MindSpeed-RL's YAML: read, merged, resolved.
+"""Read, compose and resolve the YAML of a reinforcement learning run.
 
     config = resolve(compose("grpo_minimind_tiny", ["actor_config.lr=1e-5"]))
     config.actor.seq_length, config.rl.clip_ratio, config.generate.sampling_config.temperature
@@ -6,9 +6,9 @@
 
     megatron_flags(config.actor)        # for minimind_mcore.arguments.parse
 
-The sections mean what they mean in MindSpeed-RL (its cli/train_grpo.py and mindspeed_rl/config_cls): an actor's
-keys are those of its model, then megatron_training, then actor_config; what is not given has MindSpeed-RL's
-default. The section `minimind` is `schema.MiniMindConfig`.
+The sections have the meaning of MindSpeed-RL (its cli/train_grpo.py and mindspeed_rl/config_cls). The actor's keys are
+those of its model, overridden by megatron_training, overridden by actor_config. A key that is left out has
+MindSpeed-RL's default. `schema.MiniMindConfig` defines the section `minimind`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ CONFIGS = paths.CONFIGS / "rlxf"
 
 
 def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
-    """Return the configuration that a composed YAML means.
+    """Resolve a composed YAML to a `Config`.
 
     Raises:
-        UserError: an unknown section or key, a value of the wrong type, a model that is not defined.
+        UserError: an unknown section or key, a value of the wrong type, or an undefined model.
     """
     keys = plain(tree)
     minimind = schema.minimind_config(keys.get("minimind"))
@@ -84,7 +84,7 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
 
 
 def plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """Return the tree as dicts and lists, `${...}` replaced by the values that they name."""
+    """Return the tree as dicts and lists, with every `${...}` replaced by its value."""
     if isinstance(tree, dict):
         return tree
     from omegaconf import OmegaConf
@@ -95,7 +95,7 @@ def plain(tree: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
 
 
 def _merged(reader: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a class with the given values; `-` in a key is `_`, as in MindSpeed-RL."""
+    """Return the defaults of a class updated with the given values. `-` in a key becomes `_`, as in MindSpeed-RL."""
     return {**defaults(reader), **{key.replace("-", "_"): value for key, value in given.items() if key != "model"}}
 
 
@@ -115,14 +115,14 @@ def model_keys(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _megatron(tree: Mapping[str, Any], section: str, minimind: MiniMindConfig) -> Section:
-    """A model's keys, then megatron_training's, then the section's own; the precision is that of `minimind`."""
+    """Merge a model's keys, megatron_training and the section, and set the precision of `minimind`."""
     given = {**tree["megatron_training"], **tree[section]}
     model = model_keys(tree, str(given["model"])) if "model" in given else {}
     merged = _merged("MegatronConfig", {**model, **given})
     merged["bf16"] = merged["bf16"] and minimind.precision == "bf16"
     if minimind.precision == "fp16":  # MindSpeed-RL has no such key
         merged["fp16"] = True
-        if merged["initial_loss_scale"] == 2**32:  # its default overflows, and is halved once in a step
+        if merged["initial_loss_scale"] == 2**32:  # MindSpeed-RL's default overflows, and halves only once per step
             merged["initial_loss_scale"] = 2**16
     merged["pad_to_multiple_of"] = merged["tensor_model_parallel_size"] * merged["context_parallel_size"]
     return Section(**merged)
@@ -130,7 +130,9 @@ def _megatron(tree: Mapping[str, Any], section: str, minimind: MiniMindConfig) -
 
 # Megatron's flags
 
-# Keys that this kit's trainer of reinforcement learning reads itself, or does anyway.
+# The native engine has these keys if the first one is given.
+LORA = frozenset({"lora_target_modules", "lora_r", "lora_alpha"})
+# Keys that the reinforcement learning trainer reads itself, or whose behaviour it always has.
 OF_THE_TRAINER = frozenset(
     """
     use_mcore_models
@@ -143,14 +145,14 @@ OF_THE_TRAINER = frozenset(
 
 
 def megatron_flags(section: Section) -> list[str]:
-    """The section as a command line that `minimind_mcore.arguments.parse` accepts.
+    """Return the section as a command line for `minimind_mcore.arguments.parse`.
 
-    As MindSpeed-RL does for MindSpeed-LLM's parser: a list becomes several words, True the flag alone, and
-    None and False nothing. Left out are what the trainer of reinforcement learning reads itself, and what
-    the native engine does not have if it stands at MindSpeed-RL's default.
+    The conversion is MindSpeed-RL's: a list becomes several words, True becomes the flag alone, None and False add
+    nothing. Keys that the trainer reads itself are left out. So are features that the native engine lacks, if the key
+    has MindSpeed-RL's default.
 
     Raises:
-        UserError: a key that is set to what the native engine does not have.
+        UserError: a key asks for a feature that the native engine lacks.
     """
     known, flags = defaults("MegatronConfig", NEWEST), []
     missing = lacking(vars(section))
@@ -169,14 +171,15 @@ def megatron_flags(section: Section) -> list[str]:
 
 
 def lacking(section: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a section that ask for something which the native engine does not have."""
+    """Return the keys of a section that ask for a feature the native engine lacks."""
     table, found = flag_table(), set()
+    known = IMPLEMENTED | NO_EFFECT | (LORA if section.get("lora_target_modules") else frozenset())
     for given, value in section.items():
         key = str(given).replace("-", "_")
         record = table.get("--" + key.replace("_", "-"))
         if key in OF_THE_TRAINER or key == "model" or value is None or value is False:
             continue
-        if record is None or record["dest"] not in IMPLEMENTED | NO_EFFECT:
+        if record is None or record["dest"] not in known:
             found.add(key)
     return found
 
@@ -192,22 +195,22 @@ def compose(
     beside: Path | None = None,
     quiet: bool = False,
 ) -> DictConfig:
-    """The YAML of that name with its groups, what its device differs in, and the overrides, which win.
+    """Compose a YAML file with its groups, the file of its device, and the overrides, which take precedence.
 
-    Values of `rl_config` that belong to another algorithm than the one that is set later are left out, and each is
-    printed: see `objective`.
+    A value of `rl_config` that was set for another algorithm than the one chosen later is dropped and printed (see
+    `objective`).
 
     Args:
-        name: of a file in `directory`, with or without `.yaml`.
-        overrides: hydra's: "rl_config.clip_ratio=0.1", "+rl_config.gamma=0.9".
-        directory: of the YAML files (default: the kit's configs/rlxf).
-        device: the file of `device/` to take, if it is there (default: the device found); "none": the values
-            of the YAML itself, which are those of an Ascend 910B.
+        name: name of a file in `directory`, with or without `.yaml`.
+        overrides: hydra overrides: "rl_config.clip_ratio=0.1", "+rl_config.gamma=0.9".
+        directory: directory of the YAML files (default: the kit's configs/rlxf).
+        device: name of a file in `device/`, used if it exists (default: the device found). "none" keeps the values
+            of the YAML, which are meant for an Ascend 910B.
         beside: another directory with groups.
-        quiet: do not print the keys that the algorithm replaces.
+        quiet: do not print the dropped values.
 
     Raises:
-        UserError: no such file, or what hydra says of it.
+        UserError: the file does not exist, or hydra cannot compose it.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -226,7 +229,7 @@ def compose(
             if not isinstance(content.get(section, {}), dict | None):
                 raise UserError(f"{file}: {section}: found {content[section]!r}, expected a mapping of keys")
     kind = device or devices.current().kind
-    # The kit's models and devices serve other directories too.
+    # Models and devices of the kit can be named from YAML files in any directory.
     others = [folder for folder in (beside, CONFIGS) if folder is not None and folder != where]
     known = any((folder / "device" / f"{kind}.yaml").is_file() for folder in (where, *others))
     here = [f"+device={kind}"] if known else []
@@ -246,9 +249,9 @@ def compose(
 
 
 def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[ConfigLayer]:
-    """The files that hydra merges, in its order, and the command line. Call it while hydra is initialized.
+    """Return the layers that hydra merges: the files in its order, then the command line. Needs an initialized hydra.
 
-    hydra.compose returns the merged tree alone, so the files that its defaults list names are read once more.
+    hydra.compose returns only the merged tree, so the files of its defaults list are read a second time.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
@@ -269,7 +272,7 @@ def _layers(name: str, overrides: list[str], folders: Sequence[Path]) -> list[Co
 
 
 def _leave_out_replaced(tree: DictConfig, layers: Sequence[ConfigLayer], quiet: bool) -> None:
-    """Delete the values that the algorithm replaces from a composed tree, and print them."""
+    """Delete the values that the algorithm replaces from a composed tree, and print each."""
     from omegaconf import open_dict
 
     for lost in replaced(layers):
@@ -281,26 +284,26 @@ def _leave_out_replaced(tree: DictConfig, layers: Sequence[ConfigLayer], quiet: 
 
 
 def _settable(override: str) -> str:
-    """`section.key=value` as hydra wants it whether the YAML has the key or not; `resolve` refuses unknown ones."""
+    """Prefix an override so that hydra accepts keys that the YAML lacks. `resolve` refuses unknown keys later."""
     known = override.split(".")[0] in (*SECTIONS, "minimind") and "." in override.split("=")[0]
     return f"++{override}" if known else override
 
 
 def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with hydra's own flags; what is left over on the command line are overrides."""
+    """Return a parser with hydra's flags. The remaining words of the command line are overrides."""
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config-name", "-cn", required=True, help="a YAML of configs/rlxf, or of --config-dir")
     parser.add_argument("--config-dir", "-cd", help="directory of the YAML files (default: the kit's configs/rlxf)")
-    parser.add_argument("--device", help="file of device/ to take (default: that of the device found)")
+    parser.add_argument("--device", help="file of device/ to merge (default: the file of the device found)")
     parser.add_argument("overrides", nargs="*", help="such as actor_config.lr=1e-6")
     return parser
 
 
 def require_weights(load: str | Path | None) -> None:
-    """Refuse weights that are not there.
+    """Check that the initial weights exist.
 
     Raises:
-        UserError: `load` of actor_config names no file or directory.
+        UserError: `load` of actor_config does not exist.
     """
     if not load or not Path(load).exists():
-        raise UserError(f"actor_config.load: {load} does not exist; expected the weights to begin with")
+        raise UserError(f"actor_config.load: {load} does not exist; expected the initial weights")

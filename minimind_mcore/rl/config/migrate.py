@@ -1,15 +1,15 @@
-"""Older keys of MindSpeed-RL's YAML, as guides still show them, rewritten for a version.
+"""Rewrite older keys of MindSpeed-RL's YAML, which guides still show, for a version.
 
-    tree, changes = migrate(yaml.safe_load(text), "master")      # changes: a line for each, what and why
+    tree, changes = migrate(yaml.safe_load(text), "master")      # changes: one line each, what changed and why
 
 | found | becomes |
 |---|---|
 | rl_config.shuffle_minibatch | shuffle_mini_batch |
-| colocate_actor_ref, colocate_all_models | nothing: use_integrated_worker, true by default, says it |
-| ref_config, reward_config, reference_resource without the switch | use_integrated_worker: false, and what is missing |
-| mini_batch_size that counts sequences (global_batch_size times n_samples_per_prompt) | that counts prompts |
-| model names that differ from the defined ones in - and _ | the defined ones |
-| keys that the other version calls otherwise (RENAMED) | this version's |
+| colocate_actor_ref, colocate_all_models | removed: use_integrated_worker, true by default, replaces them |
+| ref_config, reward_config, reference_resource without the switch | use_integrated_worker: false, missing keys added |
+| mini_batch_size in sequences (global_batch_size times n_samples_per_prompt) | mini_batch_size in prompts |
+| model names that differ from a defined name only in - and _ | the defined name |
+| keys that have another name in the other version (RENAMED) | the name in this version |
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ RESOURCES = ("reference_resource", "reward_resource")
 
 
 def migrate(tree: Mapping[str, Any], version: str) -> tuple[Tree, list[str]]:
-    """The tree as that version reads it, and what was changed. Unknown keys are left for the linter.
+    """Return the tree for a version, and the changes. Unknown keys are left for the linter.
 
     Args:
-        tree: the YAML, composed or one file of it.
-        version: of `schema.VERSIONS`.
+        tree: the YAML, composed or one of its files.
+        version: of MindSpeed-RL, "master" or "2.2.0".
     """
     new, changes = copy.deepcopy(dict(tree)), list[str]()
     for step in (_shuffle, _colocate, _separate, _mini_batch, _model_names):
@@ -61,12 +61,12 @@ def _colocate(tree: Tree) -> list[str]:
             value = rl.pop(key)
             if value:
                 rl.setdefault("use_integrated_worker", True)
-            changes.append(f"rl_config.{key} is gone: use_integrated_worker says whether one worker is both")
+            changes.append(f"rl_config.{key} is removed: use_integrated_worker now chooses whether one worker is both")
     return changes
 
 
 def _separate(tree: Tree) -> list[str]:
-    """Sections of workers apart need the switch, and then both sections and the resource."""
+    """Separate workers need the switch, and then both sections and the resource."""
     rl = _section(tree, "rl_config")
     apart: list[str] = [name for name in ("ref_config", "reward_config") if name in tree]
     apart += [f"rl_config.{name}" for name in RESOURCES if rl.get(name) is not None]
@@ -87,7 +87,7 @@ def _separate(tree: Tree) -> list[str]:
 
 
 def _mini_batch(tree: Tree) -> list[str]:
-    """The number of sequences that older versions took is a multiple of the step's."""
+    """Convert a number of sequences, as older versions expected, to a number of prompts."""
     rl, megatron = _section(tree, "rl_config"), _section(tree, "megatron_training")
     found = (rl.get("mini_batch_size"), rl.get("n_samples_per_prompt", 1), megatron.get("global_batch_size"))
     if not all(isinstance(value, int) for value in found):
@@ -131,7 +131,7 @@ def _renamed(tree: Tree, version: str) -> list[str]:
 
 
 def _absent(tree: Tree, version: str) -> list[str]:
-    """What only the other version has, and stands at its default there, is left out."""
+    """Drop keys that only the other version has, if they are at their default."""
     other = "master" if version == "2.2.0" else "2.2.0"
     changes = []
     for name, reader in SECTIONS.items():
@@ -140,5 +140,5 @@ def _absent(tree: Tree, version: str) -> list[str]:
         for key in list(section):
             if key not in known and key in others and section[key] == others[key]:
                 del section[key]
-                changes.append(f"{name}.{key} is not in MindSpeed-RL {version}; it stood at its default")
+                changes.append(f"{name}.{key} does not exist in MindSpeed-RL {version}; it was at its default")
     return changes

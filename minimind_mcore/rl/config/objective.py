@@ -1,4 +1,4 @@
-"""What a run optimizes: an algorithm of the table, with the values of the YAML that change it.
+"""The objective of a run: an algorithm of `algorithms.table`, changed by keys of the YAML.
 
 A configuration is composed in layers: the YAML files of its defaults list in hydra's order, then the command line.
 The last layer that sets `minimind.algorithm` chooses the algorithm. In that layer and in later ones a key of
@@ -18,15 +18,15 @@ from minimind_mcore.rl.config.schema import Config, defaults
 
 ALGORITHM = ("minimind", "algorithm")
 CLIP = ("clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high")
-CLIPPED = ("clip", "gspo")  # policy losses that these keys change
-# Keys of `rl_config` with the value of a field of `Algorithm`.
+CLIPPED = ("clip", "gspo")  # policy losses that the clip keys change
+# Keys of `rl_config` whose value is copied to a field of `Algorithm`.
 SAME = {
     "kl_penalty": "kl_kind",
     "init_kl_coef": "kl_coef",
     "filter_groups_enable": "dynamic_sampling",
     "overlong_buffer_enable": "overlong",
 }
-# Keys of a configuration: the fields of `Algorithm` that they set.
+# Keys of a configuration, with the fields of `Algorithm` that they set.
 FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
     **{("rl_config", key): ("clip_low", "clip_high") for key in CLIP},
     ("rl_config", "token_level_loss"): ("aggregation",),
@@ -39,9 +39,9 @@ FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def objective(config: Config) -> Algorithm:
-    """Return the algorithm of `minimind.algorithm`, changed by the keys that stand in `rl_config`.
+    """Return the algorithm of `minimind.algorithm`, changed by the keys that `rl_config` sets.
 
-    A key that is left out keeps the algorithm's own value. MindSpeed-RL's default is GRPO's.
+    A key that is left out keeps the algorithm's value. MindSpeed-RL's default is GRPO's value.
     """
     chosen, rl = algorithm(config.minimind.algorithm), config.rl
     given = config.tree["rl_config"]
@@ -64,13 +64,23 @@ def objective(config: Config) -> Algorithm:
     return dataclasses.replace(chosen, kl="none") if chosen.kl_coef == 0 else chosen
 
 
+def steps_ahead(config: Config) -> int:
+    """Return the number of steps that the rollout engines may be ahead of the training. Dynamic sampling never is."""
+    return 0 if config.rl.blocking or objective(config).dynamic_sampling else int(config.minimind.staleness)
+
+
+def trains_on_older(config: Config) -> bool:
+    """Return whether responses may come from older weights: of engines that are ahead, or in parts of several steps."""
+    return steps_ahead(config) > 0 or config.rl.partial_rollout_max_split > 1
+
+
 @dataclass(frozen=True)
 class ConfigLayer:
     """One layer of a composed configuration.
 
     Attributes:
-        name: of the file, or "the command line".
-        keys: the values it sets, by section and key.
+        name: name of the file, or "the command line".
+        keys: the values that the layer sets, by section and key.
     """
 
     name: str
@@ -102,12 +112,12 @@ def command_line(overrides: Sequence[tuple[str, Any]]) -> ConfigLayer:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A key whose value the table of the algorithm replaces.
+    """A key whose value is replaced by the algorithm's.
 
     Attributes:
-        section: of the key.
-        key: its name.
-        message: what is printed, or None where the table has the same value.
+        section: section of the key.
+        key: name of the key.
+        message: message to print, or None if the algorithm has the same value.
     """
 
     section: str
@@ -116,10 +126,10 @@ class Replaced:
 
 
 def replaced(layers: Sequence[ConfigLayer]) -> Iterator[Replaced]:
-    """Yield the keys of earlier layers that lose to the table of the algorithm.
+    """Yield the keys of earlier layers that the algorithm replaces.
 
     Args:
-        layers: in the order in which they are merged.
+        layers: in merge order.
     """
     setting = [number for number, layer in enumerate(layers) if ALGORITHM in layer.keys]
     if not setting:
@@ -144,7 +154,7 @@ def replaced(layers: Sequence[ConfigLayer]) -> Iterator[Replaced]:
 
 
 def in_keys(row: Algorithm) -> dict[tuple[str, str], Any]:
-    """Return an algorithm in the keys of a configuration, as far as those can express it."""
+    """Return an algorithm as keys of a configuration, as far as keys exist for its fields."""
     found: dict[str, Any] = {
         "kl_penalty": row.kl_kind,
         "init_kl_coef": row.kl_coef if row.kl != "none" else 0.0,
@@ -163,10 +173,10 @@ def in_keys(row: Algorithm) -> dict[tuple[str, str], Any]:
 
 
 def with_table(tree: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """Return a tree for MindSpeed-RL with the algorithm's values in the keys that the tree leaves out.
+    """Return a tree for MindSpeed-RL, with the algorithm's values filled in for keys that the tree leaves out.
 
-    The embedded trainer reads those from the table. MindSpeed-RL has no table: a key that is left out has the default
-    of its GRPO, also under dapo.
+    The embedded trainer reads these values from its table. MindSpeed-RL has no table: a key that is left out has the
+    default of its GRPO, also under dapo.
     """
     rl, name = tree.get("rl_config"), (tree.get("minimind") or {}).get("algorithm")
     if not isinstance(rl, Mapping) or name not in ALGORITHMS:

@@ -1,21 +1,19 @@
-"""The schema of a configuration: which keys there are, their defaults, their types, and the resolved `Config`.
+"""The schema of a configuration: its keys with defaults and types, and the resolved `Config`.
 
     >>> from minimind_mcore.rl.config.schema import defaults
     >>> defaults("RLConfig")["clip_ratio"]
     0.2
 
-`rl_schema.json` has the keys of MindSpeed-RL's three classes with their defaults (mindspeed_rl/config_cls:
-MegatronConfig, RLConfig, GenerateConfig), read from release 2.2.0 and from master of 2026-04. A key has the type of its
-default. A default of None has no type: "types" names it, or MindSpeed-LLM's flag of the same name has it.
-`MiniMindConfig` is the section `minimind`, which MindSpeed-RL's parser ignores.
+`rl_schema.json` lists the keys of MindSpeed-RL's three classes with their defaults (mindspeed_rl/config_cls:
+MegatronConfig, RLConfig, GenerateConfig), taken from release 2.2.0 and from master of 2026-04. A key has the type of
+its default. If the default is None, "types" gives the type, or else MindSpeed-LLM's flag of the same name.
+`MiniMindConfig` defines the section `minimind`, which MindSpeed-RL's parser ignores.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import json
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +24,13 @@ from typing import Any, Literal
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.flags import TYPES, flag_table
 from minimind_mcore.inputs.ranges import problem
-from minimind_mcore.paths import PACKAGE
+from minimind_mcore.paths import package_json
 
 Problem = tuple[str, str]  # a key, and what is wrong with its value
 
 NEWEST = "master"
 
-# Section of the YAML: the class that reads it.
+# Sections of the YAML, with the class that reads each.
 SECTIONS = {
     "megatron_training": "MegatronConfig",
     "actor_config": "MegatronConfig",
@@ -43,19 +41,17 @@ SECTIONS = {
     "generate_config": "GenerateConfig",
 }
 MEGATRON_SECTIONS = tuple(name for name, reader in SECTIONS.items() if reader == "MegatronConfig")
-# Sections that MindSpeed-RL has beside those: models by name, profilers, and what it never looks at.
+# Further sections of MindSpeed-RL: models by name, profilers, and sections that it ignores.
 OTHER_SECTIONS = ("defaults", "model", "profiler_config", "msprobe_config", "minimind")
 
 
-@functools.cache
 def schema() -> dict[str, Any]:
     """Return the content of rl_schema.json."""
-    loaded: dict[str, Any] = json.loads((PACKAGE / "rl/config/rl_schema.json").read_text(encoding="utf-8"))
-    return loaded
+    return package_json("rl/config/rl_schema.json")
 
 
 def defaults(reader: str, version: str = NEWEST) -> dict[str, Any]:
-    """Every key of a class of MindSpeed-RL with its default (a copy).
+    """Return every key of a MindSpeed-RL class with its default (a copy).
 
     Args:
         reader: "MegatronConfig", "RLConfig" or "GenerateConfig".
@@ -65,7 +61,7 @@ def defaults(reader: str, version: str = NEWEST) -> dict[str, Any]:
 
 
 def value_type(reader: str, key: str, version: str = NEWEST) -> type:
-    """The type of a key's value: bool, int, float, str, list or dict. None is always allowed beside it."""
+    """Return the type of a key's value: bool, int, float, str, list or dict. None is always allowed as well."""
     default = schema()[version][reader][key]
     if default is not None:
         return type(default)
@@ -87,11 +83,11 @@ def value_type(reader: str, key: str, version: str = NEWEST) -> type:
 
 @dataclass(frozen=True, kw_only=True)
 class UserReward:
-    """A reward function of the user's.
+    """A user's reward function.
 
     Attributes:
         path: "package.module:function", importable from the run's directory or PYTHONPATH.
-        weight: it is added to the reward with this weight.
+        weight: weight of its score in the reward.
     """
 
     path: str
@@ -99,50 +95,82 @@ class UserReward:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniMindConfig:
-    """The section `minimind`; every key may be left out.
+class Resource:
+    """Devices of a kind of worker, written as in `rl_config.actor_resource`.
 
     Attributes:
-        algorithm: advantages and loss; the settings of each are MindSpeed-RL's own keys of rl_config.
-        policy_loss: "package.module:function", a function of the user's in place of the algorithm's policy loss; see
-            `losses.POLICY_LOSSES` for its signature.
-        advantage: likewise in place of the algorithm's advantage; see `advantages.ADVANTAGES`.
-        cispo_clip: CISPO: the importance ratio is cut at this, and no gradient goes through it.
+        num_npus: number of devices; on a CPU the number of processes.
+    """
+
+    num_npus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniMindConfig:
+    """The section `minimind`. Every key may be left out.
+
+    Attributes:
+        algorithm: advantage and loss. The settings of each algorithm are MindSpeed-RL's keys of rl_config.
+        policy_loss: "package.module:function", a user's function that replaces the algorithm's policy loss.
+            `losses.POLICY_LOSSES` defines its signature.
+        advantage: "package.module:function", a user's function that replaces the algorithm's advantage.
+            `advantages.ADVANTAGES` defines its signature.
+        cispo_clip: upper bound of CISPO's importance ratio. No gradient flows through the ratio.
         dual_clip: the clipped loss of a token with a negative advantage is at most this many times its advantage
-            (PPO's dual clip, verl's clip_ratio_c); None: no limit.
-        spo_half_life: SPO: KL at which the weight of the past of a prompt's baseline halves.
-        spo_rho: SPO: smallest and largest weight of the past.
-        precision: of weights and arithmetic of the training; bf16 on NPU and GPU, fp32 on a CPU.
-        rollout_engine: what writes the responses.
+            (PPO's dual clip, verl's clip_ratio_c). None: no limit.
+        spo_half_life: SPO: KL divergence that halves the weight of earlier rewards in the baseline.
+        spo_rho: SPO: smallest and largest weight of earlier rewards.
+        precision: dtype of weights and arithmetic in training. Default: bf16 on NPU and GPU, fp32 on a CPU.
+        rollout_engine: engine that generates the responses: this kit's decoder, vLLM in the rollout actors, or SGLang
+            servers that you have started.
+        sglang_base_url: addresses of SGLang servers, such as http://10.0.0.1:30000, one for each rollout engine.
+        sglang_shared_path: directory that the run and the SGLang servers see under the same path. Weights are
+            transferred through it.
+        sglang_timeout_s: how long an SGLang server may take to answer.
+        router_replay: the trainer sends each token to the experts that the rollout engine chose.
+        rollout_resource: devices of the rollout engines, one engine on each, spread over the hosts. None: the engines
+            share the devices of the actor.
+        rollout_function: "package.module:function", a user's function that generates the responses. It has the
+            arguments of `rollouts.generate`, and needs `rl_config.partial_rollout_max_split: 1`.
+        rollout_filter: "package.module:function" (rewards [responses], scores by verifier, n) -> [groups] bool: the
+            groups to train on. Prompts are taken until a step is full, as with filter_groups_enable. The run ends with
+            an error if `rl_config.filter_groups_max_batches` batches (2 or more) are too few.
+        staleness: with `rl_config.blocking: false`, the number of steps that the engines may be ahead of the training.
         rollout_correction: "tis": each token's loss is weighted by the ratio of the trainer's probability to the
-            rollout engine's; "none": the difference is only measured.
-        rollout_correction_cap: the largest such weight.
-        weight_check_interval: every so many steps check that the rollout engine holds the trainer's weights,
-            and that a perturbed engine is restored by a sync; 0: never.
-        rewards: the user's own reward functions, added to the verifiers of rl_config.
+            rollout engine's. "none": no weight. If responses may come from older weights (`rl_config.blocking: false`,
+            `partial_rollout_max_split`), "none" takes the ratio of the loss to the rollout engine's log-probabilities.
+        rollout_correction_cap: upper bound of that weight.
+        weight_check_interval: every N steps overwrite the weights of every rollout engine, send them again, and
+            compare. 0: only when the run starts.
+        rewards: the user's own reward functions, in addition to the verifiers of rl_config.
         reward_model: directory of a Hugging Face sequence classifier or an InternLM-style reward model (one with
             get_score). It runs in the reward actor, on the CPU in fp32.
         reward_model_trust_remote_code: run the Python in that directory, which InternLM-style models need.
-        reward_model_weight: its score is added with this weight.
-        reward_model_range: its score is cut to plus or minus this.
-        reward_failure_limit: share of a step's verdicts that may fail (exception, timeout) before the run stops.
-        eval_data: prefixes of sets of held-out prompts (one may stand without a list), whose accuracy is measured
-            before, during and after; None: the prompts at data_path with `_unseen` behind it, if there are any.
-        eval_interval: every so many steps; 0: only before and after.
-        eval_prompts: of each set, the first so many.
-        eval_samples: k responses are also drawn to each of these prompts, for avg@k and pass@k; 1: only the likeliest.
-        output_dir: logs, metrics, curves, samples.
-        sample_interval: print sample completions every so many steps; 0: never.
-        save_rollouts: directory to save every step's rollouts in.
-        replay_rollouts: directory to read them from instead of generating.
-        keep_last: keep only the newest N checkpoints, and of a critic, which is saved first, one more; None: all.
-        resume_schedule: what a run that resumes does where the YAML's learning-rate schedule (lr, min_lr, warmup,
-            train_iters, weight_decay) is not the checkpoint's: "same" refuses, "override" follows the YAML,
-            "checkpoint" follows the checkpoint.
-        actor_timeout_s: an actor that does not answer a call for so long is taken for dead.
+        reward_model_weight: weight of the reward model's score in the reward.
+        reward_model_range: the reward model's score is clipped to plus or minus this value.
+        reward_workers: number of reward actors. They are spread over the hosts, and each loads the reward model.
+        reward_failure_limit: share of recent responses that a verifier may fail to score (exception, timeout) before
+            the run stops.
+        eval_data: prefixes of held-out prompt sets (a single prefix needs no list). Accuracy is measured before,
+            during and after training. None: the prompts at data_path plus `_unseen`, if they exist.
+        eval_interval: evaluate every N steps. 0: only before and after training.
+        eval_prompts: number of prompts of each set, from its start.
+        eval_samples: also sample k responses to each of these prompts, for avg@k and pass@k. 1: greedy decoding only.
+        output_dir: directory of logs, metrics, curves and samples.
+        sample_interval: print sample completions every N steps. 0: never.
+        save_rollouts: directory for the rollouts of every step.
+        replay_rollouts: directory to read rollouts from instead of generating.
+        keep_last: keep only the newest N checkpoints, and N + 1 of a critic, which is saved first. None: all.
+        resume_schedule: what a resumed run does if the YAML's learning-rate schedule (lr, min_lr, warmup,
+            train_iters, weight_decay) differs from the checkpoint's: "same" refuses, "override" uses the YAML,
+            "checkpoint" uses the checkpoint.
+        actor_timeout_s: a training rank, a rollout actor or a reward actor that does not answer a call within this time
+            counts as dead. A `rollout_function` that neither returns nor calls the engines within this time ends the
+            run with an error, and so does a `rollout_filter` that does not return.
         cluster_wait_s: how long to wait for the cluster to have the resources, at the start and after a node is lost.
-        max_restarts: of training ranks, rollout and reward actors, each, before the run gives up; they are counted
-            from the furthest step that is done, so that a rare fault never ends a run, and one that comes back does.
+        max_restarts: restarts of training ranks, of rollout actors, of reward actors and of the rollout manager before
+            the run gives up. The count restarts with every new step, so rare faults never end a run, and a fault that
+            recurs does.
     """
 
     algorithm: Literal[
@@ -156,7 +184,15 @@ class MiniMindConfig:
     spo_half_life: float = 0.06
     spo_rho: tuple[float, float] = (0.5, 0.96)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    rollout_engine: Literal["transformers", "vllm"] = "transformers"
+    rollout_engine: Literal["transformers", "vllm", "sglang"] = "transformers"
+    sglang_base_url: tuple[str, ...] = ()
+    sglang_shared_path: str = "outputs/sglang_weights"
+    sglang_timeout_s: float = 120.0
+    router_replay: bool = False
+    rollout_resource: Resource | None = None
+    rollout_function: str | None = None
+    rollout_filter: str | None = None
+    staleness: int = 1
     rollout_correction: Literal["none", "tis"] = "none"
     rollout_correction_cap: float = 2.0
     weight_check_interval: int = 0
@@ -165,6 +201,7 @@ class MiniMindConfig:
     reward_model_trust_remote_code: bool = False
     reward_model_weight: float = 1.0
     reward_model_range: float = 3.0
+    reward_workers: int = 1
     reward_failure_limit: float = 0.1
     eval_data: tuple[str, ...] | None = None
     eval_interval: int = 0
@@ -182,7 +219,7 @@ class MiniMindConfig:
 
 
 def minimind_config(section: Mapping[str, Any] | None) -> MiniMindConfig:
-    """The section as its dataclass.
+    """Return the section as its dataclass.
 
     Raises:
         UserError: an unknown key (with the nearest name), or a value of the wrong type.
@@ -191,7 +228,7 @@ def minimind_config(section: Mapping[str, Any] | None) -> MiniMindConfig:
 
 
 def _build(cls: type, section: Mapping[str, Any], where: str) -> Any:
-    """A frozen dataclass from a mapping, every value checked against its annotation."""
+    """Build a frozen dataclass from a mapping, with every value checked against its annotation."""
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: found {section!r}, expected a mapping of keys")
     kinds = typing.get_type_hints(cls)
@@ -206,7 +243,7 @@ def _build(cls: type, section: Mapping[str, Any], where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """The value as its annotation wants it; `UserError` if it is something else."""
+    """Convert a value to its annotated type. A `UserError` if it has another type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):  # "X | None", and nothing else here
         return None if value is None else _convert(arguments[0], value, where)
@@ -237,7 +274,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 class Section(SimpleNamespace):
-    """Keys of a section as attributes, not to be changed; a name that there is not suggests the nearest."""
+    """The keys of a section as read-only attributes. The error for an unknown name suggests the nearest."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -255,14 +292,14 @@ class Config:
     Attributes:
         model: name of the actor's model in `model/*.yaml`.
         actor: MegatronConfig's keys of the actor.
-        ref: of the reference; the actor's own where one worker is both (`rl.use_integrated_worker`).
-        reward: of a reward model that Megatron runs, or None.
-        critic: of PPO's critic, or None.
+        ref: keys of the reference model. The same as `actor` if one worker is both (`rl.use_integrated_worker`).
+        reward: keys of a reward model that Megatron runs, or None.
+        critic: keys of PPO's critic, or None.
         rl: RLConfig's keys. As in MindSpeed-RL's object `mini_batch_size` counts sequences: the YAML's
             number of prompts times `n_samples_per_prompt`.
-        generate: GenerateConfig's keys; `sampling_config` is a section of its own.
+        generate: GenerateConfig's keys. `sampling_config` is a section of its own.
         minimind: the section `minimind`.
-        tree: the YAML that all this was resolved from, as plain dicts and lists.
+        tree: the YAML that this configuration was resolved from, as plain dicts and lists.
     """
 
     model: str
@@ -276,19 +313,26 @@ class Config:
     tree: Mapping[str, Any]
 
     @property
+    def rollout_engines(self) -> int:
+        """Return the number of rollout engines: one on each device of their own, or on the actor's devices."""
+        if self.minimind.rollout_resource:
+            return self.minimind.rollout_resource.num_npus
+        return int(self.generate.data_parallel_size or self.rl.actor_resource.num_npus)
+
+    @property
     def reward_names(self) -> list[str]:
-        """Names of the verifiers, then the paths of the user's own functions."""
+        """Return the names of the verifiers, then the paths of the user's own functions."""
         return [*self.rl.verifier_function, *(reward.path for reward in self.minimind.rewards)]
 
     @property
     def reward_weights(self) -> list[float]:
-        """Weights in the order of `reward_names`."""
+        """Return the weights in the order of `reward_names`."""
         return [*self.rl.verifier_weight, *(reward.weight for reward in self.minimind.rewards)]
 
 
 # Keys and types of a composed tree
 
-# Types of what is in a list.
+# Element types of lists.
 ELEMENTS: dict[str, tuple[type, str]] = {"verifier_function": (str, "names"), "verifier_weight": (float, "numbers")}
 # Megatron keys used in arithmetic. null (Megatron's default) is not allowed.
 SIZES = {
@@ -298,7 +342,7 @@ SIZES = {
 
 
 def keys(tree: Mapping[str, Any], version: str) -> list[Problem]:
-    """Unknown sections and keys, and values of the wrong type."""
+    """Return unknown sections and keys, and values of the wrong type."""
     found = []
     for name, section in tree.items():
         if name in OTHER_SECTIONS:
@@ -343,7 +387,7 @@ def _section_keys(where: str, section: Mapping[str, Any], reader: str, version: 
 
 
 def _sub_keys(where: str, section: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Problem]:
-    """Those of a key that is itself a section; None is a number that is not given."""
+    """Yield the problems of a key that is itself a section. A default of None stands for a number that is not set."""
     for name, value in section.items():
         kind = int if known.get(name) is None else type(known[name])
         if name not in known:
@@ -353,7 +397,7 @@ def _sub_keys(where: str, section: Mapping[str, Any], known: Mapping[str, Any]) 
 
 
 def _misfit(value: Any, kind: type, default: Any, reader: str, key: str) -> bool:
-    """Whether a key cannot have this value; null only where it is the default or makes Megatron take its own."""
+    """Return whether a value is invalid. null is valid if it is the default or selects Megatron's own default."""
     if value is None:
         megatron = reader == "MegatronConfig"
         return key in SIZES if megatron else default is not None and default != "" and kind is not bool
@@ -361,7 +405,7 @@ def _misfit(value: Any, kind: type, default: Any, reader: str, key: str) -> bool
 
 
 def fits(value: Any, kind: type) -> bool:
-    """Whether a value can stand for a type: integers for floats, whole floats for integers, words for lists."""
+    """Return whether a value has a type: integers count as floats, whole floats as integers, strings as lists."""
     if value is None or isinstance(value, bool):
         return value is None or kind is bool
     if kind is int:
@@ -371,16 +415,16 @@ def fits(value: Any, kind: type) -> bool:
 
 
 def of_error(error: UserError) -> Problem:
-    """An error that begins with a key and a colon."""
+    """Split an error whose message is `key: problem`."""
     key, _, message = str(error).partition(": ")
     return key, message
 
 
 def refuse(problems: Sequence[Problem], name: str) -> None:
-    """Raise what is wrong with the configuration `name`, if anything is.
+    """Raise one error with all problems of the configuration `name`, if there are any.
 
     Raises:
-        UserError: all problems, one a line.
+        UserError: all problems, one per line.
     """
     errors = [f"{key}: {message}" for key, message in problems]
     older = " (minimind-mcore rl lint --fix knows older names)" if any("unknown" in error for error in errors) else ""

@@ -1,4 +1,4 @@
-"""DAPO's verifier: the text after the last "Answer:", normalised as Minerva's evaluation does (arXiv 2206.14858)."""
+"""DAPO's verifier: the text after the last "Answer:", normalized as in Minerva's evaluation (arXiv 2206.14858)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REMOVED = [
     "\\text{\n}", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
 ]  # fmt: skip
 _UNWRAPPED = [
-    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),  # only the first formula
+    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),  # keep only the first formula
     (r"\\text\{(.*?)\}", r"\1"),
     (r"\\textbf\{(.*?)\}", r"\1"),
     (r"\\overline\{(.*?)\}", r"\1"),
@@ -27,13 +27,13 @@ _UNWRAPPED = [
 
 
 def answered(response: str, label: str) -> bool:
-    """Whether the last "Answer: ..." of the response's last 300 characters is the label."""
+    """Return whether the last "Answer: ..." in the last 300 characters of the response equals the label."""
     found = _ANSWER.findall(response[-300:])
     return normalise(found[-1] if found else "[INVALID]") == normalise(label)
 
 
 def normalise(answer: str) -> str:
-    """What stands after the last "=", without units, text and formatting."""
+    """Return the text after the last "=", without units, words and formatting."""
     answer = answer.split("=")[-1]
     for before, after in [*_SPELLINGS, *((word, "") for word in _REMOVED)]:
         answer = answer.replace(before, after)

@@ -1,9 +1,9 @@
-"""Whether two pieces of mathematics are the same: as text, as numbers, part by part, or for sympy.
+"""Compare two mathematical expressions: as text, as numbers, part by part, and finally with sympy.
 
-The steps are those of MindSpeed-RL's `math_equal` (after Qwen2.5-Math and ToRA). Text that a model wrote reaches
-sympy's parser, which evaluates Python with all of sympy's names: `doctest()` starts processes, `init_session()` opens a
-console. Only the names of `_mathematics` are resolved here, and text with strings or attributes is not parsed
-(`_harmless`). Sympy can take minutes over a line, so callers run this in `workers.Workers`.
+The steps are those of MindSpeed-RL's `math_equal` (after Qwen2.5-Math and ToRA). The text comes from a model and
+reaches sympy's parser, which evaluates Python with all of sympy's names: `doctest()` starts processes, `init_session()`
+opens a console. Here only the names of `_mathematics` are resolved, and text with strings or attributes is not parsed
+(`_harmless`). Sympy can take minutes for one line, so callers run the comparison in a `verifier_pool.VerifierPool`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from sympy.parsing.sympy_parser import parse_expr
 
 Symbolic = Callable[[str, str], bool]
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}.*\\end\{[pb]matrix\}", re.DOTALL)
-# As the older latex2sympy2 that MindSpeed-RL has: "x = 3" is 3, letters are real and keep their case. (That one takes
-# the mixed number 2\frac{1}{2} for a product, and remembers from one response to the next that x is 3: not copied.)
+# Same results as the older latex2sympy2 of MindSpeed-RL: "x = 3" is 3, letters are real and keep their case. Two of its
+# bugs are not copied: it reads the mixed number 2\frac{1}{2} as a product, and keeps x = 3 for later responses.
 _PLAIN = ConversionConfig(interpret_simple_eq_as_assignment=True, lowercase_symbols=False)
 _AS_IT_IS = NormalizationConfig(basic_latex=True, boxed="none")
 _NOT_MATHEMATICS = ({*dir(builtins), *keyword.kwlist} - {"abs", "min", "max", "round", "pow", "sum"}) | {"self"}
 
 
 def equal(answer: str, label: str, symbolic: Symbolic | None = None) -> bool:
-    """Whether `answer` (tidied, see `extraction`) is `label`.
+    """Return whether `answer` (normalized by `extraction.tidy`) equals `label`.
 
     Args:
-        answer: what was found in the response.
-        label: the truth.
-        symbolic: decides what text and numbers cannot; `symbolically_equal` where it is None.
+        answer: the answer extracted from the response.
+        label: the right answer.
+        symbolic: compares what text and numbers cannot decide. None: `symbolically_equal`.
     """
     symbolic = symbolic or symbolically_equal
     if answer.strip().lower() == label.strip().lower():
@@ -61,14 +61,14 @@ def equal(answer: str, label: str, symbolic: Symbolic | None = None) -> bool:
 
 
 def _choice(answer: str) -> str:
-    """The last letter of A to E that stands alone, or the answer itself."""
+    """Return the last stand-alone letter of A to E, or the answer itself."""
     answer = answer.strip("\n").rstrip(".").rstrip("/").strip(" ").lstrip(":")
     letters = re.findall(r"\b([ABCDE])\b", answer.upper())
     return str(letters[-1]) if letters else answer.strip().strip(".").rstrip(".").rstrip("/")
 
 
 def _number(text: str) -> float | None:
-    """A number with commas, or a percentage."""
+    """Parse a number with thousands separators, or a percentage."""
     text = text.replace(",", "")
     with suppress(ValueError):
         return float(text)
@@ -79,18 +79,18 @@ def _number(text: str) -> float | None:
 
 
 def _close(a: float, b: float) -> bool:
-    # isclose takes two infinities for equal, and a float of more than 1.8e308 is one.
+    # isclose treats two infinities as equal, and a literal above 1.8e308 becomes infinity.
     return isfinite(a) and isfinite(b) and isclose(a, b, rel_tol=1e-4)
 
 
 def _as_matrix(label: str) -> str:
-    r"""{a,b} as a matrix of rows, which a comma ends (one backslash, as MindSpeed-RL writes it)."""
+    r"""Convert {a,b} to a matrix with one row per entry (one backslash before each comma, as in MindSpeed-RL)."""
     rows = [found.strip("{}").replace(",", "\\") for found in re.findall(r"\{.*,.*\}", label.strip())]
     return ", ".join(f"\\begin{{pmatrix}}{row}\\end{{pmatrix}}" for row in rows)
 
 
 def _same_text(answer: str, label: str) -> bool:
-    """The same but for brackets and capitals."""
+    """Return whether two texts are equal apart from brackets and case."""
     square = answer.startswith("[") and answer.endswith("]") and not label.startswith("(")
     round_ = answer.startswith("(") and answer.endswith(")") and not label.startswith("[")
     if square or round_:
@@ -100,7 +100,7 @@ def _same_text(answer: str, label: str) -> bool:
 
 
 def _same_parts(answer: str, label: str, symbolic: Symbolic) -> bool:
-    """Points and intervals coordinate by coordinate, matrices entry by entry."""
+    """Compare points and intervals coordinate by coordinate, and matrices entry by entry."""
 
     def alike(left: str, right: str, by: str) -> bool:
         pair = left.split(by), right.split(by)
@@ -117,7 +117,7 @@ def _same_parts(answer: str, label: str, symbolic: Symbolic) -> bool:
 
 
 def _same_equation(answer: str, label: str, symbolic: Symbolic) -> bool:
-    """Equations as the difference of their sides; "x = 3" as 3."""
+    """Compare equations by the difference of their sides, and "x = 3" as 3."""
     if answer.count("=") == 1 and label.count("=") == 1:
         left, right = ("{} - ({})".format(*(side.strip() for side in text.split("="))) for text in (answer, label))
         return symbolic(left, right) or symbolic(f"-({left})", right)
@@ -129,12 +129,12 @@ def _same_equation(answer: str, label: str, symbolic: Symbolic) -> bool:
 
 
 def symbolically_equal(answer: str, label: str) -> bool:
-    """Whether sympy takes them for the same; what it cannot read is compared as text."""
+    """Return whether sympy finds both expressions equal. Text that sympy cannot parse is compared as text."""
     a, b = _parse(answer), _parse(label)
     if isinstance(a, str) or isinstance(b, str):
-        return str(a) == str(b)  # and nothing else: sympy's functions evaluate text that they are given
-    # Every division by zero is sympy's one complex infinity: 12:00 would be 1:00. latex2sympy2 1.9.1, which
-    # MindSpeed-RL has, builds other objects for them, which are not equal.
+        return str(a) == str(b)  # text must not reach sympy's functions, which would evaluate it
+        # Sympy maps every division by zero to one complex infinity, so that 12:00 would equal 1:00. latex2sympy2 1.9.1
+        # of MindSpeed-RL builds objects that differ from each other.
     if _divides_by_zero(a) or _divides_by_zero(b):
         return False
     tests: list[Callable[[], Any]] = [
@@ -145,7 +145,7 @@ def symbolically_equal(answer: str, label: str) -> bool:
         lambda: a.shape == b.shape and _rounded(a).equals(_rounded(b)),
     ]
     for test in tests:
-        # Sympy raises whatever comes to hand where an operation means nothing: then this test says nothing.
+        # Sympy raises exceptions of any type for undefined operations. The test is then skipped.
         with suppress(Exception):
             if test():
                 return True
@@ -153,7 +153,7 @@ def symbolically_equal(answer: str, label: str) -> bool:
 
 
 def _divides_by_zero(parsed: Any) -> bool:
-    """Whether what sympy read has no value; a written infinity has one."""
+    """Return whether a parsed expression is undefined. An infinity in the text itself counts as defined."""
     if not isinstance(parsed, Basic | MatrixBase):
         return False
     with suppress(Exception):  # as in the tests of `symbolically_equal`
@@ -166,7 +166,7 @@ def _rounded(matrix: Any) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """A sympy object from Python's or LaTeX's notation, or the text itself."""
+    """Parse Python or LaTeX notation to a sympy object. Text that cannot be parsed is returned unchanged."""
     for spelling in (text.replace("\\\\", "\\"), text):
         if _harmless(spelling):
             with suppress(Exception):
@@ -174,16 +174,16 @@ def _parse(text: str) -> Any:
     for spelling in (text.replace("\\\\", "\\"), text):
         with suppress(Exception):
             found = latex2sympy(spelling, None, True, normalization_config=_AS_IT_IS, conversion_config=_PLAIN)
-            if isinstance(found, Expr | MatrixBase | Relational):  # it could not read sets
+            if isinstance(found, Expr | MatrixBase | Relational):  # latex2sympy2 cannot parse sets
                 return found
     return text
 
 
 @functools.cache
 def _mathematics() -> Mapping[str, Any]:
-    """Return the names that a response may use: constants, functions, sets, matrices, relations of sympy.
+    """Return the names that a response may use: sympy's constants, functions, sets, matrices and relations.
 
-    `parse_expr` makes a symbol of any other name. Without `__builtins__` Python would add its own functions.
+    `parse_expr` turns any other name into a symbol. Without `__builtins__` Python would add its own functions.
     """
     kinds = (sympy.Function, sympy.Set, Relational, sympy.MatrixBase, sympy.Sum, sympy.Product, sympy.Integral)
     names = {
@@ -199,7 +199,7 @@ def _mathematics() -> Mapping[str, Any]:
 
 
 def _harmless(text: str) -> bool:
-    """Whether Python may evaluate it: no strings, attributes or names of the language."""
+    """Return whether Python may evaluate a text: it has no strings, attributes or keywords."""
     if re.search(r"""["'`:;@\\]|__|\.\s*[^\W\d]|\d{40}""", text):
         return False
     return not _NOT_MATHEMATICS.intersection(re.findall(r"[^\W\d]\w*", text))

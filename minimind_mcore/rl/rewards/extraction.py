@@ -1,7 +1,7 @@
-"""The answer inside a response, tidied so that two ways of writing it compare equal.
+"""Extract the answer from a response, and normalize it so that different spellings compare equal.
 
-The rules are those of MindSpeed-RL's `acc` (after Qwen2.5-Math's evaluation, and the MATH data set's before it), their
-oddities included: a score must not depend on where it was computed.
+The rules are those of MindSpeed-RL's `acc`, which come from the evaluations of Qwen2.5-Math and the MATH data set.
+Their oddities are kept, so that the score does not depend on the backend.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from word2number import w2n
 
 _NUMBER = re.compile(r"-?\d*\.?\d+")
-# Units and other words that may stand beside a number, and do not count. In this order, then with an s.
+# Units and other words next to a number, which are removed: in this order, then again with a plural s.
 _UNITS = """
 east|degree|mph|kmph|ft|m sqaure| m east|sq m|deg|mile|q .|monkey|prime|ratio|profit of rs|rd|o|gm|p . m|lb|
 tile|per|dm|lt|gain|ab|way|west|a .|b .|c .|d .|e .|f .|g .|h .|t|a|h|no change|men|soldier|pie|bc|excess|st|
@@ -34,8 +34,8 @@ _SETS = {
 
 
 def extract(response: str) -> str:
-    """The answer of a response: after "final answer is $", in the last box, after "the answer is" (or 答案是), or
-    the last number; tidied. "" where there is none."""
+    """Return the normalized answer: after "final answer is $", in the last box, after "the answer is" (or 答案是), or
+    the last number. "" if the response has none."""
     answer = re.sub(r"\n\s*", "", _locate(response.replace("ки", "")))
     answer = answer.removeprefix(":").removesuffix(".").removesuffix("/")
     return tidy(answer)
@@ -57,7 +57,7 @@ def _locate(response: str) -> str:
 
 
 def _box(text: str) -> str:
-    """What follows `boxed`: in braces, to the end where they do not close; or up to the next dollar."""
+    """Return the text after `boxed`: the braces, to the end if they never close, or up to the next dollar sign."""
     if not text.startswith("{"):
         return text.split("$")[0].strip()
     depth = 0
@@ -69,7 +69,7 @@ def _box(text: str) -> str:
 
 
 def tidy(answer: str) -> str:
-    """One way of writing for what means the same: no units, no \\left, no dollar signs, words as numbers."""
+    """Normalize an answer: remove units, \\left and dollar signs, and write words as numbers."""
     text = answer.strip().replace("\n", "").rstrip(".").replace("\\!", "")
     text = re.sub(r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}", text)
     text = _replace(re.sub(r"\\end\{array\}", r"\\end{pmatrix}", text), _SPELLINGS)
@@ -117,14 +117,14 @@ def _as_number(text: str) -> str:
 
 
 def _cut_fraction(text: str) -> bool:
-    """Whether its first \\frac without braces ends the text within one character: then nothing is tidied."""
+    """Return whether the text ends within one character after its first \\frac without braces: it is left as is."""
     bare = [rest for rest in text.split("\\frac")[1:] if not rest.startswith("{")]
     return bool(bare) and len(bare[0]) < 2
 
 
 def _slash(text: str) -> str:
-    """A fraction of integers a/b as MindSpeed-RL leaves it: its "\\frac" has lost the backslash and the f to an escape,
-    so that `acc` takes 1/2 for wrong, whatever the label."""
+    """Rewrite a fraction of integers a/b as MindSpeed-RL does. An escape there removes the backslash and the f of
+    "\\frac", so `acc` always judges 1/2 as wrong, whatever the label."""
     parts = text.split("/")
     if len(parts) != 2:
         return text

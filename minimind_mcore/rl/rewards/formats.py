@@ -1,4 +1,4 @@
-"""How a response is laid out: tags, boxes, steps. Pure string work, linear in the response's length."""
+"""Formats of responses: tags, boxes, steps. All checks take time linear in the length of the response."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _BOX = re.compile(r"\\boxed\{.*?\}")
 
 
 def tagged(response: str) -> bool:
-    """Whether it begins with <think>...</think><answer>...</answer>, the last tag at the end of a line."""
+    """Return whether a response starts with <think>...</think><answer>...</answer>, the last tag at a line's end."""
     return _TAGGED.match(response) is not None
 
 
 def steps(response: str) -> int:
-    """Signs of step by step reasoning: "Step 1:", a first line "1.", bullets, "First," and the like."""
+    """Count markers of step by step reasoning: "Step 1:", a first line "1.", bullets, "First," and similar words."""
     return len(_STEP.findall(response))
 
 
 def strictly_tagged(response: str) -> bool:
-    """Whether it is <think>...</think>...<answer>...\\boxed{...}...</answer>, each of them once, in this order.
+    """Return whether a response is <think>...</think>...<answer>...\\boxed{...}...</answer>, each once, in order.
 
-    The box ends on the line where it begins.
+    The box must end on the line where it starts.
     """
     boxes = _BOX.findall(response)
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -33,8 +33,8 @@ def strictly_tagged(response: str) -> bool:
 
 
 def boxed_in_answer(response: str) -> bool:
-    """Whether <think>, </think>, <answer>, \\boxed{, } and </answer> follow in this order, from its first to its last
-    character; what else there is between them, and how often, does not matter."""
+    """Return whether <think>, </think>, <answer>, \\boxed{, } and </answer> follow in this order, the first at the
+    start and the last at the end. Other text and repeated tags between them are allowed."""
     place = 0
     for part in ["<think>", "</think>", "<answer>", "\\boxed{", "}"]:
         place = response.find(part, place)
@@ -45,7 +45,7 @@ def boxed_in_answer(response: str) -> bool:
 
 
 def last_box(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces inside it balanced; None without one that closes."""
+    """Return the content of the last \\boxed{...} with balanced braces, or None if no box is closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

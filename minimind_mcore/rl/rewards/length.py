@@ -1,4 +1,4 @@
-"""DAPO's penalty of answers that come near the end of their room (arXiv 2503.14476, eq. 13)."""
+"""DAPO's penalty of responses near the maximum length (arXiv 2503.14476, eq. 13)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 def overlong(lengths: Tensor, room: int, buffer: int, factor: float = 1.0) -> Tensor:
-    """0 up to `room - buffer` tokens, then evenly down to -factor.
+    """Return 0 up to `room - buffer` tokens, then a linear decrease to -factor at `room` tokens.
 
     Args:
         lengths: [B], tokens of each response.
-        room: the longest response (`rollout_max_tokens`).
-        buffer: tokens over which the penalty grows (`overlong_buffer`).
-        factor: the penalty of a response that fills the room (`overlong_buffer_penalty_factor`).
+        room: the maximum response length (`rollout_max_tokens`).
+        buffer: number of tokens over which the penalty grows (`overlong_buffer`).
+        factor: penalty at the maximum length (`overlong_buffer_penalty_factor`).
 
     Returns:
         [B], at most 0.

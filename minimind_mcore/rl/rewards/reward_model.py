@@ -1,7 +1,7 @@
-"""Scores by a model: any sequence classifier of transformers, or one with `get_score` such as InternLM2's.
+"""Scores by a reward model: any sequence classifier of transformers, or a model with `get_score` such as InternLM2's.
 
-MiniMind's recipe (trainer/trainer_utils.py: `LMForRewardModel`; trainer/train_grpo.py): earlier turns are folded into
-the question, what follows a thought is scored, and the score is cut to +-3.
+The recipe is MiniMind's (trainer/trainer_utils.py: `LMForRewardModel`; trainer/train_grpo.py): earlier turns are quoted
+in the question, only the text after the thought is scored, and the score is clipped to +-3.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class RewardModel:
-    """A frozen model that says how good an answer is."""
+    """A frozen model that scores responses."""
 
     def __init__(
         self,
@@ -28,17 +28,17 @@ class RewardModel:
         limit: float = 3.0,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load it.
+        """Load the model.
 
         Args:
-            path: a directory in Hugging Face's format.
-            device: where it runs.
-            dtype: of its weights.
-            limit: scores are cut to +-limit.
-            trust_remote_code: run the code in the directory, as InternLM2's reward model needs.
+            path: a directory in Hugging Face format.
+            device: device of the model.
+            dtype: dtype of the weights.
+            limit: scores are clipped to +-limit.
+            trust_remote_code: run the Python code in the directory, as InternLM2's reward model needs.
 
         Raises:
-            UserError: it cannot be loaded, has several outputs, or its tokenizer has no chat template.
+            UserError: the model cannot be loaded, has several outputs, or its tokenizer has no chat template.
         """
         from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -68,14 +68,14 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, prompts: list[list[Message]], responses: list[str]) -> Tensor:
-        """[B] float32 scores, at most `limit` from 0.
+        """Return the scores [B] in float32, clipped to +-`limit`.
 
         Args:
             prompts: the conversation before each response, messages with `role` and `content`.
-            responses: what the model answered.
+            responses: the text of each response.
 
         Raises:
-            UserError: a prompt without messages, or a score that is no finite number.
+            UserError: a prompt has no messages, or a score is not finite.
         """
         if not all(prompts):
             raise UserError(
@@ -97,13 +97,13 @@ class RewardModel:
 
 
 def answer(response: str) -> str:
-    """What follows the first end of a thought; all of it where there is none."""
+    """Return the text after the first end of a thought, or the whole response if there is none."""
     _, end, rest = response.partition("</think>")
     return rest.strip() if end else response
 
 
 def folded(prompt: list[Message], response: str) -> list[Message]:
-    """One question and its answer; earlier turns are quoted in the question, in MiniMind's words."""
+    """Return one question and its answer. Earlier turns are quoted in the question, with MiniMind's wording."""
     *history, last = prompt
     question = last["content"]
     if history:

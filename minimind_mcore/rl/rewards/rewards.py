@@ -1,4 +1,4 @@
-"""Scores of a batch of answers: `Rewards(["acc", "format"], [1.0, 0.5]).score(responses, labels).total`."""
+"""Score a batch of responses: `Rewards(["acc", "format"], [1.0, 0.5]).score(responses, labels).total`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from minimind_mcore.rl.rewards.reward_model import Message, RewardModel
 from minimind_mcore.rl.rewards.verifier_pool import Failed, VerifierPool, failure, resolve
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
 
-_SAMPLES = 3  # failures shown of a batch
-_WINDOW, _ENOUGH = 256, 32  # the last responses, by which failures are judged: at most, at least
+_SAMPLES = 3  # failures that are shown per batch
+_WINDOW, _ENOUGH = 256, 32  # number of recent responses by which failures are judged: at most, at least
 
 
 @dataclass(frozen=True)
 class Overlong:
-    """Penalty of answers near the end of their room; see `length.overlong`."""
+    """The penalty of responses near the maximum length; see `length.overlong`."""
 
     room: int
     buffer: int
@@ -42,20 +42,20 @@ class Failure:
     where: str = ""
 
     def __str__(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         raised = f" (raised at {self.where})" if self.where else ""
         return f"{self.verifier}: {self.reason}; label {self.label[:80]!r}, response {self.response[-200:]!r}{raised}"
 
 
 @dataclass
 class Scores:
-    """What a batch scored.
+    """The scores of a batch.
 
     Attributes:
-        total: [B] float32, the weighed sum.
-        by_verifier: [B] float32 of each, before its weight.
-        failures: responses that each verifier could not score; they count as wrong.
-        samples: a few of them, for the log.
+        total: [B] float32, the weighted sum.
+        by_verifier: [B] float32 per verifier, before weighting.
+        failures: number of responses per verifier that could not be scored. They count as wrong.
+        samples: a few failures, for the log.
     """
 
     total: Tensor
@@ -63,14 +63,25 @@ class Scores:
     failures: Counter[str] = field(default_factory=Counter)
     samples: list[Failure] = field(default_factory=list)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of consecutive parts of a batch."""
+        names = parts[0].by_verifier
+        return cls(
+            torch.cat([part.total for part in parts]),
+            {name: torch.cat([part.by_verifier[name] for part in parts]) for name in names},
+            sum((part.failures for part in parts), Counter[str]()),
+            [sample for part in parts for sample in part.samples],
+        )
+
     def metrics(self) -> dict[str, float]:
-        """Means by MindSpeed-RL's names, and the failures."""
+        """Return the means with MindSpeed-RL's names, and the number of failures."""
         named = {f"{name}_rewards/mean": values.mean().item() for name, values in self.by_verifier.items()}
         return named | {f"{name}_rewards/failures": float(count) for name, count in self.failures.items()}
 
 
 class Rewards:
-    """Verifiers, their weights, and the processes that run the slow ones."""
+    """The verifiers with their weights, and the processes that run the slow verifiers."""
 
     def __init__(
         self,
@@ -85,24 +96,24 @@ class Rewards:
         model_weight: float = 1.0,
         columns: Sequence[str] = (),
     ) -> None:
-        """Prepare to score; close when done (it is a context manager).
+        """Look up the verifiers. Use the object as a context manager, or call `close`.
 
         Args:
             names: keys of `VERIFIERS`, or import paths `package.module:function` of your own functions
-                `(response: str, label: str, **context) -> float` (`verifier_function`). One of your own scores a
-                failure as its attribute `wrong`, or as the least it has given, at most 0.
-            weights: of each (`verifier_weight`).
-            timeout: seconds that one response may take one verifier (`verifier_timeout`).
-            parallel: worker processes (`verifier_parallel`).
+                `(response: str, label: str, **context) -> float` (`verifier_function`). If one of your functions fails,
+                the score is its attribute `wrong`, else the lowest score it has returned so far, at most 0.
+            weights: weight of each verifier (`verifier_weight`).
+            timeout: seconds that a verifier may take for one response (`verifier_timeout`).
+            parallel: number of worker processes (`verifier_parallel`).
             max_failures: share of recent responses that may fail before `score` raises.
             overlong: DAPO's penalty, added to the total.
             model: a reward model, whose score is added as `reward_model`.
-            model_weight: its weight.
-            columns: names of what `score` will have in `columns`, which functions of your own must take.
+            model_weight: weight of that score.
+            columns: names of the keys of `columns` in `score`. Your own functions must accept them.
 
         Raises:
-            UserError: an unknown name (with the nearest), a function that cannot be imported or called so, lists of
-                different lengths.
+            UserError: an unknown name (with the nearest), a function that cannot be imported or called with these
+                arguments, or lists of different lengths.
         """
         if len(names) != len(weights):
             raise UserError(
@@ -126,7 +137,7 @@ class Rewards:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes."""
+        """Stop the worker processes."""
         self.workers.close()
 
     def score(
@@ -146,20 +157,20 @@ class Rewards:
         """Score each response against its label.
 
         Args:
-            responses: B texts, special tokens left out.
+            responses: B texts without special tokens.
             labels: B texts, the right answers.
-            categories: B values; where one is 0 (or false) rules do not apply, and the response scores 0.
+            categories: B values. Where the value is 0 (or false) the verifiers do not apply, and the response scores 0.
             tool_calls: B counts (retool_reward).
-            lengths: [B] tokens of each response; needed where there is a penalty of overlong ones.
-            prompts: B texts, what the responses answer; for your own functions.
-            messages: B conversations before the responses, each of messages with `role` and `content`; for the reward
-                model.
-            columns: B texts of each further column of the data, by its name; for your own functions.
+            lengths: [B] tokens of each response. Required with the penalty of overlong responses.
+            prompts: B texts, the prompts of the responses, for your own functions.
+            messages: B conversations before the responses, each of messages with `role` and `content`. Required with a
+                reward model.
+            columns: B texts of each further column of the data, by its name, for your own functions.
             records: B records of the data (`messages`, `tools`, `gt` ...), for your own functions that take `record`.
-            judge: whether failures among these count towards the share that ends a run.
+            judge: count failures of this batch towards `max_failures`.
 
         Raises:
-            UserError: more responses failed than `max_failures` allows, or there is a reward model and no `messages`.
+            UserError: more responses failed than `max_failures` allows, or a reward model has no `messages`.
         """
         known = {"tool_calls": tool_calls, "prompt": prompts, "length": None if lengths is None else lengths.tolist()}
         given: dict[str, list[Any]] = {**(columns or {})}
@@ -200,7 +211,7 @@ class Rewards:
         scores: Scores,
         judge: bool,
     ) -> Tensor:
-        """[B] scores of one verifier; its failures go into `scores`."""
+        """Return the scores [B] of one verifier, and add its failures to `scores`."""
         results: dict[int, float | Failed] = {}
         for row in rows:
             quick = _quickly(self.verifiers[name], responses[row], labels[row], contexts[row])
@@ -227,18 +238,18 @@ class Rewards:
         return values
 
     def _judge(self, scores: Scores) -> None:
-        """Raise where so many failed that the rewards would teach the wrong thing."""
+        """Raise an error if so many responses failed that the rewards would mislead training."""
         for name, count in scores.failures.items():
             recent = self._recent[name]
             share = sum(recent) / len(recent)
-            # One slow response in a first, small batch says little; if all fail, that is enough.
+            # A single slow response in a small first batch is not enough evidence. A batch in which all fail is.
             judged = len(recent) >= _ENOUGH or (share == 1 and len(recent) > 1)
             if judged and share > self.max_failures:
                 shown = "\n  ".join(str(sample) for sample in scores.samples if sample.verifier == name)
                 raise UserError(
                     f"{name}: could not score {sum(recent)} of the last {len(recent)} responses ({count} of this "
-                    f"batch), more than the {self.max_failures:.0%} allowed. Put the verifier right, raise "
-                    f"verifier_timeout or verifier_parallel, or allow more. For example:\n  {shown}"
+                    f"batch), more than the {self.max_failures:.0%} allowed. Fix the verifier, raise "
+                    f"verifier_timeout or verifier_parallel, or allow more failures. For example:\n  {shown}"
                 )
 
 
@@ -251,7 +262,7 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
     function = resolve(name)
     try:
         signature = inspect.signature(function)
-        # Functions that name their arguments and do not know of records go on working.
+        # Older functions with named arguments do not accept `record`.
         record = any(one.name == "record" or one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
         known = ["prompt", "length", *columns, *(["record"] if record else [])]
         signature.bind("", "", **dict.fromkeys(known, ""))
@@ -266,7 +277,7 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
 
 
 def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | Failed | None:
-    """A score that takes no time, why there is none, or None where a worker must find it."""
+    """Return a score at once, or why there is none, or None if a worker process must compute it."""
     try:
         return (verifier.quick or verifier.score)(response, label, **context)
     except Exception as error:  # whatever the verifier raised

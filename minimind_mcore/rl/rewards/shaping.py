@@ -1,4 +1,4 @@
-"""Rewards of form rather than truth: MiniMind's rules for chat and reasoning."""
+"""Rewards of format instead of correctness: MiniMind's rules for chat and reasoning."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def minimind_shape(response: str) -> float:
-    """MiniMind's rules of GRPO, PPO and CISPO (its trainer/train_grpo.py), which its reward model is added to:
+    """Return MiniMind's rule reward of GRPO, PPO and CISPO (its trainer/train_grpo.py), without its reward model.
 
-    +0.5 for 20 to 800 characters, else -0.5; where a thought ends, +1 for 20 to 300 characters of it, else -0.5, and
-    +0.25 for one end alone, else -0.25; less the repetition of the answer (0 to 0.5).
+    +0.5 for 20 to 800 characters, else -0.5. If the response has an end of thought: +1 for a thought of 20 to 300
+    characters, else -0.5, and +0.25 for exactly one end of thought, else -0.25. Minus the repetition of the answer, 0
+    to 0.5.
     """
     score = 0.5 if 20 <= len(response.strip()) <= 800 else -0.5
     thought, end, answer = response.partition("</think>")
@@ -23,13 +24,13 @@ def minimind_shape(response: str) -> float:
 
 
 def repetition(text: str, n: int = 3, cap: float = 0.5) -> float:
-    """Share of word n-grams that stood before, times 2 cap, at most `cap`."""
+    """Return the share of repeated word n-grams times 2 * cap, at most `cap`."""
     words = re.findall(r"\w+|[^\w\s]", text.lower())
     grams = list(zip(*(words[start:] for start in range(n)), strict=False))
     return min(cap, (len(grams) - len(set(grams))) / len(grams) * 2 * cap) if grams else 0.0
 
 
 def minimind_reason(response: str) -> float:
-    """MiniMind-Ascend's rules of reasoning: +0.5 for its layout, a line for each tag; +0.25 for each tag, once."""
+    """Return MiniMind-Ascend's reasoning reward: +0.5 for its format, a line per tag; +0.25 for each tag used once."""
     layout = 0.5 if _REASONED.fullmatch(response) else 0.0
     return layout + sum(0.25 for tag in _TAGS if response.count(tag) == 1)

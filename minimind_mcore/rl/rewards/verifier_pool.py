@@ -1,4 +1,4 @@
-"""Processes that score what may take for ever; one that hangs or dies is replaced, and its response alone suffers."""
+"""Worker processes for verifiers that may hang or crash. Such a worker is replaced, and only its response fails."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from pebble import ProcessExpired, ProcessPool
 
 from minimind_mcore.rl.registry import imported
 
-# Of one worker: sympy can ask for all memory of the machine over a tower of powers.
+# Memory limit of one worker: sympy can ask for all memory of the machine to compute a tower of powers.
 _MEMORY = 4 << 30
 _GRACE = 5.0  # seconds
 
 
 class Failed(NamedTuple):
-    """Why a response has no score, and the file, line and function that raised, where one did."""
+    """Why a response has no score, with the file, line and function that raised, if an exception was raised."""
 
     reason: str
     where: str = ""
 
 
 class VerifierPool:
-    """A pool of processes, begun at the first task.
+    """A pool of processes that is started at the first task.
 
-    They start from a small server process that holds no model and no device, so that a new one costs little.
+    The processes are forked from a small server process without model and device, so that a replacement is cheap.
     """
 
     def __init__(self, names: list[str], parallel: int, timeout: float) -> None:
-        """Keep `parallel` processes that are ready for the verifiers `names`; a task may take `timeout` seconds."""
+        """Keep `parallel` processes that have imported the verifiers `names`. A task may take `timeout` seconds."""
         self.names = names
         self.parallel = parallel
         self.timeout = timeout
         self._pool: ProcessPool | None = None
 
     def map(self, tasks: list[tuple[str, str, str, dict[str, Any]]]) -> list[float | Failed]:
-        """Score each `(name, response, label, context)`: a number, or why there is none."""
+        """Score each `(name, response, label, context)`. A result is a number, or the reason of a failure."""
         if not tasks:
             return []
         if self._pool is None:
@@ -63,11 +63,11 @@ class VerifierPool:
             return Failed(f"took longer than {self.timeout:g} s")
         except ProcessExpired as error:
             return Failed(f"its process died: {error}")
-        except Exception as error:  # what cannot be sent between processes
+        except Exception as error:  # arguments or results that cannot be pickled
             return failure(error)
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
@@ -75,7 +75,7 @@ class VerifierPool:
 
 
 def resolve(name: str) -> Callable[..., float]:
-    """The function of a verifier's name or of an import path `package.module:function`."""
+    """Return the verifier of a name, or the function of an import path `package.module:function`."""
     from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 
     if name in VERIFIERS:
@@ -84,10 +84,10 @@ def resolve(name: str) -> Callable[..., float]:
 
 
 def _begin(names: list[str]) -> None:
-    """Limit the memory, and import what the verifiers need before any deadline runs."""
+    """Limit the memory of the process, and import the verifiers' libraries before any deadline starts."""
     import resource
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own deadlines are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are disabled
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, hard))
     for name in names:
@@ -95,7 +95,7 @@ def _begin(names: list[str]) -> None:
 
 
 def failure(error: Exception) -> Failed:
-    """What a verifier raised, and the file and line: the last one that is not of an installed package."""
+    """Return the error of a verifier, and the innermost file and line outside installed packages."""
     places = traceback.extract_tb(error.__traceback__)
     installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
     own = [place for place in places if not place.filename.startswith((*installed, __file__, "<"))]
@@ -104,11 +104,11 @@ def failure(error: Exception) -> Failed:
 
 
 def _score(timeout: float, name: str, response: str, label: str, context: dict[str, Any]) -> float | Failed:
-    # The parent ends what takes too long. If the parent itself is gone, the kernel does, a little later.
+    # The parent kills a task that takes too long. The alarm is for the case that the parent itself has died.
     signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
     try:
         return float(resolve(name)(response, label, **context))
-    except Exception as error:  # here is its traceback; an exception that is sent loses it
+    except Exception as error:  # the traceback is lost when an exception is sent to another process
         return failure(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

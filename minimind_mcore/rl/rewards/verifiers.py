@@ -1,22 +1,22 @@
-r"""MindSpeed-RL's verifiers by name, with its scores; MiniMind's rules beside them.
+r"""MindSpeed-RL's verifiers by name, with the same scores, and MiniMind's rules.
 
-| name               | a response is right when                                                | wrong (right: 1)      |
+| name               | a response is right if                                                  | wrong (right: 1)      |
 |--------------------|-------------------------------------------------------------------------|-----------------------|
-| acc                | its answer (last box) is the label, for sympy too                       | -0.5; no box: -1      |
-| format             | <think>..</think><answer>..</answer>                                    | 0                     |
+| acc                | its answer (last box) equals the label, as text or for sympy            | -0.5; no box: -1      |
+| format             | it is <think>..</think><answer>..</answer>                              | 0                     |
 | step               | it shows three steps (a third for each)                                 | 0                     |
-| strict_format      | each tag once, in order, one box inside the answer                      | -0.5                  |
-| base_acc           | box inside the answer tags, and graded right                            | 0                     |
-| math_17k_acc       | the last box is graded right                                            | 0                     |
+| strict_format      | each tag occurs once, in order, with one box inside the answer          | -0.5                  |
+| base_acc           | the box is inside the answer tags, and graded as right                  | 0                     |
+| math_17k_acc       | the last box is graded as right                                         | 0                     |
 | acc_for_ppo        | the same                                                                | 0                     |
 | acc_for_dapo       | it has "Answer: label" near its end                                     | -1                    |
-| math_verify_reward | box inside the answer tags, and math-verify agrees                      | 0                     |
-| retool_reward      | a box near its end holds the label to the letter                        | -1; +0.1 a tool call  |
+| math_verify_reward | the box is inside the answer tags, and math-verify accepts it           | 0                     |
+| retool_reward      | a box near its end equals the label exactly                             | -1; +0.1 a tool call  |
 | minimind_shape     | see `shaping`                                                           |                       |
 | minimind_reason    | see `shaping`                                                           |                       |
 
-"Graded": mathruler's `grade_answer` (PRM800K's). What fails (raises, takes too long) scores as wrong; MindSpeed-RL
-gives 0 to a timeout of `acc` and `strict_format`, more than to a wrong answer.
+"Graded" means mathruler's `grade_answer` (PRM800K). A verifier that raises or times out scores the response as wrong.
+MindSpeed-RL gives 0 for a timeout of `acc` and `strict_format`, which is more than for a wrong answer.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Score = Callable[..., float]
 
 @dataclass(frozen=True)
 class Verifier:
-    """One way to score a response.
+    """A function that scores one response, and its special scores.
 
     Attributes:
         score: `(response, label, **context) -> float`.
-        wrong: the score of a wrong response, and of one that could not be scored.
-        quick: the same signature, in no time; None where it cannot tell and `score` must, in a worker process.
-            A verifier without it is quick itself.
-        right: the score of a right response; None where there is no such thing.
-        compares: whether it compares the response with a label, so that there must be one.
-        record: whether it takes the record of the data, as the argument `record`.
+        wrong: the score of a wrong response, also given if scoring fails.
+        quick: a fast function with the same signature. It returns None if it cannot decide, and `score` must run in
+            a worker process. None: `score` itself is fast.
+        right: the score of a right response. None: the verifier has no right or wrong.
+        compares: the verifier compares with a label, so the data must have one.
+        record: the verifier takes the data's record as the argument `record`.
     """
 
     score: Score
@@ -54,7 +54,7 @@ class Verifier:
 
 
 class _Undecided(Exception):
-    """Only sympy could tell."""
+    """Raised if only sympy could decide."""
 
 
 def _undecided(answer: str, label: str) -> bool:
@@ -111,7 +111,7 @@ def math_verify_reward(response: str, label: str, **_: Any) -> float:
 
 
 def _in_answer(quick: Callable[..., float | None] | None) -> Callable[..., float | None]:
-    """0 without the layout, else `quick`."""
+    """Return a verifier that gives 0 to responses without the format, and otherwise calls `quick`."""
 
     def score(response: str, label: str, **_: Any) -> float | None:
         if not formats.boxed_in_answer(response):
@@ -122,7 +122,7 @@ def _in_answer(quick: Callable[..., float | None] | None) -> Callable[..., float
 
 
 def retool(response: str, label: str, tool_calls: int = 0, **_: Any) -> float:
-    """Return 1 if a box near the end holds the label; else -1, and 0.1 more for each tool call, up to 0."""
+    """Return 1 if a box near the end equals the label. Else -1 plus 0.1 for each tool call, at most 0."""
     if formats.last_box(response[-100:]) == label:
         return 1.0
     return min(0.0, -1 + 0.1 * tool_calls)

@@ -1,4 +1,4 @@
-"""From rewards to advantages: the algorithm's, with the state that it keeps between steps."""
+"""Compute the advantages of a batch from its rewards, and keep the algorithm's state between steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from minimind_mcore.rl.runtime.metrics import Row
 
 
 class Advantages:
-    """Fills in a batch's advantages.
+    """Computes the advantages of each step's batch.
 
     Args:
-        config: of the run.
-        algorithm: what is optimised.
+        config: configuration of the run.
+        algorithm: the run's algorithm.
     """
 
     def __init__(self, config: Config, algorithm: Algorithm) -> None:
@@ -35,11 +35,11 @@ class Advantages:
 
     @property
     def kl_coef(self) -> float:
-        """The coefficient of the distance to the reference now."""
+        """The current coefficient of the KL term."""
         return self.controller.value
 
     def fill(self, batch: Batch) -> Row:
-        """Set `advantages` (and `returns`) from `rewards` and what else the algorithm needs; returns metrics."""
+        """Set `advantages` (and `returns`) of a batch from its rewards, and return metrics."""
         assert batch.rewards is not None
         rl, chosen, mask, rewards, metrics = self.rl, self.algorithm, batch.mask, batch.rewards, dict[str, float]()
         logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
@@ -51,7 +51,7 @@ class Advantages:
             rewards = at_last_token(rewards, mask)
             if divergence is not None:
                 rewards = in_reward(rewards, divergence, mask, self.kl_coef)
-            # Without a critic every value is 0 and lambda is 1: the advantage is then the return.
+            # Without a critic all values are 0 and lambda is 1, so that the advantage equals the return.
             values, lam = torch.zeros_like(mask), 1.0
             if chosen.advantage == "gae":
                 assert batch.values is not None
@@ -76,11 +76,11 @@ class Advantages:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"controller": self.controller.state_dict(), "baseline": self.baseline.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; an empty one changes nothing."""
+        """Restore the state of `state_dict`. An empty state changes nothing."""
         if state:
             self.controller.load_state_dict(state["controller"])
             self.baseline.load_state_dict(state["baseline"])

@@ -1,7 +1,7 @@
-"""The Ray cluster: join it or start one, wait for what the run needs, and place the actors.
+"""The Ray cluster: join or start one, wait for the resources of the run, and reserve them.
 
-`ray start --head` on one host and `ray start --address` on others make a cluster; a run joins the one that
-RAY_ADDRESS names, or that was started on this host. Where there is none it starts its own for as long as it lasts.
+`ray start --head` on one host and `ray start --address` on others form a cluster. A run joins the cluster of
+RAY_ADDRESS, or the cluster that was started on this host. Without either it starts a cluster, which ends with the run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,16 +27,16 @@ from minimind_mcore import log
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.platform import cpu
-from minimind_mcore.rl.runtime.hosts import Patience, require_ray
+from minimind_mcore.rl.runtime.hosts import SYSTEM_CONFIG, Patience, require_ray
 
 logger = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 2 << 30  # of a cluster that is started here: the weights of two steps, and batches
+OBJECT_STORE_BYTES = 2 << 30  # of a cluster started by the run: enough for a few buckets of weights, and batches
 
 RAYLET_ENDED = (
-    "Ray's process of this host (raylet) has ended, and this run cannot go on without it. Nothing of the step that was "
-    "under way is saved; checkpoints are whole, and the same command goes on from the last. Ray's logs say why it "
-    "ended (session_latest/logs in RAY_TMPDIR, or in /tmp/ray)"
+    "The Ray process of this host (raylet) has ended, and this run cannot continue without it. The step in "
+    "progress is lost; saved checkpoints are complete, and the same command resumes from the last one. Ray's logs "
+    "show the reason (session_latest/logs in RAY_TMPDIR, or in /tmp/ray)"
 )
 
 Say = Callable[[str], None]
@@ -43,16 +44,16 @@ Say = Callable[[str], None]
 
 @dataclass
 class Cluster:
-    """A cluster in use.
+    """A Ray cluster that the run has joined or started.
 
     Attributes:
-        own: it was started here and ends with the run.
-        say: where progress is told.
-        groups: placement groups to give back.
-        hosts: addresses of the hosts where they are.
-        node: Ray's id of this host, to which the driver is bound for as long as it runs.
-        waiting: a context in which to wait for hosts: a signal then ends the program at once.
-        closed: the run does not need the cluster any more.
+        own: the run started the cluster and ends it.
+        say: prints progress.
+        groups: placement groups to remove at the end.
+        hosts: addresses of the hosts of the placement groups.
+        node: Ray's id of this host. The driver cannot move to another host.
+        waiting: context manager around waits for hosts, in which a signal ends the program at once.
+        closed: set when the run no longer needs the cluster.
     """
 
     own: bool
@@ -63,18 +64,27 @@ class Cluster:
     waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     closed: threading.Event = field(default_factory=threading.Event)
 
-    def reserve(self, count: int, bundle: dict[str, float], patience: float, what: str) -> list[Bundle]:
-        """So many places of the same resources, on as few hosts as possible; those of a host are neighbours.
+    def reserve(
+        self, count: int, bundle: dict[str, float], patience: float, what: str, strategy: str = "PACK"
+    ) -> list[Bundle]:
+        """Reserve `count` equal bundles. Bundles of one host are neighbours in the result.
+
+        Args:
+            count: number of bundles.
+            bundle: resources of a bundle.
+            patience: seconds to wait for free resources.
+            what: what the bundles are for and the key that sets their number, for messages.
+            strategy: "PACK": on as few hosts as possible. "SPREAD": on as many.
 
         Raises:
-            UserError: the cluster does not have them within `patience` seconds.
+            UserError: the cluster does not have the resources within `patience` seconds.
         """
-        group = placement_group([dict(bundle)] * count, strategy="PACK")
+        group = placement_group([dict(bundle)] * count, strategy=strategy)
         self.groups.append(group)
-        group.wait(1)  # the places that are free are there at once
+        group.wait(1)  # free resources are assigned at once
         self._wait([group], lambda: what, self._patience(patience))
         nodes = placement_group_table(group)["bundles_to_node_id"]
-        # This host's are the first: rank 0 is beside the driver.
+        # This host's bundles come first, so that rank 0 runs next to the driver.
         hosts = sorted(dict.fromkeys(nodes.values()), key=lambda node: node != self.node)
         order = sorted(range(count), key=lambda i: (hosts.index(nodes[i]), i))
         api: Any = ray
@@ -88,23 +98,23 @@ class Cluster:
             patience.more(self._missing(missing[0].bundle_count, missing[0].bundle_specs[0], what()), advice)
 
     def wait_for_hosts(self, patience: float) -> None:
-        """Wait until all places are there again, after a host was lost.
+        """Wait after the loss of a host until all bundles are available again.
 
         Raises:
-            UserError: they are not within `patience` seconds, or this host's own part of the cluster has ended.
+            UserError: they are not within `patience` seconds, or the raylet of this host has ended.
         """
         with self.waiting():
-            waits, advice = self._patience(patience), "checkpoints are whole: the same command goes on"
+            waits, advice = self._patience(patience), "saved checkpoints are complete: the same command resumes"
             self._wait(self.groups, lambda: f"a host was lost{self._gone()}; the run", waits, advice)
 
     def _patience(self, seconds: float) -> Patience:
         return Patience(seconds, None, "waiting for the cluster", self.say)
 
     def _require_own_node(self) -> None:
-        """Refuse to wait where this host's raylet has ended: a driver cannot join another one.
+        """Check that the raylet of this host runs: a driver cannot connect to another one.
 
         Raises:
-            UserError: it has.
+            UserError: the raylet has ended.
         """
         api: Any = ray
         if any(node["NodeID"] == self.node and not node["Alive"] for node in api.nodes()):
@@ -116,7 +126,7 @@ class Cluster:
         return f" ({', '.join(sorted(gone))})" if gone else ""
 
     def _missing(self, count: int, bundle: dict[str, float], what: str) -> str:
-        """What there is, and what is needed."""
+        """Return which resources are needed and which the cluster has."""
         api: Any = ray
         total, free = api.cluster_resources(), api.available_resources()
         wanted = {name: amount * count for name, amount in bundle.items()}
@@ -127,12 +137,11 @@ class Cluster:
         )
         return (
             f"{what} needs {count} x {bundle}; {facts}, on {len(nodes)} host{'s' * (len(nodes) != 1)}. Start Ray on "
-            "more hosts (grpo_minimind_worker.sh, or `ray start --address=HEAD:PORT`), or ask for less "
-            "(rl_config.actor_resource)"
+            "more hosts (grpo_minimind_worker.sh, or `ray start --address=HEAD:PORT`), or ask for less"
         )
 
     def close(self) -> None:
-        """Give back what was reserved; a cluster of one's own ends."""
+        """Remove the placement groups, and end a cluster that the run started."""
         for group in self.groups:
             remove_placement_group(group)
         self.groups = []
@@ -143,7 +152,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Where an actor runs: a bundle of a placement group, and its host (as it was when it was reserved)."""
+    """A bundle of a placement group, in which an actor runs, and its host at the time of the reservation."""
 
     group: Any
     index: int
@@ -151,21 +160,31 @@ class Bundle:
     address: str
 
     def options(self, **resources: float) -> dict[str, Any]:
-        """Ray's options of an actor there."""
+        """Return Ray's options for an actor in this bundle."""
         strategy = PlacementGroupSchedulingStrategy(
             self.group, placement_group_bundle_index=self.index, placement_group_capture_child_tasks=False
         )
         return {"scheduling_strategy": strategy, "num_cpus": 0, **resources}
 
 
+def spread(places: Sequence[Bundle]) -> list[Bundle]:
+    """Return places in turns: the first of every host, then the second of every host, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for number, place in enumerate(places):
+        turns.append((seen[place.node], number))
+        seen[place.node] += 1
+    return [places[number] for _, number in sorted(turns)]
+
+
 def threads_of(places: Sequence[Bundle], number: int) -> int:
-    """The threads of a process, which shares the cores of its host with the others there."""
+    """Return the thread count of a process: the cores of its host divided by the run's processes there."""
     beside = sum(place.node == places[number].node for place in places)
     return max(1, cpu.usable_cores() // beside)
 
 
 def where(places: Sequence[Bundle]) -> str:
-    """Which ranks are on which host, for messages."""
+    """Describe which ranks are on which host, for messages."""
     hosts: dict[str, list[str]] = {}
     for rank, place in enumerate(places):
         hosts.setdefault(place.address, []).append(str(rank))
@@ -173,15 +192,15 @@ def where(places: Sequence[Bundle]) -> str:
 
 
 def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) -> Cluster:
-    """Join the cluster of this host or of RAY_ADDRESS, or start one here.
+    """Join the cluster of RAY_ADDRESS or of this host, or start one here.
 
     Args:
-        say: where progress is told.
-        environment: variables of every actor.
-        cpus: that a cluster started here has at least, whatever the host has.
+        say: prints progress.
+        environment: environment variables of every actor.
+        cpus: minimum number of CPUs that a cluster started here declares, whatever the host has.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer, or something that is not Ray.
+        UserError: nothing answers at RAY_ADDRESS, or something that is not Ray.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
@@ -210,23 +229,24 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=os.environ.get("RAY_TMPDIR"),
+        _system_config=SYSTEM_CONFIG,
         **common,
     )
     return _watched(Cluster(True, say))
 
 
 def _watched(cluster: Cluster) -> Cluster:
-    """End this program with a sentence when this host's raylet ends. Ray 2.60 ends a driver without a reason."""
+    """End this program with a message when this host's raylet ends. Ray 2.60 ends the driver without a reason."""
     flag = f"--node_id={cluster.node}"
     found = [p for p in psutil.process_iter(["cmdline"]) if flag in (p.info["cmdline"] or [])]
     if found and hasattr(os, "pidfd_open"):
-        atexit.register(cluster.closed.set)  # before Ray's own, which ends the raylet
+        atexit.register(cluster.closed.set)  # runs before Ray's own handler, which ends the raylet
         watch_process(found[0].pid, cluster.closed)
     return cluster
 
 
 def watch_process(process: int, closed: threading.Event) -> None:
-    """Start a thread that ends this program when the raylet `process` has ended, unless `closed` is set."""
+    """Start a thread that ends this program when the process `process` (the raylet) ends before `closed` is set."""
 
     def watch(descriptor: int) -> None:
         select.select([descriptor], [], [])

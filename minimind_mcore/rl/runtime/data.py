@@ -30,6 +30,9 @@ from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.preprocess.check import datasets_at, quick_check
 from minimind_mcore.preprocess.indexed import Column
 from minimind_mcore.preprocess.meta import prompts_path
+from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.rl.config.schema import Config
+from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.training.sample_order import data_digest
 
 Ids = NDArray[np.int32]
@@ -161,6 +164,36 @@ class PromptDataset:
                 batch.append(self[int(order[place])])
                 place += 1
             yield batch
+
+
+def prompt_dataset(config: Config, prefix: Any, held_out: bool = False) -> PromptDataset:
+    """The prompts of a prefix, as the configuration reads them; `split` is of those to train on.
+
+    Raises:
+        UserError: see `PromptDataset`; or they have no labels, which a verifier needs.
+    """
+    actor = config.actor
+    prompts = PromptDataset(
+        prefix[0] if isinstance(prefix, list) else prefix,
+        actor.dataset_additional_keys,
+        # `check.lengths` compares the two only where the YAML sets max_prompt_length.
+        max_prompt_length=min(
+            config.rl.max_prompt_length, actor.seq_length - config.generate.sampling_config.max_tokens
+        ),
+        seed=actor.seed,
+        shuffle=not actor.no_shuffle,
+        split=None if held_out else actor.split,
+        tokenizer=tokenizer_info(actor.tokenizer_name_or_path).fingerprint,
+        optional=("labels",),
+    )
+    compare = [name for name in config.reward_names if name in VERIFIERS and VERIFIERS[name].compares]
+    if compare and "labels" not in prompts.columns:
+        raise UserError(
+            f"{prompts.prefix}: these prompts have no labels, which {', '.join(compare)} (verifier_function) compare a "
+            "response with. Convert the data with a handler that writes them (R1AlpacaStyleInstructionHandler), or "
+            "take what needs none: minimind_shape, minimind.reward_model, a function of your own"
+        )
+    return prompts
 
 
 def _find(prefix: str, columns: Sequence[str] | None, optional: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a configuration would do, checked as far as that goes without Ray and without reading weights."""
+"""`--dry-run`: check a configuration without Ray and without reading weights, and print the plan of the run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from minimind_mcore.checkpoint.files import iterations_in
@@ -16,11 +17,11 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl.config.load import require_weights
-from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.objective import objective, steps_ahead
 from minimind_mcore.rl.config.schema import Config
+from minimind_mcore.rl.runtime.data import prompt_dataset
 from minimind_mcore.rl.runtime.placement import devices
 from minimind_mcore.rl.runtime.rank import command_line
-from minimind_mcore.rl.runtime.trainer import prompt_dataset
 from minimind_mcore.rl.runtime.workers.reward import build
 from minimind_mcore.validation import validate
 
@@ -31,11 +32,11 @@ def print_plan(config: Config, pending: bool) -> None:
     """Print the plan.
 
     Args:
-        config: of the run.
-        pending: data, tokenizer and weights are yet to be made.
+        config: configuration of the run.
+        pending: data, tokenizer and weights do not exist yet.
 
     Raises:
-        UserError: what a run would raise before its first step.
+        UserError: any error that a run would raise before its first step.
     """
     check_before_start(config)
     world, algorithm = devices(config.rl, "actor"), objective(config)
@@ -64,10 +65,10 @@ def print_plan(config: Config, pending: bool) -> None:
 
 
 def check_before_start(config: Config) -> None:
-    """Refuse what would be missed only when actors are up already.
+    """Check for missing packages and files before any actor is started.
 
     Raises:
-        UserError: it names the key.
+        UserError: something is missing. The message names the key.
     """
     for name in ("wandb", "swanlab"):
         if getattr(config.rl, f"use_{name}") and importlib.util.find_spec(name) is None:
@@ -83,50 +84,63 @@ def check_before_start(config: Config) -> None:
 
 
 def _forecast(config: Config, work: Workload, updates: int) -> dict[str, str]:
-    """Return memory and time of a device, as lines of text.
+    """Return memory and time of a device that trains, as lines of text; of engines with devices of their own too.
 
     Raises:
-        UserError: weights, gradients and the optimizer alone do not fit.
+        UserError: weights, gradients and the optimizer alone exceed the memory.
     """
-    found, generate = device.current(), config.generate
+    found, generate, world = device.current(), config.generate, work.layout.world_size
+    ahead, apart = steps_ahead(config), config.minimind.rollout_resource is not None
     rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
     algorithm = objective(config)
     rollouts = memory.Rollouts(
-        responses=math.ceil(rows / (generate.data_parallel_size or work.layout.world_size)),
+        responses=math.ceil(rows / config.rollout_engines),
         prompt_length=config.rl.max_prompt_length,
         response_length=generate.sampling_config.max_tokens,
         at_once=generate.max_num_seqs,
         reference=algorithm.kl != "none" and config.rl.use_integrated_worker,
         updates=updates,
+        apart=apart,
+        # `Rank._same_weights` keeps those of `ahead` steps, and the present ones while it measures.
+        copies=ahead + 1 if ahead and config.rl.partial_rollout_max_split == 1 else 0,
     )
+    engine = memory.of_engine(work, rollouts)
     parts = memory.of_rl(work, machines.like(found.kind), rollouts)
     critic = algorithm.advantage == "gae"
-    states = ["weights", "gradients", "master weights", "moments", "reference", "rollout engine"]
+    states = ["weights", "gradients", "master weights", "moments", "reference", "copies of weights", "rollout engine"]
     if critic:
         parts["critic"] = sum(parts[name] for name in states[:4])
-    sharing = min(work.layout.world_size, found.count) if found.kind == "cpu" else 1
+    processes = world + (config.rollout_engines if apart else 0)
+    sharing = min(processes, found.count) if found.kind == "cpu" else 1
     share, total = found.memory / sharing, sum(parts.values())
     certain = sum(parts.get(name, 0.0) for name in [*states, "critic"])
     if found.memory and certain > share:
         raise UserError(
-            f"weights, gradients and the optimizer's states need {certain / GIB:.1f} GiB of each process, which has "
+            f"weights, gradients and optimizer states need {certain / GIB:.1f} GiB per process, but it has "
             f"{share / GIB:.1f} GiB; spread the model (tensor_model_parallel_size) over more devices "
             "(rl_config.actor_resource)"
         )
-    if found.memory and total > share:
+    most = max(total, sum(engine.values()))
+    if found.memory and most > share:
         logger.warning(
-            f"responses of full length need about {total / GIB:.1f} GiB of each process, which has {share / GIB:.1f} "
-            "GiB; lower generate_config.max_num_seqs, sampling_config.max_tokens or actor_config.micro_batch_size"
+            f"responses of full length need about {most / GIB:.1f} GiB per process, but it has {share / GIB:.1f} GiB; "
+            "lower generate_config.max_num_seqs, sampling_config.max_tokens or actor_config.micro_batch_size"
         )
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    lines = {"memory": f"at most about {total / GIB:.2f} GiB per device ({shown}), beside the programs themselves"}
-    cores = found.count / min(work.layout.world_size, found.count)
+    lines = {"memory": f"at most about {_gib(parts)}, without the memory of Python and its libraries"}
+    if apart:
+        lines["engines"] = f"{config.rollout_engines} on devices of their own, at most about {_gib(engine)}"
+    cores = found.count / min(processes, found.count)
     if machine := machines.recognize(found.kind, found.name, cores):
         seconds = speed.of_rl(work, machine, rollouts)
         step = sum(seconds.values())
         shown = ", ".join(f"{name} {part / step:.0%}" for name, part in seconds.items() if part / step >= 0.005)
         lines["time"] = f"at most about {step:.3g} s per step ({shown}); docs/plan.md has the sources"
     return lines
+
+
+def _gib(parts: Mapping[str, float]) -> str:
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"{sum(parts.values()) / GIB:.2f} GiB per device ({shown})"
 
 
 def _begins(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Hosts of a Ray cluster: addresses, and waiting for each other. ADDRESS is the head's, HOST:PORT."""
+"""Hosts of a Ray cluster: find their addresses, and wait for each other. ADDRESS is HOST:PORT of the head."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import runs
 from minimind_mcore.rl.runtime.metrics import say
 
+# Free an object at once when its last reference is gone. By default Ray frees objects once a second, and within a
+# second all buckets of a model pass through the object store.
+SYSTEM_CONFIG = {"free_objects_period_milliseconds": 0}
 POLL_SECONDS = 2.0
 SAY_EVERY_SECONDS = 10.0
-END_SECONDS = 10.0  # that Ray has to end in order
-GONE_AFTER = 5  # failures to reach the head in a row
-ANSWER_SECONDS = 10.0  # in which a Ray head answers its first bytes, also on a busy host
-ANYWHERE = "192.0.2.1:9"  # of the range for documents (RFC 5737): a packet there takes the way out, and none is sent
+END_SECONDS = 10.0  # time for Ray to shut down before it is killed
+GONE_AFTER = 5  # consecutive failures after which the head counts as lost
+ANSWER_SECONDS = 10.0  # timeout of a Ray head's first bytes, long enough for a busy host
+ANYWHERE = "192.0.2.1:9"  # documentation range (RFC 5737): selects the default route; no packet is sent
 
 
 def own_address(towards: str | None, interface: str | None) -> str:
-    """By which this host is reached.
+    """Return the address at which other hosts reach this host.
 
     Args:
-        towards: HOST:PORT of the one that is to reach it (default: any on the network).
-        interface: whose address it is.
+        towards: HOST:PORT of the peer (default: the default route).
+        interface: network interface whose address to use.
 
     Raises:
-        UserError: there is no such interface, it has no address, or there is no way to `towards`.
+        UserError: the interface does not exist or has no address, or there is no route to `towards`.
     """
     if interface:
         there = psutil.net_if_addrs()
@@ -48,19 +51,19 @@ def own_address(towards: str | None, interface: str | None) -> str:
             probe.connect((host, port))
         except OSError as error:
             if towards:
-                raise UserError(f"no way to {towards}: {error}; is the head's address right?") from error
+                raise UserError(f"no route to {towards}: {error}; check the address of the head") from error
             raise UserError(
-                "this host has no way out by which to tell its address: give MASTER_ADDR, or SOCKET_IFNAME, one of "
+                "this host has no default route and no known address: set MASTER_ADDR, or SOCKET_IFNAME to one of "
                 f"{', '.join(psutil.net_if_addrs())}"
             ) from error
         return str(probe.getsockname()[0])
 
 
 def split(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT.
+    """Split HOST:PORT into host and port.
 
     Raises:
-        UserError: it is not that.
+        UserError: the text has another form.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -69,7 +72,7 @@ def split(address: str) -> tuple[str, int]:
 
 
 def answers(address: str) -> bool:
-    """Whether something listens at HOST:PORT."""
+    """Return whether a server listens at HOST:PORT."""
     try:
         with socket.create_connection(split(address), timeout=POLL_SECONDS):
             return True
@@ -78,16 +81,16 @@ def answers(address: str) -> bool:
 
 
 def require_ray(address: str, name: str) -> None:
-    """Refuse an address at which no Ray head can be. `ray.init` would wait for ever for the answer of another program.
+    """Check that a Ray head listens at an address. `ray.init` waits for ever if another program listens there.
 
     A head speaks gRPC, that is HTTP/2: after the client's preface the server sends a SETTINGS frame (RFC 9113, 3.4).
 
     Args:
         address: HOST:PORT.
-        name: of the setting that gives it, with its value, for messages.
+        name: the setting with the address, and its value, for messages.
 
     Raises:
-        UserError: nothing listens there, or something else does.
+        UserError: nothing listens there, or another program does.
     """
     try:
         where = split(address)
@@ -106,16 +109,16 @@ def require_ray(address: str, name: str) -> None:
         raise UserError(f"{name}: no Ray cluster answers there ({error}); start it, or unset it") from error
     if answer[3:4] != b"\x04":
         raise UserError(
-            f"{name}: what listens there is not Ray: it sent {answer!r} where a Ray head sends an HTTP/2 SETTINGS "
-            "frame. Expected the HOST:PORT of a `ray start --head` (its --port, not the dashboard's)"
+            f"{name}: the program that listens there is not Ray: it sent {answer!r} where a Ray head sends an HTTP/2 "
+            "SETTINGS frame. Expected the HOST:PORT of a `ray start --head` (its --port, not the dashboard's)"
         )
 
 
 def require_free(address: str) -> None:
-    """Refuse a port that is in use.
+    """Check that a port is free.
 
     Raises:
-        UserError: something listens there.
+        UserError: a program listens there.
     """
     if answers(address):
         raise UserError(
@@ -125,13 +128,13 @@ def require_free(address: str) -> None:
 
 
 class Patience:
-    """A wait that tells its progress and ends.
+    """A wait with a deadline that prints its progress.
 
     Args:
-        seconds: it may take.
-        process: id of the process of Ray that it waits for; when that has ended there is no more to wait for.
-        title: of a line of progress.
-        tell: where progress is told.
+        seconds: deadline.
+        process: id of a Ray process. The wait fails when that process ends.
+        title: first words of a progress line.
+        tell: prints progress.
     """
 
     def __init__(
@@ -141,10 +144,10 @@ class Patience:
         self.began, self.said = time.monotonic(), 0.0
 
     def more(self, what: str, advice: str) -> None:
-        """Wait a little.
+        """Wait for a moment.
 
         Raises:
-            UserError: it has taken too long, or the process has ended.
+            UserError: the deadline has passed, or the process has ended.
         """
         waited = time.monotonic() - self.began
         if self.process is not None and not runs(self.process):
@@ -161,17 +164,17 @@ def reach(address: str, patience: Patience) -> None:
     """Wait until the head answers.
 
     Raises:
-        UserError: it does not in time.
+        UserError: the deadline has passed.
     """
     while not answers(address):
         patience.more(f"no Ray head at {address} yet", "is grpo_minimind_head.sh running there, is the port open?")
 
 
 def wait(address: str, nodes: int, patience: Patience) -> None:
-    """Wait until the cluster has so many hosts.
+    """Wait until the cluster has `nodes` hosts.
 
     Raises:
-        UserError: it does not in time; it says which are there.
+        UserError: the deadline has passed. The message lists the hosts found.
     """
     reach(address, patience)
     require_ray(address, f"RAY_ADDRESS={address}")
@@ -181,7 +184,7 @@ def wait(address: str, nodes: int, patience: Patience) -> None:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
             break
-        except ConnectionError:  # the head answers before its own node is there
+        except ConnectionError:  # the head answers before its own node is registered
             patience.more(f"the head at {address} has no node yet", "see Ray's log on the head")
     api: Any = ray
     try:
@@ -198,7 +201,7 @@ def wait(address: str, nodes: int, patience: Patience) -> None:
 
 
 def _amounts(node: dict[str, Any]) -> str:
-    """Devices and cores of a host."""
+    """Return the devices and cores of a host."""
     kinds = {name: amount for name, amount in node["Resources"].items() if name.isupper()}
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(kinds.items()))
 
@@ -207,7 +210,7 @@ def follow(address: str, process: int | None) -> None:
     """Return when the head no longer answers.
 
     Raises:
-        UserError: this host's part of the cluster has ended before.
+        UserError: the Ray process of this host ended first.
     """
     say(f"this host belongs to the cluster of {address} until that ends")
     failures = 0
@@ -220,7 +223,7 @@ def follow(address: str, process: int | None) -> None:
 
 
 def end(process: int) -> None:
-    """End a `ray start --block` and what it has started; what does not, for want of a head, is killed."""
+    """End a `ray start --block` and its children. Processes that do not end, because the head is gone, are killed."""
     try:
         root = psutil.Process(process)
         tree = [root, *root.children(recursive=True)]

@@ -1,6 +1,6 @@
-"""What the ranks compute with a model: log-probabilities, the actor's loss, values and the critic's loss.
+"""The forward passes and losses of the ranks: log-probabilities, the actor's loss, values and the critic's loss.
 
-Each is a `Job` of the training package: megatron-core's schedules run it in any layout.
+Each is a `Job` of the training package, so that megatron-core's schedules run it in any layout.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from minimind_mcore.models.wrappers import unwrap
+from minimind_mcore.posttrain import lora
 from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
 from minimind_mcore.rl.algorithms.masked import masked_mean
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.schema import Config
+from minimind_mcore.rl.runtime import router_replay
 from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.vocab_parallel import log_probs_and_entropy
 from minimind_mcore.training.config import TrainConfig
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def micro_batch(rows: Batch, unit: int = 1) -> MicroBatch:
-    """What the schedules pass on for some rows, without their index; their length is made a multiple of `unit`."""
+    """Return a micro-batch of rows, without their index. The length is padded to a multiple of `unit`."""
     length = -(-rows.tokens.shape[1] // unit) * unit
     rows = rows.cut(length)
     positions = torch.arange(length, device=rows.tokens.device).expand(len(rows), -1)
@@ -39,10 +41,10 @@ def micro_batch(rows: Batch, unit: int = 1) -> MicroBatch:
 
 @contextlib.contextmanager
 def _only(places: Tensor, layer: Any, picks: bool) -> Iterator[None]:
-    """Inside, an output layer sees only some of the positions: those of [length * rows] that `places` lists."""
+    """Within the context an output layer computes only the positions `places`, an index into [length * rows]."""
 
     def pick(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # megatron-core has [length, rows, hidden]
+        # shape in megatron-core: [length, rows, hidden]
         return (inputs[0].flatten(0, 1).index_select(0, places).unsqueeze(1), *inputs[1:])
 
     handle = layer.register_forward_pre_hook(pick) if picks else None
@@ -52,35 +54,45 @@ def _only(places: Tensor, layer: Any, picks: bool) -> Iterator[None]:
 
 
 def predicting(rows: Batch) -> tuple[Tensor, Tensor]:
-    """Row and position of what predicts each token of the responses, [tokens of all responses] each."""
+    """Return row and position of the logits that predict each response token, [tokens of all responses] each."""
     row = torch.arange(len(rows), device=rows.tokens.device)[:, None].expand(-1, rows.width)
     inside = rows.mask.bool()
-    return row[inside], rows.places[inside] - 1
+    return row[inside], rows.response_positions[inside] - 1
 
 
 class ResponseJob(Job):
-    """Runs the model on prompts and responses, and takes what it says before each token of the responses."""
+    """Runs the model on prompts and responses, and selects the outputs that predict the response tokens."""
 
     def __init__(self, training: TrainConfig, temperature: float = 1.0) -> None:
         super().__init__(training)
         self.temperature = temperature
-        self.micro_batches = 1  # of this rank's part of the present mini-batch
+        self.micro_batches = 1  # number of micro-batches that this rank runs per mini-batch
 
     def run(self, micro: MicroBatch, model: MegatronModule) -> Tensor:
-        """The output of one chunk; of the last one [tokens of the responses, outputs]."""
+        """Return the output of one chunk. The last chunk returns [tokens of the responses, outputs]."""
         chunk, rows = unwrap(model), micro["rows"]
+        if self.config.model.num_experts:
+            self._replay(chunk, rows)
         if not chunk.post_process:
             output: Tensor = model(micro["tokens"], micro["position_ids"], None)
             return output
-        # Sequence parallelism has cut the positions over the ranks: the layer gathers them first.
+        # Sequence parallelism splits the positions over the ranks, and the output layer gathers them first.
         early = not self.config.parallel.sequence_parallel
         row, place = predicting(rows)
         with _only(place * len(rows) + row, chunk.output_layer, early):
             output = model(micro["tokens"], micro["position_ids"], None)
         return output.flatten(0, 1) if early else output[row, place]
 
+    def _replay(self, chunk: Any, rows: Batch) -> None:
+        from megatron.core import parallel_state
+
+        split = self.config.parallel.sequence_parallel
+        rank = parallel_state.get_tensor_model_parallel_rank() if split else 0
+        router_replay.replay(chunk, rows, rank, self.config.layout.tp if split else 1)
+
     def log_probs(self, rows: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """log p and entropy [rows, T] of the responses, 0 behind their end, from logits [tokens, vocabulary / TP]."""
+        """Return log p and entropy [rows, T] of the responses, 0 after their end, from logits [tokens, vocabulary /
+        TP]."""
         from megatron.core import parallel_state
 
         split = parallel_state.get_tensor_model_parallel_world_size() > 1
@@ -92,23 +104,23 @@ class ResponseJob(Job):
 
 
 class LogProbs(ResponseJob):
-    """Logs log-probabilities and entropies [2, rows, T], and has no loss."""
+    """Logs log-probabilities and entropies [2, rows, T]. Has no loss."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         output = self.run(batch, model)
         return output, lambda logits: measured(torch.stack(self.log_probs(batch["rows"], logits)))
 
 
-# `actor_loss` returns these as this part's share of the mini-batch. All others are means over this part's tokens.
+# `actor_loss` returns these metrics as shares of the mini-batch. All others are means over the micro-batch.
 SHARES = ("actor/pg_loss", "actor/kl_loss", "actor/entropy")
 
 
 class Actor(ResponseJob):
-    """The policy's loss.
+    """The actor's loss.
 
-    The losses of all micro-batches and data-parallel ranks add up to that of the mini-batch, however it is cut:
-    each is divided by `total`, the mini-batch's denominator, or by `tokens`, its number of response tokens. So do the
-    metrics.
+    Each micro-batch is divided by `total`, the denominator of the mini-batch, or by `tokens`, its number of response
+    tokens. The losses and metrics of all micro-batches and data-parallel ranks therefore add up to those of the
+    mini-batch, independent of the micro-batch size.
     """
 
     title = "policy"
@@ -118,7 +130,7 @@ class Actor(ResponseJob):
         super().__init__(training, float(sampling.temperature))
         self.algorithm, self.kl_coef, self.entropy_coef = algorithm, algorithm.kl_coef, config.rl.entropy_coeff
         self.tis_cap = minimind.rollout_correction_cap if minimind.rollout_correction == "tis" else None
-        self.length = sampling.max_tokens
+        self.length, self.replays = sampling.max_tokens, minimind.router_replay
         self.total: Tensor | None = None
         self.tokens: Tensor | None = None
         self.metrics = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "rollout/logp_diff")
@@ -126,11 +138,18 @@ class Actor(ResponseJob):
         self.metrics += ("actor/pg_clipfrac_lower",) if algorithm.dual_clip is not None else ()
         self.metrics += ("actor/tis_weight", "actor/tis_clipfrac") if self.tis_cap is not None else ()
 
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """Prepare the routers for `minimind.router_replay`. With LoRA: load the weights of the base, add adapters."""
+        if self.replays:
+            router_replay.attach(chunks)
+        if self.config.model.lora_target_modules:
+            lora.begin(self.config, chunks)
+
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         return self.run(batch, model), functools.partial(self.loss, batch["rows"])
 
     def loss(self, rows: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A `LossFunction`."""
+        """Compute the loss, as a `LossFunction`."""
         logp, entropy = self.log_probs(rows, logits)
         assert rows.advantages is not None
         loss, stats = actor_loss(
@@ -141,7 +160,7 @@ class Actor(ResponseJob):
         )  # fmt: skip
         apart = torch.zeros_like(logp) if rows.rollout_logp is None else (logp.detach() - rows.rollout_logp).abs()
         stats["rollout/logp_diff"] = masked_mean(apart, rows.mask)
-        # megatron-core takes the mean over micro-batches and data-parallel ranks.
+        # megatron-core averages over micro-batches and data-parallel ranks; the factor turns the average into a sum.
         parts = self.micro_batches * self.config.layout.dp
         share = 1.0 / parts if self.tokens is None else rows.mask.sum() / self.tokens
         scaled = [stats[name] * parts * (1.0 if name in SHARES else share) for name in self.metrics]
@@ -149,22 +168,22 @@ class Actor(ResponseJob):
 
 
 class Values(ResponseJob):
-    """The critic: a model whose output is one number, the value of what comes before each token."""
+    """The critic: a model with one output, the value of the state before each token."""
 
     title = "critic"
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """A value head in place of the output layer."""
+        """Replace the output layer by a value head."""
         for chunk in chunks:
             if chunk.post_process:
                 chunk.output_layer = ValueHead(chunk.config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
-        """Logs the values [rows, T]."""
+        """Log the values [rows, T]."""
         return self.run(batch, model), lambda output: measured(self.values(batch["rows"], output))
 
     def values(self, rows: Batch, output: Tensor) -> Tensor:
-        """[rows, T], 0 behind the responses' end."""
+        """Return the values [rows, T], 0 after the end of the responses."""
         return torch.zeros_like(rows.mask).masked_scatter(rows.mask.bool(), output.float().squeeze(-1))
 
 
@@ -182,7 +201,7 @@ class Critic(Values):
         return self.run(batch, model), functools.partial(self.loss, batch["rows"])
 
     def loss(self, rows: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A `LossFunction`."""
+        """Compute the loss, as a `LossFunction`."""
         assert rows.values is not None and rows.returns is not None
         tokens, stats = value_loss(self.values(rows, output), rows.values, rows.returns, rows.mask, self.clip)
         loss = aggregate(tokens, rows.mask, total=self.total)
@@ -193,12 +212,12 @@ class Critic(Values):
 
 
 class ValueHead(torch.nn.Module):
-    """One number for each position, in place of megatron-core's output layer; whole on every tensor-parallel rank."""
+    """One output per position, in place of megatron-core's output layer. Replicated on the tensor-parallel ranks."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.sequence_parallel = config.sequence_parallel
-        # A value of 0 everywhere to begin with: the first advantages are the rewards.
+        # All values start at 0, so that the first advantages are the rewards.
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -2,9 +2,9 @@
 
     step 3/60  reward 0.422  len 12  KL 0.0012  loss -0.012  2.1s  1234 tok/s  ETA 2m00s
 
-metrics.jsonl also has the names that MindSpeed-RL documents and does not emit (`ALIASES`). `rollout/logp_diff` is the
-mean difference between the trainer's and the rollout engine's log-probabilities of the same tokens. It should be 0 up
-to rounding.
+metrics.jsonl also has names that MindSpeed-RL documents but does not emit (`ALIASES`). `rollout/logp_diff` is the mean
+difference between the trainer's and the rollout engine's log-probabilities of the same tokens. Expected is 0 up to
+rounding.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ ALIASES = {
     "tokens/p/s": "e2e_tps",
 }
 Row = dict[str, float]
-# The line of a step: a short name, the metrics that it can show (the first that the row has), and its format.
+# Columns of a step's line: short name, candidate metrics (the first that exists is shown), format.
 SHOWN = {
     "reward": (("grpo/score/mean",), ".3g"),
     "len": (("response_length/mean",), ".0f"),
     "KL": (("actor/kl_loss", "actor/reward_kl"), ".2g"),
     "loss": (("actor/pg_loss",), ".2g"),
 }
-# `rollout/logp_diff` with the weights that wrote the responses; under `rl_config.blocking: false` the two differ.
+# `rollout/logp_diff` with the weights that generated the responses. Differs only under `rl_config.blocking: false`.
 SAME_WEIGHTS = "rollout/logp_diff_same_weights"
-# The largest mean of it, by `minimind.precision`. In fp32 the two implementations differ by about 1e-6 in the mean.
+# Largest allowed mean difference, by `minimind.precision`. In fp32 the implementations differ by about 1e-6.
 MOST_DIFFERENT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 
 
 class Clock:
-    """Seconds of a step by phase: MindSpeed-RL's `timing/...`."""
+    """Measures the seconds of each phase of a step, for MindSpeed-RL's `timing/...`."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -63,23 +63,23 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Inside, time counts as this phase's."""
+        """Count the time inside the context as the given phase."""
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def row(self) -> Row:
-        """All phases, and the whole step as `timing/all`."""
+        """Return the seconds of all phases, and of the whole step as `timing/all`."""
         phases = {f"timing/{name}": seconds for name, seconds in self.seconds.items()}
         return {"timing/all": time.perf_counter() - self.began, **phases}
 
 
 def data_metrics(family: str, batch: Batch) -> Row:
-    """Scores and lengths of a step's responses; `family` is "grpo", "dapo" or "ppo"."""
+    """Return scores and lengths of a step's responses. `family` is "grpo", "dapo" or "ppo"."""
     assert batch.rewards is not None
     columns = {
         f"{family}/score": batch.rewards,
-        "response_length": batch.response_lengths,
+        "response_length": batch.policy_lengths,
         "prompt_length": batch.prompt_lengths,
     }
     found: Row = {}
@@ -89,30 +89,35 @@ def data_metrics(family: str, batch: Batch) -> Row:
     return {**found, "response_length/truncated": (~batch.finished).float().mean().item()}
 
 
-def throughput(batch: Batch, timing: Row, devices: int, longest: bool) -> Row:
-    """Tokens per second and device, by MindSpeed-RL's formula.
+def lengths_of(batch: Batch) -> tuple[float, float]:
+    """Return the tokens of prompts and responses, and their number if every response were as long as the longest."""
+    lengths = batch.lengths.float()
+    return float(lengths.sum()), float(lengths.max() * len(batch))
+
+
+def throughput(lengths: tuple[float, float], timing: Row, devices: int, longest: bool) -> Row:
+    """Return tokens per second and device, by MindSpeed-RL's formula.
 
     Args:
-        batch: of the step.
-        timing: `Clock.row`.
-        devices: that train.
+        lengths: result of `lengths_of`.
+        timing: result of `Clock.row`.
+        devices: number of devices that train.
         longest: count every response as long as the longest, as MindSpeed-RL does under `log_max_throughput`.
     """
-    lengths = batch.lengths.float()
-    tokens = float(lengths.max() * len(batch)) if longest else float(lengths.sum())
+    tokens = lengths[longest]
     phases = {"e2e_tps": "timing/all", "update_tps": "timing/update", "vllm_tps": "timing/rollout"}
     return {name: tokens / devices / timing[key] for name, key in phases.items() if timing.get(key)}
 
 
 def difference(batch: Batch, logp: Tensor) -> Row:
-    """How far the trainer's log-probabilities [rows, T] are from the rollout engine's of the same tokens."""
+    """Return the difference between the trainer's log-probabilities [rows, T] and the rollout engine's."""
     assert batch.rollout_logp is not None
     apart = (logp - batch.rollout_logp)[batch.mask.bool()].abs()
     return {"rollout/logp_diff": apart.mean().item(), "rollout/logp_diff_max": apart.max().item()}
 
 
 def require_same_model(row: Row, precision: str) -> None:
-    """Refuse to go on where the rollout engine does not compute what the trainer computes.
+    """Check that the rollout engine computes the same function as the trainer.
 
     Args:
         row: metrics of a step.
@@ -125,10 +130,10 @@ def require_same_model(row: Row, precision: str) -> None:
     found, most = row[name], MOST_DIFFERENT[precision]
     if not found <= most:
         raise UserError(
-            f"{name}: the log-probabilities of the rollout engine and of the trainer differ by {found:.4g} in the "
-            f"mean, with equal weights; expected at most {most:g} in {precision}. The engine does not run the "
-            "trainer's model: it lacks some weights or computes them otherwise. Nothing of this step is saved. Try "
-            "minimind.rollout_engine=transformers, and minimind.weight_check_interval=1"
+            f"{name}: the log-probabilities of the rollout engine and of the trainer differ by {found:.4g} on "
+            f"average with equal weights; expected at most {most:g} in {precision}. The engine does not run the "
+            "trainer's model: weights are missing, or computed differently. Nothing of this step is saved. "
+            "Try minimind.rollout_engine=transformers, and minimind.weight_check_interval=1"
         )
 
 
@@ -136,8 +141,8 @@ class Log:
     """Write the metrics of a run to the console, metrics.jsonl and the chosen loggers.
 
     Args:
-        config: of the run.
-        iteration: that it goes on from; later rows of a former run are dropped.
+        config: configuration of the run.
+        iteration: iteration from which the run resumes. Later rows of an earlier run are dropped.
     """
 
     def __init__(self, config: Config, iteration: int) -> None:
@@ -208,7 +213,7 @@ def line(iteration: int, steps: int, row: Row, left: float | None = None, width:
 
     Args:
         iteration: number of the step.
-        steps: of the run.
+        steps: number of steps of the run.
         row: metrics of the step.
         left: seconds to the end of the run.
         width: columns of the terminal.
@@ -233,7 +238,7 @@ def _now() -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], widths: Mapping[str, int]) -> str:
-    """Rows as a readable table; a column that is too long for its width is cut in its middle."""
+    """Format rows as a table. A text that is too long for its column is cut in the middle."""
     head = "  ".join(_fit(name, width) for name, width in widths.items())
     lines = ["  ".join(_fit(str(row[name]), width) for name, width in widths.items()) for row in rows]
     return "\n".join(text.rstrip() for text in [head, "-" * _columns(head), *lines])
@@ -257,5 +262,5 @@ def _taken(text: str, width: int) -> str:
 
 
 def _columns(text: str) -> int:
-    """Columns of a terminal: Chinese characters take two."""
+    """Return the number of terminal columns. Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

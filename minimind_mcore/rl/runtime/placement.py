@@ -9,10 +9,11 @@ from minimind_mcore.platform import device
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime import supervise
-from minimind_mcore.rl.runtime.cluster import Cluster, connect, where
+from minimind_mcore.rl.runtime.cluster import Cluster, connect, spread, where
 from minimind_mcore.rl.runtime.metrics import say
 from minimind_mcore.rl.runtime.rank import command_line
 from minimind_mcore.rl.runtime.supervise import ActorPool, Restarts
+from minimind_mcore.rl.runtime.workers.manager import Kind, RolloutClient, start_manager
 from minimind_mcore.rl.runtime.workers.reward import reward_pool
 from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
 from minimind_mcore.rl.runtime.workers.train import TrainGroup
@@ -21,8 +22,9 @@ from minimind_mcore.rl.runtime.workers.train import TrainGroup
 class WorkerGroups:
     """The actors of a run.
 
-    The ranks of the actor and the rollout engines share devices, and work in turn; a reference is kept by the
-    actor's ranks, or with `use_integrated_worker: false` has ranks and devices of its own.
+    The ranks of the actor and the rollout engines share devices and work in turn. With `minimind.rollout_resource` the
+    engines have devices of their own. The actor's ranks hold the reference model. With `use_integrated_worker: false`
+    it has ranks and devices of its own.
 
     Args:
         config: of the run.
@@ -37,26 +39,36 @@ class WorkerGroups:
         rl, kl = config.rl, algorithm.kl != "none"
         apart, critic = kl and not rl.use_integrated_worker, algorithm.advantage == "gae"
         self.patience, most, world = config.minimind.cluster_wait_s, config.minimind.max_restarts, devices(rl, "actor")
+        own_engines = config.rollout_engines if config.minimind.rollout_resource else 0
         # Errors of the flags are raised before any process starts.
         model = ModelConfig.from_args(command_line(config, "actor"))
-        self.cluster: Cluster = connect(say, cpus=world + (devices(rl, "reference") if apart else 0))
+        self.cluster: Cluster = connect(say, cpus=world + (devices(rl, "reference") if apart else 0) + own_engines)
         try:
             cpus = {"CPU": float(rl.num_cpus_for_placement_group)}
             bundle = cpus if device.current().kind == "cpu" else {"GPU": 1.0, **cpus}
-            self.places = self.cluster.reserve(world, bundle, self.patience, "the actor")
+            self.places = self.cluster.reserve(world, bundle, self.patience, "the actor (rl_config.actor_resource)")
             say(f"actor: {where(self.places)}")
             share = 0.3 if critic else 0.5
             self.actor = TrainGroup(config, "actor", self.places, share, reference=kl and not apart)
             self.reference: TrainGroup | None = None
             if apart:
-                own = self.cluster.reserve(devices(rl, "reference"), bundle, self.patience, "the reference")
+                what = "the reference (rl_config.reference_resource)"
+                own = self.cluster.reserve(devices(rl, "reference"), bundle, self.patience, what)
                 self.reference = TrainGroup(config, "reference", own, 1.0)
             self.critic = TrainGroup(config, "critic", self.places, share) if critic else None
             self.restarts = Restarts("training ranks", most, say, self._wait)
-            engines = self.places[: config.generate.data_parallel_size or world]
+            if own_engines:
+                what = "the group of rollout engines (minimind.rollout_resource)"
+                engines = self.cluster.reserve(own_engines, bundle, self.patience, what, "SPREAD")
+                say(f"rollout engines: {where(engines)}")
+            else:
+                engines = spread(self.places)[: config.rollout_engines]
             restarts = Restarts("rollout actors", most, say, self._wait_for_ranks)
-            self.rollout = RolloutGroup(config, model, vocab_size, engines, 0.4, restarts)
+            self.rollout = RolloutGroup(config, model, vocab_size, engines, 1.0 if own_engines else 0.4, restarts)
             self.rewards: ActorPool = reward_pool(config, Restarts("reward actors", most, say, self._wait))
+            pools: dict[Kind, ActorPool] = {"rollout": self.rollout.pool, "reward": self.rewards}
+            restarts = Restarts("rollout manager", most, say, self._wait)
+            self.manager = RolloutClient(lambda: start_manager(config), pools, restarts)
         except BaseException:
             self.cluster.close()
             raise
@@ -80,7 +92,7 @@ class WorkerGroups:
 
     def finished(self, step: int) -> None:
         """A step is done: restarts are counted from the furthest one on."""
-        for restarts in (self.restarts, self.rollout.pool.restarts, self.rewards.restarts):
+        for restarts in (self.restarts, self.rollout.pool.restarts, self.rewards.restarts, self.manager.restarts):
             restarts.finished(step)
 
     def training(self) -> list[TrainGroup]:
@@ -92,6 +104,7 @@ class WorkerGroups:
         for group in (self.actor, self.reference, self.critic):
             if group is not None:
                 group.stop()
+        self.manager.close()
         self.rollout.pool.close()
         self.rewards.close()
         self.cluster.close()

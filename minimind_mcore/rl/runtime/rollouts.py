@@ -1,76 +1,154 @@
 """Prompts in, scored responses out: what a step of training learns from.
 
-Saved rollouts (`minimind.save_rollouts`) are one file a step; `minimind.replay_rollouts` reads them in place of
-generating, so that a step can be done again with other code, or in another layout. Next to each file a file of JSON
-lines has the same responses for people.
+`RolloutManager` runs in an actor (`workers/manager.py`). Two parts of it can be replaced by functions of the user:
+`minimind.rollout_function` generates the responses (default: `generate`), `minimind.rollout_filter` chooses the groups
+that are trained on. Rewards are named by `verifier_function` and `minimind.rewards`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
 
 import torch
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.algorithms.groups import Groups, select, statistics
-from minimind_mcore.rl.algorithms.masked import masked_mean
+from minimind_mcore.rl.algorithms.groups import Groups, select
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.schema import Config
+from minimind_mcore.rl.registry import imported
 from minimind_mcore.rl.rewards.rewards import Scores
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS
 from minimind_mcore.rl.runtime import batch as batches
-from minimind_mcore.rl.runtime.batch import Batch
 from minimind_mcore.rl.runtime.data import PromptDataset, RLPrompt
 from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams
+from minimind_mcore.rl.runtime.experience import Experience, joined, rows_of
 from minimind_mcore.rl.runtime.metrics import Row, say
-from minimind_mcore.rl.runtime.supervise import ActorPool
-from minimind_mcore.rl.runtime.workers.rollout import RolloutGroup
-from minimind_mcore.storage import atomic_file, atomic_write_text
+from minimind_mcore.rl.runtime.trajectory import Trajectory
+from minimind_mcore.rl.runtime.user_function import Stopwatch, limited
 
 _SHOWN = 3  # failures shown of a step that took several batches
+PART_BITS = 48  # of a seed: below them the number of the response, above them the number of its segment
+EVALUATION_BIT = 63  # of a seed: set for responses to held-out prompts, which share no random numbers with training
+RUN_BITS = 64  # of a seed: above them the seed of the run
 
 
-@dataclass
-class Experience:
-    """The responses of a step.
+class Workers(Protocol):
+    """Actors that share calls; `supervise.Workers` is the one of Ray."""
 
-    Attributes:
-        batch: with rewards.
-        texts: prompts, responses and labels, for people.
-        messages: the conversation before each response, where the data has it.
-        consumed: prompts taken from the data so far, these among them.
-        metrics: of rewards and groups.
-        failures: a few responses that a verifier could not score.
-        scores: of each verifier.
-        failed: how many responses each verifier could not score, of all that were written for the step.
-        more: what else the data has for the rewards, see `Rewards.score`.
+    def __len__(self) -> int: ...
+
+    def run(self, method: str, parts: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What a method returns for the arguments of each part."""
+        ...
+
+
+class Engines:
+    """All rollout engines: `generate` continues trajectories, token ids in and token ids out.
+
+    Args:
+        workers: `RolloutWorker`s.
+        batch: responses that an engine generates at a time.
+        length: `seq_length`, the most tokens of a prompt and its response.
     """
 
-    batch: Batch
-    texts: list[dict[str, str]]
-    messages: list[list[dict[str, str]]]
-    consumed: int
-    metrics: Row = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    scores: dict[str, torch.Tensor] = field(default_factory=dict)
-    failed: Counter[str] = field(default_factory=Counter)
-    more: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, workers: Workers, batch: int, length: int) -> None:
+        self.workers, self.batch, self.length = workers, batch, length
+        self.watch = Stopwatch()  # of a user's function; the engines have deadlines of their own
 
-    def describe(self, n: int) -> Row:
-        """Means of the rewards, failures, and statistics of the groups of `n` responses."""
-        assert self.batch.rewards is not None
-        scores = Scores(self.batch.rewards, self.scores, self.failed)
-        return {**scores.metrics(), **statistics(self.batch.rewards, n)}
+    def remaining_tokens(self, trajectory: Trajectory) -> int:
+        """Return the number of tokens that `seq_length` leaves after the context of a trajectory."""
+        return self.length - trajectory.length
+
+    def require_remaining_tokens(self, trajectories: Sequence[Trajectory], tokens: int) -> None:
+        """Check that `seq_length` leaves at least `tokens` tokens after each context.
+
+        Raises:
+            UserError: it does not. Only what a user's function appends can be so long.
+        """
+        remaining = min(map(self.remaining_tokens, trajectories))
+        if remaining < tokens:
+            raise UserError(
+                f"minimind.rollout_function: a prompt and its response have {self.length - remaining} tokens; expected "
+                f"at most {self.length - tokens} (seq_length {self.length}). Before you append to a trajectory look at "
+                "engines.remaining_tokens(trajectory), shorten what the environment says, or raise "
+                "megatron_training.seq_length"
+            )
+
+    def generate(self, trajectories: Sequence[Trajectory], sampling: RolloutSamplingParams) -> None:
+        """Append one segment of the policy to each trajectory. Responses to the same prompt are neighbours.
+
+        A segment ends where prompt and response have `seq_length` tokens.
+
+        Raises:
+            UserError: a context leaves no room for a token.
+        """
+        with self.watch.paused():
+            self._generate(trajectories, sampling)
+
+    def _generate(self, trajectories: Sequence[Trajectory], sampling: RolloutSamplingParams) -> None:
+        self.require_remaining_tokens(trajectories, 1)
+        longest = min(sampling.max_tokens, max(map(self.remaining_tokens, trajectories)))
+        sampling = dataclasses.replace(sampling, max_tokens=longest)
+        groups = [list(group) for _, group in groupby(trajectories, key=_context_key)]
+        n = min(map(len, groups))
+        if n < max(map(len, groups)):
+            groups, n = [[trajectory] for trajectory in trajectories], 1
+        calls = self._calls(groups, max(1, self.batch // n))
+        parts = [
+            ([g[0].context.tolist() for g in some], n, sampling, [_seed(t) for g in some for t in g]) for some in calls
+        ]
+        for some, responses in zip(calls, self.workers.run("generate", parts), strict=True):
+            for trajectory, response in zip((t for g in some for t in g), responses, strict=True):
+                trajectory.append_response(response.first(self.remaining_tokens(trajectory), trajectory.length))
+
+    def _calls(self, groups: list[list[Trajectory]], at_a_time: int) -> list[list[list[Trajectory]]]:
+        """What engines do in one call: an equal share each, or where that is too much whatever fits into a batch."""
+        if len(groups) <= at_a_time * len(self.workers):
+            return [groups[i :: len(self.workers)] for i in range(min(len(self.workers), len(groups)))]
+        ordered = sorted(groups, key=lambda group: group[0].length)  # little padding
+        return [ordered[i : i + at_a_time] for i in range(0, len(ordered), at_a_time)]
+
+
+def _context_key(trajectory: Trajectory) -> tuple[int, int]:
+    """Equal for neighbours that have the same context."""
+    return id(trajectory.prompt), id(trajectory) if trajectory.segments else 0
+
+
+def _seed(trajectory: Trajectory) -> int:
+    return trajectory.seed + (len(trajectory.segments) << PART_BITS)
+
+
+def generate(trajectories: Sequence[Trajectory], engines: Engines, sampling: RolloutSamplingParams) -> None:
+    """Generate one turn. A function of `minimind.rollout_function` has the same arguments.
+
+    For several turns it calls `engines.generate` again for the trajectories that go on, after
+    `trajectory.append_observation(turns(messages))` with a `turns.TurnRenderer`.
+    `engines.remaining_tokens(trajectory)` is the number of tokens that still fit. Outside of `engines.generate` a
+    function may take `minimind.actor_timeout_s` seconds at a time.
+    """
+    engines.generate(trajectories, sampling)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the data.
+
+    Attributes:
+        consumed: prompts that are taken.
+        carried: numbers of those among them whose responses are not trained on yet.
+    """
+
+    consumed: int = 0
+    carried: tuple[int, ...] = ()
 
 
 class RolloutManager:
-    """Writes and scores responses.
+    """Owns prompts, decoding, rewards and trajectories.
 
     Args:
         config: of the run.
@@ -78,8 +156,8 @@ class RolloutManager:
         prompts: to take, in their order.
         tokenizer: of transformers.
         stop: ids that end a response.
-        rollout: the engines.
-        rewards: who scores.
+        engines: `RolloutWorker`s.
+        rewards: `RewardWorker`s.
     """
 
     def __init__(
@@ -89,13 +167,20 @@ class RolloutManager:
         prompts: PromptDataset,
         tokenizer: Any,
         stop: int,
-        rollout: RolloutGroup,
-        rewards: ActorPool,
+        engines: Workers,
+        rewards: Workers,
     ) -> None:
         self.config, self.algorithm, self.prompts, self.tokenizer = config, algorithm, prompts, tokenizer
-        self.rollout, self.rewards = rollout, rewards
-        self.n = config.rl.n_samples_per_prompt
-        sampling = config.generate.sampling_config
+        self.engines = Engines(engines, config.generate.max_num_seqs, config.actor.seq_length)
+        self.rewards = rewards
+        self.n, self.size = config.rl.n_samples_per_prompt, config.actor.global_batch_size
+        ours, sampling = config.minimind, config.generate.sampling_config
+        self.rollout_function: Callable[..., None] = generate
+        if ours.rollout_function:
+            self.rollout_function = self._own("minimind.rollout_function", ours.rollout_function)
+        self.filter: Callable[..., Any] | None = None
+        if ours.rollout_filter:
+            self.filter = self._own("minimind.rollout_filter", ours.rollout_filter)
         self.sampling = RolloutSamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=float(sampling.temperature),
@@ -104,49 +189,85 @@ class RolloutManager:
             min_p=float(sampling.min_p),
             stop=(stop,),
         )
-        self.consumed = 0
-        self.stream: Iterator[list[RLPrompt]] = iter(())
-        self.pending: Callable[[], Experience] | None = None
+        self.go_to(Position())
 
-    def go_to(self, consumed: int) -> None:
-        """The next prompts are those behind the first `consumed`."""
-        self.consumed, self.pending = consumed, None
-        self.stream = self.prompts.batches(self.config.actor.global_batch_size, start=consumed)
+    def _own(self, key: str, path: str) -> Callable[..., Any]:
+        """A function of the user with its time limit."""
+        return limited(imported(path, key), key, path, self.config.minimind.actor_timeout_s, self.engines.watch)
 
-    def begin(self) -> None:
-        """Let the engines write the responses to the next prompts, with the weights that they have."""
-        if self.pending is None:
-            self.pending = self._write(next(self.stream))
+    # ------------------------------------------------------------------------------------------------ prompts
+
+    def go_to(self, position: Position) -> None:
+        """Go on behind the prompts that are consumed, with those that are carried."""
+        self.consumed = position.consumed
+        self.stream = self.prompts.batches(1, start=position.consumed)
+        self.open: list[list[Trajectory]] = []  # groups with responses that are not complete
+        self.ready: list[list[Trajectory]] = []  # complete groups that no step has taken
+        for number in position.carried:
+            self.open.append(self._group(number, next(self.prompts.batches(1, start=number))[0]))
+
+    @property
+    def position(self) -> Position:
+        """Where the next step goes on."""
+        groups = [*self.ready, *self.open]
+        base = self.config.actor.seed << RUN_BITS
+        return Position(self.consumed, tuple((group[0].seed - base) // self.n for group in groups))
+
+    def _group(self, number: int, prompt: RLPrompt) -> list[Trajectory]:
+        """Trajectories to a prompt, the `number`-th that is taken; the same number has the same seeds."""
+        seed = (self.config.actor.seed << RUN_BITS) + number * self.n
+        return [Trajectory(prompt, seed + k) for k in range(self.n)]
+
+    def _fresh(self, count: int) -> list[list[Trajectory]]:
+        first = self.consumed
+        self.consumed += max(0, count)
+        return [self._group(number, next(self.stream)[0]) for number in range(first, self.consumed)]
+
+    # --------------------------------------------------------------------------------------------- generation
 
     def generate(self) -> Experience:
-        """The responses that were begun, not yet scored."""
-        self.begin()
-        assert self.pending is not None
-        pending, self.pending = self.pending, None
-        return pending()
+        """The responses of the next step, not yet scored."""
+        if self.config.rl.partial_rollout_max_split > 1:
+            groups = self._continued()
+        else:
+            # The run that wrote the checkpoint may have carried prompts, with another partial_rollout_max_split.
+            groups, self.open = self.open[: self.size], self.open[self.size :]
+            groups += self._fresh(self.size - len(groups))
+            self.rollout_function([one for group in groups for one in group], self.engines, self.sampling)
+        return self._experience([one for group in groups for one in group])
 
-    def _write(self, prompts: list[RLPrompt]) -> Callable[[], Experience]:
-        first, seed = self.consumed, self.config.actor.seed
-        self.consumed += len(prompts)
-        consumed = self.consumed
-        seeds = [(seed << 64) + (first + i) * self.n + k for i in range(len(prompts)) for k in range(self.n)]
-        ids = [prompt.ids.tolist() for prompt in prompts]
-        finish = self.rollout.generate(ids, self.n, self.sampling, seeds)
+    def _continued(self) -> list[list[Trajectory]]:
+        """Groups of complete responses. A call generates a part of a response; the rest is left to later steps.
 
-        def experience() -> Experience:
-            found = finish()
-            batch = batches.make(
-                [prompt for prompt in ids for _ in range(self.n)],
-                [response.ids for response in found],
-                [response.logp for response in found],
-                [response.finished for response in found],
-                [prompt.index for prompt in prompts for _ in range(self.n)],
-            )
-            messages = [_messages(prompt) for prompt in prompts for _ in range(self.n)]
-            texts = self._texts(prompts, batch.response_ids(), self.n)
-            return Experience(batch, texts, messages, consumed, more=self._more(prompts, self.n))
+        As in MindSpeed-RL the engines generate until there are enough complete groups. Unfinished responses are
+        continued first, with the weights of that time.
+        """
+        most = self.sampling.max_tokens
+        part = -(-most // self.config.rl.partial_rollout_max_split)
+        while len(self.ready) < self.size:
+            self.open += self._fresh(self.size - len(self.open))
+            going = [one for group in self.open for one in group if not self._complete(one)]
+            for limit in sorted({min(part, most - one.generated_tokens) for one in going}):
+                some = [one for one in going if min(part, most - one.generated_tokens) == limit]
+                self.rollout_function(some, self.engines, dataclasses.replace(self.sampling, max_tokens=limit))
+            self.ready += [group for group in self.open if all(map(self._complete, group))]
+            self.open = [group for group in self.open if not all(map(self._complete, group))]
+        found, self.ready = self.ready[: self.size], self.ready[self.size :]
+        return found
 
-        return experience
+    def _complete(self, trajectory: Trajectory) -> bool:
+        return trajectory.finished or trajectory.generated_tokens >= self.sampling.max_tokens
+
+    def _experience(self, trajectories: list[Trajectory]) -> Experience:
+        self.engines.require_remaining_tokens(trajectories, 0)
+        prompts = [trajectory.prompt for trajectory in trajectories[:: self.n]]
+        texts = self._texts(prompts, [trajectory.ids.tolist() for trajectory in trajectories], self.n)
+        messages = [_messages(trajectory.prompt) for trajectory in trajectories]
+        more = self._more(prompts, self.n)
+        position = self.position
+        return Experience(
+            batches.of(trajectories), texts, messages, position.consumed, more=more, carried=position.carried
+        )
 
     def _texts(self, prompts: list[RLPrompt], ids: list[list[int]], n: int) -> list[dict[str, str]]:
         """Prompt, response and label of each of the `n` responses to each prompt."""
@@ -173,26 +294,36 @@ class RolloutManager:
             more["categories"] = [category for category in first for _ in range(n)]
         return more
 
-    def score(self, experience: Experience) -> Callable[[], None]:
-        """Begin to score; what is returned waits, and fills in rewards and metrics."""
-        lengths = experience.batch.response_lengths
-        task = self.rewards.submit("score", [_task(experience.texts, experience.messages, lengths, **experience.more)])
+    # ------------------------------------------------------------------------------------------------ rewards
 
-        def fill() -> None:
-            (scores,) = task.result()
-            experience.batch.rewards = scores.total
-            experience.scores, experience.failed = scores.by_verifier, scores.failures
-            experience.failures = [str(failure) for failure in scores.samples]
-            experience.metrics = experience.describe(self.n)
+    def score(self, experience: Experience) -> None:
+        """Fill in rewards and metrics."""
+        lengths = experience.batch.policy_lengths
+        scores = self._scores(experience.texts, experience.messages, lengths, **experience.more)
+        experience.batch.rewards = scores.total
+        experience.scores, experience.failed = scores.by_verifier, scores.failures
+        experience.failures = [str(failure) for failure in scores.samples]
+        experience.metrics = experience.describe(self.n)
 
-        return fill
+    def _scores(self, texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> Scores:
+        """Scores of responses; each reward worker takes a share."""
+        size = -(-len(texts) // len(self.rewards))
+        parts = []
+        for start in range(0, len(texts), size):
+            some = slice(start, start + size)
+            rest = {name: _cut(value, some) for name, value in more.items()}
+            parts.append(_task(texts[some], messages[some], lengths[some], **rest))
+        return Scores.joined(self.rewards.run("score", parts))
 
     # -------------------------------------------------------------------------------------- dynamic sampling
 
     def generate_differing(self) -> Experience:
         """Scored responses of groups whose scores differ: prompts are drawn until there are enough (DAPO).
 
-        After `filter_groups_max_batches` batches the step is filled up with groups that do not.
+        After `filter_groups_max_batches` batches the step is filled up with groups that do not: their advantages are 0.
+
+        Raises:
+            UserError: a user's filter has not kept enough groups by then. Those that it rejects have advantages.
         """
         rl, wanted = self.config.rl, self.config.actor.global_batch_size
         kept: list[Experience] = []
@@ -202,14 +333,20 @@ class RolloutManager:
         while count < wanted and generated < rl.filter_groups_max_batches:
             generated += 1
             experience = self.generate()
-            self.score(experience)()
+            self.score(experience)
             groups = self._select(experience)
             dropped += groups.reasons
             rows = groups.rows(self.n)
-            kept.append(_rows(experience, rows))
-            spare.append(_rows(experience, ~rows))
+            kept.append(rows_of(experience, rows))
+            spare.append(rows_of(experience, ~rows))
             count += int(groups.keep.sum())
-        whole = _joined([*kept, *reversed(spare)] if count < wanted else kept, wanted * self.n)
+        if count < wanted and self.filter is not None:
+            raise UserError(
+                f"minimind.rollout_filter: {self.config.minimind.rollout_filter} kept {count} of {generated * wanted} "
+                f"groups after {generated} batches; expected global_batch_size {wanted}. Set "
+                "rl_config.filter_groups_max_batches higher, or keep more groups"
+            )
+        whole = joined([*kept, *reversed(spare)] if count < wanted else kept, wanted * self.n)
         for experience in kept:  # one for each batch, however few of its rows are kept
             whole.failed += experience.failed
             whole.failures = [*whole.failures, *experience.failures][:_SHOWN]
@@ -224,9 +361,17 @@ class RolloutManager:
 
     def _select(self, experience: Experience) -> Groups:
         """The groups that differ in `filter_groups_metric`, which names a verifier; else in their rewards."""
+        assert experience.batch.rewards is not None
+        if self.filter is not None:
+            keep = torch.as_tensor(self.filter(experience.batch.rewards, experience.scores, self.n)).bool()
+            if keep.shape != (self.size,):
+                raise UserError(
+                    f"minimind.rollout_filter: {self.config.minimind.rollout_filter} returned the shape "
+                    f"{tuple(keep.shape)}, expected ({self.size},), one value for each prompt"
+                )
+            return Groups(keep, Counter(filtered=int((~keep).sum())))
         name = self.config.rl.filter_groups_metric
         if name not in experience.scores:
-            assert experience.batch.rewards is not None
             return select(experience.batch.rewards, self.n)
         verifier = VERIFIERS.get(name)
         right, wrong = (verifier.right, verifier.wrong) if verifier else (None, None)
@@ -256,12 +401,13 @@ class RolloutManager:
 
         Right is what the first verifier accepts that tells right from wrong; a reward model does not.
         """
-        ids, seeds = [prompt.ids.tolist() for prompt in asked], list(range(len(asked) * n))
-        found = self.rollout.generate(ids, n, sampling, seeds)()
-        texts = self._texts(asked, [response.ids for response in found], n)
-        lengths = torch.tensor([len(response.ids) for response in found])
-        messages = [_messages(prompt) for prompt in asked for _ in range(n)]
-        (scores,) = self.rewards.run("score", [_task(texts, messages, lengths, **self._more(asked, n), judge=False)])
+        base = (self.config.actor.seed << RUN_BITS) + (1 << EVALUATION_BIT)
+        found = [Trajectory(prompt, base + number * n + k) for number, prompt in enumerate(asked) for k in range(n)]
+        self.rollout_function(found, self.engines, sampling)
+        texts = self._texts(asked, [trajectory.ids.tolist() for trajectory in found], n)
+        lengths = torch.tensor([trajectory.generated_tokens for trajectory in found])
+        messages = [_messages(trajectory.prompt) for trajectory in found]
+        scores = self._scores(texts, messages, lengths, **self._more(asked, n), judge=False)
         for failure in scores.samples:
             say(f"a response to a held-out question could not be scored: {failure}")
         for name in self.config.reward_names:
@@ -277,84 +423,13 @@ def _task(texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tenso
     return responses, labels, messages, {"lengths": lengths, "prompts": prompts, **more}
 
 
+def _cut(value: Any, some: slice) -> Any:
+    """The same rows of each column of `Rewards.score`'s arguments."""
+    if isinstance(value, dict):
+        return {name: column[some] for name, column in value.items()}
+    return value if isinstance(value, bool) else value[some]
+
+
 def _messages(prompt: RLPrompt) -> list[dict[str, str]]:
     found: list[dict[str, str]] = prompt.record.get("messages") or []
     return found
-
-
-def _rows(experience: Experience, rows: torch.Tensor) -> Experience:
-    """Some of the rows [rows of the batch] bool."""
-    numbers = rows.nonzero().flatten().tolist()
-    return dataclasses.replace(
-        experience,
-        batch=experience.batch.select(rows) if numbers else experience.batch,
-        texts=[experience.texts[row] for row in numbers],
-        messages=[experience.messages[row] for row in numbers],
-        scores={name: values[rows] for name, values in experience.scores.items()},
-    )
-
-
-def _joined(parts: list[Experience], rows: int) -> Experience:
-    """The first so many rows of several."""
-    consumed, parts = max(part.consumed for part in parts), [part for part in parts if part.texts]
-    batch = batches.concat([part.batch for part in parts]).select(torch.arange(rows))
-    texts = [text for part in parts for text in part.texts][:rows]
-    scores = {name: torch.cat([part.scores[name] for part in parts])[:rows] for name in parts[0].scores}
-    return Experience(batch, texts, [], consumed, scores=scores)
-
-
-# ------------------------------------------------------------------------------------------------- files
-
-
-def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
-    """Write a step's experience, of `n` responses to each prompt, for `replayed`, and its trajectories."""
-    lines = [json.dumps(trajectory, ensure_ascii=False) for trajectory in trajectories(experience, iteration)]
-    atomic_write_text(folder / f"rollouts-{iteration:07d}.jsonl", "".join(f"{line}\n" for line in lines))
-    with atomic_file(folder / f"rollouts-{iteration:07d}.pt") as file:
-        torch.save(
-            {
-                "batch": experience.batch.state_dict(),
-                "texts": experience.texts,
-                "consumed": experience.consumed,
-                "metrics": experience.metrics,
-                "n_samples_per_prompt": n,
-            },
-            file,
-        )
-
-
-def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, Any]]:
-    """Yield each response of a step, readable: texts, reward and its parts, mean advantage of its tokens, lengths."""
-    batch = experience.batch
-    columns = {"prompt_tokens": batch.prompt_lengths, "response_tokens": batch.response_lengths}
-    columns |= {"finished": batch.finished}
-    if batch.rewards is not None:
-        columns["reward"] = batch.rewards
-    if batch.advantages is not None:
-        columns["advantage"] = masked_mean(batch.advantages, batch.mask, dim=1)
-    values = {name: column.tolist() for name, column in columns.items()}
-    parts = {name: scores.tolist() for name, scores in experience.scores.items()}
-    for row, text in enumerate(experience.texts):
-        own = {name: column[row] for name, column in values.items()}
-        yield {"step": iteration, **text, **own, "rewards": {name: scores[row] for name, scores in parts.items()}}
-
-
-def replayed(folder: Path, iteration: int, n: int) -> Experience:
-    """A step's experience from its file.
-
-    Raises:
-        UserError: there is none, or it has not `n` responses to each prompt.
-    """
-    path = folder / f"rollouts-{iteration:07d}.pt"
-    if not path.is_file():
-        raise UserError(f"{path} is not there; minimind.replay_rollouts expects a file of every step")
-    found = torch.load(path, weights_only=True)
-    batch = Batch(**found["batch"])
-    written = found.get("n_samples_per_prompt", n)  # older files do not say
-    if written != n or len(batch) % n:
-        what = f"{written} responses to each prompt" if written != n else f"{len(batch)} responses, no multiple of {n}"
-        raise UserError(
-            f"{path}: found {what}, expected {n} to each prompt (rl_config.n_samples_per_prompt); set what the "
-            "rollouts were written with"
-        )
-    return Experience(batch, found["texts"], [], found["consumed"], found["metrics"])

@@ -1,4 +1,4 @@
-"""A signal ends a run in order: after the step that is under way, saved; at once where it only waits."""
+"""Stop a run on a signal: after the current step, with a checkpoint, or at once while the run only waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stop(StopSignal):
-    """The driver's answer to SIGTERM, SIGINT and SIGHUP. Set it up after Ray, which has one of its own."""
+    """The driver's handler of SIGTERM, SIGINT and SIGHUP. Install it after Ray, which installs its own."""
 
     def __init__(self) -> None:
         self.waits = False
@@ -23,17 +23,17 @@ class Stop(StopSignal):
 
     @property
     def asked(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal has arrived."""
         return self.at is not None
 
     @property
     def status(self) -> int:
-        """What a program that it ended exits with."""
+        """The exit status of a program that a signal ended."""
         return 128 + int(signal.Signals[self.name])
 
     @contextlib.contextmanager
     def later(self) -> Iterator[None]:
-        """Inside, a signal is only noted (a second one still ends the program)."""
+        """Within the context a signal is only recorded. A second signal still ends the program."""
         self.waits = True
         try:
             yield
@@ -42,9 +42,9 @@ class Stop(StopSignal):
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal ends the program: the step under way cannot end, so that there is nothing to save.
+        """Within the context a signal ends the program: the current step cannot finish, so there is nothing to save.
 
-        A signal that came before is answered now.
+        A signal that arrived earlier takes effect now.
         """
         before, self.waits = self.waits, False
         try:

@@ -4,13 +4,17 @@ python train_grpo.py --config-name grpo_minimind_tiny
 
 The actor's ranks hold the weights. A step lets the engines write responses with them, scores the responses, compares
 the scores with the expectation, trains on the difference, and hands the new weights to the engines. Synchronous by
-default; with `rl_config.blocking: false` the engines write the next step's responses meanwhile, with weights one step
-old.
+default; with `rl_config.blocking: false` the engines write the responses of the next steps meanwhile, with weights that
+are up to `minimind.staleness` steps old.
+
+This program holds no model and no responses. The rollout manager holds the responses (`workers/manager.py`), the
+groups of workers hold the models (`placement.py`), and what passes between them are references.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from contextlib import AbstractContextManager
@@ -18,28 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.inference.loading import load_tokenizer
 from minimind_mcore.preprocess.tokenize import tokenizer_info
-from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.objective import objective, steps_ahead, trains_on_older
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.rewards.verifiers import VERIFIERS
-from minimind_mcore.rl.runtime import rollouts
-from minimind_mcore.rl.runtime.advantages import Advantages
-from minimind_mcore.rl.runtime.data import PromptDataset
+from minimind_mcore.rl.runtime.data import prompt_dataset
 from minimind_mcore.rl.runtime.metrics import (
     Clock,
     Log,
     Row,
-    data_metrics,
-    difference,
     require_same_model,
     say,
     throughput,
 )
 from minimind_mcore.rl.runtime.placement import WorkerGroups, devices
-from minimind_mcore.rl.runtime.rollouts import Experience, RolloutManager
+from minimind_mcore.rl.runtime.rollouts import Position
 from minimind_mcore.rl.runtime.stop import Stop
 from minimind_mcore.rl.runtime.supervise import Lost
+from minimind_mcore.rl.runtime.workers.manager import Column, ManagerLost, Scored
+from minimind_mcore.rl.runtime.workers.train import TrainGroup
 from minimind_mcore.training import run_lock, sample_order
 from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.report import write_report
@@ -82,43 +82,16 @@ def train(trainer: Trainer) -> None:
                 if trainer.evaluation_due():
                     trainer.evaluate()
                 else:
-                    experience = trainer.generate()
-                    trainer.score(experience)
-                    metrics = trainer.compute_advantages(experience)
-                    metrics |= trainer.update(experience)
+                    trainer.generate()
+                    trainer.score()
+                    scored = trainer.compute_advantages()
+                    metrics = trainer.update(scored)
                     trainer.sync_weights()
-                    trainer.report(experience, metrics)
+                    trainer.report(scored, metrics)
                 trainer.save_if_due()
         except Lost as loss:
             trainer.recover(loss)
     trainer.finish()
-
-
-def prompt_dataset(config: Config, prefix: Any, held_out: bool = False) -> PromptDataset:
-    """The prompts of a prefix, as the configuration reads them; `split` is of those to train on.
-
-    Raises:
-        UserError: see `PromptDataset`; or they have no labels, which a verifier needs.
-    """
-    actor = config.actor
-    prompts = PromptDataset(
-        prefix[0] if isinstance(prefix, list) else prefix,
-        actor.dataset_additional_keys,
-        max_prompt_length=config.rl.max_prompt_length,
-        seed=actor.seed,
-        shuffle=not actor.no_shuffle,
-        split=None if held_out else actor.split,
-        tokenizer=tokenizer_info(actor.tokenizer_name_or_path).fingerprint,
-        optional=("labels",),
-    )
-    compare = [name for name in config.reward_names if name in VERIFIERS and VERIFIERS[name].compares]
-    if compare and "labels" not in prompts.columns:
-        raise UserError(
-            f"{prompts.prefix}: these prompts have no labels, which {', '.join(compare)} (verifier_function) compare a "
-            "response with. Convert the data with a handler that writes them (R1AlpacaStyleInstructionHandler), or "
-            "take what needs none: minimind_shape, minimind.reward_model, a function of your own"
-        )
-    return prompts
 
 
 class Trainer:
@@ -127,7 +100,7 @@ class Trainer:
     Attributes:
         done: steps that are trained.
         saved: the step of the last checkpoint.
-        consumed: prompts that these steps took.
+        state: what a checkpoint of the last step that is done has of the data and the algorithm.
         left: a signal ended the run before the last step.
     """
 
@@ -137,21 +110,24 @@ class Trainer:
         info = tokenizer_info(config.actor.tokenizer_name_or_path)
         if info.eos_id is None:
             raise UserError(f"{info.path}: tokenizer_config.json names no eos_token, which ends a response")
+        # Opened here too, so that what is wrong with the data is said before any process starts.
         prompts = prompt_dataset(config, config.actor.data_path)
         self.held_out = {Path(at).name: prompt_dataset(config, at, True) for at in self.minimind.eval_data or ()}
-        tokenizer = load_tokenizer(info)
-        self.advantages = Advantages(config, self.algorithm)
         self.groups = WorkerGroups(config, self.algorithm, info.vocab_size)  # from here on there are processes
-        workers = (self.groups.rollout, self.groups.rewards)
-        self.rollouts = RolloutManager(config, self.algorithm, prompts, tokenizer, info.eos_id, *workers)
+        self.rollouts = self.groups.manager
         self.steps = config.actor.train_iters
-        self.done = self.saved = self.consumed = 0
+        self.done = self.saved = 0
+        self.state: dict[str, Any] = {}
         self.left = False
         self.order, self.warned = prompts.order_settings(), False  # checkpoints carry them; a resumed run compares
         updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
+        correction = self.minimind.rollout_correction != "none"
+        # Engines that are steps ahead, and responses that are continued, are of older weights than the present ones.
+        # The ratio is then taken to the engines' own log-probabilities, or their difference is corrected for.
+        self.ahead = steps_ahead(config)
+        self.own_ratio = trains_on_older(config) and not correction
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
-        self.needs_old = updates * self.rl.epochs > 1 or self.minimind.rollout_correction != "none"
-        self.ahead = not self.rl.blocking  # the engines write a step's responses while the one before is trained
+        self.needs_old = not self.own_ratio and (updates * self.rl.epochs > 1 or correction)
 
     # ------------------------------------------------------------------------------------------ beginning and end
 
@@ -165,30 +141,45 @@ class Trainer:
         self.evaluated = {int(row["iteration"]) for row in rows if not EVALUATION.isdisjoint(row)}
 
     def recover(self, loss: Lost | None = None) -> None:
-        """Load the last checkpoint, until it works; a loss of training ranks is counted."""
+        """Load the last checkpoint, until it works; a loss of training ranks is counted.
+
+        A loss of the rollout manager costs the responses of the step, which is done again. If the manager is lost while
+        a checkpoint is loaded, the checkpoint is loaded again: the engines may not have its weights yet.
+        """
+        load = not isinstance(loss, ManagerLost)
         while True:
             try:
-                if loss is not None:
+                if isinstance(loss, ManagerLost):
+                    self.rollouts.replace(loss)
+                elif loss is not None:
                     self.groups.restarts.another(loss)
-                self.load()
+                if load:
+                    self.load()
+                else:
+                    self.go_to(self.state)
                 return
             except Lost as error:
-                loss = error
+                loss, load = error, load or not isinstance(error, ManagerLost)
 
     def load(self) -> None:
         """Start the training ranks from the last checkpoint, or the weights to begin with; the engines get them."""
         found = self.groups.start()
         state = found["state"] or {}
         self.done = self.saved = found["iteration"]
-        self.advantages.load_state_dict(state.get("advantages", {}))
-        self.rollouts.go_to(state.get("consumed", 0))
+        self.go_to(state)
         differing = list(sample_order.values_differ(state.get("order", {}), self.order))
         if differing and not self.warned:
             say(f"warning: {sample_order.warning(str(self.config.actor.save), differing)}")
             self.warned = True
-        self.loading = self.groups.rollout.load(self.groups.actor.weights())
-        self.loading.result()
+        self.groups.rollout.load(self.groups.actor.weights(keep=self.ahead > 0)).result()
+        self.check_weights()
         say(f"{self.config.model}: {self.minimind.algorithm}, step {self.done} of {self.steps} is done")
+
+    def go_to(self, state: dict[str, Any]) -> None:
+        """Go on where a step ended."""
+        self.state = state
+        position = Position(state.get("consumed", 0), tuple(state.get("carried", ())))
+        self.rollouts.go_to(position, state.get("advantages", {}))
 
     def unfinished(self) -> bool:
         """Whether there is a step or an evaluation to do."""
@@ -207,89 +198,88 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ a step
 
-    def generate(self) -> Experience:
-        """Return the responses of the next step; one step ahead the engines then go on with the next prompts."""
+    def generate(self) -> None:
+        """Have the engines write the responses of this step; steps ahead they then go on with the next prompts."""
         self.clock = Clock()
-        step, replay = self.done + 1, self.minimind.replay_rollouts
         with self.clock("rollout"):
-            if replay:
-                return rollouts.replayed(Path(replay), step, self.rl.n_samples_per_prompt)
-            if self.algorithm.dynamic_sampling:
-                return self.rollouts.generate_differing()
-            experience = self.rollouts.generate()
-            if self.ahead and step < self.steps:
-                self.rollouts.begin()
-            return experience
+            self.rollouts.generate(self.done + 1, min(self.ahead, self.steps - self.done - 1))
 
-    def score(self, experience: Experience) -> None:
-        """Fill in rewards, log-probabilities and values: the verifiers run while the ranks compute."""
-        batch, groups = experience.batch, self.groups
-        scored = self.rollouts.score(experience) if batch.rewards is None else None  # None: it was scored before
+    def score(self) -> None:
+        """Measure log-probabilities and values. The manager has begun with the rewards, and goes on meanwhile."""
+        groups = self.groups
         if self.algorithm.kl != "none":
             with self.clock("reference_model"):
-                batch.ref_logp = (groups.reference or groups.actor).measure(batch, reference=True)["logp"]
-        if self.ahead:  # the weights that wrote the responses are a step old: the ratio is taken to their own
-            batch.old_logp = batch.rollout_logp
-        elif self.needs_old:
+                self.measure(groups.reference or groups.actor, "ref_logp", reference=True)
+        if self.needs_old:
             with self.clock("old_log_p"):
-                batch.old_logp = groups.actor.measure(batch)["logp"]
+                self.measure(groups.actor, "old_logp")
         if groups.critic:
             with self.clock("critic_values"):
-                batch.values = groups.critic.measure(batch)["values"]
+                self.measure(groups.critic, "values")
+
+    def measure(self, group: TrainGroup, column: Column, reference: bool = False) -> None:
+        """Have a model measure the responses, and the manager take in what it says."""
+        division = group.division
+        if reference:
+            division = dataclasses.replace(division, forward=division.reference)
+        self.rollouts.ask("fill", column, *group.measure(self.rollouts.shards(division), reference))
+
+    def compute_advantages(self) -> Scored:
+        """Wait for the rewards; fill in the advantages."""
         with self.clock("rule_reward"):
-            if scored is not None:
-                scored()
-
-    def compute_advantages(self, experience: Experience) -> Row:
-        """Fill in the advantages."""
+            self.rollouts.ask("rewards")
         with self.clock("adv"):
-            return self.advantages.fill(experience.batch)
+            found: Scored = self.rollouts.ask("compute_advantages", self.done + 1, self.own_ratio)
+            return found
 
-    def update(self, experience: Experience) -> Row:
+    def update(self, scored: Scored) -> Row:
         """Train the actor, and the critic, on a step's responses."""
-        batch, metrics = experience.batch, dict[str, float]()
+        metrics, groups = dict(scored.metrics), self.groups.training()
         with self.clock("update"):
-            for group in self.groups.training():
-                metrics |= group.update(batch, self.done + 1, self.advantages.kl_coef)
-        if batch.old_logp is not None and not self.ahead:  # without old_log_p the update has measured it
-            metrics |= difference(batch, batch.old_logp)
-        if not self.minimind.replay_rollouts:  # saved responses may be of other weights
+            # The manager is asked before the first update only: if it were lost between two updates, the step would be
+            # done again, and the actor trained on it twice.
+            shards = [self.rollouts.shards(group.division, self.done + 1) for group in groups]
+            for group, own in zip(groups, shards, strict=True):
+                metrics = group.update(own, self.done + 1, scored.kl_coef) | metrics
+        # Saved responses may be of other weights, and those that are continued are.
+        if not self.minimind.replay_rollouts and self.rl.partial_rollout_max_split == 1:
             require_same_model(metrics, self.minimind.precision)
         return metrics
 
     def sync_weights(self) -> None:
-        """Hand the weights to the engines; every so many steps check that they then have them."""
+        """Hand the weights to the engines; every `weight_check_interval` steps check that the engines have them."""
         step, interval = self.done + 1, self.minimind.weight_check_interval
         with self.clock("resharding_to_infer"):
-            self.loading.result()
-            self.loading = self.groups.rollout.load(self.groups.actor.weights())
-            if not self.ahead:
-                self.loading.result()
+            if self.ahead:
+                # A rollout is of the weights of one step. A manager that is lost generates nothing, and the step is
+                # trained already: the next call replaces the manager, after this step is counted.
+                with contextlib.suppress(ManagerLost):
+                    self.rollouts.ask("pause")
+            self.groups.rollout.load(self.groups.actor.weights(keep=self.ahead > 0)).result()
             if interval and step % interval == 0:
-                if wrong := self.groups.rollout.check():
-                    raise RuntimeError(f"weight sync: {len(wrong)} tensors are not restored: {', '.join(wrong[:4])}")
+                self.check_weights()
                 say(f"weights of the rollout engines checked at step {step}: spoilt, sent again, equal")
 
-    def report(self, experience: Experience, metrics: Row) -> None:
+    def check_weights(self) -> None:
+        """Require that every engine holds the ranks' weights: spoil the engine's, send them again, compare.
+
+        Raises:
+            RuntimeError: some tensors are not what they were.
+        """
+        if wrong := self.groups.rollout.check():
+            raise RuntimeError(f"weight sync: {len(wrong)} tensors are not restored: {', '.join(wrong[:4])}")
+
+    def report(self, scored: Scored, metrics: Row) -> None:
         """Count the step, and write its metrics and samples."""
-        self.done, self.consumed = self.done + 1, experience.consumed
+        self.done, self.state = self.done + 1, scored.state
         self.groups.finished(self.done)
-        family = {"dapo": "dapo", "ppo": "ppo"}.get(self.minimind.algorithm, "grpo")
-        batch = experience.batch
-        row = {**self.clock.row(), **metrics, **data_metrics(family, batch), **experience.metrics}
-        if family != "grpo":
-            row |= data_metrics("grpo", batch)
-        row |= throughput(batch, row, devices(self.rl, "actor"), self.rl.log_max_throughput)
+        row = {**self.clock.row(), **metrics}
+        row |= throughput(scored.lengths, row, devices(self.rl, "actor"), self.rl.log_max_throughput)
         self.log.step(self.done, row)
-        for failure in experience.failures:
+        for failure in scored.failures:
             say(f"a response could not be scored: {failure}")
-        if self.minimind.save_rollouts:
-            rollouts.save(experience, Path(self.minimind.save_rollouts), self.done, self.rl.n_samples_per_prompt)
         if self.minimind.sample_interval and self.done % self.minimind.sample_interval == 0:
-            assert batch.rewards is not None
-            pairs = zip(experience.texts[:4], batch.rewards.tolist(), strict=False)
-            shown = [{**text, "reward": f"{reward:.2f}"} for text, reward in pairs]
-            self.log.sample(self.done, shown)
+            self.log.sample(self.done, scored.samples)
 
     # ------------------------------------------------------------------------------------------- between the steps
 
@@ -301,10 +291,10 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Measure accuracy, or score, on each set of held-out questions; `eval/accuracy` is that of the first."""
-        self.loading.result()
+        self.rollouts.ask("pause")
         row: Row = {}
-        for name, prompts in self.held_out.items():
-            found = self.rollouts.evaluate(prompts, self.minimind.eval_prompts, self.minimind.eval_samples)
+        for name in self.held_out:
+            found = self.rollouts.evaluate(name, self.minimind.eval_prompts, self.minimind.eval_samples)
             row = row or {f"eval/{metric}": value for metric, value in found.items()}
             row |= {f"eval/{name}/{key}": value for key, value in found.items()} if len(self.held_out) > 1 else {}
         self.log.step(self.done, row)
@@ -315,9 +305,9 @@ class Trainer:
         actor, asked = self.config.actor, self.stop.asked
         due = asked or self.done == self.steps or (actor.save_interval and self.done % actor.save_interval == 0)
         if actor.save and due and self.saved != self.done:
-            state = {"consumed": self.consumed, "advantages": self.advantages.state_dict(), "order": self.order}
+            state = {**self.state, "order": self.order}
             # The actor's last: what it has saved the critic has too, and `WorkerGroups.start` goes by the actor.
             for group in reversed(self.groups.training()):
-                group.save(self.done, self.consumed, state)
+                group.save(self.done, state["consumed"], state)
             self.saved = self.done
         self.left = asked and self.done < self.steps

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of tokens from logits that tensor parallelism has cut along the vocabulary."""
+"""Log-probabilities and entropy from logits that tensor parallelism splits along the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _LogProbs(torch.autograd.Function):
-    """(log p of the target, entropy) with one exponential; both with a gradient."""
+    """Computes (log p of the target, entropy) with a single exponential. Both have a gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, group: Any) -> tuple[Tensor, Tensor]:
@@ -57,13 +57,13 @@ class _LogProbs(torch.autograd.Function):
 def log_probs_and_entropy(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, group: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """log p of the targets and the entropy (nats) of softmax(logits / temperature), both in float32.
+    """Return log p of the targets and the entropy (nats) of softmax(logits / temperature), both in float32.
 
     Args:
-        logits: [..., vocabulary / size of the group], with gradient where wanted; rank r has the r-th part.
-        targets: [...] ids of the whole vocabulary.
-        temperature: of the sampling: the policy is what is drawn from.
-        group: the ranks that share the vocabulary; None for one that has all of it.
+        logits: [..., vocabulary / size of the group]. Rank r has the r-th part.
+        targets: [...] ids in the whole vocabulary.
+        temperature: temperature of the sampling, because the policy is the distribution that is sampled from.
+        group: the ranks that share the vocabulary. None if this rank has all of it.
     """
     logp, entropy = _LogProbs.apply(logits, targets, temperature, group)  # type: ignore[no-untyped-call]
     return logp, entropy

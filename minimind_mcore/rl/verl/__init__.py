@@ -1,1 +1,1 @@
-"""A run for verl: the YAML of this kit in the words of verl."""
+"""Export a run to verl."""

@@ -1,17 +1,18 @@
-"""A run for verl: what MindSpeed-RL's maintainers recommend to move to.
+"""Export a run to verl, the successor that MindSpeed-RL's maintainers recommend.
 
     minimind-mcore rl export-verl grpo_minimind3 --output verl/grpo_minimind3
 
 | file | what |
 |---|---|
 | model/ | the weights of `actor_config.load` as a Hugging Face directory, with a chat template that adds nothing |
-| train.parquet, test.parquet | the prompts as they are, their answers, the records beside them |
-| reward.py | the verifiers of `verifier_function` with their weights, for verl; beside it the user's own modules |
-| run.sh | `python -m verl.trainer.main_ppo` with the YAML's values in verl's words |
-| README.md | what is where, and what verl has otherwise |
+| train.parquet, test.parquet | the prompts, their answers, and the data's records |
+| reward.py | the verifiers of `verifier_function` with their weights, for verl; the user's own modules lie next to it |
+| run.sh | `python -m verl.trainer.main_ppo` with the YAML's values as verl's keys |
+| README.md | the files, and the differences in verl |
 
-The prompts of this kit hold their template already. verl applies the tokenizer's to each; so that it sees the same
-ids the exported tokenizer's passes texts through, and the original stands beside it as chat_template.jinja.orig.
+This kit's prompts are already rendered with the chat template. verl applies the tokenizer's template to each prompt.
+The exported tokenizer therefore has a template that returns texts unchanged, so that verl gets the same ids. The
+original template is chat_template.jinja.orig.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.paths import package_json
 from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
@@ -43,28 +45,28 @@ from minimind_mcore.storage import MANIFEST, atomic_directory
 logger = logging.getLogger(__name__)
 
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-OWN = "verl finds functions of your own by @register_policy_loss and @register_adv_est"
+OWN = "verl registers user functions with @register_policy_loss and @register_adv_est"
 KL = {kind: alias for alias, kind in ALIASES.items()} | {"abs": "abs"}
 SCHEDULES = ("constant", "cosine")  # of FSDPOptimizerConfig, verl/workers/config/optimizer.py
-# verl's engines, as its model_engine. On an NPU megatron is MindSpeed's: verl/workers/engine/mindspeed.
+# verl's engines, with its value of model_engine. On an NPU megatron is MindSpeed's: verl/workers/engine/mindspeed.
 ENGINES = {"fsdp": "dp", "megatron": "megatron"}
-# Our advantages and policy losses: verl's algorithm.adv_estimator and policy_loss.loss_mode.
+# Our advantages and policy losses, with verl's algorithm.adv_estimator and policy_loss.loss_mode.
 ESTIMATORS = {
     "group": "grpo", "rloo": "rloo", "batch": "reinforce_plus_plus_baseline", "returns": "reinforce_plus_plus",
     "gae": "gae",
 }  # fmt: skip
 LOSSES = {"clip": "vanilla", "gspo": "gspo", "cispo": "cispo"}
-NO_DUAL_CLIP = 1e9  # verl's loss always has a dual clip; its ratios are at most exp(20), less than this
+NO_DUAL_CLIP = 1e9  # verl always applies a dual clip; its ratios are at most exp(20), which is below this value
 
 BESIDE = "\nimport sys\nfrom pathlib import Path\n\nsys.path.insert(0, str(Path(__file__).parent))\n"
 TEMPLATES = Path(__file__).parent  # reward.py.in, run.sh.in and README.md.in, for str.format
 
 
 def export(config: Config, name: str, output: Path, engine: str = "fsdp") -> None:
-    """Write the directory; it appears whole or not at all.
+    """Write the directory atomically.
 
     Raises:
-        UserError: verl has no such algorithm, or the data or the weights are not there.
+        UserError: verl lacks the algorithm, or the data or the weights do not exist.
     """
     overrides = verl_overrides(config, name, engine)
     with atomic_directory(output) as folder:
@@ -95,7 +97,7 @@ def _fill(file: Path, **values: Any) -> None:
 
 
 def _reward(config: Config, folder: Path) -> list[str]:
-    """Write reward.py, with the user's own modules beside it; returns the names of the rewards."""
+    """Write reward.py and copy the user's own modules next to it. Return the names of the rewards."""
     names = config.reward_names
     copied = [_copy_module(name, folder) for name in names if ":" in name]
     _fill(
@@ -110,10 +112,10 @@ def _reward(config: Config, folder: Path) -> list[str]:
 
 
 def _copy_module(name: str, folder: Path) -> bool:
-    """Copy the file or package of a user's function, unless it is installed; returns whether it was.
+    """Copy the file or package of a user's function, unless it is an installed package. Return whether it was copied.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: the function cannot be imported.
     """
     resolve(name)
     top = name.partition(":")[0].partition(".")[0]
@@ -131,7 +133,7 @@ def _copy_module(name: str, folder: Path) -> bool:
 
 
 def _model(config: Config, folder: Path) -> None:
-    """The weights as transformers and vLLM load them."""
+    """Write the weights in the format of transformers and vLLM."""
     from minimind_mcore.converters.conversion import Conversion, run_conversion
 
     require_weights(config.actor.load)
@@ -141,13 +143,13 @@ def _model(config: Config, folder: Path) -> None:
     if not template.is_file():
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         template.write_text(settings.get("chat_template") or "", encoding="utf-8")
-    (folder / MANIFEST).unlink()  # it has the sum of the template that is replaced
+    (folder / MANIFEST).unlink()  # it has the checksum of the template that is replaced
     shutil.move(template, folder / "chat_template.jinja.orig")
     template.write_text(PASS_THROUGH, encoding="utf-8")
 
 
 def _data(config: Config, folder: Path) -> str:
-    """Prompts to train on and, if there are any, held-out ones; returns where the latter are from."""
+    """Write the training prompts and the held-out prompts, if any. Return the source of the held-out prompts."""
     actor, unseen = config.actor, config.minimind.eval_data
     _parquet(actor.data_path, folder / "train.parquet", "train", config)
     if unseen and datasets_at(unseen[0]):
@@ -158,7 +160,7 @@ def _data(config: Config, folder: Path) -> str:
 
 
 def _parquet(prefix: str, file: Path, split: str, config: Config) -> None:
-    """A file in verl's form, in the order of the data; too long prompts are left out."""
+    """Write a file in verl's format, in the order of the data. Prompts that are too long are left out."""
     import pyarrow
     import pyarrow.parquet
 
@@ -188,10 +190,10 @@ def _rows(prompts: PromptDataset, tokenizer: Any, source: str, split: str) -> It
 
 
 def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str, Any]:
-    """The values in verl's words, less the paths of files.
+    """Return the values as verl's keys, without the paths of files.
 
     Raises:
-        UserError: an algorithm that verl's main_ppo does not have, a reward model, or a penalty of long responses.
+        UserError: verl's main_ppo lacks the algorithm, or the run has a reward model or a penalty of long responses.
     """
     rl, actor, ours = config.rl, config.actor, config.minimind
     row = algorithm(ours.algorithm)
@@ -209,7 +211,7 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
         )
     if chosen.dynamic_sampling:
         raise UserError("rl_config.filter_groups_enable: verl's main_ppo has no dynamic sampling; set it to false")
-    keys = json.loads((TEMPLATES / "keys.json").read_text(encoding="utf-8"))
+    keys = package_json("rl/verl/keys.json")
     places = SimpleNamespace(rl=rl, actor=actor, generate=config.generate, objective=chosen)
     kl, micro, train = KL[kind_of(chosen.kl_kind)], actor.micro_batch_size, "actor_rollout_ref.actor"
     # verl cuts the ratio of CISPO to [1 - low, 1 + high], MiniMind only above.
@@ -244,7 +246,7 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
         for part, phase in (("actor.ppo", "update"), ("ref.log_prob", "ref"), ("rollout.log_prob", "actor")):
             budget = getattr(rl, f"{phase}_max_packing_token_size")
             values[f"actor_rollout_ref.{part}_max_token_len_per_gpu"] = budget
-        values[f"{train}.use_dynamic_bsz"] = True  # the others follow it
+        values[f"{train}.use_dynamic_bsz"] = True  # verl's other use_dynamic_bsz keys default to this one
     if ours.rollout_correction == "tis":
         values["algorithm.rollout_correction.rollout_is"] = "token"
         values["algorithm.rollout_correction.rollout_is_threshold"] = ours.rollout_correction_cap
@@ -252,7 +254,8 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
 
 
 def _model_keys(prefix: str, section: Section, engine: str) -> dict[str, Any]:
-    """AdamW and its schedule; for Megatron the parallel sizes too. The reference model takes the actor's."""
+    """Return AdamW and its schedule, and for Megatron the parallel sizes. The reference model copies the actor's
+    keys."""
     keys = {
         "optim.lr": section.lr,
         "optim.weight_decay": section.weight_decay,
@@ -273,7 +276,7 @@ def _model_keys(prefix: str, section: Section, engine: str) -> dict[str, Any]:
 
 
 def differences(config: Config, engine: str = "fsdp") -> list[str]:
-    """What the configuration asks for and verl has otherwise, a sentence each."""
+    """Return the settings that differ in verl, one sentence each."""
     ours, chosen = config.minimind, objective(config)
     found = []
     if engine == "fsdp":

@@ -6,18 +6,21 @@ ended leaves the batch; a token is drawn with one number from the cumulative pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind_mcore.inference.decoder import Cache, Decoder
 from minimind_mcore.inference.loading import empty_model, fill_model
 from minimind_mcore.models.config import ModelConfig
-from minimind_mcore.models.weights import detect_form, mcore_to_hf
+from minimind_mcore.models.weights import detect_form, stream_to_hf
 from minimind_mcore.platform import device
 from minimind_mcore.rl.runtime.engines.protocol import Response, RolloutSamplingParams, spoil, uniforms, weights_of
+from minimind_mcore.rl.runtime.router_replay import RouteRecorder
 
 SHRINK = 0.75  # responses that have ended leave the batch when so few of it are left
 
@@ -30,26 +33,32 @@ class DecoderEngine:
         vocab_size: ids that the tokenizer has; rows of the vocabulary behind them are padding and never drawn.
         dtype: of the arithmetic.
         batch: responses at a time.
+        records: give the experts of each token with the responses.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype, batch: int) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, dtype: torch.dtype, batch: int, records: bool = False
+    ) -> None:
+        self.records = records
+        self.recorder: RouteRecorder | None = None
         self.config, self.vocab_size, self.dtype, self.batch = config, vocab_size, dtype, max(1, batch)
         self.model: Any = None
         self.decoder: Any = None
         self.form = "hf"
 
-    def load_weights(self, whole: Mapping[str, Tensor]) -> None:
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         if self.model is None:
             model = empty_model(self.config)
             self.form = detect_form(model.state_dict())
-            state = {k: v.to(self.dtype, copy=True) for k, v in mcore_to_hf(whole, self.config, self.form).items()}
+            state = {k: v.to(self.dtype, copy=True) for k, v in stream_to_hf(tensors, self.config, self.form)}
             self.model = fill_model(model, state, self.config).to(device.current().torch_device)
             self.decoder = Decoder(self.model)
+            self.recorder = RouteRecorder(self.model) if self.records else None
             return
         # The decoder's own matrices are what the model's parameters are views of: filled in place, both have it.
         own = dict(self.model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for name, tensor in mcore_to_hf(whole, self.config, self.form).items():
+            for name, tensor in stream_to_hf(tensors, self.config, self.form):
                 own[name].copy_(tensor)
         self.decoder.pack()
 
@@ -65,14 +74,13 @@ class DecoderEngine:
     ) -> list[Response]:
         at_a_time = max(1, self.batch // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-        found: list[Response] = [Response([], [], False)] * (len(prompts) * n)
+        found: dict[int, Response] = {}
         for start in range(0, len(order), at_a_time):
             some = order[start : start + at_a_time]
             rows = [i * n + k for i in some for k in range(n)]
             responses = self._generate([prompts[i] for i in some], n, sampling, [seeds[row] for row in rows])
-            for row, response in zip(rows, responses, strict=True):
-                found[row] = response
-        return found
+            found |= zip(rows, responses, strict=True)
+        return [found[row] for row in range(len(prompts) * n)]
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
@@ -80,19 +88,23 @@ class DecoderEngine:
         """One batch of responses."""
         place, rows = self.model.device, len(prompts) * n
         longest = max(map(len, prompts))
-        room = min(sampling.max_tokens, self.config.max_position_embeddings - longest)
+        limits = [min(sampling.max_tokens, self.config.max_position_embeddings - len(prompt)) for prompt in prompts]
+        room = max(limits)
         padding = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[*[p[0]] * pad, *p] for p, pad in zip(prompts, padding, strict=True)], device=place)
         numbers = torch.from_numpy(uniforms(seeds, room)).to(place)
         stop = torch.tensor(sampling.stop, device=place)
         cache = Cache(len(prompts), padding)
         logits = self.decoder(ids, cache).repeat_interleave(n, dim=0)
+        asked = self.recorder.take(len(prompts)) if self.recorder else None
+        added = None if asked is None else asked.new_zeros(rows, room, *asked.shape[2:])
         cache.select(torch.arange(len(prompts), device=place).repeat_interleave(n))
         written = torch.zeros(rows, room, dtype=torch.long, device=place)
         logp = torch.zeros(rows, room, device=place)
-        lengths = torch.full((rows,), room, device=place)
+        lengths = torch.tensor(limits, device=place).repeat_interleave(n)
         running = torch.arange(rows, device=place)  # rows that are still in the batch
         going = torch.ones(rows, dtype=torch.bool, device=place)
+        finished = torch.zeros(rows, dtype=torch.bool, device=place)
         for at in range(room):
             tokens, found = choose(logits, self.vocab_size, sampling, numbers[running, at])
             written[running, at], logp[running, at] = tokens, found
@@ -100,23 +112,39 @@ class DecoderEngine:
             ended = torch.isin(tokens, stop) & alive
             # No indices by a boolean: a device would have to tell the host how many they are.
             lengths[running] = torch.where(ended, at + 1, lengths[running])
-            alive = alive & ~ended
+            finished[running] |= ended
+            alive = alive & ~ended & (at + 1 < lengths[running])
             going[running] = alive
             left = int(alive.sum())
-            if left == 0 or at + 1 == room:
+            if left == 0:
                 break
             if left < SHRINK * len(running):
                 cache.select(alive.nonzero().flatten())
                 running, tokens = running[alive], tokens[alive]
             logits = self.decoder(tokens[:, None], cache)
-        return _responses(written, logp, lengths, going)
+            if self.recorder and added is not None:
+                added[running, at] = self.recorder.take(len(running))[:, 0]
+        found_routes = [None] * rows if asked is None or added is None else _routes(asked, added, padding, lengths, n)
+        return _responses(written, logp, lengths, finished, found_routes)
 
 
-def _responses(written: Tensor, logp: Tensor, lengths: Tensor, going: Tensor) -> list[Response]:
-    columns = (written.tolist(), logp.tolist(), lengths.tolist(), going.tolist())
+def _routes(
+    asked: Tensor, added: Tensor, padding: Sequence[int], lengths: Tensor, n: int
+) -> list[NDArray[np.uint8] | None]:
+    """Experts of every token of a prompt and its response but the last, from those of prompts and of steps."""
+    rows = enumerate(lengths.tolist())
+    found = [torch.cat([asked[row // n, padding[row // n] :], added[row, : length - 1]]) for row, length in rows]
+    return [one.cpu().numpy() for one in found]
+
+
+def _responses(
+    written: Tensor, logp: Tensor, lengths: Tensor, finished: Tensor, routes: Sequence[NDArray[np.uint8] | None]
+) -> list[Response]:
+    # Copies: a short response does not keep the whole batch in memory.
+    rows = (written.int().cpu().numpy(), logp.cpu().numpy(), lengths.tolist(), finished.tolist(), routes)
     return [
-        Response(ids[:length], values[:length], not unfinished)
-        for ids, values, length, unfinished in zip(*columns, strict=True)
+        Response(ids[:length].copy(), values[:length].copy(), ended, experts)
+        for ids, values, length, ended, experts in zip(*rows, strict=True)
     ]
 
 

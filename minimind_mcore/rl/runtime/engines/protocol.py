@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,27 +41,46 @@ class RolloutSamplingParams:
                 raise UserError(f"sampling_config.{name}: {wrong}")
 
 
-@dataclass(frozen=True)
+PROBE = list(range(8))  # ids of a prompt whose log-probabilities show weights that an engine keeps in a packed form
+
+Ids = NDArray[np.int32]
+LogProbabilities = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class Response:
     """What an engine wrote.
 
     Attributes:
-        ids: of its tokens; of a finished one the last ended it.
-        logp: of each token under softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p
+        ids: [tokens] int32; of a finished response the last token ended it.
+        logp: [tokens] float32, under softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p
             left to draw from: what the trainer computes of the same tokens.
         finished: an end token was drawn ("stop"); else the room was used up ("length").
+        routes: [tokens of prompt and response - 1, layers, k], the experts of each token that the engine has read; None
+            where the engine does not record them.
     """
 
-    ids: list[int]
-    logp: list[float]
+    ids: Ids
+    logp: LogProbabilities
     finished: bool
+    routes: NDArray[np.uint8] | None = None
+
+    def first(self, count: int, context: int) -> Response:
+        """Return the first `count` tokens of the response to `context` tokens."""
+        if len(self.ids) <= count:
+            return self
+        routes = None if self.routes is None else self.routes[: context + count - 1]
+        return Response(self.ids[:count], self.logp[:count], False, routes)
 
 
 class RolloutEngine(Protocol):
     """Writes responses with weights that the trainer hands over."""
 
-    def load_weights(self, whole: Mapping[str, Tensor]) -> None:
-        """Take the weights of the whole megatron-core model, by its names; in place from the second time on."""
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the names and tensors of the whole megatron-core model; in place from the second time on.
+
+        The tensors come bucket by bucket and are not to be kept: they may share memory with the object store.
+        """
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the tensors that it computes with, by its own names."""

@@ -80,10 +80,12 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
 
 
 def reward_pool(config: Config, restarts: Restarts) -> ActorPool:
-    """One actor, on whichever host; `verifier_parallel` is the number of its processes."""
+    """`minimind.reward_workers` actors, spread over the hosts; `verifier_parallel` counts the processes of each."""
     build(config).close()  # here an unknown name is the user's error, in the actor a death
-    remote = ray.remote(RewardWorker).options(num_cpus=0)
-    pool = ActorPool("reward", lambda number: remote.remote(config), 1, config.minimind.actor_timeout_s, restarts)
-    if config.minimind.reward_model:
+    remote = ray.remote(RewardWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
+    ours = config.minimind
+    count = ours.reward_workers
+    pool = ActorPool("reward", lambda number: remote.remote(config), count, ours.actor_timeout_s, restarts)
+    if ours.reward_model:
         pool.everywhere("prepare")  # one that cannot be loaded is the user's error before the first step
     return pool

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from minimind_mcore import log
 from minimind_mcore.platform import device
 from minimind_mcore.rl.config.schema import Config
-from minimind_mcore.rl.runtime import supervise
-from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime import supervise, weight_sync
 from minimind_mcore.rl.runtime.cluster import Bundle, threads_of
+from minimind_mcore.rl.runtime.sharding import Division
 from minimind_mcore.rl.runtime.supervise import collect
+from minimind_mcore.rl.runtime.weight_sync import IN_FLIGHT, WeightVersion
 
 
 def own_address() -> str:
@@ -29,12 +32,16 @@ def own_address() -> str:
 class TrainWorker:
     """One training rank. It reports its address, joins the process group, and then runs the methods of `Rank`."""
 
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[int, int], Any] = {}  # references of the last buckets that were asked for
+
     def where(self) -> tuple[str, int]:
-        """Address of this host, and a port of it that stays reserved until this rank joins the group."""
+        """Address and port at which the group meets if this is its rank 0."""
         address = own_address()
-        self._reserved = socket.socket()
-        self._reserved.bind((address, 0))
-        return address, int(self._reserved.getsockname()[1])
+        # Listens from now on. A port that is only reserved must be freed before rank 0 listens on it, and in the time
+        # until then another program took it. `start` has torch use this store, as under torchrun.
+        self._meeting = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return address, int(self._meeting.port)
 
     def start(
         self,
@@ -54,18 +61,65 @@ class TrainWorker:
             LOCAL_RANK="0",  # Ray shows an actor its own device alone
             MASTER_ADDR=rendezvous[0],
             MASTER_PORT=str(rendezvous[1]),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         device.use_interface(own_address())
         torch.set_num_threads(threads)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        from minimind_mcore.rl.runtime.rank import Rank  # seconds, in which another program could take the port
+        from minimind_mcore.rl.runtime.rank import Rank
 
-        self._reserved.close()
         self.rank = Rank(config, role, reference)
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """A method of the rank."""
-        return getattr(self.rank, method)(*arguments)
+    def call(self, method: str, *arguments: Any, acknowledge: bool = False) -> Any:
+        """A method of the rank; with `acknowledge` None comes first, which tells of errors without the result."""
+        found = getattr(self.rank, method)(*arguments)
+        return (None, found) if acknowledge else found
+
+    def bucket(self, weights: WeightVersion, number: int) -> list[Any]:
+        """Return a reference of this rank's shards of a bucket, in a list; every engine gets the same object."""
+        key = (weights.number, number)
+        if key not in self._buckets:
+            found = self.rank.shards(weights.number, weights.buckets[number])
+            while len(self._buckets) >= IN_FLIGHT:
+                del self._buckets[next(iter(self._buckets))]
+            self._buckets[key] = ray.put(found)
+        return [self._buckets[key]]
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """An argument that differs by data-parallel rank."""
+
+    values: list[Any]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """The weights of one moment, which stay on the training ranks until an engine asks for them.
+
+    Attributes:
+        ranks: the actors that hold them.
+        version: which weights.
+    """
+
+    ranks: list[Any]
+    version: WeightVersion
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the whole megatron-core model. They share the memory of the object store.
+
+        Raises:
+            RayError: a rank died.
+        """
+        count = len(self.version.buckets)
+        asked = deque[list[Any]]()
+        for number in range(count + IN_FLIGHT - 1):
+            if number < count:
+                asked.append([rank.bucket.remote(self.version, number) for rank in self.ranks])
+            if number >= IN_FLIGHT - 1:
+                given = ray.get([reference for [reference] in ray.get(asked.popleft())])
+                yield from weight_sync.join(given).items()
+                del given  # while the next bucket is on its way
 
 
 class TrainGroup:
@@ -87,6 +141,8 @@ class TrainGroup:
         self.share = share
         self.names = [f"{role} rank {rank}" for rank in range(len(self.places))]
         self.actors: list[Any] = []
+        self.ranks: list[int] = []  # of each actor in data parallelism
+        self.division: Division
 
     def start(self, at: int | None = None) -> dict[str, Any]:
         """Start the ranks and load their weights (of iteration `at`); returns what `Rank.load` does."""
@@ -106,11 +162,24 @@ class TrainGroup:
         ]
         collect(refs, self.names, "start", self.timeout)
         found: dict[str, Any] = self.call("load", at)[0]
+        places = self.call("division")
+        self.ranks, self.division = [place for place, _ in places], places[0][1]
         return found
 
-    def submit(self, method: str, *arguments: Any) -> list[Any]:
-        """Begin a call of `Rank`'s method on every rank; returns the references of what they return."""
-        return [actor.call.remote(method, *arguments) for actor in self.actors]
+    def submit(self, method: str, *arguments: Any, acknowledge: bool = False) -> list[Any]:
+        """Begin a call of `Rank`'s method on every rank; returns the references of what they return.
+
+        Args:
+            method: its name.
+            arguments: the same for all, or `PerRank`.
+            acknowledge: return two references for each rank, the first of None.
+        """
+        found = []
+        for number, actor in enumerate(self.actors):
+            own = [one.values[self.ranks[number]] if isinstance(one, PerRank) else one for one in arguments]
+            call = actor.call.options(num_returns=2) if acknowledge else actor.call
+            found.append(call.remote(method, *own, **({"acknowledge": True} if acknowledge else {})))
+        return found
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of `Rank` on every rank, and return what the ranks return.
@@ -121,23 +190,20 @@ class TrainGroup:
         """
         return collect(self.submit(method, *arguments), self.names, f"{self.role}: {method}", self.timeout)
 
-    def measure(self, batch: Batch, reference: bool = False) -> dict[str, torch.Tensor]:
-        """Columns [rows, T] of a batch: see `Rank.measure`."""
-        columns: dict[str, torch.Tensor] = {}
-        for share in self.call("measure", ray.put(batch), reference):
-            for name, values in share.columns.items() if share else ():
-                whole = columns.setdefault(name, torch.zeros(len(batch), batch.width))
-                whole[share.rows] = values
-        return columns
+    def measure(self, shards: list[Any], reference: bool = False) -> list[Any]:
+        """References of what each rank measures of the shards of its data-parallel rank: see `Rank.measure`."""
+        found = self.submit("measure", PerRank(shards), reference, acknowledge=True)
+        collect([done for done, _ in found], self.names, f"{self.role}: measure", self.timeout)
+        return [share for _, share in found]
 
-    def update(self, batch: Batch, iteration: int, kl_coef: float | None = None) -> dict[str, float]:
-        """Train on a batch: see `Rank.update`."""
-        found: dict[str, float] = self.call("update", ray.put(batch), iteration, kl_coef)[0]
+    def update(self, shards: list[Any], iteration: int, kl_coef: float | None = None) -> dict[str, float]:
+        """Train on the shards of each data-parallel rank: see `Rank.update`."""
+        found: dict[str, float] = self.call("update", PerRank(shards), iteration, kl_coef)[0]
         return found
 
-    def weights(self) -> list[Any]:
-        """References of the shards of every rank, which stay where they are."""
-        return self.submit("shards")
+    def weights(self, keep: bool = False) -> WeightSource:
+        """The present weights, for the engines; `keep` them on the ranks during later updates: `Rank.publish`."""
+        return WeightSource(self.actors, self.call("publish", keep)[0])
 
     def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
         """Write a checkpoint: see `Rank.save`."""

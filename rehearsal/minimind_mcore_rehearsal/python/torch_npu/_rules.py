@@ -10,7 +10,7 @@ import torch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LENGTH_AXIS = {"SBH": 0, "BSH": 1, "BSND": 1, "BNSD": 2, "TND": 0}
-_COMPRESSED = (2, 3, 4)  # sparse modes whose mask is a triangle of 2048 x 2048, whatever the lengths are
+_COMPRESSED = (2, 3, 4)  # sparse modes with a mask of 2048 x 2048 for sequences of any length
 _NO_LIMIT = 2147483647
 
 
@@ -20,7 +20,7 @@ def _triangle() -> torch.Tensor:
 
 
 def _attention(q: Any, k: Any, v: Any, heads: int, layout: str, mask: Any, mode: int, ends: Any) -> Iterator[str]:
-    """The limits that training and inference share."""
+    """Yield violations of the limits that training and inference share."""
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS):
         yield f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected float16, bfloat16 or float32, the same for all"
     if layout not in _LENGTH_AXIS:

@@ -1,8 +1,8 @@
-"""What the real torch_npu and HCCL refuse or compute otherwise, found where the stand-in would let it pass.
+"""Detect calls that the real torch_npu or HCCL would refuse or compute differently.
 
-Every call of an operator is held to the signature that a torch_npu wheel contains (`schemas_VERSION.txt`, written by
-rehearsal/schemas.py) and to the operator's documented limits (`_rules.py`). Every collective of a device's group is
-held to HCCL's data types and reductions.
+Every operator call is checked against the signature in a torch_npu wheel (`schemas_VERSION.txt`, written by
+rehearsal/schemas.py) and against the operator's documented limits (`_rules.py`). Every collective of a device's group
+is checked against HCCL's data types and reductions.
 
 NPU_EMULATION_STRICT   report (default): print each violation once to standard error; raise: end the program; off
 NPU_EMULATION_VERSION  the torch_npu whose signatures count: 2.7.1 (default) or 2.10.0
@@ -31,7 +31,7 @@ _REPORTED: set[tuple[str, str]] = set()
 
 
 class Violation(RuntimeError):
-    """A call that a device would refuse, or answer otherwise."""
+    """A call that a device would refuse or compute differently."""
 
 
 def report(what: str) -> None:
@@ -63,7 +63,7 @@ class Schema:
                 target.append((match[1], match[2], match[3]))
 
     def problems(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
-        """What the argument parser of torch_npu says to a call."""
+        """Yield the errors of torch_npu's argument parser for a call."""
         if len(args) > len(self.positional):
             yield f"{len(args)} positional arguments; torch_npu takes {len(self.positional)}"
         kinds = {name: kind for kind, name, _ in (*self.positional, *self.keyword)}

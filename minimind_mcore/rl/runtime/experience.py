@@ -1,0 +1,147 @@
+"""The responses of a step with what is known of them, and their files.
+
+Saved rollouts (`minimind.save_rollouts`) are one file a step; `minimind.replay_rollouts` reads them in place of
+generating, so that a step can be done again with other code, or in another layout. Next to each file a file of JSON
+lines has the same responses for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind_mcore.errors import UserError
+from minimind_mcore.rl.algorithms.groups import statistics
+from minimind_mcore.rl.algorithms.masked import masked_mean
+from minimind_mcore.rl.rewards.rewards import Scores
+from minimind_mcore.rl.runtime import batch as batches
+from minimind_mcore.rl.runtime.batch import Batch
+from minimind_mcore.rl.runtime.metrics import Row
+from minimind_mcore.storage import atomic_file, atomic_write_text
+
+
+@dataclass
+class Experience:
+    """The responses of a step.
+
+    Attributes:
+        batch: with rewards.
+        texts: prompts, responses and labels, for people.
+        messages: the conversation before each response, where the data has it.
+        consumed: prompts taken from the data so far, these among them.
+        metrics: of rewards and groups.
+        failures: a few responses that a verifier could not score.
+        scores: of each verifier.
+        failed: how many responses each verifier could not score, of all that were written for the step.
+        carried: numbers of consumed prompts whose responses are not complete; see `rollouts.Position`.
+        more: what else the data has for the rewards, see `Rewards.score`.
+        weights: the step after which the engines got the weights that generated the responses, 0 for the first
+            weights. None: unknown, as of saved responses.
+    """
+
+    batch: Batch
+    texts: list[dict[str, str]]
+    messages: list[list[dict[str, str]]]
+    consumed: int
+    metrics: Row = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    failed: Counter[str] = field(default_factory=Counter)
+    carried: tuple[int, ...] = ()
+    more: dict[str, Any] = field(default_factory=dict)
+    weights: int | None = None
+
+    def describe(self, n: int) -> Row:
+        """Means of the rewards, failures, and statistics of the groups of `n` responses."""
+        assert self.batch.rewards is not None
+        scores = Scores(self.batch.rewards, self.scores, self.failed)
+        return {**scores.metrics(), **statistics(self.batch.rewards, n)}
+
+
+def rows_of(experience: Experience, rows: torch.Tensor) -> Experience:
+    """Some of the rows [rows of the batch] bool."""
+    numbers = rows.nonzero().flatten().tolist()
+    return dataclasses.replace(
+        experience,
+        batch=experience.batch.select(rows) if numbers else experience.batch,
+        texts=[experience.texts[row] for row in numbers],
+        messages=[experience.messages[row] for row in numbers],
+        scores={name: values[rows] for name, values in experience.scores.items()},
+    )
+
+
+def joined(parts: list[Experience], rows: int) -> Experience:
+    """The first so many rows of several."""
+    last, parts = max(parts, key=lambda part: part.consumed), [part for part in parts if part.texts]
+    batch = batches.concat([part.batch for part in parts]).select(torch.arange(rows))
+    texts = [text for part in parts for text in part.texts][:rows]
+    scores = {name: torch.cat([part.scores[name] for part in parts])[:rows] for name in parts[0].scores}
+    return Experience(batch, texts, [], last.consumed, scores=scores, carried=last.carried)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
+    """Write a step's experience, of `n` responses to each prompt, for `replayed`, and its trajectories."""
+    lines = [json.dumps(trajectory, ensure_ascii=False) for trajectory in trajectories(experience, iteration)]
+    atomic_write_text(folder / f"rollouts-{iteration:07d}.jsonl", "".join(f"{line}\n" for line in lines))
+    with atomic_file(folder / f"rollouts-{iteration:07d}.pt") as file:
+        torch.save(
+            {
+                "batch": experience.batch.state_dict(),
+                "texts": experience.texts,
+                "consumed": experience.consumed,
+                "metrics": experience.metrics,
+                "n_samples_per_prompt": n,
+            },
+            file,
+        )
+
+
+def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, Any]]:
+    """Yield each response of a step, readable: texts, reward and its parts, mean advantage of its tokens, lengths."""
+    batch = experience.batch
+    columns = {"prompt_tokens": batch.prompt_lengths, "response_tokens": batch.policy_lengths}
+    columns |= {"finished": batch.finished}
+    if batch.rewards is not None:
+        columns["reward"] = batch.rewards
+    if batch.advantages is not None:
+        columns["advantage"] = masked_mean(batch.advantages, batch.mask, dim=1)
+    values = {name: column.tolist() for name, column in columns.items()}
+    parts = {name: scores.tolist() for name, scores in experience.scores.items()}
+    for row, text in enumerate(experience.texts):
+        own = {name: column[row] for name, column in values.items()}
+        yield {"step": iteration, **text, **own, "rewards": {name: scores[row] for name, scores in parts.items()}}
+
+
+def replayed(folder: Path, iteration: int, n: int) -> Experience:
+    """A step's experience from its file.
+
+    Raises:
+        UserError: there is none, or it has not `n` responses to each prompt.
+    """
+    path = folder / f"rollouts-{iteration:07d}.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is not there; minimind.replay_rollouts expects a file of every step")
+    found = torch.load(path, weights_only=True)
+    columns = found["batch"]
+    if "mask" not in columns:  # older files: the policy generated every token
+        columns["mask"] = batches.padded([[1] * length for length in columns["response_lengths"].tolist()], np.float32)
+    batch = Batch(**columns)
+    written = found.get("n_samples_per_prompt", n)  # older files do not say
+    if written != n or len(batch) % n:
+        what = f"{written} responses to each prompt" if written != n else f"{len(batch)} responses, no multiple of {n}"
+        raise UserError(
+            f"{path}: found {what}, expected {n} to each prompt (rl_config.n_samples_per_prompt); set what the "
+            "rollouts were written with"
+        )
+    return Experience(batch, found["texts"], [], found["consumed"], found["metrics"])
