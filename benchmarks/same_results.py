@@ -16,13 +16,14 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from minimind_mcore.hosts import free_port
 
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}  # tensor and pipeline parallel sizes
 ROW = ("iteration", "consumed_samples", "learning_rate", "lm_loss", "validation_loss", "load_balancing_loss",
@@ -77,9 +78,7 @@ def train(checkout: Path, work: Path, preset: str, layout: str, iterations: int)
         "--save": folder / "checkpoints", "--save-interval": iterations, "--output-dir": folder,
     }  # fmt: skip
     flags = [*filter(None, model), *(str(word) for pair in numbers.items() for word in pair), *SWITCHES]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks, logs = [], []
     folder.mkdir()
     for rank in range(tp * pp):

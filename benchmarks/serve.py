@@ -16,7 +16,6 @@ import contextlib
 import os
 import random
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 import httpx  # pyright: ignore[reportMissingImports]
 import torch
 
+from minimind_mcore.hosts import free_port
 from minimind_mcore.models.presets import get_preset
 from minimind_mcore.platform import cpu
 from minimind_mcore.preprocess import train_tokenizer
@@ -57,9 +57,7 @@ def write_model(folder: Path, preset: str, **changes: int) -> Path:
 @contextlib.contextmanager
 def server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
     """Run a server on a free port, and yield its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port)], stdout=output, stderr=output, env={**os.environ, **environment}

@@ -25,6 +25,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import random
 import re
 import socket
 import sys
@@ -42,6 +43,9 @@ from minimind_mcore.errors import UserError, run
 logger = logging.getLogger("minimind_mcore.hosts")
 
 PORT = 29500
+# Linux takes the ports of outgoing connections, and port 0, from 32768 on: a port there may be taken between the choice
+# and the use. Ray's workers listen below 20000.
+FREE_PORTS = range(20000, 32000)
 LINE = re.compile(r"(?P<host>\S+)(\s+\w+=\S*)*")
 NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
@@ -345,10 +349,17 @@ def in_url(host: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of this host on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of this host that nothing uses.
+
+    Raises:
+        UserError: no port is free.
+    """
+    # The system's generator: programs with the same seed must not choose the same port.
+    for port in random.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"all ports from {FREE_PORTS[0]} to {FREE_PORTS[-1]} of this host are in use; end other programs")
 
 
 @contextlib.contextmanager

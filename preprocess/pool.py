@@ -30,16 +30,17 @@ TICK_SECONDS = 0.2
 
 def _serve(connection: Connection, setup: Callable[[State], Callable[[Task], Result]], state: State) -> None:
     """Run a worker: prepare once, then answer each task with ("done", result) or the failure."""
-    try:
-        work = setup(state)
-        while True:
-            connection.send(("done", work(connection.recv())))
-    except (EOFError, BrokenPipeError):
-        pass  # the parent has ended or closed the pipe
-    except (UserError, OSError) as error:  # the system names the file in its errors
-        connection.send(("user error", str(error)))
-    except Exception:
-        connection.send(("failure", traceback.format_exc()))
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended or closed the pipe
+        try:
+            work = setup(state)
+            while True:
+                connection.send(("done", work(connection.recv())))
+        except (EOFError, ConnectionError):
+            raise
+        except (UserError, OSError) as error:  # the system names the file in its errors
+            connection.send(("user error", str(error)))
+        except Exception:
+            connection.send(("failure", traceback.format_exc()))
 
 
 def _receive(connection: Connection, process: Any) -> Any:

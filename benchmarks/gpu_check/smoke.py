@@ -9,14 +9,12 @@ Data are generated from a seed and the kit trains the tokenizer, so only the che
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from gpu_check.rows import emit
+from minimind_mcore.hosts import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, SEQUENCE = 512, 64
@@ -253,15 +252,6 @@ def finished(name: str, process: subprocess.Popen[str], deadline: float) -> bool
     if process.returncode:
         print(f"---- {name}: exit status {process.returncode}\n{text}", flush=True)
     return process.returncode == 0
-
-
-def free_port() -> int:
-    """Return a free port below the ephemeral range, because the other runs open many outgoing connections."""
-    while True:
-        with socket.socket() as s, contextlib.suppress(OSError):
-            port = random.randrange(20000, 32000)
-            s.bind(("127.0.0.1", port))
-            return port
 
 
 def start(folder: Path, argv: list[str], count: int) -> list[subprocess.Popen[str]]:

@@ -107,7 +107,7 @@ def disk(host: Host) -> list[Finding]:
     return found
 
 
-def free_port(port: int, address: str = "") -> bool:
+def is_free_port(port: int, address: str = "") -> bool:
     """Return whether nothing on this host listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -135,8 +135,8 @@ def master(host: Host) -> list[Finding]:
         port = hosts.port(job, environ)
     except UserError as error:
         return [*found, _of("port", error)]
-    if job.rank == 0 and not free_port(port):
-        free = next((p for p in range(port + 1, 65536) if free_port(p)), hosts.PORT)
+    if job.rank == 0 and not is_free_port(port):
+        free = next((p for p in range(port + 1, 65536) if is_free_port(p)), hosts.PORT)
         return [*found, fail("port", f"MASTER_PORT={port} is in use on this host", f"export MASTER_PORT={free}")]
     return [*found, ok("port", f"MASTER_PORT {port}")]
 
@@ -177,8 +177,8 @@ def hccl_ports(host: Host) -> list[Finding]:
             )
         ]
     span = f"{ports[0]}-{ports[-1]}"
-    if taken := [port for port in ports if not free_port(port)]:
-        other = next(b for b in range(50000, 65000, 16) if all(free_port(b + i) for i in range(HCCL_COUNT)))
+    if taken := [port for port in ports if not is_free_port(port)]:
+        other = next(b for b in range(50000, 65000, 16) if all(is_free_port(b + i) for i in range(HCCL_COUNT)))
         return [
             fail(
                 "HCCL ports",

@@ -21,6 +21,7 @@ from helpers import chaos, engine, rl_trees
 from helpers.chaos import Attempt, Cut, Ended, Round, Served, Started
 from helpers.disks import small_disk
 
+from minimind_mcore.hosts import free_port
 from minimind_mcore.models.presets import PRESETS
 
 CONFIG = PRESETS["minimind2_small_tiny"]
@@ -80,7 +81,7 @@ class Subject:
             self.attempt = self._reinforcement(server)
         elif trainer == "launcher":
             program = [str(engine.ROOT / "pretrain_gpt.py"), *self._flags("torch-2"), "--output-dir", str(self.run)]
-            port = str(engine.free_port())
+            port = str(free_port())
             command = ["-m", "minimind_mcore.launch", "--nproc-per-node", "2", "--master-port", port, *program]
             self.attempt = Started(command, self.run, self.steps, r"pretrain_gpt\.py", {})
         else:

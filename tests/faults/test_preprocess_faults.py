@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import operator
 import os
 import random
@@ -23,7 +24,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import train_tokenizer
 from minimind_mcore.preprocess.check import check_dataset, quick_check
 from minimind_mcore.preprocess.indexed import IndexedWriter
-from minimind_mcore.preprocess.pool import run_tasks
+from minimind_mcore.preprocess.pool import _serve, run_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUBSETS = 12
@@ -255,3 +256,14 @@ def test_a_worker_that_ends_or_is_killed_is_an_error() -> None:
         list(run_tasks(operator.itemgetter(0), (os._exit,), [3], 1, lambda: None))
     with pytest.raises(UserError, match="killed by SIGKILL"):
         list(run_tasks(operator.itemgetter(0), (signal.raise_signal,), [int(signal.SIGKILL)] * 4, 2, lambda: None))
+
+
+def test_a_worker_whose_parent_has_closed_the_pipe_ends_quietly() -> None:
+    ours, theirs = multiprocessing.Pipe()
+
+    def setup(state: None) -> Callable[[int], int]:
+        theirs.send("a result")  # not read: now reading fails with ECONNRESET instead of the end of the file
+        ours.close()
+        return int
+
+    _serve(theirs, setup, None)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from helpers import engine, rl_ray, rl_trees
 
+from minimind_mcore.hosts import free_port
 from minimind_mcore.rl.runtime.hosts import end, own_address
 from minimind_mcore.storage import atomic_write_text
 
@@ -32,9 +32,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            self.address = f"{own_address(None, None)}:{probe.getsockname()[1]}"
+        self.address = f"{own_address(None, None)}:{free_port()}"
         self.ray = Path("/tmp") / f"rld{os.getpid()}"
         self.gate = folder / "gate"
         paths = [str(engine.ROOT), str(engine.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]

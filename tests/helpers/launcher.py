@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from helpers.engine import ROOT, free_port
+from helpers.engine import ROOT
+from minimind_mcore.hosts import free_port
 
 
 @contextlib.contextmanager

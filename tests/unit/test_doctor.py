@@ -17,7 +17,7 @@ from minimind_mcore.doctor.installed import Host
 from minimind_mcore.errors import UserError
 
 HEALTHY = {"torch": "2.7.1+cpu", "torch_npu": "2.7.1.post8", "transformers": "5.2.0", "numpy": "1.26.0"}
-FREE_PORT = host.free_port
+IS_FREE_PORT = host.is_free_port
 DISK = shutil.disk_usage("/")._replace(total=100 << 30, free=50 << 30)
 NPU_SMI = """\
 +------------------------------------------------------------------------------------------------+
@@ -116,7 +116,7 @@ class Fake:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(installed.platform, "python_version", lambda: "3.10.14")
     # Which ports other programs of this machine have is not for these tests; addresses are asked for really.
-    monkeypatch.setattr(host, "free_port", lambda port, address="": not address or FREE_PORT(port, address))
+    monkeypatch.setattr(host, "is_free_port", lambda port, address="": not address or IS_FREE_PORT(port, address))
     # How full this machine's disk is, likewise.
     monkeypatch.setattr(shutil, "disk_usage", lambda place: DISK)
     return Fake(tmp_path, monkeypatch)
@@ -484,7 +484,7 @@ def test_another_release_to_rehearse_with_is_a_warning(rehearsing: Fake, capsys:
 
 
 def test_ports_in_use(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(host, "free_port", FREE_PORT)
+    monkeypatch.setattr(host, "is_free_port", IS_FREE_PORT)
     with busy_port() as server:
         port = server.getsockname()[1]
         fake.environ.update(MASTER_PORT=str(port), HCCL_HOST_SOCKET_PORT_RANGE=str(port))
