@@ -2,11 +2,11 @@
 
     python benchmarks/forecast.py --output outputs/forecast
 
-First five constants are fitted on four other pairs: the memory of a process besides the model, the share of the matrix
-rate that training reaches, the fragmentation of the heap without and with experts, and the bandwidth between
-processes. The matrix rate itself is measured. Then the eight pairs are trained on the sample data. The program prints
-one row per pair, writes forecast.json and forecast.png, and exits with status 1 if the memory of a pair is wrong by
-more than 15 %, or the median time by more than 20 %. It takes about fourteen minutes on two idle cores.
+First six constants are fitted on five other pairs: the memory of a process besides the model, the share of the matrix
+rate that training reaches, the fragmentation of the heap in dense models, with TP and with experts, and the bandwidth
+between processes. The matrix rate itself is measured. Then the eight pairs are trained on the sample data. The
+program prints one row per pair, writes forecast.json and forecast.png, and exits with status 1 if the memory of a
+pair is wrong by more than 15 %, or the median time by more than 20 %. It takes about fifteen minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ FITTED = {  # pairs, with the constant fitted on each
     Pair("minimind3_tiny", samples=1, length=64): ("program",),
     Pair("minimind2_small"): ("efficiency", "fragmentation"),
     Pair("minimind2_small", processes=2): ("host_bandwidth",),
+    Pair("minimind2_small", processes=2, tp=2): ("fragmentation_tp",),
     Pair("minimind3_moe", samples=2): ("fragmentation_moe",),
 }
 PAIRS = [

@@ -22,7 +22,7 @@ class Machine:
         decode_layer_seconds: time of the host to launch the kernels of a layer for one generated token.
         program: memory of a process besides the model.
         fragmentation: bytes that the allocator reserves per byte of activations and logits. `_moe`: with experts,
-            whose tensor sizes differ in each step.
+            whose tensor sizes differ in each step. `_tp`: with TP, where gathered tensors and shards alternate.
         collective_seconds: latency of any collective. `host_seconds` and `network_seconds`: latency of each hop.
     """
 
@@ -40,6 +40,7 @@ class Machine:
     program: float
     fragmentation: float
     fragmentation_moe: float
+    fragmentation_tp: float
     memory_bandwidth: float
     devices_per_host: float
     host_bandwidth: float

@@ -109,8 +109,7 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
     moments = 8 if work.optimizer == "adam" else 4 if work.sgd_momentum else 0
     reference = work.model.num_parameters() // work.layout.tp * work.width if work.reference_live else 0
     kept, logits = _kept(work, machine)
-    factor = machine.fragmentation_moe if work.model.moe else machine.fragmentation
-    fragments = (factor - 1) * (kept + logits)
+    fragments = (fragmentation(work, machine) - 1) * (kept + logits)
     copies = _collective_copies(work) if machine.kind == "cpu" else 0.0
     return {
         "weights": (held + (dense if work.lora_target_modules else 0)) * work.width,
@@ -123,6 +122,13 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
         **({"collectives": copies} if copies else {}),
         **({"fragmentation": fragments} if fragments else {}),
     }
+
+
+def fragmentation(work: Workload, machine: Machine) -> float:
+    """Return the bytes that the allocator reserves per byte of activations and logits."""
+    if work.model.moe:
+        return machine.fragmentation_moe
+    return machine.fragmentation if work.layout.tp == 1 else machine.fragmentation_tp
 
 
 def _collective_copies(work: Workload) -> float:
