@@ -47,14 +47,14 @@ from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo, token_tex
 
 # MiniMind changes a conversation at random each time it reads the record (dataset/lm_dataset.py): 20 % get a system
 # prompt, and 80 % of the texts with empty thoughts lose them, so that the model learns to answer with and without.
-# Here the changes are drawn once, when the data is converted. They depend only on the seed and on the conversation's
+# Here the changes are chosen once, when the data is converted. They depend only on the seed and on the conversation's
 # content, not on the order, the shards or the workers: equal conversations get the same changes.
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 SYSTEM_PROMPTS: Sequence[str] = TEXTS["system prompts"]
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomNumbers:
     """Independent random numbers of one conversation, uniform in [0, 1)."""
 
     system: float
@@ -63,24 +63,24 @@ class Draw:
     thinking: float
 
 
-def draw(seed: int, conversation: Conversation) -> Draw:
+def random_numbers(seed: int, conversation: Conversation) -> RandomNumbers:
     """Return the random numbers of a conversation for a seed."""
     content = json.dumps([seed, list(conversation.messages), conversation.tools], sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=32).digest()
-    return Draw(*((number >> 11) * 2.0**-53 for number in struct.unpack("<4Q", digest)))
+    return RandomNumbers(*((number >> 11) * 2.0**-53 for number in struct.unpack("<4Q", digest)))
 
 
-def add_system_prompt(conversation: Conversation, drawn: Draw, ratio: float) -> Conversation:
+def add_system_prompt(conversation: Conversation, numbers: RandomNumbers, ratio: float) -> Conversation:
     """With probability `ratio` prepend one of MiniMind's system prompts, unless there is a system prompt or tools."""
-    if conversation.tools or conversation.messages[0]["role"] == "system" or drawn.system >= ratio:
+    if conversation.tools or conversation.messages[0]["role"] == "system" or numbers.system >= ratio:
         return conversation
-    message = {"role": "system", "content": SYSTEM_PROMPTS[int(drawn.prompt * len(SYSTEM_PROMPTS))]}
+    message = {"role": "system", "content": SYSTEM_PROMPTS[int(numbers.prompt * len(SYSTEM_PROMPTS))]}
     return replace(conversation, messages=[message, *conversation.messages])
 
 
-def drop_empty_thoughts(text: str, drawn: Draw, ratio: float) -> str:
+def drop_empty_thoughts(text: str, numbers: RandomNumbers, ratio: float) -> str:
     """Remove all empty thought blocks of a text, or keep all with probability `ratio`."""
-    return text if drawn.empty_think < ratio else text.replace(EMPTY_THINK, "")
+    return text if numbers.empty_think < ratio else text.replace(EMPTY_THINK, "")
 
 
 Sequences = tuple[NDArray[Any], NDArray[np.int64]]
@@ -252,19 +252,19 @@ class Conversations:
                     if held:
                         yield f"{key} (the chat template does not write it)"
 
-    def _change(self, conversation: Conversation) -> tuple[Conversation, bool | None, Draw]:
+    def _change(self, conversation: Conversation) -> tuple[Conversation, bool | None, RandomNumbers]:
         """Return the changed conversation, whether the model should think in its answer to a prompt, and the random
         numbers."""
-        chat, drawn = self._chat, draw(self._chat.seed, conversation)
+        chat, numbers = self._chat, random_numbers(self._chat.seed, conversation)
         ratio = chat.thinking_ratio if self._handler.prompts else None
-        thinking = drawn.thinking < ratio if ratio is not None else None
-        return add_system_prompt(conversation, drawn, chat.system_ratio or 0.0), thinking, drawn
+        thinking = numbers.thinking < ratio if ratio is not None else None
+        return add_system_prompt(conversation, numbers, chat.system_ratio or 0.0), thinking, numbers
 
-    def _render(self, conversation: Conversation, thinking: bool | None, drawn: Draw) -> Turns:
+    def _render(self, conversation: Conversation, thinking: bool | None, numbers: RandomNumbers) -> Turns:
         turns = self._template.render(conversation, thinking)
         ratio = self._chat.empty_think_ratio
         if ratio is not None:
-            turns = [[drop_empty_thoughts(piece, drawn, ratio) for piece in pieces] for pieces in turns]
+            turns = [[drop_empty_thoughts(piece, numbers, ratio) for piece in pieces] for pieces in turns]
         return checked(turns)
 
     def _beside(self, record: Mapping[str, Any], asked: Conversation, thinking: bool | None, turns: Turns) -> bytes:

@@ -423,15 +423,15 @@ def many(count: int) -> Iterator[Conversation]:
 
 
 def test_draws_are_uniform_and_independent_of_each_other() -> None:
-    draws = [stages.draw(1, conversation) for conversation in many(4000)]
+    draws = [stages.random_numbers(1, conversation) for conversation in many(4000)]
     for name in ("system", "prompt", "empty_think", "thinking"):
         values = [getattr(drawn, name) for drawn in draws]
         assert all(0 <= value < 1 for value in values)
         assert all(abs(sum(value < x for value in values) / 4000 - x) < 0.03 for x in (0.05, 0.2, 0.5, 0.9))
     both = sum(drawn.system < 0.2 and drawn.empty_think < 0.2 for drawn in draws)
     assert abs(both / 4000 - 0.04) < 0.015
-    assert draws == [stages.draw(1, conversation) for conversation in many(4000)]
-    assert draws != [stages.draw(2, conversation) for conversation in many(4000)]
+    assert draws == [stages.random_numbers(1, conversation) for conversation in many(4000)]
+    assert draws != [stages.random_numbers(2, conversation) for conversation in many(4000)]
 
 
 def test_system_prompts_and_thoughts_come_and_go_as_often_as_in_minimind(tokenizer: str) -> None:

@@ -1,7 +1,7 @@
 """The engine of the embedded trainer: the transformers model of the weights, run by this kit's decoding loop.
 
 What makes it fast where a token costs little: a prompt is read once for all its responses; a response that has
-ended leaves the batch; a token is drawn with one number from the cumulative probabilities, without a sort.
+ended leaves the batch; a token is sampled with one number from the cumulative probabilities, without a sort.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DecoderEngine:
 
     Args:
         config: the architecture.
-        vocab_size: ids that the tokenizer has; rows of the vocabulary behind them are padding and never drawn.
+        vocab_size: ids that the tokenizer has; rows of the vocabulary behind them are padding and never sampled.
         dtype: of the arithmetic.
         batch: responses at a time.
         records: give the experts of each token with the responses.
@@ -86,26 +86,26 @@ class DecoderEngine:
         self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
         """One batch of responses."""
-        place, rows = self.model.device, len(prompts) * n
+        device, rows = self.model.device, len(prompts) * n
         longest = max(map(len, prompts))
         limits = [min(sampling.max_tokens, self.config.max_position_embeddings - len(prompt)) for prompt in prompts]
-        room = max(limits)
+        steps = max(limits)
         padding = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[*[p[0]] * pad, *p] for p, pad in zip(prompts, padding, strict=True)], device=place)
-        numbers = torch.from_numpy(uniforms(seeds, room)).to(place)
-        stop = torch.tensor(sampling.stop, device=place)
+        ids = torch.tensor([[*[p[0]] * pad, *p] for p, pad in zip(prompts, padding, strict=True)], device=device)
+        numbers = torch.from_numpy(uniforms(seeds, steps)).to(device)
+        stop = torch.tensor(sampling.stop, device=device)
         cache = Cache(len(prompts), padding)
         logits = self.decoder(ids, cache).repeat_interleave(n, dim=0)
         asked = self.recorder.take(len(prompts)) if self.recorder else None
-        added = None if asked is None else asked.new_zeros(rows, room, *asked.shape[2:])
-        cache.select(torch.arange(len(prompts), device=place).repeat_interleave(n))
-        written = torch.zeros(rows, room, dtype=torch.long, device=place)
-        logp = torch.zeros(rows, room, device=place)
-        lengths = torch.tensor(limits, device=place).repeat_interleave(n)
-        running = torch.arange(rows, device=place)  # rows that are still in the batch
-        going = torch.ones(rows, dtype=torch.bool, device=place)
-        finished = torch.zeros(rows, dtype=torch.bool, device=place)
-        for at in range(room):
+        added = None if asked is None else asked.new_zeros(rows, steps, *asked.shape[2:])
+        cache.select(torch.arange(len(prompts), device=device).repeat_interleave(n))
+        written = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        logp = torch.zeros(rows, steps, device=device)
+        lengths = torch.tensor(limits, device=device).repeat_interleave(n)
+        running = torch.arange(rows, device=device)  # rows that are still in the batch
+        going = torch.ones(rows, dtype=torch.bool, device=device)
+        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        for at in range(steps):
             tokens, found = choose(logits, self.vocab_size, sampling, numbers[running, at])
             written[running, at], logp[running, at] = tokens, found
             alive = going[running]
@@ -153,8 +153,8 @@ def choose(logits: Tensor, vocab_size: int, sampling: RolloutSamplingParams, num
 
     Args:
         logits: [rows, vocabulary].
-        vocab_size: ids from here on are never drawn.
-        sampling: how tokens are drawn.
+        vocab_size: ids from here on are never sampled.
+        sampling: how tokens are sampled.
         numbers: [rows] in [0, 1): which token, on the scale of the cumulative probabilities.
 
     Returns:

@@ -17,7 +17,7 @@ from minimind_mcore.inputs.ranges import problem
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSamplingParams:
-    """How tokens are drawn; the names are those of vLLM and of `generate_config.sampling_config`.
+    """How tokens are sampled; the names are those of vLLM and of `generate_config.sampling_config`.
 
     Attributes:
         max_tokens: of a response, at most.
@@ -55,7 +55,7 @@ class Response:
         ids: [tokens] int32; of a finished response the last token ended it.
         logp: [tokens] float32, under softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p
             left to draw from: what the trainer computes of the same tokens.
-        finished: an end token was drawn ("stop"); else the room was used up ("length").
+        finished: an end token was sampled ("stop"); else the limit was reached ("length").
         routes: [tokens of prompt and response - 1, layers, k], the experts of each token that the engine has read; None
             where the engine does not record them.
     """
@@ -97,7 +97,7 @@ class RolloutEngine(Protocol):
         Args:
             prompts: ids.
             n: of each.
-            sampling: how tokens are drawn.
+            sampling: how tokens are sampled.
             seeds: one for each response: the same seed and weights write the same response, whoever runs it.
         """
         ...

@@ -38,7 +38,7 @@ class VLLMEngine:
     Args:
         config: of the run.
         model: the architecture.
-        vocab_size: ids that the tokenizer has; rows of the vocabulary behind them are padding and never drawn.
+        vocab_size: ids that the tokenizer has; rows of the vocabulary behind them are padding and never sampled.
 
     Raises:
         UserError: vLLM is not installed, or has no kernel for the model.
