@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 600  # time to wait for another process
 PROBLEMS = "grpo_minimind_math"  # the reinforcement learning dataset that has sample data
+MATH_SFT = "sample_math_sft.jsonl"  # made with it: dialogues to fine-tune the model with which it begins
 HANDLERS = {"sft": "MiniMindInstructionHandler", "dpo": "MiniMindPairwiseHandler"}
 
 

@@ -25,6 +25,11 @@ def sizes(processes: int, batch: int = BATCH) -> dict[str, str]:
     }  # fmt: skip
 
 
+def math_sft(processes: int, iterations: int) -> dict[str, str]:
+    """Return the settings of fine-tuning on the sample problems, from which reinforcement learning begins."""
+    return {**sizes(processes), "PROMPT_TYPE": "chatml_de", "PACK": "1", "TRAIN_ITERS": str(iterations)}
+
+
 def schedule(iterations: int) -> list[str]:
     """Return the flags of the learning rate schedule and Adam."""
     return ["--lr-warmup-iters", str(min(WARM_UP, iterations // 4)), "--adam-beta2", "0.99"]

@@ -44,7 +44,7 @@ from pathlib import Path
 
 from minimind_mcore.checkpoint.tracker import read_tracker
 from minimind_mcore.cli import launcher, quickstart
-from minimind_mcore.cli.data import PROBLEMS
+from minimind_mcore.cli.data import MATH_SFT, PROBLEMS
 from minimind_mcore.cli.settings import CLI, choice, data_dir, env, help_of, show, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
@@ -242,9 +242,8 @@ class RLRun:
         if not is_finished(begin) and not own_model:
             iterations = 60 if self.rehearses else 700
             tuning = {
-                **here, **quickstart.sizes(self.devices), "PROMPT_TYPE": "chatml_de", "PACK": "1",
-                "TRAIN_ITERS": str(iterations), "DATA_PATH": str(folder / "sample_math_sft.jsonl"),
-                "CKPT_LOAD_DIR": str(tuned), "OUTPUT_DIR": str(begin.parent),
+                **here, **quickstart.math_sft(self.devices, iterations), "CKPT_LOAD_DIR": str(tuned),
+                "DATA_PATH": str(folder / MATH_SFT), "OUTPUT_DIR": str(begin.parent),
             }  # fmt: skip
             self.make(tuning, unset, "sft", *quickstart.schedule(iterations))
         model = here["TOKENIZER_PATH"]

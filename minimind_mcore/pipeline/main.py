@@ -31,11 +31,12 @@ from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import CHECKOUT, default_outputs
 from minimind_mcore.pipeline import docker, download, report, sample, serving
-from minimind_mcore.pipeline.job import SETTINGS, Command, Job, Records, unfinished
+from minimind_mcore.pipeline.job import SETTINGS, TRAINING, Command, Job, Records, unfinished
 from minimind_mcore.pipeline.stages import (
     DATA,
     PRESETS,
     RL,
+    RL_SETTINGS,
     STAGES,
     TRAININGS,
     Run,
@@ -67,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
     least()
     require_writable(run.output, "give another directory with OUTPUT_DIR")
     logger.info(f"stages: {' '.join(run.stages)}")
+    unused = [name for name in TRAINING if env(name) and name not in RL_SETTINGS]
+    if unused and (learning := " ".join(name for name in run.stages if name in RL)):
+        logger.warning(f"{learning}: no effect of {', '.join(unused)}; configs/rlxf has the values (docs/rl_config.md)")
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
     if not kind and not args.dry_run and (stage := first_impossible(run)):
@@ -309,10 +313,9 @@ def dry_run(run: Run, stage: str, job: Job) -> int:
         if kind in DRY_RUN:
             status = wait_for([*CLI, *command.words, "--dry-run", *_pending(command)], command.settings)
         elif kind == "rl":
-            there = not job.begins or run.folder(job.begins[0]).exists()
-            status = wait_for(
-                [*CLI, *command.words, "--dry-run", *([] if there else ["--data-pending"])], command.settings
-            )
+            loads = (word.partition("=")[2] for word in command.words if word.startswith("actor_config.load="))
+            pending = [] if all(Path(folder).exists() for folder in loads) else ["--data-pending"]
+            status = wait_for([*CLI, *command.words, "--dry-run", *pending], command.settings)
         elif kind == "evaluate" and not _pending(command):
             status = wait_for([*CLI, *command.words, "--dry-run"], command.settings)
         if status:

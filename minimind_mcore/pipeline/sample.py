@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.cli import launcher, quickstart
+from minimind_mcore.cli.data import MATH_SFT, PROBLEMS
 from minimind_mcore.cli.settings import count
-from minimind_mcore.pipeline.job import Command, Job
+from minimind_mcore.pipeline.job import TRAINING, Command, Job
 
 FILES = {
     "pretrain": "drills.jsonl", "full_sft": "dialogues.jsonl", "lora": "dialogues.jsonl", "dpo": "preferences.jsonl",
@@ -14,6 +16,7 @@ FILES = {
 }  # fmt: skip
 ITERATIONS = {
     "pretrain": 2000, "full_sft": 1000, "lora": 200, "dpo": 60, "reason": 300, "toolcall": 1000, "distillation": 300,
+    "math_sft": 700,
 }  # fmt: skip
 SETTINGS = ("QUICKSTART_PRETRAIN_ITERS", "QUICKSTART_SFT_ITERS")  # override TRAIN_ITERS for one stage
 
@@ -70,3 +73,39 @@ def training(data: Path, stage: str) -> tuple[tuple[Command, ...], dict[str, str
          "SEQ_LENGTH": settings["SEQ_LENGTH"], "DATA_DIR": str(data)},
     )  # fmt: skip
     return (convert,), {**settings, "DATA_PATH": prefix}, flags
+
+
+def problems(data: Path, full_sft: str, folder: Path) -> Job:
+    """Return the job that makes the sample problems, and fine-tunes a model on wrong answers to them.
+
+    Args:
+        data: directory of the data files.
+        full_sft: checkpoints with which the training begins.
+        folder: directory of the job. `hf` in it has the model for a rollout engine.
+    """
+    tokenizer, checkpoints, iterations = str(data / "tokenizer"), folder / "checkpoints", iterations_of("math_sft")
+    here = {"DATA_DIR": str(data), "TOKENIZER_PATH": tokenizer}
+    tuning = {
+        **here, **quickstart.math_sft(launcher.processes(), iterations), "BACKEND": "native",
+        "DATA_PATH": str(data / MATH_SFT), "CKPT_LOAD_DIR": full_sft, "OUTPUT_DIR": str(folder),
+    }  # fmt: skip
+    export = {"LOAD_DIR": str(checkpoints), "SAVE_DIR": str(folder / "hf"), "TOKENIZER_PATH": tokenizer}
+    commands = (
+        Command(("data", PROBLEMS), here),
+        Command(("sft", *quickstart.schedule(iterations)), tuning),
+        Command(("convert", "mcore2hf"), export),
+    )
+    return Job(
+        name=folder.name, commands=commands, inputs={"tokenizer": data / "tokenizer/tokenizer.json"},
+        begins=("full_sft",), folder=folder, trains=True, settings=TRAINING,
+    )  # fmt: skip
+
+
+def problem_overrides(data: Path, folder: Path, roles: Sequence[str]) -> list[str]:
+    """Return the overrides with which reinforcement learning begins with the results of `problems`."""
+    return [
+        f"megatron_training.data_path={data / PROBLEMS}",
+        f"megatron_training.tokenizer_name_or_path={folder / 'hf'}",
+        "minimind.eval_interval=20",
+        *(f"{role}_config.load={folder / 'checkpoints'}" for role in roles),
+    ]

@@ -48,6 +48,20 @@ TRAININGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distillation": ("distill", ("full_sft",)),
 }
 RL = {"ppo": ("reason", "full_sft"), "grpo": ("reason", "full_sft"), "spo": ("reason", "full_sft")}
+# Training settings and the keys of reinforcement learning that they stand for; `ROLE_KEYS`: of each role's section.
+RL_KEYS = {
+    "GBS": "megatron_training.global_batch_size",
+    "TRAIN_ITERS": "megatron_training.train_iters",
+    "SEED": "megatron_training.seed",
+}
+ROLE_KEYS = {
+    "MBS": "micro_batch_size",
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+}
+RL_SETTINGS = (*RL_KEYS, *ROLE_KEYS, *"LR PROMPT_TYPE MAP_KEYS DEVICE BACKEND NPUS_PER_NODE NNODES".split())
+BACKENDS = {"native": "embedded", "mindspeed-llm": "mindspeed-rl"}  # of pretraining, and of reinforcement learning
 # Settings that belong to a single command. They are emptied so that the caller's environment cannot leak in.
 UNSET = dict.fromkeys("CKPT_SAVE_DIR CKPT_LOAD_DIR LOG_DIR OUTPUT_PREFIX LOAD_DIR SAVE_DIR STAGE TEACHER".split(), "")
 
@@ -244,12 +258,18 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
         folder = run.folder(stage)
         name = "ppo" if stage == "ppo" else "grpo"
         overrides = [f"minimind.output_dir={folder}", f"actor_config.save={folder}/checkpoints"]
+        roles: Sequence[str] = ("actor", "critic") if stage == "ppo" else ("actor",)
         overrides += ["minimind.algorithm=spo"] if stage == "spo" else []
-        if iterations := os.environ.get("TRAIN_ITERS"):
-            overrides.append(f"megatron_training.train_iters={iterations}")
-        if run.sample:  # the command makes its own problems, and fine-tunes a model on them
-            command = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny"})
-            return [Job(name=stage, commands=(command,), folder=folder, trains=True, settings=TRAINING)]
+        overrides += [f"critic_config.save={folder}/critic"] if stage == "ppo" else []
+        overrides += reinforcement_overrides(roles)
+        backend = {"BACKEND": BACKENDS.get(os.environ.get("BACKEND", ""), os.environ.get("BACKEND", ""))}
+        if run.sample:
+            tuned = run.folder("math_sft")
+            overrides += sample.problem_overrides(run.data, tuned, roles)
+            train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny", **backend})
+            job = Job(name=stage, commands=(train,), inputs=run.tokenizer_files(), begins=("full_sft",), folder=folder,
+                      trains=True, settings=RL_SETTINGS)  # fmt: skip
+            return [sample.problems(run.data, run.checkpoints("full_sft"), tuned), job]
         if not run.reward_model:
             raise UserError(
                 f"{stage}: --reward-model is missing; give the directory of internlm2-1_8b-reward "
@@ -269,18 +289,37 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
             f"model=[{run.model}]",
             f"megatron_training.model={run.model}",
         ]
-        for role in ("actor", "critic")[: 1 + (stage == "ppo")]:
+        for role in roles:
             overrides += [f"{role}_config.model={run.model}", f"{role}_config.load={run.checkpoints(begins[0])}"]
-        overrides += [f"critic_config.save={folder}/critic"] if stage == "ppo" else []
-        train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind3"})
+        train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind3", **backend})
         inputs = {"data": raw, **run.tokenizer_files(), **run.model_file(), "reward model": Path(run.reward_model)}
         commands = (Command(convert), train)
         return [
             Job(name=stage, commands=commands, inputs=inputs, begins=begins, folder=folder, trains=True,
-                settings=TRAINING)
+                settings=RL_SETTINGS)
         ]  # fmt: skip
 
     return jobs
+
+
+def reinforcement_overrides(roles: Sequence[str]) -> list[str]:
+    """Return the overrides that the caller's training settings stand for.
+
+    Raises:
+        UserError: LR is not a number.
+    """
+    given = {name: os.environ[name] for name in TRAINING if os.environ.get(name)}
+    overrides = [f"{key}={given[name]}" for name, key in RL_KEYS.items() if name in given]
+    for role in roles:
+        overrides += [f"{role}_config.{key}={given[name]}" for name, key in ROLE_KEYS.items() if name in given]
+    if "LR" in given:
+        try:
+            lr = float(given["LR"])
+        except ValueError as error:
+            raise UserError(f"LR={given['LR']}: expected a number, as 1e-6") from error
+        # The schedule ends at a tenth, as in the shipped configurations.
+        overrides += [f"actor_config.lr={lr:g}", f"actor_config.min_lr={lr / 10:g}"]
+    return overrides
 
 
 def evaluate(run: Run) -> list[Job]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -118,6 +119,48 @@ def test_minimind3_has_no_reasoning_stage_of_its_own(tmp_path: Path) -> None:
     assert "reason" in run_of("all", "reason").stages and run_of("all", "--only", "reason").stages == ("reason",)
     (tmp_path / "thoughts.jsonl").write_text("{}")
     assert "reason" in run_of("all", "--data", f"reason={tmp_path}/thoughts.jsonl").stages
+
+
+def rl_words(run: Run, stage: str) -> tuple[dict[str, str], list[str]]:
+    """The settings and the overrides of the last command of a stage."""
+    command = STAGES[stage](run)[-1].commands[-1]
+    return dict(command.settings), list(command.words)
+
+
+def test_training_settings_reach_reinforcement_learning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"LR": "8e-8", "MBS": "2", "GBS": "16", "TP": "2", "SEED": "7", "BACKEND": "native", "EPOCHS": "3"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings_of, words = rl_words(run_of("full_sft", "ppo", "--reward-model", "rewards"), "ppo")
+    assert settings_of["BACKEND"] == "embedded"
+    expected = [
+        "actor_config.lr=8e-08", "actor_config.min_lr=8e-09", "megatron_training.global_batch_size=16",
+        "megatron_training.seed=7",
+        *(f"{role}_config.{key}=2" for role in ("actor", "critic")
+          for key in ("micro_batch_size", "tensor_model_parallel_size")),
+    ]  # fmt: skip
+    assert set(expected) < set(words)
+    monkeypatch.setattr(main, "wait_for", lambda *words: 0)
+    main.main(["--sample", "pretrain", "full_sft", "grpo", "--dry-run"])
+    assert "grpo: no effect of EPOCHS; configs/rlxf" in caplog.text
+    monkeypatch.setenv("LR", "fast")
+    with pytest.raises(UserError, match="LR=fast: expected a number"):
+        rl_words(run_of("full_sft", "grpo", "--reward-model", "rewards"), "grpo")
+
+
+def test_sample_reinforcement_learning_begins_with_the_model_of_the_run(tmp_path: Path) -> None:
+    run = replace(
+        run_of("--sample", "pretrain", "full_sft", "grpo", "ppo"), output=tmp_path / "out", data=tmp_path / "data"
+    )
+    tuning, learning = STAGES["ppo"](run)
+    assert tuning == STAGES["grpo"](run)[0] and tuning.begins == learning.begins == ("full_sft",)
+    assert tuning.commands[1].settings["CKPT_LOAD_DIR"] == str(tmp_path / "out/full_sft/checkpoints")
+    _, words = rl_words(run, "ppo")
+    assert {f"{role}_config.load={tmp_path}/out/math_sft/checkpoints" for role in ("actor", "critic")} < set(words)
+    places = [word.partition("=")[2] for word in words if "=/" in word]
+    assert len(places) >= 6 and all(place.startswith(str(tmp_path)) for place in places)
 
 
 @pytest.mark.parametrize("preset", ["zero", "core", "all"])
