@@ -86,11 +86,13 @@ def require_space(folder: Path, entries: Mapping[str, Entry]) -> None:
     Raises:
         UserError: the disk has too little free space.
     """
-    files = [folder / file for entry in entries.values() for file in entry.get("files", [])]
+    files = {folder / file for entry in entries.values() for file in entry.get("files", [])}
     # Where the clients of Hugging Face and ModelScope keep files that are not complete.
-    files += [*folder.glob(".cache/huggingface/**/*.incomplete"), *folder.glob("._____temp/**/*")]
+    files.update(folder.glob(".cache/huggingface/**/*.incomplete"), folder.glob("._____temp/**/*"))
+    if not all("files" in entry for entry in entries.values()):  # a whole repository
+        files.update(folder.rglob("*"))
     there = sum(file.stat().st_size for file in files if file.is_file())
-    needed = sum(entry["gb"] for entry in entries.values()) * 1e9 * MARGIN - there
+    needed = max(0.0, sum(entry["gb"] for entry in entries.values()) * 1e9 - there) * MARGIN
     if needed > (free := free_bytes(folder)):
         raise UserError(
             f"{', '.join(entries)}: {needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free; free "

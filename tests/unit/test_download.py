@@ -209,6 +209,16 @@ def test_what_an_interrupted_download_has_written_is_not_needed_again(
     assert began == ["fetch"]
 
 
+def test_a_finished_model_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
+    with (tmp_path / "model.safetensors").open("wb") as hole:
+        hole.truncate(150_000_000)
+    entry = tables.find("weights", "minimind-3")
+    download.require_space(tmp_path, {"minimind-3": entry})
+    with pytest.raises(download.UserError, match=r"minimind-3: 0\.2 GB are needed"):
+        download.require_space(tmp_path / "other", {"minimind-3": entry})
+
+
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "choose", lambda hub: "hf")
     (tmp_path / "file").write_text("")
