@@ -13,7 +13,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline import sample
-from minimind_mcore.pipeline.job import SETTINGS
+from minimind_mcore.pipeline.job import SETTINGS, UNRECORDED
 from minimind_mcore.pipeline.stages import Run
 from minimind_mcore.platform import device
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 COMPOSE = ["docker", "compose", "-f", str(CHECKOUT / "docker/compose.yaml")]
 OUTPUTS = "/workspace/minimind-mcore/outputs"  # path inside the images
+# Environment variables that a container gets, except paths.
+PASSED = (*SETTINGS, *sample.SETTINGS, *UNRECORDED)
 OUTSIDE = ("download", "build", "vllm", "web")  # stages that need no container or start one themselves
 
 
@@ -39,7 +41,7 @@ def build(kind: str, dry: bool) -> int:
 def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str], dry: bool) -> int:
     """Run `minimind-mcore run` with these stages in a container. Return the exit status."""
     own = {"OUTPUT_DIR": f"{OUTPUTS}/{run.output.name}", **({} if run.sample else {"DATA_DIR": "/data"})}
-    inside = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS) if os.environ.get(name)} | own
+    inside = {name: os.environ[name] for name in PASSED if os.environ.get(name)} | own
     named = {"TASK_DATA_PATH": " ".join(_task_data()), "TOKENIZER_PATH": str(run.tokenizer or "")}
     inside |= {name: value for name, value in named.items() if value}
     mounts = mounted(run)

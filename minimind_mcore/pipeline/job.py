@@ -28,6 +28,13 @@ EVALUATION = tuple(
     "PRECISION SEED PROMPT_TYPE DEVICE BACKEND TASK TASK_DATA_PATH NUM_FEWSHOT MAX_NEW_TOKENS HARNESS".split()
 )
 SETTINGS = tuple(dict.fromkeys((*TRAINING, *EVALUATION)))
+# Environment variables that the commands of a run read and that no record holds. A container and a command that repeats
+# a stage get these variables too.
+UNRECORDED = tuple(
+    "FORMAT PAD_HEAD_DIM VERIFY MERGE LORA_R LORA_ALPHA ENGINE BATCH SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL "
+    "EVAL_ITERS TEMPERATURE TOP_K TOP_P LEAST HF_ENDPOINT MODELSCOPE_ENDPOINT".split()
+)
+DEFAULT_BACKEND = "BACKEND=native "  # of trainings; older records do not name it
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,11 @@ class Job:
 
 
 class Record(TypedDict, total=False):
-    """The recorded facts of a job. `inputs` and `outputs` hold digests by name, `settings` holds values by name."""
+    """The recorded facts of a job. `inputs` and `outputs` hold digests by name, `settings` holds values by name.
+
+    `seconds` counts all attempts, and `processes` counts all hosts. Only the record of a running or killed job has
+    `began`, the start of the attempt in seconds since the epoch.
+    """
 
     job: str
     version: str
@@ -75,6 +86,7 @@ class Record(TypedDict, total=False):
     weights: str
     seconds: float
     processes: int
+    began: float
     finished: bool
 
 
@@ -177,8 +189,10 @@ class Records:
         found = self.read(job.name)
         # Older records hold the variables of every kind of job.
         settings = {name: value for name, value in found.get("settings", {}).items() if name in job.settings}
+        commands = [text.replace(DEFAULT_BACKEND, "") for text in found.get("commands", [])]
+        wanted = {**expected, "commands": [text.replace(DEFAULT_BACKEND, "") for text in expected["commands"]]}
         return bool(found) and all(
-            ({**found, "settings": settings}).get(key) == value for key, value in expected.items()
+            {**found, "settings": settings, "commands": commands}.get(key) == value for key, value in wanted.items()
         )
 
     def is_done(self, job: Job, expected: Record) -> bool:
@@ -193,6 +207,18 @@ class Records:
             latest = iteration_directory(job.folder / "checkpoints")
             intact = latest is not None and not check_manifest(latest)
         return intact
+
+    def seconds(self, job: Job) -> float:
+        """Return the seconds of a job's earlier attempts.
+
+        A kill leaves no time to write the seconds of an attempt. They are taken from the file that was written last.
+        """
+        found = self.read(job.name)
+        total = found.get("seconds", 0.0)
+        if "began" in found and job.folder:
+            times = [file.stat().st_mtime for file in job.folder.rglob("*") if file.is_file()]
+            total += max(0.0, max(times, default=0.0) - found["began"])
+        return total
 
     def finish(self, job: Job, record: Record) -> Record:
         """Record that a job has finished, with the digests of its outputs."""

@@ -24,16 +24,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import minimind_mcore
+from minimind_mcore import hosts
+from minimind_mcore.checkpoint.padding import padded_config
 from minimind_mcore.cli import launcher, quickstart
-from minimind_mcore.cli.settings import CLI, env, wait_for
+from minimind_mcore.cli.settings import CLI, choice, count, env, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import CHECKOUT, default_outputs
-from minimind_mcore.pipeline import docker, download, report, sample, serving
-from minimind_mcore.pipeline.job import SETTINGS, TRAINING, Command, Job, Records, unfinished
+from minimind_mcore.pipeline import docker, download, report, serving
+from minimind_mcore.pipeline.job import TRAINING, Command, Job, Records, unfinished
 from minimind_mcore.pipeline.stages import (
     DATA,
+    KIND,
     PRESETS,
     RL,
     RL_SETTINGS,
@@ -53,9 +56,8 @@ logger = logging.getLogger(__name__)
 # Commands with a dry run that accepts --data-pending and --weights-pending.
 DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}
 
-# Environment variables of a command that repeats a stage, besides those that records hold.
+# Environment variables that hold paths. A command that repeats a stage gets them as absolute paths.
 PATHS = ("OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH")
-MORE = (*PATHS, "LEAST", "FORMAT", "PAD_HEAD_DIM", "ENGINE", "HF_ENDPOINT", "MODELSCOPE_ENDPOINT")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         logger.warning(f"{learning}: no effect of {', '.join(unused)}; configs/rlxf has the values (docs/rl_config.md)")
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
-    if not kind and not args.dry_run and (stage := first_impossible(run)):
+    if not kind and (stage := first_impossible(run)):
         return failed(run, args, stage, 1)
     if kind and (status := before_container(run, kind, args)):
         return failed(run, args, "", status)
@@ -86,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         print("\ndry run: every stage is valid, nothing was run")
         return 0
-    if not kind and any(run.records.finished(name) for name in TRAININGS):
+    if not kind and any(run.records.finished(name) for name in (*TRAININGS, *RL)):
         report.write(run)
     return judge(run)
 
@@ -104,7 +106,12 @@ def first_impossible(run: Run) -> str:
         try:
             for job in STAGES[stage](run):
                 require_inputs(run, stage, job)
-            if stage == "vllm":
+                if stage == "download":
+                    require_download(run, job)
+            if stage == "convert":
+                require_conversion(run)
+            elif stage == "vllm":
+                serving.require_engine()
                 serving.require_model(run)
         except UserError as error:
             logger.error(error)
@@ -115,6 +122,10 @@ def first_impossible(run: Run) -> str:
 def before_container(run: Run, kind: str, args: argparse.Namespace) -> int:
     """Download on the host, build the image, and run the stages in a container. Return the exit status."""
     docker.mounted(run)  # report a missing file before the image is built
+    for stage in run.stages:
+        STAGES[stage](run)  # report a wrong option before the image is built
+    if "convert" in run.stages:
+        require_conversion(run)
     inside = [name for name in run.stages if name not in docker.OUTSIDE]
     if "download" in run.stages and not run.sample and (status := run_stage(run, "download", args)):
         return status
@@ -137,6 +148,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="STAGE", help="run only this stage")
     parser.add_argument(
         "--data", action="append", default=[], metavar="KIND=FILE", help=f"data file; KIND: {', '.join(DATA)}"
+    )
+    parser.add_argument(
+        "--mini", action="store_true", help="use the mini files of pretrain and full_sft only, as the preset zero does"
     )
     parser.add_argument("--weight", default="full_sft", metavar="STAGE", help="stage whose weights are served")
     parser.add_argument("--teacher", default="", help="teacher for distillation, a model in any format")
@@ -184,7 +198,7 @@ def make_run(args: argparse.Namespace) -> Run:
         model=model, recipe=args.recipe or "", output=output, data=data, tokenizer=tokenizer, sample=args.sample,
         weight=args.weight, teacher=_absolute(args.teacher), reward_model=_absolute(args.reward_model), port=args.port,
         stages=tuple(chosen(args)), records=records, files=files, tasks=tuple(env("TASK").split()),
-        task_data=tuple(env("TASK_DATA_PATH").split()),
+        task_data=tuple(env("TASK_DATA_PATH").split()), mini=args.mini or "zero" in args.stages,
     )  # fmt: skip
     if "reason" in {*run.stages} - {*args.stages, args.only} and has_no_reasoning(run):
         logger.info("skipping reason: minimind-3 learns reasoning from the full_sft data and has no reason stage")
@@ -237,6 +251,9 @@ def _named(stage: str) -> Iterator[None]:
 def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
     """Run the unfinished jobs of a stage. Return the exit status. A `UserError` is logged."""
     try:
+        kind = KIND.get(stage, stage)
+        if not run.sample and len(DATA.get(kind, ())) > 1:
+            logger.info(f"data: {run.data_file(stage)}")
         if stage == "build":
             logger.info("skipped: only --docker needs an image")
         elif stage == "vllm":
@@ -244,10 +261,8 @@ def run_stage(run: Run, stage: str, args: argparse.Namespace) -> int:
         elif stage == "web" and not (args.dry_run and "vllm" in run.stages):
             serving.page(run)
         for job in STAGES[stage](run):
-            if stage == "download" and not run.sample:
-                require_writable(run.data, "give another directory with DATA_DIR")
-                named = [command.words[1:] for command in job.commands]
-                download.require_space(run.data, {name: find(what, name) for what, name in named})
+            if stage == "download":
+                require_download(run, job)
             if status := dry_run(run, stage, job) if args.dry_run else run_job(run, job):
                 return status
     except UserError as error:
@@ -264,9 +279,10 @@ def run_job(run: Run, job: Job) -> int:
         return 0
     if job.folder and not run.records.agrees(job, record) and (old := set_aside(job.folder)):
         logger.info(f"{job.folder} was made with other inputs or settings; it is kept as {old.name}")
-    before = run.records.read(job.name) if run.records.agrees(job, record) else {}
+    seconds = run.records.seconds(job) if run.records.agrees(job, record) else 0.0
     record |= {"version": minimind_mcore.__version__}  # for information: a new version does not repeat a job
-    record |= {"seconds": before.get("seconds", 0.0), "processes": launcher.processes(), "finished": False}
+    processes = launcher.processes() * hosts.read(os.environ).count
+    record |= {"seconds": seconds, "processes": processes, "began": time.time(), "finished": False}
     run.records.write(job.name, record)
     began = time.monotonic()
     status = 0
@@ -274,6 +290,7 @@ def run_job(run: Run, job: Job) -> int:
         if status := wait_for([*CLI, *command.words], command.settings):
             break
     record["seconds"] += time.monotonic() - began
+    del record["began"]
     if status:
         run.records.write(job.name, record)
     else:
@@ -301,6 +318,36 @@ def require_inputs(run: Run, stage: str, job: Job) -> None:
                 "stage download or tokenizer, or give another path (--data, --teacher, --reward-model, TOKENIZER_PATH, "
                 "TASK_DATA_PATH)"
             )
+
+
+def require_download(run: Run, job: Job) -> None:
+    """Check that the downloads of a run can start. Sample data needs no download.
+
+    Raises:
+        UserError: DATA_DIR cannot be written, the disk has too little space, or no client of a hub is installed.
+    """
+    if run.sample:
+        return
+    require_writable(run.data, "give another directory with DATA_DIR")
+    named = [command.words[1:3] for command in job.commands]
+    download.require_space(run.data, {name: find(what, name) for what, name in named})
+    download.choose("auto")
+
+
+def require_conversion(run: Run) -> None:
+    """Check the settings of the stage convert.
+
+    Raises:
+        UserError: FORMAT or PAD_HEAD_DIM has a value that the model or the other setting does not allow.
+    """
+    form = choice("FORMAT", "hf", "hf", "minimind")
+    if not env("PAD_HEAD_DIM") or run.weight == "lora":  # the conversion of LoRA weights does not read the setting
+        return
+    padded_config(find_model(run.model), size := count("PAD_HEAD_DIM", 1))
+    if form != "hf":
+        raise UserError(
+            f"FORMAT={form} with PAD_HEAD_DIM={size}: only FORMAT=hf can have padded heads; unset one setting"
+        )
 
 
 def dry_run(run: Run, stage: str, job: Job) -> int:
@@ -341,7 +388,7 @@ def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
 
     `download` needs all stages of the run to know which data to get. In a container (stage "") all stages run together.
     """
-    values = {name: os.environ[name] for name in (*SETTINGS, *sample.SETTINGS, *MORE) if os.environ.get(name)}
+    values = {name: os.environ[name] for name in (*docker.PASSED, *PATHS) if os.environ.get(name)}
     values |= {name: os.path.abspath(values[name]) for name in PATHS if name in values}
     script = CHECKOUT / "examples/run_all.sh"
     if script.is_file():  # works in any directory, and with this checkout
@@ -356,7 +403,7 @@ def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
 
 def options_of(run: Run) -> list[str]:
     """Return the options of a run except those that select stages. Paths are absolute."""
-    words = ["--sample"] if run.sample else []
+    words = [*(["--sample"] if run.sample else []), *(["--mini"] if run.mini else [])]
     for name in ("model", "recipe", "weight", "teacher", "reward_model", "port"):
         if value := getattr(run, name):
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -62,8 +62,9 @@ def _stages(records: Mapping[str, Record], histories: Mapping[str, list[Row]]) -
     for name, record in records.items():
         seconds, devices = record.get("seconds", 0.0), record.get("processes", 1) if name in histories else 1
         history = histories.get(name, [])
+        tokens = _tokens(history, devices)
         rows.append(
-            (name, f"{seconds:,.0f}", f"{_tokens(history):,.0f}" if history else "", f"{seconds * devices / 3600:.3f}",
+            (name, f"{seconds:,.0f}", f"{tokens:,.0f}" if tokens else "", f"{seconds * devices / 3600:.3f}",
              _last(history), record.get("weights", ""))
         )  # fmt: skip
     total = sum(record.get("seconds", 0.0) for record in records.values())
@@ -71,15 +72,19 @@ def _stages(records: Mapping[str, Record], histories: Mapping[str, list[Row]]) -
     return "Stages", ("job", "seconds", "tokens", "device-hours", "last loss or reward", "digest of the weights"), rows
 
 
-def _tokens(history: Sequence[Row]) -> float:
-    """Return the number of tokens read by a training. Without a logged count, estimate it from tokens per second."""
+def _tokens(history: Sequence[Row], devices: int) -> float:
+    """Return the number of tokens of a training, or 0 if it is not known.
+
+    Without a logged count, compute the number from tokens per second. In reinforcement learning these are the tokens of
+    prompts and responses, per device and second.
+    """
     if history and "consumed_tokens" in history[-1]:
         return history[-1]["consumed_tokens"]
     total, before = 0.0, 0.0
     for row in (row for row in history if "tokens_per_second" in row):
         total += (row["iteration"] - before) * row["seconds_per_iteration"] * row["tokens_per_second"]
         before = row["iteration"]
-    return total
+    return total + devices * sum(row["e2e_tps"] * row.get("timing/all", 0.0) for row in history if "e2e_tps" in row)
 
 
 def _curve(history: Sequence[Row]) -> list[tuple[float, float]]:

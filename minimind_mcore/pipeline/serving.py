@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from minimind_mcore.cli.settings import CLI, show, wait_for
+from minimind_mcore.cli.settings import CLI, choice, show, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import health, is_marked, open_local
 from minimind_mcore.pipeline.docker import COMPOSE, service_of
@@ -82,6 +83,16 @@ def serve(run: Run, kind: str, dry: bool) -> None:
     print(f"{QUESTION} {_ask(address(run))!r}")
     print(f"address     {address(run)}/v1 (model minimind)")
     print(f"to stop     {stopping}", flush=True)
+
+
+def require_engine() -> None:
+    """Check the setting ENGINE.
+
+    Raises:
+        UserError: ENGINE has an unknown value, or asks for vLLM, which is not installed.
+    """
+    if choice("ENGINE", "auto", "auto", "embedded", "vllm") == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("ENGINE=vllm: vLLM is not installed; install vLLM, or unset ENGINE")
 
 
 def require_model(run: Run) -> None:

@@ -5,18 +5,22 @@ A stage is a function that takes a `Run` and returns a list of jobs. `STAGES` is
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minimind_mcore.cli.settings import env
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.models.presets import find_model, is_path
+from minimind_mcore.models.recipes import RECIPES, get_recipe
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import EVALUATION, TRAINING, Command, Job, Records
-from minimind_mcore.pipeline.tables import find, successor
+from minimind_mcore.pipeline.tables import find, require_content, successor, tables
+from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
 
 PRESETS = {
     "zero": "download tokenizer pretrain full_sft eval",
@@ -85,6 +89,7 @@ class Run:
         stages: stages to run, in order.
         records: records of finished jobs.
         tasks: evaluation tasks in addition to the quality of replies. `task_data` has one path per task.
+        mini: of the kinds of data that have a mini file, use only this file.
     """
 
     model: str
@@ -102,6 +107,7 @@ class Run:
     files: Mapping[str, Path] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     task_data: tuple[str, ...] = ()
+    mini: bool = False
 
     def folder(self, stage: str) -> Path:
         """Return the directory of a stage."""
@@ -130,7 +136,25 @@ class Run:
         if self.sample:
             return self.data / "tokenizer"
         own = self.folder("tokenizer")
-        return own if self.will_have("tokenizer") else self.data / "tokenizer"
+        return own if self.will_have("tokenizer") else self.downloaded_tokenizer()
+
+    def downloaded_tokenizer(self) -> Path:
+        """Return DATA_DIR/tokenizer, or DATA_DIR/tokenizer-NAME if the former is published for other models.
+
+        Any tokenizer that is not published, such as one that the user has trained, is used for every model.
+        """
+        folder, name = self.data / "tokenizer", self.published_tokenizer()
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return folder
+        require_content(file, "another tokenizer with TOKENIZER_PATH")
+        found = _fingerprint(file, file.stat().st_mtime_ns)
+        others = [entry["fingerprint"] for other, entry in tables()["tokenizer"].items() if other != name]
+        return self.data / f"tokenizer-{name}" if found in others else folder
+
+    def published_tokenizer(self) -> str:
+        """Return the name of the published tokenizer of the model's generation."""
+        return "minimind-3" if find_model(self.model).qk_layernorm else "minimind2"
 
     def tokenizer_files(self) -> dict[str, Path]:
         """Return the tokenizer files that are inputs of a job, with its config and chat template if they exist."""
@@ -147,7 +171,7 @@ class Run:
         """Return the data file of a stage.
 
         Raises:
-            UserError: a file given by the user does not exist.
+            UserError: a file given by the user does not exist, or the file has no data.
         """
         kind = KIND.get(stage, stage)
         if self.sample:
@@ -155,14 +179,27 @@ class Run:
         if given := self.files.get(kind):
             if not given.exists():
                 raise UserError(f"--data {kind}={given}: the file does not exist{successor(given.stem)}")
-            return given
+            found = given
+        else:
+            paths = [self.data / f"{name}.jsonl" for name in self.data_names(kind)]
+            found = next((path for path in paths if path.exists()), paths[0])
+        require_content(found, f"another file with --data {kind}=FILE")
+        return found
+
+    def data_names(self, kind: str) -> tuple[str, ...]:
+        """Return the file names of a kind of data that this run accepts, in order of preference."""
         names = DATA[kind]
-        there = [path for name in names if (path := self.data / f"{name}.jsonl").exists()]
-        return there[0] if there else self.data / f"{names[0]}.jsonl"
+        return names[:1] if self.mini and names[0].endswith("_mini") else names
 
     def recipe_of(self, command: str) -> str:
         """Return the recipe name of a training command, or "" for the default recipe of the model."""
         return recipe_of(self.model, self.recipe, command)
+
+
+@functools.cache
+def _fingerprint(file: Path, changed_ns: int) -> str:
+    """Return the fingerprint of a tokenizer. The time of the file's last change keeps the cache correct."""
+    return tokenizer_fingerprint(file)
 
 
 def recipe_of(model: str, generation: str, command: str) -> str:
@@ -173,10 +210,11 @@ def recipe_of(model: str, generation: str, command: str) -> str:
         generation: model generation whose recipes are used, such as "minimind2", or "".
         command: training command, such as "sft".
     """
-    if generation:
-        return f"{generation}_{command}"
     # Only MiniMind2 has a recipe for reasoning, so minimind-3 uses that one.
-    return "minimind2_reason" if command == "reason" and not model.endswith("_tiny") else ""
+    if generation:
+        return name if (name := f"{generation}_{command}") in RECIPES else f"minimind2_{command}"
+    is_tiny = model.endswith("_tiny") and not is_path(model)
+    return "minimind2_reason" if command == "reason" and not is_tiny else ""
 
 
 def download(run: Run) -> list[Job]:
@@ -198,10 +236,12 @@ def download(run: Run) -> list[Job]:
             raise UserError(f"{error}; give this file or another one with --data {kind}=FILE") from error
         commands.append(Command(("download", "data", path.stem), settings))
         outputs.append(path)
-    if run.tokenizer_dir() == run.data / "tokenizer" and not (run.data / "tokenizer/tokenizer.json").exists():
-        name = "minimind-3" if find_model(run.model).qk_layernorm else "minimind2"
-        commands.append(Command(("download", "tokenizer", name), settings))
-        outputs += [run.data / "tokenizer" / file for file in find("tokenizer", name)["files"]]
+    folder, name = run.tokenizer_dir(), run.published_tokenizer()
+    usual = run.data / "tokenizer"
+    if folder in (usual, run.data / f"tokenizer-{name}") and not (folder / "tokenizer.json").exists():
+        where = () if folder == usual else ("--output", str(folder))
+        commands.append(Command(("download", "tokenizer", name, *where), settings))
+        outputs += [folder / file for file in find("tokenizer", name)["files"]]
     return [Job(name="download", commands=tuple(commands), outputs=tuple(outputs))] if commands else []
 
 
@@ -222,12 +262,17 @@ def training(stage: str) -> Callable[[Run], list[Job]]:
 
     def jobs(run: Run) -> list[Job]:
         command, candidates = TRAININGS[stage]
+        if recipe := run.recipe_of(command):
+            get_recipe(recipe)  # report a missing recipe before the first stage of the run
         begins, raw, folder = run.begin(candidates), run.data_file(stage), run.folder(stage)
         cache = run.data if os.access(run.data, os.W_OK) or not run.data.exists() else run.output
         settings = {
-            **UNSET, "MODEL": run.model, "RECIPE": run.recipe_of(command), "DATA_PATH": str(raw),
+            **UNSET, "MODEL": run.model, "RECIPE": recipe, "DATA_PATH": str(raw),
             "TOKENIZER_PATH": str(run.tokenizer_dir()), "DATA_DIR": str(cache), "OUTPUT_DIR": str(folder),
             "CKPT_LOAD_DIR": run.checkpoints(begins[0]) if begins else "",
+            # The commands' default on an Ascend host is MindSpeed-LLM, which has no stages reason and distill, saves no
+            # checkpoint at a stop, and writes no metrics.jsonl for the report.
+            "BACKEND": env("BACKEND", "native"),
         }  # fmt: skip
         inputs = {"data": raw, **run.tokenizer_files(), **run.model_file()}
         if command == "distill":

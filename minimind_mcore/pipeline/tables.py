@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypedDict
 
 from minimind_mcore.errors import UserError, did_you_mean
@@ -18,6 +19,7 @@ class Entry(TypedDict, total=False):
         gb: size of the download in GB, for the disk check.
         sha256: digest of each file that has a published one.
         licence: licence named by the repository.
+        fingerprint: fingerprint of a tokenizer, see `preprocess.tokenize.tokenizer_fingerprint`.
     """
 
     hf: str
@@ -26,12 +28,14 @@ class Entry(TypedDict, total=False):
     gb: float
     sha256: dict[str, str]
     licence: str
+    fingerprint: str
 
 
 KINDS = ("data", "weights", "tokenizer", "reward-model")
 
 
 TABLE = "pipeline/downloads.json"
+LFS_POINTER = b"version https://git-lfs"  # beginning of the text that Git stores in place of a large file
 
 
 def tables() -> dict[str, dict[str, Entry]]:
@@ -60,3 +64,26 @@ def find(kind: str, name: str) -> Entry:
         raise UserError(f"download {kind} {name}{text}")
     hint = did_you_mean(name, entries)
     raise UserError(f"download {kind}: {name} is not in the table{hint}; it has {', '.join(entries)}")
+
+
+def require_content(file: Path, other: str) -> None:
+    """Check that a file, if it exists, is neither empty nor a Git LFS pointer.
+
+    Args:
+        file: data file, or tokenizer.json.
+        other: what the user can give instead, for the message.
+
+    Raises:
+        UserError: the file has no data.
+    """
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        begin = opened.read(len(LFS_POINTER))
+    if begin and begin != LFS_POINTER:
+        return
+    found = "a Git LFS pointer, which only names the content" if begin else "an empty file"
+    raise UserError(
+        f"{file}: found {found}, expected the content itself. Delete the file and run the stage download, or give "
+        f"{other}"
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +20,11 @@ import pytest
 import minimind_mcore
 from minimind_mcore.cli import dispatch
 from minimind_mcore.errors import UserError
-from minimind_mcore.pipeline import docker, main, report, serving
+from minimind_mcore.models.recipes import RECIPES
+from minimind_mcore.pipeline import docker, download, main, report, serving, stages
 from minimind_mcore.pipeline.job import Command, Job, Records, digest
-from minimind_mcore.pipeline.stages import STAGES, Run, expand
+from minimind_mcore.pipeline.stages import STAGES, TRAININGS, Run, expand
+from minimind_mcore.platform import device
 from minimind_mcore.storage import set_aside
 
 
@@ -166,7 +170,130 @@ def test_sample_reinforcement_learning_begins_with_the_model_of_the_run(tmp_path
 @pytest.mark.parametrize("preset", ["zero", "core", "all"])
 def test_presets_with_a_download_are_valid_on_an_empty_machine(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "wait_for", lambda *words: 0)  # the dry runs of the commands have tests of their own
+    monkeypatch.setattr(download, "choose", lambda hub: "hf")
     assert dispatch(["run", "--dry-run", preset]) == 0
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The directory of the data files, with data for pretraining and a tokenizer that nobody has published."""
+    data = tmp_path / "data"
+    (data / "tokenizer").mkdir(parents=True)
+    for name in ("pretrain_t2t_mini.jsonl", "tokenizer/tokenizer.json"):
+        (data / name).write_text("{}")
+    return data
+
+
+@pytest.mark.parametrize("given", ["", "mindspeed-llm"])
+def test_trainings_are_native_on_every_device_unless_the_user_chooses_another_backend(
+    given: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ascend = device.Device("npu", "Ascend910B", 8, 64 << 30)
+    monkeypatch.setattr(device, "current", lambda: ascend)
+    monkeypatch.setenv("BACKEND", given)
+    (files / "sft_t2t_mini.jsonl").write_text("{}")
+    (files / "r1_mix_1024.jsonl").write_text("{}")
+    asked: list[tuple[str, str]] = []
+
+    def wait_for(command: list[str], settings: dict[str, str]) -> int:
+        asked.append((command[3], settings["BACKEND"]))
+        return 0
+
+    monkeypatch.setattr(main, "wait_for", wait_for)
+    assert dispatch(["run", "--dry-run", "--model", "minimind2", "pretrain", "full_sft", "reason"]) == 0
+    assert asked == [(name, given or "native") for name in ("pretrain", "sft", "reason")]
+
+
+def test_records_without_a_backend_are_those_of_native_trainings(files: Path) -> None:
+    run = run_of("pretrain")
+    [job] = STAGES["pretrain"](run)
+    record = run.records.expected(job)
+    assert "BACKEND=native " in record["commands"][0]
+    older = record | {"commands": [text.replace("BACKEND=native ", "") for text in record["commands"]]}
+    run.records.write("pretrain", older)  # type: ignore[arg-type]
+    assert run.records.agrees(job, record)
+
+
+@pytest.mark.parametrize(
+    ("there", "model", "expected", "words"),
+    [
+        ("v3", "minimind2", "tokenizer-minimind2", ("minimind2", "--output")),
+        ("v2", "minimind3", "tokenizer-minimind-3", ("minimind-3", "--output")),
+        ("v3", "minimind3", "tokenizer", ()),
+        ("v2", "minimind2", "tokenizer", ()),
+        ("", "minimind2", "tokenizer", ("minimind2",)),
+        ("own", "minimind2", "tokenizer", ()),
+        ("own", "minimind3", "tokenizer", ()),
+    ],
+)
+def test_the_published_tokenizer_of_another_generation_is_not_used(
+    there: str, model: str, expected: str, words: tuple[str, ...], files: Path
+) -> None:
+    file = files / "tokenizer/tokenizer.json"
+    file.unlink()
+    if there == "own":
+        file.write_text("{}")
+    elif there:
+        folder = os.environ.get("MINIMIND_TOKENIZER_DIR") or pytest.skip("MINIMIND_TOKENIZER_DIR is not set")
+        shutil.copy(Path(folder, there, "tokenizer.json"), file)
+    run = run_of("--model", model, "download", "pretrain")
+    assert run.tokenizer_dir() == files / expected
+    [training] = STAGES["pretrain"](run)
+    assert training.commands[0].settings["TOKENIZER_PATH"] == str(files / expected)
+    jobs = STAGES["download"](run)
+    found = [command.words for job in jobs for command in job.commands if command.words[1] == "tokenizer"]
+    place = (str(files / expected),) if words[1:] else ()
+    assert found == ([("download", "tokenizer", *words, *place)] if words else [])
+
+
+@pytest.mark.parametrize("content", ["", "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"])
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [("pretrain_t2t_mini.jsonl", "--data pretrain=FILE"), ("tokenizer/tokenizer.json", "TOKENIZER_PATH")],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_file_without_its_content_is_refused(
+    dry: list[str], file: str, advice: str, content: str, files: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (files / file).write_text(content)
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
+    assert dispatch(["run", *dry, "download", "pretrain"]) == 1
+    error = capfd.readouterr().err
+    assert ("Git LFS pointer" if content else "an empty file") in error
+    assert str(files / file) in error and "Delete the file" in error and advice in error
+
+
+def test_a_given_file_without_its_content_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("")
+    run = run_of("pretrain", "--data", f"pretrain={tmp_path}/x.jsonl")
+    with pytest.raises(UserError, match=r"x\.jsonl: found an empty file"):
+        run.data_file("pretrain")
+
+
+def test_zero_uses_the_mini_files(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (files / "pretrain_t2t_mini.jsonl").rename(files / "pretrain_t2t.jsonl")
+    (files / "sft_t2t.jsonl").write_text("{}")
+
+    def read(*words: str) -> list[str]:
+        run = run_of(*words)
+        return [run.data_file(stage).stem for stage in ("tokenizer", "pretrain", "full_sft")]
+
+    mini = ["pretrain_t2t_mini", "pretrain_t2t_mini", "sft_t2t_mini"]
+    assert read("zero") == read("zero", "--from", "pretrain") == mini
+    assert read("core") == ["pretrain_t2t", "pretrain_t2t", "sft_t2t"]
+    assert read("zero", "--data", f"pretrain={files}/pretrain_t2t.jsonl") == ["pretrain_t2t", "pretrain_t2t", mini[2]]
+    args = settings("zero")
+    again = main.repeat_command(main.make_run(args), args, "pretrain")
+    assert read(*again.split("run_all.sh ")[1].split()) == mini
+
+
+def test_the_chosen_data_file_is_logged(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "wait_for", lambda *words: 0)
+    assert dispatch(["run", "--dry-run", "pretrain"]) == 0
+    assert f"data: {files}/pretrain_t2t_mini.jsonl" in capfd.readouterr().out
 
 
 def test_data_that_cannot_be_downloaded_names_the_flag(capfd: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +503,62 @@ def test_wrong_options_are_named_at_once(
     assert status in (1, 2) and message in problem + capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("stages", "variables", "message"),
+    [
+        ("convert", {"FORMAT": "bogus"}, "FORMAT=bogus: expected hf or minimind"),
+        ("convert", {"PAD_HEAD_DIM": "-3"}, "PAD_HEAD_DIM=-3: expected a whole number of 1 or more"),
+        ("convert", {"PAD_HEAD_DIM": "32"}, "--pad-head-dim 32: the model's heads have size 96"),
+        ("convert", {"PAD_HEAD_DIM": "128", "FORMAT": "minimind"}, "only FORMAT=hf can have padded heads"),
+        ("convert vllm", {"ENGINE": "nonsense"}, "ENGINE=nonsense: expected auto, embedded or vllm"),
+        ("convert vllm", {"ENGINE": "vllm"}, "ENGINE=vllm: vLLM is not installed"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_wrong_settings_of_a_later_stage_are_refused_before_the_first_stage(
+    stages: str, variables: dict[str, str], message: str, dry: list[str], files: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else real(name, *more))
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
+    (files / "sft_t2t_mini.jsonl").write_text("{}")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dispatch(["run", *dry, "pretrain", "full_sft", *stages.split()]) == 1
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_run_that_downloads_needs_the_client_of_a_hub(
+    dry: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "CLIENTS", {"modelscope": "no_such_client", "hf": "no_such_client_either"})
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
+    assert dispatch(["run", *dry, "download", "pretrain"]) == 1
+    assert "--hub auto: modelscope is not installed: pip install" in capfd.readouterr().err
+
+
+def test_minimind3_reasons_with_the_recipe_of_minimind2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_of("reason", "--recipe", "minimind3").recipe_of("reason") == "minimind2_reason"
+    assert run_of("reason", "--recipe", "tiny").recipe_of("reason") == "tiny_reason"
+    for recipe in ("minimind2", "minimind3", "tiny"):
+        run = run_of("reason", "--recipe", recipe)
+        assert {run.recipe_of(command) for command, _ in TRAININGS.values()} <= RECIPES.keys()
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_missing_recipe_is_reported_before_the_first_stage(
+    dry: list[str], files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "recipe_of", lambda model, generation, command: f"{generation}_{command}")
+    monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
+    (files / "r1_mix_1024.jsonl").write_text("{}")
+    (files / "sft_t2t_mini.jsonl").write_text("{}")
+    assert dispatch(["run", *dry, "--recipe", "minimind3", "pretrain", "full_sft", "reason"]) == 1
+    assert "minimind3_reason" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_all_downloads_of_a_run_must_fit_on_the_disk_together(
     dry: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -527,6 +710,27 @@ def test_docker_gets_the_model_and_every_file_of_the_user(
         dispatch([*words[:-1], "nowhere"])
 
 
+def test_docker_gets_every_setting_that_a_stage_reads(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "FORMAT": "minimind", "BATCH": "4", "SAVE_INTERVAL": "7", "LOG_INTERVAL": "8", "EVAL_INTERVAL": "9",
+        "EVAL_ITERS": "2", "EPOCHS": "3",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert dispatch(["run", "--docker", "--dry-run", "zero", "convert"]) == 0
+    inside = next(line for line in capfd.readouterr().out.splitlines() if " run --rm " in line)
+    assert all(f"-e {name}={value}" in inside for name, value in settings.items())
+    assert "--mini" in inside.split()
+    monkeypatch.setenv("PAD_HEAD_DIM", "128")
+    with pytest.raises(UserError, match="only FORMAT=hf can have padded heads"):
+        dispatch(["run", "--docker", "--dry-run", "zero", "convert"])
+    monkeypatch.setenv("FORMAT", "hf")
+    assert dispatch(["run", "--docker", "--dry-run", "zero", "convert"]) == 0
+    assert "-e PAD_HEAD_DIM=128" in capfd.readouterr().out
+
+
 def test_docker_failures_name_the_command_with_docker(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -667,3 +871,65 @@ def test_the_report_has_every_stage_and_needs_no_network(tmp_path: Path) -> None
     assert "&lt;1&gt;" in page and page.count("<svg") == 1
     assert not re.search(r"""(src|href)=["']?http|@import|url\(http""", page)
     assert (run.output / "loss.png").stat().st_size > 1000
+
+
+def rl_rows(run: Run, **changes: object) -> None:
+    """Write the metrics and the record of a finished reinforcement learning run."""
+    folder = run.folder("grpo")
+    folder.mkdir(parents=True)
+    row = {"grpo/score/mean": 0.5, "e2e_tps": 100.0, "tokens/p/s": 100.0, "timing/all": 2.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"iteration": i, **row}) + "\n" for i in (1, 2, 3)))
+    record = {"job": "grpo", "finished": True, "seconds": 3600.0, "processes": 4, **changes}
+    run.records.write("grpo", record)  # type: ignore[arg-type]
+
+
+def test_a_run_of_reinforcement_learning_has_a_report_with_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rl_rows(run_of("grpo"))
+    monkeypatch.setattr(main, "run_stage", lambda *words: 0)
+    monkeypatch.setattr(main, "first_impossible", lambda run: "")
+    assert dispatch(["run", "grpo"]) == 0
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| grpo | 3,600 | 2,400 | 4.000 | 0.5000 |  |" in text  # 3 steps x 2 s x 100 tokens per second x 4 devices
+
+
+def test_unknown_tokens_are_left_empty() -> None:
+    run = run_of("grpo")
+    rl_rows(run)
+    (run.folder("grpo") / "metrics.jsonl").write_text(json.dumps({"iteration": 1, "grpo/score/mean": 0.5}))
+    report.write(run)
+    assert "| grpo | 3,600 |  | 4.000 | 0.5000 |  |" in (run.output / "report.md").read_text()
+
+
+def test_the_devices_of_all_hosts_are_counted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NNODES": "3", "NPUS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(main, "wait_for", lambda *words: 1)
+    run = run_of("pretrain")
+    [job] = STAGES["pretrain"](run)
+    assert main.run_job(run, job) == 1
+    assert run.records.read("pretrain")["processes"] == 6
+
+
+def test_the_seconds_of_a_killed_training_are_counted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("pretrain")
+    [job] = STAGES["pretrain"](run)
+
+    def killed(*words: object) -> int:
+        run.folder("pretrain").mkdir(parents=True, exist_ok=True)
+        metrics = run.folder("pretrain") / "metrics.jsonl"
+        metrics.write_text("{}")
+        os.utime(metrics, (time.time() + 100, time.time() + 100))
+        raise ZeroDivisionError  # stands for SIGKILL: the pipeline writes nothing afterwards
+
+    monkeypatch.setattr(main, "wait_for", killed)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            main.run_job(run, job)
+    monkeypatch.setattr(main, "wait_for", lambda *words: 1)
+    assert main.run_job(run, job) == 1
+    record = run.records.read("pretrain")
+    assert 198 < record["seconds"] < 210 and "began" not in record
+    assert main.run_job(run, job) == 1
+    assert run.records.read("pretrain")["seconds"] < 210  # counted once
