@@ -308,6 +308,9 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
         overrides += [f"critic_config.save={folder}/critic"] if stage == "ppo" else []
         overrides += reinforcement_overrides(roles)
         backend = {"BACKEND": BACKENDS.get(os.environ.get("BACKEND", ""), os.environ.get("BACKEND", ""))}
+        if run.sample and not run.will_have("full_sft"):  # alone, the command makes a model and problems of its own
+            train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny", **backend})
+            return [Job(name=stage, commands=(train,), folder=folder, trains=True, settings=RL_SETTINGS)]
         if run.sample:
             tuned = run.folder("math_sft")
             overrides += sample.problem_overrides(run.data, tuned, roles)

@@ -163,6 +163,8 @@ def test_sample_reinforcement_learning_begins_with_the_model_of_the_run(tmp_path
     assert tuning.commands[1].settings["CKPT_LOAD_DIR"] == str(tmp_path / "out/full_sft/checkpoints")
     _, words = rl_words(run, "ppo")
     assert {f"{role}_config.load={tmp_path}/out/math_sft/checkpoints" for role in ("actor", "critic")} < set(words)
+    [alone] = STAGES["grpo"](replace(run, stages=("grpo",)))
+    assert not alone.begins and not any("config.load=" in word for word in alone.commands[0].words)
     places = [word.partition("=")[2] for word in words if "=/" in word]
     assert len(places) >= 6 and all(place.startswith(str(tmp_path)) for place in places)
 
