@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_mcore.cli.launcher import precision, run_here
-from minimind_mcore.cli.settings import CLI, env, flags, given, help_of, path, path_flags, show
+from minimind_mcore.cli.settings import CLI, env, flags, given, help_of, path, path_flags, show, value_of
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import default_outputs
 
@@ -25,6 +26,14 @@ def name_of(model: str) -> str:
     file = Path(model)
     name = file.name.removesuffix(".pth")
     return file.parent.name if name == "checkpoints" else name
+
+
+def directory_name(served: str) -> str:
+    """Return a directory name for a model of a server: jingyaogong-minimind-3-latest for jingyaogong/minimind-3:latest.
+
+    Every other character than letters, digits, "_", "." and "-" becomes "-". Return "" for "".
+    """
+    return re.sub(r"[^\w.-]+", "-", served).strip(".-") or ("api" if served else "")
 
 
 def outputs(*parts: str) -> Path:
@@ -161,18 +170,21 @@ def evaluate(argv: Sequence[str]) -> None:
       MAX_NEW_TOKENS  tokens of a reply for toolcall and quality (default: 256)
       HARNESS         tasks of lm-evaluation-harness, if it is installed
       OUTPUT_DIR      directory of scores.json and scores.png (default: outputs/NAME/evaluation)
-    To score the tool calls of a server, set BACKEND=api, API_BASE_URL, API_KEY and API_MODEL instead of LOAD_DIR.
+    To score the tool calls of a server, set BACKEND=api, API_BASE_URL, API_KEY and API_MODEL instead of LOAD_DIR. NAME is
+    then API_MODEL, with "-" for characters such as "/" and ":".
     The flags are those of evaluation.py (`minimind-mcore evaluation.py --help`) and override settings. --dry-run checks
     everything and scores nothing.
     """
     help_of(argv, evaluate.__doc__)
-    api = env("BACKEND") == "api" or given(argv, "--backend")
+    api = (value_of(argv, "--backend") or env("BACKEND")) == "api"
     words = flags("BACKEND", "API_BASE_URL", "API_MODEL") if api else loaded(argv)
     for name, flag in {"TASK": "--task", "TASK_DATA_PATH": "--task-data-path", "HARNESS": "--harness"}.items():
         words += [flag, *listed] if (listed := env(name).split()) else []
     words += flags("NUM_FEWSHOT", "BATCH --evaluation-batch-size", "MAX_NEW_TOKENS")
-    if env("LOAD_DIR") or env("OUTPUT_DIR"):
-        words += ["--output-dir", path("OUTPUT_DIR", outputs(name_of(path("LOAD_DIR")), "evaluation"))]
+    served = directory_name(value_of(argv, "--api-model") or env("API_MODEL"))
+    name = served if api else name_of(path("LOAD_DIR"))
+    if name or env("OUTPUT_DIR"):
+        words += ["--output-dir", path("OUTPUT_DIR", outputs(name, "evaluation"))]
     run_here("evaluation.py", [*words, *argv], "--dry-run" in argv)
 
 

@@ -57,6 +57,16 @@ def given(argv: Sequence[str], *names: str) -> bool:
     return any(word.partition("=")[0] in names for word in argv)
 
 
+def value_of(argv: Sequence[str], name: str) -> str:
+    """Return the last value of a flag, written as --flag VALUE or --flag=VALUE. Return "" if the flag is not given."""
+    found = ""
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag == name:
+            found = value if equals else after
+    return found
+
+
 def choice(name: str, default: str, *expected: str) -> str:
     """Return a setting that is one of the expected words.
 

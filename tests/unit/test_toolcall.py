@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from minimind_mcore.cli import model
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import evaluation
 from minimind_mcore.inference.prompts import Prompt, PromptEncoder
@@ -115,6 +116,39 @@ def test_wrong_sets_and_files_are_named(tmp_path: Path) -> None:
         read_cases(str(tmp_path / "cases.jsonl"), 0)
     with pytest.raises(UserError, match="--backend api: expected --task toolcall and --api-model"):
         evaluation.main(["--backend", "api", "--task", "toolcall", "--task-data-path", "minimind"])
+
+
+def wrapped(monkeypatch: pytest.MonkeyPatch, argv: Sequence[str], **settings: str) -> dict[str, str]:
+    """The flags that `minimind-mcore evaluate` passes to evaluation.py, with their values."""
+    for name in ("BACKEND", "LOAD_DIR", "OUTPUT_DIR", "API_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    passed = list[str]()
+    monkeypatch.setattr(model, "run_here", lambda program, flags, dry=False: passed.extend(flags))
+    model.evaluate(argv)
+    return dict(zip(passed[::2], passed[1::2], strict=True))
+
+
+def test_the_wrapper_gives_an_api_evaluation_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without LOAD_DIR and OUTPUT_DIR, the files are in outputs/API_MODEL/evaluation."""
+    api = {"BACKEND": "api", "TASK": "toolcall", "TASK_DATA_PATH": "minimind-ascend"}
+    found = wrapped(monkeypatch, [], API_MODEL="m", **api)
+    assert found["--output-dir"] == str(model.outputs("m", "evaluation")) and found["--backend"] == "api"
+    for name, folder in {"jingyaogong/minimind-3:latest": "jingyaogong-minimind-3-latest", "../..": "api"}.items():
+        found = wrapped(monkeypatch, [], API_MODEL=name, **api)
+        assert found["--output-dir"] == str(model.outputs(folder, "evaluation"))
+    found = wrapped(monkeypatch, ["--backend", "api", "--api-model", "n"], LOAD_DIR="/models/x", API_MODEL="m")
+    assert found["--output-dir"] == str(model.outputs("n", "evaluation")) and "--load" not in found
+    assert wrapped(monkeypatch, [], OUTPUT_DIR="/o", API_MODEL="m", **api)["--output-dir"] == "/o"
+
+
+def test_the_backend_flag_of_the_wrapper_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wrapped(monkeypatch, ["--backend", "local"], LOAD_DIR="/models/x", BACKEND="api", API_MODEL="m")
+    assert found["--load"] == "/models/x" and found["--output-dir"] == str(model.outputs("x", "evaluation"))
+    assert found["--backend"] == "local" and "--api-model" not in found
+    with pytest.raises(UserError, match="LOAD_DIR is not set"):
+        wrapped(monkeypatch, ["--backend=local"])
 
 
 class Answers(BaseHTTPRequestHandler):
