@@ -8,7 +8,7 @@
 | complete_arguments | every call has all required arguments | cases with a call |
 | exact | tools and arguments of the expected calls are exact | cases that need a call |
 | not_called | no call | cases that need none |
-| answer_holds_result | the final answer contains a value of the last tool result | cases with a call |
+| answer_holds_result | the final answer holds every tool result (`held_results`) | cases with a call |
 
 `called`, `right_tool`, `valid_json`, `complete_arguments` and `not_called` are the rates of minimind-ascend's
 eval_tool_call.py, except that here a tool without required arguments is complete without any. A call with invalid JSON
@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference.generation import Generator
+from minimind_mcore.inference.held_results import all_held
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import Prompt, PromptEncoder, records
 from minimind_mcore.inference.quality import Quality
@@ -166,7 +167,7 @@ class Outcome:
         if called:
             found["valid_json"] = not self.invalid
             found["complete_arguments"] = not self.invalid and all(_is_complete(tools, call) for call in self.calls)
-            found["answer_holds_result"] = bool(self.results) and _holds(self.answer, self.results[-1], self.calls)
+            found["answer_holds_result"] = all_held(self.answer, tools, self.calls, self.results)
         return found
 
     def row(self) -> dict[str, object]:
@@ -197,26 +198,6 @@ def _is_complete(tools: Mapping[str, Tool], call: Call) -> bool:
     if tool is None or not isinstance(call.arguments, Mapping):
         return False
     return set(tool.required) <= tool.canonical(call.arguments).keys()
-
-
-def _holds(answer: str, result: str, calls: Sequence[Call]) -> bool:
-    """Return whether an answer contains a value of a result that is not just an argument of a call."""
-    given = {str(v) for call in calls if isinstance(call.arguments, Mapping) for v in call.arguments.values()}
-    try:
-        values = set(_leaves(json.loads(result))) - given
-    except ValueError:
-        values = {result}
-    numbers = answer.replace(",", "")
-    return any(value and (value.lower() in answer.lower() or value in numbers) for value in values)
-
-
-def _leaves(value: object) -> Iterator[str]:
-    """Yield the texts and numbers in a JSON value."""
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(part)
-    elif isinstance(value, str | int | float):
-        yield str(value)
 
 
 def read_cases(spec: str, seed: int) -> list[Case]:

@@ -84,7 +84,9 @@ class Toolbox:
 
 
 TOOLS: Mapping[str, Tool] = {
-    name: Tool(row["definition"], f"minimind_mcore.tools.builtin:{name}", aliases=row["aliases"])
+    name: Tool(
+        row["definition"], f"minimind_mcore.tools.builtin:{name}", aliases=row["aliases"], payload=row["payload"]
+    )
     for name, row in TABLES["tools"].items()
 }
 # minimind-ascend's names
@@ -146,7 +148,7 @@ def _entry(entry: object, where: str) -> Tool:
         raise UserError(f'{where} has "python": {json.dumps(python)}; expected "module:function"')
     definition = {key: value for key, value in entry.items() if key != "python"}
     tool = tool_of(definition if "function" in entry else {"type": "function", "function": definition})
-    return replace(tool, function=python, aliases={}) if python else tool
+    return replace(tool, function=python, aliases={}, payload=()) if python else tool
 
 
 def tool_of(definition: Mapping[str, object]) -> Tool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from minimind_mcore.tools.process import Limits, Result
@@ -17,12 +17,14 @@ class Tool:
         function: "module:name" of the Python function that runs in a subprocess.
         remote: what runs instead: takes the arguments, and the limits of the call.
         aliases: other names of arguments.
+        payload: keys of the result that an answer should hold. Empty: all keys that do not echo an argument.
     """
 
     definition: Mapping[str, object]
     function: str | None = None
     remote: Callable[[Mapping[str, object], Limits], Result] | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    payload: Sequence[str] = ()
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 from minimind_mcore.cli import model
 from minimind_mcore.errors import UserError
 from minimind_mcore.inference import evaluation
+from minimind_mcore.inference.held_results import all_held, holds
 from minimind_mcore.inference.prompts import Prompt, PromptEncoder
 from minimind_mcore.inference.quality import Quality, repetition
 from minimind_mcore.inference.toolcall import Reply, evaluate, read_cases, summary
@@ -24,7 +26,7 @@ from minimind_mcore.pipeline import sample
 from minimind_mcore.preprocess import corpus, tool_dialogues, train_tokenizer
 from minimind_mcore.preprocess.messages import conversation_of
 from minimind_mcore.tools.cases import SETS, Case
-from minimind_mcore.tools.parser import parse
+from minimind_mcore.tools.parser import Call, parse
 from minimind_mcore.tools.registry import TOOLS
 
 
@@ -85,9 +87,10 @@ def test_every_rate_counts_what_it_says() -> None:
 def test_results_go_back_and_rounds_are_bounded() -> None:
     [case] = [case for case in SETS["minimind"](0) if "平方" in case.question]
     first, second = called("random_number", min=1, max=1000), called("calculate_math", expression="7*7")
-    backend = Scripted({case.question: [first, second, "49"]})
+    answer = f"{random.Random('5 1 1000').randint(1, 1000)}, and 49"  # `builtin.random_number` with the seed 5
+    backend = Scripted({case.question: [first, second, answer]})
     [outcome], quality = evaluate(backend, [case], batch=1, seed=5)
-    assert (outcome.rounds, outcome.answer, quality.replies) == (2, "49", 3)
+    assert (outcome.rounds, outcome.answer, quality.replies) == (2, answer, 3)
     assert outcome.rates == dict.fromkeys(
         ("called", "right_tool", "exact", "valid_json", "complete_arguments", "answer_holds_result"), True
     )
@@ -95,6 +98,52 @@ def test_results_go_back_and_rounds_are_bounded() -> None:
     assert backend.seen[-1][-1]["content"] == '{"result": "49"}'
     [outcome], quality = evaluate(Scripted({case.question: [first]}), [case], batch=1, seed=5)
     assert outcome.rounds == 3 and quality.replies == 4  # a model that never stops calling
+
+
+HELD: Sequence[tuple[str, dict[str, object], dict[str, object], str, bool]] = (
+    ("unit_converter", {"value": 30, "from_unit": "celsius"}, {"result": 54.0, "from": "30 celsius", "to": "fahrenheit"},
+     "30°C is 54°F", True),
+    ("unit_converter", {"value": 100}, {"result": 62.1371, "from": "100 km", "to": "miles"},
+     "Sorry, I cannot convert 100 km to miles.", False),
+    ("get_exchange_rate", {"from_currency": "USD"}, {"from": "USD", "to": "USD", "rate": 1.0}, "1 USD = 1 USD", True),
+    ("get_current_time", {}, {"datetime": "2025-03-07 14:30:00", "timezone": "Asia/Shanghai"},
+     "我不知道 Asia/Shanghai 的时间", False),
+    ("get_current_time", {}, {"datetime": "2025-03-07 14:30:00", "timezone": "Asia/Shanghai"}, "现在是14:30。", True),
+    ("random_number", {}, {"result": 7}, "The number is 1750", False),
+    ("random_number", {}, {"result": 7}, "x7, 0.7, 7.5 and -7", False),
+    ("random_number", {}, {"result": 1234567}, "It is 1,234,567.", True),
+    ("random_number", {}, {"result": 1234567}, "It is 1,234,568.", False),
+    ("random_number", {}, {"result": 20}, "a number of 15-20", True),
+    ("random_number", {}, {"result": -5}, "得到−5", True),
+    ("calculate_math", {"expression": "2^90"}, {"result": str(2**90)}, f"{2**90:,}", True),
+    ("calculate_math", {"expression": "2^90"}, {"result": str(2**90)}, f"{2**90 + 1:,}", False),
+    ("get_current_weather", {"location": "北京"}, {"city": "北京", "temperature": "28°C", "condition": "晴"},
+     "我的心晴朗", False),
+    ("get_current_weather", {"location": "北京"}, {"city": "北京", "temperature": "28°C", "condition": "晴"},
+     "北京今天 28 度，晴", True),
+    ("text_length", {"text": "abc"}, {"characters": 3, "words": 1}, "It has 3 characters.", True),
+    ("translate_text", {"text": "你好世界"}, {"translated_text": "Hello World"}, "It means: hello world!", True),
+    ("shop", {"item": "tea", "size": "big"}, {"item": "tea", "order": "big tea", "place": "aisle B"}, "big tea", False),
+    ("shop", {"item": "tea", "size": "big"}, {"item": "tea", "order": "big tea", "place": "aisle B"}, "aisle b", True),
+    ("shop", {"item": "tea"}, {"item": "tea"}, "tea", True),  # the result has nothing else
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments", "result", "answer", "held"), HELD)
+def test_an_answer_holds_a_result(
+    name: str, arguments: dict[str, object], result: dict[str, object], answer: str, held: bool
+) -> None:
+    call = Call(name, arguments, "")
+    assert holds(answer, TOOLS.get(name), call, json.dumps(result, ensure_ascii=False)) is held
+
+
+def test_an_answer_must_hold_every_result() -> None:
+    calls = [Call("random_number", {}, ""), Call("calculate_math", {"expression": "7*7"}, "")]
+    results = ['{"result": 7}', '{"result": "49"}']
+    assert all_held("7 and 49", TOOLS, calls, results)
+    assert not all_held("49", TOOLS, calls, results) and not all_held("7", TOOLS, calls, results)
+    assert all_held("7", TOOLS, calls, [results[0], '{"error": "too large"}'])  # the model called again after an error
+    assert not all_held("too large", TOOLS, calls[:1], ['{"error": "too large"}']) and not all_held("a", TOOLS, [], [])
 
 
 def test_an_oracle_is_exact_in_every_generated_case() -> None:
