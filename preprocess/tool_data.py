@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 < args.held_out_ratio < 1:
         raise UserError(f"--held-out-ratio {args.held_out_ratio}: expected a number between 0 and 1")
+    if args.max_samples is not None and args.max_samples < 1:
+        raise UserError(f"--max-samples {args.max_samples}: expected a number of records of 1 or more; correct it")
+    rejected = f"{args.output.removesuffix('.jsonl')}.rejects.jsonl"
+    for name in (args.output, rejected) if args.held_out else ():
+        if os.path.realpath(args.held_out) == os.path.realpath(name):
+            raise UserError(
+                f"--held-out {args.held_out}: this file is also written for --output {args.output}; expected a file of "
+                "its own. Give another name"
+            )
     unique: dict[str, Conversation] = {}  # without this a duplicate could be both held out and trained on
     rejects: list[Reject] = []
     left_out: Counter[str] = Counter()
@@ -88,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info(f"left out: {count:,} records: {reason}")
     if rejects:
         said: list[Row] = [{"reason": reject.reason, "record": reject.content} for reject in rejects]
-        _write(f"{args.output.removesuffix('.jsonl')}.rejects.jsonl", said)
+        _write(rejected, said)
     kept = list(unique.values())
     if not kept:
         raise UserError(f"--input {args.input}: no record can be used; is --source {args.source} right?")

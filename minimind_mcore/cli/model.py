@@ -29,7 +29,7 @@ def name_of(model: str) -> str:
 
 
 def directory_name(served: str) -> str:
-    """Return a directory name for a model of a server: jingyaogong-minimind-3-latest for jingyaogong/minimind-3:latest.
+    """Return a directory name for the model of a server: jingyaogong-minimind-3 for jingyaogong/minimind-3.
 
     Every other character than letters, digits, "_", "." and "-" becomes "-". Return "" for "".
     """
@@ -170,8 +170,8 @@ def evaluate(argv: Sequence[str]) -> None:
       MAX_NEW_TOKENS  tokens of a reply for toolcall and quality (default: 256)
       HARNESS         tasks of lm-evaluation-harness, if it is installed
       OUTPUT_DIR      directory of scores.json and scores.png (default: outputs/NAME/evaluation)
-    To score the tool calls of a server, set BACKEND=api, API_BASE_URL, API_KEY and API_MODEL instead of LOAD_DIR. NAME is
-    then API_MODEL, with "-" for characters such as "/" and ":".
+    To score the tool calls of a server, set BACKEND=api, API_BASE_URL, API_KEY and API_MODEL instead of LOAD_DIR.
+    NAME is then API_MODEL, with "-" for characters such as "/" and ":".
     The flags are those of evaluation.py (`minimind-mcore evaluation.py --help`) and override settings. --dry-run checks
     everything and scores nothing.
     """

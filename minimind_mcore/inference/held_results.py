@@ -3,8 +3,8 @@
 The keys of a result that count are the `payload` of the tool. A tool without one has all keys that do not echo an
 argument. The rules for their values:
 
-- A number, or a text that is one number with a unit such as 28°C, must be a whole number of the answer: 7 is not held by
-  1750. Commas in the answer are ignored, and the tolerance is 1e-6.
+- A number, or a text that is one number with a unit such as 28°C, must be a whole number of the answer: 1750 does not
+  hold 7. Commas in the answer are ignored, and the tolerance is 1e-6.
 - A date with a time must occur as hours and minutes, such as 14:30.
 - Another text must occur in the answer, whatever its case.
 

@@ -8,11 +8,12 @@
 | complete_arguments | every call has all required arguments | cases with a call |
 | exact | tools and arguments of the expected calls are exact | cases that need a call |
 | not_called | no call | cases that need none |
-| answer_holds_result | the final answer holds every tool result (`held_results`) | cases with a call |
+| answer_holds_result | the final answer holds every tool result (`held_results`) | cases with a call that ran |
 
 `called`, `right_tool`, `valid_json`, `complete_arguments` and `not_called` are the rates of minimind-ascend's
 eval_tool_call.py, except that here a tool without required arguments is complete without any. A call with invalid JSON
-counts as a call that is not valid.
+counts as a call that is not valid. A case ends with the first reply that calls a tool without a function, as most tools
+of public data are. A case whose last reply calls again after `ROUNDS` replies with calls is not exact.
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ class Outcome:
         results: results of the calls.
         answer: the last reply.
         rounds: number of replies with calls.
+        calls_at_end: the last reply also calls tools, which do not run, because all rounds are used.
+        no_function: the case ended with a call that no function runs, so there is no result.
     """
 
     case: Case
@@ -144,6 +147,8 @@ class Outcome:
     results: list[str] = field(default_factory=list)
     answer: str = ""
     rounds: int = 0
+    calls_at_end: bool = False
+    no_function: bool = False
 
     @property
     def case_tools(self) -> dict[str, Tool]:
@@ -158,7 +163,7 @@ class Outcome:
         found: dict[str, bool] = {}
         if expected:
             first = self.calls[0].name if self.calls else None
-            exact = len(self.calls) == len(expected) and not self.invalid
+            exact = len(self.calls) == len(expected) and not (self.invalid or self.calls_at_end)
             pairs = zip(self.calls, expected, strict=False)
             found = {"called": called, "right_tool": first == expected[0].name}
             found["exact"] = exact and all(_is_exact(tools, call, wanted) for call, wanted in pairs)
@@ -167,7 +172,8 @@ class Outcome:
         if called:
             found["valid_json"] = not self.invalid
             found["complete_arguments"] = not self.invalid and all(_is_complete(tools, call) for call in self.calls)
-            found["answer_holds_result"] = all_held(self.answer, tools, self.calls, self.results)
+            if not self.no_function:
+                found["answer_holds_result"] = all_held(self.answer, tools, self.calls, self.results)
         return found
 
     def row(self) -> dict[str, object]:
@@ -179,9 +185,9 @@ class Outcome:
 
 
 def _filled(tool: Tool, arguments: Mapping[str, object]) -> dict[str, object]:
-    """Return arguments under the definition's names, with defaults, and without white space in an expression."""
+    """Return arguments under their canonical names, with defaults, and without white space in an expression."""
     defaults = {name: p["default"] for name, p in tool.properties.items() if "default" in p}
-    given = {**defaults, **tool.canonical(arguments)}
+    given = {**tool.canonical(defaults), **tool.canonical(arguments)}
     texts = {name: value.strip() for name, value in given.items() if isinstance(value, str)}
     return given | {name: text.replace(" ", "") if name == "expression" else text for name, text in texts.items()}
 
@@ -197,7 +203,7 @@ def _is_complete(tools: Mapping[str, Tool], call: Call) -> bool:
     tool = tools.get(call.name)
     if tool is None or not isinstance(call.arguments, Mapping):
         return False
-    return set(tool.required) <= tool.canonical(call.arguments).keys()
+    return tool.canonical(dict.fromkeys(tool.required)).keys() <= tool.canonical(call.arguments).keys()
 
 
 def read_cases(spec: str, seed: int) -> list[Case]:
@@ -206,7 +212,7 @@ def read_cases(spec: str, seed: int) -> list[Case]:
     A record has a conversation with its tools, as for SFT, and {"calls": [{"name": ..., "arguments": {...}}, ...]}.
 
     Raises:
-        UserError: the path is neither a set nor a file, or a record has no tools or calls.
+        UserError: the path is neither a set nor a file, or a record has no tools or calls, or they are not valid.
     """
     if spec in SETS:
         return SETS[spec](seed)
@@ -214,16 +220,52 @@ def read_cases(spec: str, seed: int) -> list[Case]:
         raise UserError(f"--task-data-path {spec}: there is no such file; expected one, or {', '.join(SETS)}")
     cases = []
     for where, record, prompt in records(spec, used=("calls", "task")):
+        tools = [_checked_tool(tool, where) for tool in prompt.tools or ()]
         calls = record.get("calls")
-        if (
-            not prompt.tools
-            or not isinstance(calls, list)
-            or not all(isinstance(c, dict) and "name" in c for c in calls)
-        ):
-            raise UserError(f'{where}: expected tools, and "calls": a list of {{"name": ..., "arguments": ...}}')
-        expected = [Expected(call["name"], call.get("arguments")) for call in calls]
-        cases.append(Case(record.get("task", Path(spec).stem), prompt.messages, prompt.tools, expected))
+        if not tools or not isinstance(calls, list):
+            raise UserError(
+                f'{where}: {"no tools" if not tools else _short(calls) + " under calls"}; expected tools, and "calls": '
+                'a list of {"name": ..., "arguments": {...}}. Add them'
+            )
+        expected = [_expected(call, tools, where) for call in calls]
+        cases.append(Case(record.get("task", Path(spec).stem), prompt.messages, prompt.tools or [], expected))
     return cases
+
+
+def _checked_tool(definition: object, where: str) -> str:
+    """Return the name in a definition."""
+    function = definition.get("function") if isinstance(definition, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(
+            f'{where}: the tool {_short(definition)} is not a definition; expected {{"type": "function", "function": '
+            '{"name": ..., "parameters": {...}}}. Correct it'
+        )
+    return str(function["name"])
+
+
+def _expected(call: object, tools: Sequence[str], where: str) -> Expected:
+    """Return an expected call of a case that offers these tools."""
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise UserError(
+            f'{where}: the expected call {_short(call)} has no name; expected {{"name": ..., "arguments": {{...}}}}. '
+            "Correct it"
+        )
+    if call["name"] not in tools:
+        raise UserError(
+            f"{where}: an expected call names the tool {call['name']!r}, which the case does not offer; expected one "
+            f"of {', '.join(tools)}. Correct the name, or add the tool"
+        )
+    arguments = call.get("arguments")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise UserError(
+            f"{where}: the arguments of the expected call of {call['name']!r} are {_short(arguments)}; expected a JSON "
+            "object, or none if any arguments are right. Write the object itself, not JSON text"
+        )
+    return Expected(call["name"], arguments)
+
+
+def _short(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)[:80]
 
 
 def evaluate(backend: Backend, cases: Sequence[Case], batch: int, seed: int) -> tuple[list[Outcome], Quality]:
@@ -248,12 +290,24 @@ def _play(backend: Backend, group: Sequence[Outcome], seed: int, quality: Qualit
             quality.add(reply.ids, reply.finished)
             outcome.invalid |= TAGS["call"][0] in reply.answer
             outcome.answer = reply.answer
-            if reply.calls and outcome.rounds < ROUNDS:
-                outcome.rounds += 1
-                outcome.calls += reply.calls
-                going.append((outcome, [*messages, dict(reply.message)]))
-                going[-1][1].extend(_results(outcome, reply, seed))
+            if not reply.calls:
+                continue
+            if outcome.rounds == ROUNDS:
+                outcome.calls_at_end = True
+                continue
+            outcome.rounds += 1
+            outcome.calls += reply.calls
+            # Without a result the model could only guess, or call again, which the expected calls do not contain.
+            outcome.no_function = any(_has_no_function(outcome, call) for call in reply.calls)
+            if not outcome.no_function:
+                going.append((outcome, [*messages, dict(reply.message), *_results(outcome, reply, seed)]))
         playing = going
+
+
+def _has_no_function(outcome: Outcome, call: Call) -> bool:
+    """Return whether a case offers the tool of a call, but no function runs this tool."""
+    tool = Toolbox(list(outcome.case_tools.values())).find(call.name)
+    return tool is not None and tool.function is None and tool.remote is None
 
 
 def _results(outcome: Outcome, reply: Reply, seed: int) -> list[dict[str, object]]:

@@ -52,5 +52,5 @@ class Tool:
         return found if isinstance(found, Mapping) else {}
 
     def canonical(self, arguments: Mapping[str, object]) -> dict[str, object]:
-        """Return the arguments under the names of the definition."""
+        """Return the arguments under the names of the function, which the definition may call by an alias."""
         return {self.aliases.get(name, name): value for name, value in arguments.items()}

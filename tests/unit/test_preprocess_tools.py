@@ -210,3 +210,21 @@ def test_a_file_is_converted_and_split(tmp_path: Path, tokenizer: str, capsys: p
     ]
     tool_data.main(["--source", "minimind", "--input", str(output), "--output", str(tmp_path / "again.jsonl")])
     assert (tmp_path / "again.jsonl").read_text() == output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-samples", "-1"], "--max-samples -1: expected a number of records of 1 or more"),
+        (["--held-out", "./out.jsonl"], "--held-out ./out.jsonl: this file is also written for --output out.jsonl"),
+        (["--held-out", "out.rejects.jsonl"], "this file is also written for --output out.jsonl"),
+    ],
+)
+def test_wrong_flags_are_named(
+    more: Sequence[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text(json.dumps(HERMES))
+    with pytest.raises(UserError, match=message):
+        tool_data.main(["--source", "hermes", "--input", "in.jsonl", "--output", "out.jsonl", *more])
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]

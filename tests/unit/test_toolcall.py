@@ -21,13 +21,14 @@ from minimind_mcore.inference import evaluation
 from minimind_mcore.inference.held_results import all_held, holds
 from minimind_mcore.inference.prompts import Prompt, PromptEncoder
 from minimind_mcore.inference.quality import Quality, repetition
-from minimind_mcore.inference.toolcall import Reply, evaluate, read_cases, summary
+from minimind_mcore.inference.toolcall import Outcome, Reply, evaluate, read_cases, summary
 from minimind_mcore.pipeline import sample
 from minimind_mcore.preprocess import corpus, tool_dialogues, train_tokenizer
 from minimind_mcore.preprocess.messages import conversation_of
-from minimind_mcore.tools.cases import SETS, Case
+from minimind_mcore.tools.cases import SETS, Case, Expected
 from minimind_mcore.tools.parser import Call, parse
-from minimind_mcore.tools.registry import TOOLS
+from minimind_mcore.tools.process import Result
+from minimind_mcore.tools.registry import TOOLS, Toolbox
 
 
 def called(name: str, **arguments: object) -> str:
@@ -101,7 +102,7 @@ def test_results_go_back_and_rounds_are_bounded() -> None:
 
 
 HELD: Sequence[tuple[str, dict[str, object], dict[str, object], str, bool]] = (
-    ("unit_converter", {"value": 30, "from_unit": "celsius"}, {"result": 54.0, "from": "30 celsius", "to": "fahrenheit"},
+    ("unit_converter", {"value": 30, "from_unit": "celsius"}, {"result": 54.0, "from": "30 celsius", "to": "f"},
      "30°C is 54°F", True),
     ("unit_converter", {"value": 100}, {"result": 62.1371, "from": "100 km", "to": "miles"},
      "Sorry, I cannot convert 100 km to miles.", False),
@@ -161,10 +162,73 @@ def test_wrong_sets_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file; expected one, or minimind, minimind-ascend, generated"):
         read_cases("minimid", 0)
     (tmp_path / "cases.jsonl").write_text('{"conversations": [{"role": "user", "content": "a"}], "calls": []}\n')
-    with pytest.raises(UserError, match="record 1: expected tools"):
+    with pytest.raises(UserError, match="record 1: no tools; expected tools"):
         read_cases(str(tmp_path / "cases.jsonl"), 0)
     with pytest.raises(UserError, match="--backend api: expected --task toolcall and --api-model"):
         evaluation.main(["--backend", "api", "--task", "toolcall", "--task-data-path", "minimind"])
+
+
+def offered(name: str, *arguments: str, aliases: Sequence[str] = ()) -> dict[str, Any]:
+    properties = {argument: {"type": "string"} for argument in (*arguments, *aliases)}
+    schema = {"type": "object", "properties": properties, "required": list(arguments)}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+def played(definition: dict[str, Any], replies: Sequence[str], *expected: Expected) -> Outcome:
+    case = Case("t", [{"role": "user", "content": "q"}], [definition], expected)
+    [outcome], _ = evaluate(Scripted({"q": replies}), [case], batch=1, seed=1)
+    return outcome
+
+
+def test_a_case_ends_with_a_call_that_no_function_runs() -> None:
+    """A second call, after an error instead of a result, would not be among the expected calls of public data."""
+    call = called("price", symbol="AB")
+    outcome = played(offered("price", "symbol"), [call, call, "1"], Expected("price", {"symbol": "AB"}))
+    assert (outcome.rounds, len(outcome.calls), outcome.results) == (1, 1, [])
+    assert outcome.rates == dict.fromkeys(("called", "right_tool", "exact", "valid_json", "complete_arguments"), True)
+
+
+def test_a_model_that_calls_again_after_the_last_round_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toolbox, "run_all", lambda self, calls: [Result('{"characters": 3}') for _ in calls])
+    call, expected = called("text_length", text="abc"), [Expected("text_length", {"text": "abc"})] * 3
+    definition = offered("text_length", "text")
+    assert not played(definition, [call], *expected).rates["exact"]
+    assert played(definition, [call, call, call, "3"], *expected).rates["exact"]
+
+
+@pytest.mark.parametrize(
+    ("name", "alias", "canonical"),
+    [
+        ("get_current_weather", "city", "location"),
+        ("get_weather", "city", "location"),
+        ("translate_text", "target_lang", "target_language"),
+    ],
+)
+def test_required_arguments_are_compared_under_one_name(name: str, alias: str, canonical: str) -> None:
+    for required in (alias, canonical):
+        for written in (alias, canonical):
+            outcome = Outcome(Case("t", [], [offered(name, required)], [Expected(name, {required: "x"})]))
+            outcome.calls.append(Call(name, {written: "x"}, ""))
+            outcome.results.append("1")
+            assert outcome.rates["complete_arguments"] and outcome.rates["exact"], (required, written)
+    outcome = Outcome(Case("t", [], [offered(name, alias)], [Expected(name)]), [Call(name, {}, "")], results=["1"])
+    assert not outcome.rates["complete_arguments"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "call", "message"),
+    [
+        (offered("f"), {"name": "g"}, "names the tool 'g', which the case does not offer; expected one of f. Correct"),
+        (offered("f"), {"name": "f", "arguments": "{}"}, "of 'f' are \"{}\"; expected a JSON object, or none"),
+        (offered("f"), {"arguments": {}}, "has no name; expected"),
+        ({"type": "function"}, {"name": "f"}, "is not a definition; expected"),
+    ],
+)
+def test_a_wrong_case_is_named(tool: dict[str, Any], call: dict[str, Any], message: str, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "", "tools": json.dumps([tool])}, {"role": "user", "content": "a"}]
+    (tmp_path / "cases.jsonl").write_text(json.dumps({"conversations": messages, "calls": [call]}))
+    with pytest.raises(UserError, match=f"record 1: .*{message}"):
+        read_cases(str(tmp_path / "cases.jsonl"), 0)
 
 
 def wrapped(monkeypatch: pytest.MonkeyPatch, argv: Sequence[str], **settings: str) -> dict[str, str]:
