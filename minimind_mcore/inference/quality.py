@@ -30,25 +30,30 @@ class Quality:
         repeated: sum of their repetition rates.
         ended: number of replies that ended before the limit of new tokens.
         tokens: number of tokens of all replies.
+        counted: the tokens of all replies are known. A server may not return them.
     """
 
     replies: int = 0
     repeated: float = 0.0
     ended: int = 0
     tokens: int = 0
+    counted: bool = True
 
-    def add(self, tokens: Sequence[Hashable], finished: bool) -> None:
-        """Add a reply."""
+    def add(self, tokens: Sequence[Hashable] | None, finished: bool) -> None:
+        """Add a reply. `tokens` has no end token. None: the tokens are unknown."""
         self.replies += 1
-        self.repeated += repetition(tokens)
         self.ended += finished
-        self.tokens += len(tokens)
+        self.counted &= tokens is not None
+        self.repeated += repetition(tokens or ())
+        self.tokens += len(tokens or ())
 
     def row(self) -> dict[str, float]:
-        """Return means over the replies, for scores.json."""
+        """Return means over the replies, for scores.json. Metrics of tokens are left out unless `counted`."""
         count = max(self.replies, 1)
-        means = {f"repetition_{NGRAM}gram": self.repeated / count, "ended": self.ended / count}
-        return {"replies": self.replies, **means, "tokens_per_reply": self.tokens / count}
+        row = {"replies": self.replies, "ended": self.ended / count}
+        if not self.counted:
+            return row
+        return row | {f"repetition_{NGRAM}gram": self.repeated / count, "tokens_per_reply": self.tokens / count}
 
 
 def measure(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, batch: int, raw: bool) -> Quality:

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -55,7 +55,7 @@ class Reply:
     answer: str
     calls: Sequence[Call]
     message: Message
-    ids: Sequence[object]  # tokens or words, for the repetition rate
+    ids: Sequence[int] | None  # ids of the tokens without the end token; None if a server does not return them
     finished: bool = True
 
 
@@ -107,10 +107,14 @@ class Api:
         body = {"model": self.model, "messages": messages, "tools": tools, "temperature": 0, "seed": self.seed}
         url, headers = f"{self.base_url.rstrip('/')}/chat/completions", {"Content-Type": "application/json"}
         headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(url, json.dumps(body | {"max_tokens": self.max_tokens}).encode(), headers)
+        body["max_tokens"] = self.max_tokens
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                choice = json.load(response)["choices"][0]
+            try:  # this kit's server and vLLM return the ids; a server that checks field names refuses the field
+                choice = _posted(url, headers, body | {"return_token_ids": True})
+            except urllib.error.HTTPError as error:
+                if error.code not in (400, 422):
+                    raise
+                choice = _posted(url, headers, body)
             found = choice["message"]
         except urllib.error.HTTPError as error:
             raise UserError(f"{url}: status {error.code}: {error.read().decode(errors='replace')[:500]}") from error
@@ -123,8 +127,18 @@ class Api:
             if call is None:  # arguments that are not JSON count as an invalid call
                 content += TAGS["call"][0] + str(function)
         kept = {key: value for key, value in found.items() if key in ("role", "content", "tool_calls") and value}
-        done = choice["finish_reason"] != "length"
-        return Reply(content, [c for c in calls if c], {"content": "", **kept}, content.split(), done)
+        done, ids = choice["finish_reason"] != "length", choice.get("token_ids")
+        if ids is not None and done:
+            ids = ids[:-1]  # the end token, which the local backend does not count
+        return Reply(content, [c for c in calls if c], {"content": "", **kept}, ids, done)
+
+
+def _posted(url: str, headers: Mapping[str, str], body: Mapping[str, object]) -> dict[str, Any]:
+    """Send a request. Return the first choice of the response."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), dict(headers))
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        choice: dict[str, Any] = json.load(response)["choices"][0]
+    return choice
 
 
 @dataclass

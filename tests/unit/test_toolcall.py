@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from transformers import AutoTokenizer
@@ -21,7 +21,7 @@ from minimind_mcore.inference import evaluation
 from minimind_mcore.inference.held_results import all_held, holds
 from minimind_mcore.inference.prompts import Prompt, PromptEncoder
 from minimind_mcore.inference.quality import Quality, repetition
-from minimind_mcore.inference.toolcall import Outcome, Reply, evaluate, read_cases, summary
+from minimind_mcore.inference.toolcall import Api, Outcome, Reply, evaluate, read_cases, summary
 from minimind_mcore.pipeline import sample
 from minimind_mcore.preprocess import corpus, tool_dialogues, train_tokenizer
 from minimind_mcore.preprocess.messages import conversation_of
@@ -52,7 +52,7 @@ class Scripted:
             texts = self.replies.get(questions[-1], ["no idea"])
             text = texts[min(number, len(texts) - 1)]
             parsed = parse(text)
-            found.append(Reply(parsed.answer, parsed.calls, parsed.message(), text.split()))
+            found.append(Reply(parsed.answer, parsed.calls, parsed.message(), list(text.encode())))
         return found
 
 
@@ -265,7 +265,12 @@ def test_the_backend_flag_of_the_wrapper_is_read(monkeypatch: pytest.MonkeyPatch
 
 
 class Answers(BaseHTTPRequestHandler):
-    """OpenAI's API: calls the first tool that is offered with {}, then answers with the tool's result."""
+    """OpenAI's API: calls the first tool that is offered with {}, then answers with the tool's result.
+
+    With `ids`, every reply has these token ids; without, the field that asks for them is refused.
+    """
+
+    ids: ClassVar[dict[str, list[int]]] = {}
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -279,14 +284,31 @@ class Answers(BaseHTTPRequestHandler):
             }
         else:
             assert body["messages"][-1]["tool_call_id"] == "call_1"
-        reply = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
-        self.send_response(200)
+        choice = {"message": message, "finish_reason": "stop"}
+        reply, status = json.dumps({"choices": [choice | self.ids]}).encode(), 200
+        if "return_token_ids" in body and not self.ids:
+            reply, status = b"unknown field", 400
+        self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
         self.wfile.write(reply)
 
     def log_message(self, format: str, *args: object) -> None:
         del format, args
+
+
+@pytest.mark.parametrize("ids", [[5, 5, 5, 5, 5, 2], None])
+def test_both_backends_count_tokens_or_leave_them_out(ids: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last id is the end token. Words of the text are not counted: a Chinese sentence is one."""
+    monkeypatch.setattr(Toolbox, "run_all", lambda self, calls: [Result('{"temperature": "28°C"}') for _ in calls])
+    monkeypatch.setattr(Answers, "ids", {"token_ids": ids} if ids else {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    api = Api(f"http://127.0.0.1:{server.server_port}/v1", "none", "m", 16, 1)
+    _, quality = evaluate(api, SETS["minimind-ascend"](0)[:1], batch=1, seed=1)
+    server.shutdown()
+    metrics = {"repetition_4gram": 0.5, "tokens_per_reply": 5.0} if ids else {}
+    assert quality.row() == {"replies": 2, "ended": 1.0, **metrics}
 
 
 def test_a_server_is_judged_and_the_scores_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
