@@ -22,6 +22,7 @@ from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.prompts import Message, Prompt, PromptEncoder, text_input
 from minimind_mcore.inference.safe_text import is_text
 from minimind_mcore.tools.parser import Call, StreamParser, Text
+from minimind_mcore.tools.process import failed
 from minimind_mcore.tools.registry import Toolbox
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
 TOOL = "/tool "
-ROUNDS = 16  # maximum number of replies to one line; all but the last contain calls
+ROUNDS = 16  # maximum number of replies with calls to one line, before the final reply
 HELP = "/new begins a new conversation, /quit ends; a line /tool RESULT answers a tool call"
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -43,12 +44,14 @@ class Session:
         system: a system prompt.
         tools: tools that the model may call. Those with a function run.
         messages: messages of the conversation without the system prompt.
+        pending: results of the last reply's calls, in their order, while the user must still give at least one (None).
     """
 
     turns: int
     system: str | None = None
     tools: Toolbox | None = None
     messages: list[Message] = field(default_factory=list)
+    pending: list[str | None] = field(default_factory=list)
 
     def prompt(self) -> Prompt:
         """Return the prompt: the last question and the turns before it."""
@@ -56,6 +59,29 @@ class Session:
         first = questions[-(self.turns + 1) :][0] if questions else 0
         opening = [{"role": "system", "content": self.system}] if self.system else []
         return Prompt([*opening, *self.messages[first:]], list(self.tools.definitions) if self.tools else None)
+
+    def add(self, line: str) -> bool:
+        """Add a question, or the result of a call. Return whether the model can continue."""
+        if line.startswith(TOOL) and None in self.pending:
+            self.pending[self.pending.index(None)] = line.removeprefix(TOOL)
+            return self.deliver()
+        if None in self.pending:  # the user asks something else
+            self.pending = [failed("the user gave no result").text if r is None else r for r in self.pending]
+            self.deliver()
+        role = "tool" if line.startswith(TOOL) else "user"
+        self.messages.append({"role": role, "content": line.removeprefix(TOOL)})
+        return True
+
+    def deliver(self) -> bool:
+        """Add the pending results to the messages if all are there. Return whether the model can continue.
+
+        A chat template does not name the call of a result, so the model finds it by the order.
+        """
+        if None in self.pending:
+            return False
+        self.messages += [{"role": "tool", "content": result} for result in self.pending]
+        self.pending = []
+        return True
 
 
 def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: TextIO | None = None) -> None:
@@ -80,17 +106,12 @@ def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: T
                 return
             if text in NEW:
                 session.messages.clear()
+                session.pending.clear()
                 print("a new conversation", flush=True)
             elif not is_text(text):
                 logger.warning(f"not in {lines.encoding or 'UTF-8'}, left out: write it again")
-            elif text:
-                role = "tool" if text.startswith(TOOL) else "user"
-                session.messages.append({"role": role, "content": text.removeprefix(TOOL)})
-                for _ in range(ROUNDS):
-                    reply = answer(generator, encoder, session.prompt())
-                    session.messages.append(reply.message())
-                    if session.tools is None or not reply.calls or not _run(session.tools, session.messages, reply):
-                        break
+            elif text and session.add(text):
+                _reply(generator, encoder, session)
 
 
 def _read(lines: TextIO) -> Iterator[str]:
@@ -106,16 +127,30 @@ def _read(lines: TextIO) -> Iterator[str]:
         yield line
 
 
-def _run(tools: Toolbox, messages: list[Message], reply: StreamParser) -> bool:
-    """Run the calls of a reply and add the results to the messages. Return whether the model can continue."""
+def _reply(generator: Generator, encoder: PromptEncoder, session: Session) -> None:
+    """Let the model reply, and run its calls, until it calls nothing or the user must give a result."""
+    for number in range(ROUNDS + 1):
+        reply = answer(generator, encoder, session.prompt())
+        session.messages.append(reply.message())
+        if session.tools is None or not reply.calls:
+            return
+        if number == ROUNDS:
+            logger.warning(f"{ROUNDS} replies have called tools; the calls of this reply do not run. Ask again")
+        elif _run(session.tools, session, reply):
+            continue
+        return
+
+
+def _run(tools: Toolbox, session: Session, reply: StreamParser) -> bool:
+    """Run the calls of a reply. Return whether the model can continue."""
     results = tools.run_all([(call.name, call.arguments) for call in reply.calls])
     for result in results:
         if result is not None:
             if result.printed:
                 print(f"[tool output] {result.printed.rstrip()}", flush=True)
             print(f"[tool result] {result.text}", flush=True)
-            messages.append({"role": "tool", "content": result.text})
-    return None not in results
+    session.pending = [None if result is None else result.text for result in results]
+    return session.deliver()
 
 
 def answer(generator: Generator, encoder: PromptEncoder, prompt: Prompt) -> StreamParser:

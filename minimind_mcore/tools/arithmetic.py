@@ -57,6 +57,8 @@ def _value(node: ast.expr) -> Number:
         return _small(OPERATORS[type(node.op)](left, right))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         values = [_value(argument) for argument in node.args]
+        if node.func.id == "round" and len(values) > 1 and abs(values[1]) > LARGEST:
+            raise OverflowError  # round(5, -10**9) computes 10**10**9
         if node.func.id in FUNCTIONS and not (node.func.id == "factorial" and values and values[0] > LARGEST):
             return _small(FUNCTIONS[node.func.id](*values))
     raise ValueError(f"expected numbers, + - * / // % ^, parentheses and {', '.join(FUNCTIONS)}")

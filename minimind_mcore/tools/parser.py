@@ -7,7 +7,7 @@
     parser.end()
     parser.thinking, parser.answer, parser.calls
 
-Chat, server, evaluation and reinforcement learning use this parser. Where the stream is cut makes no difference. Text
+Chat, server and evaluation use this parser. Where the stream is cut makes no difference. Text
 is given out as soon as no later piece can change its kind. Newlines around a thought and around a call are dropped. A
 `<tool_call>` that holds no valid call stays in the answer as it was written, as in vLLM's hermes parser.
 """
@@ -15,6 +15,7 @@ is given out as soon as no later piece can change its kind. Newlines around a th
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -172,10 +173,24 @@ def parse_call(text: str) -> Call | None:
 
 
 def strict_json(text: str) -> object:
-    """Parse JSON, without Python's extensions NaN and Infinity, which no client can read."""
+    """Parse JSON in which every reader finds the same: no NaN or Infinity, no infinite 1e999, no repeated key.
+
+    Raises:
+        ValueError: the text is not such JSON.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    found: object = json.loads(text, parse_constant=refuse)
+    def finite(number: str) -> float:
+        if math.isinf(value := float(number)):
+            raise ValueError(f"{number} is too large")
+        return value
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is repeated")
+        return found
+
+    found: object = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     return found

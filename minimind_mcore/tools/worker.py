@@ -95,6 +95,10 @@ def _run(job: dict[str, Any]) -> NoReturn:
         module, _, name = job["function"].partition(":")
         found = {"result": getattr(importlib.import_module(module), name)(**job["arguments"])}
         json.dumps(found)
+        try:
+            json.dumps(found, allow_nan=False)
+        except ValueError:
+            found = {"error": "the tool returned NaN or an infinite number, which is not JSON"}
     except MemoryError:
         found = {"error": f"the tool needs more than {job['memory'] / 2**20:,.0f} MiB of memory"}
     except BaseException as error:  # whatever the tool raises, SystemExit too, is its result

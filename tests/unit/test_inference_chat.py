@@ -19,6 +19,7 @@ from minimind_mcore.inference.detokenizer import detokenize
 from minimind_mcore.inference.generation import Generator
 from minimind_mcore.inference.loading import Loaded
 from minimind_mcore.inference.prompts import PromptEncoder, from_text, read_prompts
+from minimind_mcore.tools.process import Result
 from minimind_mcore.tools.registry import Toolbox, open_tools, tool_of
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -137,6 +138,47 @@ def test_a_chat_runs_tools_and_goes_on(loaded: Loaded, capsys: pytest.CaptureFix
     assert (
         out.index("[tool call] calculate_math") < out.index('[tool result] {"result": "9472"}') < out.index("\n9472\n")
     )
+
+
+def call_of(name: str) -> str:
+    return f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Toolbox:
+    """Tools that answer at once: the user answers ask_me and ask_you, and every other call returns its name."""
+    names = ("ask_me", "ask_you", "calculate_math")
+    tools = Toolbox([tool_of({"type": "function", "function": {"name": name}}) for name in names])
+
+    def run_all(self: Toolbox, calls: Sequence[tuple[str, object]]) -> list[Result | None]:
+        return [None if name.startswith("ask") else Result(json.dumps(name)) for name, _ in calls]
+
+    monkeypatch.setattr(Toolbox, "run_all", run_all)
+    return tools
+
+
+def test_results_come_in_the_order_of_the_calls(loaded: Loaded, quick: Toolbox) -> None:
+    reply = call_of("ask_me") + call_of("calculate_math") + call_of("ask_you")
+    session = Session(turns=3, tools=quick)
+    prompts = chat(loaded, session, "go\n/tool red\n/tool blue\n", reply, "done")
+    assert [m["content"] for m in session.messages if m["role"] == "tool"] == ["red", '"calculate_math"', "blue"]
+    assert len(prompts) == 2 and session.messages[-1]["content"] == "done"  # the model waits for both results
+    session = Session(turns=3, tools=quick)
+    chat(loaded, session, "go\nsomething else\n", reply, "done")
+    results = [m["content"] for m in session.messages if m["role"] == "tool"]
+    missing = '{"error": "the user gave no result"}'
+    assert results == [missing, '"calculate_math"', missing] and session.messages[-2]["content"] == "something else"
+
+
+def test_the_model_answers_after_the_last_round(
+    loaded: Loaded, quick: Toolbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(turns=3, tools=quick)
+    prompts = chat(loaded, session, "go\n", *[call_of("calculate_math")] * 16, "the answer")
+    assert len(prompts) == 17 and session.messages[-1]["content"] == "the answer"
+    session = Session(turns=3, tools=quick)
+    assert len(chat(loaded, session, "go\n", *[call_of("calculate_math")] * 17)) == 17
+    assert "16 replies have called tools; the calls of this reply do not run" in capsys.readouterr().err
 
 
 def test_characters_come_whole(loaded: Loaded) -> None:

@@ -29,7 +29,9 @@ WORDS = (
     "\U0001f469",
 )
 NOT_CALLS = ("", "f(1)", "{", '{"name": "h"}', '{"name": 3, "arguments": {}}', "[]",
-             '{"name": "f", "arguments": {"x": NaN}}',
+             '{"name": "f", "arguments": {"x": NaN}}', '{"name": "f", "arguments": {"x": 1e999}}',
+             '{"name": "f", "arguments": {"x": 1, "x": 2}}', '{"name": "f", "name": "g", "arguments": {}}',
+             '{"name": "f", "arguments": "{\\"x\\": 1, \\"x\\": -1e999}"}',
              '{"name": "f", "arguments": "{"}', '{"name": "f", "arguments": {"x": 1}} trailing', "null")  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def stranger(file):
     return "started"
 def fork_and_return(): return os.fork() and "parent"
 def unserializable(): return object()
+def no_number(): return {"x": float("nan")}
 def family():
     # One after another, and their zombies stay: the processes of the limit are those that run.
     for _ in range(70):
@@ -89,6 +90,7 @@ def alive(pid: int) -> bool:
         ("leave", "SystemExit: gone"),
         ("die", "the tool's process ended with status 3"),
         ("unserializable", "TypeError: Object of type object is not JSON serializable"),
+        ("no_number", "the tool returned NaN or an infinite number, which is not JSON"),
         ("crowd", "the tool ran for more than 2 s and was ended"),
     ],
 )
@@ -231,6 +233,7 @@ def test_arithmetic_agrees_with_python() -> None:
         ("__import__('os').system('true')", "expected numbers"),
         ("(1).__class__", "expected numbers"),
         ("9**9**9", "is too large"),
+        ("round(5, -10**9)", "is too large"),
         ("2**-5000", "is too large"),
         ("factorial(100000)", "expected numbers"),
         ("(2**900)*(2**900)", "is too large"),
