@@ -8,8 +8,9 @@
 | xlam (Salesforce/xlam-function-calling-60k) | query, answers and tools as JSON text; parameters are {name: {type: Python's, description, default}} |
 
 Definitions come from the field `tools`, or from the JSON objects in the system text. They are never guessed from calls, so
-tools that were offered and not called stay. The system text, which only explains the format of calls, is left out: the
-chat template writes its own. A record that calls a tool which is not offered is rejected.
+tools that were offered and not called stay. With tools the system text, which explains the format of calls, is left out:
+the chat template writes its own. Without tools hermes keeps the system text: in its JSON mode this text holds the schema
+of the answer. A record that calls a tool which is not offered is rejected.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ _TYPES = {
 def read_hermes(record: Record, columns: Columns) -> dict[str, Conversation]:
     """Return a record of hermes."""
     turns = list_of(record, columns["messages"])
-    tools = _tools(record, columns, "\n".join(str(turn.get("value")) for turn in turns if turn.get("from") == "system"))
+    system = "\n".join(str(turn.get("value")) for turn in turns if turn.get("from") == "system")
+    tools = _tools(record, columns, system)
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
         role, text = turn.get("from"), turn.get("value")
@@ -65,7 +67,7 @@ def read_hermes(record: Record, columns: Columns) -> dict[str, Conversation]:
             messages.append(_assistant(text))
         elif role != "system":
             raise Unusable(f"turn {number} is from {role!r}; expected 'system', 'human', 'gpt' or 'tool'")
-    return _conversation(messages, tools)
+    return _conversation(messages, tools, system)
 
 
 def read_glaive(record: Record, columns: Columns) -> dict[str, Conversation]:
@@ -189,7 +191,7 @@ def _tools(record: Record, columns: Columns, system: str) -> list[dict[str, obje
 
 
 def _objects(text: str) -> Iterator[dict[str, object]]:
-    """Yield the JSON objects with a name that a text holds, also in lists."""
+    """Yield the definitions that a text holds, also in lists: objects with a name, and a description or parameters."""
     place = 0
     while (place := text.find("{", place)) >= 0:
         try:
@@ -198,13 +200,20 @@ def _objects(text: str) -> Iterator[dict[str, object]]:
             place += 1
             continue
         function = found.get("function", found)
-        if isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" not in function:
+        is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        # A call has arguments. A schema, or an example of an answer, may have a text under "name".
+        if is_named and "arguments" not in function and function.keys() & {"description", "parameters"}:
             yield found
         place = end
 
 
-def _conversation(messages: Sequence[Message], tools: list[dict[str, object]]) -> dict[str, Conversation]:
-    """Return the conversation behind an empty system message, which carries the tools in MiniMind's files."""
+def _conversation(
+    messages: Sequence[Message], tools: list[dict[str, object]], text: str = ""
+) -> dict[str, Conversation]:
+    """Return the conversation behind its system message.
+
+    With tools this message is empty, and carries the tools in MiniMind's files. Without tools it has the text, if any.
+    """
     functions = [tool["function"] for tool in tools]
     names = [function.get("name") for function in functions if isinstance(function, Mapping)]
     for message in messages:
@@ -213,5 +222,5 @@ def _conversation(messages: Sequence[Message], tools: list[dict[str, object]]) -
     check_order(messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise Unusable("no message of the assistant")
-    system = [{"role": "system", "content": ""}] if tools else []
+    system = [{"role": "system", "content": "" if tools else text}] if tools or text.strip() else []
     return {"": Conversation([*system, *merge_calls(messages)], tools or None)}

@@ -119,6 +119,17 @@ TWICE = (
     '<tool_call>\n{"name": "live", "arguments": {"kind": "beta", "ids": [1, 2]}}\n</tool_call>\n'
     '<tool_call>\n{"name": "live", "arguments": {"ids": []}}\n</tool_call><|im_end|>\n'
 )
+SCHEMA = (
+    'Answer in JSON by this schema: {"title": "Person", "name": "person", "type": "object", "properties": '
+    '{"name": {"type": "string"}}}'
+)
+JSON_MODE = {
+    "conversations": [turn("system", SCHEMA), turn("human", "Who?"), turn("gpt", '{"name": "Ada"}')],
+}
+SCHEMED = (
+    f"<|im_start|>system\n{SCHEMA}<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{EMPTY}"
+    '{"name": "Ada"}<|im_end|>\n'
+)
 PLAIN = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{EMPTY}Hello.<|im_end|>\n"
 
 
@@ -136,6 +147,7 @@ def sample(handler: str, record: object, tokenizer: str) -> tuple[Sequence[int],
     [
         ("HermesToolHandler", HERMES, DIALOGUE),
         ("HermesToolHandler", LITERALS, DIALOGUE),
+        ("HermesToolHandler", JSON_MODE, SCHEMED),
         ("HermesToolHandler", {**HERMES, "tools": json.dumps(WRAPPED)}, DIALOGUE),
         ("GlaiveToolHandler", GLAIVE, ONE),
         ("GlaiveToolHandler", {**GLAIVE, "tools": "", "system": SYSTEM}, ONE),
@@ -146,7 +158,7 @@ def sample(handler: str, record: object, tokenizer: str) -> tuple[Sequence[int],
          PLAIN.replace("Hello.", "Say USER: or ASSISTANT: to me.")),
         ("XlamToolHandler", XLAM, TWICE),
     ],
-    ids="hermes literals column glaive field turn text plain marks xlam".split(),
+    ids="hermes literals json-mode column glaive field turn text plain marks xlam".split(),
 )  # fmt: skip
 def test_a_record_has_these_ids_and_labels(handler: str, record: object, text: str, tokenizer: str) -> None:
     encoded = AutoTokenizer.from_pretrained(tokenizer)(text, return_offsets_mapping=True)
