@@ -240,7 +240,7 @@ class RLRun:
             self.make({**here, **short, "OUTPUT_DIR": str(base)}, unset, *stages)
             self.make(here, unset, "data", PROBLEMS)
         if not is_finished(begin) and not own_model:
-            iterations = 60 if self.rehearses else 700
+            iterations = 60 if self.rehearses else quickstart.MATH_SFT_ITERATIONS
             tuning = {
                 **here, **quickstart.math_sft(self.devices, iterations), "CKPT_LOAD_DIR": str(tuned),
                 "DATA_PATH": str(folder / MATH_SFT), "OUTPUT_DIR": str(begin.parent),

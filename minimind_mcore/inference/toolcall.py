@@ -152,7 +152,7 @@ class Outcome:
         answer: the last reply.
         rounds: number of replies with calls.
         calls_at_end: the last reply also calls tools, which do not run, because all rounds are used.
-        no_function: the case ended with a call that no function runs, so there is no result.
+        no_function: the model called a tool without a function. The case ended there without a result.
     """
 
     case: Case

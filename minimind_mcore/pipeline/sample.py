@@ -16,7 +16,7 @@ FILES = {
 }  # fmt: skip
 ITERATIONS = {
     "pretrain": 2000, "full_sft": 1000, "lora": 200, "dpo": 60, "reason": 300, "toolcall": 1000, "distillation": 300,
-    "math_sft": 700,
+    "math_sft": quickstart.MATH_SFT_ITERATIONS,
 }  # fmt: skip
 SETTINGS = ("QUICKSTART_PRETRAIN_ITERS", "QUICKSTART_SFT_ITERS")  # override TRAIN_ITERS for one stage
 

@@ -4,7 +4,7 @@
     PREFIX_packed_attention_mask_document             PREFIX_packed_chosen_labels_document
     PREFIX_packed_labels_document                     PREFIX_packed_rejected_...
 
-All values are int32. The label of a position is the token at that position, or -100 where there is no loss. The
+All values are int32. Each position has a label: its token, or -100 if the position has no loss. The
 labels are shifted here. The attention mask of a packed sample holds the number of the sample at each token: 1, 2, ...
 
 Each epoch shuffles the documents with one generator, as in MindSpeed-LLM (decoder_packed_mtf_dataset.py). The number of
