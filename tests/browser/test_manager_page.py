@@ -209,7 +209,7 @@ def test_a_job_is_deleted_after_a_question(client: Client, place: Path, new_page
 def test_an_evaluation_asks_for_its_task(client: Client, new_page: NewPage) -> None:
     page = new_page(f"{client.base_url}/#token={TOKEN}")
     page.get_by_role("link", name="New job").click()
-    page.get_by_label("Stage").select_option("eval")
+    page.get_by_role("combobox", name="Stage", exact=True).select_option("eval")
     expect(page.get_by_label("Task TASK").locator("option", has_text="toolcall")).to_be_attached()
     expect(page.get_by_label("Data").locator("option").first).to_have_text("none")
 
