@@ -6,7 +6,7 @@ First six constants are fitted on five other pairs: the memory of a process besi
 rate that training reaches, the fragmentation of the heap in dense models, with TP and with experts, and the bandwidth
 between processes. The matrix rate itself is measured. Then the eight pairs are trained on the sample data. The
 program prints one row per pair, writes forecast.json and forecast.png, and exits with status 1 if the memory of a
-pair is wrong by more than 15 %, or the median time by more than 20 %. It takes about fifteen minutes on two idle cores.
+pair is wrong by more than 15 %, or the median time by more than 20 %. It takes 15 to 35 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minimind_mcore.forecast import machines, memory, speed
 from minimind_mcore.forecast.machines import Machine
 from minimind_mcore.forecast.memory import Workload
 from minimind_mcore.models.presets import get_preset
-from minimind_mcore.platform import cpu
+from minimind_mcore.platform import processor
 from minimind_mcore.training.metrics import read_history
 from minimind_mcore.training.mfu import matmul_rate
 from minimind_mcore.validation import validate
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/forecast"))
     out = parser.parse_args().output
     out.mkdir(parents=True, exist_ok=True)
-    cores = cpu.usable_cores()
+    cores = processor.usable_cores()
     core = matmul_rate(torch.float32) / torch.get_num_threads()
     machine = dataclasses.replace(machines.machine("cpu"), matmul_flops=core)
     rows: list[dict[str, float | str]] = []
