@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
-from minimind_mcore.platform import cpu, device
+from minimind_mcore.platform import cpu, device, processor
 
 TEMPERATURE, TOP_K, TOP_P = 0.85, 50, 0.95
 
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--threads", type=int, default=cpu.usable_cores())
+    parser.add_argument("--threads", type=int, default=processor.usable_cores())
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--side", choices=("kit", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -29,7 +29,7 @@ import torch
 
 from minimind_mcore.hosts import free_port
 from minimind_mcore.models.presets import get_preset
-from minimind_mcore.platform import cpu
+from minimind_mcore.platform import processor
 from minimind_mcore.preprocess import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--vllm", default=str(ROOT / ".venv-vllm/bin/python"), help="interpreter that has vLLM")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    threads = str(cpu.usable_cores())
+    threads = str(processor.usable_cores())
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = write_model(Path(temporary) / "model", args.model)
         embedded = [sys.executable, "-m", "minimind_mcore.cli", "serve", "--load", str(folder), "--raw"]

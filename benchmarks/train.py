@@ -33,7 +33,7 @@ from torch import Tensor
 
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import get_preset
-from minimind_mcore.platform import cpu, device
+from minimind_mcore.platform import cpu, device, processor
 from minimind_mcore.training.mfu import matmul_rate, mfu
 
 Step = Callable[[], None]
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=340)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=cpu.usable_cores())
+    parser.add_argument("--threads", type=int, default=processor.usable_cores())
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

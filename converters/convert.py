@@ -29,7 +29,7 @@ from minimind_mcore.checkpoint.source import Lazy, Source, require_finite
 from minimind_mcore.checkpoint.tensors import TensorWriter, as_bytes
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import read_object
-from minimind_mcore.platform.cpu import usable_cores
+from minimind_mcore.platform.processor import usable_cores
 from minimind_mcore.progress import ProgressBar
 from minimind_mcore.storage import (
     MANIFEST,

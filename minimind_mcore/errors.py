@@ -60,9 +60,14 @@ def naming(path: object) -> Iterator[None]:
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 VERDICT = "MINIMIND_VERDICT"  # variable with the file in which a rank tells the launcher the reason of the end
-
-
 STOPS = (signal.SIGINT, signal.SIGTERM)
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # at these a training saves and ends
+
+
+def end_signals() -> tuple[signal.Signals, ...]:
+    """Return END_SIGNALS; without SIGHUP under nohup, where a program continues after its terminal closes."""
+    kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in END_SIGNALS if not (kept and number == signal.SIGHUP))
 
 
 @contextlib.contextmanager

@@ -371,14 +371,32 @@ def port_errors(address: str, number: str) -> Iterator[None]:
         if type(error).__name__ not in ("DistNetworkError", "DistStoreError"):
             raise
         if "EADDRINUSE" in str(error) or "in use" in str(error):
-            raise UserError(
-                f"MASTER_PORT={number} is in use on this host{_user_of(number)}; end that program, or set another "
-                "MASTER_PORT, the same on each host (on a single host unset it, and a free one is found)"
-            ) from error
+            raise _in_use(number) from error
         raise UserError(
             f"MASTER_ADDR={address}, MASTER_PORT={number}: the host of rank 0 was not reached "
             f"({str(error).strip().splitlines()[0]}); start the run on each host, with the same address and port"
         ) from error
+
+
+def require_free_port(number: int) -> None:
+    """Check that rank 0 can listen on MASTER_PORT of this host.
+
+    Raises:
+        UserError: another program uses the port.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as rank 0: closed connections do not matter
+        try:
+            probe.bind(("", number))
+        except OSError as error:
+            raise _in_use(str(number)) from error
+
+
+def _in_use(number: str) -> UserError:
+    return UserError(
+        f"MASTER_PORT={number} is in use on this host{_user_of(number)}; end that program, or set another "
+        "MASTER_PORT, the same on each host (on a single host unset it, and a free one is found)"
+    )
 
 
 def _user_of(number: str) -> str:

@@ -25,6 +25,7 @@ import os
 import sys
 
 KIT = "minimind_mcore"
+LAUNCHER = "MINIMIND_LAUNCHER"  # variable with the process id of the kit's launcher, in the ranks it started
 SETTING = "LOG_LEVEL"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # Modules and packages of commands whose standard output is their product: INFO goes to standard error.
@@ -38,14 +39,15 @@ ON_STDERR = tuple(
 
 
 def rank() -> int:
-    """Return the rank of this process: from its process group, else from torchrun, else 0.
+    """Return the rank of this process: from its process group, else from the launcher or torchrun, else 0.
 
     RANK alone is ignored, because schedulers such as Kubeflow's set it to the number of the host.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    launched = LAUNCHER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return int(os.environ.get("RANK", "0")) if launched else 0  # the launcher itself has no RANK
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

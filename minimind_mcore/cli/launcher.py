@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from minimind_mcore import hosts
 from minimind_mcore.cli.settings import CLI, choice, count, show
 from minimind_mcore.errors import UserError
-from minimind_mcore.platform import cpu, device
+from minimind_mcore.platform import device, processor
 
 BACKENDS = ("native", "mindspeed-llm")
 
@@ -60,7 +60,7 @@ def precision(default: str) -> str:
     """
     found = choice("PRECISION", default, "auto", "bf16", "fp16", "fp32")
     if found == "auto":
-        return "fp32" if device.current().kind == "cpu" and not cpu.multiplies_bf16() else "bf16"
+        return "fp32" if device.current().kind == "cpu" and not processor.multiplies_bf16() else "bf16"
     return found
 
 

@@ -50,7 +50,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.platform import device
-from minimind_mcore.platform.cpu import usable_cores
+from minimind_mcore.platform.processor import usable_cores
 
 logger = logging.getLogger(__name__)
 

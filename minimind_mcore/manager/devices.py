@@ -14,7 +14,7 @@ from minimind_mcore.doctor import devices
 from minimind_mcore.doctor.installed import Host
 from minimind_mcore.manager.queue import CPU, Hardware
 from minimind_mcore.manager.record import JobRecord
-from minimind_mcore.platform.cpu import cpu_name, usable_cores
+from minimind_mcore.platform.processor import cpu_name, usable_cores
 
 
 @functools.lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.mindspeed.checkpoints import check_pickles, saved_layout, saved_router_weight
 from minimind_mcore.mindspeed.launch import sources
 from minimind_mcore.paths import CHECKOUT
-from minimind_mcore.platform.cpu import usable_cores
+from minimind_mcore.platform.processor import usable_cores
 from minimind_mcore.rl.config.check import STAGES
 from minimind_mcore.rl.config.lint import LEAST_PPO_CORES, TARGETS, LintFinding, cpu_cores, dump, lint
 from minimind_mcore.rl.config.load import CONFIGS, command_parser

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
-from minimind_mcore.platform.cpu import cpu_name, usable_cores
+from minimind_mcore.platform.processor import cpu_name, usable_cores
 
 # fmt: off
 _FACTORIES = (

@@ -8,6 +8,8 @@
 Megatron reaches its accelerator through `torch.cuda` and `nccl`. `torch_npu` makes it run on an NPU by redirecting
 both; `cpu_as_cuda.py` does the same for the CPU and gloo. `patches.py` lists what is changed in megatron-core. Only
 this package, `mindspeed/`, `hosts.py` (connects hosts) and `doctor/` (examines a host) name devices and their backends.
+
+torch is imported where it is used: the launcher asks for the device, and with DEVICE=cpu it starts without torch.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import importlib.util
 import os
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import own_addresses
-from minimind_mcore.platform import ascend, cpu, cpu_as_cuda, patches
+from minimind_mcore.platform import processor
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("npu", "cuda", "cpu")
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -61,6 +65,8 @@ class Device:
     @property
     def torch_device(self) -> torch.device:
         """This process's device, for `tensor.to`."""
+        import torch
+
         return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
 
     @property
@@ -74,9 +80,20 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def _works(kind: str) -> bool:
+    """Return whether torch can use a kind of device here."""
+    if kind == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.is_available() if kind == "cuda" else _npu_works()
+
+
 def _npu_works() -> bool:
     if importlib.util.find_spec("torch_npu") is None:
         return False
+    import torch
+
     try:
         import torch_npu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError, RuntimeError):  # installed, but its CANN libraries are not loadable
@@ -91,16 +108,15 @@ def current() -> Device:
     Raises:
         UserError: the environment's DEVICE is no device's name, or names one that is not usable.
     """
-    works: dict[str, Callable[[], bool]] = {"npu": _npu_works, "cuda": torch.cuda.is_available, "cpu": lambda: True}
     asked = os.environ.get("DEVICE", "")
     if asked and asked not in KINDS:
         raise UserError(f"DEVICE={asked!r} is not a device; expected one of {', '.join(KINDS)}, or nothing")
-    if asked and not works[asked]():
+    if asked and not _works(asked):
         raise UserError(
-            f"DEVICE={asked} was asked for, but torch {torch.__version__} sees no {asked} device here; "
+            f"DEVICE={asked} was asked for, but torch {version('torch')} sees no {asked} device here; "
             "unset DEVICE to use what there is"
         )
-    kind = asked or next(kind for kind in KINDS if works[kind]())
+    kind = asked or next(kind for kind in KINDS if _works(kind))
     return _describe(kind)
 
 
@@ -109,10 +125,17 @@ def _device_index(count: int) -> int:
     return local_rank() % count
 
 
+def _api(kind: str) -> Any:
+    """Return torch's module of a kind of device, such as `torch.cuda`."""
+    import torch
+
+    return getattr(torch, kind)
+
+
 def _describe(kind: str) -> Device:
     if kind == "cpu":
-        return Device("cpu", cpu.cpu_name(), cpu.usable_cores(), psutil.virtual_memory().total)
-    api: Any = getattr(torch, kind)
+        return Device("cpu", processor.cpu_name(), processor.usable_cores(), psutil.virtual_memory().total)
+    api = _api(kind)
     count = api.device_count()
     index = _device_index(count)
     # Asking for a name opens a context on the current device: without this line every rank takes memory of device 0.
@@ -130,12 +153,14 @@ def setup() -> Device:
     # matrix products; without the second cuBLAS fails under --deterministic-mode.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from minimind_mcore.platform import ascend, cpu, cpu_as_cuda, patches
+
     device = current()
     if device.kind == "cpu":
         cpu_as_cuda.emulate()
         cpu.tune()
     else:
-        getattr(torch, device.kind).set_device(device.index)  # `current` may have run in another thread
+        _api(device.kind).set_device(device.index)  # `current` may have run in another thread
         if device.kind == "npu":
             ascend.adapt()
     patches.apply()
@@ -182,27 +207,31 @@ def name_interface(interface: str) -> None:
 def synchronize() -> None:
     """Wait until the device has done all that was asked of it."""
     if current().kind != "cpu":
-        getattr(torch, current().kind).synchronize()
+        _api(current().kind).synchronize()
 
 
 def peak_memory() -> int:
     """Largest memory that this process has held, in bytes: allocated on the device, or resident on a CPU."""
     if current().kind != "cpu":
-        return int(getattr(torch, current().kind).max_memory_allocated())
+        return int(_api(current().kind).max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rng_state() -> torch.Tensor:
     """State of the device's random generator (uint8)."""
+    import torch
+
     kind = current().kind
-    return torch.get_rng_state() if kind == "cpu" else getattr(torch, kind).get_rng_state()
+    return torch.get_rng_state() if kind == "cpu" else _api(kind).get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
     """Restore what `rng_state` returned."""
+    import torch
+
     kind = current().kind
-    torch.set_rng_state(state) if kind == "cpu" else getattr(torch, kind).set_rng_state(state)
+    torch.set_rng_state(state) if kind == "cpu" else _api(kind).set_rng_state(state)
 
 
 def main() -> None:

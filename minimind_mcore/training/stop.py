@@ -17,23 +17,16 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from minimind_mcore import hosts
+from minimind_mcore import errors, hosts, log
 from minimind_mcore.platform import device
 
 logger = logging.getLogger(__name__)
 
-# Ctrl-C reaches a rank twice in quick succession, from the terminal and from torchrun: this is one request.
+# Ctrl-C reaches a rank twice in quick succession, from the terminal and from the launcher: this is one request.
 _SAME_REQUEST_SECONDS = 3.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LAUNCHER = "MINIMIND_LAUNCHER"  # environment variable with the launcher's process id
 ANSWER_SECONDS = 60.0  # how long ranks without a launcher wait for each other before a save
 _POLL_SECONDS = 1.0
 _LOST = 255  # represents the end of the launcher among signal numbers
-
-
-def hangup_ignored() -> bool:
-    """Return whether this program was started with nohup, to continue after its terminal closes."""
-    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 class StopSignal:
@@ -50,9 +43,8 @@ class StopSignal:
         self.lost = False
         self._number = 0
         self._asking: float | None = None
-        for number in SIGNALS:
-            if not hangup_ignored() or number != signal.SIGHUP:
-                signal.signal(number, self._receive)
+        for number in errors.end_signals():
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -81,7 +73,7 @@ class StopSignal:
 
     def watch_launcher(self) -> None:
         """Start a thread that requests a stop when the launcher of this rank ends."""
-        launcher = int(os.environ.get(LAUNCHER, "0"))
+        launcher = int(os.environ.get(log.LAUNCHER, "0"))
         if launcher or "TORCHELASTIC_RUN_ID" in os.environ:  # a plain shell may end before this process
             arguments = (os.getppid(), launcher)
             threading.Thread(target=self._watch_launcher, args=arguments, name="launcher", daemon=True).start()
@@ -107,7 +99,7 @@ class StopSignal:
 
         The launcher kills the other ranks as soon as one exits with a non-zero status.
         """
-        for number in SIGNALS:
+        for number in errors.END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if self.exit_status:
             dist.barrier()

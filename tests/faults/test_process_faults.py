@@ -152,9 +152,10 @@ def ask_rank_1() -> None:
     step.Engine.step = asked  # type: ignore[method-assign]
 
 
-def test_a_signal_to_one_rank_ends_the_run_with_its_status(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launcher", "torchrun"])
+def test_a_signal_to_one_rank_ends_the_run_with_its_status(torchrun: bool, corpus: Corpus, tmp_path: Path) -> None:
     flags = {"train_iters": 100000, "save": tmp_path / "saved", "ckpt_format": "torch"}
-    with launched(corpus.flags(CONFIG, **flags), tmp_path) as job:
+    with launched(corpus.flags(CONFIG, **flags), tmp_path, torchrun=torchrun) as job:
         wait_for_iteration(job, 2)
         ranks_of(job)[1].send_signal(signal.SIGTERM)
         output, _ = job.communicate(timeout=60)
@@ -164,10 +165,11 @@ def test_a_signal_to_one_rank_ends_the_run_with_its_status(corpus: Corpus, tmp_p
     assert "Traceback" not in output
 
 
-def test_a_run_under_nohup_outlives_its_terminal(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launcher", "torchrun"])
+def test_a_run_under_nohup_outlives_its_terminal(torchrun: bool, corpus: Corpus, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launched(corpus.flags(CONFIG, train_iters=100000), tmp_path, 1) as job:
+        with launched(corpus.flags(CONFIG, train_iters=100000), tmp_path, 1, torchrun=torchrun) as job:
             wait_for_iteration(job, 2)
             os.killpg(job.pid, signal.SIGHUP)
             wait_for_iteration(job, 9)
@@ -187,8 +189,11 @@ def test_an_interrupt_of_a_program_is_one_sentence() -> None:
 # Ranks
 
 
-def test_a_killed_rank_is_named_in_the_last_line_without_a_traceback(corpus: Corpus, tmp_path: Path) -> None:
-    with launched(corpus.flags(CONFIG, train_iters=100000, **layout(tp=2)), tmp_path) as job:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launcher", "torchrun"])
+def test_a_killed_rank_is_named_in_the_last_line_without_a_traceback(
+    torchrun: bool, corpus: Corpus, tmp_path: Path
+) -> None:
+    with launched(corpus.flags(CONFIG, train_iters=100000, **layout(tp=2)), tmp_path, torchrun=torchrun) as job:
         wait_for_iteration(job, 2)
         ranks_of(job)[1].kill()
         output, _ = job.communicate(timeout=60)
@@ -296,8 +301,9 @@ def test_a_port_in_use_is_one_sentence(corpus: Corpus, tmp_path: Path) -> None:
     assert last_line(done.stderr).startswith(f"error: MASTER_PORT={port} is in use on this host"), done.stderr
 
 
-def test_port_0_is_a_free_port(corpus: Corpus, tmp_path: Path) -> None:
-    with launched(corpus.flags(CONFIG, train_iters=1), tmp_path, 2, port=0) as job:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launcher", "torchrun"])
+def test_port_0_is_a_free_port(torchrun: bool, corpus: Corpus, tmp_path: Path) -> None:
+    with launched(corpus.flags(CONFIG, train_iters=1), tmp_path, 2, port=0, torchrun=torchrun) as job:
         output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
 

@@ -353,9 +353,10 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale(server: Server, corpu
 # The launcher, with its own processes
 
 
-def test_killed_rank_takes_the_job_down_with_a_message(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launcher", "torchrun"])
+def test_killed_rank_takes_the_job_down_with_a_message(torchrun: bool, corpus: Corpus, tmp_path: Path) -> None:
     flags = corpus.flags(CONFIG, train_iters=100000, **layout(tp=2))
-    with launched(flags, tmp_path) as job:
+    with launched(flags, tmp_path, torchrun=torchrun) as job:
         wait_for_iteration(job, 2)
         ranks = ranks_of(job)
         started = time.monotonic()
@@ -368,10 +369,13 @@ def test_killed_rank_takes_the_job_down_with_a_message(corpus: Corpus, tmp_path:
         assert not any(rank.is_running() for rank in ranks)
 
 
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launcher", "torchrun"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_exits_in_order(corpus: Corpus, tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_saves_and_exits_in_order(
+    torchrun: bool, corpus: Corpus, tmp_path: Path, number: signal.Signals
+) -> None:
     flags = {"train_iters": 100000, "save": tmp_path / "saved", "ckpt_format": "torch", "data_path": corpus.prefix}
-    with launched(corpus.flags(CONFIG, **flags), tmp_path) as job:
+    with launched(corpus.flags(CONFIG, **flags), tmp_path, torchrun=torchrun) as job:
         wait_for_iteration(job, 2)
         os.killpg(job.pid, number) if number == signal.SIGINT else job.send_signal(number)
         output, _ = job.communicate(timeout=60)

@@ -16,15 +16,20 @@ import psutil
 from helpers.engine import ROOT
 from minimind_mcore.hosts import free_port
 
+TORCHRUN = ["--max-restarts", "0"]  # torchrun's default, which the launcher does not know
+
 
 @contextlib.contextmanager
 def launched(
-    argv: list[str], folder: Path, processes: int = 2, port: int | None = None
+    argv: list[str], folder: Path, processes: int = 2, port: int | None = None, torchrun: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    """A real run under the launcher, in a session of its own that ends with the block."""
+    """A real run under the launcher, in a session of its own that ends with the block.
+
+    The launcher starts the ranks itself, or with `torchrun` by torchrun, as on GPUs and on several hosts.
+    """
     command = [
         sys.executable, "-m", "minimind_mcore.launch", "--nproc-per-node", str(processes),
-        "--master-port", str(free_port() if port is None else port),
+        "--master-port", str(free_port() if port is None else port), *(TORCHRUN if torchrun else []),
         str(ROOT / "pretrain_gpt.py"), *argv, "--output-dir", str(folder),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)}

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from minimind_mcore import log
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CHECKOUT
-from minimind_mcore.platform import cpu
+from minimind_mcore.platform import processor
 from minimind_mcore.rl.runtime.hosts import SYSTEM_CONFIG, Patience, require_ray
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def spread(places: Sequence[Bundle]) -> list[Bundle]:
 def threads_of(places: Sequence[Bundle], number: int) -> int:
     """Return the thread count of a process: the cores of its host divided by the run's processes there."""
     beside = sum(place.node == places[number].node for place in places)
-    return max(1, cpu.usable_cores() // beside)
+    return max(1, processor.usable_cores() // beside)
 
 
 def where(places: Sequence[Bundle]) -> str:
@@ -225,7 +225,7 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
                 raise UserError(f"RAY_ADDRESS={asked}: no Ray cluster answers there; start it, or unset it") from error
     ray.init(
         address="local",
-        num_cpus=max(cpus, cpu.usable_cores()),
+        num_cpus=max(cpus, processor.usable_cores()),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=os.environ.get("RAY_TMPDIR"),
