@@ -6,7 +6,8 @@ Functions for other packages:
     from minimind_mcore.preprocess.options import ChatOptions, Options
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
     from minimind_mcore.preprocess.meta import read_meta
-    from minimind_mcore.preprocess.check import check_dataset, datasets_at, quick_check
+    from minimind_mcore.preprocess.check import check_dataset, quick_check
+from minimind_mcore.preprocess.indexed import datasets_at
 """
 
 if __name__ == "preprocess":

@@ -12,16 +12,11 @@ from __future__ import annotations
 import glob
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.check import datasets_at, quick_check
-from minimind_mcore.preprocess.convert import convert, preview
-from minimind_mcore.preprocess.handlers import ChatHandler
-from minimind_mcore.preprocess.indexed import read_index
-from minimind_mcore.preprocess.options import Options
-from minimind_mcore.preprocess.tokenize import tokenizer_info
+from minimind_mcore.preprocess.indexed import datasets_at, read_index
 
 
 @dataclass(frozen=True)
@@ -100,43 +95,3 @@ def blend_of_text(text: str, flag: str) -> Blend | None:
     if len(words) < 2 or _exists(text) or not (number(words[0]) is not None or _exists(words[0])):
         return None
     return parse_blend(words, flag)
-
-
-def prepare_blend(blend: Blend, options: Options, dry_run: bool) -> list[str]:
-    """Convert the raw datasets of a blend, and check the others.
-
-    Args:
-        blend: converted datasets or raw files.
-        options: options of the conversion. Input and output prefix are replaced for each dataset.
-        dry_run: convert nothing.
-
-    Returns:
-        The words of --data-path with weights. Empty if a dry run leaves datasets unconverted.
-
-    Raises:
-        UserError: a dataset does not exist, cannot be converted, or has another tokenizer.
-    """
-    if isinstance(options.find_handler(), ChatHandler):
-        raise UserError(
-            f"--input {options.input}: a blend is for pretraining data; of conversations give one set, whose files may "
-            "be separated by commas"
-        )
-    if options.output_prefix is not None:
-        raise UserError("--output-prefix names one dataset, and the input is a blend of several; use --cache-dir")
-    info = tokenizer_info(options.tokenizer)
-    prefixes, pending = [], False
-    for path in blend.prefixes:
-        place = Path(path).expanduser().absolute()
-        found = [str(place)] if datasets_at(place) else []
-        for prefix in found:
-            quick_check(prefix, info.fingerprint, info.vocab_size)
-        if not found:
-            raw = replace(options, input=path)
-            found = preview(raw) if dry_run else convert(raw)
-            pending |= not found
-        if blend.weights is not None and len(found) > 1:
-            raise UserError(f"--input: {path} becomes {len(found)} datasets (--json-keys), and has one weight")
-        prefixes += found
-    if pending:
-        return []
-    return Blend(prefixes, blend.weights or [str(size) for size in sizes(prefixes)]).words

@@ -2,7 +2,6 @@
 
     quick_check("data/pt_text_document", fingerprint)      # before training: files, sizes, tokenizer
     problems = check_dataset("data/pt_text_document")      # complete check, reads all bytes
-    datasets_at("data/sft")                                # every dataset of conversations under the prefix
 
 megatron-core opens a truncated `.bin` without an error, and fails only when it reads a sample after the cut,
 possibly hours later.
@@ -11,7 +10,6 @@ possibly hours later.
 from __future__ import annotations
 
 import functools
-import glob
 import os
 import random
 import zlib
@@ -21,9 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.indexed import BLOCK_BYTES, Column, Index, bin_path, copy_chunks, idx_path, read_index
+from minimind_mcore.preprocess.indexed import (
+    BLOCK_BYTES,
+    IGNORED,
+    Column,
+    Index,
+    bin_path,
+    copy_chunks,
+    idx_path,
+    read_index,
+)
 from minimind_mcore.preprocess.meta import DatasetMeta, meta_path, prompts_path, read_meta
-from minimind_mcore.preprocess.templates import IGNORED
 from minimind_mcore.preprocess.tokenize import TokenizerInfo
 from minimind_mcore.storage import sha256
 
@@ -85,15 +91,6 @@ def check_dataset(prefix: Prefix, tokenizer: TokenizerInfo | None = None) -> lis
             problems += _tokenizer_problems(meta, tokenizer.fingerprint)
     vocab = tokenizer.vocab_size if tokenizer else meta.tokenizer.vocab_size if meta else None
     return problems + _token_problems(prefix, index, vocab)
-
-
-def datasets_at(prefix: Prefix) -> list[str]:
-    """Return the dataset at a prefix, or the datasets of conversations whose names start with the prefix."""
-    if idx_path(prefix).is_file():
-        return [os.fspath(prefix)]
-    path = Path(prefix)
-    found = sorted(path.parent.glob(f"{glob.escape(path.name)}_packed_*_document.idx"))
-    return [str(file.with_suffix("")) for file in found]
 
 
 def check_together(prefixes: Sequence[str]) -> list[str]:

@@ -38,9 +38,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_mcore.errors import UserError
-from minimind_mcore.preprocess.check import datasets_at, digest_problems
+from minimind_mcore.preprocess.check import digest_problems
 from minimind_mcore.preprocess.handlers import ChatHandler
-from minimind_mcore.preprocess.indexed import Written, bin_path, copy_chunks, merge
+from minimind_mcore.preprocess.indexed import Written, bin_path, copy_chunks, datasets_at, merge
 from minimind_mcore.preprocess.messages import report_unused
 from minimind_mcore.preprocess.meta import DatasetMeta, SourceRecord, is_complete, meta_path, read_meta, write_meta
 from minimind_mcore.preprocess.options import (

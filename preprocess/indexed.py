@@ -18,6 +18,7 @@ document. Here every document is one sequence, so D = S + 1. The files are byte-
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import struct
@@ -41,6 +42,7 @@ BLOCK_BYTES = 1 << 20  # block size of a .bin file; the dataset's record has a c
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
+IGNORED = -100  # the label of a token without loss
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
@@ -51,6 +53,15 @@ def bin_path(prefix: str | os.PathLike[str]) -> Path:
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
     """Return the index file of a dataset."""
     return Path(f"{os.fspath(prefix)}.idx")
+
+
+def datasets_at(prefix: str | os.PathLike[str]) -> list[str]:
+    """Return the dataset at a prefix, or the datasets of conversations whose names start with the prefix."""
+    if idx_path(prefix).is_file():
+        return [os.fspath(prefix)]
+    path = Path(prefix)
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}_packed_*_document.idx"))
+    return [str(file.with_suffix("")) for file in found]
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,16 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.flags import Parser, add_kit_flags, build_parser, fields_from, support, unused
-from minimind_mcore.preprocess.blends import blend_of_text, prepare_blend
-from minimind_mcore.preprocess.check import check_dataset, check_together, datasets_at, quick_check
+from minimind_mcore.preprocess.blends import Blend, blend_of_text, sizes
+from minimind_mcore.preprocess.check import check_dataset, check_together, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
-from minimind_mcore.preprocess.indexed import read_index
+from minimind_mcore.preprocess.handlers import ChatHandler
+from minimind_mcore.preprocess.indexed import datasets_at, read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.options import ChatOptions, Options, from_dataset_info, with_config
 from minimind_mcore.preprocess.tokenize import tokenizer_info
@@ -113,8 +116,48 @@ def _convert(args: argparse.Namespace) -> list[str]:
         return [args.input]
     options = _options(args)
     if blend := blend_of_text(args.input, "--input"):
-        return prepare_blend(blend, options, args.dry_run)
+        return _convert_blend(blend, options, args.dry_run)
     return preview(options) if args.dry_run else convert(options)
+
+
+def _convert_blend(blend: Blend, options: Options, dry_run: bool) -> list[str]:
+    """Convert the raw datasets of a blend, and check the others.
+
+    Args:
+        blend: converted datasets or raw files.
+        options: options of the conversion. Input and output prefix are replaced for each dataset.
+        dry_run: convert nothing.
+
+    Returns:
+        The words of --data-path with weights. Empty if a dry run leaves datasets unconverted.
+
+    Raises:
+        UserError: a dataset does not exist, cannot be converted, or has another tokenizer.
+    """
+    if isinstance(options.find_handler(), ChatHandler):
+        raise UserError(
+            f"--input {options.input}: a blend is for pretraining data; of conversations give one set, whose files may "
+            "be separated by commas"
+        )
+    if options.output_prefix is not None:
+        raise UserError("--output-prefix names one dataset, and the input is a blend of several; use --cache-dir")
+    info = tokenizer_info(options.tokenizer)
+    prefixes, pending = [], False
+    for path in blend.prefixes:
+        place = Path(path).expanduser().absolute()
+        found = [str(place)] if datasets_at(place) else []
+        for prefix in found:
+            quick_check(prefix, info.fingerprint, info.vocab_size)
+        if not found:
+            raw = replace(options, input=path)
+            found = preview(raw) if dry_run else convert(raw)
+            pending |= not found
+        if blend.weights is not None and len(found) > 1:
+            raise UserError(f"--input: {path} becomes {len(found)} datasets (--json-keys), and has one weight")
+        prefixes += found
+    if pending:
+        return []
+    return Blend(prefixes, blend.weights or [str(size) for size in sizes(prefixes)]).words
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_mcore.preprocess.indexed import Column, IndexedWriter, Int64s, Written
-from minimind_mcore.preprocess.templates import IGNORED
+from minimind_mcore.preprocess.indexed import IGNORED, Column, IndexedWriter, Int64s, Written
 
 Prefix = str | os.PathLike[str]
 BATCH = 1024

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from minimind_mcore.preprocess.dialogues import TEXTS
 from minimind_mcore.preprocess.handlers import ChatHandler, Handler
+from minimind_mcore.preprocess.indexed import IGNORED
 from minimind_mcore.preprocess.messages import Conversation, Unusable
 from minimind_mcore.preprocess.options import Options
 from minimind_mcore.preprocess.readers import Reject, rejected
 from minimind_mcore.preprocess.templates import (
-    IGNORED,
     ChatTemplate,
     Ids,
     Prompter,

@@ -44,11 +44,11 @@ from numpy.typing import NDArray
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import PACKAGE
+from minimind_mcore.preprocess.indexed import IGNORED
 from minimind_mcore.preprocess.messages import PROMPTS, Conversation, Message, Unusable, check_order
 from minimind_mcore.preprocess.tokenize import Encoder, TokenizerInfo
 from minimind_mcore.preprocess.tokenizer_files import template_source
 
-IGNORED = -100
 Ids = NDArray[np.int32]
 # Parts that a chat template may ignore. A template that writes a part has its name in the source.
 WRITTEN = ("tools", "tool_calls", "reasoning_content")

@@ -25,7 +25,7 @@ from minimind_mcore.checkpoint.source import Source
 from minimind_mcore.errors import UserError, run
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.indexed import datasets_at
 from minimind_mcore.training.checkpoint_fit import check_model, conversion
 
 ALGORITHM = "/workspace/algorithm"

@@ -14,7 +14,7 @@ from minimind_mcore.cli.settings import CLI, data_dir, env, flags, help_of, path
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import CONFIGS
 from minimind_mcore.platform.processor import usable_cores
-from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.indexed import datasets_at
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ import torch
 
 from minimind_mcore.errors import require
 from minimind_mcore.figures.study import ALPHABET, Study, rounded
+from minimind_mcore.preprocess.indexed import IGNORED
 from minimind_mcore.preprocess.messages import Conversation
-from minimind_mcore.preprocess.templates import IGNORED, TokenizerTemplate
+from minimind_mcore.preprocess.templates import TokenizerTemplate
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 
 TEXTS = (

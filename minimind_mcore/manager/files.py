@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minimind_mcore.checkpoint.tracker import TRACKER
 from minimind_mcore.errors import UserError, shown
-from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.indexed import datasets_at
 
 DEPTH = 6  # directories below a readable one that are searched
 MOST = 1000  # entries of a list

@@ -28,7 +28,8 @@ from minimind_mcore.models.config import (
     straight_through_needs_one,
 )
 from minimind_mcore.preprocess.blends import parse_blend
-from minimind_mcore.preprocess.check import datasets_at, quick_check
+from minimind_mcore.preprocess.check import quick_check
+from minimind_mcore.preprocess.indexed import datasets_at
 from minimind_mcore.preprocess.tokenizer_files import tokenizer_json
 from minimind_mcore.storage import require_writable
 from minimind_mcore.validation import validate

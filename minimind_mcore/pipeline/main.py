@@ -48,7 +48,7 @@ from minimind_mcore.pipeline.stages import (
     has_no_reasoning,
 )
 from minimind_mcore.pipeline.tables import find
-from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.indexed import datasets_at
 from minimind_mcore.storage import require_writable, set_aside
 
 logger = logging.getLogger(__name__)

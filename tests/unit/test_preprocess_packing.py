@@ -18,9 +18,9 @@ import pytest
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess import main as preprocess
 from minimind_mcore.preprocess import train_tokenizer
-from minimind_mcore.preprocess.check import CHUNK, check_dataset, check_together, datasets_at, quick_check
+from minimind_mcore.preprocess.check import CHUNK, check_dataset, check_together, quick_check
 from minimind_mcore.preprocess.convert import convert, preview
-from minimind_mcore.preprocess.indexed import IndexedWriter, read_index
+from minimind_mcore.preprocess.indexed import IndexedWriter, datasets_at, read_index
 from minimind_mcore.preprocess.meta import read_meta
 from minimind_mcore.preprocess.options import ChatOptions, Options
 from minimind_mcore.preprocess.packing import plan_packs

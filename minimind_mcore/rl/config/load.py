@@ -27,7 +27,7 @@ from minimind_mcore.arguments import IMPLEMENTED, NO_EFFECT
 from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.documents import composed_files
 from minimind_mcore.inputs.flags import flag_table
-from minimind_mcore.preprocess.check import datasets_at
+from minimind_mcore.preprocess.indexed import datasets_at
 from minimind_mcore.rl.config import schema
 from minimind_mcore.rl.config.objective import ConfigLayer, command_line, layer_of, replaced
 from minimind_mcore.rl.config.schema import (

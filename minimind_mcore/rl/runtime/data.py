@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from minimind_mcore.errors import UserError
 from minimind_mcore.inputs.documents import parse_object
 from minimind_mcore.inputs.splits import parse_split
-from minimind_mcore.preprocess.check import datasets_at, quick_check
-from minimind_mcore.preprocess.indexed import Column
+from minimind_mcore.preprocess.check import quick_check
+from minimind_mcore.preprocess.indexed import Column, datasets_at
 from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl.config.schema import Config

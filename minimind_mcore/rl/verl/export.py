@@ -31,8 +31,8 @@ from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.paths import package_json
-from minimind_mcore.preprocess.check import datasets_at
 from minimind_mcore.preprocess.hf_tokenizer import load_tokenizer
+from minimind_mcore.preprocess.indexed import datasets_at
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
 from minimind_mcore.rl.algorithms.table import ALGORITHMS, algorithm
 from minimind_mcore.rl.config.load import require_weights
