@@ -35,3 +35,10 @@ def test_the_workflow_runs_every_group_of_tests() -> None:
     groups = workflow["jobs"]["tests"]["strategy"]["matrix"]["group"]
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     assert set(groups) == folders - SLOW - NO_TESTS
+
+
+def test_every_push_publishes_the_site() -> None:
+    """Pages are made from docstrings and from web/, too: a path filter would leave them out of date."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text(encoding="utf-8"))
+    triggers = workflow[True]  # YAML 1.1 reads the key `on` as true
+    assert triggers["push"] == {"branches": ["main"]}
