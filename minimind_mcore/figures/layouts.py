@@ -20,6 +20,7 @@ from minimind_mcore.models.presets import get_preset
 WORLD = 8
 MODELS = ("minimind3", "minimind3_moe")
 MICRO_BATCHES = (4, 8)
+EXPERTS = "decoder.layers.0.mlp.experts.local_experts"
 # One rule of the weight table each.
 JOURNEYS = {
     "qkv": "decoder.layers.0.self_attention.linear_qkv.weight",
@@ -57,15 +58,22 @@ def _described(work: Workload, machine: machines.Machine) -> dict[str, Any]:
     per = layout.layers_per_virtual_stage
     placed = ParallelLayout(tp=layout.tp, pp=layout.pp, ep=layout.ep, layers_per_virtual_stage=per)
     counts = dict.fromkeys(placed.folders(), 0)
-    for name, parts in placed.parts(model).items():
+    table = placed.parts(model)
+    for name, parts in table.items():
         for part in parts:
             counts[part.folder] += math.prod(part.shape(name, shapes[name], layout.tp))
     shown = [name for name in shapes if ".layers." not in name or name.startswith("decoder.layers.0.")]
     first = {name: weights.shard_shape(name, shapes[name], layout.tp) for name in shown}
+    held = [
+        [expert for expert in range(model.moe.num_experts if model.moe else 0)
+         if placed.folder(0, 0, rank) in {part.folder for part in table[f"{EXPERTS}.{expert}.linear_fc1.weight"]}]
+        for rank in range(layout.ep)
+    ]  # fmt: skip
     return {
         "tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp or 1, "ep": layout.ep, "dp": layout.dp,
         "layers": [[[layer for _, layer in chunk] for chunk in stage] for stage in placed.stages(model)],
         "parameters": list(counts.values()),
+        "experts": [[experts[0], experts[-1]] for experts in held if experts],
         "shapes": {name.removeprefix("decoder.layers.0."): list(shape) for name, shape in first.items()
                    if ".local_experts." not in name or ".local_experts.0." in name},
         "sent": {kind: round(size) for kind, size in speed.volume(work).items()},

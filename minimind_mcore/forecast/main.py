@@ -75,7 +75,7 @@ def size(text: str) -> float:
 
 
 def print_layouts(stage: str, found: Sequence[Proposal], shown: int) -> None:
-    """Print the first layouts: time and bytes sent of a rank, then its memory."""
+    """Print the first layouts: the time of a step and the bytes sent, then the memory of a rank."""
     work = found[0].work
     what = "pairs" if work.sequences == 2 else "responses" if stage == "grpo" else "samples"
     precision = "fp32" if work.width == 4 else "bf16"
@@ -95,7 +95,7 @@ def sizes(one: Proposal) -> dict[str, str]:
 
 
 def times(one: Proposal) -> dict[str, str]:
-    """Return the time of a step and the bytes that a rank sends in it, as cells of text."""
+    """Return the time of a step and the bytes that the busiest rank sends in it, as cells of text."""
     layout, seconds = one.work.layout, {name: part for name, part in one.seconds.items() if name != "bubble"}
     return {
         **sizes(one),

@@ -20,10 +20,12 @@ def bubble(stages: int, micro_batches: int, virtual: int = 1) -> float:
 
 
 def volume(work: Workload) -> dict[str, float]:
-    """Return the bytes that a rank sends in a step, by the kind of parallelism.
+    """Return the bytes that the busiest rank sends in a step, by the kind of parallelism.
 
     A ring all-reduce of n ranks sends 2 (n - 1) / n of the data. A reduce-scatter or an all-gather sends half of that.
     Sequence parallelism and the distributed optimizer replace each all-reduce by a reduce-scatter and an all-gather.
+    In a pipeline each chunk of layers sends activations to the next chunk and gradients to the chunk before. The first
+    chunk has no chunk before it, and the last has none after it. With two stages each rank holds one of these two.
     """
     layout, model = work.layout, work.model
     hidden = work.tokens * model.hidden_size * work.width
@@ -31,10 +33,10 @@ def volume(work: Workload) -> dict[str, float]:
     m, layers = work.num_microbatches, model.num_layers / layout.pp
     dense, experts = work.trained
     returned = work.width if work.use_distributed_optimizer else work.gradient_width
-    chunks = layout.vpp or 1
+    sends = 2 * (layout.vpp or 1) - (layout.pp == 2)
     return {
         "TP": m * _tensor_collectives(work) * 2 * _others(layout.tp) * hidden,
-        "PP": m * 2 * chunks * hidden / split if layout.pp > 1 else 0.0,
+        "PP": m * sends * hidden / split if layout.pp > 1 else 0.0,
         "DP": (dense * _others(layout.dp) + experts * _others(layout.dp // layout.ep))
         * (work.gradient_width + returned),
         "EP": m * 4 * layers * _others(layout.ep) * hidden * (model.moe.topk if model.moe else 0) / split,
@@ -71,10 +73,14 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
     efficiency = machine.efficiency_compiled if compiles(work) else machine.efficiency
     compute = _flops(work) / (machine.matmul_flops * efficiency)
     starting = (machine.layer_seconds_moe if model.moe else machine.layer_seconds) * model.num_layers / layout.pp
-    sent, layers = volume(work), model.num_layers / layout.pp
+    layers = model.num_layers / layout.pp
+    transfers = 2 * (layout.vpp or 1)
+    sent = volume(work)
+    # A rank waits for the transfers in both directions, also for those that it only receives.
+    sent["PP"] *= transfers / (transfers - (layout.pp == 2))
     links = {  # Megatron's order of ranks: TP, then DP (of which EP is a part), then PP
         "TP": (layout.tp, 1, m * _tensor_collectives(work)),
-        "PP": (2 if layout.pp > 1 else 1, layout.tp * layout.dp, m * 2 * (layout.vpp or 1)),
+        "PP": (2 if layout.pp > 1 else 1, layout.tp * layout.dp, m * transfers),
         "DP": (layout.dp, layout.tp, 2),
         "EP": (layout.ep, layout.tp, m * 4 * layers),
     }

@@ -284,6 +284,10 @@ def test_what_ranks_hold() -> None:
         assert whole["parameters"] == [PRESETS[name].num_parameters()]
         assert all(one["tp"] * one["pp"] * one["dp"] == figure["world"] for one in all_layouts)
         assert {one["sent"]["TP"] > 0 for one in all_layouts if one["tp"] == 1} == {False}
+        experts = getattr(PRESETS[name].moe, "num_experts", 0)
+        for one in all_layouts:
+            held = [expert for first, last in one["experts"] for expert in range(first, last + 1)]
+            assert held == [*range(experts)] and len(one["experts"]) == (one["ep"] if experts else 0)
 
 
 def test_a_tensor_on_its_way(study: Study) -> None:

@@ -171,11 +171,32 @@ def test_the_bubble_is_that_share_of_a_pipeline_s_time() -> None:
 def test_volume_by_hand() -> None:
     model, hidden = get_preset("minimind3"), 2 * 2 * 256 * 768  # bf16, samples, tokens, hidden size
     assert speed.volume(work_of(model, f"--bf16 {TP}", world=2))["TP"] == 16 * (4 * 8 + 2) * hidden
-    assert speed.volume(work_of(model, f"--bf16 {PP}", world=2))["PP"] == 16 * 2 * hidden
+    assert speed.volume(work_of(model, f"--bf16 {PP}", world=2))["PP"] == 16 * hidden
     size = model.num_parameters()
     assert speed.volume(work_of(model, "--bf16", world=4))["DP"] == 2 * 3 / 4 * 4 * size
     assert speed.volume(work_of(model, "--bf16 --use-distributed-optimizer", world=4))["DP"] == 3 / 4 * 6 * size
     assert speed.volume(work_of("minimind3_moe", f"--bf16 {EP}", world=2))["EP"] == 8 * 4 * 8 / 2 * hidden
+
+
+@pytest.mark.parametrize(("stages", "per_chunk"), [(2, 4), (2, 2), (2, 1), (4, 2), (4, 1)])
+def test_the_busiest_rank_of_a_pipeline(stages: int, per_chunk: int) -> None:
+    """Count the transfers at each boundary between chunks: activations forward, gradients backward."""
+    model, chunks = get_preset("minimind3"), 8 // per_chunk
+    sends = [0] * stages
+    for chunk in range(chunks - 1):
+        sends[chunk % stages] += 1
+        sends[(chunk + 1) % stages] += 1
+    more = f"--bf16 --pipeline-model-parallel-size {stages}"
+    if chunks > stages:
+        more += f" --num-layers-per-virtual-pipeline-stage {per_chunk}"
+    work = work_of(model, more, world=stages)
+    hidden = 2 * 2 * 256 * 768
+    assert speed.volume(work)["PP"] == work.num_microbatches * max(sends) * hidden
+    # A rank waits for the transfers of both directions.
+    seconds = speed.of_training(work, H100)["PP"]
+    bandwidth, latency = speed.link(H100, 2, 1)
+    waits = work.num_microbatches * 2 * (chunks // stages)
+    assert seconds == pytest.approx(waits * (hidden / bandwidth + latency))
 
 
 def test_more_is_never_less() -> None:
