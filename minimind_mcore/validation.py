@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 
 import torch
 
+from minimind_mcore import log
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.errors import UserError, require
 from minimind_mcore.inputs import ranges
 from minimind_mcore.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 def validate(args: argparse.Namespace, world_size: int) -> ParallelLayout:
@@ -81,6 +85,12 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
         layers % per_stage == 0,
         f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {layers} layers of a stage",
     )
+    if layers == per_stage:
+        log.warn_once(
+            logger,
+            f"--num-layers-per-virtual-pipeline-stage {per_stage} (VPP): found all {layers} layers of a stage, so the "
+            "pipeline is not virtual. For a virtual pipeline give fewer layers than a stage has",
+        )
     return int(layers // per_stage) if layers > per_stage else None
 
 

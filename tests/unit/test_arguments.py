@@ -245,6 +245,19 @@ def test_flags_that_say_the_same_thing_give_the_same_model() -> None:
     assert shared == PRESETS["minimind2_moe_tiny"]
 
 
+@pytest.mark.parametrize(("per_chunk", "rank", "warnings"), [(2, 0, 1), (1, 0, 0), (2, 1, 0)])
+def test_a_pipeline_that_is_not_virtual(
+    per_chunk: int, rank: int, warnings: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flag counts layers, not chunks: with 2 of the 2 layers of a stage, each stage is one chunk."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", str(rank))
+    changes = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": per_chunk}
+    layout = validate(parse(command_line(**changes)), 2)
+    assert layout.vpp == (2 if per_chunk == 1 else None)
+    assert capsys.readouterr().err.count("warning: ") == warnings
+
+
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         arguments.parse(["--help"])
