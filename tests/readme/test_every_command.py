@@ -311,6 +311,37 @@ def test_command(page: str, command: str, checkout: Path, request: pytest.Fixtur
     print(f"{time.monotonic() - began:.0f} s")
 
 
+def layouts() -> dict[str, tuple[str, str]]:
+    """The experiments of the chapter on parallelism: the command of each, and the layout that its log must name."""
+    text = (ROOT / "docs/learn_parallel.md").read_text(encoding="utf-8")
+    [base] = [command for command in all_commands("learn_parallel") if "CKPT_LOAD_DIR=" in command]
+    found = {}
+    for name, settings, layout in re.findall(r"^\| (.+?) \| `(\w+=.*?)` \| `(TP=.*?)` \|$", text, re.M):
+        command = base.replace("PP=2 TP=1", settings).replace("layouts/PP", f"layouts/{name.split()[0].strip(',')}")
+        found[name] = (re.sub(r"CKPT_LOAD_DIR=\S+ ", "", command) if "without" in name else command, layout)
+    return found
+
+
+def test_the_chapter_on_parallelism_has_an_experiment_for_each_layout() -> None:
+    text = " ".join(layouts())
+    assert re.findall(r"\b[A-Z]P\b|VPP", text) == ["PP", "VPP", "TP", "SP", "DP", "EP"]
+    assert len({command for command, _ in layouts().values()}) == len(layouts()) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_layouts_of_the_chapter_on_parallelism(checkout: Path, quickstart: object) -> None:
+    """The log names the layout of the table, and the runs of one model have the same losses."""
+    losses = {}
+    for name, (command, layout) in layouts().items():
+        printed = run(command, checkout)
+        assert re.search(rf"^layout: +{layout} on 2 processes$", printed, re.M), printed
+        losses[name] = [float(loss) for loss in re.findall(r"\| lm loss: (\S+) \|", printed)]
+        assert len(losses[name]) == 2  # of iterations 10 and 20
+    first, *others = [found for name, found in losses.items() if not name.startswith("EP")]
+    assert len(others) == 3 and all(found == pytest.approx(first, rel=1e-4) for found in others)
+
+
 def with_flag(command: str, flag: str) -> str:
     """The flag stands behind the kit's own program."""
     return re.sub(r"(run_ascend\.sh)", rf"\1 {flag}", command) if "run_ascend.sh" in command else f"{command} {flag}"
