@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.engine import TRACKER, Corpus, Server, as_flags, facts, layout, load, same, worst_difference
+from helpers.engine import ROOT, TRACKER, Corpus, Server, as_flags, facts, layout, load, same, worst_difference
 
 from minimind_mcore.models.presets import PRESETS
 
@@ -136,6 +137,20 @@ def test_torch_files_are_those_of_mindspeed_llm(server: Server, corpus: Corpus, 
     assert [entry.keys() for entry in state["rng_state"]] == [
         {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states"}
     ]
+
+
+@pytest.mark.parametrize("form", [TORCH, DIST], ids=["torch", "torch_dist"])
+def test_every_file_of_a_checkpoint_is_on_the_page_of_files(
+    server: Server, corpus: Corpus, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    argv = corpus.flags(PRESETS["minimind3_tiny"], train_iters=1, **SHARDED, **form, save=tmp_path / "saved")
+    server.run(argv, tmp_path / "run")
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    names = {re.sub(r"^__\d+_\d+\.", "__0_0.", path.name) for path in files}
+    assert names > ({"distrib_optim.pt"} if form is TORCH else {"common.pt", ".metadata"})
+    for page in ("files.md", "files_zh.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert names <= set(re.findall(r"`(?:[\w/]+/)?([\w.]+)`", text)), page
 
 
 def test_torch_files_of_stages_and_experts(server: Server, corpus: Corpus, tmp_path: Path) -> None:
