@@ -26,6 +26,7 @@ from minimind_mcore.forecast import speed
 from minimind_mcore.inference.loading import empty_model, fill_model
 from minimind_mcore.models import yarn
 from minimind_mcore.models.presets import PRESETS
+from minimind_mcore.models.recipes import RECIPES
 from minimind_mcore.pipeline import sample
 from minimind_mcore.platform.fused import attention as fused_attention
 from minimind_mcore.preprocess import dialogues, train_tokenizer
@@ -372,6 +373,7 @@ def written() -> dict[str, list[str]]:
     tiny, large = PRESETS["minimind3_tiny"], PRESETS["minimind3"]
     experts = len(committed("moe")["models"][0]["shares"][0][0])
     table = large.vocab_size * large.hidden_size
+    targets: Any = RECIPES["tiny_lora"].flags["--lora-target-modules"]
     attention = large.num_layers * large.num_heads * 4 // 2  # bytes of each squared token of a text, causal
     early = [DENSE["early_sft"].rpartition("_")[2].lstrip("0"), f"{sample.ITERATIONS['full_sft']:,}"]
     tokens_of_a_cache = 2048
@@ -403,7 +405,10 @@ def written() -> dict[str, list[str]]:
             str(tiny.ffn_hidden_size), str(tiny.hidden_size), f"{large.ffn_hidden_size:,}", str(large.hidden_size),
             f"{3 * large.hidden_size * large.ffn_hidden_size:,}", f"{norm['eps']:f}",
         ],
-        "lora": [*(f"{value:.0%}".replace("%", " %") for value in values), f"{128 * (128 + 128):,}", f"{128 * 128:,}"],
+        "lora": [
+            *(f"{value:.0%}".replace("%", " %") for value in values), f"{128 * (128 + 128):,}", f"{128 * 128:,}",
+            f"{tiny.num_adapter_parameters(8, targets):,}",
+        ],
         "mask": [f"{max(mask['losses']):.1f}", f"{math.log(6400):.1f}", f"{mask['losses'][1]:.1f}", "6,400"],
         "moe": [
             *(f"{statistics.mean(best) / 10:.0f} %" for best in (normalized, straight)), str(experts),
