@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -554,3 +558,46 @@ def test_figures_without_a_model_need_no_tokenizer(tmp_path: Path) -> None:
         made = json.loads(main.make(name, Study(tmp_path / "no tokenizer", {})))
         assert nine_digits(made) == nine_digits(committed(name))
     assert without == ["schedule", "parallel", "devices"]
+
+
+# Tests above that follow from the figures alone, whatever the weights are.
+CONSISTENT = (
+    test_the_ids_of_the_tokenizer,
+    test_every_token_is_named_by_the_bytes_of_its_id,
+    test_attention_sums_to_one,
+    test_rotations,
+    test_norm_and_swiglu,
+    test_the_cosine_schedule,
+    test_what_ranks_hold,
+    test_the_loss_of_dpo,
+    test_the_advantages_and_the_loss_of_grpo,
+    test_the_cache,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_the_figures_of_trained_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the models as docs/figures was made. The figures of equal weights are equal to the committed ones.
+
+    Another processor trains other weights. Their figures must be consistent.
+    """
+    # Without the examples/ of the checkout the kit writes below the current directory: no trained model is used again.
+    shutil.copytree(ROOT / "minimind_mcore", tmp_path / "minimind_mcore", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "minimind_mcore.cli", "docs", "figures", "--output", "figures"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("DATA_DIR", "OUTPUT_DIR")}
+    environment |= {"PYTHONPATH": str(tmp_path), "DEVICE": "cpu"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=5000)
+    same = True
+    for name in main.FIGURES:
+        made, found = json.loads((tmp_path / f"figures/{name}.json").read_text(encoding="utf-8")), committed(name)
+        if made["digests"] == found["digests"]:
+            assert nine_digits(made) == nine_digits(found), f"minimind-mcore docs figures {name}"
+        else:
+            same = False
+            print(f"figure {name}: other weights than those of docs/figures")
+            assert made.keys() == found.keys()
+    if not same:
+        monkeypatch.setattr(sys.modules[__name__], "FOLDER", tmp_path / "figures")
+        for test in CONSISTENT:
+            test()
