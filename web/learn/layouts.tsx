@@ -11,6 +11,7 @@ interface Layout {
   dp: number;
   layers: number[][][]; // stage, chunk
   parameters: number[]; // by mp_rank folder: stage, expert rank, tensor rank
+  experts: [first: number, last: number][]; // by expert rank; empty without experts
   shapes: Record<string, number[]>;
   sent: Record<string, number>;
   memory: Record<string, number>;
@@ -66,6 +67,10 @@ export function ParallelWidget({ figure }: { figure: ParallelFigure }): JSX.Elem
   const mine = ranks[rank]!;
   const folder = (one: (typeof ranks)[number]) => (one.pp * shown.ep + one.ep) * shown.tp + one.tp;
   const layers = (one: (typeof ranks)[number]) => shown.layers[one.pp]!.map((chunk) => (chunk.length > 1 ? `${chunk[0]}–${chunk.at(-1)}` : `${chunk[0]}`)).join(" + ");
+  const experts = (one: (typeof ranks)[number]) => {
+    const [first, last] = shown.experts[one.ep] ?? [0, 0];
+    return first === last ? `${first}` : `${first}–${last}`;
+  };
   const line = figure.timelines[`${shown.pp} ${shown.pp > 1 ? shown.vpp : 1} ${count}`]!;
   return (
     <>
@@ -84,6 +89,7 @@ export function ParallelWidget({ figure }: { figure: ParallelFigure }): JSX.Elem
             <strong>{t(["rank {i}", "进程 {i}"], { i })}</strong>
             <span>TP {one.tp} · PP {one.pp} · DP {one.dp}{shown.ep > 1 ? ` · EP ${one.ep}` : ""}</span>
             <span>{t(["layers {n}", "第 {n} 层"], { n: layers(one) })}</span>
+            {shown.experts.length > 0 && <span>{t(["experts {n}", "专家 {n}"], { n: experts(one) })}</span>}
             <span>{whole(shown.parameters[folder(one)]!)}</span>
           </button>
         ))}
@@ -91,10 +97,10 @@ export function ParallelWidget({ figure }: { figure: ParallelFigure }): JSX.Elem
       <Table
         caption={t(["Tensors of rank {rank}: layers {layers}, {n} parameters", "进程 {rank} 的张量：第 {layers} 层，{n} 个参数"], { rank, layers: layers(mine), n: whole(shown.parameters[folder(mine)]!) })}
         head={[t(["tensor", "张量"]), t(["shape on the rank", "在该进程上的形状"])]}
-        rows={Object.entries(shown.shapes).filter(([key]) => (key.startsWith("embedding") ? mine.pp === 0 || mine.pp === shown.pp - 1 : key.startsWith("decoder") ? mine.pp === shown.pp - 1 : true)).map(([key, shape]) => [<code>{key}</code>, shape.join(" × ")])}
+        rows={Object.entries(shown.shapes).filter(([key]) => (key.startsWith("embedding") ? mine.pp === 0 || mine.pp === shown.pp - 1 : key.startsWith("decoder") ? mine.pp === shown.pp - 1 : true)).map(([key, shape]) => [<code>{key.replace("local_experts.0", `local_experts.${experts(mine)}`)}</code>, shape.join(" × ")])}
       />
       <div class="side-by-side">
-        <Bars label={t(["Bytes that a rank sends in a step ({m} micro-batches)", "每步每个进程发送的字节（{m} 个微批次）"], { m: shown.micro_batches })} rows={Object.entries(shown.sent).map(([kind, value]) => ({ name: kind, value, text: bytes(value) }))} />
+        <Bars label={t(["Bytes that the busiest rank sends in a step ({m} micro-batches)", "发送最多的进程每步发送的字节（{m} 个微批次）"], { m: shown.micro_batches })} rows={Object.entries(shown.sent).map(([kind, value]) => ({ name: kind, value, text: bytes(value) }))} />
         <Bars label={t(["Memory of the largest rank", "占用最多的进程的内存"])} rows={Object.entries(shown.memory).map(([kind, value]) => ({ name: kind, value, text: bytes(value) }))} />
       </div>
       <Controls>
@@ -170,7 +176,7 @@ export function CheckpointWidget({ figure }: { figure: CheckpointFigure }): JSX.
   return (
     <>
       <Controls one>
-        <Select label={t(["Tensor of layer 0", "第 0 层的张量"])} value={which} options={figure.journeys.map((one, i) => [i, last(one.mcore)] as const)} onChange={setWhich} />
+        <Select label={t(["Tensor", "张量"])} value={which} options={figure.journeys.map((one, i) => [i, last(one.mcore)] as const)} onChange={setWhich} />
       </Controls>
       <div class="journey">
         <section>

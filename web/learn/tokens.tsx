@@ -27,14 +27,21 @@ export function TokenizerWidget({ figure }: { figure: TokenizerFigure }): JSX.El
   const long = new TextEncoder().encode(token?.piece ?? "").length > LONGEST;
   const read = async (file: File | undefined) => {
     if (!file) return;
+    let content: Partial<TokenizerFile> | null;
     try {
-      const content = JSON.parse(await file.text()) as TokenizerFile;
-      const why = unsupported(content);
-      if (!why) setLoaded({ name: file.name, tokenizer: new Tokenizer(content) });
-      setProblem(why && t(["{name}: this page does not support {why}. Choose a tokenizer.json of MiniMind.", "{name}：本页不支持 {why}。请选择 MiniMind 的 tokenizer.json。"], { name: file.name, why }));
+      content = JSON.parse(await file.text()) as Partial<TokenizerFile> | null;
     } catch {
       setProblem(t(["{name} is not a JSON file. Choose a tokenizer.json.", "{name} 不是 JSON 文件。请选择 tokenizer.json。"], { name: file.name }));
+      return;
     }
+    const missing = !content?.model ? "model" : Array.isArray(content.added_tokens) ? "" : "added_tokens";
+    if (missing) {
+      setProblem(t(["{name} has no field {missing}. Choose a tokenizer.json.", "{name} 没有字段 {missing}。请选择 tokenizer.json。"], { name: file.name, missing }));
+      return;
+    }
+    const why = unsupported(content as TokenizerFile);
+    if (!why) setLoaded({ name: file.name, tokenizer: new Tokenizer(content as TokenizerFile) });
+    setProblem(why && t(["{name}: this page does not support {why}. Choose a tokenizer.json of MiniMind.", "{name}：本页不支持 {why}。请选择 MiniMind 的 tokenizer.json。"], { name: file.name, why }));
   };
   const choose = (input: HTMLInputElement) => {
     void read(input.files?.[0]);
