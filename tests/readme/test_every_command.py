@@ -318,7 +318,9 @@ def layouts() -> dict[str, tuple[str, str]]:
     found = {}
     for name, settings, layout in re.findall(r"^\| (.+?) \| `(\w+=.*?)` \| `(TP=.*?)` \|$", text, re.M):
         command = base.replace("PP=2 TP=1", settings).replace("layouts/PP", f"layouts/{name.split()[0].strip(',')}")
-        found[name] = (re.sub(r"CKPT_LOAD_DIR=\S+ ", "", command) if "without" in name else command, layout)
+        if "without" in name:
+            command = re.sub(r"CKPT_LOAD_DIR=\S+ | --reshard| --finetune", "", command)
+        found[name] = (command, layout)
     return found
 
 
