@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import engine, rl_ray, rl_trees
+from helpers.weights_on_disk import state_dict, write_hf
+
+from minimind_mcore.models.presets import PRESETS
 
 DEADLINE = 900.0
 pytestmark = pytest.mark.timeout(DEADLINE + 30)
@@ -77,6 +80,7 @@ def runs(
         (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
         output += server.run(["--tree", str(folder / f"{name}.json")], folder / name, module="helpers.rl_local").output
     assert "spoilt, sent again, equal" in output
+    assert request.param == "ray" or "reference: random weights" in output
     return {name: [row | {"folder": folder / name} for row in rl_ray.rows(folder / name)] for name in trees}
 
 
@@ -96,6 +100,21 @@ def test_a_reference_apart_says_the_same(runs: Rows) -> None:
         for key in ("actor/kl_loss", "actor/pg_loss", "actor/grad_norm", "grpo/score/mean"):
             assert mine[key] == expected[key], key
     assert runs["grpo"][1]["actor/kl_loss"] > 0
+
+
+def test_a_reference_apart_without_load_has_the_weights_of_the_actor(
+    server: engine.Server, corpus: engine.Corpus, tmp_path: Path
+) -> None:
+    config = PRESETS["minimind3_tiny"].replace(vocab_size=corpus.vocab_size)
+    weights = write_hf(tmp_path / "hf", config, state_dict(config, "hf"))
+    tree = rl_trees.run_tree(corpus, rl_trees.write_prompts(tmp_path / "prompts"), tmp_path, load=str(weights))
+    tree["megatron_training"] |= {"train_iters": 1, "save_interval": None}
+    tree["rl_config"] |= {"use_integrated_worker": False, "reference_resource": {"num_npus": 1}}
+    tree["ref_config"] = {"model": "minimind3_tiny", "micro_batch_size": 4}
+    (tmp_path / "tree.json").write_text(json.dumps(tree), encoding="utf-8")
+    done = server.run(["--tree", str(tmp_path / "tree.json")], tmp_path, module="helpers.rl_local")
+    (row,) = rl_ray.rows(tmp_path)
+    assert row["actor/kl_loss"] < 1e-6 and "random weights" not in done.output
 
 
 def test_saved_rollouts_train_again_with_other_mini_batches(runs: Rows) -> None:

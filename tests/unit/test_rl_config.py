@@ -54,6 +54,27 @@ def test_the_native_parser_reads_the_model_of_every_configuration(name: str, dev
         assert args.bf16 == (device != "cpu") and args.lr == section.lr
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ref_config.load=null"], "outputs/minimind3/sft/checkpoints"),
+        (["ref_config.load=null", "actor_config.load=other"], "other"),
+        (["ref_config.load=mine"], "mine"),
+        (["ref_config.load=null", "actor_config.load=null"], None),
+        (["ref_config.load=null", "actor_config.load=a", "actor_config.pretrained_checkpoint=b"], "a"),
+        (
+            ["ref_config.load=null", "actor_config.load=a", "actor_config.pretrained_checkpoint=b"]
+            + ["actor_config.lora_target_modules=[linear_qkv]"],
+            "b",
+        ),
+    ],
+)
+def test_a_reference_apart_has_the_weights_of_the_actor_unless_it_names_others(
+    overrides: list[str], expected: str | None
+) -> None:
+    assert config(*overrides, name="grpo_minimind3_separate").ref.load == expected
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_is_fit_for_every_target(name: str, target: str) -> None:

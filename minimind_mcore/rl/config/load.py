@@ -70,6 +70,10 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
     if minimind.eval_data is None and datasets_at(unseen):
         minimind = dataclasses.replace(minimind, eval_data=(unseen,))
     actor = megatron["actor_config"]
+    if "ref_config" in megatron and not megatron["ref_config"].load:
+        # The reference has the weights with which the actor starts. Those of LoRA are the base, without adapters.
+        base = actor.pretrained_checkpoint if actor.lora_target_modules else None
+        megatron["ref_config"] = Section(**{**vars(megatron["ref_config"]), "load": base or actor.load})
     return Config(
         model=str(keys["actor_config"].get("model") or keys["megatron_training"].get("model")),
         actor=actor,

@@ -146,7 +146,7 @@ class Rank:
             UserError: there is no checkpoint of iteration `at`, or no readable one.
         """
         if self.role == "reference":
-            self.frozen = self._frozen()
+            self.frozen = self._frozen(resumed=bool(at))
             return {"iteration": 0, "state": None}
         save = self.training.checkpoint.save
         saved = iterations_in(Path(save)) if save else []
@@ -171,7 +171,7 @@ class Rank:
         else:
             self._begin()
         if self.wants_reference:
-            self.frozen = self._frozen()
+            self.frozen = self._frozen(resumed=bool(self.progress.iteration))
         return {"iteration": self.progress.iteration, "state": state}
 
     def _resume(self, at: int | None) -> dict[str, Any] | None:
@@ -215,26 +215,30 @@ class Rank:
         load_into(self.model, lambda name: own[name] if name in own else checkpoint_weights.read_tensor(source, name))
         logger.info(f"{self.job.title}: loaded weights of {path}, with a value head in place of the output layer")
 
-    def _frozen(self) -> step.Engine:
+    def _frozen(self, resumed: bool) -> step.Engine:
         """Return the reference model in this layout. It is not trained."""
         chunks = build_chunks(self.training, self.ask)
-        path = self._reference_path()
+        path = self._reference_path(resumed)
         if path is not None:
             self._load_weights(path, chunks, "reference")
+        else:
+            logger.info("reference: random weights, because actor_config.load is not set")
         for chunk in chunks:
             chunk.requires_grad_(False)
         return step.Engine(self.training, chunks)
 
-    def _reference_path(self) -> Path | None:
+    def _reference_path(self, resumed: bool) -> Path | None:
         """Return the path of the reference's weights: the weights at the start of the run."""
         mode, files = self.config.rl.integrated_mode_config or {}, self.training.checkpoint
-        path = (mode.get("ref_model_load_path") if self.role != "reference" else None) or (
+        apart, save = self.role == "reference", self.config.actor.save
+        path = (None if apart else mode.get("ref_model_load_path")) or (
             files.pretrained_checkpoint if self.training.model.lora_target_modules else files.load
         )
-        if path and self.progress.iteration and files.save and Path(path).resolve() == Path(files.save).resolve():
+        if path and resumed and save and Path(path).resolve() == Path(save).resolve():
+            key = "ref_config.load" if apart else "rl_config.integrated_mode_config.ref_model_load_path"
             raise UserError(
                 f"load and save are both {path}: the initial weights of the run, which are the reference model, are "
-                "unknown; set rl_config.integrated_mode_config.ref_model_load_path"
+                f"unknown; set {key}"
             )
         return Path(path) if path else None
 
