@@ -365,6 +365,12 @@ CONTRADICTIONS = [
         "minimind.rollout_correction",
         "Set minimind.rollout_correction: tis",
     ),
+    (
+        "minimind.algorithm=spo rl_config.epochs=4",
+        "rl_config.epochs",
+        "4 updates per step: the loss of spo has no ratio, so it is correct for one update only. Set rl_config.epochs",
+    ),
+    ("minimind.algorithm=spo rl_config.mini_batch_size=32", "rl_config.mini_batch_size", "2 updates per step"),
     # textwrap.indent can be called with three arguments, as both functions are.
     (
         "minimind.rollout_filter=textwrap:indent",

@@ -24,7 +24,7 @@ from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.rl.algorithms.advantages import ADVANTAGES
 from minimind_mcore.rl.algorithms.batches import uneven
 from minimind_mcore.rl.algorithms.losses import POLICY_LOSSES
-from minimind_mcore.rl.config.objective import objective, trains_on_older
+from minimind_mcore.rl.config.objective import objective, trains_on_older, updates_per_step
 from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults, of_error
 from minimind_mcore.rl.registry import imported
 
@@ -491,6 +491,11 @@ def contradictions(config: Config) -> Iterator[Problem]:
         why = f"the loss of {name} has no ratio to the older weights that generate responses with blocking: false or"
         why += " partial_rollout_max_split"
         yield "minimind.rollout_correction", f"none: {why}. Set minimind.rollout_correction: tis"
+    if chosen.loss == "reinforce" and (updates := updates_per_step(config)) > 1:
+        key, prompts = "epochs" if config.rl.epochs > 1 else "mini_batch_size", config.actor.global_batch_size
+        why = f"{updates} updates per step: the loss of {name} has no ratio, so it is correct for one update only"
+        advice = f"Set rl_config.epochs: 1 and rl_config.mini_batch_size: {prompts} (global_batch_size)"
+        yield f"rl_config.{key}", f"{why}. {advice}"
     if config.minimind.router_replay:
         yield from first(_replay(config))
     if config.minimind.rollout_filter and config.rl.filter_groups_max_batches == 1:

@@ -69,6 +69,12 @@ def steps_ahead(config: Config) -> int:
     return 0 if config.rl.blocking or objective(config).dynamic_sampling else int(config.minimind.staleness)
 
 
+def updates_per_step(config: Config) -> int:
+    """Return the number of optimizer steps of a training step."""
+    responses = config.actor.global_batch_size * config.rl.n_samples_per_prompt
+    return int(responses // config.rl.mini_batch_size * config.rl.epochs)
+
+
 def trains_on_older(config: Config) -> bool:
     """Return whether responses may come from older weights: of engines that are ahead, or in parts of several steps."""
     return steps_ahead(config) > 0 or config.rl.partial_rollout_max_split > 1

@@ -23,7 +23,7 @@ from minimind_mcore.errors import UserError
 from minimind_mcore.platform import device, ranks
 from minimind_mcore.posttrain import lora
 from minimind_mcore.rl.config.load import megatron_flags, require_weights
-from minimind_mcore.rl.config.objective import objective, steps_ahead
+from minimind_mcore.rl.config.objective import objective, steps_ahead, updates_per_step
 from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.runtime import weight_sync
 from minimind_mcore.rl.runtime.batch import Batch
@@ -66,8 +66,7 @@ def command_line(config: Config, role: Role) -> argparse.Namespace:
         args.global_batch_size = None  # `validate` then assumes one micro-batch per rank
         return args
     args.global_batch_size = config.rl.mini_batch_size
-    rows = config.actor.global_batch_size * config.rl.n_samples_per_prompt
-    args.updates_per_iteration = rows // config.rl.mini_batch_size * config.rl.epochs
+    args.updates_per_iteration = updates_per_step(config)
     args.train_iters *= args.updates_per_iteration
     args.keep_last = config.minimind.keep_last
     if role == "critic" and args.keep_last:

@@ -23,7 +23,7 @@ from typing import Any
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.preprocess.tokenize import tokenizer_info
-from minimind_mcore.rl.config.objective import objective, steps_ahead, trains_on_older
+from minimind_mcore.rl.config.objective import objective, steps_ahead, trains_on_older, updates_per_step
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.data import prompt_dataset
 from minimind_mcore.rl.runtime.metrics import (
@@ -120,14 +120,13 @@ class Trainer:
         self.state: dict[str, Any] = {}
         self.left = False
         self.order, self.warned = prompts.order_settings(), False  # checkpoints carry them; a resumed run compares
-        updates = config.actor.global_batch_size * self.rl.n_samples_per_prompt // self.rl.mini_batch_size
         correction = self.minimind.rollout_correction != "none"
         # Engines that are steps ahead, and responses that are continued, are of older weights than the present ones.
         # The ratio is then taken to the engines' own log-probabilities, or their difference is corrected for.
         self.ahead = steps_ahead(config)
         self.own_ratio = trains_on_older(config) and not correction
         # With a single update the policy is still the one that wrote the responses: the ratio is 1.
-        self.needs_old = not self.own_ratio and (updates * self.rl.epochs > 1 or correction)
+        self.needs_old = not self.own_ratio and (updates_per_step(config) > 1 or correction)
 
     # ------------------------------------------------------------------------------------------ beginning and end
 
