@@ -360,6 +360,26 @@ def test_actor_loss_is_policy_plus_divergence_minus_entropy(draw: dict[str, Tens
     close(stats["actor/entropy"], mean(data["entropy"]))
 
 
+@pytest.mark.parametrize("name", ["grpo", "cispo", "rloo"])
+def test_responses_that_are_not_taught_count_in_the_divisor_alone(draw: dict[str, Tensor], name: str) -> None:
+    chosen, logp = dataclasses.replace(ALGORITHMS[name], kl="loss"), draw["logp"].clone().requires_grad_()
+    entropy = logp.square()
+    taught = (torch.arange(ROWS) < 4).float()
+
+    def loss(rows: slice, weight: Tensor | None, total: Tensor | None, tokens: Tensor | None) -> Tensor:
+        return actor_loss(
+            chosen, logp[rows], draw["advantages"][rows], draw["mask"][rows], old_logp=draw["old"][rows],
+            ref_logp=draw["ref"][rows], entropy=entropy[rows], entropy_coef=0.1, length=16, taught=weight,
+            total=total, tokens=tokens,
+        )[0]  # fmt: skip
+
+    total = losses.denominator(draw["mask"], chosen.aggregation)
+    found = loss(slice(None), taught, total, draw["mask"].sum())
+    torch.testing.assert_close(found, loss(slice(0, 4), None, total, draw["mask"].sum()))
+    found.backward()  # type: ignore[no-untyped-call]
+    assert logp.grad is not None and logp.grad[:4].any() and not logp.grad[4:].any()
+
+
 @pytest.mark.parametrize("clip", [0.5, None])
 def test_value_loss(draw: dict[str, Tensor], clip: float | None) -> None:
     data = numbers(draw)

@@ -26,6 +26,7 @@ from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.rewards import Rewards
 from minimind_mcore.rl.runtime import dry_run
+from minimind_mcore.rl.runtime.advantages import Advantages
 from minimind_mcore.rl.runtime.data import PromptDataset, prompt_dataset
 from minimind_mcore.rl.runtime.engines.protocol import Response
 from minimind_mcore.rl.runtime.rollouts import RolloutManager
@@ -293,6 +294,32 @@ def test_metrics_of_dynamic_sampling_are_those_of_the_rows_that_are_trained_on(
     assert {key: whole.metrics[key] for key in expected} == pytest.approx(expected)
     assert whole.scores[name].tolist() == whole.batch.rewards.tolist()
     assert len(whole.failures) == 1 and "no c" in whole.failures[0]
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "reinforce_plus_plus_baseline", "reinforce_plus_plus"])
+def test_groups_that_only_fill_a_step_teach_nothing(
+    corpus: Corpus, rlaif: Path, mine: str, algorithm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The responses of the group that is rejected are all wrong, and differ in the penalty of their length."""
+    name = f"{mine}:letter"
+    rl = {"filter_groups_enable": True, "filter_groups_metric": name, "filter_groups_max_batches": 1}
+    rl |= {"overlong_buffer_enable": True, "overlong_buffer": 4, "rollout_max_tokens": 8, "init_kl_coef": 0}
+    config = configured(
+        corpus, rlaif, [name], rl_config=rl, megatron_training={"global_batch_size": 2},
+        minimind={"algorithm": algorithm},
+    )  # fmt: skip
+    answers = ["b", "b" * 30, "b" * 30, "b", "a", "b", "a", "b"]
+    whole = source_of(config, lambda row: answers[row]).generate_differing()
+    batch = whole.batch
+    assert batch.rewards is not None and batch.rewards[4:].unique().numel() == 2  # advantages, but for `taught`
+    assert batch.taught is not None and batch.taught.tolist() == [1.0] * 4 + [0.0] * 4
+    assert "1 of 2 groups differ after 1 batches" in capsys.readouterr().out
+    alone = batch.select(torch.arange(4))
+    for some in (batch, alone):
+        Advantages(config, objective(config)).fill(some)
+    assert batch.advantages is not None and alone.advantages is not None and alone.advantages.any()
+    assert not batch.advantages[4:].any()
+    torch.testing.assert_close(batch.advantages[:4, : alone.width], alone.advantages)
 
 
 @pytest.mark.parametrize(("boxed", "reason"), [("right", "all_right"), ("wrong", "all_wrong")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from minimind_mcore.rl.algorithms.kl import kl
@@ -26,6 +27,7 @@ def actor_loss(
     length: int | None = None,
     total: Tensor | float | None = None,
     tokens: Tensor | float | None = None,
+    taught: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """Return L = mean policy loss + kl_coef * mean KL - entropy_coef * mean entropy, and its metrics.
 
@@ -45,14 +47,17 @@ def actor_loss(
         total: see `aggregate`. With `total` the loss, the KL divergence and the entropy are shares of the mini-batch.
         tokens: number of response tokens of the whole mini-batch. Required with `total` if the aggregation counts
             responses, because the entropy is always a mean over tokens.
+        taught: [B], 0 for responses that count in the divisor of the loss alone. None: every response is 1.
 
     Returns:
         The loss, a scalar, and detached scalars with MindSpeed-RL's names: `actor/pg_loss` (the policy loss alone),
         `actor/pg_clipfrac`, `actor/ppo_kl`, `actor/kl_loss`, `actor/entropy`.
     """
 
+    weight = torch.ones_like(mask[:, 0]) if taught is None else taught
+
     def mean(values: Tensor) -> Tensor:
-        return aggregate(values, mask, algorithm.aggregation, length=length, total=total)
+        return aggregate(values * weight[:, None], mask, algorithm.aggregation, length=length, total=total)
 
     losses, stats = policy_loss(
         logp, old_logp, advantages, mask, kind=algorithm.loss, clip_low=algorithm.clip_low,
@@ -68,7 +73,10 @@ def actor_loss(
         # MindSpeed-RL and TRL average the entropy over tokens, whatever the aggregation of the policy loss. Dividing by
         # `tokens` makes the result independent of the micro-batch size. Weighting micro-batches by responses would not.
         share = 1.0 if total is None else denominator(mask, algorithm.aggregation) / total
-        bonus = masked_mean(entropy, mask) * share if tokens is None else masked_sum(entropy, mask) / tokens
-        loss = loss - entropy_coef * bonus
-        stats["actor/entropy"] = bonus.detach()
+
+        def over_tokens(values: Tensor) -> Tensor:
+            return masked_mean(values, mask) * share if tokens is None else masked_sum(values, mask) / tokens
+
+        loss = loss - entropy_coef * over_tokens(entropy * weight[:, None])
+        stats["actor/entropy"] = over_tokens(entropy.detach())
     return loss, stats

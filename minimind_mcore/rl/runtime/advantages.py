@@ -39,9 +39,12 @@ class Advantages:
         return self.controller.value
 
     def fill(self, batch: Batch) -> Row:
-        """Set `advantages` (and `returns`) of a batch from its rewards, and return metrics."""
+        """Set `advantages` (and `returns`) of a batch from its rewards, and return metrics.
+
+        Rows that are not taught have advantage 0, and no part in the mean and the variance of the others.
+        """
         assert batch.rewards is not None
-        rl, chosen, mask, rewards, metrics = self.rl, self.algorithm, batch.mask, batch.rewards, dict[str, float]()
+        rl, chosen, mask, rewards, metrics = self.rl, self.algorithm, batch.loss_mask, batch.rewards, dict[str, float]()
         logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
         divergence = None
         if chosen.kl == "reward":
@@ -63,16 +66,18 @@ class Advantages:
             assert logp is not None
             metrics["spo/baseline"] = self.baseline.value
             batch.advantages = self.baseline.advantages(rewards, mask)
-            metrics["spo/rho"] = self.baseline.update(rewards.mean().item(), masked_mean(logp, mask).item())
+            metrics["spo/rho"] = self.baseline.update(rewards.mean().item(), masked_mean(logp, batch.mask).item())
         else:
             if divergence is not None:
                 rewards = rewards - self.kl_coef * (divergence * mask).sum(1)
             advantage = lookup(chosen.advantage, ADVANTAGES, "minimind.advantage")
             batch.advantages = advantage(rewards, mask, rl.n_samples_per_prompt, spread=chosen.spread)
             require_shape(batch.advantages, mask, f"minimind.advantage: {chosen.advantage}")
+        if batch.taught is not None:  # a user's function need not look at the mask
+            batch.advantages = batch.advantages * batch.taught[:, None]
         if divergence is not None:
-            metrics["actor/reward_kl"] = masked_mean(divergence, mask).item()
-            self.controller.update(masked_mean(divergence, mask, dim=1).mean().item(), len(batch))
+            metrics["actor/reward_kl"] = masked_mean(divergence, batch.mask).item()
+            self.controller.update(masked_mean(divergence, batch.mask, dim=1).mean().item(), len(batch))
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Batch:
         mask: [rows, T] float32, 1 on the tokens that the policy generated.
         routes: [rows, length, layers, k] uint8, the experts that the engine chose; a response's last token has none of
             its own.
+        taught: [rows] float32, 0 for rows that only fill the step: they count in the divisor of the loss and in nothing
+            else. None: every row is 1.
         rewards: [rows] float32.
         rollout_logp: [rows, T], of the engine that wrote the responses.
         old_logp: [rows, T], of the policy before this step's updates.
@@ -55,6 +57,7 @@ class Batch:
     prompt_ids: Tensor
     mask: Tensor
     routes: Tensor | None = None
+    taught: Tensor | None = None
     rewards: Tensor | None = None
     rollout_logp: Tensor | None = None
     old_logp: Tensor | None = None
@@ -75,6 +78,11 @@ class Batch:
     def policy_lengths(self) -> Tensor:
         """[rows] tokens that the policy generated."""
         return self.mask.sum(1).long()
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[rows, T] the mask of the tokens that are trained: none of a row that is not taught."""
+        return self.mask if self.taught is None else self.mask * self.taught[:, None]
 
     @property
     def lengths(self) -> Tensor:

@@ -157,6 +157,7 @@ class Actor(ResponseJob):
             old_logp=rows.old_logp, ref_logp=rows.ref_logp, rollout_logp=rows.rollout_logp,
             entropy=entropy if self.entropy_coef else entropy.detach(), entropy_coef=self.entropy_coef,
             kl_coef=self.kl_coef, tis_cap=self.tis_cap, length=self.length, total=self.total, tokens=self.tokens,
+            taught=rows.taught,
         )  # fmt: skip
         apart = torch.zeros_like(logp) if rows.rollout_logp is None else (logp.detach() - rows.rollout_logp).abs()
         stats["rollout/logp_diff"] = masked_mean(apart, rows.mask)
@@ -204,7 +205,8 @@ class Critic(Values):
         """Compute the loss, as a `LossFunction`."""
         assert rows.values is not None and rows.returns is not None
         tokens, stats = value_loss(self.values(rows, output), rows.values, rows.returns, rows.mask, self.clip)
-        loss = aggregate(tokens, rows.mask, total=self.total)
+        trained = tokens if rows.taught is None else tokens * rows.taught[:, None]
+        loss = aggregate(trained, rows.mask, total=self.total)
         parts = self.micro_batches * self.config.layout.dp
         share = 1.0 / parts if self.total is None else rows.mask.sum() / self.total
         cut = stats["critic/vf_clipfrac"] * parts * share

@@ -320,7 +320,7 @@ class RolloutManager:
     def generate_differing(self) -> Experience:
         """Scored responses of groups whose scores differ: prompts are drawn until there are enough (DAPO).
 
-        After `filter_groups_max_batches` batches the step is filled up with groups that do not: their advantages are 0.
+        After `filter_groups_max_batches` batches groups that do not differ fill the step. They are not `Batch.taught`.
 
         Raises:
             UserError: a user's filter has not kept enough groups by then. Those that it rejects have advantages.
@@ -351,9 +351,10 @@ class RolloutManager:
             whole.failed += experience.failed
             whole.failures = [*whole.failures, *experience.failures][:_SHOWN]
         if count < wanted:
+            whole.batch.taught = (torch.arange(wanted * self.n) < count * self.n).float()
             say(
                 f"dynamic sampling: {count} of {wanted} groups differ after {generated} batches "
-                f"(filter_groups_max_batches); the others of the step teach nothing"
+                f"(filter_groups_max_batches); the others fill the step and are not trained on"
             )
         named = {f"group/dropped/{reason}": float(number) for reason, number in dropped.items()}
         whole.metrics = {**whole.describe(self.n), **named, "train/num_gen_batches": float(generated)}
