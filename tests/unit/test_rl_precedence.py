@@ -15,7 +15,7 @@ from minimind_mcore.rl.algorithms.groups import select
 from minimind_mcore.rl.algorithms.table import Algorithm
 from minimind_mcore.rl.config.lint import lint
 from minimind_mcore.rl.config.load import CONFIGS, compose, resolve
-from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.objective import objective, overlong_lengths, sampling_batches
 from minimind_mcore.rl.main import grpo
 from minimind_mcore.rl.runtime.workers.reward import build
 
@@ -114,6 +114,29 @@ def test_mindspeed_rl_gets_the_values_of_the_table_in_its_own_keys() -> None:
     assert "clip_ratio" not in rl
     assert (rl["clip_higher_enable"], rl["clip_ratio_low"], rl["clip_ratio_high"]) == (True, 0.2, 0.28)
     assert (rl["init_kl_coef"], rl["filter_groups_enable"], rl["overlong_buffer_enable"]) == (0.0, True, True)
+    numbers = ("filter_groups_max_batches", "overlong_buffer", "rollout_max_tokens")
+    assert [rl[key] for key in numbers] == [4, 256, 1024]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "batches", "penalized"),
+    [
+        ("grpo_minimind_tiny", [], 4, (16, 4)),
+        ("grpo_minimind3", [], 4, (1024, 256)),
+        ("dapo_minimind3", [], 4, (1024, 256)),
+        ("grpo_minimind_tiny", ["rl_config.overlong_buffer=8", "rl_config.filter_groups_max_batches=2"], 2, (16, 8)),
+        ("grpo_minimind_tiny", ["rl_config.overlong_buffer_enable=false"], 4, (16, 0)),
+        ("grpo_minimind_tiny", ["minimind.algorithm=grpo"], 1, (16, 0)),
+    ],
+)
+def test_dapo_on_another_configuration_samples_again_and_penalizes_long_responses(
+    name: str, overrides: list[str], batches: int, penalized: tuple[int, int]
+) -> None:
+    config = resolve(compose(name, ["minimind.algorithm=dapo", *overrides], device="cpu"))
+    assert sampling_batches(config) == batches and overlong_lengths(config) == penalized
+    with build(config) as rewards:
+        found = rewards.overlong
+    assert (found and (found.room, found.buffer)) == (penalized if penalized[1] else None)
 
 
 SAMPLE = "data/quickstart/grpo_minimind_math", "data/grpo_minimind_math"

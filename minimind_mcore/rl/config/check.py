@@ -24,7 +24,13 @@ from minimind_mcore.inputs.ranges import problem
 from minimind_mcore.rl.algorithms.advantages import ADVANTAGES
 from minimind_mcore.rl.algorithms.batches import uneven
 from minimind_mcore.rl.algorithms.losses import POLICY_LOSSES
-from minimind_mcore.rl.config.objective import objective, trains_on_older, updates_per_step
+from minimind_mcore.rl.config.objective import (
+    objective,
+    overlong_lengths,
+    sampling_batches,
+    trains_on_older,
+    updates_per_step,
+)
 from minimind_mcore.rl.config.schema import Config, Problem, Section, defaults, of_error
 from minimind_mcore.rl.registry import imported
 
@@ -252,11 +258,13 @@ def lengths(config: Config, target: str) -> Iterator[Problem]:
     elif rl.max_prompt_length + answer > actor.seq_length:
         wanted = f"max_prompt_length {rl.max_prompt_length} and max_tokens {answer}"
         yield "megatron_training.seq_length", f"{wanted} do not fit in {actor.seq_length}"
-    if rl.overlong_buffer_enable:
-        if rl.overlong_buffer >= answer:
-            yield "rl_config.overlong_buffer", f"{rl.overlong_buffer} is not less than max_tokens {answer}"
-        if rl.rollout_max_tokens != answer:
-            yield "rl_config.rollout_max_tokens", f"{rl.rollout_max_tokens} differs from max_tokens {answer}"
+    longest, buffer, penalized = rl.rollout_max_tokens, rl.overlong_buffer, rl.overlong_buffer_enable
+    if target == "embedded":
+        (longest, buffer), penalized = overlong_lengths(config), objective(config).overlong
+    if penalized and buffer >= answer:
+        yield "rl_config.overlong_buffer", f"{buffer} is not less than max_tokens {answer}"
+    if penalized and longest != answer:
+        yield "rl_config.rollout_max_tokens", f"{longest} differs from max_tokens {answer}"
 
 
 def rewards(config: Config, target: str) -> Iterator[Problem]:
@@ -498,7 +506,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
         yield f"rl_config.{key}", f"{why}. {advice}"
     if config.minimind.router_replay:
         yield from first(_replay(config))
-    if config.minimind.rollout_filter and config.rl.filter_groups_max_batches == 1:
+    if config.minimind.rollout_filter and sampling_batches(config) == 1:
         why = "1 batch has global_batch_size groups, so that minimind.rollout_filter could reject none"
         yield "rl_config.filter_groups_max_batches", f"found 1: {why}. Set 2 or more"
     if config.minimind.rollout_function and (split := config.rl.partial_rollout_max_split) > 1:

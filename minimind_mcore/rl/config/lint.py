@@ -24,7 +24,7 @@ from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.rl.config.check import STAGES, problems, workers
 from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
-from minimind_mcore.rl.config.objective import CLIP, objective, with_table
+from minimind_mcore.rl.config.objective import CLIP, objective, overlong_lengths, sampling_batches, with_table
 from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, Problem, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
 
@@ -313,6 +313,11 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
     if not rl.blocking and chosen.dynamic_sampling:
         why = "dynamic sampling does not know in advance how many prompts it needs, so steps are synchronous"
         yield "rl_config.blocking false", why
+    if chosen.dynamic_sampling and sampling_batches(config) == 1:
+        why = "1 batch has global_batch_size groups, so dynamic sampling replaces no group; set 2 or more"
+        yield "rl_config.filter_groups_max_batches 1", why
+    if chosen.overlong and overlong_lengths(config)[1] == 0:
+        yield "rl_config.overlong_buffer 0", "no token has a penalty; set a number below max_tokens"
     if chosen.loss in ("cispo", "reinforce"):
         own = "minimind.cispo_clip is its limit" if chosen.loss == "cispo" else "its loss is not clipped"
         yield from ((f"rl_config.{key}", f"{name}: {own}") for key in CLIP if key in given)

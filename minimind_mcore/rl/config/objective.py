@@ -18,6 +18,8 @@ from minimind_mcore.rl.config.schema import Config, defaults
 
 ALGORITHM = ("minimind", "algorithm")
 CLIP = ("clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high")
+SAMPLING_BATCHES = 4  # as in configs/rlxf/dapo_minimind3.yaml
+OVERLONG_SHARE = 4  # a quarter of max_tokens, as in configs/rlxf/dapo_minimind3.yaml
 CLIPPED = ("clip", "gspo")  # policy losses that the clip keys change
 # Keys of `rl_config` whose value is copied to a field of `Algorithm`.
 SAME = {
@@ -62,6 +64,29 @@ def objective(config: Config) -> Algorithm:
     changes |= {"advantage": config.minimind.advantage} if config.minimind.advantage else {}
     chosen = dataclasses.replace(chosen, **changes)
     return dataclasses.replace(chosen, kl="none") if chosen.kl_coef == 0 else chosen
+
+
+def sampling_batches(config: Config) -> int:
+    """Return the number of batches that dynamic sampling may generate for a step (`filter_groups_max_batches`).
+
+    MindSpeed-RL's default of 1 would replace no group. If the key is left out, dynamic sampling uses `SAMPLING_BATCHES`.
+    """
+    if objective(config).dynamic_sampling and "filter_groups_max_batches" not in config.tree["rl_config"]:
+        return SAMPLING_BATCHES
+    return int(config.rl.filter_groups_max_batches)
+
+
+def overlong_lengths(config: Config) -> tuple[int, int]:
+    """Return `rollout_max_tokens` and `overlong_buffer`: the longest response, and its last tokens with a penalty.
+
+    MindSpeed-RL's defaults of 2048 and 0 would penalize nothing. Keys that are left out are `max_tokens` and a quarter of
+    it. The buffer is 0 if the algorithm has no penalty.
+    """
+    rl, given, answer = config.rl, config.tree["rl_config"], int(config.generate.sampling_config.max_tokens)
+    if not objective(config).overlong:
+        return answer, 0
+    longest = rl.rollout_max_tokens if "rollout_max_tokens" in given else answer
+    return int(longest), int(rl.overlong_buffer if "overlong_buffer" in given else answer // OVERLONG_SHARE)
 
 
 def steps_ahead(config: Config) -> int:
@@ -195,4 +220,11 @@ def with_table(tree: Mapping[str, Any], version: str) -> dict[str, Any]:
     }
     if any(key in rl for key in CLIP):
         more = {key: value for key, value in more.items() if key not in CLIP}
-    return {**tree, "rl_config": {**rl, **more}}
+    generate: Any = tree.get("generate_config")
+    sampling = generate.get("sampling_config") if isinstance(generate, Mapping) else None
+    answer = sampling.get("max_tokens") if isinstance(sampling, Mapping) else None
+    if more.get("filter_groups_enable"):  # these defaults of MindSpeed-RL would sample no group again
+        more |= {"filter_groups_max_batches": SAMPLING_BATCHES}
+    if more.get("overlong_buffer_enable") and isinstance(answer, int):  # and penalize no response
+        more |= {"rollout_max_tokens": answer, "overlong_buffer": answer // OVERLONG_SHARE}
+    return {**tree, "rl_config": {**rl, **{key: value for key, value in more.items() if key not in rl}}}

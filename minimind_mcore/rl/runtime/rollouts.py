@@ -19,6 +19,7 @@ import torch
 from minimind_mcore.errors import UserError
 from minimind_mcore.rl.algorithms.groups import Groups, select
 from minimind_mcore.rl.algorithms.table import Algorithm
+from minimind_mcore.rl.config.objective import sampling_batches
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.registry import imported
 from minimind_mcore.rl.rewards.rewards import Scores
@@ -325,12 +326,12 @@ class RolloutManager:
         Raises:
             UserError: a user's filter has not kept enough groups by then. Those that it rejects have advantages.
         """
-        rl, wanted = self.config.rl, self.config.actor.global_batch_size
+        most, wanted = sampling_batches(self.config), self.config.actor.global_batch_size
         kept: list[Experience] = []
         spare: list[Experience] = []
         dropped: Counter[str] = Counter()
         count = generated = 0
-        while count < wanted and generated < rl.filter_groups_max_batches:
+        while count < wanted and generated < most:
             generated += 1
             experience = self.generate()
             self.score(experience)

@@ -36,7 +36,7 @@ from minimind_mcore.preprocess.indexed import datasets_at
 from minimind_mcore.rl.algorithms.kl import ALIASES, kind_of
 from minimind_mcore.rl.algorithms.table import ALGORITHMS, algorithm
 from minimind_mcore.rl.config.load import require_weights
-from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.objective import objective, overlong_lengths
 from minimind_mcore.rl.config.schema import Config, Section
 from minimind_mcore.rl.rewards.verifier_pool import resolve
 from minimind_mcore.rl.runtime.data import PromptDataset
@@ -204,7 +204,7 @@ def verl_overrides(config: Config, name: str, engine: str = "fsdp") -> dict[str,
         if found := getattr(ours, key):
             raise UserError(f"minimind.{key}: {found} cannot be exported: {why}")
     chosen = objective(config)
-    if chosen.overlong and rl.overlong_buffer:
+    if overlong_lengths(config)[1]:
         raise UserError(
             "rl_config.overlong_buffer_enable: the penalty cannot be exported: reward.py sees texts, not lengths. Set "
             "it to false; verl's reward manager dapo has one (reward.reward_kwargs.overlong_buffer_cfg)"

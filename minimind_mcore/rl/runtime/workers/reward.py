@@ -10,7 +10,7 @@ import ray
 
 from minimind_mcore import log
 from minimind_mcore.errors import UserError
-from minimind_mcore.rl.config.objective import objective
+from minimind_mcore.rl.config.objective import overlong_lengths
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.rewards.reward_model import RewardModel
 from minimind_mcore.rl.rewards.rewards import Overlong, Rewards, Scores
@@ -63,9 +63,8 @@ def build(config: Config, model: RewardModel | None = None) -> Rewards:
     rl, ours = config.rl, config.minimind
     if ours.reward_model and not (Path(ours.reward_model) / "config.json").is_file():
         raise UserError(f"minimind.reward_model: {ours.reward_model} has no config.json; expected a model's directory")
-    penalty = None
-    if objective(config).overlong and rl.overlong_buffer:
-        penalty = Overlong(rl.rollout_max_tokens, rl.overlong_buffer, rl.overlong_buffer_penalty_factor)
+    longest, buffer = overlong_lengths(config)
+    penalty = Overlong(longest, buffer, rl.overlong_buffer_penalty_factor) if buffer else None
     return Rewards(
         config.reward_names,
         config.reward_weights,
