@@ -431,12 +431,41 @@ def test_one_response_to_a_prompt_is_enough_where_the_batch_or_a_critic_is_the_e
         (["actor_config.lora_r=8"], "actor_config.lora_r (the native engine does not have it)"),
         (["megatron_training.lora_r=8"], "megatron_training.lora_r (the native engine does not have it)"),
         (["megatron_training.use_ascend_coc=false"], ""),
+        (["rl_config.lam=0.5"], "rl_config.lam (only ppo"),
+        (["rl_config.lam=0.95", "rl_config.gamma=1.0"], ""),
+        (["rl_config.update_max_packing_token_size=512"], "rl_config.update_max_packing_token_size (only with use_dyn"),
+        (["rl_config.use_dynamic_bsz=true", "rl_config.update_max_packing_token_size=512"], ""),
+        (["minimind.spo_half_life=0.5"], "minimind.spo_half_life (only spo"),
+        (["minimind.rollout_correction_cap=5"], "minimind.rollout_correction_cap (only with rollout_correction: tis"),
+        (["minimind.rollout_correction_cap=5", "minimind.rollout_correction=tis"], ""),
+        (["minimind.sglang_timeout_s=3"], "minimind.sglang_timeout_s (only with rollout_engine: sglang"),
+        (["minimind.reward_model_weight=2"], "minimind.reward_model_weight (only with minimind.reward_model"),
+        (["minimind.eval_samples=8", "megatron_training.data_path=none"], "minimind.eval_samples (there is no minimind.e"),
         ([], ""),
     ],
 )
 def test_what_has_no_effect_is_said(overrides: list[str], said: str) -> None:
     found = [str(f) for f in lint("grpo_minimind_tiny", "embedded", overrides, device="cpu")[0] if f.level != "warning"]
     assert (said in found[0] and len(found) == 1) if said else not found, found
+
+
+def test_keys_of_mindspeed_rl_alone_are_listed() -> None:
+    keys = {
+        "rl_config.use_dp_batch_balance": "true",
+        "rl_config.use_remove_padding": "true",
+        "rl_config.require_max_age_all_finished": "false",
+        "rl_config.dynamic_max_batch_size": "2",
+        "rl_config.actor_update_dispatch_size": "64",
+        "rl_config.max_tool_calls": "3",
+        "rl_config.share_backbone": "true",
+        "generate_config.infer_expert_parallel_size": "4",
+        "generate_config.enable_expert_parallel": "true",
+    }
+    lora = ["actor_config.lora_target_modules=[linear_proj]", "megatron_training.reset_attention_mask=true"]
+    words = [*lora, *(f"{key}={value}" for key, value in keys.items())]
+    findings, _, _ = lint("grpo_minimind_tiny", "embedded", words, device="cpu")
+    (said,) = [f.message for f in findings if f.key == "no effect on the embedded trainer"]
+    assert not [f for f in findings if f.level == "error"] and not [key for key in keys if f"{key} (" not in said]
 
 
 def test_a_critic_s_own_devices_have_no_effect_unless_they_are_the_actor_s() -> None:

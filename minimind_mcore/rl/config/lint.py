@@ -22,10 +22,11 @@ from minimind_mcore.errors import UserError, did_you_mean
 from minimind_mcore.inputs.documents import checked_yaml, parse_object, read_yaml
 from minimind_mcore.preprocess.meta import prompts_path
 from minimind_mcore.rl.config.check import STAGES, problems, workers
-from minimind_mcore.rl.config.load import CONFIGS, compose, lacking, plain, resolve
+from minimind_mcore.rl.config.idle import idle
+from minimind_mcore.rl.config.load import CONFIGS, compose, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
-from minimind_mcore.rl.config.objective import CLIP, objective, overlong_lengths, sampling_batches, with_table
-from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, NEWEST, Config, Problem, keys, of_error, refuse
+from minimind_mcore.rl.config.objective import with_table
+from minimind_mcore.rl.config.schema import NEWEST, Config, Problem, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
 
 logger = logging.getLogger(__name__)
@@ -293,68 +294,6 @@ def _unsaved_mixture(config: Config) -> Iterator[Problem]:
     if actor.num_experts and actor.use_distributed_optimizer and devices > ranks:
         why = "Megatron-LM 0.12.1 cannot save the optimizer of grouped experts that data-parallel ranks share"
         yield "megatron_training.use_distributed_optimizer", f"true: {why}; set it to false"
-
-
-def idle(config: Config) -> list[str]:
-    """Return the keys that have no effect on this run, such as keys for MindSpeed-RL or for another algorithm."""
-    found = [*_idle_keys(config), *_idle_models(config), *_idle_sections(config)]
-    return [f"{key} ({why})" for key, why in found]
-
-
-def _idle_keys(config: Config) -> Iterator[Problem]:
-    """Yield keys without effect that belong to the algorithm and to the schedule of a step."""
-    rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
-    given: dict[str, Any] = config.tree["rl_config"]
-    if given.get("init_kl_coef") and chosen.kl == "none":
-        why = f"{name} has no reference; use_kl_in_reward gives it one"
-        yield f"rl_config.init_kl_coef {rl.init_kl_coef}", why
-    if "adv_estimator" in given and rl.adv_estimator == "group_norm" and chosen.advantage != "group":
-        yield f"rl_config.adv_estimator {rl.adv_estimator}", f"{name} has its own"
-    if not rl.blocking and chosen.dynamic_sampling:
-        why = "dynamic sampling does not know in advance how many prompts it needs, so steps are synchronous"
-        yield "rl_config.blocking false", why
-    if chosen.dynamic_sampling and sampling_batches(config) == 1:
-        why = "1 batch has global_batch_size groups, so dynamic sampling replaces no group; set 2 or more"
-        yield "rl_config.filter_groups_max_batches 1", why
-    if chosen.overlong and overlong_lengths(config)[1] == 0:
-        yield "rl_config.overlong_buffer 0", "no token has a penalty; set a number below max_tokens"
-    if chosen.loss in ("cispo", "reinforce"):
-        own = "minimind.cispo_clip is its limit" if chosen.loss == "cispo" else "its loss is not clipped"
-        yield from ((f"rl_config.{key}", f"{name}: {own}") for key in CLIP if key in given)
-    elif "cispo_clip" in (config.tree.get("minimind") or {}):
-        yield "minimind.cispo_clip", f"the policy loss of {name} is {chosen.loss}"
-    if "max_packing_token_size" in given:
-        read = "ref_, actor_ and update_max_packing_token_size are read, as in MindSpeed-RL"
-        yield "rl_config.max_packing_token_size", read
-    if rl.kl_ctrl_type == "adaptive" and chosen.kl != "reward":
-        why = f"{name}'s KL term {'is in the loss' if chosen.kl == 'loss' else 'is not used'}"
-        fixed = "where its coefficient stays fixed, as in MindSpeed-RL; use_kl_in_reward: true adapts it"
-        yield "rl_config.kl_ctrl_type adaptive", f"{why}, {fixed}"
-
-
-def _idle_models(config: Config) -> Iterator[Problem]:
-    """Yield sections and resources of models that this run does not use."""
-    rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
-    given = {worker.name: worker.devices for worker in workers(config)}
-    actors, critics = given["actor_config"], given.get("critic_config", given["actor_config"])
-    if chosen.advantage != "gae":
-        stated = {"critic_config": config.tree.get("critic_config"), "rl_config.critic_resource": rl.critic_resource}
-        yield from ((key, f"{name} has no critic") for key, value in stated.items() if value)
-    elif critics != actors:
-        why = f"the critic's ranks share the {actors} devices of actor_resource"
-        yield f"rl_config.critic_resource {critics}", why
-    if chosen.kl == "none" and not rl.use_integrated_worker:
-        yield "ref_config and rl_config.reference_resource", f"{name} has no reference"
-
-
-def _idle_sections(config: Config) -> Iterator[Problem]:
-    """Yield sections that are not read, and Megatron keys at a default for which the native engine has no code."""
-    for name in ("profiler_config", "msprobe_config"):
-        if config.tree.get(name):
-            yield name, "the embedded trainer has no profiler; BACKEND=mindspeed-rl has"
-    for section in MEGATRON_SECTIONS:
-        for key in sorted(lacking(config.tree.get(section) or {})):
-            yield f"{section}.{key}", "the native engine does not have it"
 
 
 def cpu_cores(config: Config, nodes: int) -> dict[str, int | float]:
