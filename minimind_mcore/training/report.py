@@ -1,5 +1,7 @@
 """The curves of a run, from metrics.jsonl: loss.png with the loss, and report.html with all curves.
 
+The report of reinforcement learning also shows the last responses of samples.jsonl.
+
 python -m minimind_mcore.training.report OUTPUT_DIR
 """
 
@@ -10,7 +12,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minimind_mcore import errors
 from minimind_mcore.paths import PACKAGE, package_json
@@ -29,7 +31,7 @@ LOSSES = ("lm_loss", "validation_loss")
 def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, picture: str = "loss.png") -> None:
     """Draw `picture` with the named columns, and `report.html`, from `metrics.jsonl` in `directory`.
 
-    Without any row nothing is drawn.
+    Without any row nothing is drawn. Responses in `samples.jsonl` of reinforcement learning are added to `report.html`.
     """
     rows = read_history(directory / "metrics.jsonl")
     if not rows:
@@ -38,7 +40,8 @@ def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, pic
     drawn = {name: label for name, label in CURVES.items() if any(name in row for row in rows)}
     figures = "\n".join(svg(_figure(rows, [name], label)) for name, label in drawn.items())
     template = (PACKAGE / "training/report.html.in").read_text(encoding="utf-8")
-    page = template.format(title=html.escape(title), summary=_summary(rows), figures=figures)
+    samples = responses(read_history(directory / "samples.jsonl"))
+    page = template.format(title=html.escape(title), summary=_summary(rows), figures=figures, samples=samples)
     atomic_write_text(directory / "report.html", page)
 
 
@@ -75,6 +78,43 @@ def save_png(figure: Figure, path: Path) -> None:
     """Save a figure as a PNG file."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def responses(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the responses of the last sampled step of reinforcement learning as HTML, or "" if there are none.
+
+    The background of a response is the sign of its advantage. The colour of a segment is its source: the policy, or an
+    environment. Segments of the policy that are not in the loss are underlined.
+    """
+    if not samples:
+        return ""
+    last = samples[-1]["iteration"]
+    parts = [_response(sample) for sample in samples if sample["iteration"] == last]
+    legend = (
+        'Background: <span class="above">advantage above 0</span> <span class="below">advantage below 0</span>. '
+        'Text: <span class="policy">policy</span> <span class="environment">environment</span> '
+        '<span class="policy unused">not in the loss</span>.'
+    )
+    return "\n".join([f"<h2>Responses of step {last}</h2>", f"<p>{legend}</p>", *parts])
+
+
+def _response(sample: Mapping[str, Any]) -> str:
+    advantage = sample.get("advantage", 0.0)
+    sign = "above" if advantage > 0 else "below" if advantage < 0 else "even"
+    facts = [f"{name} {sample[name]}" for name in ("reward", "label") if sample.get(name)]
+    facts += [f"advantage {advantage:+.3g}"] if "advantage" in sample else []
+    whole = {"source": "policy", "text": sample.get("response", ""), "in_loss": True}
+    segments = [_segment(part) for part in sample.get("segments", [whole])]
+    prompt = html.escape(str(sample.get("prompt", "")))
+    return (
+        f'<div class="response {sign}"><p>{html.escape(", ".join(facts))}</p><pre class="prompt">{prompt}</pre>'
+        f"<pre>{''.join(segments)}</pre></div>"
+    )
+
+
+def _segment(part: Mapping[str, Any]) -> str:
+    kind = "environment" if part["source"] == "environment" else "policy" if part["in_loss"] else "policy unused"
+    return f'<span class="{kind}">{html.escape(str(part["text"]))}</span>'
 
 
 def _summary(rows: list[Row]) -> str:

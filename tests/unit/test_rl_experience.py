@@ -29,9 +29,11 @@ from minimind_mcore.rl.runtime import dry_run
 from minimind_mcore.rl.runtime.advantages import Advantages
 from minimind_mcore.rl.runtime.data import PromptDataset, prompt_dataset
 from minimind_mcore.rl.runtime.engines.protocol import Response
-from minimind_mcore.rl.runtime.rollouts import RolloutManager
+from minimind_mcore.rl.runtime.experience import trajectories
+from minimind_mcore.rl.runtime.rollouts import RolloutManager, _task
 from minimind_mcore.rl.runtime.supervise import Lost
 from minimind_mcore.rl.runtime.trainer import Trainer, train
+from minimind_mcore.rl.runtime.trajectory import Trajectory
 from minimind_mcore.rl.runtime.workers.reward import RewardWorker
 from minimind_mcore.training.metrics import read_history
 
@@ -128,6 +130,12 @@ def lettered(response, label, **context):
 
 def letter(response, label, **context):
     return float(response == "a")
+
+def boxed(response, label, **context):
+    return float("42" in response)
+
+def told(response, label, turns, **context):
+    return float("42" in turns[1]["text"]) + sum(turn["tokens"] for turn in turns if turn["source"] == "environment")
 
 def fails(response, label, **context):
     raise ValueError(response)
@@ -268,6 +276,56 @@ def test_a_step_is_saved_before_it_is_evaluated_and_a_lost_evaluation_is_made_up
     assert [(row["iteration"], row.get("eval/accuracy")) for row in rows] == [
         *((0, 0.1), (1, None), (2, None), (2, 0.3), (3, None), (4, None), (4, 0.5)),
     ]
+
+
+# Several turns
+
+
+def test_what_an_environment_says_earns_nothing_and_is_written_down(corpus: Corpus, rlaif: Path, mine: str) -> None:
+    config = configured(corpus, rlaif, [f"{mine}:boxed", f"{mine}:told"], megatron_training={"global_batch_size": 2})
+    source = source_of(config, lambda row: f"turn{row // 8}")
+    said = np.array(source.tokenizer("boxed 42", add_special_tokens=False)["input_ids"], np.int32)
+
+    def two_turns(trajectories: list[Trajectory], engines: Any, sampling: Any) -> None:
+        engines.generate(trajectories, sampling)
+        for trajectory in trajectories:
+            trajectory.append_observation(said)
+        engines.generate(trajectories, sampling)
+        engines.generate([], sampling)
+
+    source.rollout_function = two_turns
+    experience = source.generate()
+    source.score(experience)
+    assert experience.scores[f"{mine}:boxed"].tolist() == [0.0] * 8
+    assert experience.scores[f"{mine}:told"].tolist() == [1.0 + len(said)] * 8
+    experience.batch.advantages = experience.batch.mask * 0.5
+    experience.batch.taught = torch.tensor([1.0] * 4 + [0.0] * 4)
+    lines = list(trajectories(experience, 1))
+    assert [part["source"] for part in lines[0]["segments"]] == ["policy", "environment", "policy"]
+    assert lines[0]["segments"][1] == {
+        "source": "environment", "text": "boxed 42", "tokens": len(said), "in_loss": False,
+    }  # fmt: skip
+    assert [part["in_loss"] for part in lines[0]["segments"]] == [True, False, True]
+    assert not any(part["in_loss"] for part in lines[4]["segments"])
+    assert lines[0]["advantage"] == 0.5 and "42" in lines[0]["response"]
+
+
+def test_a_verifier_reads_the_policy_s_text_alone() -> None:
+    told = {"source": "environment", "text": r"The right answer is \boxed{42}. Say ok."}
+    own = [{"source": "policy", "text": text} for text in ("I do not know.", "ok")]
+    responses, labels, _, more = _task(
+        [{"prompt": "6 * 7?", "label": "42", "segments": [own[0], told, own[1]]}], [], torch.tensor([5])
+    )
+    assert responses == ["I do not know.\nok"]
+    with Rewards(["math_17k_acc"], [1.0]) as rewards:
+        assert rewards.score(responses, labels, **more).total.tolist() == [0.0]
+
+
+def test_a_prompt_without_a_response_is_the_user_s_error(corpus: Corpus, rlaif: Path) -> None:
+    source = source_of(configured(corpus, rlaif, ["minimind_shape"]), lambda row: "a")
+    source.rollout_function = lambda trajectories, engines, sampling: engines.generate(trajectories[1:], sampling)
+    with pytest.raises(UserError, match="minimind.rollout_function: found a trajectory without a response to the pro"):
+        source.generate()
 
 
 # Dynamic sampling

@@ -112,7 +112,8 @@ def rewards_of(config: Config, responses: list[str], talks: list[list[dict[str, 
     source = RolloutManager(config, objective(config), prompts, None, 0, LocalWorkers(None), LocalWorkers(worker))
     count = len(responses)
     batch = batches.make([[5]] * count, [[1, 2]] * count, [[-1.0, -1.0]] * count, [True] * count, [0] * count)
-    texts = [{"prompt": "p", "response": response, "label": ""} for response in responses]
+    parts = [[{"source": "policy", "text": response}] for response in responses]
+    texts = [{"prompt": "p", "label": "", "segments": part} for part in parts]
     experience = Experience(batch, texts, talks, count)
     try:
         source.score(experience)

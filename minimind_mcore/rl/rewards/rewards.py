@@ -18,6 +18,7 @@ from minimind_mcore.rl.rewards.reward_model import Message, RewardModel
 from minimind_mcore.rl.rewards.verifier_pool import Failed, VerifierPool, failure, resolve
 from minimind_mcore.rl.rewards.verifiers import VERIFIERS, Verifier
 
+OPTIONAL = ("record", "turns")  # arguments that older functions with named arguments do not accept
 _SAMPLES = 3  # failures that are shown per batch
 _WINDOW, _ENOUGH = 256, 32  # number of recent responses by which failures are judged: at most, at least
 
@@ -152,12 +153,13 @@ class Rewards:
         messages: list[list[Message]] | None = None,
         columns: Mapping[str, list[str]] | None = None,
         records: Sequence[Mapping[str, Any]] | None = None,
+        turns: Sequence[Sequence[Mapping[str, Any]]] | None = None,
         judge: bool = True,
     ) -> Scores:
         """Score each response against its label.
 
         Args:
-            responses: B texts without special tokens.
+            responses: B texts without special tokens: what the policy generated, and nothing of an environment.
             labels: B texts, the right answers.
             categories: B values. Where the value is 0 (or false) the verifiers do not apply, and the response scores 0.
             tool_calls: B counts (retool_reward).
@@ -167,6 +169,8 @@ class Rewards:
                 reward model.
             columns: B texts of each further column of the data, by its name, for your own functions.
             records: B records of the data (`messages`, `tools`, `gt` ...), for your own functions that take `record`.
+            turns: B lists of the segments of a response, the environment's among them, each with `source` and `text`,
+                for your own functions that take `turns`.
             judge: count failures of this batch towards `max_failures`.
 
         Raises:
@@ -176,12 +180,13 @@ class Rewards:
         given: dict[str, list[Any]] = {**(columns or {})}
         given |= {name: values for name, values in known.items() if values is not None}
         contexts = [{name: values[row] for name, values in given.items()} for row in range(len(responses))]
+        more = {name: values for name, values in (("record", records), ("turns", turns)) if values is not None}
         rows = [row for row in range(len(responses)) if categories is None or bool(categories[row])]
         scores = Scores(torch.zeros(len(responses)), {})
         for name, verifier in self.verifiers.items():
-            seen = contexts
-            if records is not None and verifier.record:  # a column of this name comes first
-                seen = [{"record": record} | context for record, context in zip(records, contexts, strict=True)]
+            own = {key: values for key, values in more.items() if key in verifier.optional}
+            # A column of such a name comes first.
+            seen = [{key: values[row] for key, values in own.items()} | one for row, one in enumerate(contexts)]
             values = self._apply(name, rows, responses, labels, seen, scores, judge)
             scores.by_verifier[name] = values
             scores.total += self.weights[name] * values
@@ -262,18 +267,20 @@ def _verifier(name: str, columns: Sequence[str]) -> Verifier:
     function = resolve(name)
     try:
         signature = inspect.signature(function)
-        # Older functions with named arguments do not accept `record`.
-        record = any(one.name == "record" or one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
-        known = ["prompt", "length", *columns, *(["record"] if record else [])]
+        parameters = signature.parameters.values()
+        takes = {one.name for one in parameters}
+        anything = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        optional = tuple(name for name in OPTIONAL if anything or name in takes)
+        known = ["prompt", "length", *columns, *optional]
         signature.bind("", "", **dict.fromkeys(known, ""))
     except (TypeError, ValueError) as error:
-        context = ", ".join(["prompt", "length", "record", *columns])
+        context = ", ".join(["prompt", "length", *OPTIONAL, *columns])
         raise UserError(
             f"{name}: {error}. Expected a function (response: str, label: str, **context) -> float; "
             f"context has {context}"
         ) from error
     wrong = float(getattr(function, "wrong", math.nan))
-    return Verifier(function, wrong, lambda *_, **__: None, right=None, record=record)
+    return Verifier(function, wrong, lambda *_, **__: None, right=None, optional=optional)
 
 
 def _quickly(verifier: Verifier, response: str, label: str, context: dict[str, Any]) -> float | Failed | None:

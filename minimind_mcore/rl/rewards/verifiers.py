@@ -42,7 +42,7 @@ class Verifier:
             a worker process. None: `score` itself is fast.
         right: the score of a right response. None: the verifier has no right or wrong.
         compares: the verifier compares with a label, so the data must have one.
-        record: the verifier takes the data's record as the argument `record`.
+        optional: names of further arguments that the verifier takes: `record` and `turns` of `Rewards.score`.
     """
 
     score: Score
@@ -50,7 +50,7 @@ class Verifier:
     quick: Callable[..., float | None] | None = None
     right: float | None = 1.0
     compares: bool = True
-    record: bool = False
+    optional: tuple[str, ...] = ()
 
 
 class _Undecided(Exception):

@@ -34,7 +34,7 @@ class Experience:
 
     Attributes:
         batch: with rewards.
-        texts: prompts, responses and labels, for people.
+        texts: prompts, responses, labels and `segments` of the responses, for rewards and people.
         messages: the conversation before each response, where the data has it.
         consumed: prompts taken from the data so far, these among them.
         metrics: of rewards and groups.
@@ -48,7 +48,7 @@ class Experience:
     """
 
     batch: Batch
-    texts: list[dict[str, str]]
+    texts: list[dict[str, Any]]
     messages: list[list[dict[str, str]]]
     consumed: int
     metrics: Row = field(default_factory=dict)
@@ -108,8 +108,12 @@ def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
 
 
 def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, Any]]:
-    """Yield each response of a step, readable: texts, reward and its parts, mean advantage of its tokens, lengths."""
+    """Yield each response of a step, readable: texts, reward and its parts, mean advantage of its tokens, lengths.
+
+    `segments` has the source, the text and the number of tokens of each segment, and whether it is in the loss.
+    """
     batch = experience.batch
+    taught = [True] * len(batch) if batch.taught is None else batch.taught.bool().tolist()
     columns = {"prompt_tokens": batch.prompt_lengths, "response_tokens": batch.policy_lengths}
     columns |= {"finished": batch.finished}
     if batch.rewards is not None:
@@ -120,6 +124,8 @@ def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, A
     parts = {name: scores.tolist() for name, scores in experience.scores.items()}
     for row, text in enumerate(experience.texts):
         own = {name: column[row] for name, column in values.items()}
+        if "segments" in text:  # older files have none
+            own["segments"] = [one | {"in_loss": one["in_loss"] and taught[row]} for one in text["segments"]]
         yield {"step": iteration, **text, **own, "rewards": {name: scores[row] for name, scores in parts.items()}}
 
 

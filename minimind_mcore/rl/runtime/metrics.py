@@ -185,7 +185,7 @@ class Log:
         for sink in self.sinks:
             sink(whole)
 
-    def sample(self, iteration: int, rows: Sequence[Mapping[str, str]]) -> None:
+    def sample(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print some responses of a step as a table, and write them in full to samples.jsonl."""
         logger.info(table(rows, {"reward": 6, "label": 8, "prompt": 24, "response": 36}))
         for row in rows:

@@ -88,6 +88,8 @@ class Engines:
         Raises:
             UserError: a context leaves no room for a token.
         """
+        if not trajectories:
+            return
         with self.watch.paused():
             self._generate(trajectories, sampling)
 
@@ -262,7 +264,7 @@ class RolloutManager:
     def _experience(self, trajectories: list[Trajectory]) -> Experience:
         self.engines.require_remaining_tokens(trajectories, 0)
         prompts = [trajectory.prompt for trajectory in trajectories[:: self.n]]
-        texts = self._texts(prompts, [trajectory.ids.tolist() for trajectory in trajectories], self.n)
+        texts = self._texts(prompts, trajectories, self.n)
         messages = [_messages(trajectory.prompt) for trajectory in trajectories]
         more = self._more(prompts, self.n)
         position = self.position
@@ -270,14 +272,41 @@ class RolloutManager:
             batches.of(trajectories), texts, messages, position.consumed, more=more, carried=position.carried
         )
 
-    def _texts(self, prompts: list[RLPrompt], ids: list[list[int]], n: int) -> list[dict[str, str]]:
-        """Prompt, response and label of each of the `n` responses to each prompt."""
-        responses = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    def _texts(self, prompts: list[RLPrompt], trajectories: list[Trajectory], n: int) -> list[dict[str, Any]]:
+        """Prompt, response, label and segments of each of the `n` responses to each prompt.
+
+        Raises:
+            UserError: a user's function left a prompt without a response.
+        """
         asked = self.tokenizer.batch_decode([prompt.ids.tolist() for prompt in prompts])
         labels = self._column(prompts, "labels")
+        for row, trajectory in enumerate(trajectories):
+            if not trajectory.segments:
+                raise UserError(
+                    f"minimind.rollout_function: found a trajectory without a response to the prompt "
+                    f"{asked[row // n][-200:]!r}; expected one of engines.generate. Call engines.generate for every "
+                    "trajectory"
+                )
+        ids = [trajectory.ids.tolist() for trajectory in trajectories]
+        responses = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        parts = [segment for trajectory in trajectories for segment in trajectory.segments]
+        decoded = iter(self.tokenizer.batch_decode([part.ids.tolist() for part in parts], skip_special_tokens=True))
         return [
-            {"prompt": asked[row // n], "response": response, "label": labels[row // n]}
-            for row, response in enumerate(responses)
+            {
+                "prompt": asked[row // n],
+                "response": responses[row],
+                "label": labels[row // n],
+                "segments": [
+                    {
+                        "source": segment.source,
+                        "text": next(decoded),
+                        "tokens": len(segment.ids),
+                        "in_loss": bool(segment.mask.any()),
+                    }
+                    for segment in trajectory.segments
+                ],
+            }
+            for row, trajectory in enumerate(trajectories)
         ]
 
     def _column(self, prompts: list[RLPrompt], name: str) -> list[str]:
@@ -306,7 +335,7 @@ class RolloutManager:
         experience.failures = [str(failure) for failure in scores.samples]
         experience.metrics = experience.describe(self.n)
 
-    def _scores(self, texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> Scores:
+    def _scores(self, texts: list[dict[str, Any]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> Scores:
         """Scores of responses; each reward worker takes a share."""
         size = -(-len(texts) // len(self.rewards))
         parts = []
@@ -406,7 +435,7 @@ class RolloutManager:
         base = (self.config.actor.seed << RUN_BITS) + (1 << EVALUATION_BIT)
         found = [Trajectory(prompt, base + number * n + k) for number, prompt in enumerate(asked) for k in range(n)]
         self.rollout_function(found, self.engines, sampling)
-        texts = self._texts(asked, [trajectory.ids.tolist() for trajectory in found], n)
+        texts = self._texts(asked, found, n)
         lengths = torch.tensor([trajectory.generated_tokens for trajectory in found])
         messages = [_messages(trajectory.prompt) for trajectory in found]
         scores = self._scores(texts, messages, lengths, **self._more(asked, n), judge=False)
@@ -419,10 +448,11 @@ class RolloutManager:
         return scores.total.view(-1, n), False
 
 
-def _task(texts: list[dict[str, str]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> tuple[Any, ...]:
-    """Arguments of `RewardWorker.score`."""
-    prompts, responses, labels = ([text[name] for text in texts] for name in ("prompt", "response", "label"))
-    return responses, labels, messages, {"lengths": lengths, "prompts": prompts, **more}
+def _task(texts: list[dict[str, Any]], messages: list[Any], lengths: torch.Tensor, **more: Any) -> tuple[Any, ...]:
+    """Arguments of `RewardWorker.score`. Only the policy's text is scored, so that an environment earns nothing."""
+    prompts, labels, turns = ([text[name] for text in texts] for name in ("prompt", "label", "segments"))
+    responses = ["\n".join(part["text"] for part in some if part["source"] == "policy") for some in turns]
+    return responses, labels, messages, {"lengths": lengths, "prompts": prompts, "turns": turns, **more}
 
 
 def _cut(value: Any, some: slice) -> Any:

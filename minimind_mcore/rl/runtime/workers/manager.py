@@ -8,6 +8,7 @@ the driver, so they outlive the actor.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -76,7 +77,7 @@ class Scored:
     lengths: tuple[float, float]
     kl_coef: float
     state: dict[str, Any]
-    samples: list[dict[str, str]]
+    samples: list[dict[str, Any]]
     failures: list[str]
 
 
@@ -266,8 +267,11 @@ class ManagerWorker:
         if ours.save_rollouts:
             files.save(experience, Path(ours.save_rollouts), step, self.config.rl.n_samples_per_prompt)
         assert batch.rewards is not None
-        pairs = zip(experience.texts[:4], batch.rewards.tolist(), strict=False)
-        samples = [{**text, "reward": f"{reward:.2f}"} for text, reward in pairs]
+        names = ("prompt", "response", "label", "segments", "advantage")
+        samples = [
+            {name: one[name] for name in names if name in one} | {"reward": f"{one['reward']:.2f}"}
+            for one in itertools.islice(files.trajectories(experience, step), 4)
+        ]
         state = {
             "consumed": experience.consumed,
             **({"carried": list(experience.carried)} if experience.carried else {}),
