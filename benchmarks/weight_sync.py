@@ -1,6 +1,6 @@
 """Measure time and object store memory of a weight transfer from training ranks to rollout engines.
 
-    python benchmarks/weight_sync.py                       # 406M parameters in fp32, two ranks, two engines
+    python benchmarks/weight_sync.py                       # 500M parameters in fp32, two ranks, two engines
     python benchmarks/weight_sync.py --bucket-mib 100000   # the same in a single bucket
 
 The ranks are tensor-parallel and hold random weights without an optimizer. The engines copy the received weights into

@@ -75,6 +75,10 @@ def test_a_reference_apart_has_the_weights_of_the_actor_unless_it_names_others(
     assert config(*overrides, name="grpo_minimind3_separate").ref.load == expected
 
 
+def test_a_list_of_one_data_path_is_that_path() -> None:
+    assert config("megatron_training.data_path=[data/a]").actor.data_path == "data/a"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_is_fit_for_every_target(name: str, target: str) -> None:
@@ -493,6 +497,7 @@ def test_every_verifier_of_the_trainer_is_fit_for_it_and_only_its_own_for_mindsp
         (["rl_config.actor_resource.num_npus=two"], ["actor_resource.num_npus: found 'two', expected int"]),
         (["rl_config.actor_resource=null"], ["rl_config.actor_resource: found None"]),
         (["megatron_training.global_batch_size=null"], ["global_batch_size: found None, expected a whole number"]),
+        (["megatron_training.data_path=[data/a,data/b]"], ["data_path: found ['data/a', 'data/b'], expected one prefix"]),
         (["rl_config.verifier_function=acc"], ["verifier_function: found 'acc', expected list"]),
         (["rl_config.verifier_weight=[x]"], ["verifier_weight: found ['x'], expected a list of numbers"]),
         (["generate_config.sampling_config.max_tokens=4000"], ["max_tokens 4000 do not fit in 256"]),

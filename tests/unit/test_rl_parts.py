@@ -318,6 +318,9 @@ def test_rollouts_with_other_groups_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found 1 responses to each prompt, expected 2 .*n_samples_per_prompt"):
         replayed(tmp_path, 1, 2)
     file = tmp_path / "rollouts-0000001.pt"
+    assert len(replayed(tmp_path, 1, 1, 2).batch) == 2
+    with pytest.raises(UserError, match=r"found responses to 2 prompts, expected 4 .*global_batch_size"):
+        replayed(tmp_path, 1, 1, 4)
     older = torch.load(file, weights_only=True)
     del older["n_samples_per_prompt"]
     torch.save(older, file)

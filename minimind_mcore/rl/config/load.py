@@ -52,7 +52,7 @@ def resolve(tree: Mapping[str, Any] | DictConfig) -> Config:
     """Resolve a composed YAML to a `Config`.
 
     Raises:
-        UserError: an unknown section or key, a value of the wrong type, or an undefined model.
+        UserError: an unknown section or key, a value of the wrong type, an undefined model, or several data paths.
     """
     keys = plain(tree)
     minimind = schema.minimind_config(keys.get("minimind"))
@@ -123,6 +123,11 @@ def _megatron(tree: Mapping[str, Any], section: str, minimind: MiniMindConfig) -
     given = {**tree["megatron_training"], **tree[section]}
     model = model_keys(tree, str(given["model"])) if "model" in given else {}
     merged = _merged("MegatronConfig", {**model, **given})
+    if isinstance(prefixes := merged["data_path"], list):
+        if len(prefixes) != 1:
+            why = f"found {prefixes}, expected one prefix. Convert the data to one prefix"
+            raise UserError(f"megatron_training.data_path: {why}")
+        merged["data_path"] = str(prefixes[0])
     merged["bf16"] = merged["bf16"] and minimind.precision == "bf16"
     if minimind.precision == "fp16":  # MindSpeed-RL has no such key
         merged["fp16"] = True

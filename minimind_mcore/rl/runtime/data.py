@@ -166,7 +166,7 @@ class PromptDataset:
             yield batch
 
 
-def prompt_dataset(config: Config, prefix: Any, held_out: bool = False) -> PromptDataset:
+def prompt_dataset(config: Config, prefix: str, held_out: bool = False) -> PromptDataset:
     """The prompts of a prefix, as the configuration reads them; `split` is of those to train on.
 
     Raises:
@@ -174,7 +174,7 @@ def prompt_dataset(config: Config, prefix: Any, held_out: bool = False) -> Promp
     """
     actor = config.actor
     prompts = PromptDataset(
-        prefix[0] if isinstance(prefix, list) else prefix,
+        prefix,
         actor.dataset_additional_keys,
         # `check.lengths` compares the two only where the YAML sets max_prompt_length.
         max_prompt_length=min(

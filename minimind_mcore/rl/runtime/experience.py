@@ -129,11 +129,17 @@ def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, A
         yield {"step": iteration, **text, **own, "rewards": {name: scores[row] for name, scores in parts.items()}}
 
 
-def replayed(folder: Path, iteration: int, n: int) -> Experience:
+def replayed(folder: Path, iteration: int, n: int, prompts: int | None = None) -> Experience:
     """A step's experience from its file.
 
+    Args:
+        folder: of `save`.
+        iteration: number of the step.
+        n: responses to each prompt.
+        prompts: of a step. None: any number.
+
     Raises:
-        UserError: there is none, or it has not `n` responses to each prompt.
+        UserError: there is none, or it has other numbers of prompts or responses.
     """
     path = folder / f"rollouts-{iteration:07d}.pt"
     if not path.is_file():
@@ -149,5 +155,11 @@ def replayed(folder: Path, iteration: int, n: int) -> Experience:
         raise UserError(
             f"{path}: found {what}, expected {n} to each prompt (rl_config.n_samples_per_prompt); set what the "
             "rollouts were written with"
+        )
+    # The number of updates of a step, and whether it needs old log-probabilities, follow from global_batch_size.
+    if prompts is not None and len(batch) != prompts * n:
+        raise UserError(
+            f"{path}: found responses to {len(batch) // n} prompts, expected {prompts} "
+            "(megatron_training.global_batch_size); set what the rollouts were written with"
         )
     return Experience(batch, found["texts"], [], found["consumed"], found["metrics"])

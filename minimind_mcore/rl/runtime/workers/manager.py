@@ -162,7 +162,8 @@ class ManagerWorker:
         self.gate.set()
         n = self.config.rl.n_samples_per_prompt
         if self.config.minimind.replay_rollouts:
-            self.experience = files.replayed(Path(self.config.minimind.replay_rollouts), step, n)
+            folder, prompts = Path(self.config.minimind.replay_rollouts), self.config.actor.global_batch_size
+            self.experience = files.replayed(folder, step, n, prompts)
             return len(self.experience.batch)
         while len(self.begun) < 1 + ahead:
             self.begun.append(self.threads["generate"].submit(self._generate, self.epoch))
