@@ -156,7 +156,10 @@ def test_the_evaluation_has_prompts_and_its_failures_end_no_run(
     config = configured(corpus, rlaif, [f"{mine}:asked", f"{mine}:fails"], minimind={"reward_failure_limit": 0.0})
     source = source_of(config, lambda row: "a" if row < 3 else "a a")
     assert source.evaluate(source.prompts, 4) == {"accuracy": 0.75}
-    assert "my_evaluated:fails: ValueError: a; label ''" in capsys.readouterr().out
+    source.evaluate(source.prompts, 4)
+    out = capsys.readouterr().out
+    assert "my_evaluated:fails: ValueError: a; label ''" in out
+    assert out.count("a response is right if my_evaluated:asked gives it a score of 1 or more") == 1
     experience = source.generate()
     with pytest.raises(UserError, match="could not score 16 of the last 16 responses"):
         source.score(experience)

@@ -32,6 +32,7 @@ from minimind_mcore.rl.runtime.metrics import Row, say
 from minimind_mcore.rl.runtime.trajectory import Trajectory
 from minimind_mcore.rl.runtime.user_function import Stopwatch, limited
 
+OWN_RIGHT = 1.0  # least score of a right response, of a user's function
 _SHOWN = 3  # failures shown of a step that took several batches
 PART_BITS = 48  # of a seed: below them the number of the response, above them the number of its segment
 EVALUATION_BIT = 63  # of a seed: set for responses to held-out prompts, which share no random numbers with training
@@ -192,7 +193,13 @@ class RolloutManager:
             min_p=float(sampling.min_p),
             stop=(stop,),
         )
+        self.said: set[str] = set()
         self.go_to(Position())
+
+    def _say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            say(text)
 
     def _own(self, key: str, path: str) -> Callable[..., Any]:
         """A function of the user with its time limit."""
@@ -430,7 +437,8 @@ class RolloutManager:
     def _grade(self, asked: list[RLPrompt], n: int, sampling: RolloutSamplingParams) -> tuple[torch.Tensor, bool]:
         """[prompts, n] float32 of n responses to each prompt: 1 for a right one, and True; or the scores, and False.
 
-        Right is what the first verifier accepts that tells right from wrong; a reward model does not.
+        Right is what the first verifier accepts that tells right from wrong; a reward model does not. A user's function
+        accepts a response with a score of `OWN_RIGHT` or more.
         """
         base = (self.config.actor.seed << RUN_BITS) + (1 << EVALUATION_BIT)
         found = [Trajectory(prompt, base + number * n + k) for number, prompt in enumerate(asked) for k in range(n)]
@@ -442,8 +450,9 @@ class RolloutManager:
         for failure in scores.samples:
             say(f"a response to a held-out question could not be scored: {failure}")
         for name in self.config.reward_names:
-            right = VERIFIERS[name].right if name in VERIFIERS else 1.0
+            right = VERIFIERS[name].right if name in VERIFIERS else OWN_RIGHT
             if right is not None:
+                self._say_once(f"eval/accuracy: a response is right if {name} gives it a score of {right:g} or more")
                 return (scores.by_verifier[name] >= right).float().view(-1, n), True
         return scores.total.view(-1, n), False
 
