@@ -63,8 +63,10 @@ def test_the_native_parser_reads_the_model_of_every_configuration(name: str, dev
         (["ref_config.load=null", "actor_config.load=null"], None),
         (["ref_config.load=null", "actor_config.load=a", "actor_config.pretrained_checkpoint=b"], "a"),
         (
-            ["ref_config.load=null", "actor_config.load=a", "actor_config.pretrained_checkpoint=b"]
-            + ["actor_config.lora_target_modules=[linear_qkv]"],
+            [
+                *("ref_config.load=null", "actor_config.load=a", "actor_config.pretrained_checkpoint=b"),
+                "actor_config.lora_target_modules=[linear_qkv]",
+            ],
             "b",
         ),
     ],
@@ -444,7 +446,10 @@ def test_one_response_to_a_prompt_is_enough_where_the_batch_or_a_critic_is_the_e
         (["minimind.rollout_correction_cap=5", "minimind.rollout_correction=tis"], ""),
         (["minimind.sglang_timeout_s=3"], "minimind.sglang_timeout_s (only with rollout_engine: sglang"),
         (["minimind.reward_model_weight=2"], "minimind.reward_model_weight (only with minimind.reward_model"),
-        (["minimind.eval_samples=8", "megatron_training.data_path=none"], "minimind.eval_samples (there is no minimind.e"),
+        (
+            ["minimind.eval_samples=8", "megatron_training.data_path=none"],
+            "minimind.eval_samples (there is no minimind.e",
+        ),
         ([], ""),
     ],
 )
@@ -497,7 +502,7 @@ def test_every_verifier_of_the_trainer_is_fit_for_it_and_only_its_own_for_mindsp
         (["rl_config.actor_resource.num_npus=two"], ["actor_resource.num_npus: found 'two', expected int"]),
         (["rl_config.actor_resource=null"], ["rl_config.actor_resource: found None"]),
         (["megatron_training.global_batch_size=null"], ["global_batch_size: found None, expected a whole number"]),
-        (["megatron_training.data_path=[data/a,data/b]"], ["data_path: found ['data/a', 'data/b'], expected one prefix"]),
+        (["megatron_training.data_path=[data/a,data/b]"], ["found ['data/a', 'data/b'], expected one prefix"]),
         (["rl_config.verifier_function=acc"], ["verifier_function: found 'acc', expected list"]),
         (["rl_config.verifier_weight=[x]"], ["verifier_weight: found ['x'], expected a list of numbers"]),
         (["generate_config.sampling_config.max_tokens=4000"], ["max_tokens 4000 do not fit in 256"]),

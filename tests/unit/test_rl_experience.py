@@ -327,7 +327,7 @@ def test_a_verifier_reads_the_policy_s_text_alone() -> None:
 def test_a_prompt_without_a_response_is_the_user_s_error(corpus: Corpus, rlaif: Path) -> None:
     source = source_of(configured(corpus, rlaif, ["minimind_shape"]), lambda row: "a")
     source.rollout_function = lambda trajectories, engines, sampling: engines.generate(trajectories[1:], sampling)
-    with pytest.raises(UserError, match="minimind.rollout_function: found a trajectory without a response to the pro"):
+    with pytest.raises(UserError, match="found a trajectory without a response to the prompt"):
         source.generate()
 
 

@@ -106,7 +106,7 @@ def test_own_functions_are_given_the_context(mine: str) -> None:
     with Rewards([f"{mine}:length"], [2.0]) as rewards:
         scores = rewards.score(["ab", "abc"], ["", ""], tool_calls=[10, 20])
     assert scores.total.tolist() == [24.0, 46.0]
-    with pytest.raises(UserError, match=r"missing a required argument: 'level'.*context has prompt, length, record, turns$"):
+    with pytest.raises(UserError, match=r"a required argument: 'level'.*context has prompt, length, record, turns$"):
         Rewards([f"{mine}:graded"], [1.0])
     with Rewards([f"{mine}:graded"], [1.0], columns=["level"]) as rewards:
         assert rewards.score(["a", "b"], ["", ""], columns={"level": ["2", "3"]}).total.tolist() == [2.0, 3.0]

@@ -69,7 +69,8 @@ def objective(config: Config) -> Algorithm:
 def sampling_batches(config: Config) -> int:
     """Return the number of batches that dynamic sampling may generate for a step (`filter_groups_max_batches`).
 
-    MindSpeed-RL's default of 1 would replace no group. If the key is left out, dynamic sampling uses `SAMPLING_BATCHES`.
+    MindSpeed-RL's default of 1 would replace no group. If the key is left out, dynamic sampling uses
+    `SAMPLING_BATCHES`.
     """
     if objective(config).dynamic_sampling and "filter_groups_max_batches" not in config.tree["rl_config"]:
         return SAMPLING_BATCHES
@@ -79,8 +80,8 @@ def sampling_batches(config: Config) -> int:
 def overlong_lengths(config: Config) -> tuple[int, int]:
     """Return `rollout_max_tokens` and `overlong_buffer`: the longest response, and its last tokens with a penalty.
 
-    MindSpeed-RL's defaults of 2048 and 0 would penalize nothing. Keys that are left out are `max_tokens` and a quarter of
-    it. The buffer is 0 if the algorithm has no penalty.
+    MindSpeed-RL's defaults of 2048 and 0 would penalize nothing. Keys that are left out are `max_tokens` and a quarter
+    of `max_tokens`. The buffer is 0 if the algorithm has no penalty.
     """
     rl, given, answer = config.rl, config.tree["rl_config"], int(config.generate.sampling_config.max_tokens)
     if not objective(config).overlong:
