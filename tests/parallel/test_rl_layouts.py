@@ -32,12 +32,18 @@ def run(server: engine.Server, folder: Path, task: dict[str, Any], processes: in
     return found
 
 
+MIXTURE = "minimind3_moe_tiny"
+
+
+def prompts() -> list[list[int]]:
+    numbers = torch.Generator().manual_seed(1)
+    return [torch.randint(40, 500, (n,), generator=numbers).tolist() for n in (5, 11, 8, 3)]
+
+
 @pytest.fixture(scope="module")
 def alone(server: engine.Server, corpus: engine.Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A step in a single process, on responses that a rollout engine wrote with its weights."""
-    numbers = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(40, 500, (n,), generator=numbers).tolist() for n in (5, 11, 8, 3)]
-    task = {"tree": tree(corpus), "prompts": prompts, "updates": 2}
+    task = {"tree": tree(corpus), "prompts": prompts(), "updates": 2}
     return run(server, tmp_path_factory.mktemp("alone"), task)
 
 
@@ -72,7 +78,20 @@ def test_a_step_is_the_same_in_every_layout(
         sizes = {f"{phase}_max_packing_token_size": 64 for phase in ("actor", "ref", "update")}
         changed["rl_config"] |= {"use_dynamic_bsz": True, "update_dynamic_max_batch_size": 3, **sizes}
     task = {"tree": changed, "batch": alone["batch"], "updates": 2}
-    found = run(server, tmp_path, task, processes)
+    require_same(run(server, tmp_path, task, processes), alone)
+
+
+def test_a_step_of_a_mixture_is_the_same_with_its_experts_on_two_ranks(
+    server: engine.Server, corpus: engine.Corpus, tmp_path: Path
+) -> None:
+    alone = run(server, tmp_path / "alone", {"tree": tree(corpus, MIXTURE), "prompts": prompts(), "updates": 2})
+    changed = tree(corpus, MIXTURE, expert_model_parallel_size=2)
+    task = {"tree": changed, "batch": alone["batch"], "updates": 2}
+    require_same(run(server, tmp_path / "ep2", task, 2), alone)
+
+
+def require_same(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    """A step in a layout has the log-probabilities, metrics and weights of a step in a single process."""
     batch = Batch(**alone["batch"])
     assert batch.rollout_logp is not None
     assert difference(found["before"]["logp"], batch.rollout_logp, batch) <= 1e-4
