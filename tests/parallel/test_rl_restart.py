@@ -95,7 +95,7 @@ def test_a_rank_lost_before_the_first_step_is_replaced(
     assert measured == [0, 1]
 
 
-SHIPPED = ("grpo_minimind3", "ppo_minimind3")
+SHIPPED = ("grpo_minimind3", "ppo_minimind3", "dapo_minimind3")
 
 
 def shipped_tree(corpus: engine.Corpus, name: str, folder: Path) -> dict[str, Any]:
