@@ -252,8 +252,8 @@ def test_a_pipeline_that_is_not_virtual(
     """The flag counts layers, not chunks: with 2 of the 2 layers of a stage, each stage is one chunk."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", str(rank))
-    changes = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": per_chunk}
-    layout = validate(parse(command_line(**changes)), 2)
+    words = command_line(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=per_chunk)
+    layout = validate(parse(words), 2)
     assert layout.vpp == (2 if per_chunk == 1 else None)
     assert capsys.readouterr().err.count("warning: ") == warnings
 
