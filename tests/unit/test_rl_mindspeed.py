@@ -201,7 +201,7 @@ def test_a_reward_is_called_as_the_embedded_trainer_calls_it(scored: Any) -> Non
     expected = [1000 + 200 + 10 * len("<1> <2>") + 3 + 5, 100 + 10 * len("<1>") + 3 + 6]
     assert rewards == [float(value) for value in expected]
     assert metrics["hooked_rewards:told_rewards/failure_share"] == [0.0, 0.0]
-    with pytest.raises(UserError, match=r"required argument: 'colour'.*context has prompt, length, record, turns, level"):
+    with pytest.raises(UserError, match=r"argument: 'colour'.*context has prompt, length, record, turns, level"):
         rules.compute_verifier_score(batch, columns, config("hooked_rewards:needy"), Words())
 
 
