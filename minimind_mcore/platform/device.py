@@ -82,11 +82,9 @@ def local_rank() -> int:
 
 def _works(kind: str) -> bool:
     """Return whether torch can use a kind of device here."""
-    if kind == "cpu":
-        return True
-    import torch
-
-    return torch.cuda.is_available() if kind == "cuda" else _npu_works()
+    if kind == "npu":
+        return _npu_works()
+    return kind == "cpu" or bool(_api(kind).is_available())
 
 
 def _npu_works() -> bool:
