@@ -24,8 +24,6 @@ def volume(work: Workload) -> dict[str, float]:
 
     A ring all-reduce of n ranks sends 2 (n - 1) / n of the data. A reduce-scatter or an all-gather sends half of that.
     Sequence parallelism and the distributed optimizer replace each all-reduce by a reduce-scatter and an all-gather.
-    In a pipeline each chunk of layers sends activations to the next chunk and gradients to the chunk before. The first
-    chunk has no chunk before it, and the last has none after it. With two stages each rank holds one of these two.
     """
     layout, model = work.layout, work.model
     hidden = work.tokens * model.hidden_size * work.width
@@ -33,10 +31,9 @@ def volume(work: Workload) -> dict[str, float]:
     m, layers = work.num_microbatches, model.num_layers / layout.pp
     dense, experts = work.trained
     returned = work.width if work.use_distributed_optimizer else work.gradient_width
-    sends = 2 * (layout.vpp or 1) - (layout.pp == 2)
     return {
         "TP": m * _tensor_collectives(work) * 2 * _others(layout.tp) * hidden,
-        "PP": m * sends * hidden / split if layout.pp > 1 else 0.0,
+        "PP": m * _pipeline_sends(work) * hidden / split if layout.pp > 1 else 0.0,
         "DP": (dense * _others(layout.dp) + experts * _others(layout.dp // layout.ep))
         * (work.gradient_width + returned),
         "EP": m * 4 * layers * _others(layout.ep) * hidden * (model.moe.topk if model.moe else 0) / split,
@@ -45,6 +42,15 @@ def volume(work: Workload) -> dict[str, float]:
 
 def _others(ranks: int) -> float:
     return (ranks - 1) / ranks
+
+
+def _pipeline_sends(work: Workload) -> int:
+    """Return how often the busiest rank of a pipeline sends for a micro-batch.
+
+    Each chunk of layers sends activations to the next chunk and gradients to the chunk before. The first chunk has no
+    chunk before it, and the last has none after it. With two stages each rank holds one of these two.
+    """
+    return 2 * (work.layout.vpp or 1) - (work.layout.pp == 2)
 
 
 def _tensor_collectives(work: Workload) -> float:
@@ -77,7 +83,7 @@ def of_training(work: Workload, machine: Machine) -> dict[str, float]:
     transfers = 2 * (layout.vpp or 1)
     sent = volume(work)
     # A rank waits for the transfers in both directions, also for those that it only receives.
-    sent["PP"] *= transfers / (transfers - (layout.pp == 2))
+    sent["PP"] *= transfers / _pipeline_sends(work)
     links = {  # Megatron's order of ranks: TP, then DP (of which EP is a part), then PP
         "TP": (layout.tp, 1, m * _tensor_collectives(work)),
         "PP": (2 if layout.pp > 1 else 1, layout.tp * layout.dp, m * transfers),

@@ -448,7 +448,7 @@ def test_one_response_to_a_prompt_is_enough_where_the_batch_or_a_critic_is_the_e
         (["minimind.reward_model_weight=2"], "minimind.reward_model_weight (only with minimind.reward_model"),
         (
             ["minimind.eval_samples=8", "megatron_training.data_path=none"],
-            "minimind.eval_samples (there is no minimind.e",
+            "minimind.eval_samples (only with minimind.e",
         ),
         ([], ""),
     ],

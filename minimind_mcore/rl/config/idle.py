@@ -81,8 +81,8 @@ UNUSED: tuple[tuple[str, tuple[str, ...], Condition, str], ...] = (
      "sglang"),
     ("minimind", ("reward_model_weight", "reward_model_range", "reward_model_trust_remote_code"), _has_model, "only "
      "with minimind.reward_model"),
-    ("minimind", ("eval_interval", "eval_prompts", "eval_samples"), _has_prompts, "there is no minimind.eval_data, and "
-     "no DATA_PATH_unseen"),
+    ("minimind", ("eval_interval", "eval_prompts", "eval_samples"), _has_prompts, "only with "
+     "minimind.eval_data, or a dataset DATA_PATH_unseen"),
 )  # fmt: skip
 
 

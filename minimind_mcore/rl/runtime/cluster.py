@@ -179,8 +179,8 @@ def spread(places: Sequence[Bundle]) -> list[Bundle]:
 
 def threads_of(places: Sequence[Bundle], number: int) -> int:
     """Return the thread count of a process: the cores of its host divided by the run's processes there."""
-    beside = sum(place.node == places[number].node for place in places)
-    return max(1, processor.usable_cores() // beside)
+    processes = sum(place.node == places[number].node for place in places)
+    return max(1, processor.usable_cores() // processes)
 
 
 def where(places: Sequence[Bundle]) -> str:
