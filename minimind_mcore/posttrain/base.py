@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from minimind_mcore.errors import UserError, require
+from minimind_mcore.models.wrappers import output_only_at, unwrap
 from minimind_mcore.platform import ranks
 from minimind_mcore.posttrain import data, lora
 from minimind_mcore.preprocess.check import idx_digest
@@ -115,7 +116,8 @@ class PostTraining(Job):
 def run_model(model: MegatronModule, batch: MicroBatch, labels: Tensor | None = None) -> Tensor:
     """Run one chunk of the model on a micro-batch. The last chunk returns the losses [rows, length] of the labels.
 
-    The loss of a label is its negative log-probability over all tensor-parallel shards of the vocabulary.
+    The loss of a label is its negative log-probability over all tensor-parallel shards of the vocabulary. A CPU
+    computes it only where the mask is 1, and returns 0 elsewhere.
     Without labels the last chunk returns this rank's shard of the logits [rows, length, vocabulary / TP].
     """
     packed = None
@@ -124,5 +126,18 @@ def run_model(model: MegatronModule, batch: MicroBatch, labels: Tensor | None = 
 
         ends, longest = batch["cu_seqlens"], batch["longest"]
         packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    output: Tensor = model(batch["tokens"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
-    return output
+
+    def run(labels: Tensor | None) -> Tensor:
+        output: Tensor = model(batch["tokens"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
+        return output
+
+    chunk, mask = unwrap(model), batch["loss_mask"].t()  # megatron-core's order of positions is [length, rows]
+    # Most tokens of a short answer's sample have no loss, and with a small model their logits are half of a step. Other
+    # devices compute all, because the host would wait for the number of positions.
+    selects = chunk.post_process and mask.device.type == "cpu" and not chunk.config.sequence_parallel
+    if labels is None or not selects:
+        return run(labels)
+    places = mask.flatten().nonzero().squeeze(1)
+    with output_only_at(places, chunk):
+        losses = run(labels.t().flatten()[places].unsqueeze(0))
+    return losses.new_zeros(mask.numel()).index_copy(0, places, losses.flatten()).view(mask.shape).t()

@@ -138,6 +138,15 @@ def test_packed_sequences_do_not_see_each_other(core: str) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
+def test_post_training_computes_logits_only_where_there_is_a_loss(core: str) -> None:
+    found = results(core, 1)["masked"]
+    assert found["logits"] == found["with_loss"] < found["positions"]
+    assert found["loss_difference"] <= 1e-5
+    assert found["gradient_difference"] <= 1e-5
+    assert found["without_any"] == 0
+
+
+@pytest.mark.parametrize("core", CORES)
 def test_every_layout_starts_from_the_same_weights(core: str) -> None:
     assert results(core, 2)["initial_weights_equal"]
 
@@ -257,6 +266,7 @@ def main(work: str, rank: int, processes: int) -> None:
             found["logits"] = {name: check_logits(config) for name, config in LOGITS.items()}
             found["routers"] = {rule: check_router(rule) for rule in ROUTER_WEIGHTS}
             found["packed_difference"] = check_packed()
+            found["masked"] = check_masked()
             found["context_parallel"] = check_context_parallel()
     else:
         found["initial_weights_equal"] = check_initial_weights()
@@ -435,6 +445,42 @@ def check_packed() -> float:
         ]
     assert [len(alone) for _, alone in pairs] == [11, 19, 1, 7, 13, 4]
     return max(float((packed - alone).abs().max()) for packed, alone in pairs)
+
+
+def check_masked() -> dict[str, float]:
+    """The losses of post-training, computed where the mask is 1, against those of all positions."""
+    from minimind_mcore.models.init import initialize
+    from minimind_mcore.posttrain.base import run_model
+    from minimind_mcore.training.job import MicroBatch
+
+    config = GRADIENTS["minimind3"]
+    (model,) = build(config, {}, parallel_output=True)
+    initialize([model], config, scheme="torch", seed=1)
+    torch.manual_seed(1)
+    ids = torch.randint(0, config.vocab_size, (3, 33))
+    tokens, labels, positions = ids[:, :-1], ids[:, 1:].contiguous(), torch.arange(32).expand(3, 32)
+    batch: MicroBatch = {
+        "tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": (torch.rand(3, 32) < 0.3).float()
+    }  # fmt: skip
+    weights = torch.rand(3, 32)
+    rows: list[int] = []
+    model.output_layer.register_forward_hook(lambda module, inputs, output: rows.append(output[0].shape[:-1].numel()))
+    expected = model(tokens, positions, None, labels=labels) * batch["loss_mask"]
+    (expected * weights).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    losses = run_model(model, batch, labels=labels)
+    (losses * weights).sum().backward()
+    pairs = zip(gradients, (p.grad for p in model.parameters()), strict=True)
+    batch["loss_mask"] = torch.zeros(3, 32)
+    return {
+        "positions": rows[0],
+        "logits": rows[1],
+        "with_loss": int((expected != 0).sum()),
+        "loss_difference": float((losses - expected).abs().max()),
+        "gradient_difference": max(float((a - b).norm() / a.norm()) for a, b in pairs),
+        "without_any": float(run_model(model, batch, labels=labels).abs().sum()),
+    }
 
 
 def check_context_parallel() -> str:

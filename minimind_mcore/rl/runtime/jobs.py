@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minimind_mcore.models.wrappers import unwrap
+from minimind_mcore.models.wrappers import output_only_at, unwrap
 from minimind_mcore.posttrain import lora
 from minimind_mcore.rl.algorithms.actor import actor_loss
 from minimind_mcore.rl.algorithms.losses import aggregate, value_loss
@@ -37,20 +36,6 @@ def micro_batch(rows: Batch, unit: int = 1) -> MicroBatch:
     rows = rows.cut(length)
     positions = torch.arange(length, device=rows.tokens.device).expand(len(rows), -1)
     return {"rows": rows, "tokens": rows.tokens, "position_ids": positions}
-
-
-@contextlib.contextmanager
-def _only(places: Tensor, layer: Any, picks: bool) -> Iterator[None]:
-    """Within the context an output layer computes only the positions `places`, an index into [length * rows]."""
-
-    def pick(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # shape in megatron-core: [length, rows, hidden]
-        return (inputs[0].flatten(0, 1).index_select(0, places).unsqueeze(1), *inputs[1:])
-
-    handle = layer.register_forward_pre_hook(pick) if picks else None
-    yield
-    if handle is not None:
-        handle.remove()
 
 
 def predicting(rows: Batch) -> tuple[Tensor, Tensor]:
@@ -79,7 +64,7 @@ class ResponseJob(Job):
         # Sequence parallelism splits the positions over the ranks, and the output layer gathers them first.
         early = not self.config.parallel.sequence_parallel
         row, place = predicting(rows)
-        with _only(place * len(rows) + row, chunk.output_layer, early):
+        with output_only_at(place * len(rows) + row, chunk) if early else contextlib.nullcontext():
             output = model(micro["tokens"], micro["position_ids"], None)
         return output.flatten(0, 1) if early else output[row, place]
 
