@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minimind_mcore import errors, log
 from minimind_mcore.errors import UserError
+from minimind_mcore.imports import importing
 
 # command: (module:function, what it does)
 COMMANDS = {
@@ -98,7 +99,8 @@ def dispatch(argv: Sequence[str]) -> int:
         hint = errors.did_you_mean(argv[0], table) or f"; it has {', '.join(COMMANDS)}"
         raise UserError(f"minimind-mcore has no command {argv[0]!r}{hint}")
     module, _, name = table[argv[0]][0].partition(":")
-    function: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), name)
+    with importing(module):
+        function: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), name)
     return function(list(argv[1:])) or 0
 
 

@@ -27,6 +27,7 @@ import psutil
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import own_addresses
+from minimind_mcore.imports import importing
 from minimind_mcore.platform import processor
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def setup() -> Device:
         _api(device.kind).set_device(device.index)  # `current` may have run in another thread
         if device.kind == "npu":
             ascend.adapt()
-    patches.apply()
+    with importing("megatron.core"):
+        patches.apply()
     return device
 
 
