@@ -37,7 +37,7 @@ def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig)
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.tp,
-        "sequence_parallel": config.parallel.sequence_parallel,
+        "sequence_parallel": config.parallel.sequence_parallel and layout.tp > 1,  # as Megatron decides
         "params_dtype": config.precision.params_dtype,
         "pipeline_dtype": config.precision.params_dtype,
         "bf16": config.precision.bf16,

@@ -62,7 +62,7 @@ class ResponseJob(Job):
             output: Tensor = model(micro["tokens"], micro["position_ids"], None)
             return output
         # Sequence parallelism splits the positions over the ranks, and the output layer gathers them first.
-        early = not self.config.parallel.sequence_parallel
+        early = not chunk.config.sequence_parallel
         row, place = predicting(rows)
         with output_only_at(place * len(rows) + row, chunk) if early else contextlib.nullcontext():
             output = model(micro["tokens"], micro["position_ids"], None)
