@@ -14,18 +14,24 @@ def usable_cores() -> int:
 
 def cpu_name() -> str:
     """Return the model name of the CPU."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        for line in f:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def multiplies_bf16() -> bool:
     """Return whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX), at least twice as fast as fp32."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            flags = next((line for line in f if line.startswith("flags")), "").split()
-    except OSError:  # not Linux
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpuinfo("flags").split())
+
+
+def avx512_without_intel() -> bool:
+    """Return whether the CPU has AVX-512, and is not from Intel."""
+    return "avx512f" in _cpuinfo("flags").split() and _cpuinfo("vendor_id") != "GenuineIntel"
+
+
+def _cpuinfo(field: str) -> str:
+    """Return a field of the first core in /proc/cpuinfo. Empty where there is none, as on other systems than Linux."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
