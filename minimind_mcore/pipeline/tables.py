@@ -56,13 +56,15 @@ def find(kind: str, name: str) -> Entry:
         UserError: no such entry exists, or upstream withdrew the file.
     """
     entries = tables()[kind]
+    name = name.removesuffix(".jsonl") if kind == "data" else name
     if name in entries:
         return entries[name]
     if command := package_json(TABLE)["made"].get(name):
         raise UserError(f"download {kind} {name}: this file is not published anywhere; make it with {command}")
     if text := successor(name):
         raise UserError(f"download {kind} {name}{text}")
-    hint = did_you_mean(name, entries)
+    same = [known for known in entries if known.lower() == name.lower()]
+    hint = f"; did you mean {same[0]}?" if same else did_you_mean(name, entries)
     raise UserError(f"download {kind}: {name} is not in the table{hint}; it has {', '.join(entries)}")
 
 

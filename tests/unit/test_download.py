@@ -252,6 +252,8 @@ def test_names_sizes_and_licences_are_listed(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(("name", "message"), [
     ("pretrain_hq", "upstream withdrew pretrain_hq; its replacement is pretrain_t2t_mini"),
     ("pretrain_t2t_min", "did you mean pretrain_t2t_mini"),
+    ("rlaif-mini.jsonl", "upstream withdrew rlaif-mini; its replacement is rlaif"),
+    ("LoRA_identity", "did you mean lora_identity"),
     ("sft_tool_call", "make it with minimind-mcore tool-data"),
 ])  # fmt: skip
 def test_unknown_and_withdrawn_names(name: str, message: str) -> None:
