@@ -100,6 +100,7 @@ def require_harness() -> None:
 
 PROGRAM = "evaluation.py"
 EXACT_MATCH, PERPLEXITY, QUALITY = "exact_match", "perplexity", "quality"
+KNOWN = (*BENCHMARKS, EXACT_MATCH, TOOLCALL, QUALITY, PERPLEXITY)  # tasks
 LENGTH = 2048
 USED = frozenset("task task_data_path evaluation_batch_size max_eval_samples seq_length max_new_tokens".split())
 # Sampling flags have no effect, because answers are greedy.
@@ -182,12 +183,19 @@ def _tasks(args: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         UserError: no task is given, a task is unknown, or the numbers of tasks and paths differ.
     """
-    names, paths = args.task or [], args.task_data_path
-    known = [*BENCHMARKS, EXACT_MATCH, TOOLCALL, QUALITY, PERPLEXITY]
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(known)}")
-    if not names and not args.harness:
-        raise UserError(f"--task is missing: expected {', '.join(known)}; or --harness")
+    if not args.task and not args.harness:
+        raise UserError(f"--task is missing: expected {', '.join(KNOWN)}; or --harness")
+    return paired(args.task or [], args.task_data_path)
+
+
+def paired(names: Sequence[str], paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Return tasks, each with its path.
+
+    Raises:
+        UserError: a task is unknown, or the numbers of tasks and paths differ.
+    """
+    if unknown := [name for name in names if name not in KNOWN]:
+        raise UserError(f"--task {' '.join(unknown)}: expected {', '.join(KNOWN)}")
     if len(names) != len(paths):
         raise UserError(f"--task has {len(names)} names, --task-data-path {len(paths)} paths; expected one for each")
     tasks = list(zip(names, paths, strict=True))

@@ -14,7 +14,7 @@ from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import SETTINGS, UNRECORDED
-from minimind_mcore.pipeline.stages import Run
+from minimind_mcore.pipeline.stages import Run, names_cases
 from minimind_mcore.platform import device
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str
     """Run `minimind-mcore run` with these stages in a container. Return the exit status."""
     own = {"OUTPUT_DIR": f"{OUTPUTS}/{run.output.name}", **({} if run.sample else {"DATA_DIR": "/data"})}
     inside = {name: os.environ[name] for name in PASSED if os.environ.get(name)} | own
-    named = {"TASK_DATA_PATH": " ".join(_task_data()), "TOKENIZER_PATH": str(run.tokenizer or "")}
+    named = {"TASK_DATA_PATH": " ".join(run.task_data), "TOKENIZER_PATH": str(run.tokenizer or "")}
     inside |= {name: value for name, value in named.items() if value}
     mounts = mounted(run)
     host = {
@@ -61,10 +61,6 @@ def run_inside(run: Run, kind: str, options: Sequence[str], stages: Sequence[str
     return _step([*start, "minimind-mcore", "run", *options, *stages], host, dry)
 
 
-def _task_data() -> list[str]:
-    return [os.path.abspath(path) for path in os.environ.get("TASK_DATA_PATH", "").split()]
-
-
 def mounted(run: Run) -> list[str]:
     """Return the files and directories named by the user. Each is mounted read-only at the same path as on the host.
 
@@ -73,7 +69,9 @@ def mounted(run: Run) -> list[str]:
     """
     paths = [("--teacher", run.teacher), ("--reward-model", run.reward_model)]
     paths += [("--model", run.model)] if is_path(run.model) else []
-    paths += [("TOKENIZER_PATH", str(run.tokenizer or "")), *(("TASK_DATA_PATH", path) for path in _task_data())]
+    pairs = zip(run.tasks, run.task_data, strict=False)
+    files = [path for task, path in pairs if not names_cases(task, path)]
+    paths += [("TOKENIZER_PATH", str(run.tokenizer or "")), *(("TASK_DATA_PATH", path) for path in files)]
     paths += [(f"--data {kind}", str(file)) for kind, file in run.files.items()]
     for name, path in paths:
         if path and not os.path.exists(path):
@@ -102,8 +100,8 @@ def kind_of_host(dry: bool) -> str:
         raise UserError(
             "--docker: the command docker was not found; install Docker, or leave out --docker to run natively"
         )
-    found = device.current()
-    return "ascend" if found.is_ascend else found.kind
+    kind = device.kind_of_host()
+    return device.IMAGES.get(kind, kind)
 
 
 def _step(command: Sequence[str], settings: Mapping[str, str], dry: bool) -> int:

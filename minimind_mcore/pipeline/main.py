@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -28,7 +29,7 @@ from minimind_mcore import hosts
 from minimind_mcore.checkpoint.padding import padded_config
 from minimind_mcore.cli import launcher, quickstart
 from minimind_mcore.cli.settings import CLI, choice, count, env, wait_for
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, naming
 from minimind_mcore.inputs.flags import documented_parser
 from minimind_mcore.models.presets import find_model, is_path
 from minimind_mcore.paths import CHECKOUT, default_outputs
@@ -46,10 +47,11 @@ from minimind_mcore.pipeline.stages import (
     addition_accuracy,
     expand,
     has_no_reasoning,
+    names_cases,
 )
 from minimind_mcore.pipeline.tables import find
 from minimind_mcore.preprocess.indexed import datasets_at
-from minimind_mcore.storage import require_writable, set_aside
+from minimind_mcore.storage import free_bytes, require_writable, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ logger = logging.getLogger(__name__)
 DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}
 
 # Environment variables that hold paths. A command that repeats a stage gets them as absolute paths.
-PATHS = ("OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH")
+PATHS = ("OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "HOSTFILE")
+HOSTS = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a run on several hosts, which needs no record of them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +78,9 @@ def main(argv: Sequence[str]) -> int:
         logger.warning(f"{learning}: no effect of {', '.join(unused)}; configs/rlxf has the values (docs/rl_config.md)")
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
-    if not kind and (stage := first_impossible(run)):
+    if kind:
+        docker.mounted(run)  # report a missing file before the image is built
+    if stage := first_impossible(run, bool(kind)):
         return failed(run, args, stage, 1)
     if kind and (status := before_container(run, kind, args)):
         return failed(run, args, "", status)
@@ -100,18 +105,22 @@ def failed(run: Run, args: argparse.Namespace, stage: str, status: int) -> int:
     return status
 
 
-def first_impossible(run: Run) -> str:
+def first_impossible(run: Run, in_container: bool) -> str:
     """Return the first stage that must fail, or "". Log why, so that it does not show after hours of earlier stages."""
     for stage in run.stages:
         try:
+            require_space(run, stage)
             for job in STAGES[stage](run):
                 require_inputs(run, stage, job)
                 if stage == "download":
                     require_download(run, job)
             if stage == "convert":
                 require_conversion(run)
+            elif stage == "eval":
+                require_tasks(run)
             elif stage == "vllm":
-                serving.require_engine()
+                if not in_container:  # the services of Docker choose the engine themselves
+                    serving.require_engine()
                 serving.require_model(run)
         except UserError as error:
             logger.error(error)
@@ -121,11 +130,6 @@ def first_impossible(run: Run) -> str:
 
 def before_container(run: Run, kind: str, args: argparse.Namespace) -> int:
     """Download on the host, build the image, and run the stages in a container. Return the exit status."""
-    docker.mounted(run)  # report a missing file before the image is built
-    for stage in run.stages:
-        STAGES[stage](run)  # report a wrong option before the image is built
-    if "convert" in run.stages:
-        require_conversion(run)
     inside = [name for name in run.stages if name not in docker.OUTSIDE]
     if "download" in run.stages and not run.sample and (status := run_stage(run, "download", args)):
         return status
@@ -198,12 +202,19 @@ def make_run(args: argparse.Namespace) -> Run:
         model=model, recipe=args.recipe or "", output=output, data=data, tokenizer=tokenizer, sample=args.sample,
         weight=args.weight, teacher=_absolute(args.teacher), reward_model=_absolute(args.reward_model), port=args.port,
         stages=tuple(chosen(args)), records=records, files=files, tasks=tuple(env("TASK").split()),
-        task_data=tuple(env("TASK_DATA_PATH").split()), mini=args.mini or "zero" in args.stages,
+        task_data=task_data(env("TASK").split(), env("TASK_DATA_PATH").split()),
+        mini=args.mini or "zero" in args.stages,
     )  # fmt: skip
     if "reason" in {*run.stages} - {*args.stages, args.only} and has_no_reasoning(run):
         logger.info("skipping reason: minimind-3 learns reasoning from the full_sft data and has no reason stage")
         run = replace(run, stages=tuple(name for name in run.stages if name != "reason"))
     return run
+
+
+def task_data(tasks: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+    """Return the data of evaluation tasks: absolute paths, and names of tool-calling cases."""
+    pairs = itertools.zip_longest(tasks[: len(words)], words, fillvalue="")
+    return tuple(word if names_cases(task, word) else _absolute(word) for task, word in pairs)
 
 
 def _absolute(path: str) -> str:
@@ -334,12 +345,51 @@ def require_download(run: Run, job: Job) -> None:
     download.choose("auto")
 
 
+def require_space(run: Run, stage: str) -> None:
+    """Check that the disk has space for one checkpoint of this training and of each earlier one of the run.
+
+    Raises:
+        UserError: the disk has too little free space.
+    """
+    if stage not in (*TRAININGS, *RL):
+        return
+    # LoRA's checkpoints are small. A stage that has a checkpoint is left out, because it may have only a little to do.
+    stages = [name for name in (*run.before(stage), stage) if name in (*TRAININGS, *RL) and name != "lora"]
+    stages = [name for name in stages if not run.records.finished(name) and not _has_files(run.checkpoints(name))]
+    # Weights and Adam's moments in fp32.
+    needed, free = 12 * find_model(run.model).num_parameters() * len(stages), free_bytes(run.output)
+    if needed > free:
+        raise UserError(
+            f"{run.output}: the checkpoints of {', '.join(stages)} need at least {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free; free some space, or give another directory with OUTPUT_DIR"
+        )
+
+
+def require_tasks(run: Run) -> None:
+    """Check the settings of the stage eval. A sample run has its own task.
+
+    Raises:
+        UserError: TASK has an unknown name, TASK_DATA_PATH has another number of paths, or HARNESS is not installed.
+    """
+    if not (env("HARNESS") or run.tasks or run.task_data):
+        return
+    from minimind_mcore.inference.evaluation import paired, require_harness
+
+    if env("HARNESS"):
+        require_harness()
+    if not run.sample:
+        with naming("TASK, TASK_DATA_PATH"):
+            paired(run.tasks, run.task_data)
+
+
 def require_conversion(run: Run) -> None:
     """Check the settings of the stage convert.
 
     Raises:
-        UserError: FORMAT or PAD_HEAD_DIM has a value that the model or the other setting does not allow.
+        UserError: FORMAT, PAD_HEAD_DIM or MERGE has a value that the model or another stage does not allow.
     """
+    if run.weight == "lora" and choice("MERGE", "1", "0", "1") == "0" and "vllm" in run.stages:
+        raise UserError("MERGE=0 writes an adapter, which the stage vllm cannot serve; unset MERGE, or leave out vllm")
     form = choice("FORMAT", "hf", "hf", "minimind")
     if not env("PAD_HEAD_DIM") or run.weight == "lora":  # the conversion of LoRA weights does not read the setting
         return
@@ -388,15 +438,17 @@ def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
 
     `download` needs all stages of the run to know which data to get. In a container (stage "") all stages run together.
     """
-    values = {name: os.environ[name] for name in (*docker.PASSED, *PATHS) if os.environ.get(name)}
+    values = {name: os.environ[name] for name in (*docker.PASSED, *HOSTS, *PATHS) if os.environ.get(name)}
     values |= {name: os.path.abspath(values[name]) for name in PATHS if name in values}
+    values |= {"TASK_DATA_PATH": " ".join(run.task_data)} if run.task_data else {}
     script = CHECKOUT / "examples/run_all.sh"
     if script.is_file():  # works in any directory, and with this checkout
         values["PYTHON"], program = sys.executable, ["bash", str(script)]
     else:
         program = [*CLI, "run"]
     words = [*program, *(run.stages if stage in ("", "download") else ("--only", stage))]
-    words += [*(["--docker"] if args.docker else []), *options_of(run)]
+    words += [f"--{name.replace('_', '-')}" for name in ("docker", "dry_run") if getattr(args, name)]
+    words += options_of(run)
     # Only the value is quoted: a shell takes a quoted NAME=value for the name of a program.
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in values.items()), shlex.join(words)])
 

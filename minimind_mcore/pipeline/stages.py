@@ -21,6 +21,7 @@ from minimind_mcore.pipeline import sample
 from minimind_mcore.pipeline.job import EVALUATION, TRAINING, Command, Job, Records
 from minimind_mcore.pipeline.tables import find, require_content, successor, tables
 from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
+from minimind_mcore.tools.cases import SETS
 
 PRESETS = {
     "zero": "download tokenizer pretrain full_sft eval",
@@ -384,7 +385,7 @@ def _evaluation(run: Run, stage: str) -> Job:
         **UNSET, "LOAD_DIR": run.checkpoints("full_sft" if adapted else stage), "OUTPUT_DIR": str(folder),
         "LORA_DIR": run.checkpoints("lora") if adapted else "", "TOKENIZER_PATH": str(run.tokenizer_dir()),
     }  # fmt: skip
-    raw = {"RAW": "1"} if stage == "pretrain" else {}
+    raw = {"RAW": "1" if stage == "pretrain" else ""}
     prompts = PACKAGE / "pipeline" / ("sample_prompts.jsonl" if run.sample else "prompts.jsonl")
     answer = ["generate", "--prompt-file", str(prompts), "--output", str(folder / "replies.jsonl")]
     answer += ["--max-new-tokens", "32" if run.sample else "128"]
@@ -395,7 +396,10 @@ def _evaluation(run: Run, stage: str) -> Job:
         tasks, files = ["exact_match"], [str(questions)]
     else:
         tasks, files = ["quality", *run.tasks], [str(prompts), *run.task_data]
-        inputs |= {f"task data {number}": Path(path) for number, path in enumerate(run.task_data, 1)}
+        pairs = zip(run.tasks, run.task_data, strict=False)
+        inputs |= {
+            f"task data {n}": Path(path) for n, (task, path) in enumerate(pairs, 1) if not names_cases(task, path)
+        }
     begins = ("full_sft", "lora") if adapted else (stage,)
     # Passed as flags: TASK_DATA_PATH is split at white space, and `generate` uses TASK for the decoding mode.
     model |= {"TASK": "", "TASK_DATA_PATH": ""}
@@ -407,6 +411,11 @@ def _evaluation(run: Run, stage: str) -> Job:
         inputs=inputs, begins=begins, folder=folder, outputs=(folder / "scores.json", folder / "replies.jsonl"),
         settings=EVALUATION,
     )  # fmt: skip
+
+
+def names_cases(task: str, word: str) -> bool:
+    """Return whether a word of TASK_DATA_PATH names built-in cases of tool calling, and not a file."""
+    return task == "toolcall" and word in SETS
 
 
 def convert(run: Run) -> list[Job]:
@@ -424,7 +433,7 @@ def convert(run: Run) -> list[Job]:
     begins = ("full_sft", "lora") if run.weight == "lora" else (run.weight,)
     return [
         Job(name="convert", commands=(Command(words, settings),), inputs=run.tokenizer_files(), begins=begins,
-            folder=folder, outputs=(folder,), settings=("PRECISION",))
+            folder=folder, outputs=(folder,), settings=("PRECISION", *(["MERGE"] if run.weight == "lora" else [])))
     ]  # fmt: skip
 
 

@@ -18,9 +18,12 @@ import functools
 import importlib.util
 import os
 import resource
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("npu", "cuda", "cpu")
+IMAGES = {"npu": "ascend"}  # kinds whose Docker image has another name
+DAVINCI = Path("/dev/davinci_manager")  # device file of Ascend's driver
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
@@ -107,9 +112,7 @@ def current() -> Device:
     Raises:
         UserError: the environment's DEVICE is no device's name, or names one that is not usable.
     """
-    asked = os.environ.get("DEVICE", "")
-    if asked and asked not in KINDS:
-        raise UserError(f"DEVICE={asked!r} is not a device; expected one of {', '.join(KINDS)}, or nothing")
+    asked = _asked()
     if asked and not _works(asked):
         raise UserError(
             f"DEVICE={asked} was asked for, but torch {version('torch')} sees no {asked} device here; "
@@ -117,6 +120,27 @@ def current() -> Device:
         )
     kind = asked or next(kind for kind in KINDS if _works(kind))
     return _describe(kind)
+
+
+def kind_of_host() -> str:
+    """Return the kind of this host's device, from its driver: for a job in a container, which brings its own torch.
+
+    Raises:
+        UserError: the environment's DEVICE is no device's name.
+    """
+    if asked := _asked():
+        return asked
+    if DAVINCI.exists():
+        return "npu"
+    lists = shutil.which("nvidia-smi")
+    return "cuda" if lists and subprocess.run([lists, "-L"], capture_output=True).returncode == 0 else "cpu"
+
+
+def _asked() -> str:
+    asked = os.environ.get("DEVICE", "")
+    if asked and asked not in KINDS:
+        raise UserError(f"DEVICE={asked!r} is not a device; expected one of {', '.join(KINDS)}, or nothing")
+    return asked
 
 
 def _device_index(count: int) -> int:

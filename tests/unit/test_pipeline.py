@@ -440,6 +440,35 @@ def test_the_command_that_repeats_a_stage_works_in_any_directory_and_with_any_pa
     assert f"pretrain={tmp_path}/data.jsonl" in shown
 
 
+def test_the_command_that_repeats_a_stage_has_the_hosts_the_task_files_and_the_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "NODE_RANK": "1", "MASTER_ADDR": "192.168.1.10", "HOSTFILE": "hosts", "TASK": "ceval toolcall",
+        "TASK_DATA_PATH": "exam minimind",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    args = settings("eval", "--dry-run")
+    command = main.repeat_command(main.make_run(args), args, "eval").split()
+    assert {"NODE_RANK=1", "MASTER_ADDR=192.168.1.10", f"HOSTFILE={tmp_path}/hosts", "--dry-run"} < set(command)
+    assert f"TASK_DATA_PATH='{tmp_path}/exam minimind'" in " ".join(command)
+    args = settings("eval")
+    assert "--dry-run" not in main.repeat_command(main.make_run(args), args, "eval")
+
+
+def test_built_in_cases_of_tool_calling_are_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASK", "toolcall perplexity")
+    monkeypatch.setenv("TASK_DATA_PATH", "minimind held_out.jsonl")
+    run = run_of("eval")
+    assert run.task_data == ("minimind", os.path.abspath("held_out.jsonl"))
+    job = STAGES["eval"](run)[0]
+    assert [str(path) for name, path in job.inputs.items() if name.startswith("task data")] == [run.task_data[1]]
+    with pytest.raises(UserError, match=r"TASK_DATA_PATH: .*held_out.jsonl does not exist"):
+        docker.mounted(run)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -514,6 +543,11 @@ def test_wrong_options_are_named_at_once(
         ("convert", {"PAD_HEAD_DIM": "128", "FORMAT": "minimind"}, "only FORMAT=hf can have padded heads"),
         ("convert vllm", {"ENGINE": "nonsense"}, "ENGINE=nonsense: expected auto, embedded or vllm"),
         ("convert vllm", {"ENGINE": "vllm"}, "ENGINE=vllm: vLLM is not installed"),
+        ("convert vllm --weight lora", {"MERGE": "0"}, "MERGE=0 writes an adapter, which the stage vllm cannot serve"),
+        ("convert --weight lora", {"MERGE": "no"}, "MERGE=no: expected 0 or 1"),
+        ("eval", {"TASK": "cevall", "TASK_DATA_PATH": "."}, "TASK, TASK_DATA_PATH: --task cevall: expected ceval"),
+        ("eval", {"TASK": "perplexity"}, "--task has 1 names, --task-data-path 0 paths"),
+        ("eval", {"HARNESS": "hellaswag"}, "lm-evaluation-harness is not installed"),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
@@ -522,12 +556,14 @@ def test_wrong_settings_of_a_later_stage_are_refused_before_the_first_stage(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else real(name, *more))
+    missing = ("vllm", "lm_eval")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else real(name, *more))
     monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("a command was started"))
-    (files / "sft_t2t_mini.jsonl").write_text("{}")
+    for name in ("sft_t2t_mini", "lora_identity"):
+        (files / f"{name}.jsonl").write_text("{}")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert dispatch(["run", *dry, "pretrain", "full_sft", *stages.split()]) == 1
+    assert dispatch(["run", *dry, "pretrain", "full_sft", "lora", *stages.split()]) == 1
     assert message in capfd.readouterr().err
 
 
@@ -569,6 +605,37 @@ def test_all_downloads_of_a_run_must_fit_on_the_disk_together(
     monkeypatch.setattr(main, "wait_for", lambda *words: pytest.fail("the download began"))
     assert dispatch(["run", *dry, "download", "pretrain", "full_sft"]) == 1
     assert "pretrain_t2t_mini, sft_t2t_mini, minimind-3: 3.1 GB are needed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_the_checkpoints_of_all_trainings_must_fit_on_the_disk_together(
+    dry: list[str], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sft_t2t_mini", "lora_identity", "dpo"):
+        (files / f"{name}.jsonl").write_text("{}")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2 * 10**9}))
+    asked: list[str] = []
+    monkeypatch.setattr(main, "wait_for", lambda command, settings: asked.append(command[3]) or 3)
+    words = ["run", *dry, "pretrain", "full_sft", "lora", "dpo"]
+    assert dispatch(words) == 1 and not asked
+    error = capfd.readouterr().err
+    assert f"{tmp_path}/out: the checkpoints of pretrain, full_sft, dpo need at least 2.1 GiB, 1.9 GiB are" in error
+    # What has been saved takes no more space.
+    (tmp_path / "out/pretrain/checkpoints").mkdir(parents=True)
+    (tmp_path / "out/pretrain/checkpoints/x").write_text("")
+    assert dispatch(words) == 3 and asked == ["pretrain"]
+
+
+def test_the_form_of_converted_adapters_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = {weight: STAGES["convert"](run_of("convert", "--weight", weight))[0].settings for weight in ("lora", "dpo")}
+    assert "MERGE" in merge["lora"] and "MERGE" not in merge["dpo"]
+
+
+def test_replies_of_a_chat_model_have_a_template_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAW", "1")
+    run = run_of("pretrain", "full_sft", "eval")
+    answers = {job.name: job.commands[1].settings["RAW"] for job in STAGES["eval"](run)}
+    assert answers == {"eval-pretrain": "1", "eval-full_sft": ""}
 
 
 def test_settings_repeat_only_the_jobs_that_use_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,7 +720,8 @@ def test_the_task_of_an_evaluation_does_not_reach_generate(monkeypatch: pytest.M
     monkeypatch.setenv("TASK_DATA_PATH", "ceval-exam")
     score, answer = STAGES["eval"](run_of("eval"))[0].commands
     assert (answer.words[0], answer.settings["TASK"]) == ("generate", "")
-    assert score.words[:4] == ("evaluate", "--task", "quality", "ceval") and score.words[-1] == "ceval-exam"
+    assert score.words[:4] == ("evaluate", "--task", "quality", "ceval")
+    assert score.words[-1] == os.path.abspath("ceval-exam")
 
 
 def test_every_file_that_a_stage_reads_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,10 +764,13 @@ def test_docker_gets_the_model_and_every_file_of_the_user(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {name: tmp_path / name for name in ("x.jsonl", "words", "teacher", "exam")}
-    for file in files.values():
-        file.write_text("{}")
+    files["words"].mkdir()
+    for file in (*files.values(), files["words"] / "tokenizer.json"):
+        if not file.exists():
+            file.write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL", "minimind2")
+    monkeypatch.setenv("TASK", "perplexity")
     monkeypatch.setenv("TOKENIZER_PATH", "words")
     monkeypatch.setenv("TASK_DATA_PATH", "exam")
     words = ["run", "--docker", "--dry-run", "core", "--data", "pretrain=x.jsonl", "--teacher", "teacher"]
@@ -726,8 +797,8 @@ def test_docker_gets_every_setting_that_a_stage_reads(
     assert all(f"-e {name}={value}" in inside for name, value in settings.items())
     assert "--mini" in inside.split()
     monkeypatch.setenv("PAD_HEAD_DIM", "128")
-    with pytest.raises(UserError, match="only FORMAT=hf can have padded heads"):
-        dispatch(["run", "--docker", "--dry-run", "zero", "convert"])
+    assert dispatch(["run", "--docker", "--dry-run", "zero", "convert"]) == 1
+    assert "only FORMAT=hf can have padded heads" in capfd.readouterr().err
     monkeypatch.setenv("FORMAT", "hf")
     assert dispatch(["run", "--docker", "--dry-run", "zero", "convert"]) == 0
     assert "-e PAD_HEAD_DIM=128" in capfd.readouterr().out
@@ -738,9 +809,9 @@ def test_docker_failures_name_the_command_with_docker(
 ) -> None:
     monkeypatch.setattr(docker, "kind_of_host", lambda dry: "cpu")
     monkeypatch.setattr(docker, "build", lambda kind, dry: 5)
-    assert dispatch(["run", "--docker", "--sample", "pretrain", "vllm"]) == 5
+    assert dispatch(["run", "--docker", "--sample", "pretrain", "full_sft", "convert"]) == 5
     error = capfd.readouterr().err
-    assert "/run_all.sh download pretrain vllm --docker --sample --model minimind3_tiny" in error
+    assert "/run_all.sh download pretrain full_sft convert --docker --sample --model minimind3_tiny" in error
 
 
 def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -753,6 +824,50 @@ def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], 
     assert "-e DATA_DIR=/data" in inside and inside.endswith("pretrain full_sft eval convert")
     assert f"OUTPUTS={tmp_path}" in inside and f"OUTPUT_DIR={docker.OUTPUTS}/out" in inside
     assert f"MODELS={tmp_path}/out" in server
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain"], "pretrain_t2t_mini.jsonl, which does not exist and which no earlier stage of this run makes"),
+        (["eval"], "eval-full_sft begins with the weights of full_sft, which has not finished"),
+        (["core", "dpo", "--only", "dpo"], "dpo begins with the weights of full_sft, which has not finished"),
+    ],
+)
+def test_docker_refuses_what_must_fail_in_the_container(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docker, "build", lambda kind, dry: pytest.fail("the image was built"))
+    assert dispatch(["run", "--docker", "--dry-run", *words]) == 1
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "driver", "program", "image"),
+    [
+        ("", True, False, "ascend"),
+        ("", False, True, "cuda"),
+        ("", False, False, "cpu"),
+        ("npu", False, False, "ascend"),
+        ("cpu", True, True, "cpu"),
+    ],
+)
+def test_the_image_is_that_of_the_hosts_driver(
+    given: str, driver: bool, program: bool, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch of this host need not know the device: the image has its own."""
+    monkeypatch.setenv("DEVICE", given)
+    monkeypatch.setattr(device, "DAVINCI", tmp_path / "davinci_manager")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if driver:
+        (tmp_path / "davinci_manager").write_text("")
+    if program:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert docker.kind_of_host(True) == image
+    monkeypatch.setenv("DEVICE", "tpu")
+    with pytest.raises(UserError, match="DEVICE='tpu' is not a device"):
+        docker.kind_of_host(True)
 
 
 def test_a_server_needs_a_converted_model() -> None:
@@ -822,7 +937,7 @@ def test_docker_serves_on_the_device_of_the_host(
     kind: str, model: str, service: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(docker, "kind_of_host", lambda dry: kind)
-    assert dispatch(["run", "--docker", "--dry-run", "--model", model, "serve"]) == 0
+    assert dispatch(["run", "--docker", "--dry-run", "--model", model, "core", "serve"]) == 0
     out = capfd.readouterr().out
     assert next(line for line in out.splitlines() if " up " in line).endswith(f" {service}")
     assert ("PAD_HEAD_DIM=128" in out) == (service == "serve-vllm-ascend")
@@ -890,7 +1005,7 @@ def test_a_run_of_reinforcement_learning_has_a_report_with_its_tokens(
 ) -> None:
     rl_rows(run_of("grpo"))
     monkeypatch.setattr(main, "run_stage", lambda *words: 0)
-    monkeypatch.setattr(main, "first_impossible", lambda run: "")
+    monkeypatch.setattr(main, "first_impossible", lambda run, in_container: "")
     assert dispatch(["run", "grpo"]) == 0
     text = (tmp_path / "out/report.md").read_text()
     assert "| grpo | 3,600 | 2,400 | 4.000 | 0.5000 |  |" in text  # 3 steps x 2 s x 100 tokens per second x 4 devices
