@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     if kind:
         docker.mounted(run)  # report a missing file before the image is built
     if stage := first_impossible(run, bool(kind)):
-        return failed(run, args, stage, 1)
+        return failed(run, args, stage, 1, has_begun=False)
     if kind and (status := before_container(run, kind, args)):
         return failed(run, args, "", status)
     if kind:
@@ -98,10 +98,14 @@ def main(argv: Sequence[str]) -> int:
     return judge(run)
 
 
-def failed(run: Run, args: argparse.Namespace, stage: str, status: int) -> int:
-    """Log that a stage, or the container (stage ""), failed, and the command that repeats it. Return the status."""
+def failed(run: Run, args: argparse.Namespace, stage: str, status: int, has_begun: bool = True) -> int:
+    """Log that a stage, or the container (stage ""), failed, and the command that repeats it. Return the status.
+
+    A stage needs the earlier stages of the run. If none of them has run, the command repeats the whole run.
+    """
     what = f"the stage {stage}" if stage else "the run"
-    logger.error(f"{what} failed with exit status {status}. To repeat it:\n  {repeat_command(run, args, stage)}")
+    alone = stage if has_begun and not args.dry_run else ""
+    logger.error(f"{what} failed with exit status {status}. To repeat it:\n  {repeat_command(run, args, alone)}")
     return status
 
 
@@ -436,7 +440,7 @@ def _pending(command: Command) -> list[str]:
 def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
     """Return the command that repeats a stage, with the environment variables that it needs.
 
-    `download` needs all stages of the run to know which data to get. In a container (stage "") all stages run together.
+    `download` needs all stages of the run to know which data to get. The stage "" stands for all stages of the run.
     """
     values = {name: os.environ[name] for name in (*docker.PASSED, *HOSTS, *PATHS) if os.environ.get(name)}
     values |= {name: os.path.abspath(values[name]) for name in PATHS if name in values}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import minimind_mcore
 from minimind_mcore.paths import PACKAGE
 from minimind_mcore.pipeline.job import Record
+from minimind_mcore.pipeline.sample import MATH_SFT_STAGE
 from minimind_mcore.pipeline.stages import RL, TRAININGS, Run
 from minimind_mcore.platform import device
 from minimind_mcore.storage import atomic_write_text
@@ -22,6 +23,7 @@ from minimind_mcore.training.report import plot, save_png, svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TRAINED = (*TRAININGS, MATH_SFT_STAGE, *RL)
 PROMPTS = 5  # prompts whose replies are shown
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 LOSSES = ("lm_loss", "grpo/score/mean")  # metrics to plot; the first one that a stage logs is used
@@ -30,8 +32,8 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, column name
 
 def write(run: Run) -> None:
     """Write a report of all finished jobs in the output directory of a run."""
-    records = {name: found for name in _names(run) if (found := run.records.read(name)).get("finished")}
-    trained = [name for name in (*TRAININGS, *RL) if name in records]
+    records = {name: found for name in _names() if (found := run.records.read(name)).get("finished")}
+    trained = [name for name in TRAINED if name in records]
     histories = {name: read_history(run.folder(name) / "metrics.jsonl") for name in trained}
     tables = [
         _stages(records, histories), _scores(run, trained), _replies(run, trained), _versions(run),
@@ -52,9 +54,8 @@ def write(run: Run) -> None:
     print(f"\nreport      {run.output / 'report.html'}  {run.output / 'report.md'}", flush=True)
 
 
-def _names(run: Run) -> list[str]:
-    trained = (*TRAININGS, *RL)
-    return ["download", "tokenizer", *trained, *(f"eval-{name}" for name in trained), "convert"]
+def _names() -> list[str]:
+    return ["download", "tokenizer", *TRAINED, *(f"eval-{name}" for name in TRAINED), "convert"]
 
 
 def _stages(records: Mapping[str, Record], histories: Mapping[str, list[Row]]) -> Table:

@@ -14,9 +14,10 @@ FILES = {
     "pretrain": "drills.jsonl", "full_sft": "dialogues.jsonl", "lora": "dialogues.jsonl", "dpo": "preferences.jsonl",
     "reason": "thoughts.jsonl", "toolcall": "tools.jsonl", "rl": "math.jsonl",
 }  # fmt: skip
+MATH_SFT_STAGE = "math_sft"  # the fine-tuning from which reinforcement learning on sample problems begins
 ITERATIONS = {
     "pretrain": 2000, "full_sft": 1000, "lora": 200, "dpo": 60, "reason": 300, "toolcall": 1000, "distillation": 300,
-    "math_sft": quickstart.MATH_SFT_ITERATIONS,
+    MATH_SFT_STAGE: quickstart.MATH_SFT_ITERATIONS,
 }  # fmt: skip
 SETTINGS = ("QUICKSTART_PRETRAIN_ITERS", "QUICKSTART_SFT_ITERS")  # override TRAIN_ITERS for one stage
 
@@ -83,7 +84,7 @@ def problems(data: Path, full_sft: str, folder: Path) -> Job:
         full_sft: checkpoints with which the training begins.
         folder: directory of the job. `hf` in it has the model for a rollout engine.
     """
-    tokenizer, checkpoints, iterations = str(data / "tokenizer"), folder / "checkpoints", iterations_of("math_sft")
+    tokenizer, checkpoints, iterations = str(data / "tokenizer"), folder / "checkpoints", iterations_of(MATH_SFT_STAGE)
     here = {"DATA_DIR": str(data), "TOKENIZER_PATH": tokenizer}
     tuning = {
         **here, **quickstart.math_sft(launcher.processes(), iterations), "BACKEND": "native",

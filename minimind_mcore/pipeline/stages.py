@@ -313,7 +313,7 @@ def reinforcement(stage: str) -> Callable[[Run], list[Job]]:
             train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny", **backend})
             return [Job(name=stage, commands=(train,), folder=folder, trains=True, settings=RL_SETTINGS)]
         if run.sample:
-            tuned = run.folder("math_sft")
+            tuned = run.folder(sample.MATH_SFT_STAGE)
             overrides += sample.problem_overrides(run.data, tuned, roles)
             train = Command(("rl", "single", *overrides), {"CONFIG": f"{name}_minimind_tiny", **backend})
             job = Job(name=stage, commands=(train,), inputs=run.tokenizer_files(), begins=("full_sft",), folder=folder,

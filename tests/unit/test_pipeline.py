@@ -409,8 +409,19 @@ def test_the_first_failure_stops_and_names_the_command(
     monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "no tokenizer"))
     assert dispatch(["run", "--model", "minimind3_tiny", "pretrain", "full_sft"]) == 1
     captured = capfd.readouterr()
-    assert "/run_all.sh --only pretrain --model minimind3_tiny" in captured.err and "TRAIN_ITERS=3" in captured.err
+    # No stage has run, so the command has all of them.
+    assert "/run_all.sh pretrain full_sft --model minimind3_tiny" in captured.err and "TRAIN_ITERS=3" in captured.err
+    assert "== pretrain" not in captured.out
+    monkeypatch.setenv("TOKENIZER_PATH", "")
+    (tmp_path / "data/tokenizer").mkdir()
+    (tmp_path / "data/tokenizer/tokenizer.json").write_text("{}")
+    monkeypatch.setattr(main, "wait_for", lambda *words: 1)
+    assert dispatch(["run", "--model", "minimind3_tiny", "pretrain", "full_sft"]) == 1
+    captured = capfd.readouterr()
+    assert "/run_all.sh --only pretrain --model minimind3_tiny" in captured.err
     assert "== full_sft" not in captured.out
+    assert dispatch(["run", "--dry-run", "--model", "minimind3_tiny", "pretrain", "full_sft"]) == 1
+    assert "/run_all.sh pretrain full_sft --dry-run --model minimind3_tiny" in capfd.readouterr().err
 
 
 def test_the_command_that_repeats_a_stage_works_in_any_directory_and_with_any_path(
@@ -1009,6 +1020,17 @@ def test_a_run_of_reinforcement_learning_has_a_report_with_its_tokens(
     assert dispatch(["run", "grpo"]) == 0
     text = (tmp_path / "out/report.md").read_text()
     assert "| grpo | 3,600 | 2,400 | 4.000 | 0.5000 |  |" in text  # 3 steps x 2 s x 100 tokens per second x 4 devices
+
+
+def test_the_report_has_the_training_from_which_sample_reinforcement_learning_begins() -> None:
+    run = run_of("--sample", "full_sft", "grpo")
+    rl_rows(run)
+    run.folder("math_sft").mkdir()
+    (run.folder("math_sft") / "metrics.jsonl").write_text(json.dumps({"iteration": 1, "lm_loss": 2.0}) + "\n")
+    run.records.write("math_sft", {"job": "math_sft", "finished": True, "seconds": 1800.0, "processes": 2})
+    report.write(run)
+    text = (run.output / "report.md").read_text()
+    assert "| math_sft | 1,800 |  | 1.000 | 2.0000 |  |" in text and "| all | 5,400 |  | 5.000 |  |  |" in text
 
 
 def test_unknown_tokens_are_left_empty() -> None:
