@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 600  # time to wait for a server: on a GPU it may compile kernels first
 HEALTH_SECONDS = 5.0  # timeout of a health request
 QUESTION = "17+25=?"
+SETTINGS = ("ENGINE", "PRECISION", "TEMPERATURE", "TOP_K", "TOP_P")  # if one changes, the server starts again
 MARK = "MINIMIND_PIPELINE_SERVER"  # environment variable that identifies the server's process
 
 
@@ -61,7 +62,8 @@ def serve(run: Run, kind: str, dry: bool) -> None:
         raise UserError(f"{model} has no model: run the stage convert first")
     weights = run.records.read("convert").get("outputs", {})
     before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
-    wanted = {"weights": weights, "port": run.port, "service": service}
+    chosen = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+    wanted = {"weights": weights, "port": run.port, "service": service, "settings": chosen}
     if all(before.get(name) == value for name, value in wanted.items()) and _alive(before):
         logger.info(f"already serving: {service or before['pid']}")
     else:

@@ -918,6 +918,10 @@ def test_a_server_of_docker_is_found_again(tmp_path: Path, monkeypatch: pytest.M
     run.records.write("convert", {"outputs": {"hf": "other weights"}})
     serving.serve(run, "cuda", False)
     assert asked() == ["up", "ps", "rm", "up"]
+    monkeypatch.setenv("TEMPERATURE", "0.5")
+    serving.serve(run, "cuda", False)
+    serving.serve(run, "cuda", False)
+    assert asked() == ["up", "ps", "rm", "up", "rm", "up", "ps"]
     assert all(line.endswith(" serve-vllm-cuda") for line in Path("docker.log").read_text().splitlines())
 
 
