@@ -19,8 +19,10 @@ import pytest
 
 import minimind_mcore
 from minimind_mcore.cli import dispatch
+from minimind_mcore.cli.settings import CLI
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.recipes import RECIPES
+from minimind_mcore.paths import CHECKOUT
 from minimind_mcore.pipeline import docker, download, main, report, serving, stages
 from minimind_mcore.pipeline.job import Command, Job, Records, digest
 from minimind_mcore.pipeline.stages import STAGES, TRAININGS, Run, expand
@@ -822,7 +824,19 @@ def test_docker_failures_name_the_command_with_docker(
     monkeypatch.setattr(docker, "build", lambda kind, dry: 5)
     assert dispatch(["run", "--docker", "--sample", "pretrain", "full_sft", "convert"]) == 5
     error = capfd.readouterr().err
-    assert "/run_all.sh download pretrain full_sft convert --docker --sample --model minimind3_tiny" in error
+    assert f"-m {CLI[-1]} run download pretrain full_sft convert --docker --sample --model minimind3_tiny" in error
+    assert f"PYTHONPATH={CHECKOUT} " in error
+
+
+@pytest.mark.parametrize("kind", ["npu", "cuda"])
+def test_docker_needs_no_torch_for_the_device_of_the_host(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEVICE", kind)
+    monkeypatch.setattr(device, "current", lambda: pytest.fail("torch was asked"))
+    for words in (["core", "serve"], ["--sample", "all", "serve"]):
+        assert dispatch(["run", "--docker", "--dry-run", *words]) == 0
+        assert f"Dockerfile.{device.IMAGES.get(kind, kind)} " in capfd.readouterr().out
 
 
 def test_docker_runs_the_stages_in_the_image(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
