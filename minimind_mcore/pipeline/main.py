@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -445,7 +446,8 @@ def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
     """
     values = {name: os.environ[name] for name in (*docker.PASSED, *HOSTS, *PATHS) if os.environ.get(name)}
     values |= {name: os.path.abspath(values[name]) for name in PATHS if name in values}
-    values |= {"TASK_DATA_PATH": " ".join(run.task_data)} if run.task_data else {}
+    if run.task_data and not re.search(r"\s", "".join(run.task_data)):  # the setting is split at white space
+        values["TASK_DATA_PATH"] = " ".join(run.task_data)
     script = CHECKOUT / "examples/run_all.sh"
     if script.is_file() and args.docker:  # the script needs CANN on an Ascend host
         values["PYTHONPATH"], program = str(CHECKOUT), [*CLI, "run"]

@@ -469,6 +469,9 @@ def test_the_command_that_repeats_a_stage_has_the_hosts_the_task_files_and_the_d
     assert f"TASK_DATA_PATH='{tmp_path}/exam minimind'" in " ".join(command)
     args = settings("eval")
     assert "--dry-run" not in main.repeat_command(main.make_run(args), args, "eval")
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    assert "TASK_DATA_PATH='exam minimind' " in main.repeat_command(main.make_run(args), args, "eval")
 
 
 def test_built_in_cases_of_tool_calling_are_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
