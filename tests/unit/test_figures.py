@@ -461,7 +461,7 @@ OTHERS = {
     "parallel": "20 30 4 5",
     "rope": "",
     "sampling": "10 27 38 65",
-    "schedule": "30 40",
+    "schedule": "40",
     "tokenizer": "3,000 10 151,936 4",
 }
 
