@@ -72,3 +72,14 @@ def test_precision_auto_is_bf16_where_the_cpu_multiplies_it() -> None:
 def test_a_setting_that_makes_no_sense_is_named(name: str, value: str, expected: str) -> None:
     done = dry_run("pretrain_minimind_ptd.sh", **{name: value})
     assert done.returncode == 1 and done.stderr == f"error: {name}={value}: expected {expected}\n"
+
+
+def test_a_mistyped_flag_is_refused_before_the_data_is_converted(tmp_path: Path) -> None:
+    settings = {"DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path), "DEVICE": "cpu"}
+    command = [sys.executable, "-m", "minimind_mcore.cli", "pretrain", "--clip-gradd", "0.5"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: unknown flag --clip-gradd; did you mean --clip-grad?\n"
+    assert not (tmp_path / "data").exists()
+    kit = dry_run("pretrain_minimind_ptd.sh", "--trust-checkpoints", "--keep-last", "1", DATA_DIR=str(tmp_path))
+    assert kit.returncode == 0, kit.stderr
