@@ -148,7 +148,16 @@ def _try_first_records(options: Options, info: TokenizerInfo, sources: Sequence[
                 return
             found = Reject(unusable[0][1], "")
         reason = f"record {number}: {found.reason}"
-    raise UserError(f"input {shards[0].source.path}: no usable record at its beginning; {reason}")
+    raise UserError(f"input {shards[0].source.path}: no usable record at its beginning; {reason}. {_repair(options)}")
+
+
+def _repair(options: Options) -> str:
+    """Return what to do about records that cannot be used."""
+    if isinstance(options.find_handler(), ChatHandler):
+        names = "its format with --handler-name (HANDLER_NAME) and its fields with --map-keys (MAP_KEYS)"
+    else:
+        names = "the field of its text with --json-keys (JSON_KEYS)"
+    return f"Repair the input, or name {names}"
 
 
 def _done(options: Options, prefix: Path, request: str) -> bool:
@@ -288,8 +297,8 @@ class _Run:
         if rejects > self._options.max_reject_rate * records:
             raise UserError(
                 f"{rejects} of {records} records cannot be used ({rejects / records:.3%}), more than --max-reject-rate "
-                f"{self._options.max_reject_rate:g} allows; nothing was written. They are listed in {path}: repair the "
-                "input, or raise the rate"
+                f"{self._options.max_reject_rate:g} allows; nothing was written. They are listed in {path}. "
+                f"{_repair(self._options)}, or raise the rate"
             )
         if not records:
             raise UserError(f"input {self._options.input}: it has no records; nothing was written")

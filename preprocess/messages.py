@@ -40,6 +40,7 @@ LOSS = ("loss", "weight")
 TOOLS = ("tools", "functions")
 PROMPTS: Mapping[str, str] = package_json("preprocess/prompts.json")
 CALLS = ("tool_calls", "function_call")
+SHOWN_FIELDS = 8
 TEXT_PARTS = ("text", "input_text", "output_text")
 # Allowed roles after each role. The empty name is the start of a conversation.
 NEXT: Mapping[str, tuple[str, ...]] = {
@@ -86,10 +87,15 @@ def text_of(record: Mapping[str, Any], field: str) -> str:
     """
     value = record.get(field)
     if value is None:
-        raise Unusable(f"field {field!r} {'is null' if field in record else 'is missing'}")
+        raise Unusable(f"field {field!r} is {'null' if field in record else f'missing; {_fields(record)}'}")
     if not isinstance(value, str):
         raise Unusable(f"field {field!r} is not a string but {kind_of(value)}")
     return value
+
+
+def _fields(record: Mapping[str, Any]) -> str:
+    # Of a parquet file only the wanted columns are read.
+    return f"fields read: {', '.join(map(repr, [*record][:SHOWN_FIELDS])) or 'none'}"
 
 
 def optional(record: Mapping[str, Any], field: str) -> str:
@@ -101,7 +107,7 @@ def list_of(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     """Return the non-empty list of objects in a field."""
     value = record.get(field)
     if field not in record:
-        raise Unusable(f"field {field!r} is missing; it holds the messages")
+        raise Unusable(f"field {field!r} is missing, which holds the messages; {_fields(record)}")
     if not isinstance(value, list):
         raise Unusable(f"field {field!r} is not a list of messages but {kind_of(value)}")
     if not value or not all(isinstance(item, dict) for item in value):

@@ -413,7 +413,8 @@ def test_a_dry_run_checks_and_converts_nothing(tokenizer: str, tmp_path: Path, c
     options = Options(str(source), tokenizer, str(tmp_path / "out"))
     assert preview(options) == []
     assert "would convert 1 files" in capfd.readouterr().err and not list(tmp_path.glob("*out*"))
-    with pytest.raises(UserError, match=r"no usable record.*field 'txt' is missing"):
+    message = r"no usable record.*field 'txt' is missing; fields read: 'text'\. .* --json-keys \(JSON_KEYS\)"
+    with pytest.raises(UserError, match=message):
         preview(replace(options, keys=("txt",)))
     words = ["--input", str(source), "--tokenizer-name-or-path", tokenizer, "--output-prefix", str(tmp_path / "out")]
     preprocess.main(words)
