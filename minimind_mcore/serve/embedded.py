@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from minimind_mcore import log
@@ -46,11 +46,11 @@ def run(source: Source, info: TokenizerInfo, options: ServerOptions) -> int:
     if reason := problem(source):
         raise UserError(reason)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    log.hand_over()  # the log of requests has the time, as uvicorn's messages have
     # The event loop and the scheduler's thread share an interpreter: at 5 ms each step would wait for the other one.
     sys.setswitchinterval(0.0005)
     with listening(options.host, options.port) as listener, contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(EmbeddedServer(source, info, options).run(listener))
+        # The log of requests has the time, as uvicorn's messages have.
+        asyncio.run(EmbeddedServer(source, info, options).run(listener, log.hand_over))
     print("the server has ended", file=sys.stderr, flush=True)
     return 0
 
@@ -121,7 +121,7 @@ class EmbeddedServer:
         self.server.force_exit = self.server.should_exit and number == signal.SIGINT
         self.stop()
 
-    async def run(self, listener: socket.socket) -> None:
+    async def run(self, listener: socket.socket, when_loaded: Callable[[], None] = lambda: None) -> None:
         """Answer at a socket until `stop`, or a signal; /health says when the model is loaded.
 
         Raises:
@@ -134,6 +134,7 @@ class EmbeddedServer:
             # of them than cores, libgomp puts them to sleep after each operation, and a step takes 1.5 times as long.
             with concurrent.futures.ThreadPoolExecutor(1) as loader:
                 await loop.run_in_executor(loader, self._load, loop)
+            when_loaded()
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn would send the signal on when it has ended
                     signal.signal(number, self._on_signal)
