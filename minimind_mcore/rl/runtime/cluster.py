@@ -203,7 +203,9 @@ def connect(say: Say, environment: dict[str, str] | None = None, cpus: int = 1) 
         UserError: nothing answers at RAY_ADDRESS, or something that is not Ray.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    # Absolute, because an actor on another host has the working directory of that host's Ray.
+    given = [os.path.abspath(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    variables = {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *given])}
     variables |= {log.SETTING: os.environ[log.SETTING]} if log.SETTING in os.environ else {}
     common: dict[str, Any] = {
         "runtime_env": {"env_vars": variables | (environment or {})},
