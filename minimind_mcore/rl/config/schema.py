@@ -120,7 +120,7 @@ class MiniMindConfig:
             (PPO's dual clip, verl's clip_ratio_c). None: no limit.
         spo_half_life: SPO: KL divergence that halves the weight of earlier rewards in the baseline.
         spo_rho: SPO: smallest and largest weight of earlier rewards.
-        precision: dtype of weights and arithmetic in training. Default: bf16 on NPU and GPU, fp32 on a CPU.
+        precision: dtype of weights and arithmetic in training. On a CPU `configs/rlxf/device/cpu.yaml` sets fp32.
         rollout_engine: engine that generates the responses: this kit's decoder, vLLM in the rollout actors, or SGLang
             servers that you have started.
         sglang_base_url: addresses of SGLang servers, such as http://10.0.0.1:30000, one for each rollout engine.
@@ -136,13 +136,15 @@ class MiniMindConfig:
             groups to train on. Prompts are taken until a step is full, as with filter_groups_enable. The run ends with
             an error if `rl_config.filter_groups_max_batches` batches (2 or more) are too few.
         staleness: with `rl_config.blocking: false`, the number of steps that the engines may be ahead of the training.
+            Set rollout_resource too, or engines and training compete for the same devices.
         rollout_correction: "tis": each token's loss is weighted by the ratio of the trainer's probability to the
             rollout engine's. "none": no weight. If responses may come from older weights (`rl_config.blocking: false`,
             `partial_rollout_max_split`), "none" takes the ratio of the loss to the rollout engine's log-probabilities.
         rollout_correction_cap: upper bound of that weight.
         weight_check_interval: every N steps overwrite the weights of every rollout engine, send them again, and
             compare. 0: only when the run starts.
-        rewards: the user's own reward functions, in addition to the verifiers of rl_config.
+        rewards: the user's own reward functions, in addition to the verifiers of rl_config. Each is written as
+            `{path: package.module:function, weight: 1.0}`.
         reward_model: directory of a Hugging Face sequence classifier or an InternLM-style reward model (one with
             get_score). It runs in the reward actor, on the CPU in fp32.
         reward_model_trust_remote_code: run the Python in that directory, which InternLM-style models need.

@@ -80,7 +80,7 @@ def resolve(name: str) -> Callable[..., float]:
 
     if name in VERIFIERS:
         return VERIFIERS[name].score
-    return imported(name, "verifier_function")  # type: ignore[no-any-return]
+    return imported(name, "minimind.rewards or rl_config.verifier_function")  # type: ignore[no-any-return]
 
 
 def _begin(names: list[str]) -> None:
