@@ -384,12 +384,19 @@ def require_free_port(number: int) -> None:
     Raises:
         UserError: another program uses the port.
     """
+    if not is_free_port(number):
+        raise _in_use(str(number))
+
+
+def is_free_port(number: int) -> bool:
+    """Return whether nothing on this host listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as rank 0: closed connections do not matter
         try:
             probe.bind(("", number))
-        except OSError as error:
-            raise _in_use(str(number)) from error
+        except OSError:
+            return False
+    return True
 
 
 def _in_use(number: str) -> UserError:

@@ -100,13 +100,8 @@ def check(host: Host, device: str) -> list[Finding]:
     if device == "cpu":
         return [ok("device", "a CPU: no accelerator was found or asked for")]
     if device == "npu" and (missing := [name for name in MANAGERS if not (host.root / "dev" / name).exists()]):
-        return [
-            fail(
-                "device files",
-                f"/dev has no {', '.join(missing)}: no driver is loaded, or the container was started without them",
-                "on the host: npu-smi info; for a container: bash docker/run_ascend.sh",
-            )
-        ]
+        text = f"/dev has no {', '.join(missing)}: no driver is loaded, or the container was started without them"
+        return [fail("device files", text, "on the host: npu-smi info; for a container: bash docker/run_ascend.sh")]
     listed = cards(host, device)
     if not listed:
         tool = "npu-smi" if device == "npu" else "nvidia-smi"
@@ -132,13 +127,8 @@ def _visibility(host: Host, device: str, listed: list[Card]) -> list[Finding]:
         return [fail("device", text, f"unset {variable}    # or name some, such as 0,1")]
     there = {card.number for card in listed} & _nodes(host, device, len(listed))
     if absent := [number for number in numbers if number not in there]:
-        return [
-            fail(
-                "device",
-                f"{variable}={given or 'unset'} means {absent}, but this host has {sorted(there)}",
-                f"export {variable}={','.join(map(str, sorted(there)))}",
-            )
-        ]
+        text = f"{variable}={given or 'unset'} means {absent}, but this host has {sorted(there)}"
+        return [fail("device", text, f"export {variable}={','.join(map(str, sorted(there)))}")]
     chosen = [card for card in listed if card.number in numbers]
     found = [_count(host, device, len(numbers), len(listed))]
     found += [
@@ -174,11 +164,9 @@ def _memory(device: str, chosen: list[Card]) -> Finding:
     least = min(chosen, key=lambda card: card.free)
     text = f"device {least.number} has {least.free / 1024:.1f} of {least.total / 1024:.1f} GiB free"
     if least.free < LEAST_FREE_MIB:
-        return fail(
-            "device memory",
-            f"{text}; a job needs {LEAST_FREE_MIB / 1024:.0f} GiB: other processes hold the rest",
-            f"{tool}    # lists them; end yours, or choose other devices with {VISIBLE[device]}",
-        )
+        fix = f"{tool}    # lists them; end yours, or choose other devices with {VISIBLE[device]}"
+        text += f"; a job needs {LEAST_FREE_MIB / 1024:.0f} GiB: other processes hold the rest"
+        return fail("device memory", text, fix)
     if least.free < 0.5 * least.total:
         return warn("device memory", f"{text}: somebody else is at work there", tool)
     return ok("device memory", f"{text}, the least of those visible")

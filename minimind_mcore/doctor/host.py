@@ -12,6 +12,7 @@ from minimind_mcore import hosts
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host, cann
 from minimind_mcore.errors import UserError
+from minimind_mcore.hosts import is_free_port
 from minimind_mcore.paths import default_outputs
 from minimind_mcore.storage import existing, free_bytes
 
@@ -77,14 +78,9 @@ def shared_memory(host: Host) -> list[Finding]:
         return []
     size = shutil.disk_usage(place).total
     if size < GIB:
-        return [
-            warn(
-                "shared memory",
-                f"/dev/shm has {size / 2**20:.0f} MiB; workers of the data loader die of a bus error when it is full "
-                "(Docker's default is 64 MiB)",
-                "docker run --shm-size=16g ... (docker/run_ascend.sh does), or run with --num-workers 0",
-            )
-        ]
+        text = f"/dev/shm has {size / 2**20:.0f} MiB; workers of the data loader die of a bus error when it is full"
+        fix = "docker run --shm-size=16g ... (docker/run_ascend.sh does), or run with --num-workers 0"
+        return [warn("shared memory", f"{text} (Docker's default is 64 MiB)", fix)]
     return [ok("shared memory", f"/dev/shm has {size / GIB:.0f} GiB")]
 
 
@@ -96,26 +92,12 @@ def disk(host: Host) -> list[Finding]:
         place = Path(host.environ.get(variable) or default).expanduser().absolute()
         free = free_bytes(place) / GIB
         text = f"{free:.1f} GiB free at {existing(place)}"
-        if free < 1:
-            found.append(
-                fail("disk", f"{text}; a checkpoint of MiniMind takes up to 5", f"export {variable}=/elsewhere")
-            )
-        elif free < 10:
-            found.append(warn("disk", f"{text}; a checkpoint takes up to 5 GiB", f"export {variable}=/elsewhere"))
+        if free < 10:
+            finding = fail if free < 1 else warn
+            found.append(finding("disk", f"{text}; a checkpoint takes up to 5 GiB", f"export {variable}=/elsewhere"))
         elif not found or text != found[-1].text:
             found.append(ok("disk", text))
     return found
-
-
-def is_free_port(port: int, address: str = "") -> bool:
-    """Return whether nothing on this host listens on a port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
 
 
 def master(host: Host) -> list[Finding]:
@@ -168,24 +150,14 @@ def hccl_ports(host: Host) -> list[Finding]:
     base = host.environ.get("HCCL_IF_BASE_PORT", str(HCCL_BASE))
     ports = _ranges(given) if given else _ranges(f"{base}-{int(base) + HCCL_COUNT - 1}" if base.isdigit() else base)
     if not ports or min(ports) < 1024 or max(ports) > 65535:
-        return [
-            fail(
-                "HCCL ports",
-                f"HCCL_IF_BASE_PORT={base}, HCCL_HOST_SOCKET_PORT_RANGE={given}: expected a number of 1024 to 65520, "
-                "or ranges such as 60000-60015",
-                "unset HCCL_IF_BASE_PORT HCCL_HOST_SOCKET_PORT_RANGE",
-            )
-        ]
+        expected = "expected a number of 1024 to 65520, or ranges such as 60000-60015"
+        text = f"HCCL_IF_BASE_PORT={base}, HCCL_HOST_SOCKET_PORT_RANGE={given}: {expected}"
+        return [fail("HCCL ports", text, "unset HCCL_IF_BASE_PORT HCCL_HOST_SOCKET_PORT_RANGE")]
     span = f"{ports[0]}-{ports[-1]}"
     if taken := [port for port in ports if not is_free_port(port)]:
         other = next(b for b in range(50000, 65000, 16) if all(is_free_port(b + i) for i in range(HCCL_COUNT)))
-        return [
-            fail(
-                "HCCL ports",
-                f"{', '.join(map(str, taken))} of {span} in use",
-                f"export HCCL_IF_BASE_PORT={other}    # 16 ports from there; the same on every host",
-            )
-        ]
+        fix = f"export HCCL_IF_BASE_PORT={other}    # 16 ports from there; the same on every host"
+        return [fail("HCCL ports", f"{', '.join(map(str, taken))} of {span} in use", fix)]
     return [_reserved(host, ports, span)]
 
 
@@ -195,11 +167,9 @@ def _reserved(host: Host, ports: list[int], span: str) -> Finding:
         low, high = map(int, (system / "ip_local_port_range").read_text().split())
         reserved = set(_ranges((system / "ip_local_reserved_ports").read_text().strip()))
         if any(low <= port <= high and port not in reserved for port in ports):
-            return warn(
-                "HCCL ports",
-                f"{span} are free now, but the system may hand them to any program (ip_local_port_range {low}-{high})",
-                f"sysctl -w net.ipv4.ip_local_reserved_ports={span}",
-            )
+            text = f"the system may hand them to any program (ip_local_port_range {low}-{high})"
+            fix = f"sysctl -w net.ipv4.ip_local_reserved_ports={span}"
+            return warn("HCCL ports", f"{span} are free now, but {text}", fix)
     return ok("HCCL ports", f"{span} free")
 
 
@@ -252,11 +222,6 @@ def names() -> list[Finding]:
     try:
         socket.getaddrinfo(name, None)
     except OSError as error:
-        return [
-            fail(
-                "host name",
-                f"{name} does not resolve ({error}); torchrun and gloo ask for it",
-                f"echo '127.0.1.1 {name}' >> /etc/hosts, or docker run --network=host",
-            )
-        ]
+        fix = f"echo '127.0.1.1 {name}' >> /etc/hosts, or docker run --network=host"
+        return [fail("host name", f"{name} does not resolve ({error}); torchrun and gloo ask for it", fix)]
     return [ok("host name", name)]

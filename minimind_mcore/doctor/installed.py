@@ -114,11 +114,8 @@ def cann(host: Host) -> Component:
     """Return CANN's toolkit from the environment, else from its default directory."""
     usual = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")
     home = host.environ.get("HOME", "")
-    directories = (
-        host.directories("CANN_HOME")
-        + host.directories("ASCEND_TOOLKIT_HOME")
-        + host.directories("ASCEND_HOME_PATH", *usual)
-    )
+    directories = host.directories("CANN_HOME") + host.directories("ASCEND_TOOLKIT_HOME")
+    directories += host.directories("ASCEND_HOME_PATH", *usual)
     if home:
         directories += [Path(home, "Ascend/cann"), Path(home, "Ascend/ascend-toolkit/latest")]
     for place in directories:

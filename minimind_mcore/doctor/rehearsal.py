@@ -13,10 +13,7 @@ from minimind_mcore.doctor.installed import Host, core_beside, fingerprint
 from minimind_mcore.paths import CHECKOUT
 
 ENVIRONMENT = CHECKOUT / ".venv-rehearsal"
-WHAT = {
-    "mindspeed-llm": "MindSpeed-LLM's own programs",
-    "native": "the kit's own engine with MindSpeed's patches",
-}
+WHAT = {"mindspeed-llm": "MindSpeed-LLM's own programs", "native": "the kit's own engine with MindSpeed's patches"}
 
 
 @dataclass(frozen=True)
