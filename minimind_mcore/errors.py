@@ -35,6 +35,15 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def problems_of(check: Callable[[], object]) -> list[str]:
+    """Return the message of the UserError that a check raises, in a list. The list is empty if the check passes."""
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
 def shown(value: object) -> str:
     """Return a value for a message, cut at 60 characters."""
     text = repr(value)

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from minimind_mcore.checkpoint.files import (
-    NAME,
-    is_converted,
-    is_torch_dist,
-    saved_args,
-    tracked_directory,
-)
+from minimind_mcore.checkpoint.files import NAME, is_converted, is_torch_dist, saved_args, tracked_directory
 from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.torch_zip import check_checkpoint
 from minimind_mcore.checkpoint.tracker import TRACKER, read_tracker
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, problems_of
 from minimind_mcore.models.config import RouterWeight, named_router_weight
 from minimind_mcore.training import sample_order
 from minimind_mcore.training.checkpoint_fit import (
@@ -34,34 +29,27 @@ from minimind_mcore.training.checkpoint_fit import (
 HF_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
 
 
-def form_problems(args: argparse.Namespace) -> list[str]:
-    """Return problems of the format: checkpoints that MindSpeed-LLM could not read, or could not read again later."""
-    problems = []
+def form_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield problems of the format: checkpoints that MindSpeed-LLM could not read, or could not read again later."""
     for flag in ("load", "pretrained_checkpoint", "ref_model"):
         path = getattr(args, flag)
         if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
-            problems.append(
+            yield (
                 f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
                 "and export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
                 f"    {conversion(path, 'hf2mcore', layout_settings(ParallelLayout.from_args(args)))}"
             )
     if args.save and args.ckpt_format != "torch":
-        problems.append(
+        yield (
             f"--ckpt-format {args.ckpt_format}: MindSpeed-LLM's converters read torch checkpoints only; "
             "add --ckpt-format torch"
         )
-    return problems
 
 
 def fit_problems(args: argparse.Namespace, hosts: int) -> list[str]:
     """Return problems of checkpoints that would not load into the run: another model or layout, or no checkpoint."""
-    problems = []
-    for flag, path in _needed(args):
-        try:
-            _check(args, flag, Path(path), hosts)
-        except UserError as error:
-            problems.append(str(error))
-    return list(dict.fromkeys(problems))
+    checks = (partial(_check, args, flag, Path(path), hosts) for flag, path in _needed(args))
+    return list(dict.fromkeys(problem for check in checks for problem in problems_of(check)))
 
 
 def loaded_router_weight(args: argparse.Namespace) -> RouterWeight | None:
@@ -131,19 +119,18 @@ def schedule_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def resume_remarks(args: argparse.Namespace, directory: Path) -> list[str]:
-    """Return remarks about a run that resumes from a checkpoint with other flags than the saved run's."""
+def resume_remarks(args: argparse.Namespace, directory: Path) -> Iterator[str]:
+    """Yield remarks about a run that resumes from a checkpoint with other flags than the saved run's."""
     saved = saved_args(directory)
-    differing = sample_order.differences(vars(args), vars(saved))
-    found = [sample_order.warning(directory, differing)] if differing else []
+    if differing := sample_order.differences(vars(args), vars(saved)):
+        yield sample_order.warning(directory, differing)
     if constants := other_constants(vars(args), vars(saved), directory, overridable=False):
-        found.append(constants)
+        yield constants
     if args.no_load_optim:
-        found.append(
+        yield (
             f"--no-load-optim: Adam begins with zero moments. MindSpeed-LLM begins the learning-rate schedule at 0, "
             f"although the run goes on at iteration {getattr(saved, 'iteration', '?')}; BACKEND=native goes on with it"
         )
-    return found
 
 
 def check_pickles(root: Path) -> None:

@@ -6,13 +6,14 @@ Each message says what is wrong and why. The defects D1 to D9 are those of docs/
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from minimind_mcore.arguments import DPO_LOSSES, STAGES, fill_model, kit_flags
 from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.checkpoint.files import is_converted
-from minimind_mcore.errors import UserError
+from minimind_mcore.errors import UserError, problems_of
 from minimind_mcore.inputs.flags import build_parser, flag_table, given_flags, refuse_unknown
 from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.mindspeed import checkpoints
@@ -114,15 +115,8 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
     if unpickling.TRUST_FLAG in ours:
         unpickling.trust()
     # flags that only the kit's launcher uses, and flags that `_router_flags` translates
-    done_here = (
-        "--dry-run",
-        "--data-pending",
-        "--weights-pending",
-        "--verify-data",
-        "--router-weight",
-        unpickling.TRUST_FLAG,
-    )
-    ours = [flag for flag in ours if flag not in done_here]
+    done_here = "--dry-run --data-pending --weights-pending --verify-data --router-weight".split()
+    ours = [flag for flag in ours if flag not in (*done_here, unpickling.TRUST_FLAG)]
     remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
     try:
         args = build_parser(prog=program).parse_args(flags)
@@ -221,121 +215,103 @@ def spelled(flags: Sequence[str], home: Path) -> list[str]:
     return [name for flag in flags for name in (OLDER_NAMES.get(flag, [flag]) if older else [flag])]
 
 
-def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
-    """Return problems of flags that would give another model."""
+def _model_problems(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[str]:
+    """Yield problems of flags that would give another model."""
     given = given_flags(flags)
-    problems = []
     for flag in ("--attention-dropout", "--hidden-dropout"):
         if flag not in given:
-            problems.append(f"{flag} is missing: Megatron's default is 0.1, MiniMind has no dropout; add {flag} 0.0")
+            yield f"{flag} is missing: Megatron's default is 0.1, MiniMind has no dropout; add {flag} 0.0"
     if args.padded_vocab_size is None:
-        problems.append(
+        yield (
             "--padded-vocab-size is missing: the vocabulary would be padded to a multiple of 128 times TP, and no "
             "longer fit the weights; add --padded-vocab-size 6400 --make-vocab-size-divisible-by 1"
         )
     if args.transformer_impl != "local":
-        problems.append(
+        yield (
             f"--transformer-impl {args.transformer_impl}: its layers name their norms differently, so the weights "
             "would not load (D6); add --transformer-impl local"
         )
-    return problems + (_moe_problems(args, given) if args.num_experts else [])
+    if args.num_experts:
+        yield from _moe_problems(args, given)
 
 
-def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
-    """Return problems of flags of a mixture of experts."""
-    problems = []
+def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> Iterator[str]:
+    """Yield problems of flags of a mixture of experts."""
     balancing, dispatcher = args.moe_router_load_balancing_type, args.moe_token_dispatcher_type
     if args.moe_router_topk == 1 and not args.moe_router_pre_softmax:
-        problems.append("--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over one expert is always 1")
+        yield "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over one expert is always 1"
     if args.norm_topk_prob and args.moe_router_pre_softmax and balancing not in ("aux_loss", "softmax_topk"):
-        problems.append(
+        yield (
             f"--norm-topk-prob is ignored with --moe-router-load-balancing-type {balancing}; "
             "use aux_loss, or leave out --moe-router-pre-softmax, which normalises too"
         )
     if named_router_weight(vars(args)) == "straight_through" and balancing not in STRAIGHT_THROUGH_BALANCING:
-        problems.append(
+        yield (
             f"--router-weight straight_through with --moe-router-load-balancing-type {balancing}: its router computes "
             f"other weights than a softmax's; use {', '.join(STRAIGHT_THROUGH_BALANCING)}"
         )
     if args.lora_target_modules and "--moe-token-dispatcher-type" in given and dispatcher != "alltoall_seq":
-        problems.append("LoRA on a mixture of experts needs --moe-token-dispatcher-type alltoall_seq")
-    return problems
+        yield "LoRA on a mixture of experts needs --moe-token-dispatcher-type alltoall_seq"
 
 
-def _data_problems(args: argparse.Namespace) -> list[str]:
-    """Return problems of flags that would train on other tokens, or let tokens of different samples see each other."""
-    problems = []
+def _data_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield problems of flags that would train on other tokens, or let tokens of different samples see each other."""
     if args.split is None and args.data_path:
-        problems.append("--split is missing: Megatron would train on 96.9% of the data; add --split 100,0,0")
+        yield "--split is missing: Megatron would train on 96.9% of the data; add --split 100,0,0"
     if args.split is not None:
-        try:
-            parse_split(args.split)
-        except UserError as error:
-            problems.append(str(error))
+        yield from problems_of(lambda: parse_split(args.split))
     if args.stage is None:
-        problems += _blend_problems(args)
+        yield from _blend_problems(args)
     if args.stage == "sft" and args.reset_attention_mask and not args.neat_pack:
-        problems.append(
+        yield (
             "--reset-attention-mask without --neat-pack cuts attention after every <|im_end|>, so that an answer does "
             "not see its question (D8); convert the data with --pack --neat-pack and add --neat-pack"
         )
     if args.neat_pack and not args.reset_attention_mask:
-        problems.append("--neat-pack needs --reset-attention-mask: packed samples would see each other")
+        yield "--neat-pack needs --reset-attention-mask: packed samples would see each other"
     if args.neat_pack and args.micro_batch_size and args.micro_batch_size > 1:
-        problems.append(
+        yield (
             f"--neat-pack with --micro-batch-size {args.micro_batch_size}: in MindSpeed-LLM 26.1.0 the padding of the "
             "first sequence hides where the samples of the next ones end, so that they see each other (D9); use MBS=1 "
             "(--micro-batch-size 1)"
         )
     if args.stage == "dpo" and args.tensor_model_parallel_size > 1:
-        problems.append(
+        yield (
             "DPO at TP > 1: MindSpeed-LLM 26.1.0 leaves the first token of each rank's part of the vocabulary out of "
             "the log-probabilities; use TP=1 (a MiniMind fits on one device), or BACKEND=native"
         )
-    return problems
 
 
-def _blend_problems(args: argparse.Namespace) -> list[str]:
-    """Return problems of blends that Megatron reads differently than the native engine."""
-    problems = []
+def _blend_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield problems of blends that Megatron reads differently than the native engine."""
     for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
         words = getattr(args, flag[2:].replace("-", "_")) or []
         try:
             blend = parse_blend(words, flag)
         except UserError as error:
-            problems.append(str(error))
+            yield str(error)
             continue
         if blend.weights is None and len(blend.prefixes) > 1:
-            problems.append(
+            yield (
                 f"{flag} has {len(blend.prefixes)} sets and no weights: Megatron would end the run after one pass over "
                 "each. Give a weight before each set, such as its number of tokens (the scripts and preprocess_data.py "
                 "write them)"
             )
-    return problems
 
 
-def _damaged_data(args: argparse.Namespace, everything: bool) -> list[str]:
-    """Return problems of the datasets on this host, because MindSpeed-LLM trains on any content of the files."""
-    problems = []
+def _damaged_data(args: argparse.Namespace, everything: bool) -> Iterator[str]:
+    """Yield problems of the datasets on this host, because MindSpeed-LLM trains on any content of the files."""
     for word in args.data_path or []:
         for prefix in datasets_at(word):
-            try:
-                quick_check(prefix, everything=everything)
-            except UserError as error:
-                problems.append(str(error))
-    return problems
+            yield from problems_of(partial(quick_check, prefix, everything=everything))
 
 
-def _layout_problems(args: argparse.Namespace, processes: int, argv: Sequence[str]) -> list[str]:
-    """Return problems that Megatron reports only after every rank has started: sizes, batches, schedules."""
+def _layout_problems(args: argparse.Namespace, processes: int, argv: Sequence[str]) -> Iterator[str]:
+    """Yield problems that Megatron reports only after every rank has started: sizes, batches, schedules."""
     if args.context_parallel_size > 1 or any(getattr(args, name) for name in ITS_LAYOUTS):
-        return []
+        return
     checked = argparse.Namespace(**vars(args))
     fill_model(checked)
     if "--data-pending" in argv and not args.train_samples:
         checked.train_iters = args.train_iters or 1
-    try:
-        validate(checked, processes)
-    except UserError as error:
-        return [str(error)]
-    return []
+    yield from problems_of(lambda: validate(checked, processes))
