@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ from minimind_mcore.storage import (
 )
 
 
-class Sealing:
+class Sealing(contextlib.AbstractContextManager["Sealing"]):
     """Hashes files in separate threads while others write. A file is hashed in order, by one thread at a time.
 
     Args:
@@ -78,14 +78,11 @@ class Sealing:
         """
         return {str(path.relative_to(root)): future.result() for path, future in self._closing.items()}
 
-    def __enter__(self) -> Sealing:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-class Target(ABC):
+class Target(contextlib.AbstractContextManager["Target"]):
     """The files that a conversion fills: `create`, `write` per tensor, `finish` with small files, `record` the
     manifest.
 
@@ -110,7 +107,7 @@ class Target(ABC):
     def write(self, name: str, whole: Tensor) -> None:
         """Write all tensors of the target that are made from one tensor of the whole megatron-core model."""
 
-    def finish(self) -> None:  # noqa: B027  (most formats have no other files)
+    def finish(self) -> None:  # most formats have no other files
         """Write the files without tensors. Afterwards the target can be opened."""
 
     @abstractmethod
@@ -131,9 +128,6 @@ class Target(ABC):
     def unwritten(self) -> list[str]:
         """Return the names of tensors with a byte that was not written, or was written twice."""
         return [f"{writer.path.name}: {name}" for writer in self.writers for name in writer.unwritten()]
-
-    def __enter__(self) -> Target:
-        return self
 
     def __exit__(self, *error: object) -> None:
         for writer in self.writers:
@@ -167,10 +161,7 @@ class Result:
 
 
 def convert(
-    source: Source,
-    target: Target,
-    output: Path,
-    probe: Callable[[Mapping[str, Lazy], Path], None] | None = None,
+    source: Source, target: Target, output: Path, probe: Callable[[Mapping[str, Lazy], Path], None] | None = None
 ) -> Result:
     """Convert, verify and publish.
 
@@ -373,7 +364,7 @@ def publish(tmp: Path, output: Path, single_file: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------- threads
 
 
-class ThreadPool:
+class ThreadPool(contextlib.AbstractContextManager["ThreadPool"]):
     """Worker threads. The work releases the GIL wherever it takes time."""
 
     def __init__(self) -> None:
@@ -398,9 +389,6 @@ class ThreadPool:
     def _ready(self, running: dict[Future[T], str]) -> Iterator[tuple[str, T]]:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             yield running.pop(future), future.result()
-
-    def __enter__(self) -> ThreadPool:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

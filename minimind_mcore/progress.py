@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 LINE_SECONDS = 5.0
 
 
-class ProgressBar:
+class ProgressBar(AbstractContextManager["ProgressBar"]):
     """Shows the bytes done, the speed and the remaining time.
 
     Args:
@@ -57,9 +58,6 @@ class ProgressBar:
                 f"{(self._total - position) * seconds / max(done, 1):.0f} s left",
             )
             logger.info(", ".join(filter(None, parts)))
-
-    def __enter__(self) -> ProgressBar:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:

@@ -20,9 +20,9 @@ import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -179,7 +179,7 @@ def _not_weights(path: Path, name: str, dtype: str) -> UserError:
     )
 
 
-class TensorWriter:
+class TensorWriter(AbstractContextManager["TensorWriter"]):
     """Writes a file tensor by tensor at fixed offsets, and hashes it meanwhile.
 
     Args:
@@ -277,12 +277,7 @@ class TensorWriter:
             os.close(self._fd)
         self._fd = -1
 
-    def __enter__(self) -> TensorWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.abandon()
 
 

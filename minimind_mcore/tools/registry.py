@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ BUILTIN = "builtin"
 PARALLEL = 2  # maximum number of concurrent calls
 
 
-class Toolbox:
+class Toolbox(AbstractContextManager["Toolbox"]):
     """The tools of a conversation. A context manager, which stops MCP servers at its end.
 
     Args:
@@ -47,9 +47,6 @@ class Toolbox:
         self.tools = {tool.name: tool for tool in tools}
         self.limits, self.seed = limits or Limits(), seed
         self._stack = stack or ExitStack()
-
-    def __enter__(self) -> Toolbox:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

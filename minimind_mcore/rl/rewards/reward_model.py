@@ -19,21 +19,11 @@ Message = dict[str, str]
 class RewardModel:
     """A frozen model that scores responses."""
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        limit: float = 3.0,
-        trust_remote_code: bool = False,
-    ) -> None:
-        """Load the model.
+    def __init__(self, path: str, *, limit: float = 3.0, trust_remote_code: bool = False) -> None:
+        """Load the model, in float32 on the CPU.
 
         Args:
             path: a directory in Hugging Face format.
-            device: device of the model.
-            dtype: dtype of the weights.
             limit: scores are clipped to +-limit.
             trust_remote_code: run the Python code in the directory, as InternLM2's reward model needs.
 
@@ -46,14 +36,14 @@ class RewardModel:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             classifier = any("SequenceClassification" in name for name in config.architectures or [])
             kind = AutoModelForSequenceClassification if classifier else AutoModel
-            self.model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             allow = (
                 "" if trust_remote_code else " (minimind.reward_model_trust_remote_code: true lets its own code run)"
             )
             raise UserError(f"reward model {path}: cannot be loaded: {error}{allow}") from error
-        self.model.to(device).eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
         self.limit = limit
         outputs = getattr(config, "num_labels", 1) if classifier else 1
         if not classifier and not hasattr(self.model, "get_score"):
@@ -92,7 +82,7 @@ class RewardModel:
         if hasattr(self.model, "get_score"):
             return float(self.model.get_score(self.tokenizer, messages))
         tokens: Any = self.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-        output = self.model(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device))
+        output = self.model(tokens["input_ids"], tokens["attention_mask"])
         return float(output.logits[0, 0])
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class Scores:
         return named | {f"{name}_rewards/failures": float(count) for name, count in self.failures.items()}
 
 
-class Rewards:
+class Rewards(AbstractContextManager["Rewards"]):
     """The verifiers with their weights, and the processes that run the slow verifiers."""
 
     def __init__(
@@ -130,9 +131,6 @@ class Rewards:
         self.workers = VerifierPool(names, parallel, timeout)
         self._least: dict[str, float] = {}
         self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_WINDOW) for name in names}
-
-    def __enter__(self) -> Rewards:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
