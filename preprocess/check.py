@@ -13,7 +13,7 @@ import functools
 import os
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def quick_check(
         UserError: a file is missing, truncated, damaged or not a dataset, or the tokenizer differs.
     """
     index = read_index(prefix)
-    problems = _kind_problems(prefix, index) or _size_problems(prefix, index) or _index_problems(prefix, index)
+    problems = _kind_problems(prefix, index) or _size_problems(prefix, index) or [*_index_problems(prefix, index)]
     meta = read_meta(prefix)
     if meta is not None and fingerprint is not None:
         problems += _tokenizer_problems(meta, fingerprint)
@@ -84,7 +84,7 @@ def check_dataset(prefix: Prefix, tokenizer: TokenizerInfo | None = None) -> lis
         meta = read_meta(prefix)
     except UserError as error:
         return [str(error)]
-    problems = _kind_problems(prefix, index) + _size_problems(prefix, index) + _index_problems(prefix, index)
+    problems = [*_kind_problems(prefix, index), *_size_problems(prefix, index), *_index_problems(prefix, index)]
     if meta is not None:
         problems += _record_problems(prefix, index, meta)
         if tokenizer is not None:
@@ -105,8 +105,7 @@ def check_together(prefixes: Sequence[str]) -> list[str]:
     counts = {prefix: index.sequences for prefix, index in indices.items()}
     if len(set(counts.values())) > 1:
         return ["they do not belong together: " + ", ".join(f"{p} has {n:,} sequences" for p, n in counts.items())]
-    problems = []
-    answers = _answers(prefixes)
+    problems, answers = [], [*_answers(prefixes)]
     for prefix, index in indices.items():
         if prefix in answers:
             continue
@@ -119,14 +118,12 @@ def check_together(prefixes: Sequence[str]) -> list[str]:
     return problems
 
 
-def _answers(prefixes: Sequence[str]) -> list[str]:
-    """Return the prefixes of labels that are right answers of tasks, not labels of ids: they contain no `IGNORED`."""
-    found = []
+def _answers(prefixes: Sequence[str]) -> Iterator[str]:
+    """Yield the prefixes of labels that are right answers of tasks, not labels of ids: they contain no `IGNORED`."""
     for prefix in prefixes:
         size = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else 0
-        if size and prefix.endswith("_packed_labels_document"):
-            found += [] if (Column(prefix).tokens[:CHUNK] == IGNORED).any() else [prefix]
-    return found
+        if size and prefix.endswith("_packed_labels_document") and not (Column(prefix).tokens[:CHUNK] == IGNORED).any():
+            yield prefix
 
 
 def _lines(path: Path) -> int:
@@ -225,24 +222,22 @@ def _size_problems(prefix: Prefix, index: Index) -> list[str]:
     return [f"{path}: {state}: {size} bytes, expected {expected}; convert the data again"]
 
 
-def _index_problems(prefix: Prefix, index: Index) -> list[str]:
-    path, problems = idx_path(prefix), []
-    position = 0
+def _index_problems(prefix: Prefix, index: Index) -> Iterator[str]:
+    path, position = idx_path(prefix), 0
     for start in range(0, index.sequences, CHUNK):
         lengths = index.lengths[start : start + CHUNK]
         if (lengths < 0).any():
-            problems.append(f"{path}: sequence {start + int(np.argmax(lengths < 0))} has a negative length")
+            yield f"{path}: sequence {start + int(np.argmax(lengths < 0))} has a negative length"
         ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize + position
         wrong = index.pointers[start : start + CHUNK] != np.concatenate([[position], ends[:-1]])
         if wrong.any():
-            problems.append(f"{path}: the pointer of sequence {start + int(np.argmax(wrong))} is not where it begins")
+            yield f"{path}: the pointer of sequence {start + int(np.argmax(wrong))} is not where it begins"
         position = int(ends[-1])
     documents = index.documents
     if len(documents) == 0 or documents[0] != 0 or documents[-1] != index.sequences:
-        problems.append(f"{path}: the document indices do not run from 0 to {index.sequences}")
+        yield f"{path}: the document indices do not run from 0 to {index.sequences}"
     elif (np.diff(documents) < 0).any():
-        problems.append(f"{path}: document index {1 + int(np.argmax(np.diff(documents) < 0))} goes backwards")
-    return problems
+        yield f"{path}: document index {1 + int(np.argmax(np.diff(documents) < 0))} goes backwards"
 
 
 def _token_problems(prefix: Prefix, index: Index, vocab: int | None, limit: int | None = None) -> list[str]:
@@ -266,16 +261,16 @@ def _token_problems(prefix: Prefix, index: Index, vocab: int | None, limit: int 
     return []
 
 
-def _record_problems(prefix: Prefix, index: Index, meta: DatasetMeta) -> list[str]:
-    written, problems = meta.written, []
+def _record_problems(prefix: Prefix, index: Index, meta: DatasetMeta) -> Iterator[str]:
+    written = meta.written
     found = {"documents": len(index.documents) - 1, "tokens": _total(index)}
     for name, expected in (("documents", written.documents), ("tokens", written.tokens)):
         if found[name] != expected:
-            problems.append(f"{idx_path(prefix)}: {found[name]} {name}, recorded {expected}")
+            yield f"{idx_path(prefix)}: {found[name]} {name}, recorded {expected}"
     for path, digest in ((bin_path(prefix), written.bin_sha256), (idx_path(prefix), written.idx_sha256)):
         if path.is_file() and sha256(path) != digest:
-            problems.append(f"{path}: content differs from its recorded SHA-256; convert the data again")
-    return problems + _prompts_problems(prefix, meta)
+            yield f"{path}: content differs from its recorded SHA-256; convert the data again"
+    yield from _prompts_problems(prefix, meta)
 
 
 def _tokenizer_problems(meta: DatasetMeta, fingerprint: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,15 +93,13 @@ class EvaluationResults:
         lines += [f"harness     {task}: {json.dumps(result)}" for task, result in self.harness.items()]
         return "\n".join(lines)
 
-    def _examples(self) -> list[str]:
-        """Return a few right and wrong answers of each task."""
-        lines = []
+    def _examples(self) -> Iterator[str]:
+        """Yield a few right and wrong answers of each task."""
         for (task, right), group in _grouped(self.answers).items():
             for answer in group[:SHOWN]:
                 question, said = answer.question.prompt.text, answer.completion.strip().replace("\n", "\\n")
                 correct = "" if right else f"   expected: {answer.question.answer}"
-                lines.append(f"{'':<12}{task}, {'right' if right else 'wrong'}: {question}   {said}{correct}")
-        return lines
+                yield f"{'':<12}{task}, {'right' if right else 'wrong'}: {question}   {said}{correct}"
 
     def write(self, folder: Path) -> None:
         """Write scores.json and scores.png, and answers.jsonl if there are answers."""

@@ -6,7 +6,7 @@ YAML is limited in size: an alias can stand for a large part, and nested aliases
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,10 @@ def composed_files(directory: Path, name: str) -> dict[Path, Any]:
     return found
 
 
-def _named(entry: object) -> list[str]:
-    """Return the files that an entry of a defaults list names, without suffix."""
-    if isinstance(entry, str):
-        return [] if entry == "_self_" else [entry.partition("@")[0].strip("/")]
-    found = []
+def _named(entry: object) -> Iterator[str]:
+    """Yield the files that an entry of a defaults list names, without suffix."""
+    if isinstance(entry, str) and entry != "_self_":
+        yield entry.partition("@")[0].strip("/")
     for group, names in entry.items() if isinstance(entry, Mapping) else ():
         group = str(group).partition("@")[0].split(" ")[-1].strip("/")
-        found += [f"{group}/{part}" for part in (names if isinstance(names, list) else [names])]
-    return found
+        yield from (f"{group}/{part}" for part in (names if isinstance(names, list) else [names]))

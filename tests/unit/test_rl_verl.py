@@ -79,7 +79,7 @@ def test_what_verl_does_not_have_is_refused_or_said() -> None:
         export_verl.verl_overrides(config(*(f"rl_config.{word}" for word in long)), "x")
     with pytest.raises(UserError, match="no dynamic sampling"):
         export_verl.verl_overrides(config("rl_config.filter_groups_enable=true"), "x")
-    said = export_verl.differences(config("actor_config.lr_decay_style=linear", "minimind.algorithm=cispo"))
+    said = [*export_verl.differences(config("actor_config.lr_decay_style=linear", "minimind.algorithm=cispo"))]
     assert any("lr_decay_style linear" in line for line in said) and any("sample standard" in line for line in said)
 
 

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from minimind_mcore.rl.config.schema import MEGATRON_SECTIONS, SECTIONS, defaults, schema
@@ -45,65 +45,61 @@ def _section(tree: Tree, name: str) -> Tree:
     return found if isinstance(found, dict) else {}
 
 
-def _shuffle(tree: Tree) -> list[str]:
+def _shuffle(tree: Tree) -> Iterator[str]:
     rl = _section(tree, "rl_config")
     if "shuffle_minibatch" not in rl:
-        return []
+        return
     value = rl.pop("shuffle_minibatch")
     rl.setdefault("shuffle_mini_batch", value)
-    return ["rl_config.shuffle_minibatch is called shuffle_mini_batch"]
+    yield "rl_config.shuffle_minibatch is called shuffle_mini_batch"
 
 
-def _colocate(tree: Tree) -> list[str]:
-    rl, changes = _section(tree, "rl_config"), []
+def _colocate(tree: Tree) -> Iterator[str]:
+    rl = _section(tree, "rl_config")
     for key in ("colocate_actor_ref", "colocate_all_models"):
         if key in rl:
-            value = rl.pop(key)
-            if value:
+            if rl.pop(key):
                 rl.setdefault("use_integrated_worker", True)
-            changes.append(f"rl_config.{key} is removed: use_integrated_worker now chooses whether one worker is both")
-    return changes
+            yield f"rl_config.{key} is removed: use_integrated_worker now chooses whether one worker is both"
 
 
-def _separate(tree: Tree) -> list[str]:
+def _separate(tree: Tree) -> Iterator[str]:
     """Separate workers need the switch, and then both sections and the resource."""
     rl = _section(tree, "rl_config")
     apart: list[str] = [name for name in ("ref_config", "reward_config") if name in tree]
     apart += [f"rl_config.{name}" for name in RESOURCES if rl.get(name) is not None]
     if not apart:
-        return []
-    changes = []
+        return
     if rl.get("use_integrated_worker", True):
         rl["use_integrated_worker"] = False
-        changes.append(f"{apart[0]} is for workers apart: use_integrated_worker: false, as true is the default now")
+        yield f"{apart[0]} is for workers apart: use_integrated_worker: false, as true is the default now"
     for name, other in (("ref_config", "actor_config"), ("reward_config", "ref_config")):
         if name not in tree and other in tree:
             tree[name] = {key: value for key, value in tree[other].items() if key != "save"}
-            changes.append(f"{name} is mandatory with use_integrated_worker: false: copied from {other}")
+            yield f"{name} is mandatory with use_integrated_worker: false: copied from {other}"
     if rl.get("reference_resource") is None and rl.get("actor_resource"):
         rl["reference_resource"] = copy.deepcopy(rl["actor_resource"])
-        changes.append("rl_config.reference_resource is mandatory with use_integrated_worker: false: as actor_resource")
-    return changes
+        yield "rl_config.reference_resource is mandatory with use_integrated_worker: false: as actor_resource"
 
 
-def _mini_batch(tree: Tree) -> list[str]:
+def _mini_batch(tree: Tree) -> Iterator[str]:
     """Convert a number of sequences, as older versions expected, to a number of prompts."""
     rl, megatron = _section(tree, "rl_config"), _section(tree, "megatron_training")
     found = (rl.get("mini_batch_size"), rl.get("n_samples_per_prompt", 1), megatron.get("global_batch_size"))
     if not all(isinstance(value, int) for value in found):
-        return []
+        return
     size, samples, prompts = (int(value or 0) for value in found)
     if size <= prompts or size % samples:
-        return []
+        return
     rl["mini_batch_size"] = size // samples
-    return [
+    yield (
         f"rl_config.mini_batch_size counts prompts now, and is multiplied by n_samples_per_prompt {samples}: "
         f"{size} sequences are {size // samples}"
-    ]
+    )
 
 
-def _model_names(tree: Tree) -> list[str]:
-    changes, models = [], _section(tree, "model")
+def _model_names(tree: Tree) -> Iterator[str]:
+    models = _section(tree, "model")
     plain: Callable[[str], str] = lambda name: name.replace("-", "").replace("_", "").lower()  # noqa: E731
     defined = {plain(name): name for name in models}
     for group in [entry for entry in tree.get("defaults") or [] if isinstance(entry, dict) and "model" in entry]:
@@ -113,32 +109,29 @@ def _model_names(tree: Tree) -> list[str]:
         name = _section(tree, section).get("model")
         if isinstance(name, str) and defined.get(plain(name), name) != name:
             tree[section]["model"] = defined[plain(name)]
-            changes.append(f"{section}.model: {name} is defined as {defined[plain(name)]}")
-    return changes
+            yield f"{section}.model: {name} is defined as {defined[plain(name)]}"
 
 
-def _renamed(tree: Tree, version: str) -> list[str]:
+def _renamed(tree: Tree, version: str) -> Iterator[str]:
     names = {new: old for old, new in RENAMED.items()} if version == "2.2.0" else RENAMED
-    known, changes = defaults("MegatronConfig", version), []
+    known = defaults("MegatronConfig", version)
     places = [(name, _section(tree, name)) for name in MEGATRON_SECTIONS]
     places += [(f"model.{name}", _section(_section(tree, "model"), name)) for name in _section(tree, "model")]
     for where, section in places:
         for key in list(section):
             if key not in known and names.get(key) in known:
                 section[names[key]] = section.pop(key)
-                changes.append(f"{where}.{key} is called {names[key]} in MindSpeed-RL {version}")
-    return changes + _absent(tree, version)
+                yield f"{where}.{key} is called {names[key]} in MindSpeed-RL {version}"
+    yield from _absent(tree, version)
 
 
-def _absent(tree: Tree, version: str) -> list[str]:
+def _absent(tree: Tree, version: str) -> Iterator[str]:
     """Drop keys that only the other version has, if they are at their default."""
     other = "master" if version == "2.2.0" else "2.2.0"
-    changes = []
     for name, reader in SECTIONS.items():
         known, others = defaults(reader, version), defaults(reader, other)
         section = _section(tree, name)
         for key in list(section):
             if key not in known and key in others and section[key] == others[key]:
                 del section[key]
-                changes.append(f"{name}.{key} does not exist in MindSpeed-RL {version}; it was at its default")
-    return changes
+                yield f"{name}.{key} does not exist in MindSpeed-RL {version}; it was at its default"

@@ -275,31 +275,29 @@ def _model_keys(prefix: str, section: Section, engine: str) -> dict[str, Any]:
     return {f"{prefix}.{key}": value for key, value in keys.items()}
 
 
-def differences(config: Config, engine: str = "fsdp") -> list[str]:
-    """Return the settings that differ in verl, one sentence each."""
+def differences(config: Config, engine: str = "fsdp") -> Iterator[str]:
+    """Yield the settings that differ in verl, one sentence each."""
     ours, chosen = config.minimind, objective(config)
-    found = []
     if engine == "fsdp":
-        found.append("weights and optimizer are FSDP's; the actor's parallel sizes are not carried over")
-    found += [
-        f"lr_decay_style {section.lr_decay_style} with min_lr {section.min_lr}: verl's FSDP optimizer has constant and "
-        "cosine; run.sh has constant"
-        for section in [config.actor, *([config.critic] if config.critic and ours.algorithm == "ppo" else [])]
-        if engine == "fsdp" and section.lr_decay_style not in SCHEDULES
-    ]
+        yield "weights and optimizer are FSDP's; the actor's parallel sizes are not carried over"
+        for section in [config.actor, *([config.critic] if config.critic and ours.algorithm == "ppo" else [])]:
+            if section.lr_decay_style not in SCHEDULES:
+                yield (
+                    f"lr_decay_style {section.lr_decay_style} with min_lr {section.min_lr}: verl's FSDP optimizer has "
+                    "constant and cosine; run.sh has constant"
+                )
     if chosen.spread == "biased":
-        found.append("advantages are divided by the sample standard deviation, not the population's")
+        yield "advantages are divided by the sample standard deviation, not the population's"
     if chosen.advantage == "group" and chosen.kl == "reward":
-        found.append("the penalty in the reward is counted token by token before groups are compared")
+        yield "the penalty in the reward is counted token by token before groups are compared"
     if chosen.loss == "gspo":
-        found.append("the logarithm of a response's ratio is limited to 10, not to 20")
+        yield "the logarithm of a response's ratio is limited to 10, not to 20"
     if config.rl.kl_ctrl_type == "adaptive" and chosen.kl == "loss":
-        found.append("kl_ctrl_type adaptive has an effect on a penalty in the reward alone")
+        yield "kl_ctrl_type adaptive has an effect on a penalty in the reward alone"
     if len(ours.eval_data or ()) > 1:
-        found.append("test.parquet has the first set of eval_data alone")
+        yield "test.parquet has the first set of eval_data alone"
     if ours.eval_samples > 1:
-        found.append("the number of responses to a held-out prompt is actor_rollout_ref.rollout.val_kwargs.n: 1")
+        yield "the number of responses to a held-out prompt is actor_rollout_ref.rollout.val_kwargs.n: 1"
     if ours.eval_interval:
-        found.append("test.parquet is scored by reward.py, with verl's own sampling for validation")
-    found.append("rewards of a response that cannot be scored, and resuming, are verl's own")
-    return found
+        yield "test.parquet is scored by reward.py, with verl's own sampling for validation"
+    yield "rewards of a response that cannot be scored, and resuming, are verl's own"
