@@ -70,19 +70,11 @@ def usage() -> str:
     def listed(table: dict[str, tuple[str, str]]) -> list[str]:
         return [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in table.items()]
 
-    programs = "with the flags of MindSpeed-LLM and MindSpeed-RL:"
-    lines = [*listed(COMMANDS), "", programs, *listed(PROGRAMS)]
-    levels = f"{log.SETTING}={'|'.join(log.LEVELS)} hides messages below a level (default: info)."
-    return "\n".join(
-        [
-            "usage: minimind-mcore COMMAND ...",
-            "",
-            *lines,
-            "",
-            "`minimind-mcore COMMAND --help` describes a command.",
-            levels,
-        ]
-    )
+    lines = ["usage: minimind-mcore COMMAND ...", "", *listed(COMMANDS), ""]
+    lines += ["with the flags of MindSpeed-LLM and MindSpeed-RL:", *listed(PROGRAMS), ""]
+    lines.append("`minimind-mcore COMMAND --help` describes a command.")
+    lines.append(f"{log.SETTING}={'|'.join(log.LEVELS)} hides messages below a level (default: info).")
+    return "\n".join(lines)
 
 
 def dispatch(argv: Sequence[str]) -> int:

@@ -32,7 +32,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -45,7 +44,7 @@ from pathlib import Path
 from minimind_mcore.checkpoint.tracker import read_tracker
 from minimind_mcore.cli import launcher, quickstart
 from minimind_mcore.cli.data import MATH_SFT, PROBLEMS
-from minimind_mcore.cli.settings import CLI, choice, data_dir, env, help_of, show, wait_for
+from minimind_mcore.cli.settings import CLI, choice, count, data_dir, env, help_of, show, wait_for
 from minimind_mcore.errors import UserError
 from minimind_mcore.hosts import free_port
 from minimind_mcore.paths import default_outputs
@@ -118,11 +117,9 @@ class RLRun:
         self.config = Path(config).absolute() if Path(config).is_file() else Path(config)
         os.chdir(default_outputs())  # paths in the YAML file and in overrides are relative to this directory
         self.backend = choice("BACKEND", "mindspeed-rl" if self.ascend else "embedded", "embedded", "mindspeed-rl")
-        if not re.fullmatch("[1-9][0-9]*", nodes := env("NNODES", "1")):
-            raise UserError(f"NNODES={nodes}: expected the number of hosts")
-        self.nodes, self.seconds = int(nodes), float(env("WAIT_SECONDS", "600"))
+        self.nodes, self.seconds = count("NNODES", 1), float(env("WAIT_SECONDS", "600"))
         # The check of MindSpeed-RL's batch sizes reads NNODES.
-        os.environ.update(NNODES=nodes, BACKEND=self.backend, RAY_AUTH_MODE=env("RAY_AUTH_MODE", "disabled"))
+        os.environ.update(NNODES=str(self.nodes), BACKEND=self.backend, RAY_AUTH_MODE=env("RAY_AUTH_MODE", "disabled"))
         self.where = ["--config-name", self.config.name.removesuffix(".yaml")]
         if self.config.is_file():
             self.where += ["--config-dir", str(self.config.parent)]
@@ -222,6 +219,7 @@ class RLRun:
         if not self.config.name.endswith("_tiny"):
             return
         own_data = any(".data_path=" in word for word in self.overrides)
+        evaluates = any(word.startswith("minimind.eval_interval=") for word in self.overrides)
         own_model = any(word.startswith("actor_config.load=") for word in self.overrides)
         if own_data and own_model:
             return
@@ -232,25 +230,24 @@ class RLRun:
         here = {"BACKEND": "native", "DATA_DIR": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer")}
         if self.rehearses:  # data and model are made without the emulated torch_npu
             here["DEVICE"], here["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "cpu", "0"
-        unset = ("OUTPUT_DIR", "NNODES")
         if not (folder / f"{PROBLEMS}_unseen_packed_labels_document.idx").is_file() or not is_finished(tuned):
             # This model adds correctly, but does not know the answer format yet.
             short = {"TRAIN_ITERS": "60"} if self.rehearses else {}
             stages = ("run", "--sample", "pretrain", "full_sft")
-            self.make({**here, **short, "OUTPUT_DIR": str(base)}, unset, *stages)
-            self.make(here, unset, "data", PROBLEMS)
+            self.make({**here, **short, "OUTPUT_DIR": str(base)}, *stages)
+            self.make(here, "data", PROBLEMS)
         if not is_finished(begin) and not own_model:
             iterations = 60 if self.rehearses else quickstart.MATH_SFT_ITERATIONS
             tuning = {
                 **here, **quickstart.math_sft(self.devices, iterations), "CKPT_LOAD_DIR": str(tuned),
                 "DATA_PATH": str(folder / MATH_SFT), "OUTPUT_DIR": str(begin.parent),
             }  # fmt: skip
-            self.make(tuning, unset, "sft", *quickstart.schedule(iterations))
+            self.make(tuning, "sft", *quickstart.schedule(iterations))
         model = here["TOKENIZER_PATH"]
         if self.backend == "mindspeed-rl" and not (own_data or own_model):
             model = str(begin.parent / "hf")  # vLLM reads the config.json next to the tokenizer
             if not Path(model, "config.json").is_file():
-                self.make({**here, "LOAD_DIR": str(begin), "SAVE_DIR": model}, unset, "convert", "mcore2hf")
+                self.make({**here, "LOAD_DIR": str(begin), "SAVE_DIR": model}, "convert", "mcore2hf")
         if not own_data:
             self.prepared += [f"megatron_training.data_path={folder / PROBLEMS}"]
             self.prepared += [f"megatron_training.tokenizer_name_or_path={model}"]
@@ -260,18 +257,15 @@ class RLRun:
             self.prepared += [f"megatron_training.{key}=2" for key in ("train_iters", "save_interval")]
             self.prepared.append(f"minimind.output_dir={outputs / 'rehearsal/grpo'}")
             self.prepared.append(f"actor_config.save={outputs / 'rehearsal/grpo/checkpoints'}")
-        if self.backend == "embedded" and not any(
-            word.startswith("minimind.eval_interval=") for word in self.overrides
-        ):
+        if self.backend == "embedded" and not evaluates:
             self.prepared.append("minimind.eval_interval=20")
 
-    def make(self, changes: dict[str, str], unset: Sequence[str], *command: str) -> None:
+    def make(self, changes: dict[str, str], *command: str) -> None:
         """Run a command of the kit with these settings. In a dry run print the command."""
         if self.dry:
             self.pending = True
-            print("+", shlex.join(["env", *(f"{k}={v}" for k, v in changes.items()), *CLI, *command]), flush=True)
-            return
-        if status := wait_for([*CLI, *command], {**dict.fromkeys(unset), **changes}):
+            show(["env", *(f"{k}={v}" for k, v in changes.items()), *CLI, *command])
+        elif status := wait_for([*CLI, *command], {"OUTPUT_DIR": None, "NNODES": None, **changes}):
             sys.exit(status)
 
     def train(self) -> int:

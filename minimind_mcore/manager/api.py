@@ -80,21 +80,17 @@ def _information(queue: Queue) -> dict[str, Endpoint]:
         rows = [option.described() for option in found.values()]
         return JSONResponse({"stage": stage, "inputs": request.inputs(stage), "options": rows})
 
-    async def table(asked: Request) -> Response:
-        return JSONResponse({"devices": await asyncio.to_thread(devices.table, hardware, queue.listed())})
+    def listing(name: str, rows: Callable[[], object]) -> dict[str, Endpoint]:
+        async def reply(asked: Request) -> Response:
+            return JSONResponse({name: await asyncio.to_thread(rows)})
 
-    async def datasets(asked: Request) -> Response:
-        return JSONResponse({"datasets": await asyncio.to_thread(directories.datasets)})
-
-    async def checkpoints(asked: Request) -> Response:
-        return JSONResponse({"checkpoints": await asyncio.to_thread(directories.checkpoints)})
-
-    async def tokenizers(asked: Request) -> Response:
-        return JSONResponse({"tokenizers": await asyncio.to_thread(directories.tokenizers)})
+        return {f"GET /api/{name}": reply}
 
     return {
-        "GET /api/info": info, "GET /api/form/{stage}": form, "GET /api/devices": table,
-        "GET /api/datasets": datasets, "GET /api/checkpoints": checkpoints, "GET /api/tokenizers": tokenizers,
+        "GET /api/info": info, "GET /api/form/{stage}": form,
+        **listing("devices", lambda: devices.table(hardware, queue.listed())),
+        **listing("datasets", directories.datasets), **listing("checkpoints", directories.checkpoints),
+        **listing("tokenizers", directories.tokenizers),
     }  # fmt: skip
 
 

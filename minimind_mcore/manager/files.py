@@ -18,6 +18,7 @@ LONGEST = 1000  # characters of a path
 DATA = (".jsonl", ".parquet", ".txt", ".csv")
 CONVERTED = "_document.idx"
 SPLITS = ("val", "dev", "test")  # directories of a benchmark
+OF_THE_KIT = ("cache", "logs", "records", "tokenizer")  # directories whose text files are no data
 OF_MODELS = {TRACKER, "tokenizer.json", "config.json"}  # text next to them, such as merges.txt, is no data
 
 
@@ -64,12 +65,7 @@ class Directories:
         """Return raw data files, and prefixes of converted datasets. Jobs write no raw data."""
         found: dict[str, int] = {}
         for folder, _, files in self._walk():
-            is_raw = not folder.is_relative_to(self.jobs) and folder.name not in (
-                "cache",
-                "logs",
-                "records",
-                "tokenizer",
-            )
+            is_raw = not folder.is_relative_to(self.jobs) and folder.name not in OF_THE_KIT
             suffixes = [name for name in DATA if is_raw and not (name == ".txt" and OF_MODELS & set(files))]
             for file in files:
                 path = folder / file

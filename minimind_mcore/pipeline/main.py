@@ -412,16 +412,12 @@ def dry_run(run: Run, stage: str, job: Job) -> int:
     for command in job.commands:
         settings = [f"{name}={shlex.quote(value)}" for name, value in command.settings.items() if value]
         print("+", *settings, shlex.join(["minimind-mcore", *command.words]), flush=True)
-        status, kind = 0, command.words[0]
-        if kind in DRY_RUN:
-            status = wait_for([*CLI, *command.words, "--dry-run", *_pending(command)], command.settings)
-        elif kind == "rl":
+        kind, pending = command.words[0], _pending(command)
+        if kind == "rl":
             loads = (word.partition("=")[2] for word in command.words if word.startswith("actor_config.load="))
             pending = [] if all(Path(folder).exists() for folder in loads) else ["--data-pending"]
-            status = wait_for([*CLI, *command.words, "--dry-run", *pending], command.settings)
-        elif kind == "evaluate" and not _pending(command):
-            status = wait_for([*CLI, *command.words, "--dry-run"], command.settings)
-        if status:
+        has_dry_run = kind in (*DRY_RUN, "rl") or (kind == "evaluate" and not pending)
+        if has_dry_run and (status := wait_for([*CLI, *command.words, "--dry-run", *pending], command.settings)):
             return status
     return 0
 

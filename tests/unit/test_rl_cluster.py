@@ -243,7 +243,7 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
     ("name", "environment", "message"),
     [
         ("grpo_minimind_worker.sh", {}, "MASTER_ADDR is not set"),
-        ("grpo_minimind_head.sh", {"NNODES": "x"}, "NNODES=x: expected the number of hosts"),
+        ("grpo_minimind_head.sh", {"NNODES": "x"}, "NNODES=x: expected a whole number of 1 or more"),
         ("grpo_minimind_head.sh", {"BACKEND": "native"}, "BACKEND=native: expected embedded or mindspeed-rl"),
         ("grpo_minimind_head.sh", {"RAY_TMPDIR": f"/tmp/{'x' * 60}", "CONFIG": "grpo_minimind3"}, "at most 40 letters"),
         ("grpo_minimind_head.sh", {"SOCKET_IFNAME": "nowhere0", "CONFIG": "grpo_minimind3"}, "no such interface"),
