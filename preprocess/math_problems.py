@@ -43,20 +43,16 @@ def story(r: random.Random, a: int, b: int) -> str:
     return text.format(name=name, other=other, a=a, b=b, zh=zh, en=en)
 
 
-TASKS: dict[str, tuple[Callable[[random.Random, int, int], str], int]] = {
-    "addition": (ask_sum, 1),
-    "story": (story, 1),
-}
+TASKS: dict[str, Callable[[random.Random, int, int], str]] = {"addition": ask_sum, "story": story}
 
 
 def _problem(r: random.Random, task: str, unseen: bool) -> Problem:
     a, b = r.choice(SUMMANDS[unseen])
-    return Problem(task, TASKS[task][0](r, a, b), a, b)
+    return Problem(task, TASKS[task](r, a, b), a, b)
 
 
 def _problems(r: random.Random, count: int) -> list[Problem]:
-    weights = [weight for _, weight in TASKS.values()]
-    return [_problem(r, task, False) for task in r.choices(list(TASKS), weights, k=count)]
+    return [_problem(r, task, False) for task in r.choices(list(TASKS), k=count)]
 
 
 def _record(problem: Problem) -> dict[str, Any]:

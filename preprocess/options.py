@@ -245,11 +245,7 @@ def request_fingerprint(options: Options, info: TokenizerInfo, sources: Sequence
         chat = dataclasses.asdict(options.chat.resolved(handler, info))
         if not handler.step_rewards:  # older datasets stay valid
             del chat["placeholder_token"], chat["reward_tokens"]
-        content["chat"] = [
-            chat,
-            template_digest(options),
-            info.pad_id,
-        ]
+        content["chat"] = [chat, template_digest(options), info.pad_id]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -354,14 +354,8 @@ def escape(raw: bytes | str) -> str:
 
 def kind_of(value: Any) -> str:
     """Describe the type of a JSON value, for a message."""
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number"}
+    names[float] = names[int]
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
