@@ -26,26 +26,6 @@ def _never(config: Config, chosen: Algorithm) -> bool:
     return False
 
 
-def _packs(config: Config, chosen: Algorithm) -> bool:
-    return bool(config.rl.use_dynamic_bsz)
-
-
-def _samples_again(config: Config, chosen: Algorithm) -> bool:
-    return chosen.dynamic_sampling or bool(config.minimind.rollout_filter)
-
-
-def _serves(config: Config, chosen: Algorithm) -> bool:
-    return config.minimind.rollout_engine == "sglang"
-
-
-def _has_model(config: Config, chosen: Algorithm) -> bool:
-    return bool(config.minimind.reward_model)
-
-
-def _has_prompts(config: Config, chosen: Algorithm) -> bool:
-    return bool(config.minimind.eval_data)
-
-
 # (section, keys, condition under which a run uses them, reason otherwise). Only values that differ from the default of
 # MindSpeed-RL, or of the section minimind, are listed.
 UNUSED: tuple[tuple[str, tuple[str, ...], Condition, str], ...] = (
@@ -61,7 +41,8 @@ UNUSED: tuple[tuple[str, tuple[str, ...], Condition, str], ...] = (
     ("generate_config", ("infer_expert_parallel_size", "enable_expert_parallel"), _never, "each engine holds all "
      "experts"),
     ("rl_config", tuple(f"{phase}_{name}" for phase in ("ref", "actor", "update") for name in
-     ("max_packing_token_size", "dynamic_max_batch_size")), _packs, "only with use_dynamic_bsz: true"),
+     ("max_packing_token_size", "dynamic_max_batch_size")), lambda config, _: bool(config.rl.use_dynamic_bsz), "only "
+     "with use_dynamic_bsz: true"),
     ("rl_config", ("lam", "cliprange_value"), lambda _, chosen: chosen.advantage == "gae", "only ppo, which has a "
      "critic, uses it"),
     ("rl_config", ("gamma", "advantage_whiten"), lambda _, chosen: chosen.advantage in ("gae", "returns"), "only ppo "
@@ -70,19 +51,20 @@ UNUSED: tuple[tuple[str, tuple[str, ...], Condition, str], ...] = (
      "kl_ctrl_type: adaptive"),
     ("rl_config", ("filter_groups_metric", "filter_groups_train_batch_size"), lambda _, chosen:
      chosen.dynamic_sampling, "only with dynamic sampling (dapo, filter_groups_enable)"),
-    ("rl_config", ("filter_groups_max_batches",), _samples_again, "only with dynamic sampling (dapo, "
-     "filter_groups_enable) or minimind.rollout_filter"),
+    ("rl_config", ("filter_groups_max_batches",), lambda config, chosen: chosen.dynamic_sampling or
+     bool(config.minimind.rollout_filter), "only with dynamic sampling (dapo, filter_groups_enable) or "
+     "minimind.rollout_filter"),
     ("rl_config", ("overlong_buffer", "overlong_buffer_penalty_factor", "rollout_max_tokens"), lambda _, chosen:
      chosen.overlong, "only with the overlong penalty (dapo, overlong_buffer_enable)"),
     ("minimind", ("spo_half_life", "spo_rho"), lambda _, chosen: chosen.advantage == "baseline", "only spo uses it"),
     ("minimind", ("rollout_correction_cap",), lambda config, _: config.minimind.rollout_correction == "tis", "only "
      "with rollout_correction: tis"),
-    ("minimind", ("sglang_base_url", "sglang_shared_path", "sglang_timeout_s"), _serves, "only with rollout_engine: "
-     "sglang"),
-    ("minimind", ("reward_model_weight", "reward_model_range", "reward_model_trust_remote_code"), _has_model, "only "
-     "with minimind.reward_model"),
-    ("minimind", ("eval_interval", "eval_prompts", "eval_samples"), _has_prompts, "only with "
-     "minimind.eval_data, or a dataset DATA_PATH_unseen"),
+    ("minimind", ("sglang_base_url", "sglang_shared_path", "sglang_timeout_s"), lambda config, _:
+     config.minimind.rollout_engine == "sglang", "only with rollout_engine: sglang"),
+    ("minimind", ("reward_model_weight", "reward_model_range", "reward_model_trust_remote_code"), lambda config, _:
+     bool(config.minimind.reward_model), "only with minimind.reward_model"),
+    ("minimind", ("eval_interval", "eval_prompts", "eval_samples"), lambda config, _: bool(config.minimind.eval_data),
+     "only with minimind.eval_data, or a dataset DATA_PATH_unseen"),
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,20 +58,18 @@ def limited(function: Callable[..., Any], key: str, path: str, limit: float, wat
 
     def call(*arguments: Any) -> Any:
         result: Future[Any] = Future()
-        ended = threading.Event()
 
         def work() -> None:
             try:
                 result.set_result(function(*arguments))
             except BaseException as error:
                 result.set_exception(error)
-            ended.set()
 
         # Not an executor: Python waits for the threads of an executor at its exit.
         thread = threading.Thread(target=work, name=key, daemon=True)
         watch.restart()
         thread.start()
-        while not ended.wait(min(POLL_SECONDS, limit)):
+        while not wait([result], min(POLL_SECONDS, limit)).done:
             if watch.seconds > limit:
                 raise UserError(
                     f"{key}: {path} has neither returned nor called the engines for {limit:g} s, the limit of "
