@@ -137,8 +137,7 @@ def words(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument(
         "--train-iters", type=flag_type("train_iters"), help="overrides the number from data and epochs"
     )
-    parser.add_argument("--global-batch-size", type=flag_type("global_batch_size"), help="overrides the recipe's")
-    for name in ("epochs", "lr", "seq-length", "micro-batch-size"):
+    for name in ("global-batch-size", "epochs", "lr", "seq-length", "micro-batch-size"):
         parser.add_argument(f"--{name}", type=flag_type(name.replace("-", "_")), help="overrides the recipe's")
     args = parser.parse_args(argv)
     if args.list:

@@ -37,11 +37,7 @@ _SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def model_config(
-    directory: Path,
-    args: argparse.Namespace,
-    layout: ParallelLayout,
-    shapes: Shapes,
-    given: ModelConfig | None,
+    directory: Path, args: argparse.Namespace, layout: ParallelLayout, shapes: Shapes, given: ModelConfig | None
 ) -> ModelConfig:
     """Return the architecture of a checkpoint.
 

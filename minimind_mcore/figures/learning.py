@@ -28,7 +28,7 @@ def schedule(study: Study) -> dict[str, Any]:
     """The learning rates of megatron-core's scheduler, every tenth iteration, for each style of decay."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    rates = {}
+    rates: dict[str, list[float]] = {style: [] for style in STYLES}
     for style in STYLES:
         optimizer: Any = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
         scheduler = OptimizerParamScheduler(
@@ -37,11 +37,9 @@ def schedule(study: Study) -> dict[str, Any]:
             start_wd=0.0, end_wd=0.0, wd_incr_steps=0, wd_incr_style="constant",
             wsd_decay_steps=int(SCHEDULE["decay"]) if style == "WSD" else None, lr_wsd_decay_style="linear",
         )  # fmt: skip
-        found = []
         for _ in range(0, int(SCHEDULE["iterations"]) + 1, 10):
-            found.append(float(f"{optimizer.param_groups[0]['lr']:.6g}"))
+            rates[style].append(float(f"{optimizer.param_groups[0]['lr']:.6g}"))
             scheduler.step(increment=10)
-        rates[style] = found
     return {**SCHEDULE, "every": 10, "rates": rates}
 
 

@@ -29,11 +29,7 @@ NO_EFFECT |= support(PROGRAMS, "no effect")
 
 
 def parse(
-    argv: Sequence[str],
-    program: str,
-    used: frozenset[str],
-    ignored: frozenset[str] = frozenset(),
-    **defaults: object,
+    argv: Sequence[str], program: str, used: frozenset[str], ignored: frozenset[str] = frozenset(), **defaults: object
 ) -> argparse.Namespace:
     """Parse a command line of one of the programs.
 

@@ -37,12 +37,7 @@ from minimind_mcore.checkpoint.layout import ParallelLayout
 from minimind_mcore.checkpoint.opening import open_source
 from minimind_mcore.checkpoint.tracker import TRACKER
 from minimind_mcore.errors import UserError
-from minimind_mcore.models.config import (
-    RouterWeight,
-    default_router_weight,
-    named_router_weight,
-    router_weight_flags,
-)
+from minimind_mcore.models.config import RouterWeight, default_router_weight, named_router_weight, router_weight_flags
 from minimind_mcore.platform import ranks
 from minimind_mcore.storage import (
     FileEntry,

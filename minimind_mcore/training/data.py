@@ -233,10 +233,8 @@ def tokenizer_path(data: DataSection) -> str:
 
 def prefixes(data: DataSection) -> list[str]:
     """Return the dataset prefixes of the command line, without weights."""
-    found: list[str] = []
-    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
-        if paths:
-            found += parse_blend(paths).prefixes
+    given = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
+    found = [prefix for paths in given if paths for prefix in parse_blend(paths).prefixes]
     if not found:
         raise UserError("--data-path is missing: give the prefix of a .bin/.idx pair (see preprocess_data.py)")
     return found

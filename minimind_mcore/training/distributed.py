@@ -45,11 +45,7 @@ def initialize(config: TrainConfig) -> None:
         with hosts.port_errors(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     parallel_state.initialize_model_parallel(
-        layout.tp,
-        layout.pp,
-        layout.vpp,
-        expert_model_parallel_size=layout.ep,
-        distributed_timeout_minutes=minutes,
+        layout.tp, layout.pp, layout.vpp, expert_model_parallel_size=layout.ep, distributed_timeout_minutes=minutes
     )
     # Every pipeline stage has another seed for dropout, as in Megatron. Weights have generators of their own.
     seed = config.data.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

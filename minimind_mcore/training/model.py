@@ -69,9 +69,7 @@ def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig)
     if config.model.transformer_impl == "transformer_engine":
         overrides["transformer_impl"] = _transformer_engine()
     if config.model.num_experts:
-        overrides |= {
-            "moe_z_loss_coeff": config.model.moe_z_loss_coeff,
-        }
+        overrides["moe_z_loss_coeff"] = config.model.moe_z_loss_coeff
     return model.transformer_config(**overrides)
 
 

@@ -143,9 +143,8 @@ def next_steps(config: TrainConfig, progress: Progress) -> str:
     """Return lines with the output paths and the command that continues from here."""
     out = output_dir(config)
     done = progress.iteration >= config.schedule.train_iters
-    lines = [
-        f"\n{'finished' if done else 'stopped'} at iteration {progress.iteration} of {config.schedule.train_iters}"
-    ]
+    state = "finished" if done else "stopped"
+    lines = [f"\n{state} at iteration {progress.iteration} of {config.schedule.train_iters}"]
     lines.append(f"  curves      {out / 'loss.png'}  {out / 'report.html'}  {out / 'metrics.jsonl'}")
     if config.logging.tensorboard_dir:
         lines.append(f"  tensorboard tensorboard --logdir {config.logging.tensorboard_dir}")

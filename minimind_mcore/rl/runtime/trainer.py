@@ -26,14 +26,7 @@ from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl.config.objective import objective, steps_ahead, trains_on_older, updates_per_step
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime.data import prompt_dataset
-from minimind_mcore.rl.runtime.metrics import (
-    Clock,
-    Log,
-    Row,
-    require_same_model,
-    say,
-    throughput,
-)
+from minimind_mcore.rl.runtime.metrics import Clock, Log, Row, require_same_model, say, throughput
 from minimind_mcore.rl.runtime.placement import WorkerGroups, devices
 from minimind_mcore.rl.runtime.rollouts import Position
 from minimind_mcore.rl.runtime.stop import Stop
