@@ -1,4 +1,8 @@
-"""The configuration of verl 0.9.1 takes what is exported for it, with the same values. VERL_HOME: verl's sources."""
+"""The configuration of verl 0.9.1 takes what is exported for it, with the same values.
+
+VERL_HOME is the folder that holds the package `verl`: a checkout, or an unpacked wheel (pip download --no-deps
+verl==0.9.1). Older releases have other keys: 0.8.0 in development (2026-01-29) has no `model_engine`.
+"""
 
 from __future__ import annotations
 
