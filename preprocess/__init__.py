@@ -2,7 +2,7 @@
 
 Functions for other packages:
 
-    from minimind_mcore.preprocess.convert import convert               # raw files -> indexed prefixes
+    from minimind_mcore.preprocess.convert import convert               # raw files -> prefixes of datasets
     from minimind_mcore.preprocess.options import ChatOptions, Options
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint
     from minimind_mcore.preprocess.meta import read_meta
@@ -11,4 +11,4 @@ from minimind_mcore.preprocess.indexed import datasets_at
 """
 
 if __name__ == "preprocess":
-    raise ImportError("import minimind_mcore.preprocess instead of preprocess: a second copy of its classes differs")
+    raise ImportError("import minimind_mcore.preprocess instead of preprocess: two copies of a class are not equal")

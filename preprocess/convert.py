@@ -3,7 +3,7 @@
     python preprocess_data.py --input data/sample.jsonl --output-prefix data/sample \\
         --tokenizer-name-or-path data/tokenizer --prepend-bos --append-eod --workers 2
 
-From a program, the name can be derived from the content. A repeated call finds the finished result:
+Without an output prefix, `convert` derives a name from the request. A repeated call finds the finished result:
 
     [prefix] = convert(Options("data/sample.jsonl", "data/tokenizer", cache_dir="data/cache"))
 
@@ -82,7 +82,7 @@ def convert(options: Options) -> list[str]:
     """Convert raw files, unless a finished result exists.
 
     Returns:
-        The words of --data-path: the prefix of each key's dataset, or the common prefix of conversations.
+        The values of --data-path: the prefix of each key's dataset, or the common prefix of conversations.
 
     Raises:
         UserError: invalid options, unusable input, too many rejects, a full disk, or a dead worker.
@@ -168,7 +168,7 @@ def _done(options: Options, prefix: Path, request: str) -> bool:
 
 
 def _refuse_others(options: Options, prefix: Path) -> None:
-    """Refuse a prefix with other datasets, because readers of conversations assume that all datasets belong together.
+    """Refuse a prefix that other conversions have used, because readers of conversations load all datasets of a prefix.
 
     Raises:
         UserError: there are datasets that this conversion would not replace.
@@ -179,7 +179,7 @@ def _refuse_others(options: Options, prefix: Path) -> None:
 
 
 def _unused(reports: Sequence[Report]) -> Counter[str]:
-    """Return the unread keys of the input, over all shards."""
+    """Return how often each key of the input was not read, over all shards."""
     return sum((Counter(report.unused) for report in reports), Counter[str]())
 
 
@@ -329,7 +329,7 @@ class _Run:
         return plan_packs(samples.lengths, (self._options.seq_length or 0) - 1)
 
     def _publish_beside(self, directory: Path, reports: Sequence[Report]) -> None:
-        """Move the records of the tasks to their place."""
+        """Concatenate the shards' records of tasks to the records file, if the handler writes tasks."""
         path = beside_file(self._options, self._prefix)
         if path is not None:
             with atomic_file(path) as out:
@@ -337,7 +337,7 @@ class _Run:
                     out.writelines(copy_chunks(beside_path(directory, report.number)))
 
     def _publish(self, directory: Path, reports: Sequence[Report], key: str, target: str, plan: Plan | None) -> None:
-        """Move one key's dataset to its place, its record last."""
+        """Write one key's dataset from the parts. `.meta.json` comes last, because it marks a finished dataset."""
         parts = [part_prefix(directory, report.number, key) for report in reports]
         with disk_errors(bin_path(target)):
             meta_path(target).unlink(missing_ok=True)

@@ -107,7 +107,7 @@ def read_math17k(record: Mapping[str, Any], columns: Columns) -> dict[str, Conve
 
 
 def answer_of_math17k(record: Mapping[str, Any], columns: Columns) -> str:
-    """Return `ground_truth` of the column, or the column itself."""
+    """Return the column's `ground_truth` if the column is an object, else its text."""
     value = record.get(columns["response"])
     if isinstance(value, dict):
         return text_of(value, "ground_truth")
@@ -117,7 +117,7 @@ def answer_of_math17k(record: Mapping[str, Any], columns: Columns) -> str:
 def _orz_turns(record: Mapping[str, Any], columns: Columns) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     turns = list_of(record, columns["messages"])
     if len(turns) != 2 or turns[0].get("from") != "human" or not isinstance(turns[1].get("ground_truth"), dict):
-        raise Unusable("not two turns, the human's with value and the assistant's with ground_truth")
+        raise Unusable("expected two turns, the first from human with value, the second with ground_truth")
     return turns[0], turns[1]
 
 
@@ -221,18 +221,19 @@ class ChatHandler:
     """A fine-tuning handler.
 
     Attributes:
-        read: returns the conversations of a record, by the first part of their datasets' names.
+        read: returns the conversations of a record, by the prefix of their outputs: "" or, of a pair, "chosen_" and
+            "rejected_".
         columns: field of each column. --map-keys changes it.
         outputs: the datasets, with MindSpeed-LLM's names: `<prefix>_packed_<output>_document`.
         minimind: MiniMind's own format, with its random changes and a loss on every answer.
-        prompts: a record is a task for reinforcement learning: a prompt without its answer. Datasets after the
-            first two are encoded texts of the task: `labels`, the right answer, and fields
-            of the record.
+        prompts: a record is a task for reinforcement learning: a prompt without its answer. The first two outputs are
+            the ids and the mask of the prompt. Each further output is another text of the task: `labels`, the right
+            answer, or a field of the record.
         answer: for tasks: returns the right answer.
         step_rewards: each placeholder in the text has a reward token as its label, for process reward models.
         fixed_prompt: the text has the form of `PROMPTS["instruction"]`, not of a chat template.
         thinking_ratio: for tasks: default share of prompts that let the model think (as in MiniMind's trainers).
-        others: fields that are read under their own names.
+        others: further fields that are read. --map-keys cannot rename them.
     """
 
     read: Callable[[Mapping[str, Any], Columns], dict[str, Conversation]]
@@ -294,7 +295,7 @@ class ChatHandler:
         return texts
 
     def with_keys(self, name: str, keys: Sequence[str]) -> ChatHandler:
-        """Return this handler with the datasets of --dataset-additional-keys instead of its own after the first two.
+        """Return this handler with --dataset-additional-keys as the outputs after the ids and the mask.
 
         Raises:
             UserError: the handler does not write tasks, or has no answer for `labels`.
@@ -311,15 +312,17 @@ class ChatHandler:
     def mapped(self, name: str, map_keys: Mapping[str, Any] | None) -> ChatHandler:
         """Return this handler with the columns of --map-keys, in MindSpeed-LLM's form: {column: field of the record}.
 
-        A column may be "" for none. `tags` has the names of roles and keys in ShareGPT's turns. Names that are not
-        given keep their defaults (MindSpeed-LLM drops them).
+        The field "" disables a column. `tags` has the names of roles and keys in ShareGPT's turns. Columns that are
+        not given keep their defaults (MindSpeed-LLM drops them).
 
         Raises:
             UserError: the format has no such column.
         """
         given = map_keys or {}
         if not isinstance(given, dict) or not isinstance(given.get("tags") or {}, dict):
-            raise UserError(f'--map-keys {map_keys}: expected an object like {{"prompt": "question"}}, and one in tags')
+            raise UserError(
+                f'--map-keys {map_keys}: expected an object like {{"prompt": "question"}}; tags is an object too'
+            )
         given = dict(given)
         if any(tag in self.columns for tag in TAGS):
             given |= given.pop("tags", None) or {}
@@ -330,7 +333,7 @@ class ChatHandler:
                 *(["tags"] if "role_tag" in self.columns else []),
             ]
             tags = f"; in tags: {', '.join(TAGS)}" if "role_tag" in self.columns else ""
-            raise UserError(f"--map-keys: {unknown[0]!r} is no column of {name}; it has {', '.join(columns)}{tags}")
+            raise UserError(f"--map-keys: {unknown[0]!r} is not a column of {name}; it has {', '.join(columns)}{tags}")
         wrong = [key for key, field in given.items() if field is not None and not isinstance(field, str)]
         if wrong:
             raise UserError(
@@ -394,12 +397,12 @@ CHAT_HANDLERS: Mapping[str, ChatHandler] = {
 
 # Handlers of MindSpeed-LLM that are not supported.
 REFUSED: Mapping[str, str] = {
-    "HunyuanInstructionHandler": "its loss is found by <|extra_0|> and <|eos|>, tokens of HunyuanLarge",
-    "MOSSMultiTurnHandler": "it writes ids 195 and 196, which are turns in Baichuan's vocabulary alone",
-    "MOSSInstructionHandler": "its data repeats each dialogue once for every turn; convert it to messages and take "
+    "HunyuanInstructionHandler": "it finds the answers by <|extra_0|> and <|eos|>, tokens of HunyuanLarge",
+    "MOSSMultiTurnHandler": "it writes ids 195 and 196, which mark turns only in Baichuan's vocabulary",
+    "MOSSInstructionHandler": "its data repeats each dialogue once for every turn; convert it to messages and use "
     "OpenAIInstructionHandler",
-    "LlamaFactoryInstructionHandler": "it reads a registry of datasets; take AlpacaStyleInstructionHandler or "
-    "SharegptStyleInstructionHandler with --map-keys, which it ends up in",
+    "LlamaFactoryInstructionHandler": "it selects a handler by dataset_info.json; use AlpacaStyleInstructionHandler "
+    "or SharegptStyleInstructionHandler with --map-keys",
     "StackOverflowPythonPretrainHandler": "in MindSpeed-LLM itself it returns nothing and fails on the first record",
 }
 

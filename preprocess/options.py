@@ -1,7 +1,7 @@
 """The options of a conversion, from flags or files, and the fingerprint of a request.
 
-Option files are YAML (--config) and LLaMA-Factory's dataset_info.json (--dataset-dir). YAML names the flags of
-preprocess_data.py without dashes:
+Option files are YAML (--config) and LLaMA-Factory's dataset_info.json (--dataset-dir). A key of the YAML is
+a flag of preprocess_data.py without the leading dashes:
 
     input: dataset/sft_t2t_mini.jsonl
     handler_name: MiniMindInstructionHandler
@@ -44,12 +44,12 @@ class ChatOptions:
         prompt_type: a template in MindSpeed-LLM's format. None: the tokenizer's own chat template.
         prompt_type_path: JSON file with the template. None: `templates.json` of this kit.
         enable_thinking: for templates with this option; for tasks: whether the model should think.
-        seed: seed of MiniMind's random changes (`stages.draw`).
+        seed: seed of MiniMind's random changes (`stages.random_numbers`).
         system_ratio: share of conversations that get a system prompt. None: MiniMind's 0.2 for its own
-            formats, 0 for others.
+            formats, 0 for others, for pairs and for tasks with an answer.
         empty_think_ratio: share of texts that keep their empty thoughts. None: MiniMind's 0.2 for its own
-            formats (0.05 with MiniMind2's tokenizer, where <think> is not a token), 1 for others.
-        thinking_ratio: share of tasks that let the model think. None: as MiniMind's trainers.
+            formats (0.05 with MiniMind2's tokenizer, where <think> is not a token), 1 for others and for tasks.
+        thinking_ratio: share of tasks that let the model think. None: 1 or 0 by `enable_thinking`, else the handler's.
         pack: "", "pack" or "neat-pack": pack samples to sequences of `seq_length`.
         additional_keys: for tasks: the datasets besides ids and mask: `labels` and fields of the record. Empty:
             the handler's own.
@@ -91,23 +91,24 @@ class Options:
     """One conversion.
 
     Attributes:
-        input: files, directories, globs, separated by commas.
+        input: files, directories or globs, separated by commas.
         tokenizer: directory with tokenizer.json.
-        output_prefix: of the files to write; None chooses a name in `cache_dir` by content.
-        cache_dir: where unfinished parts go (default: beside the output), and see `output_prefix`.
+        output_prefix: prefix of the files to write. None: a name in `cache_dir` that is derived from the request.
+        cache_dir: directory of unfinished parts (default: the directory of the output).
         handler: name from `handlers.HANDLERS` or `handlers.CHAT_HANDLERS`.
-        keys: of pretraining: fields to convert, each into a dataset of its own.
+        keys: for pretraining: fields of the records. Each field becomes one dataset.
         append_eod: end each document with the tokenizer's eos.
-        prepend_bos: begin each document with its bos. Both together are MiniMind's pretraining format.
+        prepend_bos: begin each document with the tokenizer's bos. Together with `append_eod` this is MiniMind's
+            pretraining format.
         dtype: "int32" as MindSpeed-LLM expects, or "uint16", half the size (pretraining only).
-        seq_length: of pretraining: leave out documents of so many tokens or more; of conversations: the
-            most tokens of a sample, see `stages`. None keeps all.
+        seq_length: for pretraining: documents with this number of tokens or more are left out. For conversations: the
+            maximum number of tokens of a sample, see `stages`. None: no limit.
         backend: "auto", "gigatoken" or "tokenizers".
-        workers: processes.
-        n_subs: cut the input into at least so many shards.
+        workers: number of processes.
+        n_subs: minimum number of shards of the input.
         max_reject_rate: share of unusable records above which nothing is written.
-        overwrite: convert even if the result is there and parts exist.
-        chat: of conversations only.
+        overwrite: ignore a finished result and finished parts, and convert again.
+        chat: options for conversations. Pretraining handlers refuse them.
     """
 
     input: str
@@ -149,7 +150,7 @@ def dataset_prefixes(options: Options, prefix: Path) -> dict[str, str]:
 
 
 def data_paths(options: Options, prefix: Path) -> list[str]:
-    """Return the words of --data-path: for conversations the common prefix of all their datasets."""
+    """Return the values of --data-path: for conversations the common prefix of all their datasets."""
     if isinstance(options.find_handler(), ChatHandler):
         return [str(prefix)]
     return list(dataset_prefixes(options, prefix).values())
@@ -182,7 +183,8 @@ def validate(options: Options, info: TokenizerInfo) -> None:
             f"tokenizer {info.path}: its tokenizer_config.json names no eos_token that is in the vocabulary; "
             "--append-eod needs one"
         )
-    # Documents of a tokenizer without bos, such as Qwen's, only have an end. A bos outside the vocabulary is an error.
+    # --prepend-bos has no effect with a tokenizer that has no bos, such as Qwen's. A bos outside the vocabulary is an
+    # error.
     if options.prepend_bos and info.bos_id is None and (name := special_tokens(info.path).get("bos_token")):
         raise UserError(
             f"tokenizer {info.path}: its bos_token {name!r} is not in the vocabulary of tokenizer.json; --prepend-bos "
@@ -202,7 +204,9 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
         raise UserError(f"tokenizer {info.path}: conversations need its eos_token in tokenizer_config.json")
     if handler.fixed_prompt:
         if chat.prompt_type is not None or chat.enable_thinking is not None:
-            raise UserError(f"--prompt-type, --enable-thinking: {options.handler} has one prompt of its own")
+            raise UserError(
+                f"--prompt-type, --enable-thinking: {options.handler} has a fixed prompt; leave these flags out"
+            )
     elif chat.prompt_type is None:
         template_source(info.path)
         if options.append_eod:
@@ -211,8 +215,8 @@ def _validate_chat(options: Options, handler: ChatHandler, info: TokenizerInfo) 
         template_entry(chat.prompt_type, chat.prompt_type_path)
     if chat.prompt_type is None and chat.enable_thinking is not None and not handler.prompts:
         raise UserError(
-            "--enable-thinking: the tokenizer's own chat template decides that; name one that has a choice, "
-            "such as --prompt-type qwen3"
+            "--enable-thinking: the tokenizer's own chat template decides whether the model thinks; use a template "
+            "with this option, such as --prompt-type qwen3"
         )
     if chat.pack and (options.seq_length is None or options.seq_length < 2):
         raise UserError("--pack needs --seq-length, the length of the sequences to fill")
@@ -320,7 +324,9 @@ def from_dataset_info(options: Options, directory: str | None) -> Options:
         UserError: a file or entry does not exist, or the entries need different handlers or columns.
     """
     if directory is None:
-        raise UserError("LlamaFactoryInstructionHandler: --dataset-dir is missing, where dataset_info.json is")
+        raise UserError(
+            "LlamaFactoryInstructionHandler: --dataset-dir is missing; give the directory of dataset_info.json"
+        )
     folder = Path(directory).expanduser()
     path = folder / "dataset_info.json"
     known = read_object(path, "give the directory of LLaMA-Factory's dataset_info.json with --dataset-dir")

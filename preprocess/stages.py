@@ -5,11 +5,12 @@
 | `Documents` (pretraining) | for each of --json-keys the document's ids | L or more: left out, counted |
 | `Conversations` | input_ids, attention_mask, labels; pairs and tasks see `handlers` | see below |
 
-Conversations in the tokenizer's own template are cut to L, as in MiniMind. A template of --prompt-type shortens
-question and answer, as in MindSpeed-LLM, and samples that still have L or more are left out. With packing, samples of L
-or more are left out; with --neat-pack they are cut to L - 1 (one position is kept free, as in MindSpeed-LLM). Cut and
-dropped samples are counted. A sample without any label after the cut is dropped too. A task is never cut: in MiniMind's
-formats it is dropped if its prompt has more than L, in MindSpeed's if the prompt or the answer has L or more.
+Conversations in the tokenizer's own template are cut to L tokens, as in MiniMind. A template of --prompt-type shortens
+question and answer, as in MindSpeed-LLM, and samples that still have L tokens or more are dropped. With packing,
+samples of L tokens or more are dropped; with --neat-pack they are cut to L - 1 tokens (one position is kept free, as in
+MindSpeed-LLM). Cut and dropped samples are counted. A sample without any label after the cut is dropped too. A task is
+never cut. In MiniMind's formats a task is dropped if one of its texts has more than L tokens, in MindSpeed's if one has
+L tokens or more.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ Sequences = tuple[NDArray[Any], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record's texts, and what the stage needs to combine their ids."""
+    """A record's texts, and in `detail` what the stage's `encode` needs besides their ids."""
 
     texts: list[str]
     detail: Any = None
@@ -119,8 +120,8 @@ class Stage(Protocol):
     Attributes:
         keys: keys of the datasets.
         columns: columns to read from a parquet file. None for all.
-        unused: unread non-empty keys, with the number of records or messages since
-            the caller cleared the counter.
+        unused: for each key that is not read, the number of records or messages in which it has a value. Counts
+            accumulate until the caller clears them.
     """
 
     keys: tuple[str, ...]

@@ -326,7 +326,7 @@ def test_fixed_prompts_equal_mindspeed_llm_s_code(number: int, tokenizer: str) -
 
 
 def test_what_a_fixed_prompt_refuses(tokenizer: str) -> None:
-    with pytest.raises(UserError, match="GeneralInstructionHandler has one prompt of its own"):
+    with pytest.raises(UserError, match="GeneralInstructionHandler has a fixed prompt; leave these flags out"):
         sample("GeneralInstructionHandler", FIXED[0][1], tokenizer, chat=ChatOptions(prompt_type="qwen3"))
     with pytest.raises(UserError, match="MOSSMultiTurnHandler: not in this kit: it writes ids 195 and 196"):
         find_handler("MOSSMultiTurnHandler")
@@ -503,9 +503,14 @@ def test_a_conversation_without_an_answer_is_no_sample(tokenizer: str) -> None:
 
 WRONG: list[tuple[str, ChatOptions, dict[str, Any], str]] = [
     ("AlpacaStyleInstructionHandlr", ChatOptions(), {}, "unknown; this version knows .*AlpacaStyleInstructionHandler"),
-    ("AlpacaStyleInstructionHandler", ChatOptions(map_keys={"promt": "q"}), {}, "no column .* has prompt, query, resp"),
+    (
+        "AlpacaStyleInstructionHandler",
+        ChatOptions(map_keys={"promt": "q"}),
+        {},
+        "not a column.* has prompt, query, resp",
+    ),
     ("SharegptStyleInstructionHandler", ChatOptions(map_keys={"tags": {"a": "b"}}), {}, "in tags: role_tag"),
-    ("OpenAIInstructionHandler", ChatOptions(map_keys={"tags": {}}), {}, "'tags' is no column"),
+    ("OpenAIInstructionHandler", ChatOptions(map_keys={"tags": {}}), {}, "'tags' is not a column"),
     ("SharegptStyleInstructionHandler", ChatOptions(map_keys={"tags": "from"}), {}, "expected an object"),
     ("AlpacaStyleInstructionHandler", ChatOptions(prompt_type="llama3"), {}, "which has qwen3, chatml, chatml_de"),
     ("AlpacaStyleInstructionHandler", ChatOptions(enable_thinking=True), {}, "--prompt-type qwen3"),
