@@ -95,10 +95,10 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
     rl, name, chosen = config.rl, config.minimind.algorithm, objective(config)
     given: dict[str, Any] = config.tree["rl_config"]
     if given.get("init_kl_coef") and chosen.kl == "none":
-        why = f"{name} has no reference; use_kl_in_reward gives it one"
+        why = f"{name} has no KL term; use_kl_in_reward: true adds one"
         yield f"rl_config.init_kl_coef {rl.init_kl_coef}", why
     if "adv_estimator" in given and rl.adv_estimator == "group_norm" and chosen.advantage != "group":
-        yield f"rl_config.adv_estimator {rl.adv_estimator}", f"{name} has its own"
+        yield f"rl_config.adv_estimator {rl.adv_estimator}", f"{name} has its own advantage"
     if not rl.blocking and chosen.dynamic_sampling:
         why = "dynamic sampling does not know in advance how many prompts it needs, so steps are synchronous"
         yield "rl_config.blocking false", why
@@ -133,11 +133,11 @@ def _idle_models(config: Config) -> Iterator[Problem]:
         why = f"the critic's ranks share the {actors} devices of actor_resource"
         yield f"rl_config.critic_resource {critics}", why
     if chosen.kl == "none" and not rl.use_integrated_worker:
-        yield "ref_config and rl_config.reference_resource", f"{name} has no reference"
+        yield "ref_config and rl_config.reference_resource", f"{name} has no reference model"
 
 
 def _idle_sections(config: Config) -> Iterator[Problem]:
-    """Yield sections that are not read, and Megatron keys at a default for which the native engine has no code."""
+    """Yield sections that are not read, and Megatron keys for features that the native engine lacks."""
     for name in ("profiler_config", "msprobe_config"):
         if config.tree.get(name):
             yield name, "the embedded trainer has no profiler; BACKEND=mindspeed-rl has"

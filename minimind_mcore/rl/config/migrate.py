@@ -1,4 +1,4 @@
-"""Rewrite older keys of MindSpeed-RL's YAML, which guides still show, for a version.
+"""Rewrite older keys of MindSpeed-RL's YAML, which guides still show, for a version of MindSpeed-RL.
 
     tree, changes = migrate(yaml.safe_load(text), "master")      # changes: one line each, what changed and why
 
@@ -31,7 +31,7 @@ def migrate(tree: Mapping[str, Any], version: str) -> tuple[Tree, list[str]]:
 
     Args:
         tree: the YAML, composed or one of its files.
-        version: of MindSpeed-RL, "master" or "2.2.0".
+        version: the version of MindSpeed-RL, "master" or "2.2.0".
     """
     new, changes = copy.deepcopy(dict(tree)), list[str]()
     for step in (_shuffle, _colocate, _separate, _mini_batch, _model_names):
@@ -60,11 +60,11 @@ def _colocate(tree: Tree) -> Iterator[str]:
         if key in rl:
             if rl.pop(key):
                 rl.setdefault("use_integrated_worker", True)
-            yield f"rl_config.{key} is removed: use_integrated_worker now chooses whether one worker is both"
+            yield f"rl_config.{key} is removed: use_integrated_worker decides whether actor and reference share workers"
 
 
 def _separate(tree: Tree) -> Iterator[str]:
-    """Separate workers need the switch, and then both sections and the resource."""
+    """Set use_integrated_worker: false for separate workers, and add the sections and the resource that it requires."""
     rl = _section(tree, "rl_config")
     apart: list[str] = [name for name in ("ref_config", "reward_config") if name in tree]
     apart += [f"rl_config.{name}" for name in RESOURCES if rl.get(name) is not None]
@@ -72,14 +72,14 @@ def _separate(tree: Tree) -> Iterator[str]:
         return
     if rl.get("use_integrated_worker", True):
         rl["use_integrated_worker"] = False
-        yield f"{apart[0]} is for workers apart: use_integrated_worker: false, as true is the default now"
+        yield f"{apart[0]} is for separate workers: use_integrated_worker: false, because true is the default now"
     for name, other in (("ref_config", "actor_config"), ("reward_config", "ref_config")):
         if name not in tree and other in tree:
             tree[name] = {key: value for key, value in tree[other].items() if key != "save"}
             yield f"{name} is mandatory with use_integrated_worker: false: copied from {other}"
     if rl.get("reference_resource") is None and rl.get("actor_resource"):
         rl["reference_resource"] = copy.deepcopy(rl["actor_resource"])
-        yield "rl_config.reference_resource is mandatory with use_integrated_worker: false: as actor_resource"
+        yield "rl_config.reference_resource is mandatory with use_integrated_worker: false: copied from actor_resource"
 
 
 def _mini_batch(tree: Tree) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _mini_batch(tree: Tree) -> Iterator[str]:
     rl["mini_batch_size"] = size // samples
     yield (
         f"rl_config.mini_batch_size counts prompts now, and is multiplied by n_samples_per_prompt {samples}: "
-        f"{size} sequences are {size // samples}"
+        f"{size} sequences are {size // samples} prompts"
     )
 
 

@@ -43,7 +43,7 @@ FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
 def objective(config: Config) -> Algorithm:
     """Return the algorithm of `minimind.algorithm`, changed by the keys that `rl_config` sets.
 
-    A key that is left out keeps the algorithm's value. MindSpeed-RL's default is GRPO's value.
+    A key that is left out keeps the algorithm's value. MindSpeed-RL's default is not used, because it is GRPO's value.
     """
     chosen, rl = algorithm(config.minimind.algorithm), config.rl
     given = config.tree["rl_config"]
@@ -80,8 +80,8 @@ def sampling_batches(config: Config) -> int:
 def overlong_lengths(config: Config) -> tuple[int, int]:
     """Return `rollout_max_tokens` and `overlong_buffer`: the longest response, and its last tokens with a penalty.
 
-    MindSpeed-RL's defaults of 2048 and 0 would penalize nothing. Keys that are left out are `max_tokens` and a quarter
-    of `max_tokens`. The buffer is 0 if the algorithm has no penalty.
+    MindSpeed-RL's defaults of 2048 and 0 would penalize nothing. Here `rollout_max_tokens` defaults to `max_tokens` and
+    `overlong_buffer` to a quarter of `max_tokens`. The buffer is 0 if the algorithm has no penalty.
     """
     rl, given, answer = config.rl, config.tree["rl_config"], int(config.generate.sampling_config.max_tokens)
     if not objective(config).overlong:
@@ -102,7 +102,10 @@ def updates_per_step(config: Config) -> int:
 
 
 def trains_on_older(config: Config) -> bool:
-    """Return whether responses may come from older weights: of engines that are ahead, or in parts of several steps."""
+    """Return whether responses may come from older weights.
+
+    They do if engines are ahead of the training, or if a response is generated in parts over several steps.
+    """
     return steps_ahead(config) > 0 or config.rl.partial_rollout_max_split > 1
 
 
@@ -207,8 +210,8 @@ def in_keys(row: Algorithm) -> dict[tuple[str, str], Any]:
 def with_table(tree: Mapping[str, Any], version: str) -> dict[str, Any]:
     """Return a tree for MindSpeed-RL, with the algorithm's values filled in for keys that the tree leaves out.
 
-    The embedded trainer reads these values from its table. MindSpeed-RL has no table: a key that is left out has the
-    default of its GRPO, also under dapo.
+    The embedded trainer reads these values from its table. MindSpeed-RL has no table: its defaults are the values of
+    GRPO for every algorithm.
     """
     rl, name = tree.get("rl_config"), (tree.get("minimind") or {}).get("algorithm")
     if not isinstance(rl, Mapping) or name not in ALGORITHMS:
@@ -224,8 +227,8 @@ def with_table(tree: Mapping[str, Any], version: str) -> dict[str, Any]:
     generate: Any = tree.get("generate_config")
     sampling = generate.get("sampling_config") if isinstance(generate, Mapping) else None
     answer = sampling.get("max_tokens") if isinstance(sampling, Mapping) else None
-    if more.get("filter_groups_enable"):  # these defaults of MindSpeed-RL would sample no group again
+    if more.get("filter_groups_enable"):  # MindSpeed-RL's default would replace no group
         more |= {"filter_groups_max_batches": SAMPLING_BATCHES}
-    if more.get("overlong_buffer_enable") and isinstance(answer, int):  # and penalize no response
+    if more.get("overlong_buffer_enable") and isinstance(answer, int):  # its defaults would penalize no response
         more |= {"rollout_max_tokens": answer, "overlong_buffer": answer // OVERLONG_SHARE}
     return {**tree, "rl_config": {**rl, **{key: value for key, value in more.items() if key not in rl}}}

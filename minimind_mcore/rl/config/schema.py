@@ -284,7 +284,7 @@ class Section(SimpleNamespace):
         raise AttributeError(f"no key {name}{did_you_mean(name, vars(self))}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name}: a configuration is not changed after it is resolved")
+        raise AttributeError(f"{name}: a resolved configuration cannot be changed")
 
 
 @dataclass(frozen=True)
