@@ -23,10 +23,10 @@ from minimind_mcore.rl.algorithms.masked import whiten
 from minimind_mcore.rl.registry import register
 
 Spread = Literal["unbiased", "biased", "none"]
-# Degrees of freedom of the standard deviation, and the eps added to it. None: no division.
 # Functions (rewards [B], mask [B, T], n_samples, *, spread) -> advantages [B, T].
 Advantage = Callable[..., Tensor]
 ADVANTAGES: dict[str, Advantage] = {}
+# Correction of the degrees of freedom of the standard deviation, and the eps added to it. None: no division.
 _SPREADS: dict[Spread, tuple[int, float] | None] = {"unbiased": (1, 1e-6), "biased": (0, 1e-4), "none": None}
 
 

@@ -33,7 +33,7 @@ class Groups:
 
 
 def select(metric: Tensor, n_samples: int, right: float | None = None, wrong: float | None = None) -> Groups:
-    """Keep the groups whose metric differs (std > 0). A group of one response is kept, as in MindSpeed-RL.
+    """Keep the groups whose responses differ in the metric. A group of one response is kept, as in MindSpeed-RL.
 
     Args:
         metric: [B], `filter_groups_metric` of MindSpeed-RL, such as the score of `acc`.
@@ -50,7 +50,7 @@ def select(metric: Tensor, n_samples: int, right: float | None = None, wrong: fl
 
 
 def statistics(rewards: Tensor, n_samples: int) -> dict[str, float]:
-    """Return metrics of the groups: spread, share of groups without spread, share of prompts with a best response."""
+    """Return means over the groups: standard deviation, share of groups where it is 0, best and worst reward."""
     groups = rewards.double().view(-1, n_samples)
     spread = groups.std(dim=1, correction=0)
     return {

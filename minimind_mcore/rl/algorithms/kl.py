@@ -65,7 +65,7 @@ class Controller:
     Attributes:
         value: the current coefficient (`init_kl_coef` at the start).
         target: the target divergence (`kl_target`). None keeps the coefficient fixed (`kl_ctrl_type: fixed`).
-        horizon: number of responses after which the coefficient can have doubled (`kl_horizon`).
+        horizon: number of responses in which the coefficient changes by about 20 % at most (`kl_horizon`).
     """
 
     value: float

@@ -57,7 +57,11 @@ def _locate(response: str) -> str:
 
 
 def _box(text: str) -> str:
-    """Return the text after `boxed`: the braces, to the end if they never close, or up to the next dollar sign."""
+    """Return the content of a box. `text` begins after "boxed".
+
+    With braces the content ends at the closing brace or, without one, at the end of the text. Without braces it ends at
+    the next dollar sign.
+    """
     if not text.startswith("{"):
         return text.split("$")[0].strip()
     depth = 0
@@ -109,7 +113,7 @@ def _without_units(text: str) -> str:
 
 
 def _as_number(text: str) -> str:
-    """ "twenty one" as "21"."""
+    """Write a number in words as digits: "twenty one" becomes "21". Other text is returned as it is."""
     try:
         return str(w2n.word_to_num(text))
     except ValueError:
@@ -117,7 +121,7 @@ def _as_number(text: str) -> str:
 
 
 def _cut_fraction(text: str) -> bool:
-    """Return whether the text ends within one character after its first \\frac without braces: it is left as is."""
+    """Return whether fewer than 2 characters follow the first \\frac without braces. `tidy` keeps such an answer."""
     bare = [rest for rest in text.split("\\frac")[1:] if not rest.startswith("{")]
     return bool(bare) and len(bare[0]) < 2
 

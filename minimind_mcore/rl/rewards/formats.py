@@ -15,7 +15,7 @@ def tagged(response: str) -> bool:
 
 
 def steps(response: str) -> int:
-    """Count markers of step by step reasoning: "Step 1:", a first line "1.", bullets, "First," and similar words."""
+    """Count markers of step by step reasoning: "Step 1:", "1." at the start, bullets, "First," and similar words."""
     return len(_STEP.findall(response))
 
 

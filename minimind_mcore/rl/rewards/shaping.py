@@ -9,11 +9,11 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def minimind_shape(response: str) -> float:
-    """Return MiniMind's rule reward of GRPO, PPO and CISPO (its trainer/train_grpo.py), without its reward model.
+    """Return MiniMind's rule-based reward for GRPO, PPO and CISPO (trainer/train_grpo.py), without the reward model.
 
-    +0.5 for 20 to 800 characters, else -0.5. If the response has an end of thought: +1 for a thought of 20 to 300
-    characters, else -0.5, and +0.25 for exactly one end of thought, else -0.25. Minus the repetition of the answer, 0
-    to 0.5.
+    +0.5 for a response of 20 to 800 characters, else -0.5. If the response has `</think>`: +1 for a thought of 20 to
+    300 characters, else -0.5, and +0.25 for exactly one `</think>`, else -0.25. Minus `repetition` of the answer, 0 to
+    0.5.
     """
     score = 0.5 if 20 <= len(response.strip()) <= 800 else -0.5
     thought, end, answer = response.partition("</think>")

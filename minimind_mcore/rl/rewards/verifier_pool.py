@@ -18,7 +18,7 @@ from minimind_mcore.rl.registry import imported
 
 # Memory limit of one worker: sympy can ask for all memory of the machine to compute a tower of powers.
 _MEMORY = 4 << 30
-_GRACE = 5.0  # seconds
+_GRACE = 5.0  # seconds from the pool's deadline to the worker's own alarm
 
 
 class Failed(NamedTuple):
