@@ -41,7 +41,7 @@ class Advantages:
     def fill(self, batch: Batch) -> Row:
         """Set `advantages` (and `returns`) of a batch from its rewards, and return metrics.
 
-        Rows that are not taught have advantage 0, and no part in the mean and the variance of the others.
+        Rows that only fill the step (`batch.taught` is 0) get advantage 0, and the whitening leaves them out.
         """
         assert batch.rewards is not None
         rl, chosen, mask, rewards, metrics = self.rl, self.algorithm, batch.loss_mask, batch.rewards, dict[str, float]()
@@ -73,7 +73,7 @@ class Advantages:
             advantage = lookup(chosen.advantage, ADVANTAGES, "minimind.advantage")
             batch.advantages = advantage(rewards, mask, rl.n_samples_per_prompt, spread=chosen.spread)
             require_shape(batch.advantages, mask, f"minimind.advantage: {chosen.advantage}")
-        if batch.taught is not None:  # a user's function need not look at the mask
+        if batch.taught is not None:  # a user's function may ignore the mask
             batch.advantages = batch.advantages * batch.taught[:, None]
         if divergence is not None:
             metrics["actor/reward_kl"] = masked_mean(divergence, batch.mask).item()

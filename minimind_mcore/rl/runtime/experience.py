@@ -1,8 +1,8 @@
-"""The responses of a step with what is known of them, and their files.
+"""The responses of a step with their rewards, and the files of saved rollouts.
 
-Saved rollouts (`minimind.save_rollouts`) are one file a step; `minimind.replay_rollouts` reads them in place of
-generating, so that a step can be done again with other code, or in another layout. Next to each file a file of JSON
-lines has the same responses for people.
+`minimind.save_rollouts` writes one file per step. `minimind.replay_rollouts` reads these files instead of generating
+responses, so that a step can be repeated with other code or in another layout. Next to each file, a JSON Lines file has
+the same responses in readable form.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Experience:
     """The responses of a step.
 
     Attributes:
-        batch: with rewards.
-        texts: prompts, responses, labels and `segments` of the responses, for rewards and people.
-        messages: the conversation before each response, where the data has it.
-        consumed: prompts taken from the data so far, these among them.
-        metrics: of rewards and groups.
+        batch: the tensors of the responses, with rewards.
+        texts: prompts, responses, labels and `segments` of the responses, for verifiers and for the JSON Lines file.
+        messages: the conversation before each response, if the data has conversations.
+        consumed: number of prompts taken from the data so far, including those of this step.
+        metrics: metrics of rewards and groups.
         failures: a few responses that a verifier could not score.
-        scores: of each verifier.
-        failed: how many responses each verifier could not score, of all that were written for the step.
+        scores: [rows] scores by verifier.
+        failed: number of responses that each verifier could not score, among all responses generated for the step.
         carried: numbers of consumed prompts whose responses are not complete; see `rollouts.Position`.
-        more: what else the data has for the rewards, see `Rewards.score`.
-        weights: the step after which the engines got the weights that generated the responses, 0 for the first
-            weights. None: unknown, as of saved responses.
+        more: further arguments of `Rewards.score` that the data provides.
+        weights: the step after which the engines received the weights that generated the responses. 0: the initial
+            weights. None: unknown, for example for saved responses.
     """
 
     batch: Batch
@@ -60,14 +60,14 @@ class Experience:
     weights: int | None = None
 
     def describe(self, n: int) -> Row:
-        """Means of the rewards, failures, and statistics of the groups of `n` responses."""
+        """Return metrics: mean rewards, failures of verifiers, and statistics of the groups of `n` responses."""
         assert self.batch.rewards is not None
         scores = Scores(self.batch.rewards, self.scores, self.failed)
         return {**scores.metrics(), **statistics(self.batch.rewards, n)}
 
 
 def rows_of(experience: Experience, rows: torch.Tensor) -> Experience:
-    """Some of the rows [rows of the batch] bool."""
+    """Return the experience of the responses that `rows`, a bool mask over the rows of the batch, selects."""
     numbers = rows.nonzero().flatten().tolist()
     return dataclasses.replace(
         experience,
@@ -79,7 +79,7 @@ def rows_of(experience: Experience, rows: torch.Tensor) -> Experience:
 
 
 def joined(parts: list[Experience], rows: int) -> Experience:
-    """The first so many rows of several."""
+    """Concatenate experiences, and return the first `rows` rows."""
     last, parts = max(parts, key=lambda part: part.consumed), [part for part in parts if part.texts]
     batch = batches.concat([part.batch for part in parts]).select(torch.arange(rows))
     texts = [text for part in parts for text in part.texts][:rows]
@@ -91,7 +91,7 @@ def joined(parts: list[Experience], rows: int) -> Experience:
 
 
 def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
-    """Write a step's experience, of `n` responses to each prompt, for `replayed`, and its trajectories."""
+    """Write a step's experience, with `n` responses to each prompt: a file for `replayed`, and a JSON Lines file."""
     lines = [json.dumps(trajectory, ensure_ascii=False) for trajectory in trajectories(experience, iteration)]
     atomic_write_text(folder / f"rollouts-{iteration:07d}.jsonl", "".join(f"{line}\n" for line in lines))
     with atomic_file(folder / f"rollouts-{iteration:07d}.pt") as file:
@@ -108,7 +108,7 @@ def save(experience: Experience, folder: Path, iteration: int, n: int) -> None:
 
 
 def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, Any]]:
-    """Yield each response of a step, readable: texts, reward and its parts, mean advantage of its tokens, lengths.
+    """Yield each response of a step for the JSON Lines file: texts, rewards, mean advantage of its tokens, lengths.
 
     `segments` has the source, the text and the number of tokens of each segment, and whether it is in the loss.
     """
@@ -130,16 +130,16 @@ def trajectories(experience: Experience, iteration: int) -> Iterator[dict[str, A
 
 
 def replayed(folder: Path, iteration: int, n: int, prompts: int | None = None) -> Experience:
-    """A step's experience from its file.
+    """Read a step's experience from the file of `save`.
 
     Args:
-        folder: of `save`.
+        folder: directory of the file.
         iteration: number of the step.
-        n: responses to each prompt.
-        prompts: of a step. None: any number.
+        n: number of responses to each prompt.
+        prompts: number of prompts of a step. None: any number.
 
     Raises:
-        UserError: there is none, or it has other numbers of prompts or responses.
+        UserError: the file does not exist, or has another number of prompts or responses.
     """
     path = folder / f"rollouts-{iteration:07d}.pt"
     if not path.is_file():
@@ -153,13 +153,13 @@ def replayed(folder: Path, iteration: int, n: int, prompts: int | None = None) -
     if written != n or len(batch) % n:
         what = f"{written} responses to each prompt" if written != n else f"{len(batch)} responses, no multiple of {n}"
         raise UserError(
-            f"{path}: found {what}, expected {n} to each prompt (rl_config.n_samples_per_prompt); set what the "
-            "rollouts were written with"
+            f"{path}: found {what}, expected {n} to each prompt (rl_config.n_samples_per_prompt); use the "
+            "value of the run that wrote the rollouts"
         )
     # The number of updates of a step, and whether it needs old log-probabilities, follow from global_batch_size.
     if prompts is not None and len(batch) != prompts * n:
         raise UserError(
             f"{path}: found responses to {len(batch) // n} prompts, expected {prompts} "
-            "(megatron_training.global_batch_size); set what the rollouts were written with"
+            "(megatron_training.global_batch_size); use the value of the run that wrote the rollouts"
         )
     return Experience(batch, found["texts"], [], found["consumed"], found["metrics"])

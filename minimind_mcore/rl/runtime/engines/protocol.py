@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine that writes responses."""
+"""The interface of the rollout engines, which generate responses for the trainer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from minimind_mcore.inputs.ranges import problem
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSamplingParams:
-    """How tokens are sampled; the names are those of vLLM and of `generate_config.sampling_config`.
+    """Sampling parameters, named as in vLLM and in `generate_config.sampling_config`.
 
     Attributes:
-        max_tokens: of a response, at most.
-        temperature: divides the logits; more than 0, as the policy that is trained is softmax(logits / temperature).
-        top_k: draw from so many of the likeliest; 0 or less for all.
-        top_p: and of these from the likeliest that together reach this probability.
-        min_p: and of these from those at least so likely, as a share of the likeliest.
-        stop: ids that end a response; the one that does is part of it.
+        max_tokens: maximum number of tokens of a response.
+        temperature: divisor of the logits. More than 0, because the trained policy is softmax(logits / temperature).
+        top_k: number of most likely tokens to sample from. 0 or less: all.
+        top_p: keep the most likely of these tokens until their probabilities add up to this value.
+        min_p: keep those of these tokens whose probability is at least this share of the highest probability.
+        stop: ids of end tokens. The end token is the last token of a response.
     """
 
     max_tokens: int
@@ -41,7 +41,9 @@ class RolloutSamplingParams:
                 raise UserError(f"sampling_config.{name}: {wrong}")
 
 
-PROBE = list(range(8))  # ids of a prompt whose log-probabilities show weights that an engine keeps in a packed form
+# Ids of a prompt. An engine that cannot return all its weights, because it packs them or runs in a server, returns
+# log-probabilities for this prompt instead, which change with the weights.
+PROBE = list(range(8))
 
 Ids = NDArray[np.int32]
 LogProbabilities = NDArray[np.float32]
@@ -49,15 +51,15 @@ LogProbabilities = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """What an engine wrote.
+    """A generated response.
 
     Attributes:
-        ids: [tokens] int32; of a finished response the last token ended it.
-        logp: [tokens] float32, under softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p
-            left to draw from: what the trainer computes of the same tokens.
-        finished: an end token was sampled ("stop"); else the limit was reached ("length").
-        routes: [tokens of prompt and response - 1, layers, k], the experts of each token that the engine has read; None
-            where the engine does not record them.
+        ids: [tokens] int32. The last id of a finished response is an end token.
+        logp: [tokens] float32, log-probabilities under softmax(logits / temperature) over the whole vocabulary. Top-k
+            and top-p do not change them, because the trainer computes its log-probabilities without top-k and top-p.
+        finished: whether an end token was sampled (vLLM's "stop"), not the limit reached ("length").
+        routes: [tokens of prompt and response - 1, layers, k], the experts of each token, without the last token, which
+            is not an input. None if the engine does not record experts.
     """
 
     ids: Ids
@@ -66,7 +68,7 @@ class Response:
     routes: NDArray[np.uint8] | None = None
 
     def first(self, count: int, context: int) -> Response:
-        """Return the first `count` tokens of the response to `context` tokens."""
+        """Cut the response to its first `count` tokens. `context` is the number of tokens of its prompt."""
         if len(self.ids) <= count:
             return self
         routes = None if self.routes is None else self.routes[: context + count - 1]
@@ -74,31 +76,33 @@ class Response:
 
 
 class RolloutEngine(Protocol):
-    """Writes responses with weights that the trainer hands over."""
+    """Generates responses with weights of the trainer."""
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the names and tensors of the whole megatron-core model; in place from the second time on.
+        """Load names and tensors of the whole megatron-core model. Later calls overwrite the weights in place.
 
-        The tensors come bucket by bucket and are not to be kept: they may share memory with the object store.
+        The tensors arrive bucket by bucket. The engine must copy them, because they may share memory with Ray's object
+        store.
         """
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the tensors that it computes with, by its own names."""
+        """Return copies of the engine's tensors, by the engine's own names."""
         ...
 
     def perturb(self) -> None:
-        """Spoil every weight: the next `load_weights` must put all of them right."""
+        """Overwrite every weight with a wrong value, to test that `load_weights` writes all weights."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: RolloutSamplingParams, seeds: Sequence[int]
     ) -> list[Response]:
-        """`n` responses to each prompt, neighbours in the result.
+        """Generate `n` responses to each prompt. Responses to one prompt are next to each other in the result.
 
         Args:
-            prompts: ids.
-            n: of each.
-            sampling: how tokens are sampled.
-            seeds: one for each response: the same seed and weights write the same response, whoever runs it.
+            prompts: token ids of each prompt.
+            n: number of responses to each prompt.
+            sampling: sampling parameters.
+            seeds: one seed for each response. With equal seeds and weights every engine process generates equal
+                responses. SGLang ignores the seeds.
         """
         ...
 
@@ -116,6 +120,6 @@ def spoil(model: torch.nn.Module) -> None:
 
 
 def uniforms(seeds: Sequence[int], count: int) -> NDArray[np.float32]:
-    """[responses, count] numbers in [0, 1) that each response draws its tokens with."""
+    """Return random numbers in [0, 1), [responses, count], with which each response samples its tokens."""
     rows = [np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32) for seed in seeds]
     return np.stack(rows)

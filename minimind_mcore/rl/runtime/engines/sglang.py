@@ -1,12 +1,12 @@
 """SGLang as rollout engine over HTTP, by the protocol of MiniMind's rollout_engine.py.
 
-    GET  /health                     a server is there
+    GET  /health                     whether a server answers
     POST /generate                   ids in, ids and log-probabilities out
     POST /update_weights_from_disk   the directory of new weights, which this engine writes where the server can read
-    POST /flush_cache                forget what was computed with the old weights
+    POST /flush_cache                drop the KV cache of the old weights
 
-This engine was tested against a stand-in server of this protocol, not against SGLang itself. SGLang draws tokens with
-its own random numbers: `megatron_training.seed` does not repeat its responses.
+This engine was tested against a stand-in server of this protocol, not against SGLang itself. SGLang samples tokens with
+its own random numbers, so runs with the same `megatron_training.seed` get different responses.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class SGLangEngine:
 
     Args:
         settings: the section `minimind`.
-        url: of the server.
+        url: address of the server.
         model: the architecture.
-        vocab_size: ids that the tokenizer has.
-        dtype: of the weights that the server gets.
+        vocab_size: number of ids of the tokenizer.
+        dtype: dtype in which the weights are sent to the server.
 
     Raises:
         UserError: no server answers, or the vocabulary is padded.
@@ -75,7 +75,7 @@ class SGLangEngine:
         self._ask("/flush_cache", {})
 
     def weights(self) -> dict[str, Tensor]:
-        """Log-probabilities of a short greedy response: the protocol has no way to ask for weights."""
+        """Return log-probabilities of a short greedy response, because the protocol cannot return weights."""
         self._ask("/flush_cache", {})  # a cached prompt would be computed by other kernels
         greedy = RolloutSamplingParams(max_tokens=len(PROBE), top_k=1)
         [response] = self.generate([PROBE], 1, greedy, [0])
@@ -118,7 +118,7 @@ class SGLangEngine:
         return Response(np.array(ids, np.int32), np.array([pair[0] for pair in pairs], np.float32), finished)
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Return the answer to a GET, or to a POST of a body; JSON, or else its text.
+        """Send a GET, or a POST if there is a body. Return the parsed JSON of the answer, or its text if not JSON.
 
         Raises:
             UserError: the server does not answer in time, or answers with an error.
@@ -143,7 +143,7 @@ class SGLangEngine:
 
 
 def write_model(folder: Path, config: ModelConfig, dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a directory of transformers, in files of about a bucket: the whole model is never in memory."""
+    """Write a Hugging Face directory in files of about `BUCKET_BYTES`, so that memory never holds the whole model."""
     (folder / "config.json").write_text(json.dumps(hf_config(config)), encoding="utf-8")
     where: dict[str, str] = {}
     held: dict[str, Tensor] = {}

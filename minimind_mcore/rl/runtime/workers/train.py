@@ -1,4 +1,4 @@
-"""Ranks of a trained model as Ray actors, and the group of them: if one dies, all begin anew."""
+"""The ranks of a model as Ray actors, and their group. If one rank dies, the whole group starts again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minimind_mcore.rl.runtime.weight_sync import IN_FLIGHT, WeightVersion
 
 
 def own_address() -> str:
-    """By which the cluster knows this host."""
+    """Return the address of this host in the Ray cluster."""
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
 
@@ -33,13 +33,13 @@ class TrainWorker:
     """One training rank. It reports its address, joins the process group, and then runs the methods of `Rank`."""
 
     def __init__(self) -> None:
-        self._buckets: dict[tuple[int, int], Any] = {}  # references of the last buckets that were asked for
+        self._buckets: dict[tuple[int, int], Any] = {}  # object references of the last requested buckets
 
     def where(self) -> tuple[str, int]:
-        """Address and port at which the group meets if this is its rank 0."""
+        """Open a TCP store and return its address and port. The group uses the store of its rank 0 as rendezvous."""
         address = own_address()
-        # Listens from now on. A port that is only reserved must be freed before rank 0 listens on it, and in the time
-        # until then another program took it. `start` has torch use this store, as under torchrun.
+        # The store listens from now on. With a port that was only chosen here and opened later, another program took
+        # the port in between. `start` makes torch use this store, as torchrun does.
         self._meeting = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return address, int(self._meeting.port)
 
@@ -58,7 +58,7 @@ class TrainWorker:
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(world),
-            LOCAL_RANK="0",  # Ray shows an actor its own device alone
+            LOCAL_RANK="0",  # Ray shows an actor only its own device
             MASTER_ADDR=rendezvous[0],
             MASTER_PORT=str(rendezvous[1]),
             TORCHELASTIC_USE_AGENT_STORE="True",
@@ -71,12 +71,16 @@ class TrainWorker:
         self.rank = Rank(config, role, reference)
 
     def call(self, method: str, *arguments: Any, acknowledge: bool = False) -> Any:
-        """A method of the rank; with `acknowledge` None comes first, which tells of errors without the result."""
+        """Call a method of the rank. With `acknowledge`, return (None, result): two Ray objects with num_returns=2, so
+        that the caller can wait for errors without fetching the result."""
         found = getattr(self.rank, method)(*arguments)
         return (None, found) if acknowledge else found
 
     def bucket(self, weights: WeightVersion, number: int) -> list[Any]:
-        """Return a reference of this rank's shards of a bucket, in a list; every engine gets the same object."""
+        """Put this rank's shards of a bucket into the object store once, and return the reference to every engine.
+
+        The reference is in a list, because Ray would replace a bare reference by the object.
+        """
         key = (weights.number, number)
         if key not in self._buckets:
             found = self.rank.shards(weights.number, weights.buckets[number])
@@ -95,11 +99,11 @@ class PerRank:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The weights of one moment, which stay on the training ranks until an engine asks for them.
+    """One version of the weights, which stays on the training ranks until an engine asks for it.
 
     Attributes:
-        ranks: the actors that hold them.
-        version: which weights.
+        ranks: the actors that hold the weights.
+        version: number of the version, and its buckets.
     """
 
     ranks: list[Any]
@@ -119,18 +123,18 @@ class WeightSource:
             if number >= IN_FLIGHT - 1:
                 given = ray.get([reference for [reference] in ray.get(asked.popleft())])
                 yield from weight_sync.join(given).items()
-                del given  # while the next bucket is on its way
+                del given  # frees the bucket before `ray.get` waits for the next one
 
 
 class TrainGroup:
     """All ranks of one model.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         role: "actor", "reference" or "critic".
-        places: one for each rank.
-        share: of a device that a rank takes.
-        reference: hold the reference's weights too.
+        places: one bundle of the placement group for each rank.
+        share: fraction of a device that a rank takes.
+        reference: also hold the weights of the reference model.
     """
 
     def __init__(
@@ -141,16 +145,16 @@ class TrainGroup:
         self.share = share
         self.names = [f"{role} rank {rank}" for rank in range(len(self.places))]
         self.actors: list[Any] = []
-        self.ranks: list[int] = []  # of each actor in data parallelism
+        self.ranks: list[int] = []  # data-parallel rank of each actor
         self.division: Division
 
     def start(self, at: int | None = None) -> dict[str, Any]:
-        """Start the ranks and load their weights (of iteration `at`); returns what `Rank.load` does."""
+        """Start the ranks and load the weights of iteration `at`. Return the result of `Rank.load`."""
         self.stop()
         gpus = {"num_gpus": self.share} if device.current().kind != "cpu" else {}
         remote = ray.remote(TrainWorker)
         self.actors = [remote.options(**place.options(**gpus)).remote() for place in self.places]
-        # A place may have been lost and not yet be known to be: an actor then waits for it.
+        # If Ray has not noticed yet that the node of a bundle is lost, the actor waits until Ray replaces the bundle.
         patience = self.config.minimind.cluster_wait_s
         rendezvous = collect([a.where.remote() for a in self.actors], self.names, "to start", patience)[0]
         world = len(self.actors)
@@ -167,12 +171,12 @@ class TrainGroup:
         return found
 
     def submit(self, method: str, *arguments: Any, acknowledge: bool = False) -> list[Any]:
-        """Begin a call of `Rank`'s method on every rank; returns the references of what they return.
+        """Start a call of a method of `Rank` on every rank. Return the references to the results.
 
         Args:
-            method: its name.
-            arguments: the same for all, or `PerRank`.
-            acknowledge: return two references for each rank, the first of None.
+            method: name of the method.
+            arguments: arguments, equal for all ranks except those in `PerRank`.
+            acknowledge: return two references for each rank, the first one to None (see `TrainWorker.call`).
         """
         found = []
         for number, actor in enumerate(self.actors):
@@ -185,31 +189,31 @@ class TrainGroup:
         """Call a method of `Rank` on every rank, and return what the ranks return.
 
         Raises:
-            Lost: a rank died, or does not answer: `start` again.
-            UserError: as a rank raised it.
+            Lost: a rank died or does not answer. The group must `start` again.
+            UserError: a rank raised it.
         """
         return collect(self.submit(method, *arguments), self.names, f"{self.role}: {method}", self.timeout)
 
     def measure(self, shards: list[Any], reference: bool = False) -> list[Any]:
-        """References of what each rank measures of the shards of its data-parallel rank: see `Rank.measure`."""
+        """Call `Rank.measure` with the shards of each data-parallel rank. Return references to the results."""
         found = self.submit("measure", PerRank(shards), reference, acknowledge=True)
         collect([done for done, _ in found], self.names, f"{self.role}: measure", self.timeout)
         return [share for _, share in found]
 
     def update(self, shards: list[Any], iteration: int, kl_coef: float | None = None) -> dict[str, float]:
-        """Train on the shards of each data-parallel rank: see `Rank.update`."""
+        """Train on the shards of each data-parallel rank (`Rank.update`). Return the metrics."""
         found: dict[str, float] = self.call("update", PerRank(shards), iteration, kl_coef)[0]
         return found
 
     def weights(self, keep: bool = False) -> WeightSource:
-        """The present weights, for the engines; `keep` them on the ranks during later updates: `Rank.publish`."""
+        """Return the current weights for the engines. `keep` copies them, so that later updates do not change them."""
         return WeightSource(self.actors, self.call("publish", keep)[0])
 
     def save(self, iteration: int, consumed: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint: see `Rank.save`."""
+        """Write a checkpoint on all ranks (`Rank.save`)."""
         self.call("save", iteration, consumed, state)
 
     def stop(self) -> None:
-        """End the ranks."""
+        """Stop the ranks' processes."""
         supervise.stop(self.actors)
         self.actors = []
