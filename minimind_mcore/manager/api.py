@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 PAGE = web.page("manager")
 Endpoint = Callable[[Request], Awaitable[Response]]
 POLL_SECONDS = 0.3
-MOST_ROWS = 2000  # of metrics in one reply
-MOST_JOBS = 8  # that are compared
-TAIL = 1000  # lines of a log that a page begins with
+MOST_ROWS = 2000  # rows of metrics in one reply
+MOST_JOBS = 8  # jobs in one comparison
+TAIL = 1000  # most lines of an older log that a client can ask for
 
 
 def create_app(planner: Planner, token: str) -> ASGIApp:
     """Return the application.
 
     Args:
-        planner: of the jobs, with their queue.
-        token: that clients send as bearer token.
+        planner: checks the requests of jobs, and has their queue.
+        token: bearer token that clients must send.
     """
     from minimind_mcore.manager import ascend_api
 
@@ -62,7 +62,7 @@ def create_app(planner: Planner, token: str) -> ASGIApp:
 
 
 def _information(queue: Queue) -> dict[str, Endpoint]:
-    """Return the endpoints about what there is, by method and path."""
+    """Return the endpoints about the manager, its devices, directories and forms, by method and path."""
     directories, hardware = queue.directories, queue.hardware
 
     async def info(asked: Request) -> Response:
@@ -179,7 +179,7 @@ def event_stream(queue: Queue, job: JobRecord, asked: Request) -> Response:
     """Return the events of a job that a client does not have.
 
     The header Last-Event-ID says what the client has. Without it the query `tail` limits the log to its last lines. The
-    stream of a job that has ended ends too: a browser opens at most six connections to a server.
+    server closes the stream after the last event of a job, because a browser opens at most six connections to a server.
     """
     last, tail = asked.headers.get("last-event-id", ""), asked.query_params.get("tail", "")
     cursor = Cursor.parse(last)
@@ -219,13 +219,13 @@ async def _unexpected(asked: Request, problem: Exception) -> Response:
 
 
 class Gate:
-    """Asks for the token. Only the files of the page, which have no data, are for everybody."""
+    """Refuse requests without the token. Only the files of the page, which contain no data, need no token."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self._expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         is_page = scope.get("path") in PAGE and scope.get("method") in ("GET", "HEAD")
         if scope["type"] == "http" and not is_page:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")

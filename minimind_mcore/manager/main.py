@@ -34,9 +34,9 @@ from minimind_mcore.paths import default_outputs, install_command
 if TYPE_CHECKING:
     from minimind_mcore.manager.queue import Queue
 
-PORT = 8999  # minimind-ascend's
+PORT = 8999  # the port of minimind-ascend's manager
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "httptools")
-CLOSE_SECONDS = 3  # that streams of events get when the manager ends
+CLOSE_SECONDS = 3  # time for event streams to close when the manager ends
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     found = documented_parser("minimind-mcore manager", __doc__)
     found.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this host alone)")
     found.add_argument("--port", type=int, help="port to listen at (default: PORT, else 8999)")
-    found.add_argument("--token", default="", help="as TOKEN; other users of the host can read flags")
+    found.add_argument("--token", default="", help="like TOKEN, but other users of the host can read flags")
     found.add_argument(
-        "--jobs", default="", metavar="DIRECTORY", help="of the jobs (default: OUTPUT_DIR, else outputs/manager)"
+        "--jobs", default="", metavar="DIRECTORY", help="jobs' directory (default: OUTPUT_DIR, else outputs/manager)"
     )
     found.add_argument(
         "--allow", action="append", default=[], metavar="DIRECTORY",
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--cpu-slots", type=int, default=1, help="jobs that may run on the CPU at once (default: 1)")
     found.add_argument(
-        "--stop-seconds", type=float, default=600, help="that a job may take to save before it is killed (default: 600)"
+        "--stop-seconds", type=float, default=600, help="time for a job to save before it is killed (default: 600)"
     )
     return found
 
@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= port < 65536:
         raise UserError(f"--port {port}: expected 0 to 65535; 0 takes a free port")
     if args.cpu_slots < 1 or not args.stop_seconds > 0:
-        raise UserError("--cpu-slots and --stop-seconds: expected 1 or more, and more than 0")
+        raise UserError("--cpu-slots: expected 1 or more; --stop-seconds: expected more than 0")
     token = args.token or env("TOKEN") or secrets.token_urlsafe(24)
     if not (token.isascii() and all(letter.isalnum() or letter in "-._~" for letter in token)):
-        raise UserError("TOKEN (--token): expected letters, digits and - . _ ~ alone, as an address carries it")
+        raise UserError("TOKEN (--token): expected only letters, digits and - . _ ~, because it is part of an address")
     from minimind_mcore.manager.files import Directories
     from minimind_mcore.manager.queue import DROPPED, Hardware, Queue
     from minimind_mcore.serve.embedded import listening
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     readable = dict.fromkeys((jobs, data, data_dir(), root / "outputs", *allowed))
     directories = Directories(jobs, data, tuple(readable), args.trust_reward_models)
     queue = Queue(directories, Hardware.find(args.cpu_slots), args.stop_seconds)
-    for name in DROPPED - {"DATA_DIR", "DEVICE"}:  # the stages' functions read some of them, such as TRAIN_ITERS
+    for name in DROPPED - {"DATA_DIR", "DEVICE"}:  # functions of stages read some of them, such as TRAIN_ITERS
         os.environ.pop(name, None)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.hand_over()
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def serve(queue: Queue, token: str, listener: socket.socket) -> None:
-    """Answer at a socket until a signal, which also ends streams of events and a dry run."""
+    """Serve on a socket until a signal. The signal also ends event streams and a running dry run."""
     import uvicorn  # pyright: ignore[reportMissingImports]
     from sse_starlette.sse import AppStatus  # pyright: ignore[reportMissingImports]
 
@@ -125,7 +125,7 @@ async def serve(queue: Queue, token: str, listener: socket.socket) -> None:
         server.should_exit = AppStatus.should_exit = True
 
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    await asyncio.sleep(0)  # uvicorn has set handlers of its own, which would send the signal again after the end
+    await asyncio.sleep(0)  # let uvicorn set its handlers first: they would raise the signal again at the end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     try:

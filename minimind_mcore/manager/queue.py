@@ -58,12 +58,12 @@ SLOT = (CPU, 0)  # one of the CPU's slots, of which there are several
 
 @dataclass(frozen=True)
 class Hardware:
-    """What jobs can run on.
+    """The devices of the host, on which jobs run.
 
     Attributes:
-        kind: of the host's devices, as `doctor` finds them.
-        numbers: of the accelerators that this process may use; none on a CPU.
-        cpu_slots: jobs that may run on the CPU at the same time.
+        kind: kind of the devices, as `doctor` finds it.
+        numbers: numbers of the accelerators that this process may use. Empty on a CPU.
+        cpu_slots: number of jobs that may run on the CPU at the same time.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Hardware:
 
     @classmethod
     def find(cls, cpu_slots: int, host: Host | None = None) -> Hardware:
-        """Return the hardware of a host, from its tools; no device is opened."""
+        """Return the hardware of a host. Only the host's command-line tools are asked, so no device is opened."""
         host = host or Host()
         kind = devices.kind(host)
         if kind == CPU:
@@ -100,7 +100,7 @@ class Hardware:
         return kind, sorted(set(asked.devices)) or list(self.numbers if many else self.numbers[:1])
 
     def settings(self, kind: str, numbers: list[int]) -> dict[str, str]:
-        """Return the settings by which a command uses these devices and no others."""
+        """Return the settings that make a command use exactly these devices."""
         if kind == CPU:
             return {"DEVICE": CPU}
         return {"DEVICE": kind, "NPUS_PER_NODE": str(len(numbers)), **devices.selection(kind, numbers)}
@@ -111,8 +111,8 @@ class Queue:
 
     Args:
         directories: directories of the manager.
-        hardware: of the host.
-        stop_seconds: how long a job may take to save before it is killed.
+        hardware: devices of the host.
+        stop_seconds: seconds that a job may take to save before it is killed.
 
     Raises:
         UserError: another manager uses the directory.
@@ -124,8 +124,8 @@ class Queue:
         self._held = hold(directories.jobs / ".manager.lock")
         self._lock = threading.RLock()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._deadlines: dict[str, float] = {}  # of jobs that save: the monotonic clock's time, then they are killed
-        self._killed: dict[str, list[psutil.Process]] = {}  # and have not ended yet
+        self._deadlines: dict[str, float] = {}  # by job that saves: monotonic time at which it is killed
+        self._killed: dict[str, list[psutil.Process]] = {}  # killed processes that still exist
         self._ending = threading.Event()
         for folder in directories.jobs.glob(f"{DELETED}*"):
             if problem := erase(folder):
@@ -140,7 +140,7 @@ class Queue:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop following; jobs that run go on."""
+        """Stop the thread. Running jobs continue."""
         self._ending.set()
         self._thread.join()
         self._held.close()
@@ -158,10 +158,10 @@ class Queue:
         return list(self.jobs.values())
 
     def chat_request(self, job: JobRecord) -> JobRequest:
-        """Return the request of a server for the weights that a job has made.
+        """Return the request of a job that serves the weights of another job.
 
         Raises:
-            UserError: the job has made none.
+            UserError: the other job has no weights.
         """
         stage, asked = job.request.stage, job.request
         made = self.folder(job) / "hf" if stage == "convert" else self.output(job) / "checkpoints"
@@ -173,7 +173,7 @@ class Queue:
         return JobRequest(stage="serve", name=name, weights=weights, lora=lora, tokenizer=asked.tokenizer, settings=raw)
 
     def commands(self, asked: JobRequest, folder: Path) -> tuple[str, list[int], list[CommandRecord]]:
-        """Return devices and commands of a job that writes to a directory.
+        """Return the kind and the numbers of a job's devices, and its commands, which write to `folder`.
 
         Raises:
             UserError: the request is wrong.
@@ -191,7 +191,7 @@ class Queue:
             UserError: the request is wrong.
         """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.stage}-{secrets.token_hex(2)}"
-        with self._lock:  # no other request deletes the inputs after they were checked
+        with self._lock:  # so that no other request deletes the inputs after the check
             kind, numbers, commands = self.commands(asked, self.directories.jobs / name)
             job = JobRecord(
                 id=name, request=asked, commands=commands, device=kind, devices=numbers, created=time.time()
@@ -201,7 +201,7 @@ class Queue:
         return job
 
     def stop(self, job: JobRecord) -> None:
-        """Ask a job to save and end. A second request changes nothing: two clicks must not end a job that saves.
+        """Ask a job to save and end. A second call has no effect, so that a double click cannot interrupt the saving.
 
         Raises:
             UserError: the job has ended.
@@ -229,7 +229,7 @@ class Queue:
         return not self._killed[job.id]
 
     def _require_going(self, job: JobRecord) -> JobRecord:
-        """Return a job that has not ended; one that waits ends here.
+        """Return a job that has not ended. A queued job is set to stopped first, because it has no process.
 
         Raises:
             UserError: the job has ended.
@@ -246,10 +246,10 @@ class Queue:
             os.kill(job.pid, signal.SIGINT)
 
     def resume(self, job: JobRecord) -> None:
-        """Queue a job again that was stopped or failed: its commands continue from its checkpoint.
+        """Queue a stopped or failed job again. Its commands continue from its checkpoint.
 
         Raises:
-            UserError: the job runs, waits or has finished.
+            UserError: the job is queued or running, or has finished.
         """
         with self._lock:
             self._require_there(job)
@@ -272,8 +272,8 @@ class Queue:
             if users:
                 names = ", ".join(f"{user.id} ({user.state})" for user in users)
                 raise UserError(
-                    f"{job.id} cannot be deleted, because its files are needed by {names}. Stop a server or an "
-                    "evaluation first; delete another job first"
+                    f"{job.id} cannot be deleted, because its files are needed by {names}. Stop these jobs if they "
+                    "are servers or evaluations, else delete them first"
                 )
             if folder.is_symlink():
                 raise UserError(
@@ -332,11 +332,11 @@ class Queue:
                         self._follow(job)
                     elif job.state == "queued" and not self.blockers(job):
                         self._start(job)
-                except Exception:  # a full disk, or a directory that cannot be written; other jobs go on
+                except Exception:  # such as a full disk; the other jobs must not stop
                     logger.exception(f"the queue could not follow {job.id}; it tries again")
 
     def ask_servers(self) -> None:
-        """Notice servers that have loaded their models. The lock is free while they are asked."""
+        """Mark servers that have loaded their models as ready. The requests run without the lock, for they are slow."""
         for job in self.listed():
             address = job.address
             if address and not job.ready and answers(address):
@@ -354,7 +354,7 @@ class Queue:
         # Saved before the process starts: a manager that is killed in between finds the process by its mark.
         changes = {"attempt": job.attempt + 1, "mark": secrets.token_hex(16), "pid": 0, "started": time.time()}
         self._change(job, state="running", **changes)
-        # Not a setting of the command, which the log shows.
+        # The key is not a setting of the command, because the log shows the settings.
         environ = environment(job.mark) | ({"API_KEY": job.api_key} if job.api_key else {})
         with (folder / LOG).open("ab") as log, stops_blocked():
             self._children[job.id] = subprocess.Popen(
@@ -364,17 +364,17 @@ class Queue:
         self._change(job, pid=self._children[job.id].pid)
 
     def _find_again(self, job: JobRecord) -> None:
-        """Find the process of a job that a former manager started."""
+        """Find the process of a job that a previous manager started."""
         if not job.pid:
             if pid := record.runner_pid(job.mark):
                 self._change(job, pid=pid)
             elif job.state == "running" and not record.read_exit(self.folder(job), job.attempt):
                 self._change(job, state="queued", attempt=job.attempt - 1)
         if job.state == "stopping":
-            self._interrupt(job)  # the former manager may have ended before it did
+            self._interrupt(job)  # the previous manager may have ended before its signal
 
     def _follow(self, job: JobRecord) -> None:
-        """Notice that a job has ended, or kill one that takes too long to save."""
+        """Update the state of a job that has ended, or kill a job that takes too long to save."""
         child, folder = self._children.get(job.id), self.folder(job)
         if child and child.poll() is not None:
             del self._children[job.id]
@@ -382,7 +382,7 @@ class Queue:
             if job.state == "stopping" and time.monotonic() > self._deadlines[job.id]:
                 self._kill(job)
             return
-        # What the job's own process has left. The device is not free before all have ended.
+        # Kill processes that outlive the job's own process. The device is not free before all of them have ended.
         if not self._kill(job):
             return
         status, ended = record.read_exit(folder, job.attempt) or (128 + signal.SIGKILL, time.time())
@@ -418,7 +418,7 @@ def _needs(job: JobRecord) -> set[tuple[str, int]]:
 
 
 def answers(address: str) -> bool:
-    """Whether a server has loaded its model."""
+    """Return whether a server has loaded its model."""
     return health(address.rstrip("/"), timeout=1) == 200
 
 

@@ -1,13 +1,13 @@
-"""A job on disk: one directory with job.json, the log, how the last attempt ended, and what the job writes.
+"""A job on disk: one directory with the record, the log, the exit status and the output of the job.
 
     outputs/manager/20260101-120000-full_sft-1a2b/
         job.json        request, commands, devices, state; written atomically
-        log.txt         what the commands print, of all attempts
-        exit.json       written by the job's own process when the last attempt has ended
-        full_sft/       checkpoints, metrics.jsonl, curves: whatever the stage writes
+        log.txt         output of the commands, of all attempts
+        exit.json       exit status of the last attempt, written by the job's own process
+        full_sft/       output of the stage: checkpoints, metrics.jsonl, curves
 
-A process belongs to a job if its environment has the job's mark, or if it descends from such a process. A number of a
-process that the system has given to another program is therefore never taken for the job's.
+A process belongs to a job if its environment has the job's mark, or if it descends from such a process. The process id
+alone does not identify the process, because the system can give the id to another program.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TAIL = 1 << 16  # bytes of a log that are searched for the error
 
 
 class CommandRecord(BaseModel):
-    """A command of the kit, as `pipeline.job.Command` has it."""
+    """A command of the kit, with the fields of `pipeline.job.Command`."""
 
     words: list[str]
     settings: dict[str, str]
@@ -56,21 +56,25 @@ class JobRecord(BaseModel):
     """A job.
 
     Attributes:
-        id: name of its directory.
-        request: what the client asked for.
-        commands: run one after another.
-        device: kind of device.
-        devices: numbers of the accelerators that the job has for itself.
-        state: of the job.
-        created: seconds since the epoch; `started` is of the current attempt, `ended` of the last one.
+        id: name of the job's directory.
+        request: request of the client.
+        commands: commands, run in this order.
+        device: kind of the devices.
+        devices: numbers of the accelerators. No other job uses them at the same time.
+        state: current state.
+        created: time of creation, in seconds since the epoch.
+        started: start of the current attempt, in seconds since the epoch.
+        ended: end of the last attempt, in seconds since the epoch.
         status: exit status of the last attempt.
         error: why the job failed.
-        attempt: how often it was started.
+        attempt: number of starts.
         mark: value of the variable `MARK` in the processes of this attempt.
-        pid: of the job's own process; 0 before it is known.
-        address: of a server; `ready`: it answers.
-        api_key: that the server asks for: other users of the host, and other web pages, can reach its address.
-        version: counts the changes of this record.
+        pid: id of the job's own process. 0 if it is not known yet.
+        address: for a server: its address.
+        api_key: for a server: the key that clients must send, because other users of the host and other web pages can
+            reach the address.
+        ready: for a server: whether it answers.
+        version: number of changes of this record.
     """
 
     id: str
@@ -93,18 +97,18 @@ class JobRecord(BaseModel):
     version: int = 0
 
     def save(self, root: Path) -> None:
-        """Write the record, which only this user may read: it has the key of a server."""
+        """Write the record. Only this user may read the file, because it contains the key of a server."""
         self.version += 1
         with atomic_file(root / self.id / RECORD) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     def needs(self, folder: Path) -> bool:
-        """Whether the files of a directory are needed: to run or resume this job, or to use what it has made."""
+        """Return whether this job needs the files of a directory: to run, to be resumed, or to use its output."""
         if self.state in ENDED and self.request.stage in ("serve", "eval"):
-            return False  # neither has made weights, and starting one again is cheap
+            return False  # these jobs make no weights, and a new one is cheap
         if self.state == "finished":
-            base = self.request.weights if self.request.stage == "lora" else ""  # adapters are useless without it
+            base = self.request.weights if self.request.stage == "lora" else ""  # adapters are useless without the base
             texts = [str(Path(text).resolve()) for text in (base, self.request.tokenizer) if text]
         else:
             texts = [text for command in self.commands for text in (*command.words, *command.settings.values())]
@@ -112,12 +116,12 @@ class JobRecord(BaseModel):
         return any(f"{path}/" in f"{text}/" for text in texts for path in (folder, folder.resolve()))
 
     def is_alive(self) -> bool:
-        """Whether the job's own process runs."""
+        """Return whether the job's own process runs."""
         return bool(self.pid) and is_marked(self.pid, MARK, self.mark)
 
 
 def read_job(folder: Path) -> JobRecord | None:
-    """Return the job of a directory; None if it has none, or the record is damaged or of another directory (logged)."""
+    """Return the job of a directory. None if the directory has no record, or (logged) a record that cannot be used."""
     try:
         job = JobRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -125,7 +129,7 @@ def read_job(folder: Path) -> JobRecord | None:
     except (OSError, ValidationError, ValueError) as error:
         logger.error(f"{folder / RECORD} cannot be read; the manager does not list this job: {error}")
         return None
-    if job.id != folder.name:  # whoever stops or deletes the job of this id would change another directory
+    if job.id != folder.name:  # stopping or deleting this job would change another directory
         logger.error(
             f"{folder / RECORD} has the id {shown(job.id)}, expected {folder.name}; the manager does not list it. "
             "If you renamed its directory, rename it back"
@@ -135,7 +139,7 @@ def read_job(folder: Path) -> JobRecord | None:
 
 
 def read_exit(folder: Path, attempt: int) -> tuple[int, float] | None:
-    """Return exit status and time of the end of an attempt; None if it has not ended by itself."""
+    """Return the exit status and the time at which an attempt ended. None if it runs or was killed."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         found = json.loads((folder / EXIT).read_text(encoding="utf-8"))
         if found["attempt"] == attempt:
@@ -157,7 +161,7 @@ def processes(mark: str) -> list[psutil.Process]:
 
 
 def runner_pid(mark: str) -> int:
-    """Return the number of the job's own process; 0 if there is none."""
+    """Return the id of the job's own process. 0 if there is none."""
     for process in processes(mark):
         with contextlib.suppress(psutil.Error):
             if "minimind_mcore.manager.runner" in process.cmdline():
@@ -168,12 +172,12 @@ def runner_pid(mark: str) -> int:
 def kill(mark: str, known: Iterable[psutil.Process] = ()) -> list[psutil.Process]:
     """Kill the processes of an attempt. Return those that have not ended yet.
 
-    A process that waits in a driver ends late or never, and keeps its device. The system shows no environment of a
-    process that ends, so its mark is not found.
+    A killed process that waits in a driver ends late or never, and keeps its device. Its environment, and so its mark,
+    is no longer readable, so the caller passes it in `known`.
 
     Args:
-        mark: of the attempt.
-        known: the processes that a call before has returned.
+        mark: mark of the attempt.
+        known: result of the previous call.
     """
     found = dict.fromkeys([*known, *processes(mark)])
     for process in found:
@@ -183,11 +187,11 @@ def kill(mark: str, known: Iterable[psutil.Process] = ()) -> list[psutil.Process
 
 
 def end(mark: str, seconds: float = 10) -> None:
-    """Kill the processes of an attempt, and wait so long for their end."""
+    """Kill the processes of an attempt, and wait at most `seconds` until they have ended."""
     last, left = time.monotonic() + seconds, kill(mark)
     while left and time.monotonic() < last:
         time.sleep(0.05)
-        left = kill(mark, left)  # a child may have been born meanwhile
+        left = kill(mark, left)  # a process may have started a child in the meantime
 
 
 def _runs(process: psutil.Process) -> bool:

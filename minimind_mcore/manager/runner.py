@@ -1,9 +1,9 @@
 """python -m minimind_mcore.manager.runner DIRECTORY: the process of a job, which outlives the manager.
 
-It runs the commands of job.json one after another and writes exit.json, so that a manager that was restarted learns how
-they ended. SIGINT and SIGTERM go to the command that runs, which saves; no further command starts. Only the first
-signal goes there: a second one would end a training that saves. This module imports little, because it stays in memory
-as long as the job.
+It runs the commands of job.json one after another and writes exit.json, so that a restarted manager learns the exit
+status. SIGINT and SIGTERM are passed to the running command, which saves, and no further command starts. Only the first
+signal is passed on, because a second one would interrupt the saving. This module imports little, because it stays in
+memory as long as the job.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RECORD, EXIT = "job.json", "exit.json"
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a command with these settings. An empty one hides an inherited setting."""
+    """Return the environment of a command with these settings. An empty value hides an inherited setting."""
     return os.environ | settings | {"PYTHONUNBUFFERED": "1"}
 
 
@@ -39,7 +39,7 @@ def typed(words: Sequence[str], settings: Mapping[str, str]) -> str:
 
 
 class Runner:
-    """Runs commands until one fails or a signal comes."""
+    """Runs commands until one fails or a signal arrives."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -58,7 +58,7 @@ class Runner:
         print("+", typed(words, settings), flush=True)
         with errors.stops_blocked():
             self.process = subprocess.Popen([*CLI, *words], env=environment(settings), stdin=subprocess.DEVNULL)
-        if self.number:  # the signal came before the process was known
+        if self.number:  # the signal arrived before `self.process` was set
             self.process.send_signal(self.number)
         status = self.process.wait()
         self.process = None
@@ -78,5 +78,5 @@ class Runner:
 
 
 if __name__ == "__main__":
-    runner = Runner()  # its handlers are there before `errors.run` lets a signal through
+    runner = Runner()  # sets its signal handlers before `errors.run` unblocks signals
     errors.run(lambda: runner.run_all(Path(sys.argv[1])))
