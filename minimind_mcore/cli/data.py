@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 600  # time to wait for another process
 PROBLEMS = "grpo_minimind_math"  # the reinforcement learning dataset that has sample data
-MATH_SFT = "sample_math_sft.jsonl"  # made with it: dialogues to fine-tune the model with which it begins
+MATH_SFT = "sample_math_sft.jsonl"  # dialogues for fine-tuning the model from which this dataset's training starts
 HANDLERS = {"sft": "MiniMindInstructionHandler", "dpo": "MiniMindPairwiseHandler"}
 
 
@@ -79,7 +79,7 @@ def prepare(kind: str, more: Sequence[str], dry: bool, seq_length: str = "") -> 
         kind: "text", "sft" or "dpo".
         more: further flags of preprocess_data.py, which override the settings.
         dry: only check the input.
-        seq_length: tokens per sample, unless "".
+        seq_length: maximum number of tokens of a sample. "": the setting SEQ_LENGTH.
 
     Returns:
         The values of --data-path, and the tokenizer directory. A dry run returns no values if the data is not converted

@@ -8,7 +8,7 @@ MODEL = "minimind3_tiny"
 BATCH = 8  # global batch size; each process has one micro-batch
 WARM_UP = 50  # iterations
 MATH_SFT_ITERATIONS = 700
-# Training data as the chat template renders a prompt: no system prompt, and an empty reasoning block.
+# Flags that give training data the form of a prompt in chat: no system prompt, and an empty reasoning block.
 FORM = ("--system-ratio", "0", "--empty-think-ratio", "1")
 
 

@@ -36,7 +36,7 @@ def form_problems(args: argparse.Namespace) -> Iterator[str]:
         if path and any(any(Path(path).glob(pattern)) for pattern in HF_FILES):
             yield (
                 f"--{flag.replace('_', '-')} {path} is a Hugging Face model. MindSpeed-LLM 26.1.0 would convert it, "
-                "and export it again with queries, keys and values mixed up (D1, D2); convert it first:\n"
+                "and export it with queries, keys and values mixed up (docs/ascend.md, D1, D2); convert it first:\n"
                 f"    {conversion(path, 'hf2mcore', layout_settings(ParallelLayout.from_args(args)))}"
             )
     if args.save and args.ckpt_format != "torch":
@@ -112,7 +112,7 @@ def schedule_problems(args: argparse.Namespace) -> list[str]:
     there, here = ({flag: getattr(one, name, None) for name, flag in flags.items()} for one in (saved, args))
     return [
         f"{flag} is {there[flag]} in {directory} and {here[flag]} on the command line: MindSpeed-LLM keeps the "
-        f"checkpoint's even with --override-opt_param-scheduler. Give {flag} {there[flag]}, or resume with "
+        f"checkpoint's value even with --override-opt_param-scheduler. Give {flag} {there[flag]}, or resume with "
         "BACKEND=native, or begin a new run with the weights (--finetune)"
         for flag in flags.values()
         if there[flag] is not None and here[flag] is not None and there[flag] != here[flag]
@@ -166,7 +166,7 @@ def _needed(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def _check(args: argparse.Namespace, flag: str, root: Path, hosts: int) -> None:
     """Refuse a checkpoint that a run with these flags could not load."""
     if not _exists(root):
-        raise UserError(f"{flag} {root}: found no checkpoint there (no {TRACKER}); give where there is one")
+        raise UserError(f"{flag} {root}: found no checkpoint there (no {TRACKER}); give a directory that has one")
     directory = _iteration(root, args.ckpt_step if flag == "--load" else None)
     if not directory.is_dir():
         raise UserError(f"{flag} {root}: {TRACKER} or --ckpt-step names {directory.name}, which is not there")

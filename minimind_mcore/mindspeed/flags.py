@@ -37,11 +37,11 @@ from minimind_mcore.validation import validate
 
 # What MindSpeed-LLM does instead of this kit's flags.
 INSTEAD = {
-    "--minimind-init": "it starts with Megatron's weights, whose spread shrinks with the depth",
+    "--minimind-init": "it starts with Megatron's initial weights, whose standard deviation falls with the depth",
     "--lr-at-iteration-end": "its schedule lags MiniMind's by one iteration",
     "--decay-all": "its norms have no weight decay",
     "--keep-last": "it keeps every checkpoint",
-    "--log-file": "its log is what is printed",
+    "--log-file": "it only prints its log",
     "--output-dir": "it draws no curves",
 }
 # Flags with another name, or with an additional flag, in releases before 26.1.0.
@@ -122,7 +122,7 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
         args = build_parser(prog=program).parse_args(flags)
     except UserError as error:
         if native := [value for value in (*STAGES, *DPO_LOSSES) if f"invalid choice: '{value}'" in str(error)]:
-            raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has ({error})") from error
+            raise UserError(f"MindSpeed-LLM has no {native[0]}; BACKEND=native has it ({error})") from error
         raise
     rule = given_router_weight(argv)
     if rule:  # replaces the other router flags, which may then contradict each other
@@ -162,7 +162,7 @@ def require_files(flags: Sequence[str]) -> None:
     for prefix in parse_blend(args.data_path or []).prefixes:
         if not datasets_at(prefix):
             raise UserError(
-                f"--data-path {prefix}: no {prefix}.idx, nor one of instructions or pairs. Convert the data:\n"
+                f"--data-path {prefix}: no {prefix}.idx, and no dataset of instructions or pairs. Convert the data:\n"
                 "  bash examples/mcore/minimind/data_convert_minimind_pretrain.sh  # or _instruction, _pairwise"
             )
     if args.tokenizer_name_or_path:
@@ -248,7 +248,7 @@ def _moe_problems(args: argparse.Namespace, given: Sequence[str]) -> Iterator[st
     if named_router_weight(vars(args)) == "straight_through" and balancing not in STRAIGHT_THROUGH_BALANCING:
         yield (
             f"--router-weight straight_through with --moe-router-load-balancing-type {balancing}: its router computes "
-            f"other weights than a softmax's; use {', '.join(STRAIGHT_THROUGH_BALANCING)}"
+            f"other weights than a softmax; use {', '.join(STRAIGHT_THROUGH_BALANCING)}"
         )
     if args.lora_target_modules and "--moe-token-dispatcher-type" in given and dispatcher != "alltoall_seq":
         yield "LoRA on a mixture of experts needs --moe-token-dispatcher-type alltoall_seq"

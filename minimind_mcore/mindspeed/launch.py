@@ -54,7 +54,7 @@ def home() -> Path:
 
 
 def size(words: Sequence[str]) -> tuple[int, int]:
-    """Return the number of processes of the job and of its hosts, from torchrun's flags."""
+    """Return the number of processes and the number of hosts of the job, from torchrun's flags."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in ("--nproc-per-node", "--nnodes"):
         parser.add_argument(flag, type=int, default=1)
@@ -63,7 +63,7 @@ def size(words: Sequence[str]) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the command, and replace this process by it: torchrun and the program. `--dry-run` only prints.
+    """Print the command, and replace this process by torchrun, which runs the program. `--dry-run` only prints.
 
     Raises:
         UserError: no program is named, or MindSpeed-LLM is not found.

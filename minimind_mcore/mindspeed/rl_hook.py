@@ -7,10 +7,10 @@ Each change is applied when its module is imported, and logged once per process:
 | module | change |
 |---|---|
 | workers.resharding.weight_adaptor | add weight adaptors for MiniMind2 (a Llama) and, on 2.2.0, MiniMind-3's mixture |
-| utils.tokenizer | accept 0 as a pad id, so that rows without an end lose their padding |
+| utils.tokenizer | accept 0 as a pad id, so that rows without an end token lose their padding |
 | models.rollout.vllm_engine | master's synchronous rollout passes ids, not texts without their special tokens |
-| models.base.base_training_engine | passes for log-probabilities keep their order under shuffle_mini_batch; a
-  temperature of 0 is refused instead of divided by |
+| models.base.base_training_engine | forward passes for log-probabilities are not shuffled by shuffle_mini_batch; a
+  temperature of 0 is refused, because logits are divided by it |
 | workers.base_worker | separate workers get the profiler settings, which master gives only to the integrated worker |
 | models.rule_verifier | a verifier can be an import path package.module:function, called as in the embedded trainer;
   an unknown name is an error instead of a reward of 0 |
@@ -120,7 +120,7 @@ def roll_out_ids(module: ModuleType) -> None:
 
 
 def keep_order(module: ModuleType) -> None:
-    """Do not shuffle passes without training, and refuse to divide by a temperature of 0."""
+    """Do not shuffle forward-only passes, and refuse to divide by a temperature of 0."""
     cls = module.BaseTrainingEngine
     original = cls._forward_backward_batch
 
@@ -161,7 +161,7 @@ def give_profiler(module: ModuleType) -> None:
 
 
 # Prompts and lengths of the responses that are being scored. MindSpeed-RL does not pass them to verifiers.
-_KNOWN: ContextVar[Mapping[str, Any]] = ContextVar("known", default={})  # noqa: B039 (nobody changes it)
+_KNOWN: ContextVar[Mapping[str, Any]] = ContextVar("known", default={})  # noqa: B039 (the default is never modified)
 
 
 def call_user_rewards(module: ModuleType) -> None:

@@ -2,8 +2,8 @@
 
     MINDSPEED_RL_HOME=/workspace/MindSpeed-RL BACKEND=mindspeed-rl python train_grpo.py --config-name grpo_minimind3
 
-The YAML is checked (`rl.config.lint`) and written without groups, with absolute paths and with the keys of the
-installed version. Next to it a runtime environment is written, whose setup hook patches every worker (`rl_hook`).
+The YAML is checked (`rl.config.lint`) and written without hydra's config groups, with absolute paths and with the keys
+of the installed version. A runtime environment is written next to it. Its setup hook patches every worker (`rl_hook`).
 The command is printed; `--dry-run` stops there.
 """
 
@@ -98,7 +98,7 @@ def prepare(program: str, name: str, overrides: Sequence[str], directory: str | 
     for finding in [*findings, *_cores(tree, target)]:
         logger.info(finding)
     if any(finding.level == "error" for finding in findings):
-        raise UserError(f"{file}: not fit for {target} in {folder}; see the errors above")
+        raise UserError(f"{file}: not valid for {target} in {folder}; see the errors above")
     _check_checkpoints(tree)
     stage = tree["megatron_training"].get("stage") or STAGES["ppo" if program == "train_ppo.py" else "grpo"]
     if (stage == "ray_ppo") != (program == "train_ppo.py"):
@@ -154,7 +154,7 @@ def require_grouped(load: str | None) -> None:
 
 
 def _hosts() -> int:
-    """Return the number of hosts of the Ray cluster: NNODES, as the scripts of several hosts set it."""
+    """Return the number of hosts of the Ray cluster: NNODES, which the scripts for several hosts set."""
     found = os.environ.get("NNODES") or "1"
     if not found.isdigit() or int(found) < 1:
         raise UserError(f"NNODES={found}: expected the number of hosts")

@@ -61,7 +61,7 @@ DRY_RUN = {"pretrain", "sft", "lora", "dpo", "reason", "distill"}
 
 # Environment variables that hold paths. A command that repeats a stage gets them as absolute paths.
 PATHS = ("OUTPUT_DIR", "DATA_DIR", "TOKENIZER_PATH", "HOSTFILE")
-HOSTS = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a run on several hosts, which needs no record of them
+HOSTS = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # not in records, because they do not change the result
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     logger.info(f"stages: {' '.join(run.stages)}")
     unused = [name for name in TRAINING if env(name) and name not in RL_SETTINGS]
     if unused and (learning := " ".join(name for name in run.stages if name in RL)):
-        logger.warning(f"{learning}: no effect of {', '.join(unused)}; configs/rlxf has the values (docs/rl_config.md)")
+        logger.warning(f"ignored by {learning}: {', '.join(unused)}; set values in configs/rlxf (docs/rl_config.md)")
     kind = docker.kind_of_host(args.dry_run) if args.docker else ""
     stages = run.stages
     if kind:
@@ -115,7 +115,7 @@ def first_impossible(run: Run, in_container: bool) -> str:
     for stage in run.stages:
         try:
             require_space(run, stage)
-            # The sizes of sample stages follow from the devices that the container sees: it checks them itself.
+            # The settings of sample stages depend on the devices that the container sees, so the container checks them.
             for job in [] if in_container and run.sample else STAGES[stage](run):
                 require_inputs(run, stage, job)
                 if stage == "download":
@@ -447,7 +447,7 @@ def repeat_command(run: Run, args: argparse.Namespace, stage: str) -> str:
     script = CHECKOUT / "examples/run_all.sh"
     if script.is_file() and args.docker:  # the script needs CANN on an Ascend host
         values["PYTHONPATH"], program = str(CHECKOUT), [*CLI, "run"]
-    elif script.is_file():  # works in any directory, and with this checkout
+    elif script.is_file():  # the script works in any directory and uses this checkout
         values["PYTHON"], program = sys.executable, ["bash", str(script)]
     else:
         program = [*CLI, "run"]

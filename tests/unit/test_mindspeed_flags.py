@@ -61,8 +61,8 @@ PROBLEMS = {
         "alltoall_seq",
     ),
     "DPO at TP": (flags_of(more=["--stage", "dpo", "--tensor-model-parallel-size", "2"]), "first token of each"),
-    "stage": (flags_of(more=["--stage", "distill"]), "has no distill; BACKEND=native has (argument --stage: "),
-    "loss": (flags_of(more=["--stage", "dpo", "--dpo-loss-type", "simpo"]), "has no simpo; BACKEND=native has ("),
+    "stage": (flags_of(more=["--stage", "distill"]), "has no distill; BACKEND=native has it (argument --stage: "),
+    "loss": (flags_of(more=["--stage", "dpo", "--dpo-loss-type", "simpo"]), "has no simpo; BACKEND=native has it ("),
     "rotary base": (flags_of(more=["--rotary-base", "1e6"]), "invalid int value: '1e6'"),
     "unknown": (flags_of(more=["--num-layer", "8"]), "did you mean --num-layers?"),
 }  # fmt: skip
@@ -292,7 +292,7 @@ def test_files_of_a_job_are_there(tmp_path: Path) -> None:
     good += ["--tokenizer-name-or-path", f"{tmp_path}/tokenizer", "--save", f"{tmp_path}/new/checkpoints"]
     require_files(good)
     wrong = {
-        "--data-path": (f"{tmp_path}/none", r"no \S+none.idx, nor one of instructions or pairs"),
+        "--data-path": (f"{tmp_path}/none", r"no \S+none.idx, and no dataset of instructions or pairs"),
         "--tokenizer-name-or-path": (f"{tmp_path}/none", "no tokenizer.json there"),
         "--prompt-type-path": (f"{tmp_path}/none.json", "no such file"),
         "--save": (f"{tmp_path}/a b.idx/checkpoints", "cannot be written"),

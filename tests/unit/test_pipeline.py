@@ -150,7 +150,7 @@ def test_training_settings_reach_reinforcement_learning(
     assert set(expected) < set(words)
     monkeypatch.setattr(main, "wait_for", lambda *words: 0)
     main.main(["--sample", "pretrain", "full_sft", "grpo", "--dry-run"])
-    assert "grpo: no effect of EPOCHS; configs/rlxf" in caplog.text
+    assert "ignored by grpo: EPOCHS; set values in configs/rlxf" in caplog.text
     monkeypatch.setenv("LR", "fast")
     with pytest.raises(UserError, match="LR=fast: expected a number"):
         rl_words(run_of("full_sft", "grpo", "--reward-model", "rewards"), "grpo")

@@ -289,7 +289,7 @@ def test_ray_s_workers_get_the_environment_of_mindspeed_rl() -> None:
 @pytest.mark.parametrize(
     ("program", "name", "override", "message"),
     [
-        ("train_grpo.py", "grpo_minimind3", "minimind.algorithm=cispo", "not fit for mindspeed-rl-2.2.0"),
+        ("train_grpo.py", "grpo_minimind3", "minimind.algorithm=cispo", "not valid for mindspeed-rl-2.2.0"),
         ("train_grpo.py", "grpo_minimind3", "minimind.rewards=[nosuch_module:f]", "cannot import 'nosuch_module:f'"),
         ("train_grpo.py", "grpo_minimind3", "rl_config.verifier_function=[json:f]", "cannot import 'json:f'"),
         (
