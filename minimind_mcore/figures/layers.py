@@ -13,13 +13,13 @@ from minimind_mcore.models import yarn
 from minimind_mcore.models.moe import straight_through
 from minimind_mcore.models.presets import get_preset
 
-LAYER = 1  # of the figures that show one layer
+LAYER = 1  # the layer in figures that show one layer
 MIXED = "Return the sum of 17 and 25. 小明有 3 个苹果。\n    if x in list: return None"
 
 
 @torch.no_grad()
 def attention(study: Study) -> dict[str, Any]:
-    """The attention weights of all layers and heads on a question and its answer; of each row what it may see."""
+    """Return the causal attention weights of all layers and heads on a question and its answer."""
     ids = study.ids(study.chat(QUESTION) + "65")
     maps = study.models["full_sft"](torch.tensor([ids]), output_attentions=True).attentions
     rows = [[[per_mille(row[: place + 1]) for place, row in enumerate(head)] for head in layer[0]] for layer in maps]
@@ -55,7 +55,7 @@ def rope(study: Study) -> dict[str, Any]:
 
 
 def norm(study: Study) -> dict[str, Any]:
-    """The input, the weight and the output of an RMSNorm, and the vectors inside the SwiGLU after it, of one token."""
+    """Return an RMSNorm's input, weight and output for one token, and the vectors inside the SwiGLU that follows."""
     model = study.models["full_sft"]
     ids = study.ids(study.chat(QUESTION))
     layer = f"model.layers.{LAYER}"
@@ -89,7 +89,7 @@ def moe(study: Study) -> dict[str, Any]:
 
 
 def _router_gradient(model: Any, ids: list[int], rule: str) -> float:
-    """The norm of the gradient of the language-model loss for the routers' weights under a rule."""
+    """Return the norm of the gradient of the language-model loss with respect to the routers' weights, under a rule."""
 
     def route(module: Any, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, chosen = output

@@ -1,4 +1,4 @@
-"""Figures of layouts: what each rank holds and sends, the pipeline's timeline, a checkpoint, and a weight's way."""
+"""Figures of parallel layouts: contents and traffic of ranks, pipeline timelines, checkpoints, weight conversion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORLD = 8
 MODELS = ("minimind3", "minimind3_moe")
 MICRO_BATCHES = (4, 8)
 EXPERTS = "decoder.layers.0.mlp.experts.local_experts"
-# One rule of the weight table each.
+# Tensors of megatron-core, each converted by another rule of the weight table.
 JOURNEYS = {
     "qkv": "decoder.layers.0.self_attention.linear_qkv.weight",
     "fc1": "decoder.layers.0.mlp.linear_fc1.weight",
@@ -52,7 +52,7 @@ def parallel(study: Study) -> dict[str, Any]:
 
 
 def _described(work: Workload, machine: machines.Machine) -> dict[str, Any]:
-    """What one layout puts on its ranks, and the bytes that each rank sends and holds."""
+    """Return the layers, experts and parameters of each rank of a layout, and the bytes that a rank sends and holds."""
     layout, model = work.layout, work.model
     shapes = weights.mcore_shapes(model)
     per = layout.layers_per_virtual_stage
@@ -83,19 +83,20 @@ def _described(work: Workload, machine: machines.Machine) -> dict[str, Any]:
 
 
 def timeline(stages: int, micro_batches: int, virtual: int = 1) -> dict[str, Any]:
-    """Megatron's pipeline schedules, 1F1B and interleaved 1F1B, with a backward pass twice as long as a forward pass.
+    """Simulate a step of Megatron's pipeline schedules: 1F1B, or interleaved 1F1B with several chunks.
 
     Args:
-        stages: ranks of the pipeline.
-        micro_batches: of a step.
-        virtual: chunks of layers of each rank.
+        stages: number of ranks of the pipeline.
+        micro_batches: number of micro-batches of a step.
+        virtual: number of chunks of layers on each rank.
 
     Returns:
-        For each rank a list of [forward 0 or backward 1, micro-batch, chunk, start]. A forward pass of a chunk takes 1,
-        a backward pass 2. Then the end of the step, and the share of it that a rank waits.
+        `ranks`: for each rank a list of [0 for forward or 1 for backward, micro-batch, chunk, start]. The forward pass
+        of a chunk takes 1 unit of time, the backward pass 2. `end`: duration of the step. `bubble`: the share of this
+        time in which a rank waits.
     """
     orders = [_order(rank, stages, micro_batches, virtual) for rank in range(stages)]
-    done: dict[tuple[int, int, int, int], int] = {}  # kind, micro-batch, chunk, rank: its end
+    done: dict[tuple[int, int, int, int], int] = {}  # end by (kind, micro-batch, chunk, rank)
     lines: list[list[list[int]]] = [[] for _ in range(stages)]
     free, position = [0] * stages, [0] * stages
     last = stages * virtual - 1
@@ -116,13 +117,13 @@ def timeline(stages: int, micro_batches: int, virtual: int = 1) -> dict[str, Any
             lines[rank].append([kind, micro, chunk, start])
             position[rank] += 1
             moved = True
-        require(moved, f"the order of {stages} stages with {virtual} chunks does not end")
+        require(moved, f"the schedule of {stages} stages with {virtual} chunks is deadlocked")
     end = max(free)
     return {"ranks": lines, "end": end, "bubble": round(1 - 3 * micro_batches * virtual / end, 4)}
 
 
 def _order(rank: int, stages: int, micro_batches: int, virtual: int) -> list[tuple[int, int, int]]:
-    """The passes of a rank in order: warm-up, one forward and one backward in turn, cool-down."""
+    """Return the passes of a rank in order: warm-up, forward and backward passes in turn, cool-down."""
     total = micro_batches * virtual
     warm_up = stages - 1 - rank
     if virtual > 1:
@@ -142,7 +143,7 @@ def _order(rank: int, stages: int, micro_batches: int, virtual: int) -> list[tup
 
 
 def checkpoint(study: Study) -> dict[str, Any]:
-    """The files of a checkpoint, the tensors of one file, and the rows of tensors on their way from HF to a rank."""
+    """Return the files of a checkpoint, the shards of its tensors, and the `journey` of some tensors."""
     model = get_preset("minimind3_tiny")
     files = []
     if study.checkpoint:
@@ -166,10 +167,11 @@ def checkpoint(study: Study) -> dict[str, Any]:
 
 
 def journey(model: ModelConfig, label: str, name: str) -> dict[str, Any]:
-    """Where each row of a tensor of megatron-core, and of its parts with TP 2, comes from in transformers' tensors.
+    """Trace the rows of a megatron-core tensor, and of its two shards with TP=2, back to transformers' tensors.
 
-    The rule of the weight table converts tensors whose elements are their own positions. Runs of rows that stay
-    together are [source, first row, rows], runs of columns the same where tensor parallelism cuts columns.
+    To trace them, the conversion rule is applied to tensors whose elements are their own positions. The result is a
+    list of [number of the source tensor, first row, number of rows] for rows that stay together, or the same for
+    columns if tensor parallelism splits the columns.
     """
     rule = next(rule for rule in weights.rules(model) if name in rule.mcore and rule.written)
     base = 2**20
@@ -197,7 +199,7 @@ def journey(model: ModelConfig, label: str, name: str) -> dict[str, Any]:
 
 
 def cache(study: Study) -> dict[str, Any]:
-    """What a model holds when it generates: weights, and keys and values of each token; and a check of the cache."""
+    """Return the sizes of models and of their KV caches per token, and the error of logits that use the cache."""
     names = ("minimind3_tiny", "minimind3", "minimind3_moe", "minimind2_small", "minimind2")
     sizes = {}
     for name in names:
@@ -212,7 +214,7 @@ def cache(study: Study) -> dict[str, Any]:
 
 @torch.no_grad()
 def _cache_difference(study: Study) -> float:
-    """The largest difference of logits with and without the cache, over the tokens of a prompt."""
+    """Return the largest difference between logits with and without the KV cache, over the tokens of a prompt."""
     model = study.models["full_sft"]
     row = torch.tensor([study.ids(study.chat("27+38=?"))])
     whole = model(row).logits

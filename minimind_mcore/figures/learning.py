@@ -45,7 +45,7 @@ def schedule(study: Study) -> dict[str, Any]:
 
 @torch.no_grad()
 def lora(study: Study) -> dict[str, Any]:
-    """Singular values of what fine-tuning changed in each matrix, and the number of adapter parameters by rank."""
+    """Return the singular values of each matrix's change by fine-tuning, and adapter parameter counts by LoRA rank."""
     before, after = (study.models[name].state_dict() for name in ("pretrain", "full_sft"))
     changes = []
     for name, weight in after.items():
@@ -77,7 +77,7 @@ def _trainable(model: Any, lr: float) -> tuple[Any, torch.optim.Optimizer]:
 
 
 def dpo(study: Study) -> dict[str, Any]:
-    """Log-probabilities of a chosen and a rejected answer over some updates with the loss of DPO on this pair alone."""
+    """Return log-probabilities of a chosen and a rejected answer while DPO trains on this pair only."""
     from minimind_mcore.posttrain.dpo import preference_losses
     from minimind_mcore.training.config import ObjectiveSection
 
@@ -101,7 +101,7 @@ def dpo(study: Study) -> dict[str, Any]:
 
 @torch.no_grad()
 def sample(study: Study, question: str, generator: torch.Generator) -> list[list[int]]:
-    """A group of answers of the model that is still learning, each with its end token."""
+    """Sample a group of answers from the half-trained model `early_sft`. An answer has at most 6 tokens."""
     model, end = study.models["early_sft"], study.texts.eos_token_id
     rows = torch.tensor([study.ids(study.chat(question))] * GROUP["samples"])
     answers: list[list[int]] = [[] for _ in rows]
@@ -116,7 +116,7 @@ def sample(study: Study, question: str, generator: torch.Generator) -> list[list
 
 
 def grpo(study: Study) -> dict[str, Any]:
-    """A group of answers to one prompt, with rewards and advantages, and the ratios after each of some updates."""
+    """Return a group of answers to one prompt, their rewards and advantages, and the ratios after each update."""
     generator, drawn = torch.Generator().manual_seed(1), random.Random(1)
     for _ in range(200):
         first, second = drawn.randint(11, 49), drawn.randint(11, 49)

@@ -25,13 +25,14 @@ from minimind_mcore.preprocess.tokenize import Encoder, load_encoder
 
 logger = logging.getLogger(__name__)
 
-# The quickstart's model before and after fine-tuning, and early in it, when it answers some sums wrongly. Then two
-# mixtures of experts that differ in `router_weight`.
+# Checkpoints of the quickstart: pretrained, fine-tuned, and fine-tuned for only 250 iterations, after which the model
+# still answers some sums wrongly.
 DENSE = {
     "pretrain": "pretrain/checkpoints",
     "full_sft": "full_sft/checkpoints",
     "early_sft": "full_sft/checkpoints/iter_0000250",
 }
+# Models with mixtures of experts, and their `router_weight`.
 MIXTURES = {"moe": "straight_through", "moe_normalized": "normalized"}
 MIXTURE_ITERATIONS = 400
 # The byte of each character of the vocabulary: printable bytes stand for themselves, later characters for the others.
@@ -45,9 +46,10 @@ class Study:
     """A tokenizer and the models of the figures.
 
     Attributes:
-        tokenizer: its directory.
-        models: of transformers, in fp32 on the CPU, by the names in `DENSE` and `MIXTURES`.
-        checkpoint: the directory of the fine-tuned model's checkpoint, for its files; None without one.
+        tokenizer: directory of the tokenizer.
+        models: transformers models in fp32 on the CPU, by the names in `DENSE` and `MIXTURES`.
+        checkpoint: directory of the fine-tuned model's checkpoints, whose files a figure lists. None: no files.
+        digests: cache of `digest`.
     """
 
     tokenizer: Path
@@ -57,7 +59,7 @@ class Study:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        """Of the tokenizer."""
+        """The tokenizer's encoder."""
         return load_encoder(self.tokenizer, "tokenizers")
 
     @functools.cached_property
@@ -87,7 +89,7 @@ class Study:
             return "".join(f"‹{value:02x}›" for value in values)
 
     def chat(self, question: str) -> str:
-        """Return a question as the fine-tuned model gets it, up to where its answer begins."""
+        """Return the prompt of a question in the chat template, up to the beginning of the answer."""
         asked = [{"role": "user", "content": question}]
         return str(self.texts.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
 
@@ -113,11 +115,11 @@ def per_mille(tensor: Tensor) -> Any:
 
 
 def train(names: Collection[str], *, tokenizer: bool = True) -> Study:
-    """Train models, or use the quickstart's and those of an earlier call.
+    """Train the models that neither the quickstart nor an earlier call has trained, and load them.
 
     Args:
-        names: of the models that are needed.
-        tokenizer: whether the tokenizer is needed, too. Models always need it.
+        names: names of the models to load.
+        tokenizer: make the tokenizer even if no model is loaded.
 
     Raises:
         UserError: a training failed.
@@ -125,7 +127,7 @@ def train(names: Collection[str], *, tokenizer: bool = True) -> Study:
     root = default_outputs()
     data = root / "data/quickstart"
     if tokenizer or names:
-        # Data and tokenizer come from the stage download, with which each training begins.
+        # The stage download makes data and tokenizer. A sample run adds it before every training.
         stages = ["pretrain"] if "pretrain" in names else ["download"]
         if {"full_sft", "early_sft"} & {*names}:
             stages = ["pretrain", "full_sft"]

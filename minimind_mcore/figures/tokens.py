@@ -26,7 +26,7 @@ QUESTION = "27+38=?"
 
 
 def tokenizer(study: Study) -> dict[str, Any]:
-    """The tokenizer, as the page runs it: merges in their order, added tokens, and how texts are split before."""
+    """Return the tokenizer that the page runs: added tokens, merges in order, pre-tokenizer, and examples."""
     content = json.loads((study.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["model"]["merges"]]
     added = [token["content"] for token in content["added_tokens"]]
@@ -59,7 +59,7 @@ def embeddings(study: Study) -> dict[str, Any]:
 
 
 def mask(study: Study) -> dict[str, Any]:
-    """The tokens of a conversation, and which of them are labels, with loss on all answers and on the last only."""
+    """Return the tokens of a conversation, and the loss masks for all answers and for the last answer only."""
     info = tokenizer_info(study.tokenizer)
     messages = [
         {"role": "user", "content": QUESTION},
@@ -81,7 +81,7 @@ def mask(study: Study) -> dict[str, Any]:
 
 @torch.no_grad()
 def _token_losses(study: Study, ids: list[int]) -> torch.Tensor:
-    """The cross entropy of each token given those before; 0 for the first."""
+    """Return the cross entropy of each token given the tokens before it. 0 for the first token."""
     logits = study.models["full_sft"](torch.tensor([ids])).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     return torch.cat([torch.zeros(1), losses])
@@ -89,7 +89,10 @@ def _token_losses(study: Study, ids: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def sampling(study: Study) -> dict[str, Any]:
-    """The logits of the next token after some prompts, in hundredths, in descending order as differences."""
+    """Return the logits of the next token after some prompts, sorted in descending order.
+
+    In units of 0.01, `first` is the largest logit, and `drops` are the differences between neighbours.
+    """
     prompts = {
         "sum": ("full_sft", study.chat(QUESTION) + "6"),
         "greeting": ("full_sft", study.chat("What can you do?") + "I can"),
