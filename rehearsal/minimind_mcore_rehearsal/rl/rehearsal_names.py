@@ -1,11 +1,11 @@
-"""What an Ascend host has and this host has not, as far as MindSpeed-RL imports it.
+"""Stubs and patches with which MindSpeed-RL runs on a host without NPUs.
 
-* Modules below `vllm` and `vllm_ascend` that are not written here are made of classes that do nothing. So are
-  optional packages that are not installed.
-* Megatron-LM 0.12.1 writes `torch_dist` checkpoints with a private function of torch, which takes another argument
-  from torch 2.9 on. An Ascend host has torch 2.7.1.
+* Modules of `vllm` and `vllm_ascend` that this folder does not contain are replaced by stubs, whose classes do nothing.
+  So are optional packages that are not installed.
+* Megatron-LM 0.12.1 writes `torch_dist` checkpoints with a private function of torch. From torch 2.9 on this function
+  has one more argument, which a patch fills in. An Ascend host has torch 2.7.1.
 
-With REHEARSAL_ROLLOUTS it also records the batches that MindSpeed-RL's actor trains on.
+If REHEARSAL_ROLLOUTS is set, the batches that MindSpeed-RL's actor trains on are saved.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Names(types.ModuleType):
 
 
 class _NamesFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds every module of some packages; the last finder, so that real files come first."""
+    """Creates a stub for every module of some packages. It must be the last finder, so that real modules come first."""
 
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
@@ -64,7 +64,7 @@ class _NamesFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Behind(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Runs a function behind a module's own code."""
+    """Calls a function with a module after the module is imported."""
 
     def __init__(self, name: str, function: Callable[[Any], None]) -> None:
         self.name, self.function, self.busy = name, function, False
@@ -94,7 +94,7 @@ class _Behind(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _write_as_torch_saves(module: Any) -> None:
-    """Give `_write_item` the format that it had before there was a choice."""
+    """Fill in the argument that torch 2.9 added to `_write_item` with the format of earlier versions."""
     from torch.distributed.checkpoint import filesystem
 
     write = module._write_item
@@ -104,7 +104,7 @@ def _write_as_torch_saves(module: Any) -> None:
 
 
 def _record_updates(module: Any) -> None:
-    """Write the batch of every update where REHEARSAL_ROLLOUTS says, for comparisons with another trainer."""
+    """Save the batch of every update at the path REHEARSAL_ROLLOUTS, to compare it with another trainer."""
     engine = module.BaseTrainingEngine
     update, numbers = engine.update, itertools.count(1)
 
@@ -122,7 +122,7 @@ def _record_updates(module: Any) -> None:
 
 
 def install() -> None:
-    """Arrange for all of it; importing nothing."""
+    """Register the finders. MindSpeed-RL, torch and Megatron are not imported here."""
     missing = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
     sys.meta_path.append(_NamesFinder({"vllm", "vllm_ascend"} | missing))
     strategies = "megatron.core.dist_checkpointing.strategies"

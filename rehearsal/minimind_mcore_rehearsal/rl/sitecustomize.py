@@ -1,4 +1,4 @@
-"""Python runs this in every process, Ray's workers too, where this folder is on PYTHONPATH."""
+"""Python imports this module in every process with this folder on PYTHONPATH, also in Ray's workers."""
 
 import rehearsal_names
 

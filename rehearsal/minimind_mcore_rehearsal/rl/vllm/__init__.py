@@ -1,7 +1,8 @@
-"""A small generator in the place of vLLM 0.11, as MindSpeed-RL uses it: external launcher, dummy weights.
+"""A stand-in for vLLM 0.11 with the part of its interface that MindSpeed-RL uses.
 
-Its models have vLLM's class names and parameter names, whole or in tensor-parallel shards. The weights come from
-MindSpeed-RL's resharding. It has no KV cache: for each token it runs the model on the whole sequence.
+It supports only the external launcher and dummy weights, which MindSpeed-RL's resharding then overwrites. The models
+have vLLM's class names and parameter names, whole or in tensor-parallel shards. There is no KV cache: for each token
+the model runs on the whole sequence.
 """
 
 from .engine import LLM, RequestOutput, SamplingParams

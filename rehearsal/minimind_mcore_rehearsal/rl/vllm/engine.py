@@ -1,4 +1,4 @@
-"""`LLM` and its engine: what MindSpeed-RL's vllm_engine.py reaches into."""
+"""`LLM` and its engine, with the attributes that MindSpeed-RL's vllm_engine.py accesses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RequestOutput:
 
 
 class Engine:
-    """Answers one request in a step. The ranks of a tensor-parallel group draw the same random numbers."""
+    """Completes one request per step. The ranks of a tensor-parallel group draw the same random numbers."""
 
     def __init__(self, model: Any, config: Any, max_model_len: int, seed: int | None) -> None:
         self.model, self.max_model_len = model, max_model_len
@@ -99,7 +99,7 @@ class Engine:
             if token in self.eos:
                 break
         new = ids[len(prompt) :]
-        if path := os.environ.get("REHEARSAL_ROLLOUTS"):  # for comparisons
+        if path := os.environ.get("REHEARSAL_ROLLOUTS"):  # to compare responses with another rollout engine
             row = {"prompt": prompt, "response": new}
             row |= {"logprobs": [float(one.logprob) for step in logprobs for one in step.values()]}
             with open(f"{path}.{os.environ.get('RANK', '0')}.jsonl", "a", encoding="utf-8") as file:
@@ -114,18 +114,18 @@ class LLM:
         **_options: Any,
     ) -> None:  # fmt: skip
         if distributed_executor_backend != "external_launcher" or load_format != "dummy":
-            raise ValueError("the stand-in of vLLM has only external_launcher and dummy weights")
+            raise ValueError("the stand-in for vLLM supports only external_launcher and dummy weights")
         if tensor_parallel_size != parts():
             raise ValueError(f"tensor_parallel_size {tensor_parallel_size}, but the group has {parts()} ranks")
         config = AutoConfig.from_pretrained(model)
         name = (config.architectures or ["none"])[0]
         if name not in ModelRegistry.models:
-            raise ValueError(f"{model}: the stand-in of vLLM has no {name}, only {ModelRegistry.get_supported_archs()}")
+            raise ValueError(f"{model}: the vLLM stand-in has no {name}, only {ModelRegistry.get_supported_archs()}")
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         network = ModelRegistry.models[name](config, getattr(torch, dtype)).eval()
         self.llm_engine = Engine(network, config, max_model_len, seed)
         count = sum(parameter.numel() for parameter in network.parameters())
-        print(f"stand-in of vLLM: {name}, {count:,} parameters, {dtype}", file=sys.stderr, flush=True)
+        print(f"stand-in for vLLM: {name}, {count:,} parameters, {dtype}", file=sys.stderr, flush=True)
 
     def get_tokenizer(self) -> Any:
         return self.tokenizer
