@@ -94,7 +94,7 @@ def parse(argv: Sequence[str], posttrain: bool = False) -> argparse.Namespace:
 
 
 def _refuse_values(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for values that the native engine lacks, because other values would change the training."""
+    """Raise a `UserError` for values that the native engine does not support."""
     flags = {record["dest"]: flag for flag, record in flag_table().items()}
     for dest, supported in supported_values().items():
         found = getattr(args, dest)

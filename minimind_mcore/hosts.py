@@ -3,8 +3,8 @@
     python -m minimind_mcore.hosts npu [--dry-run]      # for a job on NPUs; prints NAME=VALUE per setting
 
     HOSTFILE     a file with one host per line, the first is the master. Text after a name, as in
-                 "node1 slots=8  # rack 3", is ignored. It replaces the next three, but NODE_RANK and MASTER_ADDR
-                 take precedence if set.
+                 "node1 slots=8  # rack 3", is ignored. The file determines the next three settings, but
+                 NODE_RANK and MASTER_ADDR take precedence if set.
     NNODES       number of hosts (default 1)
     NODE_RANK    number of this host, 0 to NNODES - 1 (default 0)
     MASTER_ADDR  address of the host with NODE_RANK 0
@@ -15,7 +15,7 @@ interfaces (docker0, a management network) the choices can differ, and then ever
 timeout. Therefore both get the interface that leads to MASTER_ADDR in a job on the NPUs of several hosts.
 
     HCCL_SOCKET_IFNAME  interface of HCCL's handshake, in HCCL's notation (see `matching`)
-    GLOO_SOCKET_IFNAME  interfaces of gloo: names
+    GLOO_SOCKET_IFNAME  interfaces of gloo: names separated by commas
     HCCL_IF_IP          this host's address on the interface
 """
 
@@ -43,8 +43,8 @@ from minimind_mcore.errors import UserError, run
 logger = logging.getLogger("minimind_mcore.hosts")
 
 PORT = 29500
-# Linux takes the ports of outgoing connections, and port 0, from 32768 on: a port there may be taken between the choice
-# and the use. Ray's workers listen below 20000.
+# Linux gives ports from 32768 on to outgoing connections and to programs that bind to port 0, so such a port could be
+# taken between our choice and its use. Ray's workers listen below 20000.
 FREE_PORTS = range(20000, 32000)
 LINE = re.compile(r"(?P<host>\S+)(\s+\w+=\S*)*")
 NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
@@ -78,7 +78,7 @@ def read(environ: Mapping[str, str]) -> Hosts:
         rank = _index_of_this_host(listed, environ["HOSTFILE"])
     if rank >= count:
         raise UserError(
-            f"NODE_RANK={rank}: expected 0 to {count - 1}, a number of its own for each of NNODES={count} hosts"
+            f"NODE_RANK={rank}: expected 0 to {count - 1}, another number on each of the NNODES={count} hosts"
         )
     master = environ.get("MASTER_ADDR") or (listed[0] if listed else "")
     if count > 1 and not master:
@@ -100,7 +100,7 @@ def read_hostfile(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(
-            f"HOSTFILE={file}: {reason}; expected a file with the name or address of a host a line"
+            f"HOSTFILE={file}: {reason}; expected a file with the name or address of one host per line"
         ) from error
     hosts: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -110,14 +110,14 @@ def read_hostfile(file: Path) -> list[str]:
         found = LINE.fullmatch(words)
         if not found or not (NAME.fullmatch(found["host"]) or _is_address(found["host"])):
             raise UserError(
-                f"HOSTFILE={file}, line {number}: {words!r}; expected one host, by its name or address, and behind it "
-                "at most such as slots=8"
+                f"HOSTFILE={file}, line {number}: {words!r}; expected one host, by its name or address, "
+                "optionally followed by words such as slots=8"
             )
         if found["host"] in hosts:
-            raise UserError(f"HOSTFILE={file}, line {number}: {found['host']} is there twice; expected each host once")
+            raise UserError(f"HOSTFILE={file}, line {number}: {found['host']} is listed twice; expected each host once")
         hosts.append(found["host"])
     if not hosts:
-        raise UserError(f"HOSTFILE={file} names no host; expected one a line")
+        raise UserError(f"HOSTFILE={file} names no host; expected one host per line")
     return hosts
 
 
@@ -162,7 +162,7 @@ def check_master(hosts: Hosts) -> str:
     addresses = resolve(hosts.master)
     if not addresses:
         raise UserError(
-            f"MASTER_ADDR={hosts.master} does not resolve on this host; give the address of the one with NODE_RANK=0:\n"
+            f"MASTER_ADDR={hosts.master} does not resolve on this host; give the address of the NODE_RANK=0 host:\n"
             "    export MASTER_ADDR=192.168.1.10"
         )
     mine = own_addresses()
@@ -199,7 +199,7 @@ def reachable(address: str) -> bool:
 
 
 def route_to(name: str) -> tuple[str, str] | None:
-    """Return the interface and the own address that route to a host, or None without a route."""
+    """Return the interface and the address of this host from which a host is reached. None without a route."""
     for address in resolve(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
@@ -250,7 +250,7 @@ def _for_gloo(given: str, fitting: Sequence[str], preferred: str) -> str:
         usable = [name for name in fitting if name in there]
     if not usable:
         raise UserError(
-            f"HCCL_SOCKET_IFNAME={given} leaves {', '.join(fitting)}, of which none is up with an address that other "
+            f"HCCL_SOCKET_IFNAME={given} leaves {', '.join(fitting)}; none of them is up with an address that other "
             f"hosts reach; expected one of {', '.join(name for name, reached in there.items() if reached) or 'these'} "
             "(`ip -br addr` lists them)"
         )
@@ -258,8 +258,9 @@ def _for_gloo(given: str, fitting: Sequence[str], preferred: str) -> str:
 
 
 def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of HCCL and gloo for a job on the NPUs of several hosts, from given ones and the master's
-    route.
+    """Return the settings of HCCL and gloo for a job on the NPUs of several hosts.
+
+    Settings in `environ` are kept. Missing ones follow from them, or from the route to the master.
 
     Raises:
         UserError: this host lacks a given interface or address, or has no route to the master.
@@ -277,9 +278,9 @@ def network(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, str]:
         gloo = gloo or _for_gloo(hccl, fitting, route[0] if route else "")
     elif not gloo:
         if route is None or not reachable(route[1]):
-            found = "is reached from no interface of this host"
+            found = "is not reachable from any interface of this host"
             if route:
-                found = f"is this host itself ({route[1]}), to every host"
+                found = f"leads to a loopback address ({route[1]}): every host reaches only itself"
             raise UserError(
                 f"MASTER_ADDR={hosts.master} {found}; give the address by which the others reach it, or set "
                 f"HCCL_SOCKET_IFNAME to the interface that leads there, of {', '.join(there)}"
@@ -304,7 +305,7 @@ def port(hosts: Hosts, environ: Mapping[str, str]) -> int:
     given = environ.get("MASTER_PORT")
     if given:
         if not given.isdecimal() or not 0 < int(given) < 65536:
-            raise UserError(f"MASTER_PORT={given} is no port; expected 1 to 65535:\n    export MASTER_PORT={PORT}")
+            raise UserError(f"MASTER_PORT={given} is not a port; expected 1 to 65535:\n    export MASTER_PORT={PORT}")
         return int(given)
     return PORT if hosts.count > 1 else free_port()
 
@@ -444,7 +445,7 @@ def named(hosts: Hosts, ascend: bool, dry: bool) -> dict[str, str]:
 
 
 def main() -> None:
-    """Print the settings."""
+    """Print the settings for a shell, as NAME=VALUE."""
     hosts = read(os.environ)
     settings = {"NNODES": hosts.count, "NODE_RANK": hosts.rank, "MASTER_ADDR": hosts.master}
     settings["MASTER_PORT"] = port(hosts, os.environ)

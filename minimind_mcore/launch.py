@@ -28,7 +28,7 @@ logger = logging.getLogger("minimind_mcore.launch")
 
 # A signal asks the ranks to save. A step on a CPU plus a large checkpoint can exceed torchrun's 30 s.
 SAVE_SECONDS = 3600
-FAILED_SECONDS = 30  # until the other ranks are killed after one has failed, as with torchrun
+FAILED_SECONDS = 30  # time for the other ranks to end after one has failed, as with torchrun
 POLL_SECONDS = 0.1
 
 
@@ -109,25 +109,25 @@ def _start(given: argparse.Namespace) -> int:
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until a rank fails, and return the rank. Return None when all have ended well."""
+    """Wait until a rank fails, and return the rank. Return None when all have exited with status 0."""
     while True:
         statuses = [process.poll() for process in ranks]
         if failed := {status: rank for rank, status in enumerate(statuses) if status}:
-            return failed[min(failed)]  # a killed rank (negative) before those that lost their connection to it
+            return failed[min(failed)]  # a killed rank (negative) before ranks that lost their connection
         if None not in statuses:
             return None
         time.sleep(POLL_SECONDS)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Wait until all ranks have ended, at most so many seconds."""
+    """Wait until all ranks have ended, or until `seconds` have passed."""
     end = time.monotonic() + seconds
     while any(process.poll() is None for process in ranks) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
 
 
 def _torchrun(arguments: list[str]) -> int:
-    """Run torchrun; returns the exit status."""
+    """Run torchrun. Return the exit status."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -141,7 +141,7 @@ def _torchrun(arguments: list[str]) -> int:
     # torchrun would listen on a random port but tell its ranks port 0, which they cannot reach.
     if given.master_port == 0:
         if given.nnodes not in ("1", "1:1"):
-            logger.error("--master-port 0: several hosts need the same port, as 29500 (MASTER_PORT)")
+            logger.error("--master-port 0: several hosts need the same port, such as 29500 (MASTER_PORT)")
             return 1
         given.master_port = hosts.free_port()
     try:

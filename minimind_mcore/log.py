@@ -6,7 +6,7 @@ A module has `logger = logging.getLogger(__name__)`. Every command calls `setup`
 | level | where it goes |
 |---|---|
 | DEBUG, INFO | the bare message, from rank 0 only, on standard output |
-| WARNING | `warning: ...` on standard error; another rank than 0 adds its number |
+| WARNING | `warning: ...` on standard error; every rank except 0 adds its number |
 | ERROR | `error: ...` on standard error |
 
 The setting LOG_LEVEL (debug, info, warning, error; default info) leaves out the levels below it.

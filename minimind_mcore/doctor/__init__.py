@@ -8,5 +8,5 @@
 | `dry_run.py` | the paths of one script, from its own dry run |
 | `main.py` | the command: gathers, judges, prints |
 
-Besides `minimind_mcore/platform/device.py` and `minimind_mcore/mindspeed/` only this package names devices.
+Code may name CUDA or NPU only here, in `platform/`, `mindspeed/`, `hosts.py` and the rehearsal (test_guards.py).
 """

@@ -43,13 +43,13 @@ def homes(host: Host) -> list[Finding]:
     for variable, usual in (("CANN_HOME", "/usr/local/Ascend/cann"), ("NNAL_HOME", "/usr/local/Ascend/nnal/atb")):
         given = host.environ.get(variable)
         if given and not Path(given, "set_env.sh").is_file():
-            text = f"{variable}={given} has no set_env.sh, and the scripts stop there"
-            found.append(fail(variable, text, f"unset {variable}    # they look in {usual}, or name its folder"))
+            text = f"{variable}={given} has no set_env.sh, so the scripts would stop"
+            found.append(fail(variable, text, f"unset {variable}    # the default is {usual}; or set its directory"))
     return found
 
 
 def compiler(host: Host) -> list[Finding]:
-    """Check what MindSpeed needs to compile its operators at the first forward pass (op_builder/builder.py).
+    """Check for the tools with which MindSpeed compiles operators at the first forward pass (op_builder/builder.py).
 
     `--use-fused-rotary-pos-emb`, which the scripts set, is such an operator. Megatron-LM also compiles a helper for its
     datasets with g++.
@@ -127,7 +127,7 @@ def _master_address(job: hosts.Hosts) -> Finding | None:
     """Return what is wrong with MASTER_ADDR, or None."""
     addresses = hosts.resolve(job.master)
     if addresses and not any(map(hosts.reachable, addresses)):
-        text = f"MASTER_ADDR={job.master} is {addresses[0]}, by which each host means itself"
+        text = f"MASTER_ADDR={job.master} is {addresses[0]}, a loopback address: every host reaches only itself"
         return fail("master", text, "export MASTER_ADDR=192.168.1.10    # the address of the host with NODE_RANK=0")
     try:
         doubt = hosts.check_master(job)
@@ -137,13 +137,13 @@ def _master_address(job: hosts.Hosts) -> Finding | None:
 
 
 def _of(subject: str, error: UserError) -> Finding:
-    """Convert an error of the scripts to a finding. A line of its own in the message is the command that fixes it."""
+    """Convert an error of the scripts to a finding. The second line of a message, if any, is the fixing command."""
     text, _, fix = str(error).partition("\n")
     return fail(subject, text.removesuffix(":"), fix.strip())
 
 
 def hccl_ports(host: Host) -> list[Finding]:
-    """Check the ports over which HCCL exchanges a cluster's addresses: free, and reserved in the system."""
+    """Check that the ports over which HCCL exchanges addresses are free, and reserved in the system."""
     given = host.environ.get("HCCL_HOST_SOCKET_PORT_RANGE")
     if given == "auto":
         return [ok("HCCL ports", "HCCL_HOST_SOCKET_PORT_RANGE=auto")]

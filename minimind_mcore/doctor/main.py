@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
     """
     parser = documented_parser("minimind-mcore doctor", __doc__)
     parser.add_argument("script", nargs="?", help="a script of examples/, to check what its job would use")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     args = parser.parse_args(argv)
     where = where or Host()
     if args.script:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, where: Host | None = None) -> int:
     found = examine(where, backend)
     print_title(device, backend, where)
     problems = report(found, device, backend, where)
-    if device == "npu" and found["MindSpeed-RL"].version:  # the matrix has no row of it for other devices
+    if device == "npu" and found["MindSpeed-RL"].version:  # the matrix has rows for MindSpeed-RL on NPUs only
         print()
         problems += report(found, device, "mindspeed-rl", where)
     checks = devices.check(where, device) + host.check(where, device) + loads(where, device)
@@ -104,7 +104,7 @@ def judged(stack: matrix.Stack, found: Mapping[str, Component], name: str, where
     if name == "MindSpeed-LLM" and (given := where.environ.get("MINDSPEED_LLM_HOME")):
         fix = _elsewhere(where, stack, given)
     if verdict == "untried" and name in stack.programs:
-        text = f"{version} (at {found[name].where}) is in no row; compared with the nearest, {stack.name}"
+        text = f"{version} (at {found[name].where}) is not in the support matrix; compared with the row {stack.name}"
         return warn(name, text, fix)
     if verdict == "missing":
         return fail(name, f"not installed; expected {stack.wanted(name)}", fix)
@@ -138,7 +138,7 @@ def heads(where: Host) -> Finding:
     """Check whether vllm-ascend's attention has a kernel for the head size of MODEL."""
     model = where.environ.get("MODEL") or "minimind3"
     problem = head_size_problem(find_model(model), "npu")
-    return warn("head size", f"{model}: {problem}") if problem else ok("head size", f"vLLM takes the heads of {model}")
+    return warn("head size", f"{model}: {problem}") if problem else ok("head size", f"supported by vLLM for {model}")
 
 
 def _elsewhere(where: Host, stack: matrix.Stack, given: str) -> str:
@@ -180,7 +180,7 @@ def loads(where: Host, device: str) -> list[Finding]:
     fix = "source /usr/local/Ascend/cann/set_env.sh && " if device == "npu" else ""
     return [
         fail(
-            "torch", f"expected {device}, and it sees {saw}", f"{fix}{where.python} -c 'import {package}'    # says why"
+            "torch", f"expected {device}, but it sees {saw}", f"{fix}{where.python} -c 'import {package}'    # says why"
         )
     ]
 

@@ -15,15 +15,15 @@ from minimind_mcore.paths import package_json
 
 @dataclass(frozen=True)
 class Stack:
-    """A row: versions that fit together.
+    """A row of the support matrix: versions that work together.
 
     Attributes:
         name: name such as "MindSpeed-LLM 26.1.0".
         device: "npu", "cuda" or "cpu".
         backend: "mindspeed-llm", "mindspeed-rl" or "native".
         programs: versions that distinguish this row from others of its device: {"MindSpeed-LLM": "26.1.0"}.
-        needs: version specifiers by component, without which the job fails.
-        best: version specifiers by component that were released together or tested here.
+        needs: version specifiers by component. A job fails with other versions.
+        best: version specifiers by component of versions that were released together or tested by the kit.
         proof: "tested in CI", "rehearsed", "rehearsed in part" or "untested".
         note: further information, in one sentence.
         sources: sources of the row.

@@ -1,6 +1,7 @@
 """Read JSON and YAML files from untrusted sources.
 
-YAML is limited in size: an alias can stand for a large part, and nested aliases for more than fits into memory.
+The size of YAML with its aliases expanded is limited, because a small file with nested aliases can expand to more than
+fits into memory.
 """
 
 from __future__ import annotations
@@ -87,16 +88,16 @@ def checked_yaml(path: Path, name: str | None = None) -> str:
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
     except RecursionError as error:
-        raise UserError(f"{name}: nested too deep, expected the levels of a configuration") from error
+        raise UserError(f"{name}: nested too deeply for a configuration") from error
     return text
 
 
 def _nodes(node: yaml.Node | None, known: dict[int, int | None]) -> int:
-    """Count the nodes with aliases expanded. `known` has the counts of finished nodes."""
+    """Count the nodes with aliases expanded. `known` has the counts of finished nodes, and None for open ones."""
     if node is None:
         return 0
     if (found := known.get(id(node), 0)) is None:
-        raise ValueError("an alias stands inside of what it stands for")
+        raise ValueError("an alias is inside of the node that it refers to")
     if found:
         return found
     known[id(node)] = None
@@ -111,7 +112,7 @@ def _nodes(node: yaml.Node | None, known: dict[int, int | None]) -> int:
 
 
 def composed_files(directory: Path, name: str) -> dict[Path, Any]:
-    """Return the contents of a hydra file and of all files of its defaults lists below the same directory.
+    """Return the contents of a hydra file and of all files below `directory` that defaults lists name.
 
     Raises:
         UserError: see `checked_yaml`.

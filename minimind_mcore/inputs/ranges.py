@@ -77,7 +77,7 @@ ANY = {int: Range(int), float: Range(float)}
 
 
 def _read() -> tuple[dict[str, Range], dict[str, str]]:
-    """Return the ranges by name, and the names of the numbers in config.json; ranges.json has both."""
+    """Return the ranges by name, and the table from names in config.json to these names."""
     content = package_json("inputs/ranges.json")
     rows = {name: row for group in content["groups"].values() for name, row in group.items()}
     found = {name: Range(**row | {"kind": int if row["kind"] == "int" else float}) for name, row in rows.items()}
@@ -88,7 +88,7 @@ RANGES, HF_NAMES = _read()
 
 
 def find(name: str, section: str = "") -> Range | None:
-    """Return the range of a field in its section, else of its name. None for names that are not in the table."""
+    """Return the range of a field for its section, else for all sections. None if the table has neither."""
     return RANGES.get(f"{section}.{name}") or RANGES.get(name)
 
 

@@ -1,6 +1,6 @@
 """Parse `--split`: the weights of training, validation and test.
 
-Megatron-LM reads every run of digits and dots in the text and skips the rest, so it trains "90,abc5,5" as
+Megatron-LM reads every run of digits and dots in the text and skips the rest, so it reads "90,abc5,5" as
 90, 5, 5. Every program of this kit, including dry runs and recipes, uses this parser instead.
 """
 
@@ -11,7 +11,7 @@ import re
 
 from minimind_mcore.errors import UserError
 
-# Numbers without sign and exponent, which Megatron-LM parses like this parser. MindSpeed-LLM passes the text to it.
+# Numbers without sign and exponent, which Megatron-LM parses like this parser. MindSpeed-LLM uses Megatron-LM's parser.
 _NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 MEGATRON_DEFAULT = "969, 30, 1"
 

@@ -212,7 +212,7 @@ BROKEN: dict[str, tuple[Break, str, str, str]] = {
         "npu-smi info -t health",
     ),
     "memory taken": (lambda f: f.cards(["OK"] * 8, 64000), "device memory", "1.5 of 64.0 GiB free", "npu-smi info"),
-    "torch sees a CPU": (lambda f: f.program("python", "echo cpu 64"), "torch", "it sees cpu 64", "set_env.sh"),
+    "torch sees a CPU": (lambda f: f.program("python", "echo cpu 64"), "torch", "but it sees cpu 64", "set_env.sh"),
     "several hosts, no address": (
         lambda f: f.environ.update(NNODES="2"),
         "hosts",
@@ -222,7 +222,7 @@ BROKEN: dict[str, tuple[Break, str, str, str]] = {
     "an address by which each host means itself": (
         lambda f: f.environ.update(NNODES="2", MASTER_ADDR="localhost"),
         "master",
-        "by which each host means itself",
+        "a loopback address: every host reaches only itself",
         "export MASTER_ADDR",
     ),
     "a name that nobody knows": (
@@ -246,7 +246,7 @@ BROKEN: dict[str, tuple[Break, str, str, str]] = {
     "a port that is none": (
         lambda f: f.environ.update(MASTER_PORT="70000"),
         "port",
-        "70000 is no port",
+        "70000 is not a port",
         "export MASTER_PORT=29500",
     ),
     "an interface that is not there": (

@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "two on a line": (f"a\nb {NAME}\n", {}, f"line 2: 'b {NAME}'; expected one host"),
     "a list": (f"a,{NAME}\n", {}, "line 1: 'a,"),
     "slots after a colon": (f"{NAME}:8\n", {}, "line 1: .*:8'; expected one host"),
-    "twice": (f"{NAME}\na\n{NAME}\n", {}, f"line 3: {NAME} is there twice"),
+    "twice": (f"{NAME}\na\n{NAME}\n", {}, f"line 3: {NAME} is listed twice"),
     "empty": ("# nobody\n\n", {}, "names no host"),
     "another count": (f"{NAME}\na\n", {"NNODES": "3"}, "NNODES=3, but HOSTFILE=.* names 2 hosts"),
     "too high a rank": (f"{NAME}\na\n", {"NODE_RANK": "2"}, "NODE_RANK=2: expected 0 to 1"),
@@ -109,7 +109,7 @@ def test_what_is_wrong_with_the_hosts_is_named(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("port", ["0", "70000", "x"])
 def test_a_port_that_is_none(port: str) -> None:
-    with pytest.raises(UserError, match=f"MASTER_PORT={port} is no port"):
+    with pytest.raises(UserError, match=f"MASTER_PORT={port} is not a port"):
         hosts.port(Hosts(1, 0, NAME), {"MASTER_PORT": port})
 
 
@@ -129,7 +129,8 @@ def test_interfaces_lead_to_the_master_by_themselves() -> None:
     found = hosts.network(Hosts(2, 0, address), {})
     assert found["GLOO_SOCKET_IFNAME"] == name and found["HCCL_SOCKET_IFNAME"].removeprefix("=") == name
     assert found["HCCL_IF_IP"] == address
-    with pytest.raises(UserError, match=r"MASTER_ADDR=127\.0\.0\.1 is this host itself .*HCCL_SOCKET_IFNAME.*" + name):
+    said = r"MASTER_ADDR=127\.0\.0\.1 leads to a loopback address .*HCCL_SOCKET_IFNAME.*" + name
+    with pytest.raises(UserError, match=said):
         hosts.network(Hosts(2, 1, "127.0.0.1"), {})
 
 
@@ -174,8 +175,8 @@ def interfaces(monkeypatch: pytest.MonkeyPatch, **addresses: str) -> None:
         ("eth,ib", "eth1"),
         ("=lo", "lo"),
         ("lo,eth", "eth1"),
-        ("^docker,eth", "leaves lo, bond0, veth7, br0, of which none is up .* expected one of docker0, eth1 "),
-        ("eth0,bond", "leaves bond0, eth0, of which none is up"),
+        ("^docker,eth", "leaves lo, bond0, veth7, br0; none of them is up .* expected one of docker0, eth1 "),
+        ("eth0,bond", "leaves bond0, eth0; none of them is up"),
     ],
 )
 def test_gloo_gets_an_interface_that_others_reach(given: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
