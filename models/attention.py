@@ -1,8 +1,9 @@
-"""Core attention: the fastest function of the device, with the arguments of megatron-core's.
+"""Core attention: the fastest attention kernel of the device, with the arguments of megatron-core's core attention.
 
-CUDA uses torch's kernels, an NPU CANN's fused operator, and a CPU `causal_attention`. No scores of size
+On a GPU torch's kernels run. On an NPU CANN's fused operator runs. On a CPU `causal_attention` runs for whole
+sequences without dropout, packing or a given mask, and torch's kernels run otherwise. No scores of size
 sequence x sequence stay in memory. The exception is a CPU with up to 512 positions: `causal_attention` then keeps the
-part of the softmax on and below the diagonal for its backward pass, which is faster than to compute it again.
+part of the softmax on and below the diagonal for its backward pass. Recomputing that part would be slower.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
-    """Drop-in for megatron-core's `DotProductAttention` (0.12 and 0.16), without its memory.
+    """Replace megatron-core's `DotProductAttention` (0.12 and 0.16), which stores all scores.
 
     Raises:
         UserError: on construction, for context parallelism or sliding windows, which are not supported.
@@ -79,8 +80,8 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
                 given mask replaces the causal mask, as in megatron-core.
             attn_mask_type: overrides the type of the constructor.
             attention_bias: not supported.
-            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens. On the CPU, because every
-                layer reads the values and would otherwise synchronize with the device.
+            packed_seq_params: `cu_seqlens_q` [sequences + 1] of a packed batch, in tokens. The tensor must be on
+                the CPU: every layer reads its values, and each read of a tensor on the device would synchronize.
 
         Returns:
             [sequence, batch, heads * head_dim], or [tokens, heads * head_dim].
@@ -127,7 +128,10 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         return allowed, False
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any, mask_type: AttnMaskType) -> Tensor:
-        """Run one call per packed sequence, each with its own length, so that no attention crosses a boundary."""
+        """Compute attention within each packed sequence, so that no attention crosses a boundary.
+
+        CANN's operator takes all sequences in one call. torch's kernels need one call per sequence.
+        """
         out, ends = [], packed.cu_seqlens_q.tolist()
         if mask_type in _CAUSAL and ascend.operators():
             return self._fused(query, key, value, ends[1:])
@@ -142,7 +146,10 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
             return ascend.causal_attention(query, key, value, self.scale, dropout, ends)
 
     def _rng(self, dropout: float) -> AbstractContextManager[None]:
-        """Under tensor parallelism each rank drops in its own heads, so it uses its own random stream."""
+        """Return the context that selects the random stream of the dropout.
+
+        The ranks of tensor parallelism hold different heads, so each rank draws its dropout from its own stream.
+        """
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         tracker: Any = tensor_parallel.get_cuda_rng_tracker()

@@ -31,8 +31,8 @@ LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
 RouterWeight = Literal["normalized", "softmax", "straight_through"]
 ROUTER_WEIGHTS: tuple[RouterWeight, ...] = get_args(RouterWeight)
 _SPEC_MODULE = "minimind_mcore.models.minimind_spec"
-# Values of `--spec`. The second layer spec makes MindSpeed-LLM, whose arguments have no router weight, train
-# `straight_through`. Its checkpoints store `--spec`.
+# Values of `--spec`. MindSpeed-LLM has no argument for the router weight. The second layer spec makes MindSpeed-LLM
+# train `straight_through`, and MindSpeed-LLM's checkpoints store `--spec`, so the router weight is in them.
 LAYER_SPEC = [_SPEC_MODULE, "layer_spec"]
 STRAIGHT_THROUGH_SPEC = [_SPEC_MODULE, "straight_through_layer_spec"]
 NO_EXPERTS = "--router-weight: the model has no experts (--num-experts); leave the flag out (ROUTER_WEIGHT)"
@@ -77,11 +77,11 @@ class MoEConfig:
     - `softmax`: the scores.
     - `straight_through`, only for one expert per token: the weight is 1, with the gradient of the score. The
       forward pass equals `normalized`.
-    - None: the source names no rule, and `normalized` is assumed. Training from random weights uses
-      `default_router_weight`.
+    - None: the flags, config or checkpoint name no rule, and `normalized` is assumed. Training from random weights
+      uses `default_router_weight`.
 
-    `norm_topk_prob` is the name in transformers and vLLM for the forward pass, and follows from `router_weight`:
-    False means `softmax`.
+    `norm_topk_prob` is the corresponding key of transformers and vLLM. It is False for `softmax` and True for the
+    other rules. It describes only the forward pass, so it cannot distinguish `normalized` from `straight_through`.
 
     The auxiliary loss of a layer is `aux_loss_coeff * E * sum_i f_i P_i`. `f_i` is expert i's share of the
     token-to-expert assignments, and `P_i` its mean score, both over the micro-batch (`aux_loss`), or over each
@@ -123,7 +123,7 @@ class MoEConfig:
 class ModelConfig:
     """A MiniMind decoder: pre-norm, RMSNorm, SwiGLU, RoPE (rotate-half), grouped queries, no biases.
 
-    Sizes are those of the whole model in any parallel layout. `vocab_size` is the number of rows of the embedding.
+    Sizes are sizes of the whole model, not of one rank's shard. `vocab_size` is the number of rows of the embedding.
     `rope_theta` is an integer because Megatron's `--rotary-base` accepts only integers. `inference_rope_scaling`
     enables MiniMind's YaRN (`yarn.py`). Megatron has no flag for YaRN, and training runs without it.
     `unpadded_head_dim` is the head size of training, if the heads are padded with zeros for an engine without kernels
@@ -184,10 +184,10 @@ class ModelConfig:
         return self._embedding_parameters() + self._layer_parameters(experts)
 
     def num_adapter_parameters(self, rank: int, targets: Sequence[str], tp: int = 1, pp: int = 1) -> int:
-        """Return the number of parameters of LoRA adapters with a rank on megatron-core's layers of these names.
+        """Return the number of parameters of LoRA adapters of rank `rank` on megatron-core's layers named in `targets`.
 
-        With `tp` and `pp` the number is that of one rank in this layout: B is split like the rows of the weight, A like
-        its columns.
+        With `tp` and `pp` the parameters of one process are counted. B is split like the rows of the weight, and A
+        like the columns.
         """
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         widths = [self.ffn_hidden_size]
@@ -205,7 +205,7 @@ class ModelConfig:
         return per_layer * self.num_layers // pp
 
     def num_active_parameters(self) -> int:
-        """Return the number of parameters that one token uses, that is without the experts it is not sent to."""
+        """Return the number of parameters that one token uses. Of the routed experts only `topk` per layer count."""
         return self._embedding_parameters() + self._layer_parameters(self.moe.topk if self.moe else 1)
 
     def flops_per_token(self, seq_length: int) -> float:
@@ -330,7 +330,7 @@ class ModelConfig:
         """Read a `config.json`, its directory, or its content: Llama, Qwen2-MoE, Qwen3(-MoE), MiniMind.
 
         Raises:
-            UserError: the file is missing or not JSON, or describes something else.
+            UserError: the file is missing or not JSON, or describes an architecture that is not in this list.
         """
         from minimind_mcore.models.hf_config import load_config, read_fields
 
@@ -375,8 +375,8 @@ def _moe_flags(moe: MoEConfig) -> dict[str, object]:
         "--num-experts": moe.num_experts,
         "--moe-ffn-hidden-size": moe.ffn_hidden_size,
         "--moe-router-topk": moe.topk,
-        # Without pre-softmax, Megatron's softmax over the selected logits is the normalized form. Megatron refuses that
-        # for a single expert, so there `--norm-topk-prob` normalizes.
+        # Without pre-softmax Megatron computes the softmax over the selected logits, which equals `normalized`.
+        # Megatron requires pre-softmax for a single expert per token. There `--norm-topk-prob` normalizes.
         "--moe-router-pre-softmax": moe.topk == 1 or not moe.norm_topk_prob,
         "--norm-topk-prob": moe.norm_topk_prob,
         **({"--router-weight": moe.router_weight} if moe.router_weight and moe.norm_topk_prob else {}),

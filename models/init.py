@@ -1,4 +1,4 @@
-"""Initialize the weights, independent of the parallel layout.
+"""Initialize the weights, independently of the parallel layout.
 
 Each tensor of the whole model comes from a generator seeded by `seed` and the tensor's name, and `initialize` sets
 every rank's shard. Megatron's own initialization depends on the number of pipeline stages and, on a device, on the
@@ -6,10 +6,11 @@ tensor-parallel size.
 
 | scheme     | matrices and embedding                                                     |
 |------------|----------------------------------------------------------------------------|
-| `megatron` | N(0, std); the outputs of attention and MLP N(0, std / sqrt(2 layers))       |
+| `megatron` | N(0, std). Output projections of attention and MLP: N(0, std / sqrt(2 layers)) |
 | `normal`   | N(0, std): minimind-3 since 2026-04-19, by transformers' `post_init`         |
 | `torch`    | U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for a linear layer:     |
-|            | MiniMind2, and minimind-3 before that day. Also for the embedding.          |
+|            | MiniMind2, and minimind-3 before 2026-04-19. A tied embedding has the        |
+|            | weights of the output layer. An untied embedding is N(0, 1), torch's default. |
 
 Norm weights start at 1.
 """
@@ -58,15 +59,15 @@ def initial_tensor(
     """Return one tensor of the whole megatron-core model, in float32 on the CPU.
 
     Args:
-        name: a name of `weights.mcore_shapes`.
-        shape: its shape: [outputs, inputs] for a matrix.
+        name: a key of `weights.mcore_shapes`.
+        shape: shape of the tensor, [outputs, inputs] for a matrix.
         config: the architecture.
         scheme: see `initialize`.
         seed: see `initialize`.
         std: see `initialize`.
     """
     if scheme not in SCHEMES:
-        raise UserError(f"initialisation: found {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        raise UserError(f"initialization: found {scheme!r}, expected one of {', '.join(SCHEMES)}")
     if len(shape) == 1:
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()

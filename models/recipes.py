@@ -1,13 +1,13 @@
 """MiniMind's training recipes as Megatron flags.
 
-        python -m minimind_mcore.models.recipes minimind3_pretrain     # one word per line
-        python -m minimind_mcore.models.recipes --model minimind3 --stage dpo      # the recipe for a model
+    python -m minimind_mcore.models.recipes minimind3_pretrain                 # one word per line
+    python -m minimind_mcore.models.recipes --model minimind3 --stage dpo      # the recipe for a model
     python -m minimind_mcore.models.recipes --list
 
-configs/recipes.yaml has the hyperparameters. MiniMind's learning rate, `lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`, is
-Megatron's cosine from `lr` to `lr / 10` without warm-up, except that Megatron counts from t = 0. This kit adds flags
-for what Megatron lacks: `--lr-at-iteration-end` (t = 1), `--minimind-init` (see `minimind_mcore.models.init`), and
-`--decay-all`, weight decay for every parameter including the norms.
+configs/recipes.yaml has the hyperparameters. MiniMind's learning rate is `lr * (0.1 + 0.45 * (1 + cos(pi * t / T)))`.
+This is Megatron's cosine from `lr` to `lr / 10` without warm-up. But Megatron's first step has t = 0, and MiniMind's
+has t = 1. Three flags of this kit add what Megatron lacks: `--lr-at-iteration-end` starts with t = 1. `--minimind-init`
+selects a scheme of `minimind_mcore.models.init`. `--decay-all` decays every parameter, including the norms.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Recipe:
     seq_length: int
     micro_batch_size: int
     accumulation: int
-    init: str | None = None  # a scheme of minimind_mcore.models.init; None: training starts from weights
+    init: str | None = None  # a scheme of minimind_mcore.models.init; None: training starts from a checkpoint
     flags: Mapping[str, object] = field(default_factory=dict)  # further flags of the stage
 
     def global_batch_size(self, data_parallel_size: int) -> int:
@@ -77,7 +77,11 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe of a name. A `UserError` suggests the nearest name."""
+    """Return a recipe by its name.
+
+    Raises:
+        UserError: the recipe does not exist. The message suggests the nearest name.
+    """
     return lookup("recipe", RECIPES, name)
 
 
@@ -119,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def words(argv: Sequence[str] | None = None) -> list[str]:
-    """Return what `main` prints.
+    """Return the words that `main` prints: flags and their values, or names of recipes.
 
     Raises:
-        UserError: the recipe does not exist, or its batch sizes do not divide.
+        UserError: the recipe does not exist, or the micro-batches of all ranks do not divide the global batch.
     """
     parser = argparse.ArgumentParser(prog="minimind-mcore recipes", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="a recipe (default: the recipe for --model)")
@@ -146,7 +150,8 @@ def words(argv: Sequence[str] | None = None) -> list[str]:
     if args.name is None and args.model is None:
         parser.error("give a recipe's name, or --model, or --list")
     recipe = get_recipe(args.name or recipe_for(args.model, args.stage))
-    # From the recipe's own micro-batch: another micro-batch size changes the memory, not the training result.
+    # The global batch comes from the recipe's own micro-batch size. So --micro-batch-size changes only the memory, and
+    # not the training result.
     batch = args.global_batch_size or recipe.global_batch_size(args.data_parallel_size)
     names = ("epochs", "lr", "seq_length", "micro_batch_size")
     recipe = replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})

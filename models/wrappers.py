@@ -1,4 +1,4 @@
-"""The GPTModel inside the wrappers of training (data parallel and precision), and the positions that it computes."""
+"""Access to the GPTModel inside the wrappers for data parallelism and mixed precision."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def unwrap(chunk: Any) -> Any:
 
 @contextlib.contextmanager
 def output_only_at(places: Tensor, chunk: Any) -> Iterator[None]:
-    """Within the context the output layer of a GPTModel computes only some positions, [positions, 1, vocabulary / TP].
+    """Restrict the output layer of a GPTModel to some positions within the context.
 
-    Not for sequence parallelism, where the output layer gathers the positions of all ranks first.
+    Its logits are then [positions, 1, vocabulary / TP]. This does not work with sequence parallelism, where the output
+    layer first gathers the positions of all ranks.
 
     Args:
-        places: the positions, an index into [length * rows].
+        places: indices of the positions in the flattened axes [length * rows].
         chunk: the last chunk of the model.
     """
 
