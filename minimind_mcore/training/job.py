@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 
 class MicroBatch(TypedDict, total=False):
-    """The inputs of a forward pass. The first four are [sequences, length]. The others exist only for some jobs.
+    """The inputs of a forward pass. A job sets only the keys that it reads.
+
+    `tokens`, `labels`, `loss_mask` and `position_ids` are [sequences, length].
 
     Attributes:
         index: dataset index of each sample.
         cu_seqlens: start of each packed sample, and the end of the last.
         longest: length of the longest packed sample.
         reference: [pairs, 2] log-probabilities of the reference model.
-        rows: the batch of reinforcement learning.
+        rows: the micro-batch of a reinforcement learning job.
     """
 
     tokens: Tensor
@@ -51,8 +53,8 @@ def averaged(total: Tensor, number: Tensor, *metrics: Tensor) -> tuple[Tensor, T
     """Return the result of a `LossFunction` from sums over a micro-batch and the number of summed items (tokens,
     pairs).
 
-    megatron-core divides the loss by the number per micro-batch, or once per step under
-    `--calculate-per-token-loss`. `step.averages` divides all of them in the same way for the log.
+    megatron-core divides the loss of each micro-batch by its number of items. With `--calculate-per-token-loss` it
+    divides once per step. `step.averages` divides the loss and the metrics of the log in the same way.
     """
     sums = [total.detach(), number.float(), *(metric.detach() for metric in metrics)]
     return total, number.to(torch.int), torch.stack(sums)
@@ -95,7 +97,7 @@ class Job:
         data.check_prefixes(self.config, tokenizer)
 
     def build_datasets(self) -> list[data.MapDataset | None]:
-        """Build the training, validation and test set; None where there is none. Collective."""
+        """Build the training, validation and test set. A set that the run does not need is None. Collective."""
         return data.build_datasets(self.config)
 
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:

@@ -85,7 +85,7 @@ class EndForecast:
         rest = datetime.timedelta(seconds=round(self.remaining(steps)))
         end = datetime.datetime.now() + rest
         step = f"{statistics.median(self.recent):.3g} s per iteration"
-        return f"forecast: the run ends at {end:%Y-%m-%d %H:%M}, in {rest}, at {step} (median of the last ones)"
+        return f"forecast: the run ends at {end:%Y-%m-%d %H:%M}, in {rest}, at {step} (median of recent steps)"
 
 
 class Metrics:

@@ -17,11 +17,11 @@ from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
 
 LARGEST = 8192  # rows of the largest matrices; an H100 multiplies two in 1.4 ms
-ENOUGH_SECONDS = 1e-3  # at this length of a product the kernel launch no longer matters
+ENOUGH_SECONDS = 1e-3  # a product of this duration hides the time of the kernel launch
 
 
 def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_rate: float) -> float:
-    """Return the model FLOPs utilisation of one device.
+    """Return the model FLOPs utilization of one device.
 
     Args:
         config: the architecture.
@@ -35,9 +35,9 @@ def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_r
 def matmul_rate(dtype: torch.dtype, largest: int = LARGEST, repeats: int = 10) -> float:
     """Measure the rate of matrix products on this process's device, in FLOP/s.
 
-    The matrices are square and random, because a GPU multiplies zeros faster, at less power. Their size doubles
-    from 512 until one product takes `ENOUGH_SECONDS` or the size is `largest`. The result is the median of three
-    measurements with `repeats` products each.
+    The matrices are square. They are random, because zeros would need less power and a GPU would run at a higher
+    clock. Their size doubles from 512 until one product takes `ENOUGH_SECONDS` or the size is `largest`. The result is
+    the median of three measurements with `repeats` products each.
     """
     place, size = device.current().torch_device, min(512, largest)
     # A generator of its own: drawing from the device's generator would change the dropout of a resumed run.

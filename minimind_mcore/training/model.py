@@ -37,7 +37,8 @@ def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig)
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.tp,
-        "sequence_parallel": config.parallel.sequence_parallel and layout.tp > 1,  # as Megatron decides
+        # Megatron also ignores --sequence-parallel at TP=1.
+        "sequence_parallel": config.parallel.sequence_parallel and layout.tp > 1,
         "params_dtype": config.precision.params_dtype,
         "pipeline_dtype": config.precision.params_dtype,
         "bf16": config.precision.bf16,
@@ -74,10 +75,14 @@ def core_config(config: TrainConfig, layout: ParallelLayout, model: ModelConfig)
 
 
 def _transformer_engine() -> str:
-    """Return the name of the Transformer Engine implementation, if it is usable."""
+    """Return "transformer_engine".
+
+    Raises:
+        UserError: Transformer Engine is not installed, or there is no CUDA device.
+    """
     if importlib.util.find_spec("transformer_engine") is None or device.current().kind != "cuda":
         raise UserError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed, or finds no device; "
+            "--transformer-impl transformer_engine: Transformer Engine is not installed, or there is no CUDA device; "
             "use --transformer-impl local"
         )
     return "transformer_engine"
@@ -148,7 +153,11 @@ def build_chunks(config: TrainConfig, job: Job) -> list[MegatronModule]:
 
 @contextlib.contextmanager
 def weights_gathered(config: TrainConfig, model: Sequence[MegatronModule]) -> Iterator[None]:
-    """Within the context every rank holds all its weights. `--overlap-param-gather` otherwise defers the gather."""
+    """Make every rank hold all its weights within the context.
+
+    `--overlap-param-gather` delays the all-gather of updated weights to the next forward pass. Until then a rank has
+    new values only in its own shard of the distributed optimizer.
+    """
     overlapped = model if config.parallel.overlap_param_gather else []
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()  # pyright: ignore[reportCallIssue]  (DistributedDataParallel)

@@ -2,7 +2,7 @@
 
 The report of reinforcement learning also shows the last responses of samples.jsonl.
 
-python -m minimind_mcore.training.report OUTPUT_DIR
+    python -m minimind_mcore.training.report OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ LOSSES = ("lm_loss", "validation_loss")
 def write_report(directory: Path, title: str, names: Sequence[str] = LOSSES, picture: str = "loss.png") -> None:
     """Draw `picture` with the named columns, and `report.html`, from `metrics.jsonl` in `directory`.
 
-    Without any row nothing is drawn. Responses in `samples.jsonl` of reinforcement learning are added to `report.html`.
+    If `metrics.jsonl` has no rows, no file is written. The responses in `samples.jsonl` of reinforcement learning are
+    added to `report.html`.
     """
     rows = read_history(directory / "metrics.jsonl")
     if not rows:
@@ -83,8 +84,8 @@ def save_png(figure: Figure, path: Path) -> None:
 def responses(samples: Sequence[Mapping[str, Any]]) -> str:
     """Return the responses of the last sampled step of reinforcement learning as HTML, or "" if there are none.
 
-    The background of a response is the sign of its advantage. The colour of a segment is its source: the policy, or an
-    environment. Segments of the policy that are not in the loss are underlined.
+    The background of a response shows the sign of its advantage. The color of a segment shows its source: the policy,
+    or an environment. Segments of the policy that are not in the loss are underlined.
     """
     if not samples:
         return ""
