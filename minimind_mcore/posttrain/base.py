@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PostTraining(Job):
-    """A stage that reads converted conversations, one sample per row.
+    """Base class of the stages that read preprocessed conversations or pairs, each of which is one sample.
 
     Attributes:
         columns: names of the columns that the stage reads.
@@ -39,7 +39,7 @@ class PostTraining(Job):
         flags = config.data
         require(
             not flags.variable_seq_lengths or not flags.neat_pack,
-            "--variable-seq-lengths: packed samples have one length; leave the flag out",
+            "--variable-seq-lengths with --neat-pack: packed samples have one length; leave one of the flags out",
         )
         require(
             flags.reset_attention_mask == flags.neat_pack,
@@ -47,7 +47,8 @@ class PostTraining(Job):
             "see each other. --reset-attention-mask alone would separate questions from their answers",
         )
         unpadded = flags.no_pad_to_seq_lengths or flags.variable_seq_lengths
-        # With variable lengths the pipeline stages exchange the shapes of the tensors that they send.
+        # The lengths of unpadded and packed micro-batches differ. `variable_seq_lengths` makes a pipeline stage send
+        # the shape of each tensor first.
         config = config.changed(no_pad_to_seq_lengths=unpadded, variable_seq_lengths=unpadded or flags.neat_pack)
         if config.model.lora_target_modules:
             config = lora.check(config)
@@ -84,7 +85,8 @@ class PostTraining(Job):
         ranges = data.split_ranges(config.data.split, len(first))
         if not ranges[0]:
             raise UserError(
-                f"--split {config.data.split}: nothing is left to train on of the {len(first)} samples of {prefix}"
+                f"--split {config.data.split}: the training part of the {len(first)} samples of {prefix} is empty; "
+                "give it a larger share"
             )
         return [
             data.PostTrainingDataset(
@@ -132,8 +134,9 @@ def run_model(model: MegatronModule, batch: MicroBatch, labels: Tensor | None = 
         return output
 
     chunk, mask = unwrap(model), batch["loss_mask"].t()  # megatron-core's order of positions is [length, rows]
-    # Most tokens of a short answer's sample have no loss, and with a small model their logits are half of a step. Other
-    # devices compute all, because the host would wait for the number of positions.
+    # In a sample with a short answer most tokens have no loss. A small model would spend half of a step on the
+    # logits of these tokens. Other devices compute all positions: to select some, the host would have to wait for
+    # the device to count them.
     selects = chunk.post_process and mask.device.type == "cpu" and not chunk.config.sequence_parallel
     if labels is None or not selects:
         return run(labels)

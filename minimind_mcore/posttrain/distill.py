@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Distill(SFT):
-    """SFT with an additional loss from a teacher."""
+    """SFT whose loss also has the KL divergence from a teacher."""
 
     title = "distillation"
     metrics = ("ce_loss", "kl_loss")
@@ -62,8 +62,14 @@ class Distill(SFT):
 def distillation_loss(
     objective: ObjectiveSection, batch: MicroBatch, taught: Tensor | None, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the loss, as a `LossFunction`, from this rank's logits of student and teacher [rows, length, vocab /
-    TP]."""
+    """Compute the loss of the module's formula, as a `LossFunction`.
+
+    Args:
+        objective: alpha and temperature.
+        batch: the micro-batch.
+        taught: this rank's shard of the teacher's logits [rows, length, vocabulary / TP].
+        logits: this rank's shard of the student's logits, same shape.
+    """
     from megatron.core.parallel_state import get_tensor_model_parallel_group
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -71,7 +77,7 @@ def distillation_loss(
     mask, temperature = batch["loss_mask"], objective.distill_temperature
     group = cast("ProcessGroup", get_tensor_model_parallel_group())
     kl = vocab_parallel_kl(logits, taught, temperature, group)
-    # Computed last, because megatron-core overwrites the logits.
+    # Computed last, because megatron-core's cross-entropy overwrites fp32 logits.
     ce = vocab_parallel_cross_entropy(logits.float(), batch["labels"])
     kl_total, ce_total = temperature**2 * (kl * mask).sum(), (ce * mask).sum()
     total = objective.distill_alpha * ce_total + (1 - objective.distill_alpha) * kl_total

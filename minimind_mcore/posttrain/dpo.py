@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 
 class DPO(PostTraining):
-    """A sample is a pair. The rows of a micro-batch are all its chosen answers, then all rejected answers."""
+    """Preference optimization. A sample is a pair.
+
+    The rows of a micro-batch are all its chosen answers, followed by all its rejected answers.
+    """
 
     title = "preference optimisation"
     metrics = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
@@ -55,7 +58,8 @@ class DPO(PostTraining):
         require(not live or bool(ref_model), "--reference-live needs --ref-model, the weights of the reference model")
         require(
             live or not (ref_model and config.model.lora_target_modules),
-            "--ref-model with --lora-target-modules: the base is the reference; leave it out, or give --reference-live",
+            "--ref-model with --lora-target-modules: the base model is the reference; leave --ref-model out, or give "
+            "--reference-live",
         )
         require(
             not live or config.objective.dpo_loss_type != "simpo",
@@ -64,7 +68,7 @@ class DPO(PostTraining):
         return config
 
     def begin(self, engine: Engine, datasets: list[MapDataset | None]) -> None:
-        """Compute the reference's log-probabilities of every pair that the run reads."""
+        """Load the live reference model, or compute the reference log-probabilities of every pair of the run."""
         if self.config.objective.reference_live:
             self.reference = FrozenModel(self.config, str(self.config.checkpoint.ref_model))
         elif self.config.objective.dpo_loss_type != "simpo":
@@ -90,7 +94,7 @@ class DPO(PostTraining):
 
 
 class Reference(DPO):
-    """Logs the log-probabilities [2, pairs]. Has no loss."""
+    """A job without loss that logs the log-probabilities [2, pairs] of a micro-batch."""
 
     def forward_step(self, batch: MicroBatch, model: MegatronModule) -> tuple[Tensor, LossFunction]:
         output = run_model(model, batch, labels=batch["labels"])

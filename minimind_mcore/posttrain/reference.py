@@ -3,9 +3,9 @@
     reference-<digest>.npy      [pairs of the data, 2] float32; NaN where no run has needed the value yet
                       .json     the SHA-256 of the array; if it is missing or differs, the cache is not used
 
-The digest covers the data, the reference's weights, `--seq-length` and the precision, that is everything that changes a
-value. The policy's own model computes the values before training, with the reference's weights loaded. So every layout
-works, and no second model takes memory.
+The digest covers everything that changes a value: the data, the reference's weights, the model's flags, `--seq-length`
+and the precision. The policy's own model computes the values before training, with the reference's weights loaded. So
+every layout works, and no second model takes memory.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ logger = logging.getLogger(__name__)
 class FrozenModel:
     """A frozen model: a teacher, or a live reference model. Used on the last pipeline stage, which has the loss.
 
-    Each rank of that stage has all layers. Tensors are split as in the run.
+    Each rank of that stage has all layers. The tensor-parallel size is the size of the run.
 
     Args:
         config: configuration of the run.
-        path: weights of Hugging Face, MiniMind or Megatron.
+        path: weights in the format of Hugging Face, MiniMind or Megatron.
 
     Raises:
         UserError: the path has no readable model, or a model with another vocabulary.
@@ -88,7 +88,8 @@ def _build(config: TrainConfig, source: Source) -> GPTModel:
     from minimind_mcore.models.core_config import build_gpt_model
     from minimind_mcore.models.loading import load_into
 
-    # One stage, whatever the run's pipeline, and untied, because megatron-core sums tied gradients over all stages.
+    # The model has one pipeline stage, even if the run has several. Its embeddings are untied, because megatron-core
+    # sums the gradients of tied embeddings over the stages of the run.
     alone = dataclasses.replace(config.layout, pp=1, vpp=None)
     untied = source.config.replace(tie_embeddings=False)
     model = build_gpt_model(untied, core_config(config, alone, untied)).to(device.current().torch_device)
@@ -119,7 +120,7 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
     known: LogProbs = ranks.from_main(lambda: _read(cache, count))
     missing = needed[np.isnan(known[needed, 0])]
     if len(missing):
-        logger.info(f"reference: log-probabilities of {len(missing)} pairs, by {source or 'the current weights'}")
+        logger.info(f"reference: log-probabilities of {len(missing)} pairs, from {source or 'the current weights'}")
         # LoRA adapters are still zero here, so the policy's model equals its base.
         with _weights_of(config, None if config.model.lora_target_modules else source, engine.model):
             known[missing] = _measure(job, engine, missing)[missing]
@@ -133,8 +134,10 @@ def attach(job: PostTraining, engine: step.Engine, datasets: list[training_data.
 
 
 def reference_path(config: TrainConfig) -> str | None:
-    """Return the path of the reference's weights: `--ref-model`, else the policy's initial weights. None: random
-    ones."""
+    """Return the path of the reference's weights: `--ref-model`, or else the policy's initial weights.
+
+    None means that the policy starts from random weights, which are then the reference's.
+    """
     given = config.checkpoint
     if given.ref_model or given.pretrained_checkpoint:
         return given.ref_model or given.pretrained_checkpoint
@@ -171,7 +174,7 @@ def _cache_path(job: PostTraining, source: str | None) -> Path | None:
 
 
 def _weights_digest(path: Path) -> list[str]:
-    """Return the digests of the weights: of the newest checkpoint of a directory, or of the files."""
+    """Return the digests of a file, of all files of a directory, or of the directory's newest checkpoint."""
     iterations = iterations_in(path)
     folder = directory_of(path, iterations[0]) if iterations else path
     if (folder / MANIFEST).is_file():  # the manifest has the digests of the other files
@@ -219,7 +222,8 @@ def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64
         step.check_losses(result, 0)
         for indices, log_probs in zip(result.indices, result.losses, strict=True):
             found[indices] = log_probs.t()
-    # Each data-parallel rank of the last stage has some pairs. A pair that was read twice has the same values.
+    # Each data-parallel rank of the last stage has measured some pairs, and has 0 for the others. Log-probabilities are
+    # not above 0, so the minimum selects the measured value. A pair that was read twice has the same values.
     dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
     dist.broadcast(found, src=dist.get_world_size() - 1)
     return found.cpu().numpy()

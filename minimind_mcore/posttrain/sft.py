@@ -41,7 +41,7 @@ class Reason(SFT):
 
     @functools.cached_property
     def pieces(self) -> Tensor:
-        """Return the token ids of the tags' pieces."""
+        """The token ids that occur in a tag."""
         tokens, _ = load_encoder(tokenizer_path(self.config.data), backend="tokenizers").encode(list(TAGS))
         return torch.tensor(sorted(set(tokens.tolist())))
 
