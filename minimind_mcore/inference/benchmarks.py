@@ -1,6 +1,6 @@
 """Multiple-choice benchmarks from local files, in their published formats.
 
-| benchmark | its own files | on the Hugging Face hub |
+| benchmark | original files | files on the Hugging Face Hub |
 |---|---|---|
 | C-Eval | `dev/SUBJECT_dev.csv`, `val/SUBJECT_val.csv` | `SUBJECT/dev-*.parquet`, `SUBJECT/val-*.parquet` |
 | CMMLU | `dev/SUBJECT.csv`, `test/SUBJECT.csv` | `SUBJECT/dev-*.parquet`, `SUBJECT/test-*.parquet` |
@@ -25,7 +25,7 @@ from minimind_mcore.preprocess.readers import sound_records
 
 LETTERS = "ABCD"
 SUFFIXES = (".csv", ".parquet", ".jsonl")
-REPEATED = ("all", "additional")  # folders of the hub's MMLU and OpenBookQA that repeat every question
+REPEATED = ("all", "additional")  # folders of MMLU and OpenBookQA on the Hub that repeat the questions of other folders
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Benchmark:
     """How a benchmark is stored, and the text of its prompts.
 
     Attributes:
-        splits: folder or file of the questions, and of the shots.
+        splits: name of the split with the questions, and of the split with the shots.
         read: makes a question from a record.
         introduction: first text of the prompt. {subject} is the name of the subject.
         answer_word: text before the answer. None if the texts of the choices are scored.
@@ -100,7 +100,7 @@ def _lettered(record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def _openbook(record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Read a row of OpenBookQA. The question may be an object of its own."""
+    """Read a row of OpenBookQA. The question and its choices may be in a nested object."""
     inner = record["question"] if isinstance(record.get("question"), Mapping) else record
     choices = inner["choices"]
     if isinstance(choices, Mapping):
@@ -134,7 +134,7 @@ def load_benchmark(name: str, path: Path, shots: int) -> list[Subject]:
 
     Args:
         name: a key of `BENCHMARKS`.
-        path: folder of the benchmark, or of its questions as for MindSpeed-LLM's --task-data-path.
+        path: folder of the benchmark. The folder of the questions' split is also accepted, as in MindSpeed-LLM.
         shots: number of solved questions that each subject must have.
 
     Raises:
@@ -149,13 +149,13 @@ def load_benchmark(name: str, path: Path, shots: int) -> list[Subject]:
     if not files:
         raise UserError(
             f"--task-data-path {path}: found no {split} split of {name} there; expected {split}/SUBJECT.csv or "
-            f"SUBJECT/{split}-*.parquet, as it is published (see inference/benchmarks.py)"
+            f"SUBJECT/{split}-*.parquet, as published (the table in inference/benchmarks.py)"
         )
     subjects = []
     for subject, sources in sorted(files.items()):
         known = [q for file in solved.get(subject, []) for q in _questions(file, benchmark)]
         if len(known) < shots:
-            raise UserError(f"{name}, {subject}: --num-fewshot {shots}, but its {shots_split} split has {len(known)}")
+            raise UserError(f"{name}, {subject}: --num-fewshot {shots}, but {shots_split} has {len(known)} questions")
         subjects.append(Subject(subject, [q for file in sources for q in _questions(file, benchmark)], known))
     return subjects
 
@@ -178,7 +178,7 @@ def _files(folder: Path, split: str) -> dict[str, list[Path]]:
             found.setdefault(subject, []).append(file)
     for subject, files in found.items():
         if len({(file.parent, file.suffix) for file in files}) > 1:
-            raise UserError(f"{folder}: {subject} is there more than once: {', '.join(map(str, files))}; keep one form")
+            raise UserError(f"{folder}: {subject} exists more than once: {', '.join(map(str, files))}; keep one format")
     return found
 
 
@@ -193,21 +193,21 @@ def _questions(file: Path, benchmark: Benchmark) -> list[ChoiceQuestion]:
         try:
             questions.append(benchmark.read(record))
         except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise UserError(f"{where}: not a question of this benchmark ({error!r}); it has {dict(record)}") from error
+            raise UserError(f"{where}: not a question of this benchmark ({error!r}); found {dict(record)}") from error
     if not questions:
         raise UserError(f"{file}: no questions in it")
     return questions
 
 
 def _records(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each record of a file with its place for messages."""
+    """Yield each record of a file with its location, for messages."""
     if file.suffix.lower() == ".csv":
         yield from _rows(file, header)
         return
     keys = ("question", "question_stem", "choices", "answer", "answerKey", "id", *LETTERS, "Question", "Answer")
     for where, record in sound_records(str(file), keys):
         if not isinstance(record, dict):
-            raise UserError(f"{where}: not an object")
+            raise UserError(f"{where}: not a JSON object")
         yield where, record
 
 
@@ -223,8 +223,8 @@ def _rows(file: Path, header: Sequence[str] | None) -> Iterator[tuple[str, Mappi
                 yield where, row
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file}: not in UTF-8 (behind line {reader.line_num}: {error.reason}); convert it first, if it is in "
-                "GBK by iconv -f GBK -t UTF-8"
+                f"{file}: not in UTF-8 (after line {reader.line_num}: {error.reason}). Convert the file to "
+                "UTF-8; for a file in GBK: iconv -f GBK -t UTF-8"
             ) from error
         except csv.Error as error:
             raise UserError(f"{file}, line {reader.line_num + 1}: not a readable CSV file ({error})") from error

@@ -1,9 +1,9 @@
 """Chat: several turns, printed while they are generated, with thoughts and tool calls marked.
 
-The input is a terminal or a pipe. Commands are `/new` (start a new conversation), `/quit`, and MindSpeed-LLM's words
-for the same. On a terminal thoughts are dim; elsewhere they are between [thinking] and [/thinking]. A tool with a
-function runs, and its result is printed. The call of a tool without a function is printed, and a line that starts with
-`/tool ` supplies the result.
+The input is a terminal or a pipe. Commands are `/new` (start a new conversation), `/quit`, and the names that these
+commands have in MindSpeed-LLM, such as `clear` and `q`. On a terminal thoughts are dim; elsewhere they are between
+[thinking] and [/thinking]. A tool with a function runs, and its result is printed. The call of a tool without a
+function is printed, and a line that starts with `/tool ` supplies the result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 QUIT = ("/quit", "/exit", "q", "quit", "exit")
 NEW = ("/new", "/clear", "clear", "new")
 TOOL = "/tool "
-ROUNDS = 16  # maximum number of replies with calls to one line, before the final reply
+ROUNDS = 16  # maximum number of replies to one line whose tool calls run; the next reply must be the final one
 HELP = "/new begins a new conversation, /quit ends; a line /tool RESULT answers a tool call"
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -44,7 +44,8 @@ class Session:
         system: a system prompt.
         tools: tools that the model may call. Those with a function run.
         messages: messages of the conversation without the system prompt.
-        pending: results of the last reply's calls, in their order, while the user must still give at least one (None).
+        pending: results of the last reply's calls, in the order of the calls. None: the user must
+            still give that result. Empty if no result is missing.
     """
 
     turns: int
@@ -73,9 +74,9 @@ class Session:
         return True
 
     def deliver(self) -> bool:
-        """Add the pending results to the messages if all are there. Return whether the model can continue.
+        """Add the pending results to the messages if no result is missing. Return whether the model can continue.
 
-        A chat template does not name the call of a result, so the model finds it by the order.
+        A chat template does not say which call a result belongs to, so the results must be in the order of the calls.
         """
         if None in self.pending:
             return False
@@ -109,13 +110,13 @@ def run(generator: Generator, encoder: PromptEncoder, session: Session, lines: T
                 session.pending.clear()
                 print("a new conversation", flush=True)
             elif not is_text(text):
-                logger.warning(f"not in {lines.encoding or 'UTF-8'}, left out: write it again")
+                logger.warning(f"the line is not in {lines.encoding or 'UTF-8'} and was ignored; write it again")
             elif text and session.add(text):
                 _reply(generator, encoder, session)
 
 
 def _read(lines: TextIO) -> Iterator[str]:
-    """Yield the input lines, with a prompt sign on a terminal."""
+    """Yield the input lines. A terminal gets a prompt. Lines of a pipe are printed, so that the output is complete."""
     while True:
         if lines.isatty():
             print("\nyou> ", end="", flush=True)
@@ -154,7 +155,7 @@ def _run(tools: Toolbox, session: Session, reply: StreamParser) -> bool:
 
 
 def answer(generator: Generator, encoder: PromptEncoder, prompt: Prompt) -> StreamParser:
-    """Generate an answer, print it meanwhile, and return it."""
+    """Generate an answer, print the text while it is generated, and return the parsed answer."""
     began, count = time.perf_counter(), 0
 
     def counted() -> Iterator[int]:
@@ -175,7 +176,12 @@ def answer(generator: Generator, encoder: PromptEncoder, prompt: Prompt) -> Stre
 
 
 def _show(parts: Sequence[Text | Call], before: str) -> str:
-    """Print texts. Return the kind of the last one; `before` is the kind of the text before them."""
+    """Print texts, with marks where thinking begins or ends. Return the kind of the last text.
+
+    Args:
+        parts: the texts. Calls are not printed.
+        before: kind of the last text that was printed before.
+    """
     opening, closing = (DIM, PLAIN) if sys.stdout.isatty() else ("[thinking] ", " [/thinking]")
     for part in parts:
         if isinstance(part, Text):

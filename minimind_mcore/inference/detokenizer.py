@@ -20,7 +20,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         self._decode, self._skip = tokenizer.backend_tokenizer.decode, skip_special_tokens
         self._ids: list[int] = []  # includes earlier ids, because some decoders depend on the previous token
-        self._before = 0  # number of ids before the last text
+        self._before = 0  # number of leading ids whose text was returned; they stay as context
         self._sent = 0  # number of characters of the ids' text that were returned
 
     def add(self, token: int) -> str:

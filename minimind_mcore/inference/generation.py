@@ -40,7 +40,8 @@ class Generator:
 
     Args:
         loaded: the model.
-        sampling: sampling parameters of every prompt. The n-th prompt gets the seed `sampling.seed` + n.
+        sampling: sampling parameters of every prompt. Prompt n gets the seed `sampling.seed` + n, counted
+            from 0 over all calls.
         max_new_tokens: maximum number of new tokens per prompt.
         stop: ids that end a completion, besides the tokenizer's eos.
         num_beams: beams of a beam search. 1: no beam search.
@@ -88,7 +89,7 @@ class Generator:
         if min(map(len, prompts)) == 0:
             raise UserError("a prompt is empty; expected at least one token")
         if longest >= positions:
-            raise UserError(f"a prompt has {longest} tokens, the model {positions} positions; shorten it")
+            raise UserError(f"a prompt has {longest} tokens, but the model has {positions} positions; shorten it")
         return min(self.max_new_tokens, positions - longest)
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
@@ -131,7 +132,7 @@ class Generator:
 
     @torch.inference_mode()
     def _beams(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Yield the same from a beam search, in a single step."""
+        """Yield the same as `_steps` for a beam search. The search ends before the first token is yielded."""
         room, how = self._room(prompts), self.sampling
         ids, padding = self._padded(prompts)
         mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(padding, device=ids.device)[:, None]

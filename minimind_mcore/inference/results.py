@@ -33,7 +33,7 @@ class EvaluationResults:
         answers: the model's answers in exact_match.
         perplexities: by held-out text.
         harness: results of lm-evaluation-harness, by task.
-        outcomes: results of the cases with tools.
+        outcomes: results of the test cases with tool calls.
         quality: quality of the replies, by task.
     """
 
@@ -46,7 +46,7 @@ class EvaluationResults:
     quality: dict[str, Quality] = field(default_factory=dict)
 
     def total(self, benchmark: str) -> Accuracy:
-        """Return the accuracy over all subjects of a benchmark. For tool calls it is the rate of exact ones."""
+        """Return the accuracy over all subjects of a benchmark. For tool calls it is the rate `exact`."""
         if benchmark == TOOLCALL and "exact" in self.accuracies[benchmark]:
             return self.accuracies[benchmark]["exact"]
         first, *others = self.accuracies[benchmark].values()
@@ -124,7 +124,7 @@ class EvaluationResults:
                 self._figure().savefig(file, format="png", dpi=100)
 
     def _figure(self) -> Figure:
-        """Draw a bar for each subject, and for all of a benchmark."""
+        """Draw a bar for each subject, and one for the total of each benchmark."""
         from matplotlib.figure import Figure
 
         bars = []
