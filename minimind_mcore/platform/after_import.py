@@ -55,7 +55,7 @@ _FINDER = _Finder()
 
 
 def after_import(name: str, patch: Patch) -> None:
-    """Call `patch(module)` once the module is imported, or at once if it already is."""
+    """Call `patch(module)` after the import of the module, or now if the module is already imported."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     if name in sys.modules:

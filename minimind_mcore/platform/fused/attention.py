@@ -144,7 +144,8 @@ def _blocks(query: Tensor, key: Tensor, groups: int) -> Iterator[tuple[slice, in
 
 
 def _softmax(query: Tensor, key: Tensor, scale: float, groups: int, buffer: Tensor) -> Tensor:
-    """Return the softmax of a block's scaled scores, [batch * kv_heads, rows, keys]. The last query sees all keys.
+    """Return the softmax of a block's scaled scores, [batch * kv_heads, rows, keys]. The last query attends to all
+    keys.
 
     Args:
         buffer: flat tensor for the result, at least as large as the result.

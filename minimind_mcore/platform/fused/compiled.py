@@ -63,9 +63,9 @@ def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
         )
         if any(obstacles):
             continue
-        # Training, evaluation and a reference model, at one length or at many: each has a graph. torch's limit of 8
-        # would leave the ninth uncompiled.
-        import torch._dynamo  # takes seconds, which other models need not wait for
+        # Training, evaluation and a reference model have separate graphs, and each has one for a fixed length and one
+        # for dynamic lengths. torch's default limit is 8. A layer that needs more graphs would run uncompiled.
+        import torch._dynamo  # takes seconds, so models without compiled layers do not import it
 
         torch._dynamo.config.recompile_limit = 32  # pyright: ignore[reportAttributeAccessIssue]
         layer.forward = functools.partial(_run, torch.compile(layer.forward), layer.forward)
@@ -77,29 +77,29 @@ def compile_layers(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def _run(fast: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward pass; packed samples, whose number differs from batch to batch, are not compiled."""
+    """Run a layer: `fast` is compiled. Packed samples use `eager`, because their number changes and would recompile."""
     return (eager if kwargs.get("packed_seq_params") is not None else fast)(*args, **kwargs)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """Under the names of Megatron's `linear_with_grad_accumulation_and_async_allreduce`."""
+    """Multiply by the weight. The arguments are named as in `linear_with_grad_accumulation_and_async_allreduce`."""
     return F.linear(input, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `elementwise.rms_norm`, for the compiler: fp32, rounded once."""
+    """Compute `elementwise.rms_norm` for the compiler, in fp32 and rounded once."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`elementwise.swiglu` for the compiler. `x` is not overwritten."""
+    """Compute `elementwise.swiglu` for the compiler. `x` is not overwritten."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`elementwise.rotate` for the compiler."""
+    """Compute `elementwise.rotate` for the compiler."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
@@ -119,7 +119,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled. This is not a decorator, because torch.compile imports its compiler for seconds."""
+    """Return the compiled function.
+
+    As a decorator this would run at import, and torch.compile then imports its compiler, which takes seconds.
+    """
     return torch.compile(function)
 
 

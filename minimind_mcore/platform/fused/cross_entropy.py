@@ -1,6 +1,6 @@
 """Cross-entropy of half-precision logits without an fp32 copy of the logits.
 
-CPUs use it, and GPUs on which torch.compile cannot make kernels. `compiled.py` has the loss of the other GPUs.
+This loss is for CPUs, and for GPUs on which torch.compile does not work. Other GPUs use the loss of `compiled.py`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [..., hidden_size]."""
+        """Normalize `x` [..., hidden_size]."""
         return rms_norm(x, self.weight, self.eps)
 
 
