@@ -35,7 +35,10 @@ def iterations_in(root: Path) -> list[int]:
 
 
 def iteration_directory(path: Path) -> Path | None:
-    """Return `path` if it is a checkpoint, or the checkpoint that its tracker file names. None if it has neither.
+    """Return the checkpoint at a path, or None if there is no checkpoint.
+
+    This is the path itself, or the checkpoint that its tracker file names. Without a tracker file it is the newest
+    checkpoint in the path.
 
     Raises:
         UserError: the tracker file names a directory that does not exist.

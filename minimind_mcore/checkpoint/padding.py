@@ -80,7 +80,7 @@ def padded_config(config: ModelConfig, head_dim: int) -> ModelConfig:
         not yarn.transformers_agrees(found, config.rope_theta)
         or yarn.ramp(found, config.rope_theta) != yarn.ramp(head_dim, padded.rotary_base)
     ):
-        raise UserError(f"{flag}: inference_rope_scaling would scale other frequencies of the padded heads")
+        raise UserError(f"{flag}: inference_rope_scaling would scale other frequencies in the padded heads than before")
     return padded
 
 
@@ -92,7 +92,7 @@ def _pad(tensor: Tensor, config: ModelConfig, head_dim: int, axis: int) -> Tenso
 
 
 def _scaled_queries(rows: Tensor, config: ModelConfig, head_dim: int) -> Tensor:
-    """Scale the query rows of q, k and v by sqrt(D/d), unless a norm of the queries does."""
+    """Scale the query rows of the QKV weight by sqrt(D/d). A query norm, if any, does this, and the rows stay."""
     if config.qk_layernorm:
         return rows
     groups = rows.reshape(config.num_kv_heads, -1, config.head_dim, rows.shape[-1])  # query heads, key, value

@@ -34,7 +34,7 @@ class Training:
     """Facts about the training that a checkpoint comes from.
 
     Attributes:
-        iteration: iteration of the checkpoint. A converter writes 1, as MindSpeed-LLM's do.
+        iteration: iteration of the checkpoint. 1 for weights without an iteration, as MindSpeed-LLM's converters write.
         consumed_samples: number of samples that the training has read.
         tokenizer: directory of the tokenizer, if stored.
         fingerprint: fingerprint of that tokenizer.
@@ -66,7 +66,7 @@ class Source:
         layout: layout of a Megatron checkpoint of format `torch`.
         training: facts about the training.
         folder: directory that may contain config and tokenizer.
-        adapters: tensors of unmerged LoRA adapters, by whole name.
+        adapters: tensors of unmerged LoRA adapters, by their names in the whole model.
         assumptions: values of the config that neither tensors nor flags determine.
         as_stored: the tensors equal those in the files: not cast, merged or resized.
     """
@@ -86,7 +86,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor, the embedding. (Nearly) all tensors have the same."""
+        """The dtype of the embedding, which is the first tensor. Single other tensors may have another dtype."""
         return next(iter(self.tensors.values())).dtype
 
     @property

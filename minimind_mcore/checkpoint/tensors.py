@@ -1,4 +1,4 @@
-"""Tensor files: memory-mapped for reading, preallocated for writing, with every byte accounted for.
+"""Tensor files: memory-mapped for reading, preallocated for writing. They count the bytes read or written.
 
 file = open_tensors(path)                      # .safetensors, or a file of torch.save
 tensor = file.read("model.norm.weight")        # maps only these bytes
@@ -106,7 +106,7 @@ class TensorFile:
             if span in self._checked:
                 return
         if zlib.crc32(as_bytes(self._map(torch.uint8, *span))) != entry.crc:
-            raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: damaged")
+            raise UserError(f"{self.path}: {name} does not have the CRC-32 of the file's index: the file is damaged")
         if entry.span is not None:
             with self._lock:
                 self._checked.add(span)
@@ -155,7 +155,7 @@ def open_safetensors(path: Path) -> TensorFile:
         size = path.stat().st_size
         if "not fully covered" in str(error):
             raise UserError(
-                f"{path}: truncated: {size:,} bytes, its header describes another number ({error}); get the file again"
+                f"{path}: truncated: {size:,} bytes, its header describes another size ({error}); get the file again"
             ) from error
         raise UserError(f"{path}: truncated, or not a safetensors file ({error}); get it again") from error
     entries = {}
@@ -183,7 +183,7 @@ class TensorWriter(AbstractContextManager["TensorWriter"]):
     """Writes a file tensor by tensor at fixed offsets, and hashes it meanwhile.
 
     Args:
-        path: the file. It already exists if the `offset`s lie after content that is kept.
+        path: the file. A file that exists keeps its bytes outside the entries, such as a header.
         entries: location of each tensor.
         size: size of the file.
 
@@ -244,7 +244,12 @@ class TensorWriter(AbstractContextManager["TensorWriter"]):
                 self._to_hash.popleft()
 
     def _hash(self, end: int, name: str | None = None) -> None:
-        """Hash up to `end`. With `name` the bytes are that tensor's."""
+        """Hash up to the offset `end`.
+
+        Args:
+            end: the offset.
+            name: tensor whose bytes these are, if any.
+        """
         buffer = memoryview(bytearray(min(HASHED_AT_ONCE, end - self._hashed)))
         while self._hashed < end:
             count = os.preadv(self._fd, [buffer[: end - self._hashed]], self._hashed)
@@ -259,7 +264,7 @@ class TensorWriter(AbstractContextManager["TensorWriter"]):
         """Hook that gets all bytes of each tensor, in order, as they are read back."""
 
     def _complete(self) -> None:
-        """Hook that writes bytes after the tensors that depend on all of them."""
+        """Hook that writes the bytes after the last tensor, when all tensors have been hashed."""
 
     def close(self) -> FileEntry:
         """Hash the rest and sync the file. Return size and SHA-256."""
