@@ -1,10 +1,10 @@
 """Convert weights from any MiniMind format to any other.
 
-All formats are read as, and written from, the whole megatron-core model with the names of `models/weights.py`. Its
-tensors are `Lazy`: shape and dtype are known, and the bytes are read on demand. A `Source` is a table of lazy tensors
-over memory-mapped files. A `Target` is a set of files in which every tensor has a fixed offset. A conversion
-(`convert.py`) is one pass that reads each tensor once and writes it to the target. The output is verified with the same
-reading code.
+Every format is read into, and written from, the whole megatron-core model. Its tensors have the names of
+`models/weights.py`. They are `Lazy`: shape and dtype are known, and the bytes are read on demand. A `Source` is a
+table of lazy tensors over memory-mapped files. A `Target` is a set of files in which every tensor has a fixed offset. A
+conversion (`convert.py`) is one pass that reads each tensor once and writes it to the target. The output is verified
+with the same reading code.
 
     convert.py     the conversion, and the base class `Target`
     hf.py          writes Hugging Face directories and `.pth` files; megatron.py and peft.py write their formats
@@ -15,4 +15,4 @@ reading code.
 """
 
 if __name__ == "converters":
-    raise ImportError("import minimind_mcore.converters instead of converters: a second copy of its classes differs")
+    raise ImportError("import minimind_mcore.converters instead of converters: a second copy has other classes")

@@ -37,7 +37,7 @@ MODEL_TYPES = {"llama2": "llama", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "q
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """The options of a conversion. The fields are the flags, None where a flag was not given.
+    """The options of a conversion. A field has the value of its flag, or a default if the flag was not given.
 
     Reading a model needs no `save_dir`.
     """
@@ -70,10 +70,12 @@ class Conversion:
 
 
 def run_conversion(conversion: Conversion) -> Result | None:
-    """Convert, and log the result. A dry run returns None before anything is read or written.
+    """Convert, and log the result.
+
+    A dry run checks the flags and the disk space, writes nothing, and returns None.
 
     Raises:
-        UserError: see the functions below, and `convert`.
+        UserError: a flag contradicts the source or the target, the source is damaged, or the output cannot be written.
     """
     unpadded = prepare(conversion, open_model(conversion))
     source = with_padded_heads(conversion, unpadded)
@@ -121,7 +123,7 @@ def open_model(conversion: Conversion) -> Source:
     found = "mg" if source.kind.startswith("Megatron") else "hf"
     if conversion.load_type not in (None, found):
         raise UserError(
-            f"--load-model-type {conversion.load_type}: found {source.kind} in {conversion.load_dir}; say {found}"
+            f"--load-model-type {conversion.load_type}: found {source.kind} in {conversion.load_dir}; give {found}"
         )
     check_model_type(conversion.model_type, source.config)
     assumptions.compare(source.config, conversion.stated)
@@ -177,7 +179,7 @@ def prepare(conversion: Conversion, source: Source) -> Source:
     """Apply the flags that change the source: merge adapters, cast, resize the vocabulary.
 
     Raises:
-        UserError: a flag asks for something impossible.
+        UserError: there are no adapters for the LoRA flags, the vocabulary does not fit, or the dtype is unknown.
     """
     if source.adapters and not conversion.lora_only:
         source = lora.merge(
@@ -228,7 +230,7 @@ def _rows(conversion: Conversion, source: Source) -> int:
         true = given.vocab_size
     if true is not None:
         if true > rows:
-            raise UserError(f"a vocabulary of {true} is asked for, but the weights have {rows} rows")
+            raise UserError(f"--true-vocab-size or --hf-cfg-dir: expected {true} rows, but the weights have {rows}")
         rows = true
     if conversion.save_type == "hf":
         return rows
@@ -272,7 +274,7 @@ def make_target(conversion: Conversion, source: Source) -> Target:
 
 
 def _with_tokenizer(source: Source, folder: Path | None) -> Source:
-    """Record the tokenizer, so that training can detect a different one."""
+    """Record the tokenizer in the checkpoint, so that training can detect another tokenizer."""
     if folder is None or not (folder / "tokenizer.json").is_file():
         return source
     from minimind_mcore.preprocess.tokenize import tokenizer_fingerprint

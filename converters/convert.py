@@ -4,7 +4,7 @@
 
 Each tensor of the whole megatron-core model is read once, hashed, and written to the target, whose files are hashed
 while they fill. Then the output is opened with the ordinary readers and must give the same tensors: both sides compute
-a digest. Only then the output is moved to its place, as a whole.
+a digest. After that the output is moved to its final path in one step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from minimind_mcore.storage import (
 
 
 class Sealing(contextlib.AbstractContextManager["Sealing"]):
-    """Hashes files in separate threads while others write. A file is hashed in order, by one thread at a time.
+    """Hashes files in its own threads while other threads write. A file is hashed in order, by one thread at a time.
 
     Args:
         writers: writers of the files.
@@ -83,8 +83,10 @@ class Sealing(contextlib.AbstractContextManager["Sealing"]):
 
 
 class Target(contextlib.AbstractContextManager["Target"]):
-    """The files that a conversion fills: `create`, `write` per tensor, `finish` with small files, `record` the
-    manifest.
+    """The files that a conversion fills. Base class of the output formats.
+
+    A conversion calls `create`, then `write` for each tensor, `finish` for the files without tensors, and `record` for
+    the manifest.
 
     Args:
         source: source of the conversion.
@@ -136,7 +138,7 @@ class Target(contextlib.AbstractContextManager["Target"]):
 
 # Space for small files, headers and directories besides the tensors.
 SLACK_BYTES = 16 << 20
-DIGEST = "xxh3_128"  # in the manifest
+DIGEST = "xxh3_128"  # key of the digest of the weights in the manifest
 Digests = dict[str, str]
 T = TypeVar("T")
 
@@ -172,7 +174,7 @@ def convert(
         probe: a further check of the output. It gets the tensors of the output and its directory.
 
     Raises:
-        UserError: the source, the target or the disk has a fault. Nothing is written then.
+        UserError: the source, the target or the disk has a fault. The output is not created then.
     """
     started = time.monotonic()
     require_free(output)
@@ -335,7 +337,10 @@ def require_space(output: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
-    """Yield a directory next to the output, and remove it in the end, as well as directories of killed runs."""
+    """Yield a temporary directory next to the output, and remove it at the end.
+
+    The temporary directories of killed conversions are removed first.
+    """
     remove_abandoned(output)
     tmp = temporary_beside(output)
     missing = [p for p in tmp.absolute().parents if not p.exists()]
@@ -347,13 +352,13 @@ def staging(output: Path) -> Iterator[Path]:
         yield tmp
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the files were moved to the output
+        with contextlib.suppress(OSError):  # a parent that holds the output is not empty
             for parent in missing:
                 parent.rmdir()
 
 
 def publish(tmp: Path, output: Path, single_file: str | None) -> None:
-    """Move the output to its place."""
+    """Move the output to its final path."""
     if single_file is None:
         publish_directory(tmp, output)
         return
@@ -365,7 +370,7 @@ def publish(tmp: Path, output: Path, single_file: str | None) -> None:
 
 
 class ThreadPool(contextlib.AbstractContextManager["ThreadPool"]):
-    """Worker threads. The work releases the GIL wherever it takes time."""
+    """Worker threads. Reading, hashing and writing release the GIL, so the threads run in parallel."""
 
     def __init__(self) -> None:
         self._workers = max(2, min(4, usable_cores()))

@@ -30,7 +30,7 @@ _LEGACY = (
 
 
 def main_v2(argv: Sequence[str] | None = None) -> None:
-    """The program convert_ckpt_v2.py."""
+    """Run convert_ckpt_v2.py."""
     keep_freed_memory()  # each tensor reuses the memory of the one before
     args, given = _parse(V2, sys.argv[1:] if argv is None else argv)
     if args.transformer_impl != "local":
@@ -41,7 +41,7 @@ def main_v2(argv: Sequence[str] | None = None) -> None:
 
 
 def main_v1(argv: Sequence[str] | None = None) -> None:
-    """The program convert_ckpt.py."""
+    """Run convert_ckpt.py."""
     keep_freed_memory()
     args, given = _parse(V1, sys.argv[1:] if argv is None else argv)
     if not args.use_mcore_models or args.load_from_legacy or args.save_to_legacy:
@@ -49,7 +49,8 @@ def main_v1(argv: Sequence[str] | None = None) -> None:
     if args.model_type != "GPT":
         raise UserError(f"--model-type {args.model_type}: expected GPT")
     save_dir, hf_cfg_dir = Path(args.save_dir), _first_path(args.hf_cfg_dir, args.hf_dir)
-    if args.save_model_type == "hf":  # --save-dir is the original model, which supplies config and tokenizer
+    if args.save_model_type == "hf":
+        # In MindSpeed-LLM --save-dir is then the original model, which supplies config and tokenizer.
         if hf_cfg_dir is None and (save_dir / "config.json").is_file():
             hf_cfg_dir = save_dir
         save_dir = save_dir / "mg2hf"
@@ -64,16 +65,17 @@ def _parse(program: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
     parser = build_parser(program, prog=program)
     for action in parser._actions:
         if action.dest in ("model_type_hf", "params_dtype", "ckpt_format", "lora_r", "lora_alpha"):
-            # This kit has other model types, and infers the type from the source by default.
+            # MindSpeed-LLM's choices lack values that this kit accepts, such as its model types. Without a default an
+            # omitted flag is None, and `Conversion` or the source determines the value.
             action.choices, action.default = None, None
     unpickling.add_trust_flag(add_kit_flags(parser, f"{V2}, {V1}"))
     known = {flag for action in parser._actions for flag in action.option_strings}
     assumptions.add_flags(parser.add_argument_group("model", "values that a .pth file does not hold"), known)
     args, given = parser.parse(argv)
     if refused := [flag for flag in given if flag in support(program, "refused")]:
-        raise UserError(f"{', '.join(refused)}: not for a MiniMind; leave it out")
+        raise UserError(f"{', '.join(refused)}: a MiniMind model has no use for this; leave it out")
     if ignored := [flag for flag in given if flag in support(program, "no effect")]:
-        logger.info(f"without effect here: {', '.join(ignored)}")
+        logger.info(f"these flags have no effect here: {', '.join(ignored)}")
     return args, given
 
 

@@ -29,13 +29,14 @@ def adapter_source(source: Source) -> Source:
 class PeftTarget(Target):
     """A PEFT adapter directory.
 
-    One weight of megatron-core corresponds to several of transformers, which share A and have their own rows of B.
-    Modules whose B is zero in every layer are left out, because MiniMind adapts only q and o.
+    One weight of megatron-core corresponds to several modules of transformers (QKV to q, k and v). All
+    these modules get the same A, and each gets its rows of B. A module whose B is zero in every layer is left out.
+    Adapters of MiniMind have such modules, because MiniMind adapts only q and o.
 
     Args:
         source: source with adapters.
-        rank: rank of the command line, or None.
-        alpha: alpha of the command line, or None.
+        rank: LoRA rank, if the command line gives one.
+        alpha: LoRA alpha, if the command line gives one.
         base: base model, for `base_model_name_or_path`.
 
     Raises:
@@ -120,7 +121,7 @@ class PeftTarget(Target):
                 return rule.to_mcore([b_of(n, m) for n, m in zip(rule.hf, meta, strict=True)])[0]
             copies = [file.read(k) for n in rule.hf if (k := _key(n.removesuffix(".weight"), "A")) in file.entries]
             if not copies or not all(torch.equal(copies[0], copy) for copy in copies):
-                raise UserError(f"{weight}: the A of its modules differ in the output")
+                raise UserError(f"{weight}: its modules in transformers have different A matrices in the output")
             return copies[0]
 
         tensors: dict[str, Lazy] = {}
