@@ -1,4 +1,4 @@
-"""Find the layouts of a model on a number of devices that are valid and fit into memory, the fastest first."""
+"""Find the parallel layouts with which a model runs and fits in memory on a number of devices, fastest first."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Proposal:
 
     @property
     def bytes(self) -> float:
-        """Memory of a rank, including the program."""
+        """Memory of a rank, including the memory of a process without a model."""
         return sum(self.memory.values()) + self.machine.program
 
     @property
@@ -63,7 +63,7 @@ class Proposal:
 
 
 def base_flags(name: str, model: ModelConfig, stage: str, devices: int, machine: Machine) -> argparse.Namespace:
-    """Return the flags of a stage's recipe for TP=1 and PP=1, as the scripts set them."""
+    """Return the flags of a stage's recipe for TP=1 and PP=1, with the flags that the scripts add."""
     if stage == "grpo":
         flags = [*GRPO_FLAGS.split(), "--global-batch-size", str(GRPO.responses * devices)]
     else:
@@ -131,7 +131,7 @@ def propose(name: str, model: ModelConfig, stage: str, devices: int, machine: Ma
 
 
 def _sizes(model: ModelConfig, devices: int) -> Iterator[tuple[int, int]]:
-    """Yield TP and PP whose product divides the devices. Validation checks later whether the model allows them."""
+    """Yield all TP and PP whose product is at most `devices`. `workload` later skips the invalid ones."""
     for tp in range(1, min(model.num_heads, devices) + 1):
         yield from ((tp, pp) for pp in range(1, min(model.num_layers, devices // tp) + 1))
 
@@ -160,7 +160,9 @@ class Scale:
 
 
 def scale(name: str, model: ModelConfig, machine: Machine, limit: float) -> tuple[list[Scale], str]:
-    """Forecast pretraining with the global batch of eight devices on more and more devices, and why scaling ends.
+    """Forecast pretraining on the numbers of devices in `SCALES`, and explain where scaling stops.
+
+    The global batch size is always the recipe's for eight devices.
 
     Raises:
         UserError: the model does not fit on any number of devices.
@@ -189,7 +191,7 @@ def _usable(args: argparse.Namespace, model: ModelConfig, devices: int, machine:
 
 
 def _why(rows: Sequence[Scale], batch: int) -> str:
-    """Explain the end of scaling: the first number of devices below half efficiency, and the largest cost there."""
+    """Return a sentence without its subject: where efficiency falls below one half, and the largest cost there."""
     good = [row for row in rows if row.efficiency >= 0.5]
     later = rows[len(good) :]
     if not later:

@@ -1,4 +1,4 @@
-"""The data of devices for forecasts: machines.json, each number with its source."""
+"""Performance numbers of devices for forecasts. machines.json has each number with its source."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ class Machine:
 
     Attributes:
         kind: see `platform.device.Device.kind`.
-        efficiency: share of `matmul_flops` that training turns into model FLOPs. `_compiled`: for compiled layers.
-        hidden_vectors: vectors of the hidden size that a layer keeps per token. `_compiled`: for compiled layers.
+        efficiency: share of `matmul_flops` that training turns into model FLOPs. `efficiency_compiled`: same with
+            compiled layers.
+        hidden_vectors: vectors of the hidden size that a layer keeps per token. `hidden_vectors_compiled`: same with
+            compiled layers.
         layer_seconds: time of the host to launch the kernels of a layer, forward and backward.
         decode_layer_seconds: time of the host to launch the kernels of a layer for one generated token.
-        program: memory of a process besides the model.
+        program: memory of a process without a model.
         fragmentation: bytes that the allocator reserves per byte of activations and logits. `_moe`: with experts,
             whose tensor sizes differ in each step. `_tp`: with TP, where gathered tensors and shards alternate.
         collective_seconds: latency of any collective. `host_seconds` and `network_seconds`: latency of each hop.

@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="a preset, or an HF directory or config.json")
     parser.add_argument("--devices", type=flag_type("data_parallel_size"), default=1, help="processes (default: 1)")
     parser.add_argument(
-        "--device", choices=list(machines.table()), default="910B", help="what each process has; of a CPU one core"
+        "--device", choices=list(machines.table()), default="910B", help="device of a process; a CPU: one core"
     )
-    parser.add_argument("--memory", help="of each device, such as 64GiB (default: the device's; of a CPU its share)")
+    parser.add_argument("--memory", help="memory of a device, such as 64GiB (default: its own; a CPU: a share of RAM)")
     parser.add_argument("--stage", choices=STAGES, help="show all layouts of this stage (default: the best of each)")
     parser.add_argument("--scaling", action="store_true", help="show pretraining on 1 to 10,000 devices")
     args = parser.parse_args(argv)
@@ -115,14 +115,14 @@ def memories(one: Proposal) -> dict[str, str]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as columns of their widest cells."""
+    """Print rows as a table. Each column is as wide as its widest cell."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
 def print_scaling(name: str, rows: Sequence[layouts.Scale], why: str) -> None:
-    """Print the table of scaling and the sentence about its end."""
+    """Print the table of scaling and the sentence that says where scaling stops."""
     batch = rows[0].best.work.global_batch_size
     print(f"pretraining, {batch:,} samples of {rows[0].best.work.seq_length} tokens in a step; time of a step in ms")
     table = [["devices", "used", "TP PP EP DP", "MBS", "step", *layouts.REASONS, "tokens/s", "efficiency"]]

@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer states are counted exactly, except for alignment. Activations are the tensors that the
 backward pass keeps; tests compare them with the tensors that autograd saves. Activations are allocated and freed in
-each step, so the allocator reserves more than is live at any time. That factor is measured.
+each step, so the allocator reserves more than is live at any time. The ratio is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Workload:
     Attributes:
         layout: layout of the run, with its world size.
         sequences: sequences of a sample, 2 for a preference pair.
-        reference_live: every rank also holds the whole reference model, split only by TP.
+        reference_live: the ranks of the last pipeline stage also hold the reference model, split only by TP. The
+            forecast adds it to every rank.
     """
 
     model: ModelConfig
@@ -83,14 +84,14 @@ class Workload:
 
     @property
     def shards(self) -> tuple[int, int]:
-        """Number of ranks that share the optimizer states outside the routed experts, and in them."""
+        """Numbers of ranks that share the optimizer states: outside the routed experts, and in the routed experts."""
         dp = self.layout.dp if self.use_distributed_optimizer else 1
         return dp, max(1, dp // self.layout.ep)
 
 
 @functools.lru_cache
 def rank_parameters(model: ModelConfig, layout: ParallelLayout) -> tuple[int, int]:
-    """Return the parameters of the largest rank: outside the routed experts, and in them."""
+    """Return two parameter counts of the largest rank: outside the routed experts, and in the routed experts."""
     shapes = weights.mcore_shapes(model)
     counts: dict[str, list[int]] = {}
     for name, parts in layout.parts(model).items():
@@ -147,7 +148,10 @@ def _collective_copies(work: Workload) -> float:
 
 
 def _kept(work: Workload, machine: Machine) -> tuple[float, float]:
-    """Return the bytes of activations and logits, the maximum of the first stage (most micro-batches) and the last."""
+    """Return the bytes of activations and of logits on the pipeline stage that needs more.
+
+    The first stage keeps the activations of the most micro-batches. The last stage also has the logits.
+    """
     layout, v = work.layout, work.layout.vpp or 1
     layer = layer_activations(work, machine) * work.tokens * work.width
     if work.recompute_granularity == "full":  # each layer keeps only its input, and one layer at a time is recomputed
@@ -195,9 +199,10 @@ def compiles(work: Workload) -> bool:
 def logits_bytes(work: Workload, machine: Machine) -> float:
     """Return the bytes of a micro-batch's logits and their copies in the loss.
 
-    In fp32 loss and gradient overwrite the logits. In half precision there are the logits and their gradient. A CPU
-    computes with a few rows in fp32 at a time (platform/fused/cross_entropy.py). Other devices are counted with fp32
-    copies of both, which are part of the peaks that their other numbers were fitted to.
+    In fp32 the loss and the gradient overwrite the logits: 4 bytes per logit. In half precision a CPU keeps the logits
+    and their gradient: 2 + 2 bytes. It converts only a few rows to fp32 at a time (platform/fused/cross_entropy.py).
+    Other devices are counted with fp32 copies of both as well: 4 + 4 bytes more. The other numbers of these devices
+    were fitted to measured peaks with this count.
     """
     width = 12 if work.width == 2 and machine.kind != "cpu" else 4
     return work.tokens * work.model.vocab_size / work.layout.tp * width
@@ -214,7 +219,8 @@ class Rollouts:
         reference: a rank also holds the reference model.
         updates: number of weight updates in a step.
         apart: the engines have devices of their own.
-        copies: copies of the trained weights that a rank keeps, because the engines may be steps ahead.
+        copies: copies of the trained weights that a rank keeps, because rollouts may be from
+            weights of earlier steps.
     """
 
     responses: int
@@ -233,12 +239,12 @@ class Rollouts:
 
 
 def cache_bytes_per_token(model: ModelConfig, width: int) -> int:
-    """Bytes of keys and values of one token."""
+    """Return the bytes of the keys and values of one token."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
 
 
 def of_engine(work: Workload, rollouts: Rollouts) -> dict[str, float]:
-    """Bytes of a rollout engine and its cache."""
+    """Return the bytes of a rollout engine and its cache."""
     length = rollouts.prompt_length + rollouts.response_length
     return {
         "rollout engine": work.model.num_parameters() * work.width,
@@ -247,7 +253,7 @@ def of_engine(work: Workload, rollouts: Rollouts) -> dict[str, float]:
 
 
 def of_rl(work: Workload, machine: Machine, rollouts: Rollouts) -> dict[str, float]:
-    """Bytes of a device that trains in reinforcement learning; an engine is included if it shares the device."""
+    """Return the bytes of a rank in reinforcement learning, and of its rollout engine if both share the device."""
     length = rollouts.prompt_length + rollouts.response_length
     return {
         **of_training(work, machine),

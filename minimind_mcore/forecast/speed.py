@@ -1,4 +1,4 @@
-"""Time of one step of one rank, in seconds, by what it is spent on, and the bytes that the rank sends.
+"""Seconds of one step on one rank, by purpose, and the bytes that the rank sends.
 
 Compute time is model FLOPs divided by the measured rate of training, but at least the time of the host to launch the
 kernels. Collectives take their volume divided by the bandwidth of the slowest link, plus a latency per hop. Nothing
@@ -48,7 +48,8 @@ def _pipeline_sends(work: Workload) -> int:
     """Return how often the busiest rank of a pipeline sends for a micro-batch.
 
     Each chunk of layers sends activations to the next chunk and gradients to the chunk before. The first chunk has no
-    chunk before it, and the last has none after it. With two stages each rank holds one of these two.
+    chunk before it, and the last chunk has no chunk after it. With two stages each rank holds the first or the last
+    chunk, so it sends once less.
     """
     return 2 * (work.layout.vpp or 1) - (work.layout.pp == 2)
 
@@ -74,7 +75,7 @@ def link(machine: Machine, ranks: int, stride: int) -> tuple[float, float]:
 
 
 def of_training(work: Workload, machine: Machine) -> dict[str, float]:
-    """Return the seconds of a training step by purpose. They add up to the step."""
+    """Return the seconds of a training step by purpose. Their sum is the duration of the step."""
     layout, model, m = work.layout, work.model, work.num_microbatches
     efficiency = machine.efficiency_compiled if compiles(work) else machine.efficiency
     compute = _flops(work) / (machine.matmul_flops * efficiency)
