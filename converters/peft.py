@@ -29,9 +29,9 @@ def adapter_source(source: Source) -> Source:
 class PeftTarget(Target):
     """A PEFT adapter directory.
 
-    One weight of megatron-core corresponds to several modules of transformers (QKV to q, k and v). All
-    these modules get the same A, and each gets its rows of B. A module whose B is zero in every layer is left out.
-    Adapters of MiniMind have such modules, because MiniMind adapts only q and o.
+    One weight of megatron-core corresponds to several modules of transformers (QKV to q, k and v). All these
+    modules get the same A, and each gets its rows of B. A module whose B is zero in every layer is left out. Adapters
+    of MiniMind have such modules, because MiniMind adapts only q and o.
 
     Args:
         source: source with adapters.

@@ -40,8 +40,8 @@ class Generator:
 
     Args:
         loaded: the model.
-        sampling: sampling parameters of every prompt. Prompt n gets the seed `sampling.seed` + n, counted
-            from 0 over all calls.
+        sampling: sampling parameters of every prompt. Prompt n gets the seed `sampling.seed` + n, where n counts the
+            prompts of all calls from 0.
         max_new_tokens: maximum number of new tokens per prompt.
         stop: ids that end a completion, besides the tokenizer's eos.
         num_beams: beams of a beam search. 1: no beam search.
