@@ -1,8 +1,8 @@
 """The functions behind the built-in tools: MiniMind's eight, and minimind-ascend's search. They run in `worker`.
 
-Apart from arithmetic, text lengths and unit conversion they stand for services. Their tables (builtin.json) are from
-MiniMind's train_agent.py, so the answers (`gt`) in MiniMind's agent_rl.jsonl are right. With MINIMIND_TOOLS_SEED set,
-the clock stands at 2025-03-07 14:30 in Shanghai and random numbers repeat.
+The weather, exchange rate, translation and search tools replace online services. Their tables (builtin.json) are from
+MiniMind's train_agent.py, so the results match the answers (`gt`) in MiniMind's agent_rl.jsonl. With
+MINIMIND_TOOLS_SEED set, the clock stands at 2025-03-07 14:30 in Shanghai and random numbers repeat.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TABLES = package_json("tools/builtin.json")
 WEATHER = {city: (temperature, condition) for city, temperature, condition in TABLES["weather"]}
 RATES = {(source, target): rate for source, target, rate in TABLES["rates"]}
 TRANSLATIONS = {(text, language): translation for text, language, translation in TABLES["translations"]}
-# MiniMind's factors. Temperatures are multiplied too, without the 32 degrees, as in its data.
+# MiniMind's factors. Temperatures are only multiplied, without adding 32 degrees, because MiniMind's data does so.
 FACTORS = {(source, target): factor for source, target, factor in TABLES["factors"]}
 
 
@@ -73,5 +73,5 @@ def translate_text(text: str, target_language: str) -> dict[str, str]:
 
 
 def search(query: str) -> dict[str, list[str]]:
-    """Return search results."""
+    """Return one result, which says that no search engine is connected."""
     return {"results": [f"About {query}: no search engine is connected to this tool."]}

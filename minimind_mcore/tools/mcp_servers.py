@@ -2,7 +2,7 @@
 
     {"mcpServers": {"files": {"command": "python", "args": ["server.py"]}, "remote": {"url": "http://localhost:8000/mcp"}}}
 
-This is the object that other MCP clients read too. A server runs as long as the toolbox is open, so it may keep state.
+Other MCP clients read the same JSON object. A server runs as long as the toolbox is open, so it may keep state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal  # pyright: ignore[reportMissingImports]
     from mcp import Client  # pyright: ignore[reportMissingImports]
 
-START_SECONDS = 30.0  # for a server to start and to list its tools
+START_SECONDS = 30.0  # maximum time of each answer of a server that starts or lists its tools
 
 
 def open_servers(servers: object, where: str, stack: ExitStack) -> list[Tool]:
@@ -57,7 +57,7 @@ def open_servers(servers: object, where: str, stack: ExitStack) -> list[Tool]:
             client = Client(server, read_timeout_seconds=START_SECONDS)
             stack.enter_context(portal.wrap_async_context_manager(client))
             listed = _tools(portal, client)
-        except Exception as error:  # the SDK raises groups of whatever its transports raise
+        except Exception as error:  # the SDK raises exception groups, which may hold any exception
             raise UserError(f"{place} does not answer: {error!r}; start it by hand to see why") from error
         for tool in listed:
             function = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
@@ -79,7 +79,7 @@ def _tools(portal: BlockingPortal, client: Client) -> list[Any]:
 def _call(portal: BlockingPortal, client: Client, name: str, arguments: Mapping[str, object], limits: Limits) -> Result:
     try:
         found = portal.call(partial(client.call_tool, name, dict(arguments), limits.seconds))
-    except Exception as error:  # a timeout, a server that ended, a wrong answer: the model reads what happened
+    except Exception as error:  # a timeout, a stopped server or an invalid reply: the model reads the error
         return failed(f"the MCP server failed: {error}")
     texts = [block.text for block in found.content if block.type == "text"]
     text = "\n".join(texts) if texts or not found.structured_content else json.dumps(found.structured_content)

@@ -1,4 +1,7 @@
-"""Run a Python function in a subprocess with limits on time, memory, processes and output. End it with its children."""
+"""Run a Python function in a subprocess with limits on time, memory, processes and output.
+
+When the call ends, the subprocess and all its children are killed.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def run(function: str, arguments: Mapping[str, object], limits: Limits, environ:
     """Run a function in a subprocess.
 
     Args:
-        function: "module:name"; imported in the subprocess, and never here.
+        function: "module:name". Only the subprocess imports the module.
         arguments: keyword arguments of the function.
         limits: limits of time, memory, processes and output.
         environ: additional environment variables.

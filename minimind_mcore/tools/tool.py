@@ -1,4 +1,4 @@
-"""A tool: its definition, and what runs when a model calls it."""
+"""A tool: its definition, and the function or server that runs its calls."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from minimind_mcore.tools.process import Limits, Result
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool.
+    """A tool that a model may call. If it has neither `function` nor `remote`, the user answers its calls.
 
     Attributes:
         definition: {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}.
         function: "module:name" of the Python function that runs in a subprocess.
-        remote: what runs instead: takes the arguments, and the limits of the call.
-        aliases: other names of arguments.
-        payload: keys of the result that an answer should hold. Empty: all keys that do not echo an argument.
+        remote: function that runs in this process instead. It gets the arguments and the limits of the call.
+        aliases: maps other names of arguments to the names of the function.
+        payload: keys of the result whose values the model's answer should contain. Empty: all keys that do not repeat
+            an argument.
     """
 
     definition: Mapping[str, object]
@@ -28,7 +29,7 @@ class Tool:
 
     @property
     def name(self) -> str:
-        """The name that the model calls."""
+        """The name by which the model calls the tool."""
         function = self.definition["function"]
         assert isinstance(function, Mapping)
         return str(function["name"])
@@ -52,5 +53,5 @@ class Tool:
         return found if isinstance(found, Mapping) else {}
 
     def canonical(self, arguments: Mapping[str, object]) -> dict[str, object]:
-        """Return the arguments under the names of the function, which the definition may call by an alias."""
+        """Return the arguments with aliases replaced by the argument names of the function."""
         return {self.aliases.get(name, name): value for name, value in arguments.items()}

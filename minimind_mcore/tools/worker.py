@@ -35,7 +35,7 @@ INTERVAL = 0.05  # seconds between two counts of the processes
 def main() -> None:
     """Run the tool that standard input names."""
     job = json.load(sys.stdin)
-    seconds = math.ceil(job["seconds"]) + 1  # the parent's clock ends the tool; this limit holds if the parent dies
+    seconds = math.ceil(job["seconds"]) + 1  # `process.run` ends the tool earlier; this limit works if the caller dies
     for kind, limit in (
         (resource.RLIMIT_AS, job["memory"]),
         (resource.RLIMIT_CPU, seconds),
@@ -45,9 +45,10 @@ def main() -> None:
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; without it endless output would only raise
+    # Python ignores SIGXFSZ by default. A tool could then catch the OSError of a full file and continue.
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    _prctl(SUBREAPER, 1)  # elsewhere only direct children are found
+    _prctl(SUBREAPER, 1)  # without subreaper (not Linux), orphaned grandchildren are not found
     tool = os.fork()
     if tool == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -117,9 +118,11 @@ def _write(job: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _kill_children() -> None:
-    """Kill the children of this process, then those that become its children by that, until there are none.
+    """Kill the children of this process until there are none.
 
-    A signal to a process group reaches also the processes that are being forked, so a fork bomb does not outrun it.
+    The children of a killed child become children of this process, which the next pass kills.
+
+    A signal to a process group also reaches processes that are just being forked, so a fork bomb cannot escape.
     """
     own = os.getpgrp()
     while children := psutil.Process().children():
