@@ -32,7 +32,7 @@ class ServerOptions:
         thinking: default for chats that do not set it. None: as in the chat template.
         max_model_len: maximum tokens of a prompt and its answer. None: the model's maximum position.
         max_batch_size: maximum number of running requests.
-        max_queue: maximum number of waiting requests. None: the engine's default.
+        max_queue: maximum number of waiting requests.
         kv_cache_gib: memory for keys and values. None: the engine's default.
         defaults: sampling parameters of requests that do not set them: temperature, top_p, top_k, ...
         cors_origins: web pages that may send requests.
@@ -67,7 +67,7 @@ def choose(asked: str, source: Source) -> tuple[str, str]:
 
     Args:
         asked: "embedded", "vllm" or "auto". "auto" selects vLLM if it is installed and supports the model's shape,
-            except on an NPU, where its attention operator supports few head sizes.
+            except on an NPU, where vLLM's attention operator supports few head sizes.
         source: the model.
 
     Raises:
@@ -75,11 +75,11 @@ def choose(asked: str, source: Source) -> tuple[str, str]:
     """
     if asked == "auto":
         if device.current().is_ascend:
-            return "embedded", "the default on an NPU; ENGINE=vllm asks for vLLM"
+            return "embedded", "the default on an NPU; ENGINE=vllm selects vLLM"
         problem = engine("vllm").problem(source)
         return ("embedded", problem) if problem else ("vllm", "vLLM is installed and supports this model")
     if problem := engine(asked).problem(source):
-        raise UserError(f"ENGINE={asked}: {problem}. ENGINE=embedded needs neither vLLM nor a certain head size")
+        raise UserError(f"ENGINE={asked}: {problem}. ENGINE=embedded needs no vLLM and supports every head size")
     return asked, f"ENGINE={asked}"
 
 

@@ -1,7 +1,8 @@
 """Encode prompts from untrusted clients so that their text never becomes a token that structures the chat.
 
 The text of an added token in a system, user or tool message, or in a tool definition, is encoded as ordinary text
-(`inference/safe_text.py`). Messages of the assistant keep the ids that the model generated.
+(`inference/safe_text.py`). In messages of the assistant the text becomes the added token again, as in the ids that the
+model generated.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class SafePrompts:
         switches: Mapping[str, Any],
         add_generation_prompt: bool = True,
     ) -> tuple[list[int], bool]:
-        """Return the ids of a chat, and whether they end inside a thought.
+        """Return the ids of a chat, and whether they end inside a thinking block.
 
         Args:
             messages: the chat.

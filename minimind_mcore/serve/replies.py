@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, whole or as chunks. Both are made from the same pieces, so that they have the same text."""
+"""Answers in OpenAI's format: whole, or streamed as chunks. Both come from the same pieces, so the text is the same."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from minimind_mcore.inference.sampling import Logprob
 from minimind_mcore.serve.scheduler import Piece
 from minimind_mcore.tools.parser import Call, StreamParser, Text
 
-ARGUMENTS = 64  # characters of a call's arguments in one chunk
+ARGUMENTS = 64  # maximum characters of a tool call's arguments in one chunk
 
 
 class Tokens:
     """Texts and bytes of single tokens, for log-probabilities.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -28,19 +28,19 @@ class Tokens:
         self._byte_level = "ByteLevel" in str(json.loads(self._backend.to_str())["decoder"])
 
     def text(self, token: int) -> str:
-        """What a token alone is decoded to."""
+        """Return the text of a token that is decoded alone."""
         text: str = self._backend.decode([token], skip_special_tokens=False)
         return text
 
     def raw(self, token: int) -> list[int]:
-        """Its bytes, which may be a part of a character."""
+        """Return the bytes of a token, which may be a part of a character."""
         piece = self._backend.id_to_token(token) or ""
         if self._byte_level and token not in self._added and all(character in self._bytes for character in piece):
             return [self._bytes[character] for character in piece]
         return list(self.text(token).encode())
 
     def chat(self, logprob: Logprob) -> dict[str, Any]:
-        """A position as chats report it."""
+        """Return the log-probabilities of one position in the format of chat completions."""
         top = [self._entry(token, value) for token, value in logprob.top]
         return self._entry(logprob.token, logprob.value) | {"top_logprobs": top}
 
@@ -49,7 +49,10 @@ class Tokens:
 
 
 def _byte_characters() -> dict[int, int]:
-    """GPT-2's character (its code) of each byte: printable ones are their own."""
+    """Return the code point of the character that stands for each byte in GPT-2's byte-level BPE.
+
+    A printable byte stands for itself. The others have the code points from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: byte for byte in printable} | {byte: 256 + number for number, byte in enumerate(others)}
@@ -59,11 +62,11 @@ class ChatChoice:
     """One answer of a chat.
 
     Args:
-        thinking: the prompt has opened a thought.
-        tools: calls are looked for.
-        parallel: more than one call is returned.
-        tokens: for log-probabilities; None without.
-        with_ids: ids are returned.
+        thinking: the prompt ends inside a thinking block.
+        tools: tool calls are parsed.
+        parallel: all tool calls are returned, not only the first.
+        tokens: texts of tokens, to return log-probabilities. None: no log-probabilities.
+        with_ids: token ids are returned.
     """
 
     def __init__(self, thinking: bool, tools: bool, parallel: bool, tokens: Tokens | None, with_ids: bool) -> None:
@@ -77,7 +80,7 @@ class ChatChoice:
         self._parser = StreamParser(thinking, tools)
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Take a piece; returns the deltas that it makes."""
+        """Add a piece, and return the deltas of the chunks for this piece."""
         deltas: list[dict[str, Any]] = []
         if self._parser.kind == "thinking":
             self.reasoning_tokens += len(piece.ids)
@@ -109,7 +112,7 @@ class ChatChoice:
         return [{"tool_calls": [one]} for one in (begun, *rest)]
 
     def whole(self, index: int) -> dict[str, Any]:
-        """The choice of a reply that is not streamed."""
+        """Return the choice of a reply that is not streamed."""
         content, reasoning = self._parser.answer, self._parser.thinking or None
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if self.calls else "")}
         message |= {"refusal": None, "reasoning_content": reasoning, "reasoning": reasoning}
@@ -120,11 +123,11 @@ class ChatChoice:
         return choice | ({"token_ids": self.ids} if self.with_ids else {})
 
     def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """The choices of the chunks that a piece makes."""
+        """Add a piece, and return the choices of its chunks."""
         seen = len(self.logprobs)
         deltas = self.add(piece)
         if not deltas and (self.tokens or self.with_ids) and piece.ids:
-            deltas = [{}]  # a token of its own, though no text is certain
+            deltas = [{}]  # reports the token, although its text is not yet complete
         choices: list[dict[str, Any]] = [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
         ]
@@ -142,8 +145,8 @@ class TextChoice:
     """One answer of a completion.
 
     Args:
-        tokens: for log-probabilities; None without.
-        with_ids: ids are returned.
+        tokens: texts of tokens, to return log-probabilities. None: no log-probabilities.
+        with_ids: token ids are returned.
     """
 
     def __init__(self, tokens: Tokens | None, with_ids: bool) -> None:
@@ -157,7 +160,7 @@ class TextChoice:
         self._offset = 0
 
     def add(self, piece: Piece) -> None:
-        """Take a piece."""
+        """Add a piece."""
         self.text += piece.text
         self.ids += piece.ids
         self.finish, self.stop_reason = piece.finish, piece.stop_reason
@@ -165,7 +168,7 @@ class TextChoice:
             found = self.tokens.chat(piece.logprob)
             self._logprobs["tokens"].append(found["token"])
             self._logprobs["token_logprobs"].append(found["logprob"])
-            # OpenAI lists the token that was sampled even if others are likelier.
+            # As in OpenAI's API the sampled token is in top_logprobs, even if it is not one of the likeliest.
             self._logprobs["top_logprobs"].append(
                 {top["token"]: top["logprob"] for top in [*found["top_logprobs"], found]}
             )
@@ -173,13 +176,13 @@ class TextChoice:
             self._offset += len(found["token"])
 
     def whole(self, index: int) -> dict[str, Any]:
-        """The choice of a reply that is not streamed."""
+        """Return the choice of a reply that is not streamed."""
         choice = {"index": index, "text": self.text, "finish_reason": self.finish, "stop_reason": self.stop_reason}
         choice["logprobs"] = self._logprobs if self.tokens else None
         return choice | ({"token_ids": self.ids} if self.with_ids else {})
 
     def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """The choices of the chunks that a piece makes."""
+        """Add a piece, and return the choices of its chunks."""
         self._logprobs = _no_logprobs()
         self.add(piece)
         if not (piece.text or piece.finish or (piece.ids and (self.tokens or self.with_ids))):
@@ -194,7 +197,7 @@ def _no_logprobs() -> dict[str, list[Any]]:
 
 
 def usage(prompt_tokens: int, choices: Sequence[ChatChoice | TextChoice]) -> dict[str, Any]:
-    """The tokens of a request."""
+    """Return the number of tokens of a request, as in OpenAI's `usage`."""
     written = sum(len(choice.ids) for choice in choices)
     thought = sum(choice.reasoning_tokens for choice in choices)
     return {
@@ -206,7 +209,7 @@ def usage(prompt_tokens: int, choices: Sequence[ChatChoice | TextChoice]) -> dic
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """Return an error object in OpenAI's format."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

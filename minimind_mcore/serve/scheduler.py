@@ -27,7 +27,7 @@ from minimind_mcore.serve.slots import Slots
 from minimind_mcore.tools.parser import partial_tag
 
 logger = logging.getLogger(__name__)
-CHUNK = 512  # prompt tokens per round, for which the running sequences wait
+CHUNK = 512  # maximum prompt tokens per round; more would delay the next tokens of the running sequences
 
 
 class QueueFull(Exception):
@@ -146,7 +146,11 @@ class Sequence:
         self._give(Piece(self._held + text, (token,), logprob, finish, reason))
 
     def fail(self, finish: str) -> None:
-        """End without an answer: "abort" or "error"."""
+        """End the sequence without a complete answer.
+
+        Args:
+            finish: the reason, "abort" or "error".
+        """
         self.finished = True
         self._give(Piece("", finish=finish))
 
@@ -159,7 +163,7 @@ class Sequence:
 
 @dataclass
 class Counts:
-    """Sequences by state, for metrics and for the end of the server."""
+    """Numbers of running and of waiting sequences."""
 
     running: int = 0
     waiting: int = 0
@@ -173,7 +177,7 @@ class Scheduler:
         max_batch_size: maximum number of running sequences.
         max_queue: maximum number of waiting sequences.
         budget: maximum number of cached positions.
-        metrics: counters.
+        metrics: counters of the server.
         flush: called after each round in which sequences emitted pieces.
     """
 
@@ -228,7 +232,7 @@ class Scheduler:
             # A free slot of the batch also takes a sequence.
             free = self.max_batch_size - len(self.running)
             if len(self.waiting) + len(sequences) > self.max_queue + max(free, 0) or self._stopping:
-                raise QueueFull(f"{len(self.waiting)} requests wait already")
+                raise QueueFull(f"{len(self.waiting)} requests are already waiting")
             self.waiting.extend(sequences)
             self._changed.notify()
 

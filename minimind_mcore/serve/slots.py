@@ -18,7 +18,7 @@ MIN_GROWTH = 128  # minimum number of positions by which the table grows
 
 
 class Slots:
-    """A table of slots.
+    """Cached keys and values of all slots, and the ids to which they belong.
 
     Args:
         decoder: decoder of the model.
@@ -111,7 +111,7 @@ class Slots:
 
 
 class _Rows:
-    """The cache for one call of the decoder: consecutive slots."""
+    """Consecutive slots as the cache of one call of the decoder."""
 
     def __init__(self, slots: Slots, first: int, count: int) -> None:
         self.slots, self.rows = slots, slice(first, first + count)
