@@ -195,7 +195,7 @@ def _why(rows: Sequence[Scale], batch: int) -> str:
     good = [row for row in rows if row.efficiency >= 0.5]
     later = rows[len(good) :]
     if not later:
-        return f"scales to {rows[-1].devices:,} devices at {rows[-1].efficiency:.0%} of the speed of one per device"
+        return f"scales to {rows[-1].devices:,} devices at an efficiency of {rows[-1].efficiency:.0%}"
     row = later[0]
     idle = row.devices - row.best.work.layout.world_size
     lost = {name: seconds for name, seconds in row.best.seconds.items() if name in REASONS}
