@@ -32,6 +32,5 @@ def output_only_at(places: Tensor, chunk: Any) -> Iterator[None]:
         # shape in megatron-core: [length, rows, hidden]
         return (inputs[0].flatten(0, 1).index_select(0, places).unsqueeze(1), *inputs[1:])
 
-    handle = chunk.output_layer.register_forward_pre_hook(pick)
-    yield
-    handle.remove()
+    with chunk.output_layer.register_forward_pre_hook(pick):
+        yield

@@ -201,10 +201,12 @@ def _weights_of(config: TrainConfig, source: str | None, model: list[MegatronMod
         yield
         return
     own = [{k: v.clone() for k, v in chunk.state_dict().items() if v is not None} for chunk in model]
-    checkpointing.load_weights(config, Path(source), model, "reference")
-    yield
-    for chunk, state in zip(model, own, strict=True):
-        chunk.load_state_dict(state, strict=False)  # the missing entries are not tensors
+    try:
+        checkpointing.load_weights(config, Path(source), model, "reference")
+        yield
+    finally:
+        for chunk, state in zip(model, own, strict=True):
+            chunk.load_state_dict(state, strict=False)  # the missing entries are not tensors
 
 
 def _measure(job: PostTraining, engine: step.Engine, documents: NDArray[np.int64]) -> LogProbs:
