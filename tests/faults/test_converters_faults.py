@@ -230,11 +230,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "source type": (["--load-model-type", "mg"], "--load-model-type mg: found Hugging Face qwen3"),
     "dtype": (["--params-dtype", "int8"], "--params-dtype int8: expected one of fp32, bf16, fp16"),
     "typing error": (["--target-tensor-paralel-size", "2"], "did you mean --target-tensor-parallel-size"),
-    "another architecture's flag": (["--mtp-num-layers", "1"], "--mtp-num-layers: not for a MiniMind"),
+    "another architecture's flag": (["--mtp-num-layers", "1"], "--mtp-num-layers: a MiniMind model has no use"),
     "Transformer Engine": (["--transformer-impl", "transformer_engine"], "use local"),
     "layers stated": (["--num-layers", "8"], "--num-layers 8: the model has 4"),
     "adapters that are not there": (["--lora-r", "8"], "found no LoRA adapters"),
-    "larger vocabulary": (["--true-vocab-size", "200"], "a vocabulary of 200 is asked for"),
+    "larger vocabulary": (["--true-vocab-size", "200"], "expected 200 rows, but the weights have"),
 }
 
 

@@ -453,7 +453,7 @@ OTHERS = {
     "devices": "20 910 1e-3 1e-6 4",
     "dpo": "30",
     "embeddings": "20 0.98",  # 0.98: test_the_plane_of_the_embeddings
-    "grpo": "30 7 1e-6 4",
+    "grpo": "30 1e-6 4 0.2 3e-4",  # 0.2, 3e-4: values of rl_config
     "layer": "20",
     "lora": "8 40 60 128",
     "mask": "10 100",

@@ -74,7 +74,7 @@ def test_a_line_that_is_no_text_is_asked_for_again(
         run(script, PromptEncoder(loaded.tokenizer, raw=False), session)
         assert [m["content"] for m in session.messages if m["role"] == "user"] == ["a1", "光", "b2"]
         assert len(script.prompts) == 3
-        assert "not in utf-8, left out: write it again" in capsys.readouterr().err
+        assert "the line is not in utf-8 and was ignored; write it again" in capsys.readouterr().err
     piped = io.BytesIO(b"a\n\n\xb9\xe2\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="utf-8"))
     with pytest.raises(UserError, match="stdin: prompt 2 is not in utf-8"):

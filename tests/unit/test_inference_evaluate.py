@@ -416,7 +416,7 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
         ([], "--task is missing"),
         (["--task", "mmlu", "--task-data-path", "/nowhere"], "/nowhere: no such directory"),
         (["--task", "mmlu", "--task-data-path", str(tmp_path / "empty")], "found no test split of mmlu there"),
-        (["--task", "mmlu", "--task-data-path", path, "--num-fewshot", "5"], "mmlu, law: --num-fewshot 5, but its dev"),
+        (["--task", "mmlu", "--task-data-path", path, "--num-fewshot", "5"], "mmlu, law: --num-fewshot 5, but dev has"),
         (["--task", "perplexity", "--task-data-path", str(tmp_path / "text.jsonl")], "text.jsonl, record 2: expected"),
         (["--task", "perplexity", "--task-data-path", str(tmp_path / "nothing.jsonl")], "no tokens to predict"),
         (["--task", "perplexity", "--task-data-path", "/nowhere.jsonl"], "/nowhere.jsonl"),
@@ -430,5 +430,5 @@ def test_faults_are_named(model: Path, tmp_path: Path) -> None:
 def test_a_question_in_two_forms_counts_once(tmp_path: Path) -> None:
     mmlu_csv(tmp_path, "val", "law", ROWS)
     mmlu_hub(tmp_path, "val", "law", ROWS)
-    with pytest.raises(UserError, match="law is there more than once"):
+    with pytest.raises(UserError, match="law exists more than once"):
         load_benchmark("mmlu", tmp_path, 0)

@@ -382,7 +382,7 @@ def test_prompts_that_cannot_be_are_named(loaded: dict[str, Loaded], tmp_path: P
     generator = Generator(loaded["minimind3"], SamplingParams())
     with pytest.raises(UserError, match="a prompt is empty"):
         generator.complete([[1], []])
-    with pytest.raises(UserError, match="a prompt has 32768 tokens, the model 32768 positions"):
+    with pytest.raises(UserError, match="a prompt has 32768 tokens, but the model has 32768 positions"):
         generator.complete([[1] * 32768])
     for content, message in (
         ("", "no prompt in .*: expected at least one line"),
