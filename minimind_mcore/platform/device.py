@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("npu", "cuda", "cpu")
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+
 IMAGES = {"npu": "ascend"}  # kinds whose Docker image has another name
 DAVINCI = Path("/dev/davinci_manager")  # device file of Ascend's driver
-BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
 @dataclass(frozen=True)
