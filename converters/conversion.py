@@ -179,7 +179,7 @@ def prepare(conversion: Conversion, source: Source) -> Source:
     """Apply the flags that change the source: merge adapters, cast, resize the vocabulary.
 
     Raises:
-        UserError: there are no adapters for the LoRA flags, the vocabulary does not fit, or the dtype is unknown.
+        UserError: the weights have no LoRA adapters, the vocabulary size differs, or the dtype is unknown.
     """
     if source.adapters and not conversion.lora_only:
         source = lora.merge(

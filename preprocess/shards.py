@@ -144,14 +144,14 @@ class ShardConverter:
         report = Report(task.number, task.shard.bytes)
         report.empty, report.tokens = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
         dtype = self._job.options.dtype
-        writers = {key: IndexedWriter(part_prefix(directory, task.number, key), dtype) for key in keys}
         with (
             contextlib.ExitStack() as stack,
             atomic_file(rejects_path(directory, task.number)) as rejects,
             atomic_file(beside_path(directory, task.number)) as beside,
         ):
-            for writer in writers.values():
-                stack.enter_context(writer)
+            writers = {
+                key: stack.enter_context(IndexedWriter(part_prefix(directory, task.number, key), dtype)) for key in keys
+            }
             self._read(task, report, _Part(writers, rejects, beside))
         atomic_write_text(report_path(directory, task.number), json.dumps(dataclasses.asdict(report)))
         return report

@@ -35,7 +35,7 @@ def iterations_in(root: Path) -> list[int]:
 
 
 def iteration_directory(path: Path) -> Path | None:
-    """Return the checkpoint at a path, or None if there is no checkpoint.
+    """Find the checkpoint at a path. Return None if the path has none.
 
     This is the path itself, or the checkpoint that its tracker file names. Without a tracker file it is the newest
     checkpoint in the path.

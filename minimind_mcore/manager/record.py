@@ -172,8 +172,8 @@ def runner_pid(mark: str) -> int:
 def kill(mark: str, known: Iterable[psutil.Process] = ()) -> list[psutil.Process]:
     """Kill the processes of an attempt. Return those that have not ended yet.
 
-    A killed process that waits in a driver ends late or never, and keeps its device. Its environment, and so its mark,
-    is no longer readable, so the caller passes it in `known`.
+    A killed process that waits in a driver ends late or never, and keeps its device. Nobody can read its environment
+    any more, where its mark is. The caller therefore passes the process in `known`.
 
     Args:
         mark: mark of the attempt.
