@@ -9,7 +9,6 @@ the training.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Sequence
 
 from minimind_mcore.checkpoint import unpickling
@@ -40,14 +39,6 @@ def _add_flags(parser: Parser, posttrain: bool) -> None:
         parser.set_choices("stage", STAGES)
         parser.set_choices("dpo_loss_type", DPO_LOSSES)
         add_kit_flags(parser, "posttrain_gpt.py")
-
-
-@functools.cache
-def kit_flags() -> tuple[str, ...]:
-    """Return the flags of this kit's training programs that MindSpeed-LLM's programs lack."""
-    parser = build_parser()
-    _add_flags(parser, posttrain=True)
-    return tuple(f for action in parser._actions for f in action.option_strings if f not in flag_table())
 
 
 def training_parser(posttrain: bool) -> Parser:

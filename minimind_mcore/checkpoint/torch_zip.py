@@ -25,6 +25,7 @@ from torch.serialization import skip_data
 from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.checkpoint.tensors import Entry, Shape, Slot, TensorFile, TensorWriter, require_weights_dtype
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import TRUST_FLAG
 from minimind_mcore.storage import disk_errors
 
 
@@ -417,9 +418,7 @@ def load_torch(path: Path) -> Any:
         with unpickling.restricted():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: cannot be loaded safely ({error}); if you trust it, give {unpickling.TRUST_FLAG}"
-        ) from error
+        raise UserError(f"{path}: cannot be loaded safely ({error}); if you trust it, give {TRUST_FLAG}") from error
 
 
 def check_file(path: Path, offset: int = 0, size: int | None = None) -> None:

@@ -29,8 +29,8 @@ from typing import IO, Any
 import torch
 
 from minimind_mcore.errors import UserError
+from minimind_mcore.inputs.flags import TRUST_FLAG
 
-TRUST_FLAG = "--trust-checkpoints"
 _TRUST_VARIABLE = "MINIMIND_TRUST_CHECKPOINTS"
 
 # Names by module. None of them runs code of the file: they are containers, numbers, arrays, tensors, enumerations and

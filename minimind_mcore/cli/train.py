@@ -44,9 +44,9 @@ from minimind_mcore.cli import data
 from minimind_mcore.cli.launcher import LaunchSettings, precision, read_settings, run_program
 from minimind_mcore.cli.settings import choice, count, env, flags, given, help_of, path
 from minimind_mcore.errors import UserError
-from minimind_mcore.inputs.flags import flag_table, given_flags, refuse_unknown
+from minimind_mcore.inputs.flags import refuse_unknown_training_flags
 from minimind_mcore.models import presets, recipes
-from minimind_mcore.paths import default_outputs, package_json
+from minimind_mcore.paths import default_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Run:
             kind: kind of data, "text", "sft" or "dpo".
             begin: flags of the stage and the initial weights.
         """
-        _refuse_typos(self.argv)
+        refuse_unknown_training_flags(self.argv)  # before the data is converted, which can take hours
         model, recipe = presets.flags_of(self.model), self.recipe()
         # Conversion needs the sequence length: it counts longer conversations and packs up to this length.
         length = "" if self.given("--seq-length") else recipe[recipe.index("--seq-length") + 1]
@@ -228,14 +228,3 @@ class Run:
                 "each other (D9). The global batch size is unchanged"
             )
         return ["--reset-attention-mask", "--neat-pack"]
-
-
-def _refuse_typos(argv: Sequence[str]) -> None:
-    """Raise a `UserError` for an unknown flag before the data is converted, because a conversion can take hours."""
-    tables = package_json("inputs/kit_flags.json")
-    ours = [flag for program in ("pretrain_gpt.py", "posttrain_gpt.py") for flag in tables[program]["flags"]]
-    known = [*flag_table(), *ours]
-    if unknown := [flag for flag in given_flags(argv) if flag not in known]:
-        from minimind_mcore.checkpoint.unpickling import TRUST_FLAG  # imports torch
-
-        refuse_unknown(unknown, [*known, TRUST_FLAG])

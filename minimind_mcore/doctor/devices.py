@@ -9,8 +9,9 @@ from pathlib import Path
 
 from minimind_mcore.doctor.finding import Finding, fail, ok, warn
 from minimind_mcore.doctor.installed import Host
+from minimind_mcore.platform.device import DAVINCI
 
-MANAGERS = ("davinci_manager", "devmm_svm", "hisi_hdc")
+MANAGERS = (DAVINCI.name, "devmm_svm", "hisi_hdc")
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 LEAST_FREE_MIB = 4096  # weights, Adam and activations of the largest MiniMind, in half precision
 

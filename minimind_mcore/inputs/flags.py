@@ -33,6 +33,9 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"found {text[:1000]!r}, which is not valid JSON ({error})") from error
 
 
+# Lifts the restriction of unpickling. Its action imports torch, so `checkpoint/unpickling.py` adds it to parsers.
+TRUST_FLAG = "--trust-checkpoints"
+
 TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
@@ -144,6 +147,14 @@ def add_kit_flags(parser: argparse.ArgumentParser, program: str) -> argparse._Ar
     return group
 
 
+@functools.cache
+def kit_flags() -> tuple[str, ...]:
+    """Return the flags of this kit's training programs that MindSpeed-LLM's programs lack."""
+    tables = package_json("inputs/kit_flags.json")
+    named = [flag for program in ("pretrain_gpt.py", "posttrain_gpt.py") for flag in tables[program]["flags"]]
+    return tuple(flag for flag in dict.fromkeys([*named, TRUST_FLAG]) if flag not in flag_table())
+
+
 def fields_from(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values whose names are fields of a dataclass."""
     return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
@@ -158,6 +169,11 @@ def refuse_unknown(flags: Sequence[str], known: Sequence[str]) -> None:
     """Raise a `UserError` that names each unknown flag and the nearest known one."""
     if unknown := [f"unknown flag {flag}{did_you_mean(flag, known)}" for flag in flags if flag not in known]:
         raise UserError("\n  ".join(unknown))
+
+
+def refuse_unknown_training_flags(argv: Sequence[str]) -> None:
+    """Raise a `UserError` for each flag that neither MindSpeed-LLM's training programs nor this kit's have."""
+    refuse_unknown(given_flags(argv), [*flag_table(), *kit_flags()])
 
 
 def unused(given: Sequence[str], used: Collection[str], program: str = "training") -> list[str]:

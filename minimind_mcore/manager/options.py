@@ -19,7 +19,7 @@ from typing import Literal
 
 from minimind_mcore import arguments
 from minimind_mcore.errors import UserError, did_you_mean, shown
-from minimind_mcore.inputs.flags import Parser, add_kit_flags
+from minimind_mcore.inputs.flags import Parser, add_kit_flags, kit_flags
 from minimind_mcore.inputs.ranges import ANY, Range, find
 from minimind_mcore.models.recipes import get_recipe, recipe_for
 from minimind_mcore.pipeline.stages import RL, TRAININGS, recipe_of
@@ -208,7 +208,7 @@ def _training_flags(posttrain: bool) -> Iterator[Option]:
     """Yield the flags that a training program implements and that no setting stands for."""
     known = arguments.IMPLEMENTED | arguments.POSTTRAIN if posttrain else arguments.IMPLEMENTED
     settled = {key for key, _, _ in NUMBERS.values()} | {name.lower() for name in CHOICES} | {"bf16", "fp16"}
-    kit = arguments.kit_flags()
+    kit = kit_flags()
     for option in _flags(arguments.training_parser(posttrain)):
         dest = option.name.removeprefix("--").replace("-", "_")
         if (dest in known or option.name in kit) and dest not in settled:

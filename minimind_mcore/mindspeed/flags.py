@@ -10,11 +10,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from minimind_mcore.arguments import DPO_LOSSES, STAGES, fill_model, kit_flags
+from minimind_mcore.arguments import DPO_LOSSES, STAGES, fill_model
 from minimind_mcore.checkpoint import unpickling
 from minimind_mcore.checkpoint.files import is_converted
 from minimind_mcore.errors import UserError, problems_of
-from minimind_mcore.inputs.flags import build_parser, flag_table, given_flags, refuse_unknown
+from minimind_mcore.inputs.flags import (
+    TRUST_FLAG,
+    build_parser,
+    given_flags,
+    kit_flags,
+    refuse_unknown_training_flags,
+)
 from minimind_mcore.inputs.splits import parse_split
 from minimind_mcore.mindspeed import checkpoints
 from minimind_mcore.models.config import (
@@ -66,8 +72,8 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         UserError: a flag is unknown to both.
     """
-    known, ours = flag_table(), kit_flags()
-    refuse_unknown(given_flags(argv), [*known, *ours])
+    refuse_unknown_training_flags(argv)
+    ours = kit_flags()
     foreign = [flag for flag in given_flags(argv) if flag in ours]
     return without_flags(argv, *foreign), foreign
 
@@ -112,11 +118,11 @@ def complete(program: str, argv: Sequence[str], processes: int = 1, hosts: int =
             minute (a layout that does not divide, a checkpoint that is missing or belongs to another model).
     """
     flags, ours = split_flags(argv)
-    if unpickling.TRUST_FLAG in ours:
+    if TRUST_FLAG in ours:
         unpickling.trust()
     # flags that only the kit's launcher uses, and flags that `_router_flags` translates
     done_here = "--dry-run --data-pending --weights-pending --verify-data --router-weight".split()
-    ours = [flag for flag in ours if flag not in (*done_here, unpickling.TRUST_FLAG)]
+    ours = [flag for flag in ours if flag not in (*done_here, TRUST_FLAG)]
     remarks = [f"MindSpeed-LLM has no {flag}: {INSTEAD.get(flag, 'left out')}" for flag in ours]
     try:
         args = build_parser(prog=program).parse_args(flags)

@@ -100,7 +100,6 @@ class Sequence:
         self.finished = False
         self.submitted = time.monotonic()
         self.first: float | None = None  # time of the first token
-        self.used = 0  # number of the last round that used this sequence's slot
         self._pieces: list[Piece] = []
         self._detokenizer: Detokenizer | None = None
         self._held = ""  # text that may be the start of a stop string

@@ -273,6 +273,9 @@ BROKEN = [
     ("minimind.dual_clip=3", "mindspeed-rl-2.2.0", "minimind.dual_clip"),
     ("minimind.policy_loss=no_such_module:loss", "embedded", "minimind.policy_loss"),
     ("minimind.advantage=helpers.rl_trees:unclipped", "embedded", "minimind.advantage"),
+    ("rl_config.verifier_function=[no_such_module:reward]", "embedded", "rl_config.verifier_function"),
+    ("minimind.rewards=[{path:'helpers.rl_trees:nothing',weight:1.0}]", "embedded", "rl_config.verifier_function"),
+    ("minimind.rewards=[{path:'json:loads',weight:1.0}]", "embedded", "json:loads"),
     ("minimind.policy_loss=helpers.rl_trees:unclipped", "mindspeed-rl-master", "minimind.policy_loss"),
 ]
 
@@ -302,6 +305,13 @@ def test_the_linter_names_what_cannot_run(overrides: str, target: str, key: str)
     words = re.split(r" (?=rl_config|actor_config)", overrides)
     findings, _, _ = lint("grpo_minimind3", target, words, device=device)
     assert key.split(".")[-1] in {f.key.split(".")[-1] for f in findings if f.level == "error"}
+
+
+@pytest.mark.parametrize(("own", "noted"), [("", True), ("minimind.rollout_resource.num_npus=2", False)])
+def test_engines_without_devices_of_their_own_are_noted(own: str, noted: bool) -> None:
+    words = ["rl_config.blocking=false", *filter(None, [own])]
+    findings, _, _ = lint("grpo_minimind_tiny", "embedded", words)
+    assert [f.key for f in findings if "devices that train" in f.message] == ["rl_config.blocking"] * noted
 
 
 @pytest.mark.parametrize(

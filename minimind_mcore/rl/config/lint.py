@@ -25,7 +25,7 @@ from minimind_mcore.rl.config.check import STAGES, problems, workers
 from minimind_mcore.rl.config.idle import idle
 from minimind_mcore.rl.config.load import CONFIGS, compose, plain, resolve
 from minimind_mcore.rl.config.migrate import migrate
-from minimind_mcore.rl.config.objective import with_table
+from minimind_mcore.rl.config.objective import steps_ahead, with_table
 from minimind_mcore.rl.config.schema import NEWEST, Config, Problem, keys, of_error, refuse
 from minimind_mcore.rl.rewards import verifiers
 
@@ -173,6 +173,11 @@ def traps(config: Config, tree: Mapping[str, Any], target: str, nodes: int = 1) 
     if target == "embedded":
         if nothing := idle(config):
             yield LintFinding("note", "no effect on the embedded trainer", ", ".join(nothing))
+        if not config.rl.blocking and not config.minimind.rollout_resource and steps_ahead(config):
+            why = "false: the engines generate on the devices that train at the same time, which saves no time"
+            yield LintFinding(
+                "note", "rl_config.blocking", f"{why}; give them their own with minimind.rollout_resource"
+            )
         return
     hooked = _hooked(config)
     level, after = ("note", "; the setup hook repairs it") if hooked else ("warning", "")
@@ -220,13 +225,26 @@ def _hooked(config: Config) -> bool:
     return False
 
 
+def _own_reward(path: str, config: Config) -> Iterator[LintFinding]:
+    """Yield the error of a reward `package.module:function` that cannot be imported, or called with a record."""
+    from minimind_mcore.rl.rewards.rewards import verifier  # imports torch
+
+    try:
+        verifier(path, [name for name in config.actor.dataset_additional_keys if name != "labels"])
+    except UserError as error:
+        yield LintFinding("error", *of_error(error))
+
+
 def _rewards(config: Config, target: str) -> Iterator[LintFinding]:
     known = VERIFIERS | (NEW_VERIFIERS if target == "mindspeed-rl-master" else set())
     if target == "embedded":
         known = set(verifiers.VERIFIERS)
     names, key = config.rl.verifier_function, "rl_config.verifier_function"
+    own = [name for name in config.reward_names if ":" in name]  # package.module:function
+    if target == "embedded":
+        yield from (finding for path in own for finding in _own_reward(path, config))
     for name in names:
-        if ":" in name and (target == "embedded" or _hooked(config)):  # package.module:function
+        if name in own and (target == "embedded" or _hooked(config)):
             continue
         if name not in known:
             why = f"is unknown{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"

@@ -122,7 +122,7 @@ class Rewards(AbstractContextManager["Rewards"]):
                 f"verifier_weight: found {len(weights)} weights, expected {len(names)}, one for each of "
                 f"verifier_function: {', '.join(names)}"
             )
-        self.verifiers = {name: _verifier(name, columns) for name in names}
+        self.verifiers = {name: verifier(name, columns) for name in names}
         self.weights = dict(zip(names, weights, strict=True))
         self.max_failures = max_failures
         self.overlong = overlong
@@ -256,7 +256,8 @@ class Rewards(AbstractContextManager["Rewards"]):
                 )
 
 
-def _verifier(name: str, columns: Sequence[str]) -> Verifier:
+def verifier(name: str, columns: Sequence[str]) -> Verifier:
+    """Return the verifier of a name or import path. See `Rewards`."""
     if name in VERIFIERS:
         return VERIFIERS[name]
     if ":" not in name:
