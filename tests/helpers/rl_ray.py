@@ -85,17 +85,16 @@ def main() -> None:
         def generate(self) -> None:
             self.number = self.done + 1
             # Asked beforehand: a busy actor does not answer.
-            pools = {"rollout": self.groups.rollout.pool, "reward": self.groups.rewards}
-            self.pids = {}
-            for kind, pool in pools.items():
-                with contextlib.suppress(RayActorError):  # killed behind its last use
-                    self.pids[kind] = process_id(pool.actors[0])
-            for group in self.groups.training() + [g for g in [self.groups.reference] if g is not None]:
+            manager, reference = self.rollouts, self.groups.reference
+            actors = {"rollout": self.groups.rollout.pool.actors[0], "reward": self.groups.rewards.actors[0]}
+            actors["manager"] = manager.actor
+            for group in [*self.groups.training(), *([reference] if reference is not None else [])]:
                 group.submit = self.watched(type(group).submit.__get__(group))  # type: ignore[method-assign]
-                self.pids[group.role] = process_id(group.actors[-1])
-            manager = self.rollouts
-            with contextlib.suppress(RayActorError):
-                self.pids["manager"] = process_id(manager.actor)
+                actors[group.role] = group.actors[-1]
+            self.pids = {}
+            for kind, actor in actors.items():
+                with contextlib.suppress(RayActorError):  # killed after its last use in a step
+                    self.pids[kind] = process_id(actor)
             manager.submit = self.watched(type(manager).submit.__get__(manager))  # type: ignore[method-assign]
             super().generate()
 
