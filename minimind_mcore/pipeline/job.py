@@ -69,6 +69,12 @@ class Job:
     trains: bool = False
     settings: tuple[str, ...] = ()
 
+    def read_settings(self) -> list[str]:
+        """Return the names in `settings` that the commands take from the environment, because they give no value."""
+        given = [{name for name, value in command.settings.items() if value} for command in self.commands]
+        fixed = set.intersection(*given) if given else set()
+        return [name for name in self.settings if name not in fixed]
+
 
 class Record(TypedDict, total=False):
     """The recorded facts of a job. `inputs` and `outputs` hold digests by name, `settings` holds values by name.
@@ -172,7 +178,7 @@ class Records:
             if not before.get("finished") or "weights" not in before:
                 raise unfinished(job, name)
             inputs[f"weights of {name}"] = before["weights"]
-        settings = {name: os.environ[name] for name in job.settings if os.environ.get(name)}
+        settings = {name: os.environ[name] for name in job.read_settings() if os.environ.get(name)}
         commands = []
         for command in job.commands:
             words = [*(f"{name}={value}" for name, value in command.settings.items() if value), *command.words]
@@ -188,7 +194,7 @@ class Records:
         """Return whether the record of a job, finished or not, has these inputs and settings."""
         found = self.read(job.name)
         # Older records hold the variables of every kind of job.
-        settings = {name: value for name, value in found.get("settings", {}).items() if name in job.settings}
+        settings = {name: value for name, value in found.get("settings", {}).items() if name in job.read_settings()}
         commands = [text.replace(DEFAULT_BACKEND, "") for text in found.get("commands", [])]
         wanted = {**expected, "commands": [text.replace(DEFAULT_BACKEND, "") for text in expected["commands"]]}
         return bool(found) and all(

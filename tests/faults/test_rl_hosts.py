@@ -150,7 +150,7 @@ def test_a_host_that_does_not_return_ends_the_run_by_a_deadline(
 ) -> None:
     if how == "cut" and REFUSED:
         pytest.skip(REFUSED)
-    start(pair, configuration(corpus, tmp_path, "run", cluster_wait_s=40.0))
+    start(pair, configuration(corpus, tmp_path, "run", cluster_wait_s=90.0))
     pair.until(lambda: 3 in steps(tmp_path / "run"), PATIENCE, "at the third step")
     if how == "cut":
         pair.cut()

@@ -687,6 +687,21 @@ def test_settings_repeat_only_the_jobs_that_use_them(tmp_path: Path, monkeypatch
     assert repeated() == []
 
 
+def test_a_setting_that_the_stage_gives_itself_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample run of reinforcement learning asks for the quickstart's model with BACKEND=native."""
+    run = replace(run_of("--sample", "pretrain"), output=tmp_path / "out", data=tmp_path / "data")
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    for name in ("drills.jsonl", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+        (tmp_path / "data" / name).write_text("{}")
+    [job] = STAGES["pretrain"](run)
+    before = run.records.expected(job)
+    for name, value in {"BACKEND": "native", "SEQ_LENGTH": "1024"}.items():
+        monkeypatch.setenv(name, value)
+    assert run.records.expected(job) == before
+    monkeypatch.setenv("PRECISION", "bf16")
+    assert run.records.expected(job)["settings"] == {**before["settings"], "PRECISION": "bf16"}
+
+
 def test_dry_run_checks_a_fresh_clone(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert dispatch(["run", "--sample", "pretrain", "full_sft", "eval", "serve", "--dry-run"]) == 0
     out = capfd.readouterr().out
