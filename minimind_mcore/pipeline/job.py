@@ -70,10 +70,9 @@ class Job:
     settings: tuple[str, ...] = ()
 
     def read_settings(self) -> list[str]:
-        """Return the names in `settings` that the commands take from the environment, because they give no value."""
-        given = [{name for name, value in command.settings.items() if value} for command in self.commands]
-        fixed = set.intersection(*given) if given else set()
-        return [name for name in self.settings if name not in fixed]
+        """Return the names in `settings` that no command gives a value for. The others are part of the commands."""
+        given = {name for command in self.commands for name, value in command.settings.items() if value}
+        return [name for name in self.settings if name not in given]
 
 
 class Record(TypedDict, total=False):

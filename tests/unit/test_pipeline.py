@@ -689,17 +689,19 @@ def test_settings_repeat_only_the_jobs_that_use_them(tmp_path: Path, monkeypatch
 
 def test_a_setting_that_the_stage_gives_itself_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample run of reinforcement learning asks for the quickstart's model with BACKEND=native."""
-    run = replace(run_of("--sample", "pretrain"), output=tmp_path / "out", data=tmp_path / "data")
+    run = replace(run_of("--sample", "pretrain", "full_sft"), output=tmp_path / "out", data=tmp_path / "data")
     (tmp_path / "data/tokenizer").mkdir(parents=True)
-    for name in ("drills.jsonl", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+    for name in ("drills.jsonl", "dialogues.jsonl", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
         (tmp_path / "data" / name).write_text("{}")
-    [job] = STAGES["pretrain"](run)
-    before = run.records.expected(job)
+    run.records.write("pretrain", {"finished": True, "weights": "abc"})
+    jobs = [*STAGES["pretrain"](run), *STAGES["full_sft"](run)]
+    before = [run.records.expected(job) for job in jobs]
     for name, value in {"BACKEND": "native", "SEQ_LENGTH": "1024"}.items():
         monkeypatch.setenv(name, value)
-    assert run.records.expected(job) == before
+    assert [run.records.expected(job) for job in jobs] == before
     monkeypatch.setenv("PRECISION", "bf16")
-    assert run.records.expected(job)["settings"] == {**before["settings"], "PRECISION": "bf16"}
+    for job, old in zip(jobs, before, strict=True):
+        assert run.records.expected(job)["settings"] == {**old["settings"], "PRECISION": "bf16"}
 
 
 def test_dry_run_checks_a_fresh_clone(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
