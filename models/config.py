@@ -208,7 +208,7 @@ class ModelConfig:
         """Return the number of parameters that one token uses. Of the routed experts only `topk` per layer count."""
         return self._embedding_parameters() + self._layer_parameters(self.moe.topk if self.moe else 1)
 
-    def flops_per_token(self, seq_length: int) -> float:
+    def flops_per_token(self, seq_length: int, frozen: bool = False) -> float:
         """Return the floating-point operations of forward and backward for one token, for MFU.
 
         `6 * (active parameters outside the embedding + vocab * hidden + layers * heads * head_dim * seq)`: two
@@ -216,10 +216,15 @@ class ModelConfig:
         which computes even if its weights are tied. The last term is the attention: the scores and their product with
         the values, both halved because the mask is causal (PaLM, appendix B, counts them in full). Activation
         recomputation does not count.
+
+        Args:
+            seq_length: tokens of a sequence.
+            frozen: only LoRA adapters are trained, so 4 in place of 6 for a weight, which has no gradient of its own.
+                The adapters themselves do not count.
         """
         active = self._layer_parameters(self.moe.topk if self.moe else 1)
         attention = self.num_layers * self.num_heads * self.head_dim * seq_length
-        return 6.0 * (active + self.vocab_size * self.hidden_size + attention)
+        return (4.0 if frozen else 6.0) * (active + self.vocab_size * self.hidden_size) + 6.0 * attention
 
     def _embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)

@@ -82,8 +82,9 @@ def print_layouts(stage: str, found: Sequence[Proposal], shown: int) -> None:
     print(f"\n{stage}: {work.global_batch_size:,} {what} of up to {work.seq_length} tokens in a step, {precision}")
     for columns in (times, memories):
         rows = [columns(one) for one in found[:shown]]
-        kept = [name for name in rows[0] if any(row[name] not in ("0", "0.00") for row in rows)]
-        print_table([kept, *([row[name] for name in kept] for row in rows)])
+        names = max(rows, key=len)  # a row leaves out some parts that are zero in its layout
+        kept = [name for name in names if any(row.get(name, "0") not in ("0", "0.00") for row in rows)]
+        print_table([kept, *([row.get(name, "0.00") for name in kept] for row in rows)])
     if len(found) > shown:
         print(f"{len(found) - shown} further layouts: --stage {stage}")
 

@@ -142,7 +142,7 @@ def of_rl(work: Workload, machine: Machine, rollouts: Rollouts) -> dict[str, flo
 
 def utilization(work: Workload, machine: Machine, seconds: float) -> float:
     """Return the model FLOPs utilization of a training step."""
-    flops = work.model.flops_per_token(work.seq_length) * step_tokens(work)
+    flops = work.model.flops_per_token(work.seq_length, bool(work.lora_target_modules)) * step_tokens(work)
     return flops / (work.layout.world_size * machine.matmul_flops * seconds)
 
 

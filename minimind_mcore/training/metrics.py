@@ -152,9 +152,10 @@ class Metrics:
         if last.zeros is not None:
             row["zero_gradients"] = last.zeros
         per_device = tokens_per_second / config.layout.world_size
-        row["tflops_per_device"] = self.model.flops_per_token(config.data.seq_length) * per_device / 1e12
+        length, frozen = config.data.seq_length, bool(config.model.lora_target_modules)
+        row["tflops_per_device"] = self.model.flops_per_token(length, frozen) * per_device / 1e12
         if self.matmul_rate is not None:
-            row["mfu"] = mfu(self.model, config.data.seq_length, per_device, self.matmul_rate)
+            row["mfu"] = mfu(self.model, length, per_device, self.matmul_rate, frozen)
         return row
 
     def _aux_losses(self) -> dict[str, float]:

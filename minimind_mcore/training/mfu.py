@@ -20,7 +20,9 @@ LARGEST = 8192  # rows of the largest matrices; an H100 multiplies two in 1.4 ms
 ENOUGH_SECONDS = 1e-3  # a product of this duration hides the time of the kernel launch
 
 
-def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_rate: float) -> float:
+def mfu(
+    config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_rate: float, frozen: bool = False
+) -> float:
     """Return the model FLOPs utilization of one device.
 
     Args:
@@ -28,8 +30,9 @@ def mfu(config: ModelConfig, seq_length: int, tokens_per_second: float, matmul_r
         seq_length: tokens of a sequence. Attention counts as causal.
         tokens_per_second: tokens per second of this device.
         matmul_rate: result of `matmul_rate` in the same run, in FLOP/s.
+        frozen: only LoRA adapters are trained.
     """
-    return config.flops_per_token(seq_length) * tokens_per_second / matmul_rate
+    return config.flops_per_token(seq_length, frozen) * tokens_per_second / matmul_rate
 
 
 def matmul_rate(dtype: torch.dtype, largest: int = LARGEST, repeats: int = 10) -> float:

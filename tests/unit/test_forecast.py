@@ -269,6 +269,18 @@ def test_plan_of_every_preset(preset: str, device: str, capsys: pytest.CaptureFi
         assert f"{field} " in printed and source in printed
 
 
+@pytest.mark.parametrize("words", ["minimind3", "minimind3_moe --stage grpo"])
+def test_the_plan_of_two_processes_has_a_column_for_every_part_of_any_layout(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only layouts with data parallelism have copies of collectives. No forecast is faster than the machine."""
+    main.main([*words.split(), "--devices", "2", "--device", "cpu", "--memory", "64GiB"])
+    printed = capsys.readouterr().out
+    assert "collectives" in printed
+    shares = [float(share) for share in re.findall(r"([\d.]+)%$", printed, re.M)]
+    assert shares and max(shares) < 100
+
+
 def test_layouts_are_those_that_validation_accepts_the_fastest_first() -> None:
     model = get_preset("minimind3_moe")
     found = layouts.propose("minimind3_moe", model, "pretrain", 16, H100, 40 * GIB)

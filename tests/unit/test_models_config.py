@@ -157,6 +157,7 @@ def test_flops_follow_the_stated_formula() -> None:
     config = PRESETS["minimind3"]
     active = 63_912_192 - 6400 * 768  # without the embedding, which is the output layer's weight too
     assert config.flops_per_token(512) == 6 * active + 6 * 6400 * 768 + 6 * 8 * 768 * 512
+    assert config.flops_per_token(512, frozen=True) == 4 * active + 4 * 6400 * 768 + 6 * 8 * 768 * 512
 
 
 def test_recipe_gives_megatron_minimind_hyper_parameters() -> None:

@@ -15,15 +15,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import engine, rl_trees
 
 from minimind_mcore.errors import UserError
 from minimind_mcore.models.presets import PRESETS
-from minimind_mcore.rl.config.load import compose, resolve
+from minimind_mcore.rl.config.load import compose, plain, resolve
 from minimind_mcore.rl.config.objective import objective
 from minimind_mcore.rl.config.schema import Config
 from minimind_mcore.rl.runtime import batch as batches
-from minimind_mcore.rl.runtime import weight_sync
+from minimind_mcore.rl.runtime import dry_run, weight_sync
 from minimind_mcore.rl.runtime.advantages import Advantages
 from minimind_mcore.rl.runtime.engines.decoder import DecoderEngine, choose
 from minimind_mcore.rl.runtime.engines.protocol import RolloutSamplingParams, uniforms
@@ -454,3 +455,20 @@ def test_a_signal_while_hosts_are_waited_for_ends_the_run_at_once(capfd: pytest.
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_dry_run_compares_the_weights_with_the_model(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, load = rl_trees.write_prompts(tmp_path / "prompts"), tmp_path / "model"
+    words = [f"megatron_training.data_path={prompts}", f"megatron_training.tokenizer_name_or_path={tokenizer}"]
+    config = resolve(plain(compose("grpo_minimind_tiny", [*words, f"actor_config.load={load}"], None, "cpu")))
+    monkeypatch.setattr(dry_run, "prompt_dataset", lambda *_: range(12))
+    for preset in ("minimind3_tiny", "minimind2_tiny"):
+        transformers.AutoModelForCausalLM.from_config(PRESETS[preset].hf_config()).save_pretrained(load)
+        if preset == "minimind3_tiny":
+            dry_run.print_plan(config, pending=False)
+            assert f"begins      with the weights of {load}" in capsys.readouterr().out
+        else:
+            with pytest.raises(UserError, match=rf"--load {load}: \w+ is .* there and .* on the command line"):
+                dry_run.print_plan(config, pending=False)

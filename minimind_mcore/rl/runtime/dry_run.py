@@ -23,6 +23,9 @@ from minimind_mcore.rl.runtime.data import prompt_dataset
 from minimind_mcore.rl.runtime.placement import devices
 from minimind_mcore.rl.runtime.rank import command_line
 from minimind_mcore.rl.runtime.workers.reward import build
+from minimind_mcore.training.checkpoint_weights import open_model
+from minimind_mcore.training.config import TrainConfig
+from minimind_mcore.training.data import open_tokenizer
 from minimind_mcore.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,7 @@ def print_plan(config: Config, pending: bool) -> None:
         print(f"data        {len(prompt_dataset(config, config.actor.data_path))} prompts of {config.actor.data_path}")
         for prefix in config.minimind.eval_data or ():
             prompt_dataset(config, prefix)
-        print(f"begins      {_begins(config)}")
+        print(f"begins      {_begins(config, TrainConfig.from_args(args, layout))}")
     print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
     print("everything is valid; nothing was trained")
 
@@ -143,11 +146,19 @@ def _gib(parts: Mapping[str, float]) -> str:
     return f"{sum(parts.values()) / GIB:.2f} GiB per device ({shown})"
 
 
-def _begins(config: Config) -> str:
+def _begins(config: Config, training: TrainConfig) -> str:
+    """Return the weights of the first step.
+
+    Raises:
+        UserError: they do not exist, or are those of another model or tokenizer.
+    """
     save, load = config.actor.save, config.actor.load
     if save and iterations_in(Path(save)):
         return f"from the last checkpoint of {save}"
     if not load:
         return "with random weights"
     require_weights(load)
+    if not training.model.lora_target_modules:  # else `load` holds adapters
+        open_tokenizer(training)
+        open_model(training, Path(load))
     return f"with the weights of {load}"
