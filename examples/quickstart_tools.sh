@@ -7,8 +7,8 @@
 # numbers that occur in no training text. The share of exact calls is printed before and after. The exit status is 1 if this
 # share is below LEAST. Run the same command again to skip finished stages.
 #
-# QUICKSTART_TOOL_ITERS    iterations of the first round (default 1000)
-# QUICKSTART_TOOL_MORE_ITERS   iterations of the second round, at a lower learning rate (default 700)
+# QUICKSTART_TOOL_ITERS    iterations of the first round (default 700)
+# QUICKSTART_TOOL_MORE_ITERS   iterations of the second round, at a lower learning rate (default 400)
 # QUICKSTART_TOOL_SEED     seed of the training (default 42); each seed has its own directory
 # LEAST                    required share of exact calls (default 0.8)
 # OUTPUT_DIR DATA_DIR      as in quickstart.sh

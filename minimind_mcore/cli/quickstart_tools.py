@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     """minimind-mcore quickstart-tools: teach the quickstart's model to call tools, and score calls with unseen values.
 
     The stage starts from the fine-tuned checkpoint of the quickstart. Settings: those of the quickstart,
-    QUICKSTART_TOOL_ITERS (1000), QUICKSTART_TOOL_MORE_ITERS (700, at a lower learning rate), QUICKSTART_TOOL_SEED (42)
+    QUICKSTART_TOOL_ITERS (700), QUICKSTART_TOOL_MORE_ITERS (400, at a lower learning rate), QUICKSTART_TOOL_SEED (42)
     and LEAST (0.8). The exit status is 1 if the share of calls with the right tool and arguments is below LEAST.
     """
     help_of(argv, main.__doc__)
@@ -44,7 +44,7 @@ class ToolStage:
         self.seed = str(count("QUICKSTART_TOOL_SEED", 42))
         self.tuned = output / "full_sft"
         self.iterations = {
-            "tools": count("QUICKSTART_TOOL_ITERS", 1000), "again": count("QUICKSTART_TOOL_MORE_ITERS", 700)
+            "tools": count("QUICKSTART_TOOL_ITERS", 700), "again": count("QUICKSTART_TOOL_MORE_ITERS", 400)
         }  # fmt: skip
         self.folders = {name: output / f"{name}-{n}-seed{self.seed}" for name, n in self.iterations.items()}
         self.cases = self.data / "tool_cases.jsonl"
