@@ -325,3 +325,22 @@ def test_a_head_that_answers_before_its_node_is_there_is_waited_for(monkeypatch:
     monkeypatch.setattr(hosts, "require_ray", lambda *_: None)
     hosts.wait("127.0.0.1:6766", 1, hosts.Patience(5, None))
     assert len(tries) == 3
+
+
+def test_a_head_that_ends_while_ray_connects_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would wait for minutes."""
+    forever = threading.Event()
+    head = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+
+    def connect(address: str, **options: object) -> None:
+        head.kill()
+        forever.wait()
+
+    monkeypatch.setattr("ray.init", connect)
+    monkeypatch.setattr(hosts, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(hosts, "reach", lambda *_: None)
+    monkeypatch.setattr(hosts, "require_ray", lambda *_: None)
+    with pytest.raises(UserError, match=r"Ray has ended on this host: the head at \S+ does not answer"):
+        hosts.wait("127.0.0.1:6766", 1, hosts.Patience(60, head.pid))
+    forever.set()
+    head.wait()

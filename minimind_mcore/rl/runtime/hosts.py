@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -149,15 +150,23 @@ class Patience:
         Raises:
             UserError: the deadline has passed, or the process has ended.
         """
+        self.check(what, advice)
         waited = time.monotonic() - self.began
-        if self.process is not None and not runs(self.process):
-            raise UserError(f"Ray has ended on this host: {what}")
-        if waited > self.seconds:
-            raise UserError(f"after {self.seconds:g} s: {'; '.join(filter(None, [what, advice]))}")
         if waited >= self.said:
             self.tell(f"{self.title} ({waited:.0f} of {self.seconds:g} s): {what}")
             self.said = waited + SAY_EVERY_SECONDS
         time.sleep(POLL_SECONDS)
+
+    def check(self, what: str, advice: str) -> None:
+        """Go on if there is time left.
+
+        Raises:
+            UserError: the deadline has passed, or the process has ended.
+        """
+        if self.process is not None and not runs(self.process):
+            raise UserError(f"Ray has ended on this host: {what}")
+        if time.monotonic() - self.began > self.seconds:
+            raise UserError(f"after {self.seconds:g} s: {'; '.join(filter(None, [what, advice]))}")
 
 
 def reach(address: str, patience: Patience) -> None:
@@ -182,7 +191,7 @@ def wait(address: str, nodes: int, patience: Patience) -> None:
 
     while True:
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            _connect(address, patience)
             break
         except ConnectionError:  # the head answers before its own node is registered
             patience.more(f"the head at {address} has no node yet", "see Ray's log on the head")
@@ -198,6 +207,36 @@ def wait(address: str, nodes: int, patience: Patience) -> None:
             patience.more(found, "start grpo_minimind_worker.sh on the others")
     finally:
         ray.shutdown()
+
+
+def _connect(address: str, patience: Patience) -> None:
+    """Connect to a cluster.
+
+    Ray waits for minutes if the head ends meanwhile. Therefore it connects in a thread, which is left behind if the
+    patience ends.
+
+    Raises:
+        UserError: the deadline has passed, or the process of the head has ended.
+        ConnectionError: the head has no node yet.
+    """
+    import ray
+
+    failures: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        except Exception as error:
+            failures.append(error)
+
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # no warning that threads cannot handle signals
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        patience.check(f"the head at {address} does not answer", "see Ray's log on the head")
+    if failures:
+        raise failures[0]
 
 
 def _amounts(node: dict[str, Any]) -> str:
