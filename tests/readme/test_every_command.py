@@ -103,6 +103,7 @@ RULES = [
     Rule("fusionone", r"pretrain_minimind_ptd\.sh", DRY, DAYS),
     Rule("pretrain", "NNODES=2", DRY, "needs two hosts; tests/parallel has two"),
     Rule("README|start", r"quickstart\.sh", READ, "tests/readme/test_quickstart.py runs it in full"),
+    Rule("rl_config", "export-verl grpo_minimind3 ", READ, "needs its weights; tests/unit/test_rl_verl.py exports it"),
     # The chapters' commands are run as they are, the guides' trainings with two iterations.
     Rule("learn_.*", "", RUN),
     Rule(".*", r"(pretrain|tune|dpo)_minimind_\w*ptd\.sh", FEW, "takes minutes"),
@@ -281,6 +282,8 @@ def adapted(page: str, command: str, checkout: Path) -> str:
         if not (home := os.environ.get("MINDSPEED_LLM_HOME")):
             pytest.skip("needs MindSpeed-LLM: set MINDSPEED_LLM_HOME")
         command = command.replace("/workspace/MindSpeed-LLM", home)
+    if "CONFIG=grpo_minimind3 " in command and rule(page, command).how == DRY:
+        command = f"{command} --data-pending"  # its weights and tokenizer are not here
     if "CKPT_LOAD_DIR=" in command:  # hf/minimind-3 is a tiny model here
         command = command.replace("MODEL=minimind3 ", "MODEL=minimind3_tiny ")
     command = re.sub(r"(?<=[ =])/(data|models|shared)/", rf"{checkout}/mount/\1/", command)
