@@ -9,6 +9,7 @@ The devices need not exist on this host. docs/plan.md explains the columns.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def print_layouts(stage: str, found: Sequence[Proposal], shown: int) -> None:
     print(f"\n{stage}: {work.global_batch_size:,} {what} of up to {work.seq_length} tokens in a step, {precision}")
     for columns in (times, memories):
         rows = [columns(one) for one in found[:shown]]
-        names = max(rows, key=len)  # a row leaves out some parts that are zero in its layout
+        names = dict.fromkeys(itertools.chain.from_iterable(rows))  # a row may leave out a part that is zero
         kept = [name for name in names if any(row.get(name, "0") not in ("0", "0.00") for row in rows)]
         print_table([kept, *([row.get(name, "0.00") for name in kept] for row in rows)])
     if len(found) > shown:

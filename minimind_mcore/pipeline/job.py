@@ -193,7 +193,8 @@ class Records:
         """Return whether the record of a job, finished or not, has these inputs and settings."""
         found = self.read(job.name)
         # Older records hold the variables of every kind of job.
-        settings = {name: value for name, value in found.get("settings", {}).items() if name in job.read_settings()}
+        names = job.read_settings()
+        settings = {name: value for name, value in found.get("settings", {}).items() if name in names}
         commands = [text.replace(DEFAULT_BACKEND, "") for text in found.get("commands", [])]
         wanted = {**expected, "commands": [text.replace(DEFAULT_BACKEND, "") for text in expected["commands"]]}
         return bool(found) and all(

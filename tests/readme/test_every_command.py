@@ -32,6 +32,7 @@ FIRST = "bash examples/mcore/minimind/pretrain_minimind_ptd.sh"
 SHORT = "--train-iters 2 --eval-iters 1"
 # What is done with a command. The reason of `read` follows it.
 RUN = "run"  # as it is on the page
+QUIET = "run, without output"  # it writes a file
 FEW = "run with two iterations"
 DRY = "dry run"
 SERVE = "start, ask and stop the server"
@@ -73,6 +74,7 @@ RULES = [
     Rule("tools", r"quickstart_tools\.sh", READ, "tests/readme/test_quickstart.py runs it"),
     Rule("tools", "BACKEND=api", READ, "needs a server; tests/unit/test_toolcall.py has one"),
     Rule("vllm", r"requirements/vllm\.sh|ENGINE=vllm|--engine vllm", READ, "installs 4 GB; tests/real_vllm runs it"),
+    Rule("contribute", r"-m helpers\.reference$|test_flag_page\.py$", QUIET),
     # Need another machine, and have no dry run.
     Rule(".*", "^docker ", READ, "needs docker; tests/unit/test_docker.py reads the files"),
     Rule("install_ascend|fusionone", "^minimind-mcore doctor", RUN),
@@ -288,9 +290,8 @@ def adapted(page: str, command: str, checkout: Path) -> str:
         command = command.replace("MODEL=minimind3 ", "MODEL=minimind3_tiny ")
     command = re.sub(r"(?<=[ =])/(data|models|shared)/", rf"{checkout}/mount/\1/", command)
     if "ascend" in page and re.search(r"(pretrain|tune)_minimind\S*\.sh", command) and "OUTPUT_DIR=" not in command:
-        command = (
-            f"OUTPUT_DIR=outputs/{page} {command}"  # checkpoints of earlier pages have another layout and schedule
-        )
+        # Checkpoints of earlier pages have another layout and schedule.
+        command = f"OUTPUT_DIR=outputs/{page} {command}"
     return re.sub("outputs/minimind3/(grpo/)?", "outputs/minimind3_tiny/", command)
 
 
@@ -321,7 +322,7 @@ def test_command(page: str, command: str, checkout: Path, request: pytest.Fixtur
         # The sample GRPO run fine-tunes the quickstart's model for 700 iterations first.
         assert run(few(text), checkout, timeout=3000).strip()
     else:
-        run(text, checkout, stdin="17+25=?\n/quit\n")
+        assert bool(run(text, checkout, stdin="17+25=?\n/quit\n").strip()) == (one.how == RUN)
     print(f"{time.monotonic() - began:.0f} s")
 
 

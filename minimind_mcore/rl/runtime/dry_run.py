@@ -15,7 +15,6 @@ from minimind_mcore.forecast import machines, memory, speed
 from minimind_mcore.forecast.memory import GIB, Workload
 from minimind_mcore.models.config import ModelConfig
 from minimind_mcore.platform import device
-from minimind_mcore.preprocess.tokenize import tokenizer_info
 from minimind_mcore.rl.config.load import require_weights
 from minimind_mcore.rl.config.objective import objective, steps_ahead
 from minimind_mcore.rl.config.schema import Config
@@ -58,11 +57,12 @@ def print_plan(config: Config, pending: bool) -> None:
     if pending:
         print("data        yet to be made")
     else:
-        tokenizer_info(config.actor.tokenizer_name_or_path)
+        training = TrainConfig.from_args(args, layout)
+        open_tokenizer(training)
         print(f"data        {len(prompt_dataset(config, config.actor.data_path))} prompts of {config.actor.data_path}")
         for prefix in config.minimind.eval_data or ():
             prompt_dataset(config, prefix)
-        print(f"begins      {_begins(config, TrainConfig.from_args(args, layout))}")
+        print(f"begins      {_begins(config, training)}")
     print(f"cluster     {os.environ.get('RAY_ADDRESS') or 'the one of this host, else its own'}")
     print("everything is valid; nothing was trained")
 
@@ -159,6 +159,5 @@ def _begins(config: Config, training: TrainConfig) -> str:
         return "with random weights"
     require_weights(load)
     if not training.model.lora_target_modules:  # else `load` holds adapters
-        open_tokenizer(training)
         open_model(training, Path(load))
     return f"with the weights of {load}"
